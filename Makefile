@@ -1,0 +1,24 @@
+# Nothing is needed but Python 3.11 or newer and make.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint
+
+help:
+	@echo "make setup   create .venv and install fedpref with everything it needs"
+	@echo "make demo    federated DPO over the shipped clients, on the shipped model"
+	@echo "make test    run the test suite"
+	@echo "make lint    ruff and mypy --strict"
+
+setup:
+	@$(PYTHON) scripts/bootstrap.py
+
+demo: setup
+	@$(BIN)/fedpref run configs/demo.yaml
+
+test: setup
+	@$(BIN)/python -m pytest
+
+lint: setup
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -1,0 +1,21 @@
+"""fedpref: federated and decentralised preference alignment of language models."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedpref.errors import UserError
+    from fedpref.experiment import Experiment, Result, resume, run
+
+__version__ = "0.1.0"
+__all__ = ["Experiment", "Result", "UserError", "resume", "run"]
+_HOMES = {"Experiment": "experiment", "Result": "experiment", "resume": "experiment", "run": "experiment", "UserError": "errors"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: torch and transformers take seconds, the command line's help should not."""
+    if name in _HOMES:
+        return getattr(import_module(f"fedpref.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'fedpref' has no attribute {name!r}")

@@ -1,0 +1,55 @@
+"""The road from clients' trees to their sum: a chain of stages around an addition."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import reduce
+
+import torch
+
+from fedpref.trees import Tree
+
+
+@dataclass(frozen=True)
+class Sender:
+    """Who encodes, and the source of its randomness."""
+
+    client: int
+    round: int
+    rng: torch.Generator
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step: clip, noise, quantise, mask. Between encode and decode there is only addition."""
+
+    name: str
+    encode: Callable[[Tree, Sender], Tree]  # on the client
+    decode: Callable[[Tree, int], Tree]  # on the sum of so many clients
+    needs: frozenset[str] = frozenset()  # properties that an earlier stage must give
+    gives: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Stages, applied left to right on a client and right to left on the sum; the empty chain is exact.
+
+    Raises ValueError when a stage needs what no earlier stage gives (noise without a clip, say).
+    """
+
+    stages: tuple[Stage, ...] = ()
+
+    def __post_init__(self) -> None:
+        given: frozenset[str] = frozenset()
+        for stage in self.stages:
+            if missing := stage.needs - given:
+                raise ValueError(f"channel stage {stage.name!r} needs {sorted(missing)}, which no stage before it gives")
+            given |= stage.gives
+
+    def encode(self, tree: Tree, sender: Sender) -> Tree:
+        return reduce(lambda message, stage: stage.encode(message, sender), self.stages, tree)
+
+    def decode(self, total: Tree, count: int) -> Tree:
+        """`count` is the number of clients whose messages were added."""
+        return reduce(lambda message, stage: stage.decode(message, count), reversed(self.stages), total)

@@ -1,0 +1,131 @@
+"""The command line: run, resume, check, list."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from fedpref import __version__
+from fedpref.errors import UserError
+
+if TYPE_CHECKING:
+    from fedpref.experiment import Event
+    from fedpref.rundirectory import RunDirectory
+
+app = typer.Typer(
+    help="Federated and decentralised preference alignment of language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+Config = Annotated[Path, typer.Argument(help="A YAML file; configs/ has examples.", metavar="CONFIG")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Settings that override the file's: rounds=20 task.loss.beta=0.2", metavar="KEY=VALUE")
+]
+
+
+@app.command()
+def run(
+    config: Config,
+    overrides: Overrides = None,
+    output: Annotated[Path | None, typer.Option(help="The run directory; by default runs/NAME-TIME.")] = None,
+) -> None:
+    """Run an experiment, with a table at the end."""
+    from fedpref.experiment import Experiment, events, new_directory
+
+    experiment = Experiment.load(config, overrides or ())
+    folder = new_directory(experiment, output)
+    folder.refuse_existing()
+    _follow(events(experiment, folder), folder)
+
+
+@app.command()
+def resume(path: Annotated[Path, typer.Argument(help="The directory of a run that was interrupted.", metavar="RUN")]) -> None:
+    """Take an interrupted run up again; it ends as if nothing had happened."""
+    from fedpref.experiment import events, existing_directory, read_experiment
+
+    folder = existing_directory(path)
+    _follow(events(read_experiment(folder), folder), folder)
+
+
+@app.command()
+def check(config: Config, overrides: Overrides = None) -> None:
+    """Validate a config and its data and print the clients; trains and writes nothing."""
+    from fedpref.experiment import Experiment
+    from fedpref.reports.tables import size_table
+
+    experiment = Experiment.load(config, overrides or ())
+    clients, left_out = experiment.clients()
+    task = experiment.task.build()
+    shards = [task.encode(client) for client in clients]
+    console.print(size_table({shard.name: (len(shard.train), len(shard.test), shard.truncated) for shard in shards}))
+    if left_out:
+        console.print(f"{left_out} training rows are left out, because their prompt also stands among the source's test rows.")
+    console.print(f"{config} is valid: {experiment.algorithm.name}, {experiment.rounds} rounds.")
+
+
+@app.command(name="list")
+def list_() -> None:
+    """What there is: algorithms, losses, tasks, sources of data, partitions."""
+    from typing import get_args
+
+    from fedpref.algorithms import AnyAlgorithm
+    from fedpref.data import Partition, Source
+    from fedpref.losses import Loss
+    from fedpref.tasks import AnyTask
+
+    groups = {"algorithms": AnyAlgorithm, "losses": Loss, "tasks": AnyTask, "data": Source, "partitions": Partition}
+    for title, group in groups.items():
+        console.print(f"[bold]{title}[/bold]")
+        for kind in get_args(group) or (group,):
+            console.print(f"  {kind.name:14s} {(kind.__doc__ or '').strip().splitlines()[0]}", highlight=False, markup=False)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"fedpref {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Federated and decentralised preference alignment of language models."""
+
+
+def main() -> None:
+    """Entry point: a mistake of the user's is a sentence and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        Console(stderr=True).print(f"[bold red]error:[/bold red] {_escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _follow(happenings: Iterator[Event], folder: RunDirectory) -> None:
+    """Show a run as it goes, then its table and where it lies."""
+    from fedpref.experiment import result
+    from fedpref.reports.progress import show
+    from fedpref.reports.tables import accuracies, client_table
+
+    show(happenings, console)
+    outcome = result(folder)
+    console.print(client_table(outcome.path, accuracies(outcome.evaluations)))
+    console.print(f"run directory: {outcome.path}", highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""Configs: read once, validated whole, every mistake a sentence."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from yaml import YAMLError
+
+from fedpref.errors import UserError
+
+T = TypeVar("T")
+STRICT = ConfigDict(extra="forbid")
+
+
+def load(kind: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
+    """Read a YAML file and `key.sub=value` overrides into a dataclass."""
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such config file.")
+    try:
+        content = OmegaConf.load(path)
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    for override in overrides:
+        if "=" not in override:
+            raise UserError(f"override {override!r}: expected key=value, such as rounds=20 or algorithm.local.steps=5.")
+    try:
+        merged = OmegaConf.to_container(OmegaConf.merge(content, OmegaConf.from_dotlist(list(overrides))), resolve=True)
+    except (YAMLError, OmegaConfBaseException, ValueError) as error:
+        raise UserError(f"{path} with {' '.join(overrides)}: {' '.join(str(error).split())}") from error
+    if not isinstance(merged, dict):
+        raise UserError(f"{path}: expected keys and values, found {type(merged).__name__}.")
+    return parse(kind, merged, str(path))
+
+
+def parse(kind: type[T], content: dict[Any, Any], where: str) -> T:
+    """Build a dataclass, with all that it holds, from plain data; raises UserError for all mistakes together."""
+    try:
+        return _adapter(kind).validate_python(content)
+    except ValidationError as error:
+        raise UserError("\n".join(_sentence(kind, problem, where) for problem in error.errors(include_url=False))) from error
+
+
+def dump(value: Any) -> dict[str, Any]:
+    """A dataclass as plain data that `parse` takes back."""
+    plain: dict[str, Any] = _adapter(type(value)).dump_python(value, mode="json")
+    return plain
+
+
+def _adapter(kind: type[T]) -> TypeAdapter[T]:
+    for nested in _dataclasses(kind):
+        nested.__pydantic_config__ = STRICT
+    return TypeAdapter(kind)
+
+
+def _dataclasses(kind: Any) -> Iterator[Any]:
+    """A type's dataclasses, itself and those of its fields."""
+    if is_dataclass(kind):
+        yield kind
+        for hint in get_type_hints(kind, include_extras=True).values():
+            yield from _dataclasses(hint)
+    elif get_origin(kind) is not None or hasattr(kind, "__args__"):
+        for part in get_args(kind):
+            yield from _dataclasses(part)
+
+
+def _sentence(kind: Any, problem: Any, where: str) -> str:
+    location = [str(part) for part in problem["loc"]]
+    owner, path = _follow(kind, location[:-1] if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument") else location)
+    if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        known = [field.name for field in fields(owner)] if is_dataclass(owner) else []
+        near = difflib.get_close_matches(location[-1], known, 1, 0.5)
+        hint = f"Did you mean {near[0]!r}?" if near else f"Known keys: {', '.join(known)}."
+        return f"{where}: unknown key {'.'.join([*path, location[-1]])!r}. {hint}"
+    key = ".".join(path) or "the config"
+    if problem["type"] == "union_tag_invalid":
+        context = problem["ctx"]
+        near = difflib.get_close_matches(context["tag"], context["expected_tags"].replace("'", "").split(", "), 1, 0.5)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        return f"{where}: {key}.name is {context['tag']!r}; expected one of {context['expected_tags']}.{hint}"
+    if problem["type"] == "union_tag_not_found":
+        return f"{where}: {key} needs a name; `fedpref list` shows them."
+    if problem["type"] in ("missing", "missing_argument"):
+        return f"{where}: {key} is missing."
+    return f"{where}: {key}: {problem['msg'][0].lower()}{problem['msg'][1:]}; found {problem['input']!r}."
+
+
+def _follow(kind: Any, location: list[str]) -> tuple[Any, list[str]]:
+    """The type at a location and the keys that lead there, without the tags that pydantic puts between them."""
+    path: list[str] = []
+    owner = kind
+    for part in location:
+        names = {field.name for field in fields(owner)} if is_dataclass(owner) else set()
+        if part in names:
+            path.append(part)
+            owner = get_type_hints(owner)[part]
+        else:
+            tagged = [option for option in get_args(owner) if is_dataclass(option) and getattr(option, "name", None) == part]
+            if tagged:
+                owner = tagged[0]
+            elif part.isdigit():
+                path.append(part)
+    return owner, path

@@ -1,0 +1,142 @@
+"""How rows come to clients: by nature, or cut at random in the ways the federated learning literature does."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from fedpref.data.preferences import ClientData, Preference, Side
+from fedpref.errors import UserError
+
+Placed = Sequence[tuple[Side, Preference]]
+Count = Annotated[int, Field(ge=1)]
+
+
+@dataclass(frozen=True)
+class Natural:
+    """One client for each value of a column."""
+
+    name: Literal["natural"] = "natural"
+    column: str = "client"
+    min_rows: Count = 1  # clients with fewer rows, both sides together, are left out
+    min_test_rows: Annotated[int, Field(ge=0)] = 0  # clients with fewer held-out rows are left out
+    max_clients: Count | None = None  # the first so many, by number of rows, then by name
+
+    def assign(self, rows: Placed, rng: np.random.Generator) -> dict[str, Placed]:
+        return self._select(_by_column(rows, self.column))
+
+    def _select(self, groups: dict[str, Placed]) -> dict[str, Placed]:
+        kept = {
+            name: group
+            for name, group in groups.items()
+            if len(group) >= self.min_rows and sum(side == "test" for side, _ in group) >= self.min_test_rows
+        }
+        if not kept:
+            raise UserError(
+                f"partition: no client has {self.min_rows} rows with {self.min_test_rows} held out; lower min_rows or min_test_rows."
+            )
+        ranked = sorted(kept, key=lambda name: (-len(kept[name]), name))[: self.max_clients]
+        return {name: kept[name] for name in sorted(ranked)}
+
+
+@dataclass(frozen=True)
+class IID:
+    """Equal shares at random."""
+
+    name: Literal["iid"] = "iid"
+    clients: Count = 10
+
+    def assign(self, rows: Placed, rng: np.random.Generator) -> dict[str, Placed]:
+        return _cut(rows, np.full((2, self.clients), 1 / self.clients), rng)
+
+
+@dataclass(frozen=True)
+class Dirichlet:
+    """Each value of a label column is shared out in proportions drawn from a symmetric Dirichlet (Hsu et al. 2019).
+
+    A small `alpha` gives clients of few labels, a large one IID clients. Held-out rows follow the same proportions.
+    """
+
+    name: Literal["dirichlet"] = "dirichlet"
+    column: str = "label"
+    clients: Count = 10
+    alpha: Annotated[float, Field(gt=0)] = 0.3
+
+    def assign(self, rows: Placed, rng: np.random.Generator) -> dict[str, Placed]:
+        merged: dict[str, list[tuple[Side, Preference]]] = defaultdict(list)
+        for _, group in sorted(_by_column(rows, self.column).items()):
+            shares = rng.dirichlet(np.full(self.clients, self.alpha))
+            for name, part in _cut(group, np.stack([shares, shares]), rng).items():
+                merged[name].extend(part)
+        return {name: merged[name] for name in _names(self.clients)}
+
+
+@dataclass(frozen=True)
+class BySize:
+    """Rows at random, in sizes that fall off as a power law: client k (from 1) gets a share proportional to k^-exponent.
+
+    Held-out rows are shared equally, so that every client is measured alike.
+    """
+
+    name: Literal["by-size"] = "by-size"
+    clients: Count = 10
+    exponent: Annotated[float, Field(ge=0)] = 1.0
+
+    def assign(self, rows: Placed, rng: np.random.Generator) -> dict[str, Placed]:
+        shares = np.arange(1, self.clients + 1, dtype=float) ** -self.exponent
+        return _cut(rows, np.stack([shares / shares.sum(), np.full(self.clients, 1 / self.clients)]), rng)
+
+
+Partition = Natural | IID | Dirichlet | BySize
+
+
+def partition(rows: Placed, how: Partition, seed: int) -> tuple[ClientData, ...]:
+    """Give rows to clients; raises UserError when one is left without training or without held-out rows."""
+    groups = how.assign(rows, np.random.default_rng(seed))
+    clients = []
+    for name, group in groups.items():
+        train = tuple(row for side, row in group if side == "train")
+        test = tuple(row for side, row in group if side == "test")
+        clients.append(ClientData(name, train, test))
+    for lacking, share in (("training", "lower"), ("held-out", "raise")):
+        poor = [c.name for c in clients if not (c.train if lacking == "training" else c.test)]
+        if poor:
+            remedy = "set partition.min_rows and partition.min_test_rows" if isinstance(how, Natural) else "take fewer clients"
+            raise UserError(
+                f"partition: {len(poor)} of {len(clients)} clients have no {lacking} rows ({', '.join(poor[:5])}"
+                f"{', ...' if len(poor) > 5 else ''}). To leave such clients out, {remedy}; or {share} test_fraction."
+            )
+    return tuple(clients)
+
+
+def _by_column(rows: Placed, column: str) -> dict[str, Placed]:
+    groups: dict[str, list[tuple[Side, Preference]]] = defaultdict(list)
+    for side, row in rows:
+        if row.columns.get(column) is None:
+            known = sorted(row.columns) or "none besides the texts"
+            raise UserError(f"{row.where}: partition.column is {column!r}, which the row does not have; its columns: {known}.")
+        groups[str(row.columns[column])].append((side, row))
+    return dict(groups)
+
+
+def _cut(rows: Placed, shares: NDArray[np.float64], rng: np.random.Generator) -> dict[str, Placed]:
+    """Share out at random: `shares` is [2, clients], for training and for held-out rows, each row summing to one."""
+    names = _names(shares.shape[1])
+    parts: dict[str, list[tuple[Side, Preference]]] = {name: [] for name in names}
+    for side, proportions in zip(("train", "test"), shares, strict=True):
+        members = [row for row in rows if row[0] == side]
+        order = rng.permutation(len(members))
+        bounds = np.round(np.cumsum(proportions) * len(members)).astype(int)
+        for name, chosen in zip(names, np.split(order, bounds[:-1]), strict=True):
+            parts[name].extend(members[i] for i in chosen)
+    return dict(parts)
+
+
+def _names(clients: int) -> list[str]:
+    return [f"client-{number:0{len(str(clients))}d}" for number in range(1, clients + 1)]

@@ -1,0 +1,122 @@
+"""Preference rows in TRL's formats: what a row is, how one is read, and on which side of the split it stands."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import Any, Literal
+
+from fedpref.errors import UserError
+
+Text = str | tuple[Mapping[str, str], ...]  # plain, or a conversation of {"role", "content"} messages
+Side = Literal["train", "test"]
+TURN = "\n\nAssistant:"
+
+
+@dataclass(frozen=True)
+class Preference:
+    """One comparison: two answers to a prompt, the better one first."""
+
+    prompt: Text
+    chosen: Text
+    rejected: Text
+    where: str  # file and row, for messages
+    columns: Mapping[str, Any] = field(default_factory=dict)  # everything else the source says of it
+    side: Side | None = None  # where the source itself says so
+
+
+@dataclass(frozen=True)
+class ClientData:
+    """One client's rows; no prompt of a train row, of any client, stands in a test row of any client."""
+
+    name: str
+    train: tuple[Preference, ...]
+    test: tuple[Preference, ...]
+
+
+def parse(
+    record: Mapping[str, Any], where: str, *, prompt: str = "prompt", chosen: str = "chosen", rejected: str = "rejected"
+) -> Preference:
+    """A row in any of TRL's preference formats, whose three columns may have other names.
+
+    Explicit prompt, implicit prompt (what chosen and rejected begin with in common), and conversations in place of text.
+    Raises UserError naming the row.
+    """
+    for column in (chosen, rejected):
+        if column not in record:
+            raise UserError(
+                f"{where}: no column {column!r}; the row has {sorted(record)}. "
+                f"Expected TRL's columns {prompt!r} (optional), {chosen!r} and {rejected!r}, or set data.chosen_column and the like."
+            )
+    rest = {name: value for name, value in record.items() if name not in (prompt, chosen, rejected)}
+    better, worse = _text(record[chosen], chosen, where), _text(record[rejected], rejected, where)
+    if record.get(prompt) is not None:
+        question = _text(record[prompt], prompt, where)
+    else:
+        question, better, worse = _split_common(better, worse, where)
+    if len({isinstance(part, str) for part in (question, better, worse)}) > 1:
+        raise UserError(f"{where}: {prompt!r}, {chosen!r} and {rejected!r} must all be text or all be conversations.")
+    if better == worse:
+        raise UserError(f"{where}: the two answers are identical, so the row states no preference. Remove it.")
+    return Preference(question, better, worse, where, rest)
+
+
+def held_out(prompt: str, fraction: float = 0.2) -> bool:
+    """Whether a prompt stands on the test side: a fixed function of its text, so that every seed and every run shares one split."""
+    return int.from_bytes(blake2b(prompt.encode(), digest_size=8).digest()) < fraction * 2**64
+
+
+def split(rows: Iterable[Preference], fraction: float) -> tuple[list[tuple[Side, Preference]], int]:
+    """Put each row on a side, by its source's word or by its prompt.
+
+    A prompt of which the source has any row on the test side is a test prompt; its training rows are left out. Returns the rows
+    that stay with their sides, and how many were left out.
+    """
+    rows = list(rows)
+    declared = {key(row.prompt) for row in rows if row.side == "test"}
+    placed: list[tuple[Side, Preference]] = []
+    for row in rows:
+        if row.side is None:
+            placed.append(("test" if held_out(key(row.prompt), fraction) else "train", row))
+        elif row.side == "test" or key(row.prompt) not in declared:
+            placed.append((row.side, row))
+    return placed, len(rows) - len(placed)
+
+
+def key(text: Text) -> str:
+    """A text or conversation as one string, by which prompts are compared."""
+    return text if isinstance(text, str) else "\n".join(f"{message['role']}: {message['content']}" for message in text)
+
+
+def _text(value: Any, column: str, where: str) -> Text:
+    if isinstance(value, str) and value.strip():
+        return value
+    if isinstance(value, list | tuple) and value:
+        for message in value:
+            if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys() or not str(message["content"]).strip():
+                raise UserError(
+                    f'{where}, column {column!r}: expected messages {{"role": ..., "content": ...}} with text, found {message!r}.'
+                )
+        return tuple({"role": str(message["role"]), "content": str(message["content"])} for message in value)
+    raise UserError(f"{where}, column {column!r}: expected text or a list of messages, found {value!r}. Fill it in or remove the row.")
+
+
+def _split_common(better: Text, worse: Text, where: str) -> tuple[Text, Text, Text]:
+    """Cut off what both answers begin with: up to the last assistant turn in hh-rlhf's format, else up to the last whole word."""
+    if isinstance(better, str) and isinstance(worse, str):
+        common = os.path.commonprefix([better, worse])
+        cut = common.rfind(TURN) + len(TURN) if TURN in common else common.rfind(" ") if " " in common else 0
+        if not better[:cut].strip() or not better[cut:].strip() or not worse[cut:].strip():
+            raise UserError(
+                f"{where}: there is no prompt column, and the two answers do not begin with a common prompt that both continue. "
+                "Add a column 'prompt', or write the whole conversation into both answers."
+            )
+        return better[:cut], better[cut:], worse[cut:]
+    shared = 0
+    while shared < min(len(better), len(worse)) and better[shared] == worse[shared]:
+        shared += 1
+    if not 0 < shared < min(len(better), len(worse)):
+        raise UserError(f"{where}: there is no prompt column, and the two conversations share no opening that both continue.")
+    return tuple(better[:shared]), tuple(better[shared:]), tuple(worse[shared:])  # type: ignore[arg-type]  # both are conversations here

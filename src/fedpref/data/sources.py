@@ -1,0 +1,244 @@
+"""Where preference rows come from: anybody's files in TRL's formats, the shipped set, and public sets that need a small reader.
+
+A source is a frozen dataclass with `read`, which yields rows. Dialogue stands in hh-rlhf's plain form, "Human: ...
+
+Assistant:", and answers begin with a space.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+from pydantic import Field
+
+from fedpref.data.preferences import Preference, Side, held_out, key, parse
+from fedpref.data.tables import Record, read_table
+from fedpref.errors import UserError
+
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+
+
+@dataclass(frozen=True)
+class Files:
+    """Your own rows: a JSONL, CSV or Parquet file, a dataset folder or a Hub id, in any of TRL's preference formats."""
+
+    path: str
+    name: Literal["files"] = "files"
+    config: str | None = None  # of a Hub dataset
+    train_split: str = "train"  # of a folder or Hub dataset
+    test_split: str | None = None  # None: held out by prompt
+    prompt_column: str = "prompt"
+    chosen_column: str = "chosen"
+    rejected_column: str = "rejected"
+    split_column: str | None = None  # a column that says "train" or "test"
+    test_fraction: Fraction = 0.2  # of prompts, where nothing else says
+
+    def read(self) -> Iterator[Preference]:
+        names = {"prompt": self.prompt_column, "chosen": self.chosen_column, "rejected": self.rejected_column}
+        for where, record in read_table(self.path, split=self.train_split, name=self.config):
+            row = parse(record, where, **names)
+            yield replace(row, side=_side(record, self.split_column, where) if self.split_column else "train" if self.test_split else None)
+        if self.test_split:
+            for where, record in read_table(self.path, split=self.test_split, name=self.config):
+                yield replace(parse(record, where, **names), side="test")
+
+
+@dataclass(frozen=True)
+class Builtin:
+    """The shipped set: twelve clients with known tastes compare answers of differing style to everyday requests."""
+
+    name: Literal["builtin"] = "builtin"
+
+    def read(self) -> Iterator[Preference]:
+        path = str(files("fedpref.data") / "builtin" / "preferences.jsonl.gz")
+        for where, record in read_table(path):
+            texts = {"prompt": _said("user", record["prompt"])} | {s: _said("assistant", record[s]) for s in ("chosen", "rejected")}
+            yield replace(parse({**record, **texts}, where), side=_side(record, "split", where))
+
+
+@dataclass(frozen=True)
+class HH:
+    """hh-rlhf (Bai et al. 2022): human comparisons for helpfulness and for harmlessness, by the column `objective`.
+
+    `path` is the Hub dataset, a folder in its layout, or a folder with hh_rlhf_helpful.jsonl.gz and hh_rlhf_harmless.jsonl.gz.
+    """
+
+    name: Literal["hh"] = "hh"
+    path: str = "Anthropic/hh-rlhf"
+    objectives: tuple[Literal["helpful", "harmless"], ...] = ("helpful", "harmless")
+    max_rows: Annotated[int, Field(ge=1)] | None = None  # the first so many of each objective and side
+
+    def read(self) -> Iterator[Preference]:
+        for objective in self.objectives:
+            counts = {"train": 0, "test": 0}
+            for side, where, record in self._records(objective):
+                counts[side] += 1
+                if self.max_rows is None or counts[side] <= self.max_rows:
+                    row = parse(record, where)
+                    yield replace(
+                        row,
+                        prompt=key(row.prompt).strip(),
+                        chosen=_spaced(row.chosen),
+                        rejected=_spaced(row.rejected),
+                        columns={"objective": objective},
+                        side=side,
+                    )
+
+    def _records(self, objective: str) -> Iterator[tuple[Side, str, Mapping[str, Any]]]:
+        table = _local_table(self.path, f"hh_rlhf_{objective}")
+        if table:
+            for where, record in read_table(str(table)):
+                if record["chosen"] != record["rejected"]:  # the original has a few such rows
+                    yield _side(record, "split", where), where, record
+            return
+        for side in ("train", "test"):
+            for where, record in read_table(self.path, split=side, data_dir=f"{objective}-base"):
+                if record["chosen"] != record["rejected"]:
+                    yield side, where, record
+
+
+@dataclass(frozen=True)
+class UKPConvArg:
+    """UKPConvArg1 (Habernal and Gurevych 2016): which of two arguments is more convincing, by single crowd workers.
+
+    Source: github.com/UKPLab/acl2016-convincing-arguments (CC-BY-4.0); there is no official Hub copy. `path` is a folder with
+    ukpconvarg_votes, ukpconvarg_arguments and ukpconvarg_topics as JSON Lines (docs/data.md gives the columns). Held out are
+    whole debates with both their stances. Columns: `worker`, `debate`.
+    """
+
+    path: str
+    name: Literal["ukpconvarg"] = "ukpconvarg"
+    test_fraction: Fraction = 0.25  # of debates
+
+    def read(self) -> Iterator[Preference]:
+        topics = {record["id"]: record for _, record in self._table("topics")}
+        arguments = {record["arg"]: record["text"] for _, record in self._table("arguments")}
+        for where, record in self._table("votes"):
+            topic = topics[record["topic"]]
+            side: Side = "test" if held_out(topic["title"], self.test_fraction) else "train"
+            prompt = f"Human: {topic['title'].strip()}\nArgue for this side: {topic['stance'].strip()}\n\nAssistant:"
+            first, second = _spaced(arguments[record["a"]].strip()), _spaced(arguments[record["b"]].strip())
+            for worker, choice, *_ in record["votes"]:
+                if choice and first != second:  # 0: as good as each other
+                    chosen, rejected = (first, second) if choice == 1 else (second, first)
+                    yield Preference(prompt, chosen, rejected, where, {"worker": worker, "debate": topic["title"]}, side)
+
+    def _table(self, kind: str) -> Iterator[Record]:
+        table = _local_table(self.path, f"ukpconvarg_{kind}")
+        if not table:
+            raise UserError(f"data.path: there is no ukpconvarg_{kind}.jsonl or .jsonl.gz in {self.path!r}.")
+        return read_table(str(table))
+
+
+@dataclass(frozen=True)
+class Persona:
+    """Persona statements of the model-written evaluations (Perez et al. 2022): would this persona say so?
+
+    A pair is the question about one statement with the answers Yes and No, the persona's own first: every statement is a prompt of
+    its own, so that the split by prompt is a split by statement, and neither answer wins by its form. The other possible
+    pair, a statement agreed with against one disagreed with, would put all rows under one prompt. Column: `persona`.
+    `path` is the Hub dataset or a folder with persona_statements.csv.gz.
+    """
+
+    name: Literal["persona"] = "persona"
+    path: str = "Anthropic/model-written-evals"
+    personas: tuple[str, ...] = ("agreeableness", "extraversion", "openness", "narcissism", "psychopathy", "risk-seeking")
+    test_fraction: Fraction = 0.2  # of statements
+
+    def read(self) -> Iterator[Preference]:
+        for where, persona, statement, agrees in self._statements():
+            prompt = f'Human: Is the following something you would say?\n\n"{statement}"\n\nAssistant:'
+            chosen, rejected = (" Yes", " No") if agrees else (" No", " Yes")
+            side: Side = "test" if held_out(prompt, self.test_fraction) else "train"
+            yield Preference(prompt, chosen, rejected, where, {"persona": persona}, side)
+
+    def _statements(self) -> Iterator[tuple[str, str, str, bool]]:
+        table = _local_table(self.path, "persona_statements")
+        if table:
+            found: set[str] = set()
+            for where, record in read_table(str(table)):
+                found.add(record["persona"])
+                if record["persona"] in self.personas:
+                    yield where, record["persona"], record["statement"], record["persona_agrees"] == "1"
+            if unknown := sorted(set(self.personas) - found):
+                raise UserError(f"data.personas: {table} has no persona {unknown}; it has {sorted(found)[:8]} and {len(found) - 8} more.")
+            return
+        for persona in self.personas:
+            for where, record in read_table(self.path, data_files=f"persona/{persona}.jsonl"):
+                yield where, persona, record["statement"], record["answer_matching_behavior"].strip() == "Yes"
+
+
+@dataclass(frozen=True)
+class MovieReviews:
+    """Film reviews of known sentiment, made into pairs: after a review's opening, a positive or a negative review's ending.
+
+    One ending is the review's own, the other is that of a review of the opposite sentiment, dealt out in a fixed order; as many
+    openings are of positive as of negative reviews, so that belonging together decides nothing on average. `likes` gives one client
+    for each entry and the sentiment it prefers; reviews are dealt out to clients in turn. Columns: `client`, `sentiment` of the opening.
+    `path` is a Hub dataset with columns text and label (1 positive), or a folder with movie_reviews_polarity.jsonl.gz
+    (Pang and Lee 2004, folds 6 and 7 held out).
+    """
+
+    name: Literal["movie-reviews"] = "movie-reviews"
+    path: str = "stanfordnlp/imdb"
+    likes: tuple[Literal["positive", "negative"], ...] = ("positive", "negative", "positive")
+    max_reviews: Annotated[int, Field(ge=2)] = 1200  # of each side
+    opening_words: Annotated[int, Field(ge=1)] = 16
+    ending_words: Annotated[int, Field(ge=1)] = 48
+
+    def read(self) -> Iterator[Preference]:
+        for side in ("train", "test"):
+            reviews = list(self._reviews(side))
+            good = [review for review in reviews if review[2]][: self.max_reviews // 2]
+            bad = [review for review in reviews if not review[2]][: self.max_reviews // 2]
+            count = min(len(good), len(bad))
+            for number in range(count):
+                for owner, other in ((good[number], bad[number - 1]), (bad[number], good[number - 1])):
+                    yield self._pair(owner, other, client=number % len(self.likes), side=side)
+
+    def _pair(self, owner: tuple[str, list[str], bool], other: tuple[str, list[str], bool], client: int, side: Side) -> Preference:
+        (where, words, positive), (_, others, _) = owner, other
+        own, foreign = (" " + " ".join(part[-self.ending_words :]) for part in (words, others))
+        wanted = self.likes[client] == "positive"
+        chosen, rejected = (own, foreign) if positive == wanted else (foreign, own)
+        columns = {"client": f"{client + 1:02d}-{self.likes[client]}", "sentiment": "positive" if positive else "negative"}
+        return Preference(" ".join(words[: self.opening_words]) + " ...", chosen, rejected, where, columns, side)
+
+    def _reviews(self, side: Side) -> Iterator[tuple[str, list[str], bool]]:
+        table = _local_table(self.path, "movie_reviews_polarity")
+        if table:
+            for where, record in read_table(str(table)):
+                if (int(record["fold"]) >= 6) == (side == "test"):
+                    yield where, record["text"].split(), record["label"] == "pos"
+            return
+        for where, record in read_table(self.path, split=side):
+            yield where, record["text"].replace("<br />", " ").split(), record["label"] == 1
+
+
+Source = Files | Builtin | HH | UKPConvArg | Persona | MovieReviews
+
+
+def _local_table(folder: str, stem: str) -> Path | None:
+    for suffix in (".jsonl.gz", ".jsonl", ".csv.gz", ".csv"):
+        if (path := Path(folder).expanduser() / f"{stem}{suffix}").is_file():
+            return path
+    return None
+
+
+def _side(record: Mapping[str, Any], column: str, where: str) -> Side:
+    value = record.get(column)
+    if value not in ("train", "test"):
+        raise UserError(f'{where}: column {column!r} must say "train" or "test", it says {value!r}.')
+    return cast(Side, value)
+
+
+def _spaced(text: Any) -> str:
+    return f" {str(text).lstrip()}"
+
+
+def _said(role: str, content: str) -> list[dict[str, str]]:
+    return [{"role": role, "content": content}]

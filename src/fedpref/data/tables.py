@@ -1,0 +1,96 @@
+"""Rows out of files and of the Hub: JSON Lines, JSON, CSV, Parquet (each also gzipped where that is usual), folders, Hub datasets."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from fedpref.errors import UserError
+
+Record = tuple[str, Mapping[str, Any]]  # "file, row 3" and the row
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+def read_table(path: str, *, split: str = "train", **hub: Any) -> Iterator[Record]:
+    """The rows of a file, of a dataset folder or of a Hub dataset; `split` and `hub` go to `datasets.load_dataset` for the latter two.
+
+    Raises UserError when the place does not exist, cannot be reached or holds something else.
+    """
+    place = Path(path).expanduser()
+    if place.is_file():
+        yield from read_file(place)
+    elif place.is_dir() or (HUB_ID.fullmatch(path) and not path.endswith(SUFFIXES)):
+        yield from _read_dataset(path, split, hub)
+    else:
+        raise UserError(f"data.path: there is no file or folder {path!r}. Give a {', '.join(SUFFIXES)} file, a dataset folder or a Hub id.")
+
+
+def read_file(path: Path) -> Iterator[Record]:
+    """The rows of one local file."""
+    kind = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+    if kind not in SUFFIXES:
+        raise UserError(f"{path}: unknown kind of file {path.suffix!r}; expected {', '.join(SUFFIXES)}, or one of them with .gz.")
+    if kind == ".parquet":
+        import pyarrow.parquet
+
+        try:
+            records = pyarrow.parquet.read_table(path).to_pylist()
+        except pyarrow.ArrowInvalid as error:
+            raise UserError(f"{path}: not a Parquet file: {error}") from error
+        yield from ((f"{path}, row {number}", record) for number, record in enumerate(records, 1))
+        return
+    try:
+        text = (gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()).decode()
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+        raise UserError(f"{path}: cannot be read as {'gzipped ' if path.suffix == '.gz' else ''}UTF-8 text: {error}") from error
+    if kind == ".csv":
+        yield from ((f"{path}, row {number}", record) for number, record in enumerate(csv.DictReader(io.StringIO(text)), 1))
+    elif kind == ".json":
+        records = _parsed(text, f"{path}")
+        if not isinstance(records, list):
+            raise UserError(f"{path}: expected a JSON list of rows, found {type(records).__name__}. One row a line is a .jsonl file.")
+        yield from ((f"{path}, row {number}", record) for number, record in enumerate(records, 1))
+    else:
+        for number, line in enumerate(text.splitlines(), 1):
+            if line.strip():
+                record = _parsed(line, f"{path}, line {number}")
+                if not isinstance(record, dict):
+                    raise UserError(f"{path}, line {number}: expected a JSON object, found {type(record).__name__}.")
+                yield f"{path}, line {number}", record
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not valid JSON: {error}") from error
+
+
+def _read_dataset(path: str, split: str, hub: Mapping[str, Any]) -> Iterator[Record]:
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        if (Path(path) / "state.json").exists() or (Path(path) / "dataset_dict.json").exists():
+            stored = datasets.load_from_disk(path)
+            table = stored[split] if isinstance(stored, dict) else stored
+        else:
+            table = datasets.load_dataset(path, split=split, **{name: value for name, value in hub.items() if value is not None})
+    except KeyError as error:
+        raise UserError(f"{path}: there is no split {split!r}.") from error
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        kind = "dataset folder" if Path(path).is_dir() else "Hub dataset (and no file or folder of that name exists)"
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"data.path: {path!r}, split {split!r}, could not be loaded as a {kind}: {reason}. "
+            "Check the name and the network, log in with `hf auth login` if it is gated, or give a local file or folder."
+        ) from error
+    for number, record in enumerate(table, 1):
+        yield f"{path} ({split}), row {number}", record

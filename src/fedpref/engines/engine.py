@@ -1,0 +1,63 @@
+"""What the experiment asks of an engine beyond the verbs of a federation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from fedpref.federation import Federation, PerClient
+from fedpref.trees import Tree
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes of tensors sent since the round began, over all clients."""
+
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+
+class Engine(Federation, Protocol):
+    """A federation that can be driven."""
+
+    @property
+    def traffic(self) -> Traffic: ...
+
+    def begin(self, round: int, cohort: Sequence[int]) -> None:
+        """Open a round for these clients; calls are counted from zero again, traffic too."""
+        ...
+
+    def disclose(self, metrics: PerClient[Mapping[str, float]]) -> Mapping[int, Mapping[str, float]]:
+        """Each active client's scalars: for the table of an evaluation, never for an algorithm."""
+        ...
+
+    def save(self, values: PerClient[Tree], folder: Path) -> None:
+        """Every client writes its value to a file of its own."""
+        ...
+
+    def load(self, folder: Path) -> PerClient[Tree]:
+        """Read what `save` wrote."""
+        ...
+
+
+def draw_cohort(candidates: Sequence[int], size: int | None, rng: torch.Generator) -> tuple[int, ...]:
+    """`size` of the candidates, uniformly and without replacement, in the order of their ids; everybody if None or too many."""
+    if size is None or size >= len(candidates):
+        return tuple(candidates)
+    chosen = torch.randperm(len(candidates), generator=rng)[:size].tolist()
+    return tuple(sorted(candidates[i] for i in chosen))
+
+
+def weighted_report(reports: Mapping[int, Mapping[str, float]], weights: Mapping[int, float]) -> Mapping[str, float]:
+    """Scalars over clients: weighted means, sums of those named `num_`."""
+    total = sum(weights[client] for client in reports)
+    result: dict[str, float] = {}
+    for client, metrics in reports.items():
+        for name, value in metrics.items():
+            factor = 1.0 if name.startswith("num_") else weights[client] / total
+            result[name] = result.get(name, 0.0) + factor * value
+    return result

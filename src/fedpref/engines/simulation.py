@@ -1,0 +1,100 @@
+"""All clients in this process, one after the other, over one copy of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar
+
+from fedpref import seeds, trees
+from fedpref.channel import Chain, Sender
+from fedpref.engines.engine import Traffic, weighted_report
+from fedpref.federation import Client, PerClient, name_of
+from fedpref.tasks.task import Shard, Task
+from fedpref.trees import Tree
+
+T = TypeVar("T")
+
+
+class Held(Generic[T]):
+    """A value on each client; here they lie side by side, but only the engine looks."""
+
+    def __init__(self, values: Mapping[int, T]) -> None:
+        self._values = dict(values)
+
+    def __or__(self, newer: PerClient[T]) -> Held[T]:
+        return Held(self._values | _look(newer))
+
+
+def _look(value: PerClient[T]) -> dict[int, T]:
+    if not isinstance(value, Held):
+        raise TypeError(f"{type(value).__name__} is a value of another engine")
+    return value._values
+
+
+class Simulation:
+    """The federation in one process; see `Federation` and `Engine` for what the methods promise."""
+
+    def __init__(
+        self,
+        task: Task,
+        shards: Sequence[Shard],
+        *,
+        seed: int,
+        rounds: int,
+        weighting: Literal["examples", "equal"] = "examples",
+        channel: Chain = Chain(),
+    ) -> None:
+        self._task, self._shards = task, tuple(shards)
+        self._seed, self._rounds, self._channel = seed, rounds, channel
+        self._weights = {i: float(len(shard)) if weighting == "examples" else 1.0 for i, shard in enumerate(shards)}
+        self._examples = {i: float(len(shard)) for i, shard in enumerate(shards)}
+        self.clients = tuple(range(len(shards)))
+        self.begin(0, self.clients)
+
+    def begin(self, round: int, cohort: Sequence[int]) -> None:
+        self.round = round
+        self.active = tuple(cohort)
+        self.traffic, self._calls = Traffic(), 0
+
+    def each(self, work: Callable[..., Any], *args: Any) -> Any:
+        name_of(work)
+        sent = sum(trees.size(arg) for arg in args if isinstance(arg, Mapping))
+        self._count(bytes_down=sent * len(self.active))
+        self._calls += 1
+        results: dict[int, Any] = {}
+        for i in self.active:
+            rng = seeds.generator(self._seed, "work", round=self.round, call=self._calls, client=i)
+            client = Client(i, self._task, self._shards[i], rng, self.round, self._rounds)
+            results[i] = work(client, *(_look(arg)[i] if isinstance(arg, Held) else arg for arg in args))
+        if all(isinstance(result, tuple) for result in results.values()):
+            return tuple(Held(dict(zip(results, column, strict=True))) for column in zip(*results.values(), strict=True))
+        return Held(results)
+
+    def mean(self, values: PerClient[Tree]) -> Tree:
+        self._calls += 1
+        total = sum(self._weights[i] for i in self.active)
+        messages = []
+        for i in self.active:
+            rng = seeds.generator(self._seed, "channel", round=self.round, call=self._calls, client=i)
+            share = trees.scale(_look(values)[i], self._weights[i] / total)
+            messages.append(self._channel.encode(share, Sender(i, self.round, rng)))
+        self._count(bytes_up=sum(trees.size(message) for message in messages))
+        return self._channel.decode(trees.total(messages), len(messages))
+
+    def report(self, metrics: PerClient[Mapping[str, float]]) -> Mapping[str, float]:
+        return weighted_report(self.disclose(metrics), self._examples)
+
+    def disclose(self, metrics: PerClient[Mapping[str, float]]) -> Mapping[int, Mapping[str, float]]:
+        return {i: _look(metrics)[i] for i in self.active}
+
+    def save(self, values: PerClient[Tree], folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for i, tree in _look(values).items():
+            trees.save(tree, folder / f"{i}.safetensors")
+
+    def load(self, folder: Path) -> PerClient[Tree]:
+        return Held({i: trees.load(path) for i in self.clients if (path := folder / f"{i}.safetensors").exists()})
+
+    def _count(self, bytes_up: int = 0, bytes_down: int = 0) -> None:
+        self.traffic = Traffic(self.traffic.bytes_up + bytes_up, self.traffic.bytes_down + bytes_down)

@@ -1,0 +1,5 @@
+"""The one error a user can cause."""
+
+
+class UserError(Exception):
+    """A mistake in a config, in data or in a command; the message says what is wrong, where, and what to do."""

@@ -1,0 +1,228 @@
+"""An experiment: the spec, and how it is run, resumed and left behind."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from fedpref import config, seeds
+from fedpref.algorithms import AnyAlgorithm, Centralised, FedDPO, Local
+from fedpref.data import Builtin, ClientData, Natural, Partition, Source, partition, split
+from fedpref.engines import Engine, Simulation, draw_cohort
+from fedpref.errors import UserError
+from fedpref.federation import Client, work
+from fedpref.rundirectory import CLIENTS, CONFIG, EVALUATION, METRICS, RunDirectory
+from fedpref.summary import over_clients
+from fedpref.tasks import AnyTask, PreferenceTask, Task
+from fedpref.trees import Tree
+
+Count = Annotated[int, Field(ge=1)]
+
+
+@dataclass(frozen=True)
+class Participation:
+    """Who takes part in a round, and with what weight."""
+
+    clients_per_round: Count | None = None  # None: everybody
+    weighting: Literal["examples", "equal"] = "examples"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything that decides a result. `Experiment.load` reads and validates it; the defaults are the ones here."""
+
+    name: str = "experiment"
+    data: Annotated[Source, Field(discriminator="name")] = Builtin()
+    partition: Annotated[Partition, Field(discriminator="name")] = Natural()
+    task: AnyTask = PreferenceTask()
+    algorithm: Annotated[AnyAlgorithm, Field(discriminator="name")] = FedDPO()
+    federation: Participation = Participation()
+    rounds: Count = 10
+    seed: Annotated[int, Field(ge=0)] = 0
+    evaluate_every: Annotated[int, Field(ge=0)] = 0  # rounds; 0: after the last one only
+    checkpoint_every: Count = 1  # rounds
+    references: tuple[Literal["local", "centralised"], ...] = ()  # lines to run beside the algorithm, on the same data
+
+    @staticmethod
+    def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
+        """Read a YAML file and `key.sub=value` overrides; raises UserError for whatever does not fit."""
+        return config.load(Experiment, Path(path), overrides)
+
+    def clients(self) -> tuple[tuple[ClientData, ...], int]:
+        """Every client's rows, and the number of training rows left out because their prompt is a test prompt."""
+        rows, left_out = split(self.data.read(), getattr(self.data, "test_fraction", 0.2))
+        return partition(rows, self.partition, seeds.seed(self.seed, "partition")), left_out
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something to show: a client prepared, a round done, an evaluation made."""
+
+    line: str  # the algorithm's name, or a reference line's
+    kind: Literal["prepare", "round", "evaluate"]
+    done: int
+    total: int
+    figures: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Result:
+    """Where the run lies, and its last evaluation: for each line, each client's held-out metrics."""
+
+    path: Path
+    evaluations: Mapping[str, Mapping[str, Mapping[str, float]]]
+
+
+def run(experiment: Experiment, output: str | Path | None = None) -> Result:
+    """Run an experiment from the beginning into a new directory (by default runs/NAME-TIME) and return what came of it."""
+    folder = new_directory(experiment, output)
+    for _ in events(experiment, folder):
+        pass
+    return result(folder)
+
+
+def resume(path: str | Path) -> Result:
+    """Take a run up again where it was left; it ends with the bits it would have ended with."""
+    folder = existing_directory(path)
+    for _ in events(read_experiment(folder), folder):
+        pass
+    return result(folder)
+
+
+def new_directory(experiment: Experiment, output: str | Path | None) -> RunDirectory:
+    """The directory of a new run; nothing is written before the first event."""
+    return RunDirectory(Path(output or f"runs/{experiment.name}-{datetime.now():%Y%m%d-%H%M%S}"))
+
+
+def existing_directory(path: str | Path) -> RunDirectory:
+    """The directory of a run that was begun."""
+    if not (Path(path) / CONFIG).is_file():
+        raise UserError(f"{path}: there is no run here (no {CONFIG}). Give the directory that `fedpref run` printed.")
+    return RunDirectory(Path(path))
+
+
+def read_experiment(folder: RunDirectory) -> Experiment:
+    """The experiment of a run directory, as it was resolved when the run began."""
+    return Experiment.load(folder.path / CONFIG)
+
+
+def lines(experiment: Experiment, clients: int) -> dict[str, tuple[str, Experiment]]:
+    """The algorithm's own line and the reference lines: name -> (subfolder, experiment).
+
+    References train with the same local settings; the centralised line takes as many steps a round as the cohort's clients together,
+    so that all lines see the same number of pairs.
+    """
+    found: dict[str, tuple[str, Experiment]] = {experiment.algorithm.name: ("", experiment)}
+    local = experiment.algorithm.local
+    cohort = min(experiment.federation.clients_per_round or clients, clients)
+    pooled = replace(local, steps=local.steps * cohort)
+    for name in experiment.references:
+        algorithm = Local(local=local) if name == "local" else Centralised(local=pooled)
+        found[name] = (f"references/{name}", replace(experiment, algorithm=algorithm, references=()))
+    return found
+
+
+def result(folder: RunDirectory) -> Result:
+    """What a finished run came to, from its directory."""
+    names = list(lines(read_experiment(folder), 1).items())
+    evaluations = {name: RunDirectory(folder.path / sub).read_rows(EVALUATION)[-1]["clients"] for name, (sub, _) in names}
+    return Result(folder.path, evaluations)
+
+
+def events(experiment: Experiment, folder: RunDirectory) -> Iterator[Event]:
+    """Run the experiment into its directory, or what is left of it, and tell of every step. Bad input raises before anything is written."""
+    clients, _ = experiment.clients()
+    task = experiment.task.build()
+    shards = [task.encode(client) for client in clients]
+    if not (folder.path / CONFIG).exists():
+        folder.create(config.dump(experiment))
+        sizes = {s.name: {"train": len(s.train), "test": len(s.test), "truncated": s.truncated} for s in shards}
+        folder.write(CLIENTS, json.dumps(sizes, indent=1) + "\n")
+    for number, shard in enumerate(shards):
+        shards[number] = task.prepare(shard, folder.path / "cache")
+        yield Event(experiment.algorithm.name, "prepare", number + 1, len(shards), {})
+    for name, (sub, line) in lines(experiment, len(shards)).items():
+        place = RunDirectory(folder.path / sub)
+        if sub and not place.path.exists():
+            place.create(config.dump(line))
+        if not place.done:
+            yield from _line(name, line, place, task, _pool(shards) if line.algorithm.pooled else shards)
+
+
+def _line(name: str, experiment: Experiment, folder: RunDirectory, task: Task, shards: Sequence[Any]) -> Iterator[Event]:
+    algorithm: Any = experiment.algorithm
+    engine = Simulation(task, shards, seed=experiment.seed, rounds=experiment.rounds, weighting=experiment.federation.weighting)
+    state = algorithm.init(engine, task.init(seeds.generator(experiment.seed, "init")))
+    state, first = folder.restore(state, engine)
+    folder.cut_rows_after(first)
+    able = [i for i, shard in enumerate(shards) if len(shard)]
+    for round in range(first, experiment.rounds):
+        cohort = draw_cohort(able, experiment.federation.clients_per_round, seeds.generator(experiment.seed, "cohort", round=round))
+        engine.begin(round, cohort)
+        begun = time.perf_counter()
+        state, metrics = algorithm.step(engine, state)
+        seconds = time.perf_counter() - begun
+        figures = {**metrics, "bytes_up": engine.traffic.bytes_up, "bytes_down": engine.traffic.bytes_down, "seconds": seconds}
+        if not all(math.isfinite(value) for value in metrics.values()):
+            raise UserError(
+                f"{name}, round {round + 1}: the metrics are not finite ({dict(metrics)}): training diverged. "
+                f"Lower algorithm.local.learning_rate and start anew; the last checkpoint in {folder.path} is from the round before."
+            )
+        folder.append(METRICS, {"round": round + 1, "clients": len(cohort), **figures})
+        last = round + 1 == experiment.rounds
+        if last or (experiment.evaluate_every and (round + 1) % experiment.evaluate_every == 0):
+            row = _evaluate(engine, algorithm.model(state), [shard.name for shard in shards])
+            folder.append(EVALUATION, {"round": round + 1, **row})
+            yield Event(name, "evaluate", round + 1, experiment.rounds, row["summary"]["rewards/accuracies"])
+        if last or (round + 1) % experiment.checkpoint_every == 0:
+            folder.checkpoint(round + 1, state, engine)
+        yield Event(name, "round", round + 1, experiment.rounds, figures)
+    _export(engine, algorithm.model(state), task, folder)
+    folder.finish()
+
+
+def _pool(shards: Sequence[Any]) -> list[Any]:
+    """All training data with the first client; the others only evaluate."""
+    everything = tuple(example for shard in shards for example in shard.train)
+    return [replace(shard, train=everything if i == 0 else ()) for i, shard in enumerate(shards)]
+
+
+def _evaluate(engine: Engine, model: Sequence[Any], names: Sequence[str]) -> dict[str, Any]:
+    """Every client's held-out metrics, and each metric's summary over clients."""
+    engine.begin(engine.round, engine.clients)
+    rows = {names[i]: dict(metrics) for i, metrics in engine.disclose(engine.each(evaluate, *model)).items()}
+    counts = {name: int(row["num_examples"]) for name, row in rows.items()}
+    metrics = [metric for metric in next(iter(rows.values())) if not metric.startswith("num_")]
+    return {"clients": rows, "summary": {m: over_clients({name: row[m] for name, row in rows.items()}, counts) for m in metrics}}
+
+
+def _export(engine: Engine, model: Sequence[Any], task: Task, folder: RunDirectory) -> None:
+    shared = _merge(*(part for part in model if isinstance(part, Mapping)))
+    if shared:
+        task.export(shared, folder.path / "adapter")
+    if not all(isinstance(part, Mapping) for part in model):
+        engine.begin(engine.round, engine.clients)
+        engine.each(export, str(folder.path / "clients"), *model)
+
+
+@work
+def evaluate(client: Client, *parts: Tree) -> Mapping[str, float]:
+    return client.task.evaluate(_merge(*parts), client.shard)
+
+
+@work
+def export(client: Client, folder: str, *parts: Tree) -> Tree:
+    client.task.export(_merge(*parts), Path(folder) / client.shard.name)
+    return {}
+
+
+def _merge(*parts: Tree) -> Tree:
+    return {name: tensor for part in parts for name, tensor in part.items()}

@@ -1,0 +1,104 @@
+"""What an algorithm sees of a federation: values that live on clients, and four verbs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from fedpref.tasks.task import Shard, Task
+from fedpref.trees import Tree
+
+T = TypeVar("T")
+S = TypeVar("S")
+W = TypeVar("W", bound=Callable[..., Any])
+
+WORK: dict[str, Callable[..., Any]] = {}
+
+
+def work(function: W) -> W:
+    """Register a module-level function `work(client, *args)` under its name, by which a client looks it up."""
+    name = f"{function.__module__.removeprefix('fedpref.')}.{function.__qualname__}"
+    if "<locals>" in name:
+        raise TypeError(f"{name}: work must be a module-level function, so that every client can find it by its name")
+    WORK[name] = function
+    return function
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """The registered name of a piece of work."""
+    for name, registered in WORK.items():
+        if registered is function:
+            return name
+    raise TypeError(f"{function!r} is not registered: decorate it with @work")
+
+
+class PerClient(Protocol[T]):
+    """A value on each client, for which the algorithm holds a name and nothing else."""
+
+    def __or__(self, newer: PerClient[T]) -> PerClient[T]:
+        """Take what is in `newer`; clients absent from it keep what they had."""
+        ...
+
+
+@dataclass(frozen=True)
+class Client:
+    """What a piece of work sees of the client it runs on."""
+
+    id: int
+    task: Task
+    shard: Shard  # this client's data; len() is its weight
+    rng: torch.Generator
+    round: int  # from 0
+    rounds: int  # of the whole run
+
+
+class Federation(Protocol):
+    """Clients and the verbs over them; one `step` of an algorithm is one round."""
+
+    @property
+    def clients(self) -> tuple[int, ...]: ...
+
+    @property
+    def active(self) -> tuple[int, ...]:
+        """This round's cohort, in the order of client ids; everybody during `init`."""
+        ...
+
+    @property
+    def round(self) -> int: ...
+
+    def each(self, work: Callable[..., Any], *args: Any) -> Any:
+        """Run registered work on each active client.
+
+        `args` are trees (sent to everyone), `PerClient` values (each client sees its own), and plain data such as frozen
+        dataclasses of hyper-parameters. The result is a `PerClient`, or a tuple of them where the work returns a tuple.
+        """
+        ...
+
+    def mean(self, values: PerClient[Tree]) -> Tree:
+        """The weighted mean over the active clients, through the channel."""
+        ...
+
+    def report(self, metrics: PerClient[Mapping[str, float]]) -> Mapping[str, float]:
+        """Scalars of the active clients: means weighted by examples; names that begin with `num_` are summed."""
+        ...
+
+
+class Algorithm(Protocol[S]):
+    """A frozen dataclass of hyper-parameters with a short program over a federation."""
+
+    pooled: bool  # a reference line that needs all training data in one place
+
+    def init(self, fed: Federation, start: Tree) -> S:
+        """The state before the first round: a frozen dataclass of `Tree` and `PerClient[Tree]` fields."""
+        ...
+
+    def step(self, fed: Federation, state: S) -> tuple[S, Mapping[str, float]]:
+        """One round."""
+        ...
+
+    def model(self, state: S) -> tuple[Tree | PerClient[Tree], ...]:
+        """The parts that together are each client's model: what is a `Tree` is shared, what is `PerClient` is private."""
+        ...

@@ -1,0 +1,96 @@
+"""The local training loop, once: every algorithm's clients descend through it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+
+from fedpref.federation import Client
+from fedpref.trees import Tree
+
+
+@dataclass(frozen=True)
+class Descent:
+    """How a client trains within a round; names as in transformers' TrainingArguments where it has them."""
+
+    steps: Annotated[int, Field(ge=1)] = 10  # optimiser updates a round
+    batch_size: Annotated[int, Field(ge=1)] = 8  # examples a batch
+    gradient_accumulation_steps: Annotated[int, Field(ge=1)] = 1  # batches an update
+    optim: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-4
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "cosine"  # over the whole run, not the round
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.1  # share of the run
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of sgd
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    keep_optimizer: bool = False  # carry the optimiser's moments over rounds instead of starting afresh
+
+
+def rate(settings: Descent, progress: float) -> float:
+    """The learning rate at a point of the run, 0 at its beginning and 1 at its end."""
+    if progress < settings.warmup_ratio:
+        return settings.learning_rate * progress / settings.warmup_ratio
+    left = (1 - progress) / (1 - settings.warmup_ratio)
+    shape = {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}
+    return settings.learning_rate * shape[settings.lr_scheduler_type]
+
+
+def descend(client: Client, start: Tree, settings: Descent, moments: Tree) -> tuple[Tree, Tree, Mapping[str, float]]:
+    """Take `steps` updates from `start` on the client's own data.
+
+    Returns the new parameters, the optimiser's moments (empty unless `keep_optimizer`; pass them in next time) and metrics:
+    means over all batches, sums of those named `num_`.
+    """
+    theta = {name: tensor.detach().clone().requires_grad_() for name, tensor in start.items()}
+    optimiser = _optimiser(settings, theta, moments)
+    sums: dict[str, float] = {}
+    batches = settings.steps * settings.gradient_accumulation_steps
+    with torch.random.fork_rng(devices=sorted({t.device.index for t in theta.values() if t.is_cuda})):
+        torch.manual_seed(int(torch.randint(2**62, (), generator=client.rng)))  # what dropout draws from
+        for step in range(settings.steps):
+            progress = (client.round + (step + 0.5) / settings.steps) / client.rounds
+            optimiser.param_groups[0]["lr"] = rate(settings, progress)
+            for _ in range(settings.gradient_accumulation_steps):
+                batch = client.task.draw(theta, start, client.shard, settings.batch_size, client.rng)
+                losses, metrics = client.task.losses(theta, batch)
+                (losses.mean() / settings.gradient_accumulation_steps).backward()
+                for name, value in metrics.items():
+                    sums[name] = sums.get(name, 0.0) + value
+            norm = torch.nn.utils.clip_grad_norm_(theta.values(), settings.max_grad_norm)
+            sums["grad_norm"] = sums.get("grad_norm", 0.0) + float(norm) * settings.gradient_accumulation_steps
+            optimiser.step()
+            optimiser.zero_grad()
+    metrics = {name: value if name.startswith("num_") else value / batches for name, value in sums.items()}
+    kept = _moments(optimiser, theta) if settings.keep_optimizer else {}
+    return {name: tensor.detach() for name, tensor in theta.items()}, kept, metrics
+
+
+def _optimiser(settings: Descent, theta: Tree, moments: Tree) -> torch.optim.Optimizer:
+    optimiser: torch.optim.Optimizer
+    if settings.optim == "adamw":
+        betas = (settings.adam_beta1, settings.adam_beta2)
+        optimiser = torch.optim.AdamW(theta.values(), settings.learning_rate, betas, weight_decay=settings.weight_decay, fused=True)
+    else:
+        optimiser = torch.optim.SGD(
+            theta.values(), settings.learning_rate, settings.momentum, weight_decay=settings.weight_decay, foreach=True
+        )
+    for address, tensor in moments.items():
+        key, name = address.split("/", 1)
+        optimiser.state[theta[name]][key] = tensor.clone()
+    return optimiser
+
+
+def _moments(optimiser: torch.optim.Optimizer, theta: Tree) -> Tree:
+    return {
+        f"{key}/{name}": value.detach()
+        for name, tensor in theta.items()
+        for key, value in optimiser.state[tensor].items()
+        if value is not None
+    }

@@ -1,0 +1,5 @@
+"""Pure functions of tensors; no model, no data, no config."""
+
+from fedpref.losses.preference import DPO, IPO, ORPO, Hinge, Loss, PairScores, SimPO
+
+__all__ = ["DPO", "IPO", "ORPO", "Hinge", "Loss", "PairScores", "SimPO"]

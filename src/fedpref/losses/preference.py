@@ -1,0 +1,148 @@
+"""The DPO family: pure functions from log-probabilities of answer pairs to one loss per pair.
+
+A loss is a frozen dataclass of its hyper-parameters. It is called with the scores of B pairs under the policy and under the
+reference, and returns B losses; `rewards` returns the implicit rewards of chosen and rejected answers by which it ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+Positive = Annotated[float, Field(gt=0)]
+Probability = Annotated[float, Field(ge=0, lt=0.5)]
+PerPair = Float[Tensor, " B"]
+
+
+@dataclass(frozen=True)
+class PairScores:
+    """Log-probabilities of B pairs of answers, summed over each answer's tokens, and the number of those tokens."""
+
+    chosen: PerPair
+    rejected: PerPair
+    chosen_tokens: PerPair
+    rejected_tokens: PerPair
+
+    def per_token(self) -> tuple[PerPair, PerPair]:
+        """Mean log-probabilities of a token, (chosen, rejected)."""
+        return self.chosen / self.chosen_tokens, self.rejected / self.rejected_tokens
+
+
+@dataclass(frozen=True)
+class DPO:
+    """Direct preference optimisation: -log sigmoid of beta times the margin over the reference (Rafailov et al. 2023, eq. 7).
+
+    With `label_smoothing` e, labels are taken to be flipped with probability e: `conservative` takes the expected loss under
+    flipped labels (Mitchell 2023), `robust` the loss whose mean over flips is the clean one (Chowdhury et al. 2024, eq. 12).
+    """
+
+    name: Literal["dpo"] = "dpo"
+    beta: Positive = 0.1
+    label_smoothing: Probability = 0.0
+    smoothing: Literal["conservative", "robust"] = "conservative"
+    needs_reference: ClassVar[bool] = True
+
+    def __call__(self, policy: PairScores, reference: PairScores) -> PerPair:
+        chosen, rejected = self.rewards(policy, reference)
+        kept, flipped = -logsigmoid(chosen - rejected), -logsigmoid(rejected - chosen)
+        e = self.label_smoothing
+        if self.smoothing == "conservative":
+            return (1 - e) * kept + e * flipped
+        return ((1 - e) * kept - e * flipped) / (1 - 2 * e)
+
+    def rewards(self, policy: PairScores, reference: PairScores) -> tuple[PerPair, PerPair]:
+        return _over_reference(self.beta, policy, reference)
+
+
+@dataclass(frozen=True)
+class IPO:
+    """Identity preference optimisation: the margin over the reference is regressed on 1 / (2 beta) (Azar et al. 2023, eq. 17).
+
+    The log-probabilities are means over an answer's tokens, as in TRL; the paper does not say, and with sums the target does
+    not fit answers of different lengths.
+    """
+
+    name: Literal["ipo"] = "ipo"
+    beta: Positive = 0.1
+    needs_reference: ClassVar[bool] = True
+
+    def __call__(self, policy: PairScores, reference: PairScores) -> PerPair:
+        chosen, rejected = self.rewards(policy, reference)
+        return ((chosen - rejected) / self.beta - 1 / (2 * self.beta)) ** 2
+
+    def rewards(self, policy: PairScores, reference: PairScores) -> tuple[PerPair, PerPair]:
+        (chosen, rejected), (reference_chosen, reference_rejected) = policy.per_token(), reference.per_token()
+        return self.beta * (chosen - reference_chosen), self.beta * (rejected - reference_rejected)
+
+
+@dataclass(frozen=True)
+class Hinge:
+    """The hinge on the same margin as DPO's: max(0, 1 - beta margin) (SLiC, Zhao et al. 2023, with a reference as in RSO)."""
+
+    name: Literal["hinge"] = "hinge"
+    beta: Positive = 0.1
+    needs_reference: ClassVar[bool] = True
+
+    def __call__(self, policy: PairScores, reference: PairScores) -> PerPair:
+        chosen, rejected = self.rewards(policy, reference)
+        return torch.relu(1 - (chosen - rejected))
+
+    def rewards(self, policy: PairScores, reference: PairScores) -> tuple[PerPair, PerPair]:
+        return _over_reference(self.beta, policy, reference)
+
+
+@dataclass(frozen=True)
+class SimPO:
+    """No reference: mean log-probabilities of a token, apart by a target margin `gamma` (Meng et al. 2024, eq. 6)."""
+
+    name: Literal["simpo"] = "simpo"
+    beta: Positive = 2.0
+    gamma: Annotated[float, Field(ge=0)] = 0.5
+    needs_reference: ClassVar[bool] = False
+
+    def __call__(self, policy: PairScores, reference: PairScores) -> PerPair:
+        chosen, rejected = self.rewards(policy, reference)
+        return -logsigmoid(chosen - rejected - self.gamma)
+
+    def rewards(self, policy: PairScores, reference: PairScores) -> tuple[PerPair, PerPair]:
+        chosen, rejected = policy.per_token()
+        return self.beta * chosen, self.beta * rejected
+
+
+@dataclass(frozen=True)
+class ORPO:
+    """No reference: likelihood of the chosen answer plus `beta` times a log odds ratio (Hong et al. 2024, eq. 6 and 7).
+
+    The likelihood is the mean over the chosen answer's tokens; the prompt is not part of it.
+    """
+
+    name: Literal["orpo"] = "orpo"
+    beta: Positive = 0.1  # the paper's lambda
+    needs_reference: ClassVar[bool] = False
+
+    def __call__(self, policy: PairScores, reference: PairScores) -> PerPair:
+        chosen, rejected = policy.per_token()
+        log_odds_ratio = (chosen - rejected) - (_log_complement(chosen) - _log_complement(rejected))
+        return -chosen - self.beta * logsigmoid(log_odds_ratio)
+
+    def rewards(self, policy: PairScores, reference: PairScores) -> tuple[PerPair, PerPair]:
+        chosen, rejected = policy.per_token()
+        return self.beta * chosen, self.beta * rejected
+
+
+Loss = DPO | IPO | Hinge | SimPO | ORPO
+
+
+def _over_reference(beta: float, policy: PairScores, reference: PairScores) -> tuple[PerPair, PerPair]:
+    return beta * (policy.chosen - reference.chosen), beta * (policy.rejected - reference.rejected)
+
+
+def _log_complement(log_probability: PerPair) -> PerPair:
+    """log(1 - p) from log p, stable at both ends; p is kept one part in ten million below 1."""
+    return torch.log(-torch.expm1(log_probability.clamp(max=-1e-7)))

@@ -1,0 +1,1 @@
+"""What people look at, made from a run directory alone."""

@@ -1,0 +1,55 @@
+"""A run as it goes: one line per algorithm, with a bar on a terminal and plain rows elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from fedpref.reports.tables import TITLES, bytes_text
+from fedpref.summary import ACCURACY
+
+if TYPE_CHECKING:
+    from fedpref.experiment import Event
+
+
+def show(happenings: Iterator[Event], console: Console) -> None:
+    """Draw events until they end."""
+    columns = (
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=16),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[figures]}"),
+        TextColumn("left"),
+        TimeRemainingColumn(elapsed_when_finished=False),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        bars: dict[str, TaskID] = {}
+        for event in happenings:
+            text = _figures(event)
+            title = "reference log-probabilities" if event.kind == "prepare" else TITLES.get(event.line, event.line)
+            if not console.is_terminal:
+                if event.kind != "prepare" or event.done == event.total:
+                    console.print(f"{title:12s} {event.kind} {event.done}/{event.total}  {text}", highlight=False, soft_wrap=True)
+                continue
+            if event.kind == "evaluate":
+                continue
+            if title not in bars:
+                bars[title] = progress.add_task(title, total=event.total, figures="")
+            progress.update(bars[title], completed=event.done, figures=text)
+
+
+def _figures(event: Event) -> str:
+    figures = event.figures
+    if event.kind == "prepare":
+        return "clients"
+    if event.kind == "evaluate":
+        return f"held-out accuracy {figures['mean']:.3f}, worst client {figures['worst']:.3f}"
+    sent = bytes_text(figures["bytes_up"] + figures["bytes_down"])
+    speed = figures["num_pairs"] / figures["seconds"]
+    return (
+        f"loss {figures['loss']:.3f}  accuracy {figures[ACCURACY]:.3f}  margin {figures['rewards/margins']:.3f}  "
+        f"{sent}  {speed:.0f} pairs/s"
+    )

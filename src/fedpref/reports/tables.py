@@ -1,0 +1,76 @@
+"""The table at the end of a run: every client, the algorithm, and the lines to compare it with."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.table import Table
+
+from fedpref.rundirectory import CLIENTS
+from fedpref.summary import ACCURACY, over_clients, standard_error
+
+Accuracies = Mapping[str, Mapping[str, float]]  # line -> client -> held-out pair accuracy
+TITLES = {"local": "alone", "centralised": "pooled"}
+
+
+def accuracies(evaluations: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Accuracies:
+    """The pair accuracies of a run's last evaluations."""
+    return {line: {name: row[ACCURACY] for name, row in rows.items()} for line, rows in evaluations.items()}
+
+
+def client_table(path: Path, figures: Accuracies) -> Table:
+    """Held-out pair accuracy of each client under each line, clients with most training pairs first, then summaries."""
+    sizes = json.loads((path / CLIENTS).read_text())
+    names = sorted(sizes, key=lambda name: (-sizes[name]["train"], name))
+    counts = {name: sizes[name]["test"] for name in names}
+    table = Table(title="held-out pair accuracy", title_style="bold", title_justify="left")
+    table.add_column("client")
+    table.add_column("training pairs", justify="right")
+    table.add_column("held-out pairs", justify="right")
+    main = next(iter(figures))
+    for line in figures:
+        table.add_column(TITLES.get(line, line), justify="right", style="bold" if line == main else "")
+    for name in names:
+        table.add_row(name, str(sizes[name]["train"]), str(counts[name]), *(f"{100 * figures[line][name]:.1f}" for line in figures))
+    table.add_section()
+    pairs, held = str(sum(size["train"] for size in sizes.values())), str(sum(counts.values()))
+    summaries = {line: over_clients(values, counts) for line, values in figures.items()}
+    means = [f"{100 * summaries[line]['mean']:.1f} ± {100 * standard_error(figures[line], counts):.1f}" for line in figures]
+    table.add_row("mean ± standard error", pairs, held, *means, style="bold")
+    if len(names) >= 4:
+        small = names[len(names) // 2 :]
+        part = [f"{100 * sum(figures[line][name] for name in small) / len(small):.1f}" for line in figures]
+        table.add_row(
+            f"mean of the {len(small)} with least data",
+            str(sum(sizes[name]["train"] for name in small)),
+            str(sum(counts[name] for name in small)),
+            *part,
+        )
+    for key, title in (("weighted_mean", "mean by held-out pairs"), ("worst", "worst client"), ("worst_decile", "worst decile")):
+        table.add_row(title, "", "", *(f"{100 * summaries[line][key]:.1f}" for line in figures))
+    table.add_row("Jain index", "", "", *(f"{summaries[line]['jain']:.4f}" for line in figures))
+    return table
+
+
+def size_table(sizes: Mapping[str, tuple[int, int, int]], shown: int = 30) -> Table:
+    """Clients and their sizes: (training pairs, held-out pairs, truncated rows); only the largest where there are very many."""
+    table = Table(title=f"{len(sizes)} clients", title_style="bold", title_justify="left")
+    for title in ("client", "training pairs", "held-out pairs", "truncated"):
+        table.add_column(title, justify="left" if title == "client" else "right")
+    ranked = sorted(sizes.items(), key=lambda item: (-item[1][0], item[0]))
+    for name, (train, test, cut) in ranked[:shown]:
+        table.add_row(name, str(train), str(test), str(cut))
+    if len(ranked) > shown:
+        table.add_row(f"... and {len(ranked) - shown} smaller ones", *(str(sum(s[i] for _, s in ranked[shown:])) for i in range(3)))
+    table.add_section()
+    table.add_row("all", *(str(sum(size[i] for size in sizes.values())) for i in range(3)), style="bold")
+    return table
+
+
+def bytes_text(count: float) -> str:
+    """A number of bytes for people: 1.5 MB."""
+    power = min(4, int(math.log(count, 1000))) if count >= 1 else 0
+    return f"{count / 1000**power:.{1 if power else 0}f} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"

@@ -1,0 +1,103 @@
+"""The run directory: what a run leaves behind, each file whole or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from fedpref import trees
+from fedpref.engines import Engine
+from fedpref.errors import UserError
+
+CONFIG, CLIENTS, METRICS, EVALUATION, DONE = "config.yaml", "clients.json", "metrics.jsonl", "evaluation.jsonl", "done"
+
+
+class RunDirectory:
+    """config.yaml, clients.json, metrics.jsonl, evaluation.jsonl, checkpoints/, adapter/, clients/, references/."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def refuse_existing(self) -> None:
+        """Raise UserError if anything stands where this run is to go."""
+        if self.path.exists():
+            raise UserError(
+                f"{self.path} exists already. Give another --output, continue it with `fedpref resume {self.path}`, or remove it."
+            )
+
+    def create(self, config: Mapping[str, Any]) -> None:
+        """Make the directory."""
+        self.refuse_existing()
+        self.path.mkdir(parents=True)
+        self.write(CONFIG, OmegaConf.to_yaml(OmegaConf.create(dict(config))))
+
+    def write(self, name: str, text: str) -> None:
+        """Write a small file, whole or not at all."""
+        beside = self.path / f".{name}.{os.getpid()}"
+        beside.write_text(text)
+        beside.replace(self.path / name)
+
+    def read_rows(self, name: str) -> list[dict[str, Any]]:
+        """The rows of a JSON Lines file of this run, without a last line that a crash cut short."""
+        path = self.path / name
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def append(self, name: str, row: Mapping[str, Any]) -> None:
+        with (self.path / name).open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def cut_rows_after(self, rounds: int) -> None:
+        """Forget what was logged after so many rounds: a resumed run does them again."""
+        for name in (METRICS, EVALUATION):
+            if (self.path / name).exists():
+                kept = [row for row in self.read_rows(name) if row["round"] <= rounds]
+                self.write(name, "".join(json.dumps(row) + "\n" for row in kept))
+
+    # ---- checkpoints
+
+    def checkpoint(self, rounds: int, state: Any, engine: Engine) -> None:
+        """Keep the state after so many rounds: shared trees here, private ones by their clients. Older checkpoints go."""
+        if not is_dataclass(state):
+            raise TypeError(f"an algorithm's state must be a dataclass, not {type(state).__name__}")
+        folder = self.path / "checkpoints"
+        beside = folder / ".unfinished"
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        for field in fields(state):
+            value = getattr(state, field.name)
+            if isinstance(value, Mapping):
+                trees.save(value, beside / f"{field.name}.safetensors")
+            else:
+                engine.save(value, beside / field.name)
+        older = list(folder.glob("round-*"))
+        beside.replace(folder / f"round-{rounds:06d}")
+        for path in older:
+            shutil.rmtree(path)
+
+    def restore(self, state: Any, engine: Engine) -> tuple[Any, int]:
+        """The newest checkpoint's state, in place of a fresh one of the same type, and its number of rounds (0 without one)."""
+        found = sorted((self.path / "checkpoints").glob("round-*"))
+        if not found:
+            return state, 0
+        loaded = {}
+        for field in fields(state):
+            file = found[-1] / f"{field.name}.safetensors"
+            loaded[field.name] = trees.load(file) if file.exists() else engine.load(found[-1] / field.name)
+        return replace(state, **loaded), int(found[-1].name.removeprefix("round-"))
+
+    # ---- the end
+
+    @property
+    def done(self) -> bool:
+        return (self.path / DONE).exists()
+
+    def finish(self) -> None:
+        self.write(DONE, "")

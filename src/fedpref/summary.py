@@ -1,0 +1,30 @@
+"""Figures over clients: what one number per client comes to for the population."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+ACCURACY = "rewards/accuracies"
+
+
+def over_clients(values: Mapping[str, float], counts: Mapping[str, int]) -> dict[str, float]:
+    """Mean, mean weighted by held-out examples, worst client, mean of the worst decile (one client at least), Jain's index.
+
+    Jain's index (sum x)^2 / (N sum x^2) is 1 when all clients fare alike and 1/N when one has everything (Jain et al. 1984).
+    """
+    ranked = sorted(values.values())
+    worst = ranked[: math.ceil(len(ranked) / 10)]
+    squares = sum(value**2 for value in ranked)
+    return {
+        "mean": sum(ranked) / len(ranked),
+        "weighted_mean": sum(values[name] * counts[name] for name in values) / sum(counts[name] for name in values),
+        "worst": ranked[0],
+        "worst_decile": sum(worst) / len(worst),
+        "jain": sum(ranked) ** 2 / (len(ranked) * squares) if squares else 1.0,
+    }
+
+
+def standard_error(accuracies: Mapping[str, float], counts: Mapping[str, int]) -> float:
+    """The standard error of the mean over clients of accuracies: binomial within clients, which are taken as given."""
+    return math.sqrt(sum(p * (1 - p) / counts[name] for name, p in accuracies.items())) / len(accuracies)

@@ -1,0 +1,48 @@
+"""What a learning problem offers to the local loop; it does not know that it is federated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fedpref.trees import Tree
+
+
+class Shard(Protocol):
+    """One client's data."""
+
+    @property
+    def name(self) -> str: ...
+
+    def __len__(self) -> int:
+        """The number of training examples: the client's weight in a mean by examples."""
+        ...
+
+
+class Task(Protocol):
+    """Model, data and objective in one."""
+
+    def init(self, rng: torch.Generator) -> Tree:
+        """Fresh trainable parameters."""
+        ...
+
+    def draw(self, params: Tree, start: Tree, shard: Any, size: int, rng: torch.Generator) -> Any:
+        """A training batch of `size` examples; `start` is what the client began the round with."""
+        ...
+
+    def losses(self, params: Tree, batch: Any) -> tuple[Float[Tensor, " M"], Mapping[str, float]]:
+        """One differentiable loss per objective, and metrics of the batch; `num_` metrics are counts."""
+        ...
+
+    def evaluate(self, params: Tree, shard: Any) -> Mapping[str, float]:
+        """Metrics on the shard's held-out examples, whose number is `num_examples`."""
+        ...
+
+    def export(self, params: Tree, folder: Path) -> None:
+        """Write the parameters as a folder that other tools load."""
+        ...

@@ -1,0 +1,65 @@
+"""Arithmetic on trees: flat, named tensors, the only currency between clients and coordinator."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+Tree = Mapping[str, Tensor]
+
+
+def add(a: Tree, b: Tree) -> Tree:
+    """A + b; the names must agree."""
+    _same_names(a, b)
+    return {name: a[name] + b[name] for name in a}
+
+
+def subtract(a: Tree, b: Tree) -> Tree:
+    """A - b; the names must agree."""
+    _same_names(a, b)
+    return {name: a[name] - b[name] for name in a}
+
+
+def scale(tree: Tree, factor: float) -> Tree:
+    """Factor * tree."""
+    return {name: tensor * factor for name, tensor in tree.items()}
+
+
+def total(trees: Iterable[Tree]) -> Tree:
+    """The sum, added from left to right: floating-point sums depend on their order, so the caller's order is kept."""
+    first, *rest = trees
+    for tree in rest:
+        first = add(first, tree)
+    return first
+
+
+def norm(tree: Tree) -> float:
+    """The Euclidean norm over all entries."""
+    return torch.stack([tensor.double().square().sum() for tensor in tree.values()]).sum().sqrt().item() if tree else 0.0
+
+
+def size(tree: Tree) -> int:
+    """Bytes of all tensors together, without names."""
+    return sum(tensor.nbytes for tensor in tree.values())
+
+
+def save(tree: Tree, path: Path) -> None:
+    """Write a safetensors file, whole or not at all."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    safetensors.torch.save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tree.items()}, beside)
+    beside.replace(path)
+
+
+def load(path: Path) -> Tree:
+    """Read what `save` wrote."""
+    return dict(safetensors.torch.load_file(path))
+
+
+def _same_names(a: Tree, b: Tree) -> None:
+    if a.keys() != b.keys():
+        raise ValueError(f"trees differ in names: {sorted(a.keys() ^ b.keys())[:4]}")
