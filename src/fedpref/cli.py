@@ -75,16 +75,21 @@ def list_() -> None:
     """What there is: algorithms, losses, tasks, sources of data, partitions."""
     from typing import get_args
 
+    from rich.table import Table
+    from rich.text import Text
+
     from fedpref.algorithms import AnyAlgorithm
     from fedpref.data import Partition, Source
     from fedpref.losses import Loss
     from fedpref.tasks import AnyTask
 
     groups = {"algorithms": AnyAlgorithm, "losses": Loss, "tasks": AnyTask, "data": Source, "partitions": Partition}
+    table = Table.grid(padding=(0, 2))
     for title, group in groups.items():
-        console.print(f"[bold]{title}[/bold]")
+        table.add_row(f"[bold]{title}[/bold]")
         for kind in get_args(group) or (group,):
-            console.print(f"  {kind.name:14s} {(kind.__doc__ or '').strip().splitlines()[0]}", highlight=False, markup=False)
+            table.add_row(f"  {kind.name}", Text((kind.__doc__ or "").strip().splitlines()[0]))
+    console.print(table)
 
 
 def _version(wanted: bool) -> None:

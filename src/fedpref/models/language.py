@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -92,10 +93,12 @@ class LanguageModel:
             lora_alpha=settings.lora_alpha,
             lora_dropout=settings.lora_dropout,
             target_modules=targets if isinstance(targets, str) else list(targets),
-            base_model_name_or_path=settings.path,
+            base_model_name_or_path=path,
         )
         try:
-            self.model: PeftModel = get_peft_model(backbone, lora).to(self.device).eval()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for a property that is being renamed
+                self.model: PeftModel = get_peft_model(backbone, lora).to(self.device).eval()
         except ValueError as error:
             raise UserError(f"model.lora_target_modules: {error}") from error
         self.model.requires_grad_(False)
