@@ -49,8 +49,8 @@ SOURCES = {
     "corpus_squality_stories": ("Project Gutenberg, CC-BY-4.0", "nyu-mll/SQuALITY, the stories"),
     "corpus_tinystories_cased": ("CDLA-Sharing-1.0", "roneneldan/TinyStories"),
     "corpus_tinystories_lower": ("CDLA-Sharing-1.0", "roneneldan/TinyStories, a third of the rows"),
-    "hh_rlhf_helpful": ("MIT", "anthropics/hh-rlhf helpful-base, training split"),
-    "hh_rlhf_harmless": ("MIT", "anthropics/hh-rlhf harmless-base, training split, chosen answers only"),
+    "hh_rlhf_helpful": ("MIT", "anthropics/hh-rlhf helpful-base, training split, prompts whose hash is on the training side"),
+    "hh_rlhf_harmless": ("MIT", "anthropics/hh-rlhf harmless-base, the same, chosen answers only"),
     "ultrafeedback_sample": ("MIT", "OpenBMB/UltraFeedback, prompts whose hash is on the training side"),
     "movie_reviews_polarity": ("CC-BY-4.0", "Pang and Lee 2004, folds 0 to 5"),
     "persona_statements": ("CC-BY-4.0", "anthropics/evals, statements whose prompt hash is on the training side"),
@@ -76,8 +76,10 @@ def documents(folder: Path) -> dict[str, list[str]]:
     plain = {name: [row["text"].strip() for row in rows(folder, name)] for name in SOURCES if name.startswith("corpus_")}
     plain["corpus_tinystories_lower"] = plain["corpus_tinystories_lower"][::3]
     plain["corpus_squality_stories"] = [re.sub(r"[ \n]*\n[ \n]*\n[ \n]*", "\n\n", t) for t in plain["corpus_squality_stories"]]
-    helpful = [r for r in rows(folder, "hh_rlhf_helpful") if r["split"] == "train"]
-    harmless = [r for r in rows(folder, "hh_rlhf_harmless") if r["split"] == "train"]
+    helpful, harmless = (
+        [r for r in rows(folder, f"hh_rlhf_{objective}") if r["split"] == "train" and not held_out(r["prompt"])]
+        for objective in ("helpful", "harmless")
+    )
     feedback = [r for r in rows(folder, "ultrafeedback_sample") if not held_out(r["prompt"])]
     reviews = [r["text"] for r in rows(folder, "movie_reviews_polarity") if int(r["fold"]) <= 5]
     asked = [
@@ -122,7 +124,7 @@ def schedule(progress: float) -> float:
 
 
 def worker(rank: int, arguments: argparse.Namespace, blocks: torch.Tensor, model: LlamaForCausalLM) -> None:
-    dist.init_process_group("gloo", init_method="tcp://127.0.0.1:29511", rank=rank, world_size=arguments.workers)
+    dist.init_process_group("gloo", init_method=f"file://{arguments.scratch.resolve()}.meeting", rank=rank, world_size=arguments.workers)
     torch.set_num_threads(1)
     keep_freed_memory()
     model = copy.deepcopy(model)  # what arrives lies in memory shared by all workers
@@ -221,6 +223,7 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.scratch = arguments.target / "pretraining.pt"
     arguments.target.mkdir(parents=True, exist_ok=True)
+    Path(f"{arguments.scratch}.meeting").unlink(missing_ok=True)
 
     draw, training, held = random.Random(0), {}, {}
     for name, texts in documents(arguments.texts).items():
@@ -250,7 +253,8 @@ def main() -> None:
     model = LlamaForCausalLM(config)
     mp.spawn(worker, (arguments, blocks, model), nprocs=arguments.workers) if arguments.workers > 1 else worker(0, arguments, blocks, model)
     result = torch.load(arguments.scratch)
-    arguments.scratch.unlink()
+    for left in (arguments.scratch, Path(f"{arguments.scratch}.meeting")):
+        left.unlink(missing_ok=True)
     model = LlamaForCausalLM(config)
     model.load_state_dict(result["weights"])
     model = model.to(torch.bfloat16)

@@ -87,7 +87,7 @@ def _sentence(kind: Any, problem: Any, where: str) -> str:
     if problem["type"] == "union_tag_not_found":
         return f"{where}: {key} needs a name; `fedpref list` shows them."
     if problem["type"] in ("missing", "missing_argument"):
-        return f"{where}: {key} is missing."
+        return f"{where}: {key} is missing. Set it in the file, or give {key}=VALUE."
     return f"{where}: {key}: {problem['msg'][0].lower()}{problem['msg'][1:]}; found {problem['input']!r}."
 
 

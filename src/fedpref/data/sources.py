@@ -1,12 +1,12 @@
 """Where preference rows come from: anybody's files in TRL's formats, the shipped set, and public sets that need a small reader.
 
-A source is a frozen dataclass with `read`, which yields rows. Dialogue stands in hh-rlhf's plain form, "Human: ...
-
-Assistant:", and answers begin with a space.
+A source is a frozen dataclass with `read`, which yields rows. Dialogue stands in hh-rlhf's plain form, turns of "Human:" and
+"Assistant:" with an empty line between them, and answers begin with a space.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.resources import files
@@ -19,6 +19,7 @@ from fedpref.data.preferences import Preference, Side, held_out, key, parse
 from fedpref.data.tables import Record, read_table
 from fedpref.errors import UserError
 
+SIDES: tuple[Side, ...] = ("train", "test")
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -64,41 +65,33 @@ class Builtin:
 class HH:
     """hh-rlhf (Bai et al. 2022): human comparisons for helpfulness and for harmlessness, by the column `objective`.
 
-    `path` is the Hub dataset, a folder in its layout, or a folder with hh_rlhf_helpful.jsonl.gz and hh_rlhf_harmless.jsonl.gz.
+    `path` is the Hub dataset, a folder in its layout, or a folder with hh_rlhf_helpful.jsonl.gz and hh_rlhf_harmless.jsonl.gz; where
+    such a file has no test rows, they are held out by prompt.
     """
 
     name: Literal["hh"] = "hh"
     path: str = "Anthropic/hh-rlhf"
     objectives: tuple[Literal["helpful", "harmless"], ...] = ("helpful", "harmless")
-    max_rows: Annotated[int, Field(ge=1)] | None = None  # the first so many of each objective and side
+    max_rows: Annotated[int, Field(ge=1)] | None = None  # the first so many of each objective, and of each side where sides are given
 
     def read(self) -> Iterator[Preference]:
         for objective in self.objectives:
-            counts = {"train": 0, "test": 0}
+            counts: Counter[Side | None] = Counter()
             for side, where, record in self._records(objective):
                 counts[side] += 1
-                if self.max_rows is None or counts[side] <= self.max_rows:
-                    row = parse(record, where)
-                    yield replace(
-                        row,
-                        prompt=key(row.prompt).strip(),
-                        chosen=_spaced(row.chosen),
-                        rejected=_spaced(row.rejected),
-                        columns={"objective": objective},
-                        side=side,
-                    )
+                if record["chosen"] != record["rejected"] and (self.max_rows is None or counts[side] <= self.max_rows):
+                    row = parse(record, where)  # the original has a few rows with identical answers
+                    texts = {"prompt": key(row.prompt).strip(), "chosen": _spaced(row.chosen), "rejected": _spaced(row.rejected)}
+                    yield replace(row, **texts, columns={"objective": objective}, side=side)
 
-    def _records(self, objective: str) -> Iterator[tuple[Side, str, Mapping[str, Any]]]:
-        table = _local_table(self.path, f"hh_rlhf_{objective}")
-        if table:
-            for where, record in read_table(str(table)):
-                if record["chosen"] != record["rejected"]:  # the original has a few such rows
-                    yield _side(record, "split", where), where, record
-            return
-        for side in ("train", "test"):
-            for where, record in read_table(self.path, split=side, data_dir=f"{objective}-base"):
-                if record["chosen"] != record["rejected"]:
-                    yield side, where, record
+    def _records(self, objective: str) -> Iterator[tuple[Side | None, str, Mapping[str, Any]]]:
+        if table := _local_table(self.path, f"hh_rlhf_{objective}"):
+            records = list(read_table(str(table)))
+            whole = any(record.get("split") == "test" for _, record in records)
+            yield from ((_side(record, "split", where) if whole else None, where, record) for where, record in records)
+        else:
+            for side in SIDES:
+                yield from ((side, where, record) for where, record in read_table(self.path, split=side, data_dir=f"{objective}-base"))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,116 @@
+"""What tests share: small models and preference rows on disk, in the formats that users have."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+import pytest
+import torch
+import transformers
+
+ROOT = Path(__file__).resolve().parent.parent
+REAL_DATA = ROOT.parent / "shared" / "data"
+TOKENIZER = ROOT / "src/fedpref/models/builtin"
+
+SMALL = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 32, "max_position_embeddings": 96}
+ARCHITECTURES: dict[str, Callable[[], Any]] = {
+    "llama": lambda: transformers.LlamaConfig(**SMALL, intermediate_size=48, tie_word_embeddings=True),
+    "qwen2": lambda: transformers.Qwen2Config(**SMALL, intermediate_size=48, num_key_value_heads=1),
+    "gpt2": lambda: transformers.GPT2Config(n_layer=2, n_head=2, n_embd=32, n_positions=96),
+    "gpt_neox": lambda: transformers.GPTNeoXConfig(**SMALL, intermediate_size=48),
+}
+
+
+def make_model(folder: Path, architecture: str = "llama", seed: int = 0) -> Path:
+    """A randomly initialised causal language model as an ordinary Hugging Face folder, with the shipped tokenizer."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TOKENIZER)
+    configuration = ARCHITECTURES[architecture]()
+    configuration.vocab_size = len(tokenizer)
+    configuration.bos_token_id = configuration.eos_token_id = tokenizer.eos_token_id
+    configuration.pad_token_id = tokenizer.pad_token_id
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(configuration)
+    with torch.no_grad():
+        for parameter in model.parameters():  # larger weights than the default, so that answers differ in probability
+            parameter.mul_(3.0) if parameter.ndim == 2 else parameter
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_rows(clients: Sequence[int], seed: int = 0) -> list[dict[str, str]]:
+    """Rows for clients of these sizes: each client prefers answers that hold a word of its own."""
+    draw = random.Random(seed)
+    words = ["river", "stone", "cloud", "lamp", "bread", "glass", "rope", "mill"]
+    rows = []
+    for number, count in enumerate(clients):
+        liked = words[number % len(words)]
+        for i in range(count):
+            others = [draw.choice([w for w in words if w != liked]) for _ in range(draw.randint(2, 9))]
+            better = [*others[:1], liked, *others[1:]]
+            prompt = f"Human: Which thing, number {number}.{i}?\n\nAssistant:"
+            rows.append(
+                {"prompt": prompt, "chosen": " " + " ".join(better), "rejected": " " + " ".join(others), "client": f"client-{number}"}
+            )
+    return rows
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A small model of an architecture, made once."""
+    made: dict[str, Path] = {}
+
+    def get(architecture: str) -> Path:
+        if architecture not in made:
+            made[architecture] = make_model(tmp_path_factory.mktemp(architecture) / "model", architecture)
+        return made[architecture]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def tiny(models: Callable[[str], Path]) -> Path:
+    return models("llama")
+
+
+@pytest.fixture(scope="session")
+def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four clients with 24, 16, 12 and 6 rows."""
+    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", make_rows([24, 16, 12, 6]))
+
+
+@pytest.fixture(scope="session")
+def settings(tiny: Path, rows_file: Path) -> dict[str, Any]:
+    """The config of a quick experiment, as plain data."""
+    return {
+        "data": {"name": "files", "path": str(rows_file), "test_fraction": 0.3},
+        "task": {"name": "preference", "model": {"path": str(tiny), "lora_r": 4}, "loss": {"name": "dpo", "beta": 0.5}},
+        "algorithm": {"name": "feddpo", "local": {"steps": 2, "batch_size": 4, "learning_rate": 0.01}},
+        "rounds": 3,
+    }
+
+
+@pytest.fixture
+def real_data() -> Path:
+    if not REAL_DATA.is_dir():
+        pytest.skip("the folder of real preference data is not beside this checkout")
+    return REAL_DATA
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Small models run fastest so; and sums must not depend on who runs the tests."""
+    torch.set_num_threads(1)

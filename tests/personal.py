@@ -1,0 +1,50 @@
+"""An algorithm with private state, for the contract tests: LoRA's A factors are shared, its B factors never leave a client."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from fedpref import trees
+from fedpref.federation import Client, Federation, PerClient, work
+from fedpref.local import Descent, descend
+from fedpref.trees import Tree
+
+
+@dataclass(frozen=True)
+class State:
+    shared: Tree
+    private: PerClient[Tree]
+
+
+def is_private(name: str) -> bool:
+    return ".lora_B." in name
+
+
+@work
+def begin(client: Client, start: Tree) -> Tree:
+    return {name: tensor for name, tensor in start.items() if is_private(name)}
+
+
+@work
+def train(client: Client, shared: Tree, private: Tree, local: Descent) -> tuple[Tree, Tree, Mapping[str, float]]:
+    theta, _, metrics = descend(client, {**shared, **private}, local, {})
+    return {n: theta[n] - shared[n] for n in shared}, {n: theta[n] for n in private}, metrics
+
+
+@dataclass(frozen=True)
+class Personal:
+    name: Literal["personal"] = "personal"
+    local: Descent = Descent()
+    pooled: ClassVar[bool] = False
+
+    def init(self, fed: Federation, start: Tree) -> State:
+        return State({n: t for n, t in start.items() if not is_private(n)}, fed.each(begin, start))
+
+    def step(self, fed: Federation, state: State) -> tuple[State, Mapping[str, float]]:
+        delta, private, metrics = fed.each(train, state.shared, state.private, self.local)
+        return State(trees.add(state.shared, fed.mean(delta)), state.private | private), fed.report(metrics)
+
+    def model(self, state: State) -> tuple[Tree | PerClient[Tree], ...]:
+        return state.shared, state.private

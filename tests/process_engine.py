@@ -1,0 +1,256 @@
+"""A second engine, for tests: every client is an operating system process, and a value on a client is a name and nothing else.
+
+Messages are bytes: a JSON header and a safetensors body. Work travels as its registered name, its plain arguments as JSON that the
+client reads back by the type hints of the work. What no name refers to any more is freed on the clients.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import multiprocessing
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import safetensors.torch
+import torch
+from pydantic import TypeAdapter
+
+from fedpref import config, seeds, trees
+from fedpref.channel import Chain, Sender
+from fedpref.engines.engine import Traffic, weighted_report
+from fedpref.federation import WORK, Client, name_of
+from fedpref.trees import Tree
+
+
+def pack(header: Mapping[str, Any], tensors: Tree | None = None) -> bytes:
+    head = json.dumps(header).encode()
+    return len(head).to_bytes(4) + head + safetensors.torch.save({name: t.contiguous() for name, t in (tensors or {}).items()})
+
+
+def unpack(message: bytes) -> tuple[dict[str, Any], Tree]:
+    length = int.from_bytes(message[:4])
+    return json.loads(message[4 : 4 + length]), safetensors.torch.load(message[4 + length :])
+
+
+# ---- a client's process
+
+
+class Site:
+    """One client: its data, and its values by name."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.values: dict[str, Any] = {}
+
+    def open(self, experiment: dict[str, Any], cache: str, modules: list[str]) -> int:
+        from fedpref.experiment import Experiment
+
+        for module in modules:
+            importlib.import_module(module)
+        spec = config.parse(Experiment, experiment, "message")
+        self.seed, self.rounds, self.task = spec.seed, spec.rounds, spec.task.build()
+        self.shard = self.task.prepare(self.task.encode(spec.clients()[0][self.number]), Path(cache) / str(self.number))
+        self.values.clear()
+        return len(self.shard)
+
+    def each(self, work: str, args: list[Any], tensors: Tree, round: int, call: int) -> int | None:
+        function = WORK[work]
+        hints = [hint for name, hint in get_type_hints(function).items() if name != "return"][1:]
+        hints += hints[-1:] * (len(args) - len(hints))  # a work's *parts
+        given = [self._argument(arg, tensors, hint) for arg, hint in zip(args, hints, strict=True)]
+        rng = seeds.generator(self.seed, "work", round=round, call=call, client=self.number)
+        result = function(Client(self.number, self.task, self.shard, rng, round, self.rounds), *given)
+        parts = result if isinstance(result, tuple) else (result,)
+        self.values.update({f"{round}.{call}.{i}": part for i, part in enumerate(parts)})
+        return len(parts) if isinstance(result, tuple) else None
+
+    def _argument(self, arg: dict[str, Any], tensors: Tree, hint: Any) -> Any:
+        if "name" in arg:
+            return self.values[arg["name"]]
+        if "tree" in arg:
+            return {name.split("/", 1)[1]: t for name, t in tensors.items() if name.startswith(f"{arg['tree']}/")}
+        return TypeAdapter(hint).validate_python(arg["plain"])
+
+    def message(self, name: str, share: float, round: int, call: int) -> Tree:
+        rng = seeds.generator(self.seed, "channel", round=round, call=call, client=self.number)
+        return Chain().encode(trees.scale(self.values[name], share), Sender(self.number, round, rng))
+
+    def free(self, names: Sequence[str]) -> None:
+        for name in names:
+            self.values.pop(name, None)
+
+
+def serve(connection: Connection, number: int) -> None:
+    torch.set_num_threads(1)
+    site = Site(number)
+    while True:
+        header, tensors = unpack(connection.recv_bytes())
+        verb = header.pop("verb")
+        if verb == "each":
+            connection.send_bytes(pack({"parts": site.each(tensors=tensors, **header)}))
+        elif verb == "mean":
+            connection.send_bytes(pack({}, site.message(**header)))
+        elif verb == "report":
+            connection.send_bytes(pack({"metrics": site.values[header["name"]]}))
+        elif verb == "open":
+            connection.send_bytes(pack({"examples": site.open(**header)}))
+        elif verb == "save":
+            trees.save(site.values[header["name"]], Path(header["path"]))
+            connection.send_bytes(pack({}))
+        elif verb == "load":
+            found = Path(header["path"]).exists()
+            if found:
+                site.values[header["name"]] = trees.load(Path(header["path"]))
+            connection.send_bytes(pack({"found": found}))
+        elif verb == "names":
+            connection.send_bytes(pack({"names": sorted(site.values)}))
+        else:
+            site.free(header["names"])
+
+
+# ---- the coordinator's side
+
+
+class Name:
+    """The name of a value on one client; when nobody holds it any more, the client frees the value."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+
+class Remote:
+    """A value on each client: one name per client."""
+
+    def __init__(self, names: Mapping[int, Name]) -> None:
+        self.names = dict(names)
+
+    def __or__(self, newer: Any) -> Remote:
+        return Remote(self.names | newer.names)
+
+
+class Processes:
+    """Client processes that engines are opened on, one after the other."""
+
+    def __init__(self, count: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connections, self.processes = [], []
+        for number in range(count):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=serve, args=(theirs, number), daemon=True)
+            process.start()
+            self.connections.append(ours)
+            self.processes.append(process)
+
+    def stop(self) -> None:
+        for process in self.processes:
+            process.terminate()
+            process.join()
+
+
+class ProcessEngine:
+    """See `Federation` and `Engine`."""
+
+    def __init__(self, processes: Processes, experiment: dict[str, Any], cache: Path, modules: Sequence[str] = ()) -> None:
+        self._connections = processes.connections
+        self.clients = tuple(range(len(self._connections)))
+        self.sent_up: list[str] = []  # names of tensors that left a client
+        self._freed: list[tuple[int, str]] = []
+        self._names = 0
+        opened = self._ask_all({"verb": "open", "experiment": experiment, "cache": str(cache), "modules": list(modules)}, self.clients)
+        self._examples = {i: float(header["examples"]) for i, (header, _) in opened.items()}
+        weighting = experiment.get("federation", {}).get("weighting", "examples")
+        self._weights = self._examples if weighting == "examples" else dict.fromkeys(self.clients, 1.0)
+        self.begin(0, self.clients)
+
+    def begin(self, round: int, cohort: Sequence[int]) -> None:
+        self.round, self.active = round, tuple(cohort)
+        self.traffic, self._calls = Traffic(), 0
+
+    def each(self, work: Callable[..., Any], *args: Any) -> Any:
+        self._calls += 1
+        tensors = {f"{i}/{name}": t for i, arg in enumerate(args) if isinstance(arg, Mapping) for name, t in arg.items()}
+        self._count(bytes_down=trees.size(tensors) * len(self.active))
+        for i in self.active:
+            described = [self._describe(arg, number, i) for number, arg in enumerate(args)]
+            header = {"verb": "each", "work": name_of(work), "args": described, "round": self.round, "call": self._calls}
+            self._send(i, pack(header, tensors))
+        parts = {i: self._receive(i)[0]["parts"] for i in self.active}
+        count = parts[self.active[0]]
+        columns = [Remote({i: self._name(i, f"{self.round}.{self._calls}.{part}") for i in self.active}) for part in range(count or 1)]
+        return columns[0] if count is None else tuple(columns)
+
+    def _describe(self, arg: Any, number: int, client: int) -> dict[str, Any]:
+        if isinstance(arg, Remote):
+            return {"name": arg.names[client].text}
+        if isinstance(arg, Mapping):
+            return {"tree": number}
+        return {"plain": TypeAdapter(type(arg)).dump_python(arg, mode="json")}
+
+    def mean(self, values: Remote) -> Tree:
+        self._calls += 1
+        total = sum(self._weights[i] for i in self.active)
+        for i in self.active:
+            share = self._weights[i] / total
+            header = {"verb": "mean", "name": values.names[i].text, "share": share, "round": self.round, "call": self._calls}
+            self._send(i, pack(header))
+        messages = [self._receive(i)[1] for i in self.active]
+        self.sent_up += [name for message in messages for name in message]
+        self._count(bytes_up=sum(trees.size(message) for message in messages))
+        return Chain().decode(trees.total(messages), len(messages))
+
+    def report(self, metrics: Remote) -> Mapping[str, float]:
+        return weighted_report(self.disclose(metrics), self._examples)
+
+    def disclose(self, metrics: Remote) -> Mapping[int, Mapping[str, float]]:
+        for i in self.active:
+            self._send(i, pack({"verb": "report", "name": metrics.names[i].text}))
+        return {i: self._receive(i)[0]["metrics"] for i in self.active}
+
+    def save(self, values: Remote, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for i, name in values.names.items():
+            self._ask(i, {"verb": "save", "name": name.text, "path": str(folder / f"{i}.safetensors")})
+
+    def load(self, folder: Path) -> Remote:
+        self._names += 1
+        found = {}
+        for i in self.clients:
+            name = f"loaded.{self._names}"
+            if self._ask(i, {"verb": "load", "name": name, "path": str(folder / f"{i}.safetensors")})[0]["found"]:
+                found[i] = self._name(i, name)
+        return Remote(found)
+
+    def names(self) -> dict[int, list[str]]:
+        """What the clients hold, for tests of the freeing."""
+        return {i: header["names"] for i, (header, _) in self._ask_all({"verb": "names"}, self.clients).items()}
+
+    def _name(self, client: int, text: str) -> Name:
+        name = Name(text)
+        weakref.finalize(name, self._freed.append, (client, text))
+        return name
+
+    def _ask_all(self, header: Mapping[str, Any], clients: Sequence[int]) -> dict[int, tuple[dict[str, Any], Tree]]:
+        for i in clients:
+            self._send(i, pack(header))
+        return {i: self._receive(i) for i in clients}
+
+    def _ask(self, client: int, header: Mapping[str, Any]) -> tuple[dict[str, Any], Tree]:
+        self._send(client, pack(header))
+        return self._receive(client)
+
+    def _send(self, client: int, message: bytes) -> None:
+        freed = [text for i, text in self._freed if i == client]
+        if freed:
+            self._freed[:] = [entry for entry in self._freed if entry[0] != client]
+            self._connections[client].send_bytes(pack({"verb": "free", "names": freed}))
+        self._connections[client].send_bytes(message)
+
+    def _receive(self, client: int) -> tuple[dict[str, Any], Tree]:
+        return unpack(self._connections[client].recv_bytes())
+
+    def _count(self, bytes_up: int = 0, bytes_down: int = 0) -> None:
+        self.traffic = Traffic(self.traffic.bytes_up + bytes_up, self.traffic.bytes_down + bytes_down)

@@ -1,0 +1,175 @@
+"""The command line from end to end, and every mistake of a user's as a sentence with exit code 2 and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from conftest import ROOT, make_rows, write_rows
+from fedpref import Experiment, cli, config
+
+ROWS = make_rows([12, 10])
+Command = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def fedpref(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Command:
+    """Call the command line in an empty directory: (exit code, all that it printed)."""
+    workplace = tmp_path / "workplace"
+    workplace.mkdir()
+    monkeypatch.chdir(workplace)
+    monkeypatch.setattr(cli.console, "_width", 200)
+
+    def call(*arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["fedpref", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        output = capfd.readouterr()
+        return int(ended.value.code or 0), output.out + output.err
+
+    return call
+
+
+@pytest.fixture
+def file(settings: dict[str, Any], tmp_path: Path) -> Path:
+    OmegaConf.save(OmegaConf.create({**settings, "rounds": 2}), tmp_path / "quick.yaml")
+    return tmp_path / "quick.yaml"
+
+
+def test_a_run_ends_with_a_table_and_its_directory_and_loads_in_peft(fedpref: Command, file: Path, tiny: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    code, text = fedpref("run", file, "rounds=1", "references=[local]", "--output", "out")
+    assert code == 0
+    for part in ("client-3", "feddpo", "alone", "worst client", "Jain index", "run directory: out"):
+        assert part in text
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), "out/adapter")
+    assert fedpref("resume", "out")[0] == 0
+
+
+def test_runs_without_a_name_of_their_own_go_to_runs(fedpref: Command, file: Path) -> None:
+    assert fedpref("run", file, "rounds=1", "name=trial")[0] == 0
+    (made,) = Path("runs").iterdir()
+    assert made.name.startswith("trial-")
+
+
+def test_check_shows_clients_and_writes_nothing(fedpref: Command, file: Path) -> None:
+    code, text = fedpref("check", file)
+    assert code == 0
+    assert "4 clients" in text
+    assert "is valid" in text
+    assert not list(Path.cwd().iterdir())
+
+
+def test_list_names_everything_that_a_config_can_name(fedpref: Command) -> None:
+    code, text = fedpref("list")
+    assert code == 0
+    for name in ("feddpo", "centralised", "ipo", "orpo", "preference", "ukpconvarg", "dirichlet", "by-size"):
+        assert name in text
+
+
+def test_the_version_and_the_help_are_there(fedpref: Command) -> None:
+    assert "0.1.0" in fedpref("--version")[1]
+    assert "resume" in fedpref("--help")[1]
+
+
+def without(row: dict[str, str], column: str) -> dict[str, str]:
+    return {name: value for name, value in row.items() if name != column}
+
+
+LONG = {**ROWS[0], "prompt": "Human: " + "word " * 200 + "\n\nAssistant:"}
+BAD_ROWS = {
+    "no column 'rejected'": [*ROWS, without(ROWS[0], "rejected")],
+    "which the row does not have": [*ROWS, without(ROWS[0], "client")],
+    "column 'chosen': expected text": [*ROWS, {**ROWS[0], "chosen": " "}],
+    "identical": [*ROWS, {**ROWS[0], "rejected": ROWS[0]["chosen"]}],
+    "task.max_length is 96": [*ROWS, LONG],
+}
+
+
+@pytest.mark.parametrize("message", BAD_ROWS)
+def test_a_bad_row_is_named(message: str, fedpref: Command, file: Path, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "bad.jsonl", BAD_ROWS[message])
+    code, text = fedpref("run", file, f"data.path={path}")
+    assert code == 2
+    assert message in text
+    assert f"{path}, line {len(ROWS) + 1}" in text
+    assert "Traceback" not in text
+    assert not list(Path.cwd().iterdir())
+
+
+def test_a_client_without_held_out_rows_is_named(fedpref: Command, file: Path, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "bad.jsonl", [*ROWS, {**ROWS[0], "client": "hermit"}])
+    code, text = fedpref("run", file, f"data.path={path}")
+    assert code == 2
+    assert "(hermit)" in text
+    assert "rows" in text
+    assert not list(Path.cwd().iterdir())
+
+
+BAD_CONFIGS = {
+    "unknown key 'algorithm.local.learning_rat'. Did you mean 'learning_rate'?": ["algorithm.local.learning_rat=0.1"],
+    "unknown key 'sneed'. Did you mean 'seed'?": ["sneed=1"],
+    "algorithm.name is 'fedpo'": ["algorithm.name=fedpo"],
+    "Did you mean 'feddpo'?": ["algorithm.name=fedpo"],
+    "rounds: input should be greater than or equal to 1; found 0": ["rounds=0"],
+    "task.loss.beta": ["task.loss.beta=-1"],
+    "expected key=value": ["rounds"],
+    "could not be loaded as a Hub dataset": ["data.path=nobody/nothing-at-all"],
+    "could not be loaded as a causal language model": ["task.model.path=nobody/nothing-at-all"],
+    "no file or folder": ["data.path=absent.jsonl"],
+}
+
+
+@pytest.mark.parametrize("message", BAD_CONFIGS)
+@pytest.mark.parametrize("command", ["run", "check"])
+def test_a_bad_setting_is_named(command: str, message: str, fedpref: Command, file: Path) -> None:
+    code, text = fedpref(command, file, *BAD_CONFIGS[message])
+    assert code == 2
+    assert message in text
+    assert "Traceback" not in text
+    assert not list(Path.cwd().iterdir())
+
+
+def test_a_bad_file_or_directory_is_named(fedpref: Command, file: Path, tmp_path: Path) -> None:
+    assert fedpref("run", "absent.yaml") == (2, "error: absent.yaml: there is no such config file.\n")
+    (tmp_path / "broken.yaml").write_text("a: [1")
+    code, text = fedpref("run", tmp_path / "broken.yaml")
+    assert (code, "not valid YAML" in text) == (2, True)
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    assert fedpref("run", tmp_path / "list.yaml")[0] == 2
+    code, text = fedpref("run", file, "--output", tmp_path)
+    assert (code, "exists already" in text) == (2, True)
+    code, text = fedpref("resume", tmp_path)
+    assert (code, "there is no run here" in text) == (2, True)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_config_is_valid_and_says_where_its_data_is_from(path: Path) -> None:
+    spec = Experiment.load(path, [] if "path:" in path.read_text() or spec_needs_no_path(path) else ["data.path=somewhere"])
+    assert config.parse(Experiment, config.dump(spec), str(path)) == spec
+    assert path.read_text().startswith("# ")
+
+
+def spec_needs_no_path(path: Path) -> bool:
+    return OmegaConf.load(path).data.name != "ukpconvarg"
+
+
+def test_the_demo_runs_in_a_fresh_process(tmp_path: Path) -> None:
+    """The shipped model and data, shortened: one round, one step, three clients."""
+    short = ["rounds=1", "algorithm.local.steps=1", "algorithm.local.batch_size=2", "references=[]", "partition.max_clients=2"]
+    command = [sys.executable, "-m", "fedpref.cli", "run", str(ROOT / "configs/demo.yaml"), *short, "--output", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "library" in done.stdout
+    (row,) = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
+    assert row["num_pairs"] == 4

@@ -1,0 +1,189 @@
+"""What every algorithm promises on every engine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import personal
+from fedpref import config, seeds, trees
+from fedpref.algorithms import FedDPO, Local
+from fedpref.engines import Simulation, draw_cohort
+from fedpref.experiment import Experiment, evaluate
+from fedpref.local import Descent
+from fedpref.rundirectory import RunDirectory
+from fedpref.trees import Tree
+from process_engine import ProcessEngine, Processes
+
+CLIENTS, ROUNDS = 3, 4
+LOCAL = Descent(steps=2, batch_size=3, learning_rate=0.01)
+KEEPING = Descent(steps=2, batch_size=3, learning_rate=0.01, keep_optimizer=True)
+ALGORITHMS = {
+    "feddpo": FedDPO(local=LOCAL),
+    "feddpo-keeping-moments": FedDPO(local=KEEPING),
+    "local": Local(local=KEEPING),
+    "personal": personal.Personal(local=LOCAL),
+}
+MakeEngine = Callable[[], Any]
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[Processes]:
+    started = Processes(CLIENTS)
+    yield started
+    started.stop()
+
+
+@pytest.fixture(scope="module")
+def content(settings: dict[str, Any]) -> dict[str, Any]:
+    """An experiment on the three largest clients, with dropout, so that every kind of random draw takes part."""
+    task = {**settings["task"], "model": {**settings["task"]["model"], "lora_dropout": 0.1}}
+    return {**settings, "task": task, "partition": {"name": "natural", "max_clients": CLIENTS}, "rounds": ROUNDS}
+
+
+@pytest.fixture(scope="module")
+def engines(processes: Processes, content: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, MakeEngine]:
+    cache = tmp_path_factory.mktemp("cache")
+    experiment = config.parse(Experiment, content, "test")
+    task = experiment.task.build()
+    shards = [task.prepare(task.encode(client), cache / "all") for client in experiment.clients()[0]]
+    return {
+        "simulation": lambda: Simulation(task, shards, seed=experiment.seed, rounds=ROUNDS),
+        "processes": lambda: ProcessEngine(processes, content, cache, ["personal"]),
+    }
+
+
+@pytest.fixture(scope="module")
+def start(engines: dict[str, MakeEngine]) -> Tree:
+    return engines["simulation"]()._task.init(seeds.generator(0, "init"))
+
+
+@dataclass
+class Drive:
+    """A run by hand: the engine, its last state, and every round's metrics."""
+
+    engine: Any
+    state: Any
+    metrics: list[dict[str, float]]
+
+
+def cohort(engine: Any, round: int) -> tuple[int, ...]:
+    return draw_cohort(engine.clients, 2, seeds.generator(0, "cohort", round=round))
+
+
+def drive(algorithm: Any, engine: Any, start: Tree, rounds: range = range(ROUNDS), state: Any = None) -> Drive:
+    state = algorithm.init(engine, start) if state is None else state
+    metrics = []
+    for round in rounds:
+        engine.begin(round, cohort(engine, round))
+        state, measured = algorithm.step(engine, state)
+        metrics.append(dict(measured))
+    return Drive(engine, state, metrics)
+
+
+def contents(engine: Any, state: Any, folder: Path) -> dict[str, Tree]:
+    """All values of a state, those on clients by way of their files."""
+    found: dict[str, Tree] = {}
+    for field in fields(state):
+        value = getattr(state, field.name)
+        if isinstance(value, dict):
+            found[field.name] = value
+        else:
+            engine.save(value, folder / field.name)
+            for path in sorted((folder / field.name).iterdir()):
+                found[f"{field.name}/{path.stem}"] = trees.load(path)
+    return found
+
+
+def assert_equal(a: dict[str, Tree], b: dict[str, Tree]) -> None:
+    assert a.keys() == b.keys()
+    for place in a:
+        assert a[place].keys() == b[place].keys(), place
+        assert all(torch.equal(a[place][name], b[place][name]) for name in a[place]), place
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_engines_agree_to_the_last_bit(name: str, engines: dict[str, MakeEngine], start: Tree, tmp_path: Path) -> None:
+    algorithm = ALGORITHMS[name]
+    runs = {kind: drive(algorithm, make(), start) for kind, make in engines.items()}
+    states = {kind: contents(run.engine, run.state, tmp_path / kind) for kind, run in runs.items()}
+    assert_equal(states["simulation"], states["processes"])
+    assert runs["simulation"].metrics == runs["processes"].metrics
+    assert runs["simulation"].engine.traffic == runs["processes"].engine.traffic
+    held_out = []
+    for run in runs.values():
+        run.engine.begin(ROUNDS, run.engine.clients)
+        held_out.append(run.engine.disclose(run.engine.each(evaluate, *algorithm.model(run.state))))
+    assert held_out[0] == held_out[1]
+
+
+@pytest.mark.parametrize("kind", ["simulation", "processes"])
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_run_is_finite_learns_and_can_be_taken_up_again(
+    name: str, kind: str, engines: dict[str, MakeEngine], start: Tree, tmp_path: Path
+) -> None:
+    algorithm = ALGORITHMS[name]
+    whole = drive(algorithm, engines[kind](), start)
+    assert all(math.isfinite(value) for metrics in whole.metrics for value in metrics.values())
+    expected = contents(whole.engine, whole.state, tmp_path / "whole")
+    beginning = contents(whole.engine, algorithm.init(whole.engine, start), tmp_path / "beginning")
+    assert any(not torch.equal(t, expected[place][n]) for place, tree in beginning.items() for n, t in tree.items())
+
+    half = drive(algorithm, engines[kind](), start, range(2))
+    folder = RunDirectory(tmp_path / "run")
+    folder.checkpoint(2, half.state, half.engine)
+    engine = engines[kind]()
+    state, rounds = folder.restore(algorithm.init(engine, start), engine)
+    assert rounds == 2
+    rest = drive(algorithm, engine, start, range(2, ROUNDS), state)
+    assert_equal(contents(engine, rest.state, tmp_path / "rest"), expected)
+    assert half.metrics + rest.metrics == whole.metrics
+
+
+def test_private_names_are_in_no_message(engines: dict[str, MakeEngine], start: Tree) -> None:
+    run = drive(ALGORITHMS["personal"], engines["processes"](), start)
+    assert run.engine.sent_up
+    assert not any(personal.is_private(name) for name in run.engine.sent_up)
+
+
+@pytest.mark.parametrize("kind", ["simulation", "processes"])
+def test_absent_clients_keep_their_private_parts(kind: str, engines: dict[str, MakeEngine], start: Tree, tmp_path: Path) -> None:
+    algorithm, engine = ALGORITHMS["personal"], engines[kind]()
+    before = contents(engine, algorithm.init(engine, start), tmp_path / "before")
+    after = contents(engine, drive(algorithm, engine, start, range(1)).state, tmp_path / "after")
+    present = cohort(engine, 0)
+    for client in engine.clients:
+        same = all(torch.equal(t, after[f"private/{client}"][n]) for n, t in before[f"private/{client}"].items())
+        assert same == (client not in present)
+
+
+def test_clients_free_what_no_state_refers_to(engines: dict[str, MakeEngine], start: Tree) -> None:
+    algorithm, engine = ALGORITHMS["personal"], engines["processes"]()
+    state = algorithm.init(engine, start)
+    for round in range(3):
+        state = drive(algorithm, engine, start, range(round, round + 1), state).state
+    assert all(len(names) == 1 for names in engine.names().values())  # the private part alone
+
+
+def test_work_that_clients_cannot_find_by_name_is_refused(engines: dict[str, MakeEngine]) -> None:
+    from fedpref.federation import work
+
+    with pytest.raises(TypeError, match="not registered"):
+        engines["simulation"]().each(lambda client: {})
+    with pytest.raises(TypeError, match="module-level"):
+
+        @work
+        def inner(client: Any) -> Tree:
+            return {}
+
+
+def test_values_of_one_engine_mean_nothing_to_another(engines: dict[str, MakeEngine], start: Tree) -> None:
+    foreign = Local().init(engines["processes"](), start)
+    with pytest.raises(TypeError, match="another engine"):
+        engines["simulation"]().mean(foreign.theta)

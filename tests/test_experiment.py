@@ -1,0 +1,342 @@
+"""Runs as a whole: reference semantics, equivalences, resuming, the run directory."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import make_rows, write_rows
+from fedpref import Experiment, UserError, config, resume, run, seeds, trees
+from fedpref.algorithms import Centralised, FedDPO, Local
+from fedpref.data import ClientData, Preference
+from fedpref.engines import Simulation
+from fedpref.experiment import events, new_directory
+from fedpref.local import Descent, descend
+from fedpref.rundirectory import RunDirectory
+from fedpref.tasks import PreferenceTask
+
+
+def experiment(settings: dict[str, Any], **changes: Any) -> Experiment:
+    return config.parse(Experiment, {**settings, **changes}, "test")
+
+
+def metrics(path: Path) -> list[dict[str, Any]]:
+    return RunDirectory(path).read_rows("metrics.jsonl")
+
+
+def adapter(path: Path) -> trees.Tree:
+    return trees.load(path / "adapter" / "adapter_model.safetensors")
+
+
+def assert_same_adapter(a: Path, b: Path) -> None:
+    one, other = adapter(a), adapter(b)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+# ---- the reference
+
+
+def one_client(settings: dict[str, Any], reference: str, tmp_path: Path) -> list[float]:
+    """The loss of each round's first batch, one step a round."""
+    algorithm = {"name": "feddpo", "local": {"steps": 1, "batch_size": 4, "learning_rate": 0.02, "warmup_ratio": 0.0}}
+    spec = experiment(settings, task={**settings["task"], "reference": reference}, algorithm=algorithm, rounds=3)
+    return [row["loss"] for row in metrics(run(spec, tmp_path / reference).path)]
+
+
+def test_under_base_only_the_first_round_starts_at_ln_2(settings: dict[str, Any], tmp_path: Path) -> None:
+    losses = one_client(settings, "base", tmp_path)
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert all(abs(loss - math.log(2)) > 1e-2 for loss in losses[1:])
+
+
+def test_under_round_start_every_round_starts_at_ln_2(settings: dict[str, Any], tmp_path: Path) -> None:
+    assert one_client(settings, "round-start", tmp_path) == pytest.approx([math.log(2)] * 3, abs=1e-5)
+
+
+def test_reference_scores_are_computed_once_and_kept_in_the_run_directory(settings: dict[str, Any], tmp_path: Path) -> None:
+    spec = experiment(settings)
+    task = spec.task.build()
+    shard = task.encode(spec.clients()[0][0])
+    scored = task.prepare(shard, tmp_path)
+    (file,) = tmp_path.iterdir()
+    trees.save({"scores": trees.load(file)["scores"] - 1.0}, file)
+    again = task.prepare(shard, tmp_path)
+    assert again.train[0].reference[0] == pytest.approx(scored.train[0].reference[0] - 1.0)
+    other = replace(shard, train=shard.train[1:])
+    task.prepare(other, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+# ---- equivalences
+
+
+def test_one_client_is_centralised_training(settings: dict[str, Any], tmp_path: Path) -> None:
+    partition = {"name": "iid", "clients": 1}
+    local = settings["algorithm"]["local"]
+    for name in ("feddpo", "centralised"):
+        run(experiment(settings, partition=partition, algorithm={"name": name, "local": local}), tmp_path / name)
+    assert_same_adapter(tmp_path / "feddpo", tmp_path / "centralised")
+
+
+def test_one_round_of_federation_is_the_weighted_mean_of_training_alone(settings: dict[str, Any]) -> None:
+    spec = experiment(settings, rounds=1)
+    task = spec.task.build()
+    clients, _ = spec.clients()
+    shards = [task.encode(client) for client in clients]
+    start = task.init(seeds.generator(0, "init"))
+    local = replace(spec.algorithm.local, warmup_ratio=0.0)
+    together = FedDPO(local=local)
+    fed = Simulation(task, shards, seed=0, rounds=1)
+    averaged = together.step(fed, together.init(fed, start))[0].adapter
+    alone = Local(local=local)
+    fed = Simulation(task, shards, seed=0, rounds=1)
+    state = alone.step(fed, alone.init(fed, start))[0]
+    weights = [len(shard) / sum(map(len, shards)) for shard in shards]
+    expected = trees.total(trees.scale(state.theta._values[i], weight) for i, weight in enumerate(weights))
+    for name, value in averaged.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_equal_weights_count_every_client_alike(settings: dict[str, Any], tmp_path: Path) -> None:
+    for weighting in ("examples", "equal"):
+        run(experiment(settings, rounds=1, federation={"weighting": weighting}), tmp_path / weighting)
+    with pytest.raises(AssertionError):
+        assert_same_adapter(tmp_path / "examples", tmp_path / "equal")
+
+
+# ---- the local loop
+
+
+@pytest.fixture(scope="module")
+def learner(settings: dict[str, Any]) -> Any:
+    return experiment(settings).task.build()
+
+
+def client(learner: Any, settings: dict[str, Any], round: int = 0) -> Any:
+    from fedpref.federation import Client
+
+    shard = learner.encode(experiment(settings).clients()[0][0])
+    return Client(0, learner, shard, seeds.generator(0, "work", round=round), round, 2)
+
+
+def test_accumulated_batches_are_one_large_batch(settings: dict[str, Any], learner: Any) -> None:
+    """With one batch a shard, drawing it twice is drawing the shard twice: the same gradient, whatever the optimiser."""
+    start = learner.init(seeds.generator(0, "init"))
+    shard = replace(client(learner, settings).shard, train=client(learner, settings).shard.train[:4])
+    results = []
+    for pieces in (1, 3):
+        local = Descent(steps=2, batch_size=4, gradient_accumulation_steps=pieces, optim="sgd", learning_rate=0.1, warmup_ratio=0.0)
+        results.append(descend(replace(client(learner, settings), shard=shard), start, local, {})[0])
+    for name in start:
+        torch.testing.assert_close(results[0][name], results[1][name], rtol=1e-4, atol=1e-6)
+
+
+def test_sgd_takes_the_step_of_the_textbook(settings: dict[str, Any], learner: Any) -> None:
+    start = learner.init(seeds.generator(0, "init"))
+    local = Descent(
+        steps=1, batch_size=4, optim="sgd", learning_rate=0.5, lr_scheduler_type="constant", warmup_ratio=0.0, max_grad_norm=1e9
+    )
+    theta, moments, _ = descend(client(learner, settings), start, local, {})
+    same = client(learner, settings)
+    torch.randint(2**62, (), generator=same.rng)  # what the loop seeds dropout with
+    leaves = {name: t.clone().requires_grad_() for name, t in start.items()}
+    batch = learner.draw(leaves, start, same.shard, 4, same.rng)
+    learner.losses(leaves, batch)[0].mean().backward()
+    for name, leaf in leaves.items():
+        torch.testing.assert_close(theta[name], start[name] - 0.5 * leaf.grad)
+    assert moments == {}
+
+
+@pytest.mark.parametrize("optim", ["adamw", "sgd"])
+def test_kept_moments_make_two_rounds_one_long_round(optim: str, settings: dict[str, Any], learner: Any) -> None:
+    """With them the optimiser goes on as if it had never stopped; without them it starts afresh."""
+    start = learner.init(seeds.generator(0, "init"))
+    shard = replace(client(learner, settings).shard, train=client(learner, settings).shard.train[:4])
+    common = {"batch_size": 4, "optim": optim, "lr_scheduler_type": "constant", "warmup_ratio": 0.0, "momentum": 0.9, "learning_rate": 0.01}
+
+    def on(round: int) -> Any:
+        return replace(client(learner, settings, round), shard=shard)
+
+    def two_rounds(keep: bool) -> trees.Tree:
+        local = Descent(steps=2, keep_optimizer=keep, **common)
+        theta, moments, _ = descend(on(0), start, local, {})
+        return descend(on(1), theta, local, moments)[0]
+
+    whole = descend(on(0), start, Descent(steps=4, **common), {})[0]
+    kept, fresh = two_rounds(True), two_rounds(False)
+    for name in start:
+        torch.testing.assert_close(kept[name], whole[name], rtol=1e-4, atol=1e-6)
+    assert any(not torch.allclose(fresh[name], whole[name], rtol=1e-4, atol=1e-6) for name in start)
+
+
+def test_gradients_are_clipped_to_the_norm(settings: dict[str, Any], learner: Any) -> None:
+    start = learner.init(seeds.generator(0, "init"))
+    local = Descent(
+        steps=1, batch_size=4, optim="sgd", learning_rate=1.0, lr_scheduler_type="constant", warmup_ratio=0.0, max_grad_norm=1e-3
+    )
+    theta, _, measured = descend(client(learner, settings), start, local, {})
+    assert measured["grad_norm"] > 1e-2
+    assert trees.norm(trees.subtract(theta, start)) == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_batches_draw_every_pair_alike_and_keep_lengths_together(settings: dict[str, Any], learner: Any) -> None:
+    full = client(learner, settings)
+    rng = seeds.generator(0, "work")
+    seen: dict[int, int] = {}
+    spread, at_random = [], []
+    for _ in range(400):
+        batch = learner.draw({}, {}, full.shard, 4, rng)
+        lengths = batch.sequences.lengths[:4]
+        spread.append(int(lengths.max() - lengths.min()))
+        some = [full.shard.train[i].length for i in torch.randperm(len(full.shard), generator=rng)[:4].tolist()]
+        at_random.append(max(some) - min(some))
+        for row in batch.sequences.ids[:4]:
+            seen[hash(tuple(row[row != 0].tolist()))] = seen.get(hash(tuple(row[row != 0].tolist())), 0) + 1
+    expected = 400 * 4 / len(full.shard)
+    assert len(seen) == len(full.shard)
+    assert all(abs(count - expected) < 5 * math.sqrt(expected) for count in seen.values())
+    assert sum(spread) < sum(at_random)
+
+
+# ---- lengths
+
+
+def encode(learner: Any, words: int, mode: str, limit: int = 40) -> Any:
+    task = replace(learner.settings, max_length=limit, truncation_mode=mode).build()
+    row = Preference("start " + "word " * words + "end", " yes indeed", " no", "row 1")
+    return task, task.encode(ClientData("a", (row,), ()))
+
+
+def test_long_rows_are_refused_by_default(learner: Any) -> None:
+    with pytest.raises(UserError, match=r"row 1: prompt and longer answer are \d+ tokens, task.max_length is 40"):
+        encode(learner, 60, "refuse")
+    with pytest.raises(UserError, match="context holds 96"):
+        encode(learner, 1, "refuse", limit=97)
+
+
+@pytest.mark.parametrize(("mode", "kept"), [("keep_start", "start"), ("keep_end", "end")])
+def test_long_prompts_lose_the_end_that_is_asked_for_and_answers_stay(mode: str, kept: str, learner: Any) -> None:
+    task, shard = encode(learner, 60, mode)
+    text = task.language.tokenizer.decode
+    (pair,) = shard.train
+    assert pair.length == 40
+    assert kept in text(pair.prompt)
+    assert {"start": "end", "end": "start"}[kept] not in text(pair.prompt)
+    assert text(pair.chosen) == " yes indeed<|end|>"
+    assert shard.truncated == 1
+
+
+# ---- the run directory
+
+
+def test_a_run_leaves_everything_a_report_needs(settings: dict[str, Any], tmp_path: Path) -> None:
+    spec = experiment(settings, references=["local", "centralised"], evaluate_every=2)
+    result = run(spec, tmp_path / "run")
+    assert Experiment.load(tmp_path / "run" / "config.yaml") == spec
+    rows = metrics(result.path)
+    assert [row["round"] for row in rows] == [1, 2, 3]
+    assert {"loss", "rewards/accuracies", "rewards/margins", "grad_norm", "bytes_up", "bytes_down", "seconds"} <= rows[0].keys()
+    evaluated = RunDirectory(result.path).read_rows("evaluation.jsonl")
+    assert [row["round"] for row in evaluated] == [2, 3]
+    assert evaluated[-1]["summary"]["rewards/accuracies"].keys() == {"mean", "weighted_mean", "worst", "worst_decile", "jain"}
+    assert result.evaluations.keys() == {"feddpo", "local", "centralised"}
+    assert result.evaluations["feddpo"]["client-0"]["num_examples"] >= 1
+    assert (result.path / "references/centralised/adapter/adapter_config.json").exists()
+    assert sorted(p.name for p in (result.path / "references/local/clients").iterdir()) == [f"client-{i}" for i in range(4)]
+    size = trees.size(adapter(result.path))
+    assert (rows[0]["bytes_up"], rows[0]["bytes_down"]) == (4 * size, 4 * size)
+
+
+def test_the_cohort_has_the_size_that_is_asked_for(settings: dict[str, Any], tmp_path: Path) -> None:
+    result = run(experiment(settings, federation={"clients_per_round": 2}), tmp_path / "run")
+    assert [row["clients"] for row in metrics(result.path)] == [2, 2, 2]
+
+
+def test_divergence_is_a_sentence_and_the_last_good_checkpoint_stays(settings: dict[str, Any], tmp_path: Path) -> None:
+    algorithm = {"name": "feddpo", "local": {"steps": 3, "learning_rate": 1e25, "warmup_ratio": 0.0, "max_grad_norm": 1e30}}
+    with pytest.raises(UserError, match="training diverged"):
+        run(experiment(settings, algorithm=algorithm), tmp_path / "run")
+
+
+def test_the_pooled_line_sees_all_data_and_as_many_pairs(settings: dict[str, Any], tmp_path: Path) -> None:
+    result = run(experiment(settings, references=["centralised"]), tmp_path / "run")
+    ours, pooled = metrics(result.path), metrics(result.path / "references/centralised")
+    assert [row["num_pairs"] for row in ours] == [row["num_pairs"] for row in pooled]
+    assert isinstance(Experiment.load(tmp_path / "run/references/centralised/config.yaml").algorithm, Centralised)
+
+
+# ---- resuming
+
+
+@pytest.mark.parametrize("after", [1, 6, 9, 13])
+def test_a_run_left_anywhere_ends_with_the_same_bits(after: int, settings: dict[str, Any], tmp_path: Path) -> None:
+    local = {**settings["algorithm"]["local"], "keep_optimizer": True}
+    spec = experiment(settings, references=["local"], evaluate_every=1, algorithm={"name": "feddpo", "local": local})
+    run(spec, tmp_path / "whole")
+    happenings = events(spec, new_directory(spec, tmp_path / "broken"))
+    for _ in range(after):
+        next(happenings)
+    happenings.close()
+    resume(tmp_path / "broken")
+    assert_same_adapter(tmp_path / "whole", tmp_path / "broken")
+    for name in ("metrics.jsonl", "references/local/metrics.jsonl", "evaluation.jsonl"):
+        whole, broken = (RunDirectory(tmp_path / side).read_rows(name) for side in ("whole", "broken"))
+        assert [row | {"seconds": 0} for row in whole] == [row | {"seconds": 0} for row in broken]
+
+
+def test_a_killed_run_ends_with_the_same_bits(settings: dict[str, Any], tmp_path: Path) -> None:
+    from omegaconf import OmegaConf
+
+    content = {**settings, "rounds": 12, "federation": {"clients_per_round": 3}}
+    OmegaConf.save(OmegaConf.create(content), tmp_path / "config.yaml")
+    command = [sys.executable, "-m", "fedpref.cli"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run(config.parse(Experiment, content, "test"), tmp_path / "whole")
+    broken = tmp_path / "broken"
+    process = subprocess.Popen([*command, "run", str(tmp_path / "config.yaml"), "--output", str(broken)], env=environment)
+    while len(metrics(broken)) < 3 and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    assert not (broken / "done").exists()
+    subprocess.run([*command, "resume", str(broken)], env=environment, check=True, capture_output=True)
+    assert_same_adapter(tmp_path / "whole", broken)
+    assert [row["round"] for row in metrics(broken)] == list(range(1, 13))
+
+
+def test_a_finished_run_can_be_resumed_without_harm(settings: dict[str, Any], tmp_path: Path) -> None:
+    first = run(experiment(settings), tmp_path / "run")
+    assert resume(tmp_path / "run") == first
+
+
+def test_ties_count_half(settings: dict[str, Any], learner: Any, tmp_path: Path) -> None:
+    shard = learner.prepare(learner.encode(experiment(settings).clients()[0][0]), tmp_path)
+    measured = learner.evaluate(learner.init(seeds.generator(0, "init")), shard)
+    assert measured["rewards/accuracies"] == pytest.approx(0.5, abs=0.5)
+    assert measured["loss"] == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_two_datasets_with_one_name_do_not_share_scores(settings: dict[str, Any], tmp_path: Path, learner: Any) -> None:
+    files = [write_rows(tmp_path / f"{i}.jsonl", make_rows([12], seed=i)) for i in range(2)]
+    specs = [experiment(settings, data={"name": "files", "path": str(file), "test_fraction": 0.3}) for file in files]
+    for spec in specs:
+        learner.prepare(learner.encode(spec.clients()[0][0]), tmp_path / "cache")
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_losses_without_a_reference_need_no_scores(settings: dict[str, Any], tmp_path: Path) -> None:
+    spec = experiment(settings, task={**settings["task"], "loss": {"name": "simpo"}})
+    result = run(spec, tmp_path / "run")
+    assert not (result.path / "cache").exists()
+    assert PreferenceTask().loss.needs_reference

@@ -1,0 +1,142 @@
+"""Trees, seeds, summaries, the channel, cohorts and schedules: closed forms and laws."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedpref import seeds, trees
+from fedpref.channel import Chain, Sender, Stage
+from fedpref.engines import draw_cohort
+from fedpref.engines.engine import weighted_report
+from fedpref.local import Descent, rate
+from fedpref.summary import over_clients, standard_error
+from fedpref.trees import Tree
+
+
+def tree(seed: int) -> Tree:
+    draw = torch.Generator().manual_seed(seed)
+    return {"a": torch.randn(3, 2, generator=draw), "b.c": torch.randn(5, generator=draw)}
+
+
+def test_tree_arithmetic_is_that_of_vectors(tmp_path: Path) -> None:
+    a, b = tree(0), tree(1)
+    for name in a:
+        torch.testing.assert_close(trees.subtract(trees.add(a, b), b)[name], a[name])
+        torch.testing.assert_close(trees.total([a, b, a])[name], 2 * a[name] + b[name])
+        torch.testing.assert_close(trees.scale(a, -0.5)[name], -a[name] / 2)
+    flat = torch.cat([t.flatten() for t in a.values()])
+    assert trees.norm(a) == pytest.approx(flat.norm().item())
+    assert trees.norm({}) == 0.0
+    assert trees.size(a) == 4 * 11
+
+
+def test_trees_of_other_names_do_not_add() -> None:
+    with pytest.raises(ValueError, match="differ in names"):
+        trees.add(tree(0), {"a": torch.zeros(3, 2)})
+
+
+def test_a_saved_tree_loads_to_the_bit_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
+    written = tree(2) | {"half": torch.randn(4).bfloat16(), "view": torch.randn(4, 4).T}
+    trees.save(written, tmp_path / "tree.safetensors")
+    read = trees.load(tmp_path / "tree.safetensors")
+    assert read.keys() == written.keys()
+    assert all(torch.equal(read[name], written[name]) for name in written)
+    assert [path.name for path in tmp_path.iterdir()] == ["tree.safetensors"]
+
+
+def test_every_part_of_an_address_changes_the_draw() -> None:
+    addresses = [
+        seeds.seed(0, "work"),
+        seeds.seed(1, "work"),
+        seeds.seed(0, "cohort"),
+        seeds.seed(0, "work", round=1),
+        seeds.seed(0, "work", call=1),
+        seeds.seed(0, "work", client=1),
+    ]
+    assert len(set(addresses)) == len(addresses)
+    assert all(0 <= address < 2**63 for address in addresses)
+    first, again = (torch.rand(4, generator=seeds.generator(3, "x", round=2)) for _ in range(2))
+    assert torch.equal(first, again)
+
+
+def test_summaries_over_clients_have_their_closed_forms() -> None:
+    values, counts = {"a": 1.0, "b": 0.5, "c": 0.0}, {"a": 10, "b": 30, "c": 10}
+    summary = over_clients(values, counts)
+    assert summary == pytest.approx({"mean": 0.5, "weighted_mean": 0.5, "worst": 0.0, "worst_decile": 0.0, "jain": 2.25 / (3 * 1.25)})
+    assert over_clients({"a": 0.7, "b": 0.7}, {"a": 1, "b": 9})["jain"] == pytest.approx(1.0)
+    assert over_clients({"a": 0.0}, {"a": 1})["jain"] == 1.0
+    many = {str(i): float(i) for i in range(20)}
+    assert over_clients(many, dict.fromkeys(many, 1))["worst_decile"] == pytest.approx(0.5)
+
+
+def test_the_standard_error_of_equal_clients_is_binomial() -> None:
+    names = "abcd"
+    error = standard_error(dict.fromkeys(names, 0.6), dict.fromkeys(names, 25))
+    assert error == pytest.approx(math.sqrt(0.6 * 0.4 / 100))
+
+
+def test_the_empty_chain_is_exact() -> None:
+    message = tree(3)
+    sender = Sender(0, 0, seeds.generator(0, "channel"))
+    assert Chain().encode(message, sender) is message
+    assert Chain().decode(message, 3) is message
+
+
+def test_stages_encode_left_to_right_and_decode_right_to_left() -> None:
+    def stage(name: str, factor: float, shift: float) -> Stage:
+        def encode(message: Tree, sender: Sender) -> Tree:
+            return {k: v * factor + shift for k, v in message.items()}
+
+        def decode(total: Tree, count: int) -> Tree:
+            return {k: (v - count * shift) / factor for k, v in total.items()}
+
+        return Stage(name, encode, decode, gives=frozenset({name}))
+
+    chain = Chain((stage("double", 2.0, 1.0), stage("third", 1 / 3, -4.0)))
+    sent = [tree(i) for i in range(3)]
+    messages = [chain.encode(message, Sender(i, 0, seeds.generator(0, "channel"))) for i, message in enumerate(sent)]
+    torch.testing.assert_close(messages[0]["a"], (2 * sent[0]["a"] + 1) / 3 - 4)
+    received = chain.decode(trees.total(messages), 3)
+    for name, value in trees.total(sent).items():
+        torch.testing.assert_close(received[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_a_stage_without_what_it_needs_is_refused() -> None:
+    noise = Stage("noise", lambda m, s: m, lambda t, n: t, needs=frozenset({"bounded"}))
+    clip = Stage("clip", lambda m, s: m, lambda t, n: t, gives=frozenset({"bounded"}))
+    Chain((clip, noise))
+    for stages in ((noise,), (noise, clip)):
+        with pytest.raises(ValueError, match="'noise' needs"):
+            Chain(stages)
+
+
+def test_cohorts_are_uniform_without_replacement_and_ordered() -> None:
+    candidates = [0, 2, 3, 7, 9]
+    seen = dict.fromkeys(candidates, 0)
+    for round in range(600):
+        cohort = draw_cohort(candidates, 2, seeds.generator(0, "cohort", round=round))
+        assert len(set(cohort)) == 2
+        assert list(cohort) == sorted(cohort)
+        for client in cohort:
+            seen[client] += 1
+    assert all(abs(count - 240) < 4 * math.sqrt(600 * 0.4 * 0.6) for count in seen.values())
+    assert draw_cohort(candidates, None, seeds.generator(0, "cohort")) == tuple(candidates)
+    assert draw_cohort(candidates, 9, seeds.generator(0, "cohort")) == tuple(candidates)
+
+
+def test_reports_are_weighted_means_and_counts_are_sums() -> None:
+    reports = {0: {"loss": 1.0, "num_pairs": 4.0}, 3: {"loss": 4.0, "num_pairs": 2.0}}
+    assert weighted_report(reports, {0: 2.0, 3: 1.0}) == pytest.approx({"loss": 2.0, "num_pairs": 6.0})
+
+
+def test_learning_rates_warm_up_and_decay_over_the_run() -> None:
+    flat = Descent(learning_rate=2.0, lr_scheduler_type="constant", warmup_ratio=0.2)
+    assert [rate(flat, p) for p in (0.0, 0.1, 0.2, 0.9)] == pytest.approx([0.0, 1.0, 2.0, 2.0])
+    line = Descent(learning_rate=2.0, lr_scheduler_type="linear", warmup_ratio=0.0)
+    assert [rate(line, p) for p in (0.0, 0.25, 1.0)] == pytest.approx([2.0, 1.5, 0.0])
+    wave = Descent(learning_rate=2.0, lr_scheduler_type="cosine", warmup_ratio=0.5)
+    assert [rate(wave, p) for p in (0.5, 0.75, 1.0)] == pytest.approx([2.0, 1.0, 0.0])
