@@ -88,8 +88,8 @@ def tiny(models: Callable[[str], Path]) -> Path:
 
 @pytest.fixture(scope="session")
 def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four clients with 24, 16, 12 and 6 rows."""
-    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", make_rows([24, 16, 12, 6]))
+    """Four clients with 24, 16, 12 and 9 rows."""
+    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", make_rows([24, 16, 12, 9]))
 
 
 @pytest.fixture(scope="session")

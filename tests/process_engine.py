@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import multiprocessing
+import traceback
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
@@ -57,15 +58,15 @@ class Site:
         self.values.clear()
         return len(self.shard)
 
-    def each(self, work: str, args: list[Any], tensors: Tree, round: int, call: int) -> int | None:
+    def each(self, work: str, args: list[Any], tensors: Tree, purpose: str, round: int, call: int, name: str) -> int | None:
         function = WORK[work]
         hints = [hint for name, hint in get_type_hints(function).items() if name != "return"][1:]
         hints += hints[-1:] * (len(args) - len(hints))  # a work's *parts
         given = [self._argument(arg, tensors, hint) for arg, hint in zip(args, hints, strict=True)]
-        rng = seeds.generator(self.seed, "work", round=round, call=call, client=self.number)
+        rng = seeds.generator(self.seed, purpose, round=round, call=call, client=self.number)
         result = function(Client(self.number, self.task, self.shard, rng, round, self.rounds), *given)
         parts = result if isinstance(result, tuple) else (result,)
-        self.values.update({f"{round}.{call}.{i}": part for i, part in enumerate(parts)})
+        self.values.update({f"{name}.{i}": part for i, part in enumerate(parts)})
         return len(parts) if isinstance(result, tuple) else None
 
     def _argument(self, arg: dict[str, Any], tensors: Tree, hint: Any) -> Any:
@@ -79,9 +80,29 @@ class Site:
         rng = seeds.generator(self.seed, "channel", round=round, call=call, client=self.number)
         return Chain().encode(trees.scale(self.values[name], share), Sender(self.number, round, rng))
 
-    def free(self, names: Sequence[str]) -> None:
-        for name in names:
+    def answer(self, header: dict[str, Any], tensors: Tree) -> bytes | None:
+        verb = header.pop("verb")
+        if verb == "each":
+            return pack({"parts": self.each(tensors=tensors, **header)})
+        if verb == "mean":
+            return pack({}, self.message(**header))
+        if verb == "report":
+            return pack({"metrics": self.values[header["name"]]})
+        if verb == "open":
+            return pack({"examples": self.open(**header)})
+        if verb == "save":
+            trees.save(self.values[header["name"]], Path(header["path"]))
+            return pack({})
+        if verb == "load":
+            found = Path(header["path"]).exists()
+            if found:
+                self.values[header["name"]] = trees.load(Path(header["path"]))
+            return pack({"found": found})
+        if verb == "names":
+            return pack({"names": sorted(self.values)})
+        for name in header["names"]:  # free
             self.values.pop(name, None)
+        return None
 
 
 def serve(connection: Connection, number: int) -> None:
@@ -89,27 +110,12 @@ def serve(connection: Connection, number: int) -> None:
     site = Site(number)
     while True:
         header, tensors = unpack(connection.recv_bytes())
-        verb = header.pop("verb")
-        if verb == "each":
-            connection.send_bytes(pack({"parts": site.each(tensors=tensors, **header)}))
-        elif verb == "mean":
-            connection.send_bytes(pack({}, site.message(**header)))
-        elif verb == "report":
-            connection.send_bytes(pack({"metrics": site.values[header["name"]]}))
-        elif verb == "open":
-            connection.send_bytes(pack({"examples": site.open(**header)}))
-        elif verb == "save":
-            trees.save(site.values[header["name"]], Path(header["path"]))
-            connection.send_bytes(pack({}))
-        elif verb == "load":
-            found = Path(header["path"]).exists()
-            if found:
-                site.values[header["name"]] = trees.load(Path(header["path"]))
-            connection.send_bytes(pack({"found": found}))
-        elif verb == "names":
-            connection.send_bytes(pack({"names": sorted(site.values)}))
-        else:
-            site.free(header["names"])
+        try:
+            answer = site.answer(header, tensors)
+        except Exception:
+            answer = pack({"error": traceback.format_exc()})
+        if answer is not None:
+            connection.send_bytes(answer)
 
 
 # ---- the coordinator's side
@@ -164,23 +170,24 @@ class ProcessEngine:
         self._examples = {i: float(header["examples"]) for i, (header, _) in opened.items()}
         weighting = experiment.get("federation", {}).get("weighting", "examples")
         self._weights = self._examples if weighting == "examples" else dict.fromkeys(self.clients, 1.0)
-        self.begin(0, self.clients)
+        self.begin(0, self.clients, "init")
 
-    def begin(self, round: int, cohort: Sequence[int]) -> None:
-        self.round, self.active = round, tuple(cohort)
+    def begin(self, round: int, cohort: Sequence[int], purpose: str = "train") -> None:
+        self.round, self.active, self._purpose = round, tuple(cohort), purpose
         self.traffic, self._calls = Traffic(), 0
 
     def each(self, work: Callable[..., Any], *args: Any) -> Any:
         self._calls += 1
+        self._names += 1
+        address = {"purpose": self._purpose, "round": self.round, "call": self._calls, "name": str(self._names)}
         tensors = {f"{i}/{name}": t for i, arg in enumerate(args) if isinstance(arg, Mapping) for name, t in arg.items()}
         self._count(bytes_down=trees.size(tensors) * len(self.active))
         for i in self.active:
             described = [self._describe(arg, number, i) for number, arg in enumerate(args)]
-            header = {"verb": "each", "work": name_of(work), "args": described, "round": self.round, "call": self._calls}
-            self._send(i, pack(header, tensors))
+            self._send(i, pack({"verb": "each", "work": name_of(work), "args": described, **address}, tensors))
         parts = {i: self._receive(i)[0]["parts"] for i in self.active}
         count = parts[self.active[0]]
-        columns = [Remote({i: self._name(i, f"{self.round}.{self._calls}.{part}") for i in self.active}) for part in range(count or 1)]
+        columns = [Remote({i: self._name(i, f"{address['name']}.{part}") for i in self.active}) for part in range(count or 1)]
         return columns[0] if count is None else tuple(columns)
 
     def _describe(self, arg: Any, number: int, client: int) -> dict[str, Any]:
@@ -219,7 +226,7 @@ class ProcessEngine:
         self._names += 1
         found = {}
         for i in self.clients:
-            name = f"loaded.{self._names}"
+            name = str(self._names)
             if self._ask(i, {"verb": "load", "name": name, "path": str(folder / f"{i}.safetensors")})[0]["found"]:
                 found[i] = self._name(i, name)
         return Remote(found)
@@ -250,7 +257,10 @@ class ProcessEngine:
         self._connections[client].send_bytes(message)
 
     def _receive(self, client: int) -> tuple[dict[str, Any], Tree]:
-        return unpack(self._connections[client].recv_bytes())
+        header, tensors = unpack(self._connections[client].recv_bytes())
+        if "error" in header:
+            raise RuntimeError(f"client {client}:\n{header['error']}")
+        return header, tensors
 
     def _count(self, bytes_up: int = 0, bytes_down: int = 0) -> None:
         self.traffic = Traffic(self.traffic.bytes_up + bytes_up, self.traffic.bytes_down + bytes_down)

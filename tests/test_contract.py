@@ -118,7 +118,7 @@ def test_engines_agree_to_the_last_bit(name: str, engines: dict[str, MakeEngine]
     assert runs["simulation"].engine.traffic == runs["processes"].engine.traffic
     held_out = []
     for run in runs.values():
-        run.engine.begin(ROUNDS, run.engine.clients)
+        run.engine.begin(ROUNDS, run.engine.clients, "evaluate")
         held_out.append(run.engine.disclose(run.engine.each(evaluate, *algorithm.model(run.state))))
     assert held_out[0] == held_out[1]
 

@@ -203,7 +203,7 @@ def placed(count: int = 300, labels: int = 3) -> list[tuple[Any, Preference]]:
     return split(rows, 0.3)[0]
 
 
-@pytest.mark.parametrize("how", [Natural(column="label"), IID(7), Dirichlet(clients=5, alpha=1.0), BySize(6, exponent=0.7)])
+@pytest.mark.parametrize("how", [Natural(column="label"), IID(clients=7), Dirichlet(clients=5, alpha=1.0), BySize(clients=6, exponent=0.7)])
 def test_a_partition_gives_every_row_to_one_client_and_depends_on_its_seed_alone(how: Any) -> None:
     rows = placed()
     clients = partition(rows, how, seed=3)
@@ -215,7 +215,7 @@ def test_a_partition_gives_every_row_to_one_client_and_depends_on_its_seed_alone
 
 
 def test_iid_shares_are_equal_to_one_row() -> None:
-    sizes = [len(client.train) for client in partition(placed(), IID(7), seed=0)]
+    sizes = [len(client.train) for client in partition(placed(), IID(clients=7), seed=0)]
     assert max(sizes) - min(sizes) <= 1
 
 
@@ -229,7 +229,7 @@ def test_dirichlet_skews_labels_more_when_alpha_is_small() -> None:
 
 
 def test_sizes_fall_off_as_the_power_law_says() -> None:
-    clients = partition(placed(3000), BySize(4, exponent=1.0), seed=0)
+    clients = partition(placed(3000), BySize(clients=4, exponent=1.0), seed=0)
     first = len(clients[0].train)
     assert [round(first / len(client.train), 1) for client in clients] == pytest.approx([1, 2, 3, 4], abs=0.1)
 
@@ -252,7 +252,7 @@ def test_clients_without_rows_on_a_side_are_named() -> None:
     with pytest.raises(UserError, match=r"1 of 4 clients have no training rows \(small\)"):
         partition(rows + only_test, Natural(column="label"), 0)
     with pytest.raises(UserError, match="take fewer clients"):
-        partition(rows, IID(80), 0)
+        partition(rows, IID(clients=80), 0)
     with pytest.raises(UserError, match=r"row 0: partition.column is 'town'"):
         partition(sorted(rows, key=lambda r: int(r[1].where[4:])), Natural(column="town"), 0)
 

@@ -197,7 +197,7 @@ def _pool(shards: Sequence[Any]) -> list[Any]:
 
 def _evaluate(engine: Engine, model: Sequence[Any], names: Sequence[str]) -> dict[str, Any]:
     """Every client's held-out metrics, and each metric's summary over clients."""
-    engine.begin(engine.round, engine.clients)
+    engine.begin(engine.round, engine.clients, "evaluate")
     rows = {names[i]: dict(metrics) for i, metrics in engine.disclose(engine.each(evaluate, *model)).items()}
     counts = {name: int(row["num_examples"]) for name, row in rows.items()}
     metrics = [metric for metric in next(iter(rows.values())) if not metric.startswith("num_")]
@@ -209,7 +209,7 @@ def _export(engine: Engine, model: Sequence[Any], task: Task, folder: RunDirecto
     if shared:
         task.export(shared, folder.path / "adapter")
     if not all(isinstance(part, Mapping) for part in model):
-        engine.begin(engine.round, engine.clients)
+        engine.begin(engine.round, engine.clients, "evaluate")
         engine.each(export, str(folder.path / "clients"), *model)
 
 

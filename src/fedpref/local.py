@@ -48,7 +48,7 @@ def descend(client: Client, start: Tree, settings: Descent, moments: Tree) -> tu
     Returns the new parameters, the optimiser's moments (empty unless `keep_optimizer`; pass them in next time) and metrics:
     means over all batches, sums of those named `num_`.
     """
-    theta = {name: tensor.detach().clone().requires_grad_() for name, tensor in start.items()}
+    theta = {name: start[name].detach().clone().requires_grad_() for name in sorted(start)}  # sums over tensors depend on their order
     optimiser = _optimiser(settings, theta, moments)
     sums: dict[str, float] = {}
     batches = settings.steps * settings.gradient_accumulation_steps

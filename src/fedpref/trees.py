@@ -39,8 +39,8 @@ def total(trees: Iterable[Tree]) -> Tree:
 
 
 def norm(tree: Tree) -> float:
-    """The Euclidean norm over all entries."""
-    return torch.stack([tensor.double().square().sum() for tensor in tree.values()]).sum().sqrt().item() if tree else 0.0
+    """The Euclidean norm over all entries, whatever the order of the names."""
+    return torch.stack([tree[name].double().square().sum() for name in sorted(tree)]).sum().sqrt().item() if tree else 0.0
 
 
 def size(tree: Tree) -> int:

@@ -13,7 +13,7 @@ from fedpref.local import Descent
 from fedpref.trees import Tree
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Centralised:
     """One adapter trained on the pooled data of all clients, who then evaluate it on their own held-out data.
 

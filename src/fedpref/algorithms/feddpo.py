@@ -31,7 +31,7 @@ def no_moments(client: Client) -> Tree:
     return {}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FedDPO:
     """One adapter for all: the cohort trains it locally, the server adds the weighted mean of the changes.
 

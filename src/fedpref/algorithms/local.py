@@ -30,7 +30,7 @@ def train(client: Client, theta: Tree, moments: Tree, local: Descent) -> tuple[T
     return descend(client, theta, local, moments)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Local:
     """Every client trains an adapter of its own on its own data; nothing is sent.
 

@@ -18,7 +18,7 @@ Placed = Sequence[tuple[Side, Preference]]
 Count = Annotated[int, Field(ge=1)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Natural:
     """One client for each value of a column."""
 
@@ -45,7 +45,7 @@ class Natural:
         return {name: kept[name] for name in sorted(ranked)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class IID:
     """Equal shares at random."""
 
@@ -56,7 +56,7 @@ class IID:
         return _cut(rows, np.full((2, self.clients), 1 / self.clients), rng)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Dirichlet:
     """Each value of a label column is shared out in proportions drawn from a symmetric Dirichlet (Hsu et al. 2019).
 
@@ -77,7 +77,7 @@ class Dirichlet:
         return {name: merged[name] for name in _names(self.clients)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BySize:
     """Rows at random, in sizes that fall off as a power law: client k (from 1) gets a share proportional to k^-exponent.
 

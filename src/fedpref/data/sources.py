@@ -23,7 +23,7 @@ SIDES: tuple[Side, ...] = ("train", "test")
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Files:
     """Your own rows: a JSONL, CSV or Parquet file, a dataset folder or a Hub id, in any of TRL's preference formats."""
 
@@ -48,7 +48,7 @@ class Files:
                 yield replace(parse(record, where, **names), side="test")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Builtin:
     """The shipped set: twelve clients with known tastes compare answers of differing style to everyday requests."""
 
@@ -61,7 +61,7 @@ class Builtin:
             yield replace(parse({**record, **texts}, where), side=_side(record, "split", where))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class HH:
     """hh-rlhf (Bai et al. 2022): human comparisons for helpfulness and for harmlessness, by the column `objective`.
 
@@ -94,7 +94,7 @@ class HH:
                 yield from ((side, where, record) for where, record in read_table(self.path, split=side, data_dir=f"{objective}-base"))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class UKPConvArg:
     """UKPConvArg1 (Habernal and Gurevych 2016): which of two arguments is more convincing, by single crowd workers.
 
@@ -127,7 +127,7 @@ class UKPConvArg:
         return read_table(str(table))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Persona:
     """Persona statements of the model-written evaluations (Perez et al. 2022): would this persona say so?
 
@@ -165,7 +165,7 @@ class Persona:
                 yield where, persona, record["statement"], record["answer_matching_behavior"].strip() == "Yes"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MovieReviews:
     """Film reviews of known sentiment, made into pairs: after a review's opening, a positive or a negative review's ending.
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 
 from fedpref.federation import Federation, PerClient
 from fedpref.trees import Tree
+
+
+Purpose = Literal["init", "train", "evaluate"]
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,11 @@ class Engine(Federation, Protocol):
     @property
     def traffic(self) -> Traffic: ...
 
-    def begin(self, round: int, cohort: Sequence[int]) -> None:
-        """Open a round for these clients; calls are counted from zero again, traffic too."""
+    def begin(self, round: int, cohort: Sequence[int], purpose: Purpose = "train") -> None:
+        """Open a phase of a round for these clients: calls and traffic are counted from zero, random draws are the purpose's own.
+
+        An engine starts in round 0, for everybody, to `init`.
+        """
         ...
 
     def disclose(self, metrics: PerClient[Mapping[str, float]]) -> Mapping[int, Mapping[str, float]]:

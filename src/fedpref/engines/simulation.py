@@ -8,7 +8,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 from fedpref import seeds, trees
 from fedpref.channel import Chain, Sender
-from fedpref.engines.engine import Traffic, weighted_report
+from fedpref.engines.engine import Purpose, Traffic, weighted_report
 from fedpref.federation import Client, PerClient, name_of
 from fedpref.tasks.task import Shard, Task
 from fedpref.trees import Tree
@@ -50,10 +50,10 @@ class Simulation:
         self._weights = {i: float(len(shard)) if weighting == "examples" else 1.0 for i, shard in enumerate(shards)}
         self._examples = {i: float(len(shard)) for i, shard in enumerate(shards)}
         self.clients = tuple(range(len(shards)))
-        self.begin(0, self.clients)
+        self.begin(0, self.clients, "init")
 
-    def begin(self, round: int, cohort: Sequence[int]) -> None:
-        self.round = round
+    def begin(self, round: int, cohort: Sequence[int], purpose: Purpose = "train") -> None:
+        self.round, self._purpose = round, purpose
         self.active = tuple(cohort)
         self.traffic, self._calls = Traffic(), 0
 
@@ -64,7 +64,7 @@ class Simulation:
         self._calls += 1
         results: dict[int, Any] = {}
         for i in self.active:
-            rng = seeds.generator(self._seed, "work", round=self.round, call=self._calls, client=i)
+            rng = seeds.generator(self._seed, self._purpose, round=self.round, call=self._calls, client=i)
             client = Client(i, self._task, self._shards[i], rng, self.round, self._rounds)
             results[i] = work(client, *(_look(arg)[i] if isinstance(arg, Held) else arg for arg in args))
         if all(isinstance(result, tuple) for result in results.values()):

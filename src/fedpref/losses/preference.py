@@ -34,7 +34,7 @@ class PairScores:
         return self.chosen / self.chosen_tokens, self.rejected / self.rejected_tokens
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DPO:
     """Direct preference optimisation: -log sigmoid of beta times the margin over the reference (Rafailov et al. 2023, eq. 7).
 
@@ -60,7 +60,7 @@ class DPO:
         return _over_reference(self.beta, policy, reference)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class IPO:
     """Identity preference optimisation: the margin over the reference is regressed on 1 / (2 beta) (Azar et al. 2023, eq. 17).
 
@@ -81,7 +81,7 @@ class IPO:
         return self.beta * (chosen - reference_chosen), self.beta * (rejected - reference_rejected)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Hinge:
     """The hinge on the same margin as DPO's: max(0, 1 - beta margin) (SLiC, Zhao et al. 2023, with a reference as in RSO)."""
 
@@ -97,7 +97,7 @@ class Hinge:
         return _over_reference(self.beta, policy, reference)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SimPO:
     """No reference: mean log-probabilities of a token, apart by a target margin `gamma` (Meng et al. 2024, eq. 6)."""
 
@@ -115,7 +115,7 @@ class SimPO:
         return self.beta * chosen, self.beta * rejected
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ORPO:
     """No reference: likelihood of the chosen answer plus `beta` times a log odds ratio (Hong et al. 2024, eq. 6 and 7).
 

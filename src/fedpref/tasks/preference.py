@@ -25,7 +25,7 @@ POOL = 4  # a batch is drawn from this many times its size, so that its rows are
 SCORING_BATCH = 16  # pairs a forward without gradient
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PreferenceTask:
     """Preference pairs under one of the DPO family's losses."""
 
