@@ -97,11 +97,13 @@ def test_one_round_of_federation_is_the_weighted_mean_of_training_alone(settings
     start = task.init(seeds.generator(0, "init"))
     local = replace(spec.algorithm.local, warmup_ratio=0.0)
     together = FedDPO(local=local)
-    fed = Simulation(task, shards, seed=0, rounds=1)
-    averaged = together.step(fed, together.init(fed, start))[0].adapter
     alone = Local(local=local)
     fed = Simulation(task, shards, seed=0, rounds=1)
-    state = alone.step(fed, alone.init(fed, start))[0]
+    states = together.init(fed, start), alone.init(fed, start)
+    fed.begin(0, fed.clients)
+    averaged = together.step(fed, states[0])[0].adapter
+    fed.begin(0, fed.clients)
+    state = alone.step(fed, states[1])[0]
     weights = [len(shard) / sum(map(len, shards)) for shard in shards]
     expected = trees.total(trees.scale(state.theta._values[i], weight) for i, weight in enumerate(weights))
     for name, value in averaged.items():

@@ -12,7 +12,6 @@ import torch
 from fedpref.federation import Federation, PerClient
 from fedpref.trees import Tree
 
-
 Purpose = Literal["init", "train", "evaluate"]
 
 
