@@ -18,7 +18,7 @@ demo: setup
 	@$(BIN)/fedpref run configs/demo.yaml
 
 test: setup
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --cov --cov-report=term
 
 lint: setup
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -18,6 +18,7 @@ import transformers
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL_DATA = ROOT.parent / "shared" / "data"
+needs_real_data = pytest.mark.skipif(not REAL_DATA.is_dir(), reason="the folder of real preference data is not beside this checkout")
 TOKENIZER = ROOT / "src/fedpref/models/builtin"
 
 SMALL = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 32, "max_position_embeddings": 96}
@@ -101,13 +102,6 @@ def settings(tiny: Path, rows_file: Path) -> dict[str, Any]:
         "algorithm": {"name": "feddpo", "local": {"steps": 2, "batch_size": 4, "learning_rate": 0.01}},
         "rounds": 3,
     }
-
-
-@pytest.fixture
-def real_data() -> Path:
-    if not REAL_DATA.is_dir():
-        pytest.skip("the folder of real preference data is not beside this checkout")
-    return REAL_DATA
 
 
 @pytest.fixture(autouse=True)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-from conftest import ROOT
+from conftest import REAL_DATA, ROOT, needs_real_data
 from fedpref import Experiment
 
 CONFIGS = ["hh", "hh-iid", "ukpconvarg", "persona", "movie-reviews", "movie-reviews-10"]
 CLIENTS = {"hh": 2, "hh-iid": 10, "movie-reviews": 3, "movie-reviews-10": 10}
 
 
+@needs_real_data
 @pytest.mark.parametrize("name", CONFIGS)
-def test_clients_of_the_real_sets_have_rows_on_both_sides_and_share_no_prompt_between_them(name: str, real_data: Path) -> None:
-    experiment = Experiment.load(ROOT / f"configs/{name}.yaml", [f"data.path={real_data}"])
+def test_clients_of_the_real_sets_have_rows_on_both_sides_and_share_no_prompt_between_them(name: str) -> None:
+    experiment = Experiment.load(ROOT / f"configs/{name}.yaml", [f"data.path={REAL_DATA}"])
     clients, _ = experiment.clients()
     assert len(clients) == CLIENTS.get(name, len(clients))
     assert len(clients) >= 2
