@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from hashlib import blake2b
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from fedpref import trees
 from fedpref.errors import UserError
+from fedpref.models.packed import ATTENTION, Layout, PackingError, Row, packed_attention, register, token_log_probabilities
 from fedpref.trees import Tree
 
 BUILTIN = "builtin"
@@ -33,33 +34,12 @@ class Model:
     path: str = BUILTIN  # a Hub id, a local folder, or the model shipped with fedpref
     revision: str | None = None  # of a Hub id
     trust_remote_code: bool = False
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the frozen backbone; the adapter is float32
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the frozen backbone; auto: bfloat16 where the processor has it
     device: str = "auto"  # "auto" takes CUDA where there is one; "cpu", "cuda", "cuda:1"
     lora_r: Annotated[int, Field(ge=1)] = 8
     lora_alpha: Annotated[int, Field(ge=1)] = 16
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     lora_target_modules: tuple[str, ...] | str = "all-linear"
-
-
-@dataclass(frozen=True)
-class Sequences:
-    """R token sequences, right-padded to T tokens, and which of their tokens belong to the answer."""
-
-    ids: Int[Tensor, "R T"]
-    answer: Bool[Tensor, "R T"]
-    lengths: Int[Tensor, " R"]  # tokens without padding
-
-    @staticmethod
-    def of(rows: Sequence[tuple[Sequence[int], Sequence[int]]], device: torch.device) -> Sequences:
-        """Lay out (prompt, answer) token rows; padding is token 0, which nothing looks at."""
-        lengths = torch.tensor([len(prompt) + len(answer) for prompt, answer in rows])
-        ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
-        for row, (question, reply) in zip(ids, rows, strict=True):
-            row[: len(question) + len(reply)] = torch.tensor([*question, *reply])
-        position = torch.arange(ids.shape[1])
-        first = torch.tensor([len(prompt) for prompt, _ in rows])
-        answer = (position >= first[:, None]) & (position < lengths[:, None])
-        return Sequences(ids.to(device), answer.to(device), lengths)
 
 
 class LanguageModel:
@@ -74,12 +54,19 @@ class LanguageModel:
         from peft import LoraConfig, PeftModel, get_peft_model
 
         transformers.utils.logging.disable_progress_bar()
+        register()
+        self.name = settings.path
         self.device = _device(settings.device)
+        self.dtype = _dtype(settings.dtype, self.device)
         path = str(files("fedpref.models") / "builtin") if settings.path == BUILTIN else settings.path
-        options = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
+        options: dict[str, Any] = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
         try:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
-            backbone = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, settings.dtype), **options)
+            load = partial(transformers.AutoModelForCausalLM.from_pretrained, path, dtype=self.dtype, **options)
+            try:
+                backbone = load(attn_implementation=ATTENTION)
+            except (ValueError, TypeError):  # a model without the attention interface
+                backbone = load()
         except (OSError, ValueError) as error:
             raise UserError(
                 f"model.path: {settings.path!r} could not be loaded as a causal language model of transformers. "
@@ -102,6 +89,7 @@ class LanguageModel:
         except ValueError as error:
             raise UserError(f"model.lora_target_modules: {error}") from error
         self.model.requires_grad_(False)
+        self.head = self.model.get_output_embeddings()
         self.dropouts = [module for name, module in self.model.named_modules() if name.endswith("lora_dropout")]
         self.places = {name.replace(".default", ""): name for name, _ in self.model.named_parameters() if ".lora_" in name}
 
@@ -133,23 +121,67 @@ class LanguageModel:
         parameters = dict(self.model.named_parameters())
         return {name: parameters[place].detach().clone() for name, place in self.places.items()}
 
-    def log_probabilities(self, adapter: Tree | None, sequences: Sequences, *, training: bool = False) -> Float[Tensor, " R"]:
-        """The summed log-probability of each sequence's answer tokens; without an adapter, the backbone's.
+    def log_probabilities(self, adapter: Tree | None, rows: Sequence[Row], *, training: bool = False) -> Float[Tensor, " A"]:
+        """The summed log-probability of each answer, in the order of the rows; without an adapter, the backbone's.
 
-        The vocabulary head sees only the positions before an answer token. Right padding needs no attention mask: under causal
-        attention no real token sees it. `training` turns the adapter's dropout on; the backbone's stays off, since DPO compares
-        log-probabilities.
+        `training` turns the adapter's dropout on; the backbone's stays off, since DPO compares log-probabilities. The adapter computes in
+        the backbone's dtype; its gradient arrives in its own.
         """
-        before = sequences.answer[:, 1:]
-        targets = sequences.ids[:, 1:][before]
         for dropout in self.dropouts:
             dropout.train(training)
-        with _head_only_at(self.model.get_output_embeddings(), before), _adapter_off(self.model, adapter is None):
-            parameters = {self.places[name]: tensor for name, tensor in (adapter or {}).items()}
-            call = {"input_ids": sequences.ids, "use_cache": False}
-            logits = functional_call(self.model, parameters, (), call).logits[0]
-        scores = -nn.functional.cross_entropy(logits.float(), targets, reduction="none")
-        return torch.stack([part.sum() for part in scores.split(before.sum(1).tolist())])
+        form = self._packed if self.packs else self._padded
+        return form({name: tensor.to(self.dtype) for name, tensor in (adapter or {}).items()}, rows)
+
+    @cached_property
+    def packs(self) -> bool:
+        """Whether the model computes the same in the packed form as in the padded one; it is tried out on a few tokens."""
+        draw = torch.Generator().manual_seed(0)
+        tokens = torch.randint(self.model.config.get_text_config().vocab_size, (14,), generator=draw).tolist()
+        rows: list[Row] = [(tokens[:3], (tokens[3:5], tokens[5:9])), (tokens[9:10], (tokens[10:13], tokens[13:]))]
+        adapter = {name: torch.full_like(tensor, 0.01, dtype=self.dtype) for name, tensor in self.init(draw).items()}
+        with torch.no_grad():
+            expected = self._padded(adapter, rows)
+            try:
+                found = self._packed(adapter, rows)
+            except (PackingError, RuntimeError, TypeError, ValueError) as error:
+                problem = str(error)
+            else:
+                tolerance = 1e-3 if self.dtype == torch.float32 else 0.05
+                if torch.allclose(found, expected, rtol=tolerance, atol=tolerance):
+                    return True
+                problem = f"log-probabilities differ by {float((found - expected).abs().max()):.2g}"
+        warnings.warn(f"{self.name}: the packed form does not fit this model ({problem}); the padded one is used.", stacklevel=2)
+        return False
+
+    def _packed(self, adapter: Tree, rows: Sequence[Row]) -> Float[Tensor, " A"]:
+        layout = Layout.packed(rows, self.device)
+        with packed_attention(layout, self.dtype):
+            hidden, _ = self._run(adapter, layout, layout.scored[:0])
+        tokens = token_log_probabilities(hidden.flatten(0, 1)[layout.scored], self.head.weight, self.head.bias, layout.targets)
+        return layout.per_answer(tokens)
+
+    def _padded(self, adapter: Tree, rows: Sequence[Row]) -> Float[Tensor, " A"]:
+        layout = Layout.padded(rows, self.device)
+        _, logits = self._run(adapter, layout, layout.scored)
+        return layout.per_answer(-nn.functional.cross_entropy(logits[0].float(), layout.targets, reduction="none"))
+
+    def _run(self, adapter: Tree, layout: Layout, places: Int[Tensor, " m"]) -> tuple[Float[Tensor, "R T D"], Float[Tensor, "1 m V"]]:
+        """The hidden states that come to the vocabulary head, and the head's logits at these places of the flattened ids alone."""
+        states: list[Tensor] = []
+
+        def cut(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+            states.append(inputs[0])
+            return (inputs[0].flatten(0, 1)[places][None],)
+
+        hook = self.head.register_forward_pre_hook(cut)
+        try:
+            with self.model.disable_adapter() if not adapter else nullcontext():
+                call = {"input_ids": layout.ids, "position_ids": layout.positions, "use_cache": False}
+                parameters = {self.places[name]: tensor for name, tensor in adapter.items()}
+                logits = functional_call(self.model, parameters, (), call).logits
+            return states[0], logits
+        finally:
+            hook.remove()
 
     def export(self, adapter: Tree, folder: Path) -> None:
         """Write a folder that `PeftModel.from_pretrained` loads, and the tokenizer beside it."""
@@ -198,20 +230,8 @@ def _device(name: str) -> torch.device:
     return device
 
 
-@contextmanager
-def _head_only_at(head: nn.Module, positions: Bool[Tensor, "R T-1"]) -> Iterator[None]:
-    """Feed the vocabulary head the hidden states of these positions alone, as one row; all else in the model stays its own."""
-    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][:, :-1][positions][None],))
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-@contextmanager
-def _adapter_off(model: Any, off: bool) -> Iterator[None]:
-    if off:
-        with model.disable_adapter():
-            yield
-    else:
-        yield
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    fast = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32

@@ -17,7 +17,7 @@ from fedpref import trees
 from fedpref.data.preferences import ClientData, Preference
 from fedpref.errors import UserError
 from fedpref.losses import DPO, Loss, PairScores
-from fedpref.models.language import LanguageModel, Model, Sequences
+from fedpref.models.language import LanguageModel, Model
 from fedpref.trees import Tree
 
 DEFAULT_LENGTH = 1024
@@ -51,7 +51,13 @@ class Pair:
 
     @property
     def length(self) -> int:
+        """Tokens of the prompt and its longer answer."""
         return len(self.prompt) + max(len(self.chosen), len(self.rejected))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the prompt and both answers."""
+        return len(self.prompt) + len(self.chosen) + len(self.rejected)
 
 
 @dataclass(frozen=True)
@@ -69,9 +75,9 @@ class PairShard:
 
 @dataclass(frozen=True)
 class PairBatch:
-    """B pairs as 2B sequences, chosen answers first, and their scores under the reference (zeros where the loss needs none)."""
+    """B pairs, and their scores under the reference (zeros where the loss needs none)."""
 
-    sequences: Sequences
+    pairs: Sequence[Pair]
     reference: PairScores
 
 
@@ -150,8 +156,7 @@ class PreferenceLearner:
             scores = torch.empty(len(pairs), 2, dtype=torch.float64)
             with torch.no_grad():
                 for indices in _by_length(pairs, SCORING_BATCH):
-                    batch = self._lay_out([pairs[i] for i in indices])
-                    scores[indices] = self.language.log_probabilities(None, batch).view(2, -1).T.double().cpu()
+                    scores[indices] = self._score(None, [pairs[i] for i in indices]).double().cpu()
             cache.mkdir(parents=True, exist_ok=True)
             trees.save({"scores": scores}, file)
         scored = tuple(replace(pair, reference=(c, r)) for pair, (c, r) in zip(pairs, scores.tolist(), strict=True))
@@ -170,17 +175,16 @@ class PreferenceLearner:
         block = int(torch.randint(blocks, (), generator=rng))
         ranked = sorted(pool, key=lambda i: (shard.train[i].length, i))
         pairs = [shard.train[i] for i in ranked[block * size : (block + 1) * size]]
-        sequences = self._lay_out(pairs)
         if self.settings.reference == "base" or not self.settings.loss.needs_reference:
-            return PairBatch(sequences, self._base(pairs, sequences))
+            return PairBatch(pairs, self._base(pairs))
         with torch.no_grad():
-            return PairBatch(sequences, _scores(self.language.log_probabilities(start, sequences), sequences))
+            return PairBatch(pairs, _scores(self._score(start, pairs), pairs))
 
     def losses(self, params: Tree, batch: PairBatch) -> tuple[Float[Tensor, 1], Mapping[str, float]]:
-        policy = _scores(self.language.log_probabilities(params, batch.sequences, training=True), batch.sequences)
+        policy = _scores(self._score(params, batch.pairs, training=True), batch.pairs)
         loss = self.settings.loss(policy, batch.reference).mean()
         metrics = {name: float(values.mean()) for name, values in self._measure(policy, batch.reference).items()}
-        counts = {"num_pairs": float(len(policy.chosen)), "num_tokens": float(batch.sequences.lengths.sum())}
+        counts = {"num_pairs": float(len(batch.pairs)), "num_tokens": float(sum(pair.tokens for pair in batch.pairs))}
         return loss[None], metrics | counts
 
     @torch.no_grad()
@@ -189,9 +193,8 @@ class PreferenceLearner:
         sums: dict[str, float] = {}
         for indices in _by_length(shard.test, SCORING_BATCH):
             pairs = [shard.test[i] for i in indices]
-            sequences = self._lay_out(pairs)
-            policy = _scores(self.language.log_probabilities(params, sequences), sequences)
-            for name, values in self._measure(policy, self._base(pairs, sequences)).items():
+            policy = _scores(self._score(params, pairs), pairs)
+            for name, values in self._measure(policy, self._base(pairs)).items():
                 sums[name] = sums.get(name, 0.0) + float(values.sum())
         return {name: value / len(shard.test) for name, value in sums.items()} | {"num_examples": float(len(shard.test))}
 
@@ -209,19 +212,18 @@ class PreferenceLearner:
             "rewards/accuracies": (chosen > rejected).float() + 0.5 * (chosen == rejected).float(),
         }
 
-    def _base(self, pairs: Sequence[Pair], sequences: Sequences) -> PairScores:
-        known = [pair.reference or (0.0, 0.0) for pair in pairs]
-        return _scores(torch.tensor(known, device=sequences.ids.device).T.flatten(), sequences)
+    def _base(self, pairs: Sequence[Pair]) -> PairScores:
+        known = torch.tensor([pair.reference or (0.0, 0.0) for pair in pairs], device=self.language.device)
+        return _scores(known, pairs)
 
-    def _lay_out(self, pairs: Sequence[Pair]) -> Sequences:
-        rows = [(pair.prompt, pair.chosen) for pair in pairs] + [(pair.prompt, pair.rejected) for pair in pairs]
-        return Sequences.of(rows, self.language.device)
+    def _score(self, adapter: Tree | None, pairs: Sequence[Pair], *, training: bool = False) -> Float[Tensor, "B 2"]:
+        rows = [(pair.prompt, (pair.chosen, pair.rejected)) for pair in pairs]
+        return self.language.log_probabilities(adapter, rows, training=training).view(-1, 2)
 
 
-def _scores(log_probabilities: Float[Tensor, " 2B"], sequences: Sequences) -> PairScores:
-    chosen, rejected = log_probabilities.chunk(2)
-    chosen_tokens, rejected_tokens = sequences.answer.sum(1).to(chosen.dtype).chunk(2)
-    return PairScores(chosen, rejected, chosen_tokens, rejected_tokens)
+def _scores(log_probabilities: Float[Tensor, "B 2"], pairs: Sequence[Pair]) -> PairScores:
+    tokens = torch.tensor([(len(pair.chosen), len(pair.rejected)) for pair in pairs]).to(log_probabilities)
+    return PairScores(*log_probabilities.unbind(1), *tokens.unbind(1))
 
 
 def _by_length(pairs: Sequence[Pair], size: int) -> Iterator[list[int]]:
