@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -17,6 +18,7 @@ from fedpref import config, seeds
 from fedpref.algorithms import AnyAlgorithm, Centralised, FedDPO, Local
 from fedpref.data import Builtin, ClientData, Natural, Partition, Source, partition, split
 from fedpref.engines import Engine, Simulation, draw_cohort
+from fedpref.engines.workers import available, keep_freed_memory, one_thread
 from fedpref.errors import UserError
 from fedpref.federation import Client, work
 from fedpref.rundirectory import CLIENTS, CONFIG, EVALUATION, METRICS, RunDirectory
@@ -49,6 +51,7 @@ class Experiment:
     seed: Annotated[int, Field(ge=0)] = 0
     evaluate_every: Annotated[int, Field(ge=0)] = 0  # rounds; 0: after the last one only
     checkpoint_every: Count = 1  # rounds
+    workers: Count | None = None  # processes of one thread; None: as many as processors; the result is the same for any number
     references: tuple[Literal["local", "centralised"], ...] = ()  # lines to run beside the algorithm, on the same data
 
     @staticmethod
@@ -139,27 +142,47 @@ def result(folder: RunDirectory) -> Result:
 
 def events(experiment: Experiment, folder: RunDirectory) -> Iterator[Event]:
     """Run the experiment into its directory, or what is left of it, and tell of every step. Bad input raises before anything is written."""
-    clients, _ = experiment.clients()
-    task = experiment.task.build()
-    shards = [task.encode(client) for client in clients]
-    if not (folder.path / CONFIG).exists():
-        folder.create(config.dump(experiment))
-        sizes = {s.name: {"train": len(s.train), "test": len(s.test), "truncated": s.truncated} for s in shards}
-        folder.write(CLIENTS, json.dumps(sizes, indent=1) + "\n")
-    for number, shard in enumerate(shards):
-        shards[number] = task.prepare(shard, folder.path / "cache")
-        yield Event(experiment.algorithm.name, "prepare", number + 1, len(shards), {})
-    for name, (sub, line) in lines(experiment, len(shards)).items():
-        place = RunDirectory(folder.path / sub)
-        if sub and not place.path.exists():
-            place.create(config.dump(line))
-        if not place.done:
-            yield from _line(name, line, place, task, _pool(shards) if line.algorithm.pooled else shards)
+    keep_freed_memory()
+    with one_thread():
+        clients, _ = experiment.clients()
+        task = experiment.task.build()
+        shards = [task.encode(client) for client in clients]
+        if not (folder.path / CONFIG).exists():
+            folder.create(config.dump(experiment))
+            sizes = {s.name: {"train": len(s.train), "test": len(s.test), "truncated": s.truncated} for s in shards}
+            folder.write(CLIENTS, json.dumps(sizes, indent=1) + "\n")
+        cache = folder.path / "cache"
+        yield from _prepare(experiment, task, shards, cache)
+        shards = [task.prepare(shard, cache) for shard in shards]
+        for name, (sub, line) in lines(experiment, len(shards)).items():
+            place = RunDirectory(folder.path / sub)
+            if sub and not place.path.exists():
+                place.create(config.dump(line))
+            if not place.done:
+                held = _pool(shards) if line.algorithm.pooled else shards
+                with closing(_engine(line, task, held)) as engine:
+                    yield from _line(name, line, place, task, held, engine)
 
 
-def _line(name: str, experiment: Experiment, folder: RunDirectory, task: Task, shards: Sequence[Any]) -> Iterator[Event]:
+def _engine(experiment: Experiment, task: Task, shards: Sequence[Any]) -> Simulation:
+    workers = min(experiment.workers or available(), len(shards))
+    weighting = experiment.federation.weighting
+    return Simulation(task, shards, seed=experiment.seed, rounds=experiment.rounds, weighting=weighting, workers=workers)
+
+
+def _prepare(experiment: Experiment, task: Task, shards: Sequence[Any], cache: Path) -> Iterator[Event]:
+    """Let clients fill the cache, a few at a time."""
+    with closing(_engine(experiment, task, shards)) as engine:
+        size = 2 * (experiment.workers or available())
+        for first in range(0, len(shards), size):
+            some = engine.clients[first : first + size]
+            engine.begin(0, some, "init")
+            engine.each(prepare, str(cache))
+            yield Event(experiment.algorithm.name, "prepare", some[-1] + 1, len(shards), {})
+
+
+def _line(name: str, experiment: Experiment, folder: RunDirectory, task: Task, shards: Sequence[Any], engine: Engine) -> Iterator[Event]:
     algorithm: Any = experiment.algorithm
-    engine = Simulation(task, shards, seed=experiment.seed, rounds=experiment.rounds, weighting=experiment.federation.weighting)
     state = algorithm.init(engine, task.init(seeds.generator(experiment.seed, "init")))
     state, first = folder.restore(state, engine)
     folder.cut_rows_after(first)
@@ -211,6 +234,12 @@ def _export(engine: Engine, model: Sequence[Any], task: Task, folder: RunDirecto
     if not all(isinstance(part, Mapping) for part in model):
         engine.begin(engine.round, engine.clients, "evaluate")
         engine.each(export, str(folder.path / "clients"), *model)
+
+
+@work
+def prepare(client: Client, cache: str) -> Tree:
+    client.task.prepare(client.shard, Path(cache))
+    return {}
 
 
 @work

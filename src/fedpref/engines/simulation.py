@@ -1,4 +1,4 @@
-"""All clients in this process, one after the other, over one copy of the model."""
+"""All clients on this machine, over one copy of the model: one after the other, or shared out to worker processes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any, Generic, Literal, TypeVar
 from fedpref import seeds, trees
 from fedpref.channel import Chain, Sender
 from fedpref.engines.engine import Purpose, Traffic, weighted_report
-from fedpref.federation import Client, PerClient, name_of
+from fedpref.engines.workers import Workers
+from fedpref.federation import WORK, Client, PerClient, name_of
 from fedpref.tasks.task import Shard, Task
 from fedpref.trees import Tree
 
@@ -44,12 +45,14 @@ class Simulation:
         rounds: int,
         weighting: Literal["examples", "equal"] = "examples",
         channel: Chain = Chain(),
+        workers: int = 1,
     ) -> None:
         self._task, self._shards = task, tuple(shards)
         self._seed, self._rounds, self._channel = seed, rounds, channel
         self._weights = {i: float(len(shard)) if weighting == "examples" else 1.0 for i, shard in enumerate(shards)}
         self._examples = {i: float(len(shard)) for i, shard in enumerate(shards)}
         self.clients = tuple(range(len(shards)))
+        self._workers = Workers(workers, self._job) if workers > 1 else None
         self.begin(0, self.clients, "init")
 
     def begin(self, round: int, cohort: Sequence[int], purpose: Purpose = "train") -> None:
@@ -58,18 +61,32 @@ class Simulation:
         self.traffic, self._calls = Traffic(), 0
 
     def each(self, work: Callable[..., Any], *args: Any) -> Any:
-        name_of(work)
         sent = sum(trees.size(arg) for arg in args if isinstance(arg, Mapping))
         self._count(bytes_down=sent * len(self.active))
         self._calls += 1
-        results: dict[int, Any] = {}
-        for i in self.active:
-            rng = seeds.generator(self._seed, self._purpose, round=self.round, call=self._calls, client=i)
-            client = Client(i, self._task, self._shards[i], rng, self.round, self._rounds)
-            results[i] = work(client, *(_look(arg)[i] if isinstance(arg, Held) else arg for arg in args))
+        common = {k: arg for k, arg in enumerate(args) if not isinstance(arg, Held)}
+        own = {i: {k: _look(arg)[i] for k, arg in enumerate(args) if isinstance(arg, Held)} for i in self.active}
+        shared = (name_of(work), self._purpose, self.round, self._calls, common)
+        if self._workers and len(own) > 1:
+            results = self._workers.run(shared, own)
+        else:
+            results = {i: self._job(i, shared, values) for i, values in own.items()}
         if all(isinstance(result, tuple) for result in results.values()):
             return tuple(Held(dict(zip(results, column, strict=True))) for column in zip(*results.values(), strict=True))
         return Held(results)
+
+    def _job(self, i: int, shared: tuple[str, str, int, int, Mapping[int, Any]], own: Mapping[int, Any]) -> Any:
+        """One client's part of `each`, in whichever process; arguments are numbered, those in common and the client's own."""
+        work, purpose, round, call, common = shared
+        rng = seeds.generator(self._seed, purpose, round=round, call=call, client=i)
+        client = Client(i, self._task, self._shards[i], rng, round, self._rounds)
+        args = {**common, **own}
+        return WORK[work](client, *(args[k] for k in sorted(args)))
+
+    def close(self) -> None:
+        """End the worker processes."""
+        if self._workers:
+            self._workers.close()
 
     def mean(self, values: PerClient[Tree]) -> Tree:
         self._calls += 1

@@ -154,14 +154,14 @@ class LanguageModel:
         return False
 
     def _packed(self, adapter: Tree, rows: Sequence[Row]) -> Float[Tensor, " A"]:
-        layout = Layout.packed(rows, self.device)
+        layout = Layout.of(rows, self.device)
         with packed_attention(layout, self.dtype):
             hidden, _ = self._run(adapter, layout, layout.scored[:0])
         tokens = token_log_probabilities(hidden.flatten(0, 1)[layout.scored], self.head.weight, self.head.bias, layout.targets)
         return layout.per_answer(tokens)
 
     def _padded(self, adapter: Tree, rows: Sequence[Row]) -> Float[Tensor, " A"]:
-        layout = Layout.padded(rows, self.device)
+        layout = Layout.of([(prompt, (answer,)) for prompt, answers in rows for answer in answers], self.device)
         _, logits = self._run(adapter, layout, layout.scored)
         return layout.per_answer(-nn.functional.cross_entropy(logits[0].float(), layout.targets, reduction="none"))
 

@@ -173,7 +173,7 @@ class PreferenceLearner:
         blocks = min(POOL, len(shard.train) // size)
         pool = torch.randperm(len(shard.train), generator=rng)[: size * blocks].tolist()
         block = int(torch.randint(blocks, (), generator=rng))
-        ranked = sorted(pool, key=lambda i: (shard.train[i].length, i))
+        ranked = sorted(pool, key=lambda i: (shard.train[i].tokens, i))
         pairs = [shard.train[i] for i in ranked[block * size : (block + 1) * size]]
         if self.settings.reference == "base" or not self.settings.loss.needs_reference:
             return PairBatch(pairs, self._base(pairs))
@@ -227,6 +227,6 @@ def _scores(log_probabilities: Float[Tensor, "B 2"], pairs: Sequence[Pair]) -> P
 
 
 def _by_length(pairs: Sequence[Pair], size: int) -> Iterator[list[int]]:
-    ranked = sorted(range(len(pairs)), key=lambda i: (pairs[i].length, i))
+    ranked = sorted(range(len(pairs)), key=lambda i: (pairs[i].tokens, i))
     for start in range(0, len(ranked), size):
         yield ranked[start : start + size]

@@ -31,6 +31,10 @@ class Task(Protocol):
         """Fresh trainable parameters."""
         ...
 
+    def prepare(self, shard: Any, cache: Path) -> Any:
+        """The shard with what is computed once about it, kept in a folder of files named after what they depend on."""
+        ...
+
     def draw(self, params: Tree, start: Tree, shard: Any, size: int, rng: torch.Generator) -> Any:
         """A training batch of `size` examples; `start` is what the client began the round with."""
         ...
