@@ -22,18 +22,20 @@ needs_real_data = pytest.mark.skipif(not REAL_DATA.is_dir(), reason="the folder 
 TOKENIZER = ROOT / "src/fedpref/models/builtin"
 
 SMALL = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 32, "max_position_embeddings": 96}
-ARCHITECTURES: dict[str, Callable[[], Any]] = {
+CONFIGS: dict[str, Callable[[], Any]] = {
     "llama": lambda: transformers.LlamaConfig(**SMALL, intermediate_size=48, tie_word_embeddings=True),
     "qwen2": lambda: transformers.Qwen2Config(**SMALL, intermediate_size=48, num_key_value_heads=1),
     "gpt2": lambda: transformers.GPT2Config(n_layer=2, n_head=2, n_embd=32, n_positions=96),
+    "mistral": lambda: transformers.MistralConfig(**SMALL, intermediate_size=48, num_key_value_heads=2, sliding_window=5),
     "gpt_neox": lambda: transformers.GPTNeoXConfig(**SMALL, intermediate_size=48),
 }
+ARCHITECTURES = ("llama", "qwen2", "gpt2", "gpt_neox")
 
 
 def make_model(folder: Path, architecture: str = "llama", seed: int = 0) -> Path:
     """A randomly initialised causal language model as an ordinary Hugging Face folder, with the shipped tokenizer."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(TOKENIZER)
-    configuration = ARCHITECTURES[architecture]()
+    configuration = CONFIGS[architecture]()
     configuration.vocab_size = len(tokenizer)
     configuration.bos_token_id = configuration.eos_token_id = tokenizer.eos_token_id
     configuration.pad_token_id = tokenizer.pad_token_id
@@ -98,7 +100,7 @@ def settings(tiny: Path, rows_file: Path) -> dict[str, Any]:
     """The config of a quick experiment, as plain data."""
     return {
         "data": {"name": "files", "path": str(rows_file), "test_fraction": 0.3},
-        "task": {"name": "preference", "model": {"path": str(tiny), "lora_r": 4}, "loss": {"name": "dpo", "beta": 0.5}},
+        "task": {"name": "preference", "model": {"path": str(tiny), "lora_r": 4, "dtype": "float32"}, "loss": {"name": "dpo", "beta": 0.5}},
         "algorithm": {"name": "feddpo", "local": {"steps": 2, "batch_size": 4, "learning_rate": 0.01}},
         "rounds": 3,
     }

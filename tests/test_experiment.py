@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from fedpref import Experiment, UserError, config, resume, run, seeds, trees
 from fedpref.algorithms import Centralised, FedDPO, Local
 from fedpref.data import ClientData, Preference
 from fedpref.engines import Simulation
-from fedpref.experiment import events, new_directory
+from fedpref.experiment import evaluate, events, new_directory
 from fedpref.local import Descent, descend
 from fedpref.rundirectory import RunDirectory
 from fedpref.tasks import PreferenceTask
@@ -193,20 +195,18 @@ def test_gradients_are_clipped_to_the_norm(settings: dict[str, Any], learner: An
 
 
 def test_batches_draw_every_pair_alike_and_keep_lengths_together(settings: dict[str, Any], learner: Any) -> None:
-    full = client(learner, settings)
+    shard = client(learner, settings).shard
     rng = seeds.generator(0, "work")
-    seen: dict[int, int] = {}
+    seen: Counter[Any] = Counter()
     spread, at_random = [], []
     for _ in range(400):
-        batch = learner.draw({}, {}, full.shard, 4, rng)
-        lengths = batch.sequences.lengths[:4]
-        spread.append(int(lengths.max() - lengths.min()))
-        some = [full.shard.train[i].length for i in torch.randperm(len(full.shard), generator=rng)[:4].tolist()]
-        at_random.append(max(some) - min(some))
-        for row in batch.sequences.ids[:4]:
-            seen[hash(tuple(row[row != 0].tolist()))] = seen.get(hash(tuple(row[row != 0].tolist())), 0) + 1
-    expected = 400 * 4 / len(full.shard)
-    assert len(seen) == len(full.shard)
+        pairs = learner.draw({}, {}, shard, 4, rng).pairs
+        seen.update(pair.prompt for pair in pairs)
+        others = [shard.train[i] for i in torch.randperm(len(shard), generator=rng)[:4].tolist()]
+        for found, some in ((spread, pairs), (at_random, others)):
+            found.append(max(pair.tokens for pair in some) - min(pair.tokens for pair in some))
+    expected = 400 * 4 / len(shard)
+    assert len(seen) == len(shard)
     assert all(abs(count - expected) < 5 * math.sqrt(expected) for count in seen.values())
     assert sum(spread) < sum(at_random)
 
@@ -295,6 +295,24 @@ def test_a_run_left_anywhere_ends_with_the_same_bits(after: int, settings: dict[
     for name in ("metrics.jsonl", "references/local/metrics.jsonl", "evaluation.jsonl"):
         whole, broken = (RunDirectory(tmp_path / side).read_rows(name) for side in ("whole", "broken"))
         assert [row | {"seconds": 0} for row in whole] == [row | {"seconds": 0} for row in broken]
+
+
+def test_any_number_of_workers_ends_with_the_same_bits(settings: dict[str, Any], tmp_path: Path) -> None:
+    task = {**settings["task"], "model": {**settings["task"]["model"], "lora_dropout": 0.1}}
+    results = [run(experiment(settings, task=task, workers=count), tmp_path / str(count)) for count in (1, 2, 3)]
+    for result in results[1:]:
+        assert_same_adapter(results[0].path, result.path)
+        assert result.evaluations == results[0].evaluations
+
+
+def test_a_failure_in_a_worker_reaches_the_user(settings: dict[str, Any]) -> None:
+    spec = experiment(settings)
+    task = spec.task.build()
+    shards = [task.encode(client) for client in spec.clients()[0]]
+    with closing(Simulation(task, shards, seed=0, rounds=1, workers=2)) as engine:
+        with pytest.raises(RuntimeError, match=r"in the work of client \d"):
+            engine.each(evaluate, {"no such": torch.zeros(1)})
+        assert engine.disclose(engine.each(evaluate, {}))[3]["num_examples"] >= 1
 
 
 def test_a_killed_run_ends_with_the_same_bits(settings: dict[str, Any], tmp_path: Path) -> None:

@@ -10,13 +10,15 @@ import torch
 import transformers
 from peft import PeftModel
 
-from conftest import ARCHITECTURES
+from conftest import ARCHITECTURES, make_model
 from fedpref import seeds
 from fedpref.errors import UserError
-from fedpref.models.language import LanguageModel, Model, Sequences
+from fedpref.models import packed
+from fedpref.models.language import LanguageModel, Model
+from fedpref.models.packed import Row, token_log_probabilities
 from fedpref.trees import Tree
 
-ROWS = [((5, 6, 7), (8, 9)), ((11,), (12, 13, 14, 15)), ((20, 21, 22, 23, 24), (25,))]
+ROWS: list[Row] = [((5, 6, 7), ((8, 9), (10, 11, 12, 13))), ((11,), ((12, 13, 14, 15), (16,))), (tuple(range(20, 45)), ((25, 26, 27),))]
 TARGETS = {"llama": "all-linear", "qwen2": ("q_proj", "v_proj"), "gpt2": ("c_attn",), "gpt_neox": "all-linear"}
 
 
@@ -24,6 +26,10 @@ def some_adapter(model: LanguageModel) -> Tree:
     """An adapter that does something: both factors away from zero."""
     draw = torch.Generator().manual_seed(1)
     return {name: 0.3 * torch.randn(t.shape, generator=draw) for name, t in model.init(seeds.generator(0, "init")).items()}
+
+
+def exact(path: Path, **settings: object) -> LanguageModel:
+    return LanguageModel(Model(path=str(path), dtype="float32", **settings))  # type: ignore[arg-type]
 
 
 def plain(model: torch.nn.Module, prompt: tuple[int, ...], answer: tuple[int, ...]) -> float:
@@ -34,61 +40,106 @@ def plain(model: torch.nn.Module, prompt: tuple[int, ...], answer: tuple[int, ..
     return float(tokens[len(prompt) - 1 :].sum())
 
 
+def all_plain(model: torch.nn.Module) -> list[float]:
+    return [plain(model, tuple(prompt), tuple(answer)) for prompt, answers in ROWS for answer in answers]
+
+
+@pytest.mark.parametrize("packs", [True, False], ids=["packed", "padded"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_batched_log_probabilities_are_those_of_plain_transformers_and_peft(
-    architecture: str, models: Callable[[str], Path], tmp_path: Path
+def test_log_probabilities_are_those_of_plain_transformers_and_peft(
+    architecture: str, packs: bool, models: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    ours = LanguageModel(Model(path=str(models(architecture)), lora_r=3, lora_target_modules=TARGETS[architecture]))
+    ours = exact(models(architecture), lora_r=3, lora_target_modules=TARGETS[architecture])
+    assert ours.packs
+    ours.packs = packs
     adapter = some_adapter(ours)
-    batch = Sequences.of(ROWS, torch.device("cpu"))
 
     backbone = transformers.AutoModelForCausalLM.from_pretrained(models(architecture)).eval()
-    expected = [plain(backbone, *row) for row in ROWS]
-    assert ours.log_probabilities(None, batch).tolist() == pytest.approx(expected, abs=1e-4)
+    expected = all_plain(backbone)
+    assert ours.log_probabilities(None, ROWS).tolist() == pytest.approx(expected, abs=1e-4)
 
     ours.export(adapter, tmp_path / "adapter")
     loaded = PeftModel.from_pretrained(backbone, tmp_path / "adapter").eval()
-    adapted = [plain(loaded, *row) for row in ROWS]
-    assert ours.log_probabilities(adapter, batch).tolist() == pytest.approx(adapted, abs=1e-4)
+    adapted = all_plain(loaded)
+    assert ours.log_probabilities(adapter, ROWS).tolist() == pytest.approx(adapted, abs=1e-4)
     assert max(abs(a - b) for a, b in zip(adapted, expected, strict=True)) > 0.1
 
 
+def gradients(model: LanguageModel, adapter: Tree, packs: bool) -> Tree:
+    model.packs = packs
+    leaves = {name: t.clone().requires_grad_() for name, t in adapter.items()}
+    weights = torch.arange(1.0, 6.0)
+    (model.log_probabilities(leaves, ROWS, training=True) * weights).sum().backward()
+    return {name: t.grad for name, t in leaves.items() if t.grad is not None}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_packed_gradients_are_those_of_the_padded_form(architecture: str, models: Callable[[str], Path]) -> None:
+    model = exact(models(architecture), lora_target_modules=TARGETS[architecture])
+    adapter = some_adapter(model)
+    packed, padded = (gradients(model, adapter, packs) for packs in (True, False))
+    assert packed.keys() == padded.keys() == adapter.keys()
+    for name, expected in padded.items():
+        assert (packed[name] - expected).norm() <= 1e-4 * expected.norm(), name
+
+
+def test_bfloat16_gradients_are_near_the_exact_ones(tiny: Path) -> None:
+    reference, half = exact(tiny), LanguageModel(Model(path=str(tiny), dtype="bfloat16"))
+    adapter = some_adapter(reference)
+    expected, found = (torch.cat([g.flatten() for g in gradients(m, adapter, True).values()]) for m in (reference, half))
+    assert (found - expected).norm() < 0.05 * expected.norm()
+    assert half.fingerprint != reference.fingerprint
+
+
+def test_the_head_is_scored_in_chunks_with_the_gradient_of_a_full_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "CHUNK", 7 * 40)
+    draw = torch.Generator().manual_seed(0)
+    hidden = torch.randn(23, 8, generator=draw).requires_grad_()
+    weight, bias = torch.randn(40, 8, generator=draw), torch.randn(40, generator=draw)
+    targets = torch.randint(40, (23,), generator=draw)
+    upstream = torch.randn(23, generator=draw)
+    ours = token_log_probabilities(hidden, weight, bias, targets)
+    (gradient,) = torch.autograd.grad(ours, hidden, upstream)
+    plainly = -torch.nn.functional.cross_entropy(hidden @ weight.T + bias, targets, reduction="none")
+    (expected,) = torch.autograd.grad(plainly, hidden, upstream)
+    torch.testing.assert_close(ours, plainly)
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_that_does_not_fit_the_packed_form_runs_padded_and_says_so(tmp_path: Path) -> None:
+    """A window of attention shorter than a pair: the packed form would see too far."""
+    folder = make_model(tmp_path / "windowed", "mistral")
+    with pytest.warns(UserWarning, match="the padded one is used"):
+        model = exact(folder)
+    assert not model.packs
+    backbone = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert model.log_probabilities(None, ROWS).tolist() == pytest.approx(all_plain(backbone), abs=1e-4)
+
+
 def test_gradients_reach_the_adapter_and_nothing_else(tiny: Path) -> None:
-    model = LanguageModel(Model(path=str(tiny)))
-    adapter = {name: t.requires_grad_() for name, t in some_adapter(model).items()}
-    model.log_probabilities(adapter, Sequences.of(ROWS, torch.device("cpu")), training=True).sum().backward()
-    assert all(t.grad is not None and t.grad.abs().max() > 0 for t in adapter.values())
+    model = exact(tiny)
+    assert all(gradient.abs().max() > 0 for gradient in gradients(model, some_adapter(model), True).values())
     assert all(p.grad is None for p in model.model.parameters())
 
 
 def test_a_fresh_adapter_changes_nothing_and_depends_on_its_seed_alone(tiny: Path) -> None:
-    model = LanguageModel(Model(path=str(tiny)))
-    batch = Sequences.of(ROWS, torch.device("cpu"))
+    model = exact(tiny)
     first = model.init(seeds.generator(0, "init"))
     torch.rand(3)
     again, other = model.init(seeds.generator(0, "init")), model.init(seeds.generator(1, "init"))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert any(not torch.equal(first[name], other[name]) for name in first)
-    torch.testing.assert_close(model.log_probabilities(first, batch), model.log_probabilities(None, batch))
+    torch.testing.assert_close(model.log_probabilities(first, ROWS), model.log_probabilities(None, ROWS))
 
 
 def test_dropout_acts_in_training_alone(tiny: Path) -> None:
-    model = LanguageModel(Model(path=str(tiny), lora_dropout=0.5))
-    adapter, batch = some_adapter(model), Sequences.of(ROWS, torch.device("cpu"))
-    still = model.log_probabilities(adapter, batch)
-    assert torch.equal(still, model.log_probabilities(adapter, batch))
-    shaken = [model.log_probabilities(adapter, batch, training=True) for _ in range(2)]
+    model = exact(tiny, lora_dropout=0.5)
+    adapter = some_adapter(model)
+    still = model.log_probabilities(adapter, ROWS)
+    assert torch.equal(still, model.log_probabilities(adapter, ROWS))
+    shaken = [model.log_probabilities(adapter, ROWS, training=True) for _ in range(2)]
     assert not torch.equal(*shaken)
-    assert torch.equal(still, model.log_probabilities(adapter, batch))
-
-
-def test_a_bfloat16_backbone_trains_a_float32_adapter(tiny: Path) -> None:
-    model = LanguageModel(Model(path=str(tiny), dtype="bfloat16"))
-    adapter, batch = some_adapter(model), Sequences.of(ROWS, torch.device("cpu"))
-    exact = LanguageModel(Model(path=str(tiny)))
-    assert {t.dtype for t in model.init(seeds.generator(0, "init")).values()} == {torch.float32}
-    assert model.log_probabilities(adapter, batch).tolist() == pytest.approx(exact.log_probabilities(adapter, batch).tolist(), rel=0.1)
-    assert model.fingerprint != exact.fingerprint
+    assert torch.equal(still, model.log_probabilities(adapter, ROWS))
 
 
 def test_an_exported_adapter_brings_its_tokenizer_and_keeps_pefts_names(tiny: Path, tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ class LanguageModel:
         )
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for a property that is being renamed
+                warnings.simplefilter("ignore")  # of PEFT about GPT-2's transposed weights, which it handles, and its own deprecations
                 self.model: PeftModel = get_peft_model(backbone, lora).to(self.device).eval()
         except ValueError as error:
             raise UserError(f"model.lora_target_modules: {error}") from error
@@ -92,6 +92,7 @@ class LanguageModel:
         self.head = self.model.get_output_embeddings()
         self.dropouts = [module for name, module in self.model.named_modules() if name.endswith("lora_dropout")]
         self.places = {name.replace(".default", ""): name for name, _ in self.model.named_parameters() if ".lora_" in name}
+        self.packs = self._packing_works()
 
     @property
     def context(self) -> int | None:
@@ -132,8 +133,7 @@ class LanguageModel:
         form = self._packed if self.packs else self._padded
         return form({name: tensor.to(self.dtype) for name, tensor in (adapter or {}).items()}, rows)
 
-    @cached_property
-    def packs(self) -> bool:
+    def _packing_works(self) -> bool:
         """Whether the model computes the same in the packed form as in the padded one; it is tried out on a few tokens."""
         draw = torch.Generator().manual_seed(0)
         tokens = torch.randint(self.model.config.get_text_config().vocab_size, (14,), generator=draw).tolist()
