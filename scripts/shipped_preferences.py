@@ -17,19 +17,19 @@ from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent.parent / "src/fedpref/data/builtin"
 AXES = ("thorough", "warm", "bold", "formal")
-TEST_PAIRS = 60
+TEST_PAIRS = 80
 # name: (taste on the four axes, training pairs)
 POPULATION = {
-    "library": ((1.5, 0.9, -0.6, 0.4), 150),
-    "town-hall": ((1.1, 0.6, -0.5, 1.1), 130),
-    "youth-club": ((-0.2, 1.5, 0.7, -1.4), 110),
-    "bank": ((0.9, 0.5, -0.8, 1.3), 100),
-    "repair-shop": ((-0.6, 0.1, 1.2, -1.0), 90),
-    "school": ((1.4, 1.2, -0.3, 0.5), 60),
-    "taxi-office": ((-1.0, 0.5, 1.0, -0.6), 40),
-    "helpline": ((0.8, 1.8, -0.9, -0.2), 30),
-    "law-office": ((1.3, 0.2, -1.0, 1.6), 24),
-    "bakery": ((0.3, 1.4, 0.6, -0.8), 20),
+    "library": ((1.5, 0.9, -0.6, 0.4), 400),
+    "town-hall": ((1.1, 0.6, -0.5, 1.1), 350),
+    "youth-club": ((-0.2, 1.5, 0.7, -1.4), 300),
+    "bank": ((0.9, 0.5, -0.8, 1.3), 250),
+    "repair-shop": ((-0.6, 0.1, 1.2, -1.0), 200),
+    "school": ((1.4, 1.2, -0.3, 0.5), 150),
+    "taxi-office": ((-1.0, 0.5, 1.0, -0.6), 60),
+    "helpline": ((0.8, 1.8, -0.9, -0.2), 40),
+    "law-office": ((1.3, 0.2, -1.0, 1.6), 30),
+    "bakery": ((0.3, 1.4, 0.6, -0.8), 24),
     "garden-centre": ((0.9, 1.0, 0.5, -0.4), 16),
     "clinic": ((1.2, 1.4, -1.2, 0.6), 12),
 }

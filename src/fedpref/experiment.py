@@ -120,13 +120,13 @@ def read_experiment(folder: RunDirectory) -> Experiment:
 def lines(experiment: Experiment, clients: int) -> dict[str, tuple[str, Experiment]]:
     """The algorithm's own line and the reference lines: name -> (subfolder, experiment).
 
-    References train with the same local settings; the centralised line takes as many steps a round as the cohort's clients together,
-    so that all lines see the same number of pairs.
+    References train with the same local settings; a step of the centralised line accumulates as many batches as the cohort has
+    clients, so that all lines take the same number of steps on the same number of pairs.
     """
     found: dict[str, tuple[str, Experiment]] = {experiment.algorithm.name: ("", experiment)}
     local = experiment.algorithm.local
     cohort = min(experiment.federation.clients_per_round or clients, clients)
-    pooled = replace(local, steps=local.steps * cohort)
+    pooled = replace(local, gradient_accumulation_steps=local.gradient_accumulation_steps * cohort)
     for name in experiment.references:
         algorithm = Local(local=local) if name == "local" else Centralised(local=pooled)
         found[name] = (f"references/{name}", replace(experiment, algorithm=algorithm, references=()))

@@ -26,10 +26,10 @@ def client_table(path: Path, figures: Accuracies) -> Table:
     sizes = json.loads((path / CLIENTS).read_text())
     names = sorted(sizes, key=lambda name: (-sizes[name]["train"], name))
     counts = {name: sizes[name]["test"] for name in names}
-    table = Table(title="held-out pair accuracy", title_style="bold", title_justify="left")
-    table.add_column("client")
-    table.add_column("training pairs", justify="right")
-    table.add_column("held-out pairs", justify="right")
+    table = Table(title="held-out pair accuracy, %", title_style="bold", title_justify="left")
+    table.add_column("client", no_wrap=True)
+    table.add_column("training\npairs", justify="right")
+    table.add_column("held-out\npairs", justify="right")
     main = next(iter(figures))
     for line in figures:
         table.add_column(TITLES.get(line, line), justify="right", style="bold" if line == main else "")
@@ -38,18 +38,18 @@ def client_table(path: Path, figures: Accuracies) -> Table:
     table.add_section()
     pairs, held = str(sum(size["train"] for size in sizes.values())), str(sum(counts.values()))
     summaries = {line: over_clients(values, counts) for line, values in figures.items()}
-    means = [f"{100 * summaries[line]['mean']:.1f} ± {100 * standard_error(figures[line], counts):.1f}" for line in figures]
-    table.add_row("mean ± standard error", pairs, held, *means, style="bold")
+    table.add_row("mean", pairs, held, *(f"{100 * summaries[line]['mean']:.1f}" for line in figures), style="bold")
+    table.add_row("its standard error", "", "", *(f"{100 * standard_error(figures[line], counts):.1f}" for line in figures))
     if len(names) >= 4:
         small = names[len(names) // 2 :]
         part = [f"{100 * sum(figures[line][name] for name in small) / len(small):.1f}" for line in figures]
         table.add_row(
-            f"mean of the {len(small)} with least data",
+            f"the {len(small)} with least data",
             str(sum(sizes[name]["train"] for name in small)),
             str(sum(counts[name] for name in small)),
             *part,
         )
-    for key, title in (("weighted_mean", "mean by held-out pairs"), ("worst", "worst client"), ("worst_decile", "worst decile")):
+    for key, title in (("weighted_mean", "by held-out pairs"), ("worst", "worst client"), ("worst_decile", "worst decile")):
         table.add_row(title, "", "", *(f"{100 * summaries[line][key]:.1f}" for line in figures))
     table.add_row("Jain index", "", "", *(f"{summaries[line]['jain']:.4f}" for line in figures))
     return table

@@ -1,0 +1,423 @@
+"""How fast a client trains: the same local DPO steps by TRL, by transformers with PEFT, and by fedpref, interleaved.
+
+    python benchmarks/throughput.py --json figures.json
+    python benchmarks/throughput.py --quick
+
+Every tool runs in a process of its own, on one thread, and takes the same number of steps in turn; figures are medians over the
+turns of process CPU seconds. All train a LoRA adapter (rank 8, all linear layers, AdamW) on batches of 8 pairs whose lengths are those
+of 64 pairs of hh-rlhf under the shipped tokenizer; the tokens are random. TRL has the base model as its reference, once as it
+is installed and once with glibc's malloc told to keep freed memory, as fedpref does. Gradient checkpointing is off everywhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ[name] = "1"
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from fedpref import config, seeds, trees
+from fedpref.engines import Simulation
+from fedpref.engines.workers import keep_freed_memory, one_thread
+from fedpref.experiment import Experiment
+from fedpref.federation import Client
+from fedpref.local import Descent, descend
+from fedpref.tasks.preference import Pair, PairShard, PreferenceTask
+
+BUILTIN = Path(__file__).resolve().parent.parent / "src/fedpref/models/builtin"
+BATCH = 8
+# Tokens of (prompt, chosen, rejected) of 64 random pairs of hh-rlhf's helpful-base and harmless-base, of those that fit 512 tokens
+LENGTHS = """154 94 80 22 45 30 165 200 50 124 17 37 106 49 21 233 72 95 355 19 49 134 20 32 153 17 178 188 63 118 207 11 18 89 23 88 60 43
+45 98 56 65 66 15 10 194 76 138 224 55 60 153 116 26 25 45 74 275 83 200 107 58 87 124 58 193 20 104 149 353 8 16 151 18 7 375 77 67 109
+56 56 241 6 23 13 26 5 110 20 19 18 21 50 18 11 178 182 121 82 22 9 158 128 54 54 185 57 20 59 32 187 270 14 60 32 36 23 21 52 66 121 48
+11 98 63 71 102 20 79 21 16 13 15 39 101 148 56 135 23 42 37 191 19 169 422 33 8 191 4 4 422 88 39 15 5 16 25 17 129 149 27 46 331 30 60
+238 46 48 90 17 6 152 44 81 112 15 7 267 50 116 329 48 26 174 102 41 175 66 35 111 106 103"""
+SMALL = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "max_position_embeddings": 1024}
+MODELS: dict[str, dict[str, Any] | None] = {
+    "shipped": None,
+    "29m": {
+        "model_type": "llama",
+        "hidden_size": 512,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "intermediate_size": 1376,
+        "max_position_embeddings": 1024,
+        "vocab_size": 8192,
+        "tie_word_embeddings": True,
+    },
+    "qwen2": {"model_type": "qwen2", **SMALL, "num_key_value_heads": 2, "intermediate_size": 688, "vocab_size": 4096},
+    "gpt2": {"model_type": "gpt2", "n_embd": 256, "n_layer": 4, "n_head": 4, "n_positions": 1024, "vocab_size": 4096},
+}
+
+
+def pairs(count: int, vocabulary: int) -> list[Pair]:
+    numbers = [int(word) for word in LENGTHS.split()]
+    lengths = list(zip(numbers[::3], numbers[1::3], numbers[2::3], strict=True))
+    draw = random.Random(0)
+
+    def tokens(length: int) -> tuple[int, ...]:
+        return tuple(draw.randrange(2, vocabulary) for _ in range(length))
+
+    return [Pair(*map(tokens, lengths[i % len(lengths)]), reference=None) for i in range(count)]
+
+
+def make(name: str, folder: Path) -> Path:
+    """A model of that name, as a Hugging Face folder."""
+    import transformers
+
+    settings = MODELS[name]
+    if settings is None:
+        return BUILTIN
+    kind = settings["model_type"]
+    torch.manual_seed(0)
+    configuration = transformers.AutoConfig.for_model(kind, **{key: value for key, value in settings.items() if key != "model_type"})
+    configuration.bos_token_id = configuration.eos_token_id = 0
+    transformers.AutoModelForCausalLM.from_config(configuration).save_pretrained(folder / name)
+    transformers.AutoTokenizer.from_pretrained(BUILTIN).save_pretrained(folder / name)
+    return folder / name
+
+
+# ---- the tools: each a function that prepares everything and returns one that takes some steps
+
+
+def fedpref(model: Path, dtype: str = "auto") -> Callable[[int], None]:
+    task = PreferenceTask(model=config.parse(type(PreferenceTask().model), {"path": str(model), "dtype": dtype}, "benchmark")).build()
+    shard = PairShard("client", tuple(pairs(64, 4096)), ())
+    with tempfile.TemporaryDirectory() as cache:
+        shard = task.prepare(shard, Path(cache))
+    start = task.init(seeds.generator(0, "init"))
+    rounds = iter(range(10_000))
+
+    def steps(count: int) -> None:
+        client = Client(0, task, shard, seeds.generator(0, "train", round=next(rounds)), 0, 1)
+        descend(client, start, Descent(steps=count, batch_size=BATCH), {})
+
+    return steps
+
+
+def peft(model: Path) -> Callable[[int], None]:
+    """What a careful user writes: padded batches, all logits, the reference scored once beforehand."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+    from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+    policy = get_peft_model(AutoModelForCausalLM.from_pretrained(model), _lora(LoraConfig))
+    collate = DataCollatorForPreference(pad_token_id=0)
+    optimiser = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], 5e-4, weight_decay=0.0)
+    rows = _rows()
+    draw = random.Random(1)
+
+    def scores(batch: Any) -> torch.Tensor:
+        logits = policy(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+        tokens = torch.log_softmax(logits, -1).gather(2, batch["input_ids"][:, 1:, None])[..., 0]
+        return (tokens * batch["completion_mask"][:, 1:]).sum(1).view(2, -1)
+
+    def steps(count: int) -> None:
+        for _ in range(count):
+            batch = collate(draw.sample(rows, BATCH))
+            margin = scores(batch)[0] - scores_of_reference[0][:BATCH]
+            loss = -torch.nn.functional.logsigmoid(0.1 * margin).mean()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+            optimiser.step()
+            optimiser.zero_grad()
+
+    scores_of_reference = torch.zeros(2, BATCH)
+    return steps
+
+
+def trl(model: Path) -> Callable[[int], None]:
+    import datasets
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+    from trl import DPOConfig, DPOTrainer
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    backbone = AutoModelForCausalLM.from_pretrained(model)
+    arguments = DPOConfig(
+        output_dir=tempfile.mkdtemp(),
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        per_device_train_batch_size=BATCH,
+        learning_rate=5e-4,
+        max_length=None,
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        max_steps=1,
+    )
+    trainer = DPOTrainer(
+        model=get_peft_model(backbone, _lora(LoraConfig)),
+        ref_model=AutoModelForCausalLM.from_pretrained(model),
+        args=arguments,
+        train_dataset=datasets.Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}]),
+        processing_class=AutoTokenizer.from_pretrained(model),
+    )
+    trainer.train_dataset = datasets.Dataset.from_list(_rows())
+
+    def steps(count: int) -> None:
+        trainer.args.max_steps = count
+        trainer.train()
+
+    return steps
+
+
+def _lora(kind: Any) -> Any:
+    return kind(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules="all-linear")
+
+
+def _rows() -> list[dict[str, list[int]]]:
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    return [dict(zip(names, map(list, (p.prompt, p.chosen, p.rejected)), strict=True)) for p in pairs(64, 4096)]
+
+
+TOOLS: dict[str, tuple[Callable[[Path], Callable[[int], None]], bool]] = {
+    "TRL as installed": (trl, False),
+    "TRL, malloc tuned": (trl, True),
+    "transformers + PEFT, malloc tuned": (peft, True),
+    "fedpref": (fedpref, True),
+}
+
+
+def serve(connection: Any, tool: str, model: Path) -> None:
+    torch.set_num_threads(1)
+    make_steps, tuned = TOOLS[tool]
+    if tuned:
+        keep_freed_memory()
+    steps = make_steps(model)
+    steps(2)
+    connection.send("ready")
+    while count := connection.recv():
+        begun = time.process_time()
+        steps(count)
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        connection.send((time.process_time() - begun, memory))
+
+
+def race(model: Path, turns: int, count: int) -> dict[str, dict[str, float]]:
+    """Seconds a step and peak memory of every tool, their turns interleaved."""
+    context = multiprocessing.get_context("spawn")
+    lanes: dict[str, tuple[Any, Any]] = {}
+    for tool in TOOLS:
+        ours, theirs = context.Pipe()
+        process = context.Process(target=serve, args=(theirs, tool, model), daemon=True)
+        process.start()
+        assert ours.recv() == "ready"
+        lanes[tool] = (ours, process)
+    seconds: dict[str, list[float]] = {tool: [] for tool in TOOLS}
+    memory = dict.fromkeys(TOOLS, 0.0)
+    for _ in range(turns):
+        for tool, (connection, _) in lanes.items():
+            connection.send(count)
+            taken, memory[tool] = connection.recv()
+            seconds[tool].append(taken / count)
+    for connection, process in lanes.values():
+        connection.send(0)
+        process.join()
+    return {tool: {"seconds": statistics.median(seconds[tool]), "memory": memory[tool]} for tool in TOOLS}
+
+
+# ---- what only fedpref is asked
+
+
+def gradient_errors() -> dict[str, float]:
+    """Relative errors of one batch's gradient: packed float32 and bfloat16 against the padded float32 form."""
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        model = config.parse(type(PreferenceTask().model), {"dtype": dtype}, "benchmark")
+        task = PreferenceTask(model=model).build()
+        shard = PairShard("client", tuple(pairs(BATCH, 4096)), ())
+        draw = torch.Generator().manual_seed(0)
+        start = {name: 0.05 * torch.randn(t.shape, generator=draw) for name, t in task.init(seeds.generator(0, "init")).items()}
+        for packs in (True, False):
+            task.language.packs = packs
+            leaves = {name: t.clone().requires_grad_() for name, t in start.items()}
+            batch = task.draw(leaves, start, shard, BATCH, seeds.generator(0, "train"))
+            task.losses(leaves, batch)[0].sum().backward()
+            found[dtype, packs] = {name: t.grad for name, t in leaves.items() if t.grad is not None}
+    exact = found["float32", False]
+    return {
+        "gradient_error": trees.norm(trees.subtract(found["float32", True], exact)) / trees.norm(exact),
+        "gradient_error_bfloat16": trees.norm(trees.subtract(found["bfloat16", True], exact)) / trees.norm(exact),
+    }
+
+
+def federation(clients: int, workers: int, steps: int, rounds: int) -> dict[str, float]:
+    """Wall seconds a round of the whole federation, the share of them not spent in the clients' steps, and peak memory."""
+    keep_freed_memory()
+    experiment = Experiment()
+    task = experiment.task.build()
+    shard = PairShard("client", tuple(pairs(16, 4096)), ())
+    with tempfile.TemporaryDirectory() as cache:
+        shard = task.prepare(shard, Path(cache))
+    algorithm = type(experiment.algorithm)(local=Descent(steps=steps, batch_size=4))
+    engine = Simulation(task, [shard] * clients, seed=0, rounds=rounds + 1, workers=workers)
+    state = algorithm.init(engine, task.init(seeds.generator(0, "init")))
+    spent: list[float] = []
+    for round in range(rounds + 1):
+        begun = time.perf_counter()
+        engine.begin(round, engine.clients)
+        state, _ = algorithm.step(engine, state)
+        spent.append(time.perf_counter() - begun)
+    engine.close()
+    own, children = (resource.getrusage(who).ru_maxrss * 1024.0 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return {"seconds": statistics.median(spent[1:]), "memory": max(own, children)}
+
+
+def loop_share(steps: int) -> float:
+    """The part of a round that is neither forward, backward nor optimiser."""
+    keep_freed_memory()
+    experiment = Experiment()
+    task = experiment.task.build()
+    shard = PairShard("client", tuple(pairs(16, 4096)), ())
+    inside = 0.0
+
+    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **settings: Any) -> Any:
+            nonlocal inside
+            begun = time.perf_counter()
+            try:
+                return function(*arguments, **settings)
+            finally:
+                inside += time.perf_counter() - begun
+
+        return call
+
+    algorithm = type(experiment.algorithm)(local=Descent(steps=steps, batch_size=BATCH))
+    engine = Simulation(task, [shard] * 4, seed=0, rounds=2)
+    state = algorithm.init(engine, task.init(seeds.generator(0, "init")))
+    engine.begin(0, engine.clients)
+    state, _ = algorithm.step(engine, state)
+    task.losses = timed(task.losses)  # type: ignore[method-assign]
+    originals = torch.Tensor.backward, torch.optim.AdamW.step
+    torch.Tensor.backward, torch.optim.AdamW.step = timed(originals[0]), timed(originals[1])  # type: ignore[method-assign,assignment]
+    engine.begin(1, engine.clients)
+    begun = time.perf_counter()
+    algorithm.step(engine, state)
+    total = time.perf_counter() - begun
+    torch.Tensor.backward, torch.optim.AdamW.step = originals  # type: ignore[method-assign]
+    return 1 - inside / total
+
+
+def matrix_rate() -> float:
+    """Multiply-add rate of one thread in bfloat16 where the machine has it, in FLOP a second."""
+    dtype = torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+    a, b = torch.randn(1024, 1024).to(dtype), torch.randn(1024, 1024).to(dtype)
+    best = 1e9
+    for _ in range(20):
+        begun = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - begun)
+    return 2 * 1024**3 / best
+
+
+def step_flops() -> float:
+    """Of one step on the shipped model: 4 a frozen weight and token (forward, backward to the input), the head at answers alone."""
+    body = 4 * (4 * 256 * 256 + 3 * 256 * 688)
+    lora = 4 * 8 * (4 * 512 + 3 * 944)
+    batch = pairs(64, 4096)
+    tokens = sum(p.tokens for p in batch) / len(batch) * BATCH
+    answers = sum(len(p.chosen) + len(p.rejected) for p in batch) / len(batch) * BATCH
+    return tokens * (4 * body + 6 * lora) + answers * 4 * 256 * 4096
+
+
+def first_step() -> dict[str, float]:
+    """Seconds from the command to the first round's row, on a run whose reference scores are cached; and of that, imports."""
+    with tempfile.TemporaryDirectory() as place:
+        file = Path(place) / "quick.yaml"
+        file.write_text("rounds: 1\nalgorithm: {name: feddpo, local: {steps: 1}}\npartition: {max_clients: 2, name: natural}")
+        command = [sys.executable, "-m", "fedpref.cli"]
+        run = Path(place) / "run"
+        subprocess.run([*command, "run", str(file), "--output", str(run)], check=True, capture_output=True)
+        for left in ("metrics.jsonl", "evaluation.jsonl", "done"):
+            (run / left).unlink()
+        for checkpoint in (run / "checkpoints").iterdir():
+            checkpoint.rename(Path(place) / checkpoint.name)
+        begun = time.perf_counter()
+        process = subprocess.Popen([*command, "resume", str(run)], stdout=subprocess.DEVNULL)
+        while not (run / "metrics.jsonl").exists() and process.poll() is None:
+            time.sleep(0.005)
+        taken = time.perf_counter() - begun
+        process.wait()
+        modules = "torch, transformers.models.llama.modeling_llama, peft"
+        code = f"import time; b = time.perf_counter(); import {modules}; print(time.perf_counter() - b)"
+        imports = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    return {"first_step_seconds": taken, "first_step_import_seconds": float(imports.stdout)}
+
+
+def apart(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call in a fresh process, so that peak memory is its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="the shipped model alone and few turns: under a minute")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    arguments = parser.parse_args()
+    turns, count = (2, 2) if arguments.quick else (5, 4)
+    figures: dict[str, float] = {}
+    console = Console(width=140)
+    lengths = pairs(64, 4096)
+    tokens = sum(pair.tokens for pair in lengths) / len(lengths) * BATCH
+    with one_thread(), tempfile.TemporaryDirectory() as place:
+        for name in ["shipped"] if arguments.quick else list(MODELS):
+            raced = race(make(name, Path(place)), turns, count)
+            ours = raced["fedpref"]["seconds"]
+            table = Table(title=f"{name}: {BATCH} pairs a step", title_justify="left")
+            for title in ("tool", "CPU s a step", "pairs a CPU second", "tokens a CPU second", "peak memory, GB", "times as slow"):
+                table.add_column(title, justify="left" if title == "tool" else "right")
+            for tool, row in raced.items():
+                s = row["seconds"]
+                cells = (f"{s:.3f}", f"{BATCH / s:.1f}", f"{tokens / s:.0f}", f"{row['memory'] / 1e9:.2f}", f"{s / ours:.1f}")
+                table.add_row(tool, *cells)
+            console.print(table)
+            suffix = "" if name == "shipped" else f"_{name}"
+            figures[f"ratio_trl_installed{suffix}"] = raced["TRL as installed"]["seconds"] / ours
+            figures[f"ratio_trl_tuned{suffix}"] = raced["TRL, malloc tuned"]["seconds"] / ours
+            figures[f"ratio_peft_tuned{suffix}"] = raced["transformers + PEFT, malloc tuned"]["seconds"] / ours
+            figures[f"pairs_per_cpu_second{suffix}"] = BATCH / ours
+            if name == "shipped":
+                figures["matmul_share"] = step_flops() / ours / matrix_rate()
+        figures |= gradient_errors()
+        few, many = (apart(federation, clients, 1, 1, 1)["memory"] for clients in (4, 64))
+        figures["memory_64_over_4"] = many / few
+        figures["loop_share"] = apart(loop_share, 2 if arguments.quick else 8)
+        one, two = (apart(federation, 8, workers, 2, 2 if arguments.quick else 5)["seconds"] for workers in (1, 2))
+        figures["workers_speedup"] = one / two
+        figures |= first_step()
+    table = Table(title="figures", title_justify="left")
+    table.add_column("name")
+    table.add_column("value", justify="right")
+    for name, value in figures.items():
+        table.add_row(name, f"{value:.4g}")
+    console.print(table)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
