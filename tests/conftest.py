@@ -26,7 +26,17 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "llama": lambda: transformers.LlamaConfig(**SMALL, intermediate_size=48, tie_word_embeddings=True),
     "qwen2": lambda: transformers.Qwen2Config(**SMALL, intermediate_size=48, num_key_value_heads=1),
     "gpt2": lambda: transformers.GPT2Config(n_layer=2, n_head=2, n_embd=32, n_positions=96),
-    "mistral": lambda: transformers.MistralConfig(**SMALL, intermediate_size=48, num_key_value_heads=2, sliding_window=5),
+    "mistral": lambda: transformers.MistralConfig(**SMALL, intermediate_size=48, num_key_value_heads=2, sliding_window=20),
+    "bloom": lambda: transformers.BloomConfig(n_layer=2, n_head=2, hidden_size=32),
+    "gpt_neo": lambda: transformers.GPTNeoConfig(
+        num_layers=2,
+        num_heads=2,
+        hidden_size=32,
+        attention_types=[[["global", "local"], 1]],
+        max_position_embeddings=96,
+        intermediate_size=48,
+    ),
+    "granite": lambda: transformers.GraniteConfig(**SMALL, intermediate_size=48, logits_scaling=3.0),
     "gpt_neox": lambda: transformers.GPTNeoXConfig(**SMALL, intermediate_size=48),
 }
 ARCHITECTURES = ("llama", "qwen2", "gpt2", "gpt_neox")

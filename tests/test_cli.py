@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -112,6 +113,28 @@ def test_a_client_without_held_out_rows_is_named(fedpref: Command, file: Path, t
     assert code == 2
     assert "(hermit)" in text
     assert "rows" in text
+    assert not list(Path.cwd().iterdir())
+
+
+def test_an_override_of_a_kind_drops_what_only_the_former_kind_has(fedpref: Command, file: Path) -> None:
+    code, text = fedpref("check", file, "partition={name: iid, clients: 3}")
+    assert (code, "3 clients" in text) == (0, True)
+    spec = Experiment.load(file, ["algorithm.name=local", "partition.name=by-size", "partition.clients=2"])
+    assert spec.algorithm.local == Experiment.load(file).algorithm.local
+    code, text = fedpref("check", file, "partition.name=iid", "partition.column=x")
+    assert (code, "unknown key 'partition.column'" in text) == (2, True)
+
+
+def test_a_conversation_that_the_template_refuses_is_named(fedpref: Command, file: Path, tiny: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny, tmp_path / "strict")
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('no such role') }}")
+    answers = {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+    rows: list[Any] = [{"prompt": [{"role": "user", "content": f"Hi {i}?"}], **answers, "client": "a"} for i in range(20)]
+    path = write_rows(tmp_path / "chat.jsonl", rows)
+    code, text = fedpref("run", file, f"data.path={path}", f"task.model.path={folder}")
+    assert code == 2
+    assert "refuses the conversation: no such role" in text
+    assert f"{path}, line" in text
     assert not list(Path.cwd().iterdir())
 
 

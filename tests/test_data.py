@@ -78,6 +78,8 @@ def test_conversations_may_have_explicit_or_implicit_prompts() -> None:
 BAD_ROWS = [
     ({"prompt": "Hi?", "chosen": " a"}, "no column 'rejected'"),
     ({**PLAIN, "chosen": "  "}, "column 'chosen': expected text"),
+    ({**PLAIN, "prompt": None}, "column 'prompt': expected text"),
+    ({**PLAIN, "chosen": [{"role": "assistant", "content": None}]}, "expected messages"),
     ({**PLAIN, "rejected": None}, "column 'rejected': expected text"),
     ({**PLAIN, "rejected": PLAIN["chosen"]}, "identical"),
     ({**PLAIN, "prompt": chat("Hi?")}, "must all be text or all be conversations"),
@@ -136,6 +138,8 @@ BAD_FILES = [
     ("rows.jsonl", b"\xff\xfe", "cannot be read as UTF-8"),
     ("rows.jsonl.gz", b"plain", "cannot be read as gzipped"),
     ("rows.parquet", b"PAR0", "not a Parquet file"),
+    ("rows.csv", b"a,b\n1,2,3\n", "row 1: more or fewer cells"),
+    ("rows.csv", b"a,b\n1\n", "row 1: more or fewer cells"),
 ]
 
 
@@ -144,6 +148,14 @@ def test_a_file_that_cannot_be_read_is_a_sentence(name: str, content: bytes, mes
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         list(read_table(str(tmp_path / name)))
+
+
+def test_marks_that_editors_leave_and_separators_within_text_do_no_harm(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_bytes(b"\xef\xbb\xbfprompt,chosen,rejected\nHi?, yes, no\n")
+    assert [texts(row) for row in Files(path=str(tmp_path / "rows.csv")).read()] == [("Hi?", " yes", " no")]
+    odd = {**PLAIN, "chosen": " one\u2028two\u0085three"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(odd, ensure_ascii=False) + "\n")
+    assert [row.chosen for row in Files(path=str(tmp_path / "rows.jsonl")).read()] == [odd["chosen"]]
 
 
 def test_a_place_that_is_not_there_is_a_sentence(tmp_path: Path) -> None:
@@ -173,6 +185,16 @@ def test_a_sources_own_split_wins_and_shared_prompts_leave_the_training_side() -
     rows.append(Preference("q", " a", " b", "3", side="train"))
     placed, left_out = split(rows, 0.5)
     assert [(side, row.where) for side, row in placed] == [("test", "2"), ("train", "3")]
+    assert left_out == 1
+
+
+def test_a_prompt_that_one_part_of_a_source_tests_is_trained_on_by_no_other(tmp_path: Path) -> None:
+    train_side = next(f"p{i}" for i in range(99) if not held_out(f"p{i}", 0.5))
+    test_side = next(f"p{i}" for i in range(99) if held_out(f"p{i}", 0.5))
+    rows = [Preference(train_side, " a", " b", "1"), Preference(train_side, " a", " c", "2", side="test")]
+    rows += [Preference(test_side, " a", " b", "3"), Preference(test_side, " a", " c", "4", side="train")]
+    placed, left_out = split(rows, 0.5)
+    assert [(side, row.where) for side, row in placed] == [("test", "1"), ("test", "2"), ("test", "3")]
     assert left_out == 1
 
 
@@ -341,7 +363,7 @@ def test_persona_reads_the_hubs_layout(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layout", ["tables", "hub"])
 def test_movie_review_clients_disagree_about_the_same_endings(layout: str, tmp_path: Path) -> None:
-    reviews = [(f"{i} opening words of a film", ("a joy to see", "a waste of time")[i % 2], i % 2 == 0, i // 4) for i in range(32)]
+    reviews = [(f"{i} opening words of a long film", ("a joy to see", "a waste of time")[i % 2], i % 2 == 0, i // 4) for i in range(32)]
     if layout == "tables":
         rows = [{"text": f"{a} {b}", "label": "pos" if good else "neg", "fold": fold} for a, b, good, fold in reviews]
         write_rows(tmp_path / "movie_reviews_polarity.jsonl", rows)

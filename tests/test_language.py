@@ -10,7 +10,7 @@ import torch
 import transformers
 from peft import PeftModel
 
-from conftest import ARCHITECTURES, make_model
+from conftest import ARCHITECTURES
 from fedpref import seeds
 from fedpref.errors import UserError
 from fedpref.models import packed
@@ -106,14 +106,29 @@ def test_the_head_is_scored_in_chunks_with_the_gradient_of_a_full_softmax(monkey
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_model_that_does_not_fit_the_packed_form_runs_padded_and_says_so(tmp_path: Path) -> None:
-    """A window of attention shorter than a pair: the packed form would see too far."""
-    folder = make_model(tmp_path / "windowed", "mistral")
+@pytest.mark.parametrize("architecture", ["bloom", "gpt_neo", "granite"])
+def test_a_model_that_does_not_fit_the_packed_form_runs_padded_and_says_so(architecture: str, models: Callable[[str], Path]) -> None:
+    """Positions by distance, attention that cannot be replaced, logits that are scaled after the head."""
     with pytest.warns(UserWarning, match="the padded one is used"):
-        model = exact(folder)
+        model = exact(models(architecture), lora_target_modules="all-linear")
     assert not model.packs
-    backbone = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    backbone = transformers.AutoModelForCausalLM.from_pretrained(models(architecture)).eval()
     assert model.log_probabilities(None, ROWS).tolist() == pytest.approx(all_plain(backbone), abs=1e-4)
+
+
+def test_rows_longer_than_a_window_of_attention_are_padded(models: Callable[[str], Path]) -> None:
+    model = exact(models("mistral"))
+    assert model.packs
+    backbone = transformers.AutoModelForCausalLM.from_pretrained(models("mistral")).eval()
+    assert model.log_probabilities(None, ROWS).tolist() == pytest.approx(all_plain(backbone), abs=1e-4)
+
+
+def test_an_adapter_on_the_vocabulary_head_is_trained(models: Callable[[str], Path]) -> None:
+    with pytest.warns(UserWarning, match="not a plain linear layer"):
+        model = exact(models("qwen2"), lora_target_modules=("q_proj", "lm_head"))
+    found = gradients(model, some_adapter(model), model.packs)
+    assert all(found[name].abs().max() > 0 for name in found if "lm_head" in name)
+    assert any("lm_head" in name for name in found)
 
 
 def test_gradients_reach_the_adapter_and_nothing_else(tiny: Path) -> None:
@@ -162,8 +177,8 @@ def test_text_and_chat_become_the_tokens_of_the_template(tiny: Path) -> None:
     prompt, answer = model.encode("Human: Hello?\n\nAssistant:", " Good day.")
     assert (read(prompt), read(answer)) == ("Human: Hello?\n\nAssistant:", " Good day.<|end|>")
     turns = [{"role": "user", "content": "Hello?"}]
-    chat = model.encode_chat(turns, [{"role": "assistant", "content": "Good day."}])
-    assert chat == (prompt, answer)
+    chat = model.encode_chat(turns, [[{"role": "assistant", "content": "Good day."}], [{"role": "assistant", "content": "No."}]])
+    assert chat == (prompt, [answer, model.encode("", " No.")[1]])
     assert model.tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": "Good day."}])["input_ids"] == prompt + answer
 
 

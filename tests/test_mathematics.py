@@ -69,6 +69,9 @@ def test_summaries_over_clients_have_their_closed_forms() -> None:
     assert summary == pytest.approx({"mean": 0.5, "weighted_mean": 0.5, "worst": 0.0, "worst_decile": 0.0, "jain": 2.25 / (3 * 1.25)})
     assert over_clients({"a": 0.7, "b": 0.7}, {"a": 1, "b": 9})["jain"] == pytest.approx(1.0)
     assert over_clients({"a": 0.0}, {"a": 1})["jain"] == 1.0
+    losses = over_clients({"a": 0.1, "b": 9.0}, {"a": 1, "b": 1}, low_is_good=True)
+    assert (losses["worst"], losses["worst_decile"]) == (9.0, 9.0)
+    assert "jain" not in over_clients({"a": -1.0, "b": 1.0}, {"a": 1, "b": 1})
     many = {str(i): float(i) for i in range(20)}
     assert over_clients(many, dict.fromkeys(many, 1))["worst_decile"] == pytest.approx(0.5)
 

@@ -31,12 +31,31 @@ def load(kind: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
         if "=" not in override:
             raise UserError(f"override {override!r}: expected key=value, such as rounds=20 or algorithm.local.steps=5.")
     try:
-        merged = OmegaConf.to_container(OmegaConf.merge(content, OmegaConf.from_dotlist(list(overrides))), resolve=True)
+        wanted = OmegaConf.from_dotlist(list(overrides))
+        _forget_other_kinds(kind, content, wanted)
+        merged = OmegaConf.to_container(OmegaConf.merge(content, wanted), resolve=True)
     except (YAMLError, OmegaConfBaseException, ValueError) as error:
         raise UserError(f"{path} with {' '.join(overrides)}: {' '.join(str(error).split())}") from error
     if not isinstance(merged, dict):
         raise UserError(f"{path}: expected keys and values, found {type(merged).__name__}.")
     return parse(kind, merged, str(path))
+
+
+def _forget_other_kinds(kind: Any, content: Any, wanted: Any) -> None:
+    """Where an override names another kind of partition, loss or the like, drop the file's keys that only the former kind has."""
+    if not (is_dataclass(kind) and OmegaConf.is_dict(content) and OmegaConf.is_dict(wanted)):
+        return
+    hints = get_type_hints(kind)
+    for key in wanted:
+        if key in hints and OmegaConf.is_dict(content.get(key)) and OmegaConf.is_dict(wanted[key]):
+            options = get_args(hints[key]) or (hints[key],)
+            name = wanted[key].get("name", content[key].get("name"))
+            chosen = next((option for option in options if getattr(option, "name", None) == name), options[0])
+            if "name" in wanted[key] and is_dataclass(chosen):
+                known = {field.name for field in fields(chosen)}
+                for former in [entry for entry in content[key] if entry not in known]:
+                    del content[key][former]
+            _forget_other_kinds(chosen, content[key], wanted[key])
 
 
 def parse(kind: type[T], content: dict[Any, Any], where: str) -> T:
@@ -51,6 +70,11 @@ def dump(value: Any) -> dict[str, Any]:
     """A dataclass as plain data that `parse` takes back."""
     plain: dict[str, Any] = _adapter(type(value)).dump_python(value, mode="json")
     return plain
+
+
+def to_yaml(value: Any) -> str:
+    """A dataclass as a YAML file that `load` takes back."""
+    return OmegaConf.to_yaml(OmegaConf.create(dump(value)))
 
 
 def _adapter(kind: type[T]) -> TypeAdapter[T]:

@@ -7,20 +7,23 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
+from urllib.parse import quote
 
+import torch
 from pydantic import Field
 
-from fedpref import config, seeds
+from fedpref import config, seeds, trees
 from fedpref.algorithms import AnyAlgorithm, Centralised, FedDPO, Local
 from fedpref.data import Builtin, ClientData, Natural, Partition, Source, partition, split
 from fedpref.engines import Engine, Simulation, draw_cohort
 from fedpref.engines.workers import available, keep_freed_memory, one_thread
 from fedpref.errors import UserError
 from fedpref.federation import Client, work
+from fedpref.models.language import BUILTIN
 from fedpref.rundirectory import CLIENTS, CONFIG, EVALUATION, METRICS, RunDirectory
 from fedpref.summary import over_clients
 from fedpref.tasks import AnyTask, PreferenceTask, Task
@@ -87,6 +90,7 @@ class Result:
 def run(experiment: Experiment, output: str | Path | None = None) -> Result:
     """Run an experiment from the beginning into a new directory (by default runs/NAME-TIME) and return what came of it."""
     folder = new_directory(experiment, output)
+    folder.refuse_existing()
     for _ in events(experiment, folder):
         pass
     return result(folder)
@@ -121,15 +125,19 @@ def lines(experiment: Experiment, clients: int) -> dict[str, tuple[str, Experime
     """The algorithm's own line and the reference lines: name -> (subfolder, experiment).
 
     References train with the same local settings; a step of the centralised line accumulates as many batches as the cohort has
-    clients, so that all lines take the same number of steps on the same number of pairs.
+    clients, so that all lines take the same number of steps, and the centralised one sees as many pairs. Alone, every client trains in
+    every round.
     """
     found: dict[str, tuple[str, Experiment]] = {experiment.algorithm.name: ("", experiment)}
     local = experiment.algorithm.local
     cohort = min(experiment.federation.clients_per_round or clients, clients)
     pooled = replace(local, gradient_accumulation_steps=local.gradient_accumulation_steps * cohort)
     for name in experiment.references:
+        if name == experiment.algorithm.name:
+            continue
         algorithm = Local(local=local) if name == "local" else Centralised(local=pooled)
-        found[name] = (f"references/{name}", replace(experiment, algorithm=algorithm, references=()))
+        everybody = replace(experiment.federation, clients_per_round=None)
+        found[name] = (f"references/{name}", replace(experiment, algorithm=algorithm, federation=everybody, references=()))
     return found
 
 
@@ -147,17 +155,22 @@ def events(experiment: Experiment, folder: RunDirectory) -> Iterator[Event]:
         clients, _ = experiment.clients()
         task = experiment.task.build()
         shards = [task.encode(client) for client in clients]
-        if not (folder.path / CONFIG).exists():
-            folder.create(config.dump(experiment))
-            sizes = {s.name: {"train": len(s.train), "test": len(s.test), "truncated": s.truncated} for s in shards}
-            folder.write(CLIENTS, json.dumps(sizes, indent=1) + "\n")
+        about: dict[str, dict[str, Any]] = {}
+        for client, shard in zip(clients, shards, strict=True):
+            sizes = {"train": len(shard.train), "test": len(shard.test), "truncated": shard.truncated}
+            about[shard.name] = {**sizes, "digest": client.digest}
+        about_text = json.dumps(about, indent=1) + "\n"
+        if not folder.path.exists():
+            folder.create({CONFIG: config.to_yaml(_with_whole_paths(experiment)), CLIENTS: about_text})
+        elif (folder.path / CLIENTS).read_text() != about_text:
+            raise UserError(f"{folder.path}: the data is not what the run began with; its clients, sizes and digests stand in {CLIENTS}.")
         cache = folder.path / "cache"
         yield from _prepare(experiment, task, shards, cache)
         shards = [task.prepare(shard, cache) for shard in shards]
         for name, (sub, line) in lines(experiment, len(shards)).items():
             place = RunDirectory(folder.path / sub)
             if sub and not place.path.exists():
-                place.create(config.dump(line))
+                place.create({CONFIG: config.to_yaml(line)})
             if not place.done:
                 held = _pool(shards) if line.algorithm.pooled else shards
                 with closing(_engine(line, task, held)) as engine:
@@ -166,6 +179,8 @@ def events(experiment: Experiment, folder: RunDirectory) -> Iterator[Event]:
 
 def _engine(experiment: Experiment, task: Task, shards: Sequence[Any]) -> Simulation:
     workers = min(experiment.workers or available(), len(shards))
+    if workers > 1 and torch.cuda.is_initialized():
+        raise UserError("workers: processes cannot share a GPU that is in use. Set workers to 1, or task.model.device to cpu.")
     weighting = experiment.federation.weighting
     return Simulation(task, shards, seed=experiment.seed, rounds=experiment.rounds, weighting=weighting, workers=workers)
 
@@ -194,15 +209,13 @@ def _line(name: str, experiment: Experiment, folder: RunDirectory, task: Task, s
         state, metrics = algorithm.step(engine, state)
         seconds = time.perf_counter() - begun
         figures = {**metrics, "bytes_up": engine.traffic.bytes_up, "bytes_down": engine.traffic.bytes_down, "seconds": seconds}
-        if not all(math.isfinite(value) for value in metrics.values()):
-            raise UserError(
-                f"{name}, round {round + 1}: the metrics are not finite ({dict(metrics)}): training diverged. "
-                f"Lower algorithm.local.learning_rate and start anew; the last checkpoint in {folder.path} is from the round before."
-            )
+        _refuse_divergence(name, round, experiment, folder, {**metrics, **_norms(state)})
         folder.append(METRICS, {"round": round + 1, "clients": len(cohort), **figures})
         last = round + 1 == experiment.rounds
         if last or (experiment.evaluate_every and (round + 1) % experiment.evaluate_every == 0):
             row = _evaluate(engine, algorithm.model(state), [shard.name for shard in shards])
+            for measured in row["clients"].values():
+                _refuse_divergence(name, round, experiment, folder, measured)
             folder.append(EVALUATION, {"round": round + 1, **row})
             yield Event(name, "evaluate", round + 1, experiment.rounds, row["summary"]["rewards/accuracies"])
         if last or (round + 1) % experiment.checkpoint_every == 0:
@@ -210,6 +223,39 @@ def _line(name: str, experiment: Experiment, folder: RunDirectory, task: Task, s
         yield Event(name, "round", round + 1, experiment.rounds, figures)
     _export(engine, algorithm.model(state), task, folder)
     folder.finish()
+
+
+def _norms(state: Any) -> dict[str, float]:
+    """Of the trees that a state shares."""
+    shared = {field.name: getattr(state, field.name) for field in fields(state)}
+    return {f"norm of {name}": trees.norm(value) for name, value in shared.items() if isinstance(value, Mapping)}
+
+
+def _refuse_divergence(name: str, round: int, experiment: Experiment, folder: RunDirectory, figures: Mapping[str, float]) -> None:
+    broken = [figure for figure, value in figures.items() if not math.isfinite(value)]
+    if broken:
+        kept = folder.checkpoints()
+        last = f"the last checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
+        raise UserError(
+            f"{name}, round {round + 1}: training diverged, {', '.join(broken)} is not finite; {last}. "
+            f"Start anew with algorithm.local.learning_rate below {experiment.algorithm.local.learning_rate}."
+        )
+
+
+def _with_whole_paths(experiment: Experiment) -> Experiment:
+    """Local paths made absolute, so that a run can be resumed from anywhere."""
+
+    def whole(path: str) -> str:
+        return str(Path(path).expanduser().resolve()) if Path(path).expanduser().exists() else path
+
+    changed: Any = experiment
+    if hasattr(experiment.data, "path"):
+        data: Any = experiment.data
+        changed = replace(changed, data=replace(data, path=whole(data.path)))
+    if experiment.task.model.path != BUILTIN:
+        model = replace(experiment.task.model, path=whole(experiment.task.model.path))
+        changed = replace(changed, task=replace(experiment.task, model=model))
+    return cast(Experiment, changed)
 
 
 def _pool(shards: Sequence[Any]) -> list[Any]:
@@ -224,7 +270,8 @@ def _evaluate(engine: Engine, model: Sequence[Any], names: Sequence[str]) -> dic
     rows = {names[i]: dict(metrics) for i, metrics in engine.disclose(engine.each(evaluate, *model)).items()}
     counts = {name: int(row["num_examples"]) for name, row in rows.items()}
     metrics = [metric for metric in next(iter(rows.values())) if not metric.startswith("num_")]
-    return {"clients": rows, "summary": {m: over_clients({name: row[m] for name, row in rows.items()}, counts) for m in metrics}}
+    columns = {metric: {name: row[metric] for name, row in rows.items()} for metric in metrics}
+    return {"clients": rows, "summary": {m: over_clients(values, counts, low_is_good=m == "loss") for m, values in columns.items()}}
 
 
 def _export(engine: Engine, model: Sequence[Any], task: Task, folder: RunDirectory) -> None:
@@ -249,7 +296,7 @@ def evaluate(client: Client, *parts: Tree) -> Mapping[str, float]:
 
 @work
 def export(client: Client, folder: str, *parts: Tree) -> Tree:
-    client.task.export(_merge(*parts), Path(folder) / client.shard.name)
+    client.task.export(_merge(*parts), Path(folder) / quote(client.shard.name, safe=" "))
     return {}
 
 

@@ -10,8 +10,6 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from fedpref import trees
 from fedpref.engines import Engine
 from fedpref.errors import UserError
@@ -32,11 +30,15 @@ class RunDirectory:
                 f"{self.path} exists already. Give another --output, continue it with `fedpref resume {self.path}`, or remove it."
             )
 
-    def create(self, config: Mapping[str, Any]) -> None:
-        """Make the directory."""
+    def create(self, files: Mapping[str, str]) -> None:
+        """Make the directory with its first files, all at once."""
         self.refuse_existing()
-        self.path.mkdir(parents=True)
-        self.write(CONFIG, OmegaConf.to_yaml(OmegaConf.create(dict(config))))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        beside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        beside.mkdir()
+        for name, text in files.items():
+            (beside / name).write_text(text)
+        beside.replace(self.path)
 
     def write(self, name: str, text: str) -> None:
         """Write a small file, whole or not at all."""
@@ -82,9 +84,13 @@ class RunDirectory:
         for path in older:
             shutil.rmtree(path)
 
+    def checkpoints(self) -> list[Path]:
+        """Those there are, oldest first."""
+        return sorted((self.path / "checkpoints").glob("round-*"))
+
     def restore(self, state: Any, engine: Engine) -> tuple[Any, int]:
         """The newest checkpoint's state, in place of a fresh one of the same type, and its number of rounds (0 without one)."""
-        found = sorted((self.path / "checkpoints").glob("round-*"))
+        found = self.checkpoints()
         if not found:
             return state, 0
         loaded = {}

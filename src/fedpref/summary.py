@@ -8,21 +8,24 @@ from collections.abc import Mapping
 ACCURACY = "rewards/accuracies"
 
 
-def over_clients(values: Mapping[str, float], counts: Mapping[str, int]) -> dict[str, float]:
+def over_clients(values: Mapping[str, float], counts: Mapping[str, int], *, low_is_good: bool = False) -> dict[str, float]:
     """Mean, mean weighted by held-out examples, worst client, mean of the worst decile (one client at least), Jain's index.
 
-    Jain's index (sum x)^2 / (N sum x^2) is 1 when all clients fare alike and 1/N when one has everything (Jain et al. 1984).
+    Jain's index (sum x)^2 / (N sum x^2) is 1 when all clients fare alike and 1/N when one has everything (Jain et al. 1984); it is
+    left out where a value is negative.
     """
-    ranked = sorted(values.values())
+    ranked = sorted(values.values(), reverse=low_is_good)
     worst = ranked[: math.ceil(len(ranked) / 10)]
     squares = sum(value**2 for value in ranked)
-    return {
+    summary = {
         "mean": sum(ranked) / len(ranked),
         "weighted_mean": sum(values[name] * counts[name] for name in values) / sum(counts[name] for name in values),
         "worst": ranked[0],
         "worst_decile": sum(worst) / len(worst),
-        "jain": sum(ranked) ** 2 / (len(ranked) * squares) if squares else 1.0,
     }
+    if min(ranked) >= 0:
+        summary["jain"] = sum(ranked) ** 2 / (len(ranked) * squares) if squares else 1.0
+    return summary
 
 
 def standard_error(accuracies: Mapping[str, float], counts: Mapping[str, int]) -> float:

@@ -118,9 +118,11 @@ def partition(rows: Placed, how: Partition, seed: int) -> tuple[ClientData, ...]
 def _by_column(rows: Placed, column: str) -> dict[str, Placed]:
     groups: dict[str, list[tuple[Side, Preference]]] = defaultdict(list)
     for side, row in rows:
-        if row.columns.get(column) is None:
+        if str(row.columns.get(column, "")).strip() in ("", "None"):
             known = sorted(row.columns) or "none besides the texts"
-            raise UserError(f"{row.where}: partition.column is {column!r}, which the row does not have; its columns: {known}.")
+            raise UserError(
+                f"{row.where}: partition.column is {column!r}, which the row does not have or leaves empty; its columns: {known}."
+            )
         groups[str(row.columns[column])].append((side, row))
     return dict(groups)
 

@@ -35,6 +35,14 @@ class ClientData:
     train: tuple[Preference, ...]
     test: tuple[Preference, ...]
 
+    @property
+    def digest(self) -> str:
+        """A hash of all texts, by which a run knows its data again."""
+        found = blake2b(digest_size=16)
+        for row in self.train + self.test:
+            found.update("\0".join(map(key, (row.prompt, row.chosen, row.rejected))).encode())
+        return found.hexdigest()
+
 
 def parse(
     record: Mapping[str, Any], where: str, *, prompt: str = "prompt", chosen: str = "chosen", rejected: str = "rejected"
@@ -47,12 +55,12 @@ def parse(
     for column in (chosen, rejected):
         if column not in record:
             raise UserError(
-                f"{where}: no column {column!r}; the row has {sorted(record)}. "
+                f"{where}: no column {column!r}; the row has {sorted(map(str, record))}. "
                 f"Expected TRL's columns {prompt!r} (optional), {chosen!r} and {rejected!r}, or set data.chosen_column and the like."
             )
     rest = {name: value for name, value in record.items() if name not in (prompt, chosen, rejected)}
     better, worse = _text(record[chosen], chosen, where), _text(record[rejected], rejected, where)
-    if record.get(prompt) is not None:
+    if prompt in record:
         question = _text(record[prompt], prompt, where)
     else:
         question, better, worse = _split_common(better, worse, where)
@@ -75,13 +83,13 @@ def split(rows: Iterable[Preference], fraction: float) -> tuple[list[tuple[Side,
     that stay with their sides, and how many were left out.
     """
     rows = list(rows)
-    declared = {key(row.prompt) for row in rows if row.side == "test"}
+    tested = {key(row.prompt) for row in rows if row.side == "test" or (row.side is None and held_out(key(row.prompt), fraction))}
     placed: list[tuple[Side, Preference]] = []
     for row in rows:
-        if row.side is None:
-            placed.append(("test" if held_out(key(row.prompt), fraction) else "train", row))
-        elif row.side == "test" or key(row.prompt) not in declared:
-            placed.append((row.side, row))
+        if row.side == "test" or (row.side is None and key(row.prompt) in tested):
+            placed.append(("test", row))
+        elif key(row.prompt) not in tested:
+            placed.append(("train", row))
     return placed, len(rows) - len(placed)
 
 
@@ -95,11 +103,12 @@ def _text(value: Any, column: str, where: str) -> Text:
         return value
     if isinstance(value, list | tuple) and value:
         for message in value:
-            if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys() or not str(message["content"]).strip():
+            said = isinstance(message, Mapping) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+            if not said or not message["content"].strip():
                 raise UserError(
                     f'{where}, column {column!r}: expected messages {{"role": ..., "content": ...}} with text, found {message!r}.'
                 )
-        return tuple({"role": str(message["role"]), "content": str(message["content"])} for message in value)
+        return tuple({"role": message["role"], "content": message["content"]} for message in value)
     raise UserError(f"{where}, column {column!r}: expected text or a list of messages, found {value!r}. Fill it in or remove the row.")
 
 

@@ -79,7 +79,9 @@ class HH:
             counts: Counter[Side | None] = Counter()
             for side, where, record in self._records(objective):
                 counts[side] += 1
-                if record["chosen"] != record["rejected"] and (self.max_rows is None or counts[side] <= self.max_rows):
+                if _need(record, "chosen", where) != _need(record, "rejected", where) and (
+                    self.max_rows is None or counts[side] <= self.max_rows
+                ):
                     row = parse(record, where)  # the original has a few rows with identical answers
                     texts = {"prompt": key(row.prompt).strip(), "chosen": _spaced(row.chosen), "rejected": _spaced(row.rejected)}
                     yield replace(row, **texts, columns={"objective": objective}, side=side)
@@ -108,13 +110,13 @@ class UKPConvArg:
     test_fraction: Fraction = 0.25  # of debates
 
     def read(self) -> Iterator[Preference]:
-        topics = {record["id"]: record for _, record in self._table("topics")}
-        arguments = {record["arg"]: record["text"] for _, record in self._table("arguments")}
+        topics = {_need(record, "id", where): record for where, record in self._table("topics")}
+        arguments = {_need(record, "arg", where): _need(record, "text", where) for where, record in self._table("arguments")}
         for where, record in self._table("votes"):
-            topic = topics[record["topic"]]
+            topic = _need(topics, _need(record, "topic", where), where)
             side: Side = "test" if held_out(topic["title"], self.test_fraction) else "train"
             prompt = f"Human: {topic['title'].strip()}\nArgue for this side: {topic['stance'].strip()}\n\nAssistant:"
-            first, second = _spaced(arguments[record["a"]].strip()), _spaced(arguments[record["b"]].strip())
+            first, second = (_spaced(_need(arguments, _need(record, name, where), where).strip()) for name in ("a", "b"))
             for worker, choice, *_ in record["votes"]:
                 if choice and first != second:  # 0: as good as each other
                     chosen, rejected = (first, second) if choice == 1 else (second, first)
@@ -154,15 +156,15 @@ class Persona:
         if table:
             found: set[str] = set()
             for where, record in read_table(str(table)):
-                found.add(record["persona"])
+                found.add(_need(record, "persona", where))
                 if record["persona"] in self.personas:
-                    yield where, record["persona"], record["statement"], record["persona_agrees"] == "1"
+                    yield where, record["persona"], _need(record, "statement", where), str(_need(record, "persona_agrees", where)) == "1"
             if unknown := sorted(set(self.personas) - found):
                 raise UserError(f"data.personas: {table} has no persona {unknown}; it has {sorted(found)[:8]} and {len(found) - 8} more.")
             return
         for persona in self.personas:
             for where, record in read_table(self.path, data_files=f"persona/{persona}.jsonl"):
-                yield where, persona, record["statement"], record["answer_matching_behavior"].strip() == "Yes"
+                yield where, persona, _need(record, "statement", where), _need(record, "answer_matching_behavior", where).strip() == "Yes"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,14 +180,14 @@ class MovieReviews:
 
     name: Literal["movie-reviews"] = "movie-reviews"
     path: str = "stanfordnlp/imdb"
-    likes: tuple[Literal["positive", "negative"], ...] = ("positive", "negative", "positive")
+    likes: Annotated[tuple[Literal["positive", "negative"], ...], Field(min_length=1)] = ("positive", "negative", "positive")
     max_reviews: Annotated[int, Field(ge=2)] = 1200  # of each side
     opening_words: Annotated[int, Field(ge=1)] = 16
     ending_words: Annotated[int, Field(ge=1)] = 48
 
     def read(self) -> Iterator[Preference]:
         for side in ("train", "test"):
-            reviews = list(self._reviews(side))
+            reviews = [review for review in self._reviews(side) if len(review[1]) > self.opening_words + self.ending_words]
             good = [review for review in reviews if review[2]][: self.max_reviews // 2]
             bad = [review for review in reviews if not review[2]][: self.max_reviews // 2]
             count = min(len(good), len(bad))
@@ -227,6 +229,13 @@ def _side(record: Mapping[str, Any], column: str, where: str) -> Side:
     if value not in ("train", "test"):
         raise UserError(f'{where}: column {column!r} must say "train" or "test", it says {value!r}.')
     return cast(Side, value)
+
+
+def _need(record: Mapping[Any, Any], column: Any, where: str) -> Any:
+    """What stands in a column (or under an id) that the set must have."""
+    if record.get(column) is None:
+        raise UserError(f"{where}: {column!r} is missing; docs/data.md gives the columns of this set.")
+    return record[column]
 
 
 def _spaced(text: Any) -> str:

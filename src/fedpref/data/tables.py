@@ -27,7 +27,7 @@ def read_table(path: str, *, split: str = "train", **hub: Any) -> Iterator[Recor
     if place.is_file():
         yield from read_file(place)
     elif place.is_dir() or (HUB_ID.fullmatch(path) and not path.endswith(SUFFIXES)):
-        yield from _read_dataset(path, split, hub)
+        yield from _read_dataset(str(place) if place.is_dir() else path, split, hub)
     else:
         raise UserError(f"data.path: there is no file or folder {path!r}. Give a {', '.join(SUFFIXES)} file, a dataset folder or a Hub id.")
 
@@ -47,23 +47,34 @@ def read_file(path: Path) -> Iterator[Record]:
         yield from ((f"{path}, row {number}", record) for number, record in enumerate(records, 1))
         return
     try:
-        text = (gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()).decode()
+        text = (gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()).decode("utf-8-sig")
     except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
         raise UserError(f"{path}: cannot be read as {'gzipped ' if path.suffix == '.gz' else ''}UTF-8 text: {error}") from error
     if kind == ".csv":
-        yield from ((f"{path}, row {number}", record) for number, record in enumerate(csv.DictReader(io.StringIO(text)), 1))
+        yield from _read_csv(path, text)
     elif kind == ".json":
         records = _parsed(text, f"{path}")
         if not isinstance(records, list):
             raise UserError(f"{path}: expected a JSON list of rows, found {type(records).__name__}. One row a line is a .jsonl file.")
         yield from ((f"{path}, row {number}", record) for number, record in enumerate(records, 1))
     else:
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
                 record = _parsed(line, f"{path}, line {number}")
                 if not isinstance(record, dict):
                     raise UserError(f"{path}, line {number}: expected a JSON object, found {type(record).__name__}.")
                 yield f"{path}, line {number}", record
+
+
+def _read_csv(path: Path, text: str) -> Iterator[Record]:
+    csv.field_size_limit(1 << 30)  # the default is less than a long conversation
+    try:
+        for number, record in enumerate(csv.DictReader(io.StringIO(text, newline="")), 1):
+            if None in record or None in record.values():
+                raise UserError(f"{path}, row {number}: more or fewer cells than the header has columns. Quote cells that hold commas.")
+            yield f"{path}, row {number}", record
+    except csv.Error as error:
+        raise UserError(f"{path}: not valid CSV: {error}") from error
 
 
 def _parsed(text: str, where: str) -> Any:
@@ -85,7 +96,7 @@ def _read_dataset(path: str, split: str, hub: Mapping[str, Any]) -> Iterator[Rec
             table = datasets.load_dataset(path, split=split, **{name: value for name, value in hub.items() if value is not None})
     except KeyError as error:
         raise UserError(f"{path}: there is no split {split!r}.") from error
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         kind = "dataset folder" if Path(path).is_dir() else "Hub dataset (and no file or folder of that name exists)"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from hashlib import blake2b
 from importlib.resources import files
 from pathlib import Path
@@ -15,7 +16,9 @@ from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Float, Int
+from jinja2 import TemplateError
 from pydantic import Field
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -62,12 +65,8 @@ class LanguageModel:
         options: dict[str, Any] = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
         try:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
-            load = partial(transformers.AutoModelForCausalLM.from_pretrained, path, dtype=self.dtype, **options)
-            try:
-                backbone = load(attn_implementation=ATTENTION)
-            except (ValueError, TypeError):  # a model without the attention interface
-                backbone = load()
-        except (OSError, ValueError) as error:
+            backbone = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=self.dtype, **options)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise UserError(
                 f"model.path: {settings.path!r} could not be loaded as a causal language model of transformers. "
                 f"Expected a local folder with config.json, weights and a tokenizer, or a Hub id that can be reached "
@@ -86,13 +85,16 @@ class LanguageModel:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of PEFT about GPT-2's transposed weights, which it handles, and its own deprecations
                 self.model: PeftModel = get_peft_model(backbone, lora).to(self.device).eval()
-        except ValueError as error:
-            raise UserError(f"model.lora_target_modules: {error}") from error
+        except (ValueError, re.error) as error:
+            raise UserError(f"model.lora_target_modules: {targets!r} does not fit the model: {error}") from error
         self.model.requires_grad_(False)
         self.head = self.model.get_output_embeddings()
         self.dropouts = [module for name, module in self.model.named_modules() if name.endswith("lora_dropout")]
         self.places = {name.replace(".default", ""): name for name, _ in self.model.named_parameters() if ".lora_" in name}
-        self.packs = self._packing_works()
+        problem = self._packing_problem()
+        self.packs = problem is None
+        if problem:
+            warnings.warn(f"{self.name}: the packed form does not fit this model ({problem}); the padded one is used.", stacklevel=2)
 
     @property
     def context(self) -> int | None:
@@ -130,28 +132,46 @@ class LanguageModel:
         """
         for dropout in self.dropouts:
             dropout.train(training)
-        form = self._packed if self.packs else self._padded
-        return form({name: tensor.to(self.dtype) for name, tensor in (adapter or {}).items()}, rows)
+        cast = {name: tensor.to(self.device, self.dtype) for name, tensor in (adapter or {}).items()}
+        if self.packs:
+            with suppress(PackingError):  # a window of attention that is shorter than these rows
+                return self._packed(cast, rows)
+        return self._padded(cast, rows)
 
-    def _packing_works(self) -> bool:
-        """Whether the model computes the same in the packed form as in the padded one; it is tried out on a few tokens."""
+    def _packing_problem(self) -> str | None:
+        """Try the packed form on a few tokens, against the padded one with the model's own attention: what is wrong with it, if anything.
+
+        If nothing is, the model keeps the packed form's attention, which elsewhere is transformers' `sdpa`.
+        """
+        if type(self.head) is not nn.Linear:
+            return "its vocabulary head is not a plain linear layer"
         draw = torch.Generator().manual_seed(0)
-        tokens = torch.randint(self.model.config.get_text_config().vocab_size, (14,), generator=draw).tolist()
+        tokens = torch.randint(self.head.out_features, (16,), generator=draw).tolist()
         rows: list[Row] = [(tokens[:3], (tokens[3:5], tokens[5:9])), (tokens[9:10], (tokens[10:13], tokens[13:]))]
-        adapter = {name: torch.full_like(tensor, 0.01, dtype=self.dtype) for name, tensor in self.init(draw).items()}
+        adapter = {name: 0.05 * torch.randn(t.shape, generator=draw).to(t.device, self.dtype) for name, t in self.init(draw).items()}
+        tolerance = 1e-3 if self.dtype == torch.float32 else 0.05
+        backbone = self.model.get_base_model()
+        own = backbone.config._attn_implementation
         with torch.no_grad():
-            expected = self._padded(adapter, rows)
+            apart = self._apart(rows)
+            states, logits = self._run(adapter, apart, apart.scored)
+            expected = states.flatten(0, 1)[apart.scored]
+            if _distance(nn.functional.linear(expected, self.head.weight, self.head.bias), logits[0]) > tolerance:
+                return "its logits are not those of its head alone"
             try:
-                found = self._packed(adapter, rows)
-            except (PackingError, RuntimeError, TypeError, ValueError) as error:
-                problem = str(error)
+                backbone.set_attn_implementation(ATTENTION)
+                layout = Layout.of(rows, self.device)
+                with packed_attention(layout, self.dtype):
+                    states, _ = self._run(adapter, layout, layout.scored[:0])
+                distance = _distance(states.flatten(0, 1)[layout.scored], expected)
+            except Exception as error:  # whatever a model's own code makes of a form that it was not written for
+                problem = str(error) or type(error).__name__
             else:
-                tolerance = 1e-3 if self.dtype == torch.float32 else 0.05
-                if torch.allclose(found, expected, rtol=tolerance, atol=tolerance):
-                    return True
-                problem = f"log-probabilities differ by {float((found - expected).abs().max()):.2g}"
-        warnings.warn(f"{self.name}: the packed form does not fit this model ({problem}); the padded one is used.", stacklevel=2)
-        return False
+                if distance <= tolerance:
+                    return None
+                problem = f"hidden states differ by {distance:.2g} of their size"
+            backbone.set_attn_implementation(own)
+        return problem
 
     def _packed(self, adapter: Tree, rows: Sequence[Row]) -> Float[Tensor, " A"]:
         layout = Layout.of(rows, self.device)
@@ -161,9 +181,13 @@ class LanguageModel:
         return layout.per_answer(tokens)
 
     def _padded(self, adapter: Tree, rows: Sequence[Row]) -> Float[Tensor, " A"]:
-        layout = Layout.of([(prompt, (answer,)) for prompt, answers in rows for answer in answers], self.device)
+        layout = self._apart(rows)
         _, logits = self._run(adapter, layout, layout.scored)
         return layout.per_answer(-nn.functional.cross_entropy(logits[0].float(), layout.targets, reduction="none"))
+
+    def _apart(self, rows: Sequence[Row]) -> Layout:
+        """Each answer in a row of its own, its prompt before it."""
+        return Layout.of([(prompt, (answer,)) for prompt, answers in rows for answer in answers], self.device)
 
     def _run(self, adapter: Tree, layout: Layout, places: Int[Tensor, " m"]) -> tuple[Float[Tensor, "R T D"], Float[Tensor, "1 m V"]]:
         """The hidden states that come to the vocabulary head, and the head's logits at these places of the flattened ids alone."""
@@ -199,13 +223,23 @@ class LanguageModel:
             opening = opening[:-1]
         return opening, self._closed(answer)
 
-    def encode_chat(self, prompt: Sequence[Mapping[str, str]], answer: Sequence[Mapping[str, str]]) -> tuple[list[int], list[int]]:
-        """Tokens of a conversation and of its answer, through the chat template."""
-        opening = self.tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
-        whole = self.tokenizer.apply_chat_template([*prompt, *answer], tokenize=False)
-        if not whole.startswith(opening):
-            opening = os.path.commonprefix([opening, whole])
-        return self.tokenizer(opening, add_special_tokens=False)["input_ids"], self._closed(whole[len(opening) :])
+    def encode_chat(
+        self, prompt: Sequence[Mapping[str, str]], answers: Sequence[Sequence[Mapping[str, str]]]
+    ) -> tuple[list[int], list[list[int]]]:
+        """Tokens of a conversation and of each answer to it, through the chat template; raises ValueError where the template does."""
+        try:
+            opening = self.tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
+            whole = [self.tokenizer.apply_chat_template([*prompt, *answer], tokenize=False) for answer in answers]
+        except TemplateError as error:
+            raise ValueError(str(error)) from error
+        if not all(text.startswith(opening) for text in whole):  # a template that writes a turn differently once it is answered
+            opening = os.path.commonprefix([opening, *whole])
+        ids: list[int] = self.tokenizer(opening, add_special_tokens=False)["input_ids"]
+        return ids, [self._closed(text[len(opening) :]) for text in whole]
+
+    def opens(self, prompt: Sequence[int]) -> int:
+        """How many tokens at a prompt's beginning are the tokenizer's opening token, which stays when a prompt is cut."""
+        return int(self.tokenizer.bos_token_id is not None and prompt[0] == self.tokenizer.bos_token_id)
 
     def _closed(self, answer: str) -> list[int]:
         ids: list[int] = self.tokenizer(answer, add_special_tokens=False)["input_ids"]
@@ -218,6 +252,11 @@ class LanguageModel:
         return self.tokenizer.chat_template is not None
 
 
+def _distance(found: Float[Tensor, "n D"], expected: Float[Tensor, "n D"]) -> float:
+    """The largest relative difference of a row."""
+    return float(((found - expected).float().norm(dim=1) / expected.float().norm(dim=1)).max())
+
+
 def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -225,6 +264,8 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise UserError(f'model.device: {name!r} is no device; expected "auto", "cpu", "cuda" or "cuda:0".') from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f'model.device: {name!r} is not supported; expected "auto", "cpu", "cuda" or "cuda:0".')
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f'model.device: {name!r} was asked for, but this PyTorch sees no CUDA GPU. Set model.device to "cpu" or "auto".')
     return device

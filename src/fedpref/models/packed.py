@@ -102,6 +102,8 @@ def register() -> None:
         window = settings.get("sliding_window")
         if window is not None and window < bias.shape[-1]:
             raise PackingError(f"attention reaches {window} tokens back, a pair is {bias.shape[-1]} long")
+        if settings.get("softcap") is not None or settings.get("s_aux") is not None:
+            raise PackingError("its attention has a soft cap or sinks")
         return _attend(query, key, value, bias, settings.get("scaling") or query.shape[-1] ** -0.5), None
 
     def masking(*arguments: Any, **settings: Any) -> Tensor | None:

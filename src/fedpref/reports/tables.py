@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from rich.table import Table
+from rich.text import Text
 
 from fedpref.rundirectory import CLIENTS
 from fedpref.summary import ACCURACY, over_clients, standard_error
@@ -34,7 +35,7 @@ def client_table(path: Path, figures: Accuracies) -> Table:
     for line in figures:
         table.add_column(TITLES.get(line, line), justify="right", style="bold" if line == main else "")
     for name in names:
-        table.add_row(name, str(sizes[name]["train"]), str(counts[name]), *(f"{100 * figures[line][name]:.1f}" for line in figures))
+        table.add_row(Text(name), str(sizes[name]["train"]), str(counts[name]), *(f"{100 * figures[line][name]:.1f}" for line in figures))
     table.add_section()
     pairs, held = str(sum(size["train"] for size in sizes.values())), str(sum(counts.values()))
     summaries = {line: over_clients(values, counts) for line, values in figures.items()}
@@ -62,7 +63,7 @@ def size_table(sizes: Mapping[str, tuple[int, int, int]], shown: int = 30) -> Ta
         table.add_column(title, justify="left" if title == "client" else "right")
     ranked = sorted(sizes.items(), key=lambda item: (-item[1][0], item[0]))
     for name, (train, test, cut) in ranked[:shown]:
-        table.add_row(name, str(train), str(test), str(cut))
+        table.add_row(Text(name), str(train), str(test), str(cut))
     if len(ranked) > shown:
         table.add_row(f"... and {len(ranked) - shown} smaller ones", *(str(sum(s[i] for _, s in ranked[shown:])) for i in range(3)))
     table.add_section()

@@ -84,8 +84,6 @@ class PairBatch:
 class PreferenceLearner:
     """The task at work: a language model, loaded once, whatever the number of clients."""
 
-    objectives = ("preference",)
-
     def __init__(self, settings: PreferenceTask) -> None:
         self.settings = settings
         self.language = LanguageModel(settings.model)
@@ -106,6 +104,8 @@ class PreferenceLearner:
         for row in data.train + data.test:
             pair = self._encode(row)
             fitted = self._fit(pair, row)
+            if fitted.chosen == fitted.rejected:
+                raise UserError(f"{row.where}: the two answers are the same tokens to the model, after truncation if any. Remove the row.")
             cut += fitted is not pair
             pairs.append(fitted)
         return PairShard(data.name, tuple(pairs[: len(data.train)]), tuple(pairs[len(data.train) :]), truncated=cut)
@@ -113,16 +113,19 @@ class PreferenceLearner:
     def _encode(self, row: Preference) -> Pair:
         if isinstance(row.prompt, str) and isinstance(row.chosen, str) and isinstance(row.rejected, str):
             (prompt, chosen), (_, rejected) = (self.language.encode(row.prompt, answer) for answer in (row.chosen, row.rejected))
-        else:
-            if not self.language.chats:
-                raise UserError(
-                    f"{row.where}: the row is a conversation, but the tokenizer of {self.settings.model.path!r} has no chat "
-                    "template. Give the prompt and answers as plain text, or use a model with a chat template."
-                )
-            (prompt, chosen), (_, rejected) = (
-                self.language.encode_chat(row.prompt, answer)  # type: ignore[arg-type]  # all three are conversations: the reader checks
-                for answer in (row.chosen, row.rejected)
+            return Pair(tuple(prompt), tuple(chosen), tuple(rejected))
+        if not self.language.chats:
+            raise UserError(
+                f"{row.where}: the row is a conversation, but the tokenizer of {self.settings.model.path!r} has no chat "
+                "template. Give the prompt and answers as plain text, or use a model with a chat template."
             )
+        try:
+            prompt, (chosen, rejected) = self.language.encode_chat(row.prompt, (row.chosen, row.rejected))  # type: ignore[arg-type]
+        except ValueError as error:
+            raise UserError(
+                f"{row.where}: the chat template of {self.settings.model.path!r} refuses the conversation: {error}. "
+                "Change the row's roles, or give it as plain text."
+            ) from error
         return Pair(tuple(prompt), tuple(chosen), tuple(rejected))
 
     def _fit(self, pair: Pair, row: Preference) -> Pair:
@@ -136,7 +139,10 @@ class PreferenceLearner:
         room = self.max_length - min(len(pair.prompt), self.max_length // 2)
         chosen, rejected = pair.chosen[:room], pair.rejected[:room]
         space = self.max_length - max(len(chosen), len(rejected))
-        prompt = pair.prompt[:space] if self.settings.truncation_mode == "keep_start" else pair.prompt[max(0, len(pair.prompt) - space) :]
+        prompt = pair.prompt[:space]
+        if self.settings.truncation_mode == "keep_end" and space < len(pair.prompt):
+            opening = pair.prompt[: self.language.opens(pair.prompt)]
+            prompt = opening + pair.prompt[len(pair.prompt) - space + len(opening) :]
         return Pair(prompt, chosen, rejected)
 
     def prepare(self, shard: PairShard, cache: Path) -> PairShard:
@@ -213,6 +219,8 @@ class PreferenceLearner:
         }
 
     def _base(self, pairs: Sequence[Pair]) -> PairScores:
+        if self.settings.loss.needs_reference and any(pair.reference is None for pair in pairs):
+            raise RuntimeError("the shard was not prepared: its pairs have no reference scores")
         known = torch.tensor([pair.reference or (0.0, 0.0) for pair in pairs], device=self.language.device)
         return _scores(known, pairs)
 
