@@ -20,9 +20,9 @@ from rich.console import Console
 from rich.table import Table
 
 from fedpref import Experiment
-from fedpref.experiment import events, new_directory, result
 from fedpref.reports.progress import show
 from fedpref.rundirectory import CLIENTS
+from fedpref.running import events, new_directory, result
 from fedpref.summary import ACCURACY, standard_error
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"

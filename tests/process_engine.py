@@ -48,7 +48,7 @@ class Site:
         self.values: dict[str, Any] = {}
 
     def open(self, experiment: dict[str, Any], cache: str, modules: list[str]) -> int:
-        from fedpref.experiment import Experiment
+        from fedpref.running import Experiment
 
         for module in modules:
             importlib.import_module(module)

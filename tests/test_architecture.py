@@ -28,8 +28,9 @@ LEVEL = {
     "config": 5,
     "rundirectory": 6,
     "experiment": 7,
-    "reports": 8,
-    "cli": 9,
+    "running": 8,
+    "reports": 9,
+    "cli": 10,
 }
 MATHEMATICS = {"trees", "seeds", "summary", "losses", "channel"}
 ALLOWED_IN_MATHEMATICS = {"__future__", "collections", "dataclasses", "functools", "hashlib", "jaxtyping", "math", "os", "pathlib"}

@@ -15,9 +15,10 @@ import personal
 from fedpref import config, seeds, trees
 from fedpref.algorithms import FedDPO, Local
 from fedpref.engines import Simulation, draw_cohort
-from fedpref.experiment import Experiment, evaluate
+from fedpref.experiment import Experiment
 from fedpref.local import Descent
 from fedpref.rundirectory import RunDirectory
+from fedpref.running import evaluate
 from fedpref.trees import Tree
 from process_engine import ProcessEngine, Processes
 

@@ -23,10 +23,10 @@ from fedpref import Experiment, UserError, config, resume, run, seeds, trees
 from fedpref.algorithms import Centralised, FedDPO, Local
 from fedpref.data import ClientData, Preference
 from fedpref.engines import Simulation
-from fedpref.experiment import evaluate, events, new_directory
 from fedpref.federation import work
 from fedpref.local import Descent, descend
 from fedpref.rundirectory import RunDirectory
+from fedpref.running import evaluate, events, new_directory
 from fedpref.tasks import PreferenceTask
 
 

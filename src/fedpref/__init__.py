@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fedpref.errors import UserError
-    from fedpref.experiment import Experiment, Result, resume, run
+    from fedpref.experiment import Experiment
+    from fedpref.running import Result, resume, run
 
 __version__ = "0.1.0"
 __all__ = ["Experiment", "Result", "UserError", "resume", "run"]
-_HOMES = {"Experiment": "experiment", "Result": "experiment", "resume": "experiment", "run": "experiment", "UserError": "errors"}
+_HOMES = {"Experiment": "experiment", "Result": "running", "resume": "running", "run": "running", "UserError": "errors"}
 
 
 def __getattr__(name: str) -> Any:

@@ -14,8 +14,8 @@ from fedpref import __version__
 from fedpref.errors import UserError
 
 if TYPE_CHECKING:
-    from fedpref.experiment import Event
     from fedpref.rundirectory import RunDirectory
+    from fedpref.running import Event
 
 app = typer.Typer(
     help="Federated and decentralised preference alignment of language models.",
@@ -37,7 +37,8 @@ def run(
     output: Annotated[Path | None, typer.Option(help="The run directory; by default runs/NAME-TIME.")] = None,
 ) -> None:
     """Run an experiment, with a table at the end."""
-    from fedpref.experiment import Experiment, events, new_directory
+    from fedpref.experiment import Experiment
+    from fedpref.running import events, new_directory
 
     experiment = Experiment.load(config, overrides or ())
     folder = new_directory(experiment, output)
@@ -48,7 +49,7 @@ def run(
 @app.command()
 def resume(path: Annotated[Path, typer.Argument(help="The directory of a run that was interrupted.", metavar="RUN")]) -> None:
     """Take an interrupted run up again; it ends as if nothing had happened."""
-    from fedpref.experiment import events, existing_directory, read_experiment
+    from fedpref.running import events, existing_directory, read_experiment
 
     folder = existing_directory(path)
     _follow(events(read_experiment(folder), folder), folder)
@@ -122,9 +123,9 @@ def _escape(text: str) -> str:
 
 def _follow(happenings: Iterator[Event], folder: RunDirectory) -> None:
     """Show a run as it goes, then its table and where it lies."""
-    from fedpref.experiment import result
     from fedpref.reports.progress import show
     from fedpref.reports.tables import accuracies, client_table
+    from fedpref.running import result
 
     show(happenings, console)
     outcome = result(folder)

@@ -12,7 +12,7 @@ from fedpref.reports.tables import TITLES, bytes_text
 from fedpref.summary import ACCURACY
 
 if TYPE_CHECKING:
-    from fedpref.experiment import Event
+    from fedpref.running import Event
 
 
 def show(happenings: Iterator[Event], console: Console) -> None:

@@ -1,0 +1,227 @@
+"""Running an experiment: from data to aligned adapters, round by round, into a run directory."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, fields, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import quote
+
+import torch
+
+from fedpref import config, seeds, trees
+from fedpref.engines import Engine, Simulation, draw_cohort
+from fedpref.engines.workers import available, keep_freed_memory, one_thread
+from fedpref.errors import UserError
+from fedpref.experiment import Experiment, lines, with_whole_paths
+from fedpref.federation import Client, work
+from fedpref.rundirectory import CLIENTS, CONFIG, EVALUATION, METRICS, RunDirectory
+from fedpref.summary import over_clients
+from fedpref.tasks import Task
+from fedpref.trees import Tree
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something to show: a client prepared, a round done, an evaluation made."""
+
+    line: str  # the algorithm's name, or a reference line's
+    kind: Literal["prepare", "round", "evaluate"]
+    done: int
+    total: int
+    figures: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Result:
+    """Where the run lies, and its last evaluation: for each line, each client's held-out metrics."""
+
+    path: Path
+    evaluations: Mapping[str, Mapping[str, Mapping[str, float]]]
+
+
+def run(experiment: Experiment, output: str | Path | None = None) -> Result:
+    """Run an experiment from the beginning into a new directory (by default runs/NAME-TIME) and return what came of it."""
+    folder = new_directory(experiment, output)
+    folder.refuse_existing()
+    for _ in events(experiment, folder):
+        pass
+    return result(folder)
+
+
+def resume(path: str | Path) -> Result:
+    """Take a run up again where it was left; it ends with the bits it would have ended with."""
+    folder = existing_directory(path)
+    for _ in events(read_experiment(folder), folder):
+        pass
+    return result(folder)
+
+
+def new_directory(experiment: Experiment, output: str | Path | None) -> RunDirectory:
+    """The directory of a new run; nothing is written before the first event."""
+    return RunDirectory(Path(output or f"runs/{experiment.name}-{datetime.now():%Y%m%d-%H%M%S}"))
+
+
+def existing_directory(path: str | Path) -> RunDirectory:
+    """The directory of a run that was begun."""
+    if not (Path(path) / CONFIG).is_file():
+        raise UserError(f"{path}: there is no run here (no {CONFIG}). Give the directory that `fedpref run` printed.")
+    return RunDirectory(Path(path))
+
+
+def read_experiment(folder: RunDirectory) -> Experiment:
+    """The experiment of a run directory, as it was resolved when the run began."""
+    return Experiment.load(folder.path / CONFIG)
+
+
+def result(folder: RunDirectory) -> Result:
+    """What a finished run came to, from its directory."""
+    names = list(lines(read_experiment(folder), 1).items())
+    evaluations = {name: RunDirectory(folder.path / sub).read_rows(EVALUATION)[-1]["clients"] for name, (sub, _) in names}
+    return Result(folder.path, evaluations)
+
+
+def events(experiment: Experiment, folder: RunDirectory) -> Iterator[Event]:
+    """Run the experiment into its directory, or what is left of it, and tell of every step. Bad input raises before anything is written."""
+    keep_freed_memory()
+    with one_thread():
+        clients, _ = experiment.clients()
+        task = experiment.task.build()
+        shards = [task.encode(client) for client in clients]
+        about: dict[str, dict[str, Any]] = {}
+        for client, shard in zip(clients, shards, strict=True):
+            sizes = {"train": len(shard.train), "test": len(shard.test), "truncated": shard.truncated}
+            about[shard.name] = {**sizes, "digest": client.digest}
+        about_text = json.dumps(about, indent=1) + "\n"
+        if not folder.path.exists():
+            folder.create({CONFIG: config.to_yaml(with_whole_paths(experiment)), CLIENTS: about_text})
+        elif (folder.path / CLIENTS).read_text() != about_text:
+            raise UserError(f"{folder.path}: the data is not what the run began with; its clients, sizes and digests stand in {CLIENTS}.")
+        cache = folder.path / "cache"
+        yield from _prepare(experiment, task, shards, cache)
+        shards = [task.prepare(shard, cache) for shard in shards]
+        for name, (sub, line) in lines(experiment, len(shards)).items():
+            place = RunDirectory(folder.path / sub)
+            if sub and not place.path.exists():
+                place.create({CONFIG: config.to_yaml(line)})
+            if not place.done:
+                held = _pool(shards) if line.algorithm.pooled else shards
+                with closing(_engine(line, task, held)) as engine:
+                    yield from _line(name, line, place, task, held, engine)
+
+
+def _engine(experiment: Experiment, task: Task, shards: Sequence[Any]) -> Simulation:
+    workers = min(experiment.workers or available(), len(shards))
+    if workers > 1 and torch.cuda.is_initialized():
+        raise UserError("workers: processes cannot share a GPU that is in use. Set workers to 1, or task.model.device to cpu.")
+    weighting = experiment.federation.weighting
+    return Simulation(task, shards, seed=experiment.seed, rounds=experiment.rounds, weighting=weighting, workers=workers)
+
+
+def _prepare(experiment: Experiment, task: Task, shards: Sequence[Any], cache: Path) -> Iterator[Event]:
+    """Let clients fill the cache, a few at a time."""
+    with closing(_engine(experiment, task, shards)) as engine:
+        size = 2 * (experiment.workers or available())
+        for first in range(0, len(shards), size):
+            some = engine.clients[first : first + size]
+            engine.begin(0, some, "init")
+            engine.each(prepare, str(cache))
+            yield Event(experiment.algorithm.name, "prepare", some[-1] + 1, len(shards), {})
+
+
+def _line(name: str, experiment: Experiment, folder: RunDirectory, task: Task, shards: Sequence[Any], engine: Engine) -> Iterator[Event]:
+    algorithm: Any = experiment.algorithm
+    state = algorithm.init(engine, task.init(seeds.generator(experiment.seed, "init")))
+    state, first = folder.restore(state, engine)
+    folder.cut_rows_after(first)
+    able = [i for i, shard in enumerate(shards) if len(shard)]
+    for round in range(first, experiment.rounds):
+        cohort = draw_cohort(able, experiment.federation.clients_per_round, seeds.generator(experiment.seed, "cohort", round=round))
+        engine.begin(round, cohort)
+        begun = time.perf_counter()
+        state, metrics = algorithm.step(engine, state)
+        seconds = time.perf_counter() - begun
+        figures = {**metrics, "bytes_up": engine.traffic.bytes_up, "bytes_down": engine.traffic.bytes_down, "seconds": seconds}
+        _refuse_divergence(name, round, experiment, folder, {**metrics, **_norms(state)})
+        folder.append(METRICS, {"round": round + 1, "clients": len(cohort), **figures})
+        last = round + 1 == experiment.rounds
+        if last or (experiment.evaluate_every and (round + 1) % experiment.evaluate_every == 0):
+            row = _evaluate(engine, algorithm.model(state), [shard.name for shard in shards])
+            for measured in row["clients"].values():
+                _refuse_divergence(name, round, experiment, folder, measured)
+            folder.append(EVALUATION, {"round": round + 1, **row})
+            yield Event(name, "evaluate", round + 1, experiment.rounds, row["summary"]["rewards/accuracies"])
+        if last or (round + 1) % experiment.checkpoint_every == 0:
+            folder.checkpoint(round + 1, state, engine)
+        yield Event(name, "round", round + 1, experiment.rounds, figures)
+    _export(engine, algorithm.model(state), task, folder)
+    folder.finish()
+
+
+def _norms(state: Any) -> dict[str, float]:
+    """Of the trees that a state shares."""
+    shared = {field.name: getattr(state, field.name) for field in fields(state)}
+    return {f"norm of {name}": trees.norm(value) for name, value in shared.items() if isinstance(value, Mapping)}
+
+
+def _refuse_divergence(name: str, round: int, experiment: Experiment, folder: RunDirectory, figures: Mapping[str, float]) -> None:
+    broken = [figure for figure, value in figures.items() if not math.isfinite(value)]
+    if broken:
+        kept = folder.checkpoints()
+        last = f"the last checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
+        raise UserError(
+            f"{name}, round {round + 1}: training diverged, {', '.join(broken)} is not finite; {last}. "
+            f"Start anew with algorithm.local.learning_rate below {experiment.algorithm.local.learning_rate}."
+        )
+
+
+def _pool(shards: Sequence[Any]) -> list[Any]:
+    """All training data with the first client; the others only evaluate."""
+    everything = tuple(example for shard in shards for example in shard.train)
+    return [replace(shard, train=everything if i == 0 else ()) for i, shard in enumerate(shards)]
+
+
+def _evaluate(engine: Engine, model: Sequence[Any], names: Sequence[str]) -> dict[str, Any]:
+    """Every client's held-out metrics, and each metric's summary over clients."""
+    engine.begin(engine.round, engine.clients, "evaluate")
+    rows = {names[i]: dict(metrics) for i, metrics in engine.disclose(engine.each(evaluate, *model)).items()}
+    counts = {name: int(row["num_examples"]) for name, row in rows.items()}
+    metrics = [metric for metric in next(iter(rows.values())) if not metric.startswith("num_")]
+    columns = {metric: {name: row[metric] for name, row in rows.items()} for metric in metrics}
+    return {"clients": rows, "summary": {m: over_clients(values, counts, low_is_good=m == "loss") for m, values in columns.items()}}
+
+
+def _export(engine: Engine, model: Sequence[Any], task: Task, folder: RunDirectory) -> None:
+    shared = _merge(*(part for part in model if isinstance(part, Mapping)))
+    if shared:
+        task.export(shared, folder.path / "adapter")
+    if not all(isinstance(part, Mapping) for part in model):
+        engine.begin(engine.round, engine.clients, "evaluate")
+        engine.each(export, str(folder.path / "clients"), *model)
+
+
+@work
+def prepare(client: Client, cache: str) -> Tree:
+    client.task.prepare(client.shard, Path(cache))
+    return {}
+
+
+@work
+def evaluate(client: Client, *parts: Tree) -> Mapping[str, float]:
+    return client.task.evaluate(_merge(*parts), client.shard)
+
+
+@work
+def export(client: Client, folder: str, *parts: Tree) -> Tree:
+    client.task.export(_merge(*parts), Path(folder) / quote(client.shard.name, safe=" "))
+    return {}
+
+
+def _merge(*parts: Tree) -> Tree:
+    return {name: tensor for part in parts for name, tensor in part.items()}
