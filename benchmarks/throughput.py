@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -95,14 +96,19 @@ def make(name: str, folder: Path) -> Path:
     return folder / name
 
 
+def prepared(task: Any, count: int) -> PairShard:
+    """A client with so many pairs, scored under the reference."""
+    with tempfile.TemporaryDirectory() as cache:
+        shard: PairShard = task.prepare(PairShard("client", tuple(pairs(count, 4096)), ()), Path(cache))
+    return shard
+
+
 # ---- the tools: each a function that prepares everything and returns one that takes some steps
 
 
 def fedpref(model: Path, dtype: str = "auto") -> Callable[[int], None]:
     task = PreferenceTask(model=config.parse(type(PreferenceTask().model), {"path": str(model), "dtype": dtype}, "benchmark")).build()
-    shard = PairShard("client", tuple(pairs(64, 4096)), ())
-    with tempfile.TemporaryDirectory() as cache:
-        shard = task.prepare(shard, Path(cache))
+    shard = prepared(task, 64)
     start = task.init(seeds.generator(0, "init"))
     rounds = iter(range(10_000))
 
@@ -208,7 +214,7 @@ def serve(connection: Any, tool: str, model: Path) -> None:
     if tuned:
         keep_freed_memory()
     steps = make_steps(model)
-    steps(2)
+    steps(1)
     connection.send("ready")
     while count := connection.recv():
         begun = time.process_time()
@@ -225,8 +231,9 @@ def race(model: Path, turns: int, count: int) -> dict[str, dict[str, float]]:
         ours, theirs = context.Pipe()
         process = context.Process(target=serve, args=(theirs, tool, model), daemon=True)
         process.start()
-        assert ours.recv() == "ready"
         lanes[tool] = (ours, process)
+    for connection, _ in lanes.values():
+        assert connection.recv() == "ready"
     seconds: dict[str, list[float]] = {tool: [] for tool in TOOLS}
     memory = dict.fromkeys(TOOLS, 0.0)
     for _ in range(turns):
@@ -246,10 +253,11 @@ def race(model: Path, turns: int, count: int) -> dict[str, dict[str, float]]:
 def gradient_errors() -> dict[str, float]:
     """Relative errors of one batch's gradient: packed float32 and bfloat16 against the padded float32 form."""
     found = {}
+    shard = None
     for dtype in ("float32", "bfloat16"):
         model = config.parse(type(PreferenceTask().model), {"dtype": dtype}, "benchmark")
         task = PreferenceTask(model=model).build()
-        shard = PairShard("client", tuple(pairs(BATCH, 4096)), ())
+        shard = shard or prepared(task, BATCH)  # the same reference for both
         draw = torch.Generator().manual_seed(0)
         start = {name: 0.05 * torch.randn(t.shape, generator=draw) for name, t in task.init(seeds.generator(0, "init")).items()}
         for packs in (True, False):
@@ -270,9 +278,7 @@ def federation(clients: int, workers: int, steps: int, rounds: int) -> dict[str,
     keep_freed_memory()
     experiment = Experiment()
     task = experiment.task.build()
-    shard = PairShard("client", tuple(pairs(16, 4096)), ())
-    with tempfile.TemporaryDirectory() as cache:
-        shard = task.prepare(shard, Path(cache))
+    shard = prepared(task, 16)
     algorithm = type(experiment.algorithm)(local=Descent(steps=steps, batch_size=4))
     engine = Simulation(task, [shard] * clients, seed=0, rounds=rounds + 1, workers=workers)
     state = algorithm.init(engine, task.init(seeds.generator(0, "init")))
@@ -284,7 +290,7 @@ def federation(clients: int, workers: int, steps: int, rounds: int) -> dict[str,
         spent.append(time.perf_counter() - begun)
     engine.close()
     own, children = (resource.getrusage(who).ru_maxrss * 1024.0 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return {"seconds": statistics.median(spent[1:]), "memory": max(own, children)}
+    return {"seconds": statistics.median(spent[1:] or spent), "memory": max(own, children)}
 
 
 def loop_share(steps: int) -> float:
@@ -292,7 +298,7 @@ def loop_share(steps: int) -> float:
     keep_freed_memory()
     experiment = Experiment()
     task = experiment.task.build()
-    shard = PairShard("client", tuple(pairs(16, 4096)), ())
+    shard = prepared(task, 16)
     inside = 0.0
 
     def timed(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -370,8 +376,8 @@ def first_step() -> dict[str, float]:
 
 def apart(function: Callable[..., Any], *arguments: Any) -> Any:
     """Call in a fresh process, so that peak memory is its own."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def main() -> None:
@@ -379,7 +385,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="the shipped model alone and few turns: under a minute")
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
-    turns, count = (2, 2) if arguments.quick else (5, 4)
+    turns, count = (1, 1) if arguments.quick else (5, 4)
     figures: dict[str, float] = {}
     console = Console(width=140)
     lengths = pairs(64, 4096)
@@ -404,10 +410,13 @@ def main() -> None:
             if name == "shipped":
                 figures["matmul_share"] = step_flops() / ours / matrix_rate()
         figures |= gradient_errors()
-        few, many = (apart(federation, clients, 1, 1, 1)["memory"] for clients in (4, 64))
+        rounds = 0 if arguments.quick else 1
+        few, many = (apart(federation, clients, 1, 1, rounds)["memory"] for clients in (4, 64))
         figures["memory_64_over_4"] = many / few
         figures["loop_share"] = apart(loop_share, 2 if arguments.quick else 8)
-        one, two = (apart(federation, 8, workers, 2, 2 if arguments.quick else 5)["seconds"] for workers in (1, 2))
+        one, two = (
+            apart(federation, 8, workers, 1 if arguments.quick else 2, 1 if arguments.quick else 5)["seconds"] for workers in (1, 2)
+        )
         figures["workers_speedup"] = one / two
         figures |= first_step()
     table = Table(title="figures", title_justify="left")
