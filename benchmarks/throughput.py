@@ -273,13 +273,13 @@ def gradient_errors() -> dict[str, float]:
     }
 
 
-def federation(clients: int, workers: int, steps: int, rounds: int) -> dict[str, float]:
+def federation(clients: int, workers: int, batch: int, rounds: int) -> dict[str, float]:
     """Wall seconds a round of the whole federation, the share of them not spent in the clients' steps, and peak memory."""
     keep_freed_memory()
     experiment = Experiment()
     task = experiment.task.build()
     shard = prepared(task, 16)
-    algorithm = type(experiment.algorithm)(local=Descent(steps=steps, batch_size=4))
+    algorithm = type(experiment.algorithm)(local=Descent(steps=1, batch_size=batch))
     engine = Simulation(task, [shard] * clients, seed=0, rounds=rounds + 1, workers=workers)
     state = algorithm.init(engine, task.init(seeds.generator(0, "init")))
     spent: list[float] = []
@@ -374,15 +374,17 @@ def first_step() -> dict[str, float]:
     return {"first_step_seconds": taken, "first_step_import_seconds": float(imports.stdout)}
 
 
-def apart(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call in a fresh process, so that peak memory is its own."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
+def together(*calls: tuple[Any, ...]) -> list[Any]:
+    """Results of (function, arguments...), each called in a fresh process, so that peak memory is its own."""
+    with ProcessPoolExecutor(len(calls), multiprocessing.get_context("spawn")) as pool:
+        return [future.result() for future in [pool.submit(*call) for call in calls]]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the shipped model alone and few turns: under a minute")
+    parser.add_argument(
+        "--quick", action="store_true", help="the shipped model alone, one step each: two minutes, and the ratios are those of first steps"
+    )
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
     turns, count = (1, 1) if arguments.quick else (5, 4)
@@ -410,13 +412,11 @@ def main() -> None:
             if name == "shipped":
                 figures["matmul_share"] = step_flops() / ours / matrix_rate()
         figures |= gradient_errors()
-        rounds = 0 if arguments.quick else 1
-        few, many = (apart(federation, clients, 1, 1, rounds)["memory"] for clients in (4, 64))
-        figures["memory_64_over_4"] = many / few
-        figures["loop_share"] = apart(loop_share, 2 if arguments.quick else 8)
-        one, two = (
-            apart(federation, 8, workers, 1 if arguments.quick else 2, 1 if arguments.quick else 5)["seconds"] for workers in (1, 2)
-        )
+        few, many = together(*((federation, clients, 1, 1, 0 if arguments.quick else 1) for clients in (4, 64)))
+        figures["memory_64_over_4"] = many["memory"] / few["memory"]
+        figures["loop_share"], *_ = together((loop_share, 2 if arguments.quick else 8))
+        size, rounds = (2, 1) if arguments.quick else (8, 5)
+        one, two = (together((federation, 8, workers, size, rounds))[0]["seconds"] for workers in (1, 2))
         figures["workers_speedup"] = one / two
         figures |= first_step()
     table = Table(title="figures", title_justify="left")
