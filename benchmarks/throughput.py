@@ -382,9 +382,7 @@ def together(*calls: tuple[Any, ...]) -> list[Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--quick", action="store_true", help="the shipped model alone, one step each: two minutes, and the ratios are those of first steps"
-    )
+    parser.add_argument("--quick", action="store_true", help="the shipped model, one step each; two minutes, ratios of first steps")
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
     turns, count = (1, 1) if arguments.quick else (5, 4)
