@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.attention.varlen
 import transformers
 from peft import PeftModel
+from torch import Tensor
 
 from conftest import ARCHITECTURES
 from fedpref import seeds
 from fedpref.errors import UserError
-from fedpref.models import packed
+from fedpref.models import attention, head, language
+from fedpref.models.head import token_log_probabilities
 from fedpref.models.language import LanguageModel, Model
-from fedpref.models.packed import Row, token_log_probabilities
+from fedpref.models.packed import Row
 from fedpref.trees import Tree
 
 ROWS: list[Row] = [((5, 6, 7), ((8, 9), (10, 11, 12, 13))), ((11,), ((12, 13, 14, 15), (16,))), (tuple(range(20, 45)), ((25, 26, 27),))]
 TARGETS = {"llama": "all-linear", "qwen2": ("q_proj", "v_proj"), "gpt2": ("c_attn",), "gpt_neox": "all-linear"}
 
 
-def some_adapter(model: LanguageModel) -> Tree:
+def some_adapter(model: LanguageModel, size: float = 0.3) -> Tree:
     """An adapter that does something: both factors away from zero."""
     draw = torch.Generator().manual_seed(1)
-    return {name: 0.3 * torch.randn(t.shape, generator=draw) for name, t in model.init(seeds.generator(0, "init")).items()}
+    return {name: size * torch.randn(t.shape, generator=draw) for name, t in model.init(seeds.generator(0, "init")).items()}
 
 
 def exact(path: Path, **settings: object) -> LanguageModel:
@@ -85,14 +89,56 @@ def test_packed_gradients_are_those_of_the_padded_form(architecture: str, models
 
 def test_bfloat16_gradients_are_near_the_exact_ones(tiny: Path) -> None:
     reference, half = exact(tiny), LanguageModel(Model(path=str(tiny), dtype="bfloat16"))
-    adapter = some_adapter(reference)
+    adapter = some_adapter(reference, 0.1)
     expected, found = (torch.cat([g.flatten() for g in gradients(m, adapter, True).values()]) for m in (reference, half))
     assert (found - expected).norm() < 0.05 * expected.norm()
     assert half.fingerprint != reference.fingerprint
 
 
+def attention_of_variable_length(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: Tensor,
+    seen: Tensor,
+    *longest: int,
+    scale: float,
+    enable_gqa: bool,
+    window_size: object,
+) -> Tensor:
+    """What PyTorch's kernel for GPUs computes with this window: a segment's last query sees all of its keys, the one before all but one."""
+    assert window_size == (-1, 0)
+    assert longest == (int(starts.diff().max()), int(seen.diff().max()))
+    rows = []
+    for (a, b), (c, d) in zip(pairwise(starts.tolist()), pairwise(seen.tolist()), strict=True):
+        mask = torch.ones(b - a, d - c, dtype=torch.bool).tril(d - c - (b - a))
+        q, k, v = (t.transpose(0, 1)[None] for t in (query[a:b], key[c:d], value[c:d]))
+        rows.append(torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=enable_gqa)[0].transpose(0, 1))
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_the_segments_given_to_a_kernel_of_variable_length_are_the_packed_form(
+    architecture: str, models: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", attention_of_variable_length)
+    model = exact(models(architecture), lora_target_modules=TARGETS[architecture])
+    adapter = some_adapter(model)
+    expected = gradients(model, adapter, packs=False)
+    model.kernel = attention.by_variable_length
+    found = gradients(model, adapter, packs=True)
+    assert all((found[name] - gradient).norm() <= 1e-4 * gradient.norm() for name, gradient in expected.items())
+
+
+def test_a_kernel_that_fails_gives_way_to_the_next(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(language, "kernels", lambda device, dtype: (attention.by_variable_length, attention.by_sequence))
+    model = exact(tiny)  # on a CPU the first of them raises
+    assert model.packs
+    assert model.kernel is attention.by_sequence
+
+
 def test_the_head_is_scored_in_chunks_with_the_gradient_of_a_full_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed, "CHUNK", 7 * 40)
+    monkeypatch.setattr(head, "CHUNK", 7 * 40)
     draw = torch.Generator().manual_seed(0)
     hidden = torch.randn(23, 8, generator=draw).requires_grad_()
     weight, bias = torch.randn(40, 8, generator=draw), torch.randn(40, generator=draw)

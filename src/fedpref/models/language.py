@@ -24,7 +24,10 @@ from torch.func import functional_call
 
 from fedpref import trees
 from fedpref.errors import UserError
-from fedpref.models.packed import ATTENTION, Layout, PackingError, Row, packed_attention, register, token_log_probabilities
+from fedpref.models import lora
+from fedpref.models.attention import ATTENTION, Kernel, PackingError, by_sequence, kernels, packed_attention, register
+from fedpref.models.head import token_log_probabilities
+from fedpref.models.packed import Layout, Row
 from fedpref.trees import Tree
 
 BUILTIN = "builtin"
@@ -73,7 +76,7 @@ class LanguageModel:
                 f"(or is in the cache). transformers says: {str(error).splitlines()[0]}"
             ) from error
         targets = settings.lora_target_modules
-        lora = LoraConfig(
+        adapter = LoraConfig(
             task_type="CAUSAL_LM",
             r=settings.lora_r,
             lora_alpha=settings.lora_alpha,
@@ -84,13 +87,15 @@ class LanguageModel:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of PEFT about GPT-2's transposed weights, which it handles, and its own deprecations
-                self.model: PeftModel = get_peft_model(backbone, lora).to(self.device).eval()
+                self.model: PeftModel = get_peft_model(backbone, adapter).to(self.device).eval()
         except (ValueError, re.error) as error:
             raise UserError(f"model.lora_target_modules: {targets!r} does not fit the model: {error}") from error
         self.model.requires_grad_(False)
+        lora.fuse(self.model)
         self.head = self.model.get_output_embeddings()
         self.dropouts = [module for name, module in self.model.named_modules() if name.endswith("lora_dropout")]
         self.places = {name.replace(".default", ""): name for name, _ in self.model.named_parameters() if ".lora_" in name}
+        self.kernel: Kernel = by_sequence
         problem = self._packing_problem()
         self.packs = problem is None
         if problem:
@@ -152,42 +157,41 @@ class LanguageModel:
         tolerance = 1e-3 if self.dtype == torch.float32 else 0.05
         backbone = self.model.get_base_model()
         own = backbone.config._attn_implementation
+        apart = Layout.padded(rows, self.device)
+        layout = Layout.packed(rows, self.device)
+        problem = ""
         with torch.no_grad():
-            apart = self._apart(rows)
             states, logits = self._run(adapter, apart, apart.scored)
             expected = states.flatten(0, 1)[apart.scored]
             if _distance(nn.functional.linear(expected, self.head.weight, self.head.bias), logits[0]) > tolerance:
                 return "its logits are not those of its head alone"
-            try:
-                backbone.set_attn_implementation(ATTENTION)
-                layout = Layout.of(rows, self.device)
-                with packed_attention(layout, self.dtype):
-                    states, _ = self._run(adapter, layout, layout.scored[:0])
-                distance = _distance(states.flatten(0, 1)[layout.scored], expected)
-            except Exception as error:  # whatever a model's own code makes of a form that it was not written for
-                problem = str(error) or type(error).__name__
-            else:
-                if distance <= tolerance:
-                    return None
-                problem = f"hidden states differ by {distance:.2g} of their size"
+            for kernel in kernels(self.device, self.dtype):
+                try:
+                    backbone.set_attn_implementation(ATTENTION)
+                    with packed_attention(layout, kernel):
+                        states, _ = self._run(adapter, layout, layout.scored[:0])
+                    distance = _distance(states[0][layout.scored], expected)
+                except Exception as error:  # whatever a model's own code makes of a form that it was not written for
+                    problem = str(error) or type(error).__name__
+                else:
+                    if distance <= tolerance:
+                        self.kernel = kernel
+                        return None
+                    problem = f"hidden states differ by {distance:.2g} of their size"
             backbone.set_attn_implementation(own)
         return problem
 
     def _packed(self, adapter: Tree, rows: Sequence[Row]) -> Float[Tensor, " A"]:
-        layout = Layout.of(rows, self.device)
-        with packed_attention(layout, self.dtype):
+        layout = Layout.packed(rows, self.device)
+        with packed_attention(layout, self.kernel):
             hidden, _ = self._run(adapter, layout, layout.scored[:0])
-        tokens = token_log_probabilities(hidden.flatten(0, 1)[layout.scored], self.head.weight, self.head.bias, layout.targets)
+        tokens = token_log_probabilities(hidden[0].index_select(0, layout.scored), self.head.weight, self.head.bias, layout.targets)
         return layout.per_answer(tokens)
 
     def _padded(self, adapter: Tree, rows: Sequence[Row]) -> Float[Tensor, " A"]:
-        layout = self._apart(rows)
+        layout = Layout.padded(rows, self.device)
         _, logits = self._run(adapter, layout, layout.scored)
         return layout.per_answer(-nn.functional.cross_entropy(logits[0].float(), layout.targets, reduction="none"))
-
-    def _apart(self, rows: Sequence[Row]) -> Layout:
-        """Each answer in a row of its own, its prompt before it."""
-        return Layout.of([(prompt, (answer,)) for prompt, answers in rows for answer in answers], self.device)
 
     def _run(self, adapter: Tree, layout: Layout, places: Int[Tensor, " m"]) -> tuple[Float[Tensor, "R T D"], Float[Tensor, "1 m V"]]:
         """The hidden states that come to the vocabulary head, and the head's logits at these places of the flattened ids alone."""

@@ -1,0 +1,171 @@
+"""Attention over the packed form, through transformers' attention interface: no model is rewritten."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from fedpref.models.packed import Layout
+
+ATTENTION = "fedpref_packed"
+Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]  # query [1, H, N, D], key and value [1, K, N, D], scaling -> [1, N, H, D]
+Kernel = Callable[[Layout], Attend]
+
+_ATTEND: ContextVar[tuple[Attend, int] | None] = ContextVar("attend", default=None)  # and how far back it may reach
+
+
+@contextmanager
+def packed_attention(layout: Layout, kernel: Kernel) -> Iterator[None]:
+    """Within it, models whose attention implementation is ATTENTION attend as the layout says; outside, they do as `sdpa` does."""
+    token = _ATTEND.set((kernel(layout), int(layout.positions.max()) + 1))
+    try:
+        yield
+    finally:
+        _ATTEND.reset(token)
+
+
+def register() -> None:
+    """Make ATTENTION known to transformers."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
+    ) -> tuple[Tensor, None]:
+        packed = _ATTEND.get()
+        if packed is None:
+            output: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+            return output
+        attend, reach = packed
+        window = settings.get("sliding_window")
+        if window is not None and window < reach:
+            raise PackingError(f"attention reaches {window} tokens back, a pair is {reach} long")
+        if settings.get("softcap") is not None or settings.get("s_aux") is not None:
+            raise PackingError("its attention has a soft cap or sinks")
+        return attend(query, key, value, settings.get("scaling") or query.shape[-1] ** -0.5), None
+
+    def masking(*arguments: Any, **settings: Any) -> Tensor | None:
+        return sdpa_mask(*arguments, **settings) if _ATTEND.get() is None else None
+
+    AttentionInterface.register(ATTENTION, attention)
+    AttentionMaskInterface.register(ATTENTION, masking)
+
+
+class PackingError(Exception):
+    """The packed form cannot stand in for what this model does."""
+
+
+def kernels(device: torch.device, dtype: torch.dtype) -> tuple[Kernel, ...]:
+    """Ways to attend here, the fastest first."""
+    return (by_variable_length, by_sequence) if device.type == "cuda" and dtype != torch.float32 else (by_sequence,)
+
+
+def by_sequence(layout: Layout) -> Attend:
+    """One sequence after the other, each under a mask of its own."""
+    bounds = [(ends[0], ends[-1]) for ends in layout.sequences]
+    widest = max(end - begin for begin, end in bounds)
+    causal = torch.full((widest, widest), float("-inf"), device=layout.ids.device).triu(1)
+    exact = [_mask(causal, ends) for ends in layout.sequences]
+
+    @cache
+    def of(dtype: torch.dtype) -> list[Float[Tensor, "t t"]]:
+        return [mask.to(dtype) for mask in exact]
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        groups = query.shape[1] // key.shape[1]
+        if groups > 1:
+            key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        masks = of(query.dtype)
+        if query.dtype == torch.bfloat16 and not query.is_cuda:  # the fused kernel's backward is slow in bfloat16 on a CPU
+            mixed: Tensor = _Attention.apply(query[0], key[0], value[0], scaling, bounds, masks)  # type: ignore[no-untyped-call]
+            return mixed[None].transpose(1, 2)
+        widths = [end - begin for begin, end in bounds]
+        widths.append(query.shape[2] - sum(widths))
+        rows = zip(*(tensor.split(widths, 2) for tensor in (query, key, value)), strict=True)
+        fused = nn.functional.scaled_dot_product_attention
+        mixed_rows = [fused(q, k, v, mask, scale=scaling) for (q, k, v), mask in zip(rows, masks, strict=False)]
+        return torch.cat([*mixed_rows, torch.zeros_like(query[:, :, : widths[-1]])], 2).transpose(1, 2)
+
+    return attend
+
+
+def _mask(causal: Float[Tensor, "T T"], ends: tuple[int, ...]) -> Float[Tensor, "t t"]:
+    """0 where a token (first axis) may look, -inf elsewhere: in the prompt and in its own part, not ahead."""
+    _, opening, *rest = (end - ends[0] for end in ends)
+    mask = causal[: rest[-1], : rest[-1]].clone()
+    for end in rest[:-1]:
+        mask[end:, opening:end] = float("-inf")
+    return mask
+
+
+class _Attention(torch.autograd.Function):
+    """Softmax attention of H heads within sequences, by plain matrix products."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Float[Tensor, "H N D"],
+        key: Float[Tensor, "H N D"],
+        value: Float[Tensor, "H N D"],
+        scaling: float,
+        bounds: Sequence[tuple[int, int]],
+        masks: Sequence[Float[Tensor, "t t"]],
+    ) -> Float[Tensor, "H N D"]:
+        mixed = torch.zeros_like(query)
+        kept = []
+        for (begin, end), mask in zip(bounds, masks, strict=True):
+            weights = torch.baddbmm(mask, query[:, begin:end], key[:, begin:end].transpose(1, 2), alpha=scaling).softmax(-1)
+            mixed[:, begin:end].baddbmm_(weights, value[:, begin:end])
+            kept.append(weights)
+        ctx.scaling, ctx.bounds = scaling, bounds
+        ctx.save_for_backward(query, key, value, *kept)
+        return mixed
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Float[Tensor, "H N D"]) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
+        query, key, value, *kept = ctx.saved_tensors
+        gradients = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        for (begin, end), weights in zip(ctx.bounds, kept, strict=True):
+            part = slice(begin, end)
+            slope = torch.bmm(upstream[:, part], value[:, part].transpose(1, 2))
+            slope = torch._softmax_backward_data(slope, weights, -1, slope.dtype)
+            gradients[0][:, part].baddbmm_(slope, key[:, part], alpha=ctx.scaling)
+            gradients[1][:, part].baddbmm_(slope.transpose(1, 2), query[:, part], alpha=ctx.scaling)
+            gradients[2][:, part].baddbmm_(weights.transpose(1, 2), upstream[:, part])
+        return *gradients, None, None, None
+
+
+def by_variable_length(layout: Layout) -> Attend:
+    """All sequences in one call of a GPU's kernel: the queries of each part against the keys of its prompt and its own."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    places: list[int] = []
+    queries, keys = [0], [0]
+    for begin, opening, *ends in layout.sequences:
+        for first, last in zip((begin, opening, *ends), (opening, *ends), strict=False):
+            if first < last:
+                places += [*range(begin, min(first, opening)), *range(first, last)]
+                queries.append(last)
+                keys.append(len(places))
+    device = layout.ids.device
+    seen = torch.tensor(places, device=device)
+    starts = [torch.tensor(values, dtype=torch.int32, device=device) for values in (queries, keys)]
+    longest = [max(end - begin for begin, end in pairwise(values)) for values in (queries, keys)]
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
+        settings: dict[str, Any] = {"scale": scaling, "window_size": (-1, 0), "enable_gqa": query.shape[1] > key.shape[1]}
+        arguments: list[Any] = [rows[0][: queries[-1]], rows[1][seen], rows[2][seen], *starts, *longest]
+        mixed: Any = varlen_attn(*arguments, **settings)
+        return nn.functional.pad(mixed, (0, 0, 0, 0, 0, query.shape[2] - queries[-1]))[None]
+
+    return attend

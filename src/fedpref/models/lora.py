@@ -1,0 +1,64 @@
+"""A linear layer with a LoRA adapter as one operation: no copy of the output is scaled or added, forward or backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+def fuse(model: nn.Module) -> None:
+    """Let PEFT's plain LoRA layers over `nn.Linear` and GPT-2's `Conv1D` compute in one operation where no dropout is drawn."""
+    from peft.tuners.lora.layer import Linear
+    from transformers.pytorch_utils import Conv1D
+
+    modules: list[Any] = list(model.modules())
+    layers = [layer for layer in modules if type(layer) is Linear and "default" in layer.lora_A]
+    for layer in layers:
+        if isinstance(layer.base_layer, nn.Linear | Conv1D):
+            layer.forward = _forward(layer, isinstance(layer.base_layer, Conv1D))
+
+
+def _forward(layer: Any, transposed: bool) -> Callable[..., Tensor]:
+    usual: Callable[..., Tensor] = layer.forward
+
+    def forward(x: Tensor, *arguments: Any, **settings: Any) -> Tensor:
+        down, up, dropout = (part["default"] for part in (layer.lora_A, layer.lora_B, layer.lora_dropout))
+        random = dropout.training and not isinstance(dropout, nn.Identity)
+        if random or layer.disable_adapters or arguments or settings or down.weight.dtype != x.dtype:
+            return usual(x, *arguments, **settings)
+        weight = layer.base_layer.weight.T if transposed else layer.base_layer.weight
+        scaling = layer.scaling["default"]
+        output: Tensor = _LoRA.apply(x.flatten(0, -2), weight, layer.base_layer.bias, down.weight, up.weight, scaling)  # type: ignore[no-untyped-call]
+        return output.view(*x.shape[:-1], -1)
+
+    return forward
+
+
+class _LoRA(torch.autograd.Function):
+    """x W' + b + s (x A') B' of a frozen W and b."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Float[Tensor, "n i"],
+        weight: Float[Tensor, "o i"],
+        bias: Float[Tensor, " o"] | None,
+        down: Float[Tensor, "r i"],
+        up: Float[Tensor, "o r"],
+        scaling: float,
+    ) -> Float[Tensor, "n o"]:
+        inner = x @ down.T
+        ctx.save_for_backward(x, weight, down, up, inner)
+        ctx.scaling = scaling
+        return nn.functional.linear(x, weight, bias).addmm_(inner, up.T, alpha=scaling)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Float[Tensor, "n o"]) -> tuple[Tensor, None, None, Tensor, Tensor, None]:
+        x, weight, down, up, inner = ctx.saved_tensors
+        slope = (upstream @ up).mul_(ctx.scaling)
+        gradient = (upstream @ weight).addmm_(slope, down)
+        return gradient, None, None, slope.T @ x, (upstream.T @ inner).mul_(ctx.scaling), None
