@@ -41,7 +41,8 @@ from fedpref.engines.workers import keep_freed_memory, one_thread
 from fedpref.experiment import Experiment
 from fedpref.federation import Client
 from fedpref.local import Descent, descend
-from fedpref.tasks.preference import Pair, PairShard, PreferenceTask
+from fedpref.tasks import BatchSize, PreferenceTask
+from fedpref.tasks.answers import AnswerShard, Example
 
 BUILTIN = Path(__file__).resolve().parent.parent / "src/fedpref/models/builtin"
 BATCH = 8
@@ -69,7 +70,7 @@ MODELS: dict[str, dict[str, Any] | None] = {
 }
 
 
-def pairs(count: int, vocabulary: int) -> list[Pair]:
+def pairs(count: int, vocabulary: int) -> list[Example]:
     numbers = [int(word) for word in LENGTHS.split()]
     lengths = list(zip(numbers[::3], numbers[1::3], numbers[2::3], strict=True))
     draw = random.Random(0)
@@ -77,7 +78,8 @@ def pairs(count: int, vocabulary: int) -> list[Pair]:
     def tokens(length: int) -> tuple[int, ...]:
         return tuple(draw.randrange(2, vocabulary) for _ in range(length))
 
-    return [Pair(*map(tokens, lengths[i % len(lengths)]), reference=None) for i in range(count)]
+    drawn = [tuple(map(tokens, lengths[i % len(lengths)])) for i in range(count)]
+    return [Example(prompt, (chosen, rejected)) for prompt, chosen, rejected in drawn]
 
 
 def make(name: str, folder: Path) -> Path:
@@ -96,10 +98,10 @@ def make(name: str, folder: Path) -> Path:
     return folder / name
 
 
-def prepared(task: Any, count: int) -> PairShard:
+def prepared(task: Any, count: int) -> AnswerShard:
     """A client with so many pairs, scored under the reference."""
     with tempfile.TemporaryDirectory() as cache:
-        shard: PairShard = task.prepare(PairShard("client", tuple(pairs(count, 4096)), ()), Path(cache))
+        shard: AnswerShard = task.prepare(AnswerShard("client", tuple(pairs(count, 4096)), ()), Path(cache))
     return shard
 
 
@@ -197,7 +199,7 @@ def _lora(kind: Any) -> Any:
 
 def _rows() -> list[dict[str, list[int]]]:
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
-    return [dict(zip(names, map(list, (p.prompt, p.chosen, p.rejected)), strict=True)) for p in pairs(64, 4096)]
+    return [dict(zip(names, map(list, (p.prompt, *p.answers)), strict=True)) for p in pairs(64, 4096)]
 
 
 TOOLS: dict[str, tuple[Callable[[Path], Callable[[int], None]], bool]] = {
@@ -263,7 +265,7 @@ def gradient_errors() -> dict[str, float]:
         for packs in (True, False):
             task.language.packs = packs
             leaves = {name: t.clone().requires_grad_() for name, t in start.items()}
-            batch = task.draw(leaves, start, shard, BATCH, seeds.generator(0, "train"))
+            batch = task.draw(leaves, start, shard, BatchSize(BATCH), seeds.generator(0, "train"))
             task.losses(leaves, batch)[0].sum().backward()
             found[dtype, packs] = {name: t.grad for name, t in leaves.items() if t.grad is not None}
     exact = found["float32", False]
@@ -346,7 +348,7 @@ def step_flops() -> float:
     lora = 4 * 8 * (4 * 512 + 3 * 944)
     batch = pairs(64, 4096)
     tokens = sum(p.tokens for p in batch) / len(batch) * BATCH
-    answers = sum(len(p.chosen) + len(p.rejected) for p in batch) / len(batch) * BATCH
+    answers = sum(len(answer) for p in batch for answer in p.answers) / len(batch) * BATCH
     return tokens * (4 * body + 6 * lora) + answers * 4 * 256 * 4096
 
 

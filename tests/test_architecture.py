@@ -26,6 +26,7 @@ LEVEL = {
     "algorithms": 5,
     "engines": 5,
     "config": 5,
+    "participation": 6,
     "rundirectory": 6,
     "experiment": 7,
     "running": 8,

@@ -13,10 +13,12 @@ import torch
 
 import personal
 from fedpref import config, seeds, trees
-from fedpref.algorithms import FedDPO, Local
-from fedpref.engines import Simulation, draw_cohort
+from fedpref.algorithms import FedDPO, FedOpt, FedProx, Local, Scaffold
+from fedpref.algorithms.fedopt import Adaptive
+from fedpref.engines import Simulation
 from fedpref.experiment import Experiment
 from fedpref.local import Descent
+from fedpref.participation import draw
 from fedpref.rundirectory import RunDirectory
 from fedpref.running import evaluate
 from fedpref.trees import Tree
@@ -28,6 +30,9 @@ KEEPING = Descent(steps=2, batch_size=3, learning_rate=0.01, keep_optimizer=True
 ALGORITHMS = {
     "feddpo": FedDPO(local=LOCAL),
     "feddpo-keeping-moments": FedDPO(local=KEEPING),
+    "fedopt": FedOpt(server=Adaptive(), local=LOCAL),
+    "fedprox": FedProx(mu=0.1, local=LOCAL),
+    "scaffold": Scaffold(local=LOCAL),
     "local": Local(local=KEEPING),
     "personal": personal.Personal(local=LOCAL),
 }
@@ -75,7 +80,7 @@ class Drive:
 
 
 def cohort(engine: Any, round: int) -> tuple[int, ...]:
-    return draw_cohort(engine.clients, 2, seeds.generator(0, "cohort", round=round))
+    return draw([1.0] * len(engine.clients), 2, seeds.generator(0, "cohort", round=round))
 
 
 def drive(algorithm: Any, engine: Any, start: Tree, rounds: range = range(ROUNDS), state: Any = None) -> Drive:

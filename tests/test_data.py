@@ -19,6 +19,7 @@ from fedpref.data import (
     Builtin,
     BySize,
     Dirichlet,
+    Feedback,
     Files,
     MovieReviews,
     Natural,
@@ -94,6 +95,36 @@ def test_a_row_that_cannot_be_used_is_named(record: dict[str, Any], message: str
     with pytest.raises(UserError, match=message) as caught:
         parse(record, "rows.jsonl, line 7")
     assert str(caught.value).startswith("rows.jsonl, line 7")
+
+
+def test_judgements_are_read_from_files_in_trls_unpaired_format(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "Hi?", "completion": " Hello.", "label": True, "client": "a"},
+        {"prompt": chat("Hi?"), "completion": chat("Hello.")[:1], "label": False, "client": "b"},
+    ]
+    read = list(Files(path=str(write_rows(tmp_path / "rows.jsonl", rows))).read())
+    assert read[0] == Feedback("Hi?", " Hello.", True, read[0].where, {"client": "a"})
+    assert isinstance(read[1], Feedback)
+    assert (read[1].prompt, read[1].label) == (tuple(chat("Hi?")), False)
+    (tmp_path / "rows.csv").write_text("q,a,good\nHi?, Hello.,0\nHo?, No.,TRUE\n")
+    named = Files(path=str(tmp_path / "rows.csv"), prompt_column="q", completion_column="a", label_column="good")
+    assert [row.label for row in named.read() if isinstance(row, Feedback)] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"completion": " a", "label": True}, "no column 'prompt'"),
+        ({"prompt": "Hi?", "completion": "", "label": True}, "column 'completion': expected text"),
+        ({"prompt": "Hi?", "completion": " a", "label": "good"}, "column 'label': expected true or false"),
+        ({"prompt": chat("Hi?"), "completion": " a", "label": 1}, "must both be text or both be conversations"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_judgement_that_cannot_be_used_is_named(record: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        list(Files(path=str(write_rows(tmp_path / "rows.jsonl", [record]))).read())
+    assert "rows.jsonl, line 1" in str(caught.value)
 
 
 # ---- places

@@ -27,7 +27,7 @@ from fedpref.federation import work
 from fedpref.local import Descent, descend
 from fedpref.rundirectory import RunDirectory
 from fedpref.running import evaluate, events, new_directory
-from fedpref.tasks import PreferenceTask
+from fedpref.tasks import BatchSize, PreferenceTask
 
 
 def experiment(settings: dict[str, Any], **changes: Any) -> Experiment:
@@ -154,7 +154,7 @@ def test_sgd_takes_the_step_of_the_textbook(settings: dict[str, Any], learner: A
     same = client(learner, settings)
     torch.randint(2**62, (), generator=same.rng)  # what the loop seeds dropout with
     leaves = {name: t.clone().requires_grad_() for name, t in start.items()}
-    batch = learner.draw(leaves, start, same.shard, 4, same.rng)
+    batch = learner.draw(leaves, start, same.shard, BatchSize(4), same.rng)
     learner.losses(leaves, batch)[0].mean().backward()
     for name, leaf in leaves.items():
         torch.testing.assert_close(theta[name], start[name] - 0.5 * leaf.grad)
@@ -199,7 +199,7 @@ def test_batches_draw_every_pair_alike_and_keep_lengths_together(settings: dict[
     seen: Counter[Any] = Counter()
     spread, at_random = [], []
     for _ in range(400):
-        pairs = learner.draw({}, {}, shard, 4, rng).pairs
+        pairs = learner.draw({}, {}, shard, BatchSize(4), rng).examples
         seen.update(pair.prompt for pair in pairs)
         others = [shard.train[i] for i in torch.randperm(len(shard), generator=rng)[:4].tolist()]
         for found, some in ((spread, pairs), (at_random, others)):
@@ -208,6 +208,24 @@ def test_batches_draw_every_pair_alike_and_keep_lengths_together(settings: dict[
     assert len(seen) == len(shard)
     assert all(abs(count - expected) < 5 * math.sqrt(expected) for count in seen.values())
     assert sum(spread) < sum(at_random)
+
+
+def test_batches_of_a_token_budget_keep_to_it_and_weigh_every_pair_alike(settings: dict[str, Any], learner: Any) -> None:
+    shard = client(learner, settings).shard
+    rng = seeds.generator(0, "work")
+    longest = max(pair.tokens for pair in shard.train)
+    weights: Counter[Any] = Counter()
+    sizes = set()
+    for _ in range(1200):
+        pairs = learner.draw({}, {}, shard, BatchSize(1, max_tokens=2 * longest), rng).examples
+        assert sum(pair.tokens for pair in pairs) <= 2 * longest
+        sizes.add(len(pairs))
+        for pair in pairs:
+            weights[pair.prompt] += 1 / len(pairs)  # its weight in the mean of the losses
+    assert len(sizes) > 1
+    assert all(abs(weights[pair.prompt] - 1200 / len(shard)) < 5 * math.sqrt(1200 / len(shard)) for pair in shard.train)
+    alone = learner.draw({}, {}, shard, BatchSize(8, max_tokens=1), rng).examples
+    assert len(alone) == 1
 
 
 # ---- lengths
@@ -220,7 +238,7 @@ def encode(learner: Any, words: int, mode: str, limit: int = 40) -> Any:
 
 
 def test_long_rows_are_refused_by_default(learner: Any) -> None:
-    with pytest.raises(UserError, match=r"row 1: prompt and longer answer are \d+ tokens, task.max_length is 40"):
+    with pytest.raises(UserError, match=r"row 1: prompt and longest answer are \d+ tokens, task.max_length is 40"):
         encode(learner, 60, "refuse")
     with pytest.raises(UserError, match="context holds 96"):
         encode(learner, 1, "refuse", limit=97)
@@ -231,10 +249,10 @@ def test_long_prompts_lose_the_end_that_is_asked_for_and_answers_stay(mode: str,
     task, shard = encode(learner, 60, mode)
     text = task.language.tokenizer.decode
     (pair,) = shard.train
-    assert pair.length == 40
+    assert len(pair.prompt) + len(pair.answers[0]) == 40
     assert kept in text(pair.prompt)
     assert {"start": "end", "end": "start"}[kept] not in text(pair.prompt)
-    assert text(pair.chosen) == " yes indeed<|end|>"
+    assert text(pair.answers[0]) == " yes indeed<|end|>"
     assert shard.truncated == 1
 
 
@@ -396,7 +414,7 @@ def test_ties_count_half(settings: dict[str, Any], learner: Any, tmp_path: Path)
     shard = learner.encode(experiment(settings).clients()[0][0])
     shard = replace(shard, test=shard.test[:1])
     adapter = learner.init(seeds.generator(0, "init"))
-    scores = learner.language.log_probabilities(adapter, [(shard.test[0].prompt, (shard.test[0].chosen, shard.test[0].rejected))])
+    scores = learner.language.log_probabilities(adapter, [(shard.test[0].prompt, shard.test[0].answers)])
     tied = replace(shard, test=(replace(shard.test[0], reference=tuple(scores.tolist())),))
     measured = learner.evaluate(adapter, tied)
     assert (measured["rewards/accuracies"], measured["rewards/margins"]) == (0.5, 0.0)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedpref.losses import DPO, IPO, ORPO, Hinge, Loss, PairScores, SimPO
+from fedpref.losses import DPO, IPO, KTO, ORPO, Hinge, Loss, PairScores, SimPO
 
 LOSSES: list[Loss] = [
     DPO(beta=0.3),
@@ -96,6 +96,66 @@ def _plain_scores(model: Any, batch: Any) -> PairScores:
     answer = batch["completion_mask"][:, 1:]
     sums, counts = (tokens * answer).sum(1).chunk(2), answer.sum(1).chunk(2)
     return PairScores(sums[0], sums[1], counts[0].float(), counts[1].float())
+
+
+def test_kto_agrees_with_trls_kto_trainer(trl_batch: Any, models: Any, tmp_path: Any) -> None:
+    import datasets
+    import transformers
+    from trl import KTOConfig, KTOTrainer
+    from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
+
+    policy, reference, _ = trl_batch
+    draw = torch.Generator().manual_seed(5)
+    lengths, labels = ((4, 6, 3), (5, 2, 7), (6, 9, 5), (3, 4, 4)), (True, False, False, True)
+    names = ("prompt_ids", "completion_ids", "KL_completion_ids")
+    tokens = [[torch.randint(5, 4000, (n,), generator=draw).tolist() for n in row] for row in lengths]
+    batch = DataCollatorForUnpairedPreference(pad_token_id=1)(
+        [dict(zip(names, row, strict=True)) | {"label": label} for row, label in zip(tokens, labels, strict=True)]
+    )
+    trainer = KTOTrainer(
+        model=policy,
+        ref_model=reference,
+        args=KTOConfig(
+            output_dir=str(tmp_path),
+            report_to=[],
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            per_device_train_batch_size=2,
+            train_sampling_strategy="sequential",
+            beta=0.4,
+            desirable_weight=1.3,
+            undesirable_weight=0.8,
+        ),
+        train_dataset=datasets.Dataset.from_list([{"prompt": "a", "completion": " b", "label": True}] * 2),
+        processing_class=transformers.AutoTokenizer.from_pretrained(models("llama")),
+    )
+    theirs = trainer._compute_loss(policy, batch, return_outputs=False)
+
+    def log_probabilities(model: Any, answer: int) -> torch.Tensor:
+        sums = []
+        for row in tokens:
+            ids = torch.tensor([row[0] + row[answer]])
+            with torch.no_grad():
+                scored = torch.log_softmax(model(ids).logits[0, :-1], -1).gather(1, ids[0, 1:, None])
+            sums.append(scored[len(row[0]) - 1 :].sum())
+        return torch.stack(sums)
+
+    ratio, mismatched = (log_probabilities(policy, answer) - log_probabilities(reference, answer) for answer in (1, 2))
+    loss = KTO(beta=0.4, desirable_weight=1.3, undesirable_weight=0.8)
+    assert loss(ratio, mismatched, torch.tensor(labels)).mean().item() == pytest.approx(theirs.item(), rel=1e-4)
+
+
+def test_ktos_point_of_indifference_is_never_negative_and_learns_nothing() -> None:
+    ratio = torch.tensor([0.5, -0.5], requires_grad=True)
+    mismatched = torch.tensor([2.0, 1.0], requires_grad=True)
+    losses = KTO(beta=1.0)(ratio, mismatched, torch.tensor([True, False]))
+    assert losses.tolist() == pytest.approx([1 - 1 / (1 + math.exp(1.0)), 1 - 1 / (1 + math.exp(-2.0))])
+    losses.sum().backward()
+    assert ratio.grad is not None
+    assert ratio.grad[0] < 0 < ratio.grad[1]
+    assert mismatched.grad is None
+    assert KTO().kl(torch.tensor([-3.0, 1.0])) == 0.0
 
 
 def test_simpo_and_conservative_dpo_agree_with_trls_cpo_trainer() -> None:

@@ -10,9 +10,10 @@ import torch
 
 from fedpref import seeds, trees
 from fedpref.channel import Chain, Sender, Stage
-from fedpref.engines import draw_cohort
 from fedpref.engines.engine import weighted_report
+from fedpref.errors import UserError
 from fedpref.local import Descent, rate
+from fedpref.participation import Participation, draw
 from fedpref.summary import over_clients, standard_error
 from fedpref.trees import Tree
 
@@ -118,17 +119,56 @@ def test_a_stage_without_what_it_needs_is_refused() -> None:
 
 
 def test_cohorts_are_uniform_without_replacement_and_ordered() -> None:
-    candidates = [0, 2, 3, 7, 9]
-    seen = dict.fromkeys(candidates, 0)
+    weights = [1.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 1.0]  # of clients 0, 2, 3, 7 and 9
+    seen = dict.fromkeys((0, 2, 3, 7, 9), 0)
     for round in range(600):
-        cohort = draw_cohort(candidates, 2, seeds.generator(0, "cohort", round=round))
+        cohort = draw(weights, 2, seeds.generator(0, "cohort", round=round))
         assert len(set(cohort)) == 2
         assert list(cohort) == sorted(cohort)
         for client in cohort:
             seen[client] += 1
     assert all(abs(count - 240) < 4 * math.sqrt(600 * 0.4 * 0.6) for count in seen.values())
-    assert draw_cohort(candidates, None, seeds.generator(0, "cohort")) == tuple(candidates)
-    assert draw_cohort(candidates, 9, seeds.generator(0, "cohort")) == tuple(candidates)
+    assert draw(weights, None, seeds.generator(0, "cohort")) == tuple(seen)
+    assert draw(weights, 9, seeds.generator(0, "cohort")) == tuple(seen)
+
+
+def test_clients_are_drawn_by_their_examples_or_by_given_weights() -> None:
+    sizes = {"a": 10, "b": 30, "c": 0, "d": 60}
+    by_examples = Participation(clients_per_round=1, sampling="examples")
+    assert by_examples.weights(sizes) == [10.0, 30.0, 0.0, 60.0]
+    drawn = [by_examples.cohort([10.0, 30.0, 0.0, 60.0], 0, round)[0][0] for round in range(600)]
+    for client, share in ((0, 0.1), (1, 0.3), (3, 0.6)):
+        assert abs(drawn.count(client) - 600 * share) < 4 * math.sqrt(600 * share * (1 - share))
+    assert Participation().weights(sizes) == [1.0, 1.0, 0.0, 1.0]
+    given = Participation(sampling="weighted", sampling_weights={"a": 1.0, "b": 0.0, "c": 5.0, "d": 2.5})
+    assert given.weights(sizes) == [1.0, 0.0, 0.0, 2.5]
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"sampling": "weighted", "sampling_weights": {"a": 1.0, "x": 1.0}}, r"\['b', 'x'\]"),
+        ({"sampling_weights": {"a": 1.0, "b": 1.0}}, "sampling is uniform"),
+        ({"sampling": "weighted", "sampling_weights": {"a": 0.0, "b": 0.0}}, "above zero"),
+    ],
+)
+def test_sampling_weights_that_do_not_fit_are_refused(settings: dict[str, object], complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint):
+        Participation(**settings).weights({"a": 3, "b": 3})  # type: ignore[arg-type]
+
+
+def test_stragglers_are_left_out_after_the_deadline_and_counted() -> None:
+    weights = [1.0] * 40
+    rounds = [Participation(deadline=1.5, speed_spread=0.6).cohort(weights, 0, round) for round in range(100)]
+    assert all(len(cohort) + late == 40 for cohort, late in rounds)
+    share = sum(late for _, late in rounds) / 4000
+    expected = 0.5 * math.erfc(math.log(1.5) / 0.6 / math.sqrt(2))  # of log-normal times
+    assert abs(share - expected) < 0.08  # forty clients keep half of their luck through the run
+    absences = [sum(client not in cohort for cohort, _ in rounds) for client in range(40)]
+    assert max(absences) > 50 > 10 > min(absences)  # the slow ones are slow again
+    only, late = Participation(deadline=1e-9).cohort(weights, 0, 0)
+    assert (len(only), late) == (1, 39)
+    assert Participation().cohort(weights, 0, 0) == (tuple(range(40)), 0)
 
 
 def test_reports_are_weighted_means_and_counts_are_sums() -> None:

@@ -65,6 +65,8 @@ def check(config: Config, overrides: Overrides = None) -> None:
     clients, left_out = experiment.clients()
     task = experiment.task.build()
     shards = [task.encode(client) for client in clients]
+    experiment.federation.weights({shard.name: len(shard) for shard in shards})
+    console.print(task.description, highlight=False, soft_wrap=True, markup=False)
     console.print(size_table({shard.name: (len(shard.train), len(shard.test), shard.truncated) for shard in shards}))
     if left_out:
         console.print(f"{left_out} training rows are left out, because their prompt also stands among the source's test rows.")

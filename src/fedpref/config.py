@@ -61,9 +61,28 @@ def _forget_other_kinds(kind: Any, content: Any, wanted: Any) -> None:
 def parse(kind: type[T], content: dict[Any, Any], where: str) -> T:
     """Build a dataclass, with all that it holds, from plain data; raises UserError for all mistakes together."""
     try:
-        return _adapter(kind).validate_python(content)
+        return _adapter(kind).validate_python(_with_names(kind, content))
     except ValidationError as error:
         raise UserError("\n".join(_sentence(kind, problem, where) for problem in error.errors(include_url=False))) from error
+
+
+def _with_names(kind: Any, content: Any) -> Any:
+    """Where a choice of loss, task or the like has no name, that of the default kind, provided it knows all the keys."""
+    if not (is_dataclass(kind) and isinstance(content, dict)):
+        return content
+    hints = get_type_hints(kind)
+    filled = dict(content)
+    for field in fields(kind):
+        value = filled.get(field.name)
+        options = [option for option in get_args(hints[field.name]) or (hints[field.name],) if is_dataclass(option)]
+        if not isinstance(value, dict) or not options:
+            continue
+        usual = type(field.default)
+        if "name" not in value and usual in options and value.keys() <= (known := {f.name for f in fields(usual)}) and "name" in known:
+            value = {"name": field.default.name, **value}
+        chosen = next((option for option in options if getattr(option, "name", None) == value.get("name")), options[0])
+        filled[field.name] = _with_names(chosen, value)
+    return filled
 
 
 def dump(value: Any) -> dict[str, Any]:

@@ -13,17 +13,10 @@ from fedpref import config, seeds
 from fedpref.algorithms import AnyAlgorithm, Centralised, FedDPO, Local
 from fedpref.data import Builtin, ClientData, Natural, Partition, Source, partition, split
 from fedpref.models.language import BUILTIN
+from fedpref.participation import Participation
 from fedpref.tasks import AnyTask, PreferenceTask
 
 Count = Annotated[int, Field(ge=1)]
-
-
-@dataclass(frozen=True)
-class Participation:
-    """Who takes part in a round, and with what weight."""
-
-    clients_per_round: Count | None = None  # None: everybody
-    weighting: Literal["examples", "equal"] = "examples"
 
 
 @dataclass(frozen=True)
@@ -33,7 +26,7 @@ class Experiment:
     name: str = "experiment"
     data: Annotated[Source, Field(discriminator="name")] = Builtin()
     partition: Annotated[Partition, Field(discriminator="name")] = Natural()
-    task: AnyTask = PreferenceTask()
+    task: Annotated[AnyTask, Field(discriminator="name")] = PreferenceTask()
     algorithm: Annotated[AnyAlgorithm, Field(discriminator="name")] = FedDPO()
     federation: Participation = Participation()
     rounds: Count = 10
@@ -69,7 +62,7 @@ def lines(experiment: Experiment, clients: int) -> dict[str, tuple[str, Experime
         if name == experiment.algorithm.name:
             continue
         algorithm = Local(local=local) if name == "local" else Centralised(local=pooled)
-        everybody = replace(experiment.federation, clients_per_round=None)
+        everybody = Participation(weighting=experiment.federation.weighting)
         found[name] = (f"references/{name}", replace(experiment, algorithm=algorithm, federation=everybody, references=()))
     return found
 

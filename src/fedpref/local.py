@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -11,6 +11,7 @@ import torch
 from pydantic import Field
 
 from fedpref.federation import Client
+from fedpref.tasks.task import BatchSize
 from fedpref.trees import Tree
 
 
@@ -20,6 +21,7 @@ class Descent:
 
     steps: Annotated[int, Field(ge=1)] = 10  # optimiser updates a round
     batch_size: Annotated[int, Field(ge=1)] = 8  # examples a batch
+    max_tokens_per_batch: Annotated[int, Field(ge=1)] | None = None  # batches of so many tokens instead, prompts and answers together
     gradient_accumulation_steps: Annotated[int, Field(ge=1)] = 1  # batches an update
     optim: Literal["adamw", "sgd"] = "adamw"
     learning_rate: Annotated[float, Field(gt=0)] = 5e-4
@@ -42,15 +44,21 @@ def rate(settings: Descent, progress: float) -> float:
     return settings.learning_rate * shape[settings.lr_scheduler_type]
 
 
-def descend(client: Client, start: Tree, settings: Descent, moments: Tree) -> tuple[Tree, Tree, Mapping[str, float]]:
+Correction = Callable[[Tree, Tree], None]  # correction(parameters, gradients) changes the gradients in place
+
+
+def descend(
+    client: Client, start: Tree, settings: Descent, moments: Tree, correct: Correction | None = None
+) -> tuple[Tree, Tree, Mapping[str, float]]:
     """Take `steps` updates from `start` on the client's own data.
 
-    Returns the new parameters, the optimiser's moments (empty unless `keep_optimizer`; pass them in next time) and metrics:
-    means over all batches, sums of those named `num_`.
+    `correct` sees every update's gradient before it is clipped and used. Returns the new parameters, the optimiser's moments (empty
+    unless `keep_optimizer`; pass them in next time) and metrics: means over all batches, sums of those named `num_`.
     """
     theta = {name: start[name].detach().clone().requires_grad_() for name in sorted(start)}  # sums over tensors depend on their order
     optimiser = _optimiser(settings, theta, moments)
     sums: dict[str, float] = {}
+    size = BatchSize(settings.batch_size, settings.max_tokens_per_batch)
     batches = settings.steps * settings.gradient_accumulation_steps
     with torch.random.fork_rng(devices=sorted({t.device.index for t in theta.values() if t.is_cuda})):
         torch.manual_seed(int(torch.randint(2**62, (), generator=client.rng)))  # what dropout draws from
@@ -58,11 +66,14 @@ def descend(client: Client, start: Tree, settings: Descent, moments: Tree) -> tu
             progress = (client.round + (step + 0.5) / settings.steps) / client.rounds
             optimiser.param_groups[0]["lr"] = rate(settings, progress)
             for _ in range(settings.gradient_accumulation_steps):
-                batch = client.task.draw(theta, start, client.shard, settings.batch_size, client.rng)
+                batch = client.task.draw(theta, start, client.shard, size, client.rng)
                 losses, metrics = client.task.losses(theta, batch)
                 (losses.mean() / settings.gradient_accumulation_steps).backward()
                 for name, value in metrics.items():
                     sums[name] = sums.get(name, 0.0) + value
+            if correct:
+                with torch.no_grad():
+                    correct(theta, {name: tensor.grad for name, tensor in theta.items() if tensor.grad is not None})
             norm = torch.nn.utils.clip_grad_norm_(theta.values(), settings.max_grad_norm)
             sums["grad_norm"] = sums.get("grad_norm", 0.0) + float(norm) * settings.gradient_accumulation_steps
             optimiser.step()

@@ -16,7 +16,7 @@ from urllib.parse import quote
 import torch
 
 from fedpref import config, seeds, trees
-from fedpref.engines import Engine, Simulation, draw_cohort
+from fedpref.engines import Engine, Simulation
 from fedpref.engines.workers import available, keep_freed_memory, one_thread
 from fedpref.errors import UserError
 from fedpref.experiment import Experiment, lines, with_whole_paths
@@ -29,13 +29,14 @@ from fedpref.trees import Tree
 
 @dataclass(frozen=True)
 class Event:
-    """Something to show: a client prepared, a round done, an evaluation made."""
+    """Something to show: what the run works on, a client prepared, a round done, an evaluation made."""
 
     line: str  # the algorithm's name, or a reference line's
-    kind: Literal["prepare", "round", "evaluate"]
+    kind: Literal["begin", "prepare", "round", "evaluate"]
     done: int
     total: int
     figures: Mapping[str, float]
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -99,10 +100,12 @@ def events(experiment: Experiment, folder: RunDirectory) -> Iterator[Event]:
             sizes = {"train": len(shard.train), "test": len(shard.test), "truncated": shard.truncated}
             about[shard.name] = {**sizes, "digest": client.digest}
         about_text = json.dumps(about, indent=1) + "\n"
+        experiment.federation.weights({name: sizes["train"] for name, sizes in about.items()})  # refuses what does not fit the clients
         if not folder.path.exists():
             folder.create({CONFIG: config.to_yaml(with_whole_paths(experiment)), CLIENTS: about_text})
         elif (folder.path / CLIENTS).read_text() != about_text:
             raise UserError(f"{folder.path}: the data is not what the run began with; its clients, sizes and digests stand in {CLIENTS}.")
+        yield Event(experiment.algorithm.name, "begin", 0, experiment.rounds, {}, f"{task.description}\n{_data(about)}")
         cache = folder.path / "cache"
         yield from _prepare(experiment, task, shards, cache)
         shards = [task.prepare(shard, cache) for shard in shards]
@@ -114,6 +117,11 @@ def events(experiment: Experiment, folder: RunDirectory) -> Iterator[Event]:
                 held = _pool(shards) if line.algorithm.pooled else shards
                 with closing(_engine(line, task, held)) as engine:
                     yield from _line(name, line, place, task, held, engine)
+
+
+def _data(about: Mapping[str, Mapping[str, Any]]) -> str:
+    train, test, cut = (sum(sizes[name] for sizes in about.values()) for name in ("train", "test", "truncated"))
+    return f"{len(about)} clients, {train} training and {test} held-out examples, {cut} rows truncated ({cut / (train + test):.1%})"
 
 
 def _engine(experiment: Experiment, task: Task, shards: Sequence[Any]) -> Simulation:
@@ -140,16 +148,16 @@ def _line(name: str, experiment: Experiment, folder: RunDirectory, task: Task, s
     state = algorithm.init(engine, task.init(seeds.generator(experiment.seed, "init")))
     state, first = folder.restore(state, engine)
     folder.cut_rows_after(first)
-    able = [i for i, shard in enumerate(shards) if len(shard)]
+    weights = experiment.federation.weights({shard.name: len(shard) for shard in shards})
     for round in range(first, experiment.rounds):
-        cohort = draw_cohort(able, experiment.federation.clients_per_round, seeds.generator(experiment.seed, "cohort", round=round))
+        cohort, late = experiment.federation.cohort(weights, experiment.seed, round)
         engine.begin(round, cohort)
         begun = time.perf_counter()
         state, metrics = algorithm.step(engine, state)
         seconds = time.perf_counter() - begun
         figures = {**metrics, "bytes_up": engine.traffic.bytes_up, "bytes_down": engine.traffic.bytes_down, "seconds": seconds}
         _refuse_divergence(name, round, experiment, folder, {**metrics, **_norms(state)})
-        folder.append(METRICS, {"round": round + 1, "clients": len(cohort), **figures})
+        folder.append(METRICS, {"round": round + 1, "clients": len(cohort), "late": late, **figures})
         last = round + 1 == experiment.rounds
         if last or (experiment.evaluate_every and (round + 1) % experiment.evaluate_every == 0):
             row = _evaluate(engine, algorithm.model(state), [shard.name for shard in shards])

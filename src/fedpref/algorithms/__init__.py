@@ -2,8 +2,11 @@
 
 from fedpref.algorithms.centralised import Centralised
 from fedpref.algorithms.feddpo import FedDPO
+from fedpref.algorithms.fedopt import FedOpt
+from fedpref.algorithms.fedprox import FedProx
 from fedpref.algorithms.local import Local
+from fedpref.algorithms.scaffold import Scaffold
 
-AnyAlgorithm = FedDPO | Local | Centralised
+AnyAlgorithm = FedDPO | FedOpt | FedProx | Scaffold | Local | Centralised
 
-__all__ = ["AnyAlgorithm", "Centralised", "FedDPO", "Local"]
+__all__ = ["AnyAlgorithm", "Centralised", "FedDPO", "FedOpt", "FedProx", "Local", "Scaffold"]

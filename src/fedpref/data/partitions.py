@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from fedpref.data.preferences import ClientData, Preference, Side
+from fedpref.data.preferences import ClientData, Row, Side
 from fedpref.errors import UserError
 
-Placed = Sequence[tuple[Side, Preference]]
+Placed = Sequence[tuple[Side, Row]]
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -69,7 +69,7 @@ class Dirichlet:
     alpha: Annotated[float, Field(gt=0)] = 0.3
 
     def assign(self, rows: Placed, rng: np.random.Generator) -> dict[str, Placed]:
-        merged: dict[str, list[tuple[Side, Preference]]] = defaultdict(list)
+        merged: dict[str, list[tuple[Side, Row]]] = defaultdict(list)
         for _, group in sorted(_by_column(rows, self.column).items()):
             shares = rng.dirichlet(np.full(self.clients, self.alpha))
             for name, part in _cut(group, np.stack([shares, shares]), rng).items():
@@ -116,7 +116,7 @@ def partition(rows: Placed, how: Partition, seed: int) -> tuple[ClientData, ...]
 
 
 def _by_column(rows: Placed, column: str) -> dict[str, Placed]:
-    groups: dict[str, list[tuple[Side, Preference]]] = defaultdict(list)
+    groups: dict[str, list[tuple[Side, Row]]] = defaultdict(list)
     for side, row in rows:
         if str(row.columns.get(column, "")).strip() in ("", "None"):
             known = sorted(row.columns) or "none besides the texts"
@@ -130,7 +130,7 @@ def _by_column(rows: Placed, column: str) -> dict[str, Placed]:
 def _cut(rows: Placed, shares: NDArray[np.float64], rng: np.random.Generator) -> dict[str, Placed]:
     """Share out at random: `shares` is [2, clients], for training and for held-out rows, each row summing to one."""
     names = _names(shares.shape[1])
-    parts: dict[str, list[tuple[Side, Preference]]] = {name: [] for name in names}
+    parts: dict[str, list[tuple[Side, Row]]] = {name: [] for name in names}
     for side, proportions in zip(("train", "test"), shares, strict=True):
         members = [row for row in rows if row[0] == side]
         order = rng.permutation(len(members))

@@ -28,19 +28,35 @@ class Preference:
 
 
 @dataclass(frozen=True)
+class Feedback:
+    """One judgement: an answer to a prompt, desirable or not."""
+
+    prompt: Text
+    completion: Text
+    label: bool
+    where: str
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    side: Side | None = None
+
+
+Row = Preference | Feedback
+
+
+@dataclass(frozen=True)
 class ClientData:
     """One client's rows; no prompt of a train row, of any client, stands in a test row of any client."""
 
     name: str
-    train: tuple[Preference, ...]
-    test: tuple[Preference, ...]
+    train: tuple[Row, ...]
+    test: tuple[Row, ...]
 
     @property
     def digest(self) -> str:
         """A hash of all texts, by which a run knows its data again."""
         found = blake2b(digest_size=16)
         for row in self.train + self.test:
-            found.update("\0".join(map(key, (row.prompt, row.chosen, row.rejected))).encode())
+            said = (row.chosen, row.rejected) if isinstance(row, Preference) else (row.completion, str(row.label))
+            found.update("\0".join(map(key, (row.prompt, *said))).encode())
         return found.hexdigest()
 
 
@@ -71,12 +87,29 @@ def parse(
     return Preference(question, better, worse, where, rest)
 
 
+def parse_feedback(record: Mapping[str, Any], where: str, *, prompt: str, completion: str, label: str) -> Feedback:
+    """A row in TRL's unpaired format: a prompt, a completion, and a label that says whether it is desirable.
+
+    Raises UserError naming the row.
+    """
+    if prompt not in record:
+        raise UserError(f"{where}: no column {prompt!r}; the row has {sorted(map(str, record))}. Judgements need their prompt apart.")
+    rest = {name: value for name, value in record.items() if name not in (prompt, completion, label)}
+    question, answer = _text(record[prompt], prompt, where), _text(record[completion], completion, where)
+    if isinstance(question, str) != isinstance(answer, str):
+        raise UserError(f"{where}: {prompt!r} and {completion!r} must both be text or both be conversations.")
+    desirable = {"true": True, "1": True, "false": False, "0": False}.get(str(record[label]).strip().lower())
+    if desirable is None:
+        raise UserError(f"{where}, column {label!r}: expected true or false, found {record[label]!r}.")
+    return Feedback(question, answer, desirable, where, rest)
+
+
 def held_out(prompt: str, fraction: float = 0.2) -> bool:
     """Whether a prompt stands on the test side: a fixed function of its text, so that every seed and every run shares one split."""
     return int.from_bytes(blake2b(prompt.encode(), digest_size=8).digest()) < fraction * 2**64
 
 
-def split(rows: Iterable[Preference], fraction: float) -> tuple[list[tuple[Side, Preference]], int]:
+def split(rows: Iterable[Row], fraction: float) -> tuple[list[tuple[Side, Row]], int]:
     """Put each row on a side, by its source's word or by its prompt.
 
     A prompt of which the source has any row on the test side is a test prompt; its training rows are left out. Returns the rows
@@ -84,7 +117,7 @@ def split(rows: Iterable[Preference], fraction: float) -> tuple[list[tuple[Side,
     """
     rows = list(rows)
     tested = {key(row.prompt) for row in rows if row.side == "test" or (row.side is None and held_out(key(row.prompt), fraction))}
-    placed: list[tuple[Side, Preference]] = []
+    placed: list[tuple[Side, Row]] = []
     for row in rows:
         if row.side == "test" or (row.side is None and key(row.prompt) in tested):
             placed.append(("test", row))

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import Field
 
-from fedpref.data.preferences import Preference, Side, held_out, key, parse
+from fedpref.data.preferences import Preference, Row, Side, held_out, key, parse, parse_feedback
 from fedpref.data.tables import Record, read_table
 from fedpref.errors import UserError
 
@@ -25,7 +25,7 @@ Fraction = Annotated[float, Field(gt=0, lt=1)]
 
 @dataclass(frozen=True, kw_only=True)
 class Files:
-    """Your own rows: a JSONL, CSV or Parquet file, a dataset folder or a Hub id, in any of TRL's preference formats."""
+    """Your own rows: a JSONL, CSV or Parquet file, a dataset folder or a Hub id, in any of TRL's preference formats, paired or not."""
 
     path: str
     name: Literal["files"] = "files"
@@ -35,17 +35,23 @@ class Files:
     prompt_column: str = "prompt"
     chosen_column: str = "chosen"
     rejected_column: str = "rejected"
+    completion_column: str = "completion"  # of rows that judge one answer
+    label_column: str = "label"  # and whether it is desirable
     split_column: str | None = None  # a column that says "train" or "test"
     test_fraction: Fraction = 0.2  # of prompts, where nothing else says
 
-    def read(self) -> Iterator[Preference]:
-        names = {"prompt": self.prompt_column, "chosen": self.chosen_column, "rejected": self.rejected_column}
+    def read(self) -> Iterator[Row]:
         for where, record in read_table(self.path, split=self.train_split, name=self.config):
-            row = parse(record, where, **names)
+            row = self._row(record, where)
             yield replace(row, side=_side(record, self.split_column, where) if self.split_column else "train" if self.test_split else None)
         if self.test_split:
             for where, record in read_table(self.path, split=self.test_split, name=self.config):
-                yield replace(parse(record, where, **names), side="test")
+                yield replace(self._row(record, where), side="test")
+
+    def _row(self, record: Mapping[str, Any], where: str) -> Row:
+        if {self.completion_column, self.label_column} <= record.keys() and self.chosen_column not in record:
+            return parse_feedback(record, where, prompt=self.prompt_column, completion=self.completion_column, label=self.label_column)
+        return parse(record, where, prompt=self.prompt_column, chosen=self.chosen_column, rejected=self.rejected_column)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-import torch
-
 from fedpref.federation import Federation, PerClient
 from fedpref.trees import Tree
 
@@ -47,14 +45,6 @@ class Engine(Federation, Protocol):
     def load(self, folder: Path) -> PerClient[Tree]:
         """Read what `save` wrote."""
         ...
-
-
-def draw_cohort(candidates: Sequence[int], size: int | None, rng: torch.Generator) -> tuple[int, ...]:
-    """`size` of the candidates, uniformly and without replacement, in the order of their ids; everybody if None or too many."""
-    if size is None or size >= len(candidates):
-        return tuple(candidates)
-    chosen = torch.randperm(len(candidates), generator=rng)[:size].tolist()
-    return tuple(sorted(candidates[i] for i in chosen))
 
 
 def weighted_report(reports: Mapping[int, Mapping[str, float]], weights: Mapping[int, float]) -> Mapping[str, float]:

@@ -102,6 +102,18 @@ class LanguageModel:
             warnings.warn(f"{self.name}: the packed form does not fit this model ({problem}); the padded one is used.", stacklevel=2)
 
     @property
+    def description(self) -> str:
+        """Sizes, arithmetic, device and form, in words."""
+        counts = [0, 0]
+        for name, parameter in self.model.named_parameters():
+            counts[".lora_" in name] += parameter.numel()
+        form = "packed" if self.packs else "padded"
+        return (
+            f"model {self.name}: {counts[0] / 1e6:,.1f} M frozen parameters in {str(self.dtype).removeprefix('torch.')} on {self.device}, "
+            f"{counts[1] / 1e6:,.2f} M in the adapter, {form} rows"
+        )
+
+    @property
     def context(self) -> int | None:
         """Tokens the backbone can take, where its config says so."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)

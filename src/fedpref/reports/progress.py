@@ -28,6 +28,9 @@ def show(happenings: Iterator[Event], console: Console) -> None:
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         bars: dict[str, TaskID] = {}
         for event in happenings:
+            if event.kind == "begin":
+                console.print(event.note, highlight=False, soft_wrap=True, markup=False)
+                continue
             text = _figures(event)
             title = "reference log-probabilities" if event.kind == "prepare" else TITLES.get(event.line, event.line)
             if not console.is_terminal:

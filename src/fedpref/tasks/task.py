@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,6 +12,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fedpref.trees import Tree
+
+
+@dataclass(frozen=True)
+class BatchSize:
+    """How much a training batch holds: so many examples, or, where `max_tokens` is given, so many tokens in all (one example at least)."""
+
+    examples: int
+    max_tokens: int | None = None
 
 
 class Shard(Protocol):
@@ -27,6 +36,11 @@ class Shard(Protocol):
 class Task(Protocol):
     """Model, data and objective in one."""
 
+    @property
+    def description(self) -> str:
+        """The model in words: its size, its arithmetic, how it computes."""
+        ...
+
     def init(self, rng: torch.Generator) -> Tree:
         """Fresh trainable parameters."""
         ...
@@ -35,8 +49,8 @@ class Task(Protocol):
         """The shard with what is computed once about it, kept in a folder of files named after what they depend on."""
         ...
 
-    def draw(self, params: Tree, start: Tree, shard: Any, size: int, rng: torch.Generator) -> Any:
-        """A training batch of `size` examples; `start` is what the client began the round with."""
+    def draw(self, params: Tree, start: Tree, shard: Any, size: BatchSize, rng: torch.Generator) -> Any:
+        """A training batch; `start` is what the client began the round with."""
         ...
 
     def losses(self, params: Tree, batch: Any) -> tuple[Float[Tensor, " M"], Mapping[str, float]]:

@@ -1,0 +1,38 @@
+"""Losses of answers judged one at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from jaxtyping import Bool, Float
+from pydantic import Field
+from torch import Tensor
+
+Positive = Annotated[float, Field(gt=0)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class KTO:
+    """Kahneman-Tversky optimisation of single answers (Ethayarajh et al. 2024, eq. 7).
+
+    An answer's log-ratio over the reference is pushed away from a point of indifference: the policy's KL divergence, which a batch
+    estimates from answers to other prompts, so that a batch should hold several examples. The paper advises weights for which
+    desirable_weight times the number of desirable answers is 1 to 4/3 of undesirable_weight times that of the others.
+    """
+
+    name: Literal["kto"] = "kto"
+    beta: Positive = 0.1
+    desirable_weight: Positive = 1.0
+    undesirable_weight: Positive = 1.0
+
+    def __call__(self, ratio: Float[Tensor, " B"], mismatched: Float[Tensor, " B"], desirable: Bool[Tensor, " B"]) -> Float[Tensor, " B"]:
+        """`ratio` is log pi(y|x) - log reference(y|x) of each answer, `mismatched` that of an answer to another prompt after this one."""
+        gain = self.beta * (ratio - self.kl(mismatched))
+        value = torch.where(desirable, self.desirable_weight * torch.sigmoid(gain), self.undesirable_weight * torch.sigmoid(-gain))
+        return torch.where(desirable, self.desirable_weight, self.undesirable_weight) - value
+
+    def kl(self, mismatched: Float[Tensor, " B"]) -> Float[Tensor, ""]:
+        """The batch's estimate, never negative, through which no gradient flows."""
+        return mismatched.detach().mean().clamp(min=0)

@@ -1,0 +1,236 @@
+"""What tasks on a language model share: examples of a prompt and two answers, their reference scores, batches of similar length."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from itertools import accumulate
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+
+from fedpref import trees
+from fedpref.data.preferences import ClientData, Row, Text
+from fedpref.errors import UserError
+from fedpref.models.language import LanguageModel, Model
+from fedpref.tasks.task import BatchSize
+from fedpref.trees import Tree
+
+DEFAULT_LENGTH = 1024
+POOL = 4  # a batch is drawn from this many times its size, so that its examples are of similar length
+SCORING_BATCH = 16  # examples a forward without gradient
+
+Tokens = tuple[int, ...]
+PerExample = Float[Tensor, " B"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerTask:
+    """Settings of every task on a language model."""
+
+    model: Model = Model()
+    reference: Literal["base", "round-start"] = "base"  # the model with its adapter off, or as the client received it this round
+    max_length: Annotated[int, Field(ge=8)] | None = None  # tokens of prompt and answer; None: the model's context, at most 1024
+    truncation_mode: Literal["refuse", "keep_start", "keep_end"] = "refuse"  # which end of a long prompt stays
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt's tokens, two answers' tokens, and the answers' log-probabilities under the base reference once they are known."""
+
+    prompt: Tokens
+    answers: tuple[Tokens, Tokens]
+    reference: tuple[float, float] | None = None
+    desirable: bool = True  # what was said of the first answer, where answers are not compared
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the prompt and both answers."""
+        return len(self.prompt) + sum(map(len, self.answers))
+
+
+@dataclass(frozen=True)
+class AnswerShard:
+    """One client's examples."""
+
+    name: str
+    train: tuple[Example, ...]
+    test: tuple[Example, ...]
+    truncated: int = 0  # rows of which something was cut off
+
+    def __len__(self) -> int:
+        return len(self.train)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B examples, and their scores under the reference (zeros where the loss needs none)."""
+
+    examples: Sequence[Example]
+    reference: Float[Tensor, "B 2"]
+
+
+class AnswerLearner(ABC):
+    """A task at work: a language model, loaded once, whatever the number of clients."""
+
+    def __init__(self, settings: AnswerTask, *, needs_reference: bool) -> None:
+        self.settings, self.needs_reference = settings, needs_reference
+        self.language = LanguageModel(settings.model)
+        context = self.language.context
+        self.max_length = settings.max_length or min(context or DEFAULT_LENGTH, DEFAULT_LENGTH)
+        if context and self.max_length > context:
+            raise UserError(
+                f"task.max_length: {self.max_length} tokens were asked for, but the model's context holds {context}. "
+                f"Set task.max_length to {context} or less."
+            )
+
+    @property
+    def description(self) -> str:
+        return self.language.description
+
+    @abstractmethod
+    def examples(self, rows: Sequence[Row]) -> tuple[list[Example], int]:
+        """A client's rows of one side, and how many of them were cut; raises UserError for a row that cannot be used."""
+
+    @abstractmethod
+    def measure(self, policy: Float[Tensor, "B 2"], batch: Batch) -> Mapping[str, PerExample]:
+        """Metrics of each example from its answers' log-probabilities; `loss` is differentiable."""
+
+    # ---- data
+
+    def encode(self, data: ClientData) -> AnswerShard:
+        """Turn a client's rows into tokens."""
+        (train, cut), (test, cut_too) = self.examples(data.train), self.examples(data.test)
+        return AnswerShard(data.name, tuple(train), tuple(test), truncated=cut + cut_too)
+
+    def tokens(self, prompt: Text, answers: Sequence[Text], where: str) -> tuple[Tokens, list[Tokens]]:
+        """A prompt's tokens and its answers', all plain text or all conversations."""
+        if isinstance(prompt, str):
+            parts = [self.language.encode(prompt, str(answer)) for answer in answers]
+            return tuple(parts[0][0]), [tuple(answer) for _, answer in parts]
+        if not self.language.chats:
+            raise UserError(
+                f"{where}: the row is a conversation, but the tokenizer of {self.settings.model.path!r} has no chat "
+                "template. Give the prompt and answers as plain text, or use a model with a chat template."
+            )
+        try:
+            opening, closed = self.language.encode_chat(prompt, answers)  # type: ignore[arg-type]  # conversations, as the prompt is
+        except ValueError as error:
+            raise UserError(
+                f"{where}: the chat template of {self.settings.model.path!r} refuses the conversation: {error}. "
+                "Change the row's roles, or give it as plain text."
+            ) from error
+        return tuple(opening), [tuple(answer) for answer in closed]
+
+    def fit(self, prompt: Tokens, answers: Sequence[Tokens], where: str) -> tuple[Tokens, list[Tokens], bool]:
+        """Cut what is longer than `max_length`, answers to no less than half of it; and whether anything was cut."""
+        length = len(prompt) + max(map(len, answers))
+        if length <= self.max_length:
+            return prompt, list(answers), False
+        if self.settings.truncation_mode == "refuse":
+            raise UserError(
+                f"{where}: prompt and longest answer are {length} tokens, task.max_length is {self.max_length}. "
+                "Raise task.max_length if the model's context allows it, or set task.truncation_mode to keep_end or keep_start."
+            )
+        room = self.max_length - min(len(prompt), self.max_length // 2)
+        fitted = [answer[:room] for answer in answers]
+        space = self.max_length - max(map(len, fitted))
+        if self.settings.truncation_mode == "keep_start" or space >= len(prompt):
+            return prompt[:space], fitted, True
+        opening = prompt[: self.language.opens(prompt)]
+        return opening + prompt[len(prompt) - space + len(opening) :], fitted, True
+
+    def prepare(self, shard: AnswerShard, cache: Path) -> AnswerShard:
+        """Score a client's examples under the base reference, once; the scores are kept in a file named after model and data."""
+        examples = shard.train + shard.test
+        if not examples or not self.needs_reference:
+            return shard
+        digest = blake2b(self.language.fingerprint.encode(), digest_size=16)
+        for example in examples:
+            digest.update(f"{example.prompt} {example.answers}".encode())
+        file = cache / f"reference-{digest.hexdigest()}.safetensors"
+        if file.exists():
+            scores = trees.load(file)["scores"]
+        else:
+            scores = torch.empty(len(examples), 2, dtype=torch.float64)
+            with torch.no_grad():
+                for indices in _by_length(examples, SCORING_BATCH):
+                    scores[indices] = self._score(None, [examples[i] for i in indices]).double().cpu()
+            cache.mkdir(parents=True, exist_ok=True)
+            trees.save({"scores": scores}, file)
+        scored = tuple(replace(example, reference=(a, b)) for example, (a, b) in zip(examples, scores.tolist(), strict=True))
+        return replace(shard, train=scored[: len(shard.train)], test=scored[len(shard.train) :])
+
+    # ---- learning
+
+    def init(self, rng: torch.Generator) -> Tree:
+        return self.language.init(rng)
+
+    def draw(self, params: Tree, start: Tree, shard: AnswerShard, size: BatchSize, rng: torch.Generator) -> Batch:
+        """A batch of examples of similar length; each has the same expected weight in the batch's mean."""
+        indices = _draw([example.tokens for example in shard.train], size, rng)
+        examples = [shard.train[i] for i in indices]
+        if self.settings.reference == "base" or not self.needs_reference:
+            return self._with_base(examples)
+        with torch.no_grad():
+            return Batch(examples, self._score(start, examples))
+
+    def losses(self, params: Tree, batch: Batch) -> tuple[Float[Tensor, 1], Mapping[str, float]]:
+        measured = self.measure(self._score(params, batch.examples, training=True), batch)
+        metrics = {name: float(values.detach().mean()) for name, values in measured.items()}
+        counts = {"num_pairs": float(len(batch.examples)), "num_tokens": float(sum(example.tokens for example in batch.examples))}
+        return measured["loss"].mean()[None], metrics | counts
+
+    @torch.no_grad()
+    def evaluate(self, params: Tree, shard: AnswerShard) -> Mapping[str, float]:
+        """Means over the shard's held-out examples; rewards are over the base reference."""
+        sums: dict[str, float] = {}
+        for indices in _by_length(shard.test, SCORING_BATCH):
+            examples = [shard.test[i] for i in indices]
+            for name, values in self.measure(self._score(params, examples), self._with_base(examples)).items():
+                sums[name] = sums.get(name, 0.0) + float(values.sum())
+        return {name: value / len(shard.test) for name, value in sums.items()} | {"num_examples": float(len(shard.test))}
+
+    def export(self, params: Tree, folder: Path) -> None:
+        self.language.export(params, folder)
+
+    def _with_base(self, examples: Sequence[Example]) -> Batch:
+        if self.needs_reference and any(example.reference is None for example in examples):
+            raise RuntimeError("the shard was not prepared: its examples have no reference scores")
+        known = [example.reference or (0.0, 0.0) for example in examples]
+        return Batch(examples, torch.tensor(known, device=self.language.device))
+
+    def _score(self, adapter: Tree | None, examples: Sequence[Example], *, training: bool = False) -> Float[Tensor, "B 2"]:
+        rows = [(example.prompt, example.answers) for example in examples]
+        return self.language.log_probabilities(adapter, rows, training=training).view(-1, 2)
+
+
+def _draw(lengths: Sequence[int], size: BatchSize, rng: torch.Generator) -> list[int]:
+    """A random pool, cut by length into batches, and of these one with a probability proportional to its number of examples."""
+    count = min(size.examples, len(lengths))
+    order: list[int] = torch.randperm(len(lengths), generator=rng).tolist()
+    if size.max_tokens is None:
+        pool = sorted(order[: count * min(POOL, len(lengths) // count)], key=lambda i: (lengths[i], i))
+        batches = [pool[first : first + count] for first in range(0, len(pool), count)]
+    else:
+        totals = accumulate(lengths[i] for i in order)
+        pool = sorted(order[: max(1, sum(total <= POOL * size.max_tokens for total in totals))], key=lambda i: (lengths[i], i))
+        batches = [[]]
+        for i in pool:
+            if batches[-1] and sum(lengths[k] for k in batches[-1]) + lengths[i] > size.max_tokens:
+                batches.append([])
+            batches[-1].append(i)
+    place = int(torch.randint(len(pool), (), generator=rng))
+    return next(batch for batch in batches if pool[place] in batch)
+
+
+def _by_length(examples: Sequence[Example], size: int) -> Iterator[list[int]]:
+    ranked = sorted(range(len(examples)), key=lambda i: (examples[i].tokens, i))
+    for start in range(0, len(ranked), size):
+        yield ranked[start : start + size]

@@ -1,0 +1,68 @@
+"""Alignment on judgements of single answers, by Kahneman-Tversky optimisation: no two answers to one prompt are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fedpref.data.preferences import Preference, Row
+from fedpref.losses.feedback import KTO
+from fedpref.tasks.answers import AnswerLearner, AnswerTask, Batch, Example, PerExample
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeedbackTask(AnswerTask):
+    """Single answers, each desirable or not (columns prompt, completion, label); a preference pair counts as one of each."""
+
+    name: Literal["feedback"] = "feedback"
+    loss: KTO = KTO()
+
+    def build(self) -> FeedbackLearner:
+        return FeedbackLearner(self)
+
+
+class FeedbackLearner(AnswerLearner):
+    """The task at work; an example's second answer is one given to another prompt, from which the loss estimates its KL term."""
+
+    settings: FeedbackTask
+
+    def __init__(self, settings: FeedbackTask) -> None:
+        super().__init__(settings, needs_reference=True)
+
+    def examples(self, rows: Sequence[Row]) -> tuple[list[Example], int]:
+        judged, cut = [], 0
+        for row in rows:
+            if isinstance(row, Preference):
+                texts, labels = [row.chosen, row.rejected], [True, False]
+            else:
+                texts, labels = [row.completion], [row.label]
+            prompt, answers = self.tokens(row.prompt, texts, row.where)
+            prompt, answers, shortened = self.fit(prompt, answers, row.where)
+            judged += [(prompt, answer, label) for answer, label in zip(answers, labels, strict=True)]
+            cut += shortened
+        found = []
+        for i, (prompt, answer, label) in enumerate(judged):
+            following = judged[i + 1 :] + judged[:i]
+            other = next((a for p, a, _ in following if p != prompt), answer)
+            found.append(Example(prompt, (answer, other[: self.max_length - len(prompt)]), desirable=label))
+        return found, cut
+
+    def measure(self, policy: Float[Tensor, "B 2"], batch: Batch) -> Mapping[str, PerExample]:
+        """An answer is judged accurately if its reward is positive where it is desirable, negative where not; a tie counts as half.
+
+        `rewards/margins` is the reward, negated where the answer is not desirable.
+        """
+        ratio, other = (policy - batch.reference).unbind(1)
+        desirable = torch.tensor([example.desirable for example in batch.examples], device=policy.device)
+        signed = self.settings.loss.beta * torch.where(desirable, ratio, -ratio).detach()
+        return {
+            "loss": self.settings.loss(ratio, other.detach(), desirable),
+            "rewards/margins": signed,
+            "rewards/accuracies": (signed > 0).float() + 0.5 * (signed == 0).float(),
+            "kl": self.settings.loss.kl(other.detach()).expand_as(signed),
+        }

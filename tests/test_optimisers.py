@@ -1,0 +1,153 @@
+"""The optimisers of federated learning, on quadratics whose answers are known in closed form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fedpref.algorithms import FedDPO, FedOpt, FedProx, Scaffold
+from fedpref.algorithms.fedopt import Adaptive, Momentum
+from fedpref.engines import Simulation
+from fedpref.local import Descent
+from fedpref.tasks import BatchSize
+from fedpref.trees import Tree
+
+# Two clients with losses 1/2 curvature |x - centre|^2, whose mean has its minimum at (1 * 4 + 3 * 0) / 4 = 1
+CLIENTS = ((1.0, 4.0), (3.0, 0.0))
+PLAIN = Descent(steps=5, optim="sgd", learning_rate=0.1, lr_scheduler_type="constant", warmup_ratio=0.0, max_grad_norm=1e9)
+
+
+@dataclass(frozen=True)
+class Bowl:
+    """A client's quadratic."""
+
+    name: str
+    curvature: float
+    centre: float
+
+    def __len__(self) -> int:
+        return 1
+
+
+class Bowls:
+    """The task of finding the lowest point of the clients' mean; gradients are exact."""
+
+    description = "quadratics"
+
+    def init(self, rng: torch.Generator) -> Tree:
+        return {"x": torch.full((2,), 2.0)}
+
+    def prepare(self, shard: Bowl, cache: Path) -> Bowl:
+        return shard
+
+    def draw(self, params: Tree, start: Tree, shard: Bowl, size: BatchSize, rng: torch.Generator) -> Bowl:
+        return shard
+
+    def losses(self, params: Tree, batch: Bowl) -> tuple[Float[Tensor, 1], Mapping[str, float]]:
+        return (0.5 * batch.curvature * (params["x"] - batch.centre).square().sum())[None], {}
+
+    def evaluate(self, params: Tree, shard: Bowl) -> Mapping[str, float]:
+        return {"num_examples": 1.0}
+
+    def export(self, params: Tree, folder: Path) -> None:
+        raise NotImplementedError
+
+
+def run(algorithm: Any, rounds: int, cohorts: Sequence[Sequence[int]] = ((0, 1),)) -> tuple[float, Any]:
+    """Where both coordinates of the shared point end, and the last state."""
+    shards = [Bowl(str(i), *numbers) for i, numbers in enumerate(CLIENTS)]
+    task: Any = Bowls()
+    engine = Simulation(task, shards, seed=0, rounds=rounds)
+    state = algorithm.init(engine, task.init(torch.Generator()))
+    for round in range(rounds):
+        engine.begin(round, cohorts[round % len(cohorts)])
+        state, _ = algorithm.step(engine, state)
+    first, second = state.adapter["x"].tolist()
+    assert first == second
+    return first, state
+
+
+def local_change(x: float, curvature: float, centre: float, steps: int = PLAIN.steps, rate: float = PLAIN.learning_rate) -> float:
+    return (1 - (1 - rate * curvature) ** steps) * (centre - x)
+
+
+def mean_change(x: float) -> float:
+    return sum(local_change(x, *numbers) for numbers in CLIENTS) / len(CLIENTS)
+
+
+def test_feddpo_has_the_drift_floor_of_federated_averaging() -> None:
+    pulls = [1 - (1 - 0.1 * curvature) ** 5 for curvature, _ in CLIENTS]
+    floor = sum(pull * centre for pull, (_, centre) in zip(pulls, CLIENTS, strict=True)) / sum(pulls)
+    assert run(FedDPO(local=PLAIN), 60)[0] == pytest.approx(floor, abs=1e-4)
+    assert abs(floor - 1.0) > 0.2
+
+
+@pytest.mark.parametrize("cohorts", [((0, 1),), ((0,), (1,))], ids=["everybody", "one at a time"])
+def test_scaffold_removes_the_drift_floor(cohorts: Sequence[Sequence[int]]) -> None:
+    found, state = run(Scaffold(local=PLAIN), 300, cohorts)
+    assert found == pytest.approx(1.0, abs=1e-3)
+    assert state.control["x"].tolist() == pytest.approx([0.0, 0.0], abs=1e-2)  # the mean gradient, at the minimum
+
+
+def test_scaffolds_control_variates_are_the_papers_option_two_under_plain_sgd() -> None:
+    _, state = run(Scaffold(local=PLAIN), 1)
+    own = [state.own._values[i]["x"][0].item() for i in range(2)]  # after the first round, which is uncorrected
+    assert own == pytest.approx([-local_change(2.0, *numbers) / (PLAIN.steps * PLAIN.learning_rate) for numbers in CLIENTS], rel=1e-5)
+    assert state.control["x"][0].item() == pytest.approx(sum(own) / 2, rel=1e-5)
+
+
+def test_scaffold_is_right_for_adamw() -> None:
+    """AdamW fed with uncorrected gradients ends where its signs balance; corrected, at the minimum of the mean."""
+    adam = replace(PLAIN, optim="adamw", learning_rate=0.02, lr_scheduler_type="linear")
+    assert abs(run(FedDPO(local=adam), 200)[0] - 1.0) > 0.1
+    assert run(Scaffold(local=adam), 200)[0] == pytest.approx(1.0, abs=0.02)
+
+
+def test_fedprox_is_feddpo_without_its_term_and_stands_still_under_a_strong_one() -> None:
+    assert run(FedProx(mu=0.0, local=PLAIN), 4)[0] == run(FedDPO(local=PLAIN), 4)[0]
+    stiff = replace(PLAIN, learning_rate=1e-3)
+    assert abs(run(FedProx(mu=900.0, local=stiff), 1)[0] - 2.0) < abs(run(FedDPO(local=stiff), 1)[0] - 2.0) / 2
+
+
+def test_fedproxs_step_is_that_of_its_objective() -> None:
+    mu, x = 0.7, 2.0
+    changes = []
+    for curvature, centre in CLIENTS:
+        theta = x
+        for _ in range(PLAIN.steps):
+            theta -= PLAIN.learning_rate * (curvature * (theta - centre) + mu * (theta - x))
+        changes.append(theta - x)
+    assert run(FedProx(mu=mu, local=PLAIN), 1)[0] == pytest.approx(x + sum(changes) / 2, rel=1e-6)
+
+
+def test_server_momentum_without_momentum_is_feddpo_and_with_it_the_heavy_ball() -> None:
+    assert run(FedOpt(server=Momentum(beta=0.0), local=PLAIN), 3)[0] == run(FedDPO(local=PLAIN), 3)[0]
+    x, velocity = 2.0, 0.0
+    for _ in range(3):
+        velocity = 0.5 * velocity + mean_change(x)
+        x += 0.8 * velocity
+    assert run(FedOpt(server=Momentum(beta=0.5, learning_rate=0.8), local=PLAIN), 3)[0] == pytest.approx(x, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["adam", "yogi", "adagrad"])
+def test_adaptive_servers_follow_algorithm_two(name: Any) -> None:
+    server = Adaptive(name=name, learning_rate=0.3, beta1=0.4, beta2=0.6, tau=0.05)
+    x, m, v = 2.0, 0.0, 0.05**2
+    for _ in range(4):
+        change = mean_change(x)
+        m = 0.4 * m + 0.6 * change
+        if name == "adagrad":
+            v += change**2
+        elif name == "yogi":
+            v -= 0.4 * change**2 * (1 if v > change**2 else -1)
+        else:
+            v = 0.6 * v + 0.4 * change**2
+        x += 0.3 * m / (v**0.5 + 0.05)
+    assert run(FedOpt(server=server, local=PLAIN), 4)[0] == pytest.approx(x, rel=1e-4)
