@@ -22,10 +22,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[name] = "1"
@@ -35,12 +35,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fedpref import config, seeds, trees
+from fedpref import seeds, trees
 from fedpref.engines import Simulation
 from fedpref.engines.workers import keep_freed_memory, one_thread
 from fedpref.experiment import Experiment
 from fedpref.federation import Client
 from fedpref.local import Descent, descend
+from fedpref.models.language import Model
+from fedpref.running import run
+from fedpref.summary import ACCURACY, standard_error
 from fedpref.tasks import BatchSize, PreferenceTask
 from fedpref.tasks.answers import AnswerShard, Example
 
@@ -108,20 +111,20 @@ def prepared(task: Any, count: int) -> AnswerShard:
 # ---- the tools: each a function that prepares everything and returns one that takes some steps
 
 
-def fedpref(model: Path, dtype: str = "auto") -> Callable[[int], None]:
-    task = PreferenceTask(model=config.parse(type(PreferenceTask().model), {"path": str(model), "dtype": dtype}, "benchmark")).build()
+def fedpref(model: Path, size: int) -> Callable[[int], None]:
+    task = PreferenceTask(model=Model(path=str(model))).build()
     shard = prepared(task, 64)
     start = task.init(seeds.generator(0, "init"))
     rounds = iter(range(10_000))
 
     def steps(count: int) -> None:
         client = Client(0, task, shard, seeds.generator(0, "train", round=next(rounds)), 0, 1)
-        descend(client, start, Descent(steps=count, batch_size=BATCH), {})
+        descend(client, start, Descent(steps=count, batch_size=size), {})
 
     return steps
 
 
-def peft(model: Path) -> Callable[[int], None]:
+def peft(model: Path, size: int) -> Callable[[int], None]:
     """What a careful user writes: padded batches, all logits, the reference scored once beforehand."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -132,7 +135,7 @@ def peft(model: Path) -> Callable[[int], None]:
     optimiser = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], 5e-4, weight_decay=0.0)
     rows = _rows()
     draw = random.Random(1)
-    reference = torch.zeros(2, BATCH)  # what a cache would give costs nothing to look up
+    reference = torch.zeros(2, size)  # what a cache would give costs nothing to look up
 
     def scores(batch: Any) -> torch.Tensor:
         logits = policy(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
@@ -141,7 +144,7 @@ def peft(model: Path) -> Callable[[int], None]:
 
     def steps(count: int) -> None:
         for _ in range(count):
-            batch = collate(draw.sample(rows, BATCH))
+            batch = collate(draw.sample(rows, size))
             chosen, rejected = scores(batch) - reference
             margin = chosen - rejected
             loss = -torch.nn.functional.logsigmoid(0.1 * margin).mean()
@@ -153,7 +156,7 @@ def peft(model: Path) -> Callable[[int], None]:
     return steps
 
 
-def trl(model: Path) -> Callable[[int], None]:
+def trl(model: Path, size: int) -> Callable[[int], None]:
     import datasets
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -169,7 +172,7 @@ def trl(model: Path) -> Callable[[int], None]:
         use_cpu=True,
         bf16=False,
         gradient_checkpointing=False,
-        per_device_train_batch_size=BATCH,
+        per_device_train_batch_size=size,
         learning_rate=5e-4,
         max_length=None,
         save_strategy="no",
@@ -202,7 +205,7 @@ def _rows() -> list[dict[str, list[int]]]:
     return [dict(zip(names, map(list, (p.prompt, *p.answers)), strict=True)) for p in pairs(64, 4096)]
 
 
-TOOLS: dict[str, tuple[Callable[[Path], Callable[[int], None]], bool]] = {
+TOOLS: dict[str, tuple[Callable[[Path, int], Callable[[int], None]], bool]] = {
     "TRL as installed": (trl, False),
     "TRL, malloc tuned": (trl, True),
     "transformers + PEFT, malloc tuned": (peft, True),
@@ -210,13 +213,12 @@ TOOLS: dict[str, tuple[Callable[[Path], Callable[[int], None]], bool]] = {
 }
 
 
-def serve(connection: Any, tool: str, model: Path) -> None:
+def serve(connection: Any, tool: str, model: Path, size: int) -> None:
     torch.set_num_threads(1)
     make_steps, tuned = TOOLS[tool]
     if tuned:
         keep_freed_memory()
-    steps = make_steps(model)
-    steps(1)
+    steps = make_steps(model, size)
     connection.send("ready")
     while count := connection.recv():
         begun = time.process_time()
@@ -225,24 +227,25 @@ def serve(connection: Any, tool: str, model: Path) -> None:
         connection.send((time.process_time() - begun, memory))
 
 
-def race(model: Path, turns: int, count: int) -> dict[str, dict[str, float]]:
-    """Seconds a step and peak memory of every tool, their turns interleaved."""
+def race(model: Path, size: int, warm: int, turns: int, count: int) -> dict[str, dict[str, float]]:
+    """Seconds a step and peak memory of every tool, their turns interleaved; the first turns, which warm up, do not count."""
     context = multiprocessing.get_context("spawn")
     lanes: dict[str, tuple[Any, Any]] = {}
     for tool in TOOLS:
         ours, theirs = context.Pipe()
-        process = context.Process(target=serve, args=(theirs, tool, model), daemon=True)
+        process = context.Process(target=serve, args=(theirs, tool, model, size), daemon=True)
         process.start()
         lanes[tool] = (ours, process)
     for connection, _ in lanes.values():
         assert connection.recv() == "ready"
     seconds: dict[str, list[float]] = {tool: [] for tool in TOOLS}
     memory = dict.fromkeys(TOOLS, 0.0)
-    for _ in range(turns):
+    for turn in range(-warm, turns):
         for tool, (connection, _) in lanes.items():
             connection.send(count)
             taken, memory[tool] = connection.recv()
-            seconds[tool].append(taken / count)
+            if turn >= 0:
+                seconds[tool].append(taken / count)
     for connection, process in lanes.values():
         connection.send(0)
         process.join()
@@ -256,14 +259,17 @@ def gradient_errors() -> dict[str, float]:
     """Relative errors of one batch's gradient: packed float32 and bfloat16 against the padded float32 form."""
     found = {}
     shard = None
-    for dtype in ("float32", "bfloat16"):
-        model = config.parse(type(PreferenceTask().model), {"dtype": dtype}, "benchmark")
-        task = PreferenceTask(model=model).build()
+    dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
+    for dtype in dtypes:
+        task = PreferenceTask(model=Model(dtype=dtype)).build()
         shard = shard or prepared(task, BATCH)  # the same reference for both
         draw = torch.Generator().manual_seed(0)
         start = {name: 0.05 * torch.randn(t.shape, generator=draw) for name, t in task.init(seeds.generator(0, "init")).items()}
         for packs in (True, False):
             task.language.packs = packs
+            if not packs:  # PEFT's own layers
+                for layer in task.language.model.modules():
+                    layer.__dict__.pop("forward", None)
             leaves = {name: t.clone().requires_grad_() for name, t in start.items()}
             batch = task.draw(leaves, start, shard, BatchSize(BATCH), seeds.generator(0, "train"))
             task.losses(leaves, batch)[0].sum().backward()
@@ -282,10 +288,10 @@ def federation(clients: int, workers: int, batch: int, rounds: int) -> dict[str,
     task = experiment.task.build()
     shard = prepared(task, 16)
     algorithm = type(experiment.algorithm)(local=Descent(steps=1, batch_size=batch))
-    engine = Simulation(task, [shard] * clients, seed=0, rounds=rounds + 1, workers=workers)
+    engine = Simulation(task, [shard] * clients, seed=0, rounds=rounds, workers=workers)
     state = algorithm.init(engine, task.init(seeds.generator(0, "init")))
     spent: list[float] = []
-    for round in range(rounds + 1):
+    for round in range(rounds):
         begun = time.perf_counter()
         engine.begin(round, engine.clients)
         state, _ = algorithm.step(engine, state)
@@ -342,13 +348,13 @@ def matrix_rate() -> float:
     return 2 * 1024**3 / best
 
 
-def step_flops() -> float:
+def step_flops(size: int) -> float:
     """Of one step on the shipped model: 4 a frozen weight and token (forward, backward to the input), the head at answers alone."""
     body = 4 * (4 * 256 * 256 + 3 * 256 * 688)
     lora = 4 * 8 * (4 * 512 + 3 * 944)
     batch = pairs(64, 4096)
-    tokens = sum(p.tokens for p in batch) / len(batch) * BATCH
-    answers = sum(len(answer) for p in batch for answer in p.answers) / len(batch) * BATCH
+    tokens = sum(p.tokens for p in batch) / len(batch) * size
+    answers = sum(len(answer) for p in batch for answer in p.answers) / len(batch) * size
     return tokens * (4 * body + 6 * lora) + answers * 4 * 256 * 4096
 
 
@@ -382,43 +388,68 @@ def together(*calls: tuple[Any, ...]) -> list[Any]:
         return [future.result() for future in [pool.submit(*call) for call in calls]]
 
 
+def workers_speedup(size: int, rounds: int) -> float:
+    """How many times as many rounds two workers do as one in the same time."""
+    return federation(8, 1, size, rounds)["seconds"] / federation(8, 2, size, rounds)["seconds"]
+
+
+def memory(turns: int) -> float:
+    """Peak memory with 64 clients over that with 4, after as many steps."""
+    few, many = together((federation, 4, 1, 1, 16 * turns), (federation, 64, 1, 1, turns))
+    return float(many["memory"] / few["memory"])
+
+
+def own_figures(quick: bool) -> list[Callable[[], dict[str, float]]]:
+    """What only fedpref is asked, piece by piece."""
+    return [
+        lambda: {"memory_64_over_4": memory(1 if quick else 2)},
+        lambda: {"workers_speedup": together((workers_speedup, *((2, 2) if quick else (8, 6))))[0]},
+        lambda: {"loop_share": together((loop_share, 2 if quick else 8))[0]},
+        first_step,
+        gradient_errors,
+        *([] if quick else [lambda: together((accuracies,))[0]]),
+    ]
+
+
+def accuracies() -> dict[str, float]:
+    """Held-out accuracy of the demo's federated line, its steps as they are and in float32, and how far apart they are."""
+    found, errors = [], []
+    for dtype in ("auto", "float32"):
+        with tempfile.TemporaryDirectory() as place:
+            file = Path(__file__).resolve().parent.parent / "configs/demo.yaml"
+            outcome = run(Experiment.load(file, ["references=[]", f"task.model.dtype={dtype}"]), Path(place) / "run")
+        rows = next(iter(outcome.evaluations.values()))
+        values = {name: row[ACCURACY] for name, row in rows.items()}
+        found.append(sum(values.values()) / len(values))
+        errors.append(standard_error(values, {name: int(row["num_examples"]) for name, row in rows.items()}))
+    return {"accuracy": found[0], "accuracy_float32": found[1], "accuracy_apart_in_standard_errors": abs(found[0] - found[1]) / errors[1]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the shipped model, one step each; two minutes, ratios of first steps")
+    parser.add_argument(
+        "--quick", action="store_true", help="a minute: the shipped model, one cold step of two pairs each, everything at once"
+    )
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
-    turns, count = (1, 1) if arguments.quick else (5, 4)
-    figures: dict[str, float] = {}
     console = Console(width=140)
-    lengths = pairs(64, 4096)
-    tokens = sum(pair.tokens for pair in lengths) / len(lengths) * BATCH
-    with one_thread(), tempfile.TemporaryDirectory() as place:
+    figures: dict[str, float] = {}
+    size = 2 if arguments.quick else BATCH
+    with one_thread(), tempfile.TemporaryDirectory() as place, ThreadPoolExecutor(2 if arguments.quick else 1) as pool:
+        beside = [pool.submit(piece) for piece in own_figures(True)] if arguments.quick else []
         for name in ["shipped"] if arguments.quick else list(MODELS):
-            raced = race(make(name, Path(place)), turns, count)
+            raced = race(make(name, Path(place)), size, *((0, 1, 1) if arguments.quick else (1, 5, 4)))
+            console.print(race_table(name, size, raced))
             ours = raced["fedpref"]["seconds"]
-            table = Table(title=f"{name}: {BATCH} pairs a step", title_justify="left")
-            for title in ("tool", "CPU s a step", "pairs a CPU second", "tokens a CPU second", "peak memory, GB", "times as slow"):
-                table.add_column(title, justify="left" if title == "tool" else "right")
-            for tool, row in raced.items():
-                s = row["seconds"]
-                cells = (f"{s:.3f}", f"{BATCH / s:.1f}", f"{tokens / s:.0f}", f"{row['memory'] / 1e9:.2f}", f"{s / ours:.1f}")
-                table.add_row(tool, *cells)
-            console.print(table)
             suffix = "" if name == "shipped" else f"_{name}"
             figures[f"ratio_trl_installed{suffix}"] = raced["TRL as installed"]["seconds"] / ours
             figures[f"ratio_trl_tuned{suffix}"] = raced["TRL, malloc tuned"]["seconds"] / ours
             figures[f"ratio_peft_tuned{suffix}"] = raced["transformers + PEFT, malloc tuned"]["seconds"] / ours
-            figures[f"pairs_per_cpu_second{suffix}"] = BATCH / ours
+            figures[f"pairs_per_cpu_second{suffix}"] = size / ours
             if name == "shipped":
-                figures["matmul_share"] = step_flops() / ours / matrix_rate()
-        figures |= gradient_errors()
-        few, many = together(*((federation, clients, 1, 1, 0 if arguments.quick else 1) for clients in (4, 64)))
-        figures["memory_64_over_4"] = many["memory"] / few["memory"]
-        figures["loop_share"], *_ = together((loop_share, 2 if arguments.quick else 8))
-        size, rounds = (2, 1) if arguments.quick else (8, 5)
-        one, two = (together((federation, 8, workers, size, rounds))[0]["seconds"] for workers in (1, 2))
-        figures["workers_speedup"] = one / two
-        figures |= first_step()
+                figures["matmul_share"] = step_flops(size) / ours / matrix_rate()
+        for future in beside or [pool.submit(piece) for piece in own_figures(False)]:
+            figures |= future.result()
     table = Table(title="figures", title_justify="left")
     table.add_column("name")
     table.add_column("value", justify="right")
@@ -427,6 +458,19 @@ def main() -> None:
     console.print(table)
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def race_table(model: str, size: int, raced: Mapping[str, Mapping[str, float]]) -> Table:
+    lengths = pairs(64, 4096)
+    tokens = sum(pair.tokens for pair in lengths) / len(lengths) * size
+    table = Table(title=f"{model}: {size} pairs a step", title_justify="left")
+    for title in ("tool", "CPU s a step", "pairs a CPU second", "tokens a CPU second", "peak memory, GB", "times as slow"):
+        table.add_column(title, justify="left" if title == "tool" else "right")
+    for tool, row in raced.items():
+        s, memory = row["seconds"], row["memory"] / 1e9
+        slower = s / raced["fedpref"]["seconds"]
+        table.add_row(tool, f"{s:.3f}", f"{size / s:.1f}", f"{tokens / s:.0f}", f"{memory:.2f}", f"{slower:.1f}")
+    return table
 
 
 if __name__ == "__main__":
