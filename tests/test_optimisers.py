@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from fedpref.algorithms import FedDPO, FedOpt, FedProx, Scaffold
 from fedpref.algorithms.fedopt import Adaptive, Momentum
 from fedpref.engines import Simulation
+from fedpref.federation import Client, work
 from fedpref.local import Descent
 from fedpref.tasks import BatchSize
 from fedpref.trees import Tree
@@ -40,6 +42,11 @@ class Bowls:
     """The task of finding the lowest point of the clients' mean; gradients are exact."""
 
     description = "quadratics"
+    device = torch.device("cpu")
+    places = 1
+
+    def place(self, worker: int) -> None:
+        pass
 
     def init(self, rng: torch.Generator) -> Tree:
         return {"x": torch.full((2,), 2.0)}
@@ -151,3 +158,31 @@ def test_adaptive_servers_follow_algorithm_two(name: Any) -> None:
             v = 0.6 * v + 0.4 * change**2
         x += 0.3 * m / (v**0.5 + 0.05)
     assert run(FedOpt(server=server, local=PLAIN), 4)[0] == pytest.approx(x, rel=1e-4)
+
+
+@dataclass
+class Placed(Bowls):
+    """Remembers its place."""
+
+    number: int = -1
+
+    def place(self, worker: int) -> None:
+        self.number = worker
+
+
+@work
+def where(client: Client) -> Mapping[str, float]:
+    time.sleep(0.05)  # so that no worker does it all
+    return {"number": float(cast(Placed, client.task).number)}
+
+
+def test_every_worker_takes_a_place_of_its_own_and_leaves_the_first_process_alone() -> None:
+    task = Placed()
+    shards = [Bowl(str(i), 1.0, 0.0) for i in range(6)]
+    engine = Simulation(cast(Any, task), shards, seed=0, rounds=1, workers=2)
+    found = [row["number"] for row in engine.disclose(engine.each(where)).values()]
+    engine.close()
+    assert set(found) == {0.0, 1.0}
+    assert task.number == -1
+    Simulation(cast(Any, task), shards, seed=0, rounds=1)
+    assert task.number == 0

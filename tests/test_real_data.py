@@ -26,4 +26,4 @@ def test_clients_of_the_real_sets_have_rows_on_both_sides_and_share_no_prompt_be
     largest = max(clients, key=lambda client: len(client.train))
     shard = task.encode(largest)
     assert len(shard.train) == len(largest.train)
-    assert max(pair.length for pair in shard.train + shard.test) <= task.max_length
+    assert max(len(pair.prompt) + max(map(len, pair.answers)) for pair in shard.train + shard.test) <= task.max_length

@@ -52,15 +52,17 @@ def descend(
 ) -> tuple[Tree, Tree, Mapping[str, float]]:
     """Take `steps` updates from `start` on the client's own data.
 
-    `correct` sees every update's gradient before it is clipped and used. Returns the new parameters, the optimiser's moments (empty
-    unless `keep_optimizer`; pass them in next time) and metrics: means over all batches, sums of those named `num_`.
+    `correct` sees every update's gradient before it is clipped and used. Returns, on the CPU, the new parameters, the optimiser's moments
+    (empty unless `keep_optimizer`; pass them in next time) and metrics: means over all batches, sums of those named `num_`.
     """
-    theta = {name: start[name].detach().clone().requires_grad_() for name in sorted(start)}  # sums over tensors depend on their order
+    device = client.task.device
+    start = {name: start[name].detach().to(device) for name in sorted(start)}  # sums over tensors depend on their order
+    theta = {name: tensor.clone().requires_grad_() for name, tensor in start.items()}
     optimiser = _optimiser(settings, theta, moments)
     sums: dict[str, float] = {}
     size = BatchSize(settings.batch_size, settings.max_tokens_per_batch)
     batches = settings.steps * settings.gradient_accumulation_steps
-    with torch.random.fork_rng(devices=sorted({t.device.index for t in theta.values() if t.is_cuda})):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(int(torch.randint(2**62, (), generator=client.rng)))  # what dropout draws from
         for step in range(settings.steps):
             progress = (client.round + (step + 0.5) / settings.steps) / client.rounds
@@ -80,7 +82,7 @@ def descend(
             optimiser.zero_grad()
     metrics = {name: value if name.startswith("num_") else value / batches for name, value in sums.items()}
     kept = _moments(optimiser, theta) if settings.keep_optimizer else {}
-    return {name: tensor.detach() for name, tensor in theta.items()}, kept, metrics
+    return {name: tensor.detach().cpu() for name, tensor in theta.items()}, kept, metrics
 
 
 def _optimiser(settings: Descent, theta: Tree, moments: Tree) -> torch.optim.Optimizer:
@@ -94,13 +96,13 @@ def _optimiser(settings: Descent, theta: Tree, moments: Tree) -> torch.optim.Opt
         )
     for address, tensor in moments.items():
         key, name = address.split("/", 1)
-        optimiser.state[theta[name]][key] = tensor.clone()
+        optimiser.state[theta[name]][key] = tensor.clone() if key == "step" else tensor.to(theta[name].device, copy=True)
     return optimiser
 
 
 def _moments(optimiser: torch.optim.Optimizer, theta: Tree) -> Tree:
     return {
-        f"{key}/{name}": value.detach()
+        f"{key}/{name}": value.detach().cpu()
         for name, tensor in theta.items()
         for key, value in optimiser.state[tensor].items()
         if value is not None

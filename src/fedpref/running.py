@@ -13,11 +13,9 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
 
-import torch
-
 from fedpref import config, seeds, trees
 from fedpref.engines import Engine, Simulation
-from fedpref.engines.workers import available, keep_freed_memory, one_thread
+from fedpref.engines.workers import can_fork, keep_freed_memory, one_thread
 from fedpref.errors import UserError
 from fedpref.experiment import Experiment, lines, with_whole_paths
 from fedpref.federation import Client, work
@@ -125,17 +123,19 @@ def _data(about: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _engine(experiment: Experiment, task: Task, shards: Sequence[Any]) -> Simulation:
-    workers = min(experiment.workers or available(), len(shards))
-    if workers > 1 and torch.cuda.is_initialized():
-        raise UserError("workers: processes cannot share a GPU that is in use. Set workers to 1, or task.model.device to cpu.")
+    workers = min(_workers(experiment, task), len(shards))
     weighting = experiment.federation.weighting
     return Simulation(task, shards, seed=experiment.seed, rounds=experiment.rounds, weighting=weighting, workers=workers)
+
+
+def _workers(experiment: Experiment, task: Task) -> int:
+    return experiment.workers or task.places if can_fork() else 1
 
 
 def _prepare(experiment: Experiment, task: Task, shards: Sequence[Any], cache: Path) -> Iterator[Event]:
     """Let clients fill the cache, a few at a time."""
     with closing(_engine(experiment, task, shards)) as engine:
-        size = 2 * (experiment.workers or available())
+        size = 2 * _workers(experiment, task)
         for first in range(0, len(shards), size):
             some = engine.clients[first : first + size]
             engine.begin(0, some, "init")

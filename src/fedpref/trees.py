@@ -30,6 +30,11 @@ def scale(tree: Tree, factor: float) -> Tree:
     return {name: tensor * factor for name, tensor in tree.items()}
 
 
+def to(tree: Tree, device: torch.device) -> Tree:
+    """The tree on a device; tensors that are there already are not copied."""
+    return {name: tensor.to(device) for name, tensor in tree.items()}
+
+
 def total(trees: Iterable[Tree]) -> Tree:
     """The sum, added from left to right: floating-point sums depend on their order, so the caller's order is kept."""
     first, *rest = trees

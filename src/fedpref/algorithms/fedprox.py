@@ -17,9 +17,11 @@ from fedpref.trees import Tree
 
 @work
 def train(client: Client, adapter: Tree, moments: Tree, local: Descent, mu: float) -> tuple[Tree, Tree, Mapping[str, float]]:
+    received = trees.to(adapter, client.task.device)
+
     def pull(theta: Tree, gradients: Tree) -> None:
         for name, gradient in gradients.items():
-            gradient.add_(theta[name] - adapter[name].to(theta[name].device), alpha=mu)
+            gradient.add_(theta[name] - received[name], alpha=mu)
 
     theta, moments, metrics = descend(client, adapter, local, moments, pull)
     return trees.subtract(theta, adapter), moments, metrics

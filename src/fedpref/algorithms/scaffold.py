@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
+import torch
 from pydantic import Field
 
 from fedpref import trees
@@ -34,15 +35,16 @@ def begin(client: Client, start: Tree) -> Tree:
 def train(
     client: Client, adapter: Tree, control: Tree, own: Tree, moments: Tree, local: Descent
 ) -> tuple[Tree, Tree, Tree, Tree, Mapping[str, float]]:
-    shift = trees.subtract(control, own)
-    seen = trees.scale(adapter, 0.0)  # the mean of the client's own gradients
+    shift = trees.to(trees.subtract(control, own), client.task.device)
+    seen = trees.scale(trees.to(adapter, client.task.device), 0.0)  # the mean of the client's own gradients
 
     def correct(theta: Tree, gradients: Tree) -> None:
         for name, gradient in gradients.items():
-            seen[name].add_(gradient.to(seen[name].device), alpha=1 / local.steps)
-            gradient.add_(shift[name].to(gradient.device))
+            seen[name].add_(gradient, alpha=1 / local.steps)
+            gradient.add_(shift[name])
 
     theta, moments, metrics = descend(client, adapter, local, moments, correct)
+    seen = trees.to(seen, torch.device("cpu"))
     return trees.subtract(theta, adapter), trees.subtract(seen, own), seen, moments, metrics
 
 

@@ -52,7 +52,9 @@ class Simulation:
         self._weights = {i: float(len(shard)) if weighting == "examples" else 1.0 for i, shard in enumerate(shards)}
         self._examples = {i: float(len(shard)) for i, shard in enumerate(shards)}
         self.clients = tuple(range(len(shards)))
-        self._workers = Workers(workers, self._job) if workers > 1 else None
+        self._workers = Workers(workers, self._job, task.place) if workers > 1 else None
+        if not self._workers:
+            task.place(0)
         self.begin(0, self.clients, "init")
 
     def begin(self, round: int, cohort: Sequence[int], purpose: Purpose = "train") -> None:
@@ -67,13 +69,14 @@ class Simulation:
         common = {k: arg for k, arg in enumerate(args) if not isinstance(arg, Held)}
         own = {i: {k: _look(arg)[i] for k, arg in enumerate(args) if isinstance(arg, Held)} for i in self.active}
         shared = (name_of(work), self._purpose, self.round, self._calls, common)
-        if self._workers and len(own) > 1:
-            results = self._workers.run(shared, own)
-        else:
-            results = {i: self._job(i, shared, values) for i, values in own.items()}
+        run = self._workers.run if self._workers else self._run_here
+        results = run(shared, own)
         if all(isinstance(result, tuple) for result in results.values()):
             return tuple(Held(dict(zip(results, column, strict=True))) for column in zip(*results.values(), strict=True))
         return Held(results)
+
+    def _run_here(self, shared: Any, own: Mapping[int, Any]) -> dict[int, Any]:
+        return {i: self._job(i, shared, values) for i, values in own.items()}
 
     def _job(self, i: int, shared: tuple[str, str, int, int, Mapping[int, Any]], own: Mapping[int, Any]) -> Any:
         """One client's part of `each`, in whichever process; arguments are numbered, those in common and the client's own."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 import ctypes
 import io
 import multiprocessing
-import os
 import pickle
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from typing import Any, cast
 
@@ -21,11 +21,9 @@ from fedpref.errors import UserError
 Job = Callable[..., Any]  # job(client, shared arguments, own arguments)
 
 
-def available() -> int:
-    """Processors that this process may use; 1 where work cannot be forked (a GPU, macOS, Windows)."""
-    if sys.platform != "linux" or torch.cuda.is_initialized():
-        return 1
-    return len(os.sched_getaffinity(0))
+def can_fork() -> bool:
+    """Whether worker processes can share this one's memory: not on macOS and Windows, nor once a GPU is open."""
+    return sys.platform == "linux" and not torch.cuda.is_initialized()
 
 
 @contextmanager
@@ -50,16 +48,19 @@ def keep_freed_memory() -> None:
 
 
 class Workers:
-    """Forked processes that share this one's memory, model and data included, as it was when they began."""
+    """Forked processes that share this one's memory, model and data included, as it was when they began.
 
-    def __init__(self, count: int, job: Job) -> None:
+    Before its work each calls `begin` with its number, from 0: it may do so often.
+    """
+
+    def __init__(self, count: int, job: Job, begin: Callable[[int], None]) -> None:
         context = multiprocessing.get_context("fork")
         self._connections: list[Connection] = []
         self._processes = []
-        for _ in range(count):
+        for number in range(count):
             ours, theirs = context.Pipe()
             self._connections.append(ours)
-            process = context.Process(target=_serve, args=(theirs, tuple(self._connections), job), daemon=True)
+            process = context.Process(target=_serve, args=(theirs, tuple(self._connections), job, partial(begin, number)), daemon=True)
             process.start()
             theirs.close()
             self._processes.append(process)
@@ -101,7 +102,7 @@ class Workers:
             process.join()
 
 
-def _serve(connection: Connection, others: Sequence[Connection], job: Job) -> None:
+def _serve(connection: Connection, others: Sequence[Connection], job: Job, begin: Callable[[], None]) -> None:
     for other in others:
         other.close()  # the parent's ends, which the fork copied: so that a worker sees its parent go
     torch.set_num_threads(1)
@@ -115,6 +116,7 @@ def _serve(connection: Connection, others: Sequence[Connection], job: Job) -> No
             (shared,) = content
             continue
         try:
+            begin()
             answer = ("result", job(content[0], shared, content[1]))
         except UserError as error:
             answer = ("refused", str(error))

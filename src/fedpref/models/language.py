@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import warnings
@@ -24,7 +25,7 @@ from torch.func import functional_call
 
 from fedpref import trees
 from fedpref.errors import UserError
-from fedpref.models import lora
+from fedpref.models import devices, lora
 from fedpref.models.attention import ATTENTION, Kernel, PackingError, by_sequence, kernels, packed_attention, register
 from fedpref.models.head import token_log_probabilities
 from fedpref.models.packed import Layout, Row
@@ -62,13 +63,16 @@ class LanguageModel:
         transformers.utils.logging.disable_progress_bar()
         register()
         self.name = settings.path
-        self.device = _device(settings.device)
-        self.dtype = _dtype(settings.dtype, self.device)
+        self.settings = settings
+        self.wanted = devices.wanted(settings.device)
+        self.device = torch.device("cpu")
+        known = self.wanted.type == "cpu" or settings.dtype != "auto"  # what a GPU computes in is seen when it is opened
+        dtype: Any = devices.arithmetic(settings.dtype, self.wanted) if known else "auto"
         path = str(files("fedpref.models") / "builtin") if settings.path == BUILTIN else settings.path
         options: dict[str, Any] = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
         try:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
-            backbone = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=self.dtype, **options)
+            backbone = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise UserError(
                 f"model.path: {settings.path!r} could not be loaded as a causal language model of transformers. "
@@ -87,7 +91,7 @@ class LanguageModel:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of PEFT about GPT-2's transposed weights, which it handles, and its own deprecations
-                self.model: PeftModel = get_peft_model(backbone, adapter).to(self.device).eval()
+                self.model: PeftModel = get_peft_model(backbone, adapter).eval()
         except (ValueError, re.error) as error:
             raise UserError(f"model.lora_target_modules: {targets!r} does not fit the model: {error}") from error
         self.model.requires_grad_(False)
@@ -96,10 +100,25 @@ class LanguageModel:
         self.dropouts = [module for name, module in self.model.named_modules() if name.endswith("lora_dropout")]
         self.places = {name.replace(".default", ""): name for name, _ in self.model.named_parameters() if ".lora_" in name}
         self.kernel: Kernel = by_sequence
+        self.packs = False
+        if self.wanted.type == "cpu":
+            self._settle(self.wanted)
+
+    def place(self, worker: int) -> None:
+        """Move to the device of this worker; workers are counted from 0, and each in a process of its own moves its own copy."""
+        device = devices.place(self.wanted, worker)
+        if device != self.device:
+            self._settle(device)
+
+    def _settle(self, device: torch.device) -> None:
+        self.device, self.dtype = device, devices.arithmetic(self.settings.dtype, device)
+        self.model.to(device)
+        for parameter in self.model.parameters() if device.type == "cuda" else ():  # buffers stay: positions need float32
+            parameter.data = parameter.data.to(self.dtype)
         problem = self._packing_problem()
         self.packs = problem is None
         if problem:
-            warnings.warn(f"{self.name}: the packed form does not fit this model ({problem}); the padded one is used.", stacklevel=2)
+            warnings.warn(f"{self.name}: the packed form does not fit this model ({problem}); the padded one is used.", stacklevel=3)
 
     @property
     def description(self) -> str:
@@ -107,11 +126,10 @@ class LanguageModel:
         counts = [0, 0]
         for name, parameter in self.model.named_parameters():
             counts[".lora_" in name] += parameter.numel()
-        form = "packed" if self.packs else "padded"
-        return (
-            f"model {self.name}: {counts[0] / 1e6:,.1f} M frozen parameters in {str(self.dtype).removeprefix('torch.')} on {self.device}, "
-            f"{counts[1] / 1e6:,.2f} M in the adapter, {form} rows"
-        )
+        sizes = f"model {self.name}: {counts[0] / 1e6:,.1f} M frozen parameters, {counts[1] / 1e6:,.2f} M in the adapter"
+        if self.device.type != self.wanted.type:
+            return f"{sizes}, to compute on {self.wanted}"
+        return f"{sizes}, {str(self.dtype).removeprefix('torch.')} on {self.device}, {'packed' if self.packs else 'padded'} rows"
 
     @property
     def context(self) -> int | None:
@@ -120,26 +138,25 @@ class LanguageModel:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of the frozen backbone: shapes and a sample of each weight, in the arithmetic it is used in."""
+        """A hash of the frozen backbone as it was loaded, shapes and a sample of each weight, and of what it computes on."""
         digest = blake2b(digest_size=16)
         for name, weight in self.model.named_parameters():
             if ".lora_" not in name:
                 sample = weight.detach().flatten()[:: max(1, weight.numel() // 64)].float().cpu()
-                digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} {weight.device.type}".encode())
+                digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} {self.wanted.type}".encode())
                 digest.update(sample.numpy().tobytes())
         return digest.hexdigest()
 
     def init(self, rng: torch.Generator) -> Tree:
-        """A fresh adapter as PEFT initialises it: the model starts as its backbone."""
-        from peft.tuners.lora import LoraLayer
-
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(int(torch.randint(2**62, (), generator=rng)))
-            for module in self.model.modules():
-                if isinstance(module, LoraLayer):
-                    module.reset_lora_parameters("default", True)
+        """A fresh adapter in float32 on the CPU, drawn as PEFT does (A uniform and B zero): the model starts as its backbone."""
         parameters = dict(self.model.named_parameters())
-        return {name: parameters[place].detach().clone() for name, place in self.places.items()}
+        adapter = {name: torch.zeros(parameters[place].shape) for name, place in self.places.items()}
+        for name, tensor in adapter.items():
+            if ".lora_A." in name:
+                nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=rng)
+            elif "lora_embedding_B" in name:
+                nn.init.normal_(tensor, generator=rng)
+        return adapter
 
     def log_probabilities(self, adapter: Tree | None, rows: Sequence[Row], *, training: bool = False) -> Float[Tensor, " A"]:
         """The summed log-probability of each answer, in the order of the rows; without an adapter, the backbone's.
@@ -165,7 +182,7 @@ class LanguageModel:
         draw = torch.Generator().manual_seed(0)
         tokens = torch.randint(self.head.out_features, (16,), generator=draw).tolist()
         rows: list[Row] = [(tokens[:3], (tokens[3:5], tokens[5:9])), (tokens[9:10], (tokens[10:13], tokens[13:]))]
-        adapter = {name: 0.05 * torch.randn(t.shape, generator=draw).to(t.device, self.dtype) for name, t in self.init(draw).items()}
+        adapter = {name: 0.05 * torch.randn(t.shape, generator=draw).to(self.device, self.dtype) for name, t in self.init(draw).items()}
         tolerance = 1e-3 if self.dtype == torch.float32 else 0.05
         backbone = self.model.get_base_model()
         own = backbone.config._attn_implementation
@@ -271,24 +288,3 @@ class LanguageModel:
 def _distance(found: Float[Tensor, "n D"], expected: Float[Tensor, "n D"]) -> float:
     """The largest relative difference of a row."""
     return float(((found - expected).float().norm(dim=1) / expected.float().norm(dim=1)).max())
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f'model.device: {name!r} is no device; expected "auto", "cpu", "cuda" or "cuda:0".') from error
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f'model.device: {name!r} is not supported; expected "auto", "cpu", "cuda" or "cuda:0".')
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f'model.device: {name!r} was asked for, but this PyTorch sees no CUDA GPU. Set model.device to "cpu" or "auto".')
-    return device
-
-
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    if name != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-    fast = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if fast else torch.float32

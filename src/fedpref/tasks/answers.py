@@ -18,6 +18,7 @@ from torch import Tensor
 from fedpref import trees
 from fedpref.data.preferences import ClientData, Row, Text
 from fedpref.errors import UserError
+from fedpref.models import devices
 from fedpref.models.language import LanguageModel, Model
 from fedpref.tasks.task import BatchSize
 from fedpref.trees import Tree
@@ -93,6 +94,17 @@ class AnswerLearner(ABC):
     @property
     def description(self) -> str:
         return self.language.description
+
+    @property
+    def device(self) -> torch.device:
+        return self.language.device
+
+    @property
+    def places(self) -> int:
+        return devices.places(self.language.wanted)
+
+    def place(self, worker: int) -> None:
+        self.language.place(worker)
 
     @abstractmethod
     def examples(self, rows: Sequence[Row]) -> tuple[list[Example], int]:

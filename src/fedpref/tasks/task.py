@@ -41,8 +41,22 @@ class Task(Protocol):
         """The model in words: its size, its arithmetic, how it computes."""
         ...
 
+    @property
+    def device(self) -> torch.device:
+        """Where parameters are trained."""
+        ...
+
+    @property
+    def places(self) -> int:
+        """How many workers on this machine have a place of their own."""
+        ...
+
+    def place(self, worker: int) -> None:
+        """Move to the place of this worker, a process of its own if there are several; before anything is computed."""
+        ...
+
     def init(self, rng: torch.Generator) -> Tree:
-        """Fresh trainable parameters."""
+        """Fresh trainable parameters, on the CPU."""
         ...
 
     def prepare(self, shard: Any, cache: Path) -> Any:

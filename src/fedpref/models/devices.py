@@ -1,0 +1,45 @@
+"""Which device computes, and in which arithmetic. Nothing here opens a CUDA context before a worker takes its place."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from fedpref.errors import UserError
+
+
+def wanted(name: str) -> torch.device:
+    """The device that a setting means, a GPU without a number for any of them; raises UserError where there is none."""
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # count GPUs without opening one: an open one cannot be forked
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f'model.device: {name!r} is no device; expected "auto", "cpu", "cuda" or "cuda:0".') from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f'model.device: {name!r} is not supported; expected "auto", "cpu", "cuda" or "cuda:0".')
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f'model.device: {name!r} was asked for, but this PyTorch sees no CUDA GPU. Set model.device to "cpu" or "auto".')
+    return device
+
+
+def places(device: torch.device) -> int:
+    """How many workers have a place of their own: processors, or GPUs."""
+    if device.type == "cuda":
+        return 1 if device.index is not None else torch.cuda.device_count()
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+
+
+def place(device: torch.device, worker: int) -> torch.device:
+    """The device of a worker: GPUs are dealt out in turn."""
+    return torch.device("cuda", worker % torch.cuda.device_count()) if device == torch.device("cuda") else device
+
+
+def arithmetic(name: str, device: torch.device) -> torch.dtype:
+    """The dtype that a setting means on a device: bfloat16 where it has the instructions for it."""
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    fast = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
