@@ -13,11 +13,12 @@ import torch
 
 import personal
 from fedpref import config, seeds, trees
-from fedpref.algorithms import FedDPO, FedOpt, FedProx, Local, Scaffold
+from fedpref.algorithms import FFA, Clustered, Ditto, FedDPA, FedDPO, FedOpt, FedPDPO, FedPer, FedProx, FedSA, Local, Scaffold
 from fedpref.algorithms.fedopt import Adaptive
 from fedpref.engines import Simulation
 from fedpref.experiment import Experiment
 from fedpref.local import Descent
+from fedpref.models.parts import Parts
 from fedpref.participation import draw
 from fedpref.rundirectory import RunDirectory
 from fedpref.running import evaluate
@@ -33,6 +34,15 @@ ALGORITHMS = {
     "fedopt": FedOpt(server=Adaptive(), local=LOCAL),
     "fedprox": FedProx(mu=0.1, local=LOCAL),
     "scaffold": Scaffold(local=LOCAL),
+    "fedpdpo": FedPDPO(local=KEEPING, personal=KEEPING),
+    "fedpdpo-joint": FedPDPO(local=LOCAL, phases="joint", parts=Parts(head="low-rank", bottleneck=4)),
+    "fedper": FedPer(local=LOCAL),
+    "fedrep": FedPer(local=LOCAL, personal=LOCAL, phases="alternate"),
+    "fedsa-lora": FedSA(local=KEEPING),
+    "ffa-lora": FFA(local=LOCAL),
+    "ditto": Ditto(local=LOCAL, personal=LOCAL),
+    "feddpa": FedDPA(local=LOCAL),
+    "clustered": Clustered(local=LOCAL),
     "local": Local(local=KEEPING),
     "personal": personal.Personal(local=LOCAL),
 }

@@ -73,6 +73,27 @@ def check(config: Config, overrides: Overrides = None) -> None:
     console.print(f"{config} is valid: {experiment.algorithm.name}, {experiment.rounds} rounds.")
 
 
+@app.command()
+def generate(
+    path: Annotated[Path, typer.Argument(help="The directory of a finished run.", metavar="RUN")],
+    prompt: Annotated[str | None, typer.Argument(help="The prompt; by default read from standard input.")] = None,
+    client: Annotated[str | None, typer.Option(help="A client whose own model answers; by default the shared one.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer at most.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.7,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    plain: Annotated[bool, typer.Option("--plain", help="Take the prompt as it is, without the chat template.")] = False,
+) -> None:
+    """Let a run's model, or a client's own, answer a prompt."""
+    from fedpref.models.exported import generate as answer
+    from fedpref.running import exported
+
+    folder = exported(path, client)
+    text = sys.stdin.read().strip() if prompt is None else prompt
+    if not text:
+        raise UserError("the prompt is empty; give it on the command line or on standard input.")
+    print(answer(folder, text, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, chat=not plain))
+
+
 @app.command(name="list")
 def list_() -> None:
     """What there is: algorithms, losses, tasks, sources of data, partitions."""

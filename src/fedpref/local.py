@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Annotated, Literal
 
 import torch
@@ -48,17 +49,27 @@ Correction = Callable[[Tree, Tree], None]  # correction(parameters, gradients) c
 
 
 def descend(
-    client: Client, start: Tree, settings: Descent, moments: Tree, correct: Correction | None = None
+    client: Client,
+    start: Tree,
+    settings: Descent,
+    moments: Tree,
+    correct: Correction | None = None,
+    *,
+    fixed: Tree = MappingProxyType({}),
+    rates: Mapping[str, float] = MappingProxyType({}),
 ) -> tuple[Tree, Tree, Mapping[str, float]]:
-    """Take `steps` updates from `start` on the client's own data.
+    """Take `steps` updates from `start` on the client's own data, beside parameters that stay fixed.
 
-    `correct` sees every update's gradient before it is clipped and used. Returns, on the CPU, the new parameters, the optimiser's moments
-    (empty unless `keep_optimizer`; pass them in next time) and metrics: means over all batches, sums of those named `num_`.
+    `rates` multiply the learning rate of the parameters that they name; `correct` sees every update's gradient before it is
+    clipped and used. Returns, on the CPU, the new parameters, the optimiser's moments (empty unless `keep_optimizer`; pass them in
+    next time) and metrics: means over all batches, sums of those named `num_`.
     """
     device = client.task.device
     start = {name: start[name].detach().to(device) for name in sorted(start)}  # sums over tensors depend on their order
+    beside = {name: tensor.to(device) for name, tensor in fixed.items()}
     theta = {name: tensor.clone().requires_grad_() for name, tensor in start.items()}
-    optimiser = _optimiser(settings, theta, moments)
+    params, received = {**beside, **theta}, {**beside, **start}
+    optimiser = _optimiser(settings, theta, moments, rates)
     sums: dict[str, float] = {}
     size = BatchSize(settings.batch_size, settings.max_tokens_per_batch)
     batches = settings.steps * settings.gradient_accumulation_steps
@@ -66,10 +77,11 @@ def descend(
         torch.manual_seed(int(torch.randint(2**62, (), generator=client.rng)))  # what dropout draws from
         for step in range(settings.steps):
             progress = (client.round + (step + 0.5) / settings.steps) / client.rounds
-            optimiser.param_groups[0]["lr"] = rate(settings, progress)
+            for group in optimiser.param_groups:
+                group["lr"] = group["scale"] * rate(settings, progress)
             for _ in range(settings.gradient_accumulation_steps):
-                batch = client.task.draw(theta, start, client.shard, size, client.rng)
-                losses, metrics = client.task.losses(theta, batch)
+                batch = client.task.draw(params, received, client.shard, size, client.rng)
+                losses, metrics = client.task.losses(params, batch)
                 (losses.mean() / settings.gradient_accumulation_steps).backward()
                 for name, value in metrics.items():
                     sums[name] = sums.get(name, 0.0) + value
@@ -85,15 +97,15 @@ def descend(
     return {name: tensor.detach().cpu() for name, tensor in theta.items()}, kept, metrics
 
 
-def _optimiser(settings: Descent, theta: Tree, moments: Tree) -> torch.optim.Optimizer:
+def _optimiser(settings: Descent, theta: Tree, moments: Tree, rates: Mapping[str, float]) -> torch.optim.Optimizer:
+    scales = sorted({rates.get(name, 1.0) for name in theta})
+    groups = [{"params": [theta[name] for name in theta if rates.get(name, 1.0) == scale], "scale": scale} for scale in scales]
     optimiser: torch.optim.Optimizer
     if settings.optim == "adamw":
         betas = (settings.adam_beta1, settings.adam_beta2)
-        optimiser = torch.optim.AdamW(theta.values(), settings.learning_rate, betas, weight_decay=settings.weight_decay, fused=True)
+        optimiser = torch.optim.AdamW(groups, settings.learning_rate, betas, weight_decay=settings.weight_decay, fused=True)
     else:
-        optimiser = torch.optim.SGD(
-            theta.values(), settings.learning_rate, settings.momentum, weight_decay=settings.weight_decay, foreach=True
-        )
+        optimiser = torch.optim.SGD(groups, settings.learning_rate, settings.momentum, weight_decay=settings.weight_decay, foreach=True)
     for address, tensor in moments.items():
         key, name = address.split("/", 1)
         optimiser.state[theta[name]][key] = tensor.clone() if key == "step" else tensor.to(theta[name].device, copy=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from fedpref import config, seeds, trees
 from fedpref.engines import Engine, Simulation
@@ -84,6 +84,25 @@ def result(folder: RunDirectory) -> Result:
     names = list(lines(read_experiment(folder), 1).items())
     evaluations = {name: RunDirectory(folder.path / sub).read_rows(EVALUATION)[-1]["clients"] for name, (sub, _) in names}
     return Result(folder.path, evaluations)
+
+
+def exported(path: str | Path, client: str | None = None) -> Path:
+    """The folder of a finished run's shared model or of a client's own; raises UserError where there is none."""
+    place = existing_directory(path).path
+    own = {unquote(folder.name): folder for folder in sorted(place.glob("clients/*"))}
+    if client is not None:
+        if client in own:
+            return own[client]
+        known = json.loads((place / CLIENTS).read_text())
+        if client not in known:
+            raise UserError(f"{path}: there is no client {client!r}; the clients are {list(known)[:12]}.")
+        if not own and (place / "adapter").exists():
+            return place / "adapter"  # the shared model is this client's model
+    elif (place / "adapter").exists() and not own:
+        return place / "adapter"
+    elif own:
+        raise UserError(f"{path}: every client has a model of its own; choose one with --client: {list(own)[:12]}.")
+    raise UserError(f"{path}: the run is not finished, it has exported no model yet. `fedpref resume {path}` finishes it.")
 
 
 def events(experiment: Experiment, folder: RunDirectory) -> Iterator[Event]:

@@ -35,6 +35,12 @@ def to(tree: Tree, device: torch.device) -> Tree:
     return {name: tensor.to(device) for name, tensor in tree.items()}
 
 
+def select(tree: Tree, names: Iterable[str], after: str = "") -> Tree:
+    """What of a tree goes by these names; with `after`, what has one of them behind the first such mark."""
+    wanted = set(names)
+    return {name: tensor for name, tensor in tree.items() if (name.split(after, 1)[-1] if after else name) in wanted}
+
+
 def total(trees: Iterable[Tree]) -> Tree:
     """The sum, added from left to right: floating-point sums depend on their order, so the caller's order is kept."""
     first, *rest = trees

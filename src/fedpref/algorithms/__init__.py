@@ -1,12 +1,33 @@
 """One paper, one file; a new algorithm adds one line here."""
 
 from fedpref.algorithms.centralised import Centralised
+from fedpref.algorithms.clustered import Clustered
+from fedpref.algorithms.ditto import Ditto
+from fedpref.algorithms.feddpa import FedDPA
 from fedpref.algorithms.feddpo import FedDPO
 from fedpref.algorithms.fedopt import FedOpt
+from fedpref.algorithms.fedpdpo import FedPDPO
+from fedpref.algorithms.fedper import FedPer
 from fedpref.algorithms.fedprox import FedProx
+from fedpref.algorithms.fedsa import FFA, FedSA
 from fedpref.algorithms.local import Local
 from fedpref.algorithms.scaffold import Scaffold
 
-AnyAlgorithm = FedDPO | FedOpt | FedProx | Scaffold | Local | Centralised
+AnyAlgorithm = FedDPO | FedPDPO | FedOpt | FedProx | Scaffold | FFA | FedSA | FedPer | Ditto | FedDPA | Clustered | Local | Centralised
 
-__all__ = ["AnyAlgorithm", "Centralised", "FedDPO", "FedOpt", "FedProx", "Local", "Scaffold"]
+__all__ = [
+    "FFA",
+    "AnyAlgorithm",
+    "Centralised",
+    "Clustered",
+    "Ditto",
+    "FedDPA",
+    "FedDPO",
+    "FedOpt",
+    "FedPDPO",
+    "FedPer",
+    "FedProx",
+    "FedSA",
+    "Local",
+    "Scaffold",
+]

@@ -50,7 +50,11 @@ class DPO:
 
     def __call__(self, policy: PairScores, reference: PairScores) -> PerPair:
         chosen, rejected = self.rewards(policy, reference)
-        kept, flipped = -logsigmoid(chosen - rejected), -logsigmoid(rejected - chosen)
+        return self.of_margin(chosen - rejected)
+
+    def of_margin(self, margin: PerPair) -> PerPair:
+        """The loss of reward margins, wherever they come from."""
+        kept, flipped = -logsigmoid(margin), -logsigmoid(-margin)
         e = self.label_smoothing
         if self.smoothing == "conservative":
             return (1 - e) * kept + e * flipped
@@ -91,7 +95,11 @@ class Hinge:
 
     def __call__(self, policy: PairScores, reference: PairScores) -> PerPair:
         chosen, rejected = self.rewards(policy, reference)
-        return torch.relu(1 - (chosen - rejected))
+        return self.of_margin(chosen - rejected)
+
+    def of_margin(self, margin: PerPair) -> PerPair:
+        """The loss of reward margins, wherever they come from."""
+        return torch.relu(1 - margin)
 
     def rewards(self, policy: PairScores, reference: PairScores) -> tuple[PerPair, PerPair]:
         return _over_reference(self.beta, policy, reference)

@@ -13,13 +13,32 @@ CHUNK = 2**20  # logits computed at a time: 4 MB in float32
 
 
 def token_log_probabilities(
-    hidden: Float[Tensor, "n D"], weight: Float[Tensor, "V D"], bias: Float[Tensor, " V"] | None, targets: Int[Tensor, " n"]
+    hidden: Float[Tensor, "n D"],
+    weight: Float[Tensor, "V D"],
+    bias: Float[Tensor, " V"] | None,
+    targets: Int[Tensor, " n"],
+    change: tuple[Float[Tensor, "r D"], Float[Tensor, "V r"]] | None = None,
 ) -> Float[Tensor, " n"]:
-    """Log-probabilities of tokens under a frozen linear head; the gradient is formed in the same pass, so logits live for a chunk only."""
+    """Log-probabilities of tokens under a linear head W, or W + U D of a low-rank change (D, U); logits live for a chunk only.
+
+    Under a head that is frozen the gradient is formed in the same pass; under one that is trained, logits are computed twice.
+    """
     extra = -len(hidden) % SCORED
-    padded = nn.functional.pad(hidden, (0, 0, 0, extra)), nn.functional.pad(targets, (0, extra))
-    scores: Float[Tensor, " n"] = _Head.apply(padded[0], weight, bias, padded[1])[: len(hidden)]  # type: ignore[no-untyped-call]
-    return scores
+    rows, wanted = nn.functional.pad(hidden, (0, 0, 0, extra)), nn.functional.pad(targets, (0, extra))
+    scores: Float[Tensor, " n"]
+    if change is not None:
+        down, up = change
+        scores = _TrainedHead.apply(rows, weight, bias, rows @ down.T, up, wanted)  # type: ignore[no-untyped-call]
+    elif weight.requires_grad:
+        scores = _TrainedHead.apply(rows, weight, bias, None, None, wanted)  # type: ignore[no-untyped-call]
+    else:
+        scores = _Head.apply(rows, weight, bias, wanted)  # type: ignore[no-untyped-call]
+    return scores[: len(hidden)]
+
+
+def _chunks(count: int, vocabulary: int) -> list[slice]:
+    size = max(1, CHUNK // vocabulary)
+    return [slice(first, first + size) for first in range(0, count, size)]
 
 
 class _Head(torch.autograd.Function):
@@ -31,7 +50,8 @@ class _Head(torch.autograd.Function):
     ) -> Float[Tensor, " n"]:
         wanted = ctx.needs_input_grad[0]
         scores, gradients = [], []
-        for h, t in zip(hidden.split(max(1, CHUNK // len(weight))), targets.split(max(1, CHUNK // len(weight))), strict=True):
+        for part in _chunks(len(hidden), len(weight)):
+            h, t = hidden[part], targets[part]
             tokens = nn.functional.linear(h, weight, bias).log_softmax(-1, torch.float32)
             scores.append(tokens.gather(1, t[:, None])[:, 0])
             if wanted:
@@ -44,3 +64,59 @@ class _Head(torch.autograd.Function):
     def backward(ctx: Any, upstream: Float[Tensor, " n"]) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * upstream[:, None].to(gradient.dtype), None, None, None
+
+
+class _TrainedHead(torch.autograd.Function):
+    """Logits are W h + U d; the gradient of a token's logits is one at its target less their softmax, computed anew."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Float[Tensor, "n D"],
+        weight: Float[Tensor, "V D"],
+        bias: Float[Tensor, " V"] | None,
+        inner: Float[Tensor, "n r"] | None,
+        up: Float[Tensor, "V r"] | None,
+        targets: Int[Tensor, " n"],
+    ) -> Float[Tensor, " n"]:
+        ctx.save_for_backward(hidden, weight, bias, inner, up, targets)
+        parts = _chunks(len(hidden), len(weight))
+        return torch.cat(
+            [_tokens(hidden, weight, bias, inner, up, part).gather(1, targets[part, None])[:, 0] for part in parts],
+        )
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Float[Tensor, " n"]) -> tuple[Tensor | None, Tensor | None, None, Tensor | None, Tensor | None, None]:
+        hidden, weight, bias, inner, up, targets = ctx.saved_tensors
+        hidden_slope = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        weight_slope = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        inner_slope = None if inner is None else torch.empty_like(inner)
+        up_slope = None if up is None else torch.zeros_like(up, dtype=torch.float32)
+        for part in _chunks(len(hidden), len(weight)):
+            slope = _tokens(hidden, weight, bias, inner, up, part).exp_().neg_()
+            slope.scatter_add_(1, targets[part, None], torch.ones_like(slope[:, :1]))
+            slope = slope.mul_(upstream[part, None]).to(weight.dtype)
+            if hidden_slope is not None:
+                hidden_slope[part] = slope @ weight
+            if weight_slope is not None:
+                weight_slope += slope.T @ hidden[part]
+            if inner is not None and inner_slope is not None and up is not None and up_slope is not None:
+                inner_slope[part] = slope @ up
+                up_slope += slope.T @ inner[part]
+        narrow = None if weight_slope is None else weight_slope.to(weight.dtype)
+        return hidden_slope, narrow, None, inner_slope, None if up_slope is None else up_slope.to(up.dtype), None
+
+
+def _tokens(
+    hidden: Float[Tensor, "n D"],
+    weight: Float[Tensor, "V D"],
+    bias: Float[Tensor, " V"] | None,
+    inner: Float[Tensor, "n r"] | None,
+    up: Float[Tensor, "V r"] | None,
+    part: slice,
+) -> Float[Tensor, "m V"]:
+    """Log-probabilities of all tokens, in float32."""
+    logits = nn.functional.linear(hidden[part], weight, bias)
+    if inner is not None and up is not None:
+        logits = logits.addmm_(inner[part], up.T)
+    return logits.log_softmax(-1, torch.float32)

@@ -1,4 +1,4 @@
-"""A causal language model of transformers with a LoRA adapter: one frozen backbone, any number of adapters as trees."""
+"""A causal language model of transformers with a LoRA adapter: one frozen backbone, any number of adapters and own parts as trees."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
 from importlib.resources import files
@@ -29,6 +29,7 @@ from fedpref.models import devices, lora
 from fedpref.models.attention import ATTENTION, Kernel, PackingError, by_sequence, kernels, packed_attention, register
 from fedpref.models.head import token_log_probabilities
 from fedpref.models.packed import Layout, Row
+from fedpref.models.parts import FILE, HEAD, HEAD_DOWN, HEAD_UP, NAMES, OWN_ADAPTER, REWARD, Parts, fused, joined
 from fedpref.trees import Tree
 
 BUILTIN = "builtin"
@@ -100,7 +101,7 @@ class LanguageModel:
         self.dropouts = [module for name, module in self.model.named_modules() if name.endswith("lora_dropout")]
         self.places = {name.replace(".default", ""): name for name, _ in self.model.named_parameters() if ".lora_" in name}
         self.kernel: Kernel = by_sequence
-        self.packs = False
+        self.packs = self.has_plain_head = False
         if self.wanted.type == "cpu":
             self._settle(self.wanted)
 
@@ -158,19 +159,55 @@ class LanguageModel:
                 nn.init.normal_(tensor, generator=rng)
         return adapter
 
-    def log_probabilities(self, adapter: Tree | None, rows: Sequence[Row], *, training: bool = False) -> Float[Tensor, " A"]:
-        """The summed log-probability of each answer, in the order of the rows; without an adapter, the backbone's.
+    def fresh(self, settings: Parts, rng: torch.Generator) -> Tree:
+        """A client's own parts as they begin; raises UserError where the model's vocabulary head cannot stand beside them."""
+        if settings.none:
+            return {}
+        if not self.has_plain_head:
+            raise UserError(
+                f"{self.name}: parts of a client's own need logits that are the vocabulary head's alone, and a head without an adapter. "
+                "Take another model, or leave the head out of task.model.lora_target_modules."
+            )
+        return settings.init(self.head.weight, rng)
 
-        `training` turns the adapter's dropout on; the backbone's stays off, since DPO compares log-probabilities. The adapter computes in
-        the backbone's dtype; its gradient arrives in its own.
+    def log_probabilities(self, params: Tree | None, rows: Sequence[Row], *, training: bool = False) -> Float[Tensor, " A"]:
+        """The summed log-probability of each answer, in the order of the rows; see `score`."""
+        return self.score(params, rows, training=training)[0]
+
+    def score(
+        self, params: Tree | None, rows: Sequence[Row], *, training: bool = False
+    ) -> tuple[Float[Tensor, " A"], Float[Tensor, " A"] | None]:
+        """Each answer's summed log-probability, and its explicit reward if the parameters have a reward head.
+
+        Without parameters, the backbone's. `training` turns the adapter's dropout on; the backbone's stays off, since DPO compares
+        log-probabilities. Parameters compute in the backbone's dtype; their gradients arrive in their own.
         """
         for dropout in self.dropouts:
             dropout.train(training)
-        cast = {name: tensor.to(self.device, self.dtype) for name, tensor in (adapter or {}).items()}
+        cast = {name: tensor.to(self.device, self.dtype) for name, tensor in (params or {}).items()}
+        adapter = joined({name: tensor for name, tensor in cast.items() if name not in NAMES})
+        own = {name: tensor for name, tensor in cast.items() if name in NAMES}
         if self.packs:
             with suppress(PackingError):  # a window of attention that is shorter than these rows
-                return self._packed(cast, rows)
-        return self._padded(cast, rows)
+                layout = Layout.packed(rows, self.device)
+                with packed_attention(layout, self.kernel):
+                    states, _ = self._run(adapter, layout, layout.scored[:0])
+                return self._answers(states, layout, own)
+        layout = Layout.padded(rows, self.device)
+        states, logits = self._run(adapter, layout, layout.scored[:0] if self.has_plain_head else layout.scored)
+        if self.has_plain_head:
+            return self._answers(states, layout, own)
+        return layout.per_answer(-nn.functional.cross_entropy(logits[0].float(), layout.targets, reduction="none")), None
+
+    def _answers(self, states: Float[Tensor, "R T D"], layout: Layout, own: Tree) -> tuple[Float[Tensor, " A"], Float[Tensor, " A"] | None]:
+        hidden = states.flatten(0, 1)
+        scored = fused(hidden.index_select(0, layout.scored), own)
+        change = (own[HEAD_DOWN], own[HEAD_UP]) if HEAD_UP in own else None
+        weight = own.get(HEAD, self.head.weight)
+        tokens = token_log_probabilities(scored, weight, self.head.bias, layout.targets, change)
+        if REWARD not in own:
+            return layout.per_answer(tokens), None
+        return layout.per_answer(tokens), (fused(hidden.index_select(0, layout.last), own) * own[REWARD]).float().sum(1)
 
     def _packing_problem(self) -> str | None:
         """Try the packed form on a few tokens, against the padded one with the model's own attention: what is wrong with it, if anything.
@@ -182,7 +219,8 @@ class LanguageModel:
         draw = torch.Generator().manual_seed(0)
         tokens = torch.randint(self.head.out_features, (16,), generator=draw).tolist()
         rows: list[Row] = [(tokens[:3], (tokens[3:5], tokens[5:9])), (tokens[9:10], (tokens[10:13], tokens[13:]))]
-        adapter = {name: 0.05 * torch.randn(t.shape, generator=draw).to(self.device, self.dtype) for name, t in self.init(draw).items()}
+        fresh = self.init(draw)
+        adapter = {name: 0.05 * torch.randn(t.shape, generator=draw).to(self.device, self.dtype) for name, t in fresh.items()}
         tolerance = 1e-3 if self.dtype == torch.float32 else 0.05
         backbone = self.model.get_base_model()
         own = backbone.config._attn_implementation
@@ -194,6 +232,7 @@ class LanguageModel:
             expected = states.flatten(0, 1)[apart.scored]
             if _distance(nn.functional.linear(expected, self.head.weight, self.head.bias), logits[0]) > tolerance:
                 return "its logits are not those of its head alone"
+            self.has_plain_head = True
             for kernel in kernels(self.device, self.dtype):
                 try:
                     backbone.set_attn_implementation(ATTENTION)
@@ -209,18 +248,6 @@ class LanguageModel:
                     problem = f"hidden states differ by {distance:.2g} of their size"
             backbone.set_attn_implementation(own)
         return problem
-
-    def _packed(self, adapter: Tree, rows: Sequence[Row]) -> Float[Tensor, " A"]:
-        layout = Layout.packed(rows, self.device)
-        with packed_attention(layout, self.kernel):
-            hidden, _ = self._run(adapter, layout, layout.scored[:0])
-        tokens = token_log_probabilities(hidden[0].index_select(0, layout.scored), self.head.weight, self.head.bias, layout.targets)
-        return layout.per_answer(tokens)
-
-    def _padded(self, adapter: Tree, rows: Sequence[Row]) -> Float[Tensor, " A"]:
-        layout = Layout.padded(rows, self.device)
-        _, logits = self._run(adapter, layout, layout.scored)
-        return layout.per_answer(-nn.functional.cross_entropy(logits[0].float(), layout.targets, reduction="none"))
 
     def _run(self, adapter: Tree, layout: Layout, places: Int[Tensor, " m"]) -> tuple[Float[Tensor, "R T D"], Float[Tensor, "1 m V"]]:
         """The hidden states that come to the vocabulary head, and the head's logits at these places of the flattened ids alone."""
@@ -240,12 +267,17 @@ class LanguageModel:
         finally:
             hook.remove()
 
-    def export(self, adapter: Tree, folder: Path) -> None:
-        """Write a folder that `PeftModel.from_pretrained` loads, and the tokenizer beside it."""
+    def export(self, params: Tree, folder: Path) -> None:
+        """Write a folder that `load_model` loads, and PEFT if there are no parts of a client's own; the tokenizer beside it."""
         folder.mkdir(parents=True, exist_ok=True)
-        self.model.peft_config["default"].save_pretrained(str(folder))
+        adapter = joined({name: tensor for name, tensor in params.items() if name not in NAMES})
+        config = self.model.peft_config["default"]
+        times = 2 if any(name.startswith(OWN_ADAPTER) for name in params) else 1  # two adapters as one of twice the rank
+        replace(config, r=times * config.r, lora_alpha=times * config.lora_alpha).save_pretrained(str(folder))
         self.tokenizer.save_pretrained(str(folder))
         trees.save(adapter, folder / "adapter_model.safetensors")
+        if own := trees.select(params, NAMES):
+            trees.save(own, folder / FILE)
 
     # ---- text to tokens
 

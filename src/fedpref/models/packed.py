@@ -27,6 +27,7 @@ class Layout:
     positions: Int[Tensor, "R T"]
     scored: Int[Tensor, " n"]  # places in the flattened ids whose next token belongs to an answer
     targets: Int[Tensor, " n"]  # that token
+    last: Int[Tensor, " A"]  # place of each answer's last token
     counts: tuple[int, ...]  # tokens of each answer, in the order of the rows
     sequences: tuple[tuple[int, ...], ...] = ()  # packed: where each begins, its prompt ends, its answers end, and its padding
 
@@ -42,7 +43,9 @@ class Layout:
         alone: list[Row] = [(prompt, (answer,)) for prompt, answers in rows for answer in answers]
         widest = max(map(_length, alone))
         layout = _layout(alone, [widest] * len(alone), 1, device)
-        return Layout(layout.ids.view(-1, widest), layout.positions.view(-1, widest), layout.scored, layout.targets, layout.counts)
+        return Layout(
+            layout.ids.view(-1, widest), layout.positions.view(-1, widest), layout.scored, layout.targets, layout.last, layout.counts
+        )
 
     def per_answer(self, tokens: Float[Tensor, " n"]) -> Float[Tensor, " A"]:
         """Sums over each answer's tokens."""
@@ -53,6 +56,7 @@ def _layout(rows: Sequence[Row], widths: Sequence[int], whole: int, device: torc
     ids: list[int] = []
     positions: list[int] = []
     scored: list[int] = []
+    last: list[int] = []
     sequences = []
     for (prompt, answers), width in zip(rows, widths, strict=True):
         begin = len(ids)
@@ -64,15 +68,16 @@ def _layout(rows: Sequence[Row], widths: Sequence[int], whole: int, device: torc
             ids += answer
             positions += range(len(prompt), len(prompt) + len(answer))
             ends.append(len(ids))
+            last.append(len(ids) - 1)
         rest = begin + width - len(ids)
         ids += [0] * rest
         positions += [0] * rest
         sequences.append((*ends, len(ids)))
     rest = -len(ids) % whole
     targets = [token for _, answers in rows for answer in answers for token in answer]
-    tensors = [torch.tensor(values, device=device) for values in (ids + [0] * rest, positions + [0] * rest, scored, targets)]
+    tensors = [torch.tensor(values, device=device) for values in (ids + [0] * rest, positions + [0] * rest, scored, targets, last)]
     counts = tuple(len(answer) for _, answers in rows for answer in answers)
-    return Layout(tensors[0][None], tensors[1][None], tensors[2], tensors[3], counts, tuple(sequences))
+    return Layout(tensors[0][None], tensors[1][None], tensors[2], tensors[3], tensors[4], counts, tuple(sequences))
 
 
 def _length(row: Row) -> int:

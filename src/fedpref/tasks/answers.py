@@ -20,6 +20,7 @@ from fedpref.data.preferences import ClientData, Row, Text
 from fedpref.errors import UserError
 from fedpref.models import devices
 from fedpref.models.language import LanguageModel, Model
+from fedpref.models.parts import Parts
 from fedpref.tasks.task import BatchSize
 from fedpref.trees import Tree
 
@@ -111,8 +112,8 @@ class AnswerLearner(ABC):
         """A client's rows of one side, and how many of them were cut; raises UserError for a row that cannot be used."""
 
     @abstractmethod
-    def measure(self, policy: Float[Tensor, "B 2"], batch: Batch) -> Mapping[str, PerExample]:
-        """Metrics of each example from its answers' log-probabilities; `loss` is differentiable."""
+    def measure(self, policy: Float[Tensor, "B 2"], explicit: Float[Tensor, "B 2"] | None, batch: Batch) -> Mapping[str, PerExample]:
+        """Metrics of each example from its answers' log-probabilities and explicit rewards, if any; `loss` is differentiable."""
 
     # ---- data
 
@@ -173,13 +174,16 @@ class AnswerLearner(ABC):
             scores = torch.empty(len(examples), 2, dtype=torch.float64)
             with torch.no_grad():
                 for indices in _by_length(examples, SCORING_BATCH):
-                    scores[indices] = self._score(None, [examples[i] for i in indices]).double().cpu()
+                    scores[indices] = self._score(None, [examples[i] for i in indices])[0].double().cpu()
             cache.mkdir(parents=True, exist_ok=True)
             trees.save({"scores": scores}, file)
         scored = tuple(replace(example, reference=(a, b)) for example, (a, b) in zip(examples, scores.tolist(), strict=True))
         return replace(shard, train=scored[: len(shard.train)], test=scored[len(shard.train) :])
 
     # ---- learning
+
+    def parts(self, settings: Parts, rng: torch.Generator) -> Tree:
+        return self.language.fresh(settings, rng)
 
     def init(self, rng: torch.Generator) -> Tree:
         return self.language.init(rng)
@@ -191,10 +195,10 @@ class AnswerLearner(ABC):
         if self.settings.reference == "base" or not self.needs_reference:
             return self._with_base(examples)
         with torch.no_grad():
-            return Batch(examples, self._score(start, examples))
+            return Batch(examples, self._score(start, examples)[0])
 
     def losses(self, params: Tree, batch: Batch) -> tuple[Float[Tensor, 1], Mapping[str, float]]:
-        measured = self.measure(self._score(params, batch.examples, training=True), batch)
+        measured = self.measure(*self._score(params, batch.examples, training=True), batch)
         metrics = {name: float(values.detach().mean()) for name, values in measured.items()}
         counts = {"num_pairs": float(len(batch.examples)), "num_tokens": float(sum(example.tokens for example in batch.examples))}
         return measured["loss"].mean()[None], metrics | counts
@@ -205,7 +209,7 @@ class AnswerLearner(ABC):
         sums: dict[str, float] = {}
         for indices in _by_length(shard.test, SCORING_BATCH):
             examples = [shard.test[i] for i in indices]
-            for name, values in self.measure(self._score(params, examples), self._with_base(examples)).items():
+            for name, values in self.measure(*self._score(params, examples), self._with_base(examples)).items():
                 sums[name] = sums.get(name, 0.0) + float(values.sum())
         return {name: value / len(shard.test) for name, value in sums.items()} | {"num_examples": float(len(shard.test))}
 
@@ -218,9 +222,11 @@ class AnswerLearner(ABC):
         known = [example.reference or (0.0, 0.0) for example in examples]
         return Batch(examples, torch.tensor(known, device=self.language.device))
 
-    def _score(self, adapter: Tree | None, examples: Sequence[Example], *, training: bool = False) -> Float[Tensor, "B 2"]:
-        rows = [(example.prompt, example.answers) for example in examples]
-        return self.language.log_probabilities(adapter, rows, training=training).view(-1, 2)
+    def _score(
+        self, params: Tree | None, examples: Sequence[Example], *, training: bool = False
+    ) -> tuple[Float[Tensor, "B 2"], Float[Tensor, "B 2"] | None]:
+        sums, rewards = self.language.score(params, [(example.prompt, example.answers) for example in examples], training=training)
+        return sums.view(-1, 2), None if rewards is None else rewards.view(-1, 2)
 
 
 def _draw(lengths: Sequence[int], size: BatchSize, rng: torch.Generator) -> list[int]:

@@ -11,8 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fedpref.data.preferences import Preference, Row
+from fedpref.errors import UserError
 from fedpref.losses.feedback import KTO
+from fedpref.models.parts import Parts
 from fedpref.tasks.answers import AnswerLearner, AnswerTask, Batch, Example, PerExample
+from fedpref.trees import Tree
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +55,12 @@ class FeedbackLearner(AnswerLearner):
             found.append(Example(prompt, (answer, other[: self.max_length - len(prompt)]), desirable=label))
         return found, cut
 
-    def measure(self, policy: Float[Tensor, "B 2"], batch: Batch) -> Mapping[str, PerExample]:
+    def parts(self, settings: Parts, rng: torch.Generator) -> Tree:
+        if settings.reward:
+            raise UserError("algorithm.parts.reward: an explicit reward is for pairs; with judgements, set it to false.")
+        return super().parts(settings, rng)
+
+    def measure(self, policy: Float[Tensor, "B 2"], explicit: Float[Tensor, "B 2"] | None, batch: Batch) -> Mapping[str, PerExample]:
         """An answer is judged accurately if its reward is positive where it is desirable, negative where not; a tie counts as half.
 
         `rewards/margins` is the reward, negated where the answer is not desirable.

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from fedpref.data.preferences import Preference, Row
 from fedpref.errors import UserError
-from fedpref.losses import DPO, Loss, PairScores
+from fedpref.losses import DPO, Explicit, Hinge, Loss, PairScores
+from fedpref.models.parts import Parts
 from fedpref.tasks.answers import AnswerLearner, AnswerTask, Batch, Example, PerExample
+from fedpref.trees import Tree
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +25,7 @@ class PreferenceTask(AnswerTask):
 
     name: Literal["preference"] = "preference"
     loss: Annotated[Loss, Field(discriminator="name")] = DPO()
+    explicit: Explicit = Explicit()  # where clients have a reward head
 
     def build(self) -> PreferenceLearner:
         return PreferenceLearner(self)
@@ -52,15 +55,42 @@ class PreferenceLearner(AnswerLearner):
             cut += shortened
         return found, cut
 
-    def measure(self, policy: Float[Tensor, "B 2"], batch: Batch) -> Mapping[str, PerExample]:
-        """TRL's names. A tie counts as half an accurate pair: nothing is learnt from it, and nothing is lost."""
-        tokens = torch.tensor([tuple(map(len, example.answers)) for example in batch.examples]).to(policy)
+    def parts(self, settings: Parts, rng: torch.Generator) -> Tree:
+        if settings.reward and not isinstance(self.settings.loss, DPO | Hinge):
+            raise UserError(
+                f"algorithm.parts.reward: an explicit reward is defined beside the losses dpo and hinge, task.loss is "
+                f"{self.settings.loss.name}. Take one of these, or set algorithm.parts.reward to false."
+            )
+        return super().parts(settings, rng)
+
+    def measure(self, policy: Float[Tensor, "B 2"], explicit: Float[Tensor, "B 2"] | None, batch: Batch) -> Mapping[str, PerExample]:
+        """TRL's names; with a reward head, rewards are sums, and accuracies are also given of either part alone."""
+        loss, tokens = self.settings.loss, torch.tensor([tuple(map(len, e.answers)) for e in batch.examples]).to(policy)
         scores, reference = (PairScores(*sums.unbind(1), *tokens.unbind(1)) for sums in (policy, batch.reference))
-        chosen, rejected = (reward.detach() for reward in self.settings.loss.rewards(scores, reference))
+        chosen, rejected = loss.rewards(scores, reference)
+        if explicit is None:
+            return _metrics(loss(scores, reference), chosen, rejected)
+        if not isinstance(loss, DPO | Hinge):
+            raise TypeError(f"{loss.name} has no margin to which an explicit reward could be added")
+        added = self.settings.explicit.alpha * explicit
+        losses = self.settings.explicit(loss, chosen - rejected, explicit[:, 0] - explicit[:, 1])
         return {
-            "loss": self.settings.loss(scores, reference),
-            "rewards/chosen": chosen,
-            "rewards/rejected": rejected,
-            "rewards/margins": chosen - rejected,
-            "rewards/accuracies": (chosen > rejected).float() + 0.5 * (chosen == rejected).float(),
+            **_metrics(losses, chosen + added[:, 0], rejected + added[:, 1]),
+            "rewards/accuracies_implicit": _accurate(chosen, rejected),
+            "rewards/accuracies_explicit": _accurate(explicit[:, 0], explicit[:, 1]),
         }
+
+
+def _metrics(loss: PerExample, chosen: PerExample, rejected: PerExample) -> dict[str, PerExample]:
+    return {
+        "loss": loss,
+        "rewards/chosen": chosen.detach(),
+        "rewards/rejected": rejected.detach(),
+        "rewards/margins": (chosen - rejected).detach(),
+        "rewards/accuracies": _accurate(chosen, rejected),
+    }
+
+
+def _accurate(chosen: PerExample, rejected: PerExample) -> PerExample:
+    """A tie counts as half an accurate pair: nothing is learnt from it, and nothing is lost."""
+    return (chosen > rejected).float() + 0.5 * (chosen == rejected).float()

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fedpref.models.parts import Parts
 from fedpref.trees import Tree
 
 
@@ -57,6 +58,10 @@ class Task(Protocol):
 
     def init(self, rng: torch.Generator) -> Tree:
         """Fresh trainable parameters, on the CPU."""
+        ...
+
+    def parts(self, settings: Parts, rng: torch.Generator) -> Tree:
+        """A client's own parts as they begin, under names that `init` does not use; raises UserError where the model cannot have them."""
         ...
 
     def prepare(self, shard: Any, cache: Path) -> Any:

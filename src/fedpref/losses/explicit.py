@@ -1,0 +1,34 @@
+"""An explicit reward beside the implicit one of DPO: a Bradley-Terry likelihood on their sum."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from fedpref.losses.preference import DPO, Hinge
+
+PerPair = Float[Tensor, " B"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explicit:
+    """How a reward head's margin joins the implicit one: P(chosen over rejected) = sigmoid(implicit + alpha explicit).
+
+    The loss is the preference loss of that sum plus `gamma` times -log sigmoid(explicit). FedPDPO's parts are published, this
+    combination is ours. Fitted on the sum alone, the policy would learn only what the reward head leaves over; therefore the reward
+    head is a constant in the sum, and learns from its own term, unless `stop_gradient` is off.
+    """
+
+    alpha: Annotated[float, Field(ge=0)] = 1.0
+    gamma: Annotated[float, Field(ge=0)] = 1.0
+    stop_gradient: bool = True
+
+    def __call__(self, loss: DPO | Hinge, implicit: PerPair, explicit: PerPair) -> PerPair:
+        """One loss a pair from the two margins, chosen less rejected."""
+        offset = explicit.detach() if self.stop_gradient else explicit
+        return loss.of_margin(implicit + self.alpha * offset) - self.gamma * logsigmoid(explicit)

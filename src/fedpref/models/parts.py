@@ -1,0 +1,96 @@
+"""What a client may have of its own on a shared model: a vocabulary head, a reward head, a bottleneck between the model and both.
+
+All act on the hidden states that come to the vocabulary head. Their tensors go by these names in the tree of a client's parameters,
+so that a tree without them is the shared model.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor, nn
+
+from fedpref.trees import Tree
+
+HEAD, HEAD_DOWN, HEAD_UP = "head.weight", "head.down", "head.up"
+REWARD = "reward.weight"
+DOWN, UP = "bottleneck.down", "bottleneck.up"
+OWN_ADAPTER = "own."  # begins the names of a second adapter, which is added to the first
+FILE = "own_parts.safetensors"
+NAMES = frozenset({HEAD, HEAD_DOWN, HEAD_UP, REWARD, DOWN, UP})
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Which parts a client has of its own."""
+
+    head: Literal["full", "low-rank"] | None = "full"  # its own copy of the vocabulary head, or a low-rank change of it
+    head_rank: Annotated[int, Field(ge=1)] = 16  # of a low-rank head, for large vocabularies
+    bottleneck: Annotated[int, Field(ge=0)] = 64  # width of a residual adapter on the last hidden state; 0: none
+    reward: bool = True  # an explicit reward, linear in the last hidden state of an answer
+
+    @property
+    def none(self) -> bool:
+        """Whether there is nothing that a client has of its own."""
+        return self.head is None and not self.bottleneck and not self.reward
+
+    def init(self, head: Float[Tensor, "V D"], rng: torch.Generator) -> Tree:
+        """Fresh parts in float32 on the CPU, which change nothing: the head is the backbone's, what comes last in the others is zero."""
+        vocabulary, width = head.shape
+        tree: dict[str, Tensor] = {}
+        if self.head == "full":
+            tree[HEAD] = head.detach().float().cpu().clone()
+        elif self.head == "low-rank":
+            tree[HEAD_DOWN] = nn.init.kaiming_uniform_(torch.empty(self.head_rank, width), a=math.sqrt(5), generator=rng)
+            tree[HEAD_UP] = torch.zeros(vocabulary, self.head_rank)
+        if self.bottleneck:
+            tree[DOWN] = nn.init.kaiming_uniform_(torch.empty(self.bottleneck, width), a=math.sqrt(5), generator=rng)
+            tree[UP] = torch.zeros(width, self.bottleneck)
+        if self.reward:
+            tree[REWARD] = torch.zeros(width)
+        return tree
+
+
+def joined(adapter: Tree) -> dict[str, Tensor]:
+    """One adapter of twice the rank for the sum of an adapter and a client's own; the adapter itself if there is no second."""
+    return {
+        name: torch.cat([tensor, adapter[OWN_ADAPTER + name]], 0 if "_A" in name.rsplit("lora", 1)[-1] else 1)
+        if OWN_ADAPTER + name in adapter
+        else tensor
+        for name, tensor in adapter.items()
+        if not name.startswith(OWN_ADAPTER)
+    }
+
+
+def fused(hidden: Float[Tensor, "n D"], parts: Tree) -> Float[Tensor, "n D"]:
+    """Hidden states after the bottleneck, if there is one: h + U gelu(D h)."""
+    if DOWN not in parts:
+        return hidden
+    return hidden + nn.functional.gelu(hidden @ parts[DOWN].T) @ parts[UP].T
+
+
+class OwnHead(nn.Linear):
+    """A vocabulary head with a client's own parts, for models of transformers; `reward` is its explicit reward of hidden states."""
+
+    def __init__(self, head: nn.Linear, parts: Tree) -> None:
+        super().__init__(head.in_features, head.out_features, head.bias is not None, device="meta")
+        own = {name: tensor.to(head.weight.device, head.weight.dtype) for name, tensor in parts.items()}
+        change = own[HEAD_UP] @ own[HEAD_DOWN] if HEAD_UP in own else 0.0
+        self.weight = nn.Parameter(own.get(HEAD, head.weight).detach() + change, requires_grad=False)
+        self.bias = head.bias
+        for name in {DOWN, UP, REWARD} & own.keys():
+            self.register_buffer(name.replace(".", "_"), own[name])
+
+    def fused(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
+        return fused(hidden, {name: getattr(self, name.replace(".", "_")) for name in (DOWN, UP) if hasattr(self, name.replace(".", "_"))})
+
+    def forward(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
+        return super().forward(self.fused(hidden))
+
+    def reward(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "..."]:
+        return self.fused(hidden) @ self.get_buffer("reward_weight")

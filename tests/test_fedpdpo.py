@@ -1,0 +1,220 @@
+"""Parts of a client's own: their laws, and FedPDPO, which trains them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import make_rows, write_rows
+from fedpref import Experiment, UserError, config, run, seeds, trees
+from fedpref.losses import DPO, Explicit, Hinge
+from fedpref.models.head import token_log_probabilities
+from fedpref.models.language import LanguageModel, Model
+from fedpref.models.packed import Row
+from fedpref.models.parts import HEAD, REWARD, Parts
+from fedpref.tasks import PreferenceTask
+
+ROWS: list[Row] = [((5, 6, 7), ((8, 9), (10, 11, 12, 13))), ((11,), ((12, 13, 14, 15), (16,)))]
+EVERYTHING = [Parts(bottleneck=6), Parts(head="low-rank", head_rank=3, bottleneck=6)]
+
+
+@pytest.fixture(scope="module")
+def model(tiny: Path) -> LanguageModel:
+    return LanguageModel(Model(path=str(tiny), dtype="float32"))
+
+
+def shaken(tree: trees.Tree, seed: int = 0) -> trees.Tree:
+    draw = torch.Generator().manual_seed(seed)
+    return {name: t + 0.2 * torch.randn(t.shape, generator=draw) for name, t in tree.items()}
+
+
+# ---- laws of the loss
+
+
+def test_either_answer_is_preferred_with_probabilities_that_sum_to_one() -> None:
+    implicit, explicit = torch.randn(2, 50, dtype=torch.float64)
+    law = Explicit(alpha=0.7, gamma=0.0)
+    one, other = law(DPO(), implicit, explicit), law(DPO(), -implicit, -explicit)
+    torch.testing.assert_close((-one).exp() + (-other).exp(), torch.ones(50, dtype=torch.float64))
+
+
+def test_without_alpha_it_is_dpo_and_without_beta_a_reward_model() -> None:
+    implicit, explicit = torch.randn(2, 20)
+    assert torch.equal(Explicit(alpha=0.0, gamma=0.0)(DPO(), implicit, explicit), DPO().of_margin(implicit))
+    bradley_terry = -torch.nn.functional.logsigmoid(explicit)
+    torch.testing.assert_close(Explicit(alpha=1.0, gamma=0.0)(DPO(), 0 * implicit, explicit), bradley_terry)
+    torch.testing.assert_close(Explicit(alpha=0.0, gamma=0.5)(Hinge(), 0 * implicit, explicit), 1 + 0.5 * bradley_terry)
+
+
+@pytest.mark.parametrize("stop", [True, False])
+def test_the_reward_head_is_a_constant_in_the_sum_unless_asked_otherwise(stop: bool) -> None:
+    implicit, explicit = torch.randn(2, 20).unbind(0)
+    explicit.requires_grad_()
+    Explicit(alpha=2.0, gamma=0.3, stop_gradient=stop)(DPO(), implicit, explicit).sum().backward()
+    own = -0.3 * torch.sigmoid(-explicit.detach())
+    rest = -2.0 * torch.sigmoid(-(implicit + 2.0 * explicit.detach()))
+    torch.testing.assert_close(explicit.grad, own if stop else own + rest)
+
+
+# ---- parts in the model
+
+
+@pytest.mark.parametrize("parts", EVERYTHING, ids=["full head", "low-rank head"])
+def test_fresh_parts_change_nothing(parts: Parts, model: LanguageModel) -> None:
+    own = model.fresh(parts, seeds.generator(0, "work"))
+    adapter = model.init(seeds.generator(0, "init"))
+    found, rewards = model.score({**adapter, **own}, ROWS)
+    torch.testing.assert_close(found, model.log_probabilities(None, ROWS))
+    assert rewards is not None
+    assert rewards.tolist() == [0.0] * 4
+
+
+@pytest.mark.parametrize("parts", EVERYTHING, ids=["full head", "low-rank head"])
+@pytest.mark.parametrize("packs", [True, False], ids=["packed", "padded"])
+def test_parts_compute_what_their_definition_says(parts: Parts, packs: bool, tiny: Path) -> None:
+    model = LanguageModel(Model(path=str(tiny), dtype="float32"))
+    model.packs = packs
+    own = shaken(model.fresh(parts, seeds.generator(0, "work")))
+    backbone = model.model.get_base_model()
+    weight = own.get(HEAD, model.head.weight + own["head.up"] @ own["head.down"] if "head.up" in own else None)
+    expected, expected_rewards = [], []
+    for prompt, answers in ROWS:
+        for answer in answers:
+            ids = torch.tensor([[*prompt, *answer]])
+            with torch.no_grad(), model.model.disable_adapter():
+                hidden = backbone.model(ids).last_hidden_state[0]
+            fused = hidden + torch.nn.functional.gelu(hidden @ own["bottleneck.down"].T) @ own["bottleneck.up"].T
+            tokens = torch.log_softmax(fused @ weight.T, -1)[:-1].gather(1, ids[0, 1:, None])
+            expected.append(tokens[len(prompt) - 1 :].sum().item())
+            expected_rewards.append((fused[-1] @ own[REWARD]).item())
+    found, rewards = model.score(own, ROWS)
+    assert rewards is not None
+    assert found.tolist() == pytest.approx(expected, abs=1e-4)
+    assert rewards.tolist() == pytest.approx(expected_rewards, abs=1e-4)
+
+
+@pytest.mark.parametrize("low_rank", [False, True])
+def test_a_trained_head_has_the_gradients_of_a_full_softmax(low_rank: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedpref.models.head.CHUNK", 7 * 40)
+    draw = torch.Generator().manual_seed(0)
+    hidden, weight, bias = (torch.randn(*shape, generator=draw) for shape in ((23, 8), (40, 8), (40,)))
+    down, up = torch.randn(3, 8, generator=draw), torch.randn(40, 3, generator=draw)
+    leaves = (hidden, down, up) if low_rank else (hidden, weight)
+    for leaf in leaves:
+        leaf.requires_grad_()
+    targets, upstream = torch.randint(40, (23,), generator=draw), torch.randn(23, generator=draw)
+    ours = token_log_probabilities(hidden, weight, bias, targets, (down, up) if low_rank else None)
+    logits = hidden @ (weight + up @ down if low_rank else weight).T + bias
+    plainly = -torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    torch.testing.assert_close(ours, plainly)
+    for found, expected in zip(torch.autograd.grad(ours, leaves, upstream), torch.autograd.grad(plainly, leaves, upstream), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["granite"])
+def test_a_model_whose_logits_are_not_its_heads_alone_can_have_no_parts(architecture: str, models: Callable[[str], Path]) -> None:
+    with pytest.warns(UserWarning, match="the padded one is used"):
+        model = LanguageModel(Model(path=str(models(architecture)), dtype="float32"))
+    assert model.fresh(Parts(head=None, bottleneck=0, reward=False), torch.Generator()) == {}
+    with pytest.raises(UserError, match="the vocabulary head's alone"):
+        model.fresh(Parts(), torch.Generator())
+
+
+# ---- the task
+
+
+def test_a_shift_of_all_rewards_by_the_prompt_changes_neither_loss_nor_gradient(tiny: Path) -> None:
+    task = config.parse(PreferenceTask, {"model": {"path": str(tiny), "dtype": "float32"}}, "test").build()
+    policy, explicit = torch.randn(2, 5, 2).unbind(0)
+    batch: Any = type("Batch", (), {"reference": torch.randn(5, 2), "examples": [type("E", (), {"answers": ((1,), (1, 2))})] * 5})
+    results = []
+    for shift in (torch.zeros(5, 1), torch.randn(5, 1)):
+        leaves = policy.clone().requires_grad_(), explicit.clone().requires_grad_()
+        loss = task.measure(leaves[0], leaves[1] + shift, batch)["loss"].sum()
+        results.append((loss, *torch.autograd.grad(loss, leaves)))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_at_the_start_the_loss_is_ln_2_and_the_two_rewards_are_ranked_apart(settings: dict[str, Any], tmp_path: Path) -> None:
+    spec = config.parse(Experiment, settings, "test")
+    task = spec.task.build()
+    shard = task.prepare(task.encode(spec.clients()[0][0]), tmp_path)
+    params = {**task.init(seeds.generator(0, "init")), **task.parts(Parts(), seeds.generator(0, "work"))}
+    measured = task.evaluate(params, shard)
+    assert measured["loss"] == pytest.approx(2 * math.log(2), abs=1e-4)  # the sum's and the reward head's own
+    assert measured["rewards/accuracies_explicit"] == 0.5
+    moved = task.evaluate({**params, REWARD: torch.randn(params[REWARD].shape)}, shard)
+    assert moved["rewards/accuracies_explicit"] != 0.5
+    assert moved["rewards/accuracies_implicit"] == measured["rewards/accuracies_implicit"]
+
+
+# ---- the algorithm
+
+
+def opposed(tmp_path: Path) -> Path:
+    """Two clients who judge the same kind of pairs, one the other way round."""
+    rows = make_rows([90])
+    other = [
+        {"prompt": row["prompt"] + " ", "chosen": row["rejected"], "rejected": row["chosen"], "client": "client-1"}
+        for row in make_rows([90])
+    ]
+    return write_rows(tmp_path / "rows.jsonl", [*rows, *other])
+
+
+def accuracy(settings: dict[str, Any], path: Path, data: Path, algorithm: dict[str, Any]) -> float:
+    spec = config.parse(Experiment, {**settings, "data": {**settings["data"], "path": str(data)}, "algorithm": algorithm}, "test")
+    rows = next(iter(run(spec, path).evaluations.values()))
+    return sum(row["rewards/accuracies"] for row in rows.values()) / len(rows)
+
+
+def test_opposed_clients_are_at_a_coin_with_one_model_and_apart_with_own_parts(settings: dict[str, Any], tmp_path: Path) -> None:
+    data, local = opposed(tmp_path), {"steps": 10, "batch_size": 8, "learning_rate": 0.02}
+    shared = accuracy(settings, tmp_path / "a", data, {"name": "feddpo", "local": local})
+    personal = accuracy(settings, tmp_path / "b", data, {"name": "fedpdpo", "local": local, "personal": local, "head_rate": 1.0})
+    assert abs(shared - 0.5) < 0.1
+    assert personal > shared + 0.2
+
+
+def test_without_parts_it_is_feddpo_to_the_bit(settings: dict[str, Any], tmp_path: Path) -> None:
+    local = {"steps": 2, "batch_size": 4, "learning_rate": 0.01}
+    none = {"head": None, "bottleneck": 0, "reward": False}
+    specs = [
+        config.parse(Experiment, {**settings, "algorithm": algorithm, "seed": 3}, "test")
+        for algorithm in (
+            {"name": "feddpo", "local": local},
+            {"name": "fedpdpo", "local": local, "parts": none},
+            {"name": "fedpdpo", "local": local, "parts": none, "phases": "joint"},
+        )
+    ]
+    adapters = [trees.load(run(spec, tmp_path / str(i)).path / "adapter" / "adapter_model.safetensors") for i, spec in enumerate(specs)]
+    for other in adapters[1:]:
+        assert all(torch.equal(adapters[0][name], other[name]) for name in adapters[0])
+
+
+def test_both_phases_train_only_their_own(settings: dict[str, Any], tmp_path: Path) -> None:
+    from fedpref.algorithms import FedPDPO
+    from fedpref.algorithms.fedpdpo import train
+    from fedpref.federation import Client
+    from fedpref.local import Descent
+
+    spec = config.parse(Experiment, settings, "test")
+    task = spec.task.build()
+    shard = task.prepare(task.encode(spec.clients()[0][0]), tmp_path)
+    local = Descent(steps=2, batch_size=4, keep_optimizer=True, warmup_ratio=0.0)
+    method = FedPDPO(local=local, personal=replace(local, learning_rate=1e-12))
+    adapter, own = task.init(seeds.generator(0, "init")), task.parts(Parts(), seeds.generator(0, "work"))
+    client = Client(0, task, shard, seeds.generator(0, "train"), 0, 4)
+    delta, after, moments, metrics = train(client, adapter, own, {}, method)
+    assert after.keys() == own.keys()
+    assert all((after[name] - own[name]).abs().max() < 1e-9 for name in own)
+    assert delta.keys() == adapter.keys()
+    assert trees.norm(delta) > 1e-4
+    assert {name.split("/", 1)[1] for name in moments} == {*adapter, *own}
+    assert "personal/loss" in metrics
