@@ -30,6 +30,7 @@ LEVEL = {
     "rundirectory": 6,
     "experiment": 7,
     "running": 8,
+    "sweep": 9,
     "reports": 9,
     "cli": 10,
 }

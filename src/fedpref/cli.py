@@ -74,6 +74,53 @@ def check(config: Config, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def sweep(
+    config: Config,
+    overrides: Overrides = None,
+    variant: Annotated[
+        list[str] | None, typer.Option(help='An algorithm, or "NAME: key=value key=value"; give it for each line of the table.')
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds 0, 1, ... of every variant.")] = 3,
+    output: Annotated[Path | None, typer.Option(help="Where the runs go; by default runs/NAME-sweep. What is done there is kept.")] = None,
+) -> None:
+    """Run variants of one experiment by seeds, on one split, and compare them; begin it again and it goes on where it was."""
+    from fedpref.experiment import Experiment
+    from fedpref.reports.comparison import compare, csv_text, markdown, table
+    from fedpref.reports.progress import show
+    from fedpref.sweep import plan
+    from fedpref.sweep import sweep as runs_to_do
+
+    place = output or Path(f"runs/{Experiment.load(config, overrides or ()).name}-sweep")
+    runs = plan(config, variant or ["feddpo", "fedpdpo"], range(seeds), overrides or (), place)
+    for path, happenings in runs_to_do(runs, place / "cache"):
+        console.print(f"{path}", style="bold", highlight=False)
+        show(happenings, console)
+    rows = compare(list(runs))
+    (place / "comparison.md").write_text(markdown(rows))
+    (place / "comparison.csv").write_text(csv_text(rows))
+    console.print(table(rows))
+    console.print(f"the table as Markdown and CSV: {place}/comparison.md, comparison.csv", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def compare(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Finished runs; the first one's name is what others are compared with.", metavar="RUN...")
+    ],
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
+    csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
+) -> None:
+    """Compare runs: accuracy, gains with intervals over clients and seeds, worst clients, bytes, time."""
+    from fedpref.reports import comparison
+
+    rows = comparison.compare(runs)
+    if markdown or csv:
+        print(comparison.markdown(rows) if markdown else comparison.csv_text(rows), end="")
+    else:
+        console.print(comparison.table(rows))
+
+
+@app.command()
 def generate(
     path: Annotated[Path, typer.Argument(help="The directory of a finished run.", metavar="RUN")],
     prompt: Annotated[str | None, typer.Argument(help="The prompt; by default read from standard input.")] = None,

@@ -105,8 +105,11 @@ def exported(path: str | Path, client: str | None = None) -> Path:
     raise UserError(f"{path}: the run is not finished, it has exported no model yet. `fedpref resume {path}` finishes it.")
 
 
-def events(experiment: Experiment, folder: RunDirectory) -> Iterator[Event]:
-    """Run the experiment into its directory, or what is left of it, and tell of every step. Bad input raises before anything is written."""
+def events(experiment: Experiment, folder: RunDirectory, cache: Path | None = None) -> Iterator[Event]:
+    """Run the experiment into its directory, or what is left of it, and tell of every step. Bad input raises before anything is written.
+
+    Reference scores are kept in `cache`, by default a folder of the run's own; several runs may share one.
+    """
     keep_freed_memory()
     with one_thread():
         clients, _ = experiment.clients()
@@ -123,7 +126,7 @@ def events(experiment: Experiment, folder: RunDirectory) -> Iterator[Event]:
         elif (folder.path / CLIENTS).read_text() != about_text:
             raise UserError(f"{folder.path}: the data is not what the run began with; its clients, sizes and digests stand in {CLIENTS}.")
         yield Event(experiment.algorithm.name, "begin", 0, experiment.rounds, {}, f"{task.description}\n{_data(about)}")
-        cache = folder.path / "cache"
+        cache = cache or folder.path / "cache"
         yield from _prepare(experiment, task, shards, cache)
         shards = [task.prepare(shard, cache) for shard in shards]
         for name, (sub, line) in lines(experiment, len(shards)).items():
