@@ -196,3 +196,20 @@ def test_the_demo_runs_in_a_fresh_process(tmp_path: Path) -> None:
     assert "library" in done.stdout
     (row,) = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
     assert row["num_pairs"] == 4
+
+
+def test_a_sweep_ends_with_a_comparison_that_can_be_had_again(fedpref: Command, file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sweep"
+    variants = ("--variant", "feddpo", "--variant", "own: algorithm.name=fedpdpo algorithm.parts.bottleneck=4", "--seeds", "1")
+    code, output = fedpref("sweep", file, "rounds=1", *variants, "--output", out)
+    assert code == 0, output
+    assert "comparison.md" in output
+    code, output = fedpref("compare", out / "feddpo" / "seed-0", out / "own" / "seed-0", "--markdown")
+    assert output == (out / "comparison.md").read_text()
+    assert fedpref("compare", tmp_path)[0] == 2
+    code, output = fedpref("generate", out / "own" / "seed-0", "Hi?", "--client", "client-1", "--max-new-tokens", "3")
+    assert code == 0, output
+    for wrong in (("--client", "nobody"), ()):
+        code, output = fedpref("generate", out / "own" / "seed-0", "Hi?", *wrong)
+        assert code == 2
+        assert "client-0" in output

@@ -218,3 +218,32 @@ def test_both_phases_train_only_their_own(settings: dict[str, Any], tmp_path: Pa
     assert trees.norm(delta) > 1e-4
     assert {name.split("/", 1)[1] for name in moments} == {*adapter, *own}
     assert "personal/loss" in metrics
+
+
+def test_a_clients_folder_loads_as_a_model_that_gives_its_log_probabilities(settings: dict[str, Any], tmp_path: Path) -> None:
+    from fedpref import load_model
+
+    for number, algorithm in enumerate(
+        (
+            {"name": "fedpdpo", "parts": {"bottleneck": 4}},
+            {"name": "fedpdpo", "parts": {"head": "low-rank", "head_rank": 2, "bottleneck": 0}},
+            {"name": "feddpa"},
+        )
+    ):
+        local = {"steps": 2, "batch_size": 4, "learning_rate": 0.02, "warmup_ratio": 0.0}
+        spec = config.parse(Experiment, {**settings, "algorithm": {**algorithm, "local": local}, "rounds": 2}, "test")
+        path = run(spec, tmp_path / str(number)).path
+        state = {**trees.load(path / "checkpoints" / "round-000002" / "adapter.safetensors")}
+        own = trees.load(path / "checkpoints" / "round-000002" / "own" / "1.safetensors")
+        task = spec.task.build()
+        expected = task.language.log_probabilities({**state, **own}, ROWS)
+        model = load_model(path / "clients" / "client-1")
+        found = []
+        for prompt, answers in ROWS:
+            for answer in answers:
+                ids = torch.tensor([[*prompt, *answer]])
+                with torch.no_grad():
+                    tokens = torch.log_softmax(model(ids).logits[0, :-1], -1).gather(1, ids[0, 1:, None])
+                found.append(tokens[len(prompt) - 1 :].sum().item())
+        assert found == pytest.approx(expected.tolist(), abs=1e-3)
+        assert max(abs(a - b) for a, b in zip(found, task.language.log_probabilities(None, ROWS).tolist(), strict=True)) > 1e-2

@@ -35,8 +35,11 @@ def generate(
 
     `chat` lays the prompt out as a user's turn where the tokenizer has a chat template; otherwise it is taken as it is.
     """
+    import transformers
     from transformers import AutoTokenizer
 
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
     model, tokenizer = load_model(folder), AutoTokenizer.from_pretrained(str(folder))
     if chat and tokenizer.chat_template:
         prompt = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)

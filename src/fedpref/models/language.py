@@ -184,7 +184,7 @@ class LanguageModel:
         """
         for dropout in self.dropouts:
             dropout.train(training)
-        cast = {name: tensor.to(self.device, self.dtype) for name, tensor in (params or {}).items()}
+        cast = {name: _aligned(tensor.to(self.device, self.dtype)) for name, tensor in (params or {}).items()}
         adapter = joined({name: tensor for name, tensor in cast.items() if name not in NAMES})
         own = {name: tensor for name, tensor in cast.items() if name in NAMES}
         if self.packs:
@@ -315,6 +315,11 @@ class LanguageModel:
     def chats(self) -> bool:
         """Whether the tokenizer has a chat template."""
         return self.tokenizer.chat_template is not None
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor where a CPU's matrix kernels like it: their last bits depend on whether it lies there, and what was received may not."""
+    return tensor if tensor.data_ptr() % 64 == 0 else tensor.clone()
 
 
 def _distance(found: Float[Tensor, "n D"], expected: Float[Tensor, "n D"]) -> float:

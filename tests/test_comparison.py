@@ -1,0 +1,92 @@
+"""Sweeps and comparisons: what is run, what is resumed, and what the intervals mean."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from omegaconf import OmegaConf
+
+from fedpref import UserError
+from fedpref.reports.comparison import bootstrap, compare, csv_text, markdown
+from fedpref.sweep import parse_variant, plan, sweep
+
+
+def finished(path: Path, name: str, seed: int, accuracies: dict[str, float]) -> Path:
+    """A run directory with just what a comparison reads."""
+    path.mkdir(parents=True)
+    OmegaConf.save(OmegaConf.create({"name": name, "seed": seed}), path / "config.yaml")
+    rows = {client: {"rewards/accuracies": value} for client, value in accuracies.items()}
+    (path / "evaluation.jsonl").write_text(json.dumps({"round": 2, "clients": rows}) + "\n")
+    (path / "metrics.jsonl").write_text("".join(json.dumps({"bytes_up": 10, "bytes_down": 30, "seconds": s}) + "\n" for s in (1.0, 3.0)))
+    (path / "done").touch()
+    return path
+
+
+def test_gains_are_paired_over_seeds_and_clients(tmp_path: Path) -> None:
+    paths = [finished(tmp_path / f"a{s}", "plain", s, {"x": 0.5 + 0.1 * s, "y": 0.9 - 0.1 * s}) for s in (0, 1)]
+    paths += [finished(tmp_path / f"b{s}", "better", s, {"x": 0.6 + 0.1 * s, "y": 1.0 - 0.1 * s}) for s in (1, 0)]
+    plain, better = compare(paths)
+    assert (plain.name, plain.seeds, plain.gain) == ("plain", 2, None)
+    assert better.gain == pytest.approx((10.0, 10.0, 10.0))  # the same on every client and seed, so that nothing is uncertain
+    assert plain.mean == pytest.approx(70.0)
+    assert plain.interval[0] < 70 < plain.interval[1]
+    assert (plain.worst, plain.bytes_per_round, plain.seconds_per_round) == (pytest.approx(55.0), 40.0, 2.0)
+    assert markdown([plain, better]).splitlines()[3].startswith("| better | 2 | 80.0 [")
+    records = list(csv.DictReader(io.StringIO(csv_text([plain, better]))))
+    assert [float(record["mean"]) for record in records] == pytest.approx([70.0, 80.0])
+    assert records[0]["gain"] == ""
+
+
+def test_the_interval_covers_the_mean_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(1)
+    hits = 0
+    for _ in range(200):
+        low, high = bootstrap(rng.normal(size=(1, 40)), 400)
+        hits += low <= 0.0 <= high
+    assert 175 <= hits <= 199
+
+
+def test_runs_that_cannot_be_compared_are_named(tmp_path: Path) -> None:
+    one = finished(tmp_path / "one", "a", 0, {"x": 0.5})
+    with pytest.raises(UserError, match="same name 'a' and seed 0"):
+        compare([one, finished(tmp_path / "two", "a", 0, {"x": 0.5})])
+    with pytest.raises(UserError, match=r"b: its seeds \[1\]"):
+        compare([one, finished(tmp_path / "three", "b", 1, {"x": 0.5})])
+    with pytest.raises(UserError, match="c: its seeds"):
+        compare([one, finished(tmp_path / "four", "c", 0, {"z": 0.5})])
+    (one / "done").unlink()
+    with pytest.raises(UserError, match="not finished"):
+        compare([one])
+
+
+def test_a_variant_is_an_algorithm_or_overrides() -> None:
+    assert parse_variant("fedprox") == ("fedprox", ["algorithm.name=fedprox"])
+    assert parse_variant("near: algorithm.name=fedprox algorithm.mu=1") == ("near", ["algorithm.name=fedprox", "algorithm.mu=1"])
+    with pytest.raises(UserError, match="expected NAME"):
+        parse_variant(": rounds=3")
+
+
+def test_a_sweep_runs_each_variant_and_seed_once(settings: dict[str, Any], tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    OmegaConf.save(OmegaConf.create({**settings, "references": ["local"]}), config)
+    runs = plan(config, ["feddpo", "mine: algorithm.name=fedprox rounds=1"], [0, 1], ["rounds=2"], tmp_path / "out")
+    assert [str(path.relative_to(tmp_path / "out")) for path in runs] == ["feddpo/seed-0", "feddpo/seed-1", "mine/seed-0", "mine/seed-1"]
+    assert [(spec.name, spec.seed, spec.rounds, spec.references) for spec in runs.values()][2] == ("mine", 0, 1, ())
+    first, happenings = next(sweep(runs, tmp_path / "cache"))
+    list(happenings)
+    rest = []
+    for path, happenings in sweep(runs, tmp_path / "cache"):
+        rest.append(path)
+        list(happenings)
+    assert [first, *rest] == list(runs)
+    assert list(sweep(runs, tmp_path / "cache")) == []
+    assert len(compare(list(runs))) == 2
+    other = plan(config, ["feddpo"], [0], ["rounds=3"], tmp_path / "out")
+    with pytest.raises(UserError, match="other settings"):
+        list(sweep(other, tmp_path / "cache"))
