@@ -46,5 +46,9 @@ class Personal:
         delta, private, metrics = fed.each(train, state.shared, state.private, self.local)
         return State(trees.add(state.shared, fed.mean(delta)), state.private | private), fed.report(metrics)
 
+    def join(self, fed: Federation, state: State, steps: int) -> State:
+        _, private, _ = fed.each(train, state.shared, state.private, self.local)
+        return State(state.shared, state.private | private)
+
     def model(self, state: State) -> tuple[Tree | PerClient[Tree], ...]:
         return state.shared, state.private

@@ -135,13 +135,13 @@ def test_cohorts_are_uniform_without_replacement_and_ordered() -> None:
 def test_clients_are_drawn_by_their_examples_or_by_given_weights() -> None:
     sizes = {"a": 10, "b": 30, "c": 0, "d": 60}
     by_examples = Participation(clients_per_round=1, sampling="examples")
-    assert by_examples.weights(sizes) == [10.0, 30.0, 0.0, 60.0]
+    assert by_examples.weights(sizes, 0) == [10.0, 30.0, 0.0, 60.0]
     drawn = [by_examples.cohort([10.0, 30.0, 0.0, 60.0], 0, round)[0][0] for round in range(600)]
     for client, share in ((0, 0.1), (1, 0.3), (3, 0.6)):
         assert abs(drawn.count(client) - 600 * share) < 4 * math.sqrt(600 * share * (1 - share))
-    assert Participation().weights(sizes) == [1.0, 1.0, 0.0, 1.0]
+    assert Participation().weights(sizes, 0) == [1.0, 1.0, 0.0, 1.0]
     given = Participation(sampling="weighted", sampling_weights={"a": 1.0, "b": 0.0, "c": 5.0, "d": 2.5})
-    assert given.weights(sizes) == [1.0, 0.0, 0.0, 2.5]
+    assert given.weights(sizes, 0) == [1.0, 0.0, 0.0, 2.5]
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_clients_are_drawn_by_their_examples_or_by_given_weights() -> None:
 )
 def test_sampling_weights_that_do_not_fit_are_refused(settings: dict[str, object], complaint: str) -> None:
     with pytest.raises(UserError, match=complaint):
-        Participation(**settings).weights({"a": 3, "b": 3})  # type: ignore[arg-type]
+        Participation(**settings).weights({"a": 3, "b": 3}, 0)  # type: ignore[arg-type]
 
 
 def test_stragglers_are_left_out_after_the_deadline_and_counted() -> None:

@@ -65,7 +65,7 @@ def check(config: Config, overrides: Overrides = None) -> None:
     clients, left_out = experiment.clients()
     task = experiment.task.build()
     shards = [task.encode(client) for client in clients]
-    experiment.federation.weights({shard.name: len(shard) for shard in shards})
+    experiment.federation.weights({shard.name: len(shard) for shard in shards}, experiment.seed)
     console.print(task.description, highlight=False, soft_wrap=True, markup=False)
     console.print(size_table({shard.name: (len(shard.train), len(shard.test), shard.truncated) for shard in shards}))
     if left_out:
@@ -118,6 +118,26 @@ def compare(
         print(comparison.markdown(rows) if markdown else comparison.csv_text(rows), end="")
     else:
         console.print(comparison.table(rows))
+
+
+@app.command()
+def personalise(
+    path: Annotated[Path, typer.Argument(help="The directory of a finished run.", metavar="RUN")],
+    data: Annotated[str, typer.Option(help="The newcomers' pairs: a JSONL, CSV or Parquet file, a dataset folder or a Hub id.")],
+    column: Annotated[str | None, typer.Option(help="A column whose values are the newcomers; without it there is one.")] = None,
+    name: Annotated[str | None, typer.Option(help="The one newcomer's name; by default the file's.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Local steps; by default the run's federation.join_steps.")] = None,
+) -> None:
+    """Let clients that took no part join a run: they make what is their own on their data, and are evaluated on held-out pairs."""
+    from fedpref.data import Files
+    from fedpref.newcomers import personalise as join
+    from fedpref.reports.tables import newcomer_table
+
+    joined = join(path, Files(path=data), column=column, name=name, steps=steps)
+    sizes = {client: {"train": one.train, "test": one.test} for client, one in joined.items()}
+    before, after = ({client: getattr(one, when) for client, one in joined.items()} for when in ("before", "after"))
+    console.print(newcomer_table(sizes, {str(path): (before, after)}))
+    console.print(f"their models: {path}/newcomers", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -194,12 +214,14 @@ def _escape(text: str) -> str:
 def _follow(happenings: Iterator[Event], folder: RunDirectory) -> None:
     """Show a run as it goes, then its table and where it lies."""
     from fedpref.reports.progress import show
-    from fedpref.reports.tables import accuracies, client_table
+    from fedpref.reports.tables import accuracies, client_table, newcomer_table, sizes
     from fedpref.running import result
 
     show(happenings, console)
     outcome = result(folder)
     console.print(client_table(outcome.path, accuracies(outcome.evaluations)))
+    if outcome.newcomers:
+        console.print(newcomer_table(sizes(outcome.path), outcome.newcomers))
     console.print(f"run directory: {outcome.path}", highlight=False, soft_wrap=True)
 
 

@@ -31,7 +31,7 @@ def load(kind: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
         if "=" not in override:
             raise UserError(f"override {override!r}: expected key=value, such as rounds=20 or algorithm.local.steps=5.")
     try:
-        wanted = OmegaConf.from_dotlist(list(overrides))
+        wanted = OmegaConf.from_dotlist([_of_name(kind, override) for override in overrides])
         _forget_other_kinds(kind, content, wanted)
         merged = OmegaConf.to_container(OmegaConf.merge(content, wanted), resolve=True)
     except (YAMLError, OmegaConfBaseException, ValueError) as error:
@@ -39,6 +39,16 @@ def load(kind: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
     if not isinstance(merged, dict):
         raise UserError(f"{path}: expected keys and values, found {type(merged).__name__}.")
     return parse(kind, merged, str(path))
+
+
+def _of_name(kind: Any, override: str) -> str:
+    """`loss=ipo` as `loss.name=ipo`, where there is a choice of kinds."""
+    path, value = override.split("=", 1)
+    kinds = [kind]
+    for key in path.split("."):
+        hints = [hint for each in kinds if is_dataclass(each) and (hint := get_type_hints(each).get(key))]
+        kinds = [option for hint in hints for option in get_args(hint) or (hint,)]
+    return f"{path}.name={value}" if any(getattr(option, "name", None) == value for option in kinds) else override
 
 
 def _forget_other_kinds(kind: Any, content: Any, wanted: Any) -> None:
@@ -67,7 +77,7 @@ def parse(kind: type[T], content: dict[Any, Any], where: str) -> T:
 
 
 def _with_names(kind: Any, content: Any) -> Any:
-    """Where a choice of loss, task or the like has no name, that of the default kind, provided it knows all the keys."""
+    """Choices of loss, task or the like, written out: a plain string is a name; without one, the default kind is meant if its keys fit."""
     if not (is_dataclass(kind) and isinstance(content, dict)):
         return content
     hints = get_type_hints(kind)
@@ -75,6 +85,8 @@ def _with_names(kind: Any, content: Any) -> Any:
     for field in fields(kind):
         value = filled.get(field.name)
         options = [option for option in get_args(hints[field.name]) or (hints[field.name],) if is_dataclass(option)]
+        if isinstance(value, str) and any(hasattr(option, "name") for option in options):
+            value = {"name": value}
         if not isinstance(value, dict) or not options:
             continue
         usual = type(field.default)
@@ -143,6 +155,8 @@ def _follow(kind: Any, location: list[str]) -> tuple[Any, list[str]]:
         if part in names:
             path.append(part)
             owner = get_type_hints(owner)[part]
+            options = [option for option in get_args(owner) if is_dataclass(option)]
+            owner = options[0] if len(options) == 1 else owner  # one that may be absent
         else:
             tagged = [option for option in get_args(owner) if is_dataclass(option) and getattr(option, "name", None) == part]
             if tagged:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, cast
 from pydantic import Field
 
 from fedpref import config, seeds
+from fedpref.aggregation import Product
 from fedpref.algorithms import AnyAlgorithm, Centralised, FedDPO, Local
 from fedpref.data import Builtin, ClientData, Natural, Partition, Source, partition, split
 from fedpref.models.language import BUILTIN
@@ -35,6 +36,11 @@ class Experiment:
     checkpoint_every: Count = 1  # rounds
     workers: Count | None = None  # processes of one thread; None: as many as processors; the result is the same for any number
     references: tuple[Literal["local", "centralised"], ...] = ()  # lines to run beside the algorithm, on the same data
+
+    def __post_init__(self) -> None:
+        aggregate = getattr(self.algorithm, "aggregate", None)
+        if isinstance(aggregate, Product):
+            aggregate.check(self.algorithm.local, self.task.model.lora_r)
 
     @staticmethod
     def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
@@ -62,7 +68,7 @@ def lines(experiment: Experiment, clients: int) -> dict[str, tuple[str, Experime
         if name == experiment.algorithm.name:
             continue
         algorithm = Local(local=local) if name == "local" else Centralised(local=pooled)
-        everybody = Participation(weighting=experiment.federation.weighting)
+        everybody = replace(experiment.federation, clients_per_round=None, sampling="uniform", sampling_weights={}, deadline=None)
         found[name] = (f"references/{name}", replace(experiment, algorithm=algorithm, federation=everybody, references=()))
     return found
 

@@ -99,6 +99,10 @@ class Algorithm(Protocol[S]):
         """One round."""
         ...
 
+    def join(self, fed: Federation, state: S, steps: int) -> S:
+        """Let the active clients, who took no part in training, make what is their own beside what is shared, in so many local steps."""
+        ...
+
     def model(self, state: S) -> tuple[Tree | PerClient[Tree], ...]:
         """The parts that together are each client's model: what is a `Tree` is shared, what is `PerClient` is private."""
         ...

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Annotated, Literal
 
@@ -43,6 +43,11 @@ def rate(settings: Descent, progress: float) -> float:
     left = (1 - progress) / (1 - settings.warmup_ratio)
     shape = {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}
     return settings.learning_rate * shape[settings.lr_scheduler_type]
+
+
+def joining(settings: Descent, steps: int) -> Descent:
+    """The same for a client that comes after the run: so many steps, at a constant rate."""
+    return replace(settings, steps=steps, lr_scheduler_type="constant", warmup_ratio=0.0, keep_optimizer=False)
 
 
 Correction = Callable[[Tree, Tree], None]  # correction(parameters, gradients) changes the gradients in place

@@ -29,9 +29,13 @@ class Participation:
     weighting: Literal["examples", "equal"] = "examples"
     deadline: Positive | None = None  # of a round, in times that the median client needs; who is later is left out of the round
     speed_spread: Annotated[float, Field(ge=0)] = 0.5  # of simulated clients: standard deviation of the logarithm of their time
+    newcomers: Annotated[int, Field(ge=0)] | tuple[str, ...] = 0  # clients that join after training: by name, or so many at random
+    join_steps: Annotated[int, Field(ge=1)] = 20  # local steps in which they make what is their own
 
-    def weights(self, sizes: Mapping[str, int]) -> list[float]:
+    def weights(self, sizes: Mapping[str, int], seed: int) -> list[float]:
         """Each client's chance to be drawn, up to a factor; raises UserError where `sampling_weights` does not fit the clients."""
+        late = self.joining(list(sizes), seed)
+        sizes = {name: 0 if client in late else size for client, (name, size) in enumerate(sizes.items())}
         if self.sampling != "weighted":
             if self.sampling_weights:
                 raise UserError(f"federation.sampling_weights: they are for sampling: weighted, but sampling is {self.sampling}.")
@@ -44,6 +48,20 @@ class Participation:
         found = [self.sampling_weights[name] if size else 0.0 for name, size in sizes.items()]
         if not any(found):
             raise UserError("federation.sampling_weights: no client with training data has a weight above zero.")
+        return found
+
+    def joining(self, names: Sequence[str], seed: int) -> tuple[int, ...]:
+        """The clients that join after training; raises UserError for a name that is none, and if nobody would be left to train."""
+        if isinstance(self.newcomers, int):
+            count = self.newcomers
+            order = torch.randperm(len(names), generator=seeds.generator(seed, "newcomers")).tolist()
+            found = tuple(sorted(order[:count]))
+        else:
+            if unknown := sorted(set(self.newcomers) - set(names)):
+                raise UserError(f"federation.newcomers: {unknown[:5]} are no clients; the clients are {list(names)[:12]}.")
+            count, found = len(self.newcomers), tuple(i for i, name in enumerate(names) if name in self.newcomers)
+        if count >= len(names):
+            raise UserError(f"federation.newcomers: {count} of {len(names)} clients join after training, nobody is left to train.")
         return found
 
     def cohort(self, weights: Sequence[float], seed: int, round: int) -> tuple[tuple[int, ...], int]:

@@ -99,6 +99,14 @@ class RunDirectory:
             loaded[field.name] = trees.load(file) if file.exists() else engine.load(found[-1] / field.name)
         return replace(state, **loaded), int(found[-1].name.removeprefix("round-"))
 
+    def restore_shared(self, state: Any) -> Any:
+        """The newest checkpoint's shared trees in place of the state's; what is on clients stays as it is. Raises UserError without one."""
+        found = self.checkpoints()
+        if not found:
+            raise UserError(f"{self.path}: the run has no checkpoint. `fedpref resume {self.path}` takes it up.")
+        files = {field.name: found[-1] / f"{field.name}.safetensors" for field in fields(state)}
+        return replace(state, **{name: trees.load(file) for name, file in files.items() if file.exists()})
+
     # ---- the end
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from datetime import datetime
@@ -24,6 +24,8 @@ from fedpref.summary import over_clients
 from fedpref.tasks import Task
 from fedpref.trees import Tree
 
+Clients = Mapping[str, Mapping[str, float]]  # client -> metric -> value
+
 
 @dataclass(frozen=True)
 class Event:
@@ -39,10 +41,14 @@ class Event:
 
 @dataclass(frozen=True)
 class Result:
-    """Where the run lies, and its last evaluation: for each line, each client's held-out metrics."""
+    """Where the run lies, and its last evaluation: for each line, each client's held-out metrics.
+
+    `newcomers` joined after training: for each line, their metrics with what is shared alone, and after their own steps.
+    """
 
     path: Path
-    evaluations: Mapping[str, Mapping[str, Mapping[str, float]]]
+    evaluations: Mapping[str, Clients]
+    newcomers: Mapping[str, tuple[Clients, Clients]]
 
 
 def run(experiment: Experiment, output: str | Path | None = None) -> Result:
@@ -82,14 +88,15 @@ def read_experiment(folder: RunDirectory) -> Experiment:
 def result(folder: RunDirectory) -> Result:
     """What a finished run came to, from its directory."""
     names = list(lines(read_experiment(folder), 1).items())
-    evaluations = {name: RunDirectory(folder.path / sub).read_rows(EVALUATION)[-1]["clients"] for name, (sub, _) in names}
-    return Result(folder.path, evaluations)
+    rows = {name: RunDirectory(folder.path / sub).read_rows(EVALUATION)[-1] for name, (sub, _) in names}
+    newcomers = {name: (row["newcomers_before"], row["newcomers"]) for name, row in rows.items() if "newcomers" in row}
+    return Result(folder.path, {name: row["clients"] for name, row in rows.items()}, newcomers)
 
 
 def exported(path: str | Path, client: str | None = None) -> Path:
     """The folder of a finished run's shared model or of a client's own; raises UserError where there is none."""
     place = existing_directory(path).path
-    own = {unquote(folder.name): folder for folder in sorted(place.glob("clients/*"))}
+    own = {unquote(folder.name): folder for folder in (*sorted(place.glob("clients/*")), *sorted(place.glob("newcomers/*")))}
     if client is not None:
         if client in own:
             return own[client]
@@ -117,10 +124,11 @@ def events(experiment: Experiment, folder: RunDirectory, cache: Path | None = No
         shards = [task.encode(client) for client in clients]
         about: dict[str, dict[str, Any]] = {}
         for client, shard in zip(clients, shards, strict=True):
-            sizes = {"train": len(shard.train), "test": len(shard.test), "truncated": shard.truncated}
-            about[shard.name] = {**sizes, "digest": client.digest}
+            entry = {"train": len(shard.train), "test": len(shard.test), "truncated": shard.truncated}
+            about[shard.name] = {**entry, "digest": client.digest}
         about_text = json.dumps(about, indent=1) + "\n"
-        experiment.federation.weights({name: sizes["train"] for name, sizes in about.items()})  # refuses what does not fit the clients
+        sizes = {name: entry["train"] for name, entry in about.items()}
+        experiment.federation.weights(sizes, experiment.seed)  # refuses what does not fit the clients
         if not folder.path.exists():
             folder.create({CONFIG: config.to_yaml(with_whole_paths(experiment)), CLIENTS: about_text})
         elif (folder.path / CLIENTS).read_text() != about_text:
@@ -134,7 +142,8 @@ def events(experiment: Experiment, folder: RunDirectory, cache: Path | None = No
             if sub and not place.path.exists():
                 place.create({CONFIG: config.to_yaml(line)})
             if not place.done:
-                held = _pool(shards) if line.algorithm.pooled else shards
+                newcomers = line.federation.joining([shard.name for shard in shards], line.seed)
+                held = _pool(shards, newcomers) if line.algorithm.pooled else shards
                 with closing(_engine(line, task, held)) as engine:
                     yield from _line(name, line, place, task, held, engine)
 
@@ -170,7 +179,9 @@ def _line(name: str, experiment: Experiment, folder: RunDirectory, task: Task, s
     state = algorithm.init(engine, task.init(seeds.generator(experiment.seed, "init")))
     state, first = folder.restore(state, engine)
     folder.cut_rows_after(first)
-    weights = experiment.federation.weights({shard.name: len(shard) for shard in shards})
+    names = [shard.name for shard in shards]
+    newcomers = experiment.federation.joining(names, experiment.seed)
+    weights = experiment.federation.weights({shard.name: len(shard) for shard in shards}, experiment.seed)
     for round in range(first, experiment.rounds):
         cohort, late = experiment.federation.cohort(weights, experiment.seed, round)
         engine.begin(round, cohort)
@@ -182,8 +193,13 @@ def _line(name: str, experiment: Experiment, folder: RunDirectory, task: Task, s
         folder.append(METRICS, {"round": round + 1, "clients": len(cohort), "late": late, **figures})
         last = round + 1 == experiment.rounds
         if last or (experiment.evaluate_every and (round + 1) % experiment.evaluate_every == 0):
-            row = _evaluate(engine, algorithm.model(state), [shard.name for shard in shards])
-            for measured in row["clients"].values():
+            row = _evaluate(engine, algorithm.model(state), names, [i for i in engine.clients if i not in newcomers])
+            if last and newcomers:
+                row["newcomers_before"] = _evaluate(engine, algorithm.model(state), names, newcomers)["clients"]
+                engine.begin(round, newcomers, "join")
+                state = algorithm.join(engine, state, experiment.federation.join_steps)
+                row["newcomers"] = _evaluate(engine, algorithm.model(state), names, newcomers)["clients"]
+            for measured in (*row["clients"].values(), *row.get("newcomers", {}).values()):
                 _refuse_divergence(name, round, experiment, folder, measured)
             folder.append(EVALUATION, {"round": round + 1, **row})
             yield Event(name, "evaluate", round + 1, experiment.rounds, row["summary"]["rewards/accuracies"])
@@ -211,15 +227,16 @@ def _refuse_divergence(name: str, round: int, experiment: Experiment, folder: Ru
         )
 
 
-def _pool(shards: Sequence[Any]) -> list[Any]:
-    """All training data with the first client; the others only evaluate."""
-    everything = tuple(example for shard in shards for example in shard.train)
-    return [replace(shard, train=everything if i == 0 else ()) for i, shard in enumerate(shards)]
+def _pool(shards: Sequence[Any], newcomers: Collection[int]) -> list[Any]:
+    """All training data but the newcomers' with the first other client; everybody else only evaluates."""
+    first, *_ = training = [i for i in range(len(shards)) if i not in newcomers]
+    everything = tuple(example for i in training for example in shards[i].train)
+    return [replace(shard, train=everything if i == first else ()) for i, shard in enumerate(shards)]
 
 
-def _evaluate(engine: Engine, model: Sequence[Any], names: Sequence[str]) -> dict[str, Any]:
-    """Every client's held-out metrics, and each metric's summary over clients."""
-    engine.begin(engine.round, engine.clients, "evaluate")
+def _evaluate(engine: Engine, model: Sequence[Any], names: Sequence[str], clients: Sequence[int]) -> dict[str, Any]:
+    """These clients' held-out metrics, and each metric's summary over them."""
+    engine.begin(engine.round, clients, "evaluate")
     rows = {names[i]: dict(metrics) for i, metrics in engine.disclose(engine.each(evaluate, *model)).items()}
     counts = {name: int(row["num_examples"]) for name, row in rows.items()}
     metrics = [metric for metric in next(iter(rows.values())) if not metric.startswith("num_")]

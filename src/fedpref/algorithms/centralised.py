@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from fedpref import trees
-from fedpref.algorithms.feddpo import State, no_moments, train
+from fedpref.aggregation import Factors
+from fedpref.algorithms.feddpo import FedDPO, State, no_moments
 from fedpref.federation import Federation, PerClient
 from fedpref.local import Descent
 from fedpref.trees import Tree
@@ -29,8 +29,10 @@ class Centralised:
         return State(start, fed.each(no_moments))
 
     def step(self, fed: Federation, state: State) -> tuple[State, Mapping[str, float]]:
-        delta, moments, metrics = fed.each(train, state.adapter, state.moments, self.local)
-        return State(trees.add(state.adapter, fed.mean(delta)), state.moments | moments), fed.report(metrics)
+        return FedDPO(local=self.local, aggregate=Factors(residual=False)).step(fed, state)
+
+    def join(self, fed: Federation, state: State, steps: int) -> State:
+        return state  # nothing here is a client's own
 
     def model(self, state: State) -> tuple[Tree | PerClient[Tree], ...]:
         return (state.adapter,)

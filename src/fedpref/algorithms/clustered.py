@@ -31,6 +31,14 @@ def one(adapters: Tree, number: int) -> Tree:
     return {name.split("/", 1)[1]: tensor for name, tensor in adapters.items() if name.startswith(f"{number}/")}
 
 
+def suitable(client: Client, adapters: Tree, clusters: int, local: Descent) -> int:
+    """The number of the adapter with the least loss on a batch of the client's own, four times a training batch."""
+    batch = client.task.draw(one(adapters, 0), one(adapters, 0), client.shard, BatchSize(4 * local.batch_size), client.rng)
+    with torch.no_grad():
+        losses = [client.task.losses(one(adapters, k), batch)[0].mean().item() for k in range(clusters)]
+    return min(range(clusters), key=losses.__getitem__)
+
+
 @work
 def begin(client: Client, adapter: Tree) -> Tree:
     return adapter
@@ -40,10 +48,7 @@ def begin(client: Client, adapter: Tree) -> Tree:
 def train(client: Client, adapters: Tree, clusters: int, local: Descent) -> tuple[Tree, Tree, Mapping[str, float]]:
     number = client.id % clusters
     if client.round:
-        batch = client.task.draw(one(adapters, 0), one(adapters, 0), client.shard, BatchSize(4 * local.batch_size), client.rng)
-        with torch.no_grad():
-            losses = [client.task.losses(one(adapters, k), batch)[0].mean().item() for k in range(clusters)]
-        number = min(range(clusters), key=losses.__getitem__)
+        number = suitable(client, adapters, clusters, local)
     start = one(adapters, number)
     theta, _, metrics = descend(client, start, local, {})
     message = trees.scale(adapters, 0.0)
@@ -55,6 +60,11 @@ def train(client: Client, adapters: Tree, clusters: int, local: Descent) -> tupl
 @work
 def choose(client: Client, adapters: Tree, choice: Tree) -> Tree:
     return one(adapters, int(choice[SHARE]))
+
+
+@work
+def find(client: Client, adapters: Tree, clusters: int, local: Descent) -> Tree:
+    return one(adapters, suitable(client, adapters, clusters, local))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +93,9 @@ class Clustered:
             name: tensor + mean[name] / mean[f"{name.split('/', 1)[0]}/{SHARE}"].clamp(min=1e-9) for name, tensor in state.adapters.items()
         }
         return State(adapters, state.chosen | fed.each(choose, adapters, choice)), fed.report(metrics)
+
+    def join(self, fed: Federation, state: State, steps: int) -> State:
+        return State(state.adapters, state.chosen | fed.each(find, state.adapters, self.clusters, self.local))
 
     def model(self, state: State) -> tuple[Tree | PerClient[Tree], ...]:
         return (state.chosen,)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
 
 from fedpref import trees
+from fedpref.aggregation import Aggregate, Factors
 from fedpref.algorithms.feddpo import no_moments
-from fedpref.algorithms.fedpdpo import State
-from fedpref.algorithms.fedsa import train_both
+from fedpref.algorithms.fedpdpo import State, personalise
 from fedpref.federation import Client, Federation, PerClient, work
-from fedpref.local import Descent
+from fedpref.local import Descent, descend, joining
 from fedpref.models.parts import OWN_ADAPTER
 from fedpref.trees import Tree
 
@@ -19,6 +21,13 @@ from fedpref.trees import Tree
 @work
 def begin(client: Client, start: Tree) -> Tree:
     return {OWN_ADAPTER + name: tensor for name, tensor in start.items()}
+
+
+@work
+def train(client: Client, adapter: Tree, own: Tree, moments: Tree, method: FedDPA) -> tuple[Tree, Tree, Tree, Mapping[str, float]]:
+    received, fixed = method.aggregate.received(client, adapter)
+    theta, moments, metrics = descend(client, {**received, **own}, method.local, moments, fixed=fixed)
+    return method.aggregate.message(client, received, trees.select(theta, received)), trees.select(theta, own), moments, metrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,14 +40,20 @@ class FedDPA:
 
     name: Literal["feddpa"] = "feddpa"
     local: Descent = Descent()
+    aggregate: Annotated[Aggregate, Field(discriminator="name")] = Factors()
     pooled: ClassVar[bool] = False
 
     def init(self, fed: Federation, start: Tree) -> State:
         return State(start, fed.each(begin, start), fed.each(no_moments))
 
     def step(self, fed: Federation, state: State) -> tuple[State, Mapping[str, float]]:
-        delta, own, moments, metrics = fed.each(train_both, state.adapter, state.own, state.moments, self.local)
-        return State(trees.add(state.adapter, fed.mean(delta)), state.own | own, state.moments | moments), fed.report(metrics)
+        messages, own, moments, metrics = fed.each(train, state.adapter, state.own, state.moments, self)
+        adapter, residual = self.aggregate.merge(fed, state.adapter, messages)
+        return State(adapter, state.own | own, state.moments | moments), {**fed.report(metrics), **residual}
+
+    def join(self, fed: Federation, state: State, steps: int) -> State:
+        own = fed.each(personalise, state.adapter, state.own, joining(self.local, steps))
+        return State(state.adapter, state.own | own, state.moments)
 
     def model(self, state: State) -> tuple[Tree | PerClient[Tree], ...]:
         return (state.adapter, state.own)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from fedpref import trees
+from pydantic import Field
+
+from fedpref.aggregation import Aggregate, Factors
 from fedpref.federation import Client, Federation, PerClient, work
 from fedpref.local import Descent, descend
 from fedpref.trees import Tree
@@ -21,9 +23,10 @@ class State:
 
 
 @work
-def train(client: Client, adapter: Tree, moments: Tree, local: Descent) -> tuple[Tree, Tree, Mapping[str, float]]:
-    theta, moments, metrics = descend(client, adapter, local, moments)
-    return trees.subtract(theta, adapter), moments, metrics
+def train(client: Client, adapter: Tree, moments: Tree, method: FedDPO) -> tuple[Tree, Tree, Mapping[str, float]]:
+    received, fixed = method.aggregate.received(client, adapter)
+    theta, moments, metrics = descend(client, received, method.local, moments, fixed=fixed)
+    return method.aggregate.message(client, received, theta), moments, metrics
 
 
 @work
@@ -42,14 +45,19 @@ class FedDPO:
 
     name: Literal["feddpo"] = "feddpo"
     local: Descent = Descent()
+    aggregate: Annotated[Aggregate, Field(discriminator="name")] = Factors()
     pooled: ClassVar[bool] = False
 
     def init(self, fed: Federation, start: Tree) -> State:
         return State(start, fed.each(no_moments))
 
     def step(self, fed: Federation, state: State) -> tuple[State, Mapping[str, float]]:
-        delta, moments, metrics = fed.each(train, state.adapter, state.moments, self.local)
-        return State(trees.add(state.adapter, fed.mean(delta)), state.moments | moments), fed.report(metrics)
+        messages, moments, metrics = fed.each(train, state.adapter, state.moments, self)
+        adapter, residual = self.aggregate.merge(fed, state.adapter, messages)
+        return State(adapter, state.moments | moments), {**fed.report(metrics), **residual}
+
+    def join(self, fed: Federation, state: State, steps: int) -> State:
+        return state  # nothing here is a client's own
 
     def model(self, state: State) -> tuple[Tree | PerClient[Tree], ...]:
         return (state.adapter,)

@@ -10,7 +10,8 @@ import torch
 from pydantic import Field
 
 from fedpref import trees
-from fedpref.algorithms.feddpo import no_moments, train
+from fedpref.aggregation import Factors
+from fedpref.algorithms.feddpo import FedDPO, no_moments, train
 from fedpref.federation import Federation, PerClient
 from fedpref.local import Descent
 from fedpref.trees import Tree
@@ -86,9 +87,13 @@ class FedOpt:
         return State(start, fed.each(no_moments), trees.scale(start, 0.0), {name: torch.full_like(t, second) for name, t in start.items()})
 
     def step(self, fed: Federation, state: State) -> tuple[State, Mapping[str, float]]:
-        delta, moments, metrics = fed.each(train, state.adapter, state.moments, self.local)
+        local = FedDPO(local=self.local, aggregate=Factors(residual=False))
+        delta, moments, metrics = fed.each(train, state.adapter, state.moments, local)
         first, second, change = self.server(state.first, state.second, fed.mean(delta))
         return State(trees.add(state.adapter, change), state.moments | moments, first, second), fed.report(metrics)
+
+    def join(self, fed: Federation, state: State, steps: int) -> State:
+        return state  # nothing here is a client's own
 
     def model(self, state: State) -> tuple[Tree | PerClient[Tree], ...]:
         return (state.adapter,)

@@ -9,9 +9,10 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from fedpref import trees
+from fedpref.aggregation import Aggregate, Factors
 from fedpref.algorithms.feddpo import no_moments
 from fedpref.federation import Client, Federation, PerClient, work
-from fedpref.local import Descent, descend
+from fedpref.local import Descent, descend, joining
 from fedpref.models.parts import HEAD, Parts
 from fedpref.trees import Tree
 
@@ -31,17 +32,24 @@ def begin(client: Client, parts: Parts) -> Tree:
 
 
 @work
+def personalise(client: Client, shared: Tree, own: Tree, personal: Descent, head_rate: float = 1.0) -> Tree:
+    """Train what is the client's own, beside what is shared."""
+    return descend(client, own, personal, {}, fixed=shared, rates={HEAD: head_rate})[0]
+
+
+@work
 def train(client: Client, adapter: Tree, own: Tree, moments: Tree, method: FedPDPO) -> tuple[Tree, Tree, Tree, Mapping[str, float]]:
-    rates = {HEAD: method.head_rate}
+    rates, personal = {HEAD: method.head_rate}, method.personal or method.local
+    received, fixed = method.aggregate.received(client, adapter)
     if method.phases == "joint" or not own:
-        theta, moments, metrics = descend(client, {**adapter, **own}, method.local, moments, rates=rates)
+        theta, moments, metrics = descend(client, {**received, **own}, method.local, moments, fixed=fixed, rates=rates)
         own = trees.select(theta, own)
     else:
-        own, kept, before = descend(client, own, method.personal, trees.select(moments, own, "/"), fixed=adapter, rates=rates)
-        theta, moments, metrics = descend(client, adapter, method.local, trees.select(moments, adapter, "/"), fixed=own)
+        own, kept, before = descend(client, own, personal, trees.select(moments, own, "/"), fixed=adapter, rates=rates)
+        theta, moments, metrics = descend(client, received, method.local, trees.select(moments, received, "/"), fixed={**fixed, **own})
         moments = {**moments, **kept}
         metrics = {**metrics, **{f"personal/{name}": value for name, value in before.items() if not name.startswith("num_")}}
-    return trees.subtract(trees.select(theta, adapter), adapter), own, moments, metrics
+    return method.aggregate.message(client, received, trees.select(theta, received)), own, moments, metrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +64,9 @@ class FedPDPO:
     name: Literal["fedpdpo"] = "fedpdpo"
     parts: Parts = Parts()
     phases: Literal["alternate", "joint"] = "alternate"
-    personal: Descent = Descent()  # the first phase
+    personal: Descent | None = None  # the first phase; None: as the second
     local: Descent = Descent()  # the second
+    aggregate: Annotated[Aggregate, Field(discriminator="name")] = Factors()
     head_rate: Annotated[float, Field(gt=0)] = 0.1  # of a full vocabulary head, times the phase's learning rate
     pooled: ClassVar[bool] = False
 
@@ -65,8 +74,13 @@ class FedPDPO:
         return State(start, fed.each(begin, self.parts), fed.each(no_moments))
 
     def step(self, fed: Federation, state: State) -> tuple[State, Mapping[str, float]]:
-        delta, own, moments, metrics = fed.each(train, state.adapter, state.own, state.moments, self)
-        return State(trees.add(state.adapter, fed.mean(delta)), state.own | own, state.moments | moments), fed.report(metrics)
+        messages, own, moments, metrics = fed.each(train, state.adapter, state.own, state.moments, self)
+        adapter, residual = self.aggregate.merge(fed, state.adapter, messages)
+        return State(adapter, state.own | own, state.moments | moments), {**fed.report(metrics), **residual}
+
+    def join(self, fed: Federation, state: State, steps: int) -> State:
+        own = fed.each(personalise, state.adapter, state.own, joining(self.personal or self.local, steps), self.head_rate)
+        return State(state.adapter, state.own | own, state.moments)
 
     def model(self, state: State) -> tuple[Tree | PerClient[Tree], ...]:
         return (state.adapter, state.own)

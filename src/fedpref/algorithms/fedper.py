@@ -8,9 +8,8 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from fedpref import trees
-from fedpref.algorithms.feddpo import no_moments
-from fedpref.algorithms.fedpdpo import FedPDPO, State, begin, train
+from fedpref.aggregation import Aggregate, Factors
+from fedpref.algorithms.fedpdpo import FedPDPO, State
 from fedpref.federation import Federation, PerClient
 from fedpref.local import Descent
 from fedpref.models.parts import Parts
@@ -28,18 +27,25 @@ class FedPer:
     name: Literal["fedper"] = "fedper"
     phases: Literal["joint", "alternate"] = "joint"
     head: Literal["full", "low-rank"] = "full"
-    personal: Descent = Descent()  # the head's phase where they alternate
+    personal: Descent | None = None  # the head's phase where they alternate; None: as local
     local: Descent = Descent()
+    aggregate: Annotated[Aggregate, Field(discriminator="name")] = Factors()
     head_rate: Annotated[float, Field(gt=0)] = 0.1  # of a full head, times the phase's learning rate
     pooled: ClassVar[bool] = False
 
     def init(self, fed: Federation, start: Tree) -> State:
-        return State(start, fed.each(begin, Parts(head=self.head, bottleneck=0, reward=False)), fed.each(no_moments))
+        return self._as_fedpdpo().init(fed, start)
 
     def step(self, fed: Federation, state: State) -> tuple[State, Mapping[str, float]]:
-        method = FedPDPO(phases=self.phases, personal=self.personal, local=self.local, head_rate=self.head_rate)
-        delta, own, moments, metrics = fed.each(train, state.adapter, state.own, state.moments, method)
-        return State(trees.add(state.adapter, fed.mean(delta)), state.own | own, state.moments | moments), fed.report(metrics)
+        return self._as_fedpdpo().step(fed, state)
+
+    def join(self, fed: Federation, state: State, steps: int) -> State:
+        return self._as_fedpdpo().join(fed, state, steps)
 
     def model(self, state: State) -> tuple[Tree | PerClient[Tree], ...]:
         return (state.adapter, state.own)
+
+    def _as_fedpdpo(self) -> FedPDPO:
+        parts = Parts(head=self.head, bottleneck=0, reward=False, adapter=False)
+        same = {name: getattr(self, name) for name in ("phases", "personal", "local", "aggregate", "head_rate")}
+        return FedPDPO(parts=parts, **same)

@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from fedpref import trees
+from fedpref.aggregation import Aggregate, Factors
 from fedpref.algorithms.feddpo import State, no_moments
 from fedpref.federation import Client, Federation, PerClient, work
 from fedpref.local import Descent, descend
@@ -16,15 +17,16 @@ from fedpref.trees import Tree
 
 
 @work
-def train(client: Client, adapter: Tree, moments: Tree, local: Descent, mu: float) -> tuple[Tree, Tree, Mapping[str, float]]:
-    received = trees.to(adapter, client.task.device)
+def train(client: Client, adapter: Tree, moments: Tree, method: FedProx) -> tuple[Tree, Tree, Mapping[str, float]]:
+    received, fixed = method.aggregate.received(client, adapter)
+    centre = trees.to(received, client.task.device)
 
     def pull(theta: Tree, gradients: Tree) -> None:
         for name, gradient in gradients.items():
-            gradient.add_(theta[name] - received[name], alpha=mu)
+            gradient.add_(theta[name] - centre[name], alpha=method.mu)
 
-    theta, moments, metrics = descend(client, adapter, local, moments, pull)
-    return trees.subtract(theta, adapter), moments, metrics
+    theta, moments, metrics = descend(client, received, method.local, moments, pull, fixed=fixed)
+    return method.aggregate.message(client, received, theta), moments, metrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,14 +40,19 @@ class FedProx:
     name: Literal["fedprox"] = "fedprox"
     mu: Annotated[float, Field(ge=0)] = 0.01
     local: Descent = Descent()
+    aggregate: Annotated[Aggregate, Field(discriminator="name")] = Factors()
     pooled: ClassVar[bool] = False
 
     def init(self, fed: Federation, start: Tree) -> State:
         return State(start, fed.each(no_moments))
 
     def step(self, fed: Federation, state: State) -> tuple[State, Mapping[str, float]]:
-        delta, moments, metrics = fed.each(train, state.adapter, state.moments, self.local, self.mu)
-        return State(trees.add(state.adapter, fed.mean(delta)), state.moments | moments), fed.report(metrics)
+        messages, moments, metrics = fed.each(train, state.adapter, state.moments, self)
+        adapter, residual = self.aggregate.merge(fed, state.adapter, messages)
+        return State(adapter, state.moments | moments), {**fed.report(metrics), **residual}
+
+    def join(self, fed: Federation, state: State, steps: int) -> State:
+        return state  # nothing here is a client's own
 
     def model(self, state: State) -> tuple[Tree | PerClient[Tree], ...]:
         return (state.adapter,)

@@ -7,18 +7,13 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from fedpref import trees
+from fedpref.aggregation import FrozenA, factor
+from fedpref.algorithms.feddpo import FedDPO, no_moments
 from fedpref.algorithms.feddpo import State as SharedState
-from fedpref.algorithms.feddpo import no_moments
-from fedpref.algorithms.fedpdpo import State
+from fedpref.algorithms.fedpdpo import State, personalise
 from fedpref.federation import Client, Federation, PerClient, work
-from fedpref.local import Descent, descend
+from fedpref.local import Descent, descend, joining
 from fedpref.trees import Tree
-
-
-def factor(tree: Tree, letter: str) -> Tree:
-    """The adapter's A factors or its B factors."""
-    marks = (f".lora_{letter}.", f".lora_embedding_{letter}")
-    return {name: tensor for name, tensor in tree.items() if any(mark in name for mark in marks)}
 
 
 @work
@@ -27,16 +22,9 @@ def begin(client: Client, own: Tree) -> Tree:
 
 
 @work
-def train_both(client: Client, shared: Tree, own: Tree, moments: Tree, local: Descent) -> tuple[Tree, Tree, Tree, Mapping[str, float]]:
+def train(client: Client, shared: Tree, own: Tree, moments: Tree, local: Descent) -> tuple[Tree, Tree, Tree, Mapping[str, float]]:
     theta, moments, metrics = descend(client, {**shared, **own}, local, moments)
     return trees.subtract(trees.select(theta, shared), shared), trees.select(theta, own), moments, metrics
-
-
-@work
-def train_b(client: Client, adapter: Tree, moments: Tree, local: Descent) -> tuple[Tree, Tree, Mapping[str, float]]:
-    b = factor(adapter, "B")
-    theta, moments, metrics = descend(client, b, local, moments, fixed=factor(adapter, "A"))
-    return trees.subtract(theta, b), moments, metrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +42,12 @@ class FedSA:
         return State(factor(start, "A"), fed.each(begin, factor(start, "B")), fed.each(no_moments))
 
     def step(self, fed: Federation, state: State) -> tuple[State, Mapping[str, float]]:
-        delta, own, moments, metrics = fed.each(train_both, state.adapter, state.own, state.moments, self.local)
+        delta, own, moments, metrics = fed.each(train, state.adapter, state.own, state.moments, self.local)
         return State(trees.add(state.adapter, fed.mean(delta)), state.own | own, state.moments | moments), fed.report(metrics)
+
+    def join(self, fed: Federation, state: State, steps: int) -> State:
+        own = fed.each(personalise, state.adapter, state.own, joining(self.local, steps))
+        return State(state.adapter, state.own | own, state.moments)
 
     def model(self, state: State) -> tuple[Tree | PerClient[Tree], ...]:
         return (state.adapter, state.own)
@@ -76,9 +68,10 @@ class FFA:
         return SharedState(start, fed.each(no_moments))
 
     def step(self, fed: Federation, state: SharedState) -> tuple[SharedState, Mapping[str, float]]:
-        delta, moments, metrics = fed.each(train_b, state.adapter, state.moments, self.local)
-        b = trees.add(factor(state.adapter, "B"), fed.mean(delta))
-        return SharedState({**state.adapter, **b}, state.moments | moments), fed.report(metrics)
+        return FedDPO(local=self.local, aggregate=FrozenA()).step(fed, state)
+
+    def join(self, fed: Federation, state: SharedState, steps: int) -> SharedState:
+        return state  # nothing here is a client's own
 
     def model(self, state: SharedState) -> tuple[Tree | PerClient[Tree], ...]:
         return (state.adapter,)

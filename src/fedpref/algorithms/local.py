@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 from fedpref.algorithms.feddpo import no_moments
 from fedpref.federation import Client, Federation, PerClient, work
-from fedpref.local import Descent, descend
+from fedpref.local import Descent, descend, joining
 from fedpref.trees import Tree
 
 
@@ -47,6 +47,10 @@ class Local:
     def step(self, fed: Federation, state: State) -> tuple[State, Mapping[str, float]]:
         theta, moments, metrics = fed.each(train, state.theta, state.moments, self.local)
         return State(state.theta | theta, state.moments | moments), fed.report(metrics)
+
+    def join(self, fed: Federation, state: State, steps: int) -> State:
+        theta, _, _ = fed.each(train, state.theta, state.moments, joining(self.local, steps))
+        return State(state.theta | theta, state.moments)
 
     def model(self, state: State) -> tuple[Tree | PerClient[Tree], ...]:
         return (state.theta,)

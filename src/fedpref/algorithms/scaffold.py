@@ -74,5 +74,8 @@ class Scaffold:
         control = trees.add(state.control, trees.scale(fed.mean(drift), len(fed.active) / len(fed.clients)))
         return State(adapter, control, state.own | own, state.moments | moments), fed.report(metrics)
 
+    def join(self, fed: Federation, state: State, steps: int) -> State:
+        return state  # nothing here is a client's own
+
     def model(self, state: State) -> tuple[Tree | PerClient[Tree], ...]:
         return (state.adapter,)

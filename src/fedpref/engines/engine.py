@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 from fedpref.federation import Federation, PerClient
 from fedpref.trees import Tree
 
-Purpose = Literal["init", "train", "evaluate"]
+Purpose = Literal["init", "train", "join", "evaluate"]
 
 
 @dataclass(frozen=True)

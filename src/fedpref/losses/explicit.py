@@ -24,8 +24,8 @@ class Explicit:
     head is a constant in the sum, and learns from its own term, unless `stop_gradient` is off.
     """
 
-    alpha: Annotated[float, Field(ge=0)] = 1.0
-    gamma: Annotated[float, Field(ge=0)] = 1.0
+    alpha: Annotated[float, Field(ge=0)] = 0.5
+    gamma: Annotated[float, Field(ge=0)] = 0.2
     stop_gradient: bool = True
 
     def __call__(self, loss: DPO | Hinge, implicit: PerPair, explicit: PerPair) -> PerPair:

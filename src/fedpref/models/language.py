@@ -161,14 +161,12 @@ class LanguageModel:
 
     def fresh(self, settings: Parts, rng: torch.Generator) -> Tree:
         """A client's own parts as they begin; raises UserError where the model's vocabulary head cannot stand beside them."""
-        if settings.none:
-            return {}
-        if not self.has_plain_head:
+        if settings.after and not self.has_plain_head:
             raise UserError(
                 f"{self.name}: parts of a client's own need logits that are the vocabulary head's alone, and a head without an adapter. "
                 "Take another model, or leave the head out of task.model.lora_target_modules."
             )
-        return settings.init(self.head.weight, rng)
+        return settings.init(self.head.weight, self.init(rng), rng)
 
     def log_probabilities(self, params: Tree | None, rows: Sequence[Row], *, training: bool = False) -> Float[Tensor, " A"]:
         """The summed log-probability of each answer, in the order of the rows; see `score`."""

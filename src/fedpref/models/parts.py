@@ -1,7 +1,7 @@
 """What a client may have of its own on a shared model: a vocabulary head, a reward head, a bottleneck between the model and both.
 
-All act on the hidden states that come to the vocabulary head. Their tensors go by these names in the tree of a client's parameters,
-so that a tree without them is the shared model.
+These act on the hidden states that come to the vocabulary head; an adapter of its own acts in the layers, beside the shared one. Their
+tensors go by these names in the tree of a client's parameters, so that a tree without them is the shared model.
 """
 
 from __future__ import annotations
@@ -33,16 +33,20 @@ class Parts:
     head_rank: Annotated[int, Field(ge=1)] = 16  # of a low-rank head, for large vocabularies
     bottleneck: Annotated[int, Field(ge=0)] = 64  # width of a residual adapter on the last hidden state; 0: none
     reward: bool = True  # an explicit reward, linear in the last hidden state of an answer
+    adapter: bool = True  # a second adapter in the layers, shaped as the shared one and added to it
 
     @property
-    def none(self) -> bool:
-        """Whether there is nothing that a client has of its own."""
-        return self.head is None and not self.bottleneck and not self.reward
+    def after(self) -> bool:
+        """Whether there is a part that acts on the hidden states which come to the vocabulary head."""
+        return bool(self.head or self.bottleneck or self.reward)
 
-    def init(self, head: Float[Tensor, "V D"], rng: torch.Generator) -> Tree:
-        """Fresh parts in float32 on the CPU, which change nothing: the head is the backbone's, what comes last in the others is zero."""
+    def init(self, head: Float[Tensor, "V D"], adapter: Tree, rng: torch.Generator) -> Tree:
+        """Fresh parts in float32 on the CPU, which change nothing: the head is the backbone's, what comes last in the others is zero.
+
+        `adapter` is a fresh one, for the own adapter to be.
+        """
         vocabulary, width = head.shape
-        tree: dict[str, Tensor] = {}
+        tree: dict[str, Tensor] = {OWN_ADAPTER + name: tensor for name, tensor in adapter.items()} if self.adapter else {}
         if self.head == "full":
             tree[HEAD] = head.detach().float().cpu().clone()
         elif self.head == "low-rank":

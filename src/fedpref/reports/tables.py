@@ -14,6 +14,7 @@ from fedpref.rundirectory import CLIENTS
 from fedpref.summary import ACCURACY, over_clients, standard_error
 
 Accuracies = Mapping[str, Mapping[str, float]]  # line -> client -> held-out pair accuracy
+Metrics = Mapping[str, Mapping[str, float]]  # client -> metric -> value
 TITLES = {"local": "alone", "centralised": "pooled"}
 
 
@@ -22,11 +23,17 @@ def accuracies(evaluations: Mapping[str, Mapping[str, Mapping[str, float]]]) -> 
     return {line: {name: row[ACCURACY] for name, row in rows.items()} for line, rows in evaluations.items()}
 
 
+def sizes(path: Path) -> dict[str, dict[str, int]]:
+    """Each client's examples in a run: `train` and `test`."""
+    found: dict[str, dict[str, int]] = json.loads((path / CLIENTS).read_text())
+    return found
+
+
 def client_table(path: Path, figures: Accuracies) -> Table:
     """Held-out pair accuracy of each client under each line, clients with most training pairs first, then summaries."""
-    sizes = json.loads((path / CLIENTS).read_text())
-    names = sorted(sizes, key=lambda name: (-sizes[name]["train"], name))
-    counts = {name: sizes[name]["test"] for name in names}
+    pairs = sizes(path)
+    names = sorted(next(iter(figures.values())), key=lambda name: (-pairs[name]["train"], name))
+    counts = {name: pairs[name]["test"] for name in names}
     table = Table(title="held-out pair accuracy, %", title_style="bold", title_justify="left")
     table.add_column("client", no_wrap=True)
     table.add_column("training\npairs", justify="right")
@@ -35,18 +42,18 @@ def client_table(path: Path, figures: Accuracies) -> Table:
     for line in figures:
         table.add_column(TITLES.get(line, line), justify="right", style="bold" if line == main else "")
     for name in names:
-        table.add_row(Text(name), str(sizes[name]["train"]), str(counts[name]), *(f"{100 * figures[line][name]:.1f}" for line in figures))
+        table.add_row(Text(name), str(pairs[name]["train"]), str(counts[name]), *(f"{100 * figures[line][name]:.1f}" for line in figures))
     table.add_section()
-    pairs, held = str(sum(size["train"] for size in sizes.values())), str(sum(counts.values()))
+    trained, held = str(sum(pairs[name]["train"] for name in names)), str(sum(counts.values()))
     summaries = {line: over_clients(values, counts) for line, values in figures.items()}
-    table.add_row("mean", pairs, held, *(f"{100 * summaries[line]['mean']:.1f}" for line in figures), style="bold")
+    table.add_row("mean", trained, held, *(f"{100 * summaries[line]['mean']:.1f}" for line in figures), style="bold")
     table.add_row("its standard error", "", "", *(f"{100 * standard_error(figures[line], counts):.1f}" for line in figures))
     if len(names) >= 4:
         small = names[len(names) // 2 :]
         part = [f"{100 * sum(figures[line][name] for name in small) / len(small):.1f}" for line in figures]
         table.add_row(
             f"the {len(small)} with least data",
-            str(sum(sizes[name]["train"] for name in small)),
+            str(sum(pairs[name]["train"] for name in small)),
             str(sum(counts[name] for name in small)),
             *part,
         )
@@ -56,18 +63,36 @@ def client_table(path: Path, figures: Accuracies) -> Table:
     return table
 
 
-def size_table(sizes: Mapping[str, tuple[int, int, int]], shown: int = 30) -> Table:
+def newcomer_table(pairs: Mapping[str, Mapping[str, int]], lines: Mapping[str, tuple[Metrics, Metrics]]) -> Table:
+    """Held-out pair accuracy of clients that join after training, under each line: as they join, and after steps of their own."""
+    table = Table(title="newcomers: held-out pair accuracy, %", title_style="bold", title_justify="left")
+    for title in ("client", "training\npairs", "held-out\npairs"):
+        table.add_column(title, justify="left" if title == "client" else "right", no_wrap=True)
+    columns = []
+    for line, (before, after) in lines.items():
+        for title, metrics in ((f"{TITLES.get(line, line)}\nas received", before), ("after own\nsteps", after)):
+            table.add_column(title, justify="right")
+            columns.append({name: 100 * row[ACCURACY] for name, row in metrics.items()})
+    for name in columns[0]:
+        table.add_row(Text(name), str(pairs[name]["train"]), str(pairs[name]["test"]), *(f"{column[name]:.1f}" for column in columns))
+    if len(columns[0]) > 1:
+        table.add_section()
+        table.add_row("mean", "", "", *(f"{sum(column.values()) / len(column):.1f}" for column in columns), style="bold")
+    return table
+
+
+def size_table(clients: Mapping[str, tuple[int, int, int]], shown: int = 30) -> Table:
     """Clients and their sizes: (training pairs, held-out pairs, truncated rows); only the largest where there are very many."""
-    table = Table(title=f"{len(sizes)} clients", title_style="bold", title_justify="left")
+    table = Table(title=f"{len(clients)} clients", title_style="bold", title_justify="left")
     for title in ("client", "training pairs", "held-out pairs", "truncated"):
         table.add_column(title, justify="left" if title == "client" else "right")
-    ranked = sorted(sizes.items(), key=lambda item: (-item[1][0], item[0]))
+    ranked = sorted(clients.items(), key=lambda item: (-item[1][0], item[0]))
     for name, (train, test, cut) in ranked[:shown]:
         table.add_row(Text(name), str(train), str(test), str(cut))
     if len(ranked) > shown:
         table.add_row(f"... and {len(ranked) - shown} smaller ones", *(str(sum(s[i] for _, s in ranked[shown:])) for i in range(3)))
     table.add_section()
-    table.add_row("all", *(str(sum(size[i] for size in sizes.values())) for i in range(3)), style="bold")
+    table.add_row("all", *(str(sum(size[i] for size in clients.values())) for i in range(3)), style="bold")
     return table
 
 

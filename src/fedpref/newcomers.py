@@ -1,0 +1,67 @@
+"""Clients that come to a finished run with data of their own: they take what is shared, and make what is private to them."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from fedpref import seeds
+from fedpref.data import IID, Files, Natural
+from fedpref.engines import Simulation
+from fedpref.engines.workers import keep_freed_memory, one_thread
+from fedpref.errors import UserError
+from fedpref.running import evaluate, existing_directory, export, read_experiment
+
+FOLDER = "newcomers"
+
+
+@dataclass(frozen=True)
+class Newcomer:
+    """One of them: its pairs, its held-out metrics with the shared model and after its own steps, and its exported model."""
+
+    train: int
+    test: int
+    before: Mapping[str, float]
+    after: Mapping[str, float]
+    path: Path
+
+
+def personalise(
+    run: str | Path, data: Files, *, column: str | None = None, name: str | None = None, steps: int | None = None
+) -> dict[str, Newcomer]:
+    """Let the clients in `data` join a run: one for each value of a column, or a single one, by default named after the file.
+
+    They take `steps` local steps (by default the run's `federation.join_steps`) and their models go to RUN/newcomers/NAME. What is shared
+    stays as it is. Raises UserError, before anything is computed, if the run is not finished or a name is taken.
+    """
+    folder = existing_directory(run)
+    if not folder.done:
+        raise UserError(f"{run}: the run is not finished. `fedpref resume {run}` finishes it.")
+    experiment = read_experiment(folder)
+    spec = replace(experiment, data=data, partition=Natural(column=column) if column else IID(clients=1))
+    clients, _ = spec.clients()
+    if not column:
+        clients = (replace(clients[0], name=name or Path(data.path).name.split(".")[0]),)
+    places = {client.name: folder.path / FOLDER / quote(client.name, safe=" ") for client in clients}
+    if taken := [client for client, place in places.items() if place.exists()]:
+        raise UserError(f"{run}: {taken[:5]} joined already. Give another name, or remove {places[taken[0]]}.")
+    keep_freed_memory()
+    with one_thread(), tempfile.TemporaryDirectory() as cache:
+        task = spec.task.build()
+        shards = [task.prepare(task.encode(client), Path(cache)) for client in clients]
+        with closing(Simulation(task, shards, seed=spec.seed, rounds=1)) as engine:
+            algorithm: Any = spec.algorithm
+            state = algorithm.init(engine, task.init(seeds.generator(spec.seed, "init")))
+            state = folder.restore_shared(state)
+            before = engine.disclose(engine.each(evaluate, *algorithm.model(state)))
+            engine.begin(0, engine.clients, "join")
+            state = algorithm.join(engine, state, steps or spec.federation.join_steps)
+            after = engine.disclose(engine.each(evaluate, *algorithm.model(state)))
+            engine.each(export, str(folder.path / FOLDER), *algorithm.model(state))
+    sizes = [(len(shard.train), len(shard.test)) for shard in shards]
+    return {client: Newcomer(*sizes[i], before[i], after[i], place) for i, (client, place) in enumerate(places.items())}

@@ -1,0 +1,113 @@
+"""Clients that take no part in training, within a run and after it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from conftest import make_rows, write_rows
+from fedpref import Experiment, UserError, config, run, trees
+from fedpref.cli import app
+from fedpref.data import Files
+from fedpref.newcomers import personalise
+from fedpref.rundirectory import EVALUATION, METRICS
+
+LOCAL = {"steps": 4, "batch_size": 4, "learning_rate": 0.02}
+WITH_OWN = ["fedpdpo", "fedper", "fedsa-lora", "feddpa", "ditto", "local"]
+
+
+def experiment(settings: dict[str, Any], algorithm: dict[str, Any], **federation: Any) -> Experiment:
+    content = {**settings, "algorithm": {"local": LOCAL, **algorithm}, "federation": {"join_steps": 5, **federation}}
+    return config.parse(Experiment, content, "test")
+
+
+@pytest.fixture(scope="module")
+def later(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A client that nobody knew, with 30 pairs."""
+    rows = [{**row, "client": "late"} for row in make_rows([30], seed=5)]
+    return write_rows(tmp_path_factory.mktemp("later") / "late.jsonl", rows)
+
+
+@pytest.mark.parametrize("algorithm", [*WITH_OWN, "feddpo", "clustered"])
+def test_newcomers_of_a_run_never_train_and_are_evaluated_before_and_after_they_join(
+    algorithm: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    spec = experiment(settings, {"name": algorithm}, newcomers=["client-1"])
+    result = run(spec, tmp_path / "run")
+    assert {row["clients"] for row in map(json.loads, (result.path / METRICS).read_text().splitlines())} == {3}
+    before, after = result.newcomers[algorithm]
+    assert set(before) == set(after) == {"client-1"}
+    assert set(result.evaluations[algorithm]) == {"client-0", "client-2", "client-3"}
+    assert (before == after) == (algorithm == "feddpo")
+    row = json.loads((result.path / EVALUATION).read_text().splitlines()[-1])
+    assert row["summary"]["loss"]["mean"] == pytest.approx(sum(r["loss"] for r in row["clients"].values()) / 3)
+
+
+def test_what_is_shared_does_not_depend_on_a_newcomers_data(settings: dict[str, Any], tmp_path: Path) -> None:
+    rows = make_rows([24, 16, 12, 9])
+    swapped = [{**r, "chosen": r["rejected"], "rejected": r["chosen"]} if r["client"] == "client-3" else r for r in rows]
+    adapters = []
+    for name, content in (("as it is", rows), ("swapped", swapped)):
+        data = {**settings["data"], "path": str(write_rows(tmp_path / f"{name}.jsonl", content))}
+        spec = experiment({**settings, "data": data, "references": ["centralised"]}, {"name": "fedpdpo"}, newcomers=["client-3"])
+        path = run(spec, tmp_path / name).path
+        adapters.append(trees.load(path / "checkpoints/round-000003/adapter.safetensors"))
+        adapters[-1] |= trees.load(path / "references/centralised/adapter/adapter_model.safetensors")
+    assert all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
+
+
+def test_newcomers_are_drawn_or_named(settings: dict[str, Any]) -> None:
+    names = ["a", "b", "c", "d"]
+    drawn = experiment(settings, {"name": "feddpo"}, newcomers=2).federation
+    assert len({drawn.joining(names, seed) for seed in range(20)}) > 3
+    assert all(len(drawn.joining(names, seed)) == 2 for seed in range(20))
+    assert drawn.joining(names, 7) == drawn.joining(names, 7)
+    named = experiment(settings, {"name": "feddpo"}, newcomers=["c", "a"]).federation
+    assert named.joining(names, 0) == (0, 2)
+    assert named.weights(dict.fromkeys(names, 5), 0) == [0.0, 1.0, 0.0, 1.0]
+    for wrong, sentence in ((4, "nobody is left"), (["e"], "no clients; the clients are")):
+        with pytest.raises(UserError, match=sentence):
+            experiment(settings, {"name": "feddpo"}, newcomers=wrong).federation.joining(names, 0)
+
+
+@pytest.mark.parametrize("algorithm", WITH_OWN)
+def test_a_client_that_joins_later_learns_its_own_on_what_is_shared(
+    algorithm: str, settings: dict[str, Any], later: Path, tmp_path: Path
+) -> None:
+    result = run(experiment(settings, {"name": algorithm}), tmp_path / "run")
+    shared = {path: path.read_bytes() for path in (result.path / "checkpoints").rglob("*.safetensors")}
+    joined = personalise(result.path, Files(path=str(later)), steps=40)
+    assert list(joined) == ["late"]
+    assert joined["late"].train + joined["late"].test == 30
+    assert joined["late"].after["loss"] < joined["late"].before["loss"]
+    assert (joined["late"].path / "adapter_model.safetensors").is_file()
+    assert {path: path.read_bytes() for path in shared} == shared
+    with pytest.raises(UserError, match="joined already"):
+        personalise(result.path, Files(path=str(later)))
+
+
+def test_fedpdpos_newcomer_keeps_the_adapter_it_received(settings: dict[str, Any], later: Path, tmp_path: Path) -> None:
+    parts = {"adapter": False}
+    result = run(experiment(settings, {"name": "fedpdpo", "parts": parts}), tmp_path / "run")
+    joined = personalise(result.path, Files(path=str(later)), column="client")
+    adapter = trees.load(result.path / "adapter/adapter_model.safetensors")
+    theirs = trees.load(joined["late"].path / "adapter_model.safetensors")
+    assert all(torch.equal(adapter[name], theirs[name]) for name in adapter)
+    assert trees.norm(trees.load(joined["late"].path / "own_parts.safetensors")) > 0
+
+
+def test_from_the_command_line(settings: dict[str, Any], later: Path, tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(config.to_yaml(experiment(settings, {"name": "fedpdpo"}, newcomers=1)))
+    ran = CliRunner().invoke(app, ["run", str(file), "--output", str(tmp_path / "run")])
+    assert "newcomers: held-out pair accuracy" in ran.output
+    joined = CliRunner().invoke(app, ["personalise", str(tmp_path / "run"), "--data", str(later), "--name", "x y", "--steps", "2"])
+    assert joined.exit_code == 0, joined.output
+    assert "x y" in joined.output
+    said = CliRunner().invoke(app, ["generate", str(tmp_path / "run"), "A lamp?", "--client", "x y", "--max-new-tokens", "3"])
+    assert said.exit_code == 0, said.output
