@@ -164,6 +164,7 @@ class ProcessEngine:
         self._connections = processes.connections
         self.clients = tuple(range(len(self._connections)))
         self.sent_up: list[str] = []  # names of tensors that left a client
+        self.wire: list[bytes] = []  # all that was sent, either way
         self._freed: list[tuple[int, str]] = []
         self._names = 0
         opened = self._ask_all({"verb": "open", "experiment": experiment, "cache": str(cache), "modules": list(modules)}, self.clients)
@@ -254,10 +255,13 @@ class ProcessEngine:
         if freed:
             self._freed[:] = [entry for entry in self._freed if entry[0] != client]
             self._connections[client].send_bytes(pack({"verb": "free", "names": freed}))
+        self.wire.append(message)
         self._connections[client].send_bytes(message)
 
     def _receive(self, client: int) -> tuple[dict[str, Any], Tree]:
-        header, tensors = unpack(self._connections[client].recv_bytes())
+        message = self._connections[client].recv_bytes()
+        self.wire.append(message)
+        header, tensors = unpack(message)
         if "error" in header:
             raise RuntimeError(f"client {client}:\n{header['error']}")
         return header, tensors

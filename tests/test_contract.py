@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
@@ -34,10 +35,10 @@ ALGORITHMS = {
     "fedopt": FedOpt(server=Adaptive(), local=LOCAL),
     "fedprox": FedProx(mu=0.1, local=LOCAL),
     "scaffold": Scaffold(local=LOCAL),
-    "fedpdpo": FedPDPO(local=KEEPING, personal=KEEPING),
+    "fedpdpo": FedPDPO(local=KEEPING, personal_steps=1),
     "fedpdpo-joint": FedPDPO(local=LOCAL, phases="joint", parts=Parts(head="low-rank", bottleneck=4)),
     "fedper": FedPer(local=LOCAL),
-    "fedrep": FedPer(local=LOCAL, personal=LOCAL, phases="alternate"),
+    "fedrep": FedPer(local=LOCAL, phases="alternate"),
     "fedsa-lora": FedSA(local=KEEPING),
     "ffa-lora": FFA(local=LOCAL),
     "ditto": Ditto(local=LOCAL, personal=LOCAL),
@@ -137,6 +138,34 @@ def test_engines_agree_to_the_last_bit(name: str, engines: dict[str, MakeEngine]
         run.engine.begin(ROUNDS, run.engine.clients, "evaluate")
         held_out.append(run.engine.disclose(run.engine.each(evaluate, *algorithm.model(run.state))))
     assert held_out[0] == held_out[1]
+
+
+@pytest.mark.parametrize("name", ["fedpdpo", "fedpdpo-joint", "fedrep", "feddpa", "ditto", "local"])
+def test_no_bytes_of_a_private_part_are_in_any_message(
+    name: str, engines: dict[str, MakeEngine], start: Tree, rows_file: Path, tmp_path: Path
+) -> None:
+    engine, algorithm, seen = engines["processes"](), ALGORITHMS[name], dict[str, Tree]()
+    state = algorithm.init(engine, start)
+    for round in range(3):
+        engine.begin(round, engine.clients)
+        state, _ = algorithm.step(engine, state)
+        seen |= {f"{round}/{key}": tree for key, tree in contents(engine, state, tmp_path / str(round)).items()}
+    sent = b"".join(engine.wire)
+
+    def is_sent(tensor: torch.Tensor) -> bool:
+        """Whether any 32 bytes of it are, looked at every so often, where they are not all alike."""
+        content = tensor.flatten().contiguous().view(torch.uint8).numpy().tobytes()
+        pieces = [content[i : i + 32] for i in range(0, len(content) - 31, max(32, len(content) // 50))]
+        return any(len(set(piece)) > 8 and piece in sent for piece in pieces)
+
+    private = {f"{key}/{n}": t for key, tree in seen.items() if "/" in key.split("/", 1)[1] for n, t in tree.items()}
+    assert len(private) >= 9
+    assert not [key for key, tensor in private.items() if is_sent(tensor)]
+    assert not any(part.encode() in sent for part in ("head.", "reward.", "bottleneck.", "own."))
+    assert not any(json.loads(line)["chosen"].encode() in sent for line in rows_file.read_text().splitlines())
+    shared = [t for key, tree in seen.items() if "/" not in key.split("/", 1)[1] and int(key[0]) < 2 for t in tree.values()]
+    assert all(map(is_sent, shared))  # so that the search is seen to find what is there
+    assert bool(shared) == (name != "local")
 
 
 @pytest.mark.parametrize("kind", ["simulation", "processes"])

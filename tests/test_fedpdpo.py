@@ -14,11 +14,15 @@ import torch
 from conftest import make_rows, write_rows
 from fedpref import Experiment, UserError, config, run, seeds, trees
 from fedpref.aggregation import Factors
+from fedpref.algorithms import FedPDPO
+from fedpref.algorithms.fedpdpo import train
+from fedpref.federation import Client
+from fedpref.local import Descent, descend
 from fedpref.losses import DPO, Explicit, Hinge
 from fedpref.models.head import token_log_probabilities
 from fedpref.models.language import LanguageModel, Model
 from fedpref.models.packed import Row
-from fedpref.models.parts import HEAD, REWARD, Parts
+from fedpref.models.parts import HEAD, HEADS, REWARD, Parts
 from fedpref.tasks import PreferenceTask
 
 ROWS: list[Row] = [((5, 6, 7), ((8, 9), (10, 11, 12, 13))), ((11,), ((12, 13, 14, 15), (16,)))]
@@ -178,7 +182,7 @@ def accuracy(settings: dict[str, Any], path: Path, data: Path, algorithm: dict[s
 def test_opposed_clients_are_at_a_coin_with_one_model_and_apart_with_own_parts(settings: dict[str, Any], tmp_path: Path) -> None:
     data, local = opposed(tmp_path), {"steps": 10, "batch_size": 8, "learning_rate": 0.02}
     shared = accuracy(settings, tmp_path / "a", data, {"name": "feddpo", "local": local})
-    personal = accuracy(settings, tmp_path / "b", data, {"name": "fedpdpo", "local": local, "personal": local, "head_rate": 1.0})
+    personal = accuracy(settings, tmp_path / "b", data, {"name": "fedpdpo", "local": local, "head_rate": 1.0})
     assert abs(shared - 0.5) < 0.1
     assert personal > shared + 0.2
 
@@ -199,26 +203,43 @@ def test_without_parts_it_is_feddpo_to_the_bit(settings: dict[str, Any], tmp_pat
         assert all(torch.equal(adapters[0][name], other[name]) for name in adapters[0])
 
 
-def test_both_phases_train_only_their_own(settings: dict[str, Any], tmp_path: Path) -> None:
-    from fedpref.algorithms import FedPDPO
-    from fedpref.algorithms.fedpdpo import train
-    from fedpref.federation import Client
-    from fedpref.local import Descent
-
+def test_the_second_phase_leaves_both_heads_as_the_first_made_them(settings: dict[str, Any], tmp_path: Path) -> None:
     spec = config.parse(Experiment, settings, "test")
     task = spec.task.build()
     shard = task.prepare(task.encode(spec.clients()[0][0]), tmp_path)
-    local = Descent(steps=2, batch_size=4, keep_optimizer=True, warmup_ratio=0.0)
-    method = FedPDPO(local=local, personal=replace(local, learning_rate=1e-12), aggregate=Factors(residual=False))
+    local = Descent(steps=3, batch_size=4, keep_optimizer=True, warmup_ratio=0.0)
+    method = FedPDPO(local=local, personal_steps=2, aggregate=Factors(residual=False))
     adapter, own = task.init(seeds.generator(0, "init")), task.parts(Parts(), seeds.generator(0, "work"))
-    client = Client(0, task, shard, seeds.generator(0, "train"), 0, 4)
-    delta, after, moments, metrics = train(client, adapter, own, {}, method)
+
+    def client() -> Client:
+        return Client(0, task, shard, seeds.generator(0, "train"), 0, 4)
+
+    first, _, _ = descend(client(), own, replace(local, steps=2), {}, fixed=adapter, rates=method.rates(own))
+    delta, after, moments, metrics = train(client(), adapter, own, {}, method)
     assert after.keys() == own.keys()
-    assert all((after[name] - own[name]).abs().max() < 1e-9 for name in own)
+    for name, tensor in first.items():
+        assert torch.equal(tensor, after[name]) == (name in HEADS), name
+    assert any(not torch.equal(first[name], own[name]) for name in HEADS & own.keys())
     assert delta.keys() == adapter.keys()
     assert trees.norm(delta) > 1e-4
     assert {name.split("/", 1)[1] for name in moments} == {*adapter, *own}
     assert "personal/loss" in metrics
+
+
+def test_own_parts_learn_at_rates_of_their_own(settings: dict[str, Any], tmp_path: Path) -> None:
+    spec = config.parse(Experiment, settings, "test")
+    task = spec.task.build()
+    shard = task.prepare(task.encode(spec.clients()[0][0]), tmp_path)
+    adapter, own = task.init(seeds.generator(0, "init")), task.parts(Parts(), seeds.generator(0, "work"))
+    local = Descent(steps=1, batch_size=4, lr_scheduler_type="constant", warmup_ratio=0.0, learning_rate=0.01)
+    for phases in ("alternate", "joint"):
+        method = FedPDPO(local=local, phases=phases, head_rate=0.1, adapter_rate=0.3)  # type: ignore[arg-type]
+        _, after, _, _ = train(Client(0, task, shard, seeds.generator(0, "train"), 0, 4), adapter, own, {}, method)
+        moved = {name: (after[name] - own[name]).abs().max().item() for name in own}
+        steps = 2 if phases == "alternate" else 1  # adapters move in both phases; a first step of AdamW is the rate itself
+        assert moved[HEAD] == pytest.approx(0.1 * 0.01, rel=1e-3)
+        assert moved[REWARD] == pytest.approx(0.01, rel=1e-3)
+        assert max(value for name, value in moved.items() if name.startswith("own.")) == pytest.approx(steps * 0.3 * 0.01, rel=0.05)
 
 
 def test_a_clients_folder_loads_as_a_model_that_gives_its_log_probabilities(settings: dict[str, Any], tmp_path: Path) -> None:

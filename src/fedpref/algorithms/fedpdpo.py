@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -13,7 +13,7 @@ from fedpref.aggregation import Aggregate, Factors
 from fedpref.algorithms.feddpo import no_moments
 from fedpref.federation import Client, Federation, PerClient, work
 from fedpref.local import Descent, descend, joining
-from fedpref.models.parts import HEAD, Parts
+from fedpref.models.parts import HEAD, HEADS, OWN_ADAPTER, Parts
 from fedpref.trees import Tree
 
 
@@ -32,23 +32,32 @@ def begin(client: Client, parts: Parts) -> Tree:
 
 
 @work
-def personalise(client: Client, shared: Tree, own: Tree, personal: Descent, head_rate: float = 1.0) -> Tree:
+def personalise(client: Client, shared: Tree, own: Tree, personal: Descent) -> Tree:
     """Train what is the client's own, beside what is shared."""
-    return descend(client, own, personal, {}, fixed=shared, rates={HEAD: head_rate})[0]
+    return descend(client, own, personal, {}, fixed=shared)[0]
+
+
+@work
+def settle(client: Client, shared: Tree, own: Tree, personal: Descent, method: FedPDPO) -> Tree:
+    return descend(client, own, personal, {}, fixed=shared, rates=method.rates(own))[0]
 
 
 @work
 def train(client: Client, adapter: Tree, own: Tree, moments: Tree, method: FedPDPO) -> tuple[Tree, Tree, Tree, Mapping[str, float]]:
-    rates, personal = {HEAD: method.head_rate}, method.personal or method.local
+    rates, personal = method.rates(own), replace(method.local, steps=method.personal_steps or method.local.steps)
     received, fixed = method.aggregate.received(client, adapter)
     if method.phases == "joint" or not own:
         theta, moments, metrics = descend(client, {**received, **own}, method.local, moments, fixed=fixed, rates=rates)
         own = trees.select(theta, own)
     else:
-        own, kept, before = descend(client, own, personal, trees.select(moments, own, "/"), fixed=adapter, rates=rates)
-        theta, moments, metrics = descend(client, received, method.local, trees.select(moments, received, "/"), fixed={**fixed, **own})
-        moments = {**moments, **kept}
-        metrics = {**metrics, **{f"personal/{name}": value for name, value in before.items() if not name.startswith("num_")}}
+        own, kept, first = descend(client, own, personal, trees.select(moments, own, "/"), fixed=adapter, rates=rates)
+        heads = trees.select(own, HEADS)
+        free = {**received, **{name: tensor for name, tensor in own.items() if name not in heads}}
+        before = trees.select({**moments, **kept}, free, "/")
+        theta, moments, metrics = descend(client, free, method.local, before, fixed={**fixed, **heads}, rates=rates)
+        own = {**heads, **trees.select(theta, own)}
+        moments = {**kept, **moments}
+        metrics = {**metrics, **{f"personal/{name}": value for name, value in first.items() if not name.startswith("num_")}}
     return method.aggregate.message(client, received, trees.select(theta, received)), own, moments, metrics
 
 
@@ -64,11 +73,16 @@ class FedPDPO:
     name: Literal["fedpdpo"] = "fedpdpo"
     parts: Parts = Parts()
     phases: Literal["alternate", "joint"] = "alternate"
-    personal: Descent | None = None  # the first phase; None: as the second
-    local: Descent = Descent()  # the second
+    personal_steps: Annotated[int, Field(ge=1)] | None = None  # of the first phase; None: as many as of the second
+    local: Descent = Descent()  # the second phase, and how the first trains
     aggregate: Annotated[Aggregate, Field(discriminator="name")] = Factors()
-    head_rate: Annotated[float, Field(gt=0)] = 0.1  # of a full vocabulary head, times the phase's learning rate
+    head_rate: Annotated[float, Field(gt=0)] = 0.1  # of a full vocabulary head, times the learning rate
+    adapter_rate: Annotated[float, Field(gt=0)] = 0.3  # of the own adapter, likewise: what is common is for the shared one to learn
     pooled: ClassVar[bool] = False
+
+    def rates(self, own: Tree) -> Mapping[str, float]:
+        """Factors of the learning rate, by name."""
+        return {HEAD: self.head_rate} | {name: self.adapter_rate for name in own if name.startswith(OWN_ADAPTER)}
 
     def init(self, fed: Federation, start: Tree) -> State:
         return State(start, fed.each(begin, self.parts), fed.each(no_moments))
@@ -79,7 +93,7 @@ class FedPDPO:
         return State(adapter, state.own | own, state.moments | moments), {**fed.report(metrics), **residual}
 
     def join(self, fed: Federation, state: State, steps: int) -> State:
-        own = fed.each(personalise, state.adapter, state.own, joining(self.personal or self.local, steps), self.head_rate)
+        own = fed.each(settle, state.adapter, state.own, joining(self.local, steps), self)
         return State(state.adapter, state.own | own, state.moments)
 
     def model(self, state: State) -> tuple[Tree | PerClient[Tree], ...]:

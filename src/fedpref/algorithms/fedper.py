@@ -27,7 +27,7 @@ class FedPer:
     name: Literal["fedper"] = "fedper"
     phases: Literal["joint", "alternate"] = "joint"
     head: Literal["full", "low-rank"] = "full"
-    personal: Descent | None = None  # the head's phase where they alternate; None: as local
+    personal_steps: Annotated[int, Field(ge=1)] | None = None  # of the head's phase where they alternate; None: as many as of the other
     local: Descent = Descent()
     aggregate: Annotated[Aggregate, Field(discriminator="name")] = Factors()
     head_rate: Annotated[float, Field(gt=0)] = 0.1  # of a full head, times the phase's learning rate
@@ -47,5 +47,5 @@ class FedPer:
 
     def _as_fedpdpo(self) -> FedPDPO:
         parts = Parts(head=self.head, bottleneck=0, reward=False, adapter=False)
-        same = {name: getattr(self, name) for name in ("phases", "personal", "local", "aggregate", "head_rate")}
+        same = {name: getattr(self, name) for name in ("phases", "personal_steps", "local", "aggregate", "head_rate")}
         return FedPDPO(parts=parts, **same)

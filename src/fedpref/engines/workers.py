@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import io
 import multiprocessing
 import pickle
@@ -57,6 +58,7 @@ class Workers:
         context = multiprocessing.get_context("fork")
         self._connections: list[Connection] = []
         self._processes = []
+        gc.freeze()  # or a worker's collector walks all that it inherited, and with it copies the pages
         for number in range(count):
             ours, theirs = context.Pipe()
             self._connections.append(ours)
@@ -64,6 +66,7 @@ class Workers:
             process.start()
             theirs.close()
             self._processes.append(process)
+        gc.unfreeze()
 
     def run(self, shared: Any, own: Mapping[int, Any]) -> dict[int, Any]:
         """The job's result for each client, in the order of `own`; a worker that is free takes the next client."""

@@ -1,0 +1,143 @@
+"""What personal parts gain: FedPDPO against one model for all, its ablations, and other ways to personalise.
+
+    python benchmarks/fedpdpo.py --data FOLDER
+    python benchmarks/fedpdpo.py --data FOLDER --datasets shipped persona --lines global ablations personal --seeds 5
+
+Every line takes equally many local steps a round on one split; FedPDPO spends a third of them on its first phase. Runs are kept under
+--output and not done again. Without --data, the shipped clients alone are measured. Gains are paired differences of held-out pair
+accuracy, in points, with 95 % intervals from a bootstrap over seeds and clients, against the best of the lines that share one model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from fedpref.reports.comparison import Row, compare, markdown, table
+from fedpref.reports.progress import show
+from fedpref.rundirectory import METRICS, RunDirectory
+from fedpref.sweep import plan, sweep
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A config, what is set besides, and the local steps of a round, which three divides."""
+
+    config: str
+    steps: int = 6
+    settings: tuple[str, ...] = ()
+    is_local: bool = True  # needs --data
+
+
+DATASETS = {
+    "shipped": Dataset("demo", settings=("rounds=6",), is_local=False),
+    "movie-reviews-3": Dataset("movie-reviews", settings=("rounds=8",)),
+    "persona": Dataset("persona", settings=("rounds=8",)),
+    "movie-reviews-10": Dataset("movie-reviews-10", settings=("rounds=8",)),
+    "ukpconvarg": Dataset("ukpconvarg", settings=("rounds=8", "partition.max_clients=16", "federation.clients_per_round=null")),
+    "iid": Dataset("demo", settings=("rounds=6", "partition={name: iid, clients: 6}"), is_local=False),
+}
+FEDPDPO = "algorithm=fedpdpo algorithm.local.steps={share} algorithm.personal_steps={personal}"
+ONE_MODEL = ("feddpo", "fedprox", "ffa-lora")
+LINES = {
+    "global": {
+        "feddpo": "algorithm=feddpo",
+        "fedprox": "algorithm=fedprox",
+        "ffa-lora": "algorithm=ffa-lora",
+        "fedpdpo": FEDPDPO,
+    },
+    "ablations": {
+        "no own head": f"{FEDPDPO} algorithm.parts.head=null",
+        "no reward head": f"{FEDPDPO} algorithm.parts.reward=false",
+        "no bottleneck": f"{FEDPDPO} algorithm.parts.bottleneck=0",
+        "no own adapter": f"{FEDPDPO} algorithm.parts.adapter=false",
+        "joint": "algorithm=fedpdpo algorithm.phases=joint",
+    },
+    "personal": {
+        "local": "algorithm=local",
+        "centralised": "algorithm=centralised algorithm.local.gradient_accumulation_steps={clients}",
+        "fedsa-lora": "algorithm=fedsa-lora",
+        "fedper": "algorithm=fedper",
+        "fedrep": "algorithm=fedper algorithm.phases=alternate algorithm.local.steps={share} algorithm.personal_steps={personal}",
+        "ditto": "algorithm=ditto",
+        "feddpa": "algorithm=feddpa",
+        "clustered": "algorithm=clustered",
+        "feddpo, product": "algorithm=feddpo algorithm.aggregate=product",
+        "fedpdpo, product": f"{FEDPDPO} algorithm.aggregate=product",
+    },
+}
+CLIENTS = {"shipped": 12, "movie-reviews-3": 3, "persona": 6, "movie-reviews-10": 10, "ukpconvarg": 16, "iid": 6}
+
+
+def measure(
+    name: str, groups: Sequence[str], seeds: int, data: str | None, output: Path, extra: Sequence[str], console: Console
+) -> tuple[list[Row], dict[str, float]]:
+    """A dataset's table, gains over the best line of one model, and its figures."""
+    dataset = DATASETS[name]
+    settings = [*dataset.settings, f"algorithm.local.steps={dataset.steps}", *([f"data.path={data}"] if dataset.is_local else []), *extra]
+    fill = {"share": 2 * dataset.steps // 3, "personal": dataset.steps // 3, "clients": CLIENTS[name]}
+    lines = {line: spec.format(**fill) for group in groups for line, spec in LINES[group].items()}
+    place = output / name
+    runs = plan(CONFIGS / f"{dataset.config}.yaml", [f"{k}: {v}" for k, v in lines.items()], range(seeds), settings, place)
+    for path, happenings in sweep(runs, place / "cache"):
+        console.print(str(path), highlight=False)
+        show(happenings, console)
+    of = {line: [path for path in runs if path.parent.name == line] for line in lines}
+    means = {row.name: row.mean for row in compare([path for line in ONE_MODEL for path in of[line]])}
+    best = max(means, key=means.__getitem__)
+    rows = compare([path for line in (best, *(line for line in lines if line != best)) for path in of[line]])
+    gain = next(row.gain for row in rows if row.name == "fedpdpo")
+    assert gain is not None, "the best of the lines with one model is none of FedPDPO's"
+    figures = {f"gain_points_{name}": gain[0], f"gain_low_{name}": gain[1]}
+    if name == "iid":
+        figures = {"iid_gap_points": gain[0], "iid_gap_low": gain[1]}
+    rounds = {line: [row for path in of[line] for row in RunDirectory(path).read_rows(METRICS)] for line in ("feddpo", "fedpdpo")}
+    figures[f"bytes_ratio_{name}"] = statistics.fmean(own["bytes_up"] + own["bytes_down"] for own in rounds["fedpdpo"]) / statistics.fmean(
+        row["bytes_up"] + row["bytes_down"] for row in rounds["feddpo"]
+    )
+    seconds = {line: statistics.median(row["seconds"] for row in rows) for line, rows in rounds.items()}
+    figures[f"round_cost_ratio_{name}"] = seconds["fedpdpo"] / seconds["feddpo"]
+    return rows, figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="a folder with the public sets (docs/data.md); without it the shipped clients are measured")
+    parser.add_argument("--datasets", nargs="+", choices=DATASETS, help="by default all that the data allows")
+    parser.add_argument("--lines", nargs="+", choices=LINES, default=["global"], help="groups of lines beside FedPDPO's and one model's")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=Path("runs/benchmark-fedpdpo"), help="where runs are kept")
+    parser.add_argument("--quick", action="store_true", help="two rounds of one seed of the shipped clients; the figures mean little")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    arguments = parser.parse_args()
+    console, progress = Console(width=150), Console(stderr=True)
+    figures: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        extra = ["rounds=2", "algorithm.local.batch_size=2"] if arguments.quick else []
+        output, seeds = (Path(temporary), 1) if arguments.quick else (arguments.output, arguments.seeds)
+        usual = [name for name, dataset in DATASETS.items() if not dataset.is_local or (arguments.data and not arguments.quick)]
+        for name in arguments.datasets or usual:
+            groups = ["global", *(group for group in arguments.lines if group != "global")]
+            rows, found = measure(name, groups, seeds, arguments.data, output, extra, progress)
+            console.print(f"[bold]{name}[/bold]")
+            console.print(table(rows))
+            print(markdown(rows))
+            figures |= found
+    for kind in ("bytes_ratio", "round_cost_ratio"):
+        figures[kind] = statistics.fmean(value for key, value in figures.items() if key.startswith(f"{kind}_"))
+    print(json.dumps(figures, indent=1))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
