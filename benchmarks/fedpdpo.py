@@ -3,7 +3,7 @@
     python benchmarks/fedpdpo.py --data FOLDER
     python benchmarks/fedpdpo.py --data FOLDER --datasets shipped persona --lines global ablations personal --seeds 5
 
-Every line takes equally many local steps a round on one split; FedPDPO spends a third of them on its first phase. Runs are kept under
+Every line takes equally many local steps a round on one split, over both phases or adapters where there are two. Runs are kept under
 --output and not done again. Without --data, the shipped clients alone are measured. Gains are paired differences of held-out pair
 accuracy, in points, with 95 % intervals from a bootstrap over seeds and clients, against the best of the lines that share one model.
 """
@@ -30,7 +30,7 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 @dataclass(frozen=True)
 class Dataset:
-    """A config, what is set besides, and the local steps of a round, which three divides."""
+    """A config, what is set besides, and the local steps of a round."""
 
     config: str
     steps: int = 6
@@ -46,7 +46,8 @@ DATASETS = {
     "ukpconvarg": Dataset("ukpconvarg", settings=("rounds=8", "partition.max_clients=16", "federation.clients_per_round=null")),
     "iid": Dataset("demo", settings=("rounds=6", "partition={name: iid, clients: 6}"), is_local=False),
 }
-FEDPDPO = "algorithm=fedpdpo algorithm.local.steps={share} algorithm.personal_steps={personal}"
+QUICK = ["rounds=1", "algorithm.local.batch_size=2", "task.max_length=96", "task.truncation_mode=keep_start"]
+FEDPDPO = "algorithm=fedpdpo"
 ONE_MODEL = ("feddpo", "fedprox", "ffa-lora")
 LINES = {
     "global": {
@@ -67,8 +68,8 @@ LINES = {
         "centralised": "algorithm=centralised algorithm.local.gradient_accumulation_steps={clients}",
         "fedsa-lora": "algorithm=fedsa-lora",
         "fedper": "algorithm=fedper",
-        "fedrep": "algorithm=fedper algorithm.phases=alternate algorithm.local.steps={share} algorithm.personal_steps={personal}",
-        "ditto": "algorithm=ditto",
+        "fedrep": "algorithm=fedper algorithm.phases=alternate",
+        "ditto": "algorithm=ditto algorithm.local.steps={half}",
         "feddpa": "algorithm=feddpa",
         "clustered": "algorithm=clustered",
         "feddpo, product": "algorithm=feddpo algorithm.aggregate=product",
@@ -84,7 +85,7 @@ def measure(
     """A dataset's table, gains over the best line of one model, and its figures."""
     dataset = DATASETS[name]
     settings = [*dataset.settings, f"algorithm.local.steps={dataset.steps}", *([f"data.path={data}"] if dataset.is_local else []), *extra]
-    fill = {"share": 2 * dataset.steps // 3, "personal": dataset.steps // 3, "clients": CLIENTS[name]}
+    fill = {"half": dataset.steps // 2, "clients": CLIENTS[name]}  # Ditto trains two adapters
     lines = {line: spec.format(**fill) for group in groups for line, spec in LINES[group].items()}
     place = output / name
     runs = plan(CONFIGS / f"{dataset.config}.yaml", [f"{k}: {v}" for k, v in lines.items()], range(seeds), settings, place)
@@ -116,13 +117,13 @@ def main() -> None:
     parser.add_argument("--lines", nargs="+", choices=LINES, default=["global"], help="groups of lines beside FedPDPO's and one model's")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark-fedpdpo"), help="where runs are kept")
-    parser.add_argument("--quick", action="store_true", help="two rounds of one seed of the shipped clients; the figures mean little")
+    parser.add_argument("--quick", action="store_true", help="a round of the shipped clients on short prompts; the figures mean little")
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
     console, progress = Console(width=150), Console(stderr=True)
     figures: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as temporary:
-        extra = ["rounds=2", "algorithm.local.batch_size=2"] if arguments.quick else []
+        extra = QUICK if arguments.quick else []
         output, seeds = (Path(temporary), 1) if arguments.quick else (arguments.output, arguments.seeds)
         usual = [name for name, dataset in DATASETS.items() if not dataset.is_local or (arguments.data and not arguments.quick)]
         for name in arguments.datasets or usual:

@@ -17,12 +17,14 @@ from fedpref.reports.comparison import bootstrap, compare, csv_text, markdown
 from fedpref.sweep import parse_variant, plan, sweep
 
 
-def finished(path: Path, name: str, seed: int, accuracies: dict[str, float]) -> Path:
+def finished(path: Path, name: str, seed: int, accuracies: dict[str, float], data: str = "", later: float | None = None) -> Path:
     """A run directory with just what a comparison reads."""
     path.mkdir(parents=True)
     OmegaConf.save(OmegaConf.create({"name": name, "seed": seed}), path / "config.yaml")
     rows = {client: {"rewards/accuracies": value} for client, value in accuracies.items()}
-    (path / "evaluation.jsonl").write_text(json.dumps({"round": 2, "clients": rows}) + "\n")
+    newcomers = {"newcomers_before": {"n": {"rewards/accuracies": 0.5}}, "newcomers": {"n": {"rewards/accuracies": later}}}
+    (path / "evaluation.jsonl").write_text(json.dumps({"round": 2, "clients": rows, **(newcomers if later else {})}) + "\n")
+    (path / "clients.json").write_text(json.dumps({client: {"digest": data + client} for client in accuracies}))
     (path / "metrics.jsonl").write_text("".join(json.dumps({"bytes_up": 10, "bytes_down": 30, "seconds": s}) + "\n" for s in (1.0, 3.0)))
     (path / "done").touch()
     return path
@@ -47,9 +49,31 @@ def test_the_interval_covers_the_mean_as_often_as_it_says() -> None:
     rng = np.random.default_rng(1)
     hits = 0
     for _ in range(200):
-        low, high = bootstrap(rng.normal(size=(1, 40)), 400)
+        low, high = bootstrap(rng.normal(size=(1, 40)), resamples=400)
         hits += low <= 0.0 <= high
     assert 175 <= hits <= 199
+
+
+@pytest.mark.parametrize("crossed", [True, False])
+def test_clients_that_differ_between_seeds_are_resampled_within_them(crossed: bool) -> None:
+    rng, hits = np.random.default_rng(2), 0
+    for _ in range(200):
+        effects = rng.normal(size=(1 if crossed else 3, 12))
+        low, high = bootstrap(effects + rng.normal(scale=0.3, size=(3, 12)), crossed=crossed, resamples=400)
+        hits += low <= 0.0 <= high
+    assert 172 <= hits <= 199
+    values = np.tile(rng.normal(size=12), (3, 1))
+    wide, narrow = (np.subtract(*bootstrap(values, crossed=kind)[::-1]) for kind in (True, False))
+    assert narrow < 0.8 * wide  # thirty-six clients, not twelve
+
+
+def test_a_single_value_has_no_interval_and_newcomers_have_a_column(tmp_path: Path) -> None:
+    rows = compare([finished(tmp_path / "a", "a", 0, {"x": 0.5}, later=0.75), finished(tmp_path / "b", "b", 0, {"x": 0.6}, later=0.7)])
+    assert rows[0].newcomers == (50.0, 75.0)
+    text = markdown(rows).splitlines()
+    assert text[2].startswith("| a | 1 | 50.0 |  |")
+    assert text[3].startswith("| b | 1 | 60.0 | +10.0 |")
+    assert text[3].endswith("| 50.0 to 70.0 |")
 
 
 def test_runs_that_cannot_be_compared_are_named(tmp_path: Path) -> None:
@@ -58,8 +82,12 @@ def test_runs_that_cannot_be_compared_are_named(tmp_path: Path) -> None:
         compare([one, finished(tmp_path / "two", "a", 0, {"x": 0.5})])
     with pytest.raises(UserError, match=r"b: its seeds \[1\]"):
         compare([one, finished(tmp_path / "three", "b", 1, {"x": 0.5})])
-    with pytest.raises(UserError, match="c: its seeds"):
+    with pytest.raises(UserError, match="c: its clients or their data"):
         compare([one, finished(tmp_path / "four", "c", 0, {"z": 0.5})])
+    with pytest.raises(UserError, match="d: its clients or their data"):
+        compare([one, finished(tmp_path / "five", "d", 0, {"x": 0.5}, data="other")])
+    with pytest.raises(UserError, match="a: its runs have different numbers of clients"):
+        compare([one, finished(tmp_path / "six", "a", 1, {"x": 0.5, "y": 0.5})])
     (one / "done").unlink()
     with pytest.raises(UserError, match="not finished"):
         compare([one])

@@ -36,6 +36,7 @@ ALGORITHMS = {
     "fedprox": FedProx(mu=0.1, local=LOCAL),
     "scaffold": Scaffold(local=LOCAL),
     "fedpdpo": FedPDPO(local=KEEPING, personal_steps=1),
+    "fedpdpo-shared-bottleneck": FedPDPO(local=LOCAL, share_bottleneck=True, parts=Parts(bottleneck=4)),
     "fedpdpo-joint": FedPDPO(local=LOCAL, phases="joint", parts=Parts(head="low-rank", bottleneck=4)),
     "fedper": FedPer(local=LOCAL),
     "fedrep": FedPer(local=LOCAL, phases="alternate"),

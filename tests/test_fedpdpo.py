@@ -22,7 +22,7 @@ from fedpref.losses import DPO, Explicit, Hinge
 from fedpref.models.head import token_log_probabilities
 from fedpref.models.language import LanguageModel, Model
 from fedpref.models.packed import Row
-from fedpref.models.parts import HEAD, HEADS, REWARD, Parts
+from fedpref.models.parts import DOWN, HEAD, HEADS, REWARD, UP, VOCABULARY_HEAD, Parts
 from fedpref.tasks import PreferenceTask
 
 ROWS: list[Row] = [((5, 6, 7), ((8, 9), (10, 11, 12, 13))), ((11,), ((12, 13, 14, 15), (16,)))]
@@ -203,12 +203,15 @@ def test_without_parts_it_is_feddpo_to_the_bit(settings: dict[str, Any], tmp_pat
         assert all(torch.equal(adapters[0][name], other[name]) for name in adapters[0])
 
 
-def test_the_second_phase_leaves_both_heads_as_the_first_made_them(settings: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("freeze", "frozen"), [("heads", HEADS), ("vocabulary-head", VOCABULARY_HEAD)])
+def test_the_second_phase_leaves_heads_as_the_first_made_them(
+    freeze: Any, frozen: frozenset[str], settings: dict[str, Any], tmp_path: Path
+) -> None:
     spec = config.parse(Experiment, settings, "test")
     task = spec.task.build()
     shard = task.prepare(task.encode(spec.clients()[0][0]), tmp_path)
-    local = Descent(steps=3, batch_size=4, keep_optimizer=True, warmup_ratio=0.0)
-    method = FedPDPO(local=local, personal_steps=2, aggregate=Factors(residual=False))
+    local = Descent(steps=5, batch_size=4, keep_optimizer=True, warmup_ratio=0.0)
+    method = FedPDPO(local=local, personal_steps=2, freeze=freeze, aggregate=Factors(residual=False))
     adapter, own = task.init(seeds.generator(0, "init")), task.parts(Parts(), seeds.generator(0, "work"))
 
     def client() -> Client:
@@ -218,12 +221,15 @@ def test_the_second_phase_leaves_both_heads_as_the_first_made_them(settings: dic
     delta, after, moments, metrics = train(client(), adapter, own, {}, method)
     assert after.keys() == own.keys()
     for name, tensor in first.items():
-        assert torch.equal(tensor, after[name]) == (name in HEADS), name
-    assert any(not torch.equal(first[name], own[name]) for name in HEADS & own.keys())
+        assert torch.equal(tensor, after[name]) == (name in frozen), name
+    assert any(not torch.equal(first[name], own[name]) for name in frozen & own.keys())
     assert delta.keys() == adapter.keys()
     assert trees.norm(delta) > 1e-4
     assert {name.split("/", 1)[1] for name in moments} == {*adapter, *own}
     assert "personal/loss" in metrics
+    assert metrics["num_pairs"] == 5 * 4  # of both phases
+    _, _, moments, _ = train(client(), adapter, own, {}, replace(method, local=replace(local, keep_optimizer=False)))
+    assert {name.split("/", 1)[1] for name in moments} == {*own}  # nobody else changes those
 
 
 def test_own_parts_learn_at_rates_of_their_own(settings: dict[str, Any], tmp_path: Path) -> None:
@@ -233,13 +239,45 @@ def test_own_parts_learn_at_rates_of_their_own(settings: dict[str, Any], tmp_pat
     adapter, own = task.init(seeds.generator(0, "init")), task.parts(Parts(), seeds.generator(0, "work"))
     local = Descent(steps=1, batch_size=4, lr_scheduler_type="constant", warmup_ratio=0.0, learning_rate=0.01)
     for phases in ("alternate", "joint"):
-        method = FedPDPO(local=local, phases=phases, head_rate=0.1, adapter_rate=0.3)  # type: ignore[arg-type]
+        steps = 2 if phases == "alternate" else 1  # adapters move in both phases; a first step of AdamW is the rate itself
+        method = FedPDPO(local=replace(local, steps=steps), phases=phases, adapter_rate=0.3)  # type: ignore[arg-type]
         _, after, _, _ = train(Client(0, task, shard, seeds.generator(0, "train"), 0, 4), adapter, own, {}, method)
         moved = {name: (after[name] - own[name]).abs().max().item() for name in own}
-        steps = 2 if phases == "alternate" else 1  # adapters move in both phases; a first step of AdamW is the rate itself
         assert moved[HEAD] == pytest.approx(0.1 * 0.01, rel=1e-3)
-        assert moved[REWARD] == pytest.approx(0.01, rel=1e-3)
+        assert moved[REWARD] == pytest.approx(steps * 0.01, rel=0.05)
+        assert moved[UP] == pytest.approx(steps * 0.1 * 0.01, rel=0.05)
         assert max(value for name, value in moved.items() if name.startswith("own.")) == pytest.approx(steps * 0.3 * 0.01, rel=0.05)
+
+
+def test_a_shared_bottleneck_is_averaged_and_nobodys_own(settings: dict[str, Any], tmp_path: Path) -> None:
+    from fedpref import load_model
+
+    local = {"steps": 3, "batch_size": 4, "learning_rate": 0.02, "warmup_ratio": 0.0}
+    algorithm = {"name": "fedpdpo", "parts": {"bottleneck": 4}, "share_bottleneck": True, "local": local}
+    path = run(config.parse(Experiment, {**settings, "algorithm": algorithm}, "test"), tmp_path / "run").path
+    last = path / "checkpoints" / "round-000003"
+    assert {DOWN, UP} <= trees.load(last / "adapter.safetensors").keys()
+    assert not {DOWN, UP} & trees.load(last / "own" / "0.safetensors").keys()
+    assert trees.norm({UP: trees.load(last / "adapter.safetensors")[UP]}) > 0
+    load_model(path / "clients" / "client-0")
+    load_model(path / "adapter")
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "task", "message"),
+    [
+        ({"name": "fedpdpo", "local": {"steps": 1}}, {}, "1 steps leave none for the second phase"),
+        ({"name": "fedper", "phases": "alternate", "personal_steps": 3, "local": {"steps": 3}}, {}, "after 3 of the first"),
+        ({"name": "fedpdpo", "share_bottleneck": True, "aggregate": "product"}, {}, "no product of factors"),
+        ({"name": "fedpdpo"}, {"loss": "ipo"}, "defined beside the losses dpo and hinge"),
+        ({"name": "fedpdpo"}, {"name": "feedback"}, "an explicit reward is for pairs"),
+        ({"name": "fedpdpo"}, {"explicit": {"gamma": 0}}, "nothing would train the reward head"),
+        ({"name": "ditto", "aggregate": "product"}, {}, "algorithm.*aggregate"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused_when_it_is_read(algorithm: dict[str, Any], task: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        config.parse(Experiment, {"algorithm": algorithm, "task": task}, "test")
 
 
 def test_a_clients_folder_loads_as_a_model_that_gives_its_log_probabilities(settings: dict[str, Any], tmp_path: Path) -> None:

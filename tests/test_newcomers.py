@@ -16,6 +16,7 @@ from fedpref.cli import app
 from fedpref.data import Files
 from fedpref.newcomers import personalise
 from fedpref.rundirectory import EVALUATION, METRICS
+from fedpref.running import exported
 
 LOCAL = {"steps": 4, "batch_size": 4, "learning_rate": 0.02}
 WITH_OWN = ["fedpdpo", "fedper", "fedsa-lora", "feddpa", "ditto", "local"]
@@ -31,6 +32,12 @@ def later(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A client that nobody knew, with 30 pairs."""
     rows = [{**row, "client": "late"} for row in make_rows([30], seed=5)]
     return write_rows(tmp_path_factory.mktemp("later") / "late.jsonl", rows)
+
+
+def test_whoever_has_nothing_of_its_own_joins_without_training(settings: dict[str, Any], tmp_path: Path) -> None:
+    parts = {"head": None, "bottleneck": 0, "reward": False, "adapter": False}
+    before, after = run(experiment(settings, {"name": "fedpdpo", "parts": parts}, newcomers=1), tmp_path / "run").newcomers["fedpdpo"]
+    assert before == after
 
 
 @pytest.mark.parametrize("algorithm", [*WITH_OWN, "feddpo", "clustered"])
@@ -89,6 +96,17 @@ def test_a_client_that_joins_later_learns_its_own_on_what_is_shared(
     assert {path: path.read_bytes() for path in shared} == shared
     with pytest.raises(UserError, match="joined already"):
         personalise(result.path, Files(path=str(later)))
+    with pytest.raises(UserError, match="took part in the run"):
+        personalise(result.path, Files(path=str(later)), name="client-1")
+    with pytest.raises(UserError, match="Leave one of the two out"):
+        personalise(result.path, Files(path=str(later)), name="x", column="client")
+
+
+def test_a_run_whose_model_is_shared_still_answers_after_somebody_joined(settings: dict[str, Any], later: Path, tmp_path: Path) -> None:
+    path = run(experiment(settings, {"name": "feddpo"}), tmp_path / "run").path
+    personalise(path, Files(path=str(later)))
+    assert exported(path) == exported(path, "client-0") == path / "adapter"
+    assert exported(path, "late") == path / "newcomers" / "late"
 
 
 def test_fedpdpos_newcomer_keeps_the_adapter_it_received(settings: dict[str, Any], later: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
+from torch.nn.functional import pad
 
 from fedpref import seeds, trees
 from fedpref.errors import UserError
@@ -84,10 +85,10 @@ class FrozenA:
 class Product:
     """Average the products B A, and return to the adapter's rank by a truncated singular value decomposition.
 
-    The decomposition is found by subspace iteration through means alone, so that nobody, the server included, sees a client's
-    adapter or forms a full matrix: clients send B_k (A_k Q), then (U' B_k) A_k, of the adapter's size together. More
-    `iterations` bring it nearer to the exact decomposition, each at the price of one more adapter. Ours; FlexLoRA (Bai et al. 2024)
-    decomposes the full mean. Clients may have `ranks` of their own, which they take in turn: they train the leading directions.
+    The decomposition is found by subspace iteration through means alone, so that nobody forms a full matrix and a channel may mask
+    what clients send: B_k (A_k Q), then (U' B_k) A_k, of the adapter's size together. Unmasked, the two tell as much as the adapter
+    does. More `iterations` bring it nearer to the exact decomposition, each at the price of one more adapter. Ours; FlexLoRA (Bai et
+    al. 2024) decomposes the full mean. Clients may have `ranks` of their own, which they take in turn: they train the leading directions.
     """
 
     name: Literal["product"] = "product"
@@ -122,8 +123,10 @@ class Product:
             right = {a: _basis(mean[a].T) for a in left}
         merged: dict[str, Tensor] = {}
         for a, b in pairs(adapter):
-            u, s, v = torch.linalg.svd(mean[a] @ right[a])
-            merged |= {a: ROW_NORM * v @ right[a].T, b: left[a] @ u * s / ROW_NORM}
+            u, s, v = torch.linalg.svd(mean[a] @ right[a], full_matrices=False)
+            spare = len(adapter[a]) - len(s)  # a rank above the weight's own is filled up with zeros
+            merged[a] = pad(ROW_NORM * v @ right[a].T, (0, 0, 0, spare))
+            merged[b] = pad(left[a] @ u * s / ROW_NORM, (0, spare))
         return merged, _residual(merged, mean, fed.round)
 
 

@@ -63,7 +63,7 @@ def check(config: Config, overrides: Overrides = None) -> None:
 
     experiment = Experiment.load(config, overrides or ())
     clients, left_out = experiment.clients()
-    task = experiment.task.build()
+    task = experiment.build_task()
     shards = [task.encode(client) for client in clients]
     experiment.federation.weights({shard.name: len(shard) for shard in shards}, experiment.seed)
     console.print(task.description, highlight=False, soft_wrap=True, markup=False)
@@ -144,7 +144,7 @@ def personalise(
 def generate(
     path: Annotated[Path, typer.Argument(help="The directory of a finished run.", metavar="RUN")],
     prompt: Annotated[str | None, typer.Argument(help="The prompt; by default read from standard input.")] = None,
-    client: Annotated[str | None, typer.Option(help="A client whose own model answers; by default the shared one.")] = None,
+    client: Annotated[str | None, typer.Option(help="The client whose model answers; not needed where all share one.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer at most.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.7,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
@@ -155,7 +155,10 @@ def generate(
     from fedpref.running import exported
 
     folder = exported(path, client)
-    text = sys.stdin.read().strip() if prompt is None else prompt
+    try:
+        text = sys.stdin.read().strip() if prompt is None else prompt
+    except UnicodeDecodeError as error:
+        raise UserError("the prompt on standard input is not UTF-8 text.") from error
     if not text:
         raise UserError("the prompt is empty; give it on the command line or on standard input.")
     print(answer(folder, text, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, chat=not plain))

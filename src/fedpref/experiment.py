@@ -38,6 +38,8 @@ class Experiment:
     references: tuple[Literal["local", "centralised"], ...] = ()  # lines to run beside the algorithm, on the same data
 
     def __post_init__(self) -> None:
+        if parts := getattr(self.algorithm, "parts", None):
+            self.task.check(parts)
         aggregate = getattr(self.algorithm, "aggregate", None)
         if isinstance(aggregate, Product):
             aggregate.check(self.algorithm.local, self.task.model.lora_r)
@@ -46,6 +48,13 @@ class Experiment:
     def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
         """Read a YAML file and `key.sub=value` overrides; raises UserError for whatever does not fit."""
         return config.load(Experiment, Path(path), overrides)
+
+    def build_task(self) -> Any:
+        """The task at work; raises UserError if its model cannot have the parts that the algorithm gives to clients."""
+        task = self.task.build()
+        if parts := getattr(self.algorithm, "parts", None):
+            task.parts(parts, seeds.generator(self.seed, "check"))
+        return task
 
     def clients(self) -> tuple[tuple[ClientData, ...], int]:
         """Every client's rows, and the number of training rows left out because their prompt is a test prompt."""
@@ -62,6 +71,7 @@ def lines(experiment: Experiment, clients: int) -> dict[str, tuple[str, Experime
     """
     found: dict[str, tuple[str, Experiment]] = {experiment.algorithm.name: ("", experiment)}
     local = experiment.algorithm.local
+    clients -= experiment.federation.num_newcomers
     cohort = min(experiment.federation.clients_per_round or clients, clients)
     pooled = replace(local, gradient_accumulation_steps=local.gradient_accumulation_steps * cohort)
     for name in experiment.references:

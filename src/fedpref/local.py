@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Annotated, Literal
@@ -11,7 +12,8 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
-from fedpref.federation import Client
+from fedpref.errors import UserError
+from fedpref.federation import Client, work
 from fedpref.tasks.task import BatchSize
 from fedpref.trees import Tree
 
@@ -45,9 +47,29 @@ def rate(settings: Descent, progress: float) -> float:
     return settings.learning_rate * shape[settings.lr_scheduler_type]
 
 
+def halves(settings: Descent, first: int | None) -> tuple[Descent, Descent]:
+    """A round's steps in two phases, of which the first has so many (None: a third); raises UserError where one would have none."""
+    steps = max(1, settings.steps // 3) if first is None else first
+    if steps >= settings.steps:
+        raise UserError(
+            f"algorithm.local.steps: {settings.steps} steps leave none for the second phase after {steps} of the first. "
+            "Take more, fewer algorithm.personal_steps, or algorithm.phases=joint."
+        )
+    return replace(settings, steps=steps), replace(settings, steps=settings.steps - steps)
+
+
 def joining(settings: Descent, steps: int) -> Descent:
     """The same for a client that comes after the run: so many steps, at a constant rate."""
     return replace(settings, steps=steps, lr_scheduler_type="constant", warmup_ratio=0.0, keep_optimizer=False)
+
+
+@contextmanager
+def seeded_dropout(client: Client) -> Iterator[None]:
+    """Let dropout draw from a seed of the client's own stream, whatever else the process has drawn."""
+    device = client.task.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(int(torch.randint(2**62, (), generator=client.rng)))
+        yield
 
 
 Correction = Callable[[Tree, Tree], None]  # correction(parameters, gradients) changes the gradients in place
@@ -63,12 +85,14 @@ def descend(
     fixed: Tree = MappingProxyType({}),
     rates: Mapping[str, float] = MappingProxyType({}),
 ) -> tuple[Tree, Tree, Mapping[str, float]]:
-    """Take `steps` updates from `start` on the client's own data, beside parameters that stay fixed.
+    """Take `steps` updates from `start` on the client's own data, beside parameters that stay fixed; nothing happens to an empty tree.
 
     `rates` multiply the learning rate of the parameters that they name; `correct` sees every update's gradient before it is
     clipped and used. Returns, on the CPU, the new parameters, the optimiser's moments (empty unless `keep_optimizer`; pass them in
     next time) and metrics: means over all batches, sums of those named `num_`.
     """
+    if not start:
+        return {}, {}, {}
     device = client.task.device
     start = {name: start[name].detach().to(device) for name in sorted(start)}  # sums over tensors depend on their order
     beside = {name: tensor.to(device) for name, tensor in fixed.items()}
@@ -78,8 +102,7 @@ def descend(
     sums: dict[str, float] = {}
     size = BatchSize(settings.batch_size, settings.max_tokens_per_batch)
     batches = settings.steps * settings.gradient_accumulation_steps
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(int(torch.randint(2**62, (), generator=client.rng)))  # what dropout draws from
+    with seeded_dropout(client):
         for step in range(settings.steps):
             progress = (client.round + (step + 0.5) / settings.steps) / client.rounds
             for group in optimiser.param_groups:
@@ -100,6 +123,12 @@ def descend(
     metrics = {name: value if name.startswith("num_") else value / batches for name, value in sums.items()}
     kept = _moments(optimiser, theta) if settings.keep_optimizer else {}
     return {name: tensor.detach().cpu() for name, tensor in theta.items()}, kept, metrics
+
+
+@work
+def personalise(client: Client, shared: Tree, own: Tree, settings: Descent) -> Tree:
+    """Train what is the client's own, beside what is shared."""
+    return descend(client, own, settings, {}, fixed=shared)[0]
 
 
 def _optimiser(settings: Descent, theta: Tree, moments: Tree, rates: Mapping[str, float]) -> torch.optim.Optimizer:

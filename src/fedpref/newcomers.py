@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Mapping
 from contextlib import closing
@@ -15,6 +16,7 @@ from fedpref.data import IID, Files, Natural
 from fedpref.engines import Simulation
 from fedpref.engines.workers import keep_freed_memory, one_thread
 from fedpref.errors import UserError
+from fedpref.rundirectory import CLIENTS
 from fedpref.running import evaluate, existing_directory, export, read_experiment
 
 FOLDER = "newcomers"
@@ -22,7 +24,7 @@ FOLDER = "newcomers"
 
 @dataclass(frozen=True)
 class Newcomer:
-    """One of them: its pairs, its held-out metrics with the shared model and after its own steps, and its exported model."""
+    """One of them: its pairs, its held-out metrics with the model as it finds it and after its own steps, and its exported model."""
 
     train: int
     test: int
@@ -39,6 +41,8 @@ def personalise(
     They take `steps` local steps (by default the run's `federation.join_steps`) and their models go to RUN/newcomers/NAME. What is shared
     stays as it is. Raises UserError, before anything is computed, if the run is not finished or a name is taken.
     """
+    if column and name:
+        raise UserError(f"--name {name!r}: newcomers are named by the column {column!r}. Leave one of the two out.")
     folder = existing_directory(run)
     if not folder.done:
         raise UserError(f"{run}: the run is not finished. `fedpref resume {run}` finishes it.")
@@ -47,6 +51,9 @@ def personalise(
     clients, _ = spec.clients()
     if not column:
         clients = (replace(clients[0], name=name or Path(data.path).name.split(".")[0]),)
+    known = json.loads((folder.path / CLIENTS).read_text())
+    if taken := [client.name for client in clients if client.name in known]:
+        raise UserError(f"{run}: {taken[:5]} took part in the run. Give another name.")
     places = {client.name: folder.path / FOLDER / quote(client.name, safe=" ") for client in clients}
     if taken := [client for client, place in places.items() if place.exists()]:
         raise UserError(f"{run}: {taken[:5]} joined already. Give another name, or remove {places[taken[0]]}.")

@@ -50,18 +50,23 @@ class Participation:
             raise UserError("federation.sampling_weights: no client with training data has a weight above zero.")
         return found
 
+    @property
+    def num_newcomers(self) -> int:
+        return self.newcomers if isinstance(self.newcomers, int) else len(self.newcomers)
+
     def joining(self, names: Sequence[str], seed: int) -> tuple[int, ...]:
         """The clients that join after training; raises UserError for a name that is none, and if nobody would be left to train."""
         if isinstance(self.newcomers, int):
-            count = self.newcomers
             order = torch.randperm(len(names), generator=seeds.generator(seed, "newcomers")).tolist()
-            found = tuple(sorted(order[:count]))
+            found = tuple(sorted(order[: self.newcomers]))
         else:
             if unknown := sorted(set(self.newcomers) - set(names)):
                 raise UserError(f"federation.newcomers: {unknown[:5]} are no clients; the clients are {list(names)[:12]}.")
-            count, found = len(self.newcomers), tuple(i for i, name in enumerate(names) if name in self.newcomers)
-        if count >= len(names):
-            raise UserError(f"federation.newcomers: {count} of {len(names)} clients join after training, nobody is left to train.")
+            found = tuple(i for i, name in enumerate(names) if name in self.newcomers)
+        if self.num_newcomers >= len(names):
+            raise UserError(
+                f"federation.newcomers: {self.num_newcomers} of {len(names)} clients join after training, nobody is left to train."
+            )
         return found
 
     def cohort(self, weights: Sequence[float], seed: int, round: int) -> tuple[tuple[int, ...], int]:

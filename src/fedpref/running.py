@@ -43,7 +43,7 @@ class Event:
 class Result:
     """Where the run lies, and its last evaluation: for each line, each client's held-out metrics.
 
-    `newcomers` joined after training: for each line, their metrics with what is shared alone, and after their own steps.
+    `newcomers` joined after training: for each line, their metrics with the model as they find it, and after their own steps.
     """
 
     path: Path
@@ -96,13 +96,13 @@ def result(folder: RunDirectory) -> Result:
 def exported(path: str | Path, client: str | None = None) -> Path:
     """The folder of a finished run's shared model or of a client's own; raises UserError where there is none."""
     place = existing_directory(path).path
-    own = {unquote(folder.name): folder for folder in (*sorted(place.glob("clients/*")), *sorted(place.glob("newcomers/*")))}
+    own, later = ({unquote(folder.name): folder for folder in sorted(place.glob(f"{sub}/*"))} for sub in ("clients", "newcomers"))
     if client is not None:
-        if client in own:
-            return own[client]
+        if client in own | later:
+            return (own | later)[client]
         known = json.loads((place / CLIENTS).read_text())
         if client not in known:
-            raise UserError(f"{path}: there is no client {client!r}; the clients are {list(known)[:12]}.")
+            raise UserError(f"{path}: there is no client {client!r}; the clients are {[*known, *later][:12]}.")
         if not own and (place / "adapter").exists():
             return place / "adapter"  # the shared model is this client's model
     elif (place / "adapter").exists() and not own:
@@ -120,7 +120,7 @@ def events(experiment: Experiment, folder: RunDirectory, cache: Path | None = No
     keep_freed_memory()
     with one_thread():
         clients, _ = experiment.clients()
-        task = experiment.task.build()
+        task = experiment.build_task()
         shards = [task.encode(client) for client in clients]
         about: dict[str, dict[str, Any]] = {}
         for client, shard in zip(clients, shards, strict=True):

@@ -9,7 +9,8 @@ from fedpref.algorithms.fedopt import FedOpt
 from fedpref.algorithms.fedpdpo import FedPDPO
 from fedpref.algorithms.fedper import FedPer
 from fedpref.algorithms.fedprox import FedProx
-from fedpref.algorithms.fedsa import FFA, FedSA
+from fedpref.algorithms.fedsa import FedSA
+from fedpref.algorithms.ffa import FFA
 from fedpref.algorithms.local import Local
 from fedpref.algorithms.scaffold import Scaffold
 

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from fedpref import trees
 from fedpref.federation import Client, Federation, PerClient, work
-from fedpref.local import Descent, descend
+from fedpref.local import Descent, descend, seeded_dropout
 from fedpref.tasks.task import BatchSize
 from fedpref.trees import Tree
 
@@ -34,7 +34,7 @@ def one(adapters: Tree, number: int) -> Tree:
 def suitable(client: Client, adapters: Tree, clusters: int, local: Descent) -> int:
     """The number of the adapter with the least loss on a batch of the client's own, four times a training batch."""
     batch = client.task.draw(one(adapters, 0), one(adapters, 0), client.shard, BatchSize(4 * local.batch_size), client.rng)
-    with torch.no_grad():
+    with torch.no_grad(), seeded_dropout(client):
         losses = [client.task.losses(one(adapters, k), batch)[0].mean().item() for k in range(clusters)]
     return min(range(clusters), key=losses.__getitem__)
 
@@ -73,7 +73,7 @@ class Clustered:
 
     Shared: all adapters, at `clusters` times FedDPO's bytes. Private: pairs. Averaged: each adapter's LoRA factors over the clients that
     took it. In the first round clients take them in turn. Deviations from FedBiscuit: no ensemble of the adapters answers, a client
-    uses the one that it took last; optimiser moments are not kept.
+    uses the one that it took last, as it was after that round; optimiser moments are not kept.
     """
 
     name: Literal["clustered"] = "clustered"

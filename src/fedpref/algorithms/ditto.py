@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from fedpref import trees
-from fedpref.aggregation import Aggregate, Factors
+from fedpref.aggregation import Factors, FrozenA
 from fedpref.algorithms.feddpo import no_moments
 from fedpref.algorithms.fedpdpo import State
 from fedpref.algorithms.fedsa import begin
@@ -43,14 +43,15 @@ class Ditto:
     """FedDPO, beside which every client trains an adapter of its own that is held near the shared one.
 
     Shared: an adapter that no client uses. Private: pairs, each client's own adapter, which it does use. Averaged: the shared
-    adapter's LoRA factors. `strength` is the paper's lambda; the own adapter's optimiser starts afresh each round.
+    adapter's LoRA factors. `strength` is the paper's lambda; the own adapter's optimiser starts afresh each round. The own adapter is
+    held factor by factor, so factors must keep their meaning over rounds: `aggregate: product` is not for it.
     """
 
     name: Literal["ditto"] = "ditto"
     strength: Annotated[float, Field(ge=0)] = 0.1
     personal: Descent | None = None  # of the own adapter; None: as local
     local: Descent = Descent()  # of the shared one
-    aggregate: Annotated[Aggregate, Field(discriminator="name")] = Factors()
+    aggregate: Annotated[Factors | FrozenA, Field(discriminator="name")] = Factors()
     pooled: ClassVar[bool] = False
 
     def init(self, fed: Federation, start: Tree) -> State:

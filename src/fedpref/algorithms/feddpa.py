@@ -11,16 +11,11 @@ from pydantic import Field
 from fedpref import trees
 from fedpref.aggregation import Aggregate, Factors
 from fedpref.algorithms.feddpo import no_moments
-from fedpref.algorithms.fedpdpo import State, personalise
+from fedpref.algorithms.fedpdpo import State, begin
 from fedpref.federation import Client, Federation, PerClient, work
-from fedpref.local import Descent, descend, joining
-from fedpref.models.parts import OWN_ADAPTER
+from fedpref.local import Descent, descend, joining, personalise
+from fedpref.models.parts import Parts
 from fedpref.trees import Tree
-
-
-@work
-def begin(client: Client, start: Tree) -> Tree:
-    return {OWN_ADAPTER + name: tensor for name, tensor in start.items()}
 
 
 @work
@@ -41,10 +36,11 @@ class FedDPA:
     name: Literal["feddpa"] = "feddpa"
     local: Descent = Descent()
     aggregate: Annotated[Aggregate, Field(discriminator="name")] = Factors()
+    parts: ClassVar[Parts] = Parts(head=None, bottleneck=0, reward=False)
     pooled: ClassVar[bool] = False
 
     def init(self, fed: Federation, start: Tree) -> State:
-        return State(start, fed.each(begin, start), fed.each(no_moments))
+        return State(start, fed.each(begin, self.parts), fed.each(no_moments))
 
     def step(self, fed: Federation, state: State) -> tuple[State, Mapping[str, float]]:
         messages, own, moments, metrics = fed.each(train, state.adapter, state.own, state.moments, self)

@@ -8,18 +8,19 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from fedpref import trees
-from fedpref.aggregation import Aggregate, Factors
+from fedpref import seeds, trees
+from fedpref.aggregation import Aggregate, Factors, Product
 from fedpref.algorithms.feddpo import no_moments
+from fedpref.errors import UserError
 from fedpref.federation import Client, Federation, PerClient, work
-from fedpref.local import Descent, descend, joining
-from fedpref.models.parts import HEAD, HEADS, OWN_ADAPTER, Parts
+from fedpref.local import Descent, descend, halves, joining
+from fedpref.models.parts import DOWN, HEAD, HEADS, OWN_ADAPTER, UP, VOCABULARY_HEAD, Parts
 from fedpref.trees import Tree
 
 
 @dataclass(frozen=True)
 class State:
-    """The shared adapter, each client's own parts, and each client's optimiser moments."""
+    """What is shared, each client's own parts, and each client's optimiser moments."""
 
     adapter: Tree
     own: PerClient[Tree]
@@ -32,9 +33,8 @@ def begin(client: Client, parts: Parts) -> Tree:
 
 
 @work
-def personalise(client: Client, shared: Tree, own: Tree, personal: Descent) -> Tree:
-    """Train what is the client's own, beside what is shared."""
-    return descend(client, own, personal, {}, fixed=shared)[0]
+def begin_alike(client: Client, parts: Parts) -> Tree:
+    return client.task.parts(parts, seeds.generator(0, "parts"))
 
 
 @work
@@ -44,48 +44,67 @@ def settle(client: Client, shared: Tree, own: Tree, personal: Descent, method: F
 
 @work
 def train(client: Client, adapter: Tree, own: Tree, moments: Tree, method: FedPDPO) -> tuple[Tree, Tree, Tree, Mapping[str, float]]:
-    rates, personal = method.rates(own), replace(method.local, steps=method.personal_steps or method.local.steps)
+    local, rates = replace(method.local, keep_optimizer=True), method.rates(own)
     received, fixed = method.aggregate.received(client, adapter)
     if method.phases == "joint" or not own:
-        theta, moments, metrics = descend(client, {**received, **own}, method.local, moments, fixed=fixed, rates=rates)
+        theta, moments, metrics = descend(client, {**received, **own}, local, moments, fixed=fixed, rates=rates)
         own = trees.select(theta, own)
     else:
-        own, kept, first = descend(client, own, personal, trees.select(moments, own, "/"), fixed=adapter, rates=rates)
-        heads = trees.select(own, HEADS)
+        first, second = halves(local, method.personal_steps)
+        own, kept, before = descend(client, own, first, trees.select(moments, own, "/"), fixed={**received, **fixed}, rates=rates)
+        heads = trees.select(own, HEADS if method.freeze == "heads" else VOCABULARY_HEAD)
         free = {**received, **{name: tensor for name, tensor in own.items() if name not in heads}}
-        before = trees.select({**moments, **kept}, free, "/")
-        theta, moments, metrics = descend(client, free, method.local, before, fixed={**fixed, **heads}, rates=rates)
-        own = {**heads, **trees.select(theta, own)}
-        moments = {**kept, **moments}
-        metrics = {**metrics, **{f"personal/{name}": value for name, value in first.items() if not name.startswith("num_")}}
+        moments = {**moments, **kept}
+        theta, kept, metrics = descend(client, free, second, trees.select(moments, free, "/"), fixed={**fixed, **heads}, rates=rates)
+        own, moments = {**heads, **trees.select(theta, own)}, {**moments, **kept}
+        sums = {name: value + before[name] for name, value in metrics.items() if name.startswith("num_")}
+        metrics = {**metrics, **{f"personal/{name}": value for name, value in before.items() if name not in sums}, **sums}
+    if not method.local.keep_optimizer:
+        moments = trees.select(moments, own, "/")  # nobody else changes what is the client's own
     return method.aggregate.message(client, received, trees.select(theta, received)), own, moments, metrics
 
 
 @dataclass(frozen=True, kw_only=True)
 class FedPDPO:
-    """Each round every client first trains its own parts under the adapter it received, then the adapter between its own parts.
+    """Each round every client first trains its own parts under the adapter it received, then the adapter, with its own heads fixed.
 
-    Shared: the adapter. Private: pairs, the vocabulary head, the reward head, the bottleneck, optimiser moments. Averaged: the LoRA
-    factors A and B, each apart. Published are the parts and which of them is shared; the losses (`task.explicit`), the order of the
-    phases, the learning rates and that the bottleneck is private are ours. `joint` trains everything at once for `local.steps`.
+    Shared: the adapter. Private: pairs, the vocabulary head, the reward head, the bottleneck, a second adapter, optimiser moments.
+    Averaged: the shared adapter, as `aggregate` says. Published are vocabulary head, reward head, bottleneck and which part is
+    shared; the losses (`task.explicit`), the order of the phases, the learning rates, that the bottleneck is private, and the second
+    adapter are ours. The second phase also trains the bottleneck and the own adapter. `joint` trains everything in every step.
     """
 
     name: Literal["fedpdpo"] = "fedpdpo"
     parts: Parts = Parts()
     phases: Literal["alternate", "joint"] = "alternate"
-    personal_steps: Annotated[int, Field(ge=1)] | None = None  # of the first phase; None: as many as of the second
-    local: Descent = Descent()  # the second phase, and how the first trains
+    personal_steps: Annotated[int, Field(ge=1)] | None = None  # of a round's local steps, those of the first phase; None: a third
+    freeze: Literal["vocabulary-head", "heads"] = "vocabulary-head"  # in the second phase; `heads`: the reward head too
+    share_bottleneck: bool = False  # average it with the adapter; the second phase trains it
+    local: Descent = Descent()
     aggregate: Annotated[Aggregate, Field(discriminator="name")] = Factors()
     head_rate: Annotated[float, Field(gt=0)] = 0.1  # of a full vocabulary head, times the learning rate
+    bottleneck_rate: Annotated[float, Field(gt=0)] = 0.1  # likewise
     adapter_rate: Annotated[float, Field(gt=0)] = 0.3  # of the own adapter, likewise: what is common is for the shared one to learn
     pooled: ClassVar[bool] = False
 
+    def __post_init__(self) -> None:
+        if self.phases == "alternate":
+            halves(self.local, self.personal_steps)
+        if self.share_bottleneck and isinstance(self.aggregate, Product):
+            raise UserError("algorithm.share_bottleneck: a bottleneck is no product of factors; take aggregate: factors or frozen-a.")
+
     def rates(self, own: Tree) -> Mapping[str, float]:
         """Factors of the learning rate, by name."""
-        return {HEAD: self.head_rate} | {name: self.adapter_rate for name in own if name.startswith(OWN_ADAPTER)}
+        return {HEAD: self.head_rate, DOWN: self.bottleneck_rate, UP: self.bottleneck_rate} | {
+            name: self.adapter_rate for name in own if name.startswith(OWN_ADAPTER)
+        }
 
     def init(self, fed: Federation, start: Tree) -> State:
-        return State(start, fed.each(begin, self.parts), fed.each(no_moments))
+        own = self.parts
+        if self.share_bottleneck and own.bottleneck:
+            shared = Parts(head=None, bottleneck=own.bottleneck, reward=False, adapter=False)
+            start, own = {**start, **fed.mean(fed.each(begin_alike, shared))}, replace(own, bottleneck=0)
+        return State(start, fed.each(begin, own), fed.each(no_moments))
 
     def step(self, fed: Federation, state: State) -> tuple[State, Mapping[str, float]]:
         messages, own, moments, metrics = fed.each(train, state.adapter, state.own, state.moments, self)

@@ -27,11 +27,18 @@ class FedPer:
     name: Literal["fedper"] = "fedper"
     phases: Literal["joint", "alternate"] = "joint"
     head: Literal["full", "low-rank"] = "full"
-    personal_steps: Annotated[int, Field(ge=1)] | None = None  # of the head's phase where they alternate; None: as many as of the other
+    personal_steps: Annotated[int, Field(ge=1)] | None = None  # of the head's phase where they alternate; None: a third
     local: Descent = Descent()
     aggregate: Annotated[Aggregate, Field(discriminator="name")] = Factors()
     head_rate: Annotated[float, Field(gt=0)] = 0.1  # of a full head, times the phase's learning rate
     pooled: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        self._as_fedpdpo()  # which checks the phases
+
+    @property
+    def parts(self) -> Parts:
+        return Parts(head=self.head, bottleneck=0, reward=False, adapter=False)
 
     def init(self, fed: Federation, start: Tree) -> State:
         return self._as_fedpdpo().init(fed, start)
@@ -46,6 +53,5 @@ class FedPer:
         return (state.adapter, state.own)
 
     def _as_fedpdpo(self) -> FedPDPO:
-        parts = Parts(head=self.head, bottleneck=0, reward=False, adapter=False)
         same = {name: getattr(self, name) for name in ("phases", "personal_steps", "local", "aggregate", "head_rate")}
-        return FedPDPO(parts=parts, **same)
+        return FedPDPO(parts=self.parts, **same)

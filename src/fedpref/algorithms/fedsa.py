@@ -1,4 +1,4 @@
-"""FedSA-LoRA (Guo et al. 2024, "Selective Aggregation for Low-Rank Adaptation in Federated Learning") and FFA-LoRA (Sun et al. 2024)."""
+"""FedSA-LoRA (Guo et al. 2024, "Selective Aggregation for Low-Rank Adaptation in Federated Learning"), for DPO."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from fedpref import trees
-from fedpref.aggregation import FrozenA, factor
-from fedpref.algorithms.feddpo import FedDPO, no_moments
-from fedpref.algorithms.feddpo import State as SharedState
-from fedpref.algorithms.fedpdpo import State, personalise
+from fedpref.aggregation import factor
+from fedpref.algorithms.feddpo import no_moments
+from fedpref.algorithms.fedpdpo import State
 from fedpref.federation import Client, Federation, PerClient, work
-from fedpref.local import Descent, descend, joining
+from fedpref.local import Descent, descend, joining, personalise
 from fedpref.trees import Tree
 
 
@@ -51,27 +50,3 @@ class FedSA:
 
     def model(self, state: State) -> tuple[Tree | PerClient[Tree], ...]:
         return (state.adapter, state.own)
-
-
-@dataclass(frozen=True, kw_only=True)
-class FFA:
-    """FedDPO with the factors A frozen where they were drawn: then the mean of the products is the product of the means.
-
-    Shared: the adapter. Private: pairs, optimiser moments. Averaged: B, half of FedDPO's bytes up.
-    """
-
-    name: Literal["ffa-lora"] = "ffa-lora"
-    local: Descent = Descent()
-    pooled: ClassVar[bool] = False
-
-    def init(self, fed: Federation, start: Tree) -> SharedState:
-        return SharedState(start, fed.each(no_moments))
-
-    def step(self, fed: Federation, state: SharedState) -> tuple[SharedState, Mapping[str, float]]:
-        return FedDPO(local=self.local, aggregate=FrozenA()).step(fed, state)
-
-    def join(self, fed: Federation, state: SharedState, steps: int) -> SharedState:
-        return state  # nothing here is a client's own
-
-    def model(self, state: SharedState) -> tuple[Tree | PerClient[Tree], ...]:
-        return (state.adapter,)

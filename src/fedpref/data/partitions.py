@@ -110,7 +110,7 @@ def partition(rows: Placed, how: Partition, seed: int) -> tuple[ClientData, ...]
             remedy = "set partition.min_rows and partition.min_test_rows" if isinstance(how, Natural) else "take fewer clients"
             raise UserError(
                 f"partition: {len(poor)} of {len(clients)} clients have no {lacking} rows ({', '.join(poor[:5])}"
-                f"{', ...' if len(poor) > 5 else ''}). To leave such clients out, {remedy}; or {share} test_fraction."
+                f"{', ...' if len(poor) > 5 else ''}). Give them more, {share} test_fraction, or, to leave them out, {remedy}."
             )
     return tuple(clients)
 

@@ -19,7 +19,8 @@ PerPair = Float[Tensor, " B"]
 class Explicit:
     """How a reward head's margin joins the implicit one: P(chosen over rejected) = sigmoid(implicit + alpha explicit).
 
-    The loss is the preference loss of that sum plus `gamma` times -log sigmoid(explicit). FedPDPO's parts are published, this
+    The loss is the preference loss of that sum plus `gamma` times -log sigmoid(explicit), whose gradient reaches all that trains
+    below the head too. FedPDPO's parts are published, this
     combination is ours. Fitted on the sum alone, the policy would learn only what the reward head leaves over; therefore the reward
     head is a constant in the sum, and learns from its own term, unless `stop_gradient` is off.
     """

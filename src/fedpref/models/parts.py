@@ -22,7 +22,8 @@ REWARD = "reward.weight"
 DOWN, UP = "bottleneck.down", "bottleneck.up"
 OWN_ADAPTER = "own."  # begins the names of a second adapter, which is added to the first
 FILE = "own_parts.safetensors"
-HEADS = frozenset({HEAD, HEAD_DOWN, HEAD_UP, REWARD})
+VOCABULARY_HEAD = frozenset({HEAD, HEAD_DOWN, HEAD_UP})
+HEADS = VOCABULARY_HEAD | {REWARD}
 NAMES = HEADS | {DOWN, UP}
 
 

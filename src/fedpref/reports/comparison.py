@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
+import json
+import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from rich.table import Table
 
 from fedpref.errors import UserError
 from fedpref.reports.tables import bytes_text
-from fedpref.rundirectory import CONFIG, EVALUATION, METRICS, RunDirectory
+from fedpref.rundirectory import CLIENTS, CONFIG, EVALUATION, METRICS, RunDirectory
 from fedpref.summary import ACCURACY, over_clients
 
 RESAMPLES = 10_000
@@ -37,12 +39,14 @@ class Row:
     jain: float
     bytes_per_round: float  # up and down, over all clients
     seconds_per_round: float
+    newcomers: tuple[float, float] | None  # clients that never trained: mean as they came, and after they joined
 
 
 def compare(paths: Sequence[Path]) -> list[Row]:
     """Runs grouped by their name, in the order in which names first appear; the first is what the others are compared with.
 
-    Raises UserError when runs are unfinished or were not made on the same clients and seeds.
+    For each seed, all names must have the same clients with the same data. Seeds may differ in them, as where clients are cut at random:
+    then a client of one seed is nobody in another. Raises UserError when runs are unfinished or were not made on the same seeds and data.
     """
     groups: dict[str, dict[int, Path]] = defaultdict(dict)
     for path in paths:
@@ -56,60 +60,105 @@ def compare(paths: Sequence[Path]) -> list[Row]:
                 "Runs of different settings need different names: set name=... when you run them."
             )
         runs[content.seed] = path
-    lines = [(name, sorted(runs), [runs[seed] for seed in sorted(runs)]) for name, runs in groups.items()]
-    matrices = [_matrix(name, ordered) for name, _, ordered in lines]
-    rows: list[Row] = []
-    for (name, seeds, ordered), (clients, values) in zip(lines, matrices, strict=True):
-        if (seeds, clients) != (lines[0][1], matrices[0][0]):
-            raise UserError(
-                f"{name}: its seeds {seeds} or its {len(clients)} clients are not those of {lines[0][0]}; compare runs on one split."
-            )
-        rows.append(_row(name, ordered, clients, values, matrices[0][1] if rows else None))
-    return rows
+    lines = [_line(name, {seed: runs[seed] for seed in sorted(runs)}) for name, runs in groups.items()]
+    first = lines[0]
+    for line in lines:
+        if line.seeds != first.seeds:
+            raise UserError(f"{line.name}: its seeds {line.seeds} are not those of {first.name}, {first.seeds}.")
+        if line.data != first.data:
+            raise UserError(f"{line.name}: its clients or their data are not those of {first.name}; compare runs on one split.")
+    return [_row(line, None if line is first else first.values) for line in lines]
 
 
-def _matrix(name: str, paths: Sequence[Path]) -> tuple[list[str], Matrix]:
-    """Clients and their accuracies in per cent, [seeds, clients]."""
-    tables = []
-    for path in paths:
-        last = RunDirectory(path).read_rows(EVALUATION)[-1]["clients"]
-        tables.append({client: 100 * row[ACCURACY] for client, row in last.items()})
-    clients = sorted(tables[0])
-    if any(sorted(table) != clients for table in tables):
-        raise UserError(f"{name}: its runs have different clients; compare runs on one split.")
-    return clients, np.array([[table[client] for client in clients] for table in tables])
+@dataclass(frozen=True)
+class _Line:
+    name: str
+    seeds: list[int]
+    paths: list[Path]
+    data: list[dict[str, str]]  # for each seed: client -> digest of its data, of the clients that trained
+    values: Matrix  # [seeds, clients], accuracies in per cent
+
+    @property
+    def crossed(self) -> bool:
+        """Whether the clients are the same with every seed."""
+        return all(data == self.data[0] for data in self.data)
 
 
-def bootstrap(values: Matrix, resamples: int = RESAMPLES) -> tuple[float, float]:
-    """The 95 % interval of the mean of a [seeds, clients] matrix, both resampled with replacement, each by itself."""
+def _line(name: str, runs: Mapping[int, Path]) -> _Line:
+    paths = list(runs.values())
+    tables = [RunDirectory(path).read_rows(EVALUATION)[-1]["clients"] for path in paths]
+    if len({len(found) for found in tables}) > 1:
+        raise UserError(f"{name}: its runs have different numbers of clients; compare runs on one split.")
+    known = [json.loads((path / CLIENTS).read_text()) for path in paths]
+    data = [{client: about[client]["digest"] for client in sorted(found)} for about, found in zip(known, tables, strict=True)]
+    values = np.array([[100 * found[client][ACCURACY] for client in sorted(found)] for found in tables])
+    return _Line(name, list(runs), paths, data, values)
+
+
+def bootstrap(values: Matrix, *, crossed: bool = True, resamples: int = RESAMPLES) -> tuple[float, float]:
+    """The 95 % interval of the mean of a [seeds, clients] matrix, by percentiles: seeds are resampled, and clients.
+
+    `crossed`: the clients are the same with every seed, and are resampled once for all; otherwise anew within each seed. With few
+    clients percentiles are too narrow (three clients and seeds: 75 % instead of 95); a single value has no interval, which is (nan, nan).
+    """
+    if values.size == 1:
+        return math.nan, math.nan
     rng = np.random.default_rng(0)
     seeds, clients = values.shape
-    rows, columns = rng.integers(seeds, size=(resamples, seeds)), rng.integers(clients, size=(resamples, clients))
-    means = values[rows[:, :, None], columns[:, None, :]].mean((1, 2))
+    rows = rng.integers(seeds, size=(resamples, seeds))
+    columns = rng.integers(clients, size=(resamples, 1 if crossed else seeds, clients))
+    means = values[rows[:, :, None], columns].mean((1, 2))
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
 
 
-def _row(name: str, paths: Sequence[Path], clients: Sequence[str], values: Matrix, reference: Matrix | None) -> Row:
-    metrics = [row for path in paths for row in RunDirectory(path).read_rows(METRICS)]
-    over = [over_clients(dict(zip(clients, line.tolist(), strict=True)), dict.fromkeys(clients, 1)) for line in values]
+def _row(line: _Line, reference: Matrix | None) -> Row:
+    metrics = [row for path in line.paths for row in RunDirectory(path).read_rows(METRICS)]
+    values, crossed = line.values, line.crossed
+    names = [str(i) for i in range(values.shape[1])]
+    over = [over_clients(dict(zip(names, of_seed.tolist(), strict=True)), dict.fromkeys(names, 1)) for of_seed in values]
     return Row(
-        name,
-        seeds=len(paths),
+        line.name,
+        seeds=len(line.seeds),
         mean=float(values.mean()),
-        interval=bootstrap(values),
-        gain=None if reference is None else (float((values - reference).mean()), *bootstrap(values - reference)),
+        interval=bootstrap(values, crossed=crossed),
+        gain=None if reference is None else (float((values - reference).mean()), *bootstrap(values - reference, crossed=crossed)),
         worst=float(np.mean([summary["worst"] for summary in over])),
         worst_decile=float(np.mean([summary["worst_decile"] for summary in over])),
         jain=float(np.mean([summary["jain"] for summary in over])),
         bytes_per_round=float(np.mean([row["bytes_up"] + row["bytes_down"] for row in metrics])),
         seconds_per_round=float(np.mean([row["seconds"] for row in metrics])),
+        newcomers=_newcomers(line.paths),
     )
+
+
+def _newcomers(paths: Sequence[Path]) -> tuple[float, float] | None:
+    """Mean accuracies of clients that never trained, as they came and after they joined; None where there are none."""
+    last = [RunDirectory(path).read_rows(EVALUATION)[-1] for path in paths]
+    if not all("newcomers" in row for row in last):
+        return None
+    before, after = ([100 * one[ACCURACY] for row in last for one in row[when].values()] for when in ("newcomers_before", "newcomers"))
+    return float(np.mean(before)), float(np.mean(after))
 
 
 # ---- the table: on a terminal, as Markdown, as CSV
 
-TITLES = ("", "seeds", "accuracy, % [95 %]", "gain [95 %]", "worst client", "worst decile", "Jain", "bytes a round", "s a round")
+TITLES = (
+    "",
+    "seeds",
+    "accuracy, % [95 %]",
+    "gain [95 %]",
+    "worst client",
+    "worst decile",
+    "Jain",
+    "bytes a round",
+    "s a round",
+    "newcomers",
+)
+
+
+def _with_interval(mean: float, low: float, high: float, sign: str = "") -> str:
+    return f"{mean:{sign}.1f}" + ("" if math.isnan(low) else f" [{low:{sign}.1f}, {high:{sign}.1f}]")
 
 
 def cells(row: Row) -> tuple[str, ...]:
@@ -117,30 +166,37 @@ def cells(row: Row) -> tuple[str, ...]:
     return (
         row.name,
         str(row.seeds),
-        f"{row.mean:.1f} [{row.interval[0]:.1f}, {row.interval[1]:.1f}]",
-        "" if row.gain is None else f"{row.gain[0]:+.1f} [{row.gain[1]:+.1f}, {row.gain[2]:+.1f}]",
+        _with_interval(row.mean, *row.interval),
+        "" if row.gain is None else _with_interval(*row.gain, sign="+"),
         f"{row.worst:.1f}",
         f"{row.worst_decile:.1f}",
         f"{row.jain:.4f}",
         bytes_text(row.bytes_per_round),
         f"{row.seconds_per_round:.1f}",
+        "" if row.newcomers is None else f"{row.newcomers[0]:.1f} to {row.newcomers[1]:.1f}",
     )
 
 
 def table(rows: Sequence[Row]) -> Table:
     """For a terminal."""
     shown = Table(title=f"held-out pair accuracy; gains over {rows[0].name}", title_style="bold", title_justify="left")
-    for title in TITLES:
+    columns = _columns(rows)
+    for title in TITLES[:columns]:
         shown.add_column(title, justify="right" if title else "left", no_wrap=not title)
     for row in rows:
-        shown.add_row(*cells(row))
+        shown.add_row(*cells(row)[:columns])
     return shown
 
 
 def markdown(rows: Sequence[Row]) -> str:
     """For a document."""
     lines = [TITLES, ("---",) * len(TITLES), *map(cells, rows)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return "".join(f"| {' | '.join(line[: _columns(rows)])} |\n" for line in lines)
+
+
+def _columns(rows: Sequence[Row]) -> int:
+    """All, or all but the newcomers'."""
+    return len(TITLES) if any(row.newcomers for row in rows) else len(TITLES) - 1
 
 
 def csv_text(rows: Sequence[Row]) -> str:
@@ -159,11 +215,13 @@ def csv_text(rows: Sequence[Row]) -> str:
         "jain",
         "bytes_per_round",
         "seconds_per_round",
+        "newcomers_before",
+        "newcomers",
     ]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(names)
     for row in rows:
         rest = (row.worst, row.worst_decile, row.jain, row.bytes_per_round, row.seconds_per_round)
-        writer.writerow([row.name, row.seeds, row.mean, *row.interval, *(row.gain or ("", "", "")), *rest])
+        writer.writerow([row.name, row.seeds, row.mean, *row.interval, *(row.gain or ("", "", "")), *rest, *(row.newcomers or ("", ""))])
     return out.getvalue()

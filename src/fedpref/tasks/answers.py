@@ -41,6 +41,9 @@ class AnswerTask:
     max_length: Annotated[int, Field(ge=8)] | None = None  # tokens of prompt and answer; None: the model's context, at most 1024
     truncation_mode: Literal["refuse", "keep_start", "keep_end"] = "refuse"  # which end of a long prompt stays
 
+    def check(self, parts: Parts) -> None:
+        """Raise UserError if clients cannot have these parts of their own under this task."""
+
 
 @dataclass(frozen=True)
 class Example:

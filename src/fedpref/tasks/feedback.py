@@ -15,7 +15,6 @@ from fedpref.errors import UserError
 from fedpref.losses.feedback import KTO
 from fedpref.models.parts import Parts
 from fedpref.tasks.answers import AnswerLearner, AnswerTask, Batch, Example, PerExample
-from fedpref.trees import Tree
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +23,10 @@ class FeedbackTask(AnswerTask):
 
     name: Literal["feedback"] = "feedback"
     loss: KTO = KTO()
+
+    def check(self, parts: Parts) -> None:
+        if parts.reward:
+            raise UserError("algorithm.parts.reward: an explicit reward is for pairs; with judgements, set it to false.")
 
     def build(self) -> FeedbackLearner:
         return FeedbackLearner(self)
@@ -54,11 +57,6 @@ class FeedbackLearner(AnswerLearner):
             other = next((a for p, a, _ in following if p != prompt), answer)
             found.append(Example(prompt, (answer, other[: self.max_length - len(prompt)]), desirable=label))
         return found, cut
-
-    def parts(self, settings: Parts, rng: torch.Generator) -> Tree:
-        if settings.reward:
-            raise UserError("algorithm.parts.reward: an explicit reward is for pairs; with judgements, set it to false.")
-        return super().parts(settings, rng)
 
     def measure(self, policy: Float[Tensor, "B 2"], explicit: Float[Tensor, "B 2"] | None, batch: Batch) -> Mapping[str, PerExample]:
         """An answer is judged accurately if its reward is positive where it is desirable, negative where not; a tie counts as half.

@@ -16,7 +16,6 @@ from fedpref.errors import UserError
 from fedpref.losses import DPO, Explicit, Hinge, Loss, PairScores
 from fedpref.models.parts import Parts
 from fedpref.tasks.answers import AnswerLearner, AnswerTask, Batch, Example, PerExample
-from fedpref.trees import Tree
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +25,20 @@ class PreferenceTask(AnswerTask):
     name: Literal["preference"] = "preference"
     loss: Annotated[Loss, Field(discriminator="name")] = DPO()
     explicit: Explicit = Explicit()  # where clients have a reward head
+
+    def check(self, parts: Parts) -> None:
+        if not parts.reward:
+            return
+        if not isinstance(self.loss, DPO | Hinge):
+            raise UserError(
+                f"algorithm.parts.reward: an explicit reward is defined beside the losses dpo and hinge, task.loss is "
+                f"{self.loss.name}. Take one of these, or set algorithm.parts.reward to false."
+            )
+        if self.explicit.alpha and self.explicit.stop_gradient and not self.explicit.gamma:
+            raise UserError(
+                "task.explicit: with gamma 0 and stop_gradient nothing would train the reward head. "
+                "Raise gamma, set stop_gradient to false, or leave the head out: algorithm.parts.reward=false."
+            )
 
     def build(self) -> PreferenceLearner:
         return PreferenceLearner(self)
@@ -54,14 +67,6 @@ class PreferenceLearner(AnswerLearner):
             found.append(Example(prompt, (chosen, rejected)))
             cut += shortened
         return found, cut
-
-    def parts(self, settings: Parts, rng: torch.Generator) -> Tree:
-        if settings.reward and not isinstance(self.settings.loss, DPO | Hinge):
-            raise UserError(
-                f"algorithm.parts.reward: an explicit reward is defined beside the losses dpo and hinge, task.loss is "
-                f"{self.settings.loss.name}. Take one of these, or set algorithm.parts.reward to false."
-            )
-        return super().parts(settings, rng)
 
     def measure(self, policy: Float[Tensor, "B 2"], explicit: Float[Tensor, "B 2"] | None, batch: Batch) -> Mapping[str, PerExample]:
         """TRL's names; with a reward head, rewards are sums, and accuracies are also given of either part alone."""
