@@ -41,7 +41,7 @@ class Dataset:
 DATASETS = {
     "shipped": Dataset("demo", settings=("rounds=6",), is_local=False),
     "movie-reviews-3": Dataset("movie-reviews", settings=("rounds=8",)),
-    "persona": Dataset("persona", settings=("rounds=8",)),
+    "persona": Dataset("persona", steps=8, settings=("rounds=12",)),
     "movie-reviews-10": Dataset("movie-reviews-10", settings=("rounds=8",)),
     "ukpconvarg": Dataset("ukpconvarg", settings=("rounds=8", "partition.max_clients=16", "federation.clients_per_round=null")),
     "iid": Dataset("demo", settings=("rounds=6", "partition={name: iid, clients: 6}"), is_local=False),

@@ -44,13 +44,13 @@ def settle(client: Client, shared: Tree, own: Tree, personal: Descent, method: F
 
 @work
 def train(client: Client, adapter: Tree, own: Tree, moments: Tree, method: FedPDPO) -> tuple[Tree, Tree, Tree, Mapping[str, float]]:
-    local, rates = replace(method.local, keep_optimizer=True), method.rates(own)
+    rates = method.rates(own)
     received, fixed = method.aggregate.received(client, adapter)
     if method.phases == "joint" or not own:
-        theta, moments, metrics = descend(client, {**received, **own}, local, moments, fixed=fixed, rates=rates)
+        theta, moments, metrics = descend(client, {**received, **own}, method.local, moments, fixed=fixed, rates=rates)
         own = trees.select(theta, own)
     else:
-        first, second = halves(local, method.personal_steps)
+        first, second = halves(method.local, method.personal_steps)
         own, kept, before = descend(client, own, first, trees.select(moments, own, "/"), fixed={**received, **fixed}, rates=rates)
         heads = trees.select(own, HEADS if method.freeze == "heads" else VOCABULARY_HEAD)
         free = {**received, **{name: tensor for name, tensor in own.items() if name not in heads}}
@@ -59,8 +59,6 @@ def train(client: Client, adapter: Tree, own: Tree, moments: Tree, method: FedPD
         own, moments = {**heads, **trees.select(theta, own)}, {**moments, **kept}
         sums = {name: value + before[name] for name, value in metrics.items() if name.startswith("num_")}
         metrics = {**metrics, **{f"personal/{name}": value for name, value in before.items() if name not in sums}, **sums}
-    if not method.local.keep_optimizer:
-        moments = trees.select(moments, own, "/")  # nobody else changes what is the client's own
     return method.aggregate.message(client, received, trees.select(theta, received)), own, moments, metrics
 
 

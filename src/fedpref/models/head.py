@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-SCORED = 64  # rows come in multiples: a new shape costs a CPU's matrix kernels more than a few tokens
+SCORED = 64  # rows come in multiples: a CPU's kernels are compiled anew for each shape, and kept
 CHUNK = 2**20  # logits computed at a time: 4 MB in float32
 
 
@@ -23,8 +23,8 @@ def token_log_probabilities(
 
     Under a head that is frozen the gradient is formed in the same pass; under one that is trained, logits are computed twice.
     """
-    extra = -len(hidden) % SCORED
-    rows, wanted = nn.functional.pad(hidden, (0, 0, 0, extra)), nn.functional.pad(targets, (0, extra))
+    rows = even(hidden)
+    wanted = nn.functional.pad(targets, (0, len(rows) - len(hidden)))
     scores: Float[Tensor, " n"]
     if change is not None:
         down, up = change
@@ -34,6 +34,11 @@ def token_log_probabilities(
     else:
         scores = _Head.apply(rows, weight, bias, wanted)  # type: ignore[no-untyped-call]
     return scores[: len(hidden)]
+
+
+def even(rows: Float[Tensor, "n D"]) -> Float[Tensor, "m D"]:
+    """The rows, and zeros up to a multiple of `SCORED`."""
+    return nn.functional.pad(rows, (0, 0, 0, -len(rows) % SCORED))
 
 
 def _chunks(count: int, vocabulary: int) -> list[slice]:

@@ -27,7 +27,7 @@ from fedpref import trees
 from fedpref.errors import UserError
 from fedpref.models import devices, lora
 from fedpref.models.attention import ATTENTION, Kernel, PackingError, by_sequence, kernels, packed_attention, register
-from fedpref.models.head import token_log_probabilities
+from fedpref.models.head import even, token_log_probabilities
 from fedpref.models.packed import Layout, Row
 from fedpref.models.parts import FILE, HEAD, HEAD_DOWN, HEAD_UP, NAMES, OWN_ADAPTER, REWARD, Parts, fused, joined
 from fedpref.trees import Tree
@@ -199,7 +199,7 @@ class LanguageModel:
 
     def _answers(self, states: Float[Tensor, "R T D"], layout: Layout, own: Tree) -> tuple[Float[Tensor, " A"], Float[Tensor, " A"] | None]:
         hidden = states.flatten(0, 1)
-        scored = fused(hidden.index_select(0, layout.scored), own)
+        scored = fused(even(hidden.index_select(0, layout.scored)), own)[: len(layout.scored)]
         change = (own[HEAD_DOWN], own[HEAD_UP]) if HEAD_UP in own else None
         weight = own.get(HEAD, self.head.weight)
         tokens = token_log_probabilities(scored, weight, self.head.bias, layout.targets, change)
