@@ -30,37 +30,38 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 @dataclass(frozen=True)
 class Dataset:
-    """A config, what is set besides, and the local steps of a round."""
+    """A config, its number of clients, the local steps of a round, and what is set besides."""
 
     config: str
+    clients: int
     steps: int = 6
     settings: tuple[str, ...] = ()
     is_local: bool = True  # needs --data
 
 
 DATASETS = {
-    "shipped": Dataset("demo", settings=("rounds=6",), is_local=False),
-    "movie-reviews-3": Dataset("movie-reviews", settings=("rounds=8",)),
-    "persona": Dataset("persona", steps=8, settings=("rounds=12",)),
-    "movie-reviews-10": Dataset("movie-reviews-10", settings=("rounds=8",)),
-    "ukpconvarg": Dataset("ukpconvarg", settings=("rounds=8", "partition.max_clients=16", "federation.clients_per_round=null")),
-    "iid": Dataset("demo", settings=("rounds=6", "partition={name: iid, clients: 6}"), is_local=False),
+    "shipped": Dataset("demo", 12, settings=("rounds=6",), is_local=False),
+    "movie-reviews-3": Dataset("movie-reviews", 3, settings=("rounds=8",)),
+    "persona": Dataset("persona", 6, steps=8, settings=("rounds=12",)),
+    "movie-reviews-10": Dataset("movie-reviews-10", 10, settings=("rounds=8",)),
+    "ukpconvarg": Dataset("ukpconvarg", 16, settings=("rounds=8", "partition.max_clients=16", "federation.clients_per_round=null")),
+    "iid": Dataset("demo", 6, settings=("rounds=6", "partition={name: iid, clients: 6}"), is_local=False),
 }
-QUICK = ["rounds=1", "algorithm.local.batch_size=2", "task.max_length=96", "task.truncation_mode=keep_start"]
-FEDPDPO = "algorithm=fedpdpo"
+QUICK = ["rounds=2", "algorithm.local.batch_size=2", "task.max_length=96", "task.truncation_mode=keep_start"]
 ONE_MODEL = ("feddpo", "fedprox", "ffa-lora")
 LINES = {
+    "quick": {"feddpo": "algorithm=feddpo", "fedpdpo": "algorithm=fedpdpo"},
     "global": {
         "feddpo": "algorithm=feddpo",
         "fedprox": "algorithm=fedprox",
         "ffa-lora": "algorithm=ffa-lora",
-        "fedpdpo": FEDPDPO,
+        "fedpdpo": "algorithm=fedpdpo",
     },
     "ablations": {
-        "no own head": f"{FEDPDPO} algorithm.parts.head=null",
-        "no reward head": f"{FEDPDPO} algorithm.parts.reward=false",
-        "no bottleneck": f"{FEDPDPO} algorithm.parts.bottleneck=0",
-        "no own adapter": f"{FEDPDPO} algorithm.parts.adapter=false",
+        "no own head": "algorithm=fedpdpo algorithm.parts.head=null",
+        "no reward head": "algorithm=fedpdpo algorithm.parts.reward=false",
+        "no bottleneck": "algorithm=fedpdpo algorithm.parts.bottleneck=0",
+        "no own adapter": "algorithm=fedpdpo algorithm.parts.adapter=false",
         "joint": "algorithm=fedpdpo algorithm.phases=joint",
     },
     "personal": {
@@ -73,10 +74,9 @@ LINES = {
         "feddpa": "algorithm=feddpa",
         "clustered": "algorithm=clustered",
         "feddpo, product": "algorithm=feddpo algorithm.aggregate=product",
-        "fedpdpo, product": f"{FEDPDPO} algorithm.aggregate=product",
+        "fedpdpo, product": "algorithm=fedpdpo algorithm.aggregate=product",
     },
 }
-CLIENTS = {"shipped": 12, "movie-reviews-3": 3, "persona": 6, "movie-reviews-10": 10, "ukpconvarg": 16, "iid": 6}
 
 
 def measure(
@@ -85,7 +85,7 @@ def measure(
     """A dataset's table, gains over the best line of one model, and its figures."""
     dataset = DATASETS[name]
     settings = [*dataset.settings, f"algorithm.local.steps={dataset.steps}", *([f"data.path={data}"] if dataset.is_local else []), *extra]
-    fill = {"half": dataset.steps // 2, "clients": CLIENTS[name]}  # Ditto trains two adapters
+    fill = {"half": dataset.steps // 2, "clients": dataset.clients}  # Ditto trains two adapters
     lines = {line: spec.format(**fill) for group in groups for line, spec in LINES[group].items()}
     place = output / name
     runs = plan(CONFIGS / f"{dataset.config}.yaml", [f"{k}: {v}" for k, v in lines.items()], range(seeds), settings, place)
@@ -93,7 +93,7 @@ def measure(
         console.print(str(path), highlight=False)
         show(happenings, console)
     of = {line: [path for path in runs if path.parent.name == line] for line in lines}
-    means = {row.name: row.mean for row in compare([path for line in ONE_MODEL for path in of[line]])}
+    means = {row.name: row.mean for row in compare([path for line in ONE_MODEL if line in of for path in of[line]])}
     best = max(means, key=means.__getitem__)
     rows = compare([path for line in (best, *(line for line in lines if line != best)) for path in of[line]])
     gain = next(row.gain for row in rows if row.name == "fedpdpo")
@@ -114,10 +114,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="a folder with the public sets (docs/data.md); without it the shipped clients are measured")
     parser.add_argument("--datasets", nargs="+", choices=DATASETS, help="by default all that the data allows")
-    parser.add_argument("--lines", nargs="+", choices=LINES, default=["global"], help="groups of lines beside FedPDPO's and one model's")
+    parser.add_argument("--lines", nargs="+", choices=["global", "ablations", "personal"], default=["global"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark-fedpdpo"), help="where runs are kept")
-    parser.add_argument("--quick", action="store_true", help="a round of the shipped clients on short prompts; the figures mean little")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="two rounds of FedDPO and FedPDPO on the shipped clients, on short prompts; the figures mean little",
+    )
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
     console, progress = Console(width=150), Console(stderr=True)
@@ -125,9 +129,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         extra = QUICK if arguments.quick else []
         output, seeds = (Path(temporary), 1) if arguments.quick else (arguments.output, arguments.seeds)
-        usual = [name for name, dataset in DATASETS.items() if not dataset.is_local or (arguments.data and not arguments.quick)]
+        usual = [name for name, dataset in DATASETS.items() if not dataset.is_local or arguments.data]
         for name in arguments.datasets or usual:
-            groups = ["global", *(group for group in arguments.lines if group != "global")]
+            groups = ["quick"] if arguments.quick else list(dict.fromkeys(["global", *arguments.lines]))
             rows, found = measure(name, groups, seeds, arguments.data, output, extra, progress)
             console.print(f"[bold]{name}[/bold]")
             console.print(table(rows))
