@@ -18,6 +18,7 @@ LEVEL = {
     "summary": 0,
     "losses": 1,
     "channel": 1,
+    "topology": 1,
     "data": 1,
     "models": 1,
     "tasks": 2,
@@ -36,9 +37,9 @@ LEVEL = {
     "reports": 10,
     "cli": 11,
 }
-MATHEMATICS = {"trees", "seeds", "summary", "losses", "channel"}
+MATHEMATICS = {"trees", "seeds", "summary", "losses", "channel", "topology"}
 ALLOWED_IN_MATHEMATICS = {"__future__", "collections", "dataclasses", "functools", "hashlib", "jaxtyping", "math", "os", "pathlib"}
-ALLOWED_IN_MATHEMATICS |= {"pydantic", "safetensors", "torch", "typing"}  # pydantic: the bounds of a loss's hyper-parameters
+ALLOWED_IN_MATHEMATICS |= {"networkx", "numpy", "pydantic", "safetensors", "torch", "typing"}  # pydantic: bounds of hyper-parameters
 
 
 def imports(path: Path) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ def load_model(folder: str | Path) -> Any:
 
     if not (Path(folder) / "adapter_model.safetensors").is_file():
         raise UserError(f"{folder}: there is no exported adapter here. Give RUN/adapter, or RUN/clients/NAME of a finished run.")
-    model = AutoPeftModelForCausalLM.from_pretrained(str(folder)).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of PEFT's use of transformers
+        model = AutoPeftModelForCausalLM.from_pretrained(str(folder)).eval()
     if (Path(folder) / FILE).exists():
         model.get_base_model().set_output_embeddings(OwnHead(model.get_output_embeddings(), trees.load(Path(folder) / FILE)))
     return model
