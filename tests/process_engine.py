@@ -22,7 +22,7 @@ from pydantic import TypeAdapter
 
 from fedpref import config, seeds, trees
 from fedpref.channel import Chain, Sender
-from fedpref.engines.engine import Traffic, weighted_report
+from fedpref.engines.engine import Traffic, everybody, weighted_report
 from fedpref.federation import WORK, Client, name_of
 from fedpref.trees import Tree
 
@@ -86,6 +86,11 @@ class Site:
             return pack({"parts": self.each(tensors=tensors, **header)})
         if verb == "mean":
             return pack({}, self.message(**header))
+        if verb == "blend":
+            arrived = [{n.split("/", 1)[1]: t for n, t in tensors.items() if n.startswith(f"{j}/")} for j in header["heard"]]
+            mixed = trees.total(trees.scale(tree, weight) for tree, weight in zip(arrived, header["weights"], strict=True))
+            self.values[header["name"]] = mixed
+            return pack({})
         if verb == "report":
             return pack({"metrics": self.values[header["name"]]})
         if verb == "open":
@@ -169,6 +174,7 @@ class ProcessEngine:
         self._names = 0
         opened = self._ask_all({"verb": "open", "experiment": experiment, "cache": str(cache), "modules": list(modules)}, self.clients)
         self._examples = {i: float(header["examples"]) for i, (header, _) in opened.items()}
+        self._mixing = everybody
         weighting = experiment.get("federation", {}).get("weighting", "examples")
         self._weights = self._examples if weighting == "examples" else dict.fromkeys(self.clients, 1.0)
         self.begin(0, self.clients, "init")
@@ -209,6 +215,23 @@ class ProcessEngine:
         self.sent_up += [name for message in messages for name in message]
         self._count(bytes_up=sum(trees.size(message) for message in messages))
         return Chain().decode(trees.total(messages), len(messages))
+
+    def mix(self, values: Remote) -> Remote:
+        self._calls += 1
+        self._names += 1
+        weights, name = self._mixing(self.round, self.active), f"{self._names}.0"
+        for i in self.active:
+            self._send(i, pack({"verb": "mean", "name": values.names[i].text, "share": 1.0, "round": self.round, "call": self._calls}))
+        messages = {i: self._receive(i)[1] for i in self.active}
+        self.sent_up += [tensor for message in messages.values() for tensor in message]
+        for i in self.active:
+            self._count(bytes_up=trees.size(messages[i]) * sum(bool(weights[j, i]) for j in self.active if j != i))
+            heard = [j for j in self.active if weights[i, j]]
+            tensors = {f"{j}/{n}": t for j in heard for n, t in messages[j].items()}
+            self._send(i, pack({"verb": "blend", "name": name, "heard": heard, "weights": [float(weights[i, j]) for j in heard]}, tensors))
+        for i in self.active:
+            self._receive(i)
+        return Remote({i: self._name(i, name) for i in self.active})
 
     def report(self, metrics: Remote) -> Mapping[str, float]:
         return weighted_report(self.disclose(metrics), self._examples)

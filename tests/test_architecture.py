@@ -19,6 +19,7 @@ LEVEL = {
     "losses": 1,
     "channel": 1,
     "topology": 1,
+    "network": 2,
     "data": 1,
     "models": 1,
     "tasks": 2,

@@ -198,6 +198,21 @@ def test_the_demo_runs_in_a_fresh_process(tmp_path: Path) -> None:
     assert row["num_pairs"] == 4
 
 
+def test_a_topology_is_shown_with_its_figures(fedpref: Command) -> None:
+    code, output = fedpref("topology", "ring", "--clients", "16")
+    assert code == 0
+    assert "0.9493" in output
+    assert "0.09892" in output
+    assert output.strip().splitlines()[-1].split() == ["client-15", "▒▒" + 13 * "··" + "▒▒▒▒"]
+    code, output = fedpref("topology", "{name: one-peer-exponential}", "--clients", "8")
+    assert code == 0
+    assert next(line.split()[-1] for line in output.splitlines() if "rounds to halve" in line) == "0"
+    for wrong, sentence in (("rin", "Did you mean 'ring'"), ("{name: [", "no YAML mapping")):
+        code, output = fedpref("topology", wrong)
+        assert code == 2
+        assert sentence in output
+
+
 def test_a_sweep_ends_with_a_comparison_that_can_be_had_again(fedpref: Command, file: Path, tmp_path: Path) -> None:
     out = tmp_path / "sweep"
     variants = ("--variant", "feddpo", "--variant", "own: algorithm.name=fedpdpo algorithm.parts.bottleneck=4", "--seeds", "1")

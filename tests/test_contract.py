@@ -14,7 +14,8 @@ import torch
 
 import personal
 from fedpref import config, seeds, trees
-from fedpref.algorithms import FFA, Clustered, Ditto, FedDPA, FedDPO, FedOpt, FedPDPO, FedPer, FedProx, FedSA, Local, Scaffold
+from fedpref.aggregation import FrozenA
+from fedpref.algorithms import FFA, Clustered, DecDPO, Ditto, FedDPA, FedDPO, FedOpt, FedPDPO, FedPer, FedProx, FedSA, Local, Scaffold
 from fedpref.algorithms.fedopt import Adaptive
 from fedpref.engines import Simulation
 from fedpref.experiment import Experiment
@@ -45,6 +46,8 @@ ALGORITHMS = {
     "ditto": Ditto(local=LOCAL, personal=LOCAL),
     "feddpa": FedDPA(local=LOCAL),
     "clustered": Clustered(local=LOCAL),
+    "decdpo": DecDPO(local=KEEPING),
+    "decdpo-combining-first": DecDPO(local=LOCAL, order="combine-then-adapt", aggregate=FrozenA()),
     "local": Local(local=KEEPING),
     "personal": personal.Personal(local=LOCAL),
 }

@@ -48,6 +48,10 @@ class Factors:
     name: Literal["factors"] = "factors"
     residual: bool = True  # send 8 numbers a weight more, from which it is estimated
 
+    def split(self, adapter: Tree) -> tuple[Tree, Tree]:
+        """What is trained of an adapter, and what of it stays as it was drawn."""
+        return adapter, {}
+
     def received(self, client: Client, adapter: Tree) -> tuple[Tree, Tree]:
         """What a client trains of the adapter, and what of it stays fixed beside."""
         return adapter, {}
@@ -69,9 +73,12 @@ class FrozenA:
 
     name: Literal["frozen-a"] = "frozen-a"
 
-    def received(self, client: Client, adapter: Tree) -> tuple[Tree, Tree]:
+    def split(self, adapter: Tree) -> tuple[Tree, Tree]:
         fixed = trees.select(adapter, [a if ".lora_A." in a else b for a, b in pairs(adapter)])  # an embedding's drawn factor is B
         return {name: tensor for name, tensor in adapter.items() if name not in fixed}, fixed
+
+    def received(self, client: Client, adapter: Tree) -> tuple[Tree, Tree]:
+        return self.split(adapter)
 
     def message(self, client: Client, before: Tree, theta: Tree) -> Tree:
         return trees.subtract(theta, before)

@@ -67,6 +67,7 @@ def check(config: Config, overrides: Overrides = None) -> None:
     task = experiment.build_task()
     shards = [task.encode(client) for client in clients]
     experiment.federation.weights({shard.name: len(shard) for shard in shards}, experiment.seed)
+    experiment.network.check([shard.name for shard in shards])
     console.print(task.description, highlight=False, soft_wrap=True, markup=False)
     console.print(size_table({shard.name: (len(shard.train), len(shard.test), shard.truncated) for shard in shards}))
     if left_out:
@@ -139,6 +140,31 @@ def personalise(
     before, after = ({client: getattr(one, when) for client, one in joined.items()} for when in ("before", "after"))
     console.print(newcomer_table(sizes, {str(path): (before, after)}))
     console.print(f"their models: {path}/newcomers", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def topology(
+    spec: Annotated[str, typer.Argument(help='A name, or "{name: erdos-renyi, probability: 0.2}".', metavar="SPEC")],
+    clients: Annotated[int, typer.Option(min=1, help="How many there are.")] = 8,
+    weights: Annotated[str, typer.Option(help="metropolis, max-degree or uniform.")] = "metropolis",
+) -> None:
+    """Show a graph between clients: how fast it lets them agree, and who hears whom."""
+    import yaml
+
+    from fedpref import config
+    from fedpref.network import Network
+    from fedpref.reports.graph import drawn, figure_table, figures
+
+    try:
+        content = yaml.safe_load(spec)
+    except yaml.YAMLError as error:
+        raise UserError(f"SPEC {spec!r}: this is no name and no YAML mapping.") from error
+    network = config.parse(Network, {"topology": content, "weights": weights}, "SPEC")
+    names = [f"client-{i}" for i in range(clients)]
+    network.check(names)
+    console.print(figure_table(figures(network, names)))
+    console.print()
+    console.print(drawn(network.matrix(names, 0, 0, range(clients)), names), soft_wrap=True)
 
 
 @app.command()

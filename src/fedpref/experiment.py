@@ -14,6 +14,7 @@ from fedpref.aggregation import Product
 from fedpref.algorithms import AnyAlgorithm, Centralised, FedDPO, Local
 from fedpref.data import Builtin, ClientData, Natural, Partition, Source, partition, split
 from fedpref.models.language import BUILTIN
+from fedpref.network import Network
 from fedpref.participation import Participation
 from fedpref.tasks import AnyTask, PreferenceTask
 
@@ -30,6 +31,7 @@ class Experiment:
     task: Annotated[AnyTask, Field(discriminator="name")] = PreferenceTask()
     algorithm: Annotated[AnyAlgorithm, Field(discriminator="name")] = FedDPO()
     federation: Participation = Participation()
+    network: Network = Network()  # of decentralised algorithms
     rounds: Count = 10
     seed: Annotated[int, Field(ge=0)] = 0
     evaluate_every: Annotated[int, Field(ge=0)] = 0  # rounds; 0: after the last one only

@@ -1,4 +1,4 @@
-"""What an algorithm sees of a federation: values that live on clients, and four verbs."""
+"""What an algorithm sees of a federation: values that live on clients, and five verbs."""
 
 from __future__ import annotations
 
@@ -79,6 +79,10 @@ class Federation(Protocol):
 
     def mean(self, values: PerClient[Tree]) -> Tree:
         """The weighted mean over the active clients, through the channel."""
+        ...
+
+    def mix(self, values: PerClient[Tree]) -> PerClient[Tree]:
+        """Each active client's weighted mean of its own value and its neighbours', through the channel; the mean over all is preserved."""
         ...
 
     def report(self, metrics: PerClient[Mapping[str, float]]) -> Mapping[str, float]:

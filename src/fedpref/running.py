@@ -22,6 +22,7 @@ from fedpref.federation import Client, work
 from fedpref.rundirectory import CLIENTS, CONFIG, EVALUATION, METRICS, RunDirectory
 from fedpref.summary import over_clients
 from fedpref.tasks import Task
+from fedpref.topology import Matrix
 from fedpref.trees import Tree
 
 Clients = Mapping[str, Mapping[str, float]]  # client -> metric -> value
@@ -128,7 +129,8 @@ def events(experiment: Experiment, folder: RunDirectory, cache: Path | None = No
             about[shard.name] = {**entry, "digest": client.digest}
         about_text = json.dumps(about, indent=1) + "\n"
         sizes = {name: entry["train"] for name, entry in about.items()}
-        experiment.federation.weights(sizes, experiment.seed)  # refuses what does not fit the clients
+        experiment.federation.weights(sizes, experiment.seed)  # these two refuse what does not fit the clients
+        experiment.network.check(list(sizes))
         if not folder.path.exists():
             folder.create({CONFIG: config.to_yaml(with_whole_paths(experiment)), CLIENTS: about_text})
         elif (folder.path / CLIENTS).read_text() != about_text:
@@ -156,7 +158,12 @@ def _data(about: Mapping[str, Mapping[str, Any]]) -> str:
 def _engine(experiment: Experiment, task: Task, shards: Sequence[Any]) -> Simulation:
     workers = min(_workers(experiment, task), len(shards))
     weighting = experiment.federation.weighting
-    return Simulation(task, shards, seed=experiment.seed, rounds=experiment.rounds, weighting=weighting, workers=workers)
+    names = [shard.name for shard in shards]
+
+    def mixing(round: int, active: Sequence[int]) -> Matrix:
+        return experiment.network.matrix(names, experiment.seed, round, active)
+
+    return Simulation(task, shards, seed=experiment.seed, rounds=experiment.rounds, weighting=weighting, mixing=mixing, workers=workers)
 
 
 def _workers(experiment: Experiment, task: Task) -> int:

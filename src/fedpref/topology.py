@@ -8,9 +8,9 @@ the largest singular value of W - 11'/N (for a symmetric W its second largest ab
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path as File
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import networkx as nx
@@ -28,91 +28,69 @@ Probability = Annotated[float, Field(gt=0, le=1)]
 TOLERANCE = 1e-9
 
 
-@dataclass(frozen=True)
-class Path:
-    """Clients in a row."""
-
-    name: Literal["path"] = "path"
-
-    def graph(self, names: Names, round: int) -> Graph:
-        return nx.path_graph(len(names))
+def _of_edges(count: int, edges: Iterable[tuple[int, int]]) -> Graph:
+    """An undirected graph; a client is no neighbour of its own, and nobody's twice."""
+    found = nx.Graph()
+    found.add_nodes_from(range(count))
+    found.add_edges_from((one, other) for one, other in edges if one != other)
+    return found
 
 
-@dataclass(frozen=True)
-class Ring:
-    """Clients in a circle."""
-
-    name: Literal["ring"] = "ring"
-
-    def graph(self, names: Names, round: int) -> Graph:
-        return _circulant(len(names), [1])
+def _hops(count: int) -> list[int]:
+    """Powers of two below the number of clients."""
+    return [2**k for k in range((count - 1).bit_length())]
 
 
-@dataclass(frozen=True)
-class Star:
-    """The first client in the middle of all others."""
-
-    name: Literal["star"] = "star"
-
-    def graph(self, names: Names, round: int) -> Graph:
-        return nx.star_graph(len(names) - 1)
+def _exponential(count: int) -> Graph:
+    return _of_edges(count, ((i, (i + hop) % count) for i in range(count) for hop in _hops(count)))
 
 
-@dataclass(frozen=True)
-class Complete:
-    """Everybody with everybody: to mix under uniform weights is to average."""
-
-    name: Literal["complete"] = "complete"
-
-    def graph(self, names: Names, round: int) -> Graph:
-        return nx.complete_graph(len(names))
+def _hypercube(count: int) -> Graph:
+    if count & (count - 1):
+        raise UserError(f"topology hypercube: the number of clients must be a power of two, there are {count}. Take exponential.")
+    return _of_edges(count, ((i, i ^ hop) for i in range(count) for hop in _hops(count)))
 
 
-@dataclass(frozen=True)
-class Grid:
+def _sides(count: int) -> tuple[int, int]:
     """Rows and columns, as near to a square as the number of clients allows."""
-
-    name: Literal["grid"] = "grid"
-
-    def graph(self, names: Names, round: int) -> Graph:
-        return nx.convert_node_labels_to_integers(nx.grid_2d_graph(*_sides(self.name, names)), ordering="sorted")
-
-
-@dataclass(frozen=True)
-class Torus:
-    """A grid whose opposite sides are joined."""
-
-    name: Literal["torus"] = "torus"
-
-    def graph(self, names: Names, round: int) -> Graph:
-        rows, columns = _sides(self.name, names)
-        places = [(r, c) for r in range(rows) for c in range(columns)]
-        right = [(columns * r + c, columns * r + (c + 1) % columns) for r, c in places]
-        down = [(columns * r + c, columns * ((r + 1) % rows) + c) for r, c in places]
-        return _of_edges(len(names), right + down)
+    rows = next(rows for rows in range(math.isqrt(count), 0, -1) if count % rows == 0)
+    if rows == 1 and count > 3:
+        raise UserError(f"topology: {count} clients fill no rows and columns, {count} is prime. Take ring, or another number.")
+    return rows, count // rows
 
 
-@dataclass(frozen=True)
-class Hypercube:
-    """Clients whose numbers differ in one binary digit."""
+def _grid(count: int) -> Graph:
+    return nx.convert_node_labels_to_integers(nx.grid_2d_graph(*_sides(count)), ordering="sorted")
 
-    name: Literal["hypercube"] = "hypercube"
 
-    def graph(self, names: Names, round: int) -> Graph:
-        count = len(names)
-        if count & (count - 1):
-            raise UserError(f"topology hypercube: the number of clients must be a power of two, there are {count}. Take exponential.")
-        return _of_edges(count, [(i, i ^ hop) for i in range(count) for hop in _hops(count)])
+def _torus(count: int) -> Graph:
+    rows, columns = _sides(count)
+    places = [(r, c) for r in range(rows) for c in range(columns)]
+    right = [(columns * r + c, columns * r + (c + 1) % columns) for r, c in places]
+    down = [(columns * r + c, columns * ((r + 1) % rows) + c) for r, c in places]
+    return _of_edges(count, right + down)
+
+
+SHAPES: Mapping[str, Callable[[int], Graph]] = {
+    "ring": lambda count: _of_edges(count, ((i, (i + 1) % count) for i in range(count))),
+    "path": nx.path_graph,
+    "star": lambda count: nx.star_graph(count - 1),  # the first client in the middle
+    "complete": nx.complete_graph,
+    "grid": _grid,
+    "torus": _torus,  # a grid whose opposite sides are joined
+    "hypercube": _hypercube,  # clients whose numbers differ in one binary digit
+    "exponential": _exponential,  # client i with i + 1, i + 2, i + 4, ... around the circle, in both directions
+}
 
 
 @dataclass(frozen=True)
-class Exponential:
-    """Client i with i + 1, i + 2, i + 4, ... around the circle, in both directions."""
+class Shape:
+    """A graph that its name and the number of clients decide."""
 
-    name: Literal["exponential"] = "exponential"
+    name: Literal["ring", "path", "star", "complete", "grid", "torus", "hypercube", "exponential"] = "ring"
 
     def graph(self, names: Names, round: int) -> Graph:
-        return _circulant(len(names), _hops(len(names)))
+        return SHAPES[self.name](len(names))
 
 
 @dataclass(frozen=True)
@@ -175,7 +153,7 @@ class GraphFile:
         return _of_edges(len(names), [(place[one], place[other]) for one, other in edges])
 
     def _edges(self) -> list[tuple[str, str]]:
-        file = File(self.path).expanduser()
+        file = Path(self.path).expanduser()
         if not file.is_file():
             raise UserError(f"topology.path: there is no file {self.path!r}.")
         if file.suffix.lower() == ".graphml":
@@ -195,34 +173,7 @@ class GraphFile:
         return found
 
 
-AnyTopology = (
-    Ring | Path | Star | Complete | Grid | Torus | Hypercube | Exponential | OnePeerExponential | ErdosRenyi | SmallWorld | GraphFile
-)
-
-
-def _of_edges(count: int, edges: Sequence[tuple[int, int]]) -> Graph:
-    """An undirected graph; a client is no neighbour of its own, and nobody's twice."""
-    found = nx.Graph()
-    found.add_nodes_from(range(count))
-    found.add_edges_from((one, other) for one, other in edges if one != other)
-    return found
-
-
-def _circulant(count: int, hops: Sequence[int]) -> Graph:
-    return _of_edges(count, [(i, (i + hop) % count) for i in range(count) for hop in hops])
-
-
-def _hops(count: int) -> list[int]:
-    """Powers of two below the number of clients."""
-    return [2**k for k in range((count - 1).bit_length())]
-
-
-def _sides(name: str, names: Names) -> tuple[int, int]:
-    count = len(names)
-    rows = next(rows for rows in range(math.isqrt(count), 0, -1) if count % rows == 0)
-    if rows == 1 and count > 3:
-        raise UserError(f"topology {name}: {count} clients fill no rows and columns, {count} is prime. Take ring, or another number.")
-    return rows, count // rows
+AnyTopology = Shape | OnePeerExponential | ErdosRenyi | SmallWorld | GraphFile
 
 
 # ---- mixing matrices

@@ -2,6 +2,7 @@
 
 from fedpref.algorithms.centralised import Centralised
 from fedpref.algorithms.clustered import Clustered
+from fedpref.algorithms.decdpo import DecDPO
 from fedpref.algorithms.ditto import Ditto
 from fedpref.algorithms.feddpa import FedDPA
 from fedpref.algorithms.feddpo import FedDPO
@@ -14,13 +15,16 @@ from fedpref.algorithms.ffa import FFA
 from fedpref.algorithms.local import Local
 from fedpref.algorithms.scaffold import Scaffold
 
-AnyAlgorithm = FedDPO | FedPDPO | FedOpt | FedProx | Scaffold | FFA | FedSA | FedPer | Ditto | FedDPA | Clustered | Local | Centralised
+AnyAlgorithm = (
+    FedDPO | DecDPO | FedPDPO | FedOpt | FedProx | Scaffold | FFA | FedSA | FedPer | Ditto | FedDPA | Clustered | Local | Centralised
+)
 
 __all__ = [
     "FFA",
     "AnyAlgorithm",
     "Centralised",
     "Clustered",
+    "DecDPO",
     "Ditto",
     "FedDPA",
     "FedDPO",

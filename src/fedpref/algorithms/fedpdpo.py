@@ -75,14 +75,14 @@ class FedPDPO:
     name: Literal["fedpdpo"] = "fedpdpo"
     parts: Parts = Parts()
     phases: Literal["alternate", "joint"] = "alternate"
-    personal_steps: Annotated[int, Field(ge=1)] | None = None  # of a round's local steps, those of the first phase; None: a third
+    personal_steps: Annotated[int, Field(ge=1)] | None = 1  # of a round's local steps, those of the first phase; None: a third
     freeze: Literal["vocabulary-head", "heads"] = "vocabulary-head"  # in the second phase; `heads`: the reward head too
     share_bottleneck: bool = False  # average it with the adapter; the second phase trains it
     local: Descent = Descent()
     aggregate: Annotated[Aggregate, Field(discriminator="name")] = Factors()
     head_rate: Annotated[float, Field(gt=0)] = 0.1  # of a full vocabulary head, times the learning rate
     bottleneck_rate: Annotated[float, Field(gt=0)] = 0.1  # likewise
-    adapter_rate: Annotated[float, Field(gt=0)] = 0.3  # of the own adapter, likewise: what is common is for the shared one to learn
+    adapter_rate: Annotated[float, Field(gt=0)] = 0.2  # of the own adapter, likewise: what is common is for the shared one to learn
     pooled: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

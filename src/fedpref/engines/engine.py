@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fedpref.federation import Federation, PerClient
 from fedpref.trees import Tree
 
+Mixing = Callable[[int, Sequence[int]], NDArray[np.float64]]  # (round, active clients) -> the mixing matrix over all clients
 Purpose = Literal["init", "train", "join", "evaluate"]
 
 
@@ -19,6 +23,14 @@ class Traffic:
 
     bytes_up: int = 0
     bytes_down: int = 0
+
+
+def everybody(round: int, active: Sequence[int]) -> NDArray[np.float64]:
+    """Mixing where all active clients hear one another, with equal weights."""
+    count = max(active) + 1
+    matrix = np.eye(count)
+    matrix[np.ix_(active, active)] = 1 / len(active)
+    return matrix
 
 
 class Engine(Federation, Protocol):

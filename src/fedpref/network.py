@@ -1,0 +1,41 @@
+"""The network of a decentralised run: its graph in each round, with the links that fail."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from pydantic import Field
+
+from fedpref import seeds
+from fedpref.topology import AnyTopology, Matrix, Names, OnePeerExponential, Shape, Weights, links, mixing, refuse_disconnected, without
+
+
+@dataclass(frozen=True)
+class Network:
+    """Who hears whom, how much each takes of what it hears, and how often a link fails."""
+
+    topology: Annotated[AnyTopology, Field(discriminator="name")] = Shape()
+    weights: Weights = "metropolis"
+    link_failure: Annotated[float, Field(ge=0, lt=1)] = 0.0  # the chance of each link in each round
+
+    def check(self, names: Names) -> None:
+        """Raise UserError where the topology does not fit the clients, or does not connect them."""
+        turn = range(len(names)) if isinstance(self.topology, OnePeerExponential) else range(1)
+        graphs = [self.topology.graph(names, round) for round in turn]
+        mixed = mixing(graphs[0], self.weights, names)
+        if self.link_failure:
+            without(mixed, [])
+        if not getattr(self.topology, "redraw", False):  # a graph that is drawn anew connects everybody sooner or later
+            refuse_disconnected(graphs, names)
+
+    def matrix(self, names: Names, seed: int, round: int, active: Sequence[int]) -> Matrix:
+        """The mixing matrix of a round, [N, N]: nobody hears or is heard by clients that take no part, nor over links that fail."""
+        whole = mixing(self.topology.graph(names, round), self.weights, names)
+        absent = set(range(len(names))) - set(active)
+        there = list(links(whole))
+        fates = torch.rand(len(there), generator=seeds.generator(seed, "links", round=round)).tolist()
+        broken = [link for link, fate in zip(there, fates, strict=True) if fate < self.link_failure or absent.intersection(link)]
+        return without(whole, broken) if broken else whole

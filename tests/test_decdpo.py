@@ -1,0 +1,150 @@
+"""Decentralised DPO: its mixing, its consensus error, and what it equals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedpref import Experiment, UserError, config, run, seeds, trees
+from fedpref.algorithms.decdpo import consensus_error
+from fedpref.algorithms.fedsa import begin
+from fedpref.engines import Simulation
+from fedpref.federation import Client, work
+from fedpref.network import Network
+from fedpref.topology import ErdosRenyi, GraphFile, OnePeerExponential, Shape, mixing
+from fedpref.trees import Tree
+
+NAMES = [f"client-{i}" for i in range(6)]
+
+
+@work
+def draw(client: Client, start: Tree) -> Tree:
+    return {name: torch.randn(tensor.shape, generator=client.rng) for name, tensor in start.items()}
+
+
+class Shard:
+    def __len__(self) -> int:
+        return 1
+
+
+class Task:
+    """All that mixing needs of a task."""
+
+    def place(self, number: int) -> None: ...
+
+
+def engine(network: Network = Network(), count: int = 6) -> Any:
+    names = NAMES[:count]
+    return Simulation(Task(), [Shard()] * count, seed=0, rounds=4, mixing=lambda round, active: network.matrix(names, 0, round, active))  # type: ignore[arg-type, list-item]
+
+
+START = {"a": torch.zeros(40, 30), "b": torch.zeros(500)}
+
+
+def stacked(fed: Any, values: Any) -> np.ndarray[Any, Any]:
+    return np.stack([torch.cat([t.flatten() for t in values._values[i].values()]).double().numpy() for i in fed.active])
+
+
+def test_mixing_takes_the_matrix_and_counts_what_goes_over_each_link() -> None:
+    fed = engine()
+    values = fed.each(draw, START)
+    before, sent = stacked(fed, values), fed.traffic.bytes_up
+    mixed = stacked(fed, fed.mix(values))
+    np.testing.assert_allclose(mixed, mixing(Shape().graph(NAMES, 0)) @ before, atol=1e-6)
+    np.testing.assert_allclose(mixed.mean(0), before.mean(0), atol=1e-6)
+    assert fed.traffic.bytes_up - sent == 12 * trees.size(START)  # six links, both ways
+
+
+@pytest.mark.parametrize("topology", [Shape(), OnePeerExponential()])
+def test_clients_that_take_no_part_are_not_heard(topology: Any) -> None:
+    network = Network(topology)
+    if isinstance(topology, OnePeerExponential):
+        with pytest.raises(UserError, match="directed graph"):
+            network.matrix(NAMES, 0, 0, (0, 1, 3))
+        return
+    weights = network.matrix(NAMES, 0, 0, (0, 1, 3))
+    np.testing.assert_allclose(weights.sum(0), 1)
+    np.testing.assert_array_equal(weights[3], np.eye(6)[3])
+    assert weights[0, 1] == pytest.approx(1 / 3)
+    assert weights[0, 0] == pytest.approx(2 / 3)
+
+
+def test_links_fail_as_often_as_they_are_said_to_and_the_mean_stays() -> None:
+    network = Network(Shape("complete"), link_failure=0.3)
+    count, failed = 0, 0
+    for round in range(200):
+        weights = network.matrix(NAMES, 3, round, range(6))
+        np.testing.assert_allclose(weights.sum(0), 1)
+        np.testing.assert_allclose(weights, weights.T)
+        failed += int((weights[np.triu_indices(6, 1)] == 0).sum())
+        count += 15
+    assert failed / count == pytest.approx(0.3, abs=0.03)
+    np.testing.assert_array_equal(network.matrix(NAMES, 3, 5, range(6)), network.matrix(NAMES, 3, 5, range(6)))
+
+
+def test_the_consensus_error_is_the_mean_squared_distance_from_the_mean() -> None:
+    found, exact = [], []
+    for round in range(20):
+        fed = engine()
+        fed.begin(round, fed.clients)
+        values = fed.each(draw, START)
+        theta = stacked(fed, values)
+        exact.append(((theta - theta.mean(0)) ** 2).sum(1).mean())
+        found.append(consensus_error(fed, values))
+    assert np.mean(found) == pytest.approx(np.mean(exact), rel=0.1)
+    fed = engine()
+    same = fed.each(begin, {"a": torch.full((1000,), 3.0)})
+    assert abs(consensus_error(fed, same)) < 1e-6
+
+
+def test_a_network_that_does_not_fit_the_clients_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "edges.txt").write_text("client-0 client-1\nclient-2 client-3\n")
+    for network, sentence in (
+        (Network(GraphFile(path=str(tmp_path / "edges.txt"))), "nothing connects the clients client-4 "),
+        (Network(Shape("hypercube")), "power of two"),
+        (Network(Shape("star"), weights="uniform"), "the mean is not preserved"),
+        (Network(OnePeerExponential(), link_failure=0.1), "directed graph"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            network.check(NAMES)
+    Network(ErdosRenyi(probability=0.05, redraw=True)).check(NAMES)
+    Network(OnePeerExponential()).check(NAMES)
+
+
+def adapters(settings: dict[str, Any], path: Path, **content: Any) -> list[Tree]:
+    spec = config.parse(Experiment, {**settings, "federation": {"weighting": "equal"}, **content}, "test")
+    folder = run(spec, path).path
+    if (folder / "clients").exists():
+        return [trees.load(place / "adapter_model.safetensors") for place in sorted((folder / "clients").iterdir())]
+    return [trees.load(folder / "adapter" / "adapter_model.safetensors")]
+
+
+@pytest.mark.parametrize("aggregate", ["factors", "frozen-a"])
+def test_on_the_complete_graph_with_uniform_weights_it_is_feddpo(aggregate: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    common = {"local": {"steps": 2, "batch_size": 4, "learning_rate": 0.01, "optim": "sgd"}, "aggregate": aggregate}
+    (expected,) = adapters(settings, tmp_path / "fed", algorithm={"name": "feddpo", **common})
+    network = {"topology": "complete", "weights": "uniform"}
+    found = adapters(settings, tmp_path / "dec", algorithm={"name": "decdpo", **common}, network=network)
+    start = config.parse(Experiment, settings, "test").task.build().init(seeds.generator(0, "init"))
+    assert trees.norm(trees.subtract(expected, start)) > 1e-3
+    for adapter in found:
+        for name in expected:
+            torch.testing.assert_close(adapter[name], expected[name], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("order", ["adapt-then-combine", "combine-then-adapt"])
+def test_neighbours_come_closer_by_mixing(order: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    local = {"steps": 2, "batch_size": 4, "learning_rate": 0.01}
+    spec = config.parse(Experiment, {**settings, "algorithm": {"name": "decdpo", "order": order, "local": local}}, "test")
+    path = run(spec, tmp_path / "run").path
+    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        assert row["consensus_error_before_mixing"] > 0
+        if order == "adapt-then-combine":
+            assert row["consensus_error"] < row["consensus_error_before_mixing"]
+    assert len(list((path / "clients").iterdir())) == 4
