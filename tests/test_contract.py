@@ -15,7 +15,22 @@ import torch
 import personal
 from fedpref import config, seeds, trees
 from fedpref.aggregation import FrozenA
-from fedpref.algorithms import FFA, Clustered, DecDPO, Ditto, FedDPA, FedDPO, FedOpt, FedPDPO, FedPer, FedProx, FedSA, Local, Scaffold
+from fedpref.algorithms import (
+    FFA,
+    Clustered,
+    DecDPO,
+    Ditto,
+    FedDPA,
+    FedDPO,
+    FedOpt,
+    FedPDPO,
+    FedPer,
+    FedProx,
+    FedSA,
+    GradientTracking,
+    Local,
+    Scaffold,
+)
 from fedpref.algorithms.fedopt import Adaptive
 from fedpref.engines import Simulation
 from fedpref.experiment import Experiment
@@ -48,6 +63,7 @@ ALGORITHMS = {
     "clustered": Clustered(local=LOCAL),
     "decdpo": DecDPO(local=KEEPING),
     "decdpo-combining-first": DecDPO(local=LOCAL, order="combine-then-adapt", aggregate=FrozenA()),
+    "gradient-tracking": GradientTracking(local=LOCAL),
     "local": Local(local=KEEPING),
     "personal": personal.Personal(local=LOCAL),
 }

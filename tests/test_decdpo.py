@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from fedpref import Experiment, UserError, config, run, seeds, trees
+from fedpref.algorithms import DecDPO, GradientTracking
 from fedpref.algorithms.decdpo import consensus_error
 from fedpref.algorithms.fedsa import begin
 from fedpref.engines import Simulation
@@ -18,6 +20,7 @@ from fedpref.federation import Client, work
 from fedpref.network import Network
 from fedpref.topology import ErdosRenyi, GraphFile, OnePeerExponential, Shape, mixing
 from fedpref.trees import Tree
+from test_optimisers import CLIENTS, PLAIN, Bowl, Bowls
 
 NAMES = [f"client-{i}" for i in range(6)]
 
@@ -114,6 +117,36 @@ def test_a_network_that_does_not_fit_the_clients_is_refused(tmp_path: Path) -> N
             network.check(NAMES)
     Network(ErdosRenyi(probability=0.05, redraw=True)).check(NAMES)
     Network(OnePeerExponential()).check(NAMES)
+
+
+def bowls(algorithm: Any, rounds: int, keep: float) -> list[float]:
+    """Where two clients with quadratics end that keep so much of their own point and take the rest from the other."""
+    weights = np.array([[keep, 1 - keep], [1 - keep, keep]])
+    task: Any = Bowls()
+    shards = [Bowl(str(i), *numbers) for i, numbers in enumerate(CLIENTS)]
+    fed = Simulation(task, shards, seed=0, rounds=rounds, mixing=lambda round, active: weights)
+    state = algorithm.init(fed, task.init(torch.Generator()))
+    for round in range(rounds):
+        fed.begin(round, (0, 1))
+        state, _ = algorithm.step(fed, state)
+    return [float(state.theta._values[i]["x"][0]) for i in (0, 1)]
+
+
+def test_decdpo_ends_where_its_linear_recursion_does() -> None:
+    keep, shrink = 0.8, np.array([(1 - 0.1 * curvature) ** 5 for curvature, _ in CLIENTS])
+    weights, centres = np.array([[keep, 1 - keep], [1 - keep, keep]]), np.array([centre for _, centre in CLIENTS])
+    fixed = np.linalg.solve(np.eye(2) - weights * shrink, weights @ ((1 - shrink) * centres))
+    assert bowls(DecDPO(local=PLAIN), 100, keep) == pytest.approx(fixed.tolist(), abs=1e-4)
+    assert abs(fixed.mean() - 1.0) > 0.2  # the drift floor of local steps
+    assert abs(fixed[0] - fixed[1]) > 0.3  # and the clients do not agree
+
+
+@pytest.mark.parametrize("optim", ["sgd", "adamw"])
+def test_gradient_tracking_leaves_no_floor_and_no_disagreement(optim: Any) -> None:
+    local = PLAIN if optim == "sgd" else replace(PLAIN, optim="adamw", learning_rate=0.02, lr_scheduler_type="linear")
+    local = replace(local, learning_rate=0.05) if optim == "sgd" else local
+    found = bowls(GradientTracking(local=local), 400, 0.8)
+    assert found == pytest.approx([1.0, 1.0], abs=1e-3 if optim == "sgd" else 0.03)
 
 
 def adapters(settings: dict[str, Any], path: Path, **content: Any) -> list[Tree]:

@@ -14,10 +14,11 @@ from fedpref.algorithms.fedsa import FedSA
 from fedpref.algorithms.ffa import FFA
 from fedpref.algorithms.local import Local
 from fedpref.algorithms.scaffold import Scaffold
+from fedpref.algorithms.tracking import GradientTracking
 
-AnyAlgorithm = (
-    FedDPO | DecDPO | FedPDPO | FedOpt | FedProx | Scaffold | FFA | FedSA | FedPer | Ditto | FedDPA | Clustered | Local | Centralised
-)
+Federated = FedDPO | FedPDPO | FedOpt | FedProx | Scaffold | FFA | FedSA | FedPer | Ditto | FedDPA | Clustered
+Decentralised = DecDPO | GradientTracking
+AnyAlgorithm = Federated | Decentralised | Local | Centralised
 
 __all__ = [
     "FFA",
@@ -33,6 +34,7 @@ __all__ = [
     "FedPer",
     "FedProx",
     "FedSA",
+    "GradientTracking",
     "Local",
     "Scaffold",
 ]

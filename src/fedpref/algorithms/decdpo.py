@@ -48,6 +48,11 @@ def consensus_error(fed: Federation, theta: PerClient[Tree]) -> float:
     return float((mean["square"] - mean["value"].square()).mean())
 
 
+def measured(fed: Federation, before: PerClient[Tree], after: PerClient[Tree]) -> Mapping[str, float]:
+    """The consensus error before and after mixing."""
+    return {"consensus_error": consensus_error(fed, after), "consensus_error_before_mixing": consensus_error(fed, before)}
+
+
 @dataclass(frozen=True, kw_only=True)
 class DecDPO:
     """Every client owns an adapter, trains it on its own pairs, and takes the weighted mean of its neighbours' and its own.
@@ -69,15 +74,14 @@ class DecDPO:
         return State(fixed, fed.each(begin, trained), fed.each(no_moments))
 
     def step(self, fed: Federation, state: State) -> tuple[State, Mapping[str, float]]:
-        theta = state.theta
-        if self.order == "combine-then-adapt":
-            theta = fed.mix(theta)
-        theta, moments, metrics = fed.each(train, state.fixed, theta, state.moments, self.local)
-        before = consensus_error(fed, theta)
         if self.order == "adapt-then-combine":
-            theta = fed.mix(theta)
-        measured = {"consensus_error": consensus_error(fed, theta), "consensus_error_before_mixing": before}
-        return State(state.fixed, state.theta | theta, state.moments | moments), {**fed.report(metrics), **measured}
+            before, moments, metrics = fed.each(train, state.fixed, state.theta, state.moments, self.local)
+            theta = mixed = fed.mix(before)
+        else:
+            before, mixed = state.theta, fed.mix(state.theta)
+            theta, moments, metrics = fed.each(train, state.fixed, mixed, state.moments, self.local)
+        new = State(state.fixed, state.theta | theta, state.moments | moments)
+        return new, {**fed.report(metrics), **measured(fed, before, mixed)}
 
     def join(self, fed: Federation, state: State, steps: int) -> State:
         return state  # a client that comes later has no neighbour to take an adapter from
