@@ -47,9 +47,9 @@ class Dataset:
 
 DATASETS = {
     "shipped": Dataset("demo", 12, settings=("rounds=6",), is_local=False),
-    "movie-reviews-3": Dataset("movie-reviews", 3, settings=("rounds=8",)),
+    "movie-reviews-3": Dataset("movie-reviews", 3),
     "persona": Dataset("persona", 6, steps=8, settings=("rounds=12",)),
-    "movie-reviews-10": Dataset("movie-reviews-10", 10, settings=("rounds=8",)),
+    "movie-reviews-10": Dataset("movie-reviews-10", 10),
     "ukpconvarg": Dataset("ukpconvarg", 16, settings=("rounds=8", "partition.max_clients=16", "federation.clients_per_round=null")),
     "iid": Dataset("demo", 6, settings=("rounds=6", "partition={name: iid, clients: 6}"), is_local=False),
 }

@@ -22,7 +22,7 @@ from pydantic import TypeAdapter
 
 from fedpref import config, seeds, trees
 from fedpref.channel import Chain, Sender
-from fedpref.engines.engine import Traffic, everybody, weighted_report
+from fedpref.engines.engine import Traffic, everybody, mixed, weighted_report
 from fedpref.federation import WORK, Client, name_of
 from fedpref.trees import Tree
 
@@ -88,8 +88,10 @@ class Site:
             return pack({}, self.message(**header))
         if verb == "blend":
             arrived = [{n.split("/", 1)[1]: t for n, t in tensors.items() if n.startswith(f"{j}/")} for j in header["heard"]]
-            mixed = trees.total(trees.scale(tree, weight) for tree, weight in zip(arrived, header["weights"], strict=True))
-            self.values[header["name"]] = mixed
+            told, own = {**dict(zip(header["heard"], arrived, strict=True)), self.number: self.values[header["told"]]}, header["told"]
+            weights = dict(zip(header["heard"], header["weights"], strict=True))
+            self.values[header["name"] + ".0"] = told[self.number]
+            self.values[header["name"] + ".1"] = mixed(self.values[own], self.number, told, weights)
             return pack({})
         if verb == "report":
             return pack({"metrics": self.values[header["name"]]})
@@ -216,10 +218,10 @@ class ProcessEngine:
         self._count(bytes_up=sum(trees.size(message) for message in messages))
         return Chain().decode(trees.total(messages), len(messages))
 
-    def mix(self, values: Remote) -> Remote:
+    def mix(self, values: Remote) -> tuple[Remote, Remote]:
         self._calls += 1
         self._names += 1
-        weights, name = self._mixing(self.round, self.active), f"{self._names}.0"
+        weights, name = self._mixing(self.round, self.active), str(self._names)
         for i in self.active:
             self._send(i, pack({"verb": "mean", "name": values.names[i].text, "share": 1.0, "round": self.round, "call": self._calls}))
         messages = {i: self._receive(i)[1] for i in self.active}
@@ -228,10 +230,12 @@ class ProcessEngine:
             self._count(bytes_up=trees.size(messages[i]) * sum(bool(weights[j, i]) for j in self.active if j != i))
             heard = [j for j in self.active if weights[i, j]]
             tensors = {f"{j}/{n}": t for j in heard for n, t in messages[j].items()}
-            self._send(i, pack({"verb": "blend", "name": name, "heard": heard, "weights": [float(weights[i, j]) for j in heard]}, tensors))
+            header = {"verb": "blend", "name": name, "told": values.names[i].text, "heard": heard}
+            self._send(i, pack({**header, "weights": [float(weights[i, j]) for j in heard]}, tensors))
         for i in self.active:
             self._receive(i)
-        return Remote({i: self._name(i, name) for i in self.active})
+        sent, mixed = (Remote({i: self._name(i, f"{name}.{part}") for i in self.active}) for part in (0, 1))
+        return sent, mixed
 
     def report(self, metrics: Remote) -> Mapping[str, float]:
         return weighted_report(self.disclose(metrics), self._examples)

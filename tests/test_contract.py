@@ -17,6 +17,7 @@ from fedpref import config, seeds, trees
 from fedpref.aggregation import FrozenA
 from fedpref.algorithms import (
     FFA,
+    ChocoDPO,
     Clustered,
     DecDPO,
     Ditto,
@@ -64,6 +65,7 @@ ALGORITHMS = {
     "decdpo": DecDPO(local=KEEPING),
     "decdpo-combining-first": DecDPO(local=LOCAL, order="combine-then-adapt", aggregate=FrozenA()),
     "gradient-tracking": GradientTracking(local=LOCAL),
+    "choco": ChocoDPO(local=LOCAL),
     "local": Local(local=KEEPING),
     "personal": personal.Personal(local=LOCAL),
 }

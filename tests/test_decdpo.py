@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ import torch
 
 from fedpref import Experiment, UserError, config, run, seeds, trees
 from fedpref.algorithms import DecDPO, GradientTracking
+from fedpref.algorithms.choco import gossip
 from fedpref.algorithms.decdpo import consensus_error
 from fedpref.algorithms.fedsa import begin
+from fedpref.channel import Quantise, Sender, TopK
 from fedpref.engines import Simulation
 from fedpref.federation import Client, work
 from fedpref.network import Network
-from fedpref.topology import ErdosRenyi, GraphFile, OnePeerExponential, Shape, mixing
+from fedpref.topology import ErdosRenyi, GraphFile, Matrix, OnePeerExponential, Shape, mixing
 from fedpref.trees import Tree
 from test_optimisers import CLIENTS, PLAIN, Bowl, Bowls
 
@@ -43,7 +46,13 @@ class Task:
 
 def engine(network: Network = Network(), count: int = 6) -> Any:
     names = NAMES[:count]
-    return Simulation(Task(), [Shard()] * count, seed=0, rounds=4, mixing=lambda round, active: network.matrix(names, 0, round, active))  # type: ignore[arg-type, list-item]
+
+    def mixing(round: int, active: Sequence[int]) -> Matrix:
+        return network.matrix(names, 0, round, active)
+
+    task: Any = Task()
+    shards: list[Any] = [Shard()] * count
+    return Simulation(task, shards, seed=0, rounds=4, links=network.links, mixing=mixing)
 
 
 START = {"a": torch.zeros(40, 30), "b": torch.zeros(500)}
@@ -57,7 +66,7 @@ def test_mixing_takes_the_matrix_and_counts_what_goes_over_each_link() -> None:
     fed = engine()
     values = fed.each(draw, START)
     before, sent = stacked(fed, values), fed.traffic.bytes_up
-    mixed = stacked(fed, fed.mix(values))
+    mixed = stacked(fed, fed.mix(values)[1])
     np.testing.assert_allclose(mixed, mixing(Shape().graph(NAMES, 0)) @ before, atol=1e-6)
     np.testing.assert_allclose(mixed.mean(0), before.mean(0), atol=1e-6)
     assert fed.traffic.bytes_up - sent == 12 * trees.size(START)  # six links, both ways
@@ -75,6 +84,35 @@ def test_clients_that_take_no_part_are_not_heard(topology: Any) -> None:
     np.testing.assert_array_equal(weights[3], np.eye(6)[3])
     assert weights[0, 1] == pytest.approx(1 / 3)
     assert weights[0, 0] == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("compression", [TopK(fraction=0.2), Quantise(bits=8), Quantise(bits=3)])
+def test_what_compression_loses_does_not_move_the_mean(compression: Any) -> None:
+    fed = engine(Network(compression=compression))
+    values = fed.each(draw, START)
+    sent, mixed = fed.mix(values)
+    assert fed.traffic.bytes_up < 12 * trees.size(START) * 0.45
+    assert np.abs(stacked(fed, sent) - stacked(fed, values)).max() > 0.01
+    np.testing.assert_allclose(stacked(fed, mixed).mean(0), stacked(fed, values).mean(0), atol=1e-5)
+
+
+def test_messages_come_back_in_their_shapes_and_quantised_ones_are_right_on_average() -> None:
+    tree = {"a": torch.randn(7, 3), "b": torch.tensor([0.0, 0.0, 5.0, -1.0, 0.5])}
+    sender = Sender(0, 0, torch.Generator().manual_seed(0))
+    for bits in (2, 3, 5, 8):
+        stage = Quantise(bits=bits).stage()
+        back = [stage.decode(stage.encode(tree, sender), 1) for _ in range(400)]
+        step = tree["b"].abs().max() / (2 ** (bits - 1) - 1)
+        assert all((one["b"] - tree["b"]).abs().max() <= step + 1e-6 for one in back)
+        assert (torch.stack([one["b"] for one in back]).mean(0) - tree["b"]).abs().max() < 0.15 * step
+        assert back[0]["a"].shape == (7, 3)
+    stage = TopK(fraction=0.4).stage()
+    kept = stage.decode(stage.encode(tree, sender), 1)
+    torch.testing.assert_close(kept["b"], torch.tensor([0.0, 0.0, 5.0, -1.0, 0.0]))
+    assert int((kept["a"] != 0).sum()) == 9
+    zero = {"a": torch.zeros(4)}
+    stage = Quantise().stage()
+    assert torch.equal(stage.decode(stage.encode(zero, sender), 1)["a"], zero["a"])
 
 
 def test_links_fail_as_often_as_they_are_said_to_and_the_mean_stays() -> None:
@@ -147,6 +185,29 @@ def test_gradient_tracking_leaves_no_floor_and_no_disagreement(optim: Any) -> No
     local = replace(local, learning_rate=0.05) if optim == "sgd" else local
     found = bowls(GradientTracking(local=local), 400, 0.8)
     assert found == pytest.approx([1.0, 1.0], abs=1e-3 if optim == "sgd" else 0.03)
+
+
+@pytest.mark.parametrize(("compression", "step_size"), [(None, 1.0), (TopK(fraction=0.5), 0.3), (Quantise(bits=3), 0.5)])
+def test_choco_agrees_in_spite_of_compression_and_without_it_is_plain_gossip(compression: Any, step_size: float) -> None:
+    fed = engine(Network(compression=compression))
+    theta, public, pull = fed.each(draw, START), fed.each(begin, START), fed.each(begin, START)
+    before = stacked(fed, theta)
+    _, plain = engine().mix(theta)
+    for round in range(60):
+        fed.begin(round, fed.clients)
+        theta, public, pull = gossip(fed, theta, public, pull, step_size)
+        if round == 0 and compression is None:
+            np.testing.assert_allclose(stacked(fed, theta), stacked(fed, plain), atol=1e-5)
+    after = stacked(fed, theta)
+    np.testing.assert_allclose(after.mean(0), before.mean(0), atol=1e-4)
+    assert np.linalg.norm(after - after.mean(0)) < 0.1 * np.linalg.norm(before - before.mean(0))
+
+
+def test_choco_needs_the_same_neighbours_in_every_round(settings: dict[str, Any]) -> None:
+    changing: list[dict[str, Any]] = [{"network": {"link_failure": 0.1}}, {"network": {"topology": "one-peer-exponential"}}]
+    for more in [*changing, {"federation": {"clients_per_round": 2}}]:
+        with pytest.raises(UserError, match="same neighbours in every round"):
+            config.parse(Experiment, {**settings, "algorithm": {"name": "choco"}, **more}, "test")
 
 
 def adapters(settings: dict[str, Any], path: Path, **content: Any) -> list[Tree]:

@@ -13,6 +13,7 @@ from fedpref import config, seeds
 from fedpref.aggregation import Product
 from fedpref.algorithms import AnyAlgorithm, Centralised, FedDPO, Local
 from fedpref.data import Builtin, ClientData, Natural, Partition, Source, partition, split
+from fedpref.errors import UserError
 from fedpref.models.language import BUILTIN
 from fedpref.network import Network
 from fedpref.participation import Participation
@@ -42,6 +43,11 @@ class Experiment:
     def __post_init__(self) -> None:
         if parts := getattr(self.algorithm, "parts", None):
             self.task.check(parts)
+        if getattr(self.algorithm, "needs_fixed_network", False) and not (self.network.is_fixed and self.federation.takes_everybody):
+            raise UserError(
+                f"network: {self.algorithm.name} needs the same neighbours in every round. Leave out link_failure, redraw, "
+                "one-peer-exponential, federation.clients_per_round, federation.deadline and federation.newcomers."
+            )
         aggregate = getattr(self.algorithm, "aggregate", None)
         if isinstance(aggregate, Product):
             aggregate.check(self.algorithm.local, self.task.model.lora_r)

@@ -81,8 +81,11 @@ class Federation(Protocol):
         """The weighted mean over the active clients, through the channel."""
         ...
 
-    def mix(self, values: PerClient[Tree]) -> PerClient[Tree]:
-        """Each active client's weighted mean of its own value and its neighbours', through the channel; the mean over all is preserved."""
+    def mix(self, values: PerClient[Tree]) -> tuple[PerClient[Tree], PerClient[Tree]]:
+        """What each active client told its neighbours, as it arrives, and its value mixed with theirs.
+
+        Mixed is x_i + sum_j W_ij (s_j - s_i) of what was told, s: the mean over clients is preserved whatever the way does to messages.
+        """
         ...
 
     def report(self, metrics: PerClient[Mapping[str, float]]) -> Mapping[str, float]:

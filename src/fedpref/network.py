@@ -10,6 +10,7 @@ import torch
 from pydantic import Field
 
 from fedpref import seeds
+from fedpref.channel import Chain, Compression
 from fedpref.topology import AnyTopology, Matrix, Names, OnePeerExponential, Shape, Weights, links, mixing, refuse_disconnected, without
 
 
@@ -19,6 +20,7 @@ class Network:
 
     topology: Annotated[AnyTopology, Field(discriminator="name")] = Shape()
     weights: Weights = "metropolis"
+    compression: Annotated[Compression, Field(discriminator="name")] | None = None  # of what neighbours tell one another
     link_failure: Annotated[float, Field(ge=0, lt=1)] = 0.0  # the chance of each link in each round
 
     def check(self, names: Names) -> None:
@@ -30,6 +32,16 @@ class Network:
             without(mixed, [])
         if not getattr(self.topology, "redraw", False):  # a graph that is drawn anew connects everybody sooner or later
             refuse_disconnected(graphs, names)
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the mixing matrix is the same in every round, if everybody takes part."""
+        return not self.link_failure and not isinstance(self.topology, OnePeerExponential) and not getattr(self.topology, "redraw", False)
+
+    @property
+    def links(self) -> Chain:
+        """The way of a message to a neighbour."""
+        return Chain((self.compression.stage(),) if self.compression else ())
 
     def matrix(self, names: Names, seed: int, round: int, active: Sequence[int]) -> Matrix:
         """The mixing matrix of a round, [N, N]: nobody hears or is heard by clients that take no part, nor over links that fail."""

@@ -51,6 +51,11 @@ class Participation:
         return found
 
     @property
+    def takes_everybody(self) -> bool:
+        """Whether all clients take part in every round."""
+        return self.clients_per_round is None and self.deadline is None and not self.newcomers
+
+    @property
     def num_newcomers(self) -> int:
         return self.newcomers if isinstance(self.newcomers, int) else len(self.newcomers)
 

@@ -163,7 +163,16 @@ def _engine(experiment: Experiment, task: Task, shards: Sequence[Any]) -> Simula
     def mixing(round: int, active: Sequence[int]) -> Matrix:
         return experiment.network.matrix(names, experiment.seed, round, active)
 
-    return Simulation(task, shards, seed=experiment.seed, rounds=experiment.rounds, weighting=weighting, mixing=mixing, workers=workers)
+    return Simulation(
+        task,
+        shards,
+        seed=experiment.seed,
+        rounds=experiment.rounds,
+        weighting=weighting,
+        links=experiment.network.links,
+        mixing=mixing,
+        workers=workers,
+    )
 
 
 def _workers(experiment: Experiment, task: Task) -> int:

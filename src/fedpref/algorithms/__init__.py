@@ -1,6 +1,7 @@
 """One paper, one file; a new algorithm adds one line here."""
 
 from fedpref.algorithms.centralised import Centralised
+from fedpref.algorithms.choco import ChocoDPO
 from fedpref.algorithms.clustered import Clustered
 from fedpref.algorithms.decdpo import DecDPO
 from fedpref.algorithms.ditto import Ditto
@@ -17,13 +18,14 @@ from fedpref.algorithms.scaffold import Scaffold
 from fedpref.algorithms.tracking import GradientTracking
 
 Federated = FedDPO | FedPDPO | FedOpt | FedProx | Scaffold | FFA | FedSA | FedPer | Ditto | FedDPA | Clustered
-Decentralised = DecDPO | GradientTracking
+Decentralised = DecDPO | GradientTracking | ChocoDPO
 AnyAlgorithm = Federated | Decentralised | Local | Centralised
 
 __all__ = [
     "FFA",
     "AnyAlgorithm",
     "Centralised",
+    "ChocoDPO",
     "Clustered",
     "DecDPO",
     "Ditto",

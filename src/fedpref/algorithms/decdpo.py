@@ -76,9 +76,11 @@ class DecDPO:
     def step(self, fed: Federation, state: State) -> tuple[State, Mapping[str, float]]:
         if self.order == "adapt-then-combine":
             before, moments, metrics = fed.each(train, state.fixed, state.theta, state.moments, self.local)
-            theta = mixed = fed.mix(before)
+            _, theta = fed.mix(before)
+            mixed = theta
         else:
-            before, mixed = state.theta, fed.mix(state.theta)
+            before = state.theta
+            _, mixed = fed.mix(before)
             theta, moments, metrics = fed.each(train, state.fixed, mixed, state.moments, self.local)
         new = State(state.fixed, state.theta | theta, state.moments | moments)
         return new, {**fed.report(metrics), **measured(fed, before, mixed)}

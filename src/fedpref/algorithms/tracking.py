@@ -64,8 +64,9 @@ class GradientTracking:
 
     def step(self, fed: Federation, state: State) -> tuple[State, Mapping[str, float]]:
         theta, seen, moments, metrics = fed.each(train, state.theta, state.correction, state.moments, self.local)
-        correction = fed.each(track, state.correction, seen, fed.mix(seen))
-        mixed = fed.mix(theta)
+        _, mean = fed.mix(seen)
+        correction = fed.each(track, state.correction, seen, mean)
+        _, mixed = fed.mix(theta)
         new = State(state.theta | mixed, state.correction | correction, state.moments | moments)
         return new, {**fed.report(metrics), **measured(fed, theta, mixed)}
 

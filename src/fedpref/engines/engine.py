@@ -10,6 +10,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from fedpref import trees
 from fedpref.federation import Federation, PerClient
 from fedpref.trees import Tree
 
@@ -31,6 +32,12 @@ def everybody(round: int, active: Sequence[int]) -> NDArray[np.float64]:
     matrix = np.eye(count)
     matrix[np.ix_(active, active)] = 1 / len(active)
     return matrix
+
+
+def mixed(value: Tree, client: int, arrived: Mapping[int, Tree], weights: Mapping[int, float]) -> Tree:
+    """A client's value mixed with what arrived from its neighbours and itself."""
+    mean = trees.total(trees.scale(arrived[other], weight) for other, weight in weights.items())
+    return mean if arrived[client] is value else trees.add(value, trees.subtract(mean, arrived[client]))
 
 
 class Engine(Federation, Protocol):

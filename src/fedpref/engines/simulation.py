@@ -8,7 +8,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 from fedpref import seeds, trees
 from fedpref.channel import Chain, Sender
-from fedpref.engines.engine import Mixing, Purpose, Traffic, everybody, weighted_report
+from fedpref.engines.engine import Mixing, Purpose, Traffic, everybody, mixed, weighted_report
 from fedpref.engines.workers import Workers
 from fedpref.federation import WORK, Client, PerClient, name_of
 from fedpref.tasks.task import Shard, Task
@@ -45,12 +45,13 @@ class Simulation:
         rounds: int,
         weighting: Literal["examples", "equal"] = "examples",
         channel: Chain = Chain(),
+        links: Chain = Chain(),
         mixing: Mixing = everybody,
         workers: int = 1,
     ) -> None:
         self._task, self._shards = task, tuple(shards)
         self._seed, self._rounds, self._channel = seed, rounds, channel
-        self._mixing = mixing
+        self._links, self._mixing = links, mixing
         self._weights = {i: float(len(shard)) if weighting == "examples" else 1.0 for i, shard in enumerate(shards)}
         self._examples = {i: float(len(shard)) for i, shard in enumerate(shards)}
         self.clients = tuple(range(len(shards)))
@@ -104,17 +105,17 @@ class Simulation:
         self._count(bytes_up=sum(trees.size(message) for message in messages))
         return self._channel.decode(trees.total(messages), len(messages))
 
-    def mix(self, values: PerClient[Tree]) -> PerClient[Tree]:
+    def mix(self, values: PerClient[Tree]) -> tuple[PerClient[Tree], PerClient[Tree]]:
         self._calls += 1
         weights = self._mixing(self.round, self.active)
         arrived = {}
         for i in self.active:
             rng = seeds.generator(self._seed, "channel", round=self.round, call=self._calls, client=i)
-            message = self._channel.encode(_look(values)[i], Sender(i, self.round, rng))
+            message = self._links.encode(_look(values)[i], Sender(i, self.round, rng))
             self._count(bytes_up=trees.size(message) * sum(bool(weights[j, i]) for j in self.active if j != i))
-            arrived[i] = self._channel.decode(message, 1)
-        heard = {i: [j for j in self.active if weights[i, j]] for i in self.active}
-        return Held({i: trees.total(trees.scale(arrived[j], float(weights[i, j])) for j in heard[i]) for i in self.active})
+            arrived[i] = self._links.decode(message, 1)
+        heard = {i: {j: float(weights[i, j]) for j in self.active if weights[i, j]} for i in self.active}
+        return Held(arrived), Held({i: mixed(_look(values)[i], i, arrived, heard[i]) for i in self.active})
 
     def report(self, metrics: PerClient[Mapping[str, float]]) -> Mapping[str, float]:
         return weighted_report(self.disclose(metrics), self._examples)
