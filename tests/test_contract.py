@@ -31,6 +31,7 @@ from fedpref.algorithms import (
     GradientTracking,
     Local,
     Scaffold,
+    StaleFedDPO,
 )
 from fedpref.algorithms.fedopt import Adaptive
 from fedpref.engines import Simulation
@@ -49,6 +50,7 @@ KEEPING = Descent(steps=2, batch_size=3, learning_rate=0.01, keep_optimizer=True
 ALGORITHMS = {
     "feddpo": FedDPO(local=LOCAL),
     "feddpo-keeping-moments": FedDPO(local=KEEPING),
+    "feddpo-stale": StaleFedDPO(local=LOCAL),
     "fedopt": FedOpt(server=Adaptive(), local=LOCAL),
     "fedprox": FedProx(mu=0.1, local=LOCAL),
     "scaffold": Scaffold(local=LOCAL),

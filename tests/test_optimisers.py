@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fedpref.algorithms import FedDPO, FedOpt, FedProx, Scaffold
+from fedpref import seeds
+from fedpref.algorithms import FedDPO, FedOpt, FedProx, Scaffold, StaleFedDPO
 from fedpref.algorithms.fedopt import Adaptive, Momentum
 from fedpref.engines import Simulation
 from fedpref.federation import Client, work
@@ -87,6 +88,33 @@ def local_change(x: float, curvature: float, centre: float, steps: int = PLAIN.s
 
 def mean_change(x: float) -> float:
     return sum(local_change(x, *numbers) for numbers in CLIENTS) / len(CLIENTS)
+
+
+@pytest.mark.parametrize("send", ["weights", "changes"])
+def test_stale_clients_start_from_the_adapters_that_they_drew(send: Any) -> None:
+    method = StaleFedDPO(local=PLAIN, staleness=3, send=send)
+    history, rounds = [2.0], 12
+    for round in range(rounds):
+        changes = []
+        for client, numbers in enumerate(CLIENTS):
+            rng = seeds.generator(0, "train", round=round, call=1, client=client)
+            age = int(torch.randint(min(3, round) + 1, (), generator=rng)) if round else 0
+            start = history[-1 - age]
+            end = start + local_change(start, *numbers)
+            changes.append(end - history[-1] if send == "weights" else end - start)
+        history.append(history[-1] + sum(changes) / len(changes))
+    task: Any = Bowls()
+    engine = Simulation(task, [Bowl(str(i), *numbers) for i, numbers in enumerate(CLIENTS)], seed=0, rounds=rounds)
+    state = method.init(engine, task.init(torch.Generator()))
+    found, ages = [], set[float]()
+    for round in range(rounds):
+        engine.begin(round, (0, 1))
+        state, metrics = method.step(engine, state)
+        (adapter,) = method.model(state)
+        found.append(float(cast(Tree, adapter)["x"][0]))
+        ages.add(metrics["age"])
+    assert found == pytest.approx(history[1:], abs=1e-5)
+    assert max(ages) > 1
 
 
 def test_feddpo_has_the_drift_floor_of_federated_averaging() -> None:

@@ -15,9 +15,10 @@ from fedpref.algorithms.fedsa import FedSA
 from fedpref.algorithms.ffa import FFA
 from fedpref.algorithms.local import Local
 from fedpref.algorithms.scaffold import Scaffold
+from fedpref.algorithms.stale import StaleFedDPO
 from fedpref.algorithms.tracking import GradientTracking
 
-Federated = FedDPO | FedPDPO | FedOpt | FedProx | Scaffold | FFA | FedSA | FedPer | Ditto | FedDPA | Clustered
+Federated = FedDPO | StaleFedDPO | FedPDPO | FedOpt | FedProx | Scaffold | FFA | FedSA | FedPer | Ditto | FedDPA | Clustered
 Decentralised = DecDPO | GradientTracking | ChocoDPO
 AnyAlgorithm = Federated | Decentralised | Local | Centralised
 
@@ -39,4 +40,5 @@ __all__ = [
     "GradientTracking",
     "Local",
     "Scaffold",
+    "StaleFedDPO",
 ]
