@@ -53,7 +53,7 @@ DATASETS = {
     "ukpconvarg": Dataset("ukpconvarg", 16, settings=("rounds=8", "partition.max_clients=16", "federation.clients_per_round=null")),
     "iid": Dataset("demo", 6, settings=("rounds=6", "partition={name: iid, clients: 6}"), is_local=False),
 }
-QUICK = ["rounds=2", "algorithm.local.batch_size=2", "task.max_length=96", "task.truncation_mode=keep_start"]
+QUICK = ["rounds=1", "algorithm.local.batch_size=2", "task.max_length=48", "task.truncation_mode=keep_start"]
 ONE_MODEL = ("feddpo", "fedprox", "ffa-lora")
 LINES = {
     "quick": {"feddpo": "algorithm=feddpo", "fedpdpo": "algorithm=fedpdpo"},
@@ -148,7 +148,7 @@ def main() -> None:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="two rounds of FedDPO and FedPDPO on the shipped clients, on short prompts; the figures mean little",
+        help="a round of FedDPO and FedPDPO on the shipped clients, cut short; the figures mean little",
     )
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
@@ -166,7 +166,7 @@ def main() -> None:
             print(markdown(rows))
             figures |= found
     figures["bytes_ratio"] = statistics.fmean(value for key, value in figures.items() if key.startswith("bytes_ratio_"))
-    figures["round_cost_ratio"] = round_cost(4, 3) if arguments.quick else round_cost(12, 6)
+    figures["round_cost_ratio"] = round_cost(2, 3) if arguments.quick else round_cost(12, 6)
     print(json.dumps(figures, indent=1))
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
