@@ -155,6 +155,16 @@ def test_a_network_that_does_not_fit_the_clients_is_refused(tmp_path: Path) -> N
             network.check(NAMES)
     Network(ErdosRenyi(probability=0.05, redraw=True)).check(NAMES)
     Network(OnePeerExponential()).check(NAMES)
+    with pytest.raises(UserError, match="directed graph"):
+        Network(OnePeerExponential()).check(NAMES, everybody=False)
+
+
+def test_a_graphs_file_is_found_again_from_anywhere(settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "edges.txt").write_text("client-0 client-1\nclient-1 client-2\nclient-2 client-3\n")
+    monkeypatch.chdir(tmp_path)
+    network = {"topology": {"name": "file", "path": "edges.txt"}}
+    path = run(config.parse(Experiment, {**settings, "algorithm": {"name": "decdpo"}, "network": network, "rounds": 1}, "test"), "run").path
+    assert str(tmp_path / "edges.txt") in (path / "config.yaml").read_text()
 
 
 def bowls(algorithm: Any, rounds: int, keep: float) -> list[float]:

@@ -18,6 +18,7 @@ from fedpref.models.language import BUILTIN
 from fedpref.network import Network
 from fedpref.participation import Participation
 from fedpref.tasks import AnyTask, PreferenceTask
+from fedpref.topology import GraphFile
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -101,6 +102,9 @@ def with_whole_paths(experiment: Experiment) -> Experiment:
     if hasattr(experiment.data, "path"):
         data: Any = experiment.data
         changed = replace(changed, data=replace(data, path=whole(data.path)))
+    if isinstance(experiment.network.topology, GraphFile):
+        topology = replace(experiment.network.topology, path=whole(experiment.network.topology.path))
+        changed = replace(changed, network=replace(experiment.network, topology=topology))
     if experiment.task.model.path != BUILTIN:
         model = replace(experiment.task.model, path=whole(experiment.task.model.path))
         changed = replace(changed, task=replace(experiment.task, model=model))

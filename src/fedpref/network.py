@@ -23,12 +23,12 @@ class Network:
     compression: Annotated[Compression, Field(discriminator="name")] | None = None  # of what neighbours tell one another
     link_failure: Annotated[float, Field(ge=0, lt=1)] = 0.0  # the chance of each link in each round
 
-    def check(self, names: Names) -> None:
-        """Raise UserError where the topology does not fit the clients, or does not connect them."""
+    def check(self, names: Names, everybody: bool = True) -> None:
+        """Raise UserError where the topology does not fit the clients, or does not connect them; not `everybody` may be in a round."""
         turn = range(len(names)) if isinstance(self.topology, OnePeerExponential) else range(1)
         graphs = [self.topology.graph(names, round) for round in turn]
         mixed = mixing(graphs[0], self.weights, names)
-        if self.link_failure:
+        if self.link_failure or not everybody:
             without(mixed, [])
         if not getattr(self.topology, "redraw", False):  # a graph that is drawn anew connects everybody sooner or later
             refuse_disconnected(graphs, names)

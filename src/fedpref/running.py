@@ -130,7 +130,7 @@ def events(experiment: Experiment, folder: RunDirectory, cache: Path | None = No
         about_text = json.dumps(about, indent=1) + "\n"
         sizes = {name: entry["train"] for name, entry in about.items()}
         experiment.federation.weights(sizes, experiment.seed)  # these two refuse what does not fit the clients
-        experiment.network.check(list(sizes))
+        experiment.network.check(list(sizes), experiment.federation.takes_everybody)
         if not folder.path.exists():
             folder.create({CONFIG: config.to_yaml(with_whole_paths(experiment)), CLIENTS: about_text})
         elif (folder.path / CLIENTS).read_text() != about_text:
