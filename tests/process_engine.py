@@ -22,7 +22,7 @@ from pydantic import TypeAdapter
 
 from fedpref import config, seeds, trees
 from fedpref.channel import Chain, Sender
-from fedpref.engines.engine import Traffic, everybody, mixed, weighted_report
+from fedpref.engines.engine import Traffic, everybody, mixed, told, weighted_report
 from fedpref.federation import WORK, Client, name_of
 from fedpref.trees import Tree
 
@@ -190,7 +190,7 @@ class ProcessEngine:
         self._names += 1
         address = {"purpose": self._purpose, "round": self.round, "call": self._calls, "name": str(self._names)}
         tensors = {f"{i}/{name}": t for i, arg in enumerate(args) if isinstance(arg, Mapping) for name, t in arg.items()}
-        self._count(bytes_down=trees.size(tensors) * len(self.active))
+        self.traffic += Traffic(bytes_down=trees.size(tensors) * len(self.active))
         for i in self.active:
             described = [self._describe(arg, number, i) for number, arg in enumerate(args)]
             self._send(i, pack({"verb": "each", "work": name_of(work), "args": described, **address}, tensors))
@@ -215,7 +215,7 @@ class ProcessEngine:
             self._send(i, pack(header))
         messages = [self._receive(i)[1] for i in self.active]
         self.sent_up += [name for message in messages for name in message]
-        self._count(bytes_up=sum(trees.size(message) for message in messages))
+        self.traffic += Traffic(bytes_up=sum(trees.size(message) for message in messages))
         return Chain().decode(trees.total(messages), len(messages))
 
     def mix(self, values: Remote) -> tuple[Remote, Remote]:
@@ -226,8 +226,8 @@ class ProcessEngine:
             self._send(i, pack({"verb": "mean", "name": values.names[i].text, "share": 1.0, "round": self.round, "call": self._calls}))
         messages = {i: self._receive(i)[1] for i in self.active}
         self.sent_up += [tensor for message in messages.values() for tensor in message]
+        self.traffic += told({i: trees.size(message) for i, message in messages.items()}, weights)
         for i in self.active:
-            self._count(bytes_up=trees.size(messages[i]) * sum(bool(weights[j, i]) for j in self.active if j != i))
             heard = [j for j in self.active if weights[i, j]]
             tensors = {f"{j}/{n}": t for j in heard for n, t in messages[j].items()}
             header = {"verb": "blend", "name": name, "told": values.names[i].text, "heard": heard}
@@ -292,6 +292,3 @@ class ProcessEngine:
         if "error" in header:
             raise RuntimeError(f"client {client}:\n{header['error']}")
         return header, tensors
-
-    def _count(self, bytes_up: int = 0, bytes_down: int = 0) -> None:
-        self.traffic = Traffic(self.traffic.bytes_up + bytes_up, self.traffic.bytes_down + bytes_down)

@@ -25,6 +25,7 @@ LEVEL = {
     "tasks": 2,
     "federation": 3,
     "local": 4,
+    "personalisation": 5,
     "aggregation": 5,
     "algorithms": 6,
     "engines": 6,

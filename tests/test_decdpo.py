@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from fedpref import Experiment, UserError, config, run, seeds, trees
-from fedpref.algorithms import DecDPO, GradientTracking
+from fedpref.aggregation import Factors, Product
+from fedpref.algorithms import DecDPO, GradientTracking, StaleDecDPO
 from fedpref.algorithms.choco import gossip
 from fedpref.algorithms.decdpo import consensus_error
 from fedpref.algorithms.fedsa import begin
@@ -167,6 +168,45 @@ def test_a_graphs_file_is_found_again_from_anywhere(settings: dict[str, Any], tm
     assert str(tmp_path / "edges.txt") in (path / "config.yaml").read_text()
 
 
+@work
+def factors(client: Client, ranks: tuple[int, ...], apart: float) -> Tree:
+    """Factors of a product that all clients have in common and so much of their own, in a basis of the client's own."""
+    common, own = torch.Generator().manual_seed(7), torch.Generator().manual_seed(client.id)
+    rank = ranks[client.id % len(ranks)]
+    a = torch.randn(4, 50, generator=common)[:rank] + apart * torch.randn(rank, 50, generator=own)
+    b = torch.randn(40, 4, generator=common)[:, :rank] + apart * torch.randn(40, rank, generator=own)
+    turn = torch.linalg.qr(torch.randn(rank, rank, generator=client.rng))[0]
+    return {"x.lora_A.w": turn @ a, "x.lora_B.w": b @ turn.T}
+
+
+def products(fed: Any, values: Any) -> np.ndarray[Any, Any]:
+    return np.stack([(values._values[i]["x.lora_B.w"] @ values._values[i]["x.lora_A.w"]).double().numpy() for i in fed.active])
+
+
+def test_mixing_products_leaves_alone_what_clients_agree_on() -> None:
+    fed = engine()
+    theta = fed.each(factors, (4,), 0.0)
+    before = products(fed, theta)
+    np.testing.assert_allclose(products(fed, Product().mix(fed, theta)), before, atol=1e-3)
+    assert np.abs(products(fed, Factors().mix(fed, theta)) - before).max() > 1
+    assert consensus_error(fed, theta, Product()) < 1e-6 < 1 < consensus_error(fed, theta, Factors())
+
+
+@pytest.mark.parametrize("ranks", [(4,), (4, 2)])
+def test_mixed_products_are_near_the_best_of_their_rank(ranks: tuple[int, ...]) -> None:
+    fed = engine()
+    theta = fed.each(factors, ranks, 0.3)
+    mean = np.einsum("ij,jkl->ikl", mixing(Shape().graph(NAMES, 0)), products(fed, theta))
+    mixed = Product(ranks=ranks).mix(fed, theta)
+    for i, found in enumerate(products(fed, mixed)):
+        u, s, v = np.linalg.svd(mean[i])
+        rank = ranks[i % len(ranks)]
+        assert mixed._values[i]["x.lora_A.w"].shape == (rank, 50)
+        best = np.linalg.norm(mean[i] - u[:, :rank] * s[:rank] @ v[:rank])
+        assert np.linalg.norm(mean[i] - found) < 1.25 * best
+    assert fed.traffic.bytes_up < 12 * 4 * trees.size(START)
+
+
 def bowls(algorithm: Any, rounds: int, keep: float) -> list[float]:
     """Where two clients with quadratics end that keep so much of their own point and take the rest from the other."""
     weights = np.array([[keep, 1 - keep], [1 - keep, keep]])
@@ -187,6 +227,34 @@ def test_decdpo_ends_where_its_linear_recursion_does() -> None:
     assert bowls(DecDPO(local=PLAIN), 100, keep) == pytest.approx(fixed.tolist(), abs=1e-4)
     assert abs(fixed.mean() - 1.0) > 0.2  # the drift floor of local steps
     assert abs(fixed[0] - fixed[1]) > 0.3  # and the clients do not agree
+
+
+@pytest.mark.parametrize("staleness", [0, 1, 4])
+def test_stale_neighbours_move_no_mean(staleness: int) -> None:
+    """Equal curvatures and one step: the mean's path does not depend on what clients hear."""
+    alike = replace(PLAIN, steps=1)
+    task: Any = Bowls()
+    shards = [Bowl(str(i), 1.0, float(i)) for i in range(6)]
+    fed = Simulation(task, shards, seed=0, rounds=40, mixing=lambda round, active: mixing(Shape().graph(NAMES, 0)))
+    algorithm = StaleDecDPO(local=alike, staleness=staleness)
+    state = algorithm.init(fed, task.init(torch.Generator()))
+    ages = set()
+    for round in range(40):
+        fed.begin(round, fed.clients)
+        state, metrics = algorithm.step(fed, state)
+        ages.add(metrics["age"])
+        mean = np.mean([float(state.theta._values[i]["x"][0]) for i in range(6)])
+        assert mean == pytest.approx(2.5 - 0.5 * 0.9 ** (round + 1), abs=1e-5)
+    assert max(ages) <= staleness
+    assert (len(ages) > 5) == (staleness > 0)
+    if not staleness:
+        plain = DecDPO(local=alike)
+        fed.begin(0, fed.clients, "init")
+        other = plain.init(fed, task.init(torch.Generator()))
+        for round in range(40):
+            fed.begin(round, fed.clients)
+            other, _ = plain.step(fed, other)
+        assert all(torch.allclose(state.theta._values[i]["x"], other.theta._values[i]["x"], atol=1e-5) for i in range(6))
 
 
 @pytest.mark.parametrize("optim", ["sgd", "adamw"])
@@ -239,6 +307,26 @@ def test_on_the_complete_graph_with_uniform_weights_it_is_feddpo(aggregate: str,
     for adapter in found:
         for name in expected:
             torch.testing.assert_close(adapter[name], expected[name], atol=1e-6, rtol=1e-5)
+
+
+def test_with_own_parts_on_the_complete_graph_it_is_fedpdpo(settings: dict[str, Any], tmp_path: Path) -> None:
+    common = {"local": {"steps": 2, "batch_size": 4, "learning_rate": 0.01, "optim": "sgd"}, "parts": {"bottleneck": 4}}
+    network = {"topology": "complete", "weights": "uniform"}
+    found = []
+    for name, more in (("fedpdpo", {}), ("decpdpo", {"network": network})):
+        adapters(settings, tmp_path / name, algorithm={"name": name, **common}, **more)
+        rows = [json.loads(line) for line in (tmp_path / name / "evaluation.jsonl").read_text().splitlines()]
+        found.append({client: row["loss"] for client, row in rows[-1]["clients"].items()})
+    assert len(set(found[0].values())) == 4
+    assert found[0] == pytest.approx(found[1], abs=1e-5)
+
+
+def test_without_own_parts_personalised_gossip_is_gossip(settings: dict[str, Any], tmp_path: Path) -> None:
+    nothing = {"head": None, "bottleneck": 0, "reward": False, "adapter": False}
+    common = {"local": {"steps": 2, "batch_size": 4, "learning_rate": 0.01}}
+    plain = adapters(settings, tmp_path / "dec", algorithm={"name": "decdpo", **common})
+    found = adapters(settings, tmp_path / "decp", algorithm={"name": "decpdpo", "parts": nothing, **common})
+    assert all(torch.equal(a[name], b[name]) for a, b in zip(plain, found, strict=True) for name in a)
 
 
 @pytest.mark.parametrize("order", ["adapt-then-combine", "combine-then-adapt"])

@@ -66,6 +66,15 @@ class Factors:
         merged = trees.add(adapter, trees.select(mean, adapter))
         return merged, _residual(merged, mean, fed.round)
 
+    def mix(self, fed: Federation, theta: PerClient[Tree]) -> PerClient[Tree]:
+        """Each client's adapter mixed with its neighbours'."""
+        return fed.mix(theta)[1]
+
+    def shadow(self, theta: Tree, round: int) -> Float[Tensor, "n probes"]:
+        """Random projections of each tensor, the same on all clients in a round: their squares are on average the squared norm's parts."""
+        rng = seeds.generator(0, "probe", round=round)
+        return torch.stack([torch.randn(PROBES, theta[name].numel(), generator=rng) @ theta[name].flatten() for name in sorted(theta)])
+
 
 @dataclass(frozen=True)
 class FrozenA:
@@ -87,6 +96,12 @@ class FrozenA:
         mean = fed.mean(messages)
         return {**adapter, **trees.add(trees.select(adapter, mean), mean)}, {}
 
+    def mix(self, fed: Federation, theta: PerClient[Tree]) -> PerClient[Tree]:
+        return Factors().mix(fed, theta)
+
+    def shadow(self, theta: Tree, round: int) -> Float[Tensor, "n probes"]:
+        return Factors().shadow(theta, round)
+
 
 @dataclass(frozen=True)
 class Product:
@@ -102,6 +117,9 @@ class Product:
     iterations: Annotated[int, Field(ge=1)] = 2
     ranks: tuple[Annotated[int, Field(ge=1)], ...] = ()
     residual: bool = True
+
+    def split(self, adapter: Tree) -> tuple[Tree, Tree]:
+        return adapter, {}
 
     def check(self, local: Descent, rank: int) -> None:
         """Raise UserError for an adapter rank or local training that do not fit."""
@@ -131,10 +149,22 @@ class Product:
         merged: dict[str, Tensor] = {}
         for a, b in pairs(adapter):
             u, s, v = torch.linalg.svd(mean[a] @ right[a], full_matrices=False)
-            spare = len(adapter[a]) - len(s)  # a rank above the weight's own is filled up with zeros
-            merged[a] = pad(ROW_NORM * v @ right[a].T, (0, 0, 0, spare))
-            merged[b] = pad(left[a] @ u * s / ROW_NORM, (0, spare))
+            merged[a], merged[b] = _factors(left[a], u, s, v @ right[a].T, rank=len(adapter[a]))
         return merged, _residual(merged, mean, fed.round)
+
+    def mix(self, fed: Federation, theta: PerClient[Tree]) -> PerClient[Tree]:
+        """The products mixed, and returned to each client's rank.
+
+        What travels is linear in the products, so that mixing them mixes those: each product between random matrices, the same on all
+        clients, and of 2 r + 1 columns and twice as many rows for the largest rank r. From these the decomposition is found in one pass
+        (Tropp et al. 2017); it is exact where what is mixed has no higher rank, and takes about three times the bytes of the factors.
+        """
+        _, mixed = fed.mix(fed.each(sketch, theta, self))
+        found: PerClient[Tree] = fed.each(from_sketch, theta, mixed, self)
+        return found
+
+    def shadow(self, theta: Tree, round: int) -> Float[Tensor, "n probes"]:
+        return torch.stack(list(probed(theta, round).values()))
 
 
 Aggregate = Factors | FrozenA | Product
@@ -148,6 +178,44 @@ def from_right(client: Client, theta: Tree, right: Tree) -> Tree:
 @work
 def from_left(client: Client, theta: Tree, left: Tree, residual: bool) -> Tree:
     return {**{a: (left[a].T @ theta[b]) @ theta[a] for a, b in pairs(theta)}, **(probed(theta, client.round) if residual else {})}
+
+
+@work
+def sketch(client: Client, theta: Tree, method: Product) -> Tree:
+    found: dict[str, Tensor] = {}
+    for a, b, right, left in _sketchers(theta, method, client.round):
+        found |= {a: theta[b] @ (theta[a] @ right), b: (left @ theta[b]) @ theta[a]}
+    return found
+
+
+@work
+def from_sketch(client: Client, theta: Tree, mixed: Tree, method: Product) -> Tree:
+    found: dict[str, Tensor] = {}
+    for a, b, _, left in _sketchers(theta, method, client.round):
+        span = _basis(mixed[a])
+        rest = torch.linalg.lstsq(left @ span, mixed[b], driver="gels").solution  # the product is span @ rest; gelsy is not deterministic
+        u, s, v = torch.linalg.svd(rest, full_matrices=False)
+        found[a], found[b] = _factors(span, u, s, v, rank=len(theta[a]))
+    return found
+
+
+def _sketchers(theta: Tree, method: Product, round: int) -> Iterator[tuple[str, str, Tensor, Tensor]]:
+    """Each weight's names, and the random matrices that its product is multiplied by from the right and from the left."""
+    rng = seeds.generator(0, "sketch", round=round)
+    for a, b in pairs(theta):
+        (rank, inputs), outputs = theta[a].shape, len(theta[b])
+        columns = min(2 * max(rank, *method.ranks, 1) + 1, inputs, outputs)
+        rows = min(2 * columns + 1, outputs)
+        yield a, b, torch.randn(inputs, columns, generator=rng), torch.randn(rows, outputs, generator=rng)
+
+
+def _factors(
+    span: Float[Tensor, "out k"], u: Float[Tensor, "k n"], s: Float[Tensor, " n"], v: Float[Tensor, "n in"], rank: int
+) -> tuple[Float[Tensor, "r in"], Float[Tensor, "out r"]]:
+    """A and B of this rank whose product comes nearest to span u s v; rows of A have the norm they are drawn with, spare ones are zero."""
+    u, s, v = u[:, :rank], s[:rank], v[:rank]
+    spare = rank - len(s)
+    return pad(ROW_NORM * v, (0, 0, 0, spare)), pad(span @ u * s / ROW_NORM, (0, spare))
 
 
 def _basis(columns: Float[Tensor, "n r"]) -> Float[Tensor, "n r"]:

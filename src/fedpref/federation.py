@@ -23,6 +23,8 @@ def work(function: W) -> W:
     name = f"{function.__module__.removeprefix('fedpref.')}.{function.__qualname__}"
     if "<locals>" in name:
         raise TypeError(f"{name}: work must be a module-level function, so that every client can find it by its name")
+    if name in WORK and WORK[name].__module__ != function.__module__:
+        raise TypeError(f"{name}: {WORK[name].__module__} has registered work of this name already; give the module another name")
     WORK[name] = function
     return function
 

@@ -204,7 +204,7 @@ def _line(name: str, experiment: Experiment, folder: RunDirectory, task: Task, s
         begun = time.perf_counter()
         state, metrics = algorithm.step(engine, state)
         seconds = time.perf_counter() - begun
-        figures = {**metrics, "bytes_up": engine.traffic.bytes_up, "bytes_down": engine.traffic.bytes_down, "seconds": seconds}
+        figures = {**metrics, **engine.traffic.figures(), "seconds": seconds}
         _refuse_divergence(name, round, experiment, folder, {**metrics, **_norms(state)})
         folder.append(METRICS, {"round": round + 1, "clients": len(cohort), "late": late, **figures})
         last = round + 1 == experiment.rounds

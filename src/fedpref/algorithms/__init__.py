@@ -4,6 +4,7 @@ from fedpref.algorithms.centralised import Centralised
 from fedpref.algorithms.choco import ChocoDPO
 from fedpref.algorithms.clustered import Clustered
 from fedpref.algorithms.decdpo import DecDPO
+from fedpref.algorithms.decpdpo import DecPDPO
 from fedpref.algorithms.ditto import Ditto
 from fedpref.algorithms.feddpa import FedDPA
 from fedpref.algorithms.feddpo import FedDPO
@@ -16,10 +17,11 @@ from fedpref.algorithms.ffa import FFA
 from fedpref.algorithms.local import Local
 from fedpref.algorithms.scaffold import Scaffold
 from fedpref.algorithms.stale import StaleFedDPO
+from fedpref.algorithms.stale_gossip import StaleDecDPO
 from fedpref.algorithms.tracking import GradientTracking
 
 Federated = FedDPO | StaleFedDPO | FedPDPO | FedOpt | FedProx | Scaffold | FFA | FedSA | FedPer | Ditto | FedDPA | Clustered
-Decentralised = DecDPO | GradientTracking | ChocoDPO
+Decentralised = DecDPO | DecPDPO | StaleDecDPO | GradientTracking | ChocoDPO
 AnyAlgorithm = Federated | Decentralised | Local | Centralised
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "ChocoDPO",
     "Clustered",
     "DecDPO",
+    "DecPDPO",
     "Ditto",
     "FedDPA",
     "FedDPO",
@@ -40,5 +43,6 @@ __all__ = [
     "GradientTracking",
     "Local",
     "Scaffold",
+    "StaleDecDPO",
     "StaleFedDPO",
 ]

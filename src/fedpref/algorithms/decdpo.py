@@ -6,18 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
-import torch
 from pydantic import Field
 
-from fedpref import seeds
-from fedpref.aggregation import Factors, FrozenA
+from fedpref.aggregation import Aggregate, Factors
 from fedpref.algorithms.feddpo import no_moments
-from fedpref.algorithms.fedsa import begin
 from fedpref.federation import Client, Federation, PerClient, work
 from fedpref.local import Descent, descend
 from fedpref.trees import Tree
-
-PROBES = 16
 
 
 @dataclass(frozen=True)
@@ -35,55 +30,65 @@ def train(client: Client, fixed: Tree, theta: Tree, moments: Tree, local: Descen
 
 
 @work
-def projected(client: Client, theta: Tree) -> Tree:
-    """The adapter's products with random vectors that all clients draw alike, and their squares."""
-    rng = seeds.generator(0, "probe", round=client.round)
-    shadow = sum(torch.randn(PROBES, theta[name].numel(), generator=rng) @ theta[name].flatten() for name in sorted(theta))
-    return {"value": torch.as_tensor(shadow).double(), "square": torch.as_tensor(shadow).double().square()}
+def begin(client: Client, start: Tree, aggregate: Aggregate) -> Tree:
+    return aggregate.received(client, start)[0]
 
 
-def consensus_error(fed: Federation, theta: PerClient[Tree]) -> float:
-    """The mean over clients of |theta_i - mean|^2, estimated from random projections: their variance over clients."""
-    mean = fed.mean(fed.each(projected, theta))
-    return float((mean["square"] - mean["value"].square()).mean())
+@work
+def projected(client: Client, theta: Tree, aggregate: Aggregate) -> Tree:
+    """The adapter's random projections and their squares."""
+    shadow = aggregate.shadow(theta, client.round).double()
+    return {"value": shadow, "square": shadow.square()}
 
 
-def measured(fed: Federation, before: PerClient[Tree], after: PerClient[Tree]) -> Mapping[str, float]:
+def consensus_error(fed: Federation, theta: PerClient[Tree], aggregate: Aggregate = Factors()) -> float:
+    """The mean over clients of |theta_i - mean|^2, estimated from random projections of each tensor: their variance over clients.
+
+    Distances are between factors, or between the products that they stand for where these are what is mixed.
+    """
+    mean = fed.mean(fed.each(projected, theta, aggregate))
+    return float((mean["square"] - mean["value"].square()).mean(1).sum())
+
+
+def measured(fed: Federation, before: PerClient[Tree], after: PerClient[Tree], aggregate: Aggregate = Factors()) -> Mapping[str, float]:
     """The consensus error before and after mixing."""
-    return {"consensus_error": consensus_error(fed, after), "consensus_error_before_mixing": consensus_error(fed, before)}
+    return {
+        "consensus_error": consensus_error(fed, after, aggregate),
+        "consensus_error_before_mixing": consensus_error(fed, before, aggregate),
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecDPO:
     """Every client owns an adapter, trains it on its own pairs, and takes the weighted mean of its neighbours' and its own.
 
-    Shared with neighbours: the adapter. Private: pairs, gradients, optimiser moments. Averaged: the LoRA factors A and B, each apart, or
-    B alone with `frozen-a`. `order`: adapt then combine, as the paper's program does, or combine then adapt. The graph is the
-    experiment's `network`. Deviations: adapters in place of full weights; the paper's optimiser persists over rounds
-    (`local.keep_optimizer`), here it starts afresh by default.
+    Shared with neighbours: the adapter. Private: pairs, gradients, optimiser moments. Averaged: the LoRA factors A and B, each apart,
+    B alone, or their products, as `aggregate` says. `order`: adapt then combine, as the paper's program does, or combine then adapt.
+    The graph is the experiment's `network`. Deviations: adapters in place of full weights; the paper's optimiser persists over
+    rounds (`local.keep_optimizer`), here it starts afresh by default.
     """
 
     name: Literal["decdpo"] = "decdpo"
     order: Literal["adapt-then-combine", "combine-then-adapt"] = "adapt-then-combine"
     local: Descent = Descent()
-    aggregate: Annotated[Factors | FrozenA, Field(discriminator="name")] = Factors()
+    aggregate: Annotated[Aggregate, Field(discriminator="name")] = Factors()
     pooled: ClassVar[bool] = False
 
     def init(self, fed: Federation, start: Tree) -> State:
-        trained, fixed = self.aggregate.split(start)
-        return State(fixed, fed.each(begin, trained), fed.each(no_moments))
+        fixed = self.aggregate.split(start)[1]
+        return State(fixed, fed.each(begin, start, self.aggregate), fed.each(no_moments))
 
     def step(self, fed: Federation, state: State) -> tuple[State, Mapping[str, float]]:
         if self.order == "adapt-then-combine":
             before, moments, metrics = fed.each(train, state.fixed, state.theta, state.moments, self.local)
-            _, theta = fed.mix(before)
+            theta = self.aggregate.mix(fed, before)
             mixed = theta
         else:
             before = state.theta
-            _, mixed = fed.mix(before)
+            mixed = self.aggregate.mix(fed, before)
             theta, moments, metrics = fed.each(train, state.fixed, mixed, state.moments, self.local)
         new = State(state.fixed, state.theta | theta, state.moments | moments)
-        return new, {**fed.report(metrics), **measured(fed, before, mixed)}
+        return new, {**fed.report(metrics), **measured(fed, before, mixed, self.aggregate)}
 
     def join(self, fed: Federation, state: State, steps: int) -> State:
         return state  # a client that comes later has no neighbour to take an adapter from

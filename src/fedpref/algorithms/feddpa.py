@@ -11,10 +11,11 @@ from pydantic import Field
 from fedpref import trees
 from fedpref.aggregation import Aggregate, Factors
 from fedpref.algorithms.feddpo import no_moments
-from fedpref.algorithms.fedpdpo import State, begin
+from fedpref.algorithms.fedpdpo import State
 from fedpref.federation import Client, Federation, PerClient, work
 from fedpref.local import Descent, descend, joining, personalise
 from fedpref.models.parts import Parts
+from fedpref.personalisation import begin
 from fedpref.trees import Tree
 
 

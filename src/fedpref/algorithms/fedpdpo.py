@@ -8,13 +8,14 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from fedpref import seeds, trees
+from fedpref import seeds
 from fedpref.aggregation import Aggregate, Factors, Product
 from fedpref.algorithms.feddpo import no_moments
 from fedpref.errors import UserError
 from fedpref.federation import Client, Federation, PerClient, work
-from fedpref.local import Descent, descend, halves, joining
-from fedpref.models.parts import DOWN, HEAD, HEADS, OWN_ADAPTER, UP, VOCABULARY_HEAD, Parts
+from fedpref.local import joining
+from fedpref.models.parts import Parts
+from fedpref.personalisation import Personal, begin, settle
 from fedpref.trees import Tree
 
 
@@ -28,42 +29,19 @@ class State:
 
 
 @work
-def begin(client: Client, parts: Parts) -> Tree:
-    return client.task.parts(parts, client.rng)
-
-
-@work
 def begin_alike(client: Client, parts: Parts) -> Tree:
     return client.task.parts(parts, seeds.generator(0, "parts"))
 
 
 @work
-def settle(client: Client, shared: Tree, own: Tree, personal: Descent, method: FedPDPO) -> Tree:
-    return descend(client, own, personal, {}, fixed=shared, rates=method.rates(own))[0]
-
-
-@work
 def train(client: Client, adapter: Tree, own: Tree, moments: Tree, method: FedPDPO) -> tuple[Tree, Tree, Tree, Mapping[str, float]]:
-    rates = method.rates(own)
     received, fixed = method.aggregate.received(client, adapter)
-    if method.phases == "joint" or not own:
-        theta, moments, metrics = descend(client, {**received, **own}, method.local, moments, fixed=fixed, rates=rates)
-        own = trees.select(theta, own)
-    else:
-        first, second = halves(method.local, method.personal_steps)
-        own, kept, before = descend(client, own, first, trees.select(moments, own, "/"), fixed={**received, **fixed}, rates=rates)
-        heads = trees.select(own, HEADS if method.freeze == "heads" else VOCABULARY_HEAD)
-        free = {**received, **{name: tensor for name, tensor in own.items() if name not in heads}}
-        moments = {**moments, **kept}
-        theta, kept, metrics = descend(client, free, second, trees.select(moments, free, "/"), fixed={**fixed, **heads}, rates=rates)
-        own, moments = {**heads, **trees.select(theta, own)}, {**moments, **kept}
-        sums = {name: value + before[name] for name, value in metrics.items() if name.startswith("num_")}
-        metrics = {**metrics, **{f"personal/{name}": value for name, value in before.items() if name not in sums}, **sums}
-    return method.aggregate.message(client, received, trees.select(theta, received)), own, moments, metrics
+    theta, own, moments, metrics = method.train(client, received, fixed, own, moments)
+    return method.aggregate.message(client, received, theta), own, moments, metrics
 
 
 @dataclass(frozen=True, kw_only=True)
-class FedPDPO:
+class FedPDPO(Personal):
     """Each round every client first trains its own parts under the adapter it received, then the adapter, with its own heads fixed.
 
     Shared: the adapter. Private: pairs, the vocabulary head, the reward head, the bottleneck, a second adapter, optimiser moments.
@@ -73,29 +51,14 @@ class FedPDPO:
     """
 
     name: Literal["fedpdpo"] = "fedpdpo"
-    parts: Parts = Parts()
-    phases: Literal["alternate", "joint"] = "alternate"
-    personal_steps: Annotated[int, Field(ge=1)] | None = 1  # of a round's local steps, those of the first phase; None: a third
-    freeze: Literal["vocabulary-head", "heads"] = "vocabulary-head"  # in the second phase; `heads`: the reward head too
     share_bottleneck: bool = False  # average it with the adapter; the second phase trains it
-    local: Descent = Descent()
     aggregate: Annotated[Aggregate, Field(discriminator="name")] = Factors()
-    head_rate: Annotated[float, Field(gt=0)] = 0.1  # of a full vocabulary head, times the learning rate
-    bottleneck_rate: Annotated[float, Field(gt=0)] = 0.1  # likewise
-    adapter_rate: Annotated[float, Field(gt=0)] = 0.2  # of the own adapter, likewise: what is common is for the shared one to learn
     pooled: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if self.phases == "alternate":
-            halves(self.local, self.personal_steps)
+        super().__post_init__()
         if self.share_bottleneck and isinstance(self.aggregate, Product):
             raise UserError("algorithm.share_bottleneck: a bottleneck is no product of factors; take aggregate: factors or frozen-a.")
-
-    def rates(self, own: Tree) -> Mapping[str, float]:
-        """Factors of the learning rate, by name."""
-        return {HEAD: self.head_rate, DOWN: self.bottleneck_rate, UP: self.bottleneck_rate} | {
-            name: self.adapter_rate for name in own if name.startswith(OWN_ADAPTER)
-        }
 
     def init(self, fed: Federation, start: Tree) -> State:
         own = self.parts

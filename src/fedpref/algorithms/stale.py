@@ -25,10 +25,15 @@ class State:
     moments: PerClient[Tree]
 
 
+def drawn_age(client: Client, staleness: int) -> int:
+    """How many rounds old, evenly from 0 to what is allowed and there is."""
+    oldest = min(staleness, client.round)
+    return int(torch.randint(oldest + 1, (), generator=client.rng)) if oldest else 0
+
+
 @work
 def train(client: Client, adapters: Tree, moments: Tree, method: StaleFedDPO) -> tuple[Tree, Tree, Mapping[str, float]]:
-    oldest = min(method.staleness, client.round)
-    age = int(torch.randint(oldest + 1, (), generator=client.rng)) if oldest else 0
+    age = drawn_age(client, method.staleness)
     start = one(adapters, age)
     theta, moments, metrics = descend(client, start, method.local, moments)
     return trees.subtract(theta, one(adapters, 0) if method.send == "weights" else start), moments, {**metrics, "age": float(age)}

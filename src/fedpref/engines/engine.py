@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -24,6 +25,28 @@ class Traffic:
 
     bytes_up: int = 0
     bytes_down: int = 0
+    links: Mapping[tuple[int, int], int] = field(default_factory=dict)  # of `bytes_up`, those that a neighbour told another
+
+    def __add__(self, other: Traffic) -> Traffic:
+        over = {link: self.links.get(link, 0) + other.links.get(link, 0) for link in self.links.keys() | other.links.keys()}
+        return Traffic(self.bytes_up + other.bytes_up, self.bytes_down + other.bytes_down, over)
+
+    def figures(self) -> Mapping[str, float]:
+        """Totals, and for gossip the mean over links in use, each direction a link, and the client that tells most."""
+        found: dict[str, float] = {"bytes_up": self.bytes_up, "bytes_down": self.bytes_down}
+        if self.links:
+            found["bytes_per_link"] = sum(self.links.values()) / len(self.links)
+            by_teller: Counter[int] = Counter()
+            for (teller, _), sent in self.links.items():
+                by_teller[teller] += sent
+            found["bytes_of_busiest_client"] = max(by_teller.values())
+        return found
+
+
+def told(sizes: Mapping[int, int], weights: NDArray[np.float64]) -> Traffic:
+    """The traffic of messages of these sizes to everybody who takes something of them."""
+    links = {(i, j): size for i, size in sizes.items() for j in sizes if j != i and weights[j, i]}
+    return Traffic(bytes_up=sum(links.values()), links=links)
 
 
 def everybody(round: int, active: Sequence[int]) -> NDArray[np.float64]:

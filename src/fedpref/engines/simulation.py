@@ -8,7 +8,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 from fedpref import seeds, trees
 from fedpref.channel import Chain, Sender
-from fedpref.engines.engine import Mixing, Purpose, Traffic, everybody, mixed, weighted_report
+from fedpref.engines.engine import Mixing, Purpose, Traffic, everybody, mixed, told, weighted_report
 from fedpref.engines.workers import Workers
 from fedpref.federation import WORK, Client, PerClient, name_of
 from fedpref.tasks.task import Shard, Task
@@ -67,7 +67,7 @@ class Simulation:
 
     def each(self, work: Callable[..., Any], *args: Any) -> Any:
         sent = sum(trees.size(arg) for arg in args if isinstance(arg, Mapping))
-        self._count(bytes_down=sent * len(self.active))
+        self.traffic += Traffic(bytes_down=sent * len(self.active))
         self._calls += 1
         common = {k: arg for k, arg in enumerate(args) if not isinstance(arg, Held)}
         own = {i: {k: _look(arg)[i] for k, arg in enumerate(args) if isinstance(arg, Held)} for i in self.active}
@@ -102,18 +102,19 @@ class Simulation:
             rng = seeds.generator(self._seed, "channel", round=self.round, call=self._calls, client=i)
             share = trees.scale(_look(values)[i], self._weights[i] / total)
             messages.append(self._channel.encode(share, Sender(i, self.round, rng)))
-        self._count(bytes_up=sum(trees.size(message) for message in messages))
+        self.traffic += Traffic(bytes_up=sum(trees.size(message) for message in messages))
         return self._channel.decode(trees.total(messages), len(messages))
 
     def mix(self, values: PerClient[Tree]) -> tuple[PerClient[Tree], PerClient[Tree]]:
         self._calls += 1
         weights = self._mixing(self.round, self.active)
-        arrived = {}
+        arrived, sizes = {}, {}
         for i in self.active:
             rng = seeds.generator(self._seed, "channel", round=self.round, call=self._calls, client=i)
             message = self._links.encode(_look(values)[i], Sender(i, self.round, rng))
-            self._count(bytes_up=trees.size(message) * sum(bool(weights[j, i]) for j in self.active if j != i))
+            sizes[i] = trees.size(message)
             arrived[i] = self._links.decode(message, 1)
+        self.traffic += told(sizes, weights)
         heard = {i: {j: float(weights[i, j]) for j in self.active if weights[i, j]} for i in self.active}
         return Held(arrived), Held({i: mixed(_look(values)[i], i, arrived, heard[i]) for i in self.active})
 
@@ -130,6 +131,3 @@ class Simulation:
 
     def load(self, folder: Path) -> PerClient[Tree]:
         return Held({i: trees.load(path) for i in self.clients if (path := folder / f"{i}.safetensors").exists()})
-
-    def _count(self, bytes_up: int = 0, bytes_down: int = 0) -> None:
-        self.traffic = Traffic(self.traffic.bytes_up + bytes_up, self.traffic.bytes_down + bytes_down)
