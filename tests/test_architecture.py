@@ -27,6 +27,7 @@ LEVEL = {
     "local": 4,
     "personalisation": 5,
     "aggregation": 5,
+    "diagnostics": 5,
     "algorithms": 6,
     "engines": 6,
     "config": 6,

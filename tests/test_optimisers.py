@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -57,6 +57,14 @@ class Bowls:
 
     def draw(self, params: Tree, start: Tree, shard: Bowl, size: BatchSize, rng: torch.Generator) -> Bowl:
         return shard
+
+    def batches(self, shard: Bowl) -> Iterator[tuple[Bowl, float]]:
+        yield shard, 0.25
+        yield shard, 0.75
+
+    def choices(self, params: Tree, shard: Bowl) -> Float[Tensor, " n"]:
+        """Which coordinates lie above the centre."""
+        return (params["x"] > shard.centre).float()
 
     def losses(self, params: Tree, batch: Bowl) -> tuple[Float[Tensor, 1], Mapping[str, float]]:
         return (0.5 * batch.curvature * (params["x"] - batch.centre).square().sum())[None], {}

@@ -13,6 +13,7 @@ from fedpref import config, seeds
 from fedpref.aggregation import Product
 from fedpref.algorithms import AnyAlgorithm, Centralised, FedDPO, Local
 from fedpref.data import Builtin, ClientData, Natural, Partition, Source, partition, split
+from fedpref.diagnostics import Diagnostic
 from fedpref.errors import UserError
 from fedpref.models.language import BUILTIN
 from fedpref.network import Network
@@ -37,6 +38,7 @@ class Experiment:
     rounds: Count = 10
     seed: Annotated[int, Field(ge=0)] = 0
     evaluate_every: Annotated[int, Field(ge=0)] = 0  # rounds; 0: after the last one only
+    diagnostics: tuple[Diagnostic, ...] = ()  # measured with every evaluation; a pass over all training data, two over held-out data
     checkpoint_every: Count = 1  # rounds
     workers: Count | None = None  # processes of one thread; None: as many as processors; the result is the same for any number
     references: tuple[Literal["local", "centralised"], ...] = ()  # lines to run beside the algorithm, on the same data

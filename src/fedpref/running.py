@@ -14,6 +14,7 @@ from typing import Any, Literal
 from urllib.parse import quote, unquote
 
 from fedpref import config, seeds, trees
+from fedpref.diagnostics import diagnose, merge
 from fedpref.engines import Engine, Simulation
 from fedpref.engines.workers import can_fork, keep_freed_memory, one_thread
 from fedpref.errors import UserError
@@ -192,7 +193,8 @@ def _prepare(experiment: Experiment, task: Task, shards: Sequence[Any], cache: P
 
 def _line(name: str, experiment: Experiment, folder: RunDirectory, task: Task, shards: Sequence[Any], engine: Engine) -> Iterator[Event]:
     algorithm: Any = experiment.algorithm
-    state = algorithm.init(engine, task.init(seeds.generator(experiment.seed, "init")))
+    start = task.init(seeds.generator(experiment.seed, "init"))
+    state = algorithm.init(engine, start)
     state, first = folder.restore(state, engine)
     folder.cut_rows_after(first)
     names = [shard.name for shard in shards]
@@ -210,6 +212,9 @@ def _line(name: str, experiment: Experiment, folder: RunDirectory, task: Task, s
         last = round + 1 == experiment.rounds
         if last or (experiment.evaluate_every and (round + 1) % experiment.evaluate_every == 0):
             row = _evaluate(engine, algorithm.model(state), names, [i for i in engine.clients if i not in newcomers])
+            if experiment.diagnostics:
+                engine.begin(round, [i for i in engine.clients if i not in newcomers and len(shards[i])], "evaluate")
+                row["diagnostics"] = diagnose(engine, algorithm.model(state), tuple(start), experiment.diagnostics)
             if last and newcomers:
                 row["newcomers_before"] = _evaluate(engine, algorithm.model(state), names, newcomers)["clients"]
                 engine.begin(round, newcomers, "join")
@@ -218,7 +223,9 @@ def _line(name: str, experiment: Experiment, folder: RunDirectory, task: Task, s
             for measured in (*row["clients"].values(), *row.get("newcomers", {}).values()):
                 _refuse_divergence(name, round, experiment, folder, measured)
             folder.append(EVALUATION, {"round": round + 1, **row})
-            yield Event(name, "evaluate", round + 1, experiment.rounds, row["summary"]["rewards/accuracies"])
+            yield Event(
+                name, "evaluate", round + 1, experiment.rounds, {**row["summary"]["rewards/accuracies"], **row.get("diagnostics", {})}
+            )
         if last or (round + 1) % experiment.checkpoint_every == 0:
             folder.checkpoint(round + 1, state, engine)
         yield Event(name, "round", round + 1, experiment.rounds, figures)
@@ -261,7 +268,7 @@ def _evaluate(engine: Engine, model: Sequence[Any], names: Sequence[str], client
 
 
 def _export(engine: Engine, model: Sequence[Any], task: Task, folder: RunDirectory) -> None:
-    shared = _merge(*(part for part in model if isinstance(part, Mapping)))
+    shared = merge(*(part for part in model if isinstance(part, Mapping)))
     if shared:
         task.export(shared, folder.path / "adapter")
     if not all(isinstance(part, Mapping) for part in model):
@@ -277,14 +284,10 @@ def prepare(client: Client, cache: str) -> Tree:
 
 @work
 def evaluate(client: Client, *parts: Tree) -> Mapping[str, float]:
-    return client.task.evaluate(_merge(*parts), client.shard)
+    return client.task.evaluate(merge(*parts), client.shard)
 
 
 @work
 def export(client: Client, folder: str, *parts: Tree) -> Tree:
-    client.task.export(_merge(*parts), Path(folder) / quote(client.shard.name, safe=" "))
+    client.task.export(merge(*parts), Path(folder) / quote(client.shard.name, safe=" "))
     return {}
-
-
-def _merge(*parts: Tree) -> Tree:
-    return {name: tensor for part in parts for name, tensor in part.items()}

@@ -14,6 +14,8 @@ from fedpref.summary import ACCURACY
 if TYPE_CHECKING:
     from fedpref.running import Event
 
+DIAGNOSTICS = {"pooled_loss": "pooled loss", "pooled_gradient_norm_squared": "squared gradient", "disagreement": "disagreement"}
+
 
 def show(happenings: Iterator[Event], console: Console) -> None:
     """Draw events until they end."""
@@ -49,7 +51,8 @@ def _figures(event: Event) -> str:
     if event.kind == "prepare":
         return "clients"
     if event.kind == "evaluate":
-        return f"held-out accuracy {figures['mean']:.3f}, worst client {figures['worst']:.3f}"
+        text = f"held-out accuracy {figures['mean']:.3f}, worst client {figures['worst']:.3f}"
+        return ", ".join([text, *(f"{title} {figures[name]:.3g}" for name, title in DIAGNOSTICS.items() if name in figures)])
     sent = bytes_text(figures["bytes_up"] + figures["bytes_down"])
     speed = figures["num_pairs"] / figures["seconds"]
     return (

@@ -21,12 +21,13 @@ from fedpref.errors import UserError
 from fedpref.models import devices
 from fedpref.models.language import LanguageModel, Model
 from fedpref.models.parts import Parts
+from fedpref.summary import ACCURACY
 from fedpref.tasks.task import BatchSize
 from fedpref.trees import Tree
 
 DEFAULT_LENGTH = 1024
 POOL = 4  # a batch is drawn from this many times its size, so that its examples are of similar length
-SCORING_BATCH = 16  # examples a forward without gradient
+SCORING_BATCH = 16  # examples of a batch where each is seen once
 
 Tokens = tuple[int, ...]
 PerExample = Float[Tensor, " B"]
@@ -206,15 +207,27 @@ class AnswerLearner(ABC):
         counts = {"num_pairs": float(len(batch.examples)), "num_tokens": float(sum(example.tokens for example in batch.examples))}
         return measured["loss"].mean()[None], metrics | counts
 
-    @torch.no_grad()
+    def batches(self, shard: AnswerShard) -> Iterator[tuple[Batch, float]]:
+        """All training examples once, against the base reference, and each batch's share of them."""
+        for indices in _by_length(shard.train, SCORING_BATCH):
+            yield self._with_base([shard.train[i] for i in indices]), len(indices) / len(shard.train)
+
     def evaluate(self, params: Tree, shard: AnswerShard) -> Mapping[str, float]:
         """Means over the shard's held-out examples; rewards are over the base reference."""
         sums: dict[str, float] = {}
-        for indices in _by_length(shard.test, SCORING_BATCH):
-            examples = [shard.test[i] for i in indices]
-            for name, values in self.measure(*self._score(params, examples), self._with_base(examples)).items():
+        for metrics in self._held_out(params, shard):
+            for name, values in metrics.items():
                 sums[name] = sums.get(name, 0.0) + float(values.sum())
         return {name: value / len(shard.test) for name, value in sums.items()} | {"num_examples": float(len(shard.test))}
+
+    def choices(self, params: Tree, shard: AnswerShard) -> Float[Tensor, " n"]:
+        return torch.cat([metrics[ACCURACY].cpu() for metrics in self._held_out(params, shard)])
+
+    @torch.no_grad()
+    def _held_out(self, params: Tree, shard: AnswerShard) -> Iterator[Mapping[str, PerExample]]:
+        for indices in _by_length(shard.test, SCORING_BATCH):
+            examples = [shard.test[i] for i in indices]
+            yield self.measure(*self._score(params, examples), self._with_base(examples))
 
     def export(self, params: Tree, folder: Path) -> None:
         self.language.export(params, folder)

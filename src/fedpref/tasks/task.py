@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -76,8 +76,16 @@ class Task(Protocol):
         """One differentiable loss per objective, and metrics of the batch; `num_` metrics are counts."""
         ...
 
+    def batches(self, shard: Any) -> Iterator[tuple[Any, float]]:
+        """All training examples once, for `losses`, and each batch's share of them."""
+        ...
+
     def evaluate(self, params: Tree, shard: Any) -> Mapping[str, float]:
         """Metrics on the shard's held-out examples, whose number is `num_examples`."""
+        ...
+
+    def choices(self, params: Tree, shard: Any) -> Float[Tensor, " n"]:
+        """What is chosen for each held-out example, between 0 and 1, in an order that depends on the shard alone; on the CPU."""
         ...
 
     def export(self, params: Tree, folder: Path) -> None:

@@ -1,0 +1,70 @@
+"""How far a federation is from a stationary point, and its clients from agreement; nothing of it is used in training.
+
+Both are about the mean model: the mean over clients of the parameters that a task trains, beside the own parts of each client, if any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+
+from fedpref import trees
+from fedpref.federation import Client, Federation, work
+from fedpref.local import seeded_dropout
+from fedpref.trees import Tree
+
+Diagnostic = Literal["pooled-gradient", "disagreement"]
+LOSS = "loss"
+
+
+def diagnose(fed: Federation, model: Sequence[Any], names: tuple[str, ...], wanted: Sequence[Diagnostic]) -> Mapping[str, float]:
+    """Figures of the active clients, who must have training data; `names` are those of the parameters that the task trains.
+
+    `pooled-gradient`: the objective of all clients' training examples together at the mean model, weighted like means over clients
+    are, and its gradient's squared norm. `disagreement`: the share of its held-out examples for which a client's model chooses
+    otherwise than the mean model does, a tie being half a choice.
+    """
+    mean = fed.mean(fed.each(trained, names, *model))
+    found: dict[str, float] = {}
+    if "pooled-gradient" in wanted:
+        gradient = dict(fed.mean(fed.each(pooled, mean, *model)))
+        found["pooled_loss"] = float(gradient.pop(LOSS))
+        found["pooled_gradient_norm_squared"] = trees.norm(gradient) ** 2
+    if "disagreement" in wanted:
+        found |= fed.report(fed.each(disagreement, mean, *model))
+    return found
+
+
+def merge(*parts: Tree) -> Tree:
+    """A model from its parts."""
+    return {name: tensor for part in parts for name, tensor in part.items()}
+
+
+@work
+def trained(client: Client, names: tuple[str, ...], *parts: Tree) -> Tree:
+    return trees.select(merge(*parts), names)
+
+
+@work
+def pooled(client: Client, mean: Tree, *parts: Tree) -> Tree:
+    """The gradient of the client's mean loss over its training examples, and the loss."""
+    task, device = client.task, client.task.device
+    theta = {name: tensor.to(device, copy=True).requires_grad_() for name, tensor in mean.items()}
+    params = {**trees.to(merge(*parts), device), **theta}
+    loss = 0.0
+    with seeded_dropout(client):
+        for batch, share in task.batches(client.shard):
+            value = share * task.losses(params, batch)[0].mean()
+            value.backward()
+            loss += float(value.detach())
+    gradient = {name: torch.zeros_like(tensor) if tensor.grad is None else tensor.grad for name, tensor in theta.items()}
+    return {**trees.to(gradient, torch.device("cpu")), LOSS: torch.tensor(loss, dtype=torch.float64)}
+
+
+@work
+def disagreement(client: Client, mean: Tree, *parts: Tree) -> Mapping[str, float]:
+    own = merge(*parts)
+    apart = client.task.choices(own, client.shard) - client.task.choices({**own, **mean}, client.shard)
+    return {"disagreement": float(apart.abs().mean())}
