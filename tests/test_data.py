@@ -292,6 +292,10 @@ def test_natural_clients_can_be_chosen_by_size() -> None:
     few = [("train", Preference("x", " a", " b", "extra", {"label": "small"}))]
     assert [c.name for c in partition(rows + few, Natural(column="label", min_rows=2), 0)] == ["l0", "l1", "l2"]
     assert [c.name for c in partition(rows + few, Natural(column="label", min_test_rows=1, max_clients=2), 0)] == ["l0", "l1"]
+    for how in (Natural(column="label", max_rows=20), IID(clients=2, max_rows=20)):
+        thin = partition(rows, how, 0)
+        assert all(len(c.train) + len(c.test) == 20 and len(c.test) > 1 for c in thin)
+        assert len({row.where for c in thin for row in c.train + c.test}) == 20 * len(thin)
     with pytest.raises(UserError, match="lower min_rows"):
         partition(rows, Natural(column="label", min_rows=1000), 0)
 

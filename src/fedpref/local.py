@@ -67,8 +67,12 @@ def joining(settings: Descent, steps: int) -> Descent:
 def seeded_dropout(client: Client) -> Iterator[None]:
     """Let dropout draw from a seed of the client's own stream, whatever else the process has drawn."""
     device = client.task.device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(int(torch.randint(2**62, (), generator=client.rng)))
+    is_cuda = device.type == "cuda"
+    place = torch.cuda.current_device() if is_cuda and device.index is None else device.index
+    generator = torch.cuda.default_generators[place] if is_cuda else torch.default_generator
+    with torch.random.fork_rng(devices=[place] if is_cuda else []):
+        # not torch.manual_seed, which keeps a traceback of every call for devices that are not in use yet
+        generator.manual_seed(int(torch.randint(2**62, (), generator=client.rng)))
         yield
 
 

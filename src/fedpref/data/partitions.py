@@ -27,6 +27,7 @@ class Natural:
     min_rows: Count = 1  # clients with fewer rows, both sides together, are left out
     min_test_rows: Annotated[int, Field(ge=0)] = 0  # clients with fewer held-out rows are left out
     max_clients: Count | None = None  # the first so many, by number of rows, then by name
+    max_rows: Count | None = None  # of each client, evenly spread over its rows of both sides
 
     def assign(self, rows: Placed, rng: np.random.Generator) -> dict[str, Placed]:
         return self._select(_by_column(rows, self.column))
@@ -42,7 +43,7 @@ class Natural:
                 f"partition: no client has {self.min_rows} rows with {self.min_test_rows} held out; lower min_rows or min_test_rows."
             )
         ranked = sorted(kept, key=lambda name: (-len(kept[name]), name))[: self.max_clients]
-        return {name: kept[name] for name in sorted(ranked)}
+        return {name: _thinned(kept[name], self.max_rows) for name in sorted(ranked)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +52,11 @@ class IID:
 
     name: Literal["iid"] = "iid"
     clients: Count = 10
+    max_rows: Count | None = None  # of each client, of both sides in their proportion
 
     def assign(self, rows: Placed, rng: np.random.Generator) -> dict[str, Placed]:
-        return _cut(rows, np.full((2, self.clients), 1 / self.clients), rng)
+        groups = _cut(rows, np.full((2, self.clients), 1 / self.clients), rng)
+        return {name: _thinned(group, self.max_rows) for name, group in groups.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +116,11 @@ def partition(rows: Placed, how: Partition, seed: int) -> tuple[ClientData, ...]
                 f"{', ...' if len(poor) > 5 else ''}). Give them more, {share} test_fraction, or, to leave them out, {remedy}."
             )
     return tuple(clients)
+
+
+def _thinned(rows: Placed, count: int | None) -> Placed:
+    """At most so many rows, evenly spread."""
+    return rows if count is None or count >= len(rows) else [rows[i * len(rows) // count] for i in range(count)]
 
 
 def _by_column(rows: Placed, column: str) -> dict[str, Placed]:
