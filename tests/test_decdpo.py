@@ -309,6 +309,17 @@ def test_on_the_complete_graph_with_uniform_weights_it_is_feddpo(aggregate: str,
             torch.testing.assert_close(adapter[name], expected[name], atol=1e-6, rtol=1e-5)
 
 
+def test_one_step_each_and_an_exact_mean_is_a_step_on_all_pairs(settings: dict[str, Any], tmp_path: Path) -> None:
+    local = {"steps": 1, "batch_size": 64, "learning_rate": 0.01, "optim": "sgd", "max_grad_norm": 1e9}
+    weighted = {"federation": {"weighting": "examples"}}
+    (found,) = adapters(settings, tmp_path / "fed", algorithm={"name": "feddpo", "local": local}, **weighted)
+    (pooled,) = adapters(settings, tmp_path / "pooled", algorithm={"name": "centralised", "local": local}, **weighted)
+    start = config.parse(Experiment, settings, "test").task.build().init(seeds.generator(0, "init"))
+    moved = trees.norm(trees.subtract(pooled, start))
+    assert moved > 1e-3
+    assert trees.norm(trees.subtract(found, pooled)) < 1e-3 * moved
+
+
 def test_with_own_parts_on_the_complete_graph_it_is_fedpdpo(settings: dict[str, Any], tmp_path: Path) -> None:
     common = {"local": {"steps": 2, "batch_size": 4, "learning_rate": 0.01, "optim": "sgd"}, "parts": {"bottleneck": 4}}
     network = {"topology": "complete", "weights": "uniform"}

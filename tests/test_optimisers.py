@@ -222,3 +222,10 @@ def test_every_worker_takes_a_place_of_its_own_and_leaves_the_first_process_alon
     assert task.number == -1
     Simulation(cast(Any, task), shards, seed=0, rounds=1)
     assert task.number == 0
+
+
+def test_local_training_keeps_nothing_behind() -> None:
+    """Seeding with torch.manual_seed keeps a traceback of each call for devices that are not in use."""
+    kept = len(torch.cuda._queued_calls)
+    run(FedDPO(local=PLAIN), 5)
+    assert len(torch.cuda._queued_calls) == kept
