@@ -26,7 +26,7 @@ COMMON = (
 )
 DATASETS: Mapping[str, tuple[str, ...]] = {
     "hh-at-random": ("hh", "data.max_rows=500", f"partition={{name: iid, clients: {CLIENTS}}}"),
-    "hh-by-objective": ("hh", "data.max_rows=500", f"partition={{name: dirichlet, column: objective, clients: {CLIENTS}, alpha: 0.1}}"),
+    "hh-by-objective": ("hh", "data.max_rows=500", f"partition.clients_per_value={CLIENTS // 2}"),
     "ukpconvarg-at-random": ("ukpconvarg", f"partition={{name: iid, clients: {CLIENTS}, max_rows: 150}}"),
     "ukpconvarg-by-worker": ("ukpconvarg", f"partition.max_clients={CLIENTS}", "partition.max_rows=150"),
 }

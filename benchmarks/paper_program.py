@@ -28,6 +28,7 @@ from fedpref.participation import draw
 CONFIG = Path(__file__).resolve().parent.parent / "configs/distributed-dpo.yaml"
 MAX_LENGTH, BETA, BATCH, RATE, DECAY, CLIP = 64, 0.2, 4, 1e-4, 0.01, 1.0
 TOKENIZER = CONFIG.parent.parent / "src/fedpref/models/builtin"
+LOOK = 4  # rounds between two looks at our pooled loss, which are not counted as work
 CHARACTERS = 300  # the end of a text that is looked at
 Texts = Sequence[tuple[str, str]]  # (chosen, rejected)
 
@@ -104,6 +105,17 @@ class Program:
         return sum(float(self.loss(self.model, pairs[i : i + 60])) * len(pairs[i : i + 60]) for i in range(0, len(pairs), 60)) / len(pairs)
 
 
+# A model of random weights learns first which tokens are preferred, and it does so in the embeddings, which are also its head
+OURS = (
+    "partition={name: natural}",
+    "task.truncation_mode=keep_start",
+    "task.model.lora_r=32",
+    "task.model.lora_alpha=64",
+    "task.model.lora_target_modules=[wte]",
+    "algorithm.local.learning_rate=5.0e-3",
+)
+
+
 @dataclass(frozen=True)
 class Race:
     """What it took to come to a pooled loss: rounds, bytes over all clients, and seconds of the processor."""
@@ -114,7 +126,7 @@ class Race:
     loss: float
 
 
-def texts(data: str | None, folder: Path, words: Any, count: int = 150) -> Path:
+def texts(data: str | None, folder: Path, words: Any, count: int = 128) -> Path:
     """The ends of hh-rlhf's dialogues, or the shipped pairs, as a file for five clients; pairs alike within 64 tokens are left out."""
     spec = Experiment.load(CONFIG, [f"data.path={data}", "data.max_rows=1200"] if data else ["data={name: builtin}"])
     rows, number = [], 0
@@ -131,14 +143,14 @@ def texts(data: str | None, folder: Path, words: Any, count: int = 150) -> Path:
     return folder / "pairs.jsonl"
 
 
-def race(data: str | None, rounds: int, layers: int, width: int, settings: Sequence[str] = ()) -> tuple[Race, Race]:
+def race(data: str | None, rounds: int, layers: int, width: int) -> tuple[Race, Race]:
     """The program for so many rounds, then ours until its pooled loss is no higher; ours includes the reference's scores."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         words = transformers.AutoTokenizer.from_pretrained(TOKENIZER)
         model = small_gpt2(TOKENIZER, folder / "model", layers, width)
-        source = f"data={{name: files, path: {texts(data, folder, words)}}}"
-        ours = Experiment.load(CONFIG, [source, "partition={name: natural}", f"task.model.path={model}", *settings])
+        source = f"data={{name: files, path: {texts(data, folder, words)}, test_fraction: 0.05}}"
+        ours = Experiment.load(CONFIG, [source, f"task.model.path={model}", *OURS])
         clients, _ = ours.clients()
         program = Program.load(model, [[(f"{r.prompt}{r.chosen}", f"{r.prompt}{r.rejected}") for r in c.train] for c in clients])
         rng, cohorts = torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
@@ -161,6 +173,8 @@ def race(data: str | None, rounds: int, layers: int, width: int, settings: Seque
             state, _ = method.step(engine, state)
             seconds += time.process_time() - begun
             sent += engine.traffic.bytes_up + engine.traffic.bytes_down
+            if (number + 1) % LOOK:
+                continue
             engine.begin(number, engine.clients, "evaluate")
             loss = diagnose(engine, method.model(state), tuple(start), ("pooled-gradient",))["pooled_loss"]
             if loss <= target:

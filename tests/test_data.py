@@ -292,6 +292,11 @@ def test_natural_clients_can_be_chosen_by_size() -> None:
     few = [("train", Preference("x", " a", " b", "extra", {"label": "small"}))]
     assert [c.name for c in partition(rows + few, Natural(column="label", min_rows=2), 0)] == ["l0", "l1", "l2"]
     assert [c.name for c in partition(rows + few, Natural(column="label", min_test_rows=1, max_clients=2), 0)] == ["l0", "l1"]
+    several = partition(rows, Natural(column="label", clients_per_value=2), 0)
+    assert {c.name.rsplit("-", 1)[0]: {row.columns["label"] for row in c.train + c.test} for c in several} == {
+        label: {label} for label in {row.columns["label"] for _, row in rows}
+    }
+    assert sum(len(c.train) + len(c.test) for c in several) == len(rows) == len({row.where for c in several for row in c.train + c.test})
     for how in (Natural(column="label", max_rows=20), IID(clients=2, max_rows=20)):
         thin = partition(rows, how, 0)
         assert all(len(c.train) + len(c.test) == 20 and len(c.test) > 1 for c in thin)

@@ -20,17 +20,23 @@ Count = Annotated[int, Field(ge=1)]
 
 @dataclass(frozen=True, kw_only=True)
 class Natural:
-    """One client for each value of a column."""
+    """One client for each value of a column, or several that share its rows out at random."""
 
     name: Literal["natural"] = "natural"
     column: str = "client"
+    clients_per_value: Count = 1
     min_rows: Count = 1  # clients with fewer rows, both sides together, are left out
     min_test_rows: Annotated[int, Field(ge=0)] = 0  # clients with fewer held-out rows are left out
     max_clients: Count | None = None  # the first so many, by number of rows, then by name
     max_rows: Count | None = None  # of each client, evenly spread over its rows of both sides
 
     def assign(self, rows: Placed, rng: np.random.Generator) -> dict[str, Placed]:
-        return self._select(_by_column(rows, self.column))
+        groups = _by_column(rows, self.column)
+        if self.clients_per_value > 1:
+            shares = np.full((2, self.clients_per_value), 1 / self.clients_per_value)
+            cut = {value: _cut(group, shares, rng) for value, group in sorted(groups.items())}
+            groups = {f"{value}-{name.removeprefix('client-')}": part for value, parts in cut.items() for name, part in parts.items()}
+        return self._select(groups)
 
     def _select(self, groups: dict[str, Placed]) -> dict[str, Placed]:
         kept = {
