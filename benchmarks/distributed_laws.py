@@ -106,7 +106,7 @@ def participation(repetitions: int, quick: bool) -> Iterator[Law]:
     count, rate, rounds = 16, 0.2, 300 if quick else 1500
     sizes = (1, 2, 4, 8, 16)
     expected = [(count - size) / (size * (count - 1)) for size in sizes]
-    explained, at_all, curve = [], [], ([], [], [])
+    explained, at_all, farthest, curve = [], [], [], ([], [], [])
     for seed in range(repetitions):
         shards = clients(count, 12, 5, 1.0, 100 + seed)
         best = optimum(shards, BETA)
@@ -124,6 +124,7 @@ def participation(repetitions: int, quick: bool) -> Iterator[Law]:
         slope, share = through_origin(expected, floors)
         explained.append(share)
         at_all.append(floors[-1] / floors[0])
+        farthest.append(max(abs(floor / (slope * x) - 1) for floor, x in zip(floors[:-1], expected[:-1], strict=True)))
         if not seed:
             curve = (expected, floors, [slope * x for x in expected])
     yield Law(
@@ -134,6 +135,7 @@ def participation(repetitions: int, quick: bool) -> Iterator[Law]:
         {"floor": curve},
         ("(N - S) / (S (N - 1))", "squared gradient"),
     )
+    yield Law("participation floor: largest relative distance from that proportion", 0, tuple(farthest), "S from 1 to 8")
     yield Law("participation floor with everybody, as a share of that with one client", 0, tuple(at_all))
 
 

@@ -299,7 +299,9 @@ def test_natural_clients_can_be_chosen_by_size() -> None:
     assert sum(len(c.train) + len(c.test) for c in several) == len(rows) == len({row.where for c in several for row in c.train + c.test})
     for how in (Natural(column="label", max_rows=20), IID(clients=2, max_rows=20)):
         thin = partition(rows, how, 0)
-        assert all(len(c.train) + len(c.test) == 20 and len(c.test) > 1 for c in thin)
+        assert all(len(c.train) + len(c.test) == 20 for c in thin)
+        shares = [len(c.test) / 20 for c in thin]
+        assert shares == pytest.approx([sum(side == "test" for side, _ in rows) / len(rows)] * len(thin), abs=0.06)
         assert len({row.where for c in thin for row in c.train + c.test}) == 20 * len(thin)
     with pytest.raises(UserError, match="lower min_rows"):
         partition(rows, Natural(column="label", min_rows=1000), 0)

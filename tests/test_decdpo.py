@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedpref import Experiment, UserError, config, run, seeds, trees
+from fedpref import Experiment, UserError, config, resume, run, seeds, trees
 from fedpref.aggregation import Factors, Product
 from fedpref.algorithms import DecDPO, GradientTracking, StaleDecDPO
 from fedpref.algorithms.choco import gossip
@@ -160,6 +160,37 @@ def test_a_network_that_does_not_fit_the_clients_is_refused(tmp_path: Path) -> N
         Network(OnePeerExponential()).check(NAMES, everybody=False)
 
 
+def test_a_network_must_connect_those_who_train(settings: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="nothing connects the clients client-1 "):
+        Network(Shape("star")).check(NAMES, [1, 2, 3, 4, 5])  # the middle joins later
+    Network(Shape("star")).check(NAMES, [0, 1, 2])
+    sizes = {f"client-{i}": 10 for i in range(4)}
+    content = {**settings, "network": {"topology": "star"}, "federation": {"newcomers": ["client-0"]}}
+    with pytest.raises(UserError, match="nothing connects"):
+        config.parse(Experiment, {**content, "algorithm": {"name": "decdpo"}}, "test").check_clients(sizes)
+    config.parse(Experiment, content, "test").check_clients(sizes)  # a server asks for no network
+
+
+def test_there_is_no_mean_adapter_where_products_are_mixed(settings: dict[str, Any]) -> None:
+    content = {**settings, "diagnostics": ["disagreement"], "algorithm": {"name": "decdpo", "aggregate": "product"}}
+    with pytest.raises(UserError, match="there is none"):
+        config.parse(Experiment, content, "test")
+
+
+def test_a_run_refuses_a_graph_that_has_changed(settings: dict[str, Any], tmp_path: Path) -> None:
+    edges = tmp_path / "edges.txt"
+    edges.write_text("client-0 client-1\nclient-1 client-2\nclient-2 client-3\n")
+    content = {**settings, "algorithm": {"name": "decdpo"}, "network": {"topology": {"name": "file", "path": str(edges)}}}
+    path = run(config.parse(Experiment, content, "test"), tmp_path / "run").path
+    (path / "done").unlink(missing_ok=True)
+    edges.write_text("client-0 client-1\nclient-1 client-2\nclient-1 client-3\n")
+    with pytest.raises(UserError, match="not what it was"):
+        resume(path)
+    edges.write_bytes(b"\xff\xfe client-1")
+    with pytest.raises(UserError, match="no text in UTF-8"):
+        Network(GraphFile(path=str(edges))).check(NAMES[:4])
+
+
 def test_a_graphs_file_is_found_again_from_anywhere(settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "edges.txt").write_text("client-0 client-1\nclient-1 client-2\nclient-2 client-3\n")
     monkeypatch.chdir(tmp_path)
@@ -204,7 +235,8 @@ def test_mixed_products_are_near_the_best_of_their_rank(ranks: tuple[int, ...]) 
         assert mixed._values[i]["x.lora_A.w"].shape == (rank, 50)
         best = np.linalg.norm(mean[i] - u[:, :rank] * s[:rank] @ v[:rank])
         assert np.linalg.norm(mean[i] - found) < 1.25 * best
-    assert fed.traffic.bytes_up < 12 * 4 * trees.size(START)
+    size = trees.size(theta._values[0])
+    assert fed.traffic.bytes_up < 12 * 4 * size
 
 
 def bowls(algorithm: Any, rounds: int, keep: float) -> list[float]:
@@ -229,7 +261,7 @@ def test_decdpo_ends_where_its_linear_recursion_does() -> None:
     assert abs(fixed[0] - fixed[1]) > 0.3  # and the clients do not agree
 
 
-@pytest.mark.parametrize("staleness", [0, 1, 4])
+@pytest.mark.parametrize("staleness", [0, 1, 10])
 def test_stale_neighbours_move_no_mean(staleness: int) -> None:
     """Equal curvatures and one step: the mean's path does not depend on what clients hear."""
     alike = replace(PLAIN, steps=1)
@@ -245,6 +277,8 @@ def test_stale_neighbours_move_no_mean(staleness: int) -> None:
         ages.add(metrics["age"])
         mean = np.mean([float(state.theta._values[i]["x"][0]) for i in range(6)])
         assert mean == pytest.approx(2.5 - 0.5 * 0.9 ** (round + 1), abs=1e-5)
+    apart = max(abs(float(state.theta._values[i]["x"][0]) - mean) for i in range(6))
+    assert apart < 2.5  # the centres reach that far, and clients stay between them however late they hear
     assert max(ages) <= staleness
     assert (len(ages) > 5) == (staleness > 0)
     if not staleness:
@@ -346,8 +380,8 @@ def test_neighbours_come_closer_by_mixing(order: str, settings: dict[str, Any], 
     spec = config.parse(Experiment, {**settings, "algorithm": {"name": "decdpo", "order": order, "local": local}}, "test")
     path = run(spec, tmp_path / "run").path
     rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    for row in rows:
-        assert row["consensus_error_before_mixing"] > 0
+    for row in rows[1:]:  # in the first, who combines first combines what is equal
+        assert row["consensus_error_before_mixing"] > 1e-6
         if order == "adapt-then-combine":
             assert row["consensus_error"] < row["consensus_error_before_mixing"]
     assert len(list((path / "clients").iterdir())) == 4

@@ -66,8 +66,7 @@ def check(config: Config, overrides: Overrides = None) -> None:
     clients, left_out = experiment.clients()
     task = experiment.build_task()
     shards = [task.encode(client) for client in clients]
-    experiment.federation.weights({shard.name: len(shard) for shard in shards}, experiment.seed)
-    experiment.network.check([shard.name for shard in shards], experiment.federation.takes_everybody)
+    experiment.check_clients({shard.name: len(shard) for shard in shards})
     console.print(task.description, highlight=False, soft_wrap=True, markup=False)
     console.print(size_table({shard.name: (len(shard.train), len(shard.test), shard.truncated) for shard in shards}))
     if left_out:

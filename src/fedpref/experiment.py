@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -38,7 +38,7 @@ class Experiment:
     rounds: Count = 10
     seed: Annotated[int, Field(ge=0)] = 0
     evaluate_every: Annotated[int, Field(ge=0)] = 0  # rounds; 0: after the last one only
-    diagnostics: tuple[Diagnostic, ...] = ()  # measured with every evaluation; a pass over all training data, two over held-out data
+    diagnostics: tuple[Diagnostic, ...] = ()  # measured with every evaluation; clients send what a method may keep private
     checkpoint_every: Count = 1  # rounds
     workers: Count | None = None  # processes of one thread; None: as many as processors; the result is the same for any number
     references: tuple[Literal["local", "centralised"], ...] = ()  # lines to run beside the algorithm, on the same data
@@ -52,8 +52,22 @@ class Experiment:
                 "one-peer-exponential, federation.clients_per_round, federation.deadline and federation.newcomers."
             )
         aggregate = getattr(self.algorithm, "aggregate", None)
+        if isinstance(aggregate, Product) and self.diagnostics and self.gossips:
+            raise UserError("diagnostics: they are about the mean of clients' adapters; with algorithm.aggregate: product there is none.")
         if isinstance(aggregate, Product):
             aggregate.check(self.algorithm.local, self.task.model.lora_r)
+
+    @property
+    def gossips(self) -> bool:
+        """Whether clients tell one another what they learn, over the experiment's network."""
+        return getattr(self.algorithm, "gossips", False)
+
+    def check_clients(self, sizes: Mapping[str, int]) -> None:
+        """Raise UserError where what the experiment says of clients does not fit these, given with their numbers of training examples."""
+        chances = self.federation.weights(sizes, self.seed)
+        if self.gossips:
+            taking_part = [client for client, chance in enumerate(chances) if chance > 0]
+            self.network.check(list(sizes), taking_part, self.federation.takes_everybody)
 
     @staticmethod
     def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
@@ -105,7 +119,7 @@ def with_whole_paths(experiment: Experiment) -> Experiment:
         data: Any = experiment.data
         changed = replace(changed, data=replace(data, path=whole(data.path)))
     if isinstance(experiment.network.topology, GraphFile):
-        topology = replace(experiment.network.topology, path=whole(experiment.network.topology.path))
+        topology = replace(experiment.network.topology, path=whole(experiment.network.topology.path)).with_digest()
         changed = replace(changed, network=replace(experiment.network, topology=topology))
     if experiment.task.model.path != BUILTIN:
         model = replace(experiment.task.model, path=whole(experiment.task.model.path))

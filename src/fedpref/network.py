@@ -23,15 +23,19 @@ class Network:
     compression: Annotated[Compression, Field(discriminator="name")] | None = None  # of what neighbours tell one another
     link_failure: Annotated[float, Field(ge=0, lt=1)] = 0.0  # the chance of each link in each round
 
-    def check(self, names: Names, everybody: bool = True) -> None:
-        """Raise UserError where the topology does not fit the clients, or does not connect them; not `everybody` may be in a round."""
+    def check(self, names: Names, taking_part: Sequence[int] | None = None, everybody: bool = True) -> None:
+        """Raise UserError where the topology does not fit the clients, or does not connect those who ever take part (None: all).
+
+        Not `everybody` of them may be in each round.
+        """
+        apart = set(range(len(names))) - set(range(len(names)) if taking_part is None else taking_part)
         turn = range(len(names)) if isinstance(self.topology, OnePeerExponential) else range(1)
         graphs = [self.topology.graph(names, round) for round in turn]
         mixed = mixing(graphs[0], self.weights, names)
-        if self.link_failure or not everybody:
+        if self.link_failure or apart or not everybody:
             without(mixed, [])
         if not getattr(self.topology, "redraw", False):  # a graph that is drawn anew connects everybody sooner or later
-            refuse_disconnected(graphs, names)
+            refuse_disconnected(graphs, names, apart)
 
     @property
     def is_fixed(self) -> bool:

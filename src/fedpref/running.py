@@ -120,6 +120,7 @@ def events(experiment: Experiment, folder: RunDirectory, cache: Path | None = No
     Reference scores are kept in `cache`, by default a folder of the run's own; several runs may share one.
     """
     keep_freed_memory()
+    experiment = with_whole_paths(experiment)
     with one_thread():
         clients, _ = experiment.clients()
         task = experiment.build_task()
@@ -129,11 +130,9 @@ def events(experiment: Experiment, folder: RunDirectory, cache: Path | None = No
             entry = {"train": len(shard.train), "test": len(shard.test), "truncated": shard.truncated}
             about[shard.name] = {**entry, "digest": client.digest}
         about_text = json.dumps(about, indent=1) + "\n"
-        sizes = {name: entry["train"] for name, entry in about.items()}
-        experiment.federation.weights(sizes, experiment.seed)  # these two refuse what does not fit the clients
-        experiment.network.check(list(sizes), experiment.federation.takes_everybody)
+        experiment.check_clients({name: entry["train"] for name, entry in about.items()})
         if not folder.path.exists():
-            folder.create({CONFIG: config.to_yaml(with_whole_paths(experiment)), CLIENTS: about_text})
+            folder.create({CONFIG: config.to_yaml(experiment), CLIENTS: about_text})
         elif (folder.path / CLIENTS).read_text() != about_text:
             raise UserError(f"{folder.path}: the data is not what the run began with; its clients, sizes and digests stand in {CLIENTS}.")
         yield Event(experiment.algorithm.name, "begin", 0, experiment.rounds, {}, f"{task.description}\n{_data(about)}")

@@ -7,9 +7,11 @@ the largest singular value of W - 11'/N (for a symmetric W its second largest ab
 
 from __future__ import annotations
 
+import hashlib
+import io
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -135,6 +137,8 @@ class SmallWorld:
     def graph(self, names: Names, round: int) -> Graph:
         if self.neighbours >= len(names):
             raise UserError(f"topology small-world: {self.neighbours} neighbours among {len(names)} clients. Take fewer.")
+        if self.neighbours % 2:
+            raise UserError(f"topology small-world: {self.neighbours} neighbours; on a circle they are an even number.")
         return nx.watts_strogatz_graph(len(names), self.neighbours, self.probability, np.random.default_rng(self.seed))
 
 
@@ -144,6 +148,11 @@ class GraphFile:
 
     name: Literal["file"] = "file"
     path: str = ""
+    digest: str | None = None  # of the file's content, which a run keeps
+
+    def with_digest(self) -> GraphFile:
+        """The same, bound to what the file holds now if it was not bound before."""
+        return self if self.digest else replace(self, digest=self._content()[1])
 
     def graph(self, names: Names, round: int) -> Graph:
         place = {name: number for number, name in enumerate(names)}
@@ -153,16 +162,19 @@ class GraphFile:
         return _of_edges(len(names), [(place[one], place[other]) for one, other in edges])
 
     def _edges(self) -> list[tuple[str, str]]:
-        file = Path(self.path).expanduser()
-        if not file.is_file():
-            raise UserError(f"topology.path: there is no file {self.path!r}.")
-        if file.suffix.lower() == ".graphml":
+        content, digest = self._content()
+        if self.digest not in (None, digest):
+            raise UserError(f"{self.path}: the file is not what it was when the run began.")
+        if self.path.lower().endswith(".graphml"):
             try:
-                found = nx.read_graphml(file)
+                found = nx.read_graphml(io.BytesIO(content))
             except Exception as error:  # of the XML reader, or of networkx
                 raise UserError(f"{self.path}: this is no GraphML: {error}.") from error
             return [(str(one), str(other)) for one, other in found.edges()]
-        lines = [line.split("#", 1)[0].strip() for line in file.read_text().splitlines()]
+        try:
+            lines = [line.split("#", 1)[0].strip() for line in content.decode().splitlines()]
+        except UnicodeDecodeError as error:
+            raise UserError(f"{self.path}: this is no text in UTF-8: {error}.") from error
         found = []
         for number, line in enumerate(lines, 1):
             parts = [part.strip() for part in (line.split(",") if "," in line else line.split())]
@@ -171,6 +183,13 @@ class GraphFile:
             elif parts:
                 raise UserError(f"{self.path}, line {number}: expected two clients' names, there are {len(parts)} words.")
         return found
+
+    def _content(self) -> tuple[bytes, str]:
+        file = Path(self.path).expanduser()
+        if not file.is_file():
+            raise UserError(f"topology.path: there is no file {self.path!r}.")
+        content = file.read_bytes()
+        return content, hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
 AnyTopology = Shape | OnePeerExponential | ErdosRenyi | SmallWorld | GraphFile
@@ -212,14 +231,15 @@ def check(matrix: Matrix, names: Names, *, symmetric: bool = True) -> None:
             raise UserError(f"mixing: the clients {_some(names, found)} {what}. Metropolis weights fit every undirected graph.")
 
 
-def refuse_disconnected(graphs: Sequence[Graph], names: Names) -> None:
-    """Raise UserError, with the names of those who are cut off, if the graphs together do not connect all clients."""
+def refuse_disconnected(graphs: Sequence[Graph], names: Names, apart: Collection[int] = ()) -> None:
+    """Raise UserError, with the names of those who are cut off, if the graphs together do not connect all clients but those apart."""
     together = nx.Graph()
     together.add_nodes_from(range(len(names)))
     for graph in graphs:
         together.add_edges_from(graph.edges())
+    together.remove_nodes_from(apart)
     smallest = min(nx.connected_components(together), key=lambda part: (len(part), min(part)))
-    if len(smallest) < len(names):
+    if len(smallest) < len(together):
         raise UserError(f"topology: nothing connects the clients {_some(names, sorted(smallest))} with the others. Add edges.")
 
 

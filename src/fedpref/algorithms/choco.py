@@ -52,16 +52,17 @@ def gossip(fed: Federation, theta: PerClient[Tree], public: PerClient[Tree], pul
 class ChocoDPO:
     """DecDPO whose clients tell their neighbours what is new since they last told, compressed as `network.compression` says.
 
-    Shared with neighbours: compressed changes of a public copy that lags behind the adapter. Private: pairs, the adapter itself,
-    optimiser moments. Averaged: public copies, towards which the adapter takes a step of `step_size`; the mean over clients is that of
-    the adapters whatever the compression. Without compression and with a step size of one it is DecDPO. The graph must be the same in
-    every round, and everybody takes part: neighbours' copies are known by their sum alone.
+    Shared with neighbours: compressed changes of a public copy that lags behind the adapter. Private: pairs, optimiser moments, and of
+    the adapter what compression leaves out. Averaged: public copies, towards which the adapter takes a step of `step_size`; the mean over
+    clients is that of the adapters whatever the compression. Without compression and with a step size of one it is DecDPO. The graph must
+    be the same in every round, and everybody takes part: neighbours' copies are known by their sum alone.
     """
 
     name: Literal["choco"] = "choco"
     step_size: Annotated[float, Field(gt=0, le=1)] = 0.5
     local: Descent = Descent()
     pooled: ClassVar[bool] = False
+    gossips: ClassVar[bool] = True
     needs_fixed_network: ClassVar[bool] = True
 
     def init(self, fed: Federation, start: Tree) -> State:

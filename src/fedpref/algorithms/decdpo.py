@@ -47,7 +47,7 @@ def consensus_error(fed: Federation, theta: PerClient[Tree], aggregate: Aggregat
     Distances are between factors, or between the products that they stand for where these are what is mixed.
     """
     mean = fed.mean(fed.each(projected, theta, aggregate))
-    return float((mean["square"] - mean["value"].square()).mean(1).sum())
+    return max(0.0, float((mean["square"] - mean["value"].square()).mean(1).sum()))
 
 
 def measured(fed: Federation, before: PerClient[Tree], after: PerClient[Tree], aggregate: Aggregate = Factors()) -> Mapping[str, float]:
@@ -73,6 +73,7 @@ class DecDPO:
     local: Descent = Descent()
     aggregate: Annotated[Aggregate, Field(discriminator="name")] = Factors()
     pooled: ClassVar[bool] = False
+    gossips: ClassVar[bool] = True
 
     def init(self, fed: Federation, start: Tree) -> State:
         fixed = self.aggregate.split(start)[1]

@@ -46,6 +46,7 @@ class DecPDPO(Personal):
     name: Literal["decpdpo"] = "decpdpo"
     aggregate: Annotated[Aggregate, Field(discriminator="name")] = Factors()
     pooled: ClassVar[bool] = False
+    gossips: ClassVar[bool] = True
 
     def init(self, fed: Federation, start: Tree) -> State:
         own = fed.each(begin, self.parts)

@@ -42,7 +42,7 @@ def adapt(client: Client, theta: Tree, past: Tree, moments: Tree, method: StaleD
 
 @work
 def combine(client: Client, theta: Tree, past: Tree, told: Tree, mixed: Tree, staleness: int) -> tuple[Tree, Tree]:
-    theta = trees.add(theta, trees.subtract(mixed, told))
+    theta = trees.add(theta, trees.scale(trees.subtract(mixed, told), 1 / (1 + staleness)))
     known = [theta, *(one(past, age) for age in range(1, staleness))][:staleness]
     return theta, {f"{age}/{name}": tensor for age, adapter in enumerate(known, 1) for name, tensor in adapter.items()}
 
@@ -53,13 +53,15 @@ class StaleDecDPO:
 
     Shared with neighbours: the adapter. Private: pairs, optimiser moments. Averaged: the LoRA factors A and B, each apart: a client
     adds to its newest adapter what sets its neighbours' told ones apart from its own told one, so that the mean over clients is
-    preserved. Of age 0 is the adapter just trained, of age 1 the one that the round before ended with. Without staleness it is DecDPO.
+    preserved, divided by 1 + `staleness`: undivided, late corrections overshoot and clients come apart. Of age 0 is the adapter just
+    trained, of age 1 the one that the round before ended with. Without staleness it is DecDPO.
     """
 
     name: Literal["decdpo-stale"] = "decdpo-stale"
     staleness: Annotated[int, Field(ge=0)] = 2  # rounds
     local: Descent = Descent()
     pooled: ClassVar[bool] = False
+    gossips: ClassVar[bool] = True
 
     def init(self, fed: Federation, start: Tree) -> State:
         return State(fed.each(begin, start), fed.each(nothing_past, start, self.staleness), fed.each(no_moments))

@@ -58,6 +58,7 @@ class GradientTracking:
     name: Literal["gradient-tracking"] = "gradient-tracking"
     local: Descent = Descent()
     pooled: ClassVar[bool] = False
+    gossips: ClassVar[bool] = True
 
     def init(self, fed: Federation, start: Tree) -> State:
         return State(fed.each(begin, start), fed.each(begin, trees.scale(start, 0.0)), fed.each(no_moments))

@@ -28,7 +28,7 @@ class Natural:
     min_rows: Count = 1  # clients with fewer rows, both sides together, are left out
     min_test_rows: Annotated[int, Field(ge=0)] = 0  # clients with fewer held-out rows are left out
     max_clients: Count | None = None  # the first so many, by number of rows, then by name
-    max_rows: Count | None = None  # of each client, evenly spread over its rows of both sides
+    max_rows: Count | None = None  # of each client, evenly spread, of both sides in their proportion
 
     def assign(self, rows: Placed, rng: np.random.Generator) -> dict[str, Placed]:
         groups = _by_column(rows, self.column)
@@ -36,7 +36,7 @@ class Natural:
             shares = np.full((2, self.clients_per_value), 1 / self.clients_per_value)
             cut = {value: _cut(group, shares, rng) for value, group in sorted(groups.items())}
             groups = {f"{value}-{name.removeprefix('client-')}": part for value, parts in cut.items() for name, part in parts.items()}
-        return self._select(groups)
+        return self._select({name: _thinned(group, self.max_rows) for name, group in groups.items()})
 
     def _select(self, groups: dict[str, Placed]) -> dict[str, Placed]:
         kept = {
@@ -49,7 +49,7 @@ class Natural:
                 f"partition: no client has {self.min_rows} rows with {self.min_test_rows} held out; lower min_rows or min_test_rows."
             )
         ranked = sorted(kept, key=lambda name: (-len(kept[name]), name))[: self.max_clients]
-        return {name: _thinned(kept[name], self.max_rows) for name in sorted(ranked)}
+        return {name: kept[name] for name in sorted(ranked)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,8 +125,12 @@ def partition(rows: Placed, how: Partition, seed: int) -> tuple[ClientData, ...]
 
 
 def _thinned(rows: Placed, count: int | None) -> Placed:
-    """At most so many rows, evenly spread."""
-    return rows if count is None or count >= len(rows) else [rows[i * len(rows) // count] for i in range(count)]
+    """At most so many rows, evenly spread over those of each side, in the sides' proportion."""
+    if count is None or count >= len(rows):
+        return rows
+    sides = [[row for row in rows if row[0] == side] for side in ("train", "test")]
+    held_out = round(count * len(sides[1]) / len(rows))
+    return [part[i * len(part) // size] for part, size in zip(sides, (count - held_out, held_out), strict=True) for i in range(size)]
 
 
 def _by_column(rows: Placed, column: str) -> dict[str, Placed]:
