@@ -10,6 +10,7 @@ import matplotlib
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import NullFormatter
 
 from distributed_laws import Law
 from distributed_models import Outcome
@@ -45,6 +46,9 @@ def draw_laws(laws: Sequence[Law], path: Path) -> None:
             shown = [i for i in order if min(x[i], measured[i]) > 0]
             place.loglog([x[i] for i in shown], [expected[i] for i in shown], color="0.5", label="theory")
             place.loglog([x[i] for i in shown], [measured[i] for i in shown], "o", label="measured")
+            if len(shown) <= 6:
+                place.set_xticks([x[i] for i in shown], [f"{x[i]:.3g}" for i in shown])
+                place.xaxis.set_minor_formatter(NullFormatter())
         place.set(title=law.name.split(":")[0], xlabel=law.axes[0], ylabel=law.axes[1])
         place.legend(frameon=False)
     save(figure, path)
@@ -57,7 +61,7 @@ def draw_lines(name: str, lines: Mapping[str, Outcome], path: Path) -> None:
         for line in wanted:
             losses = lines[line].curve("loss")
             place.plot(range(1, len(losses) + 1), smoothed(losses), label=line)
-        place.set(title=title, xlabel="round", ylabel="DPO loss on training batches, mean of 3 rounds")
+        place.set(title=title, xlabel="round", ylabel="loss on clients' own batches, mean of 3 rounds")
     for place, over in ((places[1, 1], "round"), (places[1, 2], "bytes a client")):
         for line in GRAPHS:
             errors, sent = lines[line].curve("consensus_error"), lines[line].curve("bytes_up")

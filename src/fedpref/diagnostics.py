@@ -26,7 +26,9 @@ def diagnose(fed: Federation, model: Sequence[Any], names: tuple[str, ...], want
     are, and its gradient's squared norm. `disagreement`: the share of its held-out examples for which a client's model chooses
     otherwise than the mean model does, a tie being half a choice.
     """
-    mean = fed.mean(fed.each(trained, names, *model))
+    shared = trees.select(merge(*(part for part in model if isinstance(part, Mapping))), names)
+    apart = tuple(name for name in names if name not in shared)
+    mean = {**shared, **(fed.mean(fed.each(trained, apart, *model)) if apart else {})}
     found: dict[str, float] = {}
     if "pooled-gradient" in wanted:
         gradient = dict(fed.mean(fed.each(pooled, mean, *model)))
