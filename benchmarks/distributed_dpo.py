@@ -22,6 +22,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 
@@ -45,7 +46,7 @@ FIGURES = {
 
 def law_table(laws: Sequence[Law]) -> Table:
     """Measured beside theory."""
-    table = Table("law", "theory", "measured", "95 %", "", title="laws on log-linear policies", title_justify="left")
+    table = Table("law", "theory", "measured", "95 %", "", title="laws on log-linear policies", box=MARKDOWN)
     for law in laws:
         mean, low, high = law.interval
         table.add_row(law.name, f"{law.theory:g}", f"{mean:.4g}", "" if math.isnan(low) else f"[{low:.4g}, {high:.4g}]", law.note)
@@ -55,7 +56,7 @@ def law_table(laws: Sequence[Law]) -> Table:
 def model_table(name: str, outcomes: Mapping[str, Outcome]) -> Table:
     """A dataset's lines."""
     columns = ("accuracy, %", "pooled loss", "squared gradient", "disagreement, %", "consensus error", "before mixing", "bytes")
-    table = Table("", *columns, title=name, title_justify="left")
+    table = Table("", *columns, title=name, box=MARKDOWN)
     for line, found in outcomes.items():
         errors = [f"{found.last(figure):.3g}" if figure in found.rounds[0][0] else "" for figure in CONSENSUS]
         pooled, gradient, apart = (found.diagnostic(key) for key in ("pooled_loss", "pooled_gradient_norm_squared", "disagreement"))
@@ -69,7 +70,7 @@ CONSENSUS = ("consensus_error", "consensus_error_before_mixing")
 
 def race_table(theirs: Race, tuned: Race, ours: Race) -> Table:
     """The ways to one loss."""
-    table = Table("", "rounds", "pooled loss", "bytes", "processor, s", title="to the same loss", title_justify="left")
+    table = Table("", "rounds", "pooled loss", "bytes", "processor, s", title="to the same loss", box=MARKDOWN)
     names = ("full fine-tuning, whole models", "the same at its best rate", "fedpref")
     for name, found in zip(names, (theirs, tuned, ours), strict=True):
         table.add_row(name, str(found.rounds), f"{found.loss:.4f}", bytes_text(found.bytes), f"{found.seconds:.1f}")
