@@ -41,7 +41,7 @@ LEVEL = {
     "cli": 11,
 }
 MATHEMATICS = {"trees", "seeds", "summary", "losses", "channel", "topology"}
-ALLOWED_IN_MATHEMATICS = {"__future__", "collections", "dataclasses", "functools", "hashlib", "jaxtyping", "math", "os", "pathlib"}
+ALLOWED_IN_MATHEMATICS = {"__future__", "collections", "dataclasses", "functools", "hashlib", "io", "jaxtyping", "math", "os", "pathlib"}
 ALLOWED_IN_MATHEMATICS |= {"networkx", "numpy", "pydantic", "safetensors", "torch", "typing"}  # pydantic: bounds of hyper-parameters
 
 
