@@ -71,9 +71,17 @@ class Factors:
         return fed.mix(theta)[1]
 
     def shadow(self, theta: Tree, round: int) -> Float[Tensor, "n probes"]:
-        """Random projections of each tensor, the same on all clients in a round: their squares are on average the squared norm's parts."""
+        """What distances can be told from: random and linear, the same on all clients in a round; on average its norm is that of theta.
+
+        Each tensor's entries, with random signs, are summed up in as many groups.
+        """
         rng = seeds.generator(0, "probe", round=round)
-        return torch.stack([torch.randn(PROBES, theta[name].numel(), generator=rng) @ theta[name].flatten() for name in sorted(theta)])
+        sums = []
+        for name in sorted(theta):
+            flat = theta[name].flatten()
+            signed = flat * (2 * torch.randint(2, flat.shape, generator=rng, dtype=torch.int8) - 1)
+            sums.append(pad(signed, (0, -len(flat) % PROBES)).view(PROBES, -1).sum(1))
+        return torch.stack(sums)
 
 
 @dataclass(frozen=True)
@@ -164,7 +172,8 @@ class Product:
         return found
 
     def shadow(self, theta: Tree, round: int) -> Float[Tensor, "n probes"]:
-        return torch.stack(list(probed(theta, round).values()))
+        """The same of the products."""
+        return torch.stack(list(probed(theta, round).values())) / math.sqrt(PROBES)
 
 
 Aggregate = Factors | FrozenA | Product

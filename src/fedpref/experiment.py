@@ -52,9 +52,11 @@ class Experiment:
                 "one-peer-exponential, federation.clients_per_round, federation.deadline and federation.newcomers."
             )
         aggregate = getattr(self.algorithm, "aggregate", None)
-        if isinstance(aggregate, Product) and self.diagnostics and self.gossips:
-            raise UserError("diagnostics: they are about the mean of clients' adapters; with algorithm.aggregate: product there is none.")
         if isinstance(aggregate, Product):
+            if self.diagnostics and self.gossips:
+                raise UserError(
+                    "diagnostics: they are about clients' mean adapter; where products are mixed (algorithm.aggregate) there is none."
+                )
             aggregate.check(self.algorithm.local, self.task.model.lora_r)
 
     @property

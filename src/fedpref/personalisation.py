@@ -19,7 +19,7 @@ from fedpref.trees import Tree
 class Personal:
     """What of the model is each client's own, and how it is trained; the common settings of algorithms with such parts."""
 
-    name: str = ""
+    name: str = ""  # the first in a config; each algorithm has its own
     parts: Parts = Parts()
     phases: Literal["alternate", "joint"] = "alternate"
     personal_steps: Annotated[int, Field(ge=1)] | None = 1  # of a round's local steps, those of the first phase; None: a third

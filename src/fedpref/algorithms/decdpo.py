@@ -36,18 +36,18 @@ def begin(client: Client, start: Tree, aggregate: Aggregate) -> Tree:
 
 @work
 def projected(client: Client, theta: Tree, aggregate: Aggregate) -> Tree:
-    """The adapter's random projections and their squares."""
+    """The adapter's random sums and their squares."""
     shadow = aggregate.shadow(theta, client.round).double()
     return {"value": shadow, "square": shadow.square()}
 
 
 def consensus_error(fed: Federation, theta: PerClient[Tree], aggregate: Aggregate = Factors()) -> float:
-    """The mean over clients of |theta_i - mean|^2, estimated from random projections of each tensor: their variance over clients.
+    """The mean over clients of |theta_i - mean|^2, estimated from random sums of each tensor's entries: their variance over clients.
 
     Distances are between factors, or between the products that they stand for where these are what is mixed.
     """
     mean = fed.mean(fed.each(projected, theta, aggregate))
-    return max(0.0, float((mean["square"] - mean["value"].square()).mean(1).sum()))
+    return max(0.0, float((mean["square"] - mean["value"].square()).sum()))
 
 
 def measured(fed: Federation, before: PerClient[Tree], after: PerClient[Tree], aggregate: Aggregate = Factors()) -> Mapping[str, float]:
