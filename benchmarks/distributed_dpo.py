@@ -116,7 +116,7 @@ def scale(clients: int, rounds: int) -> dict[str, float]:
                 "seconds_a_round": sum(seconds) / rounds,
                 "memory_mb_after_a_quarter": memory[warm] / 1e6,
                 "memory_mb_at_the_end": memory[-1] / 1e6,
-                "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
+                "peak_memory_mb": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
             }
 
 

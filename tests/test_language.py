@@ -12,6 +12,7 @@ import torch.nn.attention.varlen
 import transformers
 from peft import PeftModel
 from torch import Tensor
+from transformers.activations import NewGELUActivation
 
 from conftest import ARCHITECTURES
 from fedpref import seeds
@@ -67,6 +68,16 @@ def test_log_probabilities_are_those_of_plain_transformers_and_peft(
     adapted = all_plain(loaded)
     assert ours.log_probabilities(adapter, ROWS).tolist() == pytest.approx(adapted, abs=1e-4)
     assert max(abs(a - b) for a, b in zip(adapted, expected, strict=True)) > 0.1
+
+
+def test_the_activation_of_gpt2_is_one_operation_and_the_same(models: Callable[[str], Path]) -> None:
+    modules = [module for module in exact(models("gpt2")).model.modules() if isinstance(module, NewGELUActivation)]
+    x = torch.linspace(-6, 6, 500, requires_grad=True)
+    assert len(modules) == 2
+    for module in modules:
+        found, expected = module(x), NewGELUActivation.forward(module, x)
+        assert found.grad_fn.name() == "GeluBackward0"
+        assert torch.allclose(found, expected, atol=1e-6)
 
 
 def gradients(model: LanguageModel, adapter: Tree, packs: bool) -> Tree:

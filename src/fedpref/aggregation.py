@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Annotated, Literal
 
 import torch
@@ -41,6 +42,12 @@ def factor(adapter: Tree, letter: Literal["A", "B"]) -> Tree:
     return trees.select(adapter, [names["AB".index(letter)] for names in pairs(adapter)])
 
 
+@lru_cache(maxsize=1)
+def signs(count: int, round: int) -> Float[Tensor, " count"]:
+    """A round's random signs, which all clients of a process share."""
+    return 2.0 * torch.randint(2, (count,), generator=seeds.generator(0, "probe", round=round)) - 1
+
+
 @dataclass(frozen=True)
 class Factors:
     """Average A and B each apart, as federated averaging does with any tensors."""
@@ -70,18 +77,14 @@ class Factors:
         """Each client's adapter mixed with its neighbours'."""
         return fed.mix(theta)[1]
 
-    def shadow(self, theta: Tree, round: int) -> Float[Tensor, "n probes"]:
+    def shadow(self, theta: Tree, round: int) -> Float[Tensor, " n"]:
         """What distances can be told from: random and linear, the same on all clients in a round; on average its norm is that of theta.
 
-        Each tensor's entries, with random signs, are summed up in as many groups.
+        All entries, with random signs, are summed up in groups, 8 for each tensor.
         """
-        rng = seeds.generator(0, "probe", round=round)
-        sums = []
-        for name in sorted(theta):
-            flat = theta[name].flatten()
-            signed = flat * (2 * torch.randint(2, flat.shape, generator=rng, dtype=torch.int8) - 1)
-            sums.append(pad(signed, (0, -len(flat) % PROBES)).view(PROBES, -1).sum(1))
-        return torch.stack(sums)
+        flat = torch.cat([theta[name].flatten() for name in sorted(theta)])
+        groups = PROBES * len(theta)
+        return pad(flat * signs(len(flat), round), (0, -len(flat) % groups)).view(groups, -1).sum(1)
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,7 @@ class FrozenA:
     def mix(self, fed: Federation, theta: PerClient[Tree]) -> PerClient[Tree]:
         return Factors().mix(fed, theta)
 
-    def shadow(self, theta: Tree, round: int) -> Float[Tensor, "n probes"]:
+    def shadow(self, theta: Tree, round: int) -> Float[Tensor, " n"]:
         return Factors().shadow(theta, round)
 
 
@@ -171,9 +174,9 @@ class Product:
         found: PerClient[Tree] = fed.each(from_sketch, theta, mixed, self)
         return found
 
-    def shadow(self, theta: Tree, round: int) -> Float[Tensor, "n probes"]:
+    def shadow(self, theta: Tree, round: int) -> Float[Tensor, " n"]:
         """The same of the products."""
-        return torch.stack(list(probed(theta, round).values())) / math.sqrt(PROBES)
+        return torch.cat(list(probed(theta, round).values())) / math.sqrt(PROBES)
 
 
 Aggregate = Factors | FrozenA | Product

@@ -25,7 +25,7 @@ from torch.func import functional_call
 
 from fedpref import trees
 from fedpref.errors import UserError
-from fedpref.models import devices, lora
+from fedpref.models import devices, fusion
 from fedpref.models.attention import ATTENTION, Kernel, PackingError, by_sequence, kernels, packed_attention, register
 from fedpref.models.head import even, token_log_probabilities
 from fedpref.models.packed import Layout, Row
@@ -96,7 +96,7 @@ class LanguageModel:
         except (ValueError, re.error) as error:
             raise UserError(f"model.lora_target_modules: {targets!r} does not fit the model: {error}") from error
         self.model.requires_grad_(False)
-        lora.fuse(self.model)
+        fusion.fuse(self.model)
         self.head = self.model.get_output_embeddings()
         self.dropouts = [module for name, module in self.model.named_modules() if name.endswith("lora_dropout")]
         self.places = {name.replace(".default", ""): name for name, _ in self.model.named_parameters() if ".lora_" in name}

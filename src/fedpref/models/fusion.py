@@ -1,8 +1,9 @@
-"""A linear layer with a LoRA adapter as one operation: no copy of the output is scaled or added, forward or backward."""
+"""What PEFT and transformers compute in pieces, each as one operation: a linear layer with a LoRA adapter, and GPT-2's GELU."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,8 +12,12 @@ from torch import Tensor, nn
 
 
 def fuse(model: nn.Module) -> None:
-    """Let PEFT's plain LoRA layers over `nn.Linear` and GPT-2's `Conv1D` compute in one operation where no dropout is drawn."""
+    """Let PEFT's plain LoRA layers over `nn.Linear` and GPT-2's `Conv1D` compute in one operation where no dropout is drawn.
+
+    So do the activations that write out GELU's approximation by tanh, which PyTorch has in one.
+    """
     from peft.tuners.lora.layer import Linear
+    from transformers.activations import FastGELUActivation, NewGELUActivation
     from transformers.pytorch_utils import Conv1D
 
     modules: list[Any] = list(model.modules())
@@ -20,6 +25,9 @@ def fuse(model: nn.Module) -> None:
     for layer in layers:
         if isinstance(layer.base_layer, nn.Linear | Conv1D):
             layer.forward = _forward(layer, isinstance(layer.base_layer, Conv1D))
+    for activation in modules:
+        if type(activation) in (NewGELUActivation, FastGELUActivation):
+            activation.forward = partial(nn.functional.gelu, approximate="tanh")
 
 
 def _forward(layer: Any, transposed: bool) -> Callable[..., Tensor]:
