@@ -111,7 +111,7 @@ def compare(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
     csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
 ) -> None:
-    """Compare runs: accuracy, gains with intervals over clients and seeds, worst clients, bytes, time."""
+    """Compare runs: accuracy or alignment, gains with intervals over clients and seeds, worst clients, bytes, time."""
     from fedpref.reports import comparison
 
     rows = comparison.compare(runs)
@@ -243,12 +243,12 @@ def _escape(text: str) -> str:
 def _follow(happenings: Iterator[Event], folder: RunDirectory) -> None:
     """Show a run as it goes, then its table and where it lies."""
     from fedpref.reports.progress import show
-    from fedpref.reports.tables import accuracies, client_table, newcomer_table, sizes
+    from fedpref.reports.tables import client_table, newcomer_table, sizes
     from fedpref.running import result
 
     show(happenings, console)
     outcome = result(folder)
-    console.print(client_table(outcome.path, accuracies(outcome.evaluations)))
+    console.print(client_table(outcome.path, outcome.evaluations))
     if outcome.newcomers:
         console.print(newcomer_table(sizes(outcome.path), outcome.newcomers))
     console.print(f"run directory: {outcome.path}", highlight=False, soft_wrap=True)

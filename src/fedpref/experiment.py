@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, cast
 from pydantic import Field
 
 from fedpref import config, seeds
-from fedpref.aggregation import Product
+from fedpref.aggregation import Factors, Product
 from fedpref.algorithms import AnyAlgorithm, Centralised, FedDPO, Local
 from fedpref.data import Builtin, ClientData, Natural, Partition, Source, partition, split
 from fedpref.diagnostics import Diagnostic
@@ -52,12 +52,17 @@ class Experiment:
                 "one-peer-exponential, federation.clients_per_round, federation.deadline and federation.newcomers."
             )
         aggregate = getattr(self.algorithm, "aggregate", None)
+        if not self.task.adapts and (getattr(self.algorithm, "adapts", False) or not isinstance(aggregate, Factors | None)):
+            raise UserError(
+                f"algorithm: {self.algorithm.name} is about the factors of an adapter, of which the task {self.task.name} trains none. "
+                "Take pluralllm, feddpo or decdpo, with algorithm.aggregate: factors."
+            )
         if isinstance(aggregate, Product):
             if self.diagnostics and self.gossips:
                 raise UserError(
                     "diagnostics: they are about clients' mean adapter; where products are mixed (algorithm.aggregate) there is none."
                 )
-            aggregate.check(self.algorithm.local, self.task.model.lora_r)
+            aggregate.check(self.algorithm.local, cast(Any, self.task.model).lora_r)
 
     @property
     def gossips(self) -> bool:
@@ -124,6 +129,7 @@ def with_whole_paths(experiment: Experiment) -> Experiment:
         topology = replace(experiment.network.topology, path=whole(experiment.network.topology.path)).with_digest()
         changed = replace(changed, network=replace(experiment.network, topology=topology))
     if experiment.task.model.path != BUILTIN:
-        model = replace(experiment.task.model, path=whole(experiment.task.model.path))
+        settings: Any = experiment.task.model
+        model = replace(settings, path=whole(settings.path))
         changed = replace(changed, task=replace(experiment.task, model=model))
     return cast(Experiment, changed)

@@ -29,6 +29,7 @@ class Descent:
     optim: Literal["adamw", "sgd"] = "adamw"
     learning_rate: Annotated[float, Field(gt=0)] = 5e-4
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "cosine"  # over the whole run, not the round
+    num_cycles: Annotated[float, Field(gt=0)] = 0.5  # of the cosine, as in transformers: half a wave goes down once
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.1  # share of the run
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -43,7 +44,7 @@ def rate(settings: Descent, progress: float) -> float:
     if progress < settings.warmup_ratio:
         return settings.learning_rate * progress / settings.warmup_ratio
     left = (1 - progress) / (1 - settings.warmup_ratio)
-    shape = {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}
+    shape = {"constant": 1.0, "linear": left, "cosine": 0.5 + 0.5 * math.cos(2 * math.pi * settings.num_cycles * (1 - left))}
     return settings.learning_rate * shape[settings.lr_scheduler_type]
 
 

@@ -59,7 +59,7 @@ def personalise(
         raise UserError(f"{run}: {taken[:5]} joined already. Give another name, or remove {places[taken[0]]}.")
     keep_freed_memory()
     with one_thread(), tempfile.TemporaryDirectory() as cache:
-        task = spec.task.build()
+        task: Any = spec.task.build()
         shards = [task.prepare(task.encode(client), Path(cache)) for client in clients]
         with closing(Simulation(task, shards, seed=spec.seed, rounds=1)) as engine:
             algorithm: Any = spec.algorithm

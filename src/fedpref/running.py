@@ -21,7 +21,7 @@ from fedpref.errors import UserError
 from fedpref.experiment import Experiment, lines, with_whole_paths
 from fedpref.federation import Client, work
 from fedpref.rundirectory import CLIENTS, CONFIG, EVALUATION, METRICS, RunDirectory
-from fedpref.summary import over_clients
+from fedpref.summary import HEADLINES, headline, over_clients
 from fedpref.tasks import Task
 from fedpref.topology import Matrix
 from fedpref.trees import Tree
@@ -187,7 +187,7 @@ def _prepare(experiment: Experiment, task: Task, shards: Sequence[Any], cache: P
             some = engine.clients[first : first + size]
             engine.begin(0, some, "init")
             engine.each(prepare, str(cache))
-            yield Event(experiment.algorithm.name, "prepare", some[-1] + 1, len(shards), {})
+            yield Event(experiment.algorithm.name, "prepare", some[-1] + 1, len(shards), {}, task.prepares)
 
 
 def _line(name: str, experiment: Experiment, folder: RunDirectory, task: Task, shards: Sequence[Any], engine: Engine) -> Iterator[Event]:
@@ -222,9 +222,9 @@ def _line(name: str, experiment: Experiment, folder: RunDirectory, task: Task, s
             for measured in (*row["clients"].values(), *row.get("newcomers", {}).values()):
                 _refuse_divergence(name, round, experiment, folder, measured)
             folder.append(EVALUATION, {"round": round + 1, **row})
-            yield Event(
-                name, "evaluate", round + 1, experiment.rounds, {**row["summary"]["rewards/accuracies"], **row.get("diagnostics", {})}
-            )
+            metric = headline(row["summary"])
+            figures_of_all = {**row["summary"][metric], **row.get("diagnostics", {})}
+            yield Event(name, "evaluate", round + 1, experiment.rounds, figures_of_all, HEADLINES[metric])
         if last or (round + 1) % experiment.checkpoint_every == 0:
             folder.checkpoint(round + 1, state, engine)
         yield Event(name, "round", round + 1, experiment.rounds, figures)

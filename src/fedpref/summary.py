@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
-ACCURACY = "rewards/accuracies"
+ACCURACY, ALIGNMENT = "rewards/accuracies", "alignment"
+HEADLINES = {ACCURACY: "pair accuracy", ALIGNMENT: "alignment"}  # what a task's clients are compared by, and its name
+
+
+def headline(metrics: Container[str]) -> str:
+    """The metric by which clients are compared, of those that a task measures."""
+    return next(metric for metric in HEADLINES if metric in metrics)
 
 
 def over_clients(values: Mapping[str, float], counts: Mapping[str, int], *, low_is_good: bool = False) -> dict[str, float]:

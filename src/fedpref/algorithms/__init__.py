@@ -15,12 +15,13 @@ from fedpref.algorithms.fedprox import FedProx
 from fedpref.algorithms.fedsa import FedSA
 from fedpref.algorithms.ffa import FFA
 from fedpref.algorithms.local import Local
+from fedpref.algorithms.pluralllm import PluralLLM
 from fedpref.algorithms.scaffold import Scaffold
 from fedpref.algorithms.stale import StaleFedDPO
 from fedpref.algorithms.stale_gossip import StaleDecDPO
 from fedpref.algorithms.tracking import GradientTracking
 
-Federated = FedDPO | StaleFedDPO | FedPDPO | FedOpt | FedProx | Scaffold | FFA | FedSA | FedPer | Ditto | FedDPA | Clustered
+Federated = FedDPO | StaleFedDPO | FedPDPO | FedOpt | FedProx | Scaffold | FFA | FedSA | FedPer | Ditto | FedDPA | Clustered | PluralLLM
 Decentralised = DecDPO | DecPDPO | StaleDecDPO | GradientTracking | ChocoDPO
 AnyAlgorithm = Federated | Decentralised | Local | Centralised
 
@@ -42,6 +43,7 @@ __all__ = [
     "FedSA",
     "GradientTracking",
     "Local",
+    "PluralLLM",
     "Scaffold",
     "StaleDecDPO",
     "StaleFedDPO",

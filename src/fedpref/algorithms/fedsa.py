@@ -36,6 +36,7 @@ class FedSA:
     name: Literal["fedsa-lora"] = "fedsa-lora"
     local: Descent = Descent()
     pooled: ClassVar[bool] = False
+    adapts: ClassVar[bool] = True
 
     def init(self, fed: Federation, start: Tree) -> State:
         return State(factor(start, "A"), fed.each(begin, factor(start, "B")), fed.each(no_moments))

@@ -23,6 +23,7 @@ class FFA:
     name: Literal["ffa-lora"] = "ffa-lora"
     local: Descent = Descent()
     pooled: ClassVar[bool] = False
+    adapts: ClassVar[bool] = True
 
     def init(self, fed: Federation, start: Tree) -> State:
         return self._as_feddpo().init(fed, start)

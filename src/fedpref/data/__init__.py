@@ -1,8 +1,11 @@
-"""Preference rows: their formats, their sources, and how they come to clients."""
+"""Preferences and opinions: their formats, their sources, and how they come to clients."""
 
+from fedpref.data.opinions import Opinions, Polis
 from fedpref.data.partitions import IID, BySize, Dirichlet, Natural, Partition, partition
-from fedpref.data.preferences import ClientData, Feedback, Preference, Row, held_out, split
-from fedpref.data.sources import HH, Builtin, Files, MovieReviews, Persona, Source, UKPConvArg
+from fedpref.data.preferences import ClientData, Feedback, Opinion, Preference, Row, held_out, split
+from fedpref.data.sources import HH, Builtin, Files, MovieReviews, Persona, UKPConvArg
+
+Source = Files | Builtin | HH | UKPConvArg | Persona | MovieReviews | Opinions | Polis
 
 __all__ = [
     "HH",
@@ -15,8 +18,11 @@ __all__ = [
     "Files",
     "MovieReviews",
     "Natural",
+    "Opinion",
+    "Opinions",
     "Partition",
     "Persona",
+    "Polis",
     "Preference",
     "Row",
     "Source",

@@ -1,4 +1,4 @@
-"""Preference rows in TRL's formats: what a row is, how one is read, and on which side of the split it stands."""
+"""Rows: comparisons and judgements in TRL's formats, a group's opinions; how one is read, and on which side of the split it stands."""
 
 from __future__ import annotations
 
@@ -26,6 +26,11 @@ class Preference:
     columns: Mapping[str, Any] = field(default_factory=dict)  # everything else the source says of it
     side: Side | None = None  # where the source itself says so
 
+    @property
+    def said(self) -> tuple[str, ...]:
+        """What the row says of its prompt."""
+        return key(self.chosen), key(self.rejected)
+
 
 @dataclass(frozen=True)
 class Feedback:
@@ -38,8 +43,28 @@ class Feedback:
     columns: Mapping[str, Any] = field(default_factory=dict)
     side: Side | None = None
 
+    @property
+    def said(self) -> tuple[str, ...]:
+        return key(self.completion), str(self.label)
 
-Row = Preference | Feedback
+
+@dataclass(frozen=True)
+class Opinion:
+    """A group's answer to a question: the share of its people that choose each option."""
+
+    prompt: str
+    options: tuple[str, ...]
+    shares: tuple[float, ...]  # of each option; they sum to one
+    where: str
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    side: Side | None = None
+
+    @property
+    def said(self) -> tuple[str, ...]:
+        return (*self.options, *map(str, self.shares))
+
+
+Row = Preference | Feedback | Opinion
 
 
 @dataclass(frozen=True)
@@ -55,8 +80,7 @@ class ClientData:
         """A hash of all texts, by which a run knows its data again."""
         found = blake2b(digest_size=16)
         for row in self.train + self.test:
-            said = (row.chosen, row.rejected) if isinstance(row, Preference) else (row.completion, str(row.label))
-            found.update("\0".join(map(key, (row.prompt, *said))).encode())
+            found.update("\0".join((key(row.prompt), *row.said)).encode())
         return found.hexdigest()
 
 

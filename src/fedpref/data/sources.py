@@ -10,13 +10,12 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.resources import files
-from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import Field
 
 from fedpref.data.preferences import Preference, Row, Side, held_out, key, parse, parse_feedback
-from fedpref.data.tables import Record, read_table
+from fedpref.data.tables import Record, local_table, read_table
 from fedpref.errors import UserError
 
 SIDES: tuple[Side, ...] = ("train", "test")
@@ -93,7 +92,7 @@ class HH:
                     yield replace(row, **texts, columns={"objective": objective}, side=side)
 
     def _records(self, objective: str) -> Iterator[tuple[Side | None, str, Mapping[str, Any]]]:
-        if table := _local_table(self.path, f"hh_rlhf_{objective}"):
+        if table := local_table(self.path, f"hh_rlhf_{objective}"):
             records = list(read_table(str(table)))
             whole = any(record.get("split") == "test" for _, record in records)
             yield from ((_side(record, "split", where) if whole else None, where, record) for where, record in records)
@@ -129,7 +128,7 @@ class UKPConvArg:
                     yield Preference(prompt, chosen, rejected, where, {"worker": worker, "debate": topic["title"]}, side)
 
     def _table(self, kind: str) -> Iterator[Record]:
-        table = _local_table(self.path, f"ukpconvarg_{kind}")
+        table = local_table(self.path, f"ukpconvarg_{kind}")
         if not table:
             raise UserError(f"data.path: there is no ukpconvarg_{kind}.jsonl or .jsonl.gz in {self.path!r}.")
         return read_table(str(table))
@@ -158,7 +157,7 @@ class Persona:
             yield Preference(prompt, chosen, rejected, where, {"persona": persona}, side)
 
     def _statements(self) -> Iterator[tuple[str, str, str, bool]]:
-        table = _local_table(self.path, "persona_statements")
+        table = local_table(self.path, "persona_statements")
         if table:
             found: set[str] = set()
             for where, record in read_table(str(table)):
@@ -210,7 +209,7 @@ class MovieReviews:
         return Preference(" ".join(words[: self.opening_words]) + " ...", chosen, rejected, where, columns, side)
 
     def _reviews(self, side: Side) -> Iterator[tuple[str, list[str], bool]]:
-        table = _local_table(self.path, "movie_reviews_polarity")
+        table = local_table(self.path, "movie_reviews_polarity")
         if table:
             for where, record in read_table(str(table)):
                 if (int(record["fold"]) >= 6) == (side == "test"):
@@ -218,16 +217,6 @@ class MovieReviews:
             return
         for where, record in read_table(self.path, split=side):
             yield where, record["text"].replace("<br />", " ").split(), record["label"] == 1
-
-
-Source = Files | Builtin | HH | UKPConvArg | Persona | MovieReviews
-
-
-def _local_table(folder: str, stem: str) -> Path | None:
-    for suffix in (".jsonl.gz", ".jsonl", ".csv.gz", ".csv"):
-        if (path := Path(folder).expanduser() / f"{stem}{suffix}").is_file():
-            return path
-    return None
 
 
 def _side(record: Mapping[str, Any], column: str, where: str) -> Side:

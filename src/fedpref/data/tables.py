@@ -32,6 +32,14 @@ def read_table(path: str, *, split: str = "train", **hub: Any) -> Iterator[Recor
         raise UserError(f"data.path: there is no file or folder {path!r}. Give a {', '.join(SUFFIXES)} file, a dataset folder or a Hub id.")
 
 
+def local_table(folder: str, stem: str) -> Path | None:
+    """The file of this name in a folder, JSON Lines or CSV, gzipped or not; None if there is none."""
+    for suffix in (".jsonl.gz", ".jsonl", ".csv.gz", ".csv"):
+        if (path := Path(folder).expanduser() / f"{stem}{suffix}").is_file():
+            return path
+    return None
+
+
 def read_file(path: Path) -> Iterator[Record]:
     """The rows of one local file."""
     kind = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix

@@ -19,7 +19,7 @@ from rich.table import Table
 from fedpref.errors import UserError
 from fedpref.reports.tables import bytes_text
 from fedpref.rundirectory import CLIENTS, CONFIG, EVALUATION, METRICS, RunDirectory
-from fedpref.summary import ACCURACY, over_clients
+from fedpref.summary import HEADLINES, headline, over_clients
 
 RESAMPLES = 10_000
 Matrix = NDArray[np.float64]
@@ -27,9 +27,10 @@ Matrix = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the comparison: runs that differ by their seed alone. Accuracies are in per cent, intervals of 95 %."""
+    """One line of the comparison: runs that differ by their seed alone. Means and gains are in per cent, intervals of 95 %."""
 
     name: str
+    metric: str  # by which clients are compared
     seeds: int
     mean: float
     interval: tuple[float, float]
@@ -73,6 +74,7 @@ def compare(paths: Sequence[Path]) -> list[Row]:
 @dataclass(frozen=True)
 class _Line:
     name: str
+    metric: str
     seeds: list[int]
     paths: list[Path]
     data: list[dict[str, str]]  # for each seed: client -> digest of its data, of the clients that trained
@@ -91,8 +93,9 @@ def _line(name: str, runs: Mapping[int, Path]) -> _Line:
         raise UserError(f"{name}: its runs have different numbers of clients; compare runs on one split.")
     known = [json.loads((path / CLIENTS).read_text()) for path in paths]
     data = [{client: about[client]["digest"] for client in sorted(found)} for about, found in zip(known, tables, strict=True)]
-    values = np.array([[100 * found[client][ACCURACY] for client in sorted(found)] for found in tables])
-    return _Line(name, list(runs), paths, data, values)
+    metric = headline(next(iter(tables[0].values())))
+    values = np.array([[100 * found[client][metric] for client in sorted(found)] for found in tables])
+    return _Line(name, metric, list(runs), paths, data, values)
 
 
 def bootstrap(values: Matrix, *, crossed: bool = True, resamples: int = RESAMPLES) -> tuple[float, float]:
@@ -119,6 +122,7 @@ def _row(line: _Line, reference: Matrix | None) -> Row:
     over = [over_clients(dict(zip(names, of_seed.tolist(), strict=True)), dict.fromkeys(names, 1)) for of_seed in values]
     return Row(
         line.name,
+        line.metric,
         seeds=len(line.seeds),
         mean=float(values.mean()),
         interval=bootstrap(values, crossed=crossed),
@@ -137,7 +141,7 @@ def _newcomers(paths: Sequence[Path]) -> tuple[float, float] | None:
     last = [RunDirectory(path).read_rows(EVALUATION)[-1] for path in paths]
     if not all("newcomers" in row for row in last):
         return None
-    before, after = ([100 * one[ACCURACY] for row in last for one in row[when].values()] for when in ("newcomers_before", "newcomers"))
+    before, after = ([100 * one[headline(one)] for row in last for one in row[when].values()] for when in ("newcomers_before", "newcomers"))
     return float(np.mean(before)), float(np.mean(after))
 
 
@@ -146,7 +150,7 @@ def _newcomers(paths: Sequence[Path]) -> tuple[float, float] | None:
 TITLES = (
     "",
     "seeds",
-    "accuracy, % [95 %]",
+    "mean, % [95 %]",
     "gain [95 %]",
     "worst client",
     "worst decile",
@@ -179,7 +183,7 @@ def cells(row: Row) -> tuple[str, ...]:
 
 def table(rows: Sequence[Row]) -> Table:
     """For a terminal."""
-    shown = Table(title=f"held-out pair accuracy; gains over {rows[0].name}", title_style="bold", title_justify="left")
+    shown = Table(title=f"held-out {HEADLINES[rows[0].metric]}; gains over {rows[0].name}", title_style="bold", title_justify="left")
     columns = _columns(rows)
     for title in TITLES[:columns]:
         shown.add_column(title, justify="right" if title else "left", no_wrap=not title)

@@ -14,6 +14,8 @@ from fedpref.summary import ACCURACY
 if TYPE_CHECKING:
     from fedpref.running import Event
 
+TRAINING = {"loss": "loss", ACCURACY: "accuracy", "rewards/margins": "margin", "error": "error"}
+UNITS = {"num_pairs": "pairs", "num_points": "points"}
 DIAGNOSTICS = {"pooled_loss": "pooled loss", "pooled_gradient_norm_squared": "squared gradient", "disagreement": "disagreement"}
 
 
@@ -34,7 +36,7 @@ def show(happenings: Iterator[Event], console: Console) -> None:
                 console.print(event.note, highlight=False, soft_wrap=True, markup=False)
                 continue
             text = _figures(event)
-            title = "reference log-probabilities" if event.kind == "prepare" else TITLES.get(event.line, event.line)
+            title = event.note if event.kind == "prepare" else TITLES.get(event.line, event.line)
             if not console.is_terminal:
                 if event.kind != "prepare" or event.done == event.total:
                     console.print(f"{title:12s} {event.kind} {event.done}/{event.total}  {text}", highlight=False, soft_wrap=True)
@@ -51,11 +53,9 @@ def _figures(event: Event) -> str:
     if event.kind == "prepare":
         return "clients"
     if event.kind == "evaluate":
-        text = f"held-out accuracy {figures['mean']:.3f}, worst client {figures['worst']:.3f}"
+        text = f"held-out {event.note} {figures['mean']:.3f}, worst client {figures['worst']:.3f}"
         return ", ".join([text, *(f"{title} {figures[name]:.3g}" for name, title in DIAGNOSTICS.items() if name in figures)])
     sent = bytes_text(figures["bytes_up"] + figures["bytes_down"])
-    speed = figures["num_pairs"] / figures["seconds"]
-    return (
-        f"loss {figures['loss']:.3f}  accuracy {figures[ACCURACY]:.3f}  margin {figures['rewards/margins']:.3f}  "
-        f"{sent}  {speed:.0f} pairs/s"
-    )
+    shown = "  ".join(f"{title} {figures[name]:.3f}" for name, title in TRAINING.items() if name in figures)
+    speed = "  ".join(f"{figures[name] / figures['seconds']:.0f} {unit}/s" for name, unit in UNITS.items() if name in figures)
+    return f"{shown}  {sent}  {speed}"

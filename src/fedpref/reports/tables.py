@@ -11,16 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from fedpref.rundirectory import CLIENTS
-from fedpref.summary import ACCURACY, over_clients, standard_error
+from fedpref.summary import ACCURACY, HEADLINES, headline, over_clients, standard_error
 
-Accuracies = Mapping[str, Mapping[str, float]]  # line -> client -> held-out pair accuracy
 Metrics = Mapping[str, Mapping[str, float]]  # client -> metric -> value
 TITLES = {"local": "alone", "centralised": "pooled"}
-
-
-def accuracies(evaluations: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Accuracies:
-    """The pair accuracies of a run's last evaluations."""
-    return {line: {name: row[ACCURACY] for name, row in rows.items()} for line, rows in evaluations.items()}
 
 
 def sizes(path: Path) -> dict[str, dict[str, int]]:
@@ -29,15 +23,16 @@ def sizes(path: Path) -> dict[str, dict[str, int]]:
     return found
 
 
-def client_table(path: Path, figures: Accuracies) -> Table:
-    """Held-out pair accuracy of each client under each line, clients with most training pairs first, then summaries."""
-    pairs = sizes(path)
+def client_table(path: Path, evaluations: Mapping[str, Metrics]) -> Table:
+    """What clients are compared by, of each under each line, clients with most training examples first, then summaries."""
+    pairs, metric = sizes(path), _headline(next(iter(evaluations.values())))
+    figures = {line: {name: row[metric] for name, row in rows.items()} for line, rows in evaluations.items()}
     names = sorted(next(iter(figures.values())), key=lambda name: (-pairs[name]["train"], name))
     counts = {name: pairs[name]["test"] for name in names}
-    table = Table(title="held-out pair accuracy, %", title_style="bold", title_justify="left")
+    table = Table(title=f"held-out {HEADLINES[metric]}, %", title_style="bold", title_justify="left")
     table.add_column("client", no_wrap=True)
-    table.add_column("training\npairs", justify="right")
-    table.add_column("held-out\npairs", justify="right")
+    table.add_column("training\nexamples", justify="right")
+    table.add_column("held-out\nexamples", justify="right")
     main = next(iter(figures))
     for line in figures:
         table.add_column(TITLES.get(line, line), justify="right", style="bold" if line == main else "")
@@ -47,7 +42,8 @@ def client_table(path: Path, figures: Accuracies) -> Table:
     trained, held = str(sum(pairs[name]["train"] for name in names)), str(sum(counts.values()))
     summaries = {line: over_clients(values, counts) for line, values in figures.items()}
     table.add_row("mean", trained, held, *(f"{100 * summaries[line]['mean']:.1f}" for line in figures), style="bold")
-    table.add_row("its standard error", "", "", *(f"{100 * standard_error(figures[line], counts):.1f}" for line in figures))
+    if metric == ACCURACY:
+        table.add_row("its standard error", "", "", *(f"{100 * standard_error(figures[line], counts):.1f}" for line in figures))
     if len(names) >= 4:
         small = names[len(names) // 2 :]
         part = [f"{100 * sum(figures[line][name] for name in small) / len(small):.1f}" for line in figures]
@@ -57,22 +53,23 @@ def client_table(path: Path, figures: Accuracies) -> Table:
             str(sum(counts[name] for name in small)),
             *part,
         )
-    for key, title in (("weighted_mean", "by held-out pairs"), ("worst", "worst client"), ("worst_decile", "worst decile")):
+    for key, title in (("weighted_mean", "by held-out examples"), ("worst", "worst client"), ("worst_decile", "worst decile")):
         table.add_row(title, "", "", *(f"{100 * summaries[line][key]:.1f}" for line in figures))
     table.add_row("Jain index", "", "", *(f"{summaries[line]['jain']:.4f}" for line in figures))
     return table
 
 
 def newcomer_table(pairs: Mapping[str, Mapping[str, int]], lines: Mapping[str, tuple[Metrics, Metrics]]) -> Table:
-    """Held-out pair accuracy of clients that join after training, under each line: as they join, and after steps of their own."""
-    table = Table(title="newcomers: held-out pair accuracy, %", title_style="bold", title_justify="left")
-    for title in ("client", "training\npairs", "held-out\npairs"):
+    """The same of clients that join after training, under each line: as they join, and after steps of their own."""
+    metric = _headline(next(iter(lines.values()))[0])
+    table = Table(title=f"newcomers: held-out {HEADLINES[metric]}, %", title_style="bold", title_justify="left")
+    for title in ("client", "training\nexamples", "held-out\nexamples"):
         table.add_column(title, justify="left" if title == "client" else "right", no_wrap=True)
     columns = []
     for line, (before, after) in lines.items():
         for title, metrics in ((f"{TITLES.get(line, line)}\nas received", before), ("after own\nsteps", after)):
             table.add_column(title, justify="right")
-            columns.append({name: 100 * row[ACCURACY] for name, row in metrics.items()})
+            columns.append({name: 100 * row[metric] for name, row in metrics.items()})
     for name in columns[0]:
         table.add_row(Text(name), str(pairs[name]["train"]), str(pairs[name]["test"]), *(f"{column[name]:.1f}" for column in columns))
     if len(columns[0]) > 1:
@@ -81,10 +78,14 @@ def newcomer_table(pairs: Mapping[str, Mapping[str, int]], lines: Mapping[str, t
     return table
 
 
+def _headline(rows: Metrics) -> str:
+    return headline(next(iter(rows.values())))
+
+
 def size_table(clients: Mapping[str, tuple[int, int, int]], shown: int = 30) -> Table:
-    """Clients and their sizes: (training pairs, held-out pairs, truncated rows); only the largest where there are very many."""
+    """Clients and their sizes: (training examples, held-out examples, truncated rows); only the largest where there are very many."""
     table = Table(title=f"{len(clients)} clients", title_style="bold", title_justify="left")
-    for title in ("client", "training pairs", "held-out pairs", "truncated"):
+    for title in ("client", "training examples", "held-out examples", "truncated"):
         table.add_column(title, justify="left" if title == "client" else "right")
     ranked = sorted(clients.items(), key=lambda item: (-item[1][0], item[0]))
     for name, (train, test, cut) in ranked[:shown]:

@@ -1,9 +1,10 @@
 """Learning problems: model, data and objective in one."""
 
 from fedpref.tasks.feedback import FeedbackTask
+from fedpref.tasks.opinion import OpinionTask
 from fedpref.tasks.preference import PreferenceTask
 from fedpref.tasks.task import BatchSize, Shard, Task
 
-AnyTask = PreferenceTask | FeedbackTask
+AnyTask = PreferenceTask | FeedbackTask | OpinionTask
 
-__all__ = ["AnyTask", "BatchSize", "FeedbackTask", "PreferenceTask", "Shard", "Task"]
+__all__ = ["AnyTask", "BatchSize", "FeedbackTask", "OpinionTask", "PreferenceTask", "Shard", "Task"]

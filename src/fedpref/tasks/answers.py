@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from hashlib import blake2b
 from itertools import accumulate
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -36,6 +36,8 @@ PerExample = Float[Tensor, " B"]
 @dataclass(frozen=True, kw_only=True)
 class AnswerTask:
     """Settings of every task on a language model."""
+
+    adapts: ClassVar[bool] = True  # a model, by LoRA
 
     model: Model = Model()
     reference: Literal["base", "round-start"] = "base"  # the model with its adapter off, or as the client received it this round
@@ -99,6 +101,10 @@ class AnswerLearner(ABC):
     @property
     def description(self) -> str:
         return self.language.description
+
+    @property
+    def prepares(self) -> str:
+        return "reference log-probabilities"
 
     @property
     def device(self) -> torch.device:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fedpref.data.preferences import Preference, Row
+from fedpref.data.preferences import Feedback, Preference, Row
 from fedpref.errors import UserError
 from fedpref.losses.feedback import KTO
 from fedpref.models.parts import Parts
@@ -45,8 +45,10 @@ class FeedbackLearner(AnswerLearner):
         for row in rows:
             if isinstance(row, Preference):
                 texts, labels = [row.chosen, row.rejected], [True, False]
-            else:
+            elif isinstance(row, Feedback):
                 texts, labels = [row.completion], [row.label]
+            else:
+                raise UserError(f"{row.where}: the row is a group's opinion, the task 'feedback' needs answers that were judged.")
             prompt, answers = self.tokens(row.prompt, texts, row.where)
             prompt, answers, shortened = self.fit(prompt, answers, row.where)
             judged += [(prompt, answer, label) for answer, label in zip(answers, labels, strict=True)]

@@ -57,8 +57,9 @@ class PreferenceLearner(AnswerLearner):
         for row in rows:
             if not isinstance(row, Preference):
                 raise UserError(
-                    f"{row.where}: the row judges one answer, the task {self.settings.name!r} needs two to compare. "
-                    "Set task.name to feedback, or give columns chosen and rejected."
+                    f"{row.where}: the row does not compare two answers, as the task {self.settings.name!r} needs them. "
+                    "Set task.name to feedback for judgements of one answer, to opinion for groups' opinions, "
+                    "or give columns chosen and rejected."
                 )
             prompt, answers = self.tokens(row.prompt, (row.chosen, row.rejected), row.where)
             prompt, (chosen, rejected), shortened = self.fit(prompt, answers, row.where)

@@ -43,6 +43,11 @@ class Task(Protocol):
         ...
 
     @property
+    def prepares(self) -> str:
+        """What `prepare` computes, in words."""
+        ...
+
+    @property
     def device(self) -> torch.device:
         """Where parameters are trained."""
         ...

@@ -1,0 +1,155 @@
+"""Where groups' opinions come from: surveys as distributions over options, and votes on statements.
+
+A row is one group's answer to one question; its column `group` names the group, and is what to partition by.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from fedpref.data.preferences import Opinion
+from fedpref.data.tables import local_table, read_table
+from fedpref.errors import UserError
+
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+# The countries of GPO's and PluralLLM's experiments, by the names that GlobalOpinionQA gives them, and PluralLLM's split of them
+TRAINING_COUNTRIES = (
+    "Nigeria",
+    "Egypt",
+    "India (Current national sample)",
+    "Germany",
+    "United States",
+    "Canada",
+    "Argentina",
+    "Australia",
+)
+UNSEEN_COUNTRIES = ("China", "Japan", "France", "Spain", "Brazil", "New Zealand")
+SETS: Mapping[str, tuple[str, ...]] = {"pluralllm": TRAINING_COUNTRIES + UNSEEN_COUNTRIES}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opinions:
+    """A survey: questions, options and the shares of each group's people, in a file, a dataset folder or on the Hub.
+
+    Either a row is a question, and a column holds {group: shares}, as in Anthropic/llm_global_opinions, whose columns are Python
+    expressions in text; or a row is a question of one group, with the columns `group` and `shares`. Rows without options are left out,
+    and shares that are all zero; the others are made to sum to one.
+    """
+
+    name: Literal["opinions"] = "opinions"
+    path: str = "Anthropic/llm_global_opinions"
+    groups: Literal["all", "pluralllm"] | tuple[str, ...] = "all"  # `pluralllm`: the 14 countries of that paper
+    question_column: str = "question"
+    options_column: str = "options"
+    selections_column: str = "selections"  # {group: shares}; by_country is also known
+    group_column: str = "group"
+    shares_column: str = "shares"
+    test_fraction: Fraction = 0.2  # of questions
+
+    def read(self) -> Iterator[Opinion]:
+        wanted = SETS.get(self.groups, None) if isinstance(self.groups, str) else self.groups
+        seen: Counter[str] = Counter()
+        path = local_table(self.path, "globalopinionqa_partial") or self.path
+        for where, record in read_table(str(path)):
+            question = str(record.get(self.question_column) or "").strip()
+            options = _evaluated(record.get(self.options_column), where, self.options_column)
+            for group, shares in self._answers(record, where):
+                if not question or not options or not shares or not any(shares) or (wanted and group not in wanted):
+                    continue
+                seen[group] += 1
+                yield opinion(question, [str(option) for option in options], shares, where, group)
+        if unknown := sorted(set(wanted or ()) - seen.keys()):
+            raise UserError(f"data.groups: {path} says nothing of {unknown[:5]}; it has {sorted(seen)[:8]}.")
+
+    def _answers(self, record: Mapping[str, Any], where: str) -> Iterator[tuple[str, Sequence[float]]]:
+        for column in (self.selections_column, "by_country"):
+            if column in record:
+                yield from _evaluated(record[column], where, column).items()
+                return
+        if self.group_column not in record or self.shares_column not in record:
+            raise UserError(
+                f"{where}: neither {self.selections_column!r} nor {self.group_column!r} with {self.shares_column!r} is a column; the row "
+                f"has {sorted(map(str, record))}. Set data.selections_column or data.group_column and data.shares_column."
+            )
+        yield str(record[self.group_column]), _evaluated(record[self.shares_column], where, self.shares_column)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Polis:
+    """Conversations on Polis: who agrees with, disagrees with or passes on which statement (github.com/compdemocracy/openData).
+
+    Groups are a conversation's opinion groups, as Polis found them. `path` is a folder with polis_votes, polis_statements and
+    polis_conversations (docs/data.md gives the columns). A statement on which fewer of a group have voted than `min_votes` is left out.
+    """
+
+    path: str
+    name: Literal["polis"] = "polis"
+    conversations: tuple[str, ...] = ()  # all if none are named
+    min_votes: Annotated[int, Field(ge=1)] = 10
+    test_fraction: Fraction = 0.2  # of statements
+
+    def read(self) -> Iterator[Opinion]:
+        topics = {record["conv"]: str(record["topic"]) for _, record in self._table("conversations")}
+        if unknown := sorted(set(self.conversations) - topics.keys()):
+            raise UserError(f"data.conversations: there are no {unknown[:5]}; there are {sorted(topics)[:8]}.")
+        texts = {(record["conv"], str(record["cid"])): str(record["text"]).strip() for _, record in self._table("statements")}
+        counts: dict[tuple[str, str, str], Counter[str]] = defaultdict(Counter)
+        places: dict[tuple[str, str, str], str] = {}
+        for where, record in self._table("votes"):
+            if self.conversations and record["conv"] not in self.conversations:
+                continue
+            for vote in record["votes"].split():
+                statement, said = vote.split(":")
+                place = (record["conv"], str(record["opinion_group"]), statement)
+                counts[place][said] += 1
+                places.setdefault(place, where)
+        for place, votes in sorted(counts.items()):
+            text = texts.get((place[0], place[2]))
+            if text and votes.total() >= self.min_votes:
+                question, shares = f"{topics[place[0]]}: {text}", [votes[said] for said in ("1", "-1", "0")]
+                yield opinion(question, ("agree", "disagree", "pass"), shares, places[place], "/".join(place[:2]))
+
+    def _table(self, what: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        table = local_table(self.path, f"polis_{what}")
+        if table is None:
+            raise UserError(f"data.path: there is no polis_{what} in {self.path!r}. docs/data.md gives the three files.")
+        return read_table(str(table))
+
+
+def opinion(question: str, options: Sequence[str], shares: Sequence[float], where: str, group: str) -> Opinion:
+    """One row, whose shares are made to sum to one; raises UserError where they do not fit the options."""
+    if len(options) != len(shares):
+        raise UserError(f"{where}: {len(options)} options, but {len(shares)} shares of {group!r}.")
+    if len(options) < 2 or len(set(options)) < len(options):
+        raise UserError(f"{where}: a question needs at least two options, all different; there are {list(options)[:6]}.")
+    try:
+        numbers = [float(share) for share in shares]
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where}: shares of {group!r} are no numbers: {list(shares)[:6]}.") from error
+    total = sum(numbers)
+    if not math.isfinite(total) or min(numbers) < 0 or not total:
+        raise UserError(f"{where}: shares of {group!r} must be finite, not negative, and not all zero; they are {numbers[:6]}.")
+    return Opinion(question, tuple(options), tuple(number / total for number in numbers), where, {"group": group})
+
+
+def _evaluated(value: Any, where: str, column: str) -> Any:
+    """A list or mapping, also where it stands in text as JSON or as a Python expression (`defaultdict(<class 'list'>, {...})`)."""
+    if not isinstance(value, str):
+        return value
+    text = value.strip()
+    if text.startswith("defaultdict("):
+        text = text[text.index("{") : text.rindex("}") + 1]
+    for read in (json.loads, ast.literal_eval):
+        try:
+            return read(text)
+        except (ValueError, SyntaxError):
+            continue
+    raise UserError(f"{where}, column {column!r}: this is no list and no mapping: {value[:80]!r}.")

@@ -1,0 +1,132 @@
+"""Texts as vectors: the mean of a language model's last hidden states, or a sentence-embedding model; nothing is trained."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import blake2b
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+
+from fedpref.errors import UserError
+from fedpref.models import devices
+
+BUILTIN = "builtin"
+DEFAULT_LENGTH = 1024  # of a model that does not say how much it can take
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Which model embeds texts."""
+
+    path: str = BUILTIN  # a Hub id, a local folder, or the model shipped with fedpref
+    kind: Literal["auto", "language-model", "sentence-transformers"] = "auto"  # auto: a folder or id of sentence-transformers' says so
+    revision: str | None = None  # of a Hub id
+    trust_remote_code: bool = False
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    device: str = "auto"
+    tokens_per_batch: Annotated[int, Field(ge=1)] = 4096
+
+    @property
+    def embeds_sentences(self) -> bool:
+        """Whether it is a model of sentence-transformers."""
+        named = self.path.startswith("sentence-transformers/") or (Path(self.path).expanduser() / "modules.json").is_file()
+        return self.kind == "sentence-transformers" or (self.kind == "auto" and named)
+
+    def open(self) -> TextEncoder:
+        """Load the model; raises UserError where there is none."""
+        return TextEncoder(self)
+
+
+class TextEncoder:
+    """A model at work."""
+
+    def __init__(self, settings: Encoder) -> None:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        self.settings = settings
+        self.wanted = devices.wanted(settings.device)
+        self.device = torch.device("cpu")
+        self.tokenizer: Any
+        path = str(files("fedpref.models") / "builtin") if settings.path == BUILTIN else settings.path
+        options: dict[str, Any] = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
+        try:
+            self.model, self.tokenizer = (_sentences if settings.embeds_sentences else _language_model)(path, options)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"task.model.path: {settings.path!r} could not be loaded as a model of transformers or sentence-transformers: "
+                f"{str(error).splitlines()[0]}"
+            ) from error
+        self.model.requires_grad_(False).eval()
+        if self.wanted.type == "cpu":
+            self.place(0)
+
+    def place(self, worker: int) -> None:
+        """Move to the device of this worker."""
+        self.device = devices.place(self.wanted, worker)
+        self.model.to(self.device, devices.arithmetic(self.settings.dtype, self.device))
+
+    @property
+    def dimensions(self) -> int:
+        if self.tokenizer is None:
+            return int(self.model.get_sentence_embedding_dimension())
+        return int(self.model.config.get_text_config().hidden_size)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the weights, shapes and a sample of each, and of how they are used."""
+        digest = blake2b(f"{self.settings.dtype} {self.wanted.type} {self.tokenizer is None}".encode(), digest_size=16)
+        for name, weight in self.model.named_parameters():
+            digest.update(f"{name} {tuple(weight.shape)}".encode())
+            digest.update(weight.detach().flatten()[:: max(1, weight.numel() // 64)].float().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    @torch.no_grad()
+    def embed(self, texts: Sequence[str]) -> Float[Tensor, "n D"]:
+        """Each text's vector, in float32 on the CPU, in the order of the texts."""
+        if self.tokenizer is None:
+            found: Tensor = self.model.encode(list(texts), convert_to_tensor=True, show_progress_bar=False)
+            return found.float().cpu()
+        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or DEFAULT_LENGTH
+        ids = [self.tokenizer(text)["input_ids"][-longest:] for text in texts]  # the end is what sets options apart
+        vectors = torch.empty(len(texts), self.dimensions)
+        for batch in self._batches([len(one) for one in ids]):
+            width = max(len(ids[i]) for i in batch)
+            padded = torch.tensor([ids[i] + [0] * (width - len(ids[i])) for i in batch], device=self.device)
+            there = torch.tensor([[1] * len(ids[i]) + [0] * (width - len(ids[i])) for i in batch], device=self.device)
+            states = self.model(input_ids=padded, attention_mask=there, use_cache=False).last_hidden_state.float()
+            vectors[batch] = ((states * there[..., None]).sum(1) / there.sum(1, keepdim=True)).cpu()
+        return vectors
+
+    def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+        """Texts of similar length together, at most so many tokens with their padding."""
+        batch: list[int] = []
+        for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+            if batch and lengths[i] * (len(batch) + 1) > self.settings.tokens_per_batch:
+                yield batch
+                batch = []
+            batch.append(i)
+        if batch:
+            yield batch
+
+
+def _language_model(path: str, options: dict[str, Any]) -> tuple[Any, Any]:
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    return transformers.AutoModel.from_pretrained(path, **options), transformers.AutoTokenizer.from_pretrained(path, **options)
+
+
+def _sentences(path: str, options: dict[str, Any]) -> tuple[Any, None]:
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError as error:
+        raise UserError(f"task.model.path: {path!r} needs sentence-transformers. Install fedpref[sentences].") from error
+    return SentenceTransformer(path, device="cpu", **options), None

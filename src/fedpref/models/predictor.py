@@ -1,0 +1,129 @@
+"""The predictor of group preferences (GPO, Zhao et al. 2023): a transformer that is shown some of a group's answers and predicts others.
+
+A point is an option of a question: the embedding x of both, and the group's probability y of that option. Points shown, the context, come
+with y; points asked for, the targets, without. There are no positions, and every point attends to the context alone: the order of the
+context changes nothing, and targets do not see one another, so that any number of them can be asked for at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from jaxtyping import Bool, Float, Int
+from pydantic import Field
+from torch import Tensor
+from torch.nn.functional import layer_norm, linear, relu, scaled_dot_product_attention, softplus
+
+from fedpref.trees import Tree
+
+Count = Annotated[int, Field(ge=1)]
+LOWEST_STD = 0.05  # where it is bounded
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """The transformer's sizes; the defaults are GPO's. Parameters are a tree with the names of PyTorch's own modules."""
+
+    width: Count = 128
+    layers: Count = 6
+    heads: Count = 4
+    feedforward: Count = 128
+    embedder_layers: Count = 4
+    bounded_std: bool = False  # a standard deviation of at least 0.05, in place of any
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise ValueError(f"predictor.width {self.width} is no multiple of predictor.heads {self.heads}")
+
+    def shapes(self, inputs: int) -> dict[str, tuple[int, ...]]:
+        """Every parameter's shape, for embeddings of so many dimensions."""
+        wide, inner = self.width, self.feedforward
+        dense = {f"embedder.{i}": (wide, wide if i else inputs + 1) for i in range(self.embedder_layers)}
+        dense |= {"head.0": (wide, wide), "head.1": (2, wide)}
+        norms = []
+        for i in range(self.layers):
+            at = f"encoder.layers.{i}"
+            dense |= {f"{at}.self_attn.out_proj": (wide, wide), f"{at}.linear1": (inner, wide), f"{at}.linear2": (wide, inner)}
+            norms += [f"{at}.norm1", f"{at}.norm2"]
+        found: dict[str, tuple[int, ...]] = {}
+        for name, shape in dense.items():
+            found |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+        for i in range(self.layers):
+            at = f"encoder.layers.{i}.self_attn.in_proj"
+            found |= {f"{at}_weight": (3 * wide, wide), f"{at}_bias": (3 * wide,)}
+        return found | {f"{name}.{part}": (wide,) for name in norms for part in ("weight", "bias")}
+
+    def init(self, inputs: int, rng: torch.Generator) -> Tree:
+        """Fresh parameters, drawn from the distributions that PyTorch's modules draw from."""
+        shapes = self.shapes(inputs)
+        return {name: _drawn(name, shapes, rng) for name in sorted(shapes)}
+
+    def __call__(
+        self,
+        params: Tree,
+        context: Float[Tensor, "B C D"],
+        answers: Float[Tensor, "B C"],
+        shown: Bool[Tensor, "B C"],
+        targets: Float[Tensor, "B T D"],
+    ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
+        """Each target's raw mean and standard deviation; `shown` says which context points there are, others are padding."""
+        count = context.shape[1]
+        weight = params["embedder.0.weight"]
+        hidden = linear(torch.cat([context, targets], 1), weight[:, :-1], params["embedder.0.bias"])
+        hidden = hidden + torch.nn.functional.pad(answers, (0, targets.shape[1]))[..., None] * weight[:, -1]
+        for i in range(1, self.embedder_layers):
+            hidden = linear(relu(hidden), params[f"embedder.{i}.weight"], params[f"embedder.{i}.bias"])
+        mask = None if bool(shown.all()) else shown[:, None, None, :]
+        for i in range(self.layers):
+            hidden = self._layer(params, f"encoder.layers.{i}", hidden, count, mask)
+        out = relu(linear(hidden[:, count:], params["head.0.weight"], params["head.0.bias"]))
+        raw, spread = linear(out, params["head.1.weight"], params["head.1.bias"]).unbind(-1)
+        return raw, LOWEST_STD + (1 - LOWEST_STD) * softplus(spread) if self.bounded_std else spread.exp()
+
+    def _layer(
+        self, params: Tree, at: str, x: Float[Tensor, "B P W"], count: int, mask: Bool[Tensor, "B 1 1 C"] | None
+    ) -> Float[Tensor, "B P W"]:
+        """Attention to the context, which comes first, and a feed-forward layer, each added and normed."""
+        weight, bias = params[f"{at}.self_attn.in_proj_weight"], params[f"{at}.self_attn.in_proj_bias"]
+        wide = self.width
+        query = linear(x, weight[:wide], bias[:wide])
+        key, value = linear(x[:, :count], weight[wide:], bias[wide:]).chunk(2, -1)
+        seen = scaled_dot_product_attention(self._by_head(query), self._by_head(key), self._by_head(value), attn_mask=mask)
+        out = linear(seen.transpose(1, 2).flatten(2), params[f"{at}.self_attn.out_proj.weight"], params[f"{at}.self_attn.out_proj.bias"])
+        x = layer_norm(x + out, (wide,), params[f"{at}.norm1.weight"], params[f"{at}.norm1.bias"])
+        inner = relu(linear(x, params[f"{at}.linear1.weight"], params[f"{at}.linear1.bias"]))
+        out = linear(inner, params[f"{at}.linear2.weight"], params[f"{at}.linear2.bias"])
+        return layer_norm(x + out, (wide,), params[f"{at}.norm2.weight"], params[f"{at}.norm2.bias"])
+
+    def _by_head(self, x: Float[Tensor, "B P W"]) -> Float[Tensor, "B H P W/H"]:
+        return x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)
+
+
+def _drawn(name: str, shapes: Mapping[str, tuple[int, ...]], rng: torch.Generator) -> Tensor:
+    shape = shapes[name]
+    if ".norm" in name:
+        return torch.full(shape, float(name.endswith("weight")))
+    if name.endswith("in_proj_bias") or name.endswith("out_proj.bias"):
+        return torch.zeros(shape)
+    inputs = shapes[name.replace("bias", "weight")][1]
+    limit = math.sqrt(6 / sum(shape)) if name.endswith("in_proj_weight") else 1 / math.sqrt(inputs)  # Xavier's, of all three together
+    return torch.empty(shape).uniform_(-limit, limit, generator=rng)
+
+
+def softmax_within(raw: Float[Tensor, " n"], question: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """The softmax over the entries of the same question; questions are numbered from 0."""
+    count = int(question.max()) + 1
+    highest = raw.new_full((count,), -math.inf).scatter_reduce(0, question, raw.detach(), "amax")
+    odds = (raw - highest[question]).exp()
+    return odds / odds.new_zeros(count).index_add(0, question, odds)[question]
+
+
+def gaussian_loss(
+    raw: Float[Tensor, " n"], std: Float[Tensor, " n"], question: Int[Tensor, " n"], y: Float[Tensor, " n"]
+) -> Float[Tensor, " n"]:
+    """-log N(y; softmax of raw means within each question, std^2)."""
+    return 0.5 * ((y - softmax_within(raw, question)) / std).square() + std.log() + 0.5 * math.log(2 * math.pi)

@@ -1,0 +1,302 @@
+"""Predicting a group's opinions from a few that it has given: questions with options, shares of people, a transformer to train."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from pydantic import Field
+from scipy.spatial.distance import jensenshannon
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from fedpref import seeds, trees
+from fedpref.data.preferences import ClientData, Feedback, Preference, Row, key
+from fedpref.errors import UserError
+from fedpref.models import devices
+from fedpref.models.encoder import Encoder
+from fedpref.models.parts import Parts
+from fedpref.models.predictor import Predictor, gaussian_loss, softmax_within
+from fedpref.summary import ALIGNMENT
+from fedpref.tasks.task import BatchSize
+from fedpref.trees import Tree
+
+Count = Annotated[int, Field(ge=1)]
+FILE, CONFIG = "predictor.safetensors", "predictor.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpinionTask:
+    """A group's opinions, predicted from a few of them in context (GPO's task, PluralLLM's with one group a client).
+
+    An example is a task: so many of the group's questions at random as context, as many others as targets. Preference pairs are
+    questions with two options, and the shares of comparisons that each of them won.
+    """
+
+    name: Literal["opinion"] = "opinion"
+    adapts: ClassVar[bool] = False
+    model: Encoder = Encoder()
+    predictor: Predictor = Predictor()
+    context_questions: tuple[Count, Count] = (9, 90)  # a number between these, evenly; fewer where a client has not so many
+    target_questions: tuple[Count, Count] = (9, 90)
+    evaluation_context: Count = 20  # questions, the same in every evaluation
+    evaluate_on: Literal["held-out", "all"] = "held-out"  # all: those too that it was trained on, as PluralLLM's program does
+
+    def __post_init__(self) -> None:
+        for name in ("context_questions", "target_questions"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise ValueError(f"task.{name}: {low} is more than {high}")
+
+    def check(self, parts: Parts) -> None:
+        """Raise UserError if clients cannot have these parts of their own under this task."""
+        raise UserError("algorithm: a predictor of opinions has no parts of a client's own. Take pluralllm, feddpo, local or centralised.")
+
+    def build(self) -> OpinionLearner:
+        return OpinionLearner(self)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A group's answer: the texts that stand for the options, by which embeddings are found, and the shares."""
+
+    group: str
+    texts: tuple[str, ...]
+    shares: tuple[float, ...]
+
+    @property
+    def digest(self) -> str:
+        return blake2b("\0".join(self.texts).encode(), digest_size=16).hexdigest()
+
+
+@dataclass(frozen=True)
+class OpinionShard:
+    """One group's questions, or for training those of several; and what is shown and asked in an evaluation."""
+
+    name: str
+    train: tuple[Question, ...]
+    test: tuple[Question, ...]
+    context: tuple[Question, ...]
+    asked: tuple[Question, ...]
+    truncated: int = 0
+
+    def __len__(self) -> int:
+        return len(self.train)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tasks: the context's points, which of them there are, the targets' points; `question` numbers the targets' questions."""
+
+    context: Float[Tensor, "B C D"]
+    answers: Float[Tensor, "B C"]
+    shown: Bool[Tensor, "B C"]
+    targets: Float[Tensor, "B T D"]
+    asked: Bool[Tensor, "B T"]
+    question: Int[Tensor, " n"]
+    shares: Float[Tensor, " n"]
+
+
+class OpinionLearner:
+    """The task at work: an encoder, loaded once, and the embeddings of all questions, which groups share."""
+
+    def __init__(self, settings: OpinionTask) -> None:
+        self.settings = settings
+        self.encoder = settings.model.open()
+        self.known: dict[str, Tensor] = {}
+
+    @property
+    def description(self) -> str:
+        inputs = self.encoder.dimensions
+        count = sum(tensor.numel() for tensor in self.init(torch.Generator()).values())
+        return f"predictor: {count / 1e6:,.2f} M parameters over embeddings of {inputs} dimensions by {self.settings.model.path}"
+
+    @property
+    def prepares(self) -> str:
+        return "embeddings"
+
+    @property
+    def device(self) -> torch.device:
+        return self.encoder.device
+
+    @property
+    def places(self) -> int:
+        return devices.places(self.encoder.wanted)
+
+    def place(self, worker: int) -> None:
+        self.encoder.place(worker)
+
+    # ---- data
+
+    def encode(self, data: ClientData) -> OpinionShard:
+        """Turn a group's rows into questions; which of them are an evaluation's context depends on the group's name alone."""
+        train, test = _questions(data.name, data.train), _questions(data.name, data.test)
+        order = torch.randperm(len(train), generator=seeds.generator(0, f"context/{data.name}")).tolist()
+        count = self.settings.evaluation_context
+        context, others = (tuple(train[i] for i in part) for part in (order[:count], order[count:]))
+        return OpinionShard(data.name, train, test, context, test if self.settings.evaluate_on == "held-out" else test + others)
+
+    def prepare(self, shard: OpinionShard, cache: Path) -> OpinionShard:
+        """Embed what is not known yet; each question's embeddings are kept in a file named after the model and its texts."""
+        wanted = {question.digest: question for question in shard.train + shard.test if question.digest not in self.known}
+        place = cache / f"embeddings-{self.encoder.fingerprint}"
+        for digest in [digest for digest in wanted if (place / f"{digest}.safetensors").exists()]:
+            self.known[digest] = trees.load(place / f"{digest}.safetensors")["embeddings"]
+            del wanted[digest]
+        if wanted:
+            place.mkdir(parents=True, exist_ok=True)
+            vectors = self.encoder.embed([text for question in wanted.values() for text in question.texts])
+            sizes = [len(question.texts) for question in wanted.values()]
+            for digest, part in zip(wanted, vectors.split(sizes), strict=True):
+                self.known[digest] = part.clone()
+                trees.save({"embeddings": self.known[digest]}, place / f"{digest}.safetensors")
+        return shard
+
+    # ---- learning
+
+    def parts(self, settings: Parts, rng: torch.Generator) -> Tree:
+        self.settings.check(settings)
+        return {}
+
+    def init(self, rng: torch.Generator) -> Tree:
+        return self.settings.predictor.init(self.encoder.dimensions, rng)
+
+    def draw(self, params: Tree, start: Tree, shard: OpinionShard, size: BatchSize, rng: torch.Generator) -> Batch:
+        """So many tasks, of random groups where there are several, all of them before one comes again."""
+        if size.max_tokens:
+            raise UserError("algorithm.local.max_tokens_per_batch: a predictor's batches are counted in tasks. Set batch_size.")
+        groups = _by_group(shard.train)
+        turn = torch.randperm(len(groups), generator=rng).tolist()
+        tasks = []
+        for number in range(size.examples):
+            questions = groups[turn[number % len(turn)]]
+            order = torch.randperm(len(questions), generator=rng).tolist()
+            context = _between(self.settings.context_questions, len(order) - 1, rng)
+            targets = _between(self.settings.target_questions, len(order) - context, rng)
+            tasks.append(([questions[i] for i in order[:context]], [questions[i] for i in order[context : context + targets]]))
+        return self._batch(tasks)
+
+    def losses(self, params: Tree, batch: Batch) -> tuple[Float[Tensor, 1], Mapping[str, float]]:
+        raw, std = self.settings.predictor(params, batch.context, batch.answers, batch.shown, batch.targets)
+        losses = gaussian_loss(raw[batch.asked], std[batch.asked], batch.question, batch.shares)
+        error = softmax_within(raw[batch.asked].detach(), batch.question) - batch.shares
+        metrics = {"loss": float(losses.detach().mean()), "error": float(error.abs().mean())}
+        return losses.mean()[None], metrics | {"num_examples": float(len(batch.context)), "num_points": float(len(batch.shares))}
+
+    def batches(self, shard: OpinionShard) -> Iterator[tuple[Batch, float]]:
+        """All training questions, each half of a group's predicted from the other."""
+        for questions in _by_group(shard.train):
+            middle = (len(questions) + 1) // 2
+            halves = questions[:middle], questions[middle:]
+            for context, targets in (halves, halves[::-1]) if len(questions) > 1 else ():
+                yield self._batch([(context, targets)]), len(targets) / len(shard.train)
+
+    @torch.no_grad()
+    def predict(self, params: Tree, context: Sequence[Question], targets: Sequence[Question]) -> tuple[list[Tensor], list[Tensor]]:
+        """Each target question's shares and their standard deviations, as the context's group would answer."""
+        batch = self._batch([(context, targets)])
+        raw, std = self.settings.predictor(trees.to(params, self.device), batch.context, batch.answers, batch.shown, batch.targets)
+        sizes = [len(question.shares) for question in targets]
+        return list(softmax_within(raw[0], batch.question).cpu().split(sizes)), list(std[0].cpu().split(sizes))
+
+    def evaluate(self, params: Tree, shard: OpinionShard) -> Mapping[str, float]:
+        """Means over questions. `alignment` is 1 - the Jensen-Shannon distance (natural logarithm) of predicted and true shares,
+        `alignment_wasserstein` 1 - the Wasserstein distance over options in their order, as a share of the largest possible one.
+
+        `accuracy` is the share of questions whose likeliest option is found, `coverage` that of shares within a standard deviation of
+        what was predicted (0.683 of a calibrated one); `uniform` is the alignment of equal shares.
+        """
+        found, stds = self.predict(params, shard.context, shard.asked)
+        truth = [torch.tensor(question.shares) for question in shard.asked]
+        measured: dict[str, list[float]] = defaultdict(list)
+        for p, std, y in zip(found, stds, truth, strict=True):
+            measured[ALIGNMENT].append(alignment(p, y))
+            measured["alignment_wasserstein"].append(wasserstein_alignment(p, y))
+            measured["accuracy"].append(float((y[p.argmax()] == y.max()).float()))
+            measured["error"].append(float((p - y).abs().mean()))
+            measured["coverage"].append(float(((p - y).abs() <= std).float().mean()))
+            measured["uniform"].append(alignment(torch.full_like(y, 1 / len(y)), y))
+        return {name: float(np.mean(values)) for name, values in measured.items()} | {"num_examples": float(len(shard.asked))}
+
+    def choices(self, params: Tree, shard: OpinionShard) -> Float[Tensor, " n"]:
+        """The predicted share of every option."""
+        return torch.cat(self.predict(params, shard.context, shard.asked)[0])
+
+    def export(self, params: Tree, folder: Path) -> None:
+        """Write the predictor's parameters, its sizes and which model embeds its texts."""
+        folder.mkdir(parents=True, exist_ok=True)
+        about = {"predictor": asdict(self.settings.predictor), "model": asdict(self.settings.model)}
+        (folder / CONFIG).write_text(json.dumps(about, indent=1) + "\n")
+        trees.save(params, folder / FILE)
+
+    def _batch(self, tasks: Sequence[tuple[Sequence[Question], Sequence[Question]]]) -> Batch:
+        context, answers, _ = self._points([task[0] for task in tasks])
+        targets, shares, sizes = self._points([task[1] for task in tasks])
+        number = torch.arange(sum(map(len, sizes)), device=self.device)
+        question = number.repeat_interleave(torch.tensor([size for of_task in sizes for size in of_task], device=self.device))
+        shown, asked = answers >= 0, shares >= 0
+        return Batch(context, answers.clamp(min=0), shown, targets, asked, question, shares[asked])
+
+    def _points(self, tasks: Sequence[Sequence[Question]]) -> tuple[Float[Tensor, "B P D"], Float[Tensor, "B P"], list[list[int]]]:
+        """Embeddings and shares of all options, padded with shares of -1, and the number of each question's options."""
+        x = [torch.cat([self.known[question.digest] for question in questions]) for questions in tasks]
+        y = [torch.tensor([share for question in questions for share in question.shares]) for questions in tasks]
+        sizes = [[len(question.shares) for question in questions] for questions in tasks]
+        padded = pad_sequence(x, batch_first=True), pad_sequence(y, batch_first=True, padding_value=-1.0)
+        return padded[0].to(self.device), padded[1].to(self.device), sizes
+
+
+def alignment(p: Float[Tensor, " n"], y: Float[Tensor, " n"]) -> float:
+    """1 - the Jensen-Shannon distance with the natural logarithm: from 0.167 to 1."""
+    distance = float(jensenshannon(p.double().numpy(), y.double().numpy()))
+    return 1 - (0.0 if np.isnan(distance) else distance)
+
+
+def wasserstein_alignment(p: Float[Tensor, " n"], y: Float[Tensor, " n"]) -> float:
+    """1 - the distance over which shares must move from option to option in their order, of the largest possible one."""
+    return 1 - float((p - y).double().cumsum(0)[:-1].abs().sum()) / (len(p) - 1)
+
+
+def _by_group(questions: Sequence[Question]) -> list[list[Question]]:
+    found: dict[str, list[Question]] = defaultdict(list)
+    for question in questions:
+        found[question.group].append(question)
+    return list(found.values())
+
+
+def _questions(group: str, rows: Sequence[Row]) -> tuple[Question, ...]:
+    """Opinions as they are; comparisons of the same two answers to a prompt together, with the share that each won."""
+    found: list[Question] = []
+    wins: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for row in rows:
+        if isinstance(row, Feedback):
+            raise UserError(f"{row.where}: the row judges one answer; the task 'opinion' needs opinions, or two answers to compare.")
+        if isinstance(row, Preference):
+            chosen, rejected = row.said
+            wins[(key(row.prompt), *sorted((chosen, rejected)))].append(chosen)
+        else:
+            found.append(Question(group, tuple(_asking(row.prompt, row.options, i) for i in range(len(row.options))), row.shares))
+    for (prompt, *options), winners in wins.items():
+        shares = tuple(winners.count(option) / len(winners) for option in options)
+        found.append(Question(group, tuple(prompt + option for option in options), shares))
+    return tuple(found)
+
+
+def _asking(question: str, options: Sequence[str], chosen: int) -> str:
+    """A question with all its options, and the one that is chosen."""
+    lettered = [f"{chr(ord('A') + i)}. {option}" for i, option in enumerate(options)]
+    return "\n".join([question, *lettered, f"Answer: {lettered[chosen]}"])
+
+
+def _between(bounds: tuple[int, int], most: int, rng: torch.Generator) -> int:
+    """A random number between these, or the most that there can be; at least one."""
+    low, high = (max(1, min(bound, most)) for bound in bounds)
+    return int(torch.randint(low, high + 1, (), generator=rng))
