@@ -31,6 +31,7 @@ from fedpref.algorithms import (
     FedSA,
     GradientTracking,
     Local,
+    PluralLLM,
     Scaffold,
     StaleDecDPO,
     StaleFedDPO,
@@ -73,6 +74,7 @@ ALGORITHMS = {
     "decpdpo": DecPDPO(local=KEEPING, parts=Parts(bottleneck=4)),
     "gradient-tracking": GradientTracking(local=LOCAL),
     "choco": ChocoDPO(local=LOCAL),
+    "pluralllm": PluralLLM(local=KEEPING),
     "local": Local(local=KEEPING),
     "personal": personal.Personal(local=LOCAL),
 }

@@ -10,6 +10,7 @@ import torch
 
 from fedpref import trees
 from fedpref.algorithms.feddpo import State, no_moments
+from fedpref.errors import UserError
 from fedpref.federation import Client, Federation, work
 from fedpref.local import Descent, descend
 from fedpref.trees import Tree
@@ -23,6 +24,8 @@ def train(client: Client, predictor: Tree, moments: Tree, method: PluralLLM) -> 
     theta, moments, metrics = descend(client, predictor, method.local, moments)
     change = trees.subtract(theta, predictor)
     if method.weights == "points":
+        if "num_points" not in metrics:
+            raise UserError("algorithm.weights: points are those of opinions, which the task does not count. Take weights: federation.")
         points = metrics["num_points"]
         change = {**trees.scale(change, points), WEIGHT: torch.tensor(points)}
     return change, moments, metrics

@@ -1,0 +1,330 @@
+"""Groups' opinions: as they stand in files, as a task, and from the command line."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from conftest import REAL_DATA, needs_real_data, write_rows
+from fedpref import cli, config, seeds, trees
+from fedpref.algorithms import Centralised, FedDPO, PluralLLM
+from fedpref.data import ClientData, Opinions, Polis, Preference
+from fedpref.data.opinions import TRAINING_COUNTRIES, UNSEEN_COUNTRIES
+from fedpref.engines import Simulation
+from fedpref.errors import UserError
+from fedpref.experiment import Experiment
+from fedpref.local import Descent, rate
+from fedpref.models.encoder import Encoder
+from fedpref.models.predictor import Predictor
+from fedpref.running import existing_directory, result, run
+from fedpref.tasks import BatchSize, OpinionTask
+from fedpref.tasks.opinion import alignment, wasserstein_alignment
+
+GROUPS = ("north", "south", "east")
+SMALL = {"width": 16, "layers": 1, "heads": 2, "feedforward": 16, "embedder_layers": 2}
+
+
+def survey(questions: int = 30, seed: int = 0) -> list[dict[str, Any]]:
+    """Questions with two to four options, of which each group likes another one."""
+    draw = random.Random(seed)
+    rows = []
+    for number in range(questions):
+        options = draw.sample(["often", "never", "at times", "on Sundays"], draw.randint(2, 4))
+        selections = {}
+        for place, group in enumerate(GROUPS):
+            liked = place % len(options)
+            selections[group] = [0.7 if i == liked else 0.3 / (len(options) - 1) for i in range(len(options))]
+        rows.append({"question": f"How is it with matter {number}?", "options": options, "selections": selections})
+    return rows
+
+
+@pytest.fixture(scope="module")
+def survey_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("survey") / "survey.jsonl", survey())
+
+
+@pytest.fixture
+def content(survey_file: Path, tiny: Path) -> dict[str, Any]:
+    counts = {"context_questions": [3, 8], "target_questions": [3, 8], "evaluation_context": 5}
+    return {
+        "data": {"name": "opinions", "path": str(survey_file)},
+        "partition": {"name": "natural", "column": "group"},
+        "task": {"name": "opinion", "model": {"path": str(tiny), "dtype": "float32"}, "predictor": SMALL, **counts},
+        "algorithm": {"name": "pluralllm", "local": {"steps": 3, "batch_size": 1, "learning_rate": 0.01, "warmup_ratio": 0.0}},
+        "rounds": 2,
+    }
+
+
+def simulation(content: dict[str, Any], cache: Path, clients: int | None = None) -> tuple[Simulation, Any]:
+    spec = config.parse(Experiment, content, "test")
+    task = spec.build_task()
+    shards = [task.prepare(task.encode(client), cache) for client in spec.clients()[0][:clients]]
+    return Simulation(task, shards, seed=0, rounds=spec.rounds), task
+
+
+# ---- data
+
+
+def stringified(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """As Anthropic/llm_global_opinions stores its columns."""
+    return [
+        {"question": r["question"], "options": str(r["options"]), "selections": f"defaultdict(<class 'list'>, {r['selections']})"}
+        for r in rows
+    ]
+
+
+def by_group(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {"question": r["question"], "options": json.dumps(r["options"]), "group": group, "shares": json.dumps(shares)}
+        for r in rows
+        for group, shares in r["selections"].items()
+    ]
+
+
+@pytest.mark.parametrize("form", [stringified, by_group])
+def test_every_form_of_a_survey_is_read_alike(form: Any, survey_file: Path, tmp_path: Path) -> None:
+    def said(path: Path) -> set[Any]:
+        return {(o.prompt, o.options, tuple(round(s, 9) for s in o.shares), o.columns["group"]) for o in Opinions(path=str(path)).read()}
+
+    expected = said(survey_file)
+    assert len(expected) == 30 * len(GROUPS)
+    rows = form(survey())
+    assert said(write_rows(tmp_path / "rows.jsonl", rows)) == expected
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    assert said(tmp_path / "rows.parquet") == expected
+    import csv
+
+    with (tmp_path / "rows.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    assert said(tmp_path / "rows.csv") == expected
+
+
+def test_shares_sum_to_one_and_groups_can_be_chosen(survey_file: Path) -> None:
+    rows = list(Opinions(path=str(survey_file), groups=("north", "east")).read())
+    assert {row.columns["group"] for row in rows} == {"north", "east"}
+    assert all(math.isclose(sum(row.shares), 1) for row in rows)
+    with pytest.raises(UserError, match=r"says nothing of \['west'\]"):
+        list(Opinions(path=str(survey_file), groups=("west",)).read())
+
+
+@pytest.mark.parametrize(
+    ("row", "complaint"),
+    [
+        ({"question": "Q?", "options": ["a", "b"], "selections": {"g": [0.5, 0.3, 0.2]}}, "2 options, but 3 shares of 'g'"),
+        ({"question": "Q?", "options": ["a", "a"], "selections": {"g": [0.5, 0.5]}}, "all different"),
+        ({"question": "Q?", "options": ["a", "b"], "selections": {"g": [1.5, -0.5]}}, "not negative"),
+        ({"question": "Q?", "options": ["a", "b"], "selections": {"g": ["x", "y"]}}, "no numbers"),
+        ({"question": "Q?", "options": "[oops", "selections": {"g": [1, 0]}}, r"column 'options': this is no list"),
+        ({"question": "Q?", "options": ["a", "b"]}, "neither 'selections' nor 'group'"),
+    ],
+)
+def test_a_bad_row_is_named_with_what_is_wrong(row: dict[str, Any], complaint: str, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [row])
+    with pytest.raises(UserError, match=complaint) as raised:
+        list(Opinions(path=str(path)).read())
+    assert "line 1" in str(raised.value)
+
+
+def test_votes_become_shares_of_each_opinion_group(tmp_path: Path) -> None:
+    write_rows(tmp_path / "polis_conversations.jsonl", [{"conv": "park", "topic": "The park"}])
+    write_rows(
+        tmp_path / "polis_statements.jsonl",
+        [{"conv": "park", "cid": 0, "text": "More trees."}, {"conv": "park", "cid": 1, "text": "Fewer."}],
+    )
+    votes = ["conv,participant,opinion_group,votes", "park,0,0,0:1 1:-1", "park,1,0,0:1", "park,2,0,0:0", "park,3,1,0:-1"]
+    (tmp_path / "polis_votes.csv").write_text("\n".join(votes) + "\n")
+    rows = {(o.columns["group"], o.prompt): o.shares for o in Polis(path=str(tmp_path), min_votes=1).read()}
+    assert rows[("park/0", "The park: More trees.")] == pytest.approx((2 / 3, 0, 1 / 3))
+    assert rows[("park/1", "The park: More trees.")] == (0, 1, 0)
+    assert {question for group, question in rows if group == "park/0"} == {"The park: More trees.", "The park: Fewer."}
+    assert {o.columns["group"] for o in Polis(path=str(tmp_path), min_votes=3).read()} == {"park/0"}
+
+
+@needs_real_data
+def test_the_countries_of_the_paper_are_all_there() -> None:
+    rows = list(Opinions(path=str(REAL_DATA), groups="pluralllm").read())
+    assert {row.columns["group"] for row in rows} == set(TRAINING_COUNTRIES + UNSEEN_COUNTRIES)
+    assert len(TRAINING_COUNTRIES) == 8
+    assert len(UNSEEN_COUNTRIES) == 6
+
+
+# ---- the task
+
+
+def test_the_cache_gives_back_the_embeddings_that_were_computed(
+    content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, first = simulation(content, tmp_path)
+    embedded = {question: tensor.clone() for question, tensor in first.known.items()}
+    monkeypatch.setattr("fedpref.models.encoder.TextEncoder.embed", lambda *_: pytest.fail("computed again"))
+    _, second = simulation(content, tmp_path)
+    assert len(embedded) == 30  # groups share them
+    assert all(torch.equal(second.known[question], tensor) for question, tensor in embedded.items())
+
+
+def test_embeddings_are_means_of_last_hidden_states_whatever_the_batch(tiny: Path) -> None:
+    import transformers
+
+    texts = ["A short one.", "This one is rather longer than the other one is.", "Mill."]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
+    model = transformers.AutoModel.from_pretrained(tiny).eval()
+    with torch.no_grad():
+        expected = torch.stack([model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0) for text in texts])
+    for size in (4096, 1):
+        found = Encoder(path=str(tiny), dtype="float32", tokens_per_batch=size).open().embed(texts)
+        assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_a_padded_batch_of_tasks_has_the_loss_of_its_tasks_apart(content: dict[str, Any], tmp_path: Path) -> None:
+    engine, task = simulation(content, tmp_path)
+    questions = engine._shards[0].train
+    params = task.init(seeds.generator(0, "init"))
+    tasks = [(questions[:4], questions[4:9]), (questions[9:18], questions[18:20])]
+    whole, _ = task.losses(params, task._batch(tasks))
+    apart = [task._batch([one]) for one in tasks]
+    losses = [float(task.losses(params, batch)[0]) for batch in apart]
+    counts = [len(batch.shares) for batch in apart]
+    assert float(whole) == pytest.approx(sum(a * b for a, b in zip(losses, counts, strict=True)) / sum(counts), abs=1e-5)
+
+
+def test_a_draw_keeps_context_and_targets_apart_and_groups_too(content: dict[str, Any], tmp_path: Path) -> None:
+    engine, task = simulation(content, tmp_path)
+    pooled = config.parse(OpinionTask, content["task"], "task").build()
+    pooled.known = task.known
+    everything = tuple(question for shard in engine._shards for question in shard.train)
+    shard = engine._shards[0].__class__("all", everything, (), (), ())
+    seen: list[Any] = []
+    pooled._batch = lambda tasks: seen.extend(tasks)
+    pooled.draw({}, {}, shard, BatchSize(3), torch.Generator().manual_seed(0))
+    assert {context[0].group for context, _ in seen} == set(GROUPS)  # each of them once
+    for context, targets in seen:
+        assert len({question.group for question in (*context, *targets)}) == 1
+        assert not {q.digest for q in context} & {q.digest for q in targets}
+        assert 3 <= len(context) <= 8
+
+
+def test_alignments_are_those_of_the_papers() -> None:
+    p, y = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0.0, 0.0, 1.0])
+    assert alignment(p, p) == 1
+    assert alignment(p, y) == pytest.approx(1 - math.sqrt(math.log(2)))
+    assert wasserstein_alignment(p, y) == 0
+    assert wasserstein_alignment(torch.tensor([0.0, 1.0, 0.0]), y) == pytest.approx(0.5)
+
+
+def test_comparisons_become_questions_with_the_share_that_each_answer_won(tiny: Path) -> None:
+    task = OpinionTask(model=Encoder(path=str(tiny))).build()
+    rows = [Preference("Q:", " a", " b", "row 1"), Preference("Q:", " b", " a", "row 2"), Preference("Q:", " a", " b", "row 3")]
+    shard = task.encode(ClientData("one", tuple(rows), ()))
+    assert [(q.texts, q.shares) for q in shard.train] == [(("Q: a", "Q: b"), pytest.approx((2 / 3, 1 / 3)))]
+
+
+# ---- the algorithm
+
+
+def test_one_group_federated_is_centralised_on_that_group(content: dict[str, Any], tmp_path: Path) -> None:
+    local = Descent(steps=3, batch_size=1, learning_rate=0.01, keep_optimizer=True)
+    ends = []
+    for method in (PluralLLM(local=local), PluralLLM(local=local, weights="points"), Centralised(local=local)):
+        engine, task = simulation(content, tmp_path, clients=1)
+        state: Any = method.init(engine, task.init(seeds.generator(0, "init")))
+        for number in range(2):
+            engine.begin(number, [0])
+            state, _ = method.step(engine, state)  # type: ignore[arg-type]
+        ends.append(method.model(state)[0])
+    for end in ends[1:]:
+        assert trees.norm(trees.subtract(end, ends[0])) < 1e-4 * trees.norm(ends[0])  # type: ignore[arg-type]
+
+
+def test_weights_by_points_are_those_of_the_points_seen(content: dict[str, Any], tmp_path: Path) -> None:
+    local = Descent(steps=1, batch_size=1, learning_rate=0.01)
+    engine, task = simulation(content, tmp_path)
+    start = task.init(seeds.generator(0, "init"))
+    engine.begin(0, engine.clients)
+    method = PluralLLM(local=local, weights="points")
+    state, _ = method.step(engine, method.init(engine, start))
+    engine, _ = simulation(content, tmp_path)
+    engine.begin(0, engine.clients)
+    alone = FedDPO(local=local)
+    from fedpref.algorithms.pluralllm import train
+
+    changes, _, metrics = engine.each(train, start, alone.init(engine, start).moments, PluralLLM(local=local))
+    points = {i: one["num_points"] for i, one in engine.disclose(metrics).items()}
+    assert len(set(points.values())) > 1
+    expected = trees.total(trees.scale(changes._values[i], points[i] / sum(points.values())) for i in points)
+    assert trees.norm(trees.subtract(trees.subtract(state.adapter, start), expected)) < 1e-5 * trees.norm(expected)
+
+
+def test_messages_hold_the_predictors_parameters_alone(content: dict[str, Any], tmp_path: Path) -> None:
+    engine, task = simulation(content, tmp_path)
+    start = task.init(seeds.generator(0, "init"))
+    engine.begin(0, engine.clients)
+    method = PluralLLM()
+    method.step(engine, method.init(engine, start))
+    assert engine.traffic.bytes_up == len(engine.clients) * trees.size(start)
+
+
+def test_the_published_cosine_goes_down_and_up_again() -> None:
+    settings = Descent(steps=6, learning_rate=1.0, warmup_ratio=0.0, num_cycles=3.0)  # 600 steps over waves of 200
+    for step, expected in ((0, 1.0), (100, 0.0), (200, 1.0), (300, 0.0), (150, 0.5)):
+        assert rate(settings, step / 600) == pytest.approx(expected, abs=1e-9)
+
+
+def test_learning_beats_equal_shares_and_newcomers_are_told_apart_by_their_context(content: dict[str, Any], tmp_path: Path) -> None:
+    content |= {"federation": {"newcomers": ["east"]}, "rounds": 12, "references": ["local", "centralised"]}
+    content["algorithm"]["local"] |= {"steps": 5, "batch_size": 2}
+    spec = config.parse(Experiment, content, "test")
+    outcome = run(spec, tmp_path / "run")
+    for line in ("pluralllm", "local", "centralised"):
+        for row in outcome.evaluations[line].values():
+            assert row["alignment"] > row["uniform"] + 0.02, line
+            assert 0 <= row["coverage"] <= 1
+    before, after = outcome.newcomers["pluralllm"]
+    assert before == after
+    assert before.keys() == {"east"}
+    assert result(existing_directory(outcome.path)).evaluations == outcome.evaluations
+
+
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        ("algorithm=fedpdpo", "no parts of a client's own"),
+        ("algorithm=ffa-lora", "about the factors of an adapter"),
+        ("algorithm={name: decdpo, aggregate: {name: product}}", "about the factors of an adapter"),
+        ("algorithm.local.max_tokens_per_batch=100", "counted in tasks"),
+        ("task.predictor.heads=3", "no multiple of predictor.heads"),
+        ("task.context_questions=[9, 3]", "9 is more than 3"),
+    ],
+)
+def test_what_does_not_fit_is_refused(override: str, complaint: str, content: dict[str, Any], tmp_path: Path) -> None:
+    import yaml
+
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(UserError, match=complaint):
+        run(Experiment.load(tmp_path / "config.yaml", [override]), tmp_path / "run")
+
+
+def test_a_run_from_the_command_line_shows_alignments(content: dict[str, Any], tmp_path: Path) -> None:
+    import yaml
+
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
+    ran = CliRunner().invoke(cli.app, ["run", str(tmp_path / "config.yaml"), "--output", str(tmp_path / "run")])
+    assert ran.exit_code == 0, ran.output
+    assert "held-out alignment, %" in ran.output
+    assert "error" in ran.output
+    exported = tmp_path / "run" / "adapter"
+    assert json.loads((exported / "predictor.json").read_text())["predictor"]["width"] == SMALL["width"]
+    assert trees.load(exported / "predictor.safetensors").keys() == Predictor(**SMALL).shapes(32).keys()
+    ran = CliRunner().invoke(cli.app, ["compare", str(tmp_path / "run")])
+    assert "held-out alignment" in ran.output
