@@ -78,20 +78,21 @@ class Predictor:
         for i in range(1, self.embedder_layers):
             hidden = linear(relu(hidden), params[f"embedder.{i}.weight"], params[f"embedder.{i}.bias"])
         mask = None if bool(shown.all()) else shown[:, None, None, :]
-        for i in range(self.layers):
-            hidden = self._layer(params, f"encoder.layers.{i}", hidden, count, mask)
-        out = relu(linear(hidden[:, count:], params["head.0.weight"], params["head.0.bias"]))
+        for i in range(self.layers - 1):
+            hidden = self._layer(params, f"encoder.layers.{i}", hidden, hidden[:, :count], mask)
+        hidden = self._layer(params, f"encoder.layers.{self.layers - 1}", hidden[:, count:], hidden[:, :count], mask)
+        out = relu(linear(hidden, params["head.0.weight"], params["head.0.bias"]))
         raw, spread = linear(out, params["head.1.weight"], params["head.1.bias"]).unbind(-1)
         return raw, LOWEST_STD + (1 - LOWEST_STD) * softplus(spread) if self.bounded_std else spread.exp()
 
     def _layer(
-        self, params: Tree, at: str, x: Float[Tensor, "B P W"], count: int, mask: Bool[Tensor, "B 1 1 C"] | None
+        self, params: Tree, at: str, x: Float[Tensor, "B P W"], context: Float[Tensor, "B C W"], mask: Bool[Tensor, "B 1 1 C"] | None
     ) -> Float[Tensor, "B P W"]:
-        """Attention to the context, which comes first, and a feed-forward layer, each added and normed."""
+        """Attention to the context, and a feed-forward layer, each added and normed."""
         weight, bias = params[f"{at}.self_attn.in_proj_weight"], params[f"{at}.self_attn.in_proj_bias"]
         wide = self.width
         query = linear(x, weight[:wide], bias[:wide])
-        key, value = linear(x[:, :count], weight[wide:], bias[wide:]).chunk(2, -1)
+        key, value = linear(context, weight[wide:], bias[wide:]).chunk(2, -1)
         seen = scaled_dot_product_attention(self._by_head(query), self._by_head(key), self._by_head(value), attn_mask=mask)
         out = linear(seen.transpose(1, 2).flatten(2), params[f"{at}.self_attn.out_proj.weight"], params[f"{at}.self_attn.out_proj.bias"])
         x = layer_norm(x + out, (wide,), params[f"{at}.norm1.weight"], params[f"{at}.norm1.bias"])
