@@ -1,0 +1,288 @@
+"""PluralLLM: federated against centralised under the paper's settings and at equal steps, on other opinions, and its speed.
+
+    python benchmarks/pluralllm.py --data FOLDER
+    python benchmarks/pluralllm.py --data FOLDER --parts countries --seeds 3
+
+`countries`: the paper's 14, of which six never train. Its settings (six local steps a round with a cosine that goes up again, weights by
+points, evaluation on all questions; one step an epoch in the centralised line), then equal numbers of steps, one cosine, and questions that
+nobody trained on. `others`: opinion groups on Polis, workers of ukpconvarg. `speed`: rounds a second against the released program's way
+of working (plural_program.py), and a thousand groups. Runs are kept under --output and not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.box import MARKDOWN
+from rich.console import Console
+from rich.table import Table
+from scipy import stats
+
+import plural_program
+from fedpref import Experiment, seeds
+from fedpref.algorithms import PluralLLM
+from fedpref.data.opinions import TRAINING_COUNTRIES
+from fedpref.engines import Simulation
+from fedpref.engines.workers import one_thread
+from fedpref.local import Descent
+from fedpref.reports.progress import show
+from fedpref.rundirectory import EVALUATION, RunDirectory
+from fedpref.running import evaluate
+from fedpref.sweep import plan, sweep
+from fedpref.tasks.opinion import alignment
+
+CONFIG = Path(__file__).resolve().parent.parent / "configs/pluralllm.yaml"
+EVERY = 2  # rounds between two evaluations
+PUBLISHED = "task.evaluate_on=all algorithm.local.learning_rate=3.0e-4"
+ADAM = "algorithm.local.warmup_ratio=0.0 algorithm.local.keep_optimizer=true algorithm.local.adam_beta2=0.999"
+SAME = f"{ADAM} algorithm.local.learning_rate=3.0e-4 algorithm.local.steps=6"
+LINES = {
+    "federated, as published": f"algorithm.name=pluralllm {PUBLISHED} algorithm.weights=points algorithm.local.num_cycles={{cycles}}",
+    "centralised, as published": f"algorithm=centralised {PUBLISHED} {ADAM} algorithm.local.steps=1 algorithm.local.batch_size=8",
+    "federated": "algorithm.name=pluralllm algorithm.local.learning_rate=3.0e-4",
+    "centralised, equal steps": f"algorithm=centralised {SAME} algorithm.local.batch_size=8",
+}
+PAIRS = {"": ("federated, as published", "centralised, as published"), "_equal_steps": ("federated", "centralised, equal steps")}
+STEPS = {"centralised, as published": 1}  # a round; six in the other lines
+OTHERS = {
+    "polis": ("data={{name: polis, path: {data}}}", "partition.min_rows=40"),
+    "ukpconvarg": ("data={{name: ukpconvarg, path: {data}}}", "partition.column=worker", "partition.max_clients=12"),
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line's runs, one for each seed."""
+
+    name: str
+    rows: Sequence[Sequence[Mapping[str, Any]]]  # of evaluations
+
+    def converged(self) -> list[float]:
+        """Of each seed, the round from which the smoothed alignment of training groups stays within 5 % of its end."""
+        return [convergence([row["round"] for row in rows], [row["summary"]["alignment"]["mean"] for row in rows]) for rows in self.rows]
+
+    def training(self, metric: str = "alignment") -> list[float]:
+        return [rows[-1]["summary"][metric]["mean"] for rows in self.rows]
+
+    def unseen(self) -> list[float]:
+        """Of each seed, the mean alignment of groups that never trained."""
+        return [statistics.fmean(group["alignment"] for group in rows[-1]["newcomers_before"].values()) for rows in self.rows]
+
+    def fairness(self) -> list[float]:
+        """Of each seed, 1 / (1 + CoV^2) of all groups' alignments."""
+        found = []
+        for rows in self.rows:
+            groups = {**rows[-1]["clients"], **rows[-1].get("newcomers_before", {})}
+            values = [group["alignment"] for group in groups.values()]
+            found.append(1 / (1 + (np.std(values) / np.mean(values)) ** 2))
+        return found
+
+
+def convergence(rounds: Sequence[int], values: Sequence[float], width: int = 3) -> float:
+    """The first round after which the moving average stays within 5 % of its last value."""
+    smooth = np.convolve(values, np.ones(width) / width, "valid")
+    outside = np.flatnonzero(abs(smooth - smooth[-1]) > 0.05 * abs(smooth[-1]))
+    first = int(outside[-1]) + 1 if len(outside) else 0
+    return float(rounds[first + width - 1 if first else 0])
+
+
+def countries(data: str, numbers: Sequence[int], rounds: int, output: Path, progress: Console) -> dict[str, Line]:
+    """All lines."""
+    common = [f"data.path={data}", f"rounds={rounds}", f"evaluate_every={EVERY}", "references=[]"]
+    variants = [f"{name}: {overrides.format(cycles=rounds * 6 / 200)}" for name, overrides in LINES.items()]
+    return trained(variants, numbers, common, output / "countries", progress)
+
+
+def others(data: str, numbers: Sequence[int], rounds: int, output: Path, progress: Console) -> dict[str, dict[str, Line]]:
+    """Federated, centralised and alone on other opinions."""
+    found = {}
+    for name, settings in OTHERS.items():
+        common = [setting.format(data=data) for setting in settings] + [f"rounds={rounds}", "references=[]", "federation.newcomers=0"]
+        variants = [
+            "federated: algorithm.name=pluralllm",
+            f"centralised: algorithm=centralised {SAME} algorithm.local.batch_size=8",
+            f"alone: algorithm=local {SAME} algorithm.local.batch_size=1",
+        ]
+        found[name] = trained(variants, numbers, common, output / name, progress)
+    return found
+
+
+def trained(variants: Sequence[str], numbers: Sequence[int], settings: Sequence[str], output: Path, progress: Console) -> dict[str, Line]:
+    """These variants' runs, done or found."""
+    runs = plan(CONFIG, variants, numbers, settings, output)
+    for path, happenings in sweep(runs, output / "cache"):
+        progress.print(str(path), highlight=False)
+        show(happenings, progress)
+    names = [variant.split(":", 1)[0] for variant in variants]
+    return {name: Line(name, [RunDirectory(path).read_rows(EVALUATION) for path in runs if path.parent.name == name]) for name in names}
+
+
+def baselines(data: str, evaluate_on: str) -> dict[str, float]:
+    """Of the groups that never train: equal shares, and the mean of the training groups that answered the question (else equal shares)."""
+    spec = Experiment.load(CONFIG, [f"data.path={data}", f"task.evaluate_on={evaluate_on}"])
+    task = spec.build_task()
+    shards = [task.encode(client) for client in spec.clients()[0]]
+    known: dict[str, list[torch.Tensor]] = {}
+    for shard in shards:
+        for question in (*shard.train, *(shard.test if evaluate_on == "all" else ())) if shard.name in TRAINING_COUNTRIES else ():
+            known.setdefault(question.digest, []).append(torch.tensor(question.shares))
+    found: dict[str, list[float]] = {"equal shares": [], "mean of the training groups": []}
+    for shard in shards:
+        if shard.name not in TRAINING_COUNTRIES:
+            equal = [torch.full((len(q.shares),), 1 / len(q.shares)) for q in shard.asked]
+            means = [torch.stack(known[q.digest]).mean(0) if q.digest in known else e for q, e in zip(shard.asked, equal, strict=True)]
+            for name, guesses in zip(found, (equal, means), strict=True):
+                pairs = zip(guesses, shard.asked, strict=True)
+                found[name].append(statistics.fmean(alignment(guess, torch.tensor(q.shares)) for guess, q in pairs))
+    return {name: statistics.fmean(values) for name, values in found.items()}
+
+
+def speed(data: str, rounds: int) -> dict[str, float]:
+    """Rounds a second, of which each tenth ends with an evaluation of all groups: the program's and ours, in turns."""
+    spec = Experiment.load(CONFIG, [f"data.path={data}", "task.evaluate_on=all"])
+    task, method, threads = spec.build_task(), spec.algorithm, torch.get_num_threads()
+    seconds = dict.fromkeys(("theirs", "ours", "their evaluation", "our evaluation"), 0.0)
+    with one_thread(), tempfile.TemporaryDirectory() as cache:  # processes that are forked must find no threads
+        shards = [task.prepare(task.encode(client), Path(cache)) for client in spec.clients()[0]]
+        training = [i for i, shard in enumerate(shards) if shard.name in TRAINING_COUNTRIES]
+        questions = [[(task.known[q.digest].numpy(), np.array(q.shares, np.float32)) for q in (*s.context, *s.asked)] for s in shards]
+        with closing(Simulation(task, shards, seed=0, rounds=rounds, workers=task.places)) as engine:
+            state: Any = method.init(engine, task.init(seeds.generator(0, "init")))
+            torch.manual_seed(0)
+            program, draw = plural_program.Program.begin([questions[i] for i in training]), random.Random(0)
+            for number in range(rounds):
+                with timed(seconds, "theirs", threads):
+                    program.round(draw)
+                with timed(seconds, "ours", 1):
+                    engine.begin(number, training)
+                    state, _ = method.step(engine, state)
+            with timed(seconds, "our evaluation", 1):
+                engine.begin(rounds - 1, engine.clients, "evaluate")
+                engine.disclose(engine.each(evaluate, *method.model(state)))
+            with timed(seconds, "their evaluation", threads):
+                for group in questions:
+                    program.evaluate(group)
+    theirs, ours = (seconds[who] / rounds + seconds[f"{whose} evaluation"] / 10 for who, whose in (("theirs", "their"), ("ours", "our")))
+    return {
+        "speed_ratio": theirs / ours,
+        "speed_ratio_without_evaluation": seconds["theirs"] / seconds["ours"],
+        **{f"seconds_{name.replace(' ', '_')}": value for name, value in seconds.items()},
+    }
+
+
+@contextmanager
+def timed(seconds: dict[str, float], name: str, threads: int) -> Iterator[None]:
+    """Add up what is done with so many threads."""
+    torch.set_num_threads(threads)
+    begun = time.perf_counter()
+    yield
+    seconds[name] += time.perf_counter() - begun
+    torch.set_num_threads(1)
+
+
+def many(data: str, groups: int) -> dict[str, float]:
+    """A round of so many groups on one processor, made of the countries by turns: seconds, and memory against a tenth of them."""
+    spec = Experiment.load(CONFIG, [f"data.path={data}"])
+    task = spec.build_task()
+    with one_thread(), tempfile.TemporaryDirectory() as cache:
+        shards = [task.prepare(task.encode(client), Path(cache)) for client in spec.clients()[0]]
+    method: Any = PluralLLM(local=Descent(steps=1, batch_size=1, learning_rate=3e-4))
+    memory, seconds = {}, 0.0
+    for count in (groups // 10, groups):
+        named = [replace(shards[i % len(shards)], name=f"group-{i}") for i in range(count)]
+        engine = Simulation(task, named, seed=0, rounds=2)
+        state = method.init(engine, task.init(seeds.generator(0, "init")))
+        begun = time.perf_counter()
+        engine.begin(0, engine.clients)
+        method.step(engine, state)
+        seconds = time.perf_counter() - begun
+        memory[count] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    return {"groups": groups, "seconds_a_round": seconds, "peak_mb_of_a_tenth": memory[groups // 10], "peak_mb": memory[groups]}
+
+
+def with_interval(values: Sequence[float], scale: float = 100.0) -> str:
+    """The mean, and Student's 95 % interval over seeds."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return f"{scale * mean:.1f}"
+    spread = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    return f"{scale * mean:.1f} [{scale * (mean - spread):.1f}, {scale * (mean + spread):.1f}]"
+
+
+def line_table(title: str, lines: Mapping[str, Line]) -> Table:
+    table = Table("", "alignment", "unseen groups", "fairness", "converged, round", "steps a client", "tasks", title=title, box=MARKDOWN)
+    for name, line in lines.items():
+        has_unseen = "newcomers_before" in line.rows[0][-1]
+        rounds = line.converged()
+        steps = [count * STEPS.get(name, 6) for count in rounds]
+        fairness = with_interval(line.fairness())
+        shown = [with_interval(rounds, 1), with_interval(steps, 1), with_interval([8 * count for count in steps], 1)]
+        table.add_row(name, with_interval(line.training()), with_interval(line.unseen()) if has_unseen else "", fairness, *shown)
+    return table
+
+
+def other_table(name: str, lines: Mapping[str, Line]) -> Table:
+    table = Table("", "alignment", "accuracy", "equal shares", title=name, box=MARKDOWN)
+    for line, found in lines.items():
+        table.add_row(line, *(with_interval(found.training(metric)) for metric in ("alignment", "accuracy", "uniform")))
+    return table
+
+
+def figures(lines: Mapping[str, Line]) -> dict[str, float]:
+    """Rounds saved, alignment gained on unseen groups, and how much fairer the centralised line is."""
+    found = {}
+    for suffix, (federated, centralised) in PAIRS.items():
+        ours, theirs = lines[federated], lines[centralised]
+        found[f"rounds_saved_percent{suffix}"] = 100 * (1 - statistics.fmean(ours.converged()) / statistics.fmean(theirs.converged()))
+        found[f"alignment_gain_percent{suffix}"] = 100 * (statistics.fmean(ours.unseen()) / statistics.fmean(theirs.unseen()) - 1)
+        found[f"fairness_gap{suffix}"] = statistics.fmean(theirs.fairness()) - statistics.fmean(ours.fairness())
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="a folder with the public sets (docs/data.md)")
+    parser.add_argument("--parts", nargs="+", choices=["countries", "others", "speed"], default=["countries", "others", "speed"])
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--output", type=Path, default=Path("runs/benchmark-pluralllm"), help="where runs are kept")
+    parser.add_argument("--quick", action="store_true", help="one seed, a few rounds, countries and speed alone; the figures mean less")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    arguments = parser.parse_args()
+    parts = ["countries", "speed"] if arguments.quick else arguments.parts
+    rounds, numbers = (8, range(1)) if arguments.quick else (100, range(arguments.seeds))
+    console, progress = Console(width=170), Console(stderr=True)
+    found: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        output = Path(scratch) if arguments.quick else arguments.output
+        if "speed" in parts:
+            found |= speed(arguments.data, 2 if arguments.quick else 10)
+            found |= many(arguments.data, 100 if arguments.quick else 1000)
+        if "countries" in parts:
+            lines = countries(arguments.data, numbers, rounds, output, progress)
+            console.print(line_table("countries", lines))
+            found |= figures(lines)
+            for where in ("all", "held-out"):
+                found |= {f"{name}, {where}": value for name, value in baselines(arguments.data, where).items()}
+        if "others" in parts:
+            for name, of_set in others(arguments.data, numbers, rounds, output, progress).items():
+                console.print(other_table(name, of_set))
+    print(json.dumps(found, indent=1))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
