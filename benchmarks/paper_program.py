@@ -37,7 +37,7 @@ CHARACTERS = 300  # the end of a text that is looked at
 Texts = Sequence[tuple[str, str]]  # (chosen, rejected)
 
 
-def small_gpt2(tokenizer: Path, folder: Path, layers: int = 4, width: int = 256) -> Path:
+def small_gpt2(tokenizer: Path, folder: Path, layers: int = 4, width: int = 384) -> Path:
     """A GPT-2 with random weights and an existing tokenizer, as a Hugging Face folder."""
     words = transformers.AutoTokenizer.from_pretrained(tokenizer)
     torch.manual_seed(0)
@@ -143,7 +143,7 @@ class Race:
     loss: float
 
 
-def texts(data: str | None, folder: Path, words: Any, count: int = 128) -> Path:
+def texts(data: str | None, folder: Path, words: Any, count: int) -> Path:
     """The ends of hh-rlhf's dialogues, or the shipped pairs, as a file for five clients; pairs alike within 64 tokens are left out."""
     spec = Experiment.load(CONFIG, [f"data.path={data}", "data.max_rows=1200"] if data else ["data={name: builtin}"])
     rows, number = [], 0
@@ -160,7 +160,7 @@ def texts(data: str | None, folder: Path, words: Any, count: int = 128) -> Path:
     return folder / "pairs.jsonl"
 
 
-def race(data: str | None, rounds: int, layers: int, width: int) -> tuple[Race, Race, Race]:
+def race(data: str | None, rounds: int, pairs_a_client: int, other_rates: Sequence[float] = OTHER_RATES) -> tuple[Race, Race, Race]:
     """The program for so many rounds; then, until the pooled loss is no higher, the program at its best rate, and ours.
 
     All losses are the program's own, over whole texts. Ours includes the reference's scores; raises RuntimeError if it does not come there.
@@ -168,14 +168,14 @@ def race(data: str | None, rounds: int, layers: int, width: int) -> tuple[Race, 
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         words = transformers.AutoTokenizer.from_pretrained(TOKENIZER)
-        model = small_gpt2(TOKENIZER, folder / "model", layers, width)
-        source = f"data={{name: files, path: {texts(data, folder, words)}, test_fraction: 0.05}}"
+        model = small_gpt2(TOKENIZER, folder / "model")
+        source = f"data={{name: files, path: {texts(data, folder, words, pairs_a_client)}, test_fraction: 0.05}}"
         ours = Experiment.load(CONFIG, [source, f"task.model.path={model}", *OURS])
         clients, _ = ours.clients()
         pairs = [[(f"{r.prompt}{r.chosen}", f"{r.prompt}{r.rejected}") for r in c.train] for c in clients]
         judge = Program.load(model, pairs)
         theirs = train_program(judge, ours, rounds, -1.0)
-        tuned = [train_program(Program.load(model, pairs, rate), ours, rounds, theirs.loss) for rate in OTHER_RATES]
+        tuned = [train_program(Program.load(model, pairs, rate), ours, rounds, theirs.loss) for rate in other_rates]
         best = min([theirs, *(found for found in tuned if found.loss <= theirs.loss)], key=lambda found: found.seconds)
         return theirs, best, train_ours(ours, clients, judge, theirs.loss, folder)
 
