@@ -37,6 +37,7 @@ LEVEL = {
     "running": 9,
     "newcomers": 10,
     "sweep": 10,
+    "rewards": 10,
     "reports": 10,
     "cli": 11,
 }

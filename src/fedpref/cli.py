@@ -1,4 +1,4 @@
-"""The command line: run, resume, check, list."""
+"""The command line."""
 
 from __future__ import annotations
 
@@ -188,6 +188,21 @@ def generate(
     if not text:
         raise UserError("the prompt is empty; give it on the command line or on standard input.")
     print(answer(folder, text, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, chat=not plain))
+
+
+@app.command()
+def reward(
+    path: Annotated[Path, typer.Argument(help="The directory of a finished run of the task `opinion`.", metavar="RUN")],
+    data: Annotated[Path, typer.Argument(help="Rows with prompt and completions, or prompt, chosen and rejected.", metavar="FILE")],
+    group: Annotated[list[str] | None, typer.Option(help="A group; give it for each, or leave it out for all.")] = None,
+    combine: Annotated[str, typer.Option(help='mean, min, max or alpha, or "{name: alpha, decay: 0.8}".')] = "mean",
+    logits: Annotated[bool, typer.Option("--logits", help="What the shares are a softmax of, in place of shares.")] = False,
+) -> None:
+    """Score answers as a run's groups would: JSON Lines with each group's reward of each completion, and the combined one."""
+    from fedpref.rewards.scoring import score
+
+    for line in score(path, data, group or (), combine, "logit" if logits else "share"):
+        print(line)
 
 
 @app.command(name="list")

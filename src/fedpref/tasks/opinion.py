@@ -153,12 +153,17 @@ class OpinionLearner:
             del wanted[digest]
         if wanted:
             place.mkdir(parents=True, exist_ok=True)
-            vectors = self.encoder.embed([text for question in wanted.values() for text in question.texts])
-            sizes = [len(question.texts) for question in wanted.values()]
-            for digest, part in zip(wanted, vectors.split(sizes), strict=True):
-                self.known[digest] = part.clone()
+            self.embed(list(wanted.values()))
+            for digest in wanted:
                 trees.save({"embeddings": self.known[digest]}, place / f"{digest}.safetensors")
         return shard
+
+    def embed(self, questions: Sequence[Question]) -> None:
+        """Embed those of these questions that are not known yet."""
+        wanted = {question.digest: question for question in questions if question.digest not in self.known}
+        vectors = self.encoder.embed([text for question in wanted.values() for text in question.texts])
+        for digest, part in zip(wanted, vectors.split([len(question.texts) for question in wanted.values()]), strict=True):
+            self.known[digest] = part.clone()
 
     # ---- learning
 
@@ -200,12 +205,15 @@ class OpinionLearner:
                 yield self._batch([(context, targets)]), len(targets) / len(shard.train)
 
     @torch.no_grad()
-    def predict(self, params: Tree, context: Sequence[Question], targets: Sequence[Question]) -> tuple[list[Tensor], list[Tensor]]:
-        """Each target question's shares and their standard deviations, as the context's group would answer."""
+    def predict(
+        self, params: Tree, context: Sequence[Question], targets: Sequence[Question], *, logits: bool = False
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Each target question's shares, or what they are a softmax of, and standard deviations, as the context's group would answer."""
         batch = self._batch([(context, targets)])
         raw, std = self.settings.predictor(trees.to(params, self.device), batch.context, batch.answers, batch.shown, batch.targets)
         sizes = [len(question.shares) for question in targets]
-        return list(softmax_within(raw[0], batch.question).cpu().split(sizes)), list(std[0].cpu().split(sizes))
+        means = raw[0] if logits else softmax_within(raw[0], batch.question)
+        return list(means.cpu().split(sizes)), list(std[0].cpu().split(sizes))
 
     def evaluate(self, params: Tree, shard: OpinionShard) -> Mapping[str, float]:
         """Means over questions. `alignment` is 1 - the Jensen-Shannon distance (natural logarithm) of predicted and true shares,

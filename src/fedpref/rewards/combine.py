@@ -1,0 +1,84 @@
+"""One reward of several groups' rewards: their mean, the least, the greatest, or one that leans to groups that have fared badly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Mean:
+    """Everybody alike."""
+
+    name: Literal["mean"] = "mean"
+
+    def __call__(self, rewards: Float[Tensor, "G n"]) -> Float[Tensor, " n"]:
+        return rewards.mean(0)
+
+
+@dataclass(frozen=True)
+class Minimum:
+    """The group that likes an answer least."""
+
+    name: Literal["min"] = "min"
+
+    def __call__(self, rewards: Float[Tensor, "G n"]) -> Float[Tensor, " n"]:
+        return rewards.amin(0)
+
+
+@dataclass(frozen=True)
+class Maximum:
+    """The group that likes an answer best."""
+
+    name: Literal["max"] = "max"
+
+    def __call__(self, rewards: Float[Tensor, "G n"]) -> Float[Tensor, " n"]:
+        return rewards.amax(0)
+
+
+@dataclass
+class AdaptiveAlpha:
+    """Groups that have fared badly count more, unless all fare alike ("Systematic Evaluation of Preference Aggregation in Federated
+    RLHF", arXiv 2512.08786).
+
+    Where the mean fairness of a batch, 1 / (1 + CoV^2) of an answer's rewards over groups, is at least `threshold`: the mean. Else
+    log mean exp(alpha_g r_g), alpha a softmax of (1 - h_g) / `temperature` and h_g the group's history. As published that is about
+    sum alpha_g r_g / G, G times less than the mean: `rescale`, which is ours, takes sum alpha_g r_g. With `decay` 0.8 the history is
+    APPA's moving average (arXiv 2604.04261, which shows 1 / (1 + CoV), `fairness: cov`, and a threshold of 0.99); without, the mean of
+    all batches, which is ours: the paper does not say. Histories begin at 0. Fairness is no quality: groups that fare equally badly are
+    at 1. Rewards should be between 0 and 1.
+    """
+
+    name: Literal["alpha"] = "alpha"
+    threshold: float = 0.9
+    temperature: float = 0.1
+    rescale: bool = True
+    decay: float | None = None
+    fairness: Literal["cov-squared", "cov"] = "cov-squared"
+    history: list[float] = field(default_factory=list, init=False)  # of each group
+    batches: int = field(default=0, init=False)
+    switched: int = field(default=0, init=False)  # batches in which the mean was left
+
+    def index(self, rewards: Float[Tensor, "G n"]) -> float:
+        """How alike groups fare, 1 at most."""
+        spread = rewards.std(0, correction=0) / rewards.mean(0).abs().clamp(min=1e-12)
+        return float((1 / (1 + (spread.square() if self.fairness == "cov-squared" else spread))).mean())
+
+    def __call__(self, rewards: Float[Tensor, "G n"]) -> Float[Tensor, " n"]:
+        known = torch.tensor(self.history or [0.0] * len(rewards), dtype=rewards.dtype)
+        fair = self.index(rewards) >= self.threshold
+        alpha = torch.softmax((1 - known) / self.temperature, 0)[:, None]
+        self.batches += 1
+        self.switched += not fair
+        now, rate = rewards.mean(1), 1 / self.batches if self.decay is None else 1 - self.decay
+        self.history = torch.lerp(known, now, rate).tolist()
+        if fair:
+            return rewards.mean(0)
+        return (alpha * rewards).sum(0) if self.rescale else (alpha * rewards).exp().mean(0).log()
+
+
+Combine = Mean | Minimum | Maximum | AdaptiveAlpha
