@@ -46,14 +46,12 @@ from fedpref.tasks.opinion import alignment
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs/pluralllm.yaml"
 EVERY = 2  # rounds between two evaluations
-PUBLISHED = "task.evaluate_on=all algorithm.local.learning_rate=3.0e-4"
-ADAM = "algorithm.local.warmup_ratio=0.0 algorithm.local.keep_optimizer=true algorithm.local.adam_beta2=0.999"
-SAME = f"{ADAM} algorithm.local.learning_rate=3.0e-4 algorithm.local.steps=6"
+PUBLISHED = "task.evaluate_on=all"
 LINES = {
-    "federated, as published": f"algorithm.name=pluralllm {PUBLISHED} algorithm.weights=points algorithm.local.num_cycles={{cycles}}",
-    "centralised, as published": f"algorithm=centralised {PUBLISHED} {ADAM} algorithm.local.steps=1 algorithm.local.batch_size=8",
-    "federated": "algorithm.name=pluralllm algorithm.local.learning_rate=3.0e-4",
-    "centralised, equal steps": f"algorithm=centralised {SAME} algorithm.local.batch_size=8",
+    "federated, as published": f"algorithm.weights=points algorithm.local.num_cycles={{cycles}} {PUBLISHED}",
+    "centralised, as published": f"algorithm.name=centralised algorithm.local.steps=1 algorithm.local.batch_size=8 {PUBLISHED}",
+    "federated": "",
+    "centralised, equal steps": "algorithm.name=centralised algorithm.local.batch_size=8",
 }
 PAIRS = {"": ("federated, as published", "centralised, as published"), "_equal_steps": ("federated", "centralised, equal steps")}
 STEPS = {"centralised, as published": 1}  # a round; six in the other lines
@@ -111,11 +109,7 @@ def others(data: str, numbers: Sequence[int], rounds: int, output: Path, progres
     found = {}
     for name, settings in OTHERS.items():
         common = [setting.format(data=data) for setting in settings] + [f"rounds={rounds}", "references=[]", "federation.newcomers=0"]
-        variants = [
-            "federated: algorithm.name=pluralllm",
-            f"centralised: algorithm=centralised {SAME} algorithm.local.batch_size=8",
-            f"alone: algorithm=local {SAME} algorithm.local.batch_size=1",
-        ]
+        variants = ["federated: ", "centralised: algorithm.name=centralised algorithm.local.batch_size=8", "alone: algorithm.name=local"]
         found[name] = trained(variants, numbers, common, output / name, progress)
     return found
 

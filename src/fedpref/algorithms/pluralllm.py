@@ -37,12 +37,12 @@ class PluralLLM:
 
     Shared: the predictor. Private: questions used and opinions, optimiser moments. Averaged: all of the predictor's parameters, weighted as
     `federation.weighting` says, or by the points that a group's tasks happened to have in the round (`weights: points`; the paper's
-    program counts those of the round's first task). The paper's program keeps Adam's moments over rounds and lets a cosine of 100 steps
-    go up again and down over 600 (`local.num_cycles: 3`); here it goes down once.
+    program counts those of the round's first task). The paper's settings are those of configs/pluralllm.yaml, but for a cosine of 100 steps
+    that goes up again and down over 600 (`local.num_cycles: 3`); there it goes down once.
     """
 
     name: Literal["pluralllm"] = "pluralllm"
-    local: Descent = Descent(steps=6, batch_size=1, learning_rate=3e-4, adam_beta2=0.999, warmup_ratio=0.0, keep_optimizer=True)
+    local: Descent = Descent()
     weights: Literal["federation", "points"] = "federation"
     pooled: ClassVar[bool] = False
 
