@@ -15,10 +15,11 @@ def headline(metrics: Container[str]) -> str:
 
 
 def over_clients(values: Mapping[str, float], counts: Mapping[str, int], *, low_is_good: bool = False) -> dict[str, float]:
-    """Mean, mean weighted by held-out examples, worst client, mean of the worst decile (one client at least), Jain's index.
+    """Mean, mean weighted by held-out examples, worst client, mean of the worst decile (one client at least), gap, CoV, Jain's index.
 
-    Jain's index (sum x)^2 / (N sum x^2) is 1 when all clients fare alike and 1/N when one has everything (Jain et al. 1984); it is
-    left out where a value is negative.
+    The gap is between the best client and the worst; CoV is the standard deviation as a share of the mean. Jain's index
+    (sum x)^2 / (N sum x^2) = 1 / (1 + CoV^2) is 1 when all clients fare alike and 1/N when one has everything (Jain et al. 1984). CoV and
+    the index are left out where a value is negative.
     """
     ranked = sorted(values.values(), reverse=low_is_good)
     worst = ranked[: math.ceil(len(ranked) / 10)]
@@ -28,9 +29,11 @@ def over_clients(values: Mapping[str, float], counts: Mapping[str, int], *, low_
         "weighted_mean": sum(values[name] * counts[name] for name in values) / sum(counts[name] for name in values),
         "worst": ranked[0],
         "worst_decile": sum(worst) / len(worst),
+        "gap": max(ranked) - min(ranked),
     }
     if min(ranked) >= 0:
         summary["jain"] = sum(ranked) ** 2 / (len(ranked) * squares) if squares else 1.0
+        summary["cov"] = math.sqrt(max(0.0, 1 / summary["jain"] - 1))
     return summary
 
 

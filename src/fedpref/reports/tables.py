@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedpref.rundirectory import CLIENTS
-from fedpref.summary import ACCURACY, HEADLINES, headline, over_clients, standard_error
+from fedpref.summary import ACCURACY, ALIGNMENT, HEADLINES, headline, over_clients, standard_error
 
 Metrics = Mapping[str, Mapping[str, float]]  # client -> metric -> value
 TITLES = {"local": "alone", "centralised": "pooled"}
@@ -55,6 +55,8 @@ def client_table(path: Path, evaluations: Mapping[str, Metrics]) -> Table:
         )
     for key, title in (("weighted_mean", "by held-out examples"), ("worst", "worst client"), ("worst_decile", "worst decile")):
         table.add_row(title, "", "", *(f"{100 * summaries[line][key]:.1f}" for line in figures))
+    if metric == ALIGNMENT:
+        table.add_row("best less worst", "", "", *(f"{100 * summaries[line]['gap']:.1f}" for line in figures))
     table.add_row("Jain index", "", "", *(f"{summaries[line]['jain']:.4f}" for line in figures))
     return table
 
