@@ -57,7 +57,12 @@ PAIRS = {"": ("federated, as published", "centralised, as published"), "_equal_s
 STEPS = {"centralised, as published": 1}  # a round; six in the other lines
 OTHERS = {
     "polis": ("data={{name: polis, path: {data}}}", "partition.min_rows=40"),
-    "ukpconvarg": ("data={{name: ukpconvarg, path: {data}}}", "partition.column=worker", "partition.max_clients=12"),
+    "ukpconvarg": (
+        "data={{name: ukpconvarg, path: {data}}}",
+        "partition.column=worker",
+        "partition.max_clients=8",
+        "partition.max_rows=600",
+    ),
 }
 
 
@@ -251,12 +256,13 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="a folder with the public sets (docs/data.md)")
     parser.add_argument("--parts", nargs="+", choices=["countries", "others", "speed"], default=["countries", "others", "speed"])
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark-pluralllm"), help="where runs are kept")
     parser.add_argument("--quick", action="store_true", help="one seed, a few rounds, countries and speed alone; the figures mean less")
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
     parts = ["countries", "speed"] if arguments.quick else arguments.parts
-    rounds, numbers = (8, range(1)) if arguments.quick else (100, range(arguments.seeds))
+    rounds, numbers = (8, range(1)) if arguments.quick else (arguments.rounds, range(arguments.seeds))
     console, progress = Console(width=170), Console(stderr=True)
     found: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as scratch:

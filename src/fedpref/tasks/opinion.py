@@ -160,10 +160,10 @@ class OpinionLearner:
 
     def embed(self, questions: Sequence[Question]) -> None:
         """Embed those of these questions that are not known yet."""
-        wanted = {question.digest: question for question in questions if question.digest not in self.known}
-        vectors = self.encoder.embed([text for question in wanted.values() for text in question.texts])
-        for digest, part in zip(wanted, vectors.split([len(question.texts) for question in wanted.values()]), strict=True):
-            self.known[digest] = part.clone()
+        wanted = {question.digest: question.texts for question in questions if question.digest not in self.known}
+        texts = list(dict.fromkeys(text for of_question in wanted.values() for text in of_question))
+        vectors = dict(zip(texts, self.encoder.embed(texts), strict=True))
+        self.known |= {digest: torch.stack([vectors[text] for text in of_question]) for digest, of_question in wanted.items()}
 
     # ---- learning
 
