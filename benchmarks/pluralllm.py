@@ -57,12 +57,7 @@ PAIRS = {"": ("federated, as published", "centralised, as published"), "_equal_s
 STEPS = {"centralised, as published": 1}  # a round; six in the other lines
 OTHERS = {
     "polis": ("data={{name: polis, path: {data}}}", "partition.min_rows=40"),
-    "ukpconvarg": (
-        "data={{name: ukpconvarg, path: {data}}}",
-        "partition.column=worker",
-        "partition.max_clients=8",
-        "partition.max_rows=600",
-    ),
+    "ukpconvarg": ("data={{name: ukpconvarg, path: {data}}}", "partition={{name: natural, column: worker, max_clients: 8, max_rows: 600}}"),
 }
 
 

@@ -187,6 +187,20 @@ def test_embeddings_are_means_of_last_hidden_states_whatever_the_batch(tiny: Pat
         assert torch.allclose(found, expected, atol=1e-5)
 
 
+def test_a_folder_of_sentence_transformers_is_used_as_such(tiny: Path, tmp_path: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+    parts = Transformer(str(tiny), model_kwargs={"dtype": torch.float32}), Pooling(32)
+    model = SentenceTransformer(modules=list(parts), device="cpu")
+    model.save(str(tmp_path / "sentences"))
+    encoder = Encoder(path=str(tmp_path / "sentences"), dtype="float32").open()
+    texts = ["A short one.", "This one is rather longer than the other one is."]
+    assert encoder.dimensions == 32
+    assert torch.allclose(encoder.embed(texts), model.encode(texts, convert_to_tensor=True), atol=1e-5)
+    assert encoder.fingerprint != Encoder(path=str(tiny), dtype="float32").open().fingerprint
+
+
 def test_a_padded_batch_of_tasks_has_the_loss_of_its_tasks_apart(content: dict[str, Any], tmp_path: Path) -> None:
     engine, task = simulation(content, tmp_path)
     questions = engine._shards[0].train

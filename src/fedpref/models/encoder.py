@@ -76,7 +76,7 @@ class TextEncoder:
     @property
     def dimensions(self) -> int:
         if self.tokenizer is None:
-            return int(self.model.get_sentence_embedding_dimension())
+            return int(self.model.encode(["width"]).shape[1])
         return int(self.model.config.get_text_config().hidden_size)
 
     @cached_property

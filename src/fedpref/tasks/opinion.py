@@ -162,7 +162,7 @@ class OpinionLearner:
         """Embed those of these questions that are not known yet."""
         wanted = {question.digest: question.texts for question in questions if question.digest not in self.known}
         texts = list(dict.fromkeys(text for of_question in wanted.values() for text in of_question))
-        vectors = dict(zip(texts, self.encoder.embed(texts), strict=True))
+        vectors = dict(zip(texts, self.encoder.embed(texts), strict=True)) if texts else {}
         self.known |= {digest: torch.stack([vectors[text] for text in of_question]) for digest, of_question in wanted.items()}
 
     # ---- learning
