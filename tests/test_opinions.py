@@ -310,6 +310,17 @@ def test_learning_beats_equal_shares_and_newcomers_are_told_apart_by_their_conte
     assert result(existing_directory(outcome.path)).evaluations == outcome.evaluations
 
 
+def test_a_group_can_come_to_a_finished_run(content: dict[str, Any], tmp_path: Path) -> None:
+    from fedpref.data import Files
+    from fedpref.newcomers import personalise
+
+    path = run(config.parse(Experiment, content, "test"), tmp_path / "run").path
+    rows = [{**row, "selections": {"west": row["selections"]["east"]}} for row in survey(seed=1)]
+    joined = personalise(path, Files(path=str(write_rows(tmp_path / "west.jsonl", rows))), column="group")
+    assert joined.keys() == {"west"}
+    assert 0 < joined["west"].before["alignment"] == joined["west"].after["alignment"]
+
+
 @pytest.mark.parametrize(
     ("override", "complaint"),
     [

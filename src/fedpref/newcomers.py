@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import quote
 
 from fedpref import seeds
-from fedpref.data import IID, Files, Natural
+from fedpref.data import IID, Files, Natural, Opinions
 from fedpref.engines import Simulation
 from fedpref.engines.workers import keep_freed_memory, one_thread
 from fedpref.errors import UserError
@@ -38,7 +38,7 @@ def personalise(
 ) -> dict[str, Newcomer]:
     """Let the clients in `data` join a run: one for each value of a column, or a single one, by default named after the file.
 
-    They take `steps` local steps (by default the run's `federation.join_steps`) and their models go to RUN/newcomers/NAME. What is shared
+    Where the run's data are opinions, these are read as its are. They take `steps` local steps (by default the run's `federation.join_steps`) and their models go to RUN/newcomers/NAME. What is shared
     stays as it is. Raises UserError, before anything is computed, if the run is not finished or a name is taken.
     """
     if column and name:
@@ -47,7 +47,8 @@ def personalise(
     if not folder.done:
         raise UserError(f"{run}: the run is not finished. `fedpref resume {run}` finishes it.")
     experiment = read_experiment(folder)
-    spec = replace(experiment, data=data, partition=Natural(column=column) if column else IID(clients=1))
+    source = replace(experiment.data, path=data.path, groups="all") if isinstance(experiment.data, Opinions) else data
+    spec = replace(experiment, data=source, partition=Natural(column=column) if column else IID(clients=1))
     clients, _ = spec.clients()
     if not column:
         clients = (replace(clients[0], name=name or Path(data.path).name.split(".")[0]),)
