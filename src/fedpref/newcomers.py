@@ -38,8 +38,9 @@ def personalise(
 ) -> dict[str, Newcomer]:
     """Let the clients in `data` join a run: one for each value of a column, or a single one, by default named after the file.
 
-    Where the run's data are opinions, these are read as its are. They take `steps` local steps (by default the run's `federation.join_steps`) and their models go to RUN/newcomers/NAME. What is shared
-    stays as it is. Raises UserError, before anything is computed, if the run is not finished or a name is taken.
+    Where the run's data are opinions, these are read as its are. They take `steps` local steps (by default the run's
+    `federation.join_steps`) and their models go to RUN/newcomers/NAME. What is shared stays as it is. Raises UserError, before anything
+    is computed, if the run is not finished or a name is taken.
     """
     if column and name:
         raise UserError(f"--name {name!r}: newcomers are named by the column {column!r}. Leave one of the two out.")
