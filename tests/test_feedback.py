@@ -82,5 +82,5 @@ def test_training_learns_from_judgements(settings: dict[str, Any], tmp_path: Pat
 
 def test_judgements_are_no_pairs(settings: dict[str, Any], tmp_path: Path) -> None:
     data = {**settings["data"], "path": str(write_rows(tmp_path / "rows.jsonl", judged(make_rows([8, 8]))))}
-    with pytest.raises(UserError, match=r"row judges one answer.*task.name to feedback"):
+    with pytest.raises(UserError, match=r"does not compare two answers.*task.name to feedback"):
         run(config.parse(Experiment, {**settings, "data": data}, "test"), tmp_path / "run")
