@@ -240,8 +240,13 @@ def test_alignments_are_those_of_the_papers() -> None:
 def test_comparisons_become_questions_with_the_share_that_each_answer_won(tiny: Path) -> None:
     task = OpinionTask(model=Encoder(path=str(tiny))).build()
     rows = [Preference("Q:", " a", " b", "row 1"), Preference("Q:", " b", " a", "row 2"), Preference("Q:", " a", " b", "row 3")]
-    shard = task.encode(ClientData("one", tuple(rows), ()))
-    assert [(q.texts, q.shares) for q in shard.train] == [(("Q: a", "Q: b"), pytest.approx((2 / 3, 1 / 3)))]
+    shard = task.encode(ClientData("one", (*rows, Preference("R:", " c", " d", "row 4")), ()))
+    assert [(q.texts, q.shares) for q in shard.train] == [
+        (("Q: a", "Q: b"), pytest.approx((2 / 3, 1 / 3))),
+        (("R: c", "R: d"), (1.0, 0.0)),
+    ]
+    with pytest.raises(UserError, match=r"one: one question of a group is shown.*it has 1"):
+        task.encode(ClientData("one", tuple(rows), ()))
 
 
 # ---- the algorithm

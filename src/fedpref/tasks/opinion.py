@@ -6,6 +6,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -72,7 +73,7 @@ class Question:
     texts: tuple[str, ...]
     shares: tuple[float, ...]
 
-    @property
+    @cached_property  # asked for in every draw
     def digest(self) -> str:
         return blake2b("\0".join(self.texts).encode(), digest_size=16).hexdigest()
 
@@ -139,6 +140,11 @@ class OpinionLearner:
     def encode(self, data: ClientData) -> OpinionShard:
         """Turn a group's rows into questions; which of them are an evaluation's context depends on the group's name alone."""
         train, test = _questions(data.name, data.train), _questions(data.name, data.test)
+        if len(train) < 2:
+            raise UserError(
+                f"{data.name}: one question of a group is shown while another is asked, but it has {len(train)} to train on. "
+                "Leave such groups out: partition.min_rows."
+            )
         order = torch.randperm(len(train), generator=seeds.generator(0, f"context/{data.name}")).tolist()
         count = self.settings.evaluation_context
         context, others = (tuple(train[i] for i in part) for part in (order[:count], order[count:]))
@@ -201,7 +207,7 @@ class OpinionLearner:
         for questions in _by_group(shard.train):
             middle = (len(questions) + 1) // 2
             halves = questions[:middle], questions[middle:]
-            for context, targets in (halves, halves[::-1]) if len(questions) > 1 else ():
+            for context, targets in (halves, halves[::-1]):
                 yield self._batch([(context, targets)]), len(targets) / len(shard.train)
 
     @torch.no_grad()
