@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from itertools import combinations_with_replacement, pairwise
 from pathlib import Path
@@ -22,7 +22,6 @@ from fedpref.rundirectory import EVALUATION, RunDirectory
 from fedpref.running import evaluate, exported
 from fedpref.summary import of_objectives
 from fedpref.sweep import plan
-from fedpref.trees import Tree
 
 Values = NDArray[np.float64]
 
@@ -81,30 +80,27 @@ def interpolated(
     """
     if len(objectives) != 2:
         raise UserError("--interpolate: adapters are interpolated between two objectives only.")
-    places: dict[Path, tuple[Experiment, Tree]] = {}
-    for of_preference in runs.values():
-        for path, experiment in of_preference.items():
-            places[path] = experiment, trees.load(exported(path) / "adapter_model.safetensors")
-    for (first, starts), (second, ends) in pairwise(runs.items()):
-        for k in range(1, between + 1):
-            share = k / (between + 1)
-            rows = []
-            for start, end in zip(starts, ends, strict=True):
-                experiment, adapter = places[start]
-                mixed = trees.add(trees.scale(adapter, 1 - share), trees.scale(places[end][1], share))
-                rows.append(_evaluated(experiment, mixed, cache))
-            preference = tuple((1 - share) * a + share * b for a, b in zip(first, second, strict=True))
-            yield _point(preference, objectives, rows, is_trained=False)
+    seeds = range(len(next(iter(runs.values()))))
+    with one_thread(), ExitStack() as stack:
+        engines = [stack.enter_context(closing(_engine(experiment, cache))) for experiment in next(iter(runs.values())).values()]
+        adapters = {path: trees.load(exported(path) / "adapter_model.safetensors") for paths in runs.values() for path in paths}
+        for (first, starts), (second, ends) in pairwise((preference, list(paths)) for preference, paths in runs.items()):
+            for k in range(1, between + 1):
+                share = k / (between + 1)
+                rows = []
+                for i in seeds:
+                    mixed = trees.add(trees.scale(adapters[starts[i]], 1 - share), trees.scale(adapters[ends[i]], share))
+                    of_clients = list(engines[i].disclose(engines[i].each(evaluate, mixed)).values())
+                    rows.append({name: statistics.fmean(row[name] for row in of_clients) for name in of_clients[0]})
+                preference = tuple((1 - share) * a + share * b for a, b in zip(first, second, strict=True))
+                yield _point(preference, objectives, rows, is_trained=False)
 
 
-def _evaluated(experiment: Experiment, adapter: Tree, cache: Path) -> Mapping[str, float]:
-    """Means over clients."""
-    with one_thread():
-        task = experiment.build_task()
-        shards = [task.prepare(task.encode(client), cache) for client in experiment.clients()[0]]
-        with closing(Simulation(task, shards, seed=experiment.seed, rounds=1)) as engine:
-            rows = list(engine.disclose(engine.each(evaluate, adapter)).values())
-    return {name: statistics.fmean(row[name] for row in rows) for name in rows[0]}
+def _engine(experiment: Experiment, cache: Path) -> Simulation:
+    """All clients of an experiment, to evaluate on."""
+    task = experiment.build_task()
+    shards = [task.prepare(task.encode(client), cache) for client in experiment.clients()[0]]
+    return Simulation(task, shards, seed=experiment.seed, rounds=1)
 
 
 def _point(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -95,8 +96,9 @@ class TextEncoder:
     def fingerprint(self) -> str:
         """A hash of the weights, shapes and a sample of each, and of how they are used: modules, pooling, tokenizer, arithmetic."""
         tokenizer = self.model.tokenizer if self.tokenizer is None else self.tokenizer
-        text = tokenizer.backend_tokenizer.to_str() if hasattr(tokenizer, "backend_tokenizer") else str(tokenizer)
-        used = f"{self.settings.dtype} {self.wanted.type} {self.model} {getattr(self.model, 'config', '')} {text}"
+        rules = json.loads(tokenizer.backend_tokenizer.to_str()) if hasattr(tokenizer, "backend_tokenizer") else {"name": str(tokenizer)}
+        kept = {name: rule for name, rule in rules.items() if name not in ("padding", "truncation")}  # which calls set as they go
+        used = f"{self.settings.dtype} {self.wanted.type} {self.model} {getattr(self.model, 'config', '')} {json.dumps(kept)}"
         digest = blake2b(used.encode(), digest_size=16)
         for name, weight in self.model.named_parameters():
             digest.update(f"{name} {tuple(weight.shape)}".encode())

@@ -20,6 +20,7 @@ from fedpref.models.generation import Sampling, generate
 from fedpref.models.packed import Row as Packed
 from fedpref.models.parts import Parts
 from fedpref.rewards import Reward
+from fedpref.rewards.reward import plain
 from fedpref.rewards.text import distinct
 from fedpref.summary import REWARD
 from fedpref.tasks.learner import LanguageLearner, LanguageTask, Tokens
@@ -162,14 +163,14 @@ class DialogueLearner(LanguageLearner):
         samples = self.settings.num_generations
         answers = generate(self.language, self._policy(params), [prompt.tokens for prompt in prompts], samples, self.settings.sampling, rng)
         rows = [(prompt.tokens, answers[k * samples : (k + 1) * samples]) for k, prompt in enumerate(prompts)]
-        rewards = self.judge([prompt for prompt in prompts for _ in range(samples)], answers)
+        asked = [prompt for prompt in prompts for _ in range(samples)]
+        rewards = self.judge(asked, self.texts(asked, answers))
         with torch.no_grad():
             reference = self._tokens(None, rows)[0]
         return Rollouts(rows, rewards.to(self.device), reference)
 
-    def judge(self, prompts: Sequence[Prompted], answers: Sequence[Tokens]) -> Float[Tensor, "M A"]:
+    def judge(self, prompts: Sequence[Prompted], texts: Sequence[Any]) -> Float[Tensor, "M A"]:
         """Each objective's rewards, on the CPU; raises UserError for a reward function that does not keep to its signature."""
-        texts = self.texts(prompts, answers)
         asked = [list(prompt.text) if not isinstance(prompt.text, str) else prompt.text for prompt in prompts]
         columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in prompts[0].columns}
         found = []
@@ -237,11 +238,14 @@ class DialogueLearner(LanguageLearner):
         Rewards; `kl`, the answer's log-ratio to the reference; its length in tokens, whether it has an end, and the share of its
         words and pairs of words that it has not said before.
         """
-        prompts, answers = self.answers(params, shard)
-        rewards = self.judge(prompts, answers).mean(1).tolist()
+        policy, prompts = self._policy(params), shard.test[: self.settings.evaluation_prompts]
+        rng = seeds.generator(0, f"evaluate/{shard.name}")
+        answers = generate(self.language, policy, [prompt.tokens for prompt in prompts], 1, self.settings.sampling, rng)
+        texts = self.texts(prompts, answers)
+        rewards = self.judge(prompts, texts).mean(1).tolist()
         rows = [(prompt.tokens, (answer,)) for prompt, answer in zip(prompts, answers, strict=True)]
-        apart = self._tokens(self._policy(params), rows)[0] - self._tokens(None, rows)[0]
-        said = self.language.tokenizer.batch_decode([list(answer) for answer in answers], skip_special_tokens=True)
+        apart = self._tokens(policy, rows)[0] - self._tokens(None, rows)[0]
+        said = [plain(text) for text in texts]
         stops = set(self.language.stops)
         return {
             **{f"rewards/{name}": mean for name, mean in zip(self.objectives, rewards, strict=True)},
@@ -253,13 +257,6 @@ class DialogueLearner(LanguageLearner):
             "distinct_2": sum(distinct(text, 2) for text in said) / len(said),
             "num_examples": float(len(answers)),
         }
-
-    def answers(self, params: Tree | None, shard: DialogueShard) -> tuple[Sequence[Prompted], list[Tokens]]:
-        """The held-out prompts of an evaluation, and the policy's answers."""
-        prompts = shard.test[: self.settings.evaluation_prompts]
-        rng = seeds.generator(0, f"evaluate/{shard.name}")
-        policy = None if params is None else self._policy(params)
-        return prompts, generate(self.language, policy, [prompt.tokens for prompt in prompts], 1, self.settings.sampling, rng)
 
     def _policy(self, params: Tree) -> Tree:
         return {name: tensor for name, tensor in params.items() if not name.startswith(CRITIC)}
