@@ -48,7 +48,8 @@ class FSMGDA:
 
     Shared: the adapter. Private: data, rewards, critics, optimiser moments. Averaged: a change of the adapter for each of M objectives, M
     times the bytes and the local steps of FIRM. Weights solve the min-norm problem of the mean changes, each kept between 0.001 and
-    0.999 as the paper's code does with two; a regulariser and a preference (`solver`) are not the paper's.
+    0.999 as the paper's code does with two; a regulariser and a preference (`solver`) are not the paper's. Metrics:
+    `weights/0`, `weights/1` and so on, in the order of the task's objectives.
     """
 
     name: Literal["fsmgda"] = "fsmgda"

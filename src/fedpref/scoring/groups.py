@@ -51,7 +51,8 @@ class GroupReward:
         asked = by_prompt(prompts)
         alone = next((prompt for prompt, places in asked.items() if len(places) < 2), None)
         if (self.kind == "share" or self.asks) and alone is not None:
-            raise UserError(f"reward: a share is one among completions, and {alone[:60]!r} has only one. Give more, or take logits.")
+            ways = "Give more: this run was trained on questions with their options." if self.asks else "Give more, or take logits."
+            raise UserError(f"reward: a share is one among completions, and {alone[:60]!r} has only one. {ways}")
         said = [_said(completion) for completion in completions]
         if empty := next((prompt for prompt, places in asked.items() for i in places if not (prompt + said[i]).strip()), None):
             raise UserError(f"reward: there is nothing to score in a prompt and completion that are both empty ({empty!r}).")
