@@ -4,8 +4,9 @@
     python benchmarks/firm.py --parts convex speed
 
 `convex`: clients with quadratics and noisy gradients; distances to the Pareto set, drift as the regulariser grows. `shipped`:
-configs/firm.yaml under every algorithm, and the front over preferences. `speed`: samples per second of the processor against TRL's
-RLOO trainer, in turns, and what a second objective adds to a step. Runs are kept under --output and not done again.
+configs/firm.yaml under every algorithm, with skewed and alike clients and a third reward, and the front over preferences. `speed`:
+samples per second of the processor against TRL's RLOO trainer, in turns, and what a second objective adds to a step. Runs are
+kept under --output and not done again.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
@@ -35,7 +37,7 @@ from fedpref.federation import Client
 from fedpref.local import Descent, descend
 from fedpref.multiobjective import MinNorm
 from fedpref.objectives import Objectives
-from fedpref.pareto import follows, hypervolume, measured, plan_front
+from fedpref.pareto import follows, hypervolume, interpolated, measured, plan_front
 from fedpref.reports.progress import show
 from fedpref.rundirectory import EVALUATION, METRICS, RunDirectory
 from fedpref.summary import of_objectives
@@ -43,7 +45,16 @@ from fedpref.sweep import plan, sweep
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs/firm.yaml"
 RIVALS = ("firm_b0", "scalarised", "fsmgda", "fedcmoo")
-VARIANTS = ["firm", "firm_b0: algorithm.solver.b=0", *RIVALS[1:]]
+VARIANTS = [
+    "firm",
+    "firm_b0: algorithm.solver.b=0",
+    *RIVALS[1:],
+    "brief_alone: algorithm.name=scalarised algorithm.preference=[1,0]",
+    "kind_alone: algorithm.name=scalarised algorithm.preference=[0,1]",
+]
+FEWER = [VARIANTS[0], VARIANTS[1], "scalarised", "fedcmoo"]
+REWARDS = yaml.safe_load(CONFIG.read_text())["task"]["rewards"]
+FLOOR = {"brief": -1.0, "kind": 0.0, "detailed": -1.0}  # the least that these rewards can be
 STRENGTHS = (0.0, 0.01, 0.1, 1.0, 10.0)
 NOISE, DIMENSIONS = 0.5, 20
 UNMOVED = 1e-8  # a learning rate at which answers stay as long as they are, so that both draw the same
@@ -142,34 +153,70 @@ def convex(numbers: Sequence[int], rounds: int) -> tuple[dict[str, float], Table
 
 def shipped(
     numbers: Sequence[int], settings: Sequence[str], points: int, output: Path, progress: Console
+) -> tuple[dict[str, float], list[Table]]:
+    """Every algorithm on the shipped prompts, dealt as clients wrote them and at random, with two rewards and three, and the front."""
+    skewed, table = compared(CONFIG, VARIANTS, numbers, settings, output / "skewed", progress)
+    tables = [table]
+    iid = changed(output / "iid.yaml", partition={"name": "iid", "clients": 2 if settings else 4})
+    tables.append(compared(iid, FEWER, numbers, [one for one in settings if "partition" not in one], output / "iid", progress)[1])
+    three = changed(output / "three.yaml", rewards={**REWARDS, "detailed": {"name": "length", "target": 20}})
+    tables.append(compared(three, FEWER, numbers, settings, output / "three", progress)[1])
+    names, front = plan_front(CONFIG, points, numbers, settings, output / "front")
+    done({path: one for some in front.values() for path, one in some.items()}, output / "cache", progress)
+    trained = measured(names, {preference: list(some) for preference, some in front.items()})
+    mixed = list(interpolated(names, front, 1, output / "cache"))
+    table = Table("preference", *names, "kl", "trained", title="preferences", box=MARKDOWN)
+    for point in sorted([*trained, *mixed], key=lambda point: point.preference):
+        shares, values = (" ".join(f"{value:.3g}" for value in some) for some in (point.preference, point.values))
+        table.add_row(shares, *values.split(), f"{point.beside['kl']:.2f}", "yes" if point.is_trained else "no: mean of neighbours")
+    skewed["preference_monotone"] = follows(trained)
+    skewed["preference_monotone_interpolated"] = follows([*trained, *mixed])
+    return skewed, [*tables, table]
+
+
+def changed(path: Path, *, partition: Mapping[str, Any] | None = None, rewards: Mapping[str, Any] | None = None) -> Path:
+    """configs/firm.yaml with another partition or other rewards, in a file."""
+    whole = yaml.safe_load(CONFIG.read_text())
+    whole["partition"] = partition or whole["partition"]
+    whole["task"]["rewards"] = rewards or whole["task"]["rewards"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(whole, sort_keys=False))
+    return path
+
+
+def compared(
+    config: Path, variants: Sequence[str], numbers: Sequence[int], settings: Sequence[str], output: Path, progress: Console
 ) -> tuple[dict[str, float], Table]:
-    """Every algorithm on the shipped prompts, then the front."""
-    runs = plan(CONFIG, VARIANTS, numbers, settings, output)
+    """Every variant's held-out rewards, what stands beside them, and how evenly it trained; ratios of FIRM to its rivals."""
+    runs = plan(config, variants, numbers, settings, output)
     done(runs, output / "cache", progress)
     by_name: dict[str, list[Path]] = {}
     for path in runs:
         by_name.setdefault(path.parent.name, []).append(path)
-    objectives = Experiment.load(CONFIG).task.objectives
     ends = {name: [ended(path) for path in paths] for name, paths in by_name.items()}
-    values = {name: np.array([[row[f"rewards/{objective}"] for objective in objectives] for row in rows]) for name, rows in ends.items()}
-    lowest = np.concatenate(list(values.values())).min(0) - 0.05
-    volumes = {name: [hypervolume(one[None], lowest) for one in rows] for name, rows in values.items()}
+    objectives = [f"rewards/{objective}" for objective in Experiment.load(config).task.objectives]
+    floor = [FLOOR[name.removeprefix("rewards/")] for name in objectives]
+    volumes = {name: [hypervolume(np.array([[row[key] for key in objectives]]), floor) for row in rows] for name, rows in ends.items()}
     measures = {name: [trained(path) for path in paths] for name, paths in by_name.items()}
-    beside = [name for name in of_objectives(ends["firm"][0]) if name not in {f"rewards/{objective}" for objective in objectives}]
-    columns = (*objectives, *beside, "hypervolume", "roughness", "drift of weights", "drift of adapters", "bytes up a round")
-    table = Table("", *columns, title="drawn answers", box=MARKDOWN)
+    beside = [name for name in of_objectives(ends["firm"][0]) if name not in objectives]
+    heads = [name.removeprefix("rewards/").removeprefix("completions/") for name in (*objectives, *beside)]
+    table = Table(
+        "", *heads, "hypervolume", "roughness", "drift of weights", "drift of adapters", "bytes up", title=output.name, box=MARKDOWN
+    )
     for name, rows in ends.items():
-        shown = [with_interval([row[key] for row in rows], 3) for key in (*(f"rewards/{objective}" for objective in objectives), *beside)]
-        more = [[one[key] for one in measures[name]] for key in ("roughness", "drift/weights", "drift/theta", "bytes_up")]
-        table.add_row(name, *shown, with_interval(volumes[name], 3), *(with_interval(values, 5) for values in more))
+        shown = [with_interval([row[key] for row in rows], 3) for key in (*objectives, *beside)]
+        more = [[one[key] for one in measures[name]] for key in ("roughness", "drift/weights", "drift/theta")]
+        up = f"{statistics.fmean(one['bytes_up'] for one in measures[name]):,.0f}"
+        table.add_row(name, *shown, with_interval(volumes[name], 3), *(with_interval(values, 5) for values in more), up)
     mean = {key: {name: statistics.fmean(one[key] for one in rows) for name, rows in measures.items()} for key in measures["firm"][0]}
-    found = {f"hypervolume_ratio_{name}": statistics.fmean(volumes["firm"]) / statistics.fmean(volumes[name]) for name in RIVALS}
-    found |= {f"smoothness_ratio_{name}": mean["roughness"]["firm"] / mean["roughness"][name] for name in RIVALS}
+    found = {
+        f"hypervolume_ratio_{name}": statistics.fmean(volumes["firm"]) / statistics.fmean(volumes[name])
+        for name in RIVALS
+        if name in volumes
+    }
+    found |= {f"smoothness_ratio_{name}": mean["roughness"]["firm"] / mean["roughness"][name] for name in RIVALS if name in volumes}
     found["drift_ratio_b0"] = mean["drift/weights"]["firm"] / mean["drift/weights"]["firm_b0"]
     found["upload_ratio_fedcmoo"] = mean["bytes_up"]["fedcmoo"] / mean["bytes_up"]["firm"]
-    names, front = plan_front(CONFIG, points, numbers, settings, output / "front")
-    done({path: one for some in front.values() for path, one in some.items()}, output / "cache", progress)
-    found["preference_monotone"] = follows(measured(names, {preference: list(some) for preference, some in front.items()}))
     return found, table
 
 
@@ -298,9 +345,9 @@ def main() -> None:
         if "speed" in arguments.parts:
             found |= speed(2 if arguments.quick else 6, 1 if arguments.quick else 3)
         if "shipped" in arguments.parts:
-            figures, table = shipped(numbers, quick, 2 if arguments.quick else 5, output, progress)
+            figures, tables = shipped(numbers, quick, 2 if arguments.quick else 5, output, progress)
             found |= figures
-            console.print(table)
+            console.print(*tables)
     print(json.dumps(found, indent=1))
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")
