@@ -209,12 +209,9 @@ def compared(
         up = f"{statistics.fmean(one['bytes_up'] for one in measures[name]):,.0f}"
         table.add_row(name, *shown, with_interval(volumes[name], 3), *(with_interval(values, 5) for values in more), up)
     mean = {key: {name: statistics.fmean(one[key] for one in rows) for name, rows in measures.items()} for key in measures["firm"][0]}
-    found = {
-        f"hypervolume_ratio_{name}": statistics.fmean(volumes["firm"]) / statistics.fmean(volumes[name])
-        for name in RIVALS
-        if name in volumes
-    }
-    found |= {f"smoothness_ratio_{name}": mean["roughness"]["firm"] / mean["roughness"][name] for name in RIVALS if name in volumes}
+    rivals = [name for name in RIVALS if name in volumes]
+    found = {f"hypervolume_ratio_{name}": statistics.fmean(volumes["firm"]) / statistics.fmean(volumes[name]) for name in rivals}
+    found |= {f"smoothness_ratio_{name}": mean["roughness"]["firm"] / mean["roughness"][name] for name in rivals}
     found["drift_ratio_b0"] = mean["drift/weights"]["firm"] / mean["drift/weights"]["firm_b0"]
     found["upload_ratio_fedcmoo"] = mean["bytes_up"]["fedcmoo"] / mean["bytes_up"]["firm"]
     return found, table

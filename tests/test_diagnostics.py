@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedpref import Experiment, config, run, seeds, trees
+from fedpref import Experiment, UserError, config, run, seeds, trees
 from fedpref.diagnostics import diagnose, pooled
 from fedpref.engines import Simulation
 from fedpref.federation import Client, work
@@ -53,6 +53,32 @@ def test_the_pooled_gradient_is_the_slope_of_the_pooled_loss(settings: dict[str,
     step = 0.01 / trees.norm(gradient)
     up, down = (float(pooled(client, trees.add(start, trees.scale(gradient, sign * step)))["loss"]) for sign in (1, -1))
     assert (up - down) / (2 * step) == pytest.approx(trees.norm(gradient) ** 2, rel=0.01)
+
+
+class Corners(Bowls):
+    """Two objectives: a client's centre is what the first coordinate wants, and its negative what the second wants, both of both."""
+
+    objectives = ("first", "second")
+
+    def parts(self, settings: Any, rng: torch.Generator) -> Tree:
+        return {}
+
+    def losses(self, params: Tree, batch: Bowl) -> tuple[torch.Tensor, dict[str, float]]:
+        aims = torch.tensor([[batch.centre, 0.0], [0.0, batch.centre]])
+        return 0.5 * (params["x"] - aims).square().sum(1), {}
+
+
+@pytest.mark.parametrize(("point", "expected"), [((2.0, 0.0), 0.0), ((1.0, 1.0), 0.0), ((0.0, 0.0), 2.0), ((3.0, 0.0), 1.0)])
+def test_between_lowest_points_no_direction_is_good_for_all_objectives(point: tuple[float, float], expected: float) -> None:
+    task: Any = Corners()
+    fed = Simulation(task, [Bowl(str(i), 1.0, centre) for i, centre in enumerate((4.0, 0.0))], seed=0, rounds=1)
+    found = diagnose(fed, ({"x": torch.tensor(point)},), ("x",), ("pareto-stationarity",))
+    assert found == {"pareto_stationarity": pytest.approx(expected, abs=1e-6)}  # the mean centre is 2
+
+
+def test_several_objectives_are_asked_for(settings: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="the task has one"):
+        config.parse(Experiment, {**settings, "diagnostics": ["pareto-stationarity"]}, "test")
 
 
 def test_a_run_writes_them_with_its_evaluations(settings: dict[str, Any], tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from fedpref.engines import Simulation
 from fedpref.local import Descent
 from fedpref.multiobjective import MinNorm
 from fedpref.objectives import Objectives, jacobian, of_last_layers, preferred
-from fedpref.rundirectory import METRICS, RunDirectory
+from fedpref.rundirectory import EVALUATION, METRICS, RunDirectory
 from fedpref.tasks import BatchSize
 from fedpref.tasks.task import CRITIC
 from fedpref.trees import Tree
@@ -213,7 +213,7 @@ def test_projected_steps_of_the_server_start_where_they_ended() -> None:
 def test_runs_on_drawn_answers(estimator: str, algorithm: str, dialogue: dict[str, Any], tmp_path: Path) -> None:
     dialogue["task"]["estimator"] = {"name": estimator}
     dialogue["algorithm"] |= {"name": algorithm}
-    outcome = run(parsed(dialogue), tmp_path / "run")
+    outcome = run(parsed({**dialogue, "diagnostics": ["pareto-stationarity"]}), tmp_path / "run")
     for row in outcome.evaluations[algorithm].values():
         assert {"rewards/brief", "rewards/watery", "reward", "kl", "distinct_2", "completions/mean_length"} <= row.keys()
         assert row["reward"] == pytest.approx((row["rewards/brief"] + row["rewards/watery"]) / 2)
@@ -221,6 +221,22 @@ def test_runs_on_drawn_answers(estimator: str, algorithm: str, dialogue: dict[st
     assert [row["ratio"] for row in rows] == pytest.approx([1.0, 1.0], abs=1e-12), "answers are the policy's own"
     assert ("value_error" in rows[0]) == (estimator == "ppo")
     assert not list(outcome.path.glob("adapter/*critic*"))
+    (diagnosed,) = (row["diagnostics"] for row in RunDirectory(outcome.path).read_rows(EVALUATION))
+    assert diagnosed["pareto_stationarity"] > 0
+
+
+def test_answers_before_and_after_are_kept_with_their_clients(dialogue: dict[str, Any], tmp_path: Path) -> None:
+    path = run(parsed(dialogue), tmp_path / "run").path
+    kept = {file.stem: [json.loads(line) for line in file.read_text().splitlines()] for file in (path / "samples").iterdir()}
+    clients = {client.name: client for client in parsed(dialogue).clients()[0]}
+    assert kept.keys() == clients.keys()
+    for name, rows in kept.items():
+        assert [row["prompt"] for row in rows] == list(dict.fromkeys(row.prompt for row in clients[name].test))[: len(rows)]
+        assert any(row["before"]["completion"] != row["after"]["completion"] for row in rows)
+        for row in rows:
+            for side in ("before", "after"):
+                words = len(row[side]["completion"].split())
+                assert row[side]["rewards"]["brief"] == pytest.approx(max(-1, 1 - abs(words - 2) / 2))
 
 
 def test_answers_can_be_followed_several_times(dialogue: dict[str, Any], tmp_path: Path) -> None:
@@ -346,6 +362,7 @@ def test_the_shipped_experiment_is_valid_and_runs_from_the_command_line(dialogue
     assert ran.exit_code == 0, ran.output
     assert "held-out reward" in ran.output
     assert "rewards/brief" in ran.output
+    assert "answers to client-" in ran.output
     assert "reward, %" not in ran.output
     assert CliRunner().invoke(cli.app, ["compare", str(tmp_path / "run")]).exit_code == 0
     assert json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())["peft_type"] == "LORA"

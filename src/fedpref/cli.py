@@ -297,7 +297,7 @@ def _escape(text: str) -> str:
 def _follow(happenings: Iterator[Event], folder: RunDirectory) -> None:
     """Show a run as it goes, then its table and where it lies."""
     from fedpref.reports.progress import show
-    from fedpref.reports.tables import client_table, newcomer_table, objective_table, sizes
+    from fedpref.reports.tables import client_table, newcomer_table, objective_table, sample_table, sizes
     from fedpref.running import result
 
     show(happenings, console)
@@ -305,6 +305,8 @@ def _follow(happenings: Iterator[Event], folder: RunDirectory) -> None:
     console.print(client_table(outcome.path, outcome.evaluations))
     if objectives := objective_table(outcome.evaluations):
         console.print(objectives)
+    if samples := sample_table(outcome.path):
+        console.print(samples)
     if outcome.newcomers:
         console.print(newcomer_table(sizes(outcome.path), outcome.newcomers))
     console.print(f"run directory: {outcome.path}", highlight=False, soft_wrap=True)

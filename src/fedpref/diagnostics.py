@@ -13,10 +13,15 @@ import torch
 from fedpref import trees
 from fedpref.federation import Client, Federation, work
 from fedpref.local import seeded_dropout
+from fedpref.models.parts import NO_PARTS
+from fedpref.multiobjective import stationarity
+from fedpref.objectives import jacobian
+from fedpref.tasks.task import BatchSize
 from fedpref.trees import Tree
 
-Diagnostic = Literal["pooled-gradient", "disagreement"]
-LOSS = "loss"
+Diagnostic = Literal["pooled-gradient", "disagreement", "pareto-stationarity"]
+LOSS, ROWS = "loss", "rows"
+DRAWN = 64  # examples of a client, or prompts, that Pareto-stationarity is estimated from
 
 
 def diagnose(fed: Federation, model: Sequence[Any], names: tuple[str, ...], wanted: Sequence[Diagnostic]) -> Mapping[str, float]:
@@ -24,7 +29,9 @@ def diagnose(fed: Federation, model: Sequence[Any], names: tuple[str, ...], want
 
     `pooled-gradient`: the objective of all clients' training examples together at the mean model, weighted like means over clients
     are, and its gradient's squared norm. `disagreement`: the share of its held-out examples for which a client's model chooses
-    otherwise than the mean model does, a tie being half a choice.
+    otherwise than the mean model does, a tie being half a choice. `pareto-stationarity`: the least squared norm of a weighted mean of the
+    objectives' gradients over all clients at the mean model, each client's on one drawn batch, whose noise it holds; it is zero at a
+    point from which no direction is good for all objectives.
     """
     shared = trees.select(merge(*(part for part in model if isinstance(part, Mapping))), names)
     apart = tuple(name for name in names if name not in shared)
@@ -34,6 +41,9 @@ def diagnose(fed: Federation, model: Sequence[Any], names: tuple[str, ...], want
         gradient = dict(fed.mean(fed.each(pooled, mean, *model)))
         found["pooled_loss"] = float(gradient.pop(LOSS))
         found["pooled_gradient_norm_squared"] = trees.norm(gradient) ** 2
+    if "pareto-stationarity" in wanted:
+        rows = fed.mean(fed.each(slopes, mean, *model))[ROWS]
+        found["pareto_stationarity"] = stationarity(rows @ rows.T)
     if "disagreement" in wanted:
         found |= fed.report(fed.each(disagreement, mean, *model))
     return found
@@ -63,6 +73,17 @@ def pooled(client: Client, mean: Tree, *parts: Tree) -> Tree:
             loss += float(value.detach())
     gradient = {name: torch.zeros_like(tensor) if tensor.grad is None else tensor.grad for name, tensor in theta.items()}
     return {**trees.to(gradient, torch.device("cpu")), LOSS: torch.tensor(loss, dtype=torch.float64)}
+
+
+@work
+def slopes(client: Client, mean: Tree, *parts: Tree) -> Tree:
+    """Each objective's gradient on one batch, with fresh critics where it has any."""
+    task, device = client.task, client.task.device
+    params = trees.to({**task.parts(NO_PARTS, client.rng), **merge(*parts), **mean}, device)
+    theta = {name: params[name].clone().requires_grad_() for name in mean}
+    with seeded_dropout(client):
+        losses, _ = task.losses({**params, **theta}, task.draw(params, params, client.shard, BatchSize(DRAWN), client.rng))
+        return {ROWS: jacobian(losses, theta).cpu()}
 
 
 @work

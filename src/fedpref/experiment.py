@@ -54,10 +54,13 @@ class Experiment:
             )
         if getattr(self.algorithm, "weighs_clients", False) and self.federation.weighting != "equal":
             raise UserError("algorithm.weights: they would be multiplied by those of federation.weighting. Set that to equal.")
-        if self.diagnostics and not self.task.measures_examples:
+        of_examples = [name for name in self.diagnostics if name != "pareto-stationarity"]
+        if of_examples and not self.task.measures_examples:
             raise UserError(
-                f"diagnostics: the task {self.task.name} has no single loss of its examples, which they are about. Leave them out."
+                f"diagnostics: the task {self.task.name} has no single loss of its examples, which {of_examples[0]} is about. Leave it out."
             )
+        if len(of_examples) < len(self.diagnostics) and len(self.task.objectives) < 2:
+            raise UserError("diagnostics: pareto-stationarity is about several objectives, and the task has one. Leave it out.")
         if getattr(self.task, "needs_critics", False) and not getattr(self.algorithm, "keeps_critics", False):
             raise UserError(
                 f"task.estimator: ppo needs critics, which {self.algorithm.name} does not keep. Take rloo or grpo, or algorithm: firm."

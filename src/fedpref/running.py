@@ -20,7 +20,7 @@ from fedpref.engines.workers import can_fork, keep_freed_memory, one_thread
 from fedpref.errors import UserError
 from fedpref.experiment import Experiment, lines, with_whole_paths
 from fedpref.federation import Client, work
-from fedpref.rundirectory import CLIENTS, CONFIG, EVALUATION, METRICS, RunDirectory
+from fedpref.rundirectory import CLIENTS, CONFIG, EVALUATION, METRICS, SAMPLES, RunDirectory
 from fedpref.summary import HEADLINES, headline, over_clients
 from fedpref.tasks import Task
 from fedpref.topology import Matrix
@@ -274,6 +274,10 @@ def _export(engine: Engine, model: Sequence[Any], task: Task, folder: RunDirecto
     if not all(isinstance(part, Mapping) for part in model):
         engine.begin(engine.round, engine.clients, "evaluate")
         engine.each(export, str(folder.path / "clients"), *model)
+    if hasattr(task, "samples"):
+        (folder.path / SAMPLES).mkdir(exist_ok=True)
+        engine.begin(engine.round, engine.clients, "evaluate")
+        engine.each(sample, str(folder.path / SAMPLES), *model)
 
 
 @work
@@ -290,4 +294,11 @@ def evaluate(client: Client, *parts: Tree) -> Mapping[str, float]:
 @work
 def export(client: Client, folder: str, *parts: Tree) -> Tree:
     client.task.export(merge(*parts), Path(folder) / quote(client.shard.name, safe=" "))
+    return {}
+
+
+@work
+def sample(client: Client, folder: str, *parts: Tree) -> Tree:
+    rows = client.task.samples(merge(*parts), client.shard)  # type: ignore[attr-defined]  # the task has this if the work is asked for
+    (Path(folder) / f"{quote(client.shard.name, safe=' ')}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return {}

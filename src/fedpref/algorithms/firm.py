@@ -16,12 +16,11 @@ from fedpref.aggregation import Aggregate, Factors
 from fedpref.algorithms.feddpo import no_moments
 from fedpref.federation import Client, Federation, PerClient, work
 from fedpref.local import Descent, descend
-from fedpref.models.parts import Parts
+from fedpref.models.parts import NO_PARTS
 from fedpref.multiobjective import MinNorm
 from fedpref.objectives import Objectives, of_last_layers, preferred
 from fedpref.trees import Tree
 
-NO_PARTS = Parts(head=None, bottleneck=0, reward=False, adapter=False)
 Preference = tuple[float, ...]
 
 

@@ -62,6 +62,9 @@ class Parts:
         return tree
 
 
+NO_PARTS = Parts(head=None, bottleneck=0, reward=False, adapter=False)
+
+
 def joined(adapter: Tree) -> dict[str, Tensor]:
     """One adapter of twice the rank for the sum of an adapter and a client's own; the adapter itself if there is no second."""
     return {

@@ -6,11 +6,12 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from urllib.parse import unquote
 
 from rich.table import Table
 from rich.text import Text
 
-from fedpref.rundirectory import CLIENTS
+from fedpref.rundirectory import CLIENTS, SAMPLES
 from fedpref.summary import ACCURACY, ALIGNMENT, HEADLINES, headline, of_objectives, over_clients, standard_error
 
 Metrics = Mapping[str, Mapping[str, float]]  # client -> metric -> value
@@ -76,6 +77,26 @@ def objective_table(evaluations: Mapping[str, Metrics]) -> Table | None:
         means = [sum(row[metric] for row in rows.values()) / len(rows) for rows in evaluations.values()]
         table.add_row(metric, *(f"{mean:.3f}" for mean in means))
     return table
+
+
+def sample_table(path: Path, shown: int = 3) -> Table | None:
+    """The first prompts of the first client with answers before training and after; None where a run has kept none."""
+    files = sorted((path / SAMPLES).glob("*.jsonl"))
+    rows = [json.loads(line) for line in files[0].read_text().splitlines()[:shown]] if files else []
+    if not rows:
+        return None
+    table = Table(title=f"answers to {unquote(files[0].stem)}", title_style="bold", title_justify="left", show_lines=True)
+    for title in ("prompt", "before", "after"):
+        table.add_column(title, ratio=1)
+    for row in rows:
+        prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
+        answers = [Text(row[name]["completion"].strip() + "\n" + _rewards(row[name]["rewards"])) for name in ("before", "after")]
+        table.add_row(Text(prompt.strip()), *answers)
+    return table
+
+
+def _rewards(rewards: Mapping[str, float]) -> str:
+    return "[" + ", ".join(f"{name} {value:.2f}" for name, value in rewards.items()) + "]"
 
 
 def newcomer_table(pairs: Mapping[str, Mapping[str, int]], lines: Mapping[str, tuple[Metrics, Metrics]]) -> Table:

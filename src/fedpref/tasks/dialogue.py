@@ -27,6 +27,8 @@ from fedpref.tasks.learner import LanguageLearner, LanguageTask, Tokens
 from fedpref.tasks.task import CRITIC, BatchSize
 from fedpref.trees import Tree
 
+SAMPLES = 8  # prompts of a client whose answers are kept to be read
+
 
 @dataclass(frozen=True, kw_only=True)
 class DialogueTask(LanguageTask):
@@ -226,10 +228,10 @@ class DialogueLearner(LanguageLearner):
         }
 
     def batches(self, shard: DialogueShard) -> Iterator[tuple[Rollouts, float]]:
-        raise UserError("diagnostics: examples of the task 'dialogue' are drawn, they have no losses that could be summed. Leave them out.")
+        raise UserError("diagnostics: examples of the task 'dialogue' are drawn, they have no losses that could be summed. Leave it out.")
 
     def choices(self, params: Tree, shard: DialogueShard) -> Float[Tensor, " n"]:
-        raise UserError("diagnostics: the task 'dialogue' chooses nothing. Leave them out.")
+        raise UserError("diagnostics: the task 'dialogue' chooses nothing. Leave it out.")
 
     @torch.no_grad()
     def evaluate(self, params: Tree, shard: DialogueShard) -> Mapping[str, float]:
@@ -257,6 +259,20 @@ class DialogueLearner(LanguageLearner):
             "distinct_2": sum(distinct(text, 2) for text in said) / len(said),
             "num_examples": float(len(answers)),
         }
+
+    @torch.no_grad()
+    def samples(self, params: Tree, shard: DialogueShard) -> list[dict[str, Any]]:
+        """The first held-out prompts, each with an answer of the backbone and one of the policy, drawn alike, and their rewards."""
+        prompts = shard.test[:SAMPLES]
+        found: list[dict[str, Any]] = [{"prompt": prompt.text} for prompt in prompts]
+        for name, policy in (("before", None), ("after", self._policy(params))):
+            rng = seeds.generator(0, f"samples/{shard.name}")
+            texts = self.texts(
+                prompts, generate(self.language, policy, [prompt.tokens for prompt in prompts], 1, self.settings.sampling, rng)
+            )
+            for row, text, rewards in zip(found, texts, self.judge(prompts, texts).T.tolist(), strict=True):
+                row[name] = {"completion": plain(text), "rewards": dict(zip(self.objectives, rewards, strict=True))}
+        return found
 
     def _policy(self, params: Tree) -> Tree:
         return {name: tensor for name, tensor in params.items() if not name.startswith(CRITIC)}
