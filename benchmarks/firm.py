@@ -5,8 +5,9 @@
 
 `convex`: clients with quadratics and noisy gradients; distances to the Pareto set, drift as the regulariser grows. `shipped`:
 configs/firm.yaml under every algorithm, with skewed and alike clients and a third reward, and the front over preferences. `speed`:
-samples per second of the processor against TRL's RLOO trainer, in turns, and what a second objective adds to a step. Runs are
-kept under --output and not done again.
+samples per second of the processor against TRL's RLOO trainer, in turns, and what a second objective adds to a step. `pairs`, only
+where it is asked for: the front on hh-rlhf's helpful and harmless pairs, without drawn answers. Runs are kept under --output and not
+done again.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ from fedpref.rundirectory import EVALUATION, METRICS, RunDirectory
 from fedpref.summary import of_objectives
 from fedpref.sweep import plan, sweep
 
-CONFIG = Path(__file__).resolve().parent.parent / "configs/firm.yaml"
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+CONFIG, PAIRS = CONFIGS / "firm.yaml", CONFIGS / "hh-objectives.yaml"
 RIVALS = ("firm_b0", "scalarised", "fsmgda", "fedcmoo")
 VARIANTS = [
     "firm",
@@ -55,6 +57,7 @@ VARIANTS = [
 FEWER = [VARIANTS[0], VARIANTS[1], "scalarised", "fedcmoo"]
 REWARDS = yaml.safe_load(CONFIG.read_text())["task"]["rewards"]
 FLOOR = {"brief": -1.0, "kind": 0.0, "detailed": -1.0}  # the least that these rewards can be
+PARTS = ["convex", "shipped", "speed", "pairs"]
 STRENGTHS = (0.0, 0.01, 0.1, 1.0, 10.0)
 NOISE, DIMENSIONS = 0.5, 20
 UNMOVED = 1e-8  # a learning rate at which answers stay as long as they are, so that both draw the same
@@ -235,6 +238,22 @@ def trained(path: Path) -> dict[str, float]:
     return {**found, "roughness": float(np.var(np.diff([row["reward"] for row in rows])))}
 
 
+# ---- given pairs
+
+
+def offline(numbers: Sequence[int], settings: Sequence[str], output: Path, progress: Console) -> Table:
+    """The front between helpful and harmless pair accuracy, and linear scalarisation with equal shares: training on the union."""
+    names, front = plan_front(PAIRS, 3, numbers, settings, output)
+    union = plan(PAIRS, ["union: algorithm.name=scalarised"], numbers, settings, output)
+    done({**{path: one for some in front.values() for path, one in some.items()}, **union}, output / "cache", progress)
+    table = Table("preference", *names, title="pairs: held-out accuracy", box=MARKDOWN)
+    rows = {" ".join(f"{share:g}" for share in preference): list(some) for preference, some in front.items()}
+    for title, paths in {**rows, "union": list(union)}.items():
+        ends = [ended(path) for path in paths]
+        table.add_row(title, *(with_interval([row[f"rewards/accuracies/{name}"] for row in ends], 3) for name in names))
+    return table
+
+
 # ---- speed
 
 
@@ -323,7 +342,8 @@ def with_interval(values: Sequence[float], digits: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=["convex", "shipped", "speed"], default=["convex", "shipped", "speed"])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS[:3])
+    parser.add_argument("--data", help="where the part `pairs` finds hh-rlhf: a folder, or the Hub dataset if it is not given")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark-firm"), help="where runs are kept")
     parser.add_argument("--quick", action="store_true", help="one seed, few rounds and points; the figures mean less")
@@ -345,6 +365,9 @@ def main() -> None:
             figures, tables = shipped(numbers, quick, 2 if arguments.quick else 5, output, progress)
             found |= figures
             console.print(*tables)
+        if "pairs" in arguments.parts:
+            place = [f"data.path={arguments.data}"] if arguments.data else []
+            console.print(offline(numbers, [*place, *(["rounds=1"] if arguments.quick else [])], output / "pairs", progress))
     print(json.dumps(found, indent=1))
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")
