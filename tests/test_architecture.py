@@ -37,13 +37,14 @@ LEVEL = {
     "participation": 7,
     "rundirectory": 7,
     "experiment": 8,
-    "running": 9,
-    "newcomers": 10,
-    "sweep": 10,
-    "pareto": 11,
-    "scoring": 10,
-    "reports": 12,
-    "cli": 13,
+    "places": 9,
+    "running": 10,
+    "newcomers": 11,
+    "sweep": 11,
+    "pareto": 12,
+    "scoring": 11,
+    "reports": 13,
+    "cli": 14,
 }
 MATHEMATICS = {"trees", "seeds", "summary", "losses", "multiobjective", "channel", "topology"}
 ALLOWED_IN_MATHEMATICS = {"__future__", "collections", "dataclasses", "functools", "hashlib", "io", "jaxtyping", "math", "os", "pathlib"}

@@ -41,7 +41,7 @@ from fedpref.algorithms import (
     StaleFedDPO,
 )
 from fedpref.algorithms.fedopt import Adaptive
-from fedpref.engines import Simulation
+from fedpref.engines import RemoteEngine, Simulation
 from fedpref.experiment import Experiment
 from fedpref.local import Descent
 from fedpref.models.parts import Parts
@@ -49,7 +49,7 @@ from fedpref.participation import draw
 from fedpref.rundirectory import RunDirectory
 from fedpref.running import evaluate
 from fedpref.trees import Tree
-from process_engine import ProcessEngine, Processes
+from process_engine import Processes, process_engine, sent_up, shares
 
 CLIENTS, ROUNDS = 3, 4
 LOCAL = Descent(steps=2, batch_size=3, learning_rate=0.01)
@@ -86,12 +86,12 @@ ALGORITHMS = {
     "local": Local(local=KEEPING),
     "personal": personal.Personal(local=LOCAL),
 }
-MakeEngine = Callable[[], Any]
+MakeEngine = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
-def processes() -> Iterator[Processes]:
-    started = Processes(CLIENTS)
+def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
+    started = Processes(shares(2), tmp_path_factory.mktemp("sites"), ["personal", "fedpref.running"])  # one site hosts two clients
     yield started
     started.stop()
 
@@ -111,8 +111,8 @@ def engines(processes: Processes, content: dict[str, Any], tmp_path_factory: pyt
     task = experiment.task.build()
     shards = [task.prepare(task.encode(client), cache / "all") for client in experiment.clients()[0]]
     return {
-        "simulation": lambda: Simulation(task, shards, seed=experiment.seed, rounds=ROUNDS),
-        "processes": lambda: ProcessEngine(processes, content, cache, ["personal"]),
+        "simulation": lambda run="": Simulation(task, shards, seed=experiment.seed, rounds=ROUNDS),
+        "processes": lambda run="": process_engine(processes, content, run),
     }
 
 
@@ -153,7 +153,10 @@ def contents(engine: Any, state: Any, folder: Path) -> dict[str, Tree]:
             found[field.name] = value
         else:
             engine.save(value, folder / field.name)
-            for path in sorted((folder / field.name).iterdir()):
+            written = [folder / field.name]
+            if isinstance(engine, RemoteEngine):
+                written = list(engine.processes.folder.glob(f"*/{engine.run}/checkpoints/{folder.name}/{field.name}"))
+            for path in sorted(path for place in written for path in place.iterdir()):
                 found[f"{field.name}/{path.stem}"] = trees.load(path)
     return found
 
@@ -190,7 +193,7 @@ def test_no_bytes_of_a_private_part_are_in_any_message(
         engine.begin(round, engine.clients)
         state, _ = algorithm.step(engine, state)
         seen |= {f"{round}/{key}": tree for key, tree in contents(engine, state, tmp_path / str(round)).items()}
-    sent = b"".join(engine.wire)
+    sent = b"".join(engine.processes.wire)
 
     def is_sent(tensor: torch.Tensor) -> bool:
         """Whether any 32 bytes of it are, looked at every so often, where they are not all alike."""
@@ -228,7 +231,7 @@ def test_a_run_is_finite_learns_and_can_be_taken_up_again(
     half = drive(algorithm, engines[kind](), start, range(2))
     folder = RunDirectory(tmp_path / "run")
     folder.checkpoint(2, half.state, half.engine)
-    engine = engines[kind]()
+    engine = engines[kind](getattr(half.engine, "run", ""))
     state, rounds = folder.restore(algorithm.init(engine, start), engine)
     assert rounds == 2
     rest = drive(algorithm, engine, start, range(2, ROUNDS), state)
@@ -238,8 +241,9 @@ def test_a_run_is_finite_learns_and_can_be_taken_up_again(
 
 def test_private_names_are_in_no_message(engines: dict[str, MakeEngine], start: Tree) -> None:
     run = drive(ALGORITHMS["personal"], engines["processes"](), start)
-    assert run.engine.sent_up
-    assert not any(personal.is_private(name) for name in run.engine.sent_up)
+    names = [name.split("/", 1)[1] for name in sent_up(run.engine.processes)]
+    assert names
+    assert not any(personal.is_private(name) for name in names)
 
 
 @pytest.mark.parametrize("kind", ["simulation", "processes"])
@@ -258,7 +262,7 @@ def test_clients_free_what_no_state_refers_to(engines: dict[str, MakeEngine], st
     state = algorithm.init(engine, start)
     for round in range(3):
         state = drive(algorithm, engine, start, range(round, round + 1), state).state
-    assert all(len(names) == 1 for names in engine.names().values())  # the private part alone
+    assert all(len(names) == 1 for names in engine.held().values())  # the private part alone
 
 
 def test_work_that_clients_cannot_find_by_name_is_refused(engines: dict[str, MakeEngine]) -> None:

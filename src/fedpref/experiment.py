@@ -14,6 +14,7 @@ from fedpref.aggregation import Factors, Product
 from fedpref.algorithms import AnyAlgorithm, Centralised, FedDPO, Local
 from fedpref.data import Builtin, ClientData, Natural, Partition, Source, partition, split
 from fedpref.diagnostics import Diagnostic
+from fedpref.engines.remote import Patience
 from fedpref.errors import UserError
 from fedpref.models.language import BUILTIN
 from fedpref.network import Network
@@ -42,6 +43,9 @@ class Experiment:
     checkpoint_every: Count = 1  # rounds
     workers: Count | None = None  # processes of one thread; None: as many as processors; the result is the same for any number
     spill_above_mb: Annotated[int, Field(ge=0)] = 512  # of a value that all clients hold: what is above lies in files of TMPDIR
+    engine: Literal["simulation", "flare"] = "simulation"  # all clients in this process and its workers, or at sites (docs/sites.md)
+    sites: Count = 2  # simulated ones, where the engine is flare and the experiment is run, not submitted
+    patience: Patience = Patience()  # with sites
     references: tuple[Literal["local", "centralised"], ...] = ()  # lines to run beside the algorithm, on the same data
 
     def __post_init__(self) -> None:

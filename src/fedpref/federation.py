@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -55,6 +56,7 @@ class Client:
     rng: torch.Generator
     round: int  # from 0
     rounds: int  # of the whole run
+    folder: Path = Path()  # where what a client keeps in files is written
 
 
 class Federation(Protocol):

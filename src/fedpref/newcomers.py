@@ -63,7 +63,7 @@ def personalise(
     with one_thread(), tempfile.TemporaryDirectory() as cache:
         task: Any = spec.task.build()
         shards = [task.prepare(task.encode(client), Path(cache)) for client in clients]
-        with closing(Simulation(task, shards, seed=spec.seed, rounds=1)) as engine:
+        with closing(Simulation(task, shards, seed=spec.seed, rounds=1, folder=folder.path)) as engine:
             algorithm: Any = spec.algorithm
             state = algorithm.init(engine, task.init(seeds.generator(spec.seed, "init")))
             state = folder.restore_shared(state)
@@ -71,6 +71,6 @@ def personalise(
             engine.begin(0, engine.clients, "join")
             state = algorithm.join(engine, state, steps or spec.federation.join_steps)
             after = engine.disclose(engine.each(evaluate, *algorithm.model(state)))
-            engine.each(export, str(folder.path / FOLDER), *algorithm.model(state))
+            engine.each(export, FOLDER, *algorithm.model(state))
     sizes = [(len(shard.train), len(shard.test)) for shard in shards]
     return {client: Newcomer(*sizes[i], before[i], after[i], place) for i, (client, place) in enumerate(places.items())}

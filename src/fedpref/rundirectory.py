@@ -71,8 +71,9 @@ class RunDirectory:
         if not is_dataclass(state):
             raise TypeError(f"an algorithm's state must be a dataclass, not {type(state).__name__}")
         folder = self.path / "checkpoints"
-        beside = folder / ".unfinished"
-        shutil.rmtree(beside, ignore_errors=True)
+        unfinished = folder / ".unfinished"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        beside = unfinished / f"round-{rounds:06d}"
         beside.mkdir(parents=True)
         for field in fields(state):
             value = getattr(state, field.name)
@@ -81,7 +82,7 @@ class RunDirectory:
             else:
                 engine.save(value, beside / field.name)
         older = list(folder.glob("round-*"))
-        beside.replace(folder / f"round-{rounds:06d}")
+        beside.replace(folder / beside.name)
         for path in older:
             shutil.rmtree(path)
 
@@ -97,7 +98,7 @@ class RunDirectory:
         loaded = {}
         for field in fields(state):
             file = found[-1] / f"{field.name}.safetensors"
-            loaded[field.name] = trees.load(file) if file.exists() else engine.load(found[-1] / field.name)
+            loaded[field.name] = trees.load(file) if file.exists() else getattr(state, field.name) | engine.load(found[-1] / field.name)
         return replace(state, **loaded), int(found[-1].name.removeprefix("round-"))
 
     def restore_shared(self, state: Any) -> Any:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -15,15 +15,15 @@ from urllib.parse import quote, unquote
 
 from fedpref import config, seeds, trees
 from fedpref.diagnostics import diagnose, merge
-from fedpref.engines import Engine, Simulation
-from fedpref.engines.workers import can_fork, keep_freed_memory, one_thread
+from fedpref.engines import Engine, Transport
+from fedpref.engines.workers import keep_freed_memory, one_thread
 from fedpref.errors import UserError
 from fedpref.experiment import Experiment, lines, with_whole_paths
 from fedpref.federation import Client, work
+from fedpref.places import About, Elsewhere, Here, Place
 from fedpref.rundirectory import CLIENTS, CONFIG, EVALUATION, METRICS, SAMPLES, RunDirectory
 from fedpref.summary import HEADLINES, headline, over_clients
 from fedpref.tasks import Task
-from fedpref.topology import Matrix
 from fedpref.trees import Tree
 
 Clients = Mapping[str, Mapping[str, float]]  # client -> metric -> value
@@ -114,92 +114,49 @@ def exported(path: str | Path, client: str | None = None) -> Path:
     raise UserError(f"{path}: the run is not finished, it has exported no model yet. `fedpref resume {path}` finishes it.")
 
 
-def events(experiment: Experiment, folder: RunDirectory, cache: Path | None = None) -> Iterator[Event]:
+def events(experiment: Experiment, folder: RunDirectory, cache: Path | None = None, transport: Transport | None = None) -> Iterator[Event]:
     """Run the experiment into its directory, or what is left of it, and tell of every step. Bad input raises before anything is written.
 
-    Reference scores are kept in `cache`, by default a folder of the run's own; several runs may share one.
+    Reference scores are kept in `cache`, by default a folder of the run's own; several runs may share one. With a `transport` the clients
+    are those of its sites, otherwise those of the experiment's own data.
     """
     keep_freed_memory()
     experiment = with_whole_paths(experiment)
     with one_thread():
-        clients, _ = experiment.clients()
         task = experiment.build_task()
-        shards = [task.encode(client) for client in clients]
-        about: dict[str, dict[str, Any]] = {}
-        for client, shard in zip(clients, shards, strict=True):
-            entry = {"train": len(shard.train), "test": len(shard.test), "truncated": shard.truncated}
-            about[shard.name] = {**entry, "digest": client.digest}
-        about_text = json.dumps(about, indent=1) + "\n"
-        experiment.check_clients({name: entry["train"] for name, entry in about.items()})
+        place: Place = Here(experiment, task) if transport is None else Elsewhere(experiment, transport, folder.path.name)
+        about_text = json.dumps(place.about, indent=1) + "\n"
+        experiment.check_clients({name: about["train"] for name, about in place.about.items()})
         if not folder.path.exists():
             folder.create({CONFIG: config.to_yaml(experiment), CLIENTS: about_text})
         elif (folder.path / CLIENTS).read_text() != about_text:
             raise UserError(f"{folder.path}: the data is not what the run began with; its clients, sizes and digests stand in {CLIENTS}.")
-        yield Event(experiment.algorithm.name, "begin", 0, experiment.rounds, {}, f"{task.description}\n{_data(about)}")
-        cache = cache or folder.path / "cache"
-        yield from _prepare(experiment, task, shards, cache)
-        shards = [task.prepare(shard, cache) for shard in shards]
-        for name, (sub, line) in lines(experiment, len(shards)).items():
-            place = RunDirectory(folder.path / sub)
-            if sub and not place.path.exists():
-                place.create({CONFIG: config.to_yaml(line)})
-            if not place.done:
-                newcomers = line.federation.joining([shard.name for shard in shards], line.seed)
-                held = _pool(shards, newcomers) if line.algorithm.pooled else shards
-                with closing(_engine(line, task, held)) as engine:
-                    yield from _line(name, line, place, task, held, engine)
+        yield Event(experiment.algorithm.name, "begin", 0, experiment.rounds, {}, f"{task.description}\n{_data(place.about)}")
+        for done in place.prepare(cache or folder.path / "cache"):
+            yield Event(experiment.algorithm.name, "prepare", done, len(place.about), {}, task.prepares)
+        for name, (sub, line) in lines(experiment, len(place.about)).items():
+            under = RunDirectory(folder.path / sub)
+            if sub and not under.path.exists():
+                under.create({CONFIG: config.to_yaml(line)})
+            if not under.done:
+                with closing(place.engine(line, under.path)) as engine:
+                    yield from _line(name, line, under, task, place.sizes(line), engine)
 
 
-def _data(about: Mapping[str, Mapping[str, Any]]) -> str:
+def _data(about: About) -> str:
     train, test, cut = (sum(sizes[name] for sizes in about.values()) for name in ("train", "test", "truncated"))
     return f"{len(about)} clients, {train} training and {test} held-out examples, {cut} rows truncated ({cut / (train + test):.1%})"
 
 
-def _engine(experiment: Experiment, task: Task, shards: Sequence[Any]) -> Simulation:
-    workers = min(_workers(experiment, task), len(shards))
-    weighting = experiment.federation.weighting
-    names = [shard.name for shard in shards]
-
-    def mixing(round: int, active: Sequence[int]) -> Matrix:
-        return experiment.network.matrix(names, experiment.seed, round, active)
-
-    return Simulation(
-        task,
-        shards,
-        seed=experiment.seed,
-        rounds=experiment.rounds,
-        weighting=weighting,
-        links=experiment.network.links,
-        mixing=mixing,
-        workers=workers,
-        spill_above_mb=experiment.spill_above_mb,
-    )
-
-
-def _workers(experiment: Experiment, task: Task) -> int:
-    return experiment.workers or task.places if can_fork() else 1
-
-
-def _prepare(experiment: Experiment, task: Task, shards: Sequence[Any], cache: Path) -> Iterator[Event]:
-    """Let clients fill the cache, a few at a time."""
-    with closing(_engine(experiment, task, shards)) as engine:
-        size = 2 * _workers(experiment, task)
-        for first in range(0, len(shards), size):
-            some = engine.clients[first : first + size]
-            engine.begin(0, some, "init")
-            engine.each(prepare, str(cache))
-            yield Event(experiment.algorithm.name, "prepare", some[-1] + 1, len(shards), {}, task.prepares)
-
-
-def _line(name: str, experiment: Experiment, folder: RunDirectory, task: Task, shards: Sequence[Any], engine: Engine) -> Iterator[Event]:
+def _line(name: str, experiment: Experiment, folder: RunDirectory, task: Task, sizes: Mapping[str, int], engine: Engine) -> Iterator[Event]:
     algorithm: Any = experiment.algorithm
     start = task.init(seeds.generator(experiment.seed, "init"))
     state = algorithm.init(engine, start)
     state, first = folder.restore(state, engine)
     folder.cut_rows_after(first)
-    names = [shard.name for shard in shards]
+    names = list(sizes)
     newcomers = experiment.federation.joining(names, experiment.seed)
-    weights = experiment.federation.weights({shard.name: len(shard) for shard in shards}, experiment.seed)
+    weights = experiment.federation.weights(sizes, experiment.seed)
     for round in range(first, experiment.rounds):
         cohort, late = experiment.federation.cohort(weights, experiment.seed, round)
         engine.begin(round, cohort)
@@ -208,12 +165,12 @@ def _line(name: str, experiment: Experiment, folder: RunDirectory, task: Task, s
         seconds = time.perf_counter() - begun
         figures = {**metrics, **engine.traffic.figures(), "seconds": seconds}
         _refuse_divergence(name, round, experiment, folder, {**metrics, **_norms(state)})
-        folder.append(METRICS, {"round": round + 1, "clients": len(cohort), "late": late, **figures})
+        folder.append(METRICS, {"round": round + 1, "clients": len(engine.active), "late": late + len(engine.left_out), **figures})
         last = round + 1 == experiment.rounds
         if last or (experiment.evaluate_every and (round + 1) % experiment.evaluate_every == 0):
             row = _evaluate(engine, algorithm.model(state), names, [i for i in engine.clients if i not in newcomers])
             if experiment.diagnostics:
-                engine.begin(round, [i for i in engine.clients if i not in newcomers and len(shards[i])], "evaluate")
+                engine.begin(round, [i for i in engine.clients if i not in newcomers and weights[i]], "evaluate")
                 row["diagnostics"] = diagnose(engine, algorithm.model(state), tuple(start), experiment.diagnostics)
             if last and newcomers:
                 row["newcomers_before"] = _evaluate(engine, algorithm.model(state), names, newcomers)["clients"]
@@ -250,13 +207,6 @@ def _refuse_divergence(name: str, round: int, experiment: Experiment, folder: Ru
         )
 
 
-def _pool(shards: Sequence[Any], newcomers: Collection[int]) -> list[Any]:
-    """All training data but the newcomers' with the first other client; everybody else only evaluates."""
-    first, *_ = training = [i for i in range(len(shards)) if i not in newcomers]
-    everything = tuple(example for i in training for example in shards[i].train)
-    return [replace(shard, train=everything if i == first else ()) for i, shard in enumerate(shards)]
-
-
 def _evaluate(engine: Engine, model: Sequence[Any], names: Sequence[str], clients: Sequence[int]) -> dict[str, Any]:
     """These clients' held-out metrics, and each metric's summary over them."""
     engine.begin(engine.round, clients, "evaluate")
@@ -273,17 +223,10 @@ def _export(engine: Engine, model: Sequence[Any], task: Task, folder: RunDirecto
         task.export(shared, folder.path / "adapter")
     if not all(isinstance(part, Mapping) for part in model):
         engine.begin(engine.round, engine.clients, "evaluate")
-        engine.each(export, str(folder.path / "clients"), *model)
+        engine.each(export, "clients", *model)
     if hasattr(task, "samples"):
-        (folder.path / SAMPLES).mkdir(exist_ok=True)
         engine.begin(engine.round, engine.clients, "evaluate")
-        engine.each(sample, str(folder.path / SAMPLES), *model)
-
-
-@work
-def prepare(client: Client, cache: str) -> Tree:
-    client.task.prepare(client.shard, Path(cache))
-    return {}
+        engine.each(sample, *model)
 
 
 @work
@@ -292,13 +235,15 @@ def evaluate(client: Client, *parts: Tree) -> Mapping[str, float]:
 
 
 @work
-def export(client: Client, folder: str, *parts: Tree) -> Tree:
-    client.task.export(merge(*parts), Path(folder) / quote(client.shard.name, safe=" "))
+def export(client: Client, place: Literal["clients", "newcomers"], *parts: Tree) -> Tree:
+    client.task.export(merge(*parts), client.folder / place / quote(client.shard.name, safe=" "))
     return {}
 
 
 @work
-def sample(client: Client, folder: str, *parts: Tree) -> Tree:
+def sample(client: Client, *parts: Tree) -> Tree:
     rows = client.task.samples(merge(*parts), client.shard)  # type: ignore[attr-defined]  # the task has this if the work is asked for
-    (Path(folder) / f"{quote(client.shard.name, safe=' ')}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = client.folder / SAMPLES
+    folder.mkdir(exist_ok=True)
+    (folder / f"{quote(client.shard.name, safe=' ')}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return {}

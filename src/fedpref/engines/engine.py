@@ -85,7 +85,16 @@ class Engine(Federation, Protocol):
         ...
 
     def load(self, folder: Path) -> PerClient[Tree]:
-        """Read what `save` wrote."""
+        """Read what `save` wrote, of the clients that have written."""
+        ...
+
+    @property
+    def left_out(self) -> Mapping[int, str]:
+        """Clients of the round that were lost on the way, each with the reason."""
+        ...
+
+    def close(self) -> None:
+        """End what was begun for it."""
         ...
 
 

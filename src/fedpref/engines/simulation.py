@@ -32,9 +32,10 @@ class Simulation:
         mixing: Mixing = everybody,
         workers: int = 1,
         spill_above_mb: int = 512,
+        folder: Path = Path(),
     ) -> None:
         self._task, self._shards = task, tuple(shards)
-        self._seed, self._rounds, self._channel = seed, rounds, channel
+        self._seed, self._rounds, self._channel, self._folder = seed, rounds, channel, folder
         self._links, self._mixing, self._room = links, mixing, spill_above_mb * 10**6
         self._weights = {i: float(len(shard)) if weighting == "examples" else 1.0 for i, shard in enumerate(shards)}
         self._examples = {i: float(len(shard)) for i, shard in enumerate(shards)}
@@ -67,9 +68,13 @@ class Simulation:
         """One client's part of `each`, in whichever process; arguments are numbered, those in common and the client's own."""
         work, purpose, round, call, common = shared
         rng = seeds.generator(self._seed, purpose, round=round, call=call, client=i)
-        client = Client(i, self._task, self._shards[i], rng, round, self._rounds)
+        client = Client(i, self._task, self._shards[i], rng, round, self._rounds, self._folder)
         args = {**common, **own}
         return WORK[work](client, *(args[k] for k in sorted(args)))
+
+    @property
+    def left_out(self) -> Mapping[int, str]:
+        return {}
 
     def close(self) -> None:
         """End the worker processes."""

@@ -1,0 +1,61 @@
+"""What travels between a coordinator and sites: a JSON header and a safetensors body, checked by whoever receives it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+
+from fedpref.trees import Tree
+
+Header = dict[str, Any]
+NO_TENSORS: Tree = {}
+
+
+class RefusedError(Exception):
+    """What a receiver will not take or do, with the reason, which goes back to the sender."""
+
+
+def pack(header: Mapping[str, Any], tensors: Tree = NO_TENSORS) -> bytes:
+    """One message."""
+    head = json.dumps(header).encode()
+    body = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}) if tensors else b""
+    return len(head).to_bytes(8, "big") + head + body
+
+
+def unpack(message: bytes, limit: int | None = None) -> tuple[Header, Tree]:
+    """Header and tensors; raises RefusedError for what is no message, has more bytes than `limit`, or holds a number that is not finite."""
+    if limit is not None and len(message) > limit:
+        raise RefusedError(f"a message of {len(message)} bytes is above the limit of {limit}")
+    try:
+        start = 8 + int.from_bytes(message[:8], "big")
+        header = json.loads(message[8:start])
+        tensors = safetensors.torch.load(message[start:]) if len(message) > start else {}
+    except (ValueError, SafetensorError) as error:
+        raise RefusedError(f"bytes that are no message: {error}") from error
+    if not isinstance(header, dict):
+        raise RefusedError(f"a header that is no mapping: {str(header)[:40]!r}")
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise RefusedError(f"the tensor {name!r} holds a number that is not finite")
+    return header, tensors
+
+
+def joined(trees: Mapping[Any, Tree]) -> Tree:
+    """Several trees as one."""
+    return {f"{key}/{name}": tensor for key, tree in trees.items() for name, tensor in tree.items()}
+
+
+def parted(tree: Tree, key: Any) -> Tree:
+    """One of the trees that were joined."""
+    start = f"{key}/"
+    return {name.removeprefix(start): tensor for name, tensor in tree.items() if name.startswith(start)}
+
+
+def shape(tree: Tree) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
+    """Names, types and sizes, by which trees are told apart without their numbers."""
+    return tuple((name, str(tensor.dtype), tuple(tensor.shape)) for name, tensor in sorted(tree.items()))

@@ -1,0 +1,279 @@
+"""Clients on other machines: the federation's verbs as messages to the sites that host them."""
+
+from __future__ import annotations
+
+import json
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol
+
+from pydantic import Field, TypeAdapter
+
+from fedpref import trees
+from fedpref.channel import Chain
+from fedpref.engines.engine import Mixing, Purpose, Traffic, everybody, told, weighted_report
+from fedpref.engines.messages import NO_TENSORS, Header, RefusedError, joined, pack, parted, shape, unpack
+from fedpref.errors import UserError
+from fedpref.federation import PerClient, name_of
+from fedpref.trees import Tree
+
+KEPT = "clients.json"  # in a checkpoint: whose values sites have kept
+
+
+class Transport(Protocol):
+    """The way to sites."""
+
+    @property
+    def sites(self) -> Sequence[str]: ...
+
+    def ask(self, messages: Mapping[str, bytes], seconds: float) -> Mapping[str, bytes]:
+        """Ask several sites at once; the answers of those that answer in time."""
+        ...
+
+
+class Name:
+    """The name of a value on one client; when nobody holds it any more, the client frees the value."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+
+class Remote:
+    """A value on each client: a name for each."""
+
+    def __init__(self, names: Mapping[int, Name]) -> None:
+        self.names = dict(names)
+
+    def __or__(self, newer: Any) -> Remote:
+        return Remote(self.names | newer.names)
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long sites are waited for, and how few clients are enough."""
+
+    seconds: Annotated[float, Field(gt=0)] = 600.0  # for an answer, which is longer than the longest local training
+    min_clients: Annotated[int, Field(ge=1)] | None = None  # of a round, that must stay to its end; None: all of its cohort
+
+
+class Sites:
+    """Sites with an experiment open: where each client is, and what is known of it."""
+
+    def __init__(self, transport: Transport, experiment: Mapping[str, Any], run: str, patience: Patience) -> None:
+        self.transport, self.patience = transport, patience
+        opened = self.ask({site: ({"verb": "open", "experiment": experiment, "run": run}, NO_TENSORS) for site in transport.sites})
+        answers = {site: answer for site, answer in opened.items() if not isinstance(answer, str)}
+        reasons = {site: answer for site, answer in opened.items() if isinstance(answer, str)}
+        if reasons and (patience.min_clients is None or not answers):
+            raise UserError("; ".join(f"site {site}: {reason}" for site, reason in reasons.items()))
+        places = [
+            (about.get("number", 0), name, site, about) for site, (header, _) in answers.items() for name, about in header["about"].items()
+        ]
+        places.sort(key=lambda place: place[:2])
+        names = [name for _, name, _, _ in places]
+        if twice := [name for name, count in Counter(names).items() if count > 1]:
+            raise UserError(f"two sites have a client called {twice[0]!r}. Let one of them give it another name in its site.yaml.")
+        self.absent = reasons
+        self.about = {name: {key: value for key, value in about.items() if key != "number"} for _, name, _, about in places}
+        self.place = {number: site for number, (_, _, site, _) in enumerate(places)}
+        by_site = {site: [number for number, other in self.place.items() if other == site] for site in answers}
+        for site, numbers in by_site.items():
+            header = {"verb": "number", "ids": {names[number]: number for number in numbers}, "sites": by_site}
+            self.ask({site: (header, NO_TENSORS)})
+
+    def ask(self, messages: Mapping[str, tuple[Header, Tree]]) -> dict[str, tuple[Header, Tree] | str]:
+        """Each site's answer, or why there is none."""
+        answers = self.transport.ask({site: pack(*message) for site, message in messages.items()}, self.patience.seconds)
+        found: dict[str, tuple[Header, Tree] | str] = {}
+        for site in messages:
+            if site not in answers:
+                found[site] = f"no answer in {self.patience.seconds:g} seconds"
+                continue
+            try:
+                header, tensors = unpack(answers[site])
+                found[site] = header.get("refused", (header, tensors))
+            except RefusedError as error:
+                found[site] = str(error)
+        return found
+
+
+class RemoteEngine:
+    """See `Federation` and `Engine` for what the methods promise. Clients whose site does not answer, or refuses, or answers with what
+    cannot be used, are left out of the round; `left_out` says why. Fewer than `min_clients` end the run with these reasons.
+    """
+
+    def __init__(
+        self,
+        sites: Sites,
+        *,
+        weighting: Literal["examples", "equal"] = "examples",
+        links: Chain = Chain(),
+        mixing: Mixing = everybody,
+    ) -> None:
+        self._sites, self._links, self._mixing = sites, links, mixing
+        self._examples = {number: float(about["train"]) for number, about in enumerate(sites.about.values())}
+        self.clients = tuple(self._examples)
+        self._weights = self._examples if weighting == "examples" else dict.fromkeys(self.clients, 1.0)
+        self._freed: list[tuple[int, str]] = []
+        self._last = 0
+        self._lost: set[str] = set()  # sites that did not answer
+        self.begin(0, self.clients, "init")
+
+    def begin(self, round: int, cohort: Sequence[int], purpose: Purpose = "train") -> None:
+        self.round, self.active, self._purpose = round, tuple(cohort), purpose
+        self.traffic, self._calls = Traffic(), 0
+        self.left_out: dict[int, str] = {}
+        self._cohort = len(self.active)
+        self._leave_out({i: "its site has not answered before" for i in cohort if self._sites.place[i] in self._lost})
+
+    def each(self, work: Callable[..., Any], *args: Any) -> Any:
+        self._calls += 1
+        name = self._fresh()
+        tensors = joined({k: arg for k, arg in enumerate(args) if isinstance(arg, Mapping)})
+        self.traffic += Traffic(bytes_down=trees.size(tensors) * len(self.active))
+        head = {"verb": "each", "work": name_of(work), "purpose": self._purpose, "round": self.round, "call": self._calls, "name": name}
+        asked = {}
+        for site, clients in self._by_site().items():
+            described = [_described(arg, k, clients) for k, arg in enumerate(args)]
+            asked[site] = ({**head, "args": described, "clients": clients}, tensors)
+        answers = self._ask(asked)
+        count = next(header["parts"] for header, _ in answers.values())
+        columns = [Remote({i: self._name(i, f"{name}.{k}") for i in self.active}) for k in range(count or 1)]
+        return columns[0] if count is None else tuple(columns)
+
+    def mean(self, values: PerClient[Tree]) -> Tree:
+        self._calls += 1
+        names = _names(values)
+        while True:  # until all whose shares were asked for are in
+            total = sum(self._weights[i] for i in self.active)
+            asked, present = {}, self.active
+            for site, clients in self._by_site().items():
+                own = {i: names[i].text for i in clients}
+                shares = {i: self._weights[i] / total for i in clients}
+                asked[site] = (
+                    {"verb": "contribute", "own": own, "shares": shares, "round": self.round, "call": self._calls},
+                    NO_TENSORS,
+                )
+            answers = self._ask(asked)
+            messages = {i: parted(answers[self._sites.place[i]][1], i) for i in self.active}
+            usual = Counter(map(shape, messages.values())).most_common(1)[0][0]
+            self._leave_out({i: "names or sizes of tensors are not those of the others" for i in messages if shape(messages[i]) != usual})
+            if self.active == present:
+                break
+        self.traffic += Traffic(bytes_up=sum(trees.size(message) for message in messages.values()))
+        return trees.total(messages[i] for i in self.active)
+
+    def mix(self, values: PerClient[Tree]) -> tuple[PerClient[Tree], PerClient[Tree]]:
+        self._calls += 1
+        names, name = _names(values), self._fresh()
+        weights = self._mixing(self.round, self.active)
+        asked = {}
+        for site, clients in self._by_site().items():
+            rows = {i: {j: float(weights[i, j]) for j in self.active if weights[i, j]} for i in self.active}
+            own = {i: names[i].text for i in clients}
+            header = {"verb": "exchange", "own": own, "weights": rows, "round": self.round, "call": self._calls, "name": name}
+            asked[site] = ({**header, "wait": self._sites.patience.seconds / 2}, NO_TENSORS)
+        answers = self._ask(asked)
+        sizes = {int(i): size for header, _ in answers.values() for i, size in header["sizes"].items()}
+        self.traffic += told(sizes, weights)
+        arrived, mixture = (Remote({i: self._name(i, f"{name}.{k}") for i in self.active}) for k in (0, 1))
+        return arrived, mixture
+
+    def report(self, metrics: PerClient[Mapping[str, float]]) -> Mapping[str, float]:
+        return weighted_report(self.disclose(metrics), self._examples)
+
+    def disclose(self, metrics: PerClient[Mapping[str, float]]) -> Mapping[int, Mapping[str, float]]:
+        names = _names(metrics)
+        asked: dict[str, tuple[Header, Tree]] = {
+            site: ({"verb": "report", "own": {i: names[i].text for i in clients}}, NO_TENSORS) for site, clients in self._by_site().items()
+        }
+        answers = self._ask(asked)
+        return {i: answers[self._sites.place[i]][0]["metrics"][str(i)] for i in self.active}
+
+    def save(self, values: PerClient[Tree], folder: Path) -> None:
+        names = _names(values)
+        asked: dict[str, tuple[Header, Tree]] = {}
+        for site, clients in self._by_site(names).items():
+            own = {i: names[i].text for i in clients}
+            asked[site] = ({"verb": "save", "own": own, "checkpoint": folder.parent.name, "field": folder.name}, NO_TENSORS)
+        kept = self._ask(asked)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / KEPT).write_text(json.dumps([i for i in names if self._sites.place[i] in kept]))
+
+    def load(self, folder: Path) -> PerClient[Tree]:
+        name = self._fresh()
+        header = {"verb": "load", "checkpoint": folder.parent.name, "field": folder.name, "name": name}
+        answers = self._ask(dict.fromkeys(self._by_site(self.clients), (header, NO_TENSORS)))
+        found = {i: self._name(i, name) for header, _ in answers.values() for i in header["found"]}
+        lost = [i for i in json.loads((folder / KEPT).read_text()) if self._sites.place[i] in answers and i not in found]
+        if lost:
+            clients = [list(self._sites.about)[i] for i in lost]
+            raise UserError(
+                f"{folder.parent.name}: site {self._sites.place[lost[0]]} no longer has what its clients {clients[:5]} keep "
+                f"({folder.name}). Restore its folder, or start anew."
+            )
+        return Remote(found)
+
+    def held(self) -> dict[int, list[str]]:
+        """Which values clients hold, by name."""
+        answers = self._ask({site: ({"verb": "held"}, NO_TENSORS) for site in self._by_site(self.clients)})
+        return {int(i): names for header, _ in answers.values() for i, names in header["names"].items()}
+
+    def close(self) -> None:
+        """Sites stay as they are."""
+
+    # ---- what they need
+
+    def _by_site(self, clients: Iterable[int] | None = None) -> dict[str, list[int]]:
+        found: dict[str, list[int]] = {}
+        for i in self.active if clients is None else clients:
+            if (site := self._sites.place[i]) not in self._lost:
+                found.setdefault(site, []).append(i)
+        return found
+
+    def _ask(self, asked: Mapping[str, tuple[Header, Tree]]) -> dict[str, tuple[Header, Tree]]:
+        """Sites' answers; clients of those that have none, or a reason in its place, are left out."""
+        freed, self._freed[:] = list(self._freed), []
+        for site, (header, _) in asked.items():
+            header["free"] = [entry for entry in freed if self._sites.place[entry[0]] == site]
+        self._freed += [entry for entry in freed if self._sites.place[entry[0]] not in asked]
+        found = self._sites.ask(asked)
+        reasons = {site: answer for site, answer in found.items() if isinstance(answer, str)}
+        self._lost |= {site for site, reason in reasons.items() if reason.startswith("no answer")}
+        self._leave_out({i: reasons[site] for i in self.active if (site := self._sites.place[i]) in reasons})
+        return {site: answer for site, answer in found.items() if not isinstance(answer, str)}
+
+    def _leave_out(self, reasons: Mapping[int, str]) -> None:
+        self.left_out |= reasons
+        self.active = tuple(i for i in self.active if i not in reasons)
+        needed = min(self._sites.patience.min_clients or self._cohort, self._cohort)
+        if reasons and len(self.active) < needed:
+            names = list(self._sites.about)
+            said = "; ".join(f"{names[i]} at {self._sites.place[i]}: {reason}" for i, reason in self.left_out.items())
+            raise UserError(f"round {self.round + 1}: {len(self.active)} clients are left, {needed} are needed. {said}")
+
+    def _fresh(self) -> str:
+        self._last += 1
+        return str(self._last)
+
+    def _name(self, client: int, text: str) -> Name:
+        name = Name(text)
+        weakref.finalize(name, self._freed.append, (client, text))
+        return name
+
+
+def _described(arg: Any, number: int, clients: Sequence[int]) -> Header:
+    if isinstance(arg, Remote):
+        return {"own": {i: arg.names[i].text for i in clients}}
+    if isinstance(arg, Mapping):
+        return {"tree": number}
+    return {"plain": TypeAdapter(type(arg)).dump_python(arg, mode="json")}
+
+
+def _names(values: Any) -> dict[int, Name]:
+    if not isinstance(values, Remote):
+        raise TypeError(f"{type(values).__name__} is a value of another engine")
+    return values.names

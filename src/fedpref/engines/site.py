@@ -1,0 +1,278 @@
+"""A site at work: the clients that it hosts over one copy of the model, and what it does when a coordinator asks."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+
+from fedpref import seeds, trees
+from fedpref.channel import Chain, Sender
+from fedpref.engines.engine import mixed
+from fedpref.engines.messages import NO_TENSORS, Header, RefusedError, joined, pack, parted, shape, unpack
+from fedpref.engines.workers import one_thread
+from fedpref.errors import UserError
+from fedpref.federation import WORK, Client
+from fedpref.tasks.task import Task
+from fedpref.trees import Tree
+
+RUN = re.compile(r"\w[\w.-]{0,99}(/\w[\w.-]{0,99}){0,3}")
+KEPT = 2  # checkpoints
+Answer = tuple[Header, Tree]
+
+
+@dataclass(frozen=True)
+class Hosted:
+    """What a site brings to an experiment: the task, its clients' data, and what may be asked of them."""
+
+    task: Task
+    shards: Mapping[str, Any]  # client's name -> shard
+    about: Mapping[str, Mapping[str, Any]]  # client's name -> sizes, a digest, its number where all sites count alike
+    seed: int
+    rounds: int
+    links: Chain = Chain()
+    does: Callable[[str], bool] = lambda work: True  # whether a piece of work may be asked for
+    gives: Callable[[str], bool] = lambda name: True  # whether a tensor of this name may leave
+    limit: int | None = None  # bytes of a message
+
+
+class Host(Protocol):
+    """Who decides what a site brings to an experiment."""
+
+    def host(self, experiment: Any, folder: Path) -> Hosted:
+        """Raises RefusedError or UserError for what the site does not consent to, or cannot do."""
+        ...
+
+
+class Peers(Protocol):
+    """The way to other sites."""
+
+    def tell(self, site: str, message: bytes) -> None:
+        """Send, without waiting for an answer."""
+        ...
+
+
+class Site:
+    """Clients' values lie here by name; what names the coordinator no longer holds are freed."""
+
+    def __init__(self, name: str, host: Host, folder: Path, peers: Peers) -> None:
+        self.name, self._host, self._folder, self._peers = name, host, folder, peers
+        self._hosted: Hosted | None = None
+        self._names: dict[int, str] = {}  # of clients, by their ids
+        self._values: dict[int, dict[str, Any]] = {}
+        self._heard: dict[tuple[int, int, str], bytes] = {}
+        self._news = threading.Condition()
+        verbs = (self.open, self.number, self.each, self.contribute, self.exchange, self.report, self.save, self.load, self.held)
+        self._verbs: dict[str, Callable[..., Answer]] = {verb.__name__: verb for verb in verbs}
+
+    def answer(self, message: bytes) -> bytes:
+        """Do what the coordinator asks. What is refused or fails is said in the answer, and nothing is changed by it."""
+        try:
+            header, tensors = unpack(message, self._hosted.limit if self._hosted else None)
+            for client, name in header.pop("free", ()):
+                self._values.get(client, {}).pop(name, None)
+            verb = header.pop("verb", None)
+            if verb not in self._verbs:
+                raise RefusedError(f"there is no verb {str(verb)[:40]!r}")
+            with one_thread():
+                return pack(*self._verbs[verb](tensors, **header))
+        except (RefusedError, UserError) as error:
+            return pack({"refused": str(error)})
+        except Exception:
+            return pack({"refused": f"it failed:\n{traceback.format_exc()}"})
+
+    def hear(self, sender: str, message: bytes) -> None:
+        """Take what another site's clients tell clients here; it waits for its exchange."""
+        try:
+            header, _ = unpack(message[: 8 + int.from_bytes(message[:8], "big")])
+            address = (int(header["round"]), int(header["call"]), sender)
+        except (RefusedError, KeyError, TypeError, ValueError):
+            return  # nobody waits for it, and the exchange counts the sender as missing
+        with self._news:
+            self._heard[address] = message
+            self._news.notify_all()
+
+    # ---- verbs
+
+    def open(self, tensors: Tree, experiment: Any, run: str) -> Answer:
+        """Begin an experiment, or go on with it: say which clients there are."""
+        if not RUN.fullmatch(run):
+            raise RefusedError(f"a run cannot be called {run[:40]!r}")
+        self._run = self._folder / run
+        self._run.mkdir(parents=True, exist_ok=True)
+        self._hosted = self._host.host(experiment, self._run)
+        self._values.clear()
+        return {"about": self._hosted.about}, NO_TENSORS
+
+    def number(self, tensors: Tree, ids: Mapping[str, int], sites: Mapping[str, Sequence[int]]) -> Answer:
+        """Learn the ids of the clients here, and where all others are."""
+        if ids.keys() != self._opened.shards.keys():
+            raise RefusedError("ids of clients that are not those here")
+        self._names = {number: name for name, number in ids.items()}
+        self._values = {number: {} for number in self._names}
+        self._place = {number: site for site, numbers in sites.items() for number in numbers}
+        return {}, NO_TENSORS
+
+    def each(
+        self,
+        tensors: Tree,
+        work: str,
+        args: Sequence[Mapping[str, Any]],
+        clients: Sequence[int],
+        purpose: str,
+        round: int,
+        call: int,
+        name: str,
+    ) -> Answer:
+        """Do registered work for some clients and keep what comes of it."""
+        hosted = self._opened
+        function = WORK.get(work)
+        if function is None or not hosted.does(work):
+            raise RefusedError(f"{work[:80]!r} is no work that is done here")
+        if not 0 <= round <= hosted.rounds:
+            raise RefusedError(f"round {round} is none of the {hosted.rounds} of the experiment")
+        hints = [hint for key, hint in get_type_hints(function).items() if key != "return"][1:]
+        hints += hints[-1:] * (len(args) - len(hints))  # a work's *parts
+        common = {k: parted(tensors, k) for k, arg in enumerate(args) if "tree" in arg}
+        try:
+            common |= {
+                k: TypeAdapter(hint).validate_python(arg["plain"])
+                for k, (arg, hint) in enumerate(zip(args, hints, strict=True))
+                if "plain" in arg
+            }
+        except ValidationError as error:
+            raise RefusedError(f"arguments of {work!r} that do not fit: {error}") from error
+        parts: int | None = None
+        for i in clients:
+            given = {**common, **{k: self._value(i, arg["own"][str(i)]) for k, arg in enumerate(args) if "own" in arg}}
+            rng = seeds.generator(hosted.seed, purpose, round=round, call=call, client=i)
+            client = Client(i, hosted.task, hosted.shards[self._names[i]], rng, round, hosted.rounds, self._run)
+            result = function(client, *(given[k] for k in sorted(given)))
+            parts = len(result) if isinstance(result, tuple) else None
+            found = result if isinstance(result, tuple) else (result,)
+            self._values[i].update({f"{name}.{k}": part for k, part in enumerate(found)})
+        return {"parts": parts}, NO_TENSORS
+
+    def contribute(self, tensors: Tree, own: Mapping[str, str], shares: Mapping[str, float], round: int, call: int) -> Answer:
+        """Each client's share of a sum."""
+        messages = {}
+        for i, name in ((int(key), name) for key, name in own.items()):
+            rng = seeds.generator(self._opened.seed, "channel", round=round, call=call, client=i)
+            messages[i] = Chain().encode(trees.scale(self._leaving(i, name), shares[str(i)]), Sender(i, round, rng))
+        return {}, joined(messages)
+
+    def exchange(
+        self,
+        tensors: Tree,
+        own: Mapping[str, str],
+        weights: Mapping[str, Mapping[str, float]],
+        round: int,
+        call: int,
+        name: str,
+        wait: float,
+    ) -> Answer:
+        """Tell other sites' clients, hear them, and mix; who is not heard in time is mixed as if it were the hearer."""
+        hosted, links = self._opened, self._opened.links
+        told: dict[int, Tree] = {}
+        for i, key in ((int(client), key) for client, key in own.items()):
+            rng = seeds.generator(hosted.seed, "channel", round=round, call=call, client=i)
+            told[i] = links.encode(self._leaving(i, key), Sender(i, round, rng))
+        rows = {int(i): {int(j): weight for j, weight in row.items()} for i, row in weights.items()}
+        hearers: dict[str, list[int]] = {}
+        for i, site in self._place.items():
+            hearers.setdefault(site, []).append(i)
+        for site, numbers in hearers.items():
+            heard_there = {i: told[i] for i in told if any(i in rows.get(j, {}) for j in numbers)}
+            if site != self.name and heard_there:
+                self._peers.tell(site, pack({"round": round, "call": call}, joined(heard_there)))
+        arrived = {i: links.decode(message, 1) for i, message in told.items()}
+        awaited = {self._place[j] for i in told for j in rows[i] if j not in told} - {self.name}
+        expected = shape(next(iter(arrived.values())))
+        for site, message in self._hear(awaited, round, call, wait).items():
+            with suppress(RefusedError, ValueError, KeyError, RuntimeError):  # what cannot be read is missing
+                _, theirs = unpack(message, hosted.limit)
+                for j in (j for j, place in self._place.items() if place == site):
+                    if shape(tree := links.decode(parted(theirs, j), 1)) == expected:
+                        arrived[j] = tree
+        missing = set()
+        for i in told:
+            missing |= rows[i].keys() - arrived.keys()
+            heard = ((arrived.get(j, arrived[i]), weight) for j, weight in rows[i].items())
+            self._values[i][f"{name}.0"] = arrived[i]
+            self._values[i][f"{name}.1"] = mixed(self._value(i, own[str(i)]), arrived[i] if links.stages else None, heard)
+        return {"sizes": {i: trees.size(message) for i, message in told.items()}, "missing": sorted(missing)}, NO_TENSORS
+
+    def _hear(self, sites: set[str], round: int, call: int, wait: float) -> dict[str, bytes]:
+        addresses = {(round, call, site) for site in sites}
+        until = time.monotonic() + wait
+        with self._news:
+            while not addresses <= self._heard.keys() and (left := until - time.monotonic()) > 0:
+                self._news.wait(left)
+            found = {address[2]: self._heard[address] for address in sorted(addresses & self._heard.keys())}
+            self._heard = {address: message for address, message in self._heard.items() if address[:2] > (round, call)}
+        return found
+
+    def report(self, tensors: Tree, own: Mapping[str, str]) -> Answer:
+        """Scalars."""
+        metrics = {}
+        for i, name in own.items():
+            value = self._value(int(i), name)
+            if not isinstance(value, Mapping) or not all(isinstance(number, int | float) for number in value.values()):
+                raise RefusedError("what is no mapping of names to numbers is not reported")
+            metrics[i] = dict(value)
+        return {"metrics": metrics}, NO_TENSORS
+
+    def save(self, tensors: Tree, own: Mapping[str, str], checkpoint: str, field: str) -> Answer:
+        """Keep clients' values in files, those of the last checkpoints."""
+        if not RUN.fullmatch(f"{checkpoint}/{field}"):
+            raise RefusedError("names of files that are none")
+        folder = self._run / "checkpoints" / checkpoint / field
+        folder.mkdir(parents=True, exist_ok=True)
+        for i, name in own.items():
+            trees.save(self._value(int(i), name), folder / f"{int(i)}.safetensors")
+        for old in sorted((self._run / "checkpoints").glob("round-*"))[:-KEPT]:
+            shutil.rmtree(old)
+        return {}, NO_TENSORS
+
+    def load(self, tensors: Tree, checkpoint: str, field: str, name: str) -> Answer:
+        """Take up the newest value of each client that is no newer than a checkpoint."""
+        found = []
+        kept = sorted(folder for folder in (self._run / "checkpoints").glob("round-*") if folder.name <= checkpoint)
+        for i in self._names:
+            files = [file for folder in kept if (file := folder / field / f"{i}.safetensors").exists()]
+            if files:
+                self._values[i][name] = trees.load(files[-1])
+                found.append(i)
+        return {"found": found}, NO_TENSORS
+
+    def held(self, tensors: Tree) -> Answer:
+        """Which names values lie under."""
+        return {"names": {i: sorted(values) for i, values in self._values.items()}}, NO_TENSORS
+
+    # ---- what they need
+
+    @property
+    def _opened(self) -> Hosted:
+        if self._hosted is None:
+            raise RefusedError("no experiment is open here")
+        return self._hosted
+
+    def _value(self, client: int, name: str) -> Any:
+        if name not in self._values.get(client, {}):
+            raise RefusedError(f"client {client} has no value {name[:40]!r} here")
+        return self._values[client][name]
+
+    def _leaving(self, client: int, name: str) -> Tree:
+        tree: Tree = self._value(client, name)
+        if kept := [key for key in tree if not self._opened.gives(key)]:
+            raise RefusedError(f"{kept[0]!r} does not leave this site")
+        return tree
