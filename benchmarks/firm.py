@@ -214,7 +214,7 @@ def compared(
     mean = {key: {name: statistics.fmean(one[key] for one in rows) for name, rows in measures.items()} for key in measures["firm"][0]}
     rivals = [name for name in RIVALS if name in volumes]
     found = {f"hypervolume_ratio_{name}": statistics.fmean(volumes["firm"]) / statistics.fmean(volumes[name]) for name in rivals}
-    found |= {f"smoothness_ratio_{name}": mean["roughness"]["firm"] / mean["roughness"][name] for name in rivals}
+    found |= {f"smoothness_ratio_{name}": mean["roughness"]["firm"] / mean["roughness"][name] for name in rivals if name != "fsmgda"}
     found["drift_ratio_b0"] = mean["drift/weights"]["firm"] / mean["drift/weights"]["firm_b0"]
     found["upload_ratio_fedcmoo"] = mean["bytes_up"]["fedcmoo"] / mean["bytes_up"]["firm"]
     return found, table
@@ -232,10 +232,19 @@ def ended(path: Path) -> dict[str, float]:
 
 
 def trained(path: Path) -> dict[str, float]:
-    """How uneven a run's training was: the variance of what its mean reward changes by from round to round, drift, bytes."""
+    """How uneven a run's training was, drift, bytes.
+
+    Roughness: the variance of an objective's mean reward over rounds around its quadratic trend, in squared ranges of the reward, averaged
+    over objectives; none for FSMGDA, whose answers are drawn from policies that are trained apart and not used.
+    """
     rows = RunDirectory(path).read_rows(METRICS)
     found = {key: statistics.fmean(row.get(key, float("nan")) for row in rows) for key in ("drift/weights", "drift/theta", "bytes_up")}
-    return {**found, "roughness": float(np.var(np.diff([row["reward"] for row in rows])))}
+    rounds = np.arange(len(rows))
+    rests = []
+    for name in Experiment.load(path / "config.yaml").task.objectives:
+        values = np.array([row[f"rewards/{name}"] for row in rows]) / (1 - FLOOR[name])
+        rests.append(float(np.var(values - np.polyval(np.polyfit(rounds, values, 2), rounds))))
+    return {**found, "roughness": float("nan") if "weights/0" in rows[0] else statistics.fmean(rests)}
 
 
 # ---- given pairs

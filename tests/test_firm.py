@@ -18,6 +18,7 @@ from conftest import make_rows, write_rows
 from fedpref import Experiment, UserError, cli, config, run, seeds, trees
 from fedpref.algorithms import FIRM, FSMGDA, FedCMOO, FedDPO, Scalarised
 from fedpref.engines import Simulation
+from fedpref.engines.held import held
 from fedpref.local import Descent
 from fedpref.multiobjective import MinNorm
 from fedpref.objectives import Objectives, jacobian, of_last_layers, preferred
@@ -218,11 +219,62 @@ def test_runs_on_drawn_answers(estimator: str, algorithm: str, dialogue: dict[st
         assert {"rewards/brief", "rewards/watery", "reward", "kl", "distinct_2", "completions/mean_length"} <= row.keys()
         assert row["reward"] == pytest.approx((row["rewards/brief"] + row["rewards/watery"]) / 2)
     rows = RunDirectory(outcome.path).read_rows(METRICS)
-    assert [row["ratio"] for row in rows] == pytest.approx([1.0, 1.0], abs=1e-12), "answers are the policy's own"
+    assert [row["ratio"] for row in rows] == pytest.approx([1.0, 1.0], abs=1e-12), "the first step begins at the policy that drew"
     assert ("value_error" in rows[0]) == (estimator == "ppo")
     assert not list(outcome.path.glob("adapter/*critic*"))
     (diagnosed,) = (row["diagnostics"] for row in RunDirectory(outcome.path).read_rows(EVALUATION))
     assert diagnosed["pareto_stationarity"] > 0
+
+
+def test_fixed_weights_leave_critics_alone(dialogue: dict[str, Any], tmp_path: Path) -> None:
+    once = Descent(steps=1, batch_size=4, learning_rate=0.1, optim="sgd")
+    strong = FIRM(local=once, solver=MinNorm(b=1e9), preference=(0.9, 0.1))
+    critics = []
+    for method in (strong, Scalarised(local=once, preference=(0.9, 0.1)), Scalarised(local=once, preference=(0.0, 1.0))):
+        engine, task = opened(dialogue, tmp_path)
+        state: Any = method.init(engine, task.init(seeds.generator(0, "init")))
+        engine.begin(0, engine.clients)
+        state, _ = method.step(engine, state)
+        critics.append(held(state.critics)[0])
+    for name in critics[0]:
+        torch.testing.assert_close(critics[0][name], critics[1][name], atol=1e-5, rtol=1e-4)
+    assert critics[2]["critic.brief"].abs().sum() > 0, "an objective that weighs nothing has a critic all the same"
+
+
+def test_where_products_are_averaged_no_drift_of_factors_is_told(pairs: dict[str, Any], tmp_path: Path) -> None:
+    for aggregate in ("factors", "product"):
+        pairs["algorithm"] |= {"name": "firm", "aggregate": aggregate, "local": {"steps": 2, "batch_size": 4}}
+        rows = RunDirectory(run(parsed(pairs), tmp_path / aggregate).path).read_rows(METRICS)
+        assert ("drift/theta" in rows[0]) == (aggregate == "factors")
+
+
+def test_a_groups_reward_compares_answers_to_one_prompt(dialogue: dict[str, Any]) -> None:
+    for combine, complaint in (("alpha", "history of batches"), ("min", None)):
+        dialogue["task"]["rewards"] = {"groups": {"name": "groups", "run": "nowhere", "combine": {"name": combine}}}
+        if complaint:
+            with pytest.raises(UserError, match=complaint):
+                parsed(dialogue)
+        else:
+            assert parsed(dialogue).task.answers_together == 3  # type: ignore[union-attr]
+
+
+def test_long_prompts_leave_room_for_answers(dialogue: dict[str, Any]) -> None:
+    dialogue["task"] |= {"max_length": 20, "sampling": {"max_completion_length": 8}, "truncation_mode": "keep_end"}
+    spec = parsed(dialogue)
+    learner = spec.build_task()
+    client = spec.clients()[0][0]
+    long = replace(client, train=(replace(client.train[0], prompt="Who is it? " * 20),), test=())
+    shard = learner.encode(long)
+    assert len(shard.train[0].tokens) == 12
+    assert shard.truncated == 1
+    with pytest.raises(UserError, match="leaves 12"):
+        parsed({**dialogue, "task": {**dialogue["task"], "truncation_mode": "refuse"}}).build_task().encode(long)
+
+
+def test_a_reference_line_that_cannot_run_is_refused_before_anything_is_written(dialogue: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no references"):
+        run(parsed({**dialogue, "references": ["local"]}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_answers_before_and_after_are_kept_with_their_clients(dialogue: dict[str, Any], tmp_path: Path) -> None:
@@ -326,6 +378,7 @@ def test_accuracies_are_measured_for_each_objective(pairs: dict[str, Any], tmp_p
     [
         (["algorithm.preference=[1,2,3]"], "3 numbers for 2 objectives"),
         (["algorithm.preferences={client-1: [1]}"], r"algorithm.preferences.client-1: 1 numbers"),
+        (["algorithm.preferences={clinet-1: [1, 0]}"], r"are no clients"),
         (["algorithm={name: feddpo}"], "ppo needs critics"),
         (["algorithm={name: fedpdpo}"], "without parts of a client's own"),
         (["task.estimator={name: rloo}", "task.num_generations=1"], "take 2 or more"),

@@ -26,6 +26,7 @@ def test_preferences_are_even_over_the_simplex() -> None:
 def test_hypervolume_and_spacing_have_their_closed_forms() -> None:
     values = np.array([[0.2, 0.8], [0.5, 0.5], [0.8, 0.2], [0.4, 0.4]])
     assert best(values).tolist() == [True, True, True, False]
+    assert best(values[[0, 3, 0]]).tolist() == [True, True, True]
     assert hypervolume(values, (0, 0)) == pytest.approx(0.2 * 0.8 + 0.3 * 0.5 + 0.3 * 0.2)
     assert hypervolume(np.array([[1.0, 1.0, 2.0]]), (0, 0, 0)) == pytest.approx(2)
     assert spacing(values) == pytest.approx(0, abs=1e-12)
@@ -38,7 +39,7 @@ def test_objectives_that_rise_with_their_preference_follow_it() -> None:
     assert follows([Point(p, (p[0] ** 2, -p[0])) for p in shares]) == pytest.approx(1)
     assert follows([Point(p, (-p[0], p[0])) for p in shares]) == pytest.approx(-1)
     assert follows([Point(p, (p[0], 3.0)) for p in shares]) == pytest.approx(0.5)
-    found = figures([*(Point(p, p) for p in shares), Point((0.5, 0.5), (0.9, 0.9), is_trained=False)])
+    found = figures([*(Point(p, p) for p in shares), Point((0.5, 0.5), (0.9, 0.9), is_trained=False)], (0.0, 0.0))
     assert found["hypervolume_interpolated"] > found["hypervolume"]
 
 
@@ -56,6 +57,9 @@ def test_a_front_from_the_command_line(settings: dict[str, Any], tmp_path: Path)
     assert [point["is_trained"] for point in found["points"]] == [True, False, True, False, True]
     assert all(0 <= value <= 1 for point in found["points"] for value in point["values"])
     assert "<svg" in (tmp_path / "front/front.svg").read_text()
+    assert len(found["reference"]) == 2
+    wrong = CliRunner().invoke(cli.app, [*arguments, "--reference", "0"])
+    assert isinstance(wrong.exception, UserError)
     again = CliRunner().invoke(cli.app, arguments)
     assert "round" not in again.output.split("preferences and what")[0], "nothing is trained twice"
 
@@ -65,6 +69,9 @@ def test_a_front_from_the_command_line(settings: dict[str, Any], tmp_path: Path)
     [
         ({}, "firm", "one objective"),
         ({"objective_column": "kind", "objective_names": ["first", "second"]}, "feddpo", "knows no preference"),
+        ({"objective_column": "kind", "objective_names": ["first", "second", "third"]}, "firm", "between two objectives only"),
+        ({"objective_column": "kind", "objective_names": ["first", "first"]}, "firm", "a name of its own"),
+        ({"objective_column": "kind", "objective_names": ["a/b", "first"]}, "firm", "without a slash"),
     ],
 )
 def test_where_nothing_can_be_traded_says_so(
@@ -73,4 +80,4 @@ def test_where_nothing_can_be_traded_says_so(
     content = {**settings, "task": {**settings["task"], **task}, "algorithm": {**settings["algorithm"], "name": algorithm}}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
     with pytest.raises(UserError, match=complaint):
-        plan_front(tmp_path / "config.yaml", 3, [0], [], tmp_path)
+        plan_front(tmp_path / "config.yaml", 3, [0], [], tmp_path, interpolates=True)

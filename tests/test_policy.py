@@ -164,6 +164,17 @@ def test_tokens_are_drawn_as_often_as_the_model_says(model: LanguageModel) -> No
         assert counts[token] / 4000 == pytest.approx(p, abs=4 * math.sqrt(p * (1 - p) / 4000) + 1e-3)
 
 
+def test_an_adapter_of_a_lower_rank_is_drawn_from_as_it_is(model: LanguageModel) -> None:
+    params, prompt = adapter(model), model.encode("Which thing?", "")[0]
+    cut = {name: t[:2] if ".lora_A" in name else t[:, :2] for name, t in params.items()}
+    padded = {name: torch.zeros_like(params[name]) for name in params}
+    for name, t in cut.items():
+        padded[name][tuple(map(slice, t.shape))] = t
+    settings = Sampling(max_completion_length=12, temperature=1e-4)
+    found = [generate(model, some, [prompt], 1, settings, torch.Generator().manual_seed(0)) for some in (cut, padded, params)]
+    assert found[0] == found[1] != found[2]
+
+
 def test_drawing_leaves_the_models_weights_as_they_were(model: LanguageModel) -> None:
     before = {name: tensor.clone() for name, tensor in model.model.named_parameters() if ".lora_" not in name}
     prompt = model.encode("Which thing?", "")[0]

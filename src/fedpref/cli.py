@@ -128,6 +128,7 @@ def pareto(
     points: Annotated[int, typer.Option(min=2, help="Preferences along each edge: 11 are 0.0, 0.1, ..., 1.0 of two objectives.")] = 11,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds 0, 1, ... of each point.")] = 1,
     interpolate: Annotated[int, typer.Option(min=0, help="Points between neighbours by means of their adapters, untrained.")] = 0,
+    reference: Annotated[str, typer.Option(help="The hypervolume's reference point, as in -1,0; needed to compare two fronts.")] = "",
     output: Annotated[Path | None, typer.Option(help="Where runs go; by default runs/NAME-front.")] = None,
 ) -> None:
     """Sweep the preference over objectives: the front of trade-offs, its hypervolume, and a figure.
@@ -144,7 +145,8 @@ def pareto(
     from fedpref.sweep import sweep as runs_to_do
 
     place = output or Path("runs") / f"{Experiment.load(config, overrides or ()).name}-front"
-    objectives, runs = front.plan_front(config, points, range(seeds), overrides or (), place)
+    objectives, runs = front.plan_front(config, points, range(seeds), overrides or (), place, interpolates=bool(interpolate))
+    given = front.parse_reference(reference, objectives) if reference else None
     for path, happenings in runs_to_do({path: one for some in runs.values() for path, one in some.items()}, place / "cache"):
         console.print(f"{path}", style="bold", highlight=False)
         show(happenings, console)
@@ -152,9 +154,11 @@ def pareto(
     if interpolate:
         found += front.interpolated(objectives, runs, interpolate, place / "cache")
     found.sort(key=lambda point: point.preference)
-    measures = front.figures(found)
+    above = given or front.reference_of(found)
+    measures = front.figures(found, above)
     console.print(front_table(objectives, found, measures))
-    content = {"objectives": objectives, "figures": measures, "points": [asdict(point) for point in found]}
+    console.print(f"hypervolume above {', '.join(f'{value:.4g}' for value in above)}", highlight=False)
+    content = {"objectives": objectives, "reference": above, "figures": measures, "points": [asdict(point) for point in found]}
     (place / "front.json").write_text(json.dumps(content, indent=1) + "\n")
     draw_front(objectives, found, place / "front.svg")
     console.print(f"the front and its figure: {place}/front.json, front.svg", highlight=False, soft_wrap=True)

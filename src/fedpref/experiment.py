@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -19,7 +19,7 @@ from fedpref.errors import UserError
 from fedpref.models.language import BUILTIN
 from fedpref.network import Network
 from fedpref.participation import Participation
-from fedpref.tasks import AnyTask, PreferenceTask
+from fedpref.tasks import AnyTask, DialogueTask, PreferenceTask
 from fedpref.topology import GraphFile
 
 Count = Annotated[int, Field(ge=1)]
@@ -67,7 +67,8 @@ class Experiment:
             raise UserError("diagnostics: pareto-stationarity is about several objectives, and the task has one. Leave it out.")
         if getattr(self.task, "needs_critics", False) and not getattr(self.algorithm, "keeps_critics", False):
             raise UserError(
-                f"task.estimator: ppo needs critics, which {self.algorithm.name} does not keep. Take rloo or grpo, or algorithm: firm."
+                f"task.estimator: ppo needs critics, which {self.algorithm.name} does not keep. Take rloo or grpo; or firm, scalarised, "
+                "fsmgda or fedcmoo as the algorithm, and no references."
             )
         if check := getattr(self.algorithm, "check_objectives", None):
             check(self.task.objectives)
@@ -92,6 +93,8 @@ class Experiment:
     def check_clients(self, sizes: Mapping[str, int]) -> None:
         """Raise UserError where what the experiment says of clients does not fit these, given with their numbers of training examples."""
         chances = self.federation.weights(sizes, self.seed)
+        if unknown := sorted(getattr(self.algorithm, "preferences", {}).keys() - sizes.keys()):
+            raise UserError(f"algorithm.preferences: {unknown[:5]} are no clients; the clients are {list(sizes)[:8]}.")
         if self.gossips:
             taking_part = [client for client, chance in enumerate(chances) if chance > 0]
             self.network.check(list(sizes), taking_part, self.federation.takes_everybody)
@@ -145,11 +148,19 @@ def with_whole_paths(experiment: Experiment) -> Experiment:
     if hasattr(experiment.data, "path"):
         data: Any = experiment.data
         changed = replace(changed, data=replace(data, path=whole(data.path)))
+    if isinstance(experiment.task, DialogueTask):
+        rewards = {name: _whole(reward, whole) for name, reward in experiment.task.rewards.items()}
+        changed = replace(changed, task=replace(experiment.task, rewards=rewards))
     if isinstance(experiment.network.topology, GraphFile):
         topology = replace(experiment.network.topology, path=whole(experiment.network.topology.path)).with_digest()
         changed = replace(changed, network=replace(experiment.network, topology=topology))
     if experiment.task.model.path != BUILTIN:
         settings: Any = experiment.task.model
         model = replace(settings, path=whole(settings.path))
-        changed = replace(changed, task=replace(experiment.task, model=model))
+        changed = replace(changed, task=replace(changed.task, model=model))
     return cast(Experiment, changed)
+
+
+def _whole(reward: Any, whole: Callable[[str], str]) -> Any:
+    """A reward with the files that it reads."""
+    return replace(reward, **{key: whole(getattr(reward, key)) for key in ("path", "run") if hasattr(reward, key)})

@@ -29,11 +29,13 @@ class Objectives:
 
     def backward(self, losses: Float[Tensor, " M"], theta: Tree, batches: int) -> list[float]:
         """Add the gradients of one of so many batches to the parameters', and return the weights."""
+        critics = [name for name in theta if name.startswith(CRITIC)]
         if isinstance(self.weigh, Tensor):
             weights = self.weigh.to(losses)
-            ((weights * losses).sum() / batches).backward()
+            if critics:
+                (losses.sum() / batches).backward(retain_graph=True, inputs=[theta[name] for name in critics])
+            ((weights * losses).sum() / batches).backward(inputs=[theta[name] for name in theta if name not in critics])
             return list(weights.tolist())
-        critics = [name for name in theta if name.startswith(CRITIC)]
         watched = [name for name in theta if name not in critics and (self.watched is None or self.watched(name))]
         rest = [name for name in theta if name not in critics and name not in watched]
         wanted = [theta[name] for name in watched + critics]
@@ -76,5 +78,7 @@ def preferred(preference: Sequence[float], objectives: Sequence[str], where: str
 def of_last_layers(names: Collection[str], count: int) -> Callable[[str], bool]:
     """Whether a parameter belongs to one of the last so many layers, told by the first number in its name."""
     numbered = {name: int(found[1]) for name in names if (found := re.search(r"\.(\d+)\.", name))}
+    if not numbered:
+        raise UserError("algorithm.gram_layers: the adapter's parameters have no layer numbers in their names. Leave it out.")
     last = set(sorted(set(numbered.values()))[-count:])
     return lambda name: numbered.get(name) in last

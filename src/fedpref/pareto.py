@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
 from fedpref import trees
+from fedpref.aggregation import Product
 from fedpref.engines import Simulation
 from fedpref.engines.workers import one_thread
 from fedpref.errors import UserError
 from fedpref.experiment import Experiment
 from fedpref.rundirectory import EVALUATION, RunDirectory
 from fedpref.running import evaluate, exported
-from fedpref.summary import of_objectives
+from fedpref.summary import ACCURACY, REWARD, of_objectives
 from fedpref.sweep import plan
 
 Values = NDArray[np.float64]
@@ -47,7 +48,7 @@ def preferences(objectives: int, points: int) -> list[tuple[float, ...]]:
 
 
 def plan_front(
-    config: Path, points: int, seeds: Sequence[int], overrides: Sequence[str], output: Path
+    config: Path, points: int, seeds: Sequence[int], overrides: Sequence[str], output: Path, *, interpolates: bool = False
 ) -> tuple[tuple[str, ...], dict[tuple[float, ...], Mapping[Path, Experiment]]]:
     """The objectives, and for each preference the runs under it; raises UserError where the experiment has none to choose between."""
     experiment = Experiment.load(config, overrides)
@@ -56,6 +57,10 @@ def plan_front(
         raise UserError(f"{config}: the task has one objective, there is nothing to trade. Give it several (docs/algorithms.md, firm).")
     if not hasattr(experiment.algorithm, "preference"):
         raise UserError(f"{config}: {experiment.algorithm.name} knows no preference over objectives. Take firm, scalarised or fsmgda.")
+    if interpolates and len(objectives) != 2:
+        raise UserError("--interpolate: adapters are interpolated between two objectives only.")
+    if interpolates and isinstance(getattr(experiment.algorithm, "aggregate", None), Product):
+        raise UserError("--interpolate: with algorithm.aggregate: product, adapters of two runs have no common factors. Take factors.")
     runs = {}
     for preference in preferences(len(objectives), points):
         shares = ",".join(f"{share:.4g}" for share in preference)
@@ -76,10 +81,8 @@ def interpolated(
     objectives: Sequence[str], runs: Mapping[tuple[float, ...], Mapping[Path, Experiment]], between: int, cache: Path
 ) -> Iterator[Point]:
     """Between each two neighbouring preferences of two objectives so many points by weighted means of their adapters, without training
-    (rewarded soups, Ramé et al. 2023); raises UserError for more objectives.
+    (rewarded soups, Ramé et al. 2023).
     """
-    if len(objectives) != 2:
-        raise UserError("--interpolate: adapters are interpolated between two objectives only.")
     seeds = range(len(next(iter(runs.values()))))
     with one_thread(), ExitStack() as stack:
         engines = [stack.enter_context(closing(_engine(experiment, cache))) for experiment in next(iter(runs.values())).values()]
@@ -97,17 +100,21 @@ def interpolated(
 
 
 def _engine(experiment: Experiment, cache: Path) -> Simulation:
-    """All clients of an experiment, to evaluate on."""
+    """The clients that an experiment trains with, to evaluate on."""
     task = experiment.build_task()
     shards = [task.prepare(task.encode(client), cache) for client in experiment.clients()[0]]
-    return Simulation(task, shards, seed=experiment.seed, rounds=1)
+    engine = Simulation(task, shards, seed=experiment.seed, rounds=1)
+    newcomers = experiment.federation.joining([shard.name for shard in shards], experiment.seed)
+    engine.begin(0, [i for i in engine.clients if i not in newcomers], "evaluate")
+    return engine
 
 
 def _point(
     preference: tuple[float, ...], objectives: Sequence[str], rows: Sequence[Mapping[str, float]], *, is_trained: bool = True
 ) -> Point:
     means = {name: statistics.fmean(row[name] for row in rows) for name in rows[0]}
-    names = [next(name for name in of_objectives(means) if name.rsplit("/", 1)[-1] == objective) for objective in objectives]
+    start = "rewards/" if REWARD in means else f"{ACCURACY}/"
+    names = [start + objective for objective in objectives]
     beside = {name: means[name] for name in of_objectives(means) if name not in names}
     return Point(preference, tuple(means[name] for name in names), beside, is_trained)
 
@@ -119,7 +126,7 @@ def best(values: Values) -> NDArray[np.bool_]:
     """Which points no other point is at least as good as in every objective and better in one."""
     import moocore
 
-    found: NDArray[np.bool_] = moocore.is_nondominated(values, maximise=True)
+    found: NDArray[np.bool_] = moocore.is_nondominated(values, maximise=True, keep_weakly=True)
     return found
 
 
@@ -150,12 +157,28 @@ def follows(points: Sequence[Point]) -> float:
     return statistics.fmean(found)
 
 
-def figures(points: Sequence[Point], reference: Sequence[float] | None = None) -> dict[str, float]:
-    """Of the trained points; the reference point of the hypervolume is, if none is given, the worst value of each objective."""
+def parse_reference(text: str, objectives: Sequence[str]) -> tuple[float, ...]:
+    """A number for each objective; raises UserError for anything else."""
+    try:
+        found = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        found = ()
+    if len(found) != len(objectives):
+        raise UserError(f"--reference {text!r}: expected {len(objectives)} numbers with commas between, for {', '.join(objectives)}.")
+    return found
+
+
+def reference_of(points: Sequence[Point]) -> tuple[float, ...]:
+    """A tenth of each objective's range below its worst trained value: good for one front, not to compare two."""
+    values = np.array([point.values for point in points if point.is_trained])
+    return tuple((values.min(0) - 0.1 * np.ptp(values, axis=0)).tolist())
+
+
+def figures(points: Sequence[Point], reference: Sequence[float]) -> dict[str, float]:
+    """Of the trained points; the hypervolume is above a reference point."""
     trained = [point for point in points if point.is_trained]
     values = np.array([point.values for point in trained])
-    found = {"hypervolume": hypervolume(values, reference or values.min(0)), "spacing": spacing(values), "follows": follows(trained)}
+    found = {"hypervolume": hypervolume(values, reference), "spacing": spacing(values), "follows": follows(trained)}
     if len(trained) < len(points):
-        whole = np.array([point.values for point in points])
-        found["hypervolume_interpolated"] = hypervolume(whole, reference or values.min(0))
+        found["hypervolume_interpolated"] = hypervolume(np.array([point.values for point in points]), reference)
     return found

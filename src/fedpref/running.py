@@ -127,6 +127,7 @@ def events(experiment: Experiment, folder: RunDirectory, cache: Path | None = No
         place: Place = Here(experiment, task) if transport is None else Elsewhere(experiment, transport, folder.path.name)
         about_text = json.dumps(place.about, indent=1) + "\n"
         experiment.check_clients({name: about["train"] for name, about in place.about.items()})
+        planned = lines(experiment, len(place.about))
         if not folder.path.exists():
             folder.create({CONFIG: config.to_yaml(experiment), CLIENTS: about_text})
         elif (folder.path / CLIENTS).read_text() != about_text:
@@ -134,7 +135,7 @@ def events(experiment: Experiment, folder: RunDirectory, cache: Path | None = No
         yield Event(experiment.algorithm.name, "begin", 0, experiment.rounds, {}, f"{task.description}\n{_data(place.about)}")
         for done in place.prepare(cache or folder.path / "cache"):
             yield Event(experiment.algorithm.name, "prepare", done, len(place.about), {}, task.prepares)
-        for name, (sub, line) in lines(experiment, len(place.about)).items():
+        for name, (sub, line) in planned.items():
             under = RunDirectory(folder.path / sub)
             if sub and not under.path.exists():
                 under.create({CONFIG: config.to_yaml(line)})

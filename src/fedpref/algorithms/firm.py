@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fedpref import trees
-from fedpref.aggregation import Aggregate, Factors
+from fedpref.aggregation import Aggregate, Factors, Product
 from fedpref.algorithms.feddpo import no_moments
 from fedpref.federation import Client, Federation, PerClient, work
 from fedpref.local import Descent, descend
@@ -51,13 +51,21 @@ def train_beside_critics(
     return aggregate.message(client, received, trained), trees.select(theta, own), moments, {**metrics, **squared}
 
 
-def about_means(report: Mapping[str, float], moved: float) -> Mapping[str, float]:
-    """Mean squares as mean squared distances from means: of weights, and of changes whose mean is so long."""
+def about_means(report: Mapping[str, float], moved: float | None) -> Mapping[str, float]:
+    """Mean squares as mean squared distances from means: of weights, and of changes whose mean is so long (None: factors have no mean)."""
     found = dict(report)
     if "drift/weights" in found:
         found["drift/weights"] -= sum(value**2 for name, value in report.items() if name.startswith("weights/"))
-    found["drift/theta"] -= moved**2
+    if moved is None:
+        del found["drift/theta"]
+    else:
+        found["drift/theta"] -= moved**2
     return {name: max(0.0, value) if name.startswith("drift/") else value for name, value in found.items()}
+
+
+def moved(aggregate: Aggregate, before: Tree, after: Tree) -> float | None:
+    """How far the mean adapter came; None where products are averaged, whose factors clients hold in bases of their own."""
+    return None if isinstance(aggregate, Product) else trees.norm(trees.subtract(after, before))
 
 
 @work
@@ -91,7 +99,8 @@ class FIRM:
     paper's optimiser is not known. `gram_layers` takes the gradients that weights are found from on the last layers alone.
 
     Metrics: `weights/...`, the means of clients' weights; `drift/weights` and `drift/theta`, the mean squared distances of clients' weights
-    (means over their steps) and adapters from their means over clients, exact where clients weigh by examples.
+    (means over their steps) and adapters from their means over clients, exact where clients weigh by examples; the latter is left out
+    where products are averaged.
     """
 
     name: Literal["firm"] = "firm"
@@ -118,9 +127,9 @@ class FIRM:
         done = fed.each(train, state.adapter, state.critics, state.weights, state.moments, self)
         messages, own, weights, moments, metrics = done
         adapter, residual = self.aggregate.merge(fed, state.adapter, messages)
-        moved = trees.norm(trees.subtract(adapter, state.adapter))
+        report = about_means(fed.report(metrics), moved(self.aggregate, state.adapter, adapter))
         state = State(adapter, state.critics | own, state.weights | weights, state.moments | moments)
-        return state, {**about_means(fed.report(metrics), moved), **residual}
+        return state, {**report, **residual}
 
     def join(self, fed: Federation, state: State, steps: int) -> State:
         return state  # critics foretell rewards of training, they are no part of the model

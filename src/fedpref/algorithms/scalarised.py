@@ -8,10 +8,9 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from fedpref import trees
 from fedpref.aggregation import Aggregate, Factors
 from fedpref.algorithms.feddpo import no_moments
-from fedpref.algorithms.firm import Preference, about_means, critics, train_beside_critics
+from fedpref.algorithms.firm import Preference, about_means, critics, moved, train_beside_critics
 from fedpref.federation import Client, Federation, PerClient, work
 from fedpref.local import Descent
 from fedpref.objectives import Objectives, preferred
@@ -57,7 +56,7 @@ class Scalarised:
     def step(self, fed: Federation, state: State) -> tuple[State, Mapping[str, float]]:
         messages, own, moments, metrics = fed.each(train, state.adapter, state.critics, state.moments, self)
         adapter, residual = self.aggregate.merge(fed, state.adapter, messages)
-        report = about_means(fed.report(metrics), trees.norm(trees.subtract(adapter, state.adapter)))
+        report = about_means(fed.report(metrics), moved(self.aggregate, state.adapter, adapter))
         return State(adapter, state.critics | own, state.moments | moments), {**report, **residual}
 
     def join(self, fed: Federation, state: State, steps: int) -> State:

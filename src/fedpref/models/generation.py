@@ -55,7 +55,8 @@ def merged(language: LanguageModel, params: Tree | None) -> Iterator[None]:
     with language.model.disable_adapter():
         try:
             for name, place in language.places.items() if params else ():
-                parameters[place].data.copy_(params[name])  # type: ignore[index]  # there are parameters
+                there, given = parameters[place].data, params[name]  # type: ignore[index]  # there are parameters
+                there.zero_()[tuple(map(slice, given.shape))] = given  # which may have a lower rank
             for layer in language.model.modules() if params else ():
                 if hasattr(layer, "get_delta_weight") and layer.active_adapters:
                     owner: Any = layer.get_base_layer()

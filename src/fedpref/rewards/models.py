@@ -73,6 +73,7 @@ class Classifier:
     """A sequence-classification model of transformers, such as a reward model: its only logit, or the log-odds of one of its labels.
 
     Prompt and answer are one text, or two segments (`pairs`); conversations go through the model's chat template.
+    What is too long for the model loses its beginning.
     """
 
     path: str  # a Hub id or a local folder
@@ -87,7 +88,7 @@ class Classifier:
         import transformers
 
         try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(self.path, revision=self.revision)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(self.path, revision=self.revision, truncation_side="left")
             loaded = transformers.AutoModelForSequenceClassification.from_pretrained(self.path, revision=self.revision)
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(
@@ -103,14 +104,18 @@ class Classifier:
         def encoded(prompts: Sequence[Text], completions: Sequence[Text]) -> Any:
             texts: list[Any] = [plain(prompt) for prompt in prompts]
             answers = [plain(completion) for completion in completions]
-            if not isinstance(prompts[0], str) and tokenizer.chat_template is not None:
-                whole = zip(prompts, completions, strict=True)
-                texts, seconds = [tokenizer.apply_chat_template([*p, *c], tokenize=False) for p, c in whole], None
+            seconds: Any = None
+            talks = not isinstance(prompts[0], str)
+            if talks and tokenizer.chat_template is None:
+                raise UserError(f"reward classifier {self.path!r}: its tokenizer has no chat template, and the prompts are conversations.")
+            if talks:
+                texts = [tokenizer.apply_chat_template([*p, *c], tokenize=False) for p, c in zip(prompts, completions, strict=True)]
             elif self.pairs:
                 seconds = answers
             else:
-                texts, seconds = [text + answer for text, answer in zip(texts, answers, strict=True)], None
-            return tokenizer(texts, seconds, padding=True, truncation=True, return_tensors="pt").to(self.device)
+                texts = [text + answer for text, answer in zip(texts, answers, strict=True)]
+            options = {"padding": True, "truncation": True, "add_special_tokens": not talks}  # a template has written its own
+            return tokenizer(texts, seconds, **options, return_tensors="pt").to(self.device)
 
         @torch.no_grad()
         def reward(prompts: Sequence[Text], completions: Sequence[Text], **_: Any) -> list[float]:

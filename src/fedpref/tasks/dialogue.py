@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,14 +21,14 @@ from fedpref.models.generation import Sampling, generate
 from fedpref.models.packed import Row as Packed
 from fedpref.models.parts import Parts
 from fedpref.rewards import Reward
+from fedpref.rewards.combine import AdaptiveAlpha
+from fedpref.rewards.named import Groups
 from fedpref.rewards.reward import plain
 from fedpref.rewards.text import distinct
 from fedpref.summary import REWARD
 from fedpref.tasks.learner import LanguageLearner, LanguageTask, Tokens
 from fedpref.tasks.task import CRITIC, BatchSize
 from fedpref.trees import Tree
-
-SAMPLES = 8  # prompts of a client whose answers are kept to be read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,13 +40,24 @@ class DialogueTask(LanguageTask):
     estimator: Annotated[PPO | RLOO | GRPO, Field(discriminator="name")] = PPO()
     sampling: Sampling = Sampling()
     num_generations: Annotated[int, Field(ge=1)] = 4  # answers to each prompt of a batch
-    evaluation_prompts: Annotated[int, Field(ge=1)] = 64  # held-out prompts of a client that are answered in an evaluation, one answer each
+    evaluation_prompts: Annotated[int, Field(ge=1)] = 64  # held-out prompts of a client that are answered in an evaluation
+    samples: Annotated[int, Field(ge=0)] = 4  # of them whose answers, before training and after, are kept with the client to be read
 
     def __post_init__(self) -> None:
         if not self.rewards:
             raise ValueError("task.rewards: there are none; give each objective one, as in {polite: {name: sentiment}}")
+        self._check_names()
+        if any(isinstance(reward, Groups) and isinstance(reward.combine, AdaptiveAlpha) for reward in self.rewards.values()):
+            raise ValueError(
+                "task.rewards: combine: alpha leans on a history of batches, which workers do not share; take mean, min or max"
+            )
         if self.num_generations < 2 and not self.estimator.needs_critic:
             raise ValueError(f"task.num_generations: {self.estimator.name} compares answers to one prompt with one another; take 2 or more")
+
+    @property
+    def answers_together(self) -> int:
+        """Answers to a held-out prompt: one, unless a reward compares several."""
+        return max(2, self.num_generations) if any(isinstance(reward, Groups) for reward in self.rewards.values()) else 1
 
     @property
     def objectives(self) -> tuple[str, ...]:
@@ -133,13 +145,19 @@ class DialogueLearner(LanguageLearner):
     def _prompts(self, rows: Sequence[Any]) -> tuple[tuple[Prompted, ...], int]:
         found: dict[Tokens, Prompted] = {}
         cut = 0
-        answer = (0,) * self.settings.sampling.max_completion_length
+        room = self.max_length - self.settings.sampling.max_completion_length
         for row in rows:
             if isinstance(row, Opinion):
                 raise UserError(f"{row.where}: the row is a group's opinion; the task 'dialogue' needs prompts.")
             whole, _ = self.tokens(row.prompt, (), row.where)
-            tokens, _, shortened = self.fit(whole, (answer,), row.where)
-            cut += shortened and tokens not in found
+            if len(whole) > room and self.settings.truncation_mode == "refuse":
+                raise UserError(
+                    f"{row.where}: the prompt has {len(whole)} tokens, and task.max_length {self.max_length} less the "
+                    f"{self.settings.sampling.max_completion_length} of task.sampling.max_completion_length leaves {room}. "
+                    "Raise task.max_length if the model's context allows it, or set task.truncation_mode to keep_end or keep_start."
+                )
+            tokens = self.cut(whole, room) if len(whole) > room else whole
+            cut += len(whole) > room and tokens not in found
             found.setdefault(tokens, Prompted(tokens, row.prompt, row.columns))
         return tuple(found.values()), cut
 
@@ -174,13 +192,20 @@ class DialogueLearner(LanguageLearner):
     def judge(self, prompts: Sequence[Prompted], texts: Sequence[Any]) -> Float[Tensor, "M A"]:
         """Each objective's rewards, on the CPU; raises UserError for a reward function that does not keep to its signature."""
         asked = [list(prompt.text) if not isinstance(prompt.text, str) else prompt.text for prompt in prompts]
-        columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in prompts[0].columns}
+        known = prompts[0].columns.keys() - {"prompts", "completions"}
+        columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in sorted(known)}
         found = []
         for name, reward in self.rewards.items():
-            values = list(reward(prompts=asked, completions=texts, **columns))
-            if len(values) != len(texts) or not all(isinstance(value, int | float) and value == value for value in values):
+            try:
+                values = [float(value) for value in reward(prompts=asked, completions=texts, **columns)]
+            except TypeError as error:
+                raise UserError(
+                    f"task.rewards.{name}: it was called with prompts, completions and the columns {sorted(known)}, and should return a "
+                    f"number for each completion: {error}."
+                ) from error
+            if len(values) != len(texts) or not all(map(math.isfinite, values)):
                 raise UserError(f"task.rewards.{name}: expected {len(texts)} numbers, one of each completion, found {str(values)[:80]}.")
-            found.append([float(value) for value in values])
+            found.append(values)
         return torch.tensor(found)
 
     def texts(self, prompts: Sequence[Prompted], answers: Sequence[Tokens]) -> list[Any]:
@@ -235,17 +260,19 @@ class DialogueLearner(LanguageLearner):
 
     @torch.no_grad()
     def evaluate(self, params: Tree, shard: DialogueShard) -> Mapping[str, float]:
-        """Means over one answer to each of the first held-out prompts, drawn alike in every evaluation.
+        """Means over answers to the first held-out prompts, one to each, or several where a reward compares them; drawn alike every time.
 
         Rewards; `kl`, the answer's log-ratio to the reference; its length in tokens, whether it has an end, and the share of its
         words and pairs of words that it has not said before.
         """
         policy, prompts = self._policy(params), shard.test[: self.settings.evaluation_prompts]
         rng = seeds.generator(0, f"evaluate/{shard.name}")
-        answers = generate(self.language, policy, [prompt.tokens for prompt in prompts], 1, self.settings.sampling, rng)
-        texts = self.texts(prompts, answers)
-        rewards = self.judge(prompts, texts).mean(1).tolist()
-        rows = [(prompt.tokens, (answer,)) for prompt, answer in zip(prompts, answers, strict=True)]
+        together = self.settings.answers_together
+        answers = generate(self.language, policy, [prompt.tokens for prompt in prompts], together, self.settings.sampling, rng)
+        asked = [prompt for prompt in prompts for _ in range(together)]
+        texts = self.texts(asked, answers)
+        rewards = self.judge(asked, texts).mean(1).tolist()
+        rows = [(prompt.tokens, (answer,)) for prompt, answer in zip(asked, answers, strict=True)]
         apart = self._tokens(policy, rows)[0] - self._tokens(None, rows)[0]
         said = [plain(text) for text in texts]
         stops = set(self.language.stops)
@@ -263,14 +290,15 @@ class DialogueLearner(LanguageLearner):
     @torch.no_grad()
     def samples(self, params: Tree, shard: DialogueShard) -> list[dict[str, Any]]:
         """The first held-out prompts, each with an answer of the backbone and one of the policy, drawn alike, and their rewards."""
-        prompts = shard.test[:SAMPLES]
+        prompts, together = shard.test[: self.settings.samples], self.settings.answers_together
         found: list[dict[str, Any]] = [{"prompt": prompt.text} for prompt in prompts]
         for name, policy in (("before", None), ("after", self._policy(params))):
             rng = seeds.generator(0, f"samples/{shard.name}")
-            texts = self.texts(
-                prompts, generate(self.language, policy, [prompt.tokens for prompt in prompts], 1, self.settings.sampling, rng)
-            )
-            for row, text, rewards in zip(found, texts, self.judge(prompts, texts).T.tolist(), strict=True):
+            answers = generate(self.language, policy, [prompt.tokens for prompt in prompts], together, self.settings.sampling, rng)
+            asked = [prompt for prompt in prompts for _ in range(together)]
+            texts = self.texts(asked, answers)
+            judged = list(zip(texts, self.judge(asked, texts).T.tolist(), strict=True)) if prompts else []
+            for row, (text, rewards) in zip(found, judged[::together], strict=True):
                 row[name] = {"completion": plain(text), "rewards": dict(zip(self.objectives, rewards, strict=True))}
         return found
 

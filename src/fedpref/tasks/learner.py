@@ -43,6 +43,12 @@ class LanguageTask:
         """Whether training examples, all together, have a loss, and held-out ones choices."""
         return len(self.objectives) == 1
 
+    def _check_names(self) -> None:
+        """Raise ValueError where objectives cannot be told apart in metrics."""
+        names = self.objectives
+        if wrong := [name for name in names if "/" in name or name == "loss" or names.count(name) > 1]:
+            raise ValueError(f"the objective {wrong[0]!r}: give each a name of its own, without a slash and other than loss")
+
     def check(self, parts: Parts) -> None:
         """Raise UserError if clients cannot have these parts of their own under this task."""
 
@@ -124,8 +130,11 @@ class LanguageLearner(ABC):
             )
         room = self.max_length - min(len(prompt), self.max_length // 2)
         fitted = [answer[:room] for answer in answers]
-        space = self.max_length - max(map(len, fitted))
+        return self.cut(prompt, self.max_length - max(map(len, fitted))), fitted, True
+
+    def cut(self, prompt: Tokens, space: int) -> Tokens:
+        """So many tokens of a prompt, by `truncation_mode`; what opens it stays."""
         if self.settings.truncation_mode == "keep_start" or space >= len(prompt):
-            return prompt[:space], fitted, True
+            return prompt[:space]
         opening = prompt[: self.language.opens(prompt)]
-        return opening + prompt[len(prompt) - space + len(opening) :], fitted, True
+        return opening + prompt[len(prompt) - space + len(opening) :]

@@ -31,6 +31,8 @@ class PreferenceTask(AnswerTask):
     def __post_init__(self) -> None:
         if bool(self.objective_column) != bool(self.objective_names):
             raise ValueError("task.objective_column and task.objective_names: give both, the column and what it may say")
+        if self.objective_names:
+            self._check_names()
 
     @property
     def objectives(self) -> tuple[str, ...]:
