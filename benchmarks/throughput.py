@@ -36,14 +36,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fedpref import seeds, trees
+from fedpref import run, seeds, trees
 from fedpref.engines import Simulation
 from fedpref.engines.workers import keep_freed_memory, one_thread
 from fedpref.experiment import Experiment
 from fedpref.federation import Client
 from fedpref.local import Descent, descend
 from fedpref.models.language import Model
-from fedpref.running import run
 from fedpref.summary import ACCURACY, standard_error
 from fedpref.tasks import BatchSize, PreferenceTask
 from fedpref.tasks.answers import AnswerShard, Example

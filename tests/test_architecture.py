@@ -39,12 +39,15 @@ LEVEL = {
     "experiment": 8,
     "places": 9,
     "running": 10,
+    "hosting": 10,
     "newcomers": 11,
-    "sweep": 11,
-    "pareto": 12,
+    "cli": 16,
+    "reports": 15,
     "scoring": 11,
-    "reports": 13,
-    "cli": 14,
+    "pareto": 14,
+    "sweep": 13,
+    "launch": 12,
+    "flare": 11,
 }
 MATHEMATICS = {"trees", "seeds", "summary", "losses", "multiobjective", "channel", "topology"}
 ALLOWED_IN_MATHEMATICS = {"__future__", "collections", "dataclasses", "functools", "hashlib", "io", "jaxtyping", "math", "os", "pathlib"}

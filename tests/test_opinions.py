@@ -13,7 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 from conftest import REAL_DATA, needs_real_data, write_rows
-from fedpref import cli, config, seeds, trees
+from fedpref import cli, config, run, seeds, trees
 from fedpref.algorithms import Centralised, PluralLLM
 from fedpref.channel import Chain, Stage
 from fedpref.data import ClientData, Opinion, Opinions, Polis, Preference
@@ -24,7 +24,7 @@ from fedpref.experiment import Experiment
 from fedpref.local import Descent, rate
 from fedpref.models.encoder import Encoder
 from fedpref.models.predictor import Predictor
-from fedpref.running import existing_directory, read_experiment, result, run
+from fedpref.running import existing_directory, read_experiment, result
 from fedpref.scoring import group_rewards
 from fedpref.tasks import BatchSize, OpinionTask
 from fedpref.tasks.opinion import Question, asking

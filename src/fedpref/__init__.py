@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fedpref.errors import UserError
     from fedpref.experiment import Experiment
+    from fedpref.launch import resume, run
     from fedpref.models.exported import load_model
-    from fedpref.running import Result, resume, run
+    from fedpref.running import Result
 
 __version__ = "0.1.0"
 __all__ = ["Experiment", "Result", "UserError", "load_model", "resume", "run"]
-_HOMES = {"Experiment": "experiment", "Result": "running", "resume": "running", "run": "running", "UserError": "errors"}
+_HOMES = {"Experiment": "experiment", "Result": "running", "resume": "launch", "run": "launch", "UserError": "errors"}
 _HOMES["load_model"] = "models.exported"
 
 

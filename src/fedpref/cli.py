@@ -39,21 +39,23 @@ def run(
 ) -> None:
     """Run an experiment, with a table at the end."""
     from fedpref.experiment import Experiment
-    from fedpref.running import events, new_directory
+    from fedpref.launch import happenings
+    from fedpref.running import new_directory
 
     experiment = Experiment.load(config, overrides or ())
     folder = new_directory(experiment, output)
     folder.refuse_existing()
-    _follow(events(experiment, folder), folder)
+    _follow(happenings(experiment, folder), folder)
 
 
 @app.command()
 def resume(path: Annotated[Path, typer.Argument(help="The directory of a run that was interrupted.", metavar="RUN")]) -> None:
     """Take an interrupted run up again; it ends as if nothing had happened."""
-    from fedpref.running import events, existing_directory, read_experiment
+    from fedpref.launch import happenings
+    from fedpref.running import existing_directory, read_experiment
 
     folder = existing_directory(path)
-    _follow(events(read_experiment(folder), folder), folder)
+    _follow(happenings(read_experiment(folder), folder), folder)
 
 
 @app.command()

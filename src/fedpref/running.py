@@ -53,23 +53,6 @@ class Result:
     newcomers: Mapping[str, tuple[Clients, Clients]]
 
 
-def run(experiment: Experiment, output: str | Path | None = None) -> Result:
-    """Run an experiment from the beginning into a new directory (by default runs/NAME-TIME) and return what came of it."""
-    folder = new_directory(experiment, output)
-    folder.refuse_existing()
-    for _ in events(experiment, folder):
-        pass
-    return result(folder)
-
-
-def resume(path: str | Path) -> Result:
-    """Take a run up again where it was left; it ends with the bits it would have ended with."""
-    folder = existing_directory(path)
-    for _ in events(read_experiment(folder), folder):
-        pass
-    return result(folder)
-
-
 def new_directory(experiment: Experiment, output: str | Path | None) -> RunDirectory:
     """The directory of a new run; nothing is written before the first event."""
     return RunDirectory(Path(output or f"runs/{experiment.name}-{datetime.now():%Y%m%d-%H%M%S}"))

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from fedpref.errors import UserError
 from fedpref.experiment import Experiment, with_whole_paths
+from fedpref.launch import happenings
 from fedpref.rundirectory import CONFIG, RunDirectory
-from fedpref.running import Event, events, read_experiment
+from fedpref.running import Event, read_experiment
 
 
 def parse_variant(text: str) -> tuple[str, list[str]]:
@@ -43,4 +44,4 @@ def sweep(runs: Mapping[Path, Experiment], cache: Path) -> Iterator[tuple[Path, 
         if (place / CONFIG).exists() and read_experiment(folder) != with_whole_paths(experiment):
             raise UserError(f"{place}: there is a run of other settings here. Choose another --output, or remove it.")
         if not folder.done:
-            yield place, events(experiment, folder, cache)
+            yield place, happenings(experiment, folder, cache)

@@ -56,6 +56,8 @@ class Patience:
     """How long sites are waited for, and how few clients are enough."""
 
     seconds: Annotated[float, Field(gt=0)] = 600.0  # for an answer, which is longer than the longest local training
+    rounds_per_job: Annotated[int, Field(ge=1)] = 50  # after so many the sites are called together anew, with those that have come back
+    min_sites: Annotated[int, Field(ge=1)] = 1  # that a job waits for
     min_clients: Annotated[int, Field(ge=1)] | None = None  # of a round, that must stay to its end; None: all of its cohort
 
 

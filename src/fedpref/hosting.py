@@ -1,0 +1,112 @@
+"""A site's own file: its data, its clients, and what it consents to. It stays at the site."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from fedpref import config
+from fedpref.data import IID, Partition, Source
+from fedpref.engines.messages import RefusedError
+from fedpref.engines.site import Hosted
+from fedpref.errors import UserError
+from fedpref.experiment import Experiment
+from fedpref.models.language import BUILTIN
+from fedpref.models.parts import NAMES, OWN_ADAPTER
+from fedpref.places import hosted
+from fedpref.tasks.task import CRITIC
+
+Count = Annotated[int, Field(ge=1)]
+EVALUATION = ("running.evaluate", "running.export", "running.sample")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteFile:
+    """What a site is asked about before anything of it is used."""
+
+    data: Annotated[Source, Field(discriminator="name")]
+    algorithms: tuple[str, ...]  # those that it takes part in
+    partition: Annotated[Partition, Field(discriminator="name")] | None = None  # which clients it hosts; None: one, with all rows
+    client: str | None = None  # the one client's name; None: the site's
+    models: Mapping[str, str] = field(default_factory=dict)  # a model's name in experiments -> a folder here, or the same name
+    functions: tuple[str, ...] = ()  # `module:function` that experiments may name as rewards
+    max_rounds: Count = 1000
+    max_message_mb: Count = 512
+    may_leave: tuple[str, ...] = ()  # names of private parts that may be averaged all the same, such as bottleneck.down
+    diagnostics: bool = False  # whether what a method keeps private may be measured
+    folder: str = "fedpref"  # where it keeps its clients' side of runs, beside this file unless the path is whole
+
+    @staticmethod
+    def load(path: Path) -> SiteFile:
+        """Read and check; paths are as seen from the file."""
+        read = config.load(SiteFile, path)
+        source: Any = read.data
+        if hasattr(source, "path") and (path.parent / source.path).exists():
+            source = replace(source, path=str((path.parent / source.path).resolve()))
+        return replace(read, data=source, folder=str((path.parent / read.folder).resolve()))
+
+
+class Consenting:
+    """A site that takes part in what its file allows."""
+
+    def __init__(self, name: str, file: SiteFile) -> None:
+        self._name, self._file = name, file
+
+    def host(self, experiment: Any, folder: Path) -> Hosted:
+        """Its own data under the experiment's settings; raises RefusedError for what the file does not allow."""
+        spec = config.parse(Experiment, experiment, "the experiment")
+        self._consent(spec)
+        file = self._file
+        partition = file.partition or IID(clients=1)
+        spec = replace(spec, data=file.data, partition=partition, task=self._with_model(spec.task))
+        clients, _ = spec.clients()
+        if file.partition is None:
+            clients = (replace(clients[0], name=file.client or self._name),)
+        withheld = (NAMES | {OWN_ADAPTER, CRITIC}) - set(file.may_leave)
+        found = hosted(
+            spec,
+            dict(enumerate(clients)),
+            folder,
+            does=self._does(spec),
+            gives=lambda name: not name.startswith(tuple(withheld)),
+            limit=file.max_message_mb * 10**6,
+        )
+        unnumbered = {name: {key: value for key, value in about.items() if key != "number"} for name, about in found.about.items()}
+        return replace(found, about=unnumbered)
+
+    def _consent(self, spec: Experiment) -> None:
+        file, rewards = self._file, getattr(spec.task, "rewards", {})
+        if spec.algorithm.name not in file.algorithms:
+            raise RefusedError(f"this site takes no part in {spec.algorithm.name}; it does in {', '.join(file.algorithms)}")
+        if spec.rounds > file.max_rounds:
+            raise RefusedError(f"{spec.rounds} rounds are more than the {file.max_rounds} that this site consents to")
+        if spec.diagnostics and not file.diagnostics:
+            raise RefusedError("this site lets no diagnostics be measured")
+        if getattr(spec.task.model, "trust_remote_code", False):
+            raise RefusedError("this site runs no code that comes with a model")
+        for name, reward in rewards.items():
+            if reward.name == "function" and reward.path not in file.functions:
+                raise RefusedError(f"the function {reward.path!r} of the reward {name!r} is none of those that this site consents to")
+
+    def _with_model(self, task: Any) -> Any:
+        if task.model.path == BUILTIN or not hasattr(task.model, "path"):
+            return task
+        if task.model.path not in self._file.models:
+            raise RefusedError(f"the model {task.model.path!r} is none of those that this site consents to")
+        return replace(task, model=replace(task.model, path=self._file.models[task.model.path]))
+
+    def _does(self, spec: Experiment) -> Any:
+        rooms = ("algorithms.", "personalisation.", "local.", "aggregation.", *(("diagnostics.",) if spec.diagnostics else ()))
+        return lambda work: work in EVALUATION or work.startswith(rooms)
+
+
+def consenting(name: str, path: Path) -> tuple[Consenting, Path]:
+    """A site by its file, and the folder where it keeps its side of runs."""
+    file = SiteFile.load(path)
+    if not file.algorithms:
+        raise UserError(f"{path}: algorithms: the site takes part in nothing. Name those that it consents to.")
+    return Consenting(name, file), Path(file.folder)

@@ -1,0 +1,39 @@
+"""Beginning and resuming runs, wherever their clients are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from fedpref.errors import UserError
+from fedpref.experiment import Experiment
+from fedpref.rundirectory import RunDirectory
+from fedpref.running import Event, Result, events, existing_directory, new_directory, read_experiment, result
+
+
+def happenings(experiment: Experiment, folder: RunDirectory, cache: Path | None = None) -> Iterator[Event]:
+    """Run an experiment into its directory, or what is left of it, on the engine that it names."""
+    if experiment.engine == "simulation":
+        return events(experiment, folder, cache)
+    try:
+        from fedpref.flare import simulated
+    except ImportError as error:
+        raise UserError(f"engine: flare needs NVIDIA FLARE ({error}). Install fedpref[flare].") from error
+    return simulated(experiment, folder)
+
+
+def run(experiment: Experiment, output: str | Path | None = None) -> Result:
+    """Run an experiment from the beginning into a new directory (by default runs/NAME-TIME) and return what came of it."""
+    folder = new_directory(experiment, output)
+    folder.refuse_existing()
+    for _ in happenings(experiment, folder):
+        pass
+    return result(folder)
+
+
+def resume(path: str | Path) -> Result:
+    """Take a run up again where it was left; it ends with the bits it would have ended with."""
+    folder = existing_directory(path)
+    for _ in happenings(read_experiment(folder), folder):
+        pass
+    return result(folder)
