@@ -111,8 +111,9 @@ def process_engine(processes: Processes, content: dict[str, Any], run: str = "",
     """An engine over sites that open the experiment anew."""
     processes.wire.clear()
     processes.up.clear()
+    resumes = bool(run)
     run = run or f"run-{next(NUMBERS)}"
-    engine = RemoteEngine(Sites(processes, content, run, settings.pop("patience", Patience(seconds=100))), **settings)
+    engine = RemoteEngine(Sites(processes, content, run, settings.pop("patience", Patience(seconds=100)), resumes=resumes), **settings)
     engine.processes, engine.run = processes, run  # type: ignore[attr-defined]
     return engine
 

@@ -47,6 +47,7 @@ LEVEL = {
     "pareto": 14,
     "sweep": 13,
     "launch": 12,
+    "kits": 11,
     "flare": 11,
 }
 MATHEMATICS = {"trees", "seeds", "summary", "losses", "multiobjective", "channel", "topology"}

@@ -24,6 +24,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+federation = typer.Typer(help="Make a federation of sites.", no_args_is_help=True)
+site_app = typer.Typer(help="Start and stop a site, or the server.", no_args_is_help=True)
+app.add_typer(federation, name="federation")
+app.add_typer(site_app, name="site")
 console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)  # a file has room for whole tables
 Config = Annotated[Path, typer.Argument(help="A YAML file; configs/ has examples.", metavar="CONFIG")]
 Overrides = Annotated[
@@ -248,6 +252,101 @@ def reward(
 
     for line in score(path, data, group or (), combine, "logit" if logits else "share"):
         print(line)
+
+
+@app.command()
+def submit(
+    config: Config,
+    overrides: Overrides = None,
+    admin: Annotated[Path, typer.Option(help="The kit of who submits, a folder that `fedpref federation init` made.")] = Path(
+        "federation/admin"
+    ),
+    output: Annotated[Path | None, typer.Option(help="The run directory; by default runs/NAME-TIME.")] = None,
+) -> None:
+    """Run an experiment over sites that have been started, each with its own data.
+
+    Example: fedpref submit configs/fedpdpo.yaml --admin federation/admin@example.org
+    """
+    from fedpref.experiment import Experiment
+    from fedpref.flare import submitted
+    from fedpref.running import new_directory
+
+    experiment = Experiment.load(config, [*(overrides or ()), "engine=flare"])
+    folder = new_directory(experiment, output)
+    folder.refuse_existing()
+    _follow(submitted(experiment, admin, folder), folder)
+
+
+@federation.callback()
+def of_federation() -> None:
+    """Make a federation of sites."""
+
+
+@federation.command()
+def init(
+    folder: Annotated[Path, typer.Argument(help="Where kits go; it must not be there yet.", metavar="FOLDER")],
+    site: Annotated[list[str], typer.Option(help="A site's name; give it for each.", prompt="Names of sites, with commas between")],
+    server: Annotated[str, typer.Option(help="The host name by which sites reach the coordinator.", prompt="Host name of the server")],
+    port: Annotated[int, typer.Option(help="The one port that must be open there.")] = 8002,
+    admin: Annotated[str, typer.Option(help="Who submits experiments, as an address.")] = "admin@fedpref.org",
+    name: Annotated[str, typer.Option(help="The federation's name.")] = "federation",
+) -> None:
+    """Make certificates, and a folder for each participant to hand over.
+
+    Example: fedpref federation init federation --server fl.example.org --site clinic --site bank
+    """
+    from fedpref.kits import provision
+
+    names = [part.strip() for text in site for part in text.split(",") if part.strip()]
+    kits = provision(folder, name, server, port, names, admin)
+    for participant, kit in kits.items():
+        console.print(f"{participant:24s} {kit}", highlight=False, soft_wrap=True)
+    console.print("Hand each over by a safe way, edit each site's site.yaml, then: fedpref site start FOLDER (the server's too).")
+
+
+@site_app.command(name="start")
+def site_start(
+    kit: Annotated[Path, typer.Argument(help="A site's or the server's folder.", metavar="KIT")],
+    runs: Annotated[Path, typer.Option(help="Where the server keeps runs.")] = Path("runs"),
+) -> None:
+    """Start a site, or the server, from its kit; it goes on in the background.
+
+    Example: fedpref site start federation/clinic
+    """
+    from fedpref import kits
+    from fedpref.flare import RUNS, SITE_FILE
+    from fedpref.hosting import SiteFile
+
+    file = kit / kits.SITE_FILE
+    if file.exists():
+        SiteFile.load(file)
+    variables = {SITE_FILE: str(file.resolve())} if file.exists() else {RUNS: str(runs.resolve())}
+    runs.mkdir(parents=True, exist_ok=True)
+    kits.start(kit.resolve(), variables)
+    console.print(f"{kit.name} is starting; its log: {kit}/{kits.LOG}", highlight=False, soft_wrap=True)
+
+
+@site_app.command(name="stop")
+def site_stop(kit: Annotated[Path, typer.Argument(help="A site's or the server's folder.", metavar="KIT")]) -> None:
+    """Stop it, with the jobs that it runs.
+
+    Example: fedpref site stop federation/clinic
+    """
+    from fedpref import kits
+
+    kits.stop(kit.resolve())
+    console.print(f"{kit.name} is stopped.", highlight=False)
+
+
+@site_app.command(name="status")
+def site_status(kit: Annotated[Path, typer.Argument(help="A site's or the server's folder.", metavar="KIT")]) -> None:
+    """Say whether it runs.
+
+    Example: fedpref site status federation/clinic
+    """
+    from fedpref import kits
+
+    console.print(f"{kit.name} {'is running' if kits.running(kit.resolve()) else 'is not running'}.", highlight=False)
 
 
 @app.command(name="list")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,7 +21,7 @@ from typing import Any
 from nvflare.collab import CollabRecipe, collab
 
 from fedpref import config
-from fedpref.engines.site import Site
+from fedpref.engines.site import Host, Site
 from fedpref.errors import UserError
 from fedpref.experiment import Experiment, with_whole_paths
 from fedpref.hosting import consenting
@@ -29,6 +30,7 @@ from fedpref.rundirectory import RunDirectory
 from fedpref.running import Event, events
 
 SITE_FILE = "FEDPREF_SITE"  # the environment variable that names a site's file
+TOLD = "told.jsonl"
 RUNS = "FEDPREF_RUNS"  # and the one that names the coordinator's folder of runs
 
 
@@ -109,18 +111,31 @@ class Coordinator:
             except Exception as error:
                 tell({"error": f"{type(error).__name__}: {error}"})
                 raise
+            finally:
+                self._hand_over(folder, Path(told.name))
+
+    def _hand_over(self, folder: Path, told: Path) -> None:
+        """Put what the run has come to where FLARE takes a job's results from."""
+        context = collab.fl_ctx
+        result = Path(context.get_workspace().get_run_dir(context.get_job_id())) / "fedpref"
+        result.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(told, result / TOLD)
+        if folder.exists():
+            shutil.copytree(folder, result / "run", ignore=shutil.ignore_patterns("checkpoints", "cache"), dirs_exist_ok=True)
 
 
 def job(experiment: Experiment, run: str, told: str, *, simulated: int = 0) -> Any:
     """A job of the next rounds, for any environment of FLARE's."""
     content = json.dumps(config.dump(with_whole_paths(experiment) if simulated else experiment))
-    return _Recipe(
+    recipe = _Recipe(
         job_name=run.replace("/", "-"),
         server=Coordinator(content, run, told, experiment.patience.rounds_per_job),
         client=Sited(simulated),
         min_clients=simulated or experiment.patience.min_sites,
         sync_task_timeout=experiment.patience.seconds,
     )
+    recipe.finalize().set_app_packages(["fedpref"])  # which is installed everywhere
+    return recipe
 
 
 class _Recipe(CollabRecipe):  # type: ignore[misc]  # FLARE has no types
@@ -129,6 +144,43 @@ class _Recipe(CollabRecipe):  # type: ignore[misc]  # FLARE has no types
     @staticmethod
     def _user_source_entries(objs: Any) -> list[Any]:
         return []
+
+
+# ---- real sites
+
+
+def submitted(experiment: Experiment, admin: Path, folder: RunDirectory) -> Iterator[Event]:
+    """An experiment over sites that have been started, job after job; the run directory is fetched from the coordinator after each.
+
+    `admin` is the kit of who submits. Raises UserError where a job ends without having told how.
+    """
+    from nvflare.recipe import ProdEnv
+
+    place = folder.path.resolve()
+    place.parent.mkdir(parents=True, exist_ok=True)
+    seen = 0
+    while True:
+        recipe = job(experiment, place.name, f"{place.name}.told.jsonl")
+        try:
+            run = recipe.execute(ProdEnv(startup_kit_location=str(admin), username=admin.name, login_timeout=30.0))
+            result = run.get_result(clean_up=False)
+        except (RuntimeError, OSError) as error:
+            raise UserError(f"the job could not be run: {error}") from error
+        files = list(Path(result).rglob(TOLD)) if result else []
+        if not files:
+            raise UserError(f"job {run.get_job_id()} ended as {run.get_status()} and left no record. The server's log has more.")
+        lines = [json.loads(line) for line in files[0].read_text().splitlines()]
+        fetched = files[0].parent / "run"
+        if fetched.is_dir():
+            shutil.copytree(fetched, place, dirs_exist_ok=True)
+        for content in lines[seen:]:
+            if "error" in content:
+                raise UserError(content["error"])
+            if "kind" in content:
+                yield Event(**content)
+        seen = len(lines)
+        if lines[-1].get("end") == "done":
+            return
 
 
 # ---- simulated sites

@@ -16,6 +16,7 @@ from fedpref.engines.workers import can_fork
 from fedpref.errors import UserError
 from fedpref.experiment import Experiment
 from fedpref.federation import Client, work
+from fedpref.rundirectory import RunDirectory
 from fedpref.tasks import Task
 from fedpref.topology import Matrix
 from fedpref.trees import Tree
@@ -128,11 +129,11 @@ def prepare(client: Client) -> Tree:
 class Elsewhere:
     """Sites' own data, at the sites."""
 
-    def __init__(self, experiment: Experiment, transport: Transport, run: str) -> None:
+    def __init__(self, experiment: Experiment, transport: Transport, folder: Path) -> None:
         if pooling := [name for name in experiment.references if name == "centralised"]:
             raise UserError(f"references: {pooling[0]} needs all data in one place, and they stay at their sites. Leave it out.")
-        self._transport, self._run, self._patience = transport, run, experiment.patience
-        self._experiment, self._sites = experiment, self._open(experiment, run)
+        self._transport, self._run, self._patience = transport, folder.name, experiment.patience
+        self._experiment, self._sites = experiment, self._open(experiment, folder.name, folder)
         self.about: About = self._sites.about
 
     def prepare(self, cache: Path) -> Iterator[int]:
@@ -142,11 +143,11 @@ class Elsewhere:
         return {name: int(entry["train"]) for name, entry in self.about.items()}
 
     def engine(self, line: Experiment, folder: Path) -> RemoteEngine:
-        sites = self._sites if line == self._experiment else self._open(line, f"{self._run}/{line.algorithm.name}")
+        sites = self._sites if line == self._experiment else self._open(line, f"{self._run}/{line.algorithm.name}", folder)
         return RemoteEngine(sites, weighting=line.federation.weighting, links=line.network.links, mixing=mixing(line, list(sites.about)))
 
-    def _open(self, line: Experiment, run: str) -> Sites:
-        return Sites(self._transport, config.dump(line), run, self._patience)
+    def _open(self, line: Experiment, run: str, folder: Path) -> Sites:
+        return Sites(self._transport, config.dump(line), run, self._patience, resumes=bool(RunDirectory(folder).checkpoints()))
 
 
 class Share:

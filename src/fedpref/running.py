@@ -107,7 +107,7 @@ def events(experiment: Experiment, folder: RunDirectory, cache: Path | None = No
     experiment = with_whole_paths(experiment)
     with one_thread():
         task = experiment.build_task()
-        place: Place = Here(experiment, task) if transport is None else Elsewhere(experiment, transport, folder.path.name)
+        place: Place = Here(experiment, task) if transport is None else Elsewhere(experiment, transport, folder.path)
         about_text = json.dumps(place.about, indent=1) + "\n"
         experiment.check_clients({name: about["train"] for name, about in place.about.items()})
         planned = lines(experiment, len(place.about))

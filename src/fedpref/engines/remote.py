@@ -64,9 +64,10 @@ class Patience:
 class Sites:
     """Sites with an experiment open: where each client is, and what is known of it."""
 
-    def __init__(self, transport: Transport, experiment: Mapping[str, Any], run: str, patience: Patience) -> None:
+    def __init__(self, transport: Transport, experiment: Mapping[str, Any], run: str, patience: Patience, *, resumes: bool) -> None:
         self.transport, self.patience = transport, patience
-        opened = self.ask({site: ({"verb": "open", "experiment": experiment, "run": run}, NO_TENSORS) for site in transport.sites})
+        header = {"verb": "open", "experiment": experiment, "run": run, "resumes": resumes}
+        opened = self.ask({site: (dict(header), NO_TENSORS) for site in transport.sites})
         answers = {site: answer for site, answer in opened.items() if not isinstance(answer, str)}
         reasons = {site: answer for site, answer in opened.items() if isinstance(answer, str)}
         if reasons and (patience.min_clients is None or not answers):
@@ -83,8 +84,7 @@ class Sites:
         self.place = {number: site for number, (_, _, site, _) in enumerate(places)}
         by_site = {site: [number for number, other in self.place.items() if other == site] for site in answers}
         for site, numbers in by_site.items():
-            header = {"verb": "number", "ids": {names[number]: number for number in numbers}, "sites": by_site}
-            self.ask({site: (header, NO_TENSORS)})
+            self.ask({site: ({"verb": "number", "ids": {names[number]: number for number in numbers}, "sites": by_site}, NO_TENSORS)})
 
     def ask(self, messages: Mapping[str, tuple[Header, Tree]]) -> dict[str, tuple[Header, Tree] | str]:
         """Each site's answer, or why there is none."""

@@ -103,12 +103,14 @@ class Site:
 
     # ---- verbs
 
-    def open(self, tensors: Tree, experiment: Any, run: str) -> Answer:
+    def open(self, tensors: Tree, experiment: Any, run: str, resumes: bool) -> Answer:
         """Begin an experiment, or go on with it: say which clients there are."""
         if not RUN.fullmatch(run):
             raise RefusedError(f"a run cannot be called {run[:40]!r}")
         self._run = self._folder / run
         self._run.mkdir(parents=True, exist_ok=True)
+        if not resumes:
+            shutil.rmtree(self._run / "checkpoints", ignore_errors=True)
         self._hosted = self._host.host(experiment, self._run)
         self._values.clear()
         return {"about": self._hosted.about}, NO_TENSORS
