@@ -80,7 +80,7 @@ class Processes:
             except OSError:
                 missing.add(name)
         names = {connection: name for name, connection in self.connections.items()}
-        while len(found) + len(missing) < len(messages) and (left := until - time.monotonic()) > 0:
+        while messages.keys() - found.keys() - missing and (left := until - time.monotonic()) > 0:
             for connection in wait([self.connections[name] for name in self.sites if name not in missing], left):
                 name = names[connection]
                 try:
@@ -107,14 +107,13 @@ def shares(sites: int) -> dict[str, Host]:
     return {f"site-{k}": Share(k, sites) for k in range(sites)}
 
 
-def process_engine(processes: Processes, content: dict[str, Any], run: str = "", **settings: Any) -> Any:
+def process_engine(processes: Processes, content: dict[str, Any], run: str = "", began: Any = None, **settings: Any) -> Any:
     """An engine over sites that open the experiment anew."""
     processes.wire.clear()
     processes.up.clear()
-    resumes = bool(run)
     run = run or f"run-{next(NUMBERS)}"
-    engine = RemoteEngine(Sites(processes, content, run, settings.pop("patience", Patience(seconds=100)), resumes=resumes), **settings)
-    engine.processes, engine.run = processes, run  # type: ignore[attr-defined]
+    engine = RemoteEngine(Sites(processes, content, run, settings.pop("patience", Patience(seconds=100)), began=began), **settings)
+    engine.processes, engine.run, engine.about = processes, run, engine._sites.about  # type: ignore[attr-defined]
     return engine
 
 

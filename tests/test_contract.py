@@ -111,8 +111,8 @@ def engines(processes: Processes, content: dict[str, Any], tmp_path_factory: pyt
     task = experiment.task.build()
     shards = [task.prepare(task.encode(client), cache / "all") for client in experiment.clients()[0]]
     return {
-        "simulation": lambda run="": Simulation(task, shards, seed=experiment.seed, rounds=ROUNDS),
-        "processes": lambda run="": process_engine(processes, content, run),
+        "simulation": lambda run="", began=None: Simulation(task, shards, seed=experiment.seed, rounds=ROUNDS),
+        "processes": lambda run="", began=None: process_engine(processes, content, run, began),
     }
 
 
@@ -231,7 +231,7 @@ def test_a_run_is_finite_learns_and_can_be_taken_up_again(
     half = drive(algorithm, engines[kind](), start, range(2))
     folder = RunDirectory(tmp_path / "run")
     folder.checkpoint(2, half.state, half.engine)
-    engine = engines[kind](getattr(half.engine, "run", ""))
+    engine = engines[kind](*((half.engine.run, half.engine.about) if kind == "processes" else ()))
     state, rounds = folder.restore(algorithm.init(engine, start), engine)
     assert rounds == 2
     rest = drive(algorithm, engine, start, range(2, ROUNDS), state)

@@ -26,11 +26,11 @@ from fedpref.errors import UserError
 from fedpref.experiment import Experiment, with_whole_paths
 from fedpref.hosting import consenting
 from fedpref.places import Share
-from fedpref.rundirectory import RunDirectory
+from fedpref.rundirectory import CONFIG, RunDirectory
 from fedpref.running import Event, events
 
 SITE_FILE = "FEDPREF_SITE"  # the environment variable that names a site's file
-TOLD = "told.jsonl"
+TOLD, SUBMITTED = "told.jsonl", "submitted.json"
 RUNS = "FEDPREF_RUNS"  # and the one that names the coordinator's folder of runs
 
 
@@ -157,7 +157,8 @@ def submitted(experiment: Experiment, admin: Path, folder: RunDirectory) -> Iter
     from nvflare.recipe import ProdEnv
 
     place = folder.path.resolve()
-    place.parent.mkdir(parents=True, exist_ok=True)
+    if not (place / SUBMITTED).exists():
+        folder.create({CONFIG: config.to_yaml(experiment), SUBMITTED: json.dumps({"admin": str(admin.resolve())}) + "\n"})
     seen = 0
     while True:
         recipe = job(experiment, place.name, f"{place.name}.told.jsonl")

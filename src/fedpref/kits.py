@@ -26,6 +26,7 @@ CLASSES = [
     "nvflare.collab.runtime.controller.CollabController",
     "nvflare.collab.runtime.executor.CollabExecutor",
 ]
+PROMPT = {"NVFLARE_CLIENT_OUTCOME_WAIT_TIMEOUT": "15"}  # seconds that a server waits at a job's end for sites that have died
 TEMPLATE = """# What this site brings to experiments, and what it consents to. This file stays here.
 # All keys: docs/sites.md.
 data: {name: files, path: preferences.jsonl} # rows with prompt, chosen, rejected; seen from this file
@@ -112,7 +113,7 @@ def start(kit: Path, variables: Mapping[str, str]) -> None:
             stdout=log,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", **variables},
+            env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", **PROMPT, **variables},
             cwd=kit,
             start_new_session=True,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -16,7 +17,7 @@ from fedpref.engines.workers import can_fork
 from fedpref.errors import UserError
 from fedpref.experiment import Experiment
 from fedpref.federation import Client, work
-from fedpref.rundirectory import RunDirectory
+from fedpref.rundirectory import CLIENTS, RunDirectory
 from fedpref.tasks import Task
 from fedpref.topology import Matrix
 from fedpref.trees import Tree
@@ -132,7 +133,7 @@ class Elsewhere:
     def __init__(self, experiment: Experiment, transport: Transport, folder: Path) -> None:
         if pooling := [name for name in experiment.references if name == "centralised"]:
             raise UserError(f"references: {pooling[0]} needs all data in one place, and they stay at their sites. Leave it out.")
-        self._transport, self._run, self._patience = transport, folder.name, experiment.patience
+        self._transport, self._folder, self._patience = transport, folder, experiment.patience
         self._experiment, self._sites = experiment, self._open(experiment, folder.name, folder)
         self.about: About = self._sites.about
 
@@ -143,11 +144,13 @@ class Elsewhere:
         return {name: int(entry["train"]) for name, entry in self.about.items()}
 
     def engine(self, line: Experiment, folder: Path) -> RemoteEngine:
-        sites = self._sites if line == self._experiment else self._open(line, f"{self._run}/{line.algorithm.name}", folder)
+        sites = self._sites if line == self._experiment else self._open(line, f"{self._folder.name}/{line.algorithm.name}", folder)
         return RemoteEngine(sites, weighting=line.federation.weighting, links=line.network.links, mixing=mixing(line, list(sites.about)))
 
     def _open(self, line: Experiment, run: str, folder: Path) -> Sites:
-        return Sites(self._transport, config.dump(line), run, self._patience, resumes=bool(RunDirectory(folder).checkpoints()))
+        clients = self._folder / CLIENTS
+        began = json.loads(clients.read_text()) if clients.exists() and RunDirectory(folder).checkpoints() else None
+        return Sites(self._transport, config.dump(line), run, self._patience, began=began)
 
 
 class Share:

@@ -20,6 +20,7 @@ from fedpref.errors import UserError
 from fedpref.federation import PerClient, name_of
 from fedpref.trees import Tree
 
+SILENT, NOWHERE = "no answer", ""  # what is said of a site that is not there, and the name of one that never was
 KEPT = "clients.json"  # in a checkpoint: whose values sites have kept
 
 
@@ -62,29 +63,44 @@ class Patience:
 
 
 class Sites:
-    """Sites with an experiment open: where each client is, and what is known of it."""
+    """Sites with an experiment open: where each client is, and what is known of it.
 
-    def __init__(self, transport: Transport, experiment: Mapping[str, Any], run: str, patience: Patience, *, resumes: bool) -> None:
+    A run that begins needs an answer of every site; one that refuses takes no part, where `min_clients` says how many are enough. A run
+    that goes on is given the clients that it `began` with, and goes on without those whose site is gone.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        experiment: Mapping[str, Any],
+        run: str,
+        patience: Patience,
+        *,
+        began: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
         self.transport, self.patience = transport, patience
-        header = {"verb": "open", "experiment": experiment, "run": run, "resumes": resumes}
+        header = {"verb": "open", "experiment": experiment, "run": run, "resumes": began is not None}
         opened = self.ask({site: (dict(header), NO_TENSORS) for site in transport.sites})
         answers = {site: answer for site, answer in opened.items() if not isinstance(answer, str)}
         reasons = {site: answer for site, answer in opened.items() if isinstance(answer, str)}
-        if reasons and (patience.min_clients is None or not answers):
-            raise UserError("; ".join(f"site {site}: {reason}" for site, reason in reasons.items()))
-        places = [
-            (about.get("number", 0), name, site, about) for site, (header, _) in answers.items() for name, about in header["about"].items()
-        ]
-        places.sort(key=lambda place: place[:2])
-        names = [name for _, name, _, _ in places]
+        silent = [site for site, reason in reasons.items() if reason.startswith(SILENT)]
+        if not answers or (reasons and patience.min_clients is None) or (silent and began is None):
+            raise UserError("; ".join(f"site {site}: {reason}" for site, reason in reasons.items()) or "there are no sites.")
+        found = [(about.get("number", 0), name, site, about) for site in answers for name, about in answers[site][0]["about"].items()]
+        found.sort(key=lambda place: place[:2])
+        names = [name for _, name, _, _ in found]
         if twice := [name for name, count in Counter(names).items() if count > 1]:
             raise UserError(f"two sites have a client called {twice[0]!r}. Let one of them give it another name in its site.yaml.")
-        self.absent = reasons
-        self.about = {name: {key: value for key, value in about.items() if key != "number"} for _, name, _, about in places}
-        self.place = {number: site for number, (_, _, site, _) in enumerate(places)}
+        said = {name: {key: value for key, value in about.items() if key != "number"} for _, name, _, about in found}
+        self.about = said if began is None else {name: said.get(name, about) for name, about in began.items()}
+        if strange := [name for name in said if name not in self.about]:
+            raise UserError(f"the run did not begin with the client {strange[0]!r}. Submit a new run for it to take part.")
+        by_name = {name: site for _, name, site, _ in found}
+        self.place = {number: by_name.get(name, NOWHERE) for number, name in enumerate(self.about)}
         by_site = {site: [number for number, other in self.place.items() if other == site] for site in answers}
+        order = list(self.about)
         for site, numbers in by_site.items():
-            self.ask({site: ({"verb": "number", "ids": {names[number]: number for number in numbers}, "sites": by_site}, NO_TENSORS)})
+            self.ask({site: ({"verb": "number", "ids": {order[number]: number for number in numbers}, "sites": by_site}, NO_TENSORS)})
 
     def ask(self, messages: Mapping[str, tuple[Header, Tree]]) -> dict[str, tuple[Header, Tree] | str]:
         """Each site's answer, or why there is none."""
@@ -92,7 +108,7 @@ class Sites:
         found: dict[str, tuple[Header, Tree] | str] = {}
         for site in messages:
             if site not in answers:
-                found[site] = f"no answer in {self.patience.seconds:g} seconds"
+                found[site] = f"{SILENT} in {self.patience.seconds:g} seconds"
                 continue
             try:
                 header, tensors = unpack(answers[site])
@@ -121,7 +137,7 @@ class RemoteEngine:
         self._weights = self._examples if weighting == "examples" else dict.fromkeys(self.clients, 1.0)
         self._freed: list[tuple[int, str]] = []
         self._last = 0
-        self._lost: set[str] = set()  # sites that did not answer
+        self._lost = {NOWHERE}  # sites that did not answer
         self.begin(0, self.clients, "init")
 
     def begin(self, round: int, cohort: Sequence[int], purpose: Purpose = "train") -> None:
@@ -129,7 +145,7 @@ class RemoteEngine:
         self.traffic, self._calls = Traffic(), 0
         self.left_out: dict[int, str] = {}
         self._cohort = len(self.active)
-        self._leave_out({i: "its site has not answered before" for i in cohort if self._sites.place[i] in self._lost})
+        self._leave_out({i: "its site is not there" for i in cohort if self._sites.place[i] in self._lost})
 
     def each(self, work: Callable[..., Any], *args: Any) -> Any:
         self._calls += 1
@@ -244,7 +260,7 @@ class RemoteEngine:
         self._freed += [entry for entry in freed if self._sites.place[entry[0]] not in asked]
         found = self._sites.ask(asked)
         reasons = {site: answer for site, answer in found.items() if isinstance(answer, str)}
-        self._lost |= {site for site, reason in reasons.items() if reason.startswith("no answer")}
+        self._lost |= {site for site, reason in reasons.items() if reason.startswith(SILENT)}
         self._leave_out({i: reasons[site] for i in self.active if (site := self._sites.place[i]) in reasons})
         return {site: answer for site, answer in found.items() if not isinstance(answer, str)}
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, get_type_hints
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from fedpref import seeds, trees
 from fedpref.channel import Chain, Sender
@@ -151,7 +151,7 @@ class Site:
                 for k, (arg, hint) in enumerate(zip(args, hints, strict=True))
                 if "plain" in arg
             }
-        except ValidationError as error:
+        except ValueError as error:  # pydantic's among them
             raise RefusedError(f"arguments of {work!r} that do not fit: {error}") from error
         parts: int | None = None
         for i in clients:

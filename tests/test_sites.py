@@ -1,0 +1,296 @@
+"""What a site refuses, what a coordinator leaves out, and what both survive: real processes at the ends of pipes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from fedpref import Experiment, UserError, config, kits, trees
+from fedpref.engines import Patience
+from fedpref.engines.messages import RefusedError, joined, pack, parted, unpack
+from fedpref.engines.site import Site
+from fedpref.federation import Client, work
+from fedpref.hosting import Consenting, SiteFile, consenting
+from fedpref.local import Descent
+from fedpref.places import Share
+from fedpref.rundirectory import METRICS, RunDirectory
+from fedpref.running import events
+from fedpref.trees import Tree
+from process_engine import Processes, process_engine, shares
+
+LOCAL = Descent(steps=1, batch_size=3, learning_rate=0.01)
+
+
+@pytest.fixture(scope="module")
+def content(settings: dict[str, Any]) -> dict[str, Any]:
+    return {**settings, "partition": {"name": "natural", "max_clients": 3}, "rounds": 4}
+
+
+class Nowhere:
+    def tell(self, site: str, message: bytes) -> None:
+        raise AssertionError
+
+
+@work
+def broken(client: Client, start: Tree, how: str) -> Tree:
+    """What one client sends is not what it should be."""
+    if client.id != 1:
+        return start
+    if how == "nan":
+        return {name: torch.full_like(tensor, float("nan")) for name, tensor in start.items()}
+    if how == "shape":
+        return {name: tensor[:1] for name, tensor in start.items()}
+    if how == "names":
+        return {f"{name}.x": tensor for name, tensor in start.items()}
+    raise ValueError("no")
+
+
+# ---- messages
+
+
+def test_messages_come_back_as_they_went() -> None:
+    tree = {"a": torch.randn(3, 2), "b/c": torch.arange(4, dtype=torch.bfloat16), "d": torch.tensor(1.0)}
+    header, found = unpack(pack({"verb": "x", "n": [1]}, joined({7: tree})))
+    assert header == {"verb": "x", "n": [1]}
+    back = parted(found, 7)
+    assert back.keys() == tree.keys()
+    assert all(torch.equal(back[name], tree[name]) and back[name].dtype == tree[name].dtype for name in tree)
+
+
+@pytest.mark.parametrize("message", [b"", b"x", b"\x00" * 8 + b"{", pack([1]), pack({})[:-1] + b"]", pack({}) + b"junk"])  # type: ignore[arg-type]
+def test_bytes_that_are_no_message_are_refused(message: bytes) -> None:
+    with pytest.raises(RefusedError, match=r"no message|no mapping"):
+        unpack(message)
+
+
+def test_numbers_that_are_not_finite_and_messages_that_are_too_long_are_refused() -> None:
+    with pytest.raises(RefusedError, match="not finite"):
+        unpack(pack({}, {"a": torch.tensor([1.0, float("inf")])}))
+    with pytest.raises(RefusedError, match="above the limit of 100"):
+        unpack(pack({}, {"a": torch.zeros(100)}), 100)
+
+
+# ---- a site
+
+
+@pytest.fixture
+def site(content: dict[str, Any], tmp_path: Path) -> Site:
+    opened = Site("site-0", Share(0, 1), tmp_path, Nowhere())
+    about = said(opened, {"verb": "open", "experiment": content, "run": "run", "resumes": False})["about"]
+    said(opened, {"verb": "number", "ids": {name: i for i, name in enumerate(about)}, "sites": {"site-0": [0, 1, 2]}})
+    return opened
+
+
+def said(site: Site, header: dict[str, Any], tensors: Tree | None = None) -> dict[str, Any]:
+    answer, _ = unpack(site.answer(pack(header, tensors or {})))
+    return answer
+
+
+def asked(**other: Any) -> dict[str, Any]:
+    header = {
+        "verb": "each",
+        "work": "algorithms.feddpo.no_moments",
+        "args": [],
+        "clients": [0],
+        "purpose": "init",
+        "round": 0,
+        "call": 1,
+        "name": "1",
+    }
+    return {**header, **other}
+
+
+@pytest.mark.parametrize(
+    ("header", "reason"),
+    [
+        ({"verb": "eval"}, "no verb 'eval'"),
+        ({"verb": "answer"}, "no verb 'answer'"),
+        (asked(work="os.system"), "'os.system' is no work that is done here"),
+        (asked(round=99), "round 99 is none of the 4"),
+        (asked(work="running.evaluate", args=[{"own": {"0": "7.0"}}]), "client 0 has no value '7.0' here"),
+        (asked(args=[{"plain": 3}]), "do not fit"),
+        ({"verb": "report", "own": {"0": "7.0"}}, "client 0 has no value"),
+        ({"verb": "contribute", "own": {"9": "1.0"}, "shares": {"9": 1.0}, "round": 0, "call": 1}, "client 9 has no value"),
+        ({"verb": "open", "experiment": {}, "run": "../up", "resumes": False}, "cannot be called"),
+        ({"verb": "save", "own": {}, "checkpoint": "..", "field": "x"}, "names of files that are none"),
+        ({"verb": "open", "experiment": {"rouns": 3}, "run": "x", "resumes": False}, "Did you mean 'rounds'"),
+    ],
+)
+def test_a_site_refuses_what_it_should_not_do(header: dict[str, Any], reason: str, site: Site) -> None:
+    assert reason in said(site, header)["refused"]
+    assert "parts" in said(site, asked()), "and goes on"
+
+
+def test_work_that_fails_says_so_and_changes_nothing(site: Site) -> None:
+    args = [{"tree": 0}, {"plain": "fail"}]
+    answer = said(site, asked(work="test_sites.broken", clients=[1], args=args), joined({0: {"x": torch.ones(1)}}))
+    assert "ValueError: no" in answer["refused"]
+    assert said(site, {"verb": "held"})["names"] == {"0": [], "1": [], "2": []}
+    assert "do not fit" in said(site, asked(work="test_sites.broken", args=[{"tree": 0}, {"plain": {"a": 1}}]))["refused"]
+
+
+# ---- what a site consents to
+
+
+@pytest.fixture
+def site_file(content: dict[str, Any], rows_file: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "site.yaml"
+    text = {"data": {"name": "files", "path": str(rows_file)}, "algorithms": ["feddpo"], "client": "clinic", "max_rounds": 4}
+    path.write_text(yaml.safe_dump({**text, "models": {content["task"]["model"]["path"]: content["task"]["model"]["path"]}}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"algorithm": {"name": "fedpdpo"}}, "takes no part in fedpdpo; it does in feddpo"),
+        ({"rounds": 5}, "5 rounds are more than the 4"),
+        ({"diagnostics": ["disagreement"]}, "no diagnostics"),
+        ({"task": {"model": {"path": "evil/model"}}}, "the model 'evil/model' is none of those"),
+        ({"task": {"model": {"trust_remote_code": True}}}, "runs no code that comes with a model"),
+        ({"task": {"name": "dialogue", "estimator": "rloo", "rewards": {"x": {"name": "function", "path": "os:system"}}}}, "'os:system'"),
+    ],
+)
+def test_a_site_takes_part_in_what_its_file_allows(
+    changed: dict[str, Any], reason: str, content: dict[str, Any], site_file: Path, tmp_path: Path
+) -> None:
+    host, folder = consenting("site", site_file)
+    assert folder == tmp_path / "fedpref"
+    with pytest.raises(RefusedError, match=reason):
+        host.host({**content, **changed}, tmp_path)
+
+
+def test_a_site_brings_its_own_data_and_no_private_part_leaves_it(content: dict[str, Any], site_file: Path, tmp_path: Path) -> None:
+    file = replace(SiteFile.load(site_file), algorithms=("fedpdpo",))
+    spec = config.parse(Experiment, {**content, "data": {"name": "files", "path": "/etc/passwd"}, "algorithm": {"name": "fedpdpo"}}, "test")
+    found = Consenting("site", file).host(config.dump(spec), tmp_path / "run")
+    assert list(found.shards) == list(found.about) == ["clinic"]
+    assert found.about["clinic"]["train"] > 0
+    for name, leaves in (("base.lora_A.weight", True), ("head.weight", False), ("bottleneck.down", False), ("own.lora_A", False)):
+        assert found.gives(name) == leaves
+    assert found.does("algorithms.fedpdpo.train")
+    assert not any(map(found.does, ("places.prepare", "test_sites.broken", "diagnostics.pooled")))
+    opened = Site("site", Consenting("site", file), tmp_path, Nowhere())
+    said(opened, {"verb": "open", "experiment": config.dump(spec), "run": "run", "resumes": False})
+    said(opened, {"verb": "number", "ids": {"clinic": 0}, "sites": {"site": [0]}})
+    opened._values[0]["1"] = {"head.weight": torch.ones(1)}
+    answer = said(opened, {"verb": "contribute", "own": {"0": "1"}, "shares": {"0": 1.0}, "round": 0, "call": 1})
+    assert answer["refused"] == "'head.weight' does not leave this site"
+    opened._values[0]["2"] = {"text": "Human: secret"}
+    assert "no mapping of names to numbers" in said(opened, {"verb": "report", "own": {"0": "2"}})["refused"]
+
+
+# ---- several sites
+
+
+@pytest.fixture
+def processes(tmp_path: Path) -> Iterator[Processes]:
+    started = Processes(shares(3), tmp_path / "sites", ["fedpref.running", "test_sites"])
+    yield started
+    started.stop()
+
+
+@pytest.mark.parametrize("how", ["nan", "shape", "names", "fail"])
+def test_a_client_that_sends_what_cannot_be_used_is_left_out_of_the_round(how: str, processes: Processes, content: dict[str, Any]) -> None:
+    engine = process_engine(processes, content, patience=Patience(seconds=60, min_clients=2))
+    start = {"x": torch.ones(4, 2)}
+    mean = engine.mean(engine.each(broken, start, how))
+    torch.testing.assert_close(mean["x"], torch.ones(4, 2))
+    assert engine.active == (0, 2)
+    assert list(engine.left_out) == [1]
+    engine.begin(1, engine.clients)
+    assert engine.active == (0, 1, 2), "and takes part in the next"
+    strict = process_engine(processes, content)
+    with pytest.raises(UserError, match="client-1 at site-1"):
+        strict.mean(strict.each(broken, start, how))
+
+
+@pytest.mark.parametrize("algorithm", ["fedpdpo", "decdpo"])
+def test_a_run_survives_a_site_that_is_killed_and_resumes_with_it(algorithm: str, content: dict[str, Any], tmp_path: Path) -> None:
+    whole = {
+        **content,
+        "algorithm": {"name": algorithm, "local": {"steps": 2, "batch_size": 3}},
+        "patience": {"seconds": 20, "min_clients": 2},
+    }
+    spec, folder = config.parse(Experiment, whole, "test"), RunDirectory(tmp_path / "run")
+    first = Processes(shares(3), tmp_path / "sites", ["fedpref.running"])
+    try:
+        for event in events(spec, folder, transport=first):
+            if event.kind == "round" and event.done == 1:
+                first.processes["site-1"].kill()
+            if event.kind == "round" and event.done == 3:
+                break  # the server is killed too
+    finally:
+        first.stop()
+    assert [row["clients"] for row in folder.read_rows(METRICS)] == [3, 2, 2]
+    assert [row["late"] for row in folder.read_rows(METRICS)] == [0, 1, 1]
+    kept = {site: sorted((tmp_path / f"sites/{site}/run/checkpoints").glob("round-*")) for site in ("site-0", "site-1")}
+    assert kept["site-1"][-1].name == "round-000001"
+    assert kept["site-0"][-1].name == "round-000003"
+    before = {file.name: trees.load(file) for file in kept["site-1"][-1].glob("*/1.safetensors")}
+    second = Processes(shares(3), tmp_path / "sites", ["fedpref.running"])
+    try:
+        for _ in events(spec, folder, transport=second):
+            pass
+    finally:
+        second.stop()
+    assert folder.done
+    rows = folder.read_rows(METRICS)
+    assert [row["round"] for row in rows] == [1, 2, 3, 4]
+    assert rows[-1]["clients"] == 3, "it takes part again"
+    assert before
+
+
+def test_a_site_that_has_lost_what_its_clients_keep_is_told(content: dict[str, Any], processes: Processes, tmp_path: Path) -> None:
+    whole = {**content, "algorithm": {"name": "fedpdpo", "local": {"steps": 2, "batch_size": 3}}}
+    spec, folder = config.parse(Experiment, whole, "test"), RunDirectory(tmp_path / "run")
+    for event in events(spec, folder, transport=processes):
+        if event.kind == "round":
+            break
+    for file in (tmp_path / "sites/site-1").glob("run/checkpoints/*/*/1.safetensors"):
+        file.unlink()
+    with pytest.raises(UserError, match="site-1 no longer has what its clients"):
+        list(events(spec, folder, transport=processes))
+
+
+def test_a_run_over_sites_is_the_run_in_one_process(content: dict[str, Any], processes: Processes, tmp_path: Path) -> None:
+    whole = {**content, "algorithm": {"name": "fedpdpo", "local": {"steps": 2, "batch_size": 3}}, "references": ["local"]}
+    spec = config.parse(Experiment, whole, "test")
+    for name, transport in (("here", None), ("there", processes)):
+        list(events(spec, RunDirectory(tmp_path / name), transport=transport))
+    for file in ("evaluation.jsonl", "clients.json", "adapter/adapter_model.safetensors", "references/local/evaluation.jsonl"):
+        if (tmp_path / "here" / file).exists():
+            assert (tmp_path / "here" / file).read_bytes() == (tmp_path / "there" / file).read_bytes(), file
+    with pytest.raises(UserError, match="needs all data in one place"):
+        list(events(replace(spec, references=("centralised",)), RunDirectory(tmp_path / "pooled"), transport=processes))
+
+
+# ---- kits
+
+
+def test_kits_let_no_job_bring_code_and_each_site_has_its_file(tmp_path: Path) -> None:
+    pytest.importorskip("nvflare")
+    made = kits.provision(tmp_path / "fed", "trial", "localhost", 28911, ["clinic", "bank"], "admin@example.org")
+    assert set(made) == {"localhost", "clinic", "bank", "admin@example.org"}
+    for site in ("clinic", "bank"):
+        assert SiteFile.load(made[site] / "site.yaml").client == site
+        rights = json.loads((made[site] / "local/authorization.json").read_text())["permissions"]
+        assert all(role["byoc"] == "none" for role in rights.values() if "byoc" in role)
+        resources = json.loads((made[site] / "local/resources.json").read_text())
+        assert "fedpref.flare.Sited" in resources["class_allow_list"]
+        assert resources["class_list_enforcement_mode"] == "enforce"
+        assert (made[site] / "startup/client.crt").exists()
+        assert not kits.running(made[site])
+    with pytest.raises(UserError, match="there already"):
+        kits.provision(tmp_path / "fed", "trial", "localhost", 28911, ["clinic"], "admin@example.org")
+    with pytest.raises(UserError, match="the same name"):
+        kits.provision(tmp_path / "other", "trial", "localhost", 28911, ["clinic", "clinic"], "admin@example.org")
+    with pytest.raises(UserError, match="no kit"):
+        kits.start(tmp_path, {})
