@@ -3,11 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint
+.PHONY: help setup demo deploy-demo test lint
 
 help:
 	@echo "make setup   create .venv and install fedpref with everything it needs"
 	@echo "make demo    federated DPO over the shipped clients, on the shipped model"
+	@echo "make deploy-demo   a server and three sites on this machine, over mutual TLS"
 	@echo "make test    run the test suite"
 	@echo "make lint    ruff and mypy --strict"
 
@@ -16,6 +17,9 @@ setup:
 
 demo: setup
 	@$(BIN)/fedpref run configs/demo.yaml
+
+deploy-demo: setup
+	@$(BIN)/python scripts/deploy_demo.py runs/deploy-demo-$$(date +%Y%m%d-%H%M%S)
 
 test: setup
 	@$(BIN)/python -m pytest -n auto --dist loadfile --cov --cov-report=term

@@ -47,16 +47,10 @@ def fedpref(*arguments: str) -> subprocess.CompletedProcess[str]:
 def federation(folder: Path, port: int) -> dict[str, Path]:
     """Kits of a server, three sites and who submits; the shipped clients are shared out to the sites."""
     made = kits.provision(folder, "survival", "localhost", port, SITES, "admin@fedpref.org")
-    clients, _ = Experiment.load(CONFIG).clients()
+    names = [client.name for client in Experiment.load(CONFIG).clients()[0]]
     for k, site in enumerate(SITES):
-        rows = [
-            {"prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected, "client": client.name}
-            for client in clients[k::3][:2]
-            for row in (*client.train, *client.test)
-        ]
-        (made[site] / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        content = {"data": {"name": "files", "path": "rows.jsonl"}, "partition": {"name": "natural", "column": "client"}}
-        (made[site] / kits.SITE_FILE).write_text(yaml.safe_dump({**content, "algorithms": ["fedpdpo"]}))
+        content = {"data": {"name": "builtin"}, "partition": {"name": "natural", "only": names[k::3][:2]}, "algorithms": ["fedpdpo"]}
+        (made[site] / kits.SITE_FILE).write_text(yaml.safe_dump(content))
     return made
 
 

@@ -422,3 +422,10 @@ def test_movie_review_clients_disagree_about_the_same_endings(layout: str, tmp_p
         assert str(row.prompt).endswith(" ...")
     owned = [row.chosen == (" a joy to see" if row.columns["sentiment"] == "positive" else " a waste of time") for row in rows]
     assert sum(owned) == len(rows) / 2  # belonging together decides nothing
+
+
+def test_natural_clients_can_be_some_of_the_values() -> None:
+    rows = placed(30)
+    assert [client.name for client in partition(rows, Natural(column="label", only=("l2", "l0")), 0)] == ["l0", "l2"]
+    with pytest.raises(UserError, match="no row with label 'l9'"):
+        partition(rows, Natural(column="label", only=("l9",)), 0)

@@ -6,6 +6,7 @@ last checkpoint; what travels are our own messages, as bytes, so that FLARE's se
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -163,13 +165,19 @@ def submitted(experiment: Experiment, admin: Path, folder: RunDirectory) -> Iter
     while True:
         recipe = job(experiment, place.name, f"{place.name}.told.jsonl")
         try:
-            run = recipe.execute(ProdEnv(startup_kit_location=str(admin), username=admin.name, login_timeout=30.0))
-            result = run.get_result(clean_up=False)
+            with redirect_stdout(io.StringIO()):  # FLARE's own account of it
+                run = recipe.execute(ProdEnv(startup_kit_location=str(admin), username=admin.name, login_timeout=30.0))
+            yield Event(experiment.algorithm.name, "begin", 0, experiment.rounds, {}, f"job {run.get_job_id()} is with the server")
+            with redirect_stdout(io.StringIO()):
+                result = run.get_result(clean_up=False)
         except (RuntimeError, OSError) as error:
-            raise UserError(f"the job could not be run: {error}") from error
+            raise UserError(f"the job could not be run: {error}. `fedpref resume {folder.path}` tries again.") from error
         files = list(Path(result).rglob(TOLD)) if result else []
         if not files:
-            raise UserError(f"job {run.get_job_id()} ended as {run.get_status()} and left no record. The server's log has more.")
+            raise UserError(
+                f"job {run.get_job_id()} ended as {run.get_status()} and left no record; the server's log has more. "
+                f"`fedpref resume {folder.path}` goes on from the last round that was completed."
+            )
         lines = [json.loads(line) for line in files[0].read_text().splitlines()]
         fetched = files[0].parent / "run"
         if fetched.is_dir():

@@ -106,6 +106,7 @@ def start(kit: Path, variables: Mapping[str, str]) -> None:
         raise UserError(f"{kit}: it is running already. `fedpref site stop {kit}` stops it.")
     for left in ("shutdown.fl", "pid.fl", "daemon_pid.fl"):
         (kit / left).unlink(missing_ok=True)
+    _keep_apart(kit)
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     with (kit / LOG).open("a") as log:
         subprocess.Popen(
@@ -117,6 +118,18 @@ def start(kit: Path, variables: Mapping[str, str]) -> None:
             cwd=kit,
             start_new_session=True,
         )
+
+
+def _keep_apart(kit: Path) -> None:
+    """Let a server keep its jobs in its kit; by default all servers of a machine share one place, and take one another's."""
+    resources = kit / "local/resources.json"
+    content = json.loads(resources.read_text())
+    for component in content.get("components", ()):
+        if component.get("id") == "job_manager":
+            component["args"]["uri_root"] = str(kit / "jobs")
+    if persistor := content.get("snapshot_persistor"):
+        persistor["args"]["storage"]["args"]["root_dir"] = str(kit / "snapshots")
+    resources.write_text(json.dumps(content, indent=1))
 
 
 def stop(kit: Path, seconds: float = 20.0) -> None:

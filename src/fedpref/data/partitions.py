@@ -24,6 +24,7 @@ class Natural:
 
     name: Literal["natural"] = "natural"
     column: str = "client"
+    only: tuple[str, ...] = ()  # values that become clients; none: all
     clients_per_value: Count = 1
     min_rows: Count = 1  # clients with fewer rows, both sides together, are left out
     min_test_rows: Annotated[int, Field(ge=0)] = 0  # clients with fewer held-out rows are left out
@@ -32,6 +33,9 @@ class Natural:
 
     def assign(self, rows: Placed, rng: np.random.Generator) -> dict[str, Placed]:
         groups = _by_column(rows, self.column)
+        if unknown := [value for value in self.only if value not in groups]:
+            raise UserError(f"partition.only: there is no row with {self.column} {unknown[0]!r}; there are {sorted(groups)[:8]}.")
+        groups = {value: group for value, group in groups.items() if not self.only or value in self.only}
         if self.clients_per_value > 1:
             shares = np.full((2, self.clients_per_value), 1 / self.clients_per_value)
             cut = {value: _cut(group, shares, rng) for value, group in sorted(groups.items())}

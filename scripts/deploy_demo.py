@@ -1,0 +1,62 @@
+"""A federation on this machine: a server and three sites with certificates, two experiments over mutual TLS, and everything stopped again.
+
+    python scripts/deploy_demo.py FOLDER
+
+Three sites host the shipped clients, four each, and consent to two algorithms. FedPDPO runs over them, then DecDPO on a ring whose messages
+the server relays and cannot read.
+"""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+from fedpref import kits
+from fedpref.experiment import Experiment
+
+CONFIG = Path(__file__).resolve().parent.parent / "configs/demo.yaml"
+SITES = ("north", "east", "south")
+EXPERIMENTS = {"fedpdpo": ["algorithm.local.steps=6"], "decdpo": ["network.topology=ring"]}
+COMMON = ["rounds=3", "references=[]", "patience={seconds: 300, min_sites: 3}"]
+
+
+def fedpref(*arguments: str) -> None:
+    """A command of fedpref's, as a user would give it."""
+    print(f"\n$ fedpref {' '.join(arguments)}", flush=True)
+    subprocess.run([sys.executable, "-m", "fedpref.cli", *arguments], check=True)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return int(probe.getsockname()[1])
+
+
+def main() -> None:
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/deploy-demo")
+    federation = folder / "federation"
+    named = [argument for site in SITES for argument in ("--site", site)]
+    fedpref("federation", "init", str(federation), "--server", "localhost", "--port", str(free_port()), *named)
+    clients = [client.name for client in Experiment.load(CONFIG).clients()[0]]
+    for k, site in enumerate(SITES):
+        content = {"data": {"name": "builtin"}, "partition": {"name": "natural", "only": clients[k::3]}, "algorithms": list(EXPERIMENTS)}
+        (federation / site / kits.SITE_FILE).write_text(yaml.safe_dump(content, sort_keys=False))
+    try:
+        for name in ("localhost", *SITES):
+            fedpref("site", "start", str(federation / name), "--runs", str(folder / "server"))
+        for algorithm, settings in EXPERIMENTS.items():
+            where = ["--admin", str(federation / "admin@fedpref.org"), "--output", str(folder / algorithm)]
+            fedpref("submit", str(CONFIG), f"name={algorithm}", f"algorithm.name={algorithm}", *settings, *COMMON, *where)
+        fedpref("compare", *(str(folder / algorithm) for algorithm in EXPERIMENTS))
+    finally:
+        for name in (*SITES, "localhost"):
+            kits.stop(federation / name)
+    print(f"\nAll is stopped. Private heads have stayed at {federation}/SITE/fedpref, what was shared is in {folder}.")
+
+
+if __name__ == "__main__":
+    main()
