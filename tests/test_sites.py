@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from fedpref import Experiment, UserError, config, kits, trees
+from fedpref import Experiment, UserError, config, kits, run, trees
 from fedpref.engines import Patience
 from fedpref.engines.messages import RefusedError, joined, pack, parted, unpack
 from fedpref.engines.site import Site
@@ -190,9 +190,9 @@ def test_a_site_brings_its_own_data_and_no_private_part_leaves_it(content: dict[
 # ---- several sites
 
 
-@pytest.fixture
-def processes(tmp_path: Path) -> Iterator[Processes]:
-    started = Processes(shares(3), tmp_path / "sites", ["fedpref.running", "test_sites"])
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
+    started = Processes(shares(3), tmp_path_factory.mktemp("processes"), ["fedpref.running", "test_sites"])
     yield started
     started.stop()
 
@@ -250,11 +250,11 @@ def test_a_run_survives_a_site_that_is_killed_and_resumes_with_it(algorithm: str
 
 def test_a_site_that_has_lost_what_its_clients_keep_is_told(content: dict[str, Any], processes: Processes, tmp_path: Path) -> None:
     whole = {**content, "algorithm": {"name": "fedpdpo", "local": {"steps": 2, "batch_size": 3}}}
-    spec, folder = config.parse(Experiment, whole, "test"), RunDirectory(tmp_path / "run")
+    spec, folder = config.parse(Experiment, whole, "test"), RunDirectory(tmp_path / "loses")
     for event in events(spec, folder, transport=processes):
         if event.kind == "round":
             break
-    for file in (tmp_path / "sites/site-1").glob("run/checkpoints/*/*/1.safetensors"):
+    for file in (processes.folder / "site-1").glob("loses/checkpoints/*/*/1.safetensors"):
         file.unlink()
     with pytest.raises(UserError, match="site-1 no longer has what its clients"):
         list(events(spec, folder, transport=processes))
@@ -270,6 +270,16 @@ def test_a_run_over_sites_is_the_run_in_one_process(content: dict[str, Any], pro
             assert (tmp_path / "here" / file).read_bytes() == (tmp_path / "there" / file).read_bytes(), file
     with pytest.raises(UserError, match="needs all data in one place"):
         list(events(replace(spec, references=("centralised",)), RunDirectory(tmp_path / "pooled"), transport=processes))
+
+
+def test_a_run_over_simulated_sites_of_flare_is_the_run_in_one_process(content: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("nvflare")
+    whole = {**content, "algorithm": {"name": "decpdpo", "local": {"steps": 2, "batch_size": 3}}, "rounds": 2}
+    here = run(config.parse(Experiment, whole, "test"), tmp_path / "here").path
+    there = run(config.parse(Experiment, {**whole, "engine": "flare", "sites": 2}, "test"), tmp_path / "there").path
+    assert (here / "evaluation.jsonl").read_bytes() == (there / "evaluation.jsonl").read_bytes()
+    rows = [[{key: row[key] for key in row if key != "seconds"} for row in RunDirectory(path).read_rows(METRICS)] for path in (here, there)]
+    assert rows[0] == rows[1]
 
 
 # ---- kits
