@@ -212,7 +212,7 @@ def test_a_client_that_sends_what_cannot_be_used_is_left_out_of_the_round(how: s
         strict.mean(strict.each(broken, start, how))
 
 
-@pytest.mark.parametrize("algorithm", ["fedpdpo", "decdpo"])
+@pytest.mark.parametrize("algorithm", ["decpdpo"])
 def test_a_run_survives_a_site_that_is_killed_and_resumes_with_it(algorithm: str, content: dict[str, Any], tmp_path: Path) -> None:
     whole = {
         **content,
