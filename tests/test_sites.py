@@ -154,7 +154,7 @@ def site_file(content: dict[str, Any], rows_file: Path, tmp_path: Path) -> Path:
         ({"rounds": 5}, "5 rounds are more than the 4"),
         ({"diagnostics": ["disagreement"]}, "no diagnostics"),
         ({"task": {"model": {"path": "evil/model"}}}, "the model 'evil/model' is none of those"),
-        ({"task": {"model": {"trust_remote_code": True}}}, "runs no code that comes with a model"),
+        ({"task": {"model": {"trust_remote_code": True}}}, "no code that comes with a model"),
         ({"task": {"name": "dialogue", "estimator": "rloo", "rewards": {"x": {"name": "function", "path": "os:system"}}}}, "'os:system'"),
     ],
 )
@@ -163,7 +163,7 @@ def test_a_site_takes_part_in_what_its_file_allows(
 ) -> None:
     host, folder = consenting("site", site_file)
     assert folder == tmp_path / "fedpref"
-    with pytest.raises(RefusedError, match=reason):
+    with pytest.raises((RefusedError, UserError), match=reason):
         host.host({**content, **changed}, tmp_path)
 
 

@@ -308,19 +308,20 @@ def init(
 def site_start(
     kit: Annotated[Path, typer.Argument(help="A site's or the server's folder.", metavar="KIT")],
     runs: Annotated[Path, typer.Option(help="Where the server keeps runs.")] = Path("runs"),
+    functions: Annotated[str, typer.Option(help="Rewards that the server may import: module:function, with commas between.")] = "",
 ) -> None:
     """Start a site, or the server, from its kit; it goes on in the background.
 
     Example: fedpref site start federation/clinic
     """
     from fedpref import kits
-    from fedpref.flare import RUNS, SITE_FILE
+    from fedpref.flare import FUNCTIONS, RUNS, SITE_FILE
     from fedpref.hosting import SiteFile
 
     file = kit / kits.SITE_FILE
     if file.exists():
         SiteFile.load(file)
-    variables = {SITE_FILE: str(file.resolve())} if file.exists() else {RUNS: str(runs.resolve())}
+    variables = {SITE_FILE: str(file.resolve())} if file.exists() else {RUNS: str(runs.resolve()), FUNCTIONS: functions}
     runs.mkdir(parents=True, exist_ok=True)
     kits.start(kit.resolve(), variables)
     console.print(f"{kit.name} is starting; its log: {kit}/{kits.LOG}", highlight=False, soft_wrap=True)

@@ -23,10 +23,10 @@ from typing import Any
 from nvflare.collab import CollabRecipe, collab
 
 from fedpref import config
-from fedpref.engines.site import Host, Site
+from fedpref.engines.site import RUN, Host, Site
 from fedpref.errors import UserError
 from fedpref.experiment import Experiment, with_whole_paths
-from fedpref.hosting import consenting
+from fedpref.hosting import consenting, refuse_code
 from fedpref.places import Share
 from fedpref.rundirectory import CONFIG, RunDirectory
 from fedpref.running import Event, events
@@ -34,6 +34,8 @@ from fedpref.running import Event, events
 SITE_FILE = "FEDPREF_SITE"  # the environment variable that names a site's file
 TOLD, SUBMITTED = "told.jsonl", "submitted.json"
 RUNS = "FEDPREF_RUNS"  # and the one that names the coordinator's folder of runs
+TELLS = "FEDPREF_TELLS"  # the file in which a simulation's coordinator tells what happens
+FUNCTIONS = "FEDPREF_FUNCTIONS"  # rewards that a server may import, with commas between
 
 
 class Sited:
@@ -87,13 +89,15 @@ class Collab:
 class Coordinator:
     """What runs on the server: rounds of an experiment, from its last checkpoint; what happens is told in a file."""
 
-    def __init__(self, experiment: str, run: str, told: str, rounds: int) -> None:
-        self.experiment, self.run, self.told, self.rounds = experiment, run, told, rounds
+    def __init__(self, experiment: str, run: str, rounds: int) -> None:
+        self.experiment, self.run, self.rounds = experiment, run, rounds
 
     @collab.main
     def main(self) -> None:
+        if not RUN.fullmatch(self.run):
+            raise UserError(f"a run cannot be called {self.run[:40]!r}")
         folder = Path(os.environ[RUNS]) / self.run
-        with (Path(os.environ[RUNS]) / self.told).open("a") as told:
+        with Path(os.environ.get(TELLS) or f"{folder}.{TOLD}").open("a") as told:
 
             def tell(content: Mapping[str, Any]) -> None:
                 told.write(json.dumps(content) + "\n")
@@ -102,6 +106,8 @@ class Coordinator:
             try:
                 done = 0
                 spec = config.parse(Experiment, json.loads(self.experiment), "the experiment")
+                if TELLS not in os.environ:
+                    refuse_code(spec, os.environ.get(FUNCTIONS, "").split(","))
                 for event in events(spec, RunDirectory(folder), transport=Collab()):
                     tell(asdict(event))
                     done += event.kind == "round"
@@ -126,12 +132,12 @@ class Coordinator:
             shutil.copytree(folder, result / "run", ignore=shutil.ignore_patterns("checkpoints", "cache"), dirs_exist_ok=True)
 
 
-def job(experiment: Experiment, run: str, told: str, *, simulated: int = 0) -> Any:
+def job(experiment: Experiment, run: str, *, simulated: int = 0) -> Any:
     """A job of the next rounds, for any environment of FLARE's."""
     content = json.dumps(config.dump(with_whole_paths(experiment) if simulated else experiment))
     recipe = _Recipe(
         job_name=run.replace("/", "-"),
-        server=Coordinator(content, run, told, experiment.patience.rounds_per_job),
+        server=Coordinator(content, run, experiment.patience.rounds_per_job),
         client=Sited(simulated),
         min_clients=simulated or experiment.patience.min_sites,
         sync_task_timeout=experiment.patience.seconds,
@@ -163,7 +169,7 @@ def submitted(experiment: Experiment, admin: Path, folder: RunDirectory) -> Iter
         folder.create({CONFIG: config.to_yaml(experiment), SUBMITTED: json.dumps({"admin": str(admin.resolve())}) + "\n"})
     seen = 0
     while True:
-        recipe = job(experiment, place.name, f"{place.name}.told.jsonl")
+        recipe = job(experiment, place.name)
         try:
             with redirect_stdout(io.StringIO()):  # FLARE's own account of it
                 run = recipe.execute(ProdEnv(startup_kit_location=str(admin), username=admin.name, login_timeout=30.0))
@@ -203,11 +209,11 @@ def simulated(experiment: Experiment, folder: RunDirectory) -> Iterator[Event]:
         told = Path(scratch) / "told.jsonl"
         told.touch()
         (Path(scratch) / "experiment.json").write_text(json.dumps(config.dump(experiment)))
-        environment = {**os.environ, RUNS: str(place.parent), "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, RUNS: str(place.parent), TELLS: str(told), "OMP_NUM_THREADS": "1"}
         environment.pop(SITE_FILE, None)
         while True:
             with (Path(scratch) / "log.txt").open("a") as log:
-                command = [sys.executable, "-m", "fedpref.flare", scratch, place.name, str(told)]
+                command = [sys.executable, "-m", "fedpref.flare", scratch, place.name]
                 process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=scratch)
             try:
                 end = yield from _told(told, process, Path(scratch) / "log.txt")
@@ -239,14 +245,14 @@ def _told(file: Path, process: Any, log: Path) -> Generator[Event, None, str]:
             yield Event(**content)
 
 
-def _simulate(scratch: Path, run: str, told: str) -> None:
+def _simulate(scratch: Path, run: str) -> None:
     from nvflare.recipe import SimEnv
 
     experiment = config.parse(Experiment, json.loads((scratch / "experiment.json").read_text()), "the experiment")
-    job(experiment, run, told, simulated=experiment.sites).execute(
+    job(experiment, run, simulated=experiment.sites).execute(
         SimEnv(clients=[f"site-{k + 1}" for k in range(experiment.sites)], workspace_root=str(scratch / "workspace"))
     )
 
 
 if __name__ == "__main__":
-    _simulate(Path(sys.argv[1]), sys.argv[2], sys.argv[3])
+    _simulate(Path(sys.argv[1]), sys.argv[2])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -50,6 +50,15 @@ class SiteFile:
         return replace(read, data=source, folder=str((path.parent / read.folder).resolve()))
 
 
+def refuse_code(spec: Experiment, functions: Sequence[str]) -> None:
+    """Raise UserError where an experiment would run code that the participant has not named."""
+    if getattr(spec.task.model, "trust_remote_code", False):
+        raise UserError("no code that comes with a model is run here")
+    for name, reward in getattr(spec.task, "rewards", {}).items():
+        if reward.name == "function" and reward.path not in functions:
+            raise UserError(f"the function {reward.path!r} of the reward {name!r} is none of those that are consented to here")
+
+
 class Consenting:
     """A site that takes part in what its file allows."""
 
@@ -79,18 +88,14 @@ class Consenting:
         return replace(found, about=unnumbered)
 
     def _consent(self, spec: Experiment) -> None:
-        file, rewards = self._file, getattr(spec.task, "rewards", {})
+        file = self._file
         if spec.algorithm.name not in file.algorithms:
             raise RefusedError(f"this site takes no part in {spec.algorithm.name}; it does in {', '.join(file.algorithms)}")
         if spec.rounds > file.max_rounds:
             raise RefusedError(f"{spec.rounds} rounds are more than the {file.max_rounds} that this site consents to")
         if spec.diagnostics and not file.diagnostics:
             raise RefusedError("this site lets no diagnostics be measured")
-        if getattr(spec.task.model, "trust_remote_code", False):
-            raise RefusedError("this site runs no code that comes with a model")
-        for name, reward in rewards.items():
-            if reward.name == "function" and reward.path not in file.functions:
-                raise RefusedError(f"the function {reward.path!r} of the reward {name!r} is none of those that this site consents to")
+        refuse_code(spec, file.functions)
 
     def _with_model(self, task: Any) -> Any:
         if task.model.path == BUILTIN or not hasattr(task.model, "path"):
