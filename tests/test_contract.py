@@ -216,8 +216,11 @@ def test_no_bytes_of_a_private_part_are_in_any_message(
     assert bool(shared) == (name != "local")
 
 
-@pytest.mark.parametrize("kind", ["simulation", "processes"])
-@pytest.mark.parametrize("name", ALGORITHMS)
+# at sites those whose states differ in kind: nothing private, moments, parts, weights, control variates, gossip
+AT_SITES = ("feddpo", "feddpo-keeping-moments", "fedpdpo", "firm", "scaffold", "decpdpo", "choco")
+
+
+@pytest.mark.parametrize(("name", "kind"), [*((n, "simulation") for n in ALGORITHMS), *((n, "processes") for n in AT_SITES)])
 def test_a_run_is_finite_learns_and_can_be_taken_up_again(
     name: str, kind: str, engines: dict[str, MakeEngine], start: Tree, tmp_path: Path
 ) -> None:
