@@ -28,8 +28,9 @@ from pathlib import Path
 
 import yaml
 
-from fedpref import kits, trees
+from fedpref import trees
 from fedpref.experiment import Experiment
+from fedpref.flare import kits
 from fedpref.rundirectory import METRICS, RunDirectory
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs/demo.yaml"

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import yaml
 
-from fedpref import kits
 from fedpref.experiment import Experiment
+from fedpref.flare import kits
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs/demo.yaml"
 SITES = ("north", "east", "south")

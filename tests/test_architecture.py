@@ -47,7 +47,6 @@ LEVEL = {
     "pareto": 14,
     "sweep": 13,
     "launch": 12,
-    "kits": 11,
     "flare": 11,
 }
 MATHEMATICS = {"trees", "seeds", "summary", "losses", "multiobjective", "channel", "topology"}

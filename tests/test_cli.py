@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 
 from conftest import ROOT, make_rows, write_rows
 from fedpref import Experiment, cli, config
+from fedpref.cli import shared
 
 ROWS = make_rows([12, 10])
 Command = Callable[..., tuple[int, str]]
@@ -26,7 +27,7 @@ def fedpref(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], 
     workplace = tmp_path / "workplace"
     workplace.mkdir()
     monkeypatch.chdir(workplace)
-    monkeypatch.setattr(cli.console, "_width", 200)
+    monkeypatch.setattr(shared.console, "_width", 200)
 
     def call(*arguments: object) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["fedpref", *map(str, arguments)])

@@ -12,11 +12,12 @@ import pytest
 import torch
 import yaml
 
-from fedpref import Experiment, UserError, config, kits, run, trees
+from fedpref import Experiment, UserError, config, run, trees
 from fedpref.engines import Patience
-from fedpref.engines.messages import RefusedError, joined, pack, parted, unpack
+from fedpref.engines.messages import RefusedError, finite, joined, pack, parted, unpack
 from fedpref.engines.site import Site
 from fedpref.federation import Client, work
+from fedpref.flare import kits
 from fedpref.hosting import Consenting, SiteFile, consenting
 from fedpref.local import Descent
 from fedpref.places import Share
@@ -72,10 +73,12 @@ def test_bytes_that_are_no_message_are_refused(message: bytes) -> None:
 
 def test_numbers_that_are_not_finite_and_messages_that_are_too_long_are_refused() -> None:
     with pytest.raises(RefusedError, match="not finite"):
-        unpack(pack({}, {"a": torch.tensor([1.0, float("inf")])}))
+        finite({"a": torch.tensor([1.0, float("inf")])})
     with pytest.raises(RefusedError, match="above the limit of 100"):
         unpack(pack({}, {"a": torch.zeros(100)}), 100)
 
+
+DIALOGUE = {"name": "dialogue", "estimator": "rloo"}
 
 # ---- a site
 
@@ -155,7 +158,8 @@ def site_file(content: dict[str, Any], rows_file: Path, tmp_path: Path) -> Path:
         ({"diagnostics": ["disagreement"]}, "no diagnostics"),
         ({"task": {"model": {"path": "evil/model"}}}, "the model 'evil/model' is none of those"),
         ({"task": {"model": {"trust_remote_code": True}}}, "no code that comes with a model"),
-        ({"task": {"name": "dialogue", "estimator": "rloo", "rewards": {"x": {"name": "function", "path": "os:system"}}}}, "'os:system'"),
+        ({"task": {**DIALOGUE, "rewards": {"x": {"name": "classifier", "path": "/etc"}}}}, "the model ./etc. is none of those"),
+        ({"task": {**DIALOGUE, "rewards": {"x": {"name": "function", "path": "os:system"}}}}, "'os:system'"),
     ],
 )
 def test_a_site_takes_part_in_what_its_file_allows(
@@ -217,7 +221,7 @@ def test_a_run_survives_a_site_that_is_killed_and_resumes_with_it(algorithm: str
     whole = {
         **content,
         "algorithm": {"name": algorithm, "local": {"steps": 2, "batch_size": 3}},
-        "patience": {"seconds": 20, "min_clients": 2},
+        "patience": {"seconds": 60, "min_clients": 2},
     }
     spec, folder = config.parse(Experiment, whole, "test"), RunDirectory(tmp_path / "run")
     first = Processes(shares(3), tmp_path / "sites", ["fedpref.running"])
@@ -294,7 +298,7 @@ def test_kits_let_no_job_bring_code_and_each_site_has_its_file(tmp_path: Path) -
         rights = json.loads((made[site] / "local/authorization.json").read_text())["permissions"]
         assert all(role["byoc"] == "none" for role in rights.values() if "byoc" in role)
         resources = json.loads((made[site] / "local/resources.json").read_text())
-        assert "fedpref.flare.Sited" in resources["class_allow_list"]
+        assert "fedpref.flare.programs.Sited" in resources["class_allow_list"]
         assert resources["class_list_enforcement_mode"] == "enforce"
         assert (made[site] / "startup/client.crt").exists()
         assert not kits.running(made[site])

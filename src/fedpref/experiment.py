@@ -19,7 +19,8 @@ from fedpref.errors import UserError
 from fedpref.models.language import BUILTIN
 from fedpref.network import Network
 from fedpref.participation import Participation
-from fedpref.tasks import AnyTask, DialogueTask, PreferenceTask
+from fedpref.rewards import Function
+from fedpref.tasks import AnyTask, PreferenceTask
 from fedpref.topology import GraphFile
 
 Count = Annotated[int, Field(ge=1)]
@@ -144,23 +145,25 @@ def with_whole_paths(experiment: Experiment) -> Experiment:
     def whole(path: str) -> str:
         return str(Path(path).expanduser().resolve()) if Path(path).expanduser().exists() else path
 
-    changed: Any = experiment
+    changed: Any = replace(experiment, task=with_models(experiment.task, whole))
     if hasattr(experiment.data, "path"):
         data: Any = experiment.data
         changed = replace(changed, data=replace(data, path=whole(data.path)))
-    if isinstance(experiment.task, DialogueTask):
-        rewards = {name: _whole(reward, whole) for name, reward in experiment.task.rewards.items()}
-        changed = replace(changed, task=replace(experiment.task, rewards=rewards))
     if isinstance(experiment.network.topology, GraphFile):
         topology = replace(experiment.network.topology, path=whole(experiment.network.topology.path)).with_digest()
         changed = replace(changed, network=replace(experiment.network, topology=topology))
-    if experiment.task.model.path != BUILTIN:
-        settings: Any = experiment.task.model
-        model = replace(settings, path=whole(settings.path))
-        changed = replace(changed, task=replace(changed.task, model=model))
     return cast(Experiment, changed)
 
 
-def _whole(reward: Any, whole: Callable[[str], str]) -> Any:
-    """A reward with the files that it reads."""
-    return replace(reward, **{key: whole(getattr(reward, key)) for key in ("path", "run") if hasattr(reward, key)})
+def with_models(task: Any, renamed: Callable[[str], str]) -> Any:
+    """A task with its model, if that is not the shipped one, and the models and runs that its rewards read, by other names."""
+    changed = task if task.model.path == BUILTIN else replace(task, model=replace(task.model, path=renamed(task.model.path)))
+    if not hasattr(task, "rewards"):
+        return changed
+    return replace(changed, rewards={name: _with_model(reward, renamed) for name, reward in task.rewards.items()})
+
+
+def _with_model(reward: Any, renamed: Callable[[str], str]) -> Any:
+    if isinstance(reward, Function):  # whose path is no file
+        return reward
+    return replace(reward, **{key: renamed(getattr(reward, key)) for key in ("path", "run") if hasattr(reward, key)})

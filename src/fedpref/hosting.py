@@ -14,8 +14,7 @@ from fedpref.data import IID, Partition, Source
 from fedpref.engines.messages import RefusedError
 from fedpref.engines.site import Hosted
 from fedpref.errors import UserError
-from fedpref.experiment import Experiment
-from fedpref.models.language import BUILTIN
+from fedpref.experiment import Experiment, with_models
 from fedpref.models.parts import NAMES, OWN_ADAPTER
 from fedpref.places import hosted
 from fedpref.tasks.task import CRITIC
@@ -32,7 +31,7 @@ class SiteFile:
     algorithms: tuple[str, ...]  # those that it takes part in
     partition: Annotated[Partition, Field(discriminator="name")] | None = None  # which clients it hosts; None: one, with all rows
     client: str | None = None  # the one client's name; None: the site's
-    models: Mapping[str, str] = field(default_factory=dict)  # a model's name in experiments -> a folder here, or the same name
+    models: Mapping[str, str] = field(default_factory=dict)  # a model's name in experiments, a reward's too -> a folder here, or a name
     functions: tuple[str, ...] = ()  # `module:function` that experiments may name as rewards
     max_rounds: Count = 1000
     max_message_mb: Count = 512
@@ -71,7 +70,7 @@ class Consenting:
         self._consent(spec)
         file = self._file
         partition = file.partition or IID(clients=1)
-        spec = replace(spec, data=file.data, partition=partition, task=self._with_model(spec.task))
+        spec = replace(spec, data=file.data, partition=partition, task=with_models(spec.task, self._here))
         clients, _ = spec.clients()
         if file.partition is None:
             clients = (replace(clients[0], name=file.client or self._name),)
@@ -97,12 +96,10 @@ class Consenting:
             raise RefusedError("this site lets no diagnostics be measured")
         refuse_code(spec, file.functions)
 
-    def _with_model(self, task: Any) -> Any:
-        if task.model.path == BUILTIN or not hasattr(task.model, "path"):
-            return task
-        if task.model.path not in self._file.models:
-            raise RefusedError(f"the model {task.model.path!r} is none of those that this site consents to")
-        return replace(task, model=replace(task.model, path=self._file.models[task.model.path]))
+    def _here(self, model: str) -> str:
+        if model not in self._file.models:
+            raise RefusedError(f"the model {model!r} is none of those that this site consents to")
+        return self._file.models[model]
 
     def _does(self, spec: Experiment) -> Any:
         rooms = ("algorithms.", "personalisation.", "local.", "aggregation.", *(("diagnostics.",) if spec.diagnostics else ()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,11 +16,12 @@ def happenings(experiment: Experiment, folder: RunDirectory, cache: Path | None 
     if experiment.engine == "simulation":
         return events(experiment, folder, cache)
     try:
-        from fedpref.flare import SUBMITTED, simulated, submitted
+        from fedpref.flare.simulated import simulated
+        from fedpref.flare.submitted import admin_of, submitted
     except ImportError as error:
         raise UserError(f"engine: flare needs NVIDIA FLARE ({error}). Install fedpref[flare].") from error
-    if (record := folder.path / SUBMITTED).exists():
-        return submitted(experiment, Path(json.loads(record.read_text())["admin"]), folder)
+    if admin := admin_of(folder):
+        return submitted(experiment, admin, folder)
     return simulated(experiment, folder)
 
 

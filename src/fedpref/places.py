@@ -134,7 +134,7 @@ class Elsewhere:
         if pooling := [name for name in experiment.references if name == "centralised"]:
             raise UserError(f"references: {pooling[0]} needs all data in one place, and they stay at their sites. Leave it out.")
         self._transport, self._folder, self._patience = transport, folder, experiment.patience
-        self._experiment, self._sites = experiment, self._open(experiment, folder.name, folder)
+        self._experiment, self._sites = experiment, self._open(experiment, folder)
         self.about: About = self._sites.about
 
     def prepare(self, cache: Path) -> Iterator[int]:
@@ -144,10 +144,11 @@ class Elsewhere:
         return {name: int(entry["train"]) for name, entry in self.about.items()}
 
     def engine(self, line: Experiment, folder: Path) -> RemoteEngine:
-        sites = self._sites if line == self._experiment else self._open(line, f"{self._folder.name}/{line.algorithm.name}", folder)
+        sites = self._sites if line == self._experiment else self._open(line, folder)
         return RemoteEngine(sites, weighting=line.federation.weighting, links=line.network.links, mixing=mixing(line, list(sites.about)))
 
-    def _open(self, line: Experiment, run: str, folder: Path) -> Sites:
+    def _open(self, line: Experiment, folder: Path) -> Sites:
+        run = folder.relative_to(self._folder.parent).as_posix()
         clients = self._folder / CLIENTS
         began = json.loads(clients.read_text()) if clients.exists() and RunDirectory(folder).checkpoints() else None
         return Sites(self._transport, config.dump(line), run, self._patience, began=began)

@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from fedpref import trees
 from fedpref.engines import Engine
 from fedpref.errors import UserError
 
 CONFIG, CLIENTS, METRICS, EVALUATION, DONE = "config.yaml", "clients.json", "metrics.jsonl", "evaluation.jsonl", "done"
+LOCK = ".lock"
+HAS_OWN = "clients have models of their own\n"
 SAMPLES = "samples"  # a folder: answers to a client's held-out prompts, before training and after, a file for each client
 
 
@@ -63,6 +68,19 @@ class RunDirectory:
             if (self.path / name).exists():
                 kept = [row for row in self.read_rows(name) if row["round"] <= rounds]
                 self.write(name, "".join(json.dumps(row) + "\n" for row in kept))
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Raise UserError while another process writes to this run."""
+        lock = FileLock(self.path / LOCK, blocking=False)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise UserError(f"{self.path}: another process is at work on this run. Wait for it, or stop it.") from error
+        try:
+            yield
+        finally:
+            lock.release()
 
     # ---- checkpoints
 
@@ -115,5 +133,10 @@ class RunDirectory:
     def done(self) -> bool:
         return (self.path / DONE).exists()
 
-    def finish(self) -> None:
-        self.write(DONE, "")
+    @property
+    def has_own(self) -> bool:
+        """Whether clients of a finished run have models of their own, here or at their sites."""
+        return self.done and (self.path / DONE).read_text() == HAS_OWN
+
+    def finish(self, has_own: bool = False) -> None:
+        self.write(DONE, HAS_OWN if has_own else "")

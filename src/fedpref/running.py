@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, fields
 from datetime import datetime
@@ -82,6 +82,8 @@ def exported(path: str | Path, client: str | None = None) -> Path:
     """The folder of a finished run's shared model or of a client's own; raises UserError where there is none."""
     place = existing_directory(path).path
     own, later = ({unquote(folder.name): folder for folder in sorted(place.glob(f"{sub}/*"))} for sub in ("clients", "newcomers"))
+    if not own and RunDirectory(place).has_own:
+        raise UserError(f"{path}: every client has a model of its own, which has stayed at its site: SITE'S FOLDER/RUN/clients.")
     if client is not None:
         if client in own | later:
             return (own | later)[client]
@@ -97,7 +99,9 @@ def exported(path: str | Path, client: str | None = None) -> Path:
     raise UserError(f"{path}: the run is not finished, it has exported no model yet. `fedpref resume {path}` finishes it.")
 
 
-def events(experiment: Experiment, folder: RunDirectory, cache: Path | None = None, transport: Transport | None = None) -> Iterator[Event]:
+def events(
+    experiment: Experiment, folder: RunDirectory, cache: Path | None = None, transport: Transport | None = None
+) -> Generator[Event, None, None]:
     """Run the experiment into its directory, or what is left of it, and tell of every step. Bad input raises before anything is written.
 
     Reference scores are kept in `cache`, by default a folder of the run's own; several runs may share one. With a `transport` the clients
@@ -115,16 +119,17 @@ def events(experiment: Experiment, folder: RunDirectory, cache: Path | None = No
             folder.create({CONFIG: config.to_yaml(experiment), CLIENTS: about_text})
         elif (folder.path / CLIENTS).read_text() != about_text:
             raise UserError(f"{folder.path}: the data is not what the run began with; its clients, sizes and digests stand in {CLIENTS}.")
-        yield Event(experiment.algorithm.name, "begin", 0, experiment.rounds, {}, f"{task.description}\n{_data(place.about)}")
-        for done in place.prepare(cache or folder.path / "cache"):
-            yield Event(experiment.algorithm.name, "prepare", done, len(place.about), {}, task.prepares)
-        for name, (sub, line) in planned.items():
-            under = RunDirectory(folder.path / sub)
-            if sub and not under.path.exists():
-                under.create({CONFIG: config.to_yaml(line)})
-            if not under.done:
-                with closing(place.engine(line, under.path)) as engine:
-                    yield from _line(name, line, under, task, place.sizes(line), engine)
+        with folder.alone():
+            yield Event(experiment.algorithm.name, "begin", 0, experiment.rounds, {}, f"{task.description}\n{_data(place.about)}")
+            for done in place.prepare(cache or folder.path / "cache"):
+                yield Event(experiment.algorithm.name, "prepare", done, len(place.about), {}, task.prepares)
+            for name, (sub, line) in planned.items():
+                under = RunDirectory(folder.path / sub)
+                if sub and not under.path.exists():
+                    under.create({CONFIG: config.to_yaml(line)})
+                if not under.done:
+                    with closing(place.engine(line, under.path)) as engine:
+                        yield from _line(name, line, under, task, place.sizes(line), engine)
 
 
 def _data(about: About) -> str:
@@ -171,7 +176,7 @@ def _line(name: str, experiment: Experiment, folder: RunDirectory, task: Task, s
             folder.checkpoint(round + 1, state, engine)
         yield Event(name, "round", round + 1, experiment.rounds, figures)
     _export(engine, algorithm.model(state), task, folder)
-    folder.finish()
+    folder.finish(has_own=not all(isinstance(part, Mapping) for part in algorithm.model(state)))
 
 
 def _norms(state: Any) -> dict[str, float]:

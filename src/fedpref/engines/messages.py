@@ -28,7 +28,7 @@ def pack(header: Mapping[str, Any], tensors: Tree = NO_TENSORS) -> bytes:
 
 
 def unpack(message: bytes, limit: int | None = None) -> tuple[Header, Tree]:
-    """Header and tensors; raises RefusedError for what is no message, has more bytes than `limit`, or holds a number that is not finite."""
+    """Header and tensors; raises RefusedError for what is no message, or has more bytes than `limit`."""
     if limit is not None and len(message) > limit:
         raise RefusedError(f"a message of {len(message)} bytes is above the limit of {limit}")
     try:
@@ -39,10 +39,15 @@ def unpack(message: bytes, limit: int | None = None) -> tuple[Header, Tree]:
         raise RefusedError(f"bytes that are no message: {error}") from error
     if not isinstance(header, dict):
         raise RefusedError(f"a header that is no mapping: {str(header)[:40]!r}")
-    for name, tensor in tensors.items():
+    return header, tensors
+
+
+def finite(tree: Tree) -> Tree:
+    """The same tree; raises RefusedError where it holds a number that is not finite."""
+    for name, tensor in tree.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise RefusedError(f"the tensor {name!r} holds a number that is not finite")
-    return header, tensors
+    return tree
 
 
 def joined(trees: Mapping[Any, Tree]) -> Tree:

@@ -15,7 +15,7 @@ from pydantic import Field, TypeAdapter
 from fedpref import trees
 from fedpref.channel import Chain
 from fedpref.engines.engine import Mixing, Purpose, Traffic, everybody, told, weighted_report
-from fedpref.engines.messages import NO_TENSORS, Header, RefusedError, joined, pack, parted, shape, unpack
+from fedpref.engines.messages import NO_TENSORS, Header, RefusedError, finite, joined, pack, parted, shape, unpack
 from fedpref.errors import UserError
 from fedpref.federation import PerClient, name_of
 from fedpref.trees import Tree
@@ -178,7 +178,7 @@ class RemoteEngine:
             answers = self._ask(asked)
             messages = {i: parted(answers[self._sites.place[i]][1], i) for i in self.active}
             usual = Counter(map(shape, messages.values())).most_common(1)[0][0]
-            self._leave_out({i: "names or sizes of tensors are not those of the others" for i in messages if shape(messages[i]) != usual})
+            self._leave_out({i: reason for i, message in messages.items() if (reason := _unusable(message, usual))})
             if self.active == present:
                 break
         self.traffic += Traffic(bytes_up=sum(trees.size(message) for message in messages.values()))
@@ -197,6 +197,7 @@ class RemoteEngine:
         answers = self._ask(asked)
         sizes = {int(i): size for header, _ in answers.values() for i, size in header["sizes"].items()}
         self.traffic += told(sizes, weights)
+        self.left_out |= {j: "who waited for its message did not hear it" for header, _ in answers.values() for j in header["unheard"]}
         arrived, mixture = (Remote({i: self._name(i, f"{name}.{k}") for i in self.active}) for k in (0, 1))
         return arrived, mixture
 
@@ -224,7 +225,7 @@ class RemoteEngine:
     def load(self, folder: Path) -> PerClient[Tree]:
         name = self._fresh()
         header = {"verb": "load", "checkpoint": folder.parent.name, "field": folder.name, "name": name}
-        answers = self._ask(dict.fromkeys(self._by_site(self.clients), (header, NO_TENSORS)))
+        answers = self._ask({site: (dict(header), NO_TENSORS) for site in self._by_site(self.clients)})
         found = {i: self._name(i, name) for header, _ in answers.values() for i in header["found"]}
         lost = [i for i in json.loads((folder / KEPT).read_text()) if self._sites.place[i] in answers and i not in found]
         if lost:
@@ -289,6 +290,16 @@ def _described(arg: Any, number: int, clients: Sequence[int]) -> Header:
     if isinstance(arg, Mapping):
         return {"tree": number}
     return {"plain": TypeAdapter(type(arg)).dump_python(arg, mode="json")}
+
+
+def _unusable(message: Tree, usual: Any) -> str:
+    if shape(message) != usual:
+        return "names or sizes of tensors are not those of the others"
+    try:
+        finite(message)
+    except RefusedError as error:
+        return str(error)
+    return ""
 
 
 def _names(values: Any) -> dict[int, Name]:

@@ -18,7 +18,7 @@ from pydantic import TypeAdapter
 from fedpref import seeds, trees
 from fedpref.channel import Chain, Sender
 from fedpref.engines.engine import mixed
-from fedpref.engines.messages import NO_TENSORS, Header, RefusedError, joined, pack, parted, shape, unpack
+from fedpref.engines.messages import NO_TENSORS, Header, RefusedError, finite, joined, pack, parted, shape, unpack
 from fedpref.engines.workers import one_thread
 from fedpref.errors import UserError
 from fedpref.federation import WORK, Client
@@ -84,7 +84,7 @@ class Site:
             if verb not in self._verbs:
                 raise RefusedError(f"there is no verb {str(verb)[:40]!r}")
             with one_thread():
-                return pack(*self._verbs[verb](tensors, **header))
+                return pack(*self._verbs[verb](finite(tensors), **header))
         except (RefusedError, UserError) as error:
             return pack({"refused": str(error)})
         except Exception:
@@ -107,11 +107,11 @@ class Site:
         """Begin an experiment, or go on with it: say which clients there are."""
         if not RUN.fullmatch(run):
             raise RefusedError(f"a run cannot be called {run[:40]!r}")
-        self._run = self._folder / run
-        self._run.mkdir(parents=True, exist_ok=True)
+        folder = self._folder / run
+        folder.mkdir(parents=True, exist_ok=True)
+        self._hosted, self._run = self._host.host(experiment, folder), folder
         if not resumes:
-            shutil.rmtree(self._run / "checkpoints", ignore_errors=True)
-        self._hosted = self._host.host(experiment, self._run)
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         self._values.clear()
         return {"about": self._hosted.about}, NO_TENSORS
 
@@ -154,6 +154,7 @@ class Site:
         except ValueError as error:  # pydantic's among them
             raise RefusedError(f"arguments of {work!r} that do not fit: {error}") from error
         parts: int | None = None
+        made: dict[int, dict[str, Any]] = {}
         for i in clients:
             given = {**common, **{k: self._value(i, arg["own"][str(i)]) for k, arg in enumerate(args) if "own" in arg}}
             rng = seeds.generator(hosted.seed, purpose, round=round, call=call, client=i)
@@ -161,7 +162,9 @@ class Site:
             result = function(client, *(given[k] for k in sorted(given)))
             parts = len(result) if isinstance(result, tuple) else None
             found = result if isinstance(result, tuple) else (result,)
-            self._values[i].update({f"{name}.{k}": part for k, part in enumerate(found)})
+            made[i] = {f"{name}.{k}": part for k, part in enumerate(found)}
+        for i, values in made.items():
+            self._values[i].update(values)
         return {"parts": parts}, NO_TENSORS
 
     def contribute(self, tensors: Tree, own: Mapping[str, str], shares: Mapping[str, float], round: int, call: int) -> Answer:
@@ -182,36 +185,42 @@ class Site:
         name: str,
         wait: float,
     ) -> Answer:
-        """Tell other sites' clients, hear them, and mix; who is not heard in time is mixed as if it were the hearer."""
-        hosted, links = self._opened, self._opened.links
-        told: dict[int, Tree] = {}
+        """Tell other sites' clients, hear them, and mix; who is not heard in time is mixed as if it said what the hearer says."""
+        links, told = self._opened.links, dict[int, Tree]()
         for i, key in ((int(client), key) for client, key in own.items()):
-            rng = seeds.generator(hosted.seed, "channel", round=round, call=call, client=i)
+            rng = seeds.generator(self._opened.seed, "channel", round=round, call=call, client=i)
             told[i] = links.encode(self._leaving(i, key), Sender(i, round, rng))
         rows = {int(i): {int(j): weight for j, weight in row.items()} for i, row in weights.items()}
-        hearers: dict[str, list[int]] = {}
-        for i, site in self._place.items():
-            hearers.setdefault(site, []).append(i)
-        for site, numbers in hearers.items():
-            heard_there = {i: told[i] for i in told if any(i in rows.get(j, {}) for j in numbers)}
-            if site != self.name and heard_there:
-                self._peers.tell(site, pack({"round": round, "call": call}, joined(heard_there)))
+        self._tell(told, rows, round, call)
         arrived = {i: links.decode(message, 1) for i, message in told.items()}
         awaited = {self._place[j] for i in told for j in rows[i] if j not in told} - {self.name}
-        expected = shape(next(iter(arrived.values())))
-        for site, message in self._hear(awaited, round, call, wait).items():
-            with suppress(RefusedError, ValueError, KeyError, RuntimeError):  # what cannot be read is missing
-                _, theirs = unpack(message, hosted.limit)
-                for j in (j for j, place in self._place.items() if place == site):
-                    if shape(tree := links.decode(parted(theirs, j), 1)) == expected:
-                        arrived[j] = tree
-        missing = set()
+        arrived |= self._arrived(self._hear(awaited, round, call, wait), shape(next(iter(arrived.values()))))
         for i in told:
-            missing |= rows[i].keys() - arrived.keys()
             heard = ((arrived.get(j, arrived[i]), weight) for j, weight in rows[i].items())
             self._values[i][f"{name}.0"] = arrived[i]
             self._values[i][f"{name}.1"] = mixed(self._value(i, own[str(i)]), arrived[i] if links.stages else None, heard)
-        return {"sizes": {i: trees.size(message) for i, message in told.items()}, "missing": sorted(missing)}, NO_TENSORS
+        unheard = {j for i in told for j in rows[i]} - arrived.keys()
+        return {"sizes": {i: trees.size(message) for i, message in told.items()}, "unheard": sorted(unheard)}, NO_TENSORS
+
+    def _tell(self, told: Mapping[int, Tree], rows: Mapping[int, Mapping[int, float]], round: int, call: int) -> None:
+        """Send each other site what its clients are to hear of those here."""
+        for site in set(self._place.values()) - {self.name}:
+            heard = {i for j, row in rows.items() if self._place[j] == site for i in row}
+            if message := {i: tree for i, tree in told.items() if i in heard}:
+                self._peers.tell(site, pack({"round": round, "call": call}, joined(message)))
+
+    def _arrived(self, messages: Mapping[str, bytes], expected: Any) -> dict[int, Tree]:
+        """What other sites' clients have told, by client; what cannot be read, or is not shaped as expected, has not arrived."""
+        found: dict[int, Tree] = {}
+        for site, message in messages.items():
+            with suppress(RefusedError):
+                _, theirs = unpack(message, self._opened.limit)
+                for j in (j for j, place in self._place.items() if place == site):
+                    with suppress(RefusedError, ValueError, KeyError, RuntimeError):
+                        tree = finite(self._opened.links.decode(parted(theirs, j), 1))
+                        if shape(tree) == expected:
+                            found[j] = tree
+        return found
 
     def _hear(self, sites: set[str], round: int, call: int, wait: float) -> dict[str, bytes]:
         addresses = {(round, call, site) for site in sites}

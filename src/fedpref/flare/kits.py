@@ -10,8 +10,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ import yaml
 from fedpref.errors import UserError
 
 SITE_FILE, LOG = "site.yaml", "fedpref.log"
+PROJECT, STATE = "project.yml", "state"  # of a federation: its participants, and the root's key
 CLASSES = [
-    "fedpref.flare.Coordinator",
-    "fedpref.flare.Sited",
+    "fedpref.flare.programs.Coordinator",
+    "fedpref.flare.programs.Sited",
     "nvflare.collab.runtime.controller.CollabController",
     "nvflare.collab.runtime.executor.CollabExecutor",
 ]
@@ -43,11 +44,11 @@ def provision(folder: Path, name: str, server: str, port: int, sites: Sequence[s
     the folder is there already.
     """
     if folder.exists():
-        raise UserError(f"{folder} is there already. Give another folder: certificates are not made twice.")
+        raise UserError(f"{folder} is there already. Give another folder, or add a site by `fedpref federation add`.")
     if len(set(sites)) < len(sites) or {server, admin} & set(sites):
         raise UserError("two participants have the same name. Give each a name of its own.")
     participants: list[dict[str, Any]] = [{"name": server, "type": "server", "org": "coordinator", "fed_learn_port": port}]
-    participants += [{"name": site, "type": "client", "org": _org(site)} for site in sites]
+    participants += [_client(site) for site in sites]
     participants += [{"name": admin, "type": "admin", "org": "coordinator", "role": "lead"}]
     builders = [
         {"path": "nvflare.lighter.impl.workspace.WorkspaceBuilder", "args": {"template_file": ["master_template.yml"]}},
@@ -57,29 +58,60 @@ def provision(folder: Path, name: str, server: str, port: int, sites: Sequence[s
     ]
     project = {"api_version": 3, "name": name, "description": name, "participants": participants, "builders": builders}
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        (Path(scratch) / "project.yml").write_text(yaml.safe_dump(project, sort_keys=False))
-        command = [sys.executable, "-m", "nvflare.cli", "provision", "-p", "project.yml", "-w", "made"]
-        made = subprocess.run(command, cwd=scratch, capture_output=True, text=True)
-        kits = Path(scratch) / "made" / name / "prod_00"
-        if made.returncode or not kits.is_dir():
-            raise UserError(f"provisioning failed: {(made.stdout + made.stderr).strip()[-600:]}")
-        for kit in kits.iterdir():
-            _restrict(kit / "local")
-        for site in sites:
-            (kits / site / SITE_FILE).write_text(TEMPLATE % site)
-        shutil.move(Path(scratch) / "made" / name / "state", kits / "state")
-        shutil.move(Path(scratch) / "project.yml", kits / "project.yml")
-        kits.replace(folder)
+    with _provisioned(project, folder.parent) as made:
+        made.replace(folder)
     return {participant["name"]: folder / participant["name"] for participant in participants}
 
 
+def add(folder: Path, site: str) -> Path:
+    """Make the kit of one more site, under the root that a federation has; nobody else's kit changes."""
+    if not (folder / PROJECT).exists():
+        raise UserError(f"{folder}: there is no federation here (no {PROJECT}). Give the folder that `fedpref federation init` made.")
+    project = yaml.safe_load((folder / PROJECT).read_text())
+    if site in {participant["name"] for participant in project["participants"]}:
+        raise UserError(f"{folder}: there is a participant called {site!r} already. Give the new one a name of its own.")
+    project["participants"].append(_client(site))
+    with _provisioned(project, folder, folder / STATE) as made:
+        for name in (site, PROJECT, STATE):
+            if (folder / name).is_dir():
+                shutil.rmtree(folder / name)
+            (made / name).replace(folder / name)
+    return folder / site
+
+
+@contextmanager
+def _provisioned(project: Mapping[str, Any], beside: Path, state: Path | None = None) -> Iterator[Path]:
+    """A folder with all kits of a project, by the root's key in `state` or by a new one; it goes, but for what is taken from it."""
+    with tempfile.TemporaryDirectory(dir=beside, prefix=".") as scratch:
+        (Path(scratch) / PROJECT).write_text(yaml.safe_dump(project, sort_keys=False))
+        place = Path(scratch) / "made" / project["name"]
+        if state is not None:
+            shutil.copytree(state, place / STATE)
+        command = [sys.executable, "-m", "nvflare.cli", "provision", "-p", PROJECT, "-w", "made"]
+        ran = subprocess.run(command, cwd=scratch, capture_output=True, text=True)
+        made = place / "prod_00"
+        if ran.returncode or not made.is_dir():
+            raise UserError(f"provisioning failed: {(ran.stdout + ran.stderr).strip()[-600:]}")
+        for kit in made.iterdir():
+            _restrict(kit / "local")
+        for participant in project["participants"]:
+            if participant["type"] == "client":
+                (made / participant["name"] / SITE_FILE).write_text(TEMPLATE % participant["name"])
+        shutil.move(place / STATE, made / STATE)
+        shutil.move(Path(scratch) / PROJECT, made / PROJECT)
+        yield made
+
+
+def _client(site: str) -> dict[str, Any]:
+    return {"name": site, "type": "client", "org": _org(site)}
+
+
 def _org(site: str) -> str:
-    return "".join(letter if letter.isalnum() else "_" for letter in site)
+    return "site_" + "".join(letter if letter.isalnum() else "_" for letter in site)
 
 
 def _restrict(local: Path) -> None:
-    """Let a participant run this package's classes, and no code that comes with a job."""
+    """Let a participant run this package's classes, no code that comes with a job, and nobody's commands."""
     resources = local / "resources.json.default"
     if resources.exists():
         content = json.loads(resources.read_text())
@@ -90,7 +122,9 @@ def _restrict(local: Path) -> None:
         content = json.loads(rights.read_text())
         for role in content["permissions"].values():
             if isinstance(role, dict):
-                role["byoc"] = "none"
+                role |= {"byoc": "none", "shell_commands": "none"}
+                if role.get("submit_job") == "any":
+                    role["get_job_log"] = "n:submitter"  # in which the coordinator tells what happens
         (local / "authorization.json").write_text(json.dumps(content, indent=1))
 
 

@@ -1,0 +1,37 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from fedpref import __version__
+from fedpref.cli import figures, models, sites, training  # noqa: F401  # which register their commands
+from fedpref.cli.shared import app
+from fedpref.errors import UserError
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"fedpref {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Federated and decentralised preference alignment of language models."""
+
+
+def main() -> None:
+    """Entry point: a mistake of the user's is a sentence and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        Console(stderr=True).print(f"[bold red]error:[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(2)

@@ -1,0 +1,3 @@
+from fedpref.cli import main
+
+main()

@@ -1,0 +1,76 @@
+"""Commands that show."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedpref.cli.shared import app, console
+from fedpref.errors import UserError
+
+
+@app.command()
+def compare(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Finished runs; the first one's name is what others are compared with.", metavar="RUN...")
+    ],
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
+    csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
+) -> None:
+    """Compare runs: accuracy or alignment, gains with intervals over clients and seeds, worst clients, bytes, time."""
+    from fedpref.reports import comparison
+
+    rows = comparison.compare(runs)
+    if markdown or csv:
+        print(comparison.markdown(rows) if markdown else comparison.csv_text(rows), end="")
+    else:
+        console.print(comparison.table(rows))
+
+
+@app.command()
+def topology(
+    spec: Annotated[str, typer.Argument(help='A name, or "{name: erdos-renyi, probability: 0.2}".', metavar="SPEC")],
+    clients: Annotated[int, typer.Option(min=1, help="How many there are.")] = 8,
+    weights: Annotated[str, typer.Option(help="metropolis, max-degree or uniform.")] = "metropolis",
+) -> None:
+    """Show a graph between clients: how fast it lets them agree, and who hears whom."""
+    import yaml
+
+    from fedpref import config
+    from fedpref.network import Network
+    from fedpref.reports.graph import drawn, figure_table, figures
+
+    try:
+        content = yaml.safe_load(spec)
+    except yaml.YAMLError as error:
+        raise UserError(f"SPEC {spec!r}: this is no name and no YAML mapping.") from error
+    network = config.parse(Network, {"topology": content, "weights": weights}, "SPEC")
+    names = [f"client-{i}" for i in range(clients)]
+    network.check(names)
+    console.print(figure_table(figures(network, names)))
+    console.print()
+    console.print(drawn(network.matrix(names, 0, 0, range(clients)), names), soft_wrap=True)
+
+
+@app.command(name="list")
+def list_() -> None:
+    """What there is: algorithms, losses, tasks, sources of data, partitions."""
+    from typing import get_args
+
+    from rich.table import Table
+    from rich.text import Text
+
+    from fedpref.algorithms import AnyAlgorithm
+    from fedpref.data import Partition, Source
+    from fedpref.losses import Loss
+    from fedpref.tasks import AnyTask
+
+    groups = {"algorithms": AnyAlgorithm, "losses": Loss, "tasks": AnyTask, "data": Source, "partitions": Partition}
+    table = Table.grid(padding=(0, 2))
+    for title, group in groups.items():
+        table.add_row(f"[bold]{title}[/bold]")
+        for kind in get_args(group) or (group,):
+            table.add_row(f"  {kind.name}", Text((kind.__doc__ or "").strip().splitlines()[0]))
+    console.print(table)

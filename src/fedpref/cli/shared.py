@@ -1,0 +1,46 @@
+"""What commands share."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from fedpref.rundirectory import RunDirectory
+    from fedpref.running import Event
+
+app = typer.Typer(
+    help="Federated and decentralised preference alignment of language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)  # a file has room for whole tables
+Config = Annotated[Path, typer.Argument(help="A YAML file; configs/ has examples.", metavar="CONFIG")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Settings that override the file's: rounds=20 task.loss.beta=0.2", metavar="KEY=VALUE")
+]
+
+
+def follow(happenings: Iterator[Event], folder: RunDirectory) -> None:
+    """Show a run as it goes, then its table and where it lies."""
+    from fedpref.reports.progress import show
+    from fedpref.reports.tables import client_table, newcomer_table, objective_table, sample_table, sizes
+    from fedpref.running import result
+
+    show(happenings, console)
+    outcome = result(folder)
+    console.print(client_table(outcome.path, outcome.evaluations))
+    if objectives := objective_table(outcome.evaluations):
+        console.print(objectives)
+    if samples := sample_table(outcome.path):
+        console.print(samples)
+    if outcome.newcomers:
+        console.print(newcomer_table(sizes(outcome.path), outcome.newcomers))
+    console.print(f"run directory: {outcome.path}", highlight=False, soft_wrap=True)

@@ -1,0 +1,147 @@
+"""Commands that train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedpref.cli.shared import Config, Overrides, app, console, follow
+
+
+@app.command()
+def run(
+    config: Config,
+    overrides: Overrides = None,
+    output: Annotated[Path | None, typer.Option(help="The run directory; by default runs/NAME-TIME.")] = None,
+) -> None:
+    """Run an experiment, with a table at the end."""
+    from fedpref.experiment import Experiment
+    from fedpref.launch import happenings
+    from fedpref.running import new_directory
+
+    experiment = Experiment.load(config, overrides or ())
+    folder = new_directory(experiment, output)
+    folder.refuse_existing()
+    follow(happenings(experiment, folder), folder)
+
+
+@app.command()
+def resume(path: Annotated[Path, typer.Argument(help="The directory of a run that was interrupted.", metavar="RUN")]) -> None:
+    """Take an interrupted run up again; it ends as if nothing had happened."""
+    from fedpref.launch import happenings
+    from fedpref.running import existing_directory, read_experiment
+
+    folder = existing_directory(path)
+    follow(happenings(read_experiment(folder), folder), folder)
+
+
+@app.command()
+def check(config: Config, overrides: Overrides = None) -> None:
+    """Validate a config and its data and print the clients; trains and writes nothing."""
+    from fedpref.experiment import Experiment
+    from fedpref.reports.tables import size_table
+
+    experiment = Experiment.load(config, overrides or ())
+    clients, left_out = experiment.clients()
+    task = experiment.build_task()
+    shards = [task.encode(client) for client in clients]
+    experiment.check_clients({shard.name: len(shard) for shard in shards})
+    console.print(task.description, highlight=False, soft_wrap=True, markup=False)
+    console.print(size_table({shard.name: (len(shard.train), len(shard.test), shard.truncated) for shard in shards}))
+    if left_out:
+        console.print(f"{left_out} training rows are left out, because their prompt also stands among the source's test rows.")
+    console.print(f"{config} is valid: {experiment.algorithm.name}, {experiment.rounds} rounds.")
+
+
+@app.command()
+def sweep(
+    config: Config,
+    overrides: Overrides = None,
+    variant: Annotated[
+        list[str] | None, typer.Option(help='An algorithm, or "NAME: key=value key=value"; give it for each line of the table.')
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds 0, 1, ... of every variant.")] = 3,
+    output: Annotated[Path | None, typer.Option(help="Where the runs go; by default runs/NAME-sweep. What is done there is kept.")] = None,
+) -> None:
+    """Run variants of one experiment by seeds, on one split, and compare them; begin it again and it goes on where it was."""
+    from fedpref.experiment import Experiment
+    from fedpref.reports.comparison import compare, csv_text, markdown, table
+    from fedpref.reports.progress import show
+    from fedpref.sweep import plan
+    from fedpref.sweep import sweep as runs_to_do
+
+    place = output or Path(f"runs/{Experiment.load(config, overrides or ()).name}-sweep")
+    runs = plan(config, variant or ["feddpo", "fedpdpo"], range(seeds), overrides or (), place)
+    for path, happenings in runs_to_do(runs, place / "cache"):
+        console.print(f"{path}", style="bold", highlight=False)
+        show(happenings, console)
+    rows = compare(list(runs))
+    (place / "comparison.md").write_text(markdown(rows))
+    (place / "comparison.csv").write_text(csv_text(rows))
+    console.print(table(rows))
+    console.print(f"the table as Markdown and CSV: {place}/comparison.md, comparison.csv", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def pareto(
+    config: Config,
+    overrides: Overrides = None,
+    points: Annotated[int, typer.Option(min=2, help="Preferences along each edge: 11 are 0.0, 0.1, ..., 1.0 of two objectives.")] = 11,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds 0, 1, ... of each point.")] = 1,
+    interpolate: Annotated[int, typer.Option(min=0, help="Points between neighbours by means of their adapters, untrained.")] = 0,
+    reference: Annotated[str, typer.Option(help="The hypervolume's reference point, as in -1,0; needed to compare two fronts.")] = "",
+    output: Annotated[Path | None, typer.Option(help="Where runs go; by default runs/NAME-front.")] = None,
+) -> None:
+    """Sweep the preference over objectives: the front of trade-offs, its hypervolume, and a figure.
+
+    Example: fedpref pareto configs/firm.yaml --points 5
+    """
+    import json
+    from dataclasses import asdict
+
+    from fedpref import pareto as front
+    from fedpref.experiment import Experiment
+    from fedpref.reports.front import draw_front, front_table
+    from fedpref.reports.progress import show
+    from fedpref.sweep import sweep as runs_to_do
+
+    place = output or Path("runs") / f"{Experiment.load(config, overrides or ()).name}-front"
+    objectives, runs = front.plan_front(config, points, range(seeds), overrides or (), place, interpolates=bool(interpolate))
+    given = front.parse_reference(reference, objectives) if reference else None
+    for path, happenings in runs_to_do({path: one for some in runs.values() for path, one in some.items()}, place / "cache"):
+        console.print(f"{path}", style="bold", highlight=False)
+        show(happenings, console)
+    found = front.measured(objectives, {preference: list(some) for preference, some in runs.items()})
+    if interpolate:
+        found += front.interpolated(objectives, runs, interpolate, place / "cache")
+    found.sort(key=lambda point: point.preference)
+    above = given or front.reference_of(found)
+    measures = front.figures(found, above)
+    console.print(front_table(objectives, found, measures))
+    console.print(f"hypervolume above {', '.join(f'{value:.4g}' for value in above)}", highlight=False)
+    content = {"objectives": objectives, "reference": above, "figures": measures, "points": [asdict(point) for point in found]}
+    (place / "front.json").write_text(json.dumps(content, indent=1) + "\n")
+    draw_front(objectives, found, place / "front.svg")
+    console.print(f"the front and its figure: {place}/front.json, front.svg", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def personalise(
+    path: Annotated[Path, typer.Argument(help="The directory of a finished run.", metavar="RUN")],
+    data: Annotated[str, typer.Option(help="The newcomers' pairs: a JSONL, CSV or Parquet file, a dataset folder or a Hub id.")],
+    column: Annotated[str | None, typer.Option(help="A column whose values are the newcomers; without it there is one.")] = None,
+    name: Annotated[str | None, typer.Option(help="The one newcomer's name; by default the file's.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Local steps; by default the run's federation.join_steps.")] = None,
+) -> None:
+    """Let clients that took no part join a run: they make what is their own on their data, and are evaluated on held-out pairs."""
+    from fedpref.data import Files
+    from fedpref.newcomers import personalise as join
+    from fedpref.reports.tables import newcomer_table
+
+    joined = join(path, Files(path=data), column=column, name=name, steps=steps)
+    sizes = {client: {"train": one.train, "test": one.test} for client, one in joined.items()}
+    before, after = ({client: getattr(one, when) for client, one in joined.items()} for when in ("before", "after"))
+    console.print(newcomer_table(sizes, {str(path): (before, after)}))
+    console.print(f"their models: {path}/newcomers", highlight=False, soft_wrap=True)

@@ -1,0 +1,12 @@
+"""Experiments over sites on NVIDIA FLARE 2.9, through its Collab API; all that is known of FLARE is in this folder.
+
+`programs`: what runs in FLARE's processes. `simulated` and `submitted`: how an experiment gets there. `kits`: certificates and hosts.
+"""
+
+# environment variables of the processes
+SITE = "FEDPREF_SITE"  # at a site: its file
+RUNS = "FEDPREF_RUNS"  # at the coordinator: its folder of runs
+FUNCTIONS = "FEDPREF_FUNCTIONS"  # at the coordinator: rewards that it may import, with commas between
+TELLS = "FEDPREF_TELLS"  # at a simulation's coordinator: the file in which it tells what happens; elsewhere its log has it
+
+SAYS = "fedpref says "  # begins what a coordinator tells in its log

@@ -1,0 +1,86 @@
+"""An experiment over simulated sites, each a process of its own on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+from nvflare.recipe import SimEnv
+
+from fedpref import config
+from fedpref.errors import UserError
+from fedpref.experiment import Experiment
+from fedpref.flare import RUNS, SITE, TELLS
+from fedpref.flare.programs import SIMULATED, job
+from fedpref.rundirectory import RunDirectory
+from fedpref.running import Event
+
+LOG, TOLD, EXPERIMENT = "log.txt", "told.jsonl", "experiment.json"
+
+
+def simulated(experiment: Experiment, folder: RunDirectory) -> Iterator[Event]:
+    """Run it, or what is left of it, job after job; what sites have kept of a run that is done goes into its directory."""
+    place = folder.path.resolve()
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="fedpref-flare-") as name:
+        scratch = Path(name)
+        (scratch / TOLD).touch()
+        (scratch / EXPERIMENT).write_text(json.dumps(config.dump(experiment)))
+        environment = {**os.environ, RUNS: str(place.parent), TELLS: str(scratch / TOLD), "OMP_NUM_THREADS": "1"}
+        environment.pop(SITE, None)
+        while True:
+            with (scratch / LOG).open("a") as log:
+                command = [sys.executable, "-m", "fedpref.flare.simulated", name, place.name]
+                process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=scratch)
+            try:
+                end = yield from _told(scratch, process)
+            finally:
+                process.terminate()
+                process.wait()
+            if end == "done":
+                break
+    for kept in sorted((place.parent / SIMULATED).glob(f"*/{place.name}")):
+        shutil.copytree(kept, place, ignore=shutil.ignore_patterns("checkpoints", "cache"), dirs_exist_ok=True)
+        shutil.rmtree(kept)
+
+
+def _told(scratch: Path, process: Any) -> Generator[Event, None, str]:
+    """Events of one job until it ends; returns how, raises UserError where it failed."""
+    start, line = (scratch / TOLD).stat().st_size, ""
+    with (scratch / TOLD).open() as told:
+        told.seek(start)
+        while True:
+            has_ended = process.poll() is not None
+            line += told.readline()
+            if line.endswith("\n"):
+                content, line = json.loads(line), ""
+                if "error" in content:
+                    raise UserError(content["error"])
+                if "end" in content:
+                    process.wait()
+                    return str(content["end"])
+                yield Event(**content)
+            elif has_ended:
+                last = "\n".join((scratch / LOG).read_text(errors="replace").splitlines()[-15:])
+                raise UserError(f"the simulation of sites ended before the experiment did. It said last:\n{last}")
+            else:
+                time.sleep(0.1)
+
+
+def main(scratch: Path, run: str) -> None:
+    """One job, in a process of its own, which FLARE's simulator takes for itself."""
+    experiment = config.parse(Experiment, json.loads((scratch / EXPERIMENT).read_text()), "the experiment")
+    sites = [f"site-{number + 1}" for number in range(experiment.sites)]
+    job(experiment, run, simulated=experiment.sites).execute(SimEnv(clients=sites, workspace_root=str(scratch / "workspace")))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])
