@@ -3,13 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo deploy-demo test lint
+.PHONY: help setup demo deploy-demo test test-slow lint
 
 help:
 	@echo "make setup   create .venv and install fedpref with everything it needs"
 	@echo "make demo    federated DPO over the shipped clients, on the shipped model"
 	@echo "make deploy-demo   a server and three sites on this machine, over mutual TLS"
 	@echo "make test    run the test suite"
+	@echo "make test-slow   what takes minutes: a federation with certificates, every algorithm over simulated sites"
 	@echo "make lint    ruff and mypy --strict"
 
 setup:
@@ -23,6 +24,9 @@ deploy-demo: setup
 
 test: setup
 	@$(BIN)/python -m pytest -n auto --dist loadfile --cov --cov-report=term
+
+test-slow: setup
+	@$(BIN)/python -m pytest -m slow
 
 lint: setup
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -3,11 +3,11 @@
     python benchmarks/engines.py
     python benchmarks/engines.py --parts rounds --quick
 
-`rounds`: seconds of a round with one local step on one pair, which is next to nothing, for adapters of several sizes: in process, over
-two simulated sites, over two sites with certificates; and with ten local steps of the shipped model, whose share in excess of the run in
-process is the overhead. `kills`: in each of so many runs a site's processes are killed at a random moment, in each of others the server's.
-A run has survived if it ends, by itself or by `fedpref resume`, with all its rounds, each once, and every site has kept what is private to
-its clients.
+`rounds`: seconds of a round without training, in which a tree travels to clients and back, or to neighbours on a ring: in process, over
+simulated sites, over sites with certificates, and by Flower, deployed (`--flower PYTHON`, an interpreter that has it). `overhead`: rounds
+with ten local steps of the shipped model; the share in excess of the run in process is the overhead. `kills`: in each of so many runs a
+site's processes are killed at a random moment, in each of others the server's. A run has survived if it ends, by itself or by `fedpref
+resume`, with all its rounds, each once, and every site has kept what is private to its clients.
 """
 
 from __future__ import annotations
@@ -28,9 +28,11 @@ from pathlib import Path
 
 import yaml
 
-from fedpref import trees
+from engine_rounds import CLASS
+from fedpref import config, trees
 from fedpref.experiment import Experiment
 from fedpref.flare import kits
+from fedpref.flare.submitted import SUBMITTED
 from fedpref.rundirectory import METRICS, RunDirectory
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs/demo.yaml"
@@ -50,46 +52,115 @@ def fedpref(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "fedpref.cli", *arguments], capture_output=True, text=True, timeout=600)
 
 
-def federation(folder: Path, port: int, sites: Sequence[str], clients: int) -> dict[str, Path]:
-    """Kits of a server, of sites and of who submits; so many shipped clients are shared out to the sites."""
+def federation(folder: Path, port: int, sites: Sequence[str], settings: Sequence[str]) -> dict[str, Path]:
+    """Kits of a server, of sites, to which the clients of an experiment are shared out, and of who submits."""
     made = kits.provision(folder, "trial", "localhost", port, sites, "admin@fedpref.org")
-    chosen = Experiment.load(CONFIG, [f"partition={{name: natural, max_clients: {clients}}}"])
+    chosen = Experiment.load(CONFIG, settings)
     names = [client.name for client in chosen.clients()[0]]
+    for kit in made.values():  # the program of rounds without training is no experiment
+        if (resources := kit / "local/resources.json").exists():
+            content = json.loads(resources.read_text())
+            content["class_allow_list"].append(CLASS)
+            resources.write_text(json.dumps(content))
     for k, site in enumerate(sites):
+        content = config.dump(chosen)
         partition = {"name": "natural", "only": names[k :: len(sites)]}
-        content = {"data": {"name": "builtin"}, "partition": partition, "algorithms": ["feddpo", "fedpdpo"]}
+        content = {"data": content["data"], "partition": partition, "algorithms": ["feddpo", "fedpdpo"]}
         (made[site] / kits.SITE_FILE).write_text(yaml.safe_dump(content))
     return made
 
 
 # ---- what a round costs
 
+CELLS = [  # clients, sites, MB of a client's tree, gossip on a ring
+    (2, 2, 4, False),
+    (2, 2, 50, False),
+    (8, 2, 4, False),
+    (8, 2, 50, False),
+    (8, 2, 4, True),
+    (100, 2, 4, False),
+    (100, 2, 4, True),
+    (8, 8, 4, False),
+    (8, 8, 4, True),
+]
+ENGINES = ("simulation", "flare-simulated", "flare")
+HERE = Path(__file__).resolve().parent
 
-def rounds(made: dict[str, Path], folder: Path, quick: bool) -> dict[str, float]:
-    """Medians over rounds but the first, in turns of engines."""
-    found: dict[str, float] = {}
-    cells = [("1 step", 1, rank) for rank in ((8, 52) if quick else (8, 52, 650))] + [("10 steps", 10, 8)]
-    for title, steps, rank in cells:
-        local = "{steps: 1, batch_size: 1}" if steps == 1 else f"{{steps: {steps}, batch_size: 8}}"
-        settings = [f"algorithm.local={local}", f"task.model.lora_r={rank}", "rounds=5", "references=[]", "checkpoint_every=100"]
-        settings += ["evaluate_every=0", "patience={seconds: 300, min_sites: 2}", "partition={name: natural, max_clients: 8}"]
-        lines = {
-            "simulation": ["run", str(CONFIG), *settings, "workers=2"],
-            "flare_simulated": ["run", str(CONFIG), *settings, "engine=flare", "sites=2"],
-            "flare": ["submit", str(CONFIG), *settings, "--admin", str(made["admin@fedpref.org"])],
-        }
+
+def without_training(port: int, turns: int, flower: str | None, quick: bool) -> dict[str, float]:
+    """Medians over rounds but the first of a program that moves trees and does nothing else; engines take turns."""
+    seconds: dict[str, list[float]] = {}
+    cells = [cell for cell in CELLS if not quick or (cell[2] == 4 and cell[1] == 2)]
+    for sites, clients in sorted({(sites, clients) for clients, sites, _, _ in cells}):
+        chosen = [cell for cell in cells if cell[:2] == (clients, sites)]
+        names = [f"site-{k + 1}" for k in range(sites)]
+        with small_clients(clients) as settings, started(port, names, settings) as (made, place):
+            content = {
+                "experiment": config.dump(Experiment.load(CONFIG, settings)),
+                "cells": [{"mb": mb, "rounds": 6, "gossip": gossip} for _, _, mb, gossip in chosen],
+                "sites": sites,
+                "admin": str(made["admin@fedpref.org"]),
+            }
+            for _ in range(turns):
+                for engine in ENGINES:
+                    file = place / "cells.json"
+                    file.write_text(json.dumps(content))
+                    ran = subprocess.run(
+                        [sys.executable, str(HERE / "engine_rounds.py"), engine, str(file)],
+                        capture_output=True,
+                        text=True,
+                        env={**os.environ, "PYTHONPATH": str(HERE), "FEDPREF_RUNS": str(place), "OMP_NUM_THREADS": "1"},
+                    )
+                    results = json.loads(file.read_text()).get("results")
+                    assert results, ran.stdout[-3000:] + ran.stderr[-3000:]
+                    for cell, rounds in zip(chosen, results, strict=True):
+                        seconds.setdefault(_key(engine, *cell), []).extend(rounds[1:])
+                        print(f"{_key(engine, *cell):60s} {statistics.median(rounds[1:]):.2f} s", flush=True)
+                if flower and (sites, clients) == (2, 2):
+                    ran = subprocess.run([flower, str(HERE / "flower_rounds.py"), "--mb", "4"], capture_output=True, text=True, check=True)
+                    seconds.setdefault(_key("flower", *CELLS[0]), []).extend(json.loads(ran.stdout)[1:])
+                    print(f"flower {ran.stdout.strip()}", flush=True)
+    found = {key: statistics.median(rounds) for key, rounds in seconds.items()}
+    if flower:
+        found["ratio_flower_over_flare_4mb"] = found[_key("flower", *CELLS[0])] / found[_key("flare", *CELLS[0])]
+    return found
+
+
+@contextmanager
+def small_clients(count: int) -> Iterator[list[str]]:
+    """Settings of an experiment on clients of two shipped pairs each, of which one is held out."""
+    test, *train = {str(pair.prompt): pair for pair in Experiment.load(CONFIG).clients()[0][0].train}.values()
+    with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
+        for k in range(count):
+            for split, pair in (("train", train[k % len(train)]), ("test", test)):
+                sides = {side: getattr(pair, side) for side in ("prompt", "chosen", "rejected")}
+                file.write(json.dumps({**sides, "client": f"client-{k}", "split": split}) + "\n")
+        file.flush()
+        yield [f"data={{name: files, path: {file.name}, split_column: split}}", "partition={name: natural}", "rounds=1000"]
+
+
+def _key(engine: str, clients: int, sites: int, mb: float, gossip: bool) -> str:
+    name = f"round_seconds_{engine.replace('-', '_')}_{clients}_{mb}"
+    return name + ("_ring" if gossip else "") + ("" if sites == 2 else f"_on_{sites}_sites")
+
+
+def overhead(made: dict[str, Path], folder: Path) -> dict[str, float]:
+    """The share of a round of ten local steps of the shipped model that is not in a run in one process; engines take turns."""
+    settings = ["algorithm.local={steps: 10, batch_size: 8}", "rounds=5", "references=[]", "checkpoint_every=100"]
+    settings += ["evaluate_every=0", "patience={seconds: 300, min_sites: 2}", "partition={name: natural, max_clients: 8}"]
+    lines = {
+        "simulation": ["run", str(CONFIG), *settings, "workers=2"],
+        "flare": ["submit", str(CONFIG), *settings, "--admin", str(made["admin@fedpref.org"])],
+    }
+    seconds: dict[str, list[float]] = {engine: [] for engine in lines}
+    for turn in range(2):
         for engine, command in lines.items():
-            place = folder / f"{engine}-{steps}-{rank}"
+            place = folder / f"{engine}-{turn}"
             ran = fedpref(*command, "--output", str(place))
             assert ran.returncode == 0, ran.stdout + ran.stderr
-            rows = RunDirectory(place).read_rows(METRICS)
-            seconds = statistics.median(row["seconds"] for row in rows[1:])
-            megabytes = rows[0]["bytes_up"] / rows[0]["clients"] / 1e6
-            key = f"round_seconds_{engine}_8_{megabytes:.1f}" if steps == 1 else f"seconds_{engine}_{steps}_steps"
-            found[key] = seconds
-            print(f"{title:9s} {engine:16s} {megabytes:6.1f} MB a client  {seconds:.2f} s a round", flush=True)
-    found["overhead_share"] = 1 - found["seconds_simulation_10_steps"] / found["seconds_flare_10_steps"]
-    return found
+            seconds[engine] += [row["seconds"] for row in RunDirectory(place).read_rows(METRICS)[1:]]
+    found = {f"seconds_{engine}_10_steps": statistics.median(rounds) for engine, rounds in seconds.items()}
+    return {**found, "overhead_share": 1 - found["seconds_simulation_10_steps"] / found["seconds_flare_10_steps"]}
 
 
 # ---- what is survived
@@ -113,7 +184,7 @@ def survived(run: Path, made: dict[str, Path]) -> bool:
     if [row["round"] for row in rows] != list(range(1, ROUNDS + 1)) or not (run / "done").exists():
         return False
     for site in SITES:
-        place = made[site] / "fedpref" / run.name
+        place = made[site] / "fedpref" / json.loads((run / SUBMITTED).read_text())["run"]
         kept = sorted((place / "checkpoints").glob("round-*"))
         if not kept or not all(trees.load(file) for file in (kept[-1] / "own").glob("*.safetensors")):
             return False
@@ -128,7 +199,7 @@ def attempt(name: str, kit: Path, made: dict[str, Path], folder: Path, chance: r
     begun = time.monotonic()
     running = subprocess.Popen([*command, "--output", str(run)], stdout=log, stderr=subprocess.STDOUT)
     time.sleep(chance.uniform(15, 60))
-    rounds = len(RunDirectory(folder / "server" / name).read_rows(METRICS))
+    rounds = sum(len(RunDirectory(found).read_rows(METRICS)) for found in (folder / "server").glob(f"{name}-*"))
     killed = kill(kit)
     resumed = 0
     try:
@@ -147,11 +218,11 @@ def attempt(name: str, kit: Path, made: dict[str, Path], folder: Path, chance: r
 
 
 @contextmanager
-def started(port: int, sites: Sequence[str], clients: int) -> Iterator[tuple[dict[str, Path], Path]]:
+def started(port: int, sites: Sequence[str], settings: Sequence[str]) -> Iterator[tuple[dict[str, Path], Path]]:
     """A federation at work, and a folder for its runs."""
     with tempfile.TemporaryDirectory(prefix="fedpref-engines-") as scratch:
         folder = Path(scratch)
-        made = federation(folder / "federation", port, sites, clients)
+        made = federation(folder / "federation", port, sites, settings)
         try:
             for name in ("localhost", *sites):
                 assert fedpref("site", "start", str(made[name]), "--runs", str(folder / "server")).returncode == 0
@@ -164,7 +235,9 @@ def started(port: int, sites: Sequence[str], clients: int) -> Iterator[tuple[dic
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=["rounds", "kills"], default=["rounds", "kills"])
+    parser.add_argument("--parts", nargs="+", choices=["rounds", "overhead", "kills"], default=["rounds", "overhead", "kills"])
+    parser.add_argument("--turns", type=int, default=2, help="of engines")
+    parser.add_argument("--flower", help="an interpreter that has flwr")
     parser.add_argument("--sites", type=int, default=10, help="runs in which a site is killed")
     parser.add_argument("--server", type=int, default=5, help="runs in which the server is killed")
     parser.add_argument("--port", type=int, default=28102)
@@ -175,10 +248,12 @@ def main() -> None:
     counts = (1, 1) if arguments.quick else (arguments.sites, arguments.server)
     found: dict[str, float] = {}
     if "rounds" in arguments.parts:
-        with started(arguments.port, SITES[:2], 8) as (made, folder):
-            found |= rounds(made, folder, arguments.quick)
+        found |= without_training(arguments.port, 1 if arguments.quick else arguments.turns, arguments.flower, arguments.quick)
+    if "overhead" in arguments.parts:
+        with started(arguments.port, SITES[:2], ["partition={name: natural, max_clients: 8}"]) as (made, folder):
+            found |= overhead(made, folder)
     if "kills" in arguments.parts:
-        with started(arguments.port + 1, SITES, 6) as (made, folder):
+        with started(arguments.port + 1, SITES, ["partition={name: natural, max_clients: 6}"]) as (made, folder):
             rows = []
             for k in range(sum(counts)):
                 target = made[chance.choice(SITES)] if k < counts[0] else made["localhost"]

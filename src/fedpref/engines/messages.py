@@ -23,8 +23,19 @@ class RefusedError(Exception):
 def pack(header: Mapping[str, Any], tensors: Tree = NO_TENSORS) -> bytes:
     """One message."""
     head = json.dumps(header).encode()
-    body = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}) if tensors else b""
+    body = safetensors.torch.save(_apart(tensors)) if tensors else b""
     return len(head).to_bytes(8, "big") + head + body
+
+
+def _apart(tensors: Tree) -> Tree:
+    """The tensors, no two of which share memory, as clients' that begin alike do."""
+    found, seen = {}, set[int]()
+    for name, tensor in tensors.items():
+        whole = tensor.detach().cpu().contiguous()
+        place = whole.untyped_storage().data_ptr()
+        found[name] = whole.clone() if place in seen else whole
+        seen.add(place)
+    return found
 
 
 def unpack(message: bytes, limit: int | None = None) -> tuple[Header, Tree]:

@@ -139,15 +139,16 @@ def _hand_over(folder: RunDirectory) -> None:
 def job(experiment: Experiment, run: str, *, simulated: int = 0) -> Any:
     """A job of the next rounds, for any environment of FLARE's."""
     content = json.dumps(config.dump(with_whole_paths(experiment) if simulated else experiment))
-    recipe = _Recipe(
-        job_name=run.replace("/", "-"),
-        server=Coordinator(content, run, experiment.patience.rounds_per_job),
-        client=Sited(simulated),
-        min_clients=simulated or experiment.patience.min_sites,
-        sync_task_timeout=experiment.patience.seconds,
-    )
-    recipe.finalize().set_app_packages(["fedpref"])  # which is installed everywhere
-    return recipe
+    coordinator = Coordinator(content, run, experiment.patience.rounds_per_job)
+    least = simulated or experiment.patience.min_sites
+    return recipe(run.replace("/", "-"), coordinator, least, experiment.patience.seconds, simulated=simulated)
+
+
+def recipe(name: str, coordinator: Any, min_sites: int, seconds: float, *, simulated: int = 0) -> Any:
+    """A job of a coordinator's program over sites, which begins when so many have come, within so many seconds."""
+    made = _Recipe(job_name=name, server=coordinator, client=Sited(simulated), min_clients=min_sites, sync_task_timeout=seconds)
+    made.finalize().set_app_packages(["fedpref"])  # which is installed everywhere
+    return made
 
 
 class _Recipe(CollabRecipe):  # type: ignore[misc]  # FLARE has no types
