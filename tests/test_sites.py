@@ -63,6 +63,8 @@ def test_messages_come_back_as_they_went() -> None:
     back = parted(found, 7)
     assert back.keys() == tree.keys()
     assert all(torch.equal(back[name], tree[name]) and back[name].dtype == tree[name].dtype for name in tree)
+    _, found = unpack(pack({}, joined({1: tree, 2: tree})))  # which share memory
+    assert torch.equal(parted(found, 1)["a"], parted(found, 2)["a"])
     _, found = unpack(pack({}, joined({1: tree, 2: tree})))
     assert torch.equal(parted(found, 1)["a"], parted(found, 2)["a"]), "which shared memory"
 

@@ -9,6 +9,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from fedpref.trees import Tree
 
@@ -27,9 +28,9 @@ def pack(header: Mapping[str, Any], tensors: Tree = NO_TENSORS) -> bytes:
     return len(head).to_bytes(8, "big") + head + body
 
 
-def _apart(tensors: Tree) -> Tree:
+def _apart(tensors: Tree) -> dict[str, Tensor]:
     """The tensors, no two of which share memory, as clients' that begin alike do."""
-    found, seen = {}, set[int]()
+    found, seen = dict[str, Tensor](), set[int]()
     for name, tensor in tensors.items():
         whole = tensor.detach().cpu().contiguous()
         place = whole.untyped_storage().data_ptr()

@@ -87,7 +87,7 @@ def _provisioned(project: Mapping[str, Any], beside: Path, state: Path | None = 
         place = Path(scratch) / "made" / project["name"]
         if state is not None:
             shutil.copytree(state, place / STATE)
-        command = [sys.executable, "-m", "nvflare.cli", "provision", "-p", PROJECT, "-w", "made"]
+        command = [sys.executable, "-m", "nvflare.cli", "provision", "-p", PROJECT, "-w", "made", "--force"]
         ran = subprocess.run(command, cwd=scratch, capture_output=True, text=True)
         made = place / "prod_00"
         if ran.returncode or not made.is_dir():

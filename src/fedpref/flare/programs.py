@@ -147,7 +147,7 @@ def job(experiment: Experiment, run: str, *, simulated: int = 0) -> Any:
 def recipe(name: str, coordinator: Any, min_sites: int, seconds: float, *, simulated: int = 0) -> Any:
     """A job of a coordinator's program over sites, which begins when so many have come, within so many seconds."""
     made = _Recipe(job_name=name, server=coordinator, client=Sited(simulated), min_clients=min_sites, sync_task_timeout=seconds)
-    made.finalize().set_app_packages(["fedpref"])  # which is installed everywhere
+    made.finalize().set_app_packages(["fedpref", type(coordinator).__module__.split(".")[0]])  # which are there already
     return made
 
 
