@@ -79,10 +79,12 @@ def main() -> None:
         all_timed(lambda: Simulation(task, shards, seed=0, rounds=1000, mixing=ring, workers=2), file)
         return
     from nvflare.collab import collab
-    from nvflare.recipe import ProdEnv, SimEnv
+    from nvflare.recipe import ProdEnv
 
     from engine_rounds import Rounds  # by the name under which the server finds it
+    from fedpref.flare.kits import CLASSES
     from fedpref.flare.programs import recipe
+    from fedpref.flare.simulated import simulate
 
     Rounds.main = collab.main(Rounds.main)
     job = recipe("rounds", Rounds(str(file)), content["sites"], 600.0, simulated=content["sites"] if engine == "flare-simulated" else 0)
@@ -92,7 +94,7 @@ def main() -> None:
             job.execute(ProdEnv(startup_kit_location=str(admin), username=admin.name, login_timeout=30.0)).get_result()
     else:
         with tempfile.TemporaryDirectory() as scratch:
-            job.execute(SimEnv(clients=[f"site-{k + 1}" for k in range(content["sites"])], workspace_root=scratch))
+            simulate(job, content["sites"], Path(scratch), [*CLASSES, CLASS])
 
 
 if __name__ == "__main__":

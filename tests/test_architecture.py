@@ -13,6 +13,7 @@ PACKAGE = Path(fedpref.__file__).parent
 # Lower rooms know nothing of higher ones. A room may import its own files and rooms of a lower level.
 LEVEL = {
     "errors": 0,
+    "environment": 0,
     "trees": 0,
     "seeds": 0,
     "summary": 0,

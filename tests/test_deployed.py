@@ -243,9 +243,10 @@ def ran(experiments: dict[str, dict[str, Any]], tmp_path_factory: pytest.TempPat
     folder = tmp_path_factory.mktemp("simulated")
     (folder / "experiments.json").write_text(json.dumps(experiments))
     program = (
-        "import sys; from nvflare.recipe import SimEnv; from coordinators import Many; from fedpref.flare.programs import recipe;"
-        "recipe('many', Many(sys.argv[1], sys.argv[2]), 2, 100.0, simulated=2).execute("
-        "SimEnv(clients=['site-1', 'site-2'], workspace_root=sys.argv[2] + '/workspace'))"
+        "import sys; from pathlib import Path; from coordinators import Many; from fedpref.flare.kits import CLASSES;"
+        "from fedpref.flare.programs import recipe; from fedpref.flare.simulated import simulate;"
+        "many = recipe('many', Many(sys.argv[1], sys.argv[2]), 2, 100.0, simulated=2);"
+        "simulate(many, 2, Path(sys.argv[2], 'workspace'), [*CLASSES, 'coordinators.Many'])"
     )
     environment = {**os.environ, RUNS: str(folder / "runs"), "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-c", program, str(folder / "experiments.json"), str(folder / "runs")], env=environment, check=True)
@@ -258,7 +259,10 @@ def test_every_algorithm_over_simulated_sites_is_the_one_in_process(
 ) -> None:
     here, there = run(config.parse(Experiment, experiments[name], name), tmp_path / name).path, ran / name
     assert (here / "evaluation.jsonl").read_bytes() == (there / "evaluation.jsonl").read_bytes()
-    rows = [[{key: row[key] for key in row if key != "seconds"} for row in RunDirectory(path).read_rows(METRICS)] for path in (here, there)]
+    rows = [
+        [{key: row[key] for key in row if not key.startswith("seconds")} for row in RunDirectory(path).read_rows(METRICS)]
+        for path in (here, there)
+    ]
     assert rows[0] == rows[1]
     shared = [file.relative_to(here) for file in (here / "checkpoints").glob("*/*.safetensors")]
     for file in shared:

@@ -18,6 +18,7 @@ from fedpref.engines import Engine
 from fedpref.errors import UserError
 
 CONFIG, CLIENTS, METRICS, EVALUATION, DONE = "config.yaml", "clients.json", "metrics.jsonl", "evaluation.jsonl", "done"
+ENVIRONMENT = "environment.json"  # versions, machine, commit
 LOCK = ".lock"
 HAS_OWN = "clients have models of their own\n"
 SAMPLES = "samples"  # a folder: answers to a client's held-out prompts, before training and after, a file for each client

@@ -16,12 +16,14 @@ from urllib.parse import quote, unquote
 from fedpref import config, seeds, trees
 from fedpref.diagnostics import diagnose, merge
 from fedpref.engines import Engine, Transport
+from fedpref.engines.clock import Clock
 from fedpref.engines.workers import keep_freed_memory, one_thread
+from fedpref.environment import described
 from fedpref.errors import UserError
 from fedpref.experiment import Experiment, lines, with_whole_paths
 from fedpref.federation import Client, work
 from fedpref.places import About, Elsewhere, Here, Place
-from fedpref.rundirectory import CLIENTS, CONFIG, EVALUATION, METRICS, SAMPLES, RunDirectory
+from fedpref.rundirectory import CLIENTS, CONFIG, ENVIRONMENT, EVALUATION, METRICS, SAMPLES, RunDirectory
 from fedpref.summary import HEADLINES, headline, over_clients
 from fedpref.tasks import Task
 from fedpref.trees import Tree
@@ -116,7 +118,7 @@ def events(
         experiment.check_clients({name: about["train"] for name, about in place.about.items()})
         planned = lines(experiment, len(place.about))
         if not folder.path.exists():
-            folder.create({CONFIG: config.to_yaml(experiment), CLIENTS: about_text})
+            folder.create({CONFIG: config.to_yaml(experiment), CLIENTS: about_text, ENVIRONMENT: described()})
         elif (folder.path / CLIENTS).read_text() != about_text:
             raise UserError(f"{folder.path}: the data is not what the run began with; its clients, sizes and digests stand in {CLIENTS}.")
         with folder.alone():
@@ -149,10 +151,10 @@ def _line(name: str, experiment: Experiment, folder: RunDirectory, task: Task, s
     for round in range(first, experiment.rounds):
         cohort, late = experiment.federation.cohort(weights, experiment.seed, round)
         engine.begin(round, cohort)
-        begun = time.perf_counter()
-        state, metrics = algorithm.step(engine, state)
-        seconds = time.perf_counter() - begun
-        figures = {**metrics, **engine.traffic.figures(), "seconds": seconds}
+        begun, clock = time.perf_counter(), Clock(engine)
+        state, metrics = algorithm.step(clock, state)
+        parts = {f"seconds/{verb}": seconds for verb, seconds in clock.seconds.items() if seconds}
+        figures = {**metrics, **engine.traffic.figures(), "seconds": time.perf_counter() - begun, **parts}
         _refuse_divergence(name, round, experiment, folder, {**metrics, **_norms(state)})
         folder.append(METRICS, {"round": round + 1, "clients": len(engine.active), "late": late + len(engine.left_out), **figures})
         last = round + 1 == experiment.rounds

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from fedpref import config
 from fedpref.errors import UserError
 from fedpref.experiment import Experiment
 from fedpref.flare import RUNS, SITE, TELLS
+from fedpref.flare.kits import CLASSES
 from fedpref.flare.programs import SIMULATED, job
 from fedpref.rundirectory import RunDirectory
 from fedpref.running import Event
@@ -78,8 +79,15 @@ def _told(scratch: Path, process: Any) -> Generator[Event, None, str]:
 def main(scratch: Path, run: str) -> None:
     """One job, in a process of its own, which FLARE's simulator takes for itself."""
     experiment = config.parse(Experiment, json.loads((scratch / EXPERIMENT).read_text()), "the experiment")
-    sites = [f"site-{number + 1}" for number in range(experiment.sites)]
-    job(experiment, run, simulated=experiment.sites).execute(SimEnv(clients=sites, workspace_root=str(scratch / "workspace")))
+    simulate(job(experiment, run, simulated=experiment.sites), experiment.sites, scratch / "workspace")
+
+
+def simulate(recipe: Any, sites: int, workspace: Path, classes: Sequence[str] = CLASSES) -> None:
+    """Run a job over so many sites, each a process, which may run these classes."""
+    local = workspace / recipe.name / "local"
+    local.mkdir(parents=True, exist_ok=True)
+    (local / "resources.json").write_text(json.dumps({"class_allow_list": list(classes)}))
+    recipe.execute(SimEnv(clients=[f"site-{number + 1}" for number in range(sites)], workspace_root=str(workspace)))
 
 
 if __name__ == "__main__":
