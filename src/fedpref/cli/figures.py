@@ -30,6 +30,24 @@ def compare(
 
 
 @app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Runs, or folders of fronts that `fedpref pareto` made.", metavar="RUN...")],
+    output: Annotated[Path | None, typer.Option(help="The file; by default report.html in the run, or here for several.")] = None,
+    opens: Annotated[bool, typer.Option("--open", help="Show it in a browser.")] = False,
+) -> None:
+    """Write one page about runs: what was learned, who gained and who lost, what it cost. It opens from a disk and needs no network.
+
+    Example: fedpref report runs/fedpdpo runs/feddpo --output comparison.html --open
+    """
+    from fedpref.reports.page import REPORT, write_report
+
+    place = write_report(runs, output or (runs[0] / REPORT if len(runs) == 1 else Path(REPORT)))
+    console.print(f"report: {place}", highlight=False, soft_wrap=True)
+    if opens:
+        typer.launch(str(place))
+
+
+@app.command()
 def topology(
     spec: Annotated[str, typer.Argument(help='A name, or "{name: erdos-renyi, probability: 0.2}".', metavar="SPEC")],
     clients: Annotated[int, typer.Option(min=1, help="How many there are.")] = 8,

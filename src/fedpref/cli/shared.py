@@ -26,10 +26,12 @@ Config = Annotated[Path, typer.Argument(help="A YAML file; configs/ has examples
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Settings that override the file's: rounds=20 task.loss.beta=0.2", metavar="KEY=VALUE")
 ]
+Open = Annotated[bool, typer.Option("--open", help="Show the report in a browser at the end.")]
 
 
-def follow(happenings: Iterator[Event], folder: RunDirectory) -> None:
-    """Show a run as it goes, then its table and where it lies."""
+def follow(happenings: Iterator[Event], folder: RunDirectory, opens: bool = False) -> None:
+    """Show a run as it goes, then its table, its page, and where it lies."""
+    from fedpref.reports.page import REPORT, write_report
     from fedpref.reports.progress import show
     from fedpref.reports.tables import client_table, newcomer_table, objective_table, sample_table, sizes
     from fedpref.running import result
@@ -43,4 +45,7 @@ def follow(happenings: Iterator[Event], folder: RunDirectory) -> None:
         console.print(samples)
     if outcome.newcomers:
         console.print(newcomer_table(sizes(outcome.path), outcome.newcomers))
+    console.print(f"report: {write_report([outcome.path], outcome.path / REPORT)}", highlight=False, soft_wrap=True)
     console.print(f"run directory: {outcome.path}", highlight=False, soft_wrap=True)
+    if opens:
+        typer.launch(str(outcome.path / REPORT))

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fedpref.cli.shared import Config, Overrides, app, console, follow
+from fedpref.cli.shared import Config, Open, Overrides, app, console, follow
 
 
 @app.command()
@@ -15,8 +15,12 @@ def run(
     config: Config,
     overrides: Overrides = None,
     output: Annotated[Path | None, typer.Option(help="The run directory; by default runs/NAME-TIME.")] = None,
+    opens: Open = False,
 ) -> None:
-    """Run an experiment, with a table at the end."""
+    """Run an experiment, with a table and a report at the end.
+
+    Example: fedpref run configs/demo.yaml rounds=10 --open
+    """
     from fedpref.experiment import Experiment
     from fedpref.launch import happenings
     from fedpref.running import new_directory
@@ -24,7 +28,7 @@ def run(
     experiment = Experiment.load(config, overrides or ())
     folder = new_directory(experiment, output)
     folder.refuse_existing()
-    follow(happenings(experiment, folder), folder)
+    follow(happenings(experiment, folder), folder, opens)
 
 
 @app.command()

@@ -1,0 +1,224 @@
+"""The page of runs: what it says is what the runs say, and a real browser draws it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from conftest import ROOT
+from fedpref import Experiment, UserError, cli, config, run
+from fedpref.reports import charts
+from fedpref.reports.page import page, sections, told_apart, words, write_report
+from fedpref.reports.read import Run, read
+from fedpref.rundirectory import EVALUATION, METRICS
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+SCREENSHOTS = ROOT / "build/screenshots"
+
+
+def content_of(text: str) -> list[dict[str, Any]]:
+    """The charts' data in a page."""
+    found = re.search(r'<script type="application/json" id="charts">(.*?)</script>', text, re.DOTALL)
+    assert found
+    return list(json.loads(found.group(1)))
+
+
+@pytest.fixture(scope="module")
+def runs(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    """A centralised run with what it is compared with, one of gossip, one with weights of objectives."""
+    folder = tmp_path_factory.mktemp("runs")
+    local = {"steps": 2, "batch_size": 3, "learning_rate": 0.01}
+    objectives = {"objective_column": "kind", "objective_names": ["first", "second"]}
+    contents = {
+        "averaged": {"evaluate_every": 1, "references": ["local", "centralised"]},
+        "gossip": {"algorithm": {"name": "decdpo", "local": local}, "network": {"topology": "ring"}},
+        "weighed": {"algorithm": {"name": "firm", "local": local}, "task": {**settings["task"], **objectives}},
+    }
+    made = {}
+    for name, content in contents.items():
+        spec = config.parse(Experiment, {**settings, "workers": 1, "name": name, **content}, name)
+        made[name] = read(run(spec, folder / name).path)
+    return made
+
+
+def test_what_the_page_says_is_what_the_run_says(runs: dict[str, Run]) -> None:
+    one = runs["averaged"]
+    text = page([one])
+    values, alone = one.values(), one.values(one.references["local"])
+    mean = np.mean(list(values.values()))
+    up, down = sum(values[c] > alone[c] for c in values), sum(values[c] < alone[c] for c in values)
+    assert f"mean held-out pair accuracy is {mean:.1f}" in words(one)
+    assert f"{up} clients gain, {down} lose" in words(one)
+    drawn = dict(sections([one], []))
+    assert list(drawn) == ["What was learned", "Who gained, who lost", "What it cost"]
+    (gain,) = charts.gains([one])
+    assert dict(zip(gain.data[0]["text"], gain.data[0]["y"], strict=True)) == {c: values[c] - alone[c] for c in values}
+    (bars,) = charts.by_client([one])
+    assert [trace["name"] for trace in bars.data] == ["feddpo", "alone", "pooled"]
+    assert dict(zip(bars.data[0]["x"], bars.data[0]["y"], strict=True)) == values
+    (over,) = charts.held_out([one])
+    thin = [trace for trace in over.data if trace.get("legendgroup") == "clients"]
+    assert len(thin) == 4
+    assert sum(trace["showlegend"] for trace in thin) == 1
+    sent = next(chart for chart in charts.traffic([one]) if chart.title == "Data sent")
+    assert sent.data[0]["y"] == [row["bytes_up"] / 1e6 for row in one.line.metrics]
+    (spent,) = charts.times([one])
+    assert sum(trace["x"][0] for trace in spent.data) == pytest.approx(np.mean(one.line.column("seconds")), rel=0.02)
+    for name in (*values, "feddpo", "seed", "torch"):
+        assert name in text
+    assert [set(chart) for chart in content_of(text)] == [{"data", "layout"}] * sum(map(len, drawn.values()))
+    assert not re.search(r'(src|href)="', text), "nothing is fetched"
+    assert len(text) < 3e6
+
+
+def test_gossip_is_shown_against_its_bound_and_on_its_graph(runs: dict[str, Run]) -> None:
+    (chart,) = charts.consensus([runs["gossip"]])
+    after, before, bound = (np.array(trace["y"]) for trace in chart.data)
+    assert (after <= bound * 1.2).all(), "they are estimates"
+    assert (bound < before).all()
+    (drawn,) = charts.graph([runs["gossip"]])
+    assert len([end for end in drawn.data[0]["x"] if end is None]) == 4, "the links of a ring of four"
+    assert drawn.data[1]["text"] == list(runs["gossip"].clients)
+
+
+def test_weights_of_objectives_and_a_front_are_shown(runs: dict[str, Run], tmp_path: Path) -> None:
+    (chart,) = charts.objectives([runs["weighed"]])
+    assert [trace["name"] for trace in chart.data] == ["first", "second"]
+    assert np.sum([trace["y"] for trace in chart.data], axis=0) == pytest.approx(np.ones(3))
+    point = {"preference": [0.5, 0.5], "values": [0.2, 0.3], "beside": {}, "is_trained": True}
+    found = {"objectives": ["a", "b"], "reference": [0, 0], "figures": {"hypervolume": 0.06}, "points": [point]}
+    (tmp_path / "front.json").write_text(json.dumps(found))
+    text = write_report([tmp_path], tmp_path / "front.html").read_text()
+    assert content_of(text)[0]["data"][0]["text"] == ["0.50 / 0.50"]
+
+
+def test_runs_side_by_side_are_told_apart(runs: dict[str, Run], tmp_path: Path) -> None:
+    both = told_apart([runs["averaged"], replace(runs["averaged"], path=tmp_path / "again")])
+    assert [one.title for one in both] == ["averaged", "again"]
+    (bars,) = charts.by_client(both)
+    assert [trace["name"] for trace in bars.data][:2] == ["averaged", "averaged: alone"]
+
+
+def test_texts_of_a_run_are_text_in_the_page(runs: dict[str, Run], tmp_path: Path) -> None:
+    place = tmp_path / "run"
+    shutil.copytree(runs["averaged"].path, place)
+    (place / "samples").mkdir()
+    answer = {"completion": "</script><script>alert(1)</script>", "rewards": {"length": 0.5}}
+    row = {"prompt": "<b>Why?</b>", "before": answer, "after": answer}
+    (place / "samples/client-0.jsonl").write_text(json.dumps(row) + "\n")
+    text = page([read(place)])
+    assert "&lt;b&gt;Why?&lt;/b&gt;" in text
+    assert "<script>alert" not in text
+    assert charts.Chart("", "", [{"name": "</script>"}]).content["data"]
+    assert "length 0.50" in text
+
+
+def test_what_has_nothing_to_show_says_so(runs: dict[str, Run], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no run here"):
+        write_report([tmp_path], tmp_path / "report.html")
+    place = tmp_path / "begun"
+    shutil.copytree(runs["averaged"].path, place)
+    (place / EVALUATION).unlink()
+    with pytest.raises(UserError, match="no evaluation yet"):
+        write_report([place], tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_many_rounds_and_clients_fit_in_a_page(runs: dict[str, Run], tmp_path: Path) -> None:
+    place = tmp_path / "many"
+    shutil.copytree(runs["averaged"].path, place)
+    names = [f"hospital-{k:02d}" for k in range(64)]
+    rng = np.random.default_rng(0)
+    row, measured = read(place).line.metrics[0], {"rewards/accuracies": 0.6, "num_examples": 50.0}
+    (place / METRICS).write_text("".join(json.dumps({**row, "round": k + 1}) + "\n" for k in range(200)))
+    summary = read(place).line.evaluations[0]["summary"]
+    rows = ({n: {**measured, "rewards/accuracies": float(rng.uniform(0.4, 0.9))} for n in names} for _ in range(200))
+    (place / EVALUATION).write_text(
+        "".join(json.dumps({"round": k + 1, "clients": c, "summary": summary}) + "\n" for k, c in enumerate(rows))
+    )
+    (place / "clients.json").write_text(json.dumps({name: {"train": 10, "test": 50, "truncated": 0, "digest": ""} for name in names}))
+    shutil.rmtree(place / "references")
+    found = CliRunner().invoke(cli.app, ["report", str(place)])
+    assert found.exit_code == 0, found.output
+    assert (place / "report.html").stat().st_size < 3e6
+
+
+# ---- a browser
+
+
+@pytest.fixture(scope="module")
+def shown(runs: dict[str, Run], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A function that opens a page at a width, and the messages of its console."""
+    api = pytest.importorskip("playwright.sync_api")
+    if not CHROMIUM:
+        pytest.skip("there is no Chromium here; install it to have pages looked at")
+    file = tmp_path_factory.mktemp("page") / "report.html"
+    write_report([runs["averaged"].path], file)
+    other = write_report([runs["averaged"].path, runs["gossip"].path], file.with_name("both.html"))
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+
+        def open_page(width: int, which: str = "one", scheme: str = "light") -> tuple[Any, list[str]]:
+            opened = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+            messages: list[str] = []
+            opened.on("console", lambda message: messages.append(message.text))
+            opened.on("pageerror", lambda error: messages.append(str(error)))
+            opened.goto((file if which == "one" else other).as_uri())
+            opened.wait_for_selector(".chart .main-svg")
+            return opened, messages
+
+        yield open_page
+        browser.close()
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "light"), (1280, "dark")])
+def test_a_browser_draws_every_chart(width: int, scheme: str, shown: Any) -> None:
+    opened, messages = shown(width, "both", scheme)
+    assert messages == []
+    counts = opened.evaluate("""[...document.querySelectorAll('.chart')].map(
+        (chart) => chart.querySelectorAll('.scatterlayer path, .barlayer path').length)""")
+    assert len(counts) >= 7
+    assert all(count > 0 for count in counts), counts
+    assert opened.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), "nothing is scrolled sideways"
+    clipped = opened.evaluate("""[...document.querySelectorAll('.chart')].flatMap((chart) => {
+        const room = chart.getBoundingClientRect();
+        return [...chart.querySelectorAll('text')].filter((text) => {
+            const box = text.getBoundingClientRect();
+            return box.width && (box.left < room.left - 2 || box.right > room.right + 2);
+        }).map((text) => text.textContent);
+    })""")
+    assert clipped == []
+    ink, paper = (opened.evaluate(f"getComputedStyle(document.body).{name}") for name in ("color", "backgroundColor"))
+    light, dark = (sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in ((paper, ink) if scheme == "light" else (ink, paper)))
+    assert light > dark + 400
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    opened.screenshot(path=SCREENSHOTS / f"report-{width}-{scheme}.png", full_page=True)
+
+
+def test_a_click_on_a_legend_hides_a_line(shown: Any) -> None:
+    opened, messages = shown(1280)
+    chart = opened.locator(".chart").first
+    lines = "(chart) => [...chart.querySelectorAll('.scatterlayer .trace')].filter((line) => line.querySelector('path')).length"
+    before = chart.evaluate(lines)
+    chart.locator(".legendtoggle").first.click()
+    opened.wait_for_timeout(800)  # a second click within this time would be a double one
+    assert chart.evaluate(lines) < before
+    assert messages == []
+
+
+def test_a_run_ends_with_its_page(settings: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**settings, "workers": 1}))
+    ran = CliRunner().invoke(cli.app, ["run", str(tmp_path / "config.yaml"), "--output", str(tmp_path / "run")])
+    assert ran.exit_code == 0, ran.output
+    assert f"report: {tmp_path}/run/report.html" in ran.output
+    assert (tmp_path / "run/report.html").read_text().startswith("<!DOCTYPE html>")
