@@ -179,16 +179,25 @@ def kill(kit: Path) -> int:
 
 
 def survived(run: Path, made: dict[str, Path]) -> bool:
-    """Whether all rounds are there, and every site's exported heads are what it has kept."""
+    """Whether all rounds are there, each once, and every site has kept, whole, what is private to its clients.
+
+    A site that was killed in the last job has its clients' heads of the last round in which it took part.
+    """
     rows = RunDirectory(run).read_rows(METRICS)
     if [row["round"] for row in rows] != list(range(1, ROUNDS + 1)) or not (run / "done").exists():
         return False
+    kept = json.loads((run / "clients.json").read_text())
+    found = 0
     for site in SITES:
         place = made[site] / "fedpref" / json.loads((run / SUBMITTED).read_text())["run"]
-        kept = sorted((place / "checkpoints").glob("round-*"))
-        if not kept or not all(trees.load(file) for file in (kept[-1] / "own").glob("*.safetensors")):
+        last = sorted((place / "checkpoints").glob("round-*"))[-1:]
+        if not last:
             return False
-    return True
+        heads = [trees.load(file) for file in (last[0] / "own").iterdir()]
+        if not all(head and any(bool(tensor.any()) for tensor in head.values()) for head in heads):
+            return False  # a head that was begun anew would be zero but for its last steps
+        found += len(heads)
+    return found == len(kept)
 
 
 def attempt(name: str, kit: Path, made: dict[str, Path], folder: Path, chance: random.Random) -> dict[str, object]:
@@ -200,6 +209,7 @@ def attempt(name: str, kit: Path, made: dict[str, Path], folder: Path, chance: r
     running = subprocess.Popen([*command, "--output", str(run)], stdout=log, stderr=subprocess.STDOUT)
     time.sleep(chance.uniform(15, 60))
     rounds = sum(len(RunDirectory(found).read_rows(METRICS)) for found in (folder / "server").glob(f"{name}-*"))
+    has_ended = running.poll() is not None
     killed = kill(kit)
     resumed = 0
     try:
@@ -213,7 +223,7 @@ def attempt(name: str, kit: Path, made: dict[str, Path], folder: Path, chance: r
             fedpref("resume", str(run))
         except subprocess.TimeoutExpired:
             continue
-    found = {"killed": kit.name, "processes": killed, "after_rounds": rounds, "resumed": resumed}
+    found = {"killed": kit.name, "processes": killed, "had_ended": has_ended, "after_rounds": rounds, "resumed": resumed}
     return {**found, "seconds": round(time.monotonic() - begun), "survived": survived(run, made)}
 
 
@@ -254,11 +264,15 @@ def main() -> None:
             found |= overhead(made, folder)
     if "kills" in arguments.parts:
         with started(arguments.port + 1, SITES, ["partition={name: natural, max_clients: 6}"]) as (made, folder):
-            rows = []
-            for k in range(sum(counts)):
-                target = made[chance.choice(SITES)] if k < counts[0] else made["localhost"]
-                rows.append(attempt(f"run-{k}", target, made, folder, chance))
-                print(rows[-1], flush=True)
+            rows: list[dict[str, object]] = []
+            for k, kind in enumerate(["site"] * counts[0] + ["server"] * counts[1]):
+                row: dict[str, object] = {"had_ended": True}
+                for again in range(3):  # a run that ended before it could be killed shows nothing
+                    if row["had_ended"]:
+                        target = made[chance.choice(SITES)] if kind == "site" else made["localhost"]
+                        row = attempt(f"run-{k}-{again}", target, made, folder, chance)
+                        print(row, flush=True)
+                rows.append(row)
         found |= {"kills_tried": len(rows), "kills_survived": sum(bool(row["survived"]) for row in rows)}
     print(json.dumps(found, indent=1))
     if arguments.json:

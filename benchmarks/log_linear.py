@@ -119,7 +119,7 @@ def optimum(shards: Sequence[Pairs], beta: float) -> Tensor:
     return theta
 
 
-@work
+@work()
 def moments(client: Client, theta: Tree) -> Tree:
     return {"value": theta["theta"], "square": theta["theta"].square()}
 

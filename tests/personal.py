@@ -22,12 +22,12 @@ def is_private(name: str) -> bool:
     return ".lora_B." in name
 
 
-@work
+@work()
 def begin(client: Client, start: Tree) -> Tree:
     return {name: tensor for name, tensor in start.items() if is_private(name)}
 
 
-@work
+@work()
 def train(client: Client, shared: Tree, private: Tree, local: Descent) -> tuple[Tree, Tree, Mapping[str, float]]:
     theta, _, metrics = descend(client, {**shared, **private}, local, {})
     return {n: theta[n] - shared[n] for n in shared}, {n: theta[n] for n in private}, metrics

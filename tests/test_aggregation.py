@@ -36,7 +36,7 @@ def adapter(rank: int, seed: int, drift: float = 1.0, start: Tree | None = None)
     return {name: drift * torch.randn(shape, generator=rng) + (start[name] if start else 0.0) for name, shape in shapes.items()}
 
 
-@work
+@work()
 def message(client: Client, received: Tree, method: Any) -> Tree:
     """Each client's own theta, of its own rank."""
     free, _ = method.received(client, received)
@@ -105,7 +105,7 @@ def test_a_mean_of_equal_products_is_that_product() -> None:
     assert metrics["residual"] < 1e-5
 
 
-@work
+@work()
 def same(client: Client, theta: Tree) -> Tree:
     return theta
 

@@ -146,18 +146,15 @@ def drive(algorithm: Any, engine: Any, start: Tree, rounds: range = range(ROUNDS
 
 def contents(engine: Any, state: Any, folder: Path) -> dict[str, Tree]:
     """All values of a state, those on clients by way of their files."""
-    found: dict[str, Tree] = {}
-    for field in fields(state):
-        value = getattr(state, field.name)
-        if isinstance(value, dict):
-            found[field.name] = value
-        else:
-            engine.save(value, folder / field.name)
-            written = [folder / field.name]
-            if isinstance(engine, RemoteEngine):
-                written = list(engine.processes.folder.glob(f"*/{engine.run}/checkpoints/{folder.name}/{field.name}"))
-            for path in sorted(path for place in written for path in place.iterdir()):
-                found[f"{field.name}/{path.stem}"] = trees.load(path)
+    values = {field.name: getattr(state, field.name) for field in fields(state)}
+    found: dict[str, Tree] = {name: value for name, value in values.items() if isinstance(value, dict)}
+    private = {name: value for name, value in values.items() if name not in found}
+    engine.save(private, folder)
+    written = [folder]
+    if isinstance(engine, RemoteEngine):
+        written = list(engine.processes.folder.glob(f"*/{engine.run}/checkpoints/{folder.name}"))
+    for path in sorted(path for name in private for place in written for path in (place / name).iterdir()):
+        found[f"{path.parent.name}/{path.name.split('.')[0]}"] = trees.load(path)
     return found
 
 
@@ -275,7 +272,7 @@ def test_work_that_clients_cannot_find_by_name_is_refused(engines: dict[str, Mak
         engines["simulation"]().each(lambda client: {})
     with pytest.raises(TypeError, match="module-level"):
 
-        @work
+        @work()
         def inner(client: Any) -> Tree:
             return {}
 

@@ -29,7 +29,7 @@ from test_optimisers import CLIENTS, PLAIN, Bowl, Bowls
 NAMES = [f"client-{i}" for i in range(6)]
 
 
-@work
+@work()
 def draw(client: Client, start: Tree) -> Tree:
     return {name: torch.randn(tensor.shape, generator=client.rng) for name, tensor in start.items()}
 
@@ -199,7 +199,7 @@ def test_a_graphs_file_is_found_again_from_anywhere(settings: dict[str, Any], tm
     assert str(tmp_path / "edges.txt") in (path / "config.yaml").read_text()
 
 
-@work
+@work()
 def factors(client: Client, ranks: tuple[int, ...], apart: float) -> Tree:
     """Factors of a product that all clients have in common and so much of their own, in a basis of the client's own."""
     common, own = torch.Generator().manual_seed(7), torch.Generator().manual_seed(client.id)

@@ -17,12 +17,12 @@ from fedpref.trees import Tree
 from test_optimisers import CLIENTS, Bowl, Bowls
 
 
-@work
+@work()
 def at(client: Client, points: tuple[float, ...]) -> Tree:
     return {"x": torch.tensor([points[client.id], -points[client.id]])}
 
 
-@work
+@work()
 def own(client: Client) -> Tree:
     return {"private": torch.ones(1)}
 

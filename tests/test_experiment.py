@@ -380,7 +380,7 @@ def test_any_number_of_workers_ends_with_the_same_bits(settings: dict[str, Any],
         assert result.evaluations == results[0].evaluations
 
 
-@work
+@work()
 def names(client: Any) -> dict[str, float]:
     return {client.shard.name: float(client.id)}
 
@@ -412,7 +412,7 @@ def test_what_does_not_fit_in_memory_lies_in_files_while_it_is_needed(
             for number in range(2):
                 engine.begin(number, engine.clients[number:])
                 state, _ = algorithm.step(engine, state)
-            engine.save(state.own, tmp_path / f"own-{room}")
+            engine.save({f"own-{room}": state.own}, tmp_path)
             states[room] = state.adapter
         spilled = len(list(tmp_path.glob("fedpref-*.safetensors")))
         assert spilled == (len(shards) if room == 0 else 0), "each client's own factors, and no trace of its messages"

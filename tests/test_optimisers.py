@@ -206,7 +206,7 @@ class Placed(Bowls):
         self.number = worker
 
 
-@work
+@work()
 def where(client: Client) -> Mapping[str, float]:
     time.sleep(0.05)  # so that no worker does it all
     return {"number": float(cast(Placed, client.task).number)}

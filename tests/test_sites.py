@@ -13,7 +13,9 @@ import torch
 import yaml
 
 from fedpref import Experiment, UserError, config, run, trees
-from fedpref.engines import Patience
+from fedpref.channel import Sender
+from fedpref.channel.compress import TopK, alike
+from fedpref.engines import Patience, RemoteEngine, Sites
 from fedpref.engines.messages import RefusedError, finite, joined, pack, parted, unpack
 from fedpref.engines.site import Site
 from fedpref.federation import Client, work
@@ -39,7 +41,7 @@ class Nowhere:
         raise AssertionError
 
 
-@work
+@work()
 def broken(client: Client, start: Tree, how: str) -> Tree:
     """What one client sends is not what it should be."""
     if client.id != 1:
@@ -90,7 +92,7 @@ DIALOGUE = {"name": "dialogue", "estimator": "rloo"}
 @pytest.fixture
 def site(content: dict[str, Any], tmp_path: Path) -> Site:
     opened = Site("site-0", Share(0, 1), tmp_path, Nowhere())
-    about = said(opened, {"verb": "open", "experiment": content, "run": "run", "resumes": False})["about"]
+    about = said(opened, {"verb": "open", "experiment": content, "run": "run", "resumes": False, "is_known": True})["about"]
     said(opened, {"verb": "number", "ids": {name: i for i, name in enumerate(about)}, "sites": {"site-0": [0, 1, 2]}})
     return opened
 
@@ -124,10 +126,10 @@ def asked(**other: Any) -> dict[str, Any]:
         (asked(work="running.evaluate", args=[{"own": {"0": "7.0"}}]), "client 0 has no value '7.0' here"),
         (asked(args=[{"plain": 3}]), "do not fit"),
         ({"verb": "report", "own": {"0": "7.0"}}, "client 0 has no value"),
-        ({"verb": "contribute", "own": {"9": "1.0"}, "shares": {"9": 1.0}, "round": 0, "call": 1}, "client 9 has no value"),
-        ({"verb": "open", "experiment": {}, "run": "../up", "resumes": False}, "cannot be called"),
-        ({"verb": "save", "own": {}, "checkpoint": "..", "field": "x"}, "names of files that are none"),
-        ({"verb": "open", "experiment": {"rouns": 3}, "run": "x", "resumes": False}, "Did you mean 'rounds'"),
+        ({"verb": "contribute", "own": {"9": "1.0"}, "shares": {"9": 1.0}}, "client 9 has no value"),
+        ({"verb": "open", "experiment": {}, "run": "../up", "resumes": False, "is_known": True}, "cannot be called"),
+        ({"verb": "save", "own": {"x": {}}, "checkpoint": ".."}, "names of files that are none"),
+        ({"verb": "open", "experiment": {"rouns": 3}, "run": "x", "resumes": False, "is_known": True}, "Did you mean 'rounds'"),
     ],
 )
 def test_a_site_refuses_what_it_should_not_do(header: dict[str, Any], reason: str, site: Site) -> None:
@@ -137,9 +139,9 @@ def test_a_site_refuses_what_it_should_not_do(header: dict[str, Any], reason: st
 
 def test_work_that_fails_says_so_and_changes_nothing(site: Site) -> None:
     args = [{"tree": 0}, {"plain": "fail"}]
-    answer = said(site, asked(work="test_sites.broken", clients=[1], args=args), joined({0: {"x": torch.ones(1)}}))
-    assert "ValueError: no" in answer["refused"]
-    assert said(site, {"verb": "held"})["names"] == {"0": [], "1": [], "2": []}
+    answer = said(site, asked(work="test_sites.broken", clients=[1, 2], args=args), joined({0: {"x": torch.ones(1)}}))
+    assert answer["failed"] == {"1": "it failed (ValueError); the site's log says more"}, "no text of the error leaves the site"
+    assert said(site, {"verb": "held"})["names"] == {"0": [], "1": [], "2": ["1.0"]}
     assert "do not fit" in said(site, asked(work="test_sites.broken", args=[{"tree": 0}, {"plain": {"a": 1}}]))["refused"]
 
 
@@ -184,13 +186,18 @@ def test_a_site_brings_its_own_data_and_no_private_part_leaves_it(content: dict[
     for name, leaves in (("base.lora_A.weight", True), ("head.weight", False), ("bottleneck.down", False), ("own.lora_A", False)):
         assert found.gives(name) == leaves
     assert found.does("algorithms.fedpdpo.train")
-    assert not any(map(found.does, ("places.prepare", "test_sites.broken", "diagnostics.pooled")))
+    strange = ("places.prepare", "test_sites.broken", "diagnostics.pooled", "algorithms.fedprox.train", "algorithms.ditto.train")
+    assert not any(map(found.does, strange))
     opened = Site("site", Consenting("site", file), tmp_path, Nowhere())
-    said(opened, {"verb": "open", "experiment": config.dump(spec), "run": "run", "resumes": False})
+    said(opened, {"verb": "open", "experiment": config.dump(spec), "run": "run", "resumes": False, "is_known": True})
     said(opened, {"verb": "number", "ids": {"clinic": 0}, "sites": {"site": [0]}})
-    opened._values[0]["1"] = {"head.weight": torch.ones(1)}
-    answer = said(opened, {"verb": "contribute", "own": {"0": "1"}, "shares": {"0": 1.0}, "round": 0, "call": 1})
-    assert answer["refused"] == "'head.weight' does not leave this site"
+    for name in ("head.weight", "exp_avg/head.weight", "own.lora_A"):
+        opened._values[0]["1"], opened._told = {name: torch.ones(1)}, {(0, "1")}
+        answer = said(opened, {"verb": "contribute", "own": {"0": "1"}, "shares": {"0": 1.0}})
+        assert answer["refused"] == f"{name!r} does not leave this site"
+    opened._values[0]["1"], opened._told = {"base.lora_A.weight": torch.ones(1)}, set()
+    answer = said(opened, {"verb": "contribute", "own": {"0": "1"}, "shares": {"0": 1.0}})
+    assert "is its own" in answer["refused"], "what no work sends stays, whatever its name"
     opened._values[0]["2"] = {"text": "Human: secret"}
     assert "no mapping of names to numbers" in said(opened, {"verb": "report", "own": {"0": "2"}})["refused"]
 
@@ -315,3 +322,156 @@ def test_kits_let_no_job_bring_code_and_each_site_has_its_file(tmp_path: Path) -
         kits.provision(tmp_path / "other", "trial", "localhost", 28911, ["clinic", "clinic"], "admin@example.org")
     with pytest.raises(UserError, match="no kit"):
         kits.start(tmp_path, {})
+
+
+# ---- what a coordinator makes of what sites say
+
+
+class Direct:
+    """Sites in this process; what one of them answers may be changed on the way."""
+
+    def __init__(self, folder: Path, count: int = 2) -> None:
+        self.all = {f"site-{k}": Site(f"site-{k}", Share(k, count), folder / f"site-{k}", self) for k in range(count)}
+        self.changed: dict[str, Any] = {}  # verb -> what site-1 answers in place of its header
+        self.absent: set[str] = set()
+
+    @property
+    def sites(self) -> list[str]:
+        return list(self.all)
+
+    def tell(self, site: str, message: bytes) -> None:
+        raise AssertionError("no gossip here")
+
+    def ask(self, messages: Any, seconds: float) -> dict[str, bytes]:
+        return {site: self._answer(site, message) for site, message in messages.items() if site not in self.absent}
+
+    def _answer(self, site: str, message: bytes) -> bytes:
+        answer, verb = self.all[site].answer(message), unpack(message)[0]["verb"]
+        if site != "site-1" or verb not in self.changed:
+            return answer
+        return self.changed[verb] if isinstance(self.changed[verb], bytes) else pack(self.changed[verb])
+
+
+@work(sends=(0,))
+def advance(client: Client, own: Tree, how: str) -> tuple[Tree, Tree]:
+    """A message, and a private value that counts rounds."""
+    message = {"x": torch.full((2,), float(client.id))}
+    return ({"y": message["x"]} if how == "names" and client.id == 1 else message), {"n": own["n"] + 1}
+
+
+@work(sends=())
+def fresh(client: Client) -> Tree:
+    return {"n": torch.zeros(1)}
+
+
+@work()
+def told(client: Client) -> dict[str, float]:
+    return {"loss": 1.0}
+
+
+QUORUM = Patience(min_clients=1)
+
+
+def opened(direct: Direct, content: dict[str, Any], run: str = "run", **more: Any) -> RemoteEngine:
+    return RemoteEngine(Sites(direct, content, run, QUORUM, **more))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {},
+        {"metrics": {}},
+        {"metrics": {"1": {"loss": "text"}}},
+        {"metrics": {"1": {"loss": float("nan")}}},
+        {"metrics": [1]},
+        b"junk",
+        pack({"metrics": {}})[:-2],
+        (9000).to_bytes(8, "big") + b"[" * 9000,
+    ],
+)
+def test_a_site_that_answers_what_is_none_is_left_out_and_ends_nothing(answer: Any, content: dict[str, Any], tmp_path: Path) -> None:
+    direct = Direct(tmp_path)
+    engine = opened(direct, content)
+    direct.changed["report"] = answer
+    assert engine.report(engine.each(told)) == {"loss": 1.0}
+    assert engine.active == (0, 2)
+    assert list(engine.left_out) == [1]
+
+
+@pytest.mark.parametrize("about", [{}, {"about": {"x": {"train": -1}}}, {"about": {"x": {"train": "many"}}}, {"about": 3}])
+def test_a_site_that_says_of_its_clients_what_cannot_be_takes_no_part(about: Any, content: dict[str, Any], tmp_path: Path) -> None:
+    direct = Direct(tmp_path)
+    direct.changed["open"] = about
+    assert opened(direct, content).clients == (0, 1)
+    with pytest.raises(UserError, match="site-1: an answer to 'open' that is none"):
+        Sites(direct, content, "other", Patience())
+
+
+def test_who_is_left_out_keeps_the_private_state_from_before(content: dict[str, Any], tmp_path: Path) -> None:
+    engine = opened(Direct(tmp_path), content)
+    own: Any = engine.each(fresh)
+    for round in range(2):
+        engine.begin(round, engine.clients)
+        message, newer = engine.each(advance, own, "names")
+        mean = engine.mean(message)
+        own = own | newer
+        assert engine.active == (0, 2)
+    assert mean["x"].tolist() == pytest.approx([2 * engine._examples[2] / (engine._examples[0] + engine._examples[2])] * 2)
+    engine.save({"own": own}, tmp_path / "round-000002")
+    files = {file.name: trees.load(file)["n"].item() for file in tmp_path.glob("site-*/run/checkpoints/round-000002/own/*")}
+    assert files == {"0.safetensors": 2.0, "1.safetensors": 0.0, "2.safetensors": 2.0}
+
+
+def test_what_a_site_keeps_is_not_begun_anew_in_silence(content: dict[str, Any], tmp_path: Path) -> None:
+    direct = Direct(tmp_path)
+    engine = opened(direct, content)
+    engine.save({"own": engine.each(fresh)}, tmp_path / "a/round-000001")
+    direct.absent = {"site-1"}
+    about = engine._sites.about
+    engine = opened(direct, content, began=about)
+    engine.save(engine.load(tmp_path / "a/round-000001", ["own"]), tmp_path / "a/round-000002")
+    assert json.loads((tmp_path / "a/round-000002/kept.json").read_text()) == {"own": [0, 1, 2]}, "those of an absent site too"
+    direct.absent = set()
+    for file in (tmp_path / "site-1").rglob("1.safetensors"):
+        file.unlink()
+    with pytest.raises(UserError, match="site-1 no longer has"):
+        opened(direct, content, began=about).load(tmp_path / "a/round-000002", ["own"])
+    with pytest.raises(UserError, match="that the coordinator does not know"):
+        opened(direct, content, is_known=False)
+    assert list((tmp_path / "site-0/run/checkpoints").glob("round-*")), "and nothing is cleared"
+    for file in (tmp_path / "site-0").rglob("0.safetensors"):
+        file.write_bytes(b"broken")
+    with pytest.raises(UserError, match="site-0 does not take up what its clients keep"):
+        opened(direct, content, began=about).load(tmp_path / "a/round-000002", ["own"])
+
+
+def test_a_site_that_comes_later_takes_no_part_and_ends_nothing(content: dict[str, Any], tmp_path: Path) -> None:
+    direct = Direct(tmp_path)
+    about = opened(direct, content)._sites.about
+    began = {name: about[name] for name in list(about)[:2]}
+    engine = opened(direct, content, began=began)
+    assert engine.clients == (0, 1)
+    assert engine._sites.latecomers == list(about)[2:]
+    assert engine.report(engine.each(told)) == {"loss": 1.0}
+
+
+def test_what_nobody_waits_for_is_dropped(content: dict[str, Any], tmp_path: Path) -> None:
+    direct = Direct(tmp_path)
+    opened(direct, content)
+    site = direct.all["site-0"]
+    site.hear("stranger", pack({"round": 0, "call": 1}))
+    site.hear("site-1", b"junk")
+    for call in range(100):
+        site.hear("site-1", pack({"round": 0, "call": call}))
+    assert len(site._heard) == 4
+
+
+def test_a_message_that_stands_for_a_larger_tree_is_no_neighbours() -> None:
+    stage = TopK(fraction=0.5).stage()
+    sender = Sender(0, 0, torch.Generator())
+    message = stage.encode({"a": torch.randn(4, 2)}, sender)
+    assert alike(message, stage.encode({"a": torch.randn(4, 2)}, sender))
+    for changed in ({"shape/a": torch.tensor([10**6, 10**3])}, {"values/a": torch.zeros(5)}):
+        name = next(iter(changed))
+        assert name in message
+        assert not alike({**message, **changed}, message)

@@ -182,17 +182,17 @@ class Product:
 Aggregate = Factors | FrozenA | Product
 
 
-@work
+@work()
 def from_right(client: Client, theta: Tree, right: Tree) -> Tree:
     return {a: theta[b] @ (theta[a] @ right[a]) for a, b in pairs(theta)}
 
 
-@work
+@work()
 def from_left(client: Client, theta: Tree, left: Tree, residual: bool) -> Tree:
     return {**{a: (left[a].T @ theta[b]) @ theta[a] for a, b in pairs(theta)}, **(probed(theta, client.round) if residual else {})}
 
 
-@work
+@work()
 def sketch(client: Client, theta: Tree, method: Product) -> Tree:
     found: dict[str, Tensor] = {}
     for a, b, right, left in _sketchers(theta, method, client.round):
@@ -200,7 +200,7 @@ def sketch(client: Client, theta: Tree, method: Product) -> Tree:
     return found
 
 
-@work
+@work()
 def from_sketch(client: Client, theta: Tree, mixed: Tree, method: Product) -> Tree:
     found: dict[str, Tensor] = {}
     for a, b, _, left in _sketchers(theta, method, client.round):
@@ -227,7 +227,8 @@ def _factors(
     """A and B of this rank whose product comes nearest to span u s v; rows of A have the norm they are drawn with, spare ones are zero."""
     u, s, v = u[:, :rank], s[:rank], v[:rank]
     spare = rank - len(s)
-    return pad(ROW_NORM * v, (0, 0, 0, spare)), pad(span @ u * s / ROW_NORM, (0, spare))
+    a, b = pad(ROW_NORM * v, (0, 0, 0, spare)), pad(span @ u * s / ROW_NORM, (0, spare))
+    return a.contiguous(), b.contiguous()  # as they are when they come from a file: sums depend on the order in memory
 
 
 def _basis(columns: Float[Tensor, "n r"]) -> Float[Tensor, "n r"]:

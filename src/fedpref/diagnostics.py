@@ -54,12 +54,12 @@ def merge(*parts: Tree) -> Tree:
     return {name: tensor for part in parts for name, tensor in part.items()}
 
 
-@work
+@work()
 def trained(client: Client, names: tuple[str, ...], *parts: Tree) -> Tree:
     return trees.select(merge(*parts), names)
 
 
-@work
+@work()
 def pooled(client: Client, mean: Tree, *parts: Tree) -> Tree:
     """The gradient of the client's mean loss over its training examples, and the loss."""
     task, device = client.task, client.task.device
@@ -75,7 +75,7 @@ def pooled(client: Client, mean: Tree, *parts: Tree) -> Tree:
     return {**trees.to(gradient, torch.device("cpu")), LOSS: torch.tensor(loss, dtype=torch.float64)}
 
 
-@work
+@work()
 def slopes(client: Client, mean: Tree, *parts: Tree) -> Tree:
     """Each objective's gradient on one batch, with fresh critics where it has any."""
     task, device = client.task, client.task.device
@@ -86,7 +86,7 @@ def slopes(client: Client, mean: Tree, *parts: Tree) -> Tree:
         return {ROWS: jacobian(losses, theta).cpu()}
 
 
-@work
+@work()
 def disagreement(client: Client, mean: Tree, *parts: Tree) -> Mapping[str, float]:
     own = merge(*parts)
     apart = client.task.choices(own, client.shard) - client.task.choices({**own, **mean}, client.shard)

@@ -52,6 +52,8 @@ class Experiment:
     def __post_init__(self) -> None:
         if parts := getattr(self.algorithm, "parts", None):
             self.task.check(parts)
+        if self.engine != "simulation" and self.patience.rounds_per_job % self.checkpoint_every:
+            raise UserError("patience.rounds_per_job must be a multiple of checkpoint_every: a job that follows begins at a checkpoint.")
         if getattr(self.algorithm, "needs_fixed_network", False) and not (self.network.is_fixed and self.federation.takes_everybody):
             raise UserError(
                 f"network: {self.algorithm.name} needs the same neighbours in every round. Leave out link_failure, redraw, "

@@ -17,17 +17,25 @@ S = TypeVar("S")
 W = TypeVar("W", bound=Callable[..., Any])
 
 WORK: dict[str, Callable[..., Any]] = {}
+SENDS: dict[str, tuple[int, ...]] = {}
 
 
-def work(function: W) -> W:
-    """Register a module-level function `work(client, *args)` under its name, by which a client looks it up."""
-    name = f"{function.__module__.removeprefix('fedpref.')}.{function.__qualname__}"
-    if "<locals>" in name:
-        raise TypeError(f"{name}: work must be a module-level function, so that every client can find it by its name")
-    if name in WORK and WORK[name].__module__ != function.__module__:
-        raise TypeError(f"{name}: {WORK[name].__module__} has registered work of this name already; give the module another name")
-    WORK[name] = function
-    return function
+def work(*, sends: tuple[int, ...] = (0,)) -> Callable[[W], W]:
+    """Register a module-level function `work(client, *args)` under its name, by which a client looks it up.
+
+    `sends`: which parts of what it returns may leave the client; nothing else does, whoever asks.
+    """
+
+    def register(function: W) -> W:
+        name = f"{function.__module__.removeprefix('fedpref.')}.{function.__qualname__}"
+        if "<locals>" in name:
+            raise TypeError(f"{name}: work must be a module-level function, so that every client can find it by its name")
+        if name in WORK and WORK[name].__module__ != function.__module__:
+            raise TypeError(f"{name}: {WORK[name].__module__} has registered work of this name already; give the module another name")
+        WORK[name], SENDS[name] = function, sends
+        return function
+
+    return register
 
 
 def name_of(function: Callable[..., Any]) -> str:
@@ -35,7 +43,7 @@ def name_of(function: Callable[..., Any]) -> str:
     for name, registered in WORK.items():
         if registered is function:
             return name
-    raise TypeError(f"{function!r} is not registered: decorate it with @work")
+    raise TypeError(f"{function!r} is not registered: decorate it with @work()")
 
 
 class PerClient(Protocol[T]):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +22,7 @@ from fedpref.places import hosted
 from fedpref.tasks.task import CRITIC
 
 Count = Annotated[int, Field(ge=1)]
+LOG = logging.getLogger("fedpref")
 EVALUATION = ("running.evaluate", "running.export", "running.sample")
 
 
@@ -71,18 +74,20 @@ class Consenting:
         file = self._file
         partition = file.partition or IID(clients=1)
         spec = replace(spec, data=file.data, partition=partition, task=with_models(spec.task, self._here))
-        clients, _ = spec.clients()
-        if file.partition is None:
-            clients = (replace(clients[0], name=file.client or self._name),)
         withheld = (NAMES | {OWN_ADAPTER, CRITIC}) - set(file.may_leave)
-        found = hosted(
-            spec,
-            dict(enumerate(clients)),
-            folder,
-            does=self._does(spec),
-            gives=lambda name: not name.startswith(tuple(withheld)),
-            limit=file.max_message_mb * 10**6,
-        )
+        limits = {
+            "does": self._does(spec),
+            "gives": lambda name: not any(part.startswith(tuple(withheld)) for part in name.split("/")),
+            "limit": file.max_message_mb * 10**6,
+        }
+        try:
+            clients, _ = spec.clients()
+            if file.partition is None:
+                clients = (replace(clients[0], name=file.client or self._name),)
+            found = hosted(spec, dict(enumerate(clients)), folder, **limits)
+        except UserError as error:  # whose text may hold rows
+            LOG.exception("the site's data or models do not fit the experiment")
+            raise RefusedError("its data or models do not fit the experiment; the site's log says why") from error
         unnumbered = {name: {key: value for key, value in about.items() if key != "number"} for name, about in found.about.items()}
         return replace(found, about=unnumbered)
 
@@ -102,8 +107,19 @@ class Consenting:
         return self._file.models[model]
 
     def _does(self, spec: Experiment) -> Any:
-        rooms = ("algorithms.", "personalisation.", "local.", "aggregation.", *(("diagnostics.",) if spec.diagnostics else ()))
-        return lambda work: work in EVALUATION or work.startswith(rooms)
+        rooms = {"local", "aggregation", "personalisation", *_built_of(type(spec.algorithm).__module__)}
+        rooms |= {"diagnostics"} if spec.diagnostics else set()
+        return lambda work: work in EVALUATION or work.rpartition(".")[0] in rooms
+
+
+def _built_of(module: str) -> set[str]:
+    """An algorithm's module and those of other algorithms that it takes something from, without the package's name."""
+    found, left = set[str](), {module}
+    while left:
+        found |= left
+        names = {getattr(part, "__module__", "") for one in left for part in vars(sys.modules[one]).values()}
+        left = {name for name in names if str(name).startswith("fedpref.algorithms.")} - found
+    return {name.removeprefix("fedpref.") for name in found}
 
 
 def consenting(name: str, path: Path) -> tuple[Consenting, Path]:

@@ -141,7 +141,7 @@ def descend(
     return {name: tensor.detach().cpu() for name, tensor in theta.items()}, kept, metrics
 
 
-@work
+@work(sends=())
 def personalise(client: Client, shared: Tree, own: Tree, settings: Descent) -> Tree:
     """Train what is the client's own, beside what is shared."""
     return descend(client, own, settings, {}, fixed=shared)[0]

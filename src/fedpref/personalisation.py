@@ -56,11 +56,11 @@ class Personal:
         return trees.select(theta, received), {**heads, **trees.select(theta, own)}, {**moments, **kept}, metrics
 
 
-@work
+@work(sends=())
 def begin(client: Client, parts: Parts) -> Tree:
     return client.task.parts(parts, client.rng)
 
 
-@work
+@work(sends=())
 def settle(client: Client, shared: Tree, own: Tree, settings: Descent, method: Personal) -> Tree:
     return descend(client, own, settings, {}, fixed=shared, rates=method.rates(own))[0]

@@ -31,6 +31,9 @@ class Place(Protocol):
     @property
     def about(self) -> About: ...
 
+    @property
+    def note(self) -> str: ...
+
     def prepare(self, cache: Path) -> Iterator[int]:
         """Compute once what training reads; yields how many clients are done."""
         ...
@@ -63,6 +66,7 @@ class Here:
         clients, _ = experiment.clients()
         self._shards: list[Any] = [task.encode(client) for client in clients]  # type: ignore[attr-defined]
         self.about: About = about(clients, self._shards)
+        self.note = ""
 
     def prepare(self, cache: Path) -> Iterator[int]:
         with closing(self._simulation(self._experiment, self._shards, cache)) as engine:
@@ -118,7 +122,7 @@ def pooled(shards: Sequence[Any], newcomers: Collection[int]) -> list[Any]:
     return [replace(shard, train=everything if i == first else ()) for i, shard in enumerate(shards)]
 
 
-@work
+@work()
 def prepare(client: Client) -> Tree:
     client.task.prepare(client.shard, client.folder)
     return {}
@@ -144,14 +148,22 @@ class Elsewhere:
         return {name: int(entry["train"]) for name, entry in self.about.items()}
 
     def engine(self, line: Experiment, folder: Path) -> RemoteEngine:
-        sites = self._sites if line == self._experiment else self._open(line, folder)
+        sites = self._sites if line == self._experiment else self._open(line, folder, self.about)
         return RemoteEngine(sites, weighting=line.federation.weighting, links=line.network.links, mixing=mixing(line, list(sites.about)))
 
-    def _open(self, line: Experiment, folder: Path) -> Sites:
+    @property
+    def note(self) -> str:
+        """What is to be said of them beside their sizes."""
+        late = self._sites.latecomers
+        return f"\n{', '.join(late[:8])} came after the run had begun; a new run takes them in." if late else ""
+
+    def _open(self, line: Experiment, folder: Path, began: About | None = None) -> Sites:
         run = folder.relative_to(self._folder.parent).as_posix()
-        clients = self._folder / CLIENTS
-        began = json.loads(clients.read_text()) if clients.exists() and RunDirectory(folder).checkpoints() else None
-        return Sites(self._transport, config.dump(line), run, self._patience, began=began)
+        clients, resumes = self._folder / CLIENTS, bool(RunDirectory(folder).checkpoints())
+        if began is None and clients.exists() and resumes:
+            began = json.loads(clients.read_text())
+        known = {"resumes": resumes, "is_known": clients.exists()}
+        return Sites(self._transport, config.dump(line), run, self._patience, began=began, **known)
 
 
 class Share:

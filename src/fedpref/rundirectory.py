@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
@@ -19,7 +21,6 @@ from fedpref.errors import UserError
 
 CONFIG, CLIENTS, METRICS, EVALUATION, DONE = "config.yaml", "clients.json", "metrics.jsonl", "evaluation.jsonl", "done"
 ENVIRONMENT = "environment.json"  # versions, machine, commit
-LOCK = ".lock"
 HAS_OWN = "clients have models of their own\n"
 SAMPLES = "samples"  # a folder: answers to a client's held-out prompts, before training and after, a file for each client
 
@@ -73,7 +74,8 @@ class RunDirectory:
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Raise UserError while another process writes to this run."""
-        lock = FileLock(self.path / LOCK, blocking=False)
+        place = hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:24]
+        lock = FileLock(Path(tempfile.gettempdir()) / f"fedpref-{place}.lock", blocking=False)
         try:
             lock.acquire()
         except Timeout as error:
@@ -81,6 +83,7 @@ class RunDirectory:
         try:
             yield
         finally:
+            Path(lock.lock_file).unlink(missing_ok=True)
             lock.release()
 
     # ---- checkpoints
@@ -94,12 +97,11 @@ class RunDirectory:
         shutil.rmtree(unfinished, ignore_errors=True)
         beside = unfinished / f"round-{rounds:06d}"
         beside.mkdir(parents=True)
-        for field in fields(state):
-            value = getattr(state, field.name)
+        values = {field.name: getattr(state, field.name) for field in fields(state)}
+        for name, value in values.items():
             if isinstance(value, Mapping):
-                trees.save(value, beside / f"{field.name}.safetensors")
-            else:
-                engine.save(value, beside / field.name)
+                trees.save(value, beside / f"{name}.safetensors")
+        engine.save({name: value for name, value in values.items() if not isinstance(value, Mapping)}, beside)
         older = list(folder.glob("round-*"))
         beside.replace(folder / beside.name)
         for path in older:
@@ -114,11 +116,11 @@ class RunDirectory:
         found = self.checkpoints()
         if not found:
             return state, 0
-        loaded = {}
-        for field in fields(state):
-            file = found[-1] / f"{field.name}.safetensors"
-            loaded[field.name] = trees.load(file) if file.exists() else getattr(state, field.name) | engine.load(found[-1] / field.name)
-        return replace(state, **loaded), int(found[-1].name.removeprefix("round-"))
+        files = {field.name: found[-1] / f"{field.name}.safetensors" for field in fields(state)}
+        shared = {name: trees.load(file) for name, file in files.items() if file.exists()}
+        private = engine.load(found[-1], [name for name in files if name not in shared])
+        private = {name: getattr(state, name) | value for name, value in private.items()}
+        return replace(state, **shared, **private), int(found[-1].name.removeprefix("round-"))
 
     def restore_shared(self, state: Any) -> Any:
         """The newest checkpoint's shared trees in place of the state's; what is on clients stays as it is. Raises UserError without one."""

@@ -113,16 +113,19 @@ def events(
     experiment = with_whole_paths(experiment)
     with one_thread():
         task = experiment.build_task()
-        place: Place = Here(experiment, task) if transport is None else Elsewhere(experiment, transport, folder.path)
-        about_text = json.dumps(place.about, indent=1) + "\n"
-        experiment.check_clients({name: about["train"] for name, about in place.about.items()})
-        planned = lines(experiment, len(place.about))
-        if not folder.path.exists():
-            folder.create({CONFIG: config.to_yaml(experiment), CLIENTS: about_text, ENVIRONMENT: described()})
-        elif (folder.path / CLIENTS).read_text() != about_text:
-            raise UserError(f"{folder.path}: the data is not what the run began with; its clients, sizes and digests stand in {CLIENTS}.")
         with folder.alone():
-            yield Event(experiment.algorithm.name, "begin", 0, experiment.rounds, {}, f"{task.description}\n{_data(place.about)}")
+            place: Place = Here(experiment, task) if transport is None else Elsewhere(experiment, transport, folder.path)
+            about_text = json.dumps(place.about, indent=1) + "\n"
+            experiment.check_clients({name: about["train"] for name, about in place.about.items()})
+            planned = lines(experiment, len(place.about))
+            if not folder.path.exists():
+                folder.create({CONFIG: config.to_yaml(experiment), CLIENTS: about_text, ENVIRONMENT: described()})
+            elif (folder.path / CLIENTS).read_text() != about_text:
+                raise UserError(
+                    f"{folder.path}: the data is not what the run began with; its clients, sizes and digests stand in {CLIENTS}."
+                )
+            note = f"{task.description}\n{_data(place.about)}{place.note}"
+            yield Event(experiment.algorithm.name, "begin", 0, experiment.rounds, {}, note)
             for done in place.prepare(cache or folder.path / "cache"):
                 yield Event(experiment.algorithm.name, "prepare", done, len(place.about), {}, task.prepares)
             for name, (sub, line) in planned.items():
@@ -220,18 +223,18 @@ def _export(engine: Engine, model: Sequence[Any], task: Task, folder: RunDirecto
         engine.each(sample, *model)
 
 
-@work
+@work()
 def evaluate(client: Client, *parts: Tree) -> Mapping[str, float]:
     return client.task.evaluate(merge(*parts), client.shard)
 
 
-@work
+@work()
 def export(client: Client, place: Literal["clients", "newcomers"], *parts: Tree) -> Tree:
     client.task.export(merge(*parts), client.folder / place / quote(client.shard.name, safe=" "))
     return {}
 
 
-@work
+@work()
 def sample(client: Client, *parts: Tree) -> Tree:
     rows = client.task.samples(merge(*parts), client.shard)  # type: ignore[attr-defined]  # the task has this if the work is asked for
     folder = client.folder / SAMPLES

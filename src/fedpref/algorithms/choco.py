@@ -27,12 +27,12 @@ class State:
     moments: PerClient[Tree]
 
 
-@work
+@work()
 def news(client: Client, theta: Tree, public: Tree) -> Tree:
     return trees.subtract(theta, public)
 
 
-@work
+@work()
 def follow(
     client: Client, theta: Tree, public: Tree, pull: Tree, told: Tree, sent: Tree, mixed: Tree, step_size: float
 ) -> tuple[Tree, Tree, Tree]:

@@ -39,12 +39,12 @@ def suitable(client: Client, adapters: Tree, clusters: int, local: Descent) -> i
     return min(range(clusters), key=losses.__getitem__)
 
 
-@work
+@work(sends=())
 def begin(client: Client, adapter: Tree) -> Tree:
     return adapter
 
 
-@work
+@work()
 def train(client: Client, adapters: Tree, clusters: int, local: Descent) -> tuple[Tree, Tree, Mapping[str, float]]:
     number = client.id % clusters
     if client.round:
@@ -57,12 +57,12 @@ def train(client: Client, adapters: Tree, clusters: int, local: Descent) -> tupl
     return {**message, **changed}, {SHARE: torch.tensor(number)}, metrics
 
 
-@work
+@work(sends=())
 def choose(client: Client, adapters: Tree, choice: Tree) -> Tree:
     return one(adapters, int(choice[SHARE]))
 
 
-@work
+@work(sends=())
 def find(client: Client, adapters: Tree, clusters: int, local: Descent) -> Tree:
     return one(adapters, suitable(client, adapters, clusters, local))
 

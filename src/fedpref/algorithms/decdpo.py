@@ -24,17 +24,17 @@ class State:
     moments: PerClient[Tree]
 
 
-@work
+@work()
 def train(client: Client, fixed: Tree, theta: Tree, moments: Tree, local: Descent) -> tuple[Tree, Tree, Mapping[str, float]]:
     return descend(client, theta, local, moments, fixed=fixed)
 
 
-@work
+@work()
 def begin(client: Client, start: Tree, aggregate: Aggregate) -> Tree:
     return aggregate.received(client, start)[0]
 
 
-@work
+@work()
 def projected(client: Client, theta: Tree, aggregate: Aggregate) -> Tree:
     """The adapter's random sums and their squares."""
     shadow = aggregate.shadow(theta, client.round).double()

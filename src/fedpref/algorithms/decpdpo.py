@@ -27,7 +27,7 @@ class State:
     moments: PerClient[Tree]
 
 
-@work
+@work()
 def train(
     client: Client, fixed: Tree, theta: Tree, own: Tree, moments: Tree, method: DecPDPO
 ) -> tuple[Tree, Tree, Tree, Mapping[str, float]]:

@@ -18,7 +18,7 @@ from fedpref.local import Descent, descend, joining
 from fedpref.trees import Tree
 
 
-@work
+@work(sends=())
 def personalise(client: Client, adapter: Tree, own: Tree, personal: Descent, strength: float) -> Tree:
     """Train the own adapter, held near the shared one."""
     centre = trees.to(adapter, client.task.device)
@@ -30,7 +30,7 @@ def personalise(client: Client, adapter: Tree, own: Tree, personal: Descent, str
     return descend(client, own, personal, {}, pull)[0]
 
 
-@work
+@work()
 def train(client: Client, adapter: Tree, own: Tree, moments: Tree, method: Ditto) -> tuple[Tree, Tree, Tree, Mapping[str, float]]:
     received, fixed = method.aggregate.received(client, adapter)
     theta, moments, metrics = descend(client, received, method.local, moments, fixed=fixed)

@@ -35,7 +35,7 @@ class State:
     moments: PerClient[Tree]
 
 
-@work
+@work()
 def sketch(client: Client, adapter: Tree, own: Tree, method: FedCMOO) -> Tree:
     """The objectives' gradients on a batch, each summed up in groups with random signs: as many numbers in all as the adapter has."""
     task = client.task
@@ -51,7 +51,7 @@ def sketch(client: Client, adapter: Tree, own: Tree, method: FedCMOO) -> Tree:
     return {"sketch": signed.view(len(rows), groups, -1).sum(2)}
 
 
-@work
+@work()
 def train(
     client: Client, adapter: Tree, own: Tree, weights: Tree, moments: Tree, method: FedCMOO
 ) -> tuple[Tree, Tree, Tree, Mapping[str, float]]:

@@ -19,7 +19,7 @@ from fedpref.personalisation import begin
 from fedpref.trees import Tree
 
 
-@work
+@work()
 def train(client: Client, adapter: Tree, own: Tree, moments: Tree, method: FedDPA) -> tuple[Tree, Tree, Tree, Mapping[str, float]]:
     received, fixed = method.aggregate.received(client, adapter)
     theta, moments, metrics = descend(client, {**received, **own}, method.local, moments, fixed=fixed)

@@ -22,14 +22,14 @@ class State:
     moments: PerClient[Tree]
 
 
-@work
+@work()
 def train(client: Client, adapter: Tree, moments: Tree, method: FedDPO) -> tuple[Tree, Tree, Mapping[str, float]]:
     received, fixed = method.aggregate.received(client, adapter)
     theta, moments, metrics = descend(client, received, method.local, moments, fixed=fixed)
     return method.aggregate.message(client, received, theta), moments, metrics
 
 
-@work
+@work(sends=())
 def no_moments(client: Client) -> Tree:
     return {}
 

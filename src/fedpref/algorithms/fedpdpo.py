@@ -28,12 +28,12 @@ class State:
     moments: PerClient[Tree]
 
 
-@work
+@work()
 def begin_alike(client: Client, parts: Parts) -> Tree:
     return client.task.parts(parts, seeds.generator(0, "parts"))
 
 
-@work
+@work()
 def train(client: Client, adapter: Tree, own: Tree, moments: Tree, method: FedPDPO) -> tuple[Tree, Tree, Tree, Mapping[str, float]]:
     received, fixed = method.aggregate.received(client, adapter)
     theta, own, moments, metrics = method.train(client, received, fixed, own, moments)

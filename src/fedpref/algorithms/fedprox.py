@@ -16,7 +16,7 @@ from fedpref.local import Descent, descend
 from fedpref.trees import Tree
 
 
-@work
+@work()
 def train(client: Client, adapter: Tree, moments: Tree, method: FedProx) -> tuple[Tree, Tree, Mapping[str, float]]:
     received, fixed = method.aggregate.received(client, adapter)
     centre = trees.to(received, client.task.device)

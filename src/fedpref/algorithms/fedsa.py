@@ -15,12 +15,12 @@ from fedpref.local import Descent, descend, joining, personalise
 from fedpref.trees import Tree
 
 
-@work
+@work(sends=())
 def begin(client: Client, own: Tree) -> Tree:
     return own
 
 
-@work
+@work()
 def train(client: Client, shared: Tree, own: Tree, moments: Tree, local: Descent) -> tuple[Tree, Tree, Tree, Mapping[str, float]]:
     theta, moments, metrics = descend(client, {**shared, **own}, local, moments)
     return trees.subtract(trees.select(theta, shared), shared), trees.select(theta, own), moments, metrics

@@ -34,7 +34,7 @@ class State:
     moments: PerClient[Tree]
 
 
-@work
+@work(sends=())
 def critics(client: Client) -> Tree:
     """A client's critics as they begin, if the task has any."""
     return client.task.parts(NO_PARTS, client.rng)
@@ -68,7 +68,7 @@ def moved(aggregate: Aggregate, before: Tree, after: Tree) -> float | None:
     return None if isinstance(aggregate, Product) else trees.norm(trees.subtract(after, before))
 
 
-@work
+@work()
 def train(
     client: Client, adapter: Tree, own: Tree, weights: Tree, moments: Tree, method: FIRM
 ) -> tuple[Tree, Tree, Tree, Tree, Mapping[str, float]]:

@@ -21,7 +21,7 @@ from fedpref.tasks.task import CRITIC
 from fedpref.trees import Tree
 
 
-@work
+@work()
 def train(client: Client, adapter: Tree, own: Tree, moments: Tree, method: FSMGDA) -> tuple[Tree, Tree, Tree, Mapping[str, float]]:
     """A change of the adapter for each objective, under the objective's number."""
     names = client.task.objectives

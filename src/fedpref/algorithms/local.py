@@ -20,12 +20,12 @@ class State:
     moments: PerClient[Tree]
 
 
-@work
+@work(sends=())
 def begin(client: Client, start: Tree) -> Tree:
     return start
 
 
-@work
+@work(sends=())
 def train(client: Client, theta: Tree, moments: Tree, local: Descent) -> tuple[Tree, Tree, Mapping[str, float]]:
     return descend(client, theta, local, moments)
 

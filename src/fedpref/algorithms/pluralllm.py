@@ -18,7 +18,7 @@ from fedpref.trees import Tree
 WEIGHT = "weight/"
 
 
-@work
+@work()
 def train(client: Client, predictor: Tree, moments: Tree, method: PluralLLM) -> tuple[Tree, Tree, Mapping[str, float]]:
     """The client's change of the predictor; where points are its weight, times how many it has seen, which stand beside."""
     theta, moments, metrics = descend(client, predictor, method.local, moments)

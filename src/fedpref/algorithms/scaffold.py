@@ -26,12 +26,12 @@ class State:
     moments: PerClient[Tree]
 
 
-@work
+@work(sends=())
 def begin(client: Client, start: Tree) -> Tree:
     return trees.scale(start, 0.0)
 
 
-@work
+@work(sends=(0, 1))
 def train(
     client: Client, adapter: Tree, control: Tree, own: Tree, moments: Tree, local: Descent
 ) -> tuple[Tree, Tree, Tree, Tree, Mapping[str, float]]:

@@ -26,7 +26,7 @@ class State:
     moments: PerClient[Tree]
 
 
-@work
+@work()
 def train(client: Client, adapter: Tree, own: Tree, moments: Tree, method: Scalarised) -> tuple[Tree, Tree, Tree, Mapping[str, float]]:
     objectives = Objectives(preferred(method.preference, client.task.objectives))
     return train_beside_critics(client, adapter, own, moments, method.local, method.aggregate, objectives)

@@ -31,7 +31,7 @@ def drawn_age(client: Client, staleness: int) -> int:
     return int(torch.randint(oldest + 1, (), generator=client.rng)) if oldest else 0
 
 
-@work
+@work()
 def train(client: Client, adapters: Tree, moments: Tree, method: StaleFedDPO) -> tuple[Tree, Tree, Mapping[str, float]]:
     age = drawn_age(client, method.staleness)
     start = one(adapters, age)

@@ -28,19 +28,19 @@ class State:
     moments: PerClient[Tree]
 
 
-@work
+@work(sends=())
 def nothing_past(client: Client, start: Tree, staleness: int) -> Tree:
     return {f"{age}/{name}": tensor.clone() for age in range(1, staleness + 1) for name, tensor in start.items()}
 
 
-@work
+@work(sends=(0, 1))
 def adapt(client: Client, theta: Tree, past: Tree, moments: Tree, method: StaleDecDPO) -> tuple[Tree, Tree, Tree, Mapping[str, float]]:
     theta, moments, metrics = descend(client, theta, method.local, moments)
     age = drawn_age(client, method.staleness)
     return theta, one(past, age) if age else theta, moments, {**metrics, "age": float(age)}
 
 
-@work
+@work()
 def combine(client: Client, theta: Tree, past: Tree, told: Tree, mixed: Tree, staleness: int) -> tuple[Tree, Tree]:
     theta = trees.add(theta, trees.scale(trees.subtract(mixed, told), 1 / (1 + staleness)))
     known = [theta, *(one(past, age) for age in range(1, staleness))][:staleness]

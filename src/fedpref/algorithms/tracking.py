@@ -26,7 +26,7 @@ class State:
     moments: PerClient[Tree]
 
 
-@work
+@work(sends=(0, 1))
 def train(client: Client, theta: Tree, correction: Tree, moments: Tree, local: Descent) -> tuple[Tree, Tree, Tree, Mapping[str, float]]:
     shift = trees.to(correction, client.task.device)
     seen = trees.scale(trees.to(theta, client.task.device), 0.0)  # the mean of the corrected gradients
@@ -40,7 +40,7 @@ def train(client: Client, theta: Tree, correction: Tree, moments: Tree, local: D
     return theta, trees.to(seen, torch.device("cpu")), moments, metrics
 
 
-@work
+@work(sends=())
 def track(client: Client, correction: Tree, seen: Tree, mixed: Tree) -> Tree:
     return trees.add(correction, trees.subtract(mixed, seen))
 

@@ -72,6 +72,16 @@ class Quantise:
 Compression = TopK | Quantise
 
 
+def alike(message: Tree, other: Tree) -> bool:
+    """Whether messages, compressed or not, stand for trees of the same names, types and sizes."""
+    return message.keys() == other.keys() and all(
+        tensor.dtype == other[name].dtype
+        and tensor.shape == other[name].shape
+        and (not name.startswith(SHAPE) or torch.equal(tensor, other[name]))
+        for name, tensor in message.items()
+    )
+
+
 def _dense(message: Tree, count: int) -> Tree:
     tree = {}
     for name in (key.removeprefix(VALUES) for key in message if key.startswith(VALUES)):

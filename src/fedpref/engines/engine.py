@@ -80,11 +80,11 @@ class Engine(Federation, Protocol):
         """Each active client's scalars: for the table of an evaluation, never for an algorithm."""
         ...
 
-    def save(self, values: PerClient[Tree], folder: Path) -> None:
-        """Every client writes its value to a file of its own."""
+    def save(self, values: Mapping[str, PerClient[Tree]], folder: Path) -> None:
+        """Every client writes its values, by name, to files of its own."""
         ...
 
-    def load(self, folder: Path) -> PerClient[Tree]:
+    def load(self, folder: Path, names: Sequence[str]) -> Mapping[str, PerClient[Tree]]:
         """Read what `save` wrote, of the clients that have written."""
         ...
 

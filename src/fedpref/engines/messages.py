@@ -47,7 +47,7 @@ def unpack(message: bytes, limit: int | None = None) -> tuple[Header, Tree]:
         start = 8 + int.from_bytes(message[:8], "big")
         header = json.loads(message[8:start])
         tensors = safetensors.torch.load(message[start:]) if len(message) > start else {}
-    except (ValueError, SafetensorError) as error:
+    except (ValueError, RecursionError, SafetensorError) as error:
         raise RefusedError(f"bytes that are no message: {error}") from error
     if not isinstance(header, dict):
         raise RefusedError(f"a header that is no mapping: {str(header)[:40]!r}")

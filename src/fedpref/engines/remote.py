@@ -8,12 +8,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import Field, TypeAdapter
 
 from fedpref import trees
 from fedpref.channel import Chain
+from fedpref.engines.answers import answered
 from fedpref.engines.engine import Mixing, Purpose, Traffic, everybody, told, weighted_report
 from fedpref.engines.messages import NO_TENSORS, Header, RefusedError, finite, joined, pack, parted, shape, unpack
 from fedpref.errors import UserError
@@ -21,7 +23,7 @@ from fedpref.federation import PerClient, name_of
 from fedpref.trees import Tree
 
 SILENT, NOWHERE = "no answer", ""  # what is said of a site that is not there, and the name of one that never was
-KEPT = "clients.json"  # in a checkpoint: whose values sites have kept
+KEPT = "kept.json"  # in a checkpoint: by field, whose values sites have kept
 
 
 class Transport(Protocol):
@@ -43,13 +45,13 @@ class Name:
 
 
 class Remote:
-    """A value on each client: a name for each."""
+    """A value on each client: a name for each. It does not take the place of an older one where a client is `gone` from its round."""
 
-    def __init__(self, names: Mapping[int, Name]) -> None:
-        self.names = dict(names)
+    def __init__(self, names: Mapping[int, Name], gone: Mapping[int, str] = MappingProxyType({})) -> None:
+        self.names, self.gone = dict(names), gone
 
     def __or__(self, newer: Any) -> Remote:
-        return Remote(self.names | newer.names)
+        return Remote(self.names | {i: name for i, name in newer.names.items() if i not in newer.gone})
 
 
 @dataclass(frozen=True)
@@ -60,13 +62,15 @@ class Patience:
     rounds_per_job: Annotated[int, Field(ge=1)] = 50  # after so many the sites are called together anew, with those that have come back
     min_sites: Annotated[int, Field(ge=1)] = 1  # that a job waits for
     min_clients: Annotated[int, Field(ge=1)] | None = None  # of a round, that must stay to its end; None: all of its cohort
+    max_message_mb: Annotated[int, Field(ge=1)] = 2048  # of a site's answer
 
 
 class Sites:
     """Sites with an experiment open: where each client is, and what is known of it.
 
     A run that begins needs an answer of every site; one that refuses takes no part, where `min_clients` says how many are enough. A run
-    that goes on is given the clients that it `began` with, and goes on without those whose site is gone.
+    that goes on is given the clients that it `began` with, goes on without those whose site is gone, and takes no others. What sites
+    keep is taken up if it `resumes`, and otherwise begun anew, if it `is_known` to the coordinator.
     """
 
     def __init__(
@@ -77,9 +81,12 @@ class Sites:
         patience: Patience,
         *,
         began: Mapping[str, Mapping[str, Any]] | None = None,
+        resumes: bool | None = None,  # None: if it began
+        is_known: bool = True,
     ) -> None:
         self.transport, self.patience = transport, patience
-        header = {"verb": "open", "experiment": experiment, "run": run, "resumes": began is not None}
+        resumes = began is not None if resumes is None else resumes
+        header = {"verb": "open", "experiment": experiment, "run": run, "resumes": resumes, "is_known": is_known}
         opened = self.ask({site: (dict(header), NO_TENSORS) for site in transport.sites})
         answers = {site: answer for site, answer in opened.items() if not isinstance(answer, str)}
         reasons = {site: answer for site, answer in opened.items() if isinstance(answer, str)}
@@ -93,8 +100,7 @@ class Sites:
             raise UserError(f"two sites have a client called {twice[0]!r}. Let one of them give it another name in its site.yaml.")
         said = {name: {key: value for key, value in about.items() if key != "number"} for _, name, _, about in found}
         self.about = said if began is None else {name: said.get(name, about) for name, about in began.items()}
-        if strange := [name for name in said if name not in self.about]:
-            raise UserError(f"the run did not begin with the client {strange[0]!r}. Submit a new run for it to take part.")
+        self.latecomers = [name for name in said if name not in self.about]
         by_name = {name: site for _, name, site, _ in found}
         self.place = {number: by_name.get(name, NOWHERE) for number, name in enumerate(self.about)}
         by_site = {site: [number for number, other in self.place.items() if other == site] for site in answers}
@@ -111,8 +117,9 @@ class Sites:
                 found[site] = f"{SILENT} in {self.patience.seconds:g} seconds"
                 continue
             try:
-                header, tensors = unpack(answers[site])
-                found[site] = header.get("refused", (header, tensors))
+                header, tensors = unpack(answers[site], self.patience.max_message_mb * 10**6)
+                refused = header.get("refused")
+                found[site] = str(refused) if refused else (answered(messages[site][0]["verb"], header), tensors)
             except RefusedError as error:
                 found[site] = str(error)
         return found
@@ -138,18 +145,27 @@ class RemoteEngine:
         self._freed: list[tuple[int, str]] = []
         self._last = 0
         self._lost = {NOWHERE}  # sites that did not answer
+        self._kept: dict[str, set[int]] = {}  # by field, clients of which sites have kept a value
         self.begin(0, self.clients, "init")
 
     def begin(self, round: int, cohort: Sequence[int], purpose: Purpose = "train") -> None:
         self.round, self.active, self._purpose = round, tuple(cohort), purpose
         self.traffic, self._calls = Traffic(), 0
-        self.left_out: dict[int, str] = {}
+        self._gone: dict[int, str] = {}
+        self._unheard: dict[int, str] = {}
         self._cohort = len(self.active)
         self._leave_out({i: "its site is not there" for i in cohort if self._sites.place[i] in self._lost})
+
+    @property
+    def left_out(self) -> Mapping[int, str]:
+        return self._unheard | self._gone
 
     def each(self, work: Callable[..., Any], *args: Any) -> Any:
         self._calls += 1
         name = self._fresh()
+        for arg in args:
+            if isinstance(arg, Remote):
+                self._present(arg)
         tensors = joined({k: arg for k, arg in enumerate(args) if isinstance(arg, Mapping)})
         self.traffic += Traffic(bytes_down=trees.size(tensors) * len(self.active))
         head = {"verb": "each", "work": name_of(work), "purpose": self._purpose, "round": self.round, "call": self._calls, "name": name}
@@ -158,23 +174,23 @@ class RemoteEngine:
             described = [_described(arg, k, clients) for k, arg in enumerate(args)]
             asked[site] = ({**head, "args": described, "clients": clients}, tensors)
         answers = self._ask(asked)
-        count = next(header["parts"] for header, _ in answers.values())
-        columns = [Remote({i: self._name(i, f"{name}.{k}") for i in self.active}) for k in range(count or 1)]
+        for header, _ in answers.values():
+            self._leave_out({i: reason for i, reason in header["failed"].items() if i in self.active})
+        count = next(answers[self._sites.place[i]][0]["parts"] for i in self.active)
+        self._leave_out({i: "its result has other parts" for i in self.active if answers[self._sites.place[i]][0]["parts"] != count})
+        columns = [Remote({i: self._name(i, f"{name}.{k}") for i in self.active}, self._gone) for k in range(count or 1)]
         return columns[0] if count is None else tuple(columns)
 
     def mean(self, values: PerClient[Tree]) -> Tree:
         self._calls += 1
-        names = _names(values)
+        names = self._present(values)
         while True:  # until all whose shares were asked for are in
             total = sum(self._weights[i] for i in self.active)
             asked, present = {}, self.active
             for site, clients in self._by_site().items():
                 own = {i: names[i].text for i in clients}
                 shares = {i: self._weights[i] / total for i in clients}
-                asked[site] = (
-                    {"verb": "contribute", "own": own, "shares": shares, "round": self.round, "call": self._calls},
-                    NO_TENSORS,
-                )
+                asked[site] = ({"verb": "contribute", "own": own, "shares": shares}, NO_TENSORS)
             answers = self._ask(asked)
             messages = {i: parted(answers[self._sites.place[i]][1], i) for i in self.active}
             usual = Counter(map(shape, messages.values())).most_common(1)[0][0]
@@ -186,7 +202,7 @@ class RemoteEngine:
 
     def mix(self, values: PerClient[Tree]) -> tuple[PerClient[Tree], PerClient[Tree]]:
         self._calls += 1
-        names, name = _names(values), self._fresh()
+        names, name = self._present(values), self._fresh()
         weights = self._mixing(self.round, self.active)
         asked = {}
         for site, clients in self._by_site().items():
@@ -195,51 +211,60 @@ class RemoteEngine:
             header = {"verb": "exchange", "own": own, "weights": rows, "round": self.round, "call": self._calls, "name": name}
             asked[site] = ({**header, "wait": self._sites.patience.seconds / 2}, NO_TENSORS)
         answers = self._ask(asked)
-        sizes = {int(i): size for header, _ in answers.values() for i, size in header["sizes"].items()}
-        self.traffic += told(sizes, weights)
-        self.left_out |= {j: "who waited for its message did not hear it" for header, _ in answers.values() for j in header["unheard"]}
-        arrived, mixture = (Remote({i: self._name(i, f"{name}.{k}") for i in self.active}) for k in (0, 1))
+        self.traffic += told({i: size for header, _ in answers.values() for i, size in header["sizes"].items()}, weights)
+        self._unheard |= {j: "who waited for its message did not hear it" for header, _ in answers.values() for j in header["unheard"]}
+        arrived, mixture = (Remote({i: self._name(i, f"{name}.{k}") for i in self.active}, self._gone) for k in (0, 1))
         return arrived, mixture
 
     def report(self, metrics: PerClient[Mapping[str, float]]) -> Mapping[str, float]:
         return weighted_report(self.disclose(metrics), self._examples)
 
     def disclose(self, metrics: PerClient[Mapping[str, float]]) -> Mapping[int, Mapping[str, float]]:
-        names = _names(metrics)
+        names = self._present(metrics)
         asked: dict[str, tuple[Header, Tree]] = {
             site: ({"verb": "report", "own": {i: names[i].text for i in clients}}, NO_TENSORS) for site, clients in self._by_site().items()
         }
         answers = self._ask(asked)
-        return {i: answers[self._sites.place[i]][0]["metrics"][str(i)] for i in self.active}
+        found = {i: row for header, _ in answers.values() for i, row in header["metrics"].items()}
+        self._leave_out({i: "it reported nothing" for i in self.active if i not in found})
+        return {i: found[i] for i in self.active}
 
-    def save(self, values: PerClient[Tree], folder: Path) -> None:
-        names = _names(values)
+    def save(self, values: Mapping[str, PerClient[Tree]], folder: Path) -> None:
+        names = {field: _names(value) for field, value in values.items()}
         asked: dict[str, tuple[Header, Tree]] = {}
-        for site, clients in self._by_site(names).items():
-            own = {i: names[i].text for i in clients}
-            asked[site] = ({"verb": "save", "own": own, "checkpoint": folder.parent.name, "field": folder.name}, NO_TENSORS)
-        kept = self._ask(asked)
+        for site, clients in self._by_site(self.clients).items():
+            own = {field: {i: some[i].text for i in clients if i in some} for field, some in names.items()}
+            asked[site] = ({"verb": "save", "own": own, "checkpoint": folder.name}, NO_TENSORS)
+        answers = self._ask(asked) if values else {}
+        for field, some in names.items():
+            self._kept.setdefault(field, set()).update(i for i in some if self._sites.place[i] in answers)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / KEPT).write_text(json.dumps([i for i in names if self._sites.place[i] in kept]))
+        (folder / KEPT).write_text(json.dumps({field: sorted(self._kept[field]) for field in values}))
 
-    def load(self, folder: Path) -> PerClient[Tree]:
+    def load(self, folder: Path, names: Sequence[str]) -> Mapping[str, PerClient[Tree]]:
+        self._kept = {field: set(clients) for field, clients in json.loads((folder / KEPT).read_text()).items()}
         name = self._fresh()
-        header = {"verb": "load", "checkpoint": folder.parent.name, "field": folder.name, "name": name}
-        answers = self._ask({site: (dict(header), NO_TENSORS) for site in self._by_site(self.clients)})
-        found = {i: self._name(i, name) for header, _ in answers.values() for i in header["found"]}
-        lost = [i for i in json.loads((folder / KEPT).read_text()) if self._sites.place[i] in answers and i not in found]
-        if lost:
-            clients = [list(self._sites.about)[i] for i in lost]
-            raise UserError(
-                f"{folder.parent.name}: site {self._sites.place[lost[0]]} no longer has what its clients {clients[:5]} keep "
-                f"({folder.name}). Restore its folder, or start anew."
-            )
-        return Remote(found)
+        header = {"verb": "load", "checkpoint": folder.name, "fields": list(names), "name": name}
+        answers = self._sites.ask({site: (dict(header), NO_TENSORS) for site in self._by_site(self.clients)})
+        found: dict[str, dict[int, Name]] = {field: {} for field in names}
+        for site, answer in answers.items():
+            if isinstance(answer, str):
+                raise UserError(f"{folder.name}: site {site} does not take up what its clients keep: {answer}")
+            for field, clients in answer[0]["found"].items():
+                found[field] |= {i: self._name(i, f"{name}.{field}") for i in clients}
+        for field, kept in self._kept.items():
+            if lost := [i for i in kept if self._sites.place[i] in answers and i not in found[field]]:
+                clients = [list(self._sites.about)[i] for i in lost]
+                raise UserError(
+                    f"{folder.name}: site {self._sites.place[lost[0]]} no longer has what its clients {clients[:5]} keep "
+                    f"({field}). Restore its folder, or start anew."
+                )
+        return {field: Remote(some) for field, some in found.items()}
 
     def held(self) -> dict[int, list[str]]:
         """Which values clients hold, by name."""
         answers = self._ask({site: ({"verb": "held"}, NO_TENSORS) for site in self._by_site(self.clients)})
-        return {int(i): names for header, _ in answers.values() for i, names in header["names"].items()}
+        return {i: names for header, _ in answers.values() for i, names in header["names"].items()}
 
     def close(self) -> None:
         """Sites stay as they are."""
@@ -265,13 +290,19 @@ class RemoteEngine:
         self._leave_out({i: reasons[site] for i in self.active if (site := self._sites.place[i]) in reasons})
         return {site: answer for site, answer in found.items() if not isinstance(answer, str)}
 
+    def _present(self, values: Any) -> dict[int, Name]:
+        """A value's names; clients without one, who were left out when it was made, are left out."""
+        names = _names(values)
+        self._leave_out({i: "it has no value yet" for i in self.active if i not in names})
+        return names
+
     def _leave_out(self, reasons: Mapping[int, str]) -> None:
-        self.left_out |= reasons
+        self._gone |= reasons
         self.active = tuple(i for i in self.active if i not in reasons)
         needed = min(self._sites.patience.min_clients or self._cohort, self._cohort)
         if reasons and len(self.active) < needed:
             names = list(self._sites.about)
-            said = "; ".join(f"{names[i]} at {self._sites.place[i]}: {reason}" for i, reason in self.left_out.items())
+            said = "; ".join(f"{names[i]} at {self._sites.place[i]}: {reason}" for i, reason in self._gone.items())
             raise UserError(f"round {self.round + 1}: {len(self.active)} clients are left, {needed} are needed. {said}")
 
     def _fresh(self) -> str:

@@ -118,11 +118,15 @@ class Simulation:
     def disclose(self, metrics: PerClient[Mapping[str, float]]) -> Mapping[int, Mapping[str, float]]:
         return {i: held(metrics)[i] for i in self.active}
 
-    def save(self, values: PerClient[Tree], folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        for i in held(values):
-            trees.save(held(values)[i], folder / f"{i}.safetensors")
+    def save(self, values: Mapping[str, PerClient[Tree]], folder: Path) -> None:
+        for name, value in values.items():
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            for i in held(value):
+                trees.save(held(value)[i], folder / name / f"{i}.safetensors")
 
-    def load(self, folder: Path) -> PerClient[Tree]:
+    def load(self, folder: Path, names: Sequence[str]) -> Mapping[str, PerClient[Tree]]:
+        return {name: self._load(folder / name) for name in names}
+
+    def _load(self, folder: Path) -> PerClient[Tree]:
         files = ((i, folder / f"{i}.safetensors") for i in self.clients)
         return Held(self._room, ((i, trees.load(path)) for i, path in files if path.exists()))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
+import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,20 +15,30 @@ from pathlib import Path
 from typing import Any, Protocol, get_type_hints
 
 from pydantic import TypeAdapter
+from torch import Tensor
 
 from fedpref import seeds, trees
 from fedpref.channel import Chain, Sender
+from fedpref.channel.compress import alike
 from fedpref.engines.engine import mixed
-from fedpref.engines.messages import NO_TENSORS, Header, RefusedError, finite, joined, pack, parted, shape, unpack
+from fedpref.engines.messages import NO_TENSORS, Header, RefusedError, finite, joined, pack, parted, unpack
 from fedpref.engines.workers import one_thread
 from fedpref.errors import UserError
-from fedpref.federation import WORK, Client
+from fedpref.federation import SENDS, WORK, Client
 from fedpref.tasks.task import Task
 from fedpref.trees import Tree
 
 RUN = re.compile(r"\w[\w.-]{0,99}(/\w[\w.-]{0,99}){0,3}")
-KEPT = 2  # checkpoints
+CHECKPOINTS, AHEAD = 2, 4  # that are kept, and messages of a site that may lie here unread
+TELLABLE, PRIVATE = ".told.safetensors", ".safetensors"  # what may be told has another name in a checkpoint
+LOG = logging.getLogger("fedpref")
 Answer = tuple[Header, Tree]
+
+
+def _failed(error: Exception) -> str:
+    """What others are told of an error: no text of it, which may hold somebody's data."""
+    LOG.exception("what the coordinator asked for failed")
+    return f"it failed ({type(error).__name__}); the site's log says more"
 
 
 @dataclass(frozen=True)
@@ -69,17 +80,20 @@ class Site:
         self._hosted: Hosted | None = None
         self._names: dict[int, str] = {}  # of clients, by their ids
         self._values: dict[int, dict[str, Any]] = {}
+        self._told: set[tuple[int, str]] = set()  # values that may leave: clients and names
+        self._place: dict[int, str] = {}  # every client's site
         self._heard: dict[tuple[int, int, str], bytes] = {}
         self._news = threading.Condition()
         verbs = (self.open, self.number, self.each, self.contribute, self.exchange, self.report, self.save, self.load, self.held)
         self._verbs: dict[str, Callable[..., Answer]] = {verb.__name__: verb for verb in verbs}
 
     def answer(self, message: bytes) -> bytes:
-        """Do what the coordinator asks. What is refused or fails is said in the answer, and nothing is changed by it."""
+        """Do what the coordinator asks. What is refused or fails is said in the answer, without what it is about, and changes nothing."""
         try:
             header, tensors = unpack(message, self._hosted.limit if self._hosted else None)
             for client, name in header.pop("free", ()):
                 self._values.get(client, {}).pop(name, None)
+                self._told.discard((client, name))
             verb = header.pop("verb", None)
             if verb not in self._verbs:
                 raise RefusedError(f"there is no verb {str(verb)[:40]!r}")
@@ -87,37 +101,47 @@ class Site:
                 return pack(*self._verbs[verb](finite(tensors), **header))
         except (RefusedError, UserError) as error:
             return pack({"refused": str(error)})
-        except Exception:
-            return pack({"refused": f"it failed:\n{traceback.format_exc()}"})
+        except Exception as error:
+            return pack({"refused": _failed(error)})
 
     def hear(self, sender: str, message: bytes) -> None:
-        """Take what another site's clients tell clients here; it waits for its exchange."""
+        """Take what another site's clients tell clients here; it waits for its exchange. What nobody waits for is dropped."""
+        if sender not in self._place.values() or len(message) > (self._opened.limit or sys.maxsize):
+            return
         try:
             header, _ = unpack(message[: 8 + int.from_bytes(message[:8], "big")])
             address = (int(header["round"]), int(header["call"]), sender)
-        except (RefusedError, KeyError, TypeError, ValueError):
-            return  # nobody waits for it, and the exchange counts the sender as missing
+        except (RefusedError, KeyError, TypeError, ValueError, OverflowError):
+            return  # the exchange counts the sender as missing
         with self._news:
             self._heard[address] = message
+            for older in sorted(known for known in self._heard if known[2] == sender)[:-AHEAD]:
+                del self._heard[older]
             self._news.notify_all()
 
     # ---- verbs
 
-    def open(self, tensors: Tree, experiment: Any, run: str, resumes: bool) -> Answer:
-        """Begin an experiment, or go on with it: say which clients there are."""
+    def open(self, tensors: Tree, experiment: Any, run: str, resumes: bool, is_known: bool) -> Answer:
+        """Begin an experiment, or go on with it: say which clients there are. A run is begun anew only if the coordinator knows it."""
         if not RUN.fullmatch(run):
             raise RefusedError(f"a run cannot be called {run[:40]!r}")
         folder = self._folder / run
-        folder.mkdir(parents=True, exist_ok=True)
+        if not is_known and list(folder.glob("checkpoints/round-*")):
+            raise RefusedError(
+                f"it has kept the clients of a run {run!r} that the coordinator does not know; its folder of runs is another"
+            )
         self._hosted, self._run = self._host.host(experiment, folder), folder
+        folder.mkdir(parents=True, exist_ok=True)
         if not resumes:
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         self._values.clear()
+        self._told.clear()
+        self._heard.clear()
         return {"about": self._hosted.about}, NO_TENSORS
 
     def number(self, tensors: Tree, ids: Mapping[str, int], sites: Mapping[str, Sequence[int]]) -> Answer:
         """Learn the ids of the clients here, and where all others are."""
-        if ids.keys() != self._opened.shards.keys():
+        if not ids.keys() <= self._opened.shards.keys():
             raise RefusedError("ids of clients that are not those here")
         self._names = {number: name for name, number in ids.items()}
         self._values = {number: {} for number in self._names}
@@ -154,26 +178,31 @@ class Site:
         except ValueError as error:  # pydantic's among them
             raise RefusedError(f"arguments of {work!r} that do not fit: {error}") from error
         parts: int | None = None
-        made: dict[int, dict[str, Any]] = {}
+        failed = {}
         for i in clients:
             given = {**common, **{k: self._value(i, arg["own"][str(i)]) for k, arg in enumerate(args) if "own" in arg}}
             rng = seeds.generator(hosted.seed, purpose, round=round, call=call, client=i)
             client = Client(i, hosted.task, hosted.shards[self._names[i]], rng, round, hosted.rounds, self._run)
-            result = function(client, *(given[k] for k in sorted(given)))
+            try:
+                result = function(client, *(given[k] for k in sorted(given)))
+                found = result if isinstance(result, tuple) else (result,)
+                for part in found:
+                    if all(isinstance(value, Tensor) for value in part.values()):
+                        finite(part)
+            except RefusedError as error:
+                failed[i] = str(error)
+                continue
+            except Exception as error:
+                failed[i] = _failed(error)
+                continue
             parts = len(result) if isinstance(result, tuple) else None
-            found = result if isinstance(result, tuple) else (result,)
-            made[i] = {f"{name}.{k}": part for k, part in enumerate(found)}
-        for i, values in made.items():
-            self._values[i].update(values)
-        return {"parts": parts}, NO_TENSORS
+            self._values[i] |= {f"{name}.{k}": part for k, part in enumerate(found)}
+            self._told |= {(i, f"{name}.{k}") for k in SENDS[work]}
+        return {"parts": parts, "failed": failed}, NO_TENSORS
 
-    def contribute(self, tensors: Tree, own: Mapping[str, str], shares: Mapping[str, float], round: int, call: int) -> Answer:
+    def contribute(self, tensors: Tree, own: Mapping[str, str], shares: Mapping[str, float]) -> Answer:
         """Each client's share of a sum."""
-        messages = {}
-        for i, name in ((int(key), name) for key, name in own.items()):
-            rng = seeds.generator(self._opened.seed, "channel", round=round, call=call, client=i)
-            messages[i] = Chain().encode(trees.scale(self._leaving(i, name), shares[str(i)]), Sender(i, round, rng))
-        return {}, joined(messages)
+        return {}, joined({i: trees.scale(self._leaving(int(i), name), shares[i]) for i, name in own.items()})
 
     def exchange(
         self,
@@ -191,35 +220,36 @@ class Site:
             rng = seeds.generator(self._opened.seed, "channel", round=round, call=call, client=i)
             told[i] = links.encode(self._leaving(i, key), Sender(i, round, rng))
         rows = {int(i): {int(j): weight for j, weight in row.items()} for i, row in weights.items()}
-        self._tell(told, rows, round, call)
+        self._send(told, rows, round, call)
         arrived = {i: links.decode(message, 1) for i, message in told.items()}
         awaited = {self._place[j] for i in told for j in rows[i] if j not in told} - {self.name}
-        arrived |= self._arrived(self._hear(awaited, round, call, wait), shape(next(iter(arrived.values()))))
+        arrived |= self._arrived(self._hear(awaited, round, call, wait), next(iter(told.values())))
         for i in told:
             heard = ((arrived.get(j, arrived[i]), weight) for j, weight in rows[i].items())
             self._values[i][f"{name}.0"] = arrived[i]
             self._values[i][f"{name}.1"] = mixed(self._value(i, own[str(i)]), arrived[i] if links.stages else None, heard)
+            self._told |= {(i, f"{name}.0"), (i, f"{name}.1")}
         unheard = {j for i in told for j in rows[i]} - arrived.keys()
         return {"sizes": {i: trees.size(message) for i, message in told.items()}, "unheard": sorted(unheard)}, NO_TENSORS
 
-    def _tell(self, told: Mapping[int, Tree], rows: Mapping[int, Mapping[int, float]], round: int, call: int) -> None:
+    def _send(self, told: Mapping[int, Tree], rows: Mapping[int, Mapping[int, float]], round: int, call: int) -> None:
         """Send each other site what its clients are to hear of those here."""
         for site in set(self._place.values()) - {self.name}:
             heard = {i for j, row in rows.items() if self._place[j] == site for i in row}
             if message := {i: tree for i, tree in told.items() if i in heard}:
                 self._peers.tell(site, pack({"round": round, "call": call}, joined(message)))
 
-    def _arrived(self, messages: Mapping[str, bytes], expected: Any) -> dict[int, Tree]:
-        """What other sites' clients have told, by client; what cannot be read, or is not shaped as expected, has not arrived."""
+    def _arrived(self, messages: Mapping[str, bytes], like: Tree) -> dict[int, Tree]:
+        """What other sites' clients have told, by client; what cannot be read, or is not like what is told here, has not arrived."""
         found: dict[int, Tree] = {}
         for site, message in messages.items():
             with suppress(RefusedError):
                 _, theirs = unpack(message, self._opened.limit)
                 for j in (j for j, place in self._place.items() if place == site):
-                    with suppress(RefusedError, ValueError, KeyError, RuntimeError):
-                        tree = finite(self._opened.links.decode(parted(theirs, j), 1))
-                        if shape(tree) == expected:
-                            found[j] = tree
+                    with suppress(Exception):  # whatever the neighbour has made up
+                        tree = parted(theirs, j)
+                        if alike(tree, like):
+                            found[j] = finite(self._opened.links.decode(tree, 1))
         return found
 
     def _hear(self, sites: set[str], round: int, call: int, wait: float) -> dict[str, bytes]:
@@ -242,27 +272,36 @@ class Site:
             metrics[i] = dict(value)
         return {"metrics": metrics}, NO_TENSORS
 
-    def save(self, tensors: Tree, own: Mapping[str, str], checkpoint: str, field: str) -> Answer:
-        """Keep clients' values in files, those of the last checkpoints."""
-        if not RUN.fullmatch(f"{checkpoint}/{field}"):
+    def save(self, tensors: Tree, own: Mapping[str, Mapping[str, str]], checkpoint: str) -> Answer:
+        """Keep clients' values in files, all of them or none; older checkpoints go but for the last."""
+        if not all(RUN.fullmatch(f"{checkpoint}/{field}") for field in own):
             raise RefusedError("names of files that are none")
-        folder = self._run / "checkpoints" / checkpoint / field
-        folder.mkdir(parents=True, exist_ok=True)
-        for i, name in own.items():
-            trees.save(self._value(int(i), name), folder / f"{int(i)}.safetensors")
-        for old in sorted((self._run / "checkpoints").glob("round-*"))[:-KEPT]:
+        place = self._run / "checkpoints"
+        unfinished = place / ".unfinished"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        for field, names in own.items():
+            (unfinished / field).mkdir()
+            for i, name in names.items():
+                end = TELLABLE if (int(i), name) in self._told else PRIVATE
+                trees.save(self._value(int(i), name), unfinished / field / f"{int(i)}{end}")
+        shutil.rmtree(place / checkpoint, ignore_errors=True)
+        unfinished.replace(place / checkpoint)
+        for old in sorted(place.glob("round-*"))[:-CHECKPOINTS]:
             shutil.rmtree(old)
         return {}, NO_TENSORS
 
-    def load(self, tensors: Tree, checkpoint: str, field: str, name: str) -> Answer:
-        """Take up the newest value of each client that is no newer than a checkpoint."""
-        found = []
+    def load(self, tensors: Tree, checkpoint: str, fields: Sequence[str], name: str) -> Answer:
+        """Take up each client's values of the newest checkpoint that has it, and is no newer than this one."""
+        found: dict[str, list[int]] = {field: [] for field in fields}
         kept = sorted(folder for folder in (self._run / "checkpoints").glob("round-*") if folder.name <= checkpoint)
         for i in self._names:
-            files = [file for folder in kept if (file := folder / field / f"{i}.safetensors").exists()]
-            if files:
-                self._values[i][name] = trees.load(files[-1])
-                found.append(i)
+            with_it = [folder for folder in kept if list(folder.glob(f"*/{i}.*"))]
+            for field in fields if with_it else ():
+                for file in (with_it[-1] / field).glob(f"{i}.*"):
+                    self._values[i][f"{name}.{field}"] = trees.load(file)
+                    self._told |= {(i, f"{name}.{field}")} if file.name.endswith(TELLABLE) else set()
+                    found[field].append(i)
         return {"found": found}, NO_TENSORS
 
     def held(self, tensors: Tree) -> Answer:
@@ -284,6 +323,8 @@ class Site:
 
     def _leaving(self, client: int, name: str) -> Tree:
         tree: Tree = self._value(client, name)
+        if (client, name) not in self._told:
+            raise RefusedError(f"the value {name[:40]!r} of client {client} is its own")
         if kept := [key for key in tree if not self._opened.gives(key)]:
             raise RefusedError(f"{kept[0]!r} does not leave this site")
         return tree

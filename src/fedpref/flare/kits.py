@@ -9,12 +9,12 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 from fedpref.errors import UserError
@@ -27,6 +27,8 @@ CLASSES = [
     "nvflare.collab.runtime.controller.CollabController",
     "nvflare.collab.runtime.executor.CollabExecutor",
 ]
+LEFT = ("shutdown.fl", "pid.fl", "daemon_pid.fl")  # files that FLARE leaves in a kit
+SHELL = ("bash", "sh")
 PROMPT = {"NVFLARE_CLIENT_OUTCOME_WAIT_TIMEOUT": "15"}  # seconds that a server waits at a job's end for sites that have died
 TEMPLATE = """# What this site brings to experiments, and what it consents to. This file stays here.
 # All keys: docs/sites.md.
@@ -45,8 +47,8 @@ def provision(folder: Path, name: str, server: str, port: int, sites: Sequence[s
     """
     if folder.exists():
         raise UserError(f"{folder} is there already. Give another folder, or add a site by `fedpref federation add`.")
-    if len(set(sites)) < len(sites) or {server, admin} & set(sites):
-        raise UserError("two participants have the same name. Give each a name of its own.")
+    if len(set(sites)) < len(sites) or {server, admin, "server"} & set(sites):
+        raise UserError("two participants have the same name, or a site is called `server`. Give each a name of its own.")
     participants: list[dict[str, Any]] = [{"name": server, "type": "server", "org": "coordinator", "fed_learn_port": port}]
     participants += [_client(site) for site in sites]
     participants += [{"name": admin, "type": "admin", "org": "coordinator", "role": "lead"}]
@@ -96,9 +98,10 @@ def _provisioned(project: Mapping[str, Any], beside: Path, state: Path | None = 
             _restrict(kit / "local")
         for participant in project["participants"]:
             if participant["type"] == "client":
-                (made / participant["name"] / SITE_FILE).write_text(TEMPLATE % participant["name"])
+                (made / participant["name"] / SITE_FILE).write_text(TEMPLATE % json.dumps(participant["name"]))
         shutil.move(place / STATE, made / STATE)
         shutil.move(Path(scratch) / PROJECT, made / PROJECT)
+        (made / STATE).chmod(0o700)
         yield made
 
 
@@ -115,7 +118,7 @@ def _restrict(local: Path) -> None:
     resources = local / "resources.json.default"
     if resources.exists():
         content = json.loads(resources.read_text())
-        content["class_allow_list"] = [*content.get("class_allow_list", []), *CLASSES]
+        content["class_allow_list"] = CLASSES
         (local / "resources.json").write_text(json.dumps(content, indent=1))
     rights = local / "authorization.json.default"
     if rights.exists():
@@ -138,7 +141,7 @@ def start(kit: Path, variables: Mapping[str, str]) -> None:
         raise UserError(f"{kit}: this is no kit of a server or site (no startup/sub_start.sh).")
     if running(kit):
         raise UserError(f"{kit}: it is running already. `fedpref site stop {kit}` stops it.")
-    for left in ("shutdown.fl", "pid.fl", "daemon_pid.fl"):
+    for left in LEFT:
         (kit / left).unlink(missing_ok=True)
     _keep_apart(kit)
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
@@ -169,40 +172,33 @@ def _keep_apart(kit: Path) -> None:
 def stop(kit: Path, seconds: float = 20.0) -> None:
     """Stop it, with the jobs that it runs; nothing happens where it does not run."""
     (kit / "shutdown.fl").touch()
-    daemon = _process(kit / "daemon_pid.fl")
-    if child := _process(kit / "pid.fl"):
-        _send(child, signal.SIGTERM)
-    until = time.monotonic() + seconds
-    while running(kit) and time.monotonic() < until:
-        time.sleep(0.2)
-    if daemon:
-        with suppress(ProcessLookupError):
-            os.killpg(daemon, signal.SIGKILL)  # it was started as the first of its session
-    for left in ("shutdown.fl", "pid.fl", "daemon_pid.fl"):
+    for process in _processes(kit):
+        if not process.name().startswith(SHELL):  # which would start it anew, but for the file
+            _end(process, signal.SIGTERM)
+    psutil.wait_procs(_processes(kit), timeout=seconds)
+    for process in _processes(kit):
+        _end(process, signal.SIGKILL)
+    for left in LEFT:
         (kit / left).unlink(missing_ok=True)
 
 
 def running(kit: Path) -> bool:
     """Whether its process lives."""
-    process = _process(kit / "daemon_pid.fl")
-    return process is not None and _lives(process)
+    return bool(_processes(kit))
 
 
-def _process(file: Path) -> int | None:
-    try:
-        return int(file.read_text())
-    except (OSError, ValueError):
-        return None
+def _processes(kit: Path) -> list[psutil.Process]:
+    """FLARE's processes of a kit, by their command lines."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            line = process.cmdline()
+            is_flare = any(part.startswith("nvflare.") or part.endswith("/startup/sub_start.sh") for part in line)
+            if is_flare and any(Path(part) == kit or kit in Path(part).parents for part in line):
+                found.append(process)
+    return found
 
 
-def _lives(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, PermissionError):
-        return False
-    return True
-
-
-def _send(process: int, what: signal.Signals) -> None:
-    if _lives(process):
-        os.kill(process, what)
+def _end(process: psutil.Process, how: signal.Signals) -> None:
+    with suppress(psutil.Error):
+        process.send_signal(how)

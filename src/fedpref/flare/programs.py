@@ -26,7 +26,7 @@ from fedpref.experiment import Experiment, with_whole_paths
 from fedpref.flare import FUNCTIONS, RUNS, SAYS, SITE, TELLS
 from fedpref.hosting import consenting, refuse_code
 from fedpref.places import Share
-from fedpref.rundirectory import LOCK, RunDirectory
+from fedpref.rundirectory import RunDirectory
 from fedpref.running import events
 
 SIMULATED = ".sites"  # beside runs: what simulated sites keep until a run is done
@@ -50,7 +50,7 @@ class Sited:
         else:
             raise UserError(f"{SITE} is not set: start the site by `fedpref site start`.")
         self._site = Site(name, host, folder, self)
-        self._is_secure = not self.simulated
+        self._is_secure = bool(file)  # whatever the job says
 
     @collab.publish
     def answer(self, message: bytes) -> bytes:
@@ -90,8 +90,7 @@ class Coordinator:
     def main(self) -> None:
         tell = _teller()
         try:
-            if not RUN.fullmatch(self.run):
-                raise UserError(f"a run cannot be called {self.run[:40]!r}")
+            check_name(self.run)
             folder = RunDirectory(Path(os.environ[RUNS]) / self.run)
             self._rounds(folder, tell)
             if TELLS not in os.environ:
@@ -133,7 +132,13 @@ def _hand_over(folder: RunDirectory) -> None:
     """Put what the run has come to where FLARE takes a job's results from."""
     context = collab.fl_ctx
     result = Path(context.get_workspace().get_run_dir(context.get_job_id())) / "fedpref"
-    shutil.copytree(folder.path, result, ignore=shutil.ignore_patterns("checkpoints", "cache", LOCK))
+    shutil.copytree(folder.path, result, ignore=shutil.ignore_patterns("cache"))
+
+
+def check_name(run: str) -> None:
+    """Raise UserError for what sites would not take as a run's name."""
+    if not RUN.fullmatch(run):
+        raise UserError(f"a run cannot be called {run[:40]!r}: letters, digits, dots, hyphens and underscores only. Give another --output.")
 
 
 def job(experiment: Experiment, run: str, *, simulated: int = 0) -> Any:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from fedpref.errors import UserError
 from fedpref.experiment import Experiment
 from fedpref.flare import RUNS, SITE, TELLS
 from fedpref.flare.kits import CLASSES
-from fedpref.flare.programs import SIMULATED, job
+from fedpref.flare.programs import SIMULATED, check_name, job
 from fedpref.rundirectory import RunDirectory
 from fedpref.running import Event
 
@@ -30,7 +32,11 @@ LOG, TOLD, EXPERIMENT = "log.txt", "told.jsonl", "experiment.json"
 def simulated(experiment: Experiment, folder: RunDirectory) -> Iterator[Event]:
     """Run it, or what is left of it, job after job; what sites have kept of a run that is done goes into its directory."""
     place = folder.path.resolve()
+    check_name(place.name)
     place.parent.mkdir(parents=True, exist_ok=True)
+    if not place.exists():
+        for left in (place.parent / SIMULATED).glob(f"*/{place.name}"):
+            shutil.rmtree(left)
     with tempfile.TemporaryDirectory(prefix="fedpref-flare-") as name:
         scratch = Path(name)
         (scratch / TOLD).touch()
@@ -40,11 +46,14 @@ def simulated(experiment: Experiment, folder: RunDirectory) -> Iterator[Event]:
         while True:
             with (scratch / LOG).open("a") as log:
                 command = [sys.executable, "-m", "fedpref.flare.simulated", name, place.name]
-                process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=scratch)
+                process = subprocess.Popen(
+                    command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=scratch, start_new_session=True
+                )
             try:
                 end = yield from _told(scratch, process)
             finally:
-                process.terminate()
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)  # the sites' processes too
                 process.wait()
             if end == "done":
                 break

@@ -20,7 +20,7 @@ from fedpref import config
 from fedpref.errors import UserError
 from fedpref.experiment import Experiment
 from fedpref.flare import SAYS
-from fedpref.flare.programs import job
+from fedpref.flare.programs import check_name, job
 from fedpref.rundirectory import CONFIG, RunDirectory
 from fedpref.running import Event
 
@@ -37,6 +37,7 @@ def submitted(experiment: Experiment, admin: Path, folder: RunDirectory) -> Iter
     if not (admin / "startup").is_dir():
         raise UserError(f"{admin}: this is no kit. Give by --admin the folder of who submits, which `fedpref federation init` made.")
     place = folder.path.resolve()
+    check_name(place.name)
     if (place / SUBMITTED).exists():
         run = json.loads((place / SUBMITTED).read_text())["run"]
     else:
