@@ -48,6 +48,10 @@ LEVEL = {
     "pareto": 14,
     "sweep": 13,
     "launch": 12,
+    "trackers": 11,
+    "watching": 11,
+    "exporting": 11,
+    "judging": 11,
     "flare": 11,
 }
 MATHEMATICS = {"trees", "seeds", "summary", "losses", "multiobjective", "channel", "topology"}

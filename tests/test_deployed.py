@@ -1,4 +1,4 @@
-"""A federation with certificates on this machine: a server, two sites, who submits, each a process of its own. Slow."""
+"""A federation with certificates on this machine: a server, three sites, who submits, each a process of its own. Slow."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ from test_contract import ALGORITHMS
 
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).resolve().parent
-ADMIN, SITES = "admin@example.org", ("clinic", "bank")
-CLIENTS = {"clinic": ["client-0", "client-2"], "bank": ["client-1"]}
+ADMIN, SITES = "admin@example.org", ("clinic", "bank", "school")
+CLIENTS = {"clinic": ["client-0"], "bank": ["client-1"], "school": ["client-2"]}
 SHORT = {"steps": 2, "batch_size": 3, "learning_rate": 0.01}
 
 
@@ -59,7 +59,7 @@ class Federation:
 
 @pytest.fixture(scope="module")
 def content(settings: dict[str, Any]) -> dict[str, Any]:
-    patience = {"seconds": 100, "min_sites": 2, "rounds_per_job": 2}
+    patience = {"seconds": 100, "min_sites": 3, "rounds_per_job": 2}
     return {**settings, "partition": {"name": "natural", "max_clients": 3}, "rounds": 3, "engine": "flare", "patience": patience}
 
 
@@ -151,7 +151,7 @@ def test_who_relays_gossip_cannot_read_it(content: dict[str, Any], federation: F
 def test_a_forged_work_name_is_refused(content: dict[str, Any], federation: Federation) -> None:
     answers = federation.folder / "answers.json"
     spec = {**config.dump(config.parse(Experiment, content, "test")), "algorithm": {"name": "fedpdpo"}}
-    forged = recipe("forged", Forger(json.dumps(spec), str(answers)), 2, 60.0)
+    forged = recipe("forged", Forger(json.dumps(spec), str(answers)), 3, 60.0)
     forged.execute(ProdEnv(startup_kit_location=str(federation.admin), username=ADMIN, login_timeout=30.0)).get_result()
     said = json.loads(answers.read_text())
     for site in SITES:
@@ -165,7 +165,7 @@ def test_a_forged_work_name_is_refused(content: dict[str, Any], federation: Fede
 
 def test_a_job_of_another_class_is_refused(content: dict[str, Any], federation: Federation) -> None:
     """Whoever may submit cannot have other programs run."""
-    other = recipe("other", Many("/nowhere", "/nowhere"), 2, 60.0)
+    other = recipe("other", Many("/nowhere", "/nowhere"), 3, 60.0)
     ran = other.execute(ProdEnv(startup_kit_location=str(federation.admin), username=ADMIN, login_timeout=30.0))
     ran.get_result()
     assert ran.get_status() not in (None, "FINISHED:COMPLETED")
@@ -198,7 +198,7 @@ def test_who_has_no_certificate_of_the_federation_is_not_let_in(whose: str, fede
 
 
 def test_a_site_is_added_and_one_is_expelled(content: dict[str, Any], federation: Federation) -> None:
-    kit = kits.add(federation.folder / "federation", "school")
+    kit = kits.add(federation.folder / "federation", "library")
     before = {site: (federation.kits[site] / "startup/client.crt").read_bytes() for site in SITES}
     model = content["task"]["model"]["path"]
     text = {"data": content["data"], "algorithms": ["fedpdpo"], "models": {model: model}}
@@ -213,7 +213,7 @@ def test_a_site_is_added_and_one_is_expelled(content: dict[str, Any], federation
         assert list(json.loads((place.path / "clients.json").read_text())) == ["client-0", "client-2", "client-3"]
         assert before == {site: (federation.kits[site] / "startup/client.crt").read_bytes() for site in SITES}
         with pytest.raises(UserError, match="already"):
-            kits.add(federation.folder / "federation", "school")
+            kits.add(federation.folder / "federation", "library")
     finally:
         kits.stop(kit)
         set_admitted("bank", federation.admin, True)

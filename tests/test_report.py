@@ -201,6 +201,9 @@ def test_a_browser_draws_every_chart(width: int, scheme: str, shown: Any) -> Non
         }).map((text) => text.textContent);
     })""")
     assert clipped == []
+    over = opened.evaluate("""[...document.querySelectorAll('.chart')].filter(
+        (chart) => chart.querySelector('.main-svg').getBoundingClientRect().bottom > chart.getBoundingClientRect().bottom + 1).length""")
+    assert over == 0, "no chart lies over what follows"
     ink, paper = (opened.evaluate(f"getComputedStyle(document.body).{name}") for name in ("color", "backgroundColor"))
     light, dark = (sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in ((paper, ink) if scheme == "light" else (ink, paper)))
     assert light > dark + 400

@@ -47,6 +47,7 @@ class Experiment:
     engine: Literal["simulation", "flare"] = "simulation"  # all clients in this process and its workers, or at sites (docs/sites.md)
     sites: Count = 2  # simulated ones, where the engine is flare and the experiment is run, not submitted
     patience: Patience = Patience()  # with sites
+    report_to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()  # trackers; none leaves this machine by default
     references: tuple[Literal["local", "centralised"], ...] = ()  # lines to run beside the algorithm, on the same data
 
     def __post_init__(self) -> None:

@@ -5,14 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from fedpref import config
 from fedpref.errors import UserError
 from fedpref.experiment import Experiment
 from fedpref.rundirectory import RunDirectory
 from fedpref.running import Event, Result, events, existing_directory, new_directory, read_experiment, result
+from fedpref.trackers import tracked
 
 
 def happenings(experiment: Experiment, folder: RunDirectory, cache: Path | None = None) -> Iterator[Event]:
-    """Run an experiment into its directory, or what is left of it, on the engine that it names."""
+    """Run an experiment into its directory, or what is left of it, on the engine that it names; its trackers are told."""
+    told = _happenings(experiment, folder, cache)
+    return tracked(told, experiment.report_to, experiment.name, config.dump(experiment), folder.path) if experiment.report_to else told
+
+
+def _happenings(experiment: Experiment, folder: RunDirectory, cache: Path | None) -> Iterator[Event]:
     if experiment.engine == "simulation":
         return events(experiment, folder, cache)
     try:

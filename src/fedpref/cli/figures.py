@@ -30,6 +30,18 @@ def compare(
 
 
 @app.command()
+def watch(path: Annotated[Path, typer.Argument(help="The directory of a run that goes on elsewhere.", metavar="RUN")]) -> None:
+    """Show a run as it goes, from its directory, with the time that is left. Ctrl-C ends the watching, not the run.
+
+    Example: fedpref watch runs/demo
+    """
+    from fedpref.reports.progress import show
+    from fedpref.watching import watched
+
+    show(watched(path), console)
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Runs, or folders of fronts that `fedpref pareto` made.", metavar="RUN...")],
     output: Annotated[Path | None, typer.Option(help="The file; by default report.html in the run, or here for several.")] = None,

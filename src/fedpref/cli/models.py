@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fedpref.cli.shared import app
+from fedpref.cli.shared import app, console
 from fedpref.errors import UserError
 
 
@@ -34,6 +34,53 @@ def generate(
     if not text:
         raise UserError("the prompt is empty; give it on the command line or on standard input.")
     print(answer(folder, text, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, chat=not plain))
+
+
+@app.command()
+def evaluate(
+    path: Annotated[Path, typer.Argument(help="The directory of a finished run.", metavar="RUN")],
+    data: Annotated[str, typer.Option(help="Pairs: a JSONL, CSV or Parquet file, a dataset folder or a Hub id.")],
+    client: Annotated[str | None, typer.Option(help="The client whose model is asked; by default each that has its own.")] = None,
+    split: Annotated[str, typer.Option(help="Of a dataset folder or Hub dataset.")] = "test",
+    as_json: Annotated[bool, typer.Option("--json", help="Print all metrics as JSON.")] = False,
+) -> None:
+    """Measure a run's models on any preference file.
+
+    Example: fedpref evaluate runs/demo --data pairs.jsonl
+    """
+    import json
+
+    from fedpref.data import Files
+    from fedpref.judging import judge
+    from fedpref.reports.tables import metric_table
+
+    found = judge(path, Files(path=data, train_split=split), client)
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        console.print(metric_table(found))
+
+
+@app.command()
+def export(
+    path: Annotated[Path, typer.Argument(help="The directory of a finished run.", metavar="RUN")],
+    form: Annotated[str, typer.Option("--format", help="peft, merged or gguf-ready.")] = "peft",
+    output: Annotated[Path | None, typer.Option(help="The new folder; by default RUN-FORMAT beside the run.")] = None,
+    client: Annotated[str | None, typer.Option(help="The client whose model; for peft, all by default.")] = None,
+) -> None:
+    """Write a run's models as other programs load them, with a model card: PEFT adapters, or merged into a folder of transformers.
+
+    Example: fedpref export runs/demo --format merged --output demo-model
+    """
+    from typing import get_args
+
+    from fedpref.exporting import Form
+    from fedpref.exporting import export as write
+
+    if form not in get_args(Form):
+        raise UserError(f"--format {form!r}: there are {', '.join(get_args(Form))}.")
+    made = write(path, form, output or path.with_name(f"{path.name}-{form}"), client=client)  # type: ignore[arg-type]  # checked above
+    console.print(f"{form}: {made}", highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -164,7 +164,9 @@ def traffic(runs: Sequence[Run]) -> Iterator[Chart]:
             data.append({**line, "line": {"color": colour(number), "dash": dash}})
     if data:
         caption = "Tensors sent in each round, over all clients: up to the coordinator, or to neighbours; down from the coordinator."
-        yield Chart("Data sent", caption, data, axes("round", "MB", hovermode="x"))
+        layout = axes("round", "MB", hovermode="x")
+        layout["yaxis"]["rangemode"] = "tozero"
+        yield Chart("Data sent", caption, data, layout)
     data = []
     for number, run in enumerate(runs):
         if len(run.line.evaluations) < 2:
@@ -195,7 +197,7 @@ def times(runs: Sequence[Run]) -> Iterator[Chart]:
         if any(value > 1e-4 for value in values):
             text = PARTS.get(part, "the rest")
             data.append({"type": "bar", "orientation": "h", "name": text, "y": names, "x": values, "marker": {"color": colour(number)}})
-    layout = {"xaxis": {"title": {"text": "seconds a round"}}, "yaxis": {"automargin": True}, "barmode": "stack"}
+    layout = {"xaxis": {"title": {"text": "seconds a round"}}, "yaxis": {"automargin": True}, "barmode": "stack", "bargap": 0.6}
     yield Chart("Where a round's time goes", "A mean over rounds, without evaluation.", data, layout)
 
 
@@ -261,7 +263,7 @@ def graph(runs: Sequence[Run]) -> Iterator[Chart]:
             "marker": {"size": 14, "color": shown, "colorscale": "Viridis", "colorbar": {"thickness": 9}},
         }
         bare = {"visible": False, "range": [-1.35, 1.35]}
-        layout = {"showlegend": False, "xaxis": bare, "yaxis": bare, "height": 460}
+        layout = {"showlegend": False, "xaxis": bare, "yaxis": bare}
         title = "Who hears whom" + (f": {run.title}" if len(runs) > 1 else "")
         caption = "Links between clients in the first round; the colour is how each fares on its held-out data."
         yield Chart(title, caption, [lines, nodes], layout)

@@ -24,6 +24,17 @@ def sizes(path: Path) -> dict[str, dict[str, int]]:
     return found
 
 
+def metric_table(found: Metrics) -> Table:
+    """All metrics, a column for each client, or a row for each where they are many."""
+    table = Table()
+    table.add_column("")
+    for name in found:
+        table.add_column(Text(name), justify="right")
+    for metric in next(iter(found.values())):
+        table.add_row(metric, *(f"{row[metric]:.4g}" for row in found.values()))
+    return table
+
+
 def client_table(path: Path, evaluations: Mapping[str, Metrics]) -> Table:
     """What clients are compared by, of each under each line, clients with most training examples first, then summaries."""
     pairs, metric = sizes(path), _headline(next(iter(evaluations.values())))

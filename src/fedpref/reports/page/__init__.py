@@ -108,9 +108,10 @@ def sections(runs: Sequence[Run], fronts: Sequence[Mapping[str, Any]]) -> list[t
 # ---- figures and tables
 
 
-def interval(values: Sequence[float]) -> str:
-    low, high = bootstrap(np.array([values]))
-    return "" if math.isnan(low) else f"[{low:.1f}, {high:.1f}]"
+def interval(values: Mapping[str, float], digits: int) -> str:
+    """The 95 % interval of a mean over clients."""
+    low, high = bootstrap(np.array([list(values.values())]))
+    return "" if math.isnan(low) else f" [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def told(run: Run) -> dict[str, Any]:
@@ -146,11 +147,11 @@ def cards(run: Run) -> list[tuple[str, str, str]]:
     mean, worst = _mean(values), min(values, key=values.__getitem__)
     sent, seconds = (sum(run.line.column(name)) for name in ("bytes_up", "seconds"))
     sent += sum(run.line.column("bytes_down"))
-    found = [(f"held-out {run.shown.caption}", f"{mean:.{digits}f}", f"mean over clients {interval(list(values.values()))}".strip())]
-    for name in run.references:
-        if difference := gained(run, name):
-            note = f"points {interval(list(difference.values()))}".strip()
-            found.append((f"against {TITLES[name]}", f"{_mean(difference):+.{digits}f}", note))
+    found = [(f"held-out {run.shown.caption}", f"{mean:.{digits}f}", f"mean over clients{interval(values, digits)}")]
+    differences = {name: difference for name in run.references if (difference := gained(run, name))}
+    found += [
+        (f"against {TITLES[name]}", f"{_mean(some):+.{digits}f}", f"points{interval(some, digits)}") for name, some in differences.items()
+    ]
     found.append(("worst client", f"{values[worst]:.{digits}f}", worst))
     cost = f"{bytes_text(sent / rounds)} a round"
     if run.metric == ACCURACY and mean > 50:

@@ -1,7 +1,8 @@
 "use strict";
 const charts = JSON.parse(document.getElementById("charts").textContent);
 
-function layoutOf(chart, width) {
+function layoutOf(chart, place) {
+  const width = place.clientWidth;
   const style = getComputedStyle(document.documentElement);
   const [ink, line] = ["--ink", "--line"].map((name) => style.getPropertyValue(name).trim());
   const axis = { gridcolor: line, linecolor: line, zerolinecolor: line, automargin: true };
@@ -21,7 +22,7 @@ function layoutOf(chart, width) {
     margin: { l: 50, r: 14, t: 10, b: 40 },
     showlegend: named.length > 1,
     legend: { orientation: "h", y: -0.22, yanchor: "top", x: 0 },
-    height: width < 500 ? 420 : 380,
+    height: place.clientHeight,
     ...layout,
   };
 }
@@ -29,7 +30,7 @@ function layoutOf(chart, width) {
 function draw() {
   charts.forEach((chart, number) => {
     const place = document.getElementById(`chart-${number}`);
-    Plotly.react(place, chart.data, layoutOf(chart, place.clientWidth), { responsive: true, displaylogo: false, displayModeBar: false });
+    Plotly.react(place, chart.data, layoutOf(chart, place), { responsive: true, displaylogo: false, displayModeBar: false });
   });
 }
 

@@ -1,0 +1,118 @@
+"""Experiment trackers: figures of a run, passed on as they come. None is required, and none is asked to leave this machine."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from fedpref.errors import UserError
+from fedpref.running import Event
+
+TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+
+
+class Tracker(Protocol):
+    """Where figures go."""
+
+    def log(self, round: int, figures: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def tracked(happenings: Iterator[Event], names: tuple[str, ...], project: str, content: Mapping[str, Any], folder: Path) -> Iterator[Event]:
+    """The same events; what each says in figures goes to trackers under LINE/METRIC, an evaluation's under LINE/held_out/METRIC."""
+    for name in names:
+        _module(name)
+    trackers: list[Tracker] = []
+    try:
+        for event in happenings:
+            if not trackers:  # now that the run has a directory
+                trackers = [TRACKERS[name](project, folder, content) for name in names]
+            if event.kind in ("round", "evaluate"):
+                prefix = event.line if event.kind == "round" else f"{event.line}/held_out"
+                for tracker in trackers:
+                    tracker.log(event.done, {f"{prefix}/{name}": value for name, value in event.figures.items()})
+            yield event
+    finally:
+        for tracker in trackers:
+            tracker.close()
+
+
+def _module(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(f"report_to: {name} is not installed ({error}). `pip install {name}`, or leave it out.") from error
+
+
+class TensorBoard:
+    """Event files in RUN/tensorboard."""
+
+    def __init__(self, project: str, folder: Path, content: Mapping[str, Any]) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer: Any = SummaryWriter(str(folder / "tensorboard"))
+
+    def log(self, round: int, figures: Mapping[str, float]) -> None:
+        for name, value in figures.items():
+            self._writer.add_scalar(name, value, round)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandB:
+    """Weights & Biases, offline unless WANDB_MODE says otherwise; its files are in RUN/wandb."""
+
+    def __init__(self, project: str, folder: Path, content: Mapping[str, Any]) -> None:
+        mode = os.environ.get("WANDB_MODE", "offline")
+        self._run = _module("wandb").init(project=project, name=folder.name, dir=str(folder), config=dict(content), mode=mode)
+
+    def log(self, round: int, figures: Mapping[str, float]) -> None:
+        self._run.log(dict(figures), step=round)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class MLflow:
+    """MLflow, in RUN/mlflow.db unless MLFLOW_TRACKING_URI says otherwise."""
+
+    def __init__(self, project: str, folder: Path, content: Mapping[str, Any]) -> None:
+        self._mlflow = _module("mlflow")
+        if "MLFLOW_TRACKING_URI" not in os.environ:
+            self._mlflow.set_tracking_uri(f"sqlite:///{folder.resolve() / 'mlflow.db'}")
+        self._mlflow.set_experiment(project)
+        self._mlflow.start_run(run_name=folder.name)
+        self._mlflow.log_dict(dict(content), "config.json")
+
+    def log(self, round: int, figures: Mapping[str, float]) -> None:
+        self._mlflow.log_metrics(dict(figures), step=round)
+
+    def close(self) -> None:
+        self._mlflow.end_run()
+
+
+class Trackio:
+    """Trackio's local store."""
+
+    def __init__(self, project: str, folder: Path, content: Mapping[str, Any]) -> None:
+        self._trackio = _module("trackio")
+        self._trackio.init(project=project, name=folder.name, config=dict(content))
+
+    def log(self, round: int, figures: Mapping[str, float]) -> None:
+        self._trackio.log(dict(figures), step=round)
+
+    def close(self) -> None:
+        self._trackio.finish()
+
+
+TRACKERS: Mapping[str, Callable[[str, Path, Mapping[str, Any]], Tracker]] = {
+    "tensorboard": TensorBoard,
+    "wandb": WandB,
+    "mlflow": MLflow,
+    "trackio": Trackio,
+}

@@ -1,0 +1,225 @@
+"""What leaves a run for other programs: PEFT folders, merged models, cards, trackers, a watcher's view."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+import yaml
+from peft import AutoPeftModelForCausalLM
+from typer.testing import CliRunner
+
+from fedpref import Experiment, UserError, cli, config, run
+from fedpref.data import Files
+from fedpref.exporting import MANIFEST, export
+from fedpref.judging import SHARED, judge
+from fedpref.launch import happenings
+from fedpref.models.exported import load_model
+from fedpref.rundirectory import EVALUATION, METRICS, RunDirectory
+from fedpref.watching import watched
+
+LOCAL = {"steps": 4, "batch_size": 4, "learning_rate": 0.05}
+TEXT = "Human: Which thing?\n\nAssistant: river stone"
+
+
+@pytest.fixture(scope="module")
+def shared(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    spec = config.parse(Experiment, {**settings, "algorithm": {"name": "feddpo", "local": LOCAL}, "workers": 1}, "test")
+    return run(spec, tmp_path_factory.mktemp("shared") / "run").path
+
+
+@pytest.fixture(scope="module")
+def personal(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Clients with an adapter, a low-rank head and a reward head of their own."""
+    parts = {"head": "low-rank", "head_rank": 2, "bottleneck": 0, "reward": True, "adapter": True}
+    spec = config.parse(Experiment, {**settings, "algorithm": {"name": "fedpdpo", "local": LOCAL, "parts": parts}, "workers": 1}, "test")
+    return run(spec, tmp_path_factory.mktemp("personal") / "run").path
+
+
+def log_probabilities(model: Any, folder: Path) -> torch.Tensor:
+    tokens = transformers.AutoTokenizer.from_pretrained(str(folder))(TEXT, return_tensors="pt")
+    with torch.no_grad():
+        found: torch.Tensor = model.eval()(**tokens).logits.float().log_softmax(-1)
+    return found
+
+
+def front_matter(folder: Path) -> dict[str, Any]:
+    return dict(yaml.safe_load((folder / "README.md").read_text().split("---\n")[1]))
+
+
+def test_adapters_load_in_peft_and_the_manifest_names_them(shared: Path, tiny: Path, tmp_path: Path) -> None:
+    made = export(shared, "peft", tmp_path / "out")
+    manifest = json.loads((made / MANIFEST).read_text())
+    assert manifest["base_model"] == str(tiny)
+    assert manifest["adapters"] == [{"name": "shared", "path": "shared", "rank": 4, "left_out": []}]
+    assert "--lora-modules 'shared=shared'" in manifest["vllm"]
+    plain = log_probabilities(AutoPeftModelForCausalLM.from_pretrained(str(made / "shared")), made / "shared")
+    assert torch.equal(plain, log_probabilities(load_model(shared / "adapter"), shared / "adapter"))
+    base = transformers.AutoModelForCausalLM.from_pretrained(str(tiny))
+    assert not torch.allclose(plain, log_probabilities(base, tiny), atol=1e-3), "it has learned something"
+    top = front_matter(made / "shared")
+    assert top["library_name"] == "peft"
+    assert top["base_model"] == str(tiny)
+    assert {"feddpo", "dpo", "lora"} <= set(top["tags"])
+    mean = RunDirectory(shared).read_rows(EVALUATION)[-1]["summary"]["rewards/accuracies"]["mean"]
+    assert f"{100 * mean:.1f} (mean over 4 clients)" in (made / "shared/README.md").read_text()
+
+
+@pytest.mark.parametrize(("form", "tolerance"), [("merged", 1e-4), ("gguf-ready", 3e-2)])
+def test_merged_folders_load_in_transformers_with_the_same_log_probabilities(
+    form: Any, tolerance: float, shared: Path, personal: Path, tmp_path: Path
+) -> None:
+    for path, client, source in ((shared, None, shared / "adapter"), (personal, "client-1", personal / "clients/client-1")):
+        made = export(path, form, tmp_path / path.parent.name, client=client)
+        model = transformers.AutoModelForCausalLM.from_pretrained(str(made))
+        assert model.dtype == (torch.float16 if form == "gguf-ready" else torch.float32)
+        expected = log_probabilities(load_model(source), source)
+        torch.testing.assert_close(log_probabilities(model.float(), made), expected, atol=tolerance, rtol=0)
+        assert front_matter(made)["library_name"] == "transformers"
+    assert (made / "reward_head.safetensors").exists()
+    assert "of client-1" in (made / "README.md").read_text()
+
+
+def test_clients_adapters_say_what_they_leave_out(personal: Path, tmp_path: Path) -> None:
+    made = export(personal, "peft", tmp_path / "out")
+    entries = {entry["name"]: entry for entry in json.loads((made / MANIFEST).read_text())["adapters"]}
+    assert set(entries) == {"shared", *(f"client-{k}" for k in range(4))}
+    assert entries["client-0"]["left_out"] == ["head.down", "head.up", "reward.weight"]
+    assert entries["client-0"]["rank"] == 8, "the shared one and its own, as one"
+    assert "not the whole of the client's model" in (made / "clients/client-0/README.md").read_text()
+    AutoPeftModelForCausalLM.from_pretrained(str(made / "clients/client-0"))
+
+
+def test_what_a_form_cannot_hold_is_refused_and_nothing_is_written(settings: dict[str, Any], shared: Path, tmp_path: Path) -> None:
+    parts = {"head": None, "bottleneck": 2, "reward": False, "adapter": False}
+    content = {**settings, "rounds": 1, "algorithm": {"name": "fedpdpo", "local": LOCAL, "parts": parts}, "workers": 1}
+    path = run(config.parse(Experiment, content, "test"), tmp_path / "run").path
+    with pytest.raises(UserError, match="bottleneck"):
+        export(path, "merged", tmp_path / "out", client="client-0")
+    with pytest.raises(UserError, match="choose one with --client"):
+        export(path, "merged", tmp_path / "out")
+    (tmp_path / "there").mkdir()
+    with pytest.raises(UserError, match="exists already"):
+        export(shared, "peft", tmp_path / "there")
+    assert not (tmp_path / "out").exists()
+    assert sorted(place.name for place in tmp_path.iterdir()) == ["run", "there"]
+    assert "--format 'gguf'" in str(CliRunner().invoke(cli.app, ["export", str(shared), "--format", "gguf"]).exception)
+
+
+# ---- any preferences
+
+
+def test_a_run_is_measured_on_any_file(shared: Path, personal: Path, rows_file: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in rows_file.read_text().splitlines()][:10]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = judge(shared, Files(path=str(tmp_path / "pairs.jsonl")))
+    assert list(found) == [SHARED]
+    assert found[SHARED]["num_examples"] == 10
+    swapped = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
+    (tmp_path / "swapped.jsonl").write_text("".join(json.dumps(row) + "\n" for row in swapped))
+    other = judge(shared, Files(path=str(tmp_path / "swapped.jsonl")))
+    assert found[SHARED]["rewards/accuracies"] + other[SHARED]["rewards/accuracies"] == pytest.approx(1.0)
+    each = judge(personal, Files(path=str(tmp_path / "pairs.jsonl")))
+    assert list(each) == [f"client-{k}" for k in range(4)]
+    assert len({row["loss"] for row in each.values()}) == 4, "every client's own model answers"
+    one = judge(personal, Files(path=str(tmp_path / "pairs.jsonl")), "client-2")
+    assert one == {"client-2": each["client-2"]}
+    with pytest.raises(UserError, match="there is no client 'x'"):
+        judge(shared, Files(path=str(tmp_path / "pairs.jsonl")), "x")
+    shown = CliRunner().invoke(cli.app, ["evaluate", str(shared), "--data", str(tmp_path / "pairs.jsonl"), "--json"])
+    assert json.loads(shown.output)[SHARED] == pytest.approx(dict(found[SHARED]))
+
+
+def test_a_client_evaluated_on_its_own_held_out_rows_has_the_run_s_figures(personal: Path, tmp_path: Path) -> None:
+    spec = Experiment.load(personal / "config.yaml")
+    (client,) = (one for one in spec.clients()[0] if one.name == "client-0")
+    rows = [{side: getattr(row, side) for side in ("prompt", "chosen", "rejected")} for row in client.test]
+    (tmp_path / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = judge(personal, Files(path=str(tmp_path / "held.jsonl")), "client-0")["client-0"]
+    measured = RunDirectory(personal).read_rows(EVALUATION)[-1]["clients"]["client-0"]
+    assert found["rewards/accuracies"] == measured["rewards/accuracies"]
+    assert found["loss"] == pytest.approx(measured["loss"], rel=1e-4)
+
+
+# ---- watching and tracking
+
+
+def test_a_watcher_sees_what_the_runner_saw(settings: dict[str, Any], tmp_path: Path) -> None:
+    spec = config.parse(Experiment, {**settings, "references": ["local"], "evaluate_every": 1, "workers": 1}, "test")
+    seen = [event for event in happenings(spec, RunDirectory(tmp_path / "run")) if event.kind in ("round", "evaluate")]
+
+    def must_not_wait() -> None:
+        raise AssertionError("the run is done")
+
+    found = [event for event in watched(tmp_path / "run", must_not_wait) if event.kind != "begin"]
+    for kind in ("round", "evaluate"):
+        ran, looked = ([(e.line, e.done, e.total) for e in events if e.kind == kind] for events in (seen, found))
+        assert ran == looked
+    assert [e.figures["loss"] for e in seen if e.kind == "round"] == [e.figures["loss"] for e in found if e.kind == "round"]
+    (tmp_path / "run/done").unlink()
+    with pytest.raises(AssertionError, match="done"):
+        list(watched(tmp_path / "run", must_not_wait))
+    shown = CliRunner().invoke(cli.app, ["report", str(tmp_path / "run")])
+    assert shown.exit_code == 0
+
+
+class Fake:
+    """Stands for wandb, mlflow or trackio: what was called, with what."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, Any, Any]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*args: Any, **named: Any) -> Fake:
+            self.calls.append((name, args, named))
+            return self
+
+        return call
+
+
+@pytest.mark.parametrize(
+    ("name", "logs", "ends"), [("wandb", "log", "finish"), ("mlflow", "log_metrics", "end_run"), ("trackio", "log", "finish")]
+)
+def test_trackers_are_told_what_happens(
+    name: str, logs: str, ends: str, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = Fake()
+    monkeypatch.setitem(sys.modules, name, fake)
+    for variable in ("WANDB_MODE", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(variable, raising=False)
+    spec = config.parse(Experiment, {**settings, "report_to": [name], "workers": 1, "name": "mine"}, "test")
+    list(happenings(spec, RunDirectory(tmp_path / "run")))
+    told = [(args[0], named["step"]) for call, args, named in fake.calls if call == logs]
+    rows = RunDirectory(tmp_path / "run").read_rows(METRICS)
+    losses = {step: figures["feddpo/loss"] for figures, step in told if "feddpo/loss" in figures}
+    assert losses == {row["round"]: row["loss"] for row in rows}
+    assert any("feddpo/held_out/mean" in figures for figures, _ in told)
+    assert fake.calls[-1][0] == ends
+    text = str(fake.calls)
+    assert "mine" in text
+    assert {"wandb": "'offline'", "mlflow": "sqlite:///", "trackio": "mine"}[name] in text, "nothing leaves this machine by default"
+
+
+def test_tensorboard_reads_what_was_written(settings: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    spec = config.parse(Experiment, {**settings, "report_to": ["tensorboard"], "workers": 1}, "test")
+    list(happenings(spec, RunDirectory(tmp_path / "run")))
+    found = EventAccumulator(str(tmp_path / "run/tensorboard"))
+    found.Reload()
+    rows = RunDirectory(tmp_path / "run").read_rows(METRICS)
+    assert [(one.step, one.value) for one in found.Scalars("feddpo/loss")] == [(row["round"], pytest.approx(row["loss"])) for row in rows]
+
+
+def test_a_tracker_that_is_not_there_is_named(settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    spec = config.parse(Experiment, {**settings, "report_to": ["wandb"]}, "test")
+    with pytest.raises(UserError, match="pip install wandb"):
+        list(happenings(spec, RunDirectory(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
