@@ -19,11 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from nvflare.collab import collab
+from nvflare.recipe import ProdEnv
 
 from fedpref import config, topology
-from fedpref.algorithms.local import begin
+from fedpref.aggregation import Factors
+from fedpref.algorithms.decdpo import begin
 from fedpref.engines import Patience, RemoteEngine, Simulation, Sites
 from fedpref.experiment import Experiment
+from fedpref.flare.kits import CLASSES
+from fedpref.flare.programs import Collab, recipe
+from fedpref.flare.simulated import simulate
 from fedpref.topology import Matrix
 
 CLASS = "engine_rounds.Rounds"
@@ -37,14 +43,14 @@ def ring(round: int, active: Sequence[int]) -> Matrix:
 def timed(engine: Any, cell: dict[str, Any]) -> list[float]:
     """Seconds of each round."""
     start = {"theta": torch.randn(int(cell["mb"] * 1e6 / 4), generator=torch.Generator().manual_seed(0))}
-    told, found = engine.each(begin, start), []
+    told, found = engine.each(begin, start, Factors()), []
     for round in range(cell["rounds"]):
         engine.begin(round, engine.clients)
         before = time.perf_counter()
         if cell["gossip"]:
             _, told = engine.mix(told)
         else:
-            start = engine.mean(engine.each(begin, start))
+            start = engine.mean(engine.each(begin, start, Factors()))
         found.append(time.perf_counter() - before)
     return found
 
@@ -61,9 +67,8 @@ class Rounds:
     def __init__(self, file: str) -> None:
         self.file = file
 
+    @collab.main
     def main(self) -> None:
-        from fedpref.flare.programs import Collab
-
         experiment = json.loads(Path(self.file).read_text())["experiment"]
         sites = Sites(Collab(), experiment, "rounds", PATIENCE)
         all_timed(lambda: RemoteEngine(sites, mixing=ring), Path(self.file))
@@ -78,15 +83,9 @@ def main() -> None:
         shards = [task.encode(client) for client in experiment.clients()[0]]
         all_timed(lambda: Simulation(task, shards, seed=0, rounds=1000, mixing=ring, workers=2), file)
         return
-    from nvflare.collab import collab
-    from nvflare.recipe import ProdEnv
 
     from engine_rounds import Rounds  # by the name under which the server finds it
-    from fedpref.flare.kits import CLASSES
-    from fedpref.flare.programs import recipe
-    from fedpref.flare.simulated import simulate
 
-    Rounds.main = collab.main(Rounds.main)
     job = recipe("rounds", Rounds(str(file)), content["sites"], 600.0, simulated=content["sites"] if engine == "flare-simulated" else 0)
     if engine == "flare":
         admin = Path(content["admin"])

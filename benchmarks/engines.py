@@ -65,7 +65,7 @@ def federation(folder: Path, port: int, sites: Sequence[str], settings: Sequence
     for k, site in enumerate(sites):
         content = config.dump(chosen)
         partition = {"name": "natural", "only": names[k :: len(sites)]}
-        content = {"data": content["data"], "partition": partition, "algorithms": ["feddpo", "fedpdpo"]}
+        content = {"data": content["data"], "partition": partition, "algorithms": ["feddpo", "fedpdpo", "decdpo"]}
         (made[site] / kits.SITE_FILE).write_text(yaml.safe_dump(content))
     return made
 
@@ -110,6 +110,7 @@ def without_training(port: int, turns: int, flower: str | None, quick: bool) -> 
                         capture_output=True,
                         text=True,
                         env={**os.environ, "PYTHONPATH": str(HERE), "FEDPREF_RUNS": str(place), "OMP_NUM_THREADS": "1"},
+                        start_new_session=True,  # FLARE's simulator ends its whole process group
                     )
                     results = json.loads(file.read_text()).get("results")
                     assert results, ran.stdout[-3000:] + ran.stderr[-3000:]
@@ -136,7 +137,13 @@ def small_clients(count: int) -> Iterator[list[str]]:
                 sides = {side: getattr(pair, side) for side in ("prompt", "chosen", "rejected")}
                 file.write(json.dumps({**sides, "client": f"client-{k}", "split": split}) + "\n")
         file.flush()
-        yield [f"data={{name: files, path: {file.name}, split_column: split}}", "partition={name: natural}", "rounds=1000"]
+        yield [
+            f"data={{name: files, path: {file.name}, split_column: split}}",
+            "partition={name: natural}",
+            "rounds=1000",
+            "algorithm.name=decdpo",
+            "references=[]",
+        ]
 
 
 def _key(engine: str, clients: int, sites: int, mb: float, gossip: bool) -> str:

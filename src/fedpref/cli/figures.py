@@ -19,7 +19,10 @@ def compare(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
     csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
 ) -> None:
-    """Compare runs: accuracy or alignment, gains with intervals over clients and seeds, worst clients, bytes, time."""
+    """Compare runs: accuracy or alignment, gains with intervals over clients and seeds, worst clients, bytes, time.
+
+    Example: fedpref compare runs/feddpo runs/fedpdpo
+    """
     from fedpref.reports import comparison
 
     rows = comparison.compare(runs)
@@ -65,7 +68,10 @@ def topology(
     clients: Annotated[int, typer.Option(min=1, help="How many there are.")] = 8,
     weights: Annotated[str, typer.Option(help="metropolis, max-degree or uniform.")] = "metropolis",
 ) -> None:
-    """Show a graph between clients: how fast it lets them agree, and who hears whom."""
+    """Show a graph between clients: how fast it lets them agree, and who hears whom.
+
+    Example: fedpref topology ring --clients 16
+    """
     import yaml
 
     from fedpref import config
@@ -86,7 +92,10 @@ def topology(
 
 @app.command(name="list")
 def list_() -> None:
-    """What there is: algorithms, losses, tasks, sources of data, partitions."""
+    """What there is: algorithms, losses, tasks, sources of data, partitions.
+
+    Example: fedpref list
+    """
     from typing import get_args
 
     from rich.table import Table

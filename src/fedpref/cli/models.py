@@ -22,7 +22,10 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     plain: Annotated[bool, typer.Option("--plain", help="Take the prompt as it is, without the chat template.")] = False,
 ) -> None:
-    """Let a run's model, or a client's own, answer a prompt."""
+    """Let a run's model, or a client's own, answer a prompt.
+
+    Example: fedpref generate runs/fedpdpo --client bakery "What goes well with soup?"
+    """
     from fedpref.models.exported import generate as answer
     from fedpref.running import exported
 
@@ -91,7 +94,10 @@ def reward(
     combine: Annotated[str, typer.Option(help='mean, min, max or alpha, or "{name: alpha, decay: 0.8}".')] = "mean",
     logits: Annotated[bool, typer.Option("--logits", help="What the shares are a softmax of, in place of shares.")] = False,
 ) -> None:
-    """Score answers as a run's groups would: JSON Lines with each group's reward of each completion, and the combined one."""
+    """Score answers as a run's groups would: JSON Lines with each group's reward of each completion, and the combined one.
+
+    Example: fedpref reward runs/pluralllm answers.jsonl --group Germany
+    """
     from fedpref.scoring.answers import score
 
     for line in score(path, data, group or (), combine, "logit" if logits else "share"):

@@ -33,7 +33,10 @@ def run(
 
 @app.command()
 def resume(path: Annotated[Path, typer.Argument(help="The directory of a run that was interrupted.", metavar="RUN")]) -> None:
-    """Take an interrupted run up again; it ends as if nothing had happened."""
+    """Take an interrupted run up again; it ends as if nothing had happened.
+
+    Example: fedpref resume runs/demo
+    """
     from fedpref.launch import happenings
     from fedpref.running import existing_directory, read_experiment
 
@@ -43,7 +46,10 @@ def resume(path: Annotated[Path, typer.Argument(help="The directory of a run tha
 
 @app.command()
 def check(config: Config, overrides: Overrides = None) -> None:
-    """Validate a config and its data and print the clients; trains and writes nothing."""
+    """Validate a config and its data and print the clients; trains and writes nothing.
+
+    Example: fedpref check configs/demo.yaml partition.max_clients=4
+    """
     from fedpref.experiment import Experiment
     from fedpref.reports.tables import size_table
 
@@ -69,7 +75,10 @@ def sweep(
     seeds: Annotated[int, typer.Option(min=1, help="Seeds 0, 1, ... of every variant.")] = 3,
     output: Annotated[Path | None, typer.Option(help="Where the runs go; by default runs/NAME-sweep. What is done there is kept.")] = None,
 ) -> None:
-    """Run variants of one experiment by seeds, on one split, and compare them; begin it again and it goes on where it was."""
+    """Run variants of one experiment by seeds, on one split, and compare them; begin it again and it goes on where it was.
+
+    Example: fedpref sweep configs/demo.yaml --variant feddpo --variant fedpdpo --seeds 3
+    """
     from fedpref.experiment import Experiment
     from fedpref.reports.comparison import compare, csv_text, markdown, table
     from fedpref.reports.progress import show
@@ -139,7 +148,10 @@ def personalise(
     name: Annotated[str | None, typer.Option(help="The one newcomer's name; by default the file's.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Local steps; by default the run's federation.join_steps.")] = None,
 ) -> None:
-    """Let clients that took no part join a run: they make what is their own on their data, and are evaluated on held-out pairs."""
+    """Let clients that took no part join a run: they make what is their own on their data, and are evaluated on held-out pairs.
+
+    Example: fedpref personalise runs/fedpdpo --data pairs.jsonl
+    """
     from fedpref.data import Files
     from fedpref.newcomers import personalise as join
     from fedpref.reports.tables import newcomer_table

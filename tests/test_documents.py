@@ -1,0 +1,81 @@
+"""The documents: their code runs, their commands parse, their links and names lead somewhere."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shlex
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+
+from conftest import ROOT
+from fedpref import cli
+
+DOCS = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md"])
+COMMANDS: Any = typer.main.get_command(cli.app)
+
+
+def blocks(file: Path, *languages: str) -> list[str]:
+    return [text for language, text in re.findall(r"^```(\w*)\n(.*?)^```", file.read_text(), re.M | re.S) if language in languages]
+
+
+def every_command(group: Any = COMMANDS, name: str = "fedpref") -> list[tuple[str, Any]]:
+    found = []
+    for part, command in group.commands.items():
+        inner = getattr(command, "commands", None)
+        found += every_command(command, f"{name} {part}") if inner else [(f"{name} {part}", command)]
+    return found
+
+
+@pytest.mark.parametrize("file", [file for file in DOCS if blocks(file, "python") and file.name != "README.md"], ids=lambda file: file.name)
+def test_python_in_documents_runs(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    module = types.ModuleType(f"document_{file.stem}")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    for text in blocks(file, "python"):
+        exec(compile(text, f"{file.name}", "exec"), module.__dict__)
+
+
+@pytest.mark.parametrize("file", DOCS, ids=lambda file: file.name)
+def test_commands_in_documents_are_ours(file: Path) -> None:
+    for line in "".join(blocks(file, "bash", "")).splitlines():
+        if not line.startswith("fedpref "):
+            continue
+        words = shlex.split(line.replace("...", ""), comments=True)
+        command, rest = COMMANDS, words[1:]
+        while getattr(command, "commands", None):
+            assert rest[0] in command.commands, line
+            command, rest = command.commands[rest[0]], rest[1:]
+        command.make_context(words[1], rest, resilient_parsing="..." in line)
+
+
+@pytest.mark.parametrize("file", DOCS, ids=lambda file: file.name)
+def test_links_in_documents_lead_somewhere(file: Path) -> None:
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", file.read_text()):
+        assert (file.parent / target).exists(), f"{file.name}: {target}"
+
+
+def test_every_document_is_in_the_table_of_contents() -> None:
+    content = yaml.safe_load(re.sub(r"!!python\S+", "", (ROOT / "mkdocs.yml").read_text()))
+    named = re.findall(r"'([\w-]+\.md)'", str(content["nav"]))
+    assert sorted(named) == sorted(file.name for file in (ROOT / "docs").glob("*.md"))
+
+
+def test_functions_that_documents_name_are_there() -> None:
+    names = {name for file in DOCS for name in re.findall(r"`(fedpref(?:\.\w+)+)`", file.read_text())}
+    assert len(names) > 10
+    for name in names:
+        module, _, attribute = name.rpartition(".")
+        assert hasattr(importlib.import_module(module), attribute), name
+
+
+@pytest.mark.parametrize(("name", "command"), every_command(), ids=lambda part: part if isinstance(part, str) else "")
+def test_every_command_has_an_example(name: str, command: Any) -> None:
+    assert f"Example: {name}" in command.help, name
