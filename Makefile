@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo deploy-demo test test-slow lint
+.PHONY: help setup demo deploy-demo test test-slow lint docs
 
 help:
 	@echo "make setup   create .venv and install fedpref with everything it needs"
@@ -11,6 +11,7 @@ help:
 	@echo "make deploy-demo   a server and three sites on this machine, over mutual TLS"
 	@echo "make test    run the test suite"
 	@echo "make test-slow   what takes minutes: a federation with certificates, every algorithm over simulated sites"
+	@echo "make docs    build the documents into build/site"
 	@echo "make lint    ruff and mypy --strict"
 
 setup:
@@ -27,6 +28,9 @@ test: setup
 
 test-slow: setup
 	@$(BIN)/python -m pytest -m slow
+
+docs: setup
+	@$(BIN)/mkdocs build --strict --quiet && echo "documents: build/site/index.html"
 
 lint: setup
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -49,7 +49,9 @@ SETTINGS = [
 
 
 def fedpref(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "fedpref.cli", *arguments], capture_output=True, text=True, timeout=600)
+    with_programs = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent)}  # a server finds engine_rounds.py there
+    command = [sys.executable, "-m", "fedpref.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=with_programs)
 
 
 def federation(folder: Path, port: int, sites: Sequence[str], settings: Sequence[str]) -> dict[str, Path]:
@@ -83,6 +85,7 @@ CELLS = [  # clients, sites, MB of a client's tree, gossip on a ring
     (8, 8, 4, False),
     (8, 8, 4, True),
 ]
+PROGRAM = ("rounds=1000", "algorithm.name=decdpo", "references=[]")
 ENGINES = ("simulation", "flare-simulated", "flare")
 HERE = Path(__file__).resolve().parent
 
