@@ -314,6 +314,8 @@ def test_kits_let_no_job_bring_code_and_each_site_has_its_file(tmp_path: Path) -
         resources = json.loads((made[site] / "local/resources.json").read_text())
         assert "fedpref.flare.programs.Sited" in resources["class_allow_list"]
         assert resources["class_list_enforcement_mode"] == "enforce"
+        assert resources["allow_log_streaming"] is False, "what a site logs stays there"
+        assert "LogStreamer" not in str(resources)
         assert (made[site] / "startup/client.crt").exists()
         assert not kits.running(made[site])
     with pytest.raises(UserError, match="there already"):

@@ -119,6 +119,9 @@ def _restrict(local: Path) -> None:
     if resources.exists():
         content = json.loads(resources.read_text())
         content["class_allow_list"] = CLASSES
+        if "allow_log_streaming" in content:  # a site's log may hold its rows, and goes to the server by default
+            content["allow_log_streaming"] = False
+            content["components"] = [one for one in content["components"] if one["id"] != "site_log_streamer"]
         (local / "resources.json").write_text(json.dumps(content, indent=1))
     rights = local / "authorization.json.default"
     if rights.exists():
