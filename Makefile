@@ -30,7 +30,7 @@ test-slow: setup
 	@$(BIN)/python -m pytest -m slow
 
 docs: setup
-	@$(BIN)/mkdocs build --strict --quiet && echo "documents: build/site/index.html"
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet && echo "documents: build/site/index.html"
 
 lint: setup
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
