@@ -51,7 +51,9 @@ def main() -> None:
         for algorithm, settings in EXPERIMENTS.items():
             where = ["--admin", str(federation / "admin@fedpref.org"), "--output", str(folder / algorithm)]
             fedpref("submit", str(CONFIG), f"name={algorithm}", f"algorithm.name={algorithm}", *settings, *COMMON, *where)
-        fedpref("compare", *(str(folder / algorithm) for algorithm in EXPERIMENTS))
+        runs = [str(folder / algorithm) for algorithm in EXPERIMENTS]
+        fedpref("compare", *runs)
+        fedpref("report", *runs, "--output", str(folder / "report.html"))
     finally:
         for name in (*SITES, "localhost"):
             kits.stop(federation / name)

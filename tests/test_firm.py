@@ -313,7 +313,7 @@ def test_other_algorithms_train_on_drawn_answers_too(dialogue: dict[str, Any], t
         assert run(parsed({**dialogue, "algorithm": {**dialogue["algorithm"], "name": algorithm}}), tmp_path / algorithm).evaluations
 
 
-@pytest.mark.parametrize("estimator", ["ppo", "rloo"])
+@pytest.mark.parametrize("estimator", [pytest.param("ppo", marks=pytest.mark.slow), "rloo"])
 def test_a_reward_rises(estimator: str) -> None:
     """The shipped model learns to be brief in a few steps."""
     task = {"name": "dialogue", "rewards": {"brief": {"name": "length", "target": 4}}, "estimator": {"name": estimator, "kl": 0.0}}

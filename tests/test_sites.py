@@ -287,6 +287,7 @@ def test_a_run_over_sites_is_the_run_in_one_process(content: dict[str, Any], pro
         list(events(replace(spec, references=("centralised",)), RunDirectory(tmp_path / "pooled"), transport=processes))
 
 
+@pytest.mark.slow
 def test_a_run_over_simulated_sites_of_flare_is_the_run_in_one_process(content: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("nvflare")
     whole = {**content, "algorithm": {"name": "decpdpo", "local": {"steps": 2, "batch_size": 3}}, "rounds": 2}
