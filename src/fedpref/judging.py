@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Mapping
 from contextlib import closing
@@ -25,8 +26,6 @@ def judge(run: str | Path, data: Files, client: str | None = None) -> dict[str, 
 
     Raises UserError where the run is not finished, or has no such client.
     """
-    import json
-
     folder = existing_directory(run)
     if not folder.done:
         raise UserError(f"{run}: the run is not finished. `fedpref resume {run}` finishes it.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from fedpref.experiment import lines
 from fedpref.rundirectory import EVALUATION, METRICS, RunDirectory
@@ -31,11 +32,8 @@ def watched(path: Path, wait: Callable[[], None] = lambda: time.sleep(1.0)) -> I
             wait()
 
 
-def _event(line: str, kind: str, row: dict[str, object], rounds: int) -> Event:
-    done = int(str(row["round"]))
+def _event(line: str, kind: str, row: dict[str, Any], rounds: int) -> Event:
     if kind == METRICS:
-        return Event(line, "round", done, rounds, {name: value for name, value in row.items() if isinstance(value, int | float)})
-    summary = row["summary"]
-    assert isinstance(summary, dict)
-    metric = headline(summary)
-    return Event(line, "evaluate", done, rounds, summary[metric], HEADLINES[metric].title)
+        return Event(line, "round", row["round"], rounds, row)
+    metric = headline(row["summary"])
+    return Event(line, "evaluate", row["round"], rounds, row["summary"][metric], HEADLINES[metric].title)
