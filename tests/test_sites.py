@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -478,3 +480,27 @@ def test_a_message_that_stands_for_a_larger_tree_is_no_neighbours() -> None:
         name = next(iter(changed))
         assert name in message
         assert not alike({**message, **changed}, message)
+
+
+def test_a_kit_is_stopped_with_all_that_it_runs_and_nothing_else_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kit = tmp_path / "kit"
+    for folder in ("startup", "local"):
+        (kit / folder).mkdir(parents=True)
+    (kit / "startup/sub_start.sh").write_text("sleep 30\n")
+    (kit / "local/resources.json").write_text("{}")
+    with pytest.raises(UserError, match="no kit"):
+        kits.start(tmp_path, {})
+    (kit / "daemon_pid.fl").write_text(str(os.getpid()))  # left by a process whose number somebody else has now
+    assert not kits.running(kit)
+    kits.stop(kit)
+    monkeypatch.chdir(tmp_path)
+    kits.start(Path("kit"), {})
+    for _ in range(50):
+        if kits.running(kit):
+            break
+        time.sleep(0.1)
+    assert kits.running(Path("kit"))
+    with pytest.raises(UserError, match="running already"):
+        kits.start(kit, {})
+    kits.stop(Path("kit"), seconds=0.2)
+    assert not kits.running(kit)

@@ -139,6 +139,7 @@ def _restrict(local: Path) -> None:
 
 def start(kit: Path, variables: Mapping[str, str]) -> None:
     """Start what a kit is for, with these environment variables; it goes on when the caller ends, and starts anew where it dies."""
+    kit = kit.resolve()
     program = kit / "startup/sub_start.sh"
     if not program.exists():
         raise UserError(f"{kit}: this is no kit of a server or site (no startup/sub_start.sh).")
@@ -192,7 +193,7 @@ def running(kit: Path) -> bool:
 
 def _processes(kit: Path) -> list[psutil.Process]:
     """FLARE's processes of a kit, by their command lines."""
-    found = []
+    found, kit = [], kit.resolve()
     for process in psutil.process_iter():
         with suppress(psutil.Error):
             line = process.cmdline()
