@@ -157,7 +157,11 @@ def _key(engine: str, clients: int, sites: int, mb: float, gossip: bool) -> str:
 def overhead(made: dict[str, Path], folder: Path) -> dict[str, float]:
     """The share of a round of ten local steps of the shipped model that is not in a run in one process; engines take turns."""
     settings = ["algorithm.local={steps: 10, batch_size: 8}", "rounds=5", "references=[]", "checkpoint_every=100"]
-    settings += ["evaluate_every=0", "patience={seconds: 300, min_sites: 2, rounds_per_job: 100}", "partition={name: natural, max_clients: 8}"]
+    settings += [
+        "evaluate_every=0",
+        "patience={seconds: 300, min_sites: 2, rounds_per_job: 100}",
+        "partition={name: natural, max_clients: 8}",
+    ]
     lines = {
         "simulation": ["run", str(CONFIG), *settings, "workers=2"],
         "flare": ["submit", str(CONFIG), *settings, "--admin", str(made["admin@fedpref.org"])],
