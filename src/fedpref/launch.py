@@ -13,13 +13,16 @@ from fedpref.running import Event, Result, events, existing_directory, new_direc
 from fedpref.trackers import tracked
 
 
-def happenings(experiment: Experiment, folder: RunDirectory, cache: Path | None = None) -> Iterator[Event]:
-    """Run an experiment into its directory, or what is left of it, on the engine that it names; its trackers are told."""
-    told = _happenings(experiment, folder, cache)
+def happenings(experiment: Experiment, folder: RunDirectory, cache: Path | None = None, admin: Path | None = None) -> Iterator[Event]:
+    """Run an experiment into its directory, or what is left of it, on the engine that it names; its trackers are told.
+
+    With `admin`, a kit, it is submitted to sites that have been started; a run that was submitted remembers whose kit it was.
+    """
+    told = _happenings(experiment, folder, cache, admin)
     return tracked(told, experiment.report_to, experiment.name, config.dump(experiment), folder.path) if experiment.report_to else told
 
 
-def _happenings(experiment: Experiment, folder: RunDirectory, cache: Path | None) -> Iterator[Event]:
+def _happenings(experiment: Experiment, folder: RunDirectory, cache: Path | None, admin: Path | None) -> Iterator[Event]:
     if experiment.engine == "simulation":
         return events(experiment, folder, cache)
     try:
@@ -27,8 +30,8 @@ def _happenings(experiment: Experiment, folder: RunDirectory, cache: Path | None
         from fedpref.flare.submitted import admin_of, submitted
     except ImportError as error:
         raise UserError(f"engine: flare needs NVIDIA FLARE ({error}). Install fedpref[flare].") from error
-    if admin := admin_of(folder):
-        return submitted(experiment, admin, folder)
+    if kit := admin or admin_of(folder):
+        return submitted(experiment, kit, folder)
     return simulated(experiment, folder)
 
 

@@ -6,12 +6,10 @@ import importlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from fedpref.errors import UserError
 from fedpref.running import Event
-
-TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
 
 class Tracker(Protocol):

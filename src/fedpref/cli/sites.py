@@ -30,13 +30,13 @@ def submit(
     Example: fedpref submit configs/fedpdpo.yaml --admin federation/admin@example.org
     """
     from fedpref.experiment import Experiment
-    from fedpref.flare.submitted import submitted
+    from fedpref.launch import happenings
     from fedpref.running import new_directory
 
     experiment = Experiment.load(config, [*(overrides or ()), "engine=flare"])
     folder = new_directory(experiment, output)
     folder.refuse_existing()
-    follow(submitted(experiment, admin, folder), folder)
+    follow(happenings(experiment, folder, admin=admin), folder)
 
 
 @federation.callback()

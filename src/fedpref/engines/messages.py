@@ -23,9 +23,18 @@ class RefusedError(Exception):
 
 def pack(header: Mapping[str, Any], tensors: Tree = NO_TENSORS) -> bytes:
     """One message."""
+    return framed(header, body(tensors))
+
+
+def framed(header: Mapping[str, Any], body: bytes) -> bytes:
+    """A message of tensors that are bytes already, as they are for several receivers."""
     head = json.dumps(header).encode()
-    body = safetensors.torch.save(_apart(tensors)) if tensors else b""
     return len(head).to_bytes(8, "big") + head + body
+
+
+def body(tensors: Tree) -> bytes:
+    """Tensors as they travel."""
+    return safetensors.torch.save(_apart(tensors)) if tensors else b""
 
 
 def _apart(tensors: Tree) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from fedpref import trees
 from fedpref.channel import Chain
 from fedpref.engines.answers import answered
 from fedpref.engines.engine import Mixing, Purpose, Traffic, everybody, told, weighted_report
-from fedpref.engines.messages import NO_TENSORS, Header, RefusedError, finite, joined, pack, parted, shape, unpack
+from fedpref.engines.messages import NO_TENSORS, Header, RefusedError, body, finite, framed, joined, parted, shape, unpack
 from fedpref.errors import UserError
 from fedpref.federation import PerClient, name_of
 from fedpref.trees import Tree
@@ -110,7 +110,9 @@ class Sites:
 
     def ask(self, messages: Mapping[str, tuple[Header, Tree]]) -> dict[str, tuple[Header, Tree] | str]:
         """Each site's answer, or why there is none."""
-        answers = self.transport.ask({site: pack(*message) for site, message in messages.items()}, self.patience.seconds)
+        bodies = {key: body(tensors) for key, tensors in {id(tensors): tensors for _, tensors in messages.values()}.items()}
+        packed = {site: framed(header, bodies[id(tensors)]) for site, (header, tensors) in messages.items()}
+        answers = self.transport.ask(packed, self.patience.seconds)
         found: dict[str, tuple[Header, Tree] | str] = {}
         for site in messages:
             if site not in answers:

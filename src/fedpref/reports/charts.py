@@ -188,7 +188,7 @@ def times(runs: Sequence[Run]) -> Iterator[Chart]:
         rows = run.line.metrics
         for part in PARTS:
             found.setdefault(part, []).append(sum(row.get(f"seconds/{part}", 0.0) for row in rows) / max(1, len(rows)))
-        rest = sum(row["seconds"] for row in rows) / max(1, len(rows)) - sum(values[-1] for values in found.values() if len(values))
+        rest = sum(row["seconds"] for row in rows) / max(1, len(rows)) - sum(found[part][-1] for part in PARTS)
         found.setdefault("rest", []).append(max(0.0, rest))
     if not any(any(found[part]) for part in PARTS):
         return
