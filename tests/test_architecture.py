@@ -42,6 +42,7 @@ LEVEL = {
     "running": 10,
     "hosting": 10,
     "newcomers": 11,
+    "__main__": 17,
     "cli": 16,
     "reports": 15,
     "scoring": 11,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from fedpref.judging import SHARED, judge
 from fedpref.launch import happenings
 from fedpref.models.exported import load_model
 from fedpref.rundirectory import EVALUATION, METRICS, RunDirectory
+from fedpref.running import Event
+from fedpref.trackers import tracked
 from fedpref.watching import watched
 
 LOCAL = {"steps": 4, "batch_size": 4, "learning_rate": 0.05}
@@ -194,15 +197,31 @@ def test_trackers_are_told_what_happens(
         monkeypatch.delenv(variable, raising=False)
     spec = config.parse(Experiment, {**settings, "report_to": [name], "workers": 1, "name": "mine"}, "test")
     list(happenings(spec, RunDirectory(tmp_path / "run")))
-    told = [(args[0], named["step"]) for call, args, named in fake.calls if call == logs]
+    told = [(args[0], named.get("step", args[0].get("round"))) for call, args, named in fake.calls if call == logs]
     rows = RunDirectory(tmp_path / "run").read_rows(METRICS)
     losses = {step: figures["feddpo/loss"] for figures, step in told if "feddpo/loss" in figures}
     assert losses == {row["round"]: row["loss"] for row in rows}
     assert any("feddpo/held_out/mean" in figures for figures, _ in told)
     assert fake.calls[-1][0] == ends
+    assert not any("FAILED" in args or named.get("exit_code") for _, args, named in fake.calls)
     text = str(fake.calls)
     assert "mine" in text
     assert {"wandb": "'offline'", "mlflow": "sqlite:///", "trackio": "mine"}[name] in text, "nothing leaves this machine by default"
+
+
+def test_trackers_are_told_that_a_run_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing() -> Iterator[Event]:
+        yield Event("feddpo", "round", 1, 2, {"loss": 0.7})
+        raise UserError("training diverged")
+
+    found = {}
+    for name in ("wandb", "mlflow"):
+        fake = Fake()
+        monkeypatch.setitem(sys.modules, name, fake)
+        with pytest.raises(UserError, match="diverged"):
+            list(tracked(failing(), (name,), "mine", {}, tmp_path))
+        found[name] = fake.calls[-1]
+    assert found == {"wandb": ("finish", (), {"exit_code": 1}), "mlflow": ("end_run", ("FAILED",), {})}
 
 
 def test_tensorboard_reads_what_was_written(settings: dict[str, Any], tmp_path: Path) -> None:

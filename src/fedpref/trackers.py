@@ -11,13 +11,17 @@ from typing import Any, Protocol
 from fedpref.errors import UserError
 from fedpref.running import Event
 
+SILENT = {"MLFLOW_DISABLE_TELEMETRY": "true", "WANDB_ERROR_REPORTING": "false"}  # what trackers would tell their makers
+
 
 class Tracker(Protocol):
     """Where figures go."""
 
     def log(self, round: int, figures: Mapping[str, float]) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self, done: bool) -> None:
+        """The run is done, or has failed or was stopped."""
+        ...
 
 
 def tracked(happenings: Iterator[Event], names: tuple[str, ...], project: str, content: Mapping[str, Any], folder: Path) -> Iterator[Event]:
@@ -25,6 +29,7 @@ def tracked(happenings: Iterator[Event], names: tuple[str, ...], project: str, c
     for name in names:
         _module(name)
     trackers: list[Tracker] = []
+    done = False
     try:
         for event in happenings:
             if not trackers:  # now that the run has a directory
@@ -34,12 +39,15 @@ def tracked(happenings: Iterator[Event], names: tuple[str, ...], project: str, c
                 for tracker in trackers:
                     tracker.log(event.done, {f"{prefix}/{name}": value for name, value in event.figures.items()})
             yield event
+        done = True
     finally:
         for tracker in trackers:
-            tracker.close()
+            tracker.close(done)
 
 
 def _module(name: str) -> Any:
+    for key, value in SILENT.items():
+        os.environ.setdefault(key, value)
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -58,7 +66,7 @@ class TensorBoard:
         for name, value in figures.items():
             self._writer.add_scalar(name, value, round)
 
-    def close(self) -> None:
+    def close(self, done: bool) -> None:
         self._writer.close()
 
 
@@ -68,21 +76,24 @@ class WandB:
     def __init__(self, project: str, folder: Path, content: Mapping[str, Any]) -> None:
         mode = os.environ.get("WANDB_MODE", "offline")
         self._run = _module("wandb").init(project=project, name=folder.name, dir=str(folder), config=dict(content), mode=mode)
+        self._run.define_metric("*", step_metric="round")  # wandb's own steps only go up, and each line begins at round 1
 
     def log(self, round: int, figures: Mapping[str, float]) -> None:
-        self._run.log(dict(figures), step=round)
+        self._run.log({"round": round, **figures})
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, done: bool) -> None:
+        self._run.finish(exit_code=0 if done else 1)
 
 
 class MLflow:
-    """MLflow, in RUN/mlflow.db unless MLFLOW_TRACKING_URI says otherwise."""
+    """MLflow, in RUN/mlflow.db and RUN/mlruns unless MLFLOW_TRACKING_URI says otherwise."""
 
     def __init__(self, project: str, folder: Path, content: Mapping[str, Any]) -> None:
         self._mlflow = _module("mlflow")
         if "MLFLOW_TRACKING_URI" not in os.environ:
             self._mlflow.set_tracking_uri(f"sqlite:///{folder.resolve() / 'mlflow.db'}")
+            if self._mlflow.get_experiment_by_name(project) is None:
+                self._mlflow.create_experiment(project, artifact_location=(folder.resolve() / "mlruns").as_uri())
         self._mlflow.set_experiment(project)
         self._mlflow.start_run(run_name=folder.name)
         self._mlflow.log_dict(dict(content), "config.json")
@@ -90,8 +101,8 @@ class MLflow:
     def log(self, round: int, figures: Mapping[str, float]) -> None:
         self._mlflow.log_metrics(dict(figures), step=round)
 
-    def close(self) -> None:
-        self._mlflow.end_run()
+    def close(self, done: bool) -> None:
+        self._mlflow.end_run("FINISHED" if done else "FAILED")
 
 
 class Trackio:
@@ -104,7 +115,7 @@ class Trackio:
     def log(self, round: int, figures: Mapping[str, float]) -> None:
         self._trackio.log(dict(figures), step=round)
 
-    def close(self) -> None:
+    def close(self, done: bool) -> None:
         self._trackio.finish()
 
 
