@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
+import pkgutil
 import re
 import shlex
 import sys
 import types
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import typer
@@ -16,8 +16,9 @@ import yaml
 
 from conftest import ROOT
 from fedpref import cli
+from fedpref.algorithms import AnyAlgorithm
 
-DOCS = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md"])
+DOCS = sorted([*(ROOT / "docs").rglob("*.md"), ROOT / "README.md"])
 COMMANDS: Any = typer.main.get_command(cli.app)
 
 
@@ -49,7 +50,7 @@ def test_python_in_documents_runs(file: Path, tmp_path: Path, monkeypatch: pytes
         exec(compile(text, f"{file.name}", "exec"), module.__dict__)
 
 
-@pytest.mark.parametrize("file", DOCS, ids=lambda file: file.name)
+@pytest.mark.parametrize("file", DOCS, ids=lambda file: file.relative_to(ROOT).as_posix())
 def test_commands_in_documents_are_ours(file: Path) -> None:
     for line in "".join(blocks(file, "bash", "")).splitlines():
         if not line.startswith("fedpref "):
@@ -63,7 +64,7 @@ def test_commands_in_documents_are_ours(file: Path) -> None:
         command.make_context(words[1], rest, resilient_parsing=asks or "..." in line)
 
 
-@pytest.mark.parametrize("file", DOCS, ids=lambda file: file.name)
+@pytest.mark.parametrize("file", DOCS, ids=lambda file: file.relative_to(ROOT).as_posix())
 def test_links_in_documents_lead_somewhere(file: Path) -> None:
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", file.read_text()):
         assert (file.parent / target).exists(), f"{file.name}: {target}"
@@ -71,16 +72,22 @@ def test_links_in_documents_lead_somewhere(file: Path) -> None:
 
 def test_every_document_is_in_the_table_of_contents() -> None:
     content = yaml.safe_load(re.sub(r"!!python\S+", "", (ROOT / "mkdocs.yml").read_text()))
-    named = re.findall(r"'([\w-]+\.md)'", str(content["nav"]))
-    assert sorted(named) == sorted(file.name for file in (ROOT / "docs").glob("*.md"))
+    named = re.findall(r"'([\w/-]+\.md)'", str(content["nav"]))
+    assert sorted(named) == sorted(file.relative_to(ROOT / "docs").as_posix() for file in (ROOT / "docs").rglob("*.md"))
 
 
 def test_functions_that_documents_name_are_there() -> None:
     names = {name for file in DOCS for name in re.findall(r"`(fedpref(?:\.\w+)+)`", file.read_text())}
-    assert len(names) > 10
+    assert len(names) > 30
     for name in names:
-        module, _, attribute = name.rpartition(".")
-        assert hasattr(importlib.import_module(module), attribute), name
+        assert pkgutil.resolve_name(name), name
+
+
+def test_every_algorithm_is_described() -> None:
+    text = "".join(file.read_text() for file in (ROOT / "docs/algorithms").glob("*.md"))
+    names = [kind.name for kind in get_args(AnyAlgorithm)]
+    assert len(names) > 15
+    assert [name for name in names if f"`{name}`" not in text and f"## {name}" not in text] == []
 
 
 @pytest.mark.parametrize(("name", "command"), every_command(), ids=lambda part: part if isinstance(part, str) else "")

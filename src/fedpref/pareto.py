@@ -54,7 +54,7 @@ def plan_front(
     experiment = Experiment.load(config, overrides)
     objectives = experiment.task.objectives
     if len(objectives) < 2:
-        raise UserError(f"{config}: the task has one objective, there is nothing to trade. Give it several (docs/algorithms.md, firm).")
+        raise UserError(f"{config}: the task has one objective, there is nothing to trade. Give it several (docs/algorithms/firm.md).")
     if not hasattr(experiment.algorithm, "preference"):
         raise UserError(f"{config}: {experiment.algorithm.name} knows no preference over objectives. Take firm, scalarised or fsmgda.")
     if interpolates and len(objectives) != 2:

@@ -1,0 +1,77 @@
+"""Draw what the documents call expected curves: run a config of each paper's algorithm, and draw its report's charts as figures.
+
+python scripts/curves.py docs/figures --data FOLDER   # of a survey's rows, for PluralLLM; the others need none
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+
+from fedpref import Experiment, run
+from fedpref.reports import charts
+from fedpref.reports.read import Run, read
+
+WANTED: dict[str, tuple[list[str], list[Any]]] = {  # a config: overrides, charts
+    "demo": (["rounds=10", "evaluate_every=1"], [charts.learning, charts.held_out]),
+    "decdpo": (["evaluate_every=1"], [charts.consensus, charts.held_out]),
+    "fedpdpo": (["evaluate_every=1", "federation.newcomers=0", "references=[local]"], [charts.learning, charts.held_out]),
+    "firm": (["evaluate_every=1"], [charts.objectives, charts.learning]),
+    "pluralllm": ([], [charts.learning, charts.held_out]),
+}
+DASHES = {"dot": ":", "dash": "--"}
+
+
+def drawn(chart: charts.Chart, axes: Any) -> None:
+    """One chart, its lines and bands."""
+    low: Sequence[float] = ()
+    for trace in chart.data:
+        line = trace.get("line", {})
+        if "fill" in trace:
+            axes.fill_between(trace["x"], trace["y"], low, color=trace["fillcolor"], linewidth=0)
+        elif line.get("width") == 0:
+            low = trace["y"]
+        else:
+            faint = trace.get("opacity", 1.0)
+            label = trace["name"] if trace.get("showlegend", True) else None
+            style = DASHES.get(line.get("dash"), "-")
+            axes.plot(trace["x"], trace["y"], style, color=line["color"], alpha=faint, label=label, lw=0.7 if faint < 1 else 1.6)
+    axes.set(title=chart.title, xlabel=chart.layout["xaxis"]["title"]["text"], ylabel=chart.layout["yaxis"]["title"]["text"])
+    axes.set_yscale(chart.layout["yaxis"].get("type", "linear"))
+    axes.legend(frameon=False)
+
+
+def figure(one: Run, wanted: Sequence[Any], file: Path) -> None:
+    """The first chart of each kind, side by side."""
+    found = [next(iter(kind([one]))) for kind in wanted]
+    mpl.rcParams.update({"svg.hashsalt": "fedpref", "font.size": 8, "axes.spines.top": False, "axes.spines.right": False})
+    drawing, places = plt.subplots(1, len(found), figsize=(4.4 * len(found), 3.0), layout="constrained")
+    for chart, axes in zip(found, places, strict=True):
+        drawn(chart, axes)
+    drawing.savefig(file, metadata={"Date": None}, transparent=False)
+    plt.close(drawing)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--data", type=Path, help="where a survey's rows are, for PluralLLM; without it that is left out")
+    arguments = parser.parse_args()
+    for name, (overrides, wanted) in WANTED.items():
+        here = [f"data.path={arguments.data}"] if name == "pluralllm" else []
+        if name == "pluralllm" and arguments.data is None:
+            continue
+        with tempfile.TemporaryDirectory() as scratch:
+            result = run(Experiment.load(f"configs/{name}.yaml", [*overrides, *here]), Path(scratch) / name)
+            figure(read(result.path), wanted, arguments.output / f"curves-{name}.svg")
+        print(arguments.output / f"curves-{name}.svg", flush=True)
+
+
+if __name__ == "__main__":
+    main()
