@@ -50,7 +50,7 @@ SETTINGS = [
 
 def fedpref(*arguments: str) -> subprocess.CompletedProcess[str]:
     with_programs = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent)}  # a server finds engine_rounds.py there
-    command = [sys.executable, "-m", "fedpref.cli", *arguments]
+    command = [sys.executable, "-m", "fedpref", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=600, env=with_programs)
 
 
@@ -217,7 +217,7 @@ def survived(run: Path, made: dict[str, Path]) -> bool:
 def attempt(name: str, kit: Path, made: dict[str, Path], folder: Path, chance: random.Random) -> dict[str, object]:
     """One run in which a kit is killed once."""
     run = folder / "runs" / name
-    command = [sys.executable, "-m", "fedpref.cli", "submit", str(CONFIG), *SETTINGS, "--admin", str(made["admin@fedpref.org"])]
+    command = [sys.executable, "-m", "fedpref", "submit", str(CONFIG), *SETTINGS, "--admin", str(made["admin@fedpref.org"])]
     log = (folder / f"{name}.log").open("w")
     begun = time.monotonic()
     running = subprocess.Popen([*command, "--output", str(run)], stdout=log, stderr=subprocess.STDOUT)

@@ -367,7 +367,7 @@ def first_step() -> dict[str, float]:
     with tempfile.TemporaryDirectory() as place:
         file = Path(place) / "quick.yaml"
         file.write_text("rounds: 1\nalgorithm: {name: feddpo, local: {steps: 1}}\npartition: {max_clients: 2, name: natural}")
-        command = [sys.executable, "-m", "fedpref.cli"]
+        command = [sys.executable, "-m", "fedpref"]
         run = Path(place) / "run"
         subprocess.run([*command, "run", str(file), "--output", str(run)], check=True, capture_output=True)
         for left in ("metrics.jsonl", "evaluation.jsonl", "done"):

@@ -27,7 +27,7 @@ COMMON = ["rounds=3", "references=[]", "patience={seconds: 300, min_sites: 3}"]
 def fedpref(*arguments: str) -> None:
     """A command of fedpref's, as a user would give it."""
     print(f"\n$ fedpref {' '.join(arguments)}", flush=True)
-    subprocess.run([sys.executable, "-m", "fedpref.cli", *arguments], check=True)
+    subprocess.run([sys.executable, "-m", "fedpref", *arguments], check=True)
 
 
 def free_port() -> int:

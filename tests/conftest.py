@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # test runners are parallel already
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
@@ -112,6 +113,7 @@ def settings(tiny: Path, rows_file: Path) -> dict[str, Any]:
         "task": {"name": "preference", "model": {"path": str(tiny), "lora_r": 4, "dtype": "float32"}, "loss": {"name": "dpo", "beta": 0.5}},
         "algorithm": {"name": "feddpo", "local": {"steps": 2, "batch_size": 4, "learning_rate": 0.01}},
         "rounds": 3,
+        "workers": 1,
     }
 
 

@@ -190,7 +190,7 @@ def spec_needs_no_path(path: Path) -> bool:
 def test_the_demo_runs_in_a_fresh_process(tmp_path: Path) -> None:
     """The shipped model and data, shortened: one round, one step, three clients."""
     short = ["rounds=1", "algorithm.local.steps=1", "algorithm.local.batch_size=2", "references=[]", "partition.max_clients=2"]
-    command = [sys.executable, "-m", "fedpref.cli", "run", str(ROOT / "configs/demo.yaml"), *short, "--output", str(tmp_path / "run")]
+    command = [sys.executable, "-m", "fedpref", "run", str(ROOT / "configs/demo.yaml"), *short, "--output", str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -427,19 +426,18 @@ def test_what_does_not_fit_in_memory_lies_in_files_while_it_is_needed(
 def test_a_killed_run_ends_with_the_same_bits(settings: dict[str, Any], tmp_path: Path) -> None:
     from omegaconf import OmegaConf
 
-    content = {**settings, "rounds": 12, "federation": {"clients_per_round": 3}}
+    content = {**settings, "rounds": 12, "federation": {"clients_per_round": 3}, "workers": 2}
     OmegaConf.save(OmegaConf.create(content), tmp_path / "config.yaml")
-    command = [sys.executable, "-m", "fedpref.cli"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "fedpref"]
     run(config.parse(Experiment, content, "test"), tmp_path / "whole")
     broken = tmp_path / "broken"
-    process = subprocess.Popen([*command, "run", str(tmp_path / "config.yaml"), "--output", str(broken)], env=environment)
+    process = subprocess.Popen([*command, "run", str(tmp_path / "config.yaml"), "--output", str(broken)])
     while len(metrics(broken)) < 3 and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
     assert not (broken / "done").exists()
-    subprocess.run([*command, "resume", str(broken)], env=environment, check=True, capture_output=True)
+    subprocess.run([*command, "resume", str(broken)], check=True, capture_output=True)
     assert_same_adapter(tmp_path / "whole", broken)
     assert [row["round"] for row in metrics(broken)] == list(range(1, 13))
 

@@ -21,6 +21,9 @@ from fedpref.exporting import MANIFEST, export
 from fedpref.judging import SHARED, judge
 from fedpref.launch import happenings
 from fedpref.models.exported import load_model
+from fedpref.models.generation import merged
+from fedpref.models.parts import Parts
+from fedpref.reports.read import read
 from fedpref.rundirectory import EVALUATION, METRICS, RunDirectory
 from fedpref.running import Event
 from fedpref.trackers import tracked
@@ -242,3 +245,35 @@ def test_a_tracker_that_is_not_there_is_named(settings: dict[str, Any], tmp_path
     with pytest.raises(UserError, match="pip install wandb"):
         list(happenings(spec, RunDirectory(tmp_path / "run")))
     assert not (tmp_path / "run").exists()
+
+
+# ---- answers to be read
+
+
+def test_answers_are_drawn_from_the_whole_of_a_clients_model(settings: dict[str, Any], tmp_path: Path) -> None:
+    task = config.parse(Experiment, settings, "test").build_task()
+    rng = torch.Generator().manual_seed(0)
+    params = {**task.init(rng), **task.parts(Parts(bottleneck=4), rng)}
+    params = {name: tensor + 0.05 * torch.randn(tensor.shape, generator=rng) for name, tensor in params.items()}
+    task.export(params, tmp_path / "client")
+    ids = torch.tensor([[5, 17, 300, 8]])
+    model = task.language.model.get_base_model()
+    with torch.no_grad():
+        with task.language.model.disable_adapter():
+            before = model(ids).logits
+        with merged(task.language, params):
+            found = model(ids).logits
+        with task.language.model.disable_adapter():
+            assert torch.equal(model(ids).logits, before), "everything is put back"
+        expected = load_model(tmp_path / "client")(ids).logits
+    assert (found - before).abs().max() > 0.1
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_run_keeps_answers_before_and_after_where_they_are_asked_for(settings: dict[str, Any], tmp_path: Path) -> None:
+    algorithm = {"name": "fedpdpo", "local": LOCAL, "parts": {"bottleneck": 4}}
+    asked = {**settings, "task": {**settings["task"], "samples": 2}, "algorithm": algorithm, "rounds": 1}
+    samples = read(run(config.parse(Experiment, asked, "test"), tmp_path / "run").path).samples
+    assert sorted(samples) == [f"client-{i}" for i in range(4)]
+    assert all(len(rows) == 2 and rows[0]["prompt"].startswith("Human: Which thing") for rows in samples.values())
+    assert any(row["before"]["completion"] != row["after"]["completion"] for rows in samples.values() for row in rows)

@@ -180,7 +180,7 @@ def _line(name: str, experiment: Experiment, folder: RunDirectory, task: Task, s
         if last or (round + 1) % experiment.checkpoint_every == 0:
             folder.checkpoint(round + 1, state, engine)
         yield Event(name, "round", round + 1, experiment.rounds, figures)
-    _export(engine, algorithm.model(state), task, folder)
+    _export(experiment, engine, algorithm.model(state), task, folder)
     folder.finish(has_own=not all(isinstance(part, Mapping) for part in algorithm.model(state)))
 
 
@@ -211,14 +211,14 @@ def _evaluate(engine: Engine, model: Sequence[Any], names: Sequence[str], client
     return {"clients": rows, "summary": {m: over_clients(values, counts, low_is_good=m == "loss") for m, values in columns.items()}}
 
 
-def _export(engine: Engine, model: Sequence[Any], task: Task, folder: RunDirectory) -> None:
+def _export(experiment: Experiment, engine: Engine, model: Sequence[Any], task: Task, folder: RunDirectory) -> None:
     shared = merge(*(part for part in model if isinstance(part, Mapping)))
     if shared:
         task.export(shared, folder.path / "adapter")
     if not all(isinstance(part, Mapping) for part in model):
         engine.begin(engine.round, engine.clients, "evaluate")
         engine.each(export, "clients", *model)
-    if hasattr(task, "samples"):
+    if getattr(experiment.task, "samples", 0):
         engine.begin(engine.round, engine.clients, "evaluate")
         engine.each(sample, *model)
 

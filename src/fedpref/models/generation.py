@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fedpref.models.language import LanguageModel
+from fedpref.models.parts import NAMES, OWN_ADAPTER, OwnHead
 from fedpref.trees import Tree
 
 ROWS = 256  # answers drawn at a time
@@ -49,24 +50,40 @@ def generate(
 
 @contextmanager
 def merged(language: LanguageModel, params: Tree | None) -> Iterator[None]:
-    """The model with an adapter in its weights, which need their memory a second time; its weights are put back afterwards."""
-    parameters = dict(language.model.named_parameters())
-    kept: list[tuple[nn.Module, Tensor]] = []
+    """The model with its adapters in its weights, which need their memory a second time, and a client's own parts at its head.
+
+    Weights and head are put back afterwards.
+    """
+    given, model = params or {}, language.model.get_base_model()
+    first = next(iter(language.places))
+    adapters = [{name: given[prefix + name] for name in language.places} for prefix in ("", OWN_ADAPTER) if prefix + first in given]
+    after = {name: tensor for name, tensor in given.items() if name in NAMES}
+    kept: dict[Any, Tensor] = {}
     with language.model.disable_adapter():
         try:
-            for name, place in language.places.items() if params else ():
-                there, given = parameters[place].data, params[name]  # type: ignore[index]  # there are parameters
-                there.zero_()[tuple(map(slice, given.shape))] = given  # which may have a lower rank
-            for layer in language.model.modules() if params else ():
-                if hasattr(layer, "get_delta_weight") and layer.active_adapters:
-                    owner: Any = layer.get_base_layer()
-                    kept.append((owner, owner.weight))
-                    total = owner.weight.float() + layer.get_delta_weight("default").float()
-                    owner.weight = nn.Parameter(total.to(owner.weight.dtype), requires_grad=False)
+            for adapter in adapters:
+                for layer, change in _changes(language, adapter):
+                    kept.setdefault(layer, layer.weight)
+                    layer.weight = nn.Parameter((layer.weight.float() + change).to(layer.weight.dtype), requires_grad=False)
+            if after:
+                model.set_output_embeddings(OwnHead(language.head, after))
             yield
         finally:
-            for owner, weight in kept:
-                owner.weight = weight
+            for layer, weight in kept.items():
+                layer.weight = weight
+            if after:
+                model.set_output_embeddings(language.head)
+
+
+def _changes(language: LanguageModel, adapter: Tree) -> Iterator[tuple[Any, Tensor]]:
+    """Layers, and what an adapter adds to their weights."""
+    parameters = dict(language.model.named_parameters())
+    for name, place in language.places.items():
+        there = parameters[place].data
+        there.zero_()[tuple(map(slice, adapter[name].shape))] = adapter[name]  # which may have a lower rank
+    for layer in language.model.modules():
+        if hasattr(layer, "get_delta_weight") and layer.active_adapters:
+            yield layer.get_base_layer(), layer.get_delta_weight("default").float()
 
 
 def _draw(
@@ -106,10 +123,11 @@ def _next(
     language: LanguageModel, cache: Any, ids: Int[Tensor, "A t"], positions: Int[Tensor, "A t"], seen: Int[Tensor, "A T"] | None
 ) -> Float[Tensor, "A V"]:
     """The logits of what follows each row."""
-    hook = language.head.register_forward_pre_hook(lambda _, inputs: (inputs[0][:, -1:],))
+    model = language.model.get_base_model()
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0][:, -1:],))
     try:
         call = {"input_ids": ids, "position_ids": positions, "attention_mask": seen, "past_key_values": cache, "use_cache": True}
-        logits: Tensor = language.model.get_base_model()(**call).logits
+        logits: Tensor = model(**call).logits
         return logits[:, 0].float()
     finally:
         hook.remove()

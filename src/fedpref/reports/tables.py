@@ -101,13 +101,13 @@ def sample_table(path: Path, shown: int = 3) -> Table | None:
         table.add_column(title, ratio=1)
     for row in rows:
         prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
-        answers = [Text(row[name]["completion"].strip() + "\n" + _rewards(row[name]["rewards"])) for name in ("before", "after")]
+        answers = [Text("\n".join([row[name]["completion"].strip(), *_rewards(row[name]["rewards"])])) for name in ("before", "after")]
         table.add_row(Text(prompt.strip()), *answers)
     return table
 
 
-def _rewards(rewards: Mapping[str, float]) -> str:
-    return "[" + ", ".join(f"{name} {value:.2f}" for name, value in rewards.items()) + "]"
+def _rewards(rewards: Mapping[str, float]) -> list[str]:
+    return ["[" + ", ".join(f"{name} {value:.2f}" for name, value in rewards.items()) + "]"] if rewards else []
 
 
 def newcomer_table(pairs: Mapping[str, Mapping[str, int]], lines: Mapping[str, tuple[Metrics, Metrics]]) -> Table:

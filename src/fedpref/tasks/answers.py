@@ -9,14 +9,16 @@ from dataclasses import dataclass, replace
 from hashlib import blake2b
 from itertools import accumulate
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor
 
-from fedpref import trees
+from fedpref import seeds, trees
 from fedpref.data.preferences import ClientData, Row
+from fedpref.models.generation import Sampling, generate
 from fedpref.summary import ACCURACY
 from fedpref.tasks.learner import LanguageLearner, LanguageTask, Tokens
 from fedpref.tasks.task import BatchSize
@@ -24,6 +26,7 @@ from fedpref.trees import Tree
 
 POOL = 4  # a batch is drawn from this many times its size, so that its examples are of similar length
 SCORING_BATCH = 16  # examples of a batch where each is seen once
+SAMPLING = Sampling(max_completion_length=64, temperature=0.7)  # of answers that are drawn to be read
 
 PerExample = Float[Tensor, " B"]
 
@@ -33,6 +36,7 @@ class AnswerTask(LanguageTask):
     """Settings of every task on given answers."""
 
     reference: Literal["base", "round-start"] = "base"  # the model with its adapter off, or as the client received it this round
+    samples: Annotated[int, Field(ge=0)] = 0  # held-out prompts of a client to answer before training and after, kept to be read
 
 
 @dataclass(frozen=True)
@@ -169,6 +173,19 @@ class AnswerLearner(LanguageLearner):
                 sums[f"{ACCURACY}/{objective}"] = sums.get(f"{ACCURACY}/{objective}", 0.0) + value
         means = {name: value / counts.get(name.removeprefix(f"{ACCURACY}/"), len(shard.test)) for name, value in sums.items()}
         return means | {"num_examples": float(len(shard.test))}
+
+    def samples(self, params: Tree, shard: AnswerShard) -> list[dict[str, Any]]:
+        """The first held-out prompts, each with an answer of the backbone and one of the client's model, drawn alike."""
+        prompts = list(dict.fromkeys(example.prompt for example in shard.test))[: self.settings.samples]
+        texts = self.language.tokenizer.batch_decode([list(prompt) for prompt in prompts], skip_special_tokens=True)
+        found: list[dict[str, Any]] = [{"prompt": text} for text in texts]
+        for name, policy in (("before", None), ("after", params)):
+            rng = seeds.generator(0, f"samples/{shard.name}")
+            answers = generate(self.language, policy, prompts, 1, SAMPLING, rng) if prompts else []
+            said = self.language.tokenizer.batch_decode([list(answer) for answer in answers], skip_special_tokens=True)
+            for row, text in zip(found, said, strict=True):
+                row[name] = {"completion": text, "rewards": {}}
+        return found
 
     def choices(self, params: Tree, shard: AnswerShard) -> Float[Tensor, " n"]:
         return torch.cat([metrics[ACCURACY].cpu() for _, metrics in self._held_out(params, shard)])

@@ -1,3 +1,0 @@
-from fedpref.cli import main
-
-main()
