@@ -82,7 +82,9 @@ def test_summaries_over_clients_have_their_closed_forms() -> None:
 def test_the_standard_error_of_equal_clients_is_binomial() -> None:
     names = "abcd"
     error = standard_error(dict.fromkeys(names, 0.6), dict.fromkeys(names, 25))
-    assert error == pytest.approx(math.sqrt(0.6 * 0.4 / 100))
+    assert error == pytest.approx(math.sqrt(16 / 27 * 11 / 27 / 100))
+    assert error == pytest.approx(math.sqrt(0.6 * 0.4 / 100), rel=0.01)
+    assert standard_error({"a": 1.0}, {"a": 8}) == pytest.approx(math.sqrt(0.9 * 0.1 / 8)), "nobody is certain of eight pairs"
 
 
 def test_the_empty_chain_is_exact() -> None:

@@ -17,10 +17,11 @@ from typer.testing import CliRunner
 
 from conftest import ROOT
 from fedpref import Experiment, UserError, cli, config, run
-from fedpref.reports import charts
-from fedpref.reports.page import page, sections, told_apart, words, write_report
+from fedpref.reports import charts, methods
+from fedpref.reports.page import client_rows, newcomer_rows, page, sections, told_apart, words, write_report
 from fedpref.reports.read import Run, read
 from fedpref.rundirectory import EVALUATION, METRICS
+from fedpref.summary import ACCURACY
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 SCREENSHOTS = ROOT / "build/screenshots"
@@ -42,7 +43,7 @@ def runs(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> 
     contents = {
         "averaged": {"evaluate_every": 1, "references": ["local", "centralised"]},
         "gossip": {"algorithm": {"name": "decdpo", "local": local}, "network": {"topology": "ring"}},
-        "weighed": {"algorithm": {"name": "firm", "local": local}, "task": {**settings["task"], **objectives}},
+        "weighed": {"algorithm": {"name": "firm", "local": local}, "task": {**settings["task"], **objectives}, "evaluate_every": 1},
     }
     made = {}
     for name, content in contents.items():
@@ -59,13 +60,15 @@ def test_what_the_page_says_is_what_the_run_says(runs: dict[str, Run]) -> None:
     up, down = sum(values[c] > alone[c] for c in values), sum(values[c] < alone[c] for c in values)
     assert f"mean held-out pair accuracy is {mean:.1f}" in words(one)
     assert f"{up} clients gain, {down} lose" in words(one)
+    assert "over 4 clients: too few to tell it from none" in words(one)
     drawn = dict(sections([one], []))
     assert list(drawn) == ["What was learned", "Who gained, who lost", "What it cost"]
     (gain,) = charts.gains([one])
-    assert dict(zip(gain.data[0]["text"], gain.data[0]["y"], strict=True)) == {c: values[c] - alone[c] for c in values}
+    assert dict(zip(gain.data[0]["y"], gain.data[0]["x"], strict=True)) == pytest.approx({c: values[c] - alone[c] for c in values})
+    assert len(gain.data[0]["error_x"]["array"]) == 4
     (bars,) = charts.by_client([one])
     assert [trace["name"] for trace in bars.data] == ["feddpo", "alone", "pooled"]
-    assert dict(zip(bars.data[0]["x"], bars.data[0]["y"], strict=True)) == values
+    assert dict(zip(bars.data[0]["y"], bars.data[0]["x"], strict=True)) == values
     (over,) = charts.held_out([one])
     thin = [trace for trace in over.data if trace.get("legendgroup") == "clients"]
     assert len(thin) == 4
@@ -82,19 +85,23 @@ def test_what_the_page_says_is_what_the_run_says(runs: dict[str, Run]) -> None:
 
 
 def test_gossip_is_shown_against_its_bound_and_on_its_graph(runs: dict[str, Run]) -> None:
-    (chart,) = charts.consensus([runs["gossip"]])
+    (chart,) = methods.consensus([runs["gossip"]])
     after, before, bound = (np.array(trace["y"]) for trace in chart.data)
     assert (after <= bound * 1.2).all(), "they are estimates"
     assert (bound < before).all()
-    (drawn,) = charts.graph([runs["gossip"]])
+    (drawn,) = methods.graph([runs["gossip"]])
     assert len([end for end in drawn.data[0]["x"] if end is None]) == 4, "the links of a ring of four"
     assert drawn.data[1]["text"] == list(runs["gossip"].clients)
 
 
 def test_weights_of_objectives_and_a_front_are_shown(runs: dict[str, Run], tmp_path: Path) -> None:
-    (chart,) = charts.objectives([runs["weighed"]])
-    assert [trace["name"] for trace in chart.data] == ["first", "second"]
-    assert np.sum([trace["y"] for trace in chart.data], axis=0) == pytest.approx(np.ones(3))
+    reached, weights = methods.objectives([runs["weighed"]])
+    for chart in (reached, weights):
+        assert [trace["name"] for trace in chart.data] == ["first", "second"]
+    assert np.sum([trace["y"] for trace in weights.data], axis=0) == pytest.approx(np.ones(3))
+    last = runs["weighed"].line.evaluations[-1]["summary"]
+    assert reached.data[1]["y"][-1] == last["rewards/accuracies/second"]["mean"]
+    assert f"{last['rewards/accuracies/second']['mean']:.3f}" in page([runs["weighed"]])
     point = {"preference": [0.5, 0.5], "values": [0.2, 0.3], "beside": {}, "is_trained": True}
     found = {"objectives": ["a", "b"], "reference": [0, 0], "figures": {"hypervolume": 0.06}, "points": [point]}
     (tmp_path / "front.json").write_text(json.dumps(found))
@@ -119,7 +126,6 @@ def test_texts_of_a_run_are_text_in_the_page(runs: dict[str, Run], tmp_path: Pat
     text = page([read(place)])
     assert "&lt;b&gt;Why?&lt;/b&gt;" in text
     assert "<script>alert" not in text
-    assert charts.Chart("", "", [{"name": "</script>"}]).content["data"]
     assert "length 0.50" in text
 
 
@@ -153,6 +159,59 @@ def test_many_rounds_and_clients_fit_in_a_page(runs: dict[str, Run], tmp_path: P
     assert (place / "report.html").stat().st_size < 3e6
 
 
+def test_a_run_that_was_killed_in_a_reference_has_a_page(runs: dict[str, Run], tmp_path: Path) -> None:
+    place = tmp_path / "killed"
+    shutil.copytree(runs["averaged"].path, place)
+    shutil.rmtree(place / "references/centralised")
+    for name in ("done", EVALUATION):
+        (place / "references/local" / name).unlink()
+    text = page([read(place)])
+    assert "against training alone" not in text
+    assert "not finished" in text
+    rows = (runs["averaged"].path / "references/local" / EVALUATION).read_text().splitlines(keepends=True)
+    (place / "references/local" / EVALUATION).write_text(rows[0])
+    again = read(place)
+    first = {side: line.evaluations[0]["clients"] for side, line in (("mine", again.line), ("theirs", again.references["local"]))}
+    for name, gain in again.gains("local").items():
+        assert gain == pytest.approx(100 * (first["mine"][name][ACCURACY] - first["theirs"][name][ACCURACY])), "after as many rounds"
+
+
+def test_newcomers_are_no_clients_that_trained(settings: dict[str, Any], tmp_path: Path) -> None:
+    spec = config.parse(Experiment, {**settings, "federation": {"newcomers": ["client-3"], "join_steps": 1}}, "test")
+    one = read(run(spec, tmp_path / "run").path)
+    assert words(one).startswith("3 clients trained 3 of 3 rounds of feddpo, 1 joined afterwards")
+    assert [row[0] for row in client_rows([one])] == ["client-0", "client-1", "client-2"]
+    ((name, _, _, cells),) = newcomer_rows([one])
+    row = one.line.evaluations[-1]
+    assert name == "client-3"
+    assert cells == [f"{100 * row[when]['client-3'][ACCURACY]:.1f}" for when in ("newcomers_before", "newcomers")]
+
+
+@pytest.mark.parametrize("weighting", ["equal", "examples"])
+def test_the_bound_is_that_of_each_round(weighting: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    algorithm = {"name": "decdpo", "local": {"steps": 2, "batch_size": 3, "learning_rate": 0.01}}
+    federation = {"weighting": weighting, "clients_per_round": 3}
+    network = {"topology": "complete", "link_failure": 0.4}
+    content = {**settings, "algorithm": algorithm, "network": network, "federation": federation, "rounds": 6}
+    one = read(run(config.parse(Experiment, content, "test"), tmp_path / "run").path)
+    left = methods.left_by_mixing(one, one.line.metrics)
+    assert len(set(left)) > 1
+    for row, rho in zip(one.line.metrics, left, strict=True):
+        assert row["consensus_error"] <= 1.2 * rho**2 * row["consensus_error_before_mixing"] + 1e-12, "they are estimates"
+
+
+def named(runs: dict[str, Run], names: list[str], place: Path) -> Path:
+    """A run whose clients have other names."""
+    shutil.copytree(runs["averaged"].path, place)
+    other = dict(zip(runs["averaged"].clients, names, strict=True))
+    for file in (place / EVALUATION, *place.glob(f"references/*/{EVALUATION}")):
+        rows = [json.loads(row) for row in file.read_text().splitlines()]
+        file.write_text("".join(json.dumps({**row, "clients": {other[c]: r for c, r in row["clients"].items()}}) + "\n" for row in rows))
+    known = json.loads((place / "clients.json").read_text())
+    (place / "clients.json").write_text(json.dumps({other[client]: about for client, about in known.items()}))
+    return place
+
+
 # ---- a browser
 
 
@@ -162,9 +221,16 @@ def shown(runs: dict[str, Run], tmp_path_factory: pytest.TempPathFactory) -> Ite
     api = pytest.importorskip("playwright.sync_api")
     if not CHROMIUM:
         pytest.skip("there is no Chromium here; install it to have pages looked at")
-    file = tmp_path_factory.mktemp("page") / "report.html"
+    file = tmp_path_factory.mktemp("page") / "one.html"
     write_report([runs["averaged"].path], file)
-    other = write_report([runs["averaged"].path, runs["gossip"].path], file.with_name("both.html"))
+    write_report([runs["averaged"].path, runs["gossip"].path], file.with_name("both.html"))
+    names = [
+        "<!--<script>",
+        "1001",
+        "<b>bold</b> & <a href='http://there.example'>x</a>",
+        "$a name of very many words, which no chart has room for$",
+    ]
+    write_report([named(runs, names, file.with_name("odd"))], file.with_name("odd.html"))
     with api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
 
@@ -176,7 +242,7 @@ def shown(runs: dict[str, Run], tmp_path_factory: pytest.TempPathFactory) -> Ite
             opened.on(
                 "request", lambda request: None if request.url.startswith(("file:", "data:", "blob:")) else messages.append(request.url)
             )
-            opened.goto((file if which == "one" else other).as_uri())
+            opened.goto(file.with_name(f"{which}.html").as_uri())
             opened.wait_for_selector(".chart .main-svg")
             return opened, messages
 
@@ -184,9 +250,11 @@ def shown(runs: dict[str, Run], tmp_path_factory: pytest.TempPathFactory) -> Ite
         browser.close()
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "light"), (1280, "dark")])
-def test_a_browser_draws_every_chart(width: int, scheme: str, shown: Any) -> None:
-    opened, messages = shown(width, "both", scheme)
+@pytest.mark.parametrize(
+    ("width", "scheme", "which"), [(1280, "light", "both"), (390, "light", "both"), (1280, "dark", "both"), (390, "light", "odd")]
+)
+def test_a_browser_draws_every_chart(width: int, scheme: str, which: str, shown: Any) -> None:
+    opened, messages = shown(width, which, scheme)
     assert messages == []
     counts = opened.evaluate("""[...document.querySelectorAll('.chart')].map(
         (chart) => chart.querySelectorAll('.scatterlayer path, .barlayer path').length)""")
@@ -204,11 +272,18 @@ def test_a_browser_draws_every_chart(width: int, scheme: str, shown: Any) -> Non
     over = opened.evaluate("""[...document.querySelectorAll('.chart')].filter(
         (chart) => chart.querySelector('.main-svg').getBoundingClientRect().bottom > chart.getBoundingClientRect().bottom + 1).length""")
     assert over == 0, "no chart lies over what follows"
+    across = opened.evaluate("""[...document.querySelectorAll('.chart')].flatMap((chart) => {
+        const boxes = [...chart.querySelectorAll('.legendtext, .xtick text, .ytick text, .xtitle, .ytitle')]
+            .map((text) => [text.textContent, text.getBoundingClientRect()]).filter(([, box]) => box.width);
+        return boxes.flatMap(([one, a], k) => boxes.slice(k + 1).filter(([, b]) =>
+            a.left + 1 < b.right && b.left + 1 < a.right && a.top + 3 < b.bottom && b.top + 3 < a.bottom).map(([other]) => [one, other]));
+    })""")
+    assert across == [], "no label lies over another"
     ink, paper = (opened.evaluate(f"getComputedStyle(document.body).{name}") for name in ("color", "backgroundColor"))
     light, dark = (sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in ((paper, ink) if scheme == "light" else (ink, paper)))
     assert light > dark + 400
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
-    opened.screenshot(path=SCREENSHOTS / f"report-{width}-{scheme}.png", full_page=True)
+    opened.screenshot(path=SCREENSHOTS / f"report-{which}-{width}-{scheme}.png", full_page=True)
 
 
 def test_a_click_on_a_legend_hides_a_line(shown: Any) -> None:
@@ -219,6 +294,25 @@ def test_a_click_on_a_legend_hides_a_line(shown: Any) -> None:
     chart.locator(".legendtoggle").first.click()
     opened.wait_for_timeout(800)  # a second click within this time would be a double one
     assert chart.evaluate(lines) < before
+    assert messages == []
+
+
+def test_names_are_text_in_charts(shown: Any) -> None:
+    opened, messages = shown(1280, "odd")
+    assert messages == []
+    labels = opened.evaluate("[...document.querySelectorAll('.chart .ytick text')].map((text) => text.textContent)")
+    assert {"<!--<script>", "1001"} <= set(labels)
+    assert not opened.evaluate("document.querySelectorAll('.chart a').length")
+
+
+def test_a_printed_page_has_every_chart_whole(shown: Any, tmp_path: Path) -> None:
+    opened, messages = shown(1280)
+    opened.emulate_media(media="print")
+    opened.evaluate("dispatchEvent(new Event('beforeprint'))")
+    widths = opened.evaluate("[...document.querySelectorAll('.chart .main-svg:first-child')].map((chart) => chart.clientWidth)")
+    assert max(widths) <= 700
+    assert opened.evaluate("[...document.querySelectorAll('details')].every((part) => part.open)")
+    opened.pdf(path=tmp_path / "report.pdf")
     assert messages == []
 
 

@@ -189,3 +189,22 @@ def test_graphs_come_from_files(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=sentence):
             GraphFile(path=str(tmp_path / name)).graph(people, 0)
+
+
+def test_rho_with_weights_bounds_the_weighted_distance_from_the_mean() -> None:
+    draw = np.random.default_rng(0)
+    matrix = mixing(ErdosRenyi(probability=0.5).graph([str(i) for i in range(6)], 0))
+    weights = draw.uniform(0.1, 1.0, 6)
+    assert rho(matrix, [1.0] * 6) == pytest.approx(rho(matrix))
+
+    def spread(values: Any) -> float:
+        mean = np.average(values, weights=weights, axis=0)
+        return float(np.average((values - mean) ** 2, weights=weights, axis=0).sum())
+
+    ratios = []
+    for _ in range(2000):
+        values = draw.normal(size=(6, 1))
+        ratios.append(spread(matrix @ values) / spread(values))
+    bound = rho(matrix, weights.tolist()) ** 2
+    assert max(ratios) <= bound + 1e-12
+    assert max(ratios) > 0.9 * bound, "it is tight"

@@ -1,4 +1,4 @@
-"""What a run ran on: versions, machine, the commit of the code around it."""
+"""What a run ran on: versions, machine, commits of the code."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ import platform
 import subprocess
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 PACKAGES = ("fedpref", "torch", "transformers", "peft", "datasets", "numpy", "nvflare")
 
 
 def described() -> str:
-    """As JSON: `started`, `python`, `platform`, `processors`, `versions` of packages, and `commit` where the working folder has one."""
+    """As JSON: `started`, `python`, `platform`, `processors`, `versions` of packages, and `commits` of fedpref and of the working folder,
+    where these are checkouts.
+    """
+    places = {"fedpref": Path(__file__).parent, "working folder": Path.cwd()}
     versions = {}
     for name in PACKAGES:
         try:
@@ -26,15 +30,16 @@ def described() -> str:
         "platform": platform.platform(terse=True),
         "processors": os.cpu_count(),
         "versions": versions,
-        "commit": _commit(),
+        "commits": {name: commit for name, place in places.items() if (commit := _commit(place))},
     }
     return json.dumps(content, indent=1) + "\n"
 
 
-def _commit() -> str | None:
-    """The working folder's commit, with a + where files differ from it."""
+def _commit(place: Path) -> str | None:
+    """A folder's commit, with a + where files differ from it."""
+    command = ["git", "describe", "--always", "--abbrev=12", "--dirty=+"]
     try:
-        found = subprocess.run(["git", "describe", "--always", "--abbrev=12", "--dirty=+"], capture_output=True, text=True, timeout=10)
+        found = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return found.stdout.strip() or None

@@ -71,5 +71,9 @@ def over_clients(values: Mapping[str, float], counts: Mapping[str, int], *, low_
 
 
 def standard_error(accuracies: Mapping[str, float], counts: Mapping[str, int]) -> float:
-    """The standard error of the mean over clients of accuracies: binomial within clients, which are taken as given."""
-    return math.sqrt(sum(p * (1 - p) / counts[name] for name, p in accuracies.items())) / len(accuracies)
+    """The standard error of the mean over clients of accuracies: binomial within clients, which are taken as given.
+
+    Its p are (successes + 1) / (n + 2), as Laplace has them, so that a client with all pairs right is not taken for certain.
+    """
+    shares = {name: (p * counts[name] + 1) / (counts[name] + 2) for name, p in accuracies.items()}
+    return math.sqrt(sum(p * (1 - p) / counts[name] for name, p in shares.items())) / len(accuracies)

@@ -243,9 +243,16 @@ def refuse_disconnected(graphs: Sequence[Graph], names: Names, apart: Collection
         raise UserError(f"topology: nothing connects the clients {_some(names, sorted(smallest))} with the others. Add edges.")
 
 
-def rho(matrix: Matrix) -> float:
-    """The largest singular value of W - 11'/N: how much of the distance from the mean is left after one mixing, at most."""
-    return float(np.linalg.norm(matrix - 1 / len(matrix), 2))
+def rho(matrix: Matrix, weights: Sequence[float] = ()) -> float:
+    """The largest singular value of W - 11'/N: how much of the distance from the mean is left after one mixing, at most.
+
+    With `weights` the mean, and the root of the mean square of the distances from it, are weighted by them.
+    """
+    if not weights:
+        return float(np.linalg.norm(matrix - 1 / len(matrix), 2))
+    shares = np.asarray(weights) / np.sum(weights)
+    apart, roots = np.eye(len(matrix)) - shares, np.sqrt(shares)
+    return float(np.linalg.norm(roots[:, None] * (apart @ matrix @ apart) / roots, 2))
 
 
 def effective_diameter(graph: Graph) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,7 +14,10 @@ from urllib.parse import unquote
 from fedpref.errors import UserError
 from fedpref.experiment import Experiment, lines
 from fedpref.rundirectory import CLIENTS, CONFIG, ENVIRONMENT, EVALUATION, METRICS, SAMPLES, RunDirectory
-from fedpref.summary import HEADLINES, Headline, headline
+from fedpref.summary import ACCURACY, HEADLINES, Headline, headline, standard_error
+
+Clients = Mapping[str, Mapping[str, float]]  # client -> metric -> value
+Values = dict[str, float]  # client -> its value of the metric by which clients are compared, in that metric's unit
 
 
 @dataclass(frozen=True)
@@ -29,9 +33,9 @@ class Line:
         return [row[name] for row in self.metrics if name in row]
 
     @property
-    def last(self) -> Mapping[str, Mapping[str, float]]:
-        """Each client's metrics at the last evaluation."""
-        found: Mapping[str, Mapping[str, float]] = self.evaluations[-1]["clients"] if self.evaluations else {}
+    def last(self) -> Clients:
+        """Metrics at the last evaluation, of each client that takes part in training."""
+        found: Clients = self.evaluations[-1]["clients"] if self.evaluations else {}
         return found
 
 
@@ -57,9 +61,44 @@ class Run:
     def shown(self) -> Headline:
         return HEADLINES[self.metric]
 
-    def values(self, line: Line | None = None) -> dict[str, float]:
-        """Each client's last value of that metric, in its unit."""
+    def values(self, line: Line | None = None) -> Values:
+        """Each client's last value of that metric."""
         return {client: self.shown.scale * row[self.metric] for client, row in (line or self.line).last.items()}
+
+    def gains(self, reference: str) -> Values:
+        """Each client's value less what it has under a reference line, after as many rounds; nothing where both were not evaluated then."""
+        mine, theirs = self._beside(reference)
+        return {name: self.shown.scale * (row[self.metric] - theirs[name][self.metric]) for name, row in mine.items()}
+
+    def noise(self, reference: str) -> Values:
+        """Two standard errors of each gain, of the held-out pairs by which it was measured; nothing for metrics that are no accuracy."""
+        if self.metric != ACCURACY:
+            return {}
+        sides = self._beside(reference)
+        errors = [
+            {name: standard_error({name: row[ACCURACY]}, {name: int(row["num_examples"])}) for name, row in side.items()} for side in sides
+        ]
+        return {name: 2 * self.shown.scale * math.hypot(error, errors[1][name]) for name, error in errors[0].items()}
+
+    def _beside(self, reference: str) -> tuple[Clients, Clients]:
+        """Clients' metrics of this line and a reference at the last evaluation that both have after as many rounds."""
+        other = self.references.get(reference)
+        found = {row["round"]: row["clients"] for row in other.evaluations} if other else {}
+        mine = next((row for row in reversed(self.line.evaluations) if row["round"] in found), None)
+        return (mine["clients"], found[mine["round"]]) if mine else ({}, {})
+
+    @cached_property
+    def newcomers(self) -> dict[str, tuple[Values, Values]]:
+        """Of clients that joined after training: their values as they came and after their own steps, under each line that has them."""
+        rows = {line.name: line.evaluations[-1] for line in (self.line, *self.references.values()) if line.evaluations}
+        return {
+            name: (self._values(row["newcomers_before"]), self._values(row["newcomers"]))
+            for name, row in rows.items()
+            if "newcomers" in row
+        }
+
+    def _values(self, clients: Clients) -> Values:
+        return {client: self.shown.scale * row[self.metric] for client, row in clients.items()}
 
     @cached_property
     def samples(self) -> dict[str, list[dict[str, Any]]]:
@@ -69,17 +108,19 @@ class Run:
 
 
 def read(path: Path) -> Run:
-    """Read a run; raises UserError where there is none."""
+    """Read a run; raises UserError where there is none, or none that has begun."""
     folder = RunDirectory(path)
     if not (path / CONFIG).is_file():
         raise UserError(f"{path}: there is no run here (no {CONFIG}). Give the directory that `fedpref run` printed.")
+    if not (path / CLIENTS).is_file():
+        raise UserError(f"{path}: the run has not begun, nobody has said which clients there are (no {CLIENTS}).")
     experiment = Experiment.load(path / CONFIG)
-    known = json.loads((path / CLIENTS).read_text()) if (path / CLIENTS).exists() else {}
+    known = json.loads((path / CLIENTS).read_text())
+    places = {name: RunDirectory(path / sub) for name, (sub, _) in lines(experiment, max(1, len(known))).items()}
     found = {
-        name: Line(name, under.read_rows(METRICS), under.read_rows(EVALUATION))
-        for name, (sub, _) in lines(experiment, max(1, len(known))).items()
-        if (under := RunDirectory(path / sub)).path.exists()
+        name: Line(name, place.read_rows(METRICS), place.read_rows(EVALUATION)) for name, place in places.items() if place.path.exists()
     }
     environment = json.loads((path / ENVIRONMENT).read_text()) if (path / ENVIRONMENT).exists() else {}
     main = found.pop(experiment.algorithm.name)
-    return Run(path, experiment, known, main, found, environment, folder.done, experiment.name)
+    is_done = all(place.done for place in (folder, *places.values()))
+    return Run(path, experiment, known, main, found, environment, is_done, experiment.name)

@@ -56,7 +56,7 @@ def client_table(path: Path, evaluations: Mapping[str, Metrics]) -> Table:
     summaries = {line: over_clients(values, counts) for line, values in figures.items()}
     table.add_row("mean", trained, held, *(shown.text(summaries[line]["mean"]) for line in figures), style="bold")
     if metric == ACCURACY:
-        table.add_row("its standard error", "", "", *(shown.text(standard_error(figures[line], counts)) for line in figures))
+        table.add_row("standard error (pairs)", "", "", *(shown.text(standard_error(figures[line], counts)) for line in figures))
     if len(names) >= 4:
         small = names[len(names) // 2 :]
         part = [shown.text(sum(figures[line][name] for name in small) / len(small)) for line in figures]

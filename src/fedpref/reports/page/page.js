@@ -10,8 +10,9 @@ function layoutOf(chart, place) {
   layout.xaxis = { ...axis, ...layout.xaxis };
   layout.yaxis = { ...axis, ...layout.yaxis };
   if (layout.xaxis.title?.text === "round") {
-    const last = Math.max(...chart.data.flatMap((trace) => trace.x));
-    layout.xaxis.dtick = Math.max(1, Math.ceil(last / (width < 500 ? 6 : 12)));
+    const last = chart.data.reduce((most, trace) => trace.x.reduce((a, b) => Math.max(a, b), most), 0);
+    const least = last / (width < 500 ? 6 : 12);
+    layout.xaxis.dtick = [1, 2, 5, 10, 20, 25, 50, 100, 200, 500, 1000].find((step) => step >= least) ?? Math.ceil(least);
     layout.xaxis.tick0 = 0;
   }
   const named = chart.data.filter((trace) => trace.showlegend !== false && trace.name);
@@ -21,7 +22,7 @@ function layoutOf(chart, place) {
     plot_bgcolor: "rgba(0,0,0,0)",
     margin: { l: 50, r: 14, t: 10, b: 40 },
     showlegend: named.length > 1,
-    legend: { orientation: "h", y: -0.22, yanchor: "top", x: 0 },
+    legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0 },
     height: place.clientHeight,
     ...layout,
   };
@@ -34,5 +35,12 @@ function draw() {
   });
 }
 
+function print() {
+  document.querySelectorAll("details").forEach((part) => { part.open = true; });
+  charts.forEach((_, number) => Plotly.relayout(`chart-${number}`, { width: 660 }));
+}
+
 draw();
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+addEventListener("beforeprint", print);
+addEventListener("afterprint", draw);
