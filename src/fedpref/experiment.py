@@ -40,6 +40,7 @@ class Experiment:
     rounds: Count = 10
     seed: Annotated[int, Field(ge=0)] = 0
     evaluate_every: Annotated[int, Field(ge=0)] = 0  # rounds; 0: after the last one only
+    evaluate_on_start: bool = False  # before the first round too
     diagnostics: tuple[Diagnostic, ...] = ()  # measured with every evaluation; clients send what a method may keep private
     checkpoint_every: Count = 1  # rounds
     workers: Count | None = None  # processes of one thread; None: as many as processors; the result is the same for any number

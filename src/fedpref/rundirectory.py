@@ -74,8 +74,7 @@ class RunDirectory:
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Raise UserError while another process writes to this run."""
-        place = hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:24]
-        lock = FileLock(Path(tempfile.gettempdir()) / f"fedpref-{place}.lock", blocking=False)
+        lock = self._lock()
         try:
             lock.acquire()
         except Timeout as error:
@@ -85,6 +84,22 @@ class RunDirectory:
         finally:
             Path(lock.lock_file).unlink(missing_ok=True)
             lock.release()
+
+    @property
+    def is_held(self) -> bool:
+        """Whether a process of this machine writes to this run."""
+        lock = self._lock()
+        if not Path(lock.lock_file).exists():
+            return False
+        try:
+            with lock:
+                return False
+        except Timeout:
+            return True
+
+    def _lock(self) -> FileLock:
+        place = hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:24]
+        return FileLock(Path(tempfile.gettempdir()) / f"fedpref-{place}.lock", blocking=False)
 
     # ---- checkpoints
 

@@ -127,7 +127,8 @@ def events(
             note = f"{task.description}\n{_data(place.about)}{place.note}"
             yield Event(experiment.algorithm.name, "begin", 0, experiment.rounds, {}, note)
             for done in place.prepare(cache or folder.path / "cache"):
-                yield Event(experiment.algorithm.name, "prepare", done, len(place.about), {}, task.prepares)
+                if task.prepares:
+                    yield Event(experiment.algorithm.name, "prepare", done, len(place.about), {}, task.prepares)
             for name, (sub, line) in planned.items():
                 under = RunDirectory(folder.path / sub)
                 if sub and not under.path.exists():
@@ -151,6 +152,11 @@ def _line(name: str, experiment: Experiment, folder: RunDirectory, task: Task, s
     names = list(sizes)
     newcomers = experiment.federation.joining(names, experiment.seed)
     weights = experiment.federation.weights(sizes, experiment.seed)
+    trained = [i for i in engine.clients if i not in newcomers]
+    if experiment.evaluate_on_start and not folder.read_rows(EVALUATION):
+        row = _evaluate(engine, algorithm.model(state), names, trained)
+        folder.append(EVALUATION, {"round": 0, **row})
+        yield evaluated(name, experiment.rounds, {"round": 0, **row})
     for round in range(first, experiment.rounds):
         cohort, late = experiment.federation.cohort(weights, experiment.seed, round)
         engine.begin(round, cohort)
@@ -160,11 +166,12 @@ def _line(name: str, experiment: Experiment, folder: RunDirectory, task: Task, s
         figures = {**metrics, **engine.traffic.figures(), "seconds": time.perf_counter() - begun, **parts}
         _refuse_divergence(name, round, experiment, folder, {**metrics, **_norms(state)})
         folder.append(METRICS, {"round": round + 1, "clients": len(engine.active), "late": late + len(engine.left_out), **figures})
+        told = [Event(name, "round", round + 1, experiment.rounds, figures)]
         last = round + 1 == experiment.rounds
         if last or (experiment.evaluate_every and (round + 1) % experiment.evaluate_every == 0):
-            row = _evaluate(engine, algorithm.model(state), names, [i for i in engine.clients if i not in newcomers])
+            row = _evaluate(engine, algorithm.model(state), names, trained)
             if experiment.diagnostics:
-                engine.begin(round, [i for i in engine.clients if i not in newcomers and weights[i]], "evaluate")
+                engine.begin(round, [i for i in trained if weights[i]], "evaluate")
                 row["diagnostics"] = diagnose(engine, algorithm.model(state), tuple(start), experiment.diagnostics)
             if last and newcomers:
                 row["newcomers_before"] = _evaluate(engine, algorithm.model(state), names, newcomers)["clients"]
@@ -174,14 +181,18 @@ def _line(name: str, experiment: Experiment, folder: RunDirectory, task: Task, s
             for measured in (*row["clients"].values(), *row.get("newcomers", {}).values()):
                 _refuse_divergence(name, round, experiment, folder, measured)
             folder.append(EVALUATION, {"round": round + 1, **row})
-            metric = headline(row["summary"])
-            figures_of_all = {**row["summary"][metric], **row.get("diagnostics", {})}
-            yield Event(name, "evaluate", round + 1, experiment.rounds, figures_of_all, HEADLINES[metric].title)
+            told.append(evaluated(name, experiment.rounds, {"round": round + 1, **row}))
         if last or (round + 1) % experiment.checkpoint_every == 0:
             folder.checkpoint(round + 1, state, engine)
-        yield Event(name, "round", round + 1, experiment.rounds, figures)
+        yield from told
     _export(experiment, engine, algorithm.model(state), task, folder)
     folder.finish(has_own=not all(isinstance(part, Mapping) for part in algorithm.model(state)))
+
+
+def evaluated(line: str, total: int, row: Mapping[str, Any]) -> Event:
+    """What a row of an evaluation tells."""
+    metric = headline(row["summary"])
+    return Event(line, "evaluate", row["round"], total, {**row["summary"][metric], **row.get("diagnostics", {})}, HEADLINES[metric].title)
 
 
 def _norms(state: Any) -> dict[str, float]:

@@ -9,31 +9,31 @@ from typing import Any
 
 from fedpref.experiment import lines
 from fedpref.rundirectory import EVALUATION, METRICS, RunDirectory
-from fedpref.running import Event, existing_directory, read_experiment
-from fedpref.summary import HEADLINES, headline
+from fedpref.running import Event, evaluated, existing_directory, read_experiment
 
 
 def watched(path: Path, wait: Callable[[], None] = lambda: time.sleep(1.0)) -> Iterator[Event]:
     """What has happened in a run and what happens, until it is done; between looks there is a `wait`."""
     folder = existing_directory(path)
     experiment = read_experiment(folder)
+    told = False
     yield Event(experiment.algorithm.name, "begin", 0, experiment.rounds, {}, f"{path}: {experiment.name}")
     for name, (sub, _) in lines(experiment, 1).items():
         under, seen = RunDirectory(folder.path / sub), {METRICS: 0, EVALUATION: 0}
         while True:
             is_done = under.done
-            for kind in (METRICS, EVALUATION):
-                rows = under.read_rows(kind)
-                for row in rows[seen[kind] :]:
-                    yield _event(name, kind, row, experiment.rounds)
-                seen[kind] = len(rows)
+            rows = {kind: under.read_rows(kind)[count:] for kind, count in seen.items()}
+            events = [_event(name, kind, row, experiment.rounds) for kind, some in rows.items() for row in some]
+            yield from sorted(events, key=lambda event: event.done)  # a round before its evaluation
+            seen = {kind: count + len(rows[kind]) for kind, count in seen.items()}
             if is_done:
                 break
+            if not told and not folder.is_held:
+                told = True
+                note = f"no process on this machine is at work on it; if none is elsewhere, `fedpref resume {path}` takes it up"
+                yield Event(name, "begin", 0, experiment.rounds, {}, note)
             wait()
 
 
 def _event(line: str, kind: str, row: dict[str, Any], rounds: int) -> Event:
-    if kind == METRICS:
-        return Event(line, "round", row["round"], rounds, row)
-    metric = headline(row["summary"])
-    return Event(line, "evaluate", row["round"], rounds, row["summary"][metric], HEADLINES[metric].title)
+    return Event(line, "round", row["round"], rounds, row) if kind == METRICS else evaluated(line, rounds, row)

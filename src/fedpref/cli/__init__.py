@@ -29,9 +29,12 @@ def options(
 
 
 def main() -> None:
-    """Entry point: a mistake of the user's is a sentence and exit code 2."""
+    """Entry point: a mistake of the user's is a sentence and exit code 2; so is what the system refuses."""
     try:
         app()
-    except UserError as error:
-        Console(stderr=True).print(f"[bold red]error:[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True)
+    except BrokenPipeError:
+        sys.exit(1)  # who read what this prints has had enough
+    except (UserError, OSError) as error:
+        text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+        Console(stderr=True).print(f"[bold red]error:[/bold red] {escape(text)}", highlight=False, soft_wrap=True)
         sys.exit(2)

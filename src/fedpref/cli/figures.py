@@ -42,6 +42,7 @@ def watch(path: Annotated[Path, typer.Argument(help="The directory of a run that
     from fedpref.watching import watched
 
     show(watched(path), console)
+    console.print(f"the run is finished; `fedpref report {path}` writes its page", highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -36,7 +36,12 @@ def follow(happenings: Iterator[Event], folder: RunDirectory, opens: bool = Fals
     from fedpref.reports.tables import client_table, newcomer_table, objective_table, sample_table, sizes
     from fedpref.running import result
 
-    show(happenings, console)
+    try:
+        show(happenings, console)
+    except KeyboardInterrupt:
+        how = f"`fedpref resume {folder.path}` takes it up" if folder.path.exists() else "nothing had been written"
+        console.print(f"interrupted; {how}.", highlight=False, soft_wrap=True)
+        raise typer.Exit(130) from None
     outcome = result(folder)
     console.print(client_table(outcome.path, outcome.evaluations))
     if objectives := objective_table(outcome.evaluations):

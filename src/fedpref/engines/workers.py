@@ -7,6 +7,7 @@ import gc
 import io
 import multiprocessing
 import pickle
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -99,14 +100,16 @@ class Workers:
             raise failure
 
     def close(self) -> None:
-        """End the processes."""
+        """End the processes, whatever they are at."""
         for connection in self._connections:
             connection.close()
         for process in self._processes:
+            process.terminate()
             process.join()
 
 
 def _serve(connection: Connection, others: Sequence[Connection], job: Job, begin: Callable[[], None]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the parent ends the others
     for other in others:
         other.close()  # the parent's ends, which the fork copied: so that a worker sees its parent go
     torch.set_num_threads(1)
@@ -114,7 +117,7 @@ def _serve(connection: Connection, others: Sequence[Connection], job: Job, begin
     while True:
         try:
             kind, *content = pickle.loads(connection.recv_bytes())
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
             return
         if kind == "shared":
             (shared,) = content

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import defaultdict, deque
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from fedpref.reports.tables import TITLES, bytes_text
 from fedpref.summary import ACCURACY
@@ -14,21 +16,17 @@ from fedpref.summary import ACCURACY
 if TYPE_CHECKING:
     from fedpref.running import Event
 
-TRAINING = {"loss": "loss", ACCURACY: "accuracy", "rewards/margins": "margin", "error": "error"}
-UNITS = {"num_pairs": "pairs", "num_points": "points"}
+TRAINING = {"loss": "loss", ACCURACY: "accuracy", "rewards/margins": "margin", "reward": "reward", "kl": "KL", "error": "error"}
+UNITS = {"num_pairs": "pairs", "num_points": "points", "num_samples": "answers"}
 DIAGNOSTICS = {"pooled_loss": "pooled loss", "pooled_gradient_norm_squared": "squared gradient", "disagreement": "disagreement"}
+RECENT = 10  # rounds by which the time that is left is judged
 
 
 def show(happenings: Iterator[Event], console: Console) -> None:
     """Draw events until they end."""
-    columns = (
-        TextColumn("[bold]{task.description}"),
-        BarColumn(bar_width=16),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[figures]}"),
-        TextColumn("left"),
-        TimeRemainingColumn(elapsed_when_finished=False),
-    )
+    columns = (TextColumn("[bold]{task.description}"), BarColumn(bar_width=16), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"))
+    recent: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=RECENT))
+    held_out: dict[str, str] = {}
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         bars: dict[str, TaskID] = {}
         for event in happenings:
@@ -37,15 +35,25 @@ def show(happenings: Iterator[Event], console: Console) -> None:
                 continue
             text = _figures(event)
             title = event.note if event.kind == "prepare" else TITLES.get(event.line, event.line)
+            if event.kind == "round":
+                recent[title].append(event.figures["seconds"])
+                text += _left(event, recent[title])
             if not console.is_terminal:
                 if event.kind != "prepare" or event.done == event.total:
                     console.print(f"{title:12s} {event.kind} {event.done}/{event.total}  {text}", highlight=False, soft_wrap=True)
                 continue
-            if event.kind == "evaluate":
-                continue
             if title not in bars:
                 bars[title] = progress.add_task(title, total=event.total, figures="")
-            progress.update(bars[title], completed=event.done, figures=text)
+            if event.kind == "evaluate":
+                held_out[title] = f"held-out {event.figures['mean']:.3f}  "
+                continue
+            progress.update(bars[title], completed=event.done, figures=held_out.get(title, "") + text)
+
+
+def _left(event: Event, seconds: deque[float]) -> str:
+    """How long the line's rounds will take that are left, by those that were last; evaluations come on top."""
+    rounds = event.total - event.done
+    return f"  {timedelta(seconds=round(rounds * sum(seconds) / len(seconds)))} left" if rounds else ""
 
 
 def _figures(event: Event) -> str:

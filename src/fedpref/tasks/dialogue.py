@@ -133,7 +133,7 @@ class DialogueLearner(LanguageLearner):
 
     @property
     def prepares(self) -> str:
-        return "nothing"
+        return ""
 
     # ---- data
 
