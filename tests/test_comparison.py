@@ -76,10 +76,17 @@ def test_a_single_value_has_no_interval_and_newcomers_have_a_column(tmp_path: Pa
     assert text[3].endswith("| 50.0 to 70.0 |")
 
 
+def test_runs_of_one_name_and_seed_go_by_their_directories(tmp_path: Path) -> None:
+    rows = compare([finished(tmp_path / "first", "a", 0, {"x": 0.5}), finished(tmp_path / "second", "a", 0, {"x": 0.6})])
+    assert [row.name for row in rows] == ["first", "second"]
+    assert rows[1].gain is not None
+    assert rows[1].gain[0] == pytest.approx(10.0)
+
+
 def test_runs_that_cannot_be_compared_are_named(tmp_path: Path) -> None:
     one = finished(tmp_path / "one", "a", 0, {"x": 0.5})
-    with pytest.raises(UserError, match="same name 'a' and seed 0"):
-        compare([one, finished(tmp_path / "two", "a", 0, {"x": 0.5})])
+    with pytest.raises(UserError, match="have the same name and seed, and their directories have too"):
+        compare([one, finished(tmp_path / "other/one", "a", 0, {"x": 0.5})])
     with pytest.raises(UserError, match=r"b: its seeds \[1\]"):
         compare([one, finished(tmp_path / "three", "b", 1, {"x": 0.5})])
     with pytest.raises(UserError, match="c: its clients or their data"):

@@ -478,3 +478,12 @@ def test_losses_without_a_reference_need_no_scores(settings: dict[str, Any], tmp
     result = run(spec, tmp_path / "run")
     assert not (result.path / "cache").exists()
     assert PreferenceTask().loss.needs_reference
+
+
+def test_an_evaluation_before_the_first_round_changes_nothing_after_it(settings: dict[str, Any], tmp_path: Path) -> None:
+    plain, asked = (run(experiment(settings, evaluate_on_start=start), tmp_path / str(start)).path for start in (False, True))
+    assert_same_adapter(plain, asked)
+    rows = RunDirectory(asked).read_rows("evaluation.jsonl")
+    assert [row["round"] for row in rows] == [0, 3]
+    assert rows[1] == RunDirectory(plain).read_rows("evaluation.jsonl")[-1]
+    assert {row["rewards/accuracies"] for row in rows[0]["clients"].values()} == {0.5}, "an untrained adapter chooses nothing"

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 import torch
@@ -63,14 +66,14 @@ def test_adapters_load_in_peft_and_the_manifest_names_them(shared: Path, tiny: P
     manifest = json.loads((made / MANIFEST).read_text())
     assert manifest["base_model"] == str(tiny)
     assert manifest["adapters"] == [{"name": "shared", "path": "shared", "rank": 4, "left_out": []}]
-    assert "--lora-modules 'shared=shared'" in manifest["vllm"]
+    assert "--max-lora-rank 8 --lora-modules shared=shared" in manifest["vllm"]
     plain = log_probabilities(AutoPeftModelForCausalLM.from_pretrained(str(made / "shared")), made / "shared")
     assert torch.equal(plain, log_probabilities(load_model(shared / "adapter"), shared / "adapter"))
     base = transformers.AutoModelForCausalLM.from_pretrained(str(tiny))
     assert not torch.allclose(plain, log_probabilities(base, tiny), atol=1e-3), "it has learned something"
     top = front_matter(made / "shared")
     assert top["library_name"] == "peft"
-    assert top["base_model"] == str(tiny)
+    assert "base_model" not in top, "a folder of this machine is no model of the Hub"
     assert {"feddpo", "dpo", "lora"} <= set(top["tags"])
     mean = RunDirectory(shared).read_rows(EVALUATION)[-1]["summary"]["rewards/accuracies"]["mean"]
     assert f"{100 * mean:.1f} (mean over 4 clients)" in (made / "shared/README.md").read_text()
@@ -99,6 +102,32 @@ def test_clients_adapters_say_what_they_leave_out(personal: Path, tmp_path: Path
     assert entries["client-0"]["rank"] == 8, "the shared one and its own, as one"
     assert "not the whole of the client's model" in (made / "clients/client-0/README.md").read_text()
     AutoPeftModelForCausalLM.from_pretrained(str(made / "clients/client-0"))
+    for place in ("shared", "clients/client-0"):
+        assert "not measured" in (made / place / "README.md").read_text(), "the figure is of the whole model"
+
+
+def test_names_of_clients_stay_names(personal: Path, tmp_path: Path) -> None:
+    place = tmp_path / "run"
+    shutil.copytree(personal, place)
+    odd = "o'brien; touch x"
+    for old, new in (("client-0", odd), ("client-1", "shared")):
+        (place / "clients" / old).rename(place / "clients" / new)
+    manifest = json.loads((export(place, "peft", tmp_path / "out") / MANIFEST).read_text())
+    paths = {entry["name"]: entry["path"] for entry in manifest["adapters"]}
+    assert paths["shared by all"] == "shared"
+    assert paths["shared"] == "clients/shared"
+    assert f"{odd}=clients/{quote(odd, safe=' ')}" in shlex.split(manifest["vllm"])
+
+
+def test_a_card_of_the_shared_model_for_one_client_is_about_that_client(shared: Path, tmp_path: Path) -> None:
+    made = export(shared, "peft", tmp_path / "out", client="client-2")
+    text = (made / "clients/client-2/README.md").read_text()
+    value = RunDirectory(shared).read_rows(EVALUATION)[-1]["clients"]["client-2"]["rewards/accuracies"]
+    assert f"{100 * value:.1f} (of client-2)" in text
+    code = text.split("```python\n")[1].split("```")[0].replace("FOLDER", str(made / "clients/client-2"))
+    scope: dict[str, Any] = {}
+    exec(code, scope)
+    assert scope["model"] is not None
 
 
 def test_what_a_form_cannot_hold_is_refused_and_nothing_is_written(settings: dict[str, Any], shared: Path, tmp_path: Path) -> None:
@@ -137,6 +166,15 @@ def test_a_run_is_measured_on_any_file(shared: Path, personal: Path, rows_file: 
     assert one == {"client-2": each["client-2"]}
     with pytest.raises(UserError, match="there is no client 'x'"):
         judge(shared, Files(path=str(tmp_path / "pairs.jsonl")), "x")
+    own = judge(personal, Files(path=str(rows_file)), column="client")
+    assert [own[f"client-{k}"]["num_examples"] for k in range(4)] == [24, 16, 12, 9]
+    with pytest.raises(UserError, match="there is no client 'first'"):
+        judge(personal, Files(path=str(rows_file)), column="kind")
+    place = tmp_path / "bare"
+    shutil.copytree(shared, place)
+    shutil.rmtree(place / "checkpoints")
+    with pytest.raises(UserError, match="no longer there"):
+        judge(place, Files(path=str(tmp_path / "pairs.jsonl")))
     shown = CliRunner().invoke(cli.app, ["evaluate", str(shared), "--data", str(tmp_path / "pairs.jsonl"), "--json"])
     assert json.loads(shown.output)[SHARED] == pytest.approx(dict(found[SHARED]))
 
@@ -170,6 +208,14 @@ def test_a_watcher_sees_what_the_runner_saw(settings: dict[str, Any], tmp_path: 
     (tmp_path / "run/done").unlink()
     with pytest.raises(AssertionError, match="done"):
         list(watched(tmp_path / "run", must_not_wait))
+    notes: list[str] = []
+    events = watched(tmp_path / "run", must_not_wait)
+    with pytest.raises(AssertionError, match="done"):
+        notes.extend(event.note for event in events)
+    assert "no process on this machine is at work on it" in notes[-1]
+    with RunDirectory(tmp_path / "run").alone():
+        assert RunDirectory(tmp_path / "run").is_held
+    assert not RunDirectory(tmp_path / "run").is_held
     shown = CliRunner().invoke(cli.app, ["report", str(tmp_path / "run")])
     assert shown.exit_code == 0
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import tempfile
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 import yaml
 
@@ -18,12 +20,25 @@ from fedpref.experiment import Experiment
 from fedpref.models.language import BUILTIN
 from fedpref.models.parts import DOWN, FILE, HEAD, HEAD_DOWN, HEAD_UP, REWARD
 from fedpref.rundirectory import CLIENTS, EVALUATION, RunDirectory
-from fedpref.running import exported, read_experiment
+from fedpref.running import existing_directory, exported, read_experiment, refuse_opinions
 from fedpref.summary import HEADLINES, headline
 
 Form = Literal["peft", "merged", "gguf-ready"]
 MANIFEST = "manifest.json"
 ADAPTER = "adapter_model.safetensors"
+SHARED = "shared"
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM takes (its LoRAConfig)
+LOADS = {
+    "peft": """from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+
+model = AutoPeftModelForCausalLM.from_pretrained("FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")""",
+    "transformers": """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")""",
+}
 
 
 def export(path: Path, form: Form, output: Path, *, client: str | None = None) -> Path:
@@ -34,8 +49,10 @@ def export(path: Path, form: Form, output: Path, *, client: str | None = None) -
     """
     if output.exists():
         raise UserError(f"{output} exists already. Give another --output, or remove it.")
-    experiment = read_experiment(RunDirectory(path))
-    if not RunDirectory(path).done:
+    folder = existing_directory(path)
+    experiment = read_experiment(folder)
+    refuse_opinions(folder)
+    if not folder.done:
         raise UserError(f"{path}: the run is not finished. `fedpref resume {path}` finishes it.")
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".") as scratch:
@@ -54,29 +71,35 @@ def export(path: Path, form: Form, output: Path, *, client: str | None = None) -
 
 def _adapters(path: Path, output: Path, experiment: Experiment, client: str | None) -> None:
     """Every adapter of a run, or one client's, and a manifest."""
-    found = {} if client else {"shared": path / "adapter"}
-    found |= {unquote(folder.name): folder for sub in ("clients", "newcomers") for folder in sorted(path.glob(f"{sub}/*"))}
-    if client:
-        found = {client: exported(path, client)}
+    own = [(unquote(folder.name), folder) for sub in ("clients", "newcomers") for folder in sorted(path.glob(f"{sub}/*"))]
+    shared = [(None, path / "adapter")] if (path / "adapter" / ADAPTER).exists() else []
+    found: list[tuple[str | None, Path]] = [(client, exported(path, client))] if client else [*shared, *own]
+    if not found:
+        raise UserError(f"{path}: there are no adapters here; those of real sites have stayed there.")
     entries = []
-    for name, folder in found.items():
-        if not (folder / ADAPTER).exists():
-            continue
-        place = output / ("shared" if folder.parent == path and not client else f"clients/{folder.name}")
+    for name, folder in found:
+        place = output / (f"clients/{quote(name, safe=' ')}" if name else SHARED)
         place.mkdir(parents=True)
         for file in folder.iterdir():
             if file.name != FILE:
                 shutil.copyfile(file, place / file.name)
         left_out = sorted(trees.load(folder / FILE)) if (folder / FILE).exists() else []
-        (place / "README.md").write_text(card(path, experiment, name if name != "shared" else None, "peft", left_out))
-        rank = json.loads((folder / "adapter_config.json").read_text())["r"]
-        entries.append({"name": name, "path": str(place.relative_to(output)), "rank": rank, "left_out": left_out})
-    if not entries:
-        raise UserError(f"{path}: there are no adapters here; those of real sites have stayed there.")
-    base = json.loads((output / str(entries[0]["path"]) / "adapter_config.json").read_text())["base_model_name_or_path"]
-    modules = " ".join(f"'{entry['name']}={entry['path']}'" for entry in entries)
-    serve = f"vllm serve {base} --enable-lora --max-lora-rank {max(int(str(entry['rank'])) for entry in entries)} --lora-modules {modules}"
-    (output / MANIFEST).write_text(json.dumps({"base_model": base, "adapters": entries, "vllm": serve}, indent=1) + "\n")
+        (place / "README.md").write_text(card(path, experiment, name, "peft", left_out))
+        rank = int(json.loads((folder / "adapter_config.json").read_text())["r"])
+        title = name or (SHARED if SHARED not in dict(own) else f"{SHARED} by all")
+        entries.append({"name": title, "path": str(place.relative_to(output)), "rank": rank, "left_out": left_out})
+    base = json.loads((found[0][1] / "adapter_config.json").read_text())["base_model_name_or_path"]
+    largest = max(int(str(entry["rank"])) for entry in entries)
+    words = [
+        "vllm",
+        "serve",
+        base,
+        "--enable-lora",
+        "--max-lora-rank",
+        str(next((rank for rank in VLLM_RANKS if rank >= largest), largest)),
+    ]
+    words += ["--lora-modules", *(f"{entry['name']}={entry['path']}" for entry in entries)]
+    (output / MANIFEST).write_text(json.dumps({"base_model": base, "adapters": entries, "vllm": shlex.join(words)}, indent=1) + "\n")
 
 
 # ---- transformers
@@ -85,16 +108,19 @@ def _adapters(path: Path, output: Path, experiment: Experiment, client: str | No
 def _merged(folder: Path, output: Path, *, half: bool) -> None:
     """A folder of transformers with the adapter, and the client's own head, in its weights."""
     import torch
+    import transformers
     from peft import AutoPeftModelForCausalLM
-    from transformers import AutoTokenizer
 
+    transformers.utils.logging.disable_progress_bar()
     own = trees.load(folder / FILE) if (folder / FILE).exists() else {}
     if DOWN in own:
         raise UserError(
             f"{folder}: this client's model has a bottleneck behind the last layer, for which transformers has no place. "
             "Export it as peft, without it, or train with algorithm.parts.bottleneck: 0."
         )
-    model = AutoPeftModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).merge_and_unload()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of PEFT's use of transformers
+        model = AutoPeftModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).merge_and_unload()
     if head := {HEAD, HEAD_UP} & own.keys():
         layer = model.get_output_embeddings()
         weight = own[HEAD] if HEAD in head else layer.weight.detach() + own[HEAD_UP] @ own[HEAD_DOWN]
@@ -105,7 +131,7 @@ def _merged(folder: Path, output: Path, *, half: bool) -> None:
             untied.bias.data.copy_(layer.bias)
         model.set_output_embeddings(untied)
     model.to(torch.float16 if half else torch.float32).save_pretrained(str(output))
-    AutoTokenizer.from_pretrained(str(folder)).save_pretrained(str(output))
+    transformers.AutoTokenizer.from_pretrained(str(folder)).save_pretrained(str(output))
     if REWARD in own:
         trees.save({REWARD: own[REWARD]}, output / "reward_head.safetensors")
 
@@ -113,32 +139,33 @@ def _merged(folder: Path, output: Path, *, half: bool) -> None:
 # ---- the card
 
 
-def card(path: Path, experiment: Experiment, client: str | None, form: Form, left_out: list[str] | None = None) -> str:
-    """A model card: what Hugging Face reads at its top, and the run in words."""
-    row = RunDirectory(path).read_rows(EVALUATION)[-1]
+def card(path: Path, experiment: Experiment, client: str | None, form: Form, left_out: Sequence[str] = ()) -> str:
+    """A model card: what Hugging Face reads at its top, and the run in words; figures only where this very model was measured."""
     known = json.loads((path / CLIENTS).read_text())
-    metric = headline(row["summary"])
-    shown, rows = HEADLINES[metric], row["clients"] | row.get("newcomers", {})
-    model = experiment.task.model.path
-    name = f"{experiment.name}: {client}" if client else experiment.name
+    model, data = experiment.task.model.path, getattr(experiment.data, "path", None)
     loss = getattr(getattr(experiment.task, "loss", None), "name", experiment.task.name)
-    data = getattr(experiment.data, "path", None)
+    library = "peft" if form == "peft" else "transformers"
     top: dict[str, Any] = {
-        "library_name": "peft" if form == "peft" else "transformers",
+        "library_name": library,
         "pipeline_tag": "text-generation",
-        "base_model": "fedpref/builtin" if model == BUILTIN else model,
+        "base_model": model,
         "tags": ["fedpref", "federated-learning", "preference-alignment", experiment.algorithm.name, loss, "lora"],
         "license": "apache-2.0" if model == BUILTIN else "other",
     }
+    if Path(model).exists() or model == BUILTIN:
+        del top["base_model"]  # a folder of this machine, which the Hub does not know
     if data and not Path(data).exists():
         top["datasets"] = [data]
-    value = rows[client][metric] if client in rows else row["summary"][metric]["mean"]
-    whose = f"of {client}" if client in rows else f"mean over {len(row['clients'])} clients"
+    where = f", `{Path(data).name if Path(data).exists() else data}`" if data else ""
+    base = "the small model that comes with fedpref" if model == BUILTIN else f"`{Path(model).name if Path(model).exists() else model}`"
     lines = [
-        f"# {name}",
-        f"Trained by {experiment.algorithm.name} with [fedpref](https://pypi.org/project/fedpref) {__version__}: {len(known)} clients, "
-        f"{experiment.rounds} rounds, seed {experiment.seed}. No client's rows left it.",
-        _table({"held-out " + shown.caption: f"{shown.text(value)} ({whose})"} | _counts(known, client)),
+        f"# {experiment.name}: {client}" if client else f"# {experiment.name}",
+        f"Trained by {experiment.algorithm.name} with fedpref {__version__}: {len(known)} clients, "
+        f"{experiment.rounds} rounds, seed {experiment.seed}."
+        + (" All clients' rows were in one place." if experiment.algorithm.pooled else " No client's rows left it."),
+        f"Data: {experiment.data.name}{where}. Base model: {base}.",
+        _table(_figures(path, client, whole=not left_out) | _counts(known, client)),
+        f"```python\n{LOADS[library]}\n```",
     ]
     if top["license"] == "other":
         lines.append("The licence is that of the base model and of the data; say here which.")
@@ -149,9 +176,25 @@ def card(path: Path, experiment: Experiment, client: str | None, form: Form, lef
     return f"---\n{yaml.safe_dump(top, sort_keys=False)}---\n\n" + "\n\n".join(lines) + "\n"
 
 
+def _figures(path: Path, client: str | None, *, whole: bool) -> dict[str, str]:
+    """The held-out figure of a model: the client's own, or over all clients the one that they share, if it is their whole model."""
+    row = RunDirectory(path).read_rows(EVALUATION)[-1]
+    metric = headline(row["summary"])
+    rows = row["clients"] | row.get("newcomers", {})
+    title = "held-out " + HEADLINES[metric].caption
+    if client in rows and whole:
+        return {title: f"{HEADLINES[metric].text(rows[client][metric])} (of {client})"}
+    if client is None and not RunDirectory(path).has_own:
+        mean = HEADLINES[metric].text(row["summary"][metric]["mean"])
+        return {title: f"{mean} (mean over {len(row['clients'])} clients)"}
+    return {title: "not measured"}
+
+
 def _counts(known: Mapping[str, Mapping[str, int]], client: str | None) -> dict[str, str]:
-    some = [known[client]] if client is not None and client in known else list(known.values())
-    return {f"{title} examples": str(sum(about[side] for about in some)) for side, title in (("train", "training"), ("test", "held-out"))}
+    """Numbers of examples, of all clients or of one that took part."""
+    some = list(known.values()) if client is None else [known[client]] if client in known else []
+    titles = {"train": "training", "test": "held-out"}
+    return {f"{title} examples": str(sum(about[side] for about in some)) for side, title in titles.items() if some}
 
 
 def _table(rows: Mapping[str, str]) -> str:

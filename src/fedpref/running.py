@@ -14,6 +14,7 @@ from typing import Any, Literal
 from urllib.parse import quote, unquote
 
 from fedpref import config, seeds, trees
+from fedpref.data import Opinions
 from fedpref.diagnostics import diagnose, merge
 from fedpref.engines import Engine, Transport
 from fedpref.engines.clock import Clock
@@ -72,6 +73,12 @@ def read_experiment(folder: RunDirectory) -> Experiment:
     return Experiment.load(folder.path / CONFIG)
 
 
+def refuse_opinions(folder: RunDirectory) -> None:
+    """Raise UserError where a run has trained no language model."""
+    if isinstance(read_experiment(folder).data, Opinions):
+        raise UserError(f"{folder.path}: the run has trained a predictor of opinions; `fedpref reward` scores answers with it.")
+
+
 def result(folder: RunDirectory) -> Result:
     """What a finished run came to, from its directory."""
     names = list(lines(read_experiment(folder), 1).items())
@@ -83,6 +90,7 @@ def result(folder: RunDirectory) -> Result:
 def exported(path: str | Path, client: str | None = None) -> Path:
     """The folder of a finished run's shared model or of a client's own; raises UserError where there is none."""
     place = existing_directory(path).path
+    refuse_opinions(RunDirectory(place))
     own, later = ({unquote(folder.name): folder for folder in sorted(place.glob(f"{sub}/*"))} for sub in ("clients", "newcomers"))
     if not own and RunDirectory(place).has_own:
         raise UserError(f"{path}: every client has a model of its own, which has stayed at its site: SITE'S FOLDER/RUN/clients.")

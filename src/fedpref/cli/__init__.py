@@ -10,9 +10,16 @@ from rich.console import Console
 from rich.markup import escape
 
 from fedpref import __version__
-from fedpref.cli import figures, models, sites, training  # noqa: F401  # which register their commands
+from fedpref.cli import figures, models, sites, training
 from fedpref.cli.shared import app
 from fedpref.errors import UserError
+
+PANELS = {training: "Train", figures: "Look", models: "Use what was trained", sites: "Sites on other machines"}
+for module, panel in PANELS.items():
+    for command in [one for one in app.registered_commands if one.callback and one.callback.__module__ == module.__name__]:
+        app.registered_commands.remove(command)  # and to the end, so that they come in this order
+        app.registered_commands.append(command)
+        command.rich_help_panel = panel
 
 
 def _version(wanted: bool) -> None:

@@ -14,7 +14,7 @@ from fedpref.errors import UserError
 @app.command()
 def compare(
     runs: Annotated[
-        list[Path], typer.Argument(help="Finished runs; the first one's name is what others are compared with.", metavar="RUN...")
+        list[Path], typer.Argument(help="Finished runs; the first one's name is what others are compared with.", metavar="RUN")
     ],
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
     csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
@@ -47,7 +47,7 @@ def watch(path: Annotated[Path, typer.Argument(help="The directory of a run that
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Runs, or folders of fronts that `fedpref pareto` made.", metavar="RUN...")],
+    runs: Annotated[list[Path], typer.Argument(help="Runs, or folders of fronts that `fedpref pareto` made.", metavar="RUN")],
     output: Annotated[Path | None, typer.Option(help="The file; by default report.html in the run, or here for several.")] = None,
     opens: Annotated[bool, typer.Option("--open", help="Show it in a browser.")] = False,
 ) -> None:

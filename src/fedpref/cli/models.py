@@ -44,10 +44,11 @@ def evaluate(
     path: Annotated[Path, typer.Argument(help="The directory of a finished run.", metavar="RUN")],
     data: Annotated[str, typer.Option(help="Pairs: a JSONL, CSV or Parquet file, a dataset folder or a Hub id.")],
     client: Annotated[str | None, typer.Option(help="The client whose model is asked; by default each that has its own.")] = None,
+    column: Annotated[str | None, typer.Option(help="A column that says whose a row is: each is asked about its own.")] = None,
     split: Annotated[str, typer.Option(help="Of a dataset folder or Hub dataset.")] = "test",
     as_json: Annotated[bool, typer.Option("--json", help="Print all metrics as JSON.")] = False,
 ) -> None:
-    """Measure a run's models on any preference file.
+    """Measure a run's models on any preference file, all rows of it; nothing tells which of them the run has trained on.
 
     Example: fedpref evaluate runs/demo --data pairs.jsonl
     """
@@ -57,7 +58,7 @@ def evaluate(
     from fedpref.judging import judge
     from fedpref.reports.tables import metric_table
 
-    found = judge(path, Files(path=data, train_split=split), client)
+    found = judge(path, Files(path=data, train_split=split), client, column)
     if as_json:
         print(json.dumps(found, indent=1))
     else:
@@ -75,15 +76,18 @@ def export(
 
     Example: fedpref export runs/demo --format merged --output demo-model
     """
+    import json
     from typing import get_args
 
-    from fedpref.exporting import Form
+    from fedpref.exporting import MANIFEST, Form
     from fedpref.exporting import export as write
 
     if form not in get_args(Form):
         raise UserError(f"--format {form!r}: there are {', '.join(get_args(Form))}.")
     made = write(path, form, output or path.with_name(f"{path.name}-{form}"), client=client)  # type: ignore[arg-type]  # checked above
     console.print(f"{form}: {made}", highlight=False, soft_wrap=True)
+    if form == "peft" and any(entry["left_out"] for entry in json.loads((made / MANIFEST).read_text())["adapters"]):
+        console.print("Some are not the whole of their clients' models; the manifest and the cards say what is left out.", soft_wrap=True)
 
 
 @app.command()

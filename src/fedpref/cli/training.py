@@ -90,7 +90,10 @@ def sweep(
     from fedpref.sweep import plan
     from fedpref.sweep import sweep as runs_to_do
 
-    place = output or Path(f"runs/{Experiment.load(config, overrides or ()).name}-sweep")
+    spec = Experiment.load(config, overrides or ())
+    if spec.references:
+        console.print(f"references {', '.join(spec.references)} are left out; take them as variants: --variant {spec.references[0]}")
+    place = output or Path(f"runs/{spec.name}-sweep")
     runs = plan(config, variant or ["feddpo", "fedpdpo"], range(seeds), overrides or (), place)
     for path, happenings in runs_to_do(runs, place / "cache"):
         console.print(f"{path}", style="bold", highlight=False)

@@ -46,20 +46,19 @@ class Row:
 def compare(paths: Sequence[Path]) -> list[Row]:
     """Runs grouped by their name, in the order in which names first appear; the first is what the others are compared with.
 
+    Where two runs have one name and one seed, runs go by the names of their directories.
     For each seed, all names must have the same clients with the same data. Seeds may differ in them, as where clients are cut at random:
     then a client of one seed is nobody in another. Raises UserError when runs are unfinished or were not made on the same seeds and data.
     """
     groups: dict[str, dict[int, Path]] = defaultdict(dict)
-    for path in paths:
-        if not RunDirectory(path).done:
-            raise UserError(f"{path}: the run is not finished, or there is none. `fedpref resume {path}` finishes it.")
-        content = OmegaConf.load(path / CONFIG)
-        runs = groups[str(content.name)]
+    if unfinished := [path for path in paths if not RunDirectory(path).done]:
+        raise UserError(f"{unfinished[0]}: the run is not finished, or there is none. `fedpref resume {unfinished[0]}` finishes it.")
+    contents = {path: OmegaConf.load(path / CONFIG) for path in paths}
+    is_told_by_name = len({(str(content.name), content.seed) for content in contents.values()}) == len(contents)
+    for path, content in contents.items():
+        runs = groups[str(content.name) if is_told_by_name else path.resolve().name]
         if content.seed in runs:
-            raise UserError(
-                f"{path} and {runs[content.seed]} have the same name {content.name!r} and seed {content.seed}. "
-                "Runs of different settings need different names: set name=... when you run them."
-            )
+            raise UserError(f"{path} and {runs[content.seed]} have the same name and seed, and their directories have too. Rename one.")
         runs[content.seed] = path
     lines = [_line(name, {seed: runs[seed] for seed in sorted(runs)}) for name, runs in groups.items()]
     first = lines[0]

@@ -25,13 +25,19 @@ def sizes(path: Path) -> dict[str, dict[str, int]]:
 
 
 def metric_table(found: Metrics) -> Table:
-    """All metrics, a column for each client, or a row for each where they are many."""
-    table = Table()
-    table.add_column("")
-    for name in found:
-        table.add_column(Text(name), justify="right")
-    for metric in next(iter(found.values())):
-        table.add_row(metric, *(f"{row[metric]:.4g}" for row in found.values()))
+    """All metrics: a column for each client, or the most important ones in columns where clients are many."""
+    table, first = Table(), next(iter(found.values()))
+    if len(found) <= 4:
+        for name in ("", *found):
+            table.add_column(Text(name), justify="right" if name else "left", no_wrap=True)
+        for metric in first:
+            table.add_row(metric, *(f"{row[metric]:.4g}" for row in found.values()))
+        return table
+    shown = [metric for metric in (*HEADLINES, "rewards/margins", "kl", "loss", "num_examples") if metric in first]
+    for name in ("client", *shown):
+        table.add_column(name, justify="left" if name == "client" else "right")
+    for client, row in found.items():
+        table.add_row(Text(client), *(f"{row[metric]:.4g}" for metric in shown))
     return table
 
 
