@@ -39,7 +39,8 @@ def judge(run: str | Path, data: Files, client: str | None = None, column: str |
     rows = tuple(replace(row, side="test") for row in data.read())
     if not rows:
         raise UserError(f"{data.path}: there are no rows.")
-    whose = _by_client(rows, column) if column else dict.fromkeys([client] if client is not None else known, rows)
+    groups = _by_client(rows, column) if column else {SHARED: rows}
+    whose = list(groups) if column else known if client is None else [client]
     if unknown := [name for name in whose if name not in known]:
         raise UserError(f"{run}: there is no client {unknown[0]!r}; the clients are {known[:12]}.")
     if hasattr(spec.task, "evaluation_prompts"):
