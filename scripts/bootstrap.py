@@ -49,12 +49,13 @@ def main() -> None:
     wanted = fingerprint()
     if STAMP.exists() and STAMP.read_text() == wanted:
         return
-    print("setup: creating .venv and installing fedpref (about a minute; once) ...", flush=True)
+    print("setup: creating .venv and installing fedpref (some minutes; once) ...", flush=True)
     venv.create(VENV, with_pip=True, clear=True)
     install_torch()
     if not pip("-c", str(ROOT / "constraints.txt"), "-e", f"{ROOT}[dev]"):
         sys.exit("setup: pip could not install fedpref; its message stands above.")
     STAMP.write_text(wanted)
+    print("setup: done. `. .venv/bin/activate` puts the command fedpref on your path.", flush=True)
 
 
 if __name__ == "__main__":

@@ -15,14 +15,14 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 
 from fedpref import Experiment, run
-from fedpref.reports import charts
+from fedpref.reports import charts, methods
 from fedpref.reports.read import Run, read
 
 WANTED: dict[str, tuple[list[str], list[Any]]] = {  # a config: overrides, charts
     "demo": (["rounds=10", "evaluate_every=1"], [charts.learning, charts.held_out]),
-    "decdpo": (["evaluate_every=1"], [charts.consensus, charts.held_out]),
+    "decdpo": (["evaluate_every=1"], [methods.consensus, charts.held_out]),
     "fedpdpo": (["evaluate_every=1", "federation.newcomers=0", "references=[local]"], [charts.learning, charts.held_out]),
-    "firm": (["evaluate_every=1"], [charts.objectives, charts.learning]),
+    "firm": (["evaluate_every=1"], [methods.objectives]),
     "pluralllm": ([], [charts.learning, charts.held_out]),
 }
 DASHES = {"dot": ":", "dash": "--"}
@@ -48,8 +48,8 @@ def drawn(chart: charts.Chart, axes: Any) -> None:
 
 
 def figure(one: Run, wanted: Sequence[Any], file: Path) -> None:
-    """The first chart of each kind, side by side."""
-    found = [next(iter(kind([one]))) for kind in wanted]
+    """Two charts side by side: the first of each kind, or the first two of one."""
+    found = [chart for kind in wanted for chart in [*kind([one])][: 2 // len(wanted)]]
     mpl.rcParams.update({"svg.hashsalt": "fedpref", "font.size": 8, "axes.spines.top": False, "axes.spines.right": False})
     drawing, places = plt.subplots(1, len(found), figsize=(4.4 * len(found), 3.0), layout="constrained")
     for chart, axes in zip(found, places, strict=True):

@@ -15,7 +15,7 @@ import typer
 import yaml
 
 from conftest import ROOT
-from fedpref import cli
+from fedpref import Experiment, cli, config
 from fedpref.algorithms import AnyAlgorithm
 
 DOCS = sorted([*(ROOT / "docs").rglob("*.md"), ROOT / "README.md"])
@@ -62,6 +62,13 @@ def test_commands_in_documents_are_ours(file: Path) -> None:
             command, rest = command.commands[rest[0]], rest[1:]
         asks = any(getattr(parameter, "prompt", None) for parameter in command.params)
         command.make_context(words[1], rest, resilient_parsing=asks or "..." in line)
+
+
+def test_settings_in_documents_are_ours() -> None:
+    found = [(file.name, text) for file in DOCS for text in blocks(file, "yaml")]
+    assert len(found) > 3
+    for name, text in found:
+        config.parse(Experiment, yaml.safe_load(text), name)
 
 
 @pytest.mark.parametrize("file", DOCS, ids=lambda file: file.relative_to(ROOT).as_posix())
