@@ -6,16 +6,20 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from omegaconf import OmegaConf
 
 from conftest import ROOT, make_rows, write_rows
 from fedpref import Experiment, cli, config
 from fedpref.cli import shared
+from fedpref.reports.progress import show
+from fedpref.rundirectory import RunDirectory
+from fedpref.running import Event
 
 ROWS = make_rows([12, 10])
 Command = Callable[..., tuple[int, str]]
@@ -54,7 +58,32 @@ def test_a_run_ends_with_a_table_and_its_directory_and_loads_in_peft(fedpref: Co
     for part in ("client-3", "feddpo", "alone", "worst client", "Jain index", "run directory: out"):
         assert part in text
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), "out/adapter")
-    assert fedpref("resume", "out")[0] == 0
+    code, text = fedpref("resume", "out")
+    assert code == 0
+    assert "out: the run is finished" in text
+    for place in ("out", "out/config.yaml/page.html"):
+        code, text = fedpref("report", "out", "--output", place)
+        assert code == 2
+        assert text.startswith("error: ")
+
+
+def test_an_interruption_says_how_to_go_on(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    def stopped() -> Iterator[Event]:
+        yield Event("feddpo", "begin", 0, 2, {}, "")
+        raise KeyboardInterrupt
+
+    with pytest.raises(typer.Exit) as ended:
+        shared.follow(stopped(), RunDirectory(tmp_path))
+    assert ended.value.exit_code == 130
+    assert f"`fedpref resume {tmp_path}`" in capfd.readouterr().out.replace("\n", "")
+
+
+def test_the_time_left_is_that_of_the_last_rounds(capfd: pytest.CaptureFixture[str]) -> None:
+    figures = {"seconds": 30.0, "bytes_up": 0.0, "bytes_down": 0.0}
+    show((Event("feddpo", "round", done, 50, figures) for done in (1, 48)), shared.console)
+    out = capfd.readouterr().out
+    assert "0:24:30 left" in out
+    assert "0:01:00 left" in out
 
 
 def test_runs_without_a_name_of_their_own_go_to_runs(fedpref: Command, file: Path) -> None:
@@ -189,12 +218,20 @@ def spec_needs_no_path(path: Path) -> bool:
 
 def test_the_demo_runs_in_a_fresh_process(tmp_path: Path) -> None:
     """The shipped model and data, shortened: one round, one step, three clients."""
-    short = ["rounds=1", "algorithm.local.steps=1", "algorithm.local.batch_size=2", "references=[]", "partition.max_clients=2"]
+    short = [
+        "rounds=1",
+        "algorithm.local.steps=1",
+        "algorithm.local.batch_size=2",
+        "references=[]",
+        "partition.max_clients=2",
+        "partition.max_rows=40",
+    ]
     command = [sys.executable, "-m", "fedpref", "run", str(ROOT / "configs/demo.yaml"), *short, "--output", str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    assert "library" in done.stdout
+    assert "2 clients" in done.stdout
+    assert "answers to" in done.stdout
     (row,) = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
     assert row["num_pairs"] == 4
 

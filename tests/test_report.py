@@ -18,7 +18,9 @@ from typer.testing import CliRunner
 from conftest import ROOT
 from fedpref import Experiment, UserError, cli, config, run
 from fedpref.reports import charts, methods
-from fedpref.reports.page import client_rows, newcomer_rows, page, sections, told_apart, words, write_report
+from fedpref.reports.page import page, sections, told_apart, write_report
+from fedpref.reports.page.rows import client_rows, newcomer_rows
+from fedpref.reports.page.words import words
 from fedpref.reports.read import Run, read
 from fedpref.rundirectory import EVALUATION, METRICS
 from fedpref.summary import ACCURACY

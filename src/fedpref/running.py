@@ -90,7 +90,6 @@ def result(folder: RunDirectory) -> Result:
 def exported(path: str | Path, client: str | None = None) -> Path:
     """The folder of a finished run's shared model or of a client's own; raises UserError where there is none."""
     place = existing_directory(path).path
-    refuse_opinions(RunDirectory(place))
     own, later = ({unquote(folder.name): folder for folder in sorted(place.glob(f"{sub}/*"))} for sub in ("clients", "newcomers"))
     if not own and RunDirectory(place).has_own:
         raise UserError(f"{path}: every client has a model of its own, which has stayed at its site: SITE'S FOLDER/RUN/clients.")

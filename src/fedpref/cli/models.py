@@ -27,8 +27,9 @@ def generate(
     Example: fedpref generate runs/fedpdpo --client bakery "What goes well with soup?"
     """
     from fedpref.models.exported import generate as answer
-    from fedpref.running import exported
+    from fedpref.running import existing_directory, exported, refuse_opinions
 
+    refuse_opinions(existing_directory(path))
     folder = exported(path, client)
     try:
         text = sys.stdin.read().strip() if prompt is None else prompt
