@@ -57,7 +57,8 @@ class Processes:
     """Sites, and what was sent between them and their coordinator."""
 
     def __init__(self, hosts: Mapping[str, Host], folder: Path, modules: Sequence[str] = ()) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")  # processes of their own that need not import everything anew
+        context.set_forkserver_preload(["torch", "transformers", "peft", "fedpref.running"])
         self.sites, self.folder = list(hosts), folder
         self.connections: dict[str, Connection] = {}
         self.processes: dict[str, Any] = {}

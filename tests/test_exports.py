@@ -279,10 +279,13 @@ def test_tensorboard_reads_what_was_written(settings: dict[str, Any], tmp_path: 
 
     spec = config.parse(Experiment, {**settings, "report_to": ["tensorboard"], "workers": 1}, "test")
     list(happenings(spec, RunDirectory(tmp_path / "run")))
-    found = EventAccumulator(str(tmp_path / "run/tensorboard"))
-    found.Reload()
     rows = RunDirectory(tmp_path / "run").read_rows(METRICS)
-    assert [(one.step, one.value) for one in found.Scalars("feddpo/loss")] == [(row["round"], pytest.approx(row["loss"])) for row in rows]
+    again = tracked(iter([Event("feddpo", "round", 3, 3, {"loss": 0.25})]), ("tensorboard",), "mine", {}, tmp_path / "run")
+    assert len(list(again)) == 1
+    found = EventAccumulator(str(tmp_path / "run/tensorboard/feddpo"))
+    found.Reload()
+    losses = [row["loss"] for row in rows[:2]] + [0.25]
+    assert [(one.step, one.value) for one in found.Scalars("loss")] == [(k + 1, pytest.approx(loss)) for k, loss in enumerate(losses)]
 
 
 def test_a_tracker_that_is_not_there_is_named(settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

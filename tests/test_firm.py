@@ -37,7 +37,7 @@ def dialogue(settings: dict[str, Any]) -> dict[str, Any]:
     task = {"name": "dialogue", "model": settings["task"]["model"], "rewards": REWARDS, "num_generations": 3}
     task |= {"sampling": {"max_completion_length": 8}, "evaluation_prompts": 4}
     local = {"steps": 2, "batch_size": 3, "learning_rate": 0.01}
-    return deepcopy({"data": settings["data"], "task": task, "algorithm": {"name": "firm", "local": local}, "rounds": 2})
+    return deepcopy({"data": settings["data"], "task": task, "algorithm": {"name": "firm", "local": local}, "rounds": 2, "workers": 1})
 
 
 @pytest.fixture

@@ -14,7 +14,11 @@ from conftest import make_rows, write_rows
 from fedpref import Experiment, UserError, config, run, trees
 from fedpref.cli import app
 from fedpref.data import Files
+from fedpref.exporting import export
 from fedpref.newcomers import personalise
+from fedpref.reports.page.rows import newcomer_rows
+from fedpref.reports.page.words import words
+from fedpref.reports.read import read
 from fedpref.rundirectory import EVALUATION, METRICS
 from fedpref.running import exported
 
@@ -127,5 +131,12 @@ def test_from_the_command_line(settings: dict[str, Any], later: Path, tmp_path: 
     joined = CliRunner().invoke(app, ["personalise", str(tmp_path / "run"), "--data", str(later), "--name", "x y", "--steps", "2"])
     assert joined.exit_code == 0, joined.output
     assert "x y" in joined.output
+    one = read(tmp_path / "run")
+    (row,) = (row for row in newcomer_rows([one]) if row[0] == "x y")
+    figures = one.joined["x y"]["after"]
+    assert row[3][1] == f"{100 * figures['rewards/accuracies']:.1f}"
+    assert f"{sum(len(some) for some, _ in one.newcomers.values())} joined afterwards" in words(one)
+    made = export(tmp_path / "run", "peft", tmp_path / "out", client="x y")
+    assert f"training examples | {one.joined['x y']['train']} |" in (made / "clients/x y/README.md").read_text()
     said = CliRunner().invoke(app, ["generate", str(tmp_path / "run"), "A lamp?", "--client", "x y", "--max-new-tokens", "3"])
     assert said.exit_code == 0, said.output

@@ -19,7 +19,7 @@ from fedpref.errors import UserError
 from fedpref.experiment import Experiment
 from fedpref.models.language import BUILTIN
 from fedpref.models.parts import DOWN, FILE, HEAD, HEAD_DOWN, HEAD_UP, REWARD
-from fedpref.rundirectory import CLIENTS, EVALUATION, RunDirectory
+from fedpref.rundirectory import CLIENTS, EVALUATION, NEWCOMERS, RunDirectory
 from fedpref.running import existing_directory, exported, read_experiment, refuse_opinions
 from fedpref.summary import HEADLINES, headline
 
@@ -141,7 +141,7 @@ def _merged(folder: Path, output: Path, *, half: bool) -> None:
 
 def card(path: Path, experiment: Experiment, client: str | None, form: Form, left_out: Sequence[str] = ()) -> str:
     """A model card: what Hugging Face reads at its top, and the run in words; figures only where this very model was measured."""
-    known = json.loads((path / CLIENTS).read_text())
+    known, joined = json.loads((path / CLIENTS).read_text()), {row["client"]: row for row in RunDirectory(path).read_rows(NEWCOMERS)}
     model, data = experiment.task.model.path, getattr(experiment.data, "path", None)
     loss = getattr(getattr(experiment.task, "loss", None), "name", experiment.task.name)
     library = "peft" if form == "peft" else "transformers"
@@ -164,7 +164,7 @@ def card(path: Path, experiment: Experiment, client: str | None, form: Form, lef
         f"{experiment.rounds} rounds, seed {experiment.seed}."
         + (" All clients' rows were in one place." if experiment.algorithm.pooled else " No client's rows left it."),
         f"Data: {experiment.data.name}{where}. Base model: {base}.",
-        _table(_figures(path, client, whole=not left_out) | _counts(known, client)),
+        _table(_figures(path, joined, client, whole=not left_out) | _counts(known if client is None else known | joined, client)),
         f"```python\n{LOADS[library]}\n```",
     ]
     if top["license"] == "other":
@@ -176,11 +176,11 @@ def card(path: Path, experiment: Experiment, client: str | None, form: Form, lef
     return f"---\n{yaml.safe_dump(top, sort_keys=False)}---\n\n" + "\n\n".join(lines) + "\n"
 
 
-def _figures(path: Path, client: str | None, *, whole: bool) -> dict[str, str]:
+def _figures(path: Path, joined: Mapping[str, Any], client: str | None, *, whole: bool) -> dict[str, str]:
     """The held-out figure of a model: the client's own, or over all clients the one that they share, if it is their whole model."""
     row = RunDirectory(path).read_rows(EVALUATION)[-1]
     metric = headline(row["summary"])
-    rows = row["clients"] | row.get("newcomers", {})
+    rows = row["clients"] | row.get("newcomers", {}) | {name: later["after"] for name, later in joined.items()}
     title = "held-out " + HEADLINES[metric].caption
     if client in rows and whole:
         return {title: f"{HEADLINES[metric].text(rows[client][metric])} (of {client})"}

@@ -16,7 +16,7 @@ from fedpref.data import IID, Files, Natural, Opinions
 from fedpref.engines import Simulation
 from fedpref.engines.workers import keep_freed_memory, one_thread
 from fedpref.errors import UserError
-from fedpref.rundirectory import CLIENTS
+from fedpref.rundirectory import CLIENTS, NEWCOMERS
 from fedpref.running import evaluate, existing_directory, export, read_experiment
 
 FOLDER = "newcomers"
@@ -72,5 +72,10 @@ def personalise(
             state = algorithm.join(engine, state, steps or spec.federation.join_steps)
             after = engine.disclose(engine.each(evaluate, *algorithm.model(state)))
             engine.each(export, FOLDER, *algorithm.model(state))
-    sizes = [(len(shard.train), len(shard.test)) for shard in shards]
-    return {client: Newcomer(*sizes[i], before[i], after[i], place) for i, (client, place) in enumerate(places.items())}
+    for i, client in enumerate(places):
+        sizes = {"train": len(shards[i].train), "test": len(shards[i].test)}
+        folder.append(NEWCOMERS, {"client": client, **sizes, "before": before[i], "after": after[i]})
+    return {
+        client: Newcomer(len(shards[i].train), len(shards[i].test), before[i], after[i], place)
+        for i, (client, place) in enumerate(places.items())
+    }

@@ -55,19 +55,26 @@ def _module(name: str) -> Any:
 
 
 class TensorBoard:
-    """Event files in RUN/tensorboard."""
+    """Event files in RUN/tensorboard, a folder for each line, so that lines lie over one another; what a resumed run does again replaces
+    what stood there.
+    """
 
     def __init__(self, project: str, folder: Path, content: Mapping[str, Any]) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer: Any = SummaryWriter(str(folder / "tensorboard"))
+        self._folder = folder / "tensorboard"
+        self._writers: dict[str, Any] = {}
 
     def log(self, round: int, figures: Mapping[str, float]) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
         for name, value in figures.items():
-            self._writer.add_scalar(name, value, round)
+            line, metric = name.split("/", 1)
+            if line not in self._writers:
+                self._writers[line] = SummaryWriter(str(self._folder / line), purge_step=round)
+            self._writers[line].add_scalar(metric, value, round)
 
     def close(self, done: bool) -> None:
-        self._writer.close()
+        for writer in self._writers.values():
+            writer.close()
 
 
 class WandB:

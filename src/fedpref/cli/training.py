@@ -162,6 +162,7 @@ def personalise(
     """
     from fedpref.data import Files
     from fedpref.newcomers import personalise as join
+    from fedpref.reports.page import REPORT, write_report
     from fedpref.reports.tables import newcomer_table
 
     joined = join(path, Files(path=data), column=column, name=name, steps=steps)
@@ -169,3 +170,4 @@ def personalise(
     before, after = ({client: getattr(one, when) for client, one in joined.items()} for when in ("before", "after"))
     console.print(newcomer_table(sizes, {str(path): (before, after)}))
     console.print(f"their models: {path}/newcomers", highlight=False, soft_wrap=True)
+    console.print(f"report: {write_report([path], path / REPORT)}", highlight=False, soft_wrap=True)

@@ -13,7 +13,7 @@ from urllib.parse import unquote
 
 from fedpref.errors import UserError
 from fedpref.experiment import Experiment, lines
-from fedpref.rundirectory import CLIENTS, CONFIG, ENVIRONMENT, EVALUATION, METRICS, SAMPLES, RunDirectory
+from fedpref.rundirectory import CLIENTS, CONFIG, ENVIRONMENT, EVALUATION, METRICS, NEWCOMERS, SAMPLES, RunDirectory
 from fedpref.summary import ACCURACY, HEADLINES, Headline, headline, standard_error
 
 Clients = Mapping[str, Mapping[str, float]]  # client -> metric -> value
@@ -88,14 +88,27 @@ class Run:
         return (mine["clients"], found[mine["round"]]) if mine else ({}, {})
 
     @cached_property
+    def sizes(self) -> dict[str, Mapping[str, Any]]:
+        """Numbers of examples of all clients, those too that joined when the run was over."""
+        return {**self.clients, **self.joined}
+
+    @cached_property
+    def joined(self) -> dict[str, dict[str, Any]]:
+        """Clients that joined when the run was over."""
+        return {row["client"]: row for row in RunDirectory(self.path).read_rows(NEWCOMERS)}
+
+    @cached_property
     def newcomers(self) -> dict[str, tuple[Values, Values]]:
         """Of clients that joined after training: their values as they came and after their own steps, under each line that has them."""
-        rows = {line.name: line.evaluations[-1] for line in (self.line, *self.references.values()) if line.evaluations}
-        return {
-            name: (self._values(row["newcomers_before"]), self._values(row["newcomers"]))
-            for name, row in rows.items()
-            if "newcomers" in row
-        }
+        found = {}
+        for line in (self.line, *self.references.values()):
+            row = line.evaluations[-1] if line.evaluations else {}
+            later = self.joined if line is self.line else {}
+            before = row.get("newcomers_before", {}) | {client: one["before"] for client, one in later.items()}
+            after = row.get("newcomers", {}) | {client: one["after"] for client, one in later.items()}
+            if after:
+                found[line.name] = (self._values(before), self._values(after))
+        return found
 
     def _values(self, clients: Clients) -> Values:
         return {client: self.shown.scale * row[self.metric] for client, row in clients.items()}

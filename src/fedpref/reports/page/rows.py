@@ -66,7 +66,7 @@ def joined(runs: Sequence[Run]) -> list[tuple[str, Column]]:
 def newcomer_rows(runs: Sequence[Run]) -> list[tuple[str, str, str, list[str]]]:
     """A row for each client that joined after training."""
     columns = [column for _, column in joined(runs)]
-    known = {name: run.clients[name] for run, values, _ in columns for name in values}
+    known = {name: run.sizes[name] for run, values, _ in columns for name in values}
     return [(name, *_sizes(known[name]), _cells(columns, name)) for name in sorted(known)]
 
 

@@ -108,7 +108,7 @@ def facts(run: Run) -> dict[str, str]:
     versions = {"python": here.get("python", ""), **here.get("versions", {})}
     trained = [run.clients[name] for name in run.line.last]
     train, test = (sum(about[side] for about in trained) for side in ("train", "test"))
-    later = len(run.clients) - len(trained)
+    later = len(run.sizes) - len(trained)
     model = spec.task.model.path
     return {
         "algorithm": f"{spec.algorithm.name}: {_first_line(spec.algorithm)}",
