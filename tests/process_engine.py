@@ -22,6 +22,13 @@ from fedpref.places import Share
 NUMBERS = count()
 
 
+def other_processes() -> Any:
+    """For processes of their own, which need not import everything anew."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "transformers", "peft", "fedpref.running"])
+    return context
+
+
 class Relayed:
     """The way to other sites, through the parent."""
 
@@ -57,8 +64,7 @@ class Processes:
     """Sites, and what was sent between them and their coordinator."""
 
     def __init__(self, hosts: Mapping[str, Host], folder: Path, modules: Sequence[str] = ()) -> None:
-        context = multiprocessing.get_context("forkserver")  # processes of their own that need not import everything anew
-        context.set_forkserver_preload(["torch", "transformers", "peft", "fedpref.running"])
+        context = other_processes()
         self.sites, self.folder = list(hosts), folder
         self.connections: dict[str, Connection] = {}
         self.processes: dict[str, Any] = {}

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -27,6 +25,7 @@ from fedpref.local import Descent, descend
 from fedpref.rundirectory import RunDirectory
 from fedpref.running import evaluate, events, new_directory
 from fedpref.tasks import BatchSize, PreferenceTask
+from process_engine import other_processes
 
 
 def experiment(settings: dict[str, Any], **changes: Any) -> Experiment:
@@ -424,20 +423,18 @@ def test_what_does_not_fit_in_memory_lies_in_files_while_it_is_needed(
 
 
 def test_a_killed_run_ends_with_the_same_bits(settings: dict[str, Any], tmp_path: Path) -> None:
-    from omegaconf import OmegaConf
-
-    content = {**settings, "rounds": 12, "federation": {"clients_per_round": 3}, "workers": 2}
-    OmegaConf.save(OmegaConf.create(content), tmp_path / "config.yaml")
-    command = [sys.executable, "-m", "fedpref"]
-    run(config.parse(Experiment, content, "test"), tmp_path / "whole")
+    spec = config.parse(Experiment, {**settings, "rounds": 12, "federation": {"clients_per_round": 3}, "workers": 2}, "test")
+    run(spec, tmp_path / "whole")
     broken = tmp_path / "broken"
-    process = subprocess.Popen([*command, "run", str(tmp_path / "config.yaml"), "--output", str(broken)])
-    while len(metrics(broken)) < 3 and process.poll() is None:
+    process = other_processes().Process(target=run, args=(spec, broken))
+    process.start()
+    while len(metrics(broken)) < 3 and process.is_alive():
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, "the run ended before it could be killed"
     assert not (broken / "done").exists()
-    subprocess.run([*command, "resume", str(broken)], check=True, capture_output=True)
+    resume(broken)
     assert_same_adapter(tmp_path / "whole", broken)
     assert [row["round"] for row in metrics(broken)] == list(range(1, 13))
 

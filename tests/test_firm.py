@@ -209,9 +209,16 @@ def test_projected_steps_of_the_server_start_where_they_ended() -> None:
 # ---- drawn answers
 
 
-@pytest.mark.parametrize("estimator", ["ppo", "rloo", "grpo"])
-@pytest.mark.parametrize("algorithm", ["firm", "scalarised", "fsmgda", "fedcmoo"])
-def test_runs_on_drawn_answers(estimator: str, algorithm: str, dialogue: dict[str, Any], tmp_path: Path) -> None:
+QUICK = {"firm": ("ppo", "rloo", "grpo"), "scalarised": ("ppo",), "fsmgda": ("rloo",), "fedcmoo": ("grpo",)}
+PAIRS = [
+    pytest.param(algorithm, estimator, marks=() if estimator in quick else pytest.mark.slow)
+    for algorithm, quick in QUICK.items()
+    for estimator in QUICK["firm"]
+]
+
+
+@pytest.mark.parametrize(("algorithm", "estimator"), PAIRS)
+def test_runs_on_drawn_answers(algorithm: str, estimator: str, dialogue: dict[str, Any], tmp_path: Path) -> None:
     dialogue["task"]["estimator"] = {"name": estimator}
     dialogue["algorithm"] |= {"name": algorithm}
     outcome = run(parsed({**dialogue, "diagnostics": ["pareto-stationarity"]}), tmp_path / "run")

@@ -90,7 +90,7 @@ def test_newcomers_are_drawn_or_named(settings: dict[str, Any]) -> None:
 def test_a_client_that_joins_later_learns_its_own_on_what_is_shared(
     algorithm: str, settings: dict[str, Any], later: Path, tmp_path: Path
 ) -> None:
-    result = run(experiment(settings, {"name": algorithm}), tmp_path / "run")
+    result = run(experiment({**settings, "rounds": 1}, {"name": algorithm}), tmp_path / "run")
     shared = {path: path.read_bytes() for path in (result.path / "checkpoints").rglob("*.safetensors")}
     joined = personalise(result.path, Files(path=str(later)), steps=40)
     assert list(joined) == ["late"]
