@@ -1,6 +1,6 @@
-"""What the page of a run costs: seconds to write it for 200 rounds and 64 clients, its bytes, seconds to open it, and the help's seconds.
+"""What the page of a run costs: seconds to write it for 200 rounds, 64 clients and two lines, its bytes, seconds to open it; the help's too.
 
-    python benchmarks/report.py --json FILE
+    python benchmarks/report.py --run runs/demo --json FILE
 
 Opening is from navigation to the last chart drawn, in headless Chromium, where there is one.
 """
@@ -28,19 +28,20 @@ ROUNDS, CLIENTS = 200, 64
 
 
 def long_run(folder: Path) -> Path:
-    """A run directory with figures of many rounds and clients, made of a short run's."""
+    """A run directory with figures of many rounds and clients under two lines, made of a short run's."""
     path = run(
-        Experiment.load(CONFIG, ["rounds=1", "references=[]", "partition.max_clients=2", "algorithm.local.steps=1"]), folder / "run"
+        Experiment.load(CONFIG, ["rounds=1", "references=[local]", "partition.max_clients=2", "algorithm.local.steps=1"]), folder / "run"
     ).path
     short, rng = RunDirectory(path), np.random.default_rng(0)
     (first,), (last,) = short.read_rows(METRICS), short.read_rows(EVALUATION)
     names = [f"hospital-{k:02d}" for k in range(CLIENTS)]
     measured = next(iter(last["clients"].values()))
-    (path / METRICS).write_text("".join(json.dumps({**first, "round": k + 1}) + "\n" for k in range(ROUNDS)))
-    with (path / EVALUATION).open("w") as file:
-        for k in range(ROUNDS):
-            clients = {name: {**measured, "rewards/accuracies": float(rng.uniform(0.4, 0.9))} for name in names}
-            file.write(json.dumps({"round": k + 1, "clients": clients, "summary": last["summary"]}) + "\n")
+    for place in (path, path / "references/local"):
+        (place / METRICS).write_text("".join(json.dumps({**first, "round": k + 1}) + "\n" for k in range(ROUNDS)))
+        with (place / EVALUATION).open("w") as file:
+            for k in range(ROUNDS):
+                clients = {name: {**measured, "rewards/accuracies": float(rng.uniform(0.4, 0.9))} for name in names}
+                file.write(json.dumps({"round": k + 1, "clients": clients, "summary": last["summary"]}) + "\n")
     (path / "clients.json").write_text(json.dumps({name: {"train": 10, "test": 50, "truncated": 0, "digest": ""} for name in names}))
     return path
 
@@ -79,12 +80,15 @@ def opening(page: Path) -> float | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--run", type=Path, help="a run, such as the demo's, whose page is opened too")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         path = long_run(Path(scratch))
         found: dict[str, float | None] = {"report_seconds_200_64": seconds_of("report", str(path))}
         found["report_mb"] = (path / REPORT).stat().st_size / 1e6
         found["open_seconds"] = opening(path / REPORT)
+    if arguments.run:
+        found |= {"run_mb": (arguments.run / REPORT).stat().st_size / 1e6, "run_open_seconds": opening(arguments.run / REPORT)}
     found["help_seconds"] = seconds_of("--help")
     print(json.dumps(found, indent=1))
     if arguments.json:
