@@ -1,4 +1,4 @@
-"""What the page of a run costs: seconds to write it for 200 rounds, 64 clients and two lines, its bytes, seconds to open it; the help's too.
+"""What the page of a run costs: seconds to write it for 200 rounds, 64 clients and two lines, its bytes, seconds to open it; and the help.
 
     python benchmarks/report.py --run runs/demo --json FILE
 

@@ -62,8 +62,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output", type=Path)
     parser.add_argument("--data", type=Path, help="where a survey's rows are, for PluralLLM; without it that is left out")
+    parser.add_argument("--only", nargs="*", choices=WANTED, default=list(WANTED), help="the configs to draw; all by default")
     arguments = parser.parse_args()
-    for name, (overrides, wanted) in WANTED.items():
+    for name in arguments.only:
+        overrides, wanted = WANTED[name]
         here = [f"data.path={arguments.data}"] if name == "pluralllm" else []
         if name == "pluralllm" and arguments.data is None:
             continue

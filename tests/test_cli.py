@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import typer
 from omegaconf import OmegaConf
+from rich.console import Console
 
 from conftest import ROOT, make_rows, write_rows
 from fedpref import Experiment, cli, config
@@ -82,6 +83,10 @@ def test_the_time_left_is_that_of_the_last_rounds(capfd: pytest.CaptureFixture[s
     figures = {"seconds": 30.0, "bytes_up": 0.0, "bytes_down": 0.0}
     show((Event("feddpo", "round", done, 50, figures) for done in (1, 48)), shared.console)
     out = capfd.readouterr().out
+    terminal = Console(force_terminal=True, width=120, record=True)
+    events = [Event("feddpo", "round", 1, 1, figures), Event("feddpo", "evaluate", 1, 1, {"mean": 0.6, "worst": 0.5}, "pair accuracy")]
+    show(iter(events), terminal)
+    assert "held-out 0.600" in terminal.export_text(), "the last evaluation is seen"
     assert "0:24:30 left" in out
     assert "0:01:00 left" in out
 

@@ -168,6 +168,8 @@ def test_a_run_is_measured_on_any_file(shared: Path, personal: Path, rows_file: 
         judge(shared, Files(path=str(tmp_path / "pairs.jsonl")), "x")
     own = judge(personal, Files(path=str(rows_file)), column="client")
     assert [own[f"client-{k}"]["num_examples"] for k in range(4)] == [24, 16, 12, 9]
+    with pytest.raises(UserError, match="give one of them"):
+        judge(personal, Files(path=str(rows_file)), "client-0", column="client")
     with pytest.raises(UserError, match="there is no client 'first'"):
         judge(personal, Files(path=str(rows_file)), column="kind")
     place = tmp_path / "bare"
@@ -321,8 +323,9 @@ def test_answers_are_drawn_from_the_whole_of_a_clients_model(settings: dict[str,
 
 def test_a_run_keeps_answers_before_and_after_where_they_are_asked_for(settings: dict[str, Any], tmp_path: Path) -> None:
     algorithm = {"name": "fedpdpo", "local": LOCAL, "parts": {"bottleneck": 4}}
-    asked = {**settings, "task": {**settings["task"], "samples": 2}, "algorithm": algorithm, "rounds": 1}
+    asked = {**settings, "task": {**settings["task"], "samples": 2}, "algorithm": algorithm, "rounds": 1, "references": ["local"]}
     samples = read(run(config.parse(Experiment, asked, "test"), tmp_path / "run").path).samples
+    assert not (tmp_path / "run/references/local/samples").exists()
     assert sorted(samples) == [f"client-{i}" for i in range(4)]
     assert all(len(rows) == 2 and rows[0]["prompt"].startswith("Human: Which thing") for rows in samples.values())
     assert any(row["before"]["completion"] != row["after"]["completion"] for rows in samples.values() for row in rows)

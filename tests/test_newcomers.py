@@ -136,6 +136,9 @@ def test_from_the_command_line(settings: dict[str, Any], later: Path, tmp_path: 
     figures = one.joined["x y"]["after"]
     assert row[3][1] == f"{100 * figures['rewards/accuracies']:.1f}"
     assert f"{sum(len(some) for some, _ in one.newcomers.values())} joined afterwards" in words(one)
+    shared = export(tmp_path / "run", "peft", tmp_path / "all") / "shared/README.md"
+    assert "3 clients" in shared.read_text()
+    assert f"training examples | {sum(one.clients[name]['train'] for name in one.line.last)} |" in shared.read_text()
     made = export(tmp_path / "run", "peft", tmp_path / "out", client="x y")
     assert f"training examples | {one.joined['x y']['train']} |" in (made / "clients/x y/README.md").read_text()
     said = CliRunner().invoke(app, ["generate", str(tmp_path / "run"), "A lamp?", "--client", "x y", "--max-new-tokens", "3"])

@@ -22,8 +22,10 @@ from fedpref.reports.page import page, sections, told_apart, write_report
 from fedpref.reports.page.rows import client_rows, newcomer_rows
 from fedpref.reports.page.words import words
 from fedpref.reports.read import Run, read
+from fedpref.reports.tables import client_table
 from fedpref.rundirectory import EVALUATION, METRICS
 from fedpref.summary import ACCURACY
+from fedpref.topology import rho
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 SCREENSHOTS = ROOT / "build/screenshots"
@@ -173,9 +175,24 @@ def test_a_run_that_was_killed_in_a_reference_has_a_page(runs: dict[str, Run], t
     rows = (runs["averaged"].path / "references/local" / EVALUATION).read_text().splitlines(keepends=True)
     (place / "references/local" / EVALUATION).write_text(rows[0])
     again = read(place)
-    first = {side: line.evaluations[0]["clients"] for side, line in (("mine", again.line), ("theirs", again.references["local"]))}
-    for name, gain in again.gains("local").items():
-        assert gain == pytest.approx(100 * (first["mine"][name][ACCURACY] - first["theirs"][name][ACCURACY])), "after as many rounds"
+    assert again.gains("local") == {}, "nothing is compared after different numbers of rounds"
+    assert "alone, after round 1" in page([again])
+
+
+def test_a_client_that_was_left_out_of_an_evaluation_has_an_empty_cell(runs: dict[str, Run], tmp_path: Path) -> None:
+    place = tmp_path / "left-out"
+    shutil.copytree(runs["averaged"].path, place)
+    for file, number in ((place / EVALUATION, 0), (place / "references/local" / EVALUATION, -1)):
+        rows = [json.loads(row) for row in file.read_text().splitlines()]
+        del rows[number]["clients"]["client-2"]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    one = read(place)
+    assert "client-2" not in one.gains("local")
+    (row,) = (row for row in client_rows([one]) if row[0] == "client-2")
+    assert row[3][0]
+    assert row[3][1] == row[3][3] == ""
+    assert content_of(page([one]))
+    client_table(place, {name: line.last for name, line in {"feddpo": one.line, **one.references}.items()})
 
 
 def test_newcomers_are_no_clients_that_trained(settings: dict[str, Any], tmp_path: Path) -> None:
@@ -198,8 +215,20 @@ def test_the_bound_is_that_of_each_round(weighting: str, settings: dict[str, Any
     one = read(run(config.parse(Experiment, content, "test"), tmp_path / "run").path)
     left = methods.left_by_mixing(one, one.line.metrics)
     assert len(set(left)) > 1
-    for row, rho in zip(one.line.metrics, left, strict=True):
-        assert row["consensus_error"] <= 1.2 * rho**2 * row["consensus_error_before_mixing"] + 1e-12, "they are estimates"
+    names, sizes = list(one.clients), [about["train"] for about in one.clients.values()]
+    for row, found in zip(one.line.metrics, left, strict=True):
+        active, _ = one.experiment.federation.cohort([1.0] * 4, one.experiment.seed, row["round"] - 1)
+        matrix = one.experiment.network.matrix(names, one.experiment.seed, row["round"] - 1, active)[active, :][:, active]
+        assert found == pytest.approx(rho(matrix, [sizes[i] for i in active] if weighting == "examples" else ()))
+        assert row["consensus_error"] <= 1.2 * found**2 * row["consensus_error_before_mixing"] + 1e-12, "they are estimates"
+
+
+def test_a_round_that_somebody_was_left_out_of_has_no_bound(runs: dict[str, Run]) -> None:
+    one = runs["gossip"]
+    rows = [{**row, "clients": 3 if k == 1 else row["clients"]} for k, row in enumerate(one.line.metrics)]
+    left = methods.left_by_mixing(one, rows)
+    assert np.isnan(left[1])
+    assert left[0] == left[2] == methods.left_by_mixing(one, one.line.metrics)[0]
 
 
 def named(runs: dict[str, Run], names: list[str], place: Path) -> Path:
@@ -309,11 +338,15 @@ def test_names_are_text_in_charts(shown: Any) -> None:
 
 def test_a_printed_page_has_every_chart_whole(shown: Any, tmp_path: Path) -> None:
     opened, messages = shown(1280)
-    opened.emulate_media(media="print")
+    widths = "[...document.querySelectorAll('.chart .main-svg:first-child')].map((chart) => chart.clientWidth)"
+    closed = "document.querySelectorAll('details:not([open])').length"
+    before, count = opened.evaluate(widths), opened.evaluate(closed)
     opened.evaluate("dispatchEvent(new Event('beforeprint'))")
-    widths = opened.evaluate("[...document.querySelectorAll('.chart .main-svg:first-child')].map((chart) => chart.clientWidth)")
-    assert max(widths) <= 700
-    assert opened.evaluate("[...document.querySelectorAll('details')].every((part) => part.open)")
+    assert set(opened.evaluate(widths)) == {660}
+    assert opened.evaluate(closed) == 0 < count
+    opened.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert opened.evaluate(widths) == before
+    assert opened.evaluate(closed) == count
     opened.pdf(path=tmp_path / "report.pdf")
     assert messages == []
 

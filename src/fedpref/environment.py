@@ -17,7 +17,9 @@ def described() -> str:
     """As JSON: `started`, `python`, `platform`, `processors`, `versions` of packages, and `commits` of fedpref and of the working folder,
     where these are checkouts.
     """
-    places = {"fedpref": Path(__file__).parent, "working folder": Path.cwd()}
+    places = {"working folder": Path.cwd()}
+    if _git("ls-files", "--error-unmatch", __file__, place=Path(__file__).parent):  # not where it is installed into somebody's checkout
+        places["fedpref"] = Path(__file__).parent
     versions = {}
     for name in PACKAGES:
         try:
@@ -30,16 +32,18 @@ def described() -> str:
         "platform": platform.platform(terse=True),
         "processors": os.cpu_count(),
         "versions": versions,
-        "commits": {name: commit for name, place in places.items() if (commit := _commit(place))},
+        "commits": {
+            name: commit
+            for name, place in places.items()
+            if (commit := _git("describe", "--always", "--abbrev=12", "--dirty=+", place=place))
+        },
     }
     return json.dumps(content, indent=1) + "\n"
 
 
-def _commit(place: Path) -> str | None:
-    """A folder's commit, with a + where files differ from it."""
-    command = ["git", "describe", "--always", "--abbrev=12", "--dirty=+"]
+def _git(*words: str, place: Path) -> str:
+    """What git says there; nothing where it has nothing to say. A commit has a + where files differ from it."""
     try:
-        found = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=10)
+        return subprocess.run(["git", *words], cwd=place, capture_output=True, text=True, timeout=10).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
-        return None
-    return found.stdout.strip() or None
+        return ""

@@ -139,7 +139,10 @@ def lines(experiment: Experiment, clients: int) -> dict[str, tuple[str, Experime
             continue
         algorithm = Local(local=local) if name == "local" else Centralised(local=pooled)
         everybody = replace(experiment.federation, clients_per_round=None, sampling="uniform", sampling_weights={}, deadline=None)
-        found[name] = (f"references/{name}", replace(experiment, algorithm=algorithm, federation=everybody, references=()))
+        task: Any = experiment.task
+        silent = replace(task, samples=0) if hasattr(task, "samples") else task  # answers to be read are the algorithm's own
+        line = replace(experiment, algorithm=algorithm, federation=everybody, task=silent, references=())
+        found[name] = (f"references/{name}", line)
     return found
 
 

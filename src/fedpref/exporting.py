@@ -141,7 +141,9 @@ def _merged(folder: Path, output: Path, *, half: bool) -> None:
 
 def card(path: Path, experiment: Experiment, client: str | None, form: Form, left_out: Sequence[str] = ()) -> str:
     """A model card: what Hugging Face reads at its top, and the run in words; figures only where this very model was measured."""
-    known, joined = json.loads((path / CLIENTS).read_text()), {row["client"]: row for row in RunDirectory(path).read_rows(NEWCOMERS)}
+    known = json.loads((path / CLIENTS).read_text())
+    trained = {name: known[name] for name in RunDirectory(path).read_rows(EVALUATION)[-1]["clients"]}
+    joined = {row["client"]: row for row in RunDirectory(path).read_rows(NEWCOMERS)}
     model, data = experiment.task.model.path, getattr(experiment.data, "path", None)
     loss = getattr(getattr(experiment.task, "loss", None), "name", experiment.task.name)
     library = "peft" if form == "peft" else "transformers"
@@ -160,11 +162,11 @@ def card(path: Path, experiment: Experiment, client: str | None, form: Form, lef
     base = "the small model that comes with fedpref" if model == BUILTIN else f"`{Path(model).name if Path(model).exists() else model}`"
     lines = [
         f"# {experiment.name}: {client}" if client else f"# {experiment.name}",
-        f"Trained by {experiment.algorithm.name} with fedpref {__version__}: {len(known)} clients, "
+        f"Trained by {experiment.algorithm.name} with fedpref {__version__}: {len(trained)} clients, "
         f"{experiment.rounds} rounds, seed {experiment.seed}."
         + (" All clients' rows were in one place." if experiment.algorithm.pooled else " No client's rows left it."),
         f"Data: {experiment.data.name}{where}. Base model: {base}.",
-        _table(_figures(path, joined, client, whole=not left_out) | _counts(known if client is None else known | joined, client)),
+        _table(_figures(path, joined, client, whole=not left_out) | _counts(trained if client is None else known | joined, client)),
         f"```python\n{LOADS[library]}\n```",
     ]
     if top["license"] == "other":

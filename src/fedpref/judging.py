@@ -31,6 +31,8 @@ def judge(run: str | Path, data: Files, client: str | None = None, column: str |
     folder = existing_directory(run)
     if not folder.done:
         raise UserError(f"{run}: the run is not finished. `fedpref resume {run}` finishes it.")
+    if client is not None and column is not None:
+        raise UserError("--client and --column: give one of them; with a column every client is asked about its own rows.")
     refuse_opinions(folder)
     if not folder.checkpoints():
         raise UserError(f"{run}: the run's last checkpoint, from which models are read, is no longer there.")
@@ -42,7 +44,9 @@ def judge(run: str | Path, data: Files, client: str | None = None, column: str |
     groups = _by_client(rows, column) if column else {SHARED: rows}
     whose = list(groups) if column else known if client is None else [client]
     if unknown := [name for name in whose if name not in known]:
-        raise UserError(f"{run}: there is no client {unknown[0]!r}; the clients are {known[:12]}.")
+        raise UserError(
+            f"{run}: there is no client {unknown[0]!r}; the clients are {known[:12]}. Those that joined later were measured then."
+        )
     if hasattr(spec.task, "evaluation_prompts"):
         asked: Any = spec.task
         spec = replace(spec, task=replace(asked, evaluation_prompts=len(rows)))

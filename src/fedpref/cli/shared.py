@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -29,6 +30,16 @@ Overrides = Annotated[
 Open = Annotated[bool, typer.Option("--open", help="Show the report in a browser at the end.")]
 
 
+@contextmanager
+def saying(how: Callable[[], str]) -> Iterator[None]:
+    """Whoever presses Ctrl-C is told how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.print(f"interrupted; {how()}.", highlight=False, soft_wrap=True)
+        raise typer.Exit(130) from None
+
+
 def follow(happenings: Iterator[Event], folder: RunDirectory, opens: bool = False) -> None:
     """Show a run as it goes, then its table, its page, and where it lies."""
     from fedpref.reports.page import REPORT, write_report
@@ -36,12 +47,8 @@ def follow(happenings: Iterator[Event], folder: RunDirectory, opens: bool = Fals
     from fedpref.reports.tables import client_table, newcomer_table, objective_table, sample_table, sizes
     from fedpref.running import result
 
-    try:
+    with saying(lambda: f"`fedpref resume {folder.path}` takes it up" if folder.path.exists() else "nothing had been written"):
         show(happenings, console)
-    except KeyboardInterrupt:
-        how = f"`fedpref resume {folder.path}` takes it up" if folder.path.exists() else "nothing had been written"
-        console.print(f"interrupted; {how}.", highlight=False, soft_wrap=True)
-        raise typer.Exit(130) from None
     outcome = result(folder)
     console.print(client_table(outcome.path, outcome.evaluations))
     if objectives := objective_table(outcome.evaluations):

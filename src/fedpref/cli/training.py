@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fedpref.cli.shared import Config, Open, Overrides, app, console, follow
+from fedpref.cli.shared import Config, Open, Overrides, app, console, follow, saying
 
 
 @app.command()
@@ -97,7 +97,8 @@ def sweep(
     runs = plan(config, variant or ["feddpo", "fedpdpo"], range(seeds), overrides or (), place)
     for path, happenings in runs_to_do(runs, place / "cache"):
         console.print(f"{path}", style="bold", highlight=False)
-        show(happenings, console)
+        with saying(lambda: f"the same command goes on where it was, in {place}"):
+            show(happenings, console)
     rows = compare(list(runs))
     (place / "comparison.md").write_text(markdown(rows))
     (place / "comparison.csv").write_text(csv_text(rows))
@@ -133,7 +134,8 @@ def pareto(
     given = front.parse_reference(reference, objectives) if reference else None
     for path, happenings in runs_to_do({path: one for some in runs.values() for path, one in some.items()}, place / "cache"):
         console.print(f"{path}", style="bold", highlight=False)
-        show(happenings, console)
+        with saying(lambda: f"the same command goes on where it was, in {place}"):
+            show(happenings, console)
     found = front.measured(objectives, {preference: list(some) for preference, some in runs.items()})
     if interpolate:
         found += front.interpolated(objectives, runs, interpolate, place / "cache")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,6 +52,11 @@ def colour(number: int) -> str:
     return COLOURS[number % len(COLOURS)]
 
 
+def filled(number: int) -> dict[str, Any]:
+    """How bars look."""
+    return {"color": colour(number), "pattern": {"shape": ("", "/", "x")[number // len(COLOURS) % 3]}}
+
+
 def axes(x: str, y: str, **other: Any) -> dict[str, Any]:
     return {"xaxis": {"title": {"text": x}}, "yaxis": {"title": {"text": y}}, **other}
 
@@ -75,6 +81,8 @@ def every_line(runs: Sequence[Run]) -> Iterator[tuple[str, Run, Line, int]]:
         for line in (run.line, *run.references.values()):
             kind = TITLES.get(line.name, line.name)
             title = kind if len(runs) == 1 else run.title if line is run.line else f"{run.title}: {kind}"
+            if line.rounds < run.line.rounds:
+                title += f", after round {line.rounds}"
             if line.last:
                 yield title, run, line, number
             number += 1
@@ -118,18 +126,19 @@ def held_out(runs: Sequence[Run]) -> Iterator[Chart]:
     for name, run, line, number in every_line(runs):
         rounds = [row["round"] for row in line.evaluations]
         clients = sorted(line.last)
-        table = np.array([[shown.scale * row["clients"][c][run.metric] for c in clients] for row in line.evaluations])
-        low, high = np.percentile(table, [25, 75], axis=1)
+        nobody = {run.metric: math.nan}  # a client that was left out of an evaluation
+        table = np.array([[shown.scale * row["clients"].get(c, nobody)[run.metric] for c in clients] for row in line.evaluations])
+        low, high = np.nanpercentile(table, [25, 75], axis=1)
         band = {"type": "scatter", "mode": "lines", "line": {"width": 0}, "hoverinfo": "skip", "showlegend": False, "legendgroup": name}
         data += [
             {**band, "x": rounds, "y": high.tolist()},
             {**band, "x": rounds, "y": low.tolist(), "fill": "tonexty", "fillcolor": colour(number) + "26"},
-            {**lined(name, rounds, table.mean(1).tolist(), number), "legendgroup": name},
+            {**lined(name, rounds, np.nanmean(table, axis=1).tolist(), number), "legendgroup": name},
         ]
         if alone and line is run.line:
-            faint = {"opacity": 0.35, "legendgroup": "clients", "mode": "lines"}
+            faint = {"opacity": 0.35, "legendgroup": "clients", "mode": "lines", "line": {"color": "#7F7F7F"}}
             data += [
-                {**lined(c, rounds, table[:, k].tolist(), 7), **faint, "showlegend": not k, "name": c if k else "each client", "text": c}
+                {**lined(c, rounds, table[:, k].tolist(), 0), **faint, "showlegend": not k, "name": c if k else "each client", "text": c}
                 for k, c in enumerate(clients)
             ]
     caption = "The mean over clients; the band holds the middle half of them"
@@ -148,7 +157,7 @@ def gains(runs: Sequence[Run]) -> Iterator[Chart]:
         gained, noise = run.gains("local"), run.noise("local")
         names += [name for name in sorted(gained, key=gained.__getitem__) if name not in names]
         if gained:
-            bars = {"type": "bar", "orientation": "h", "name": prefix or run.title, "marker": {"color": colour(number)}}
+            bars = {"type": "bar", "orientation": "h", "name": prefix or run.title, "marker": filled(number)}
             data.append({**bars, "x": list(gained.values()), "y": list(gained)})
             if noise:
                 spread = [noise[name] for name in gained]
@@ -172,7 +181,7 @@ def by_client(runs: Sequence[Run]) -> Iterator[Chart]:
     for title, run, line, number in every_line(runs):
         values = run.values(line)
         bars = {"type": "bar", "orientation": "h", "name": title, "y": names, "x": [values.get(name) for name in names]}
-        data.append({**bars, "marker": {"color": colour(number)}})
+        data.append({**bars, "marker": filled(number)})
     layout = axes(first.shown.caption, "" if len(names) <= FEW else "clients", barmode="group")
     names_on(layout["yaxis"], names)
     layout["yaxis"] |= {"autorange": "reversed"}
@@ -227,7 +236,7 @@ def times(runs: Sequence[Run]) -> Iterator[Chart]:
     for number, (part, values) in enumerate(found.items()):
         if any(value > 1e-4 for value in values):
             bars = {"type": "bar", "orientation": "h", "name": PARTS.get(part, "the rest"), "y": names, "x": values}
-            data.append({**bars, "marker": {"color": colour(number)}})
+            data.append({**bars, "marker": filled(number)})
     layout = axes("seconds a round", "", barmode="stack", bargap=0.6)
     names_on(layout["yaxis"], names)
     yield Chart("Where a round's time goes", "A mean over rounds, without evaluation.", data, layout)

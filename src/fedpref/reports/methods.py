@@ -39,7 +39,7 @@ def consensus(runs: Sequence[Run]) -> Iterator[Chart]:
         layout["yaxis"] |= {"type": "log", "tickformat": ".0e", "dtick": math.ceil(decades / 8) if decades > 4 else "D2"}
         caption = (
             "The bound is rho² of what there was before, rho the largest singular value of the round's mixing matrix beside the mean, "
-            "with clients' weights; distances are estimated from random sums."
+            "with clients' weights, by which it may be above one; distances are estimated from random sums."
         )
         yield Chart("Disagreement between clients", caption, data, layout)
 
@@ -49,15 +49,14 @@ def left_by_mixing(run: Run, rows: Sequence[Mapping[str, Any]]) -> list[float]:
     spec, names = run.experiment, list(run.clients)
     sizes = {name: int(about["train"]) for name, about in run.clients.items()}
     chances = spec.federation.weights(sizes, spec.seed)
-    found: list[float] = []
+    found, known = [], dict[tuple[int, ...], float]()
     for row in rows:
-        if found and spec.network.is_fixed and spec.federation.takes_everybody:
-            found.append(found[0])
-            continue
         active, _ = spec.federation.cohort(chances, spec.seed, row["round"] - 1)
-        weights = [1.0 if spec.federation.weighting == "equal" else sizes[names[i]] for i in active]
-        matrix = spec.network.matrix(names, spec.seed, row["round"] - 1, active)[active, :][:, active]
-        found.append(rho(matrix, weights) if len(active) == row["clients"] else math.nan)
+        if not (spec.network.is_fixed and active in known):
+            weights = [1.0 if spec.federation.weighting == "equal" else sizes[names[i]] for i in active]
+            matrix = spec.network.matrix(names, spec.seed, row["round"] - 1, active)[active, :][:, active]
+            known[active] = rho(matrix, weights)
+        found.append(known[active] if len(active) == row["clients"] else math.nan)
     return found
 
 

@@ -26,7 +26,7 @@ def show(happenings: Iterator[Event], console: Console) -> None:
     """Draw events until they end."""
     columns = (TextColumn("[bold]{task.description}"), BarColumn(bar_width=16), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"))
     recent: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=RECENT))
-    held_out: dict[str, str] = {}
+    held_out, said = dict[str, str](), dict[str, str]()
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         bars: dict[str, TaskID] = {}
         for event in happenings:
@@ -46,8 +46,9 @@ def show(happenings: Iterator[Event], console: Console) -> None:
                 bars[title] = progress.add_task(title, total=event.total, figures="")
             if event.kind == "evaluate":
                 held_out[title] = f"held-out {event.figures['mean']:.3f}  "
-                continue
-            progress.update(bars[title], completed=event.done, figures=held_out.get(title, "") + text)
+            else:
+                said[title] = text
+            progress.update(bars[title], completed=event.done, figures=held_out.get(title, "") + said.get(title, ""))
 
 
 def _left(event: Event, seconds: deque[float]) -> str:

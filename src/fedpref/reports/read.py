@@ -33,6 +33,11 @@ class Line:
         return [row[name] for row in self.metrics if name in row]
 
     @property
+    def rounds(self) -> int:
+        """After which the last evaluation was made."""
+        return int(self.evaluations[-1]["round"]) if self.evaluations else 0
+
+    @property
     def last(self) -> Clients:
         """Metrics at the last evaluation, of each client that takes part in training."""
         found: Clients = self.evaluations[-1]["clients"] if self.evaluations else {}
@@ -66,7 +71,7 @@ class Run:
         return {client: self.shown.scale * row[self.metric] for client, row in (line or self.line).last.items()}
 
     def gains(self, reference: str) -> Values:
-        """Each client's value less what it has under a reference line, after as many rounds; nothing where both were not evaluated then."""
+        """Each client's value less what it has under a reference line; nothing where that has not been evaluated after as many rounds."""
         mine, theirs = self._beside(reference)
         return {name: self.shown.scale * (row[self.metric] - theirs[name][self.metric]) for name, row in mine.items()}
 
@@ -74,18 +79,16 @@ class Run:
         """Two standard errors of each gain, of the held-out pairs by which it was measured; nothing for metrics that are no accuracy."""
         if self.metric != ACCURACY:
             return {}
-        sides = self._beside(reference)
-        errors = [
-            {name: standard_error({name: row[ACCURACY]}, {name: int(row["num_examples"])}) for name, row in side.items()} for side in sides
-        ]
-        return {name: 2 * self.shown.scale * math.hypot(error, errors[1][name]) for name, error in errors[0].items()}
+        mine, theirs = self._beside(reference)
+        return {name: 2 * self.shown.scale * math.hypot(_error(row), _error(theirs[name])) for name, row in mine.items()}
 
     def _beside(self, reference: str) -> tuple[Clients, Clients]:
-        """Clients' metrics of this line and a reference at the last evaluation that both have after as many rounds."""
+        """This line's last metrics and a reference's, of the clients that have both."""
         other = self.references.get(reference)
-        found = {row["round"]: row["clients"] for row in other.evaluations} if other else {}
-        mine = next((row for row in reversed(self.line.evaluations) if row["round"] in found), None)
-        return (mine["clients"], found[mine["round"]]) if mine else ({}, {})
+        if other is None or other.rounds != self.line.rounds:
+            return {}, {}
+        both = [name for name in self.line.last if name in other.last]
+        return {name: self.line.last[name] for name in both}, {name: other.last[name] for name in both}
 
     @cached_property
     def sizes(self) -> dict[str, Mapping[str, Any]]:
@@ -118,6 +121,10 @@ class Run:
         """Answers before and after, by client."""
         files = sorted((self.path / SAMPLES).glob("*.jsonl"))
         return {unquote(file.stem): [json.loads(row) for row in file.read_text().splitlines()] for file in files}
+
+
+def _error(row: Mapping[str, float]) -> float:
+    return standard_error({"": row[ACCURACY]}, {"": int(row["num_examples"])})
 
 
 def read(path: Path) -> Run:

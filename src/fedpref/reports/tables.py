@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -56,7 +56,9 @@ def client_table(path: Path, evaluations: Mapping[str, Metrics]) -> Table:
     for line in figures:
         table.add_column(TITLES.get(line, line), justify="right", style="bold" if line == main else "")
     for name in names:
-        table.add_row(Text(name), str(pairs[name]["train"]), str(counts[name]), *(shown.text(figures[line][name]) for line in figures))
+        table.add_row(
+            Text(name), str(pairs[name]["train"]), str(counts[name]), *(shown.text(figures[line].get(name, math.nan)) for line in figures)
+        )
     table.add_section()
     trained, held = str(sum(pairs[name]["train"] for name in names)), str(sum(counts.values()))
     summaries = {line: over_clients(values, counts) for line, values in figures.items()}
@@ -65,7 +67,7 @@ def client_table(path: Path, evaluations: Mapping[str, Metrics]) -> Table:
         table.add_row("standard error (pairs)", "", "", *(shown.text(standard_error(figures[line], counts)) for line in figures))
     if len(names) >= 4:
         small = names[len(names) // 2 :]
-        part = [shown.text(sum(figures[line][name] for name in small) / len(small)) for line in figures]
+        part = [shown.text(_mean([figures[line][name] for name in small if name in figures[line]])) for line in figures]
         table.add_row(
             f"the {len(small)} with least data",
             str(sum(pairs[name]["train"] for name in small)),
@@ -79,6 +81,10 @@ def client_table(path: Path, evaluations: Mapping[str, Metrics]) -> Table:
     if all("jain" in summaries[line] for line in figures):
         table.add_row("Jain index", "", "", *(f"{summaries[line]['jain']:.4f}" for line in figures))
     return table
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
 
 
 def objective_table(evaluations: Mapping[str, Metrics]) -> Table | None:

@@ -1,6 +1,8 @@
 "use strict";
 const charts = JSON.parse(document.getElementById("charts").textContent);
 
+const several = document.querySelectorAll("section.run").length > 1;
+
 function layoutOf(chart, place) {
   const width = place.clientWidth;
   const style = getComputedStyle(document.documentElement);
@@ -21,7 +23,7 @@ function layoutOf(chart, place) {
     paper_bgcolor: "rgba(0,0,0,0)",
     plot_bgcolor: "rgba(0,0,0,0)",
     margin: { l: 50, r: 14, t: 10, b: 40 },
-    showlegend: named.length > 1,
+    showlegend: named.length > 1 || (named.length && several),
     legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0 },
     height: place.clientHeight,
     ...layout,
@@ -35,12 +37,20 @@ function draw() {
   });
 }
 
-function print() {
-  document.querySelectorAll("details").forEach((part) => { part.open = true; });
+const closed = [];
+
+function beforePrint() {
+  closed.push(...document.querySelectorAll("details:not([open])"));
+  closed.forEach((part) => { part.open = true; });
   charts.forEach((_, number) => Plotly.relayout(`chart-${number}`, { width: 660 }));
+}
+
+function afterPrint() {
+  closed.splice(0).forEach((part) => { part.open = false; });
+  charts.forEach((_, number) => Plotly.relayout(`chart-${number}`, { width: null, autosize: true }));
 }
 
 draw();
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
-addEventListener("beforeprint", print);
-addEventListener("afterprint", draw);
+addEventListener("beforeprint", beforePrint);
+addEventListener("afterprint", afterPrint);

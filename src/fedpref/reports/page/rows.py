@@ -39,15 +39,20 @@ def _spread(run: Run, line: Line) -> dict[str, str]:
 
 def client_rows(runs: Sequence[Run]) -> list[tuple[str, str, str, list[str]]]:
     """A row for each client that trained: its examples, its value under each line, and what it gains over training alone."""
-    known = {name: run.clients[name] for run in reversed(runs) for name in run.line.last}
-    names = sorted(known, key=lambda name: (-known[name]["train"], name))
+    known: dict[str, list[Mapping[str, Any]]] = {}
+    for run in runs:
+        for name in run.line.last:
+            known.setdefault(name, []).append(run.clients[name])
+    names = sorted(known, key=lambda name: (-known[name][0]["train"], name))
     columns: list[Column] = [(run, run.values(line), "") for _, run, line, _ in every_line(runs)]
     columns += [(run, gained, "+") for _, run, _ in main_lines(runs) if (gained := run.gains("local"))]
-    return [(name, *_sizes(known[name]), _cells(columns, name)) for name in names]
+    return [(name, *_sizes(*known[name]), _cells(columns, name)) for name in names]
 
 
-def _sizes(about: Mapping[str, Any]) -> tuple[str, str]:
-    return str(about["train"]), str(about["test"])
+def _sizes(*abouts: Mapping[str, Any]) -> tuple[str, str]:
+    """Training and held-out examples; several of each where runs have given one name to different data."""
+    train, test = (" | ".join(dict.fromkeys(str(about[side]) for about in abouts)) for side in ("train", "test"))
+    return train, test
 
 
 def _cells(columns: Sequence[Column], name: str) -> list[str]:

@@ -50,7 +50,7 @@ def words(run: Run) -> str:
     mean, worst, best = _mean(values), min(values, key=values.__getitem__), max(values, key=values.__getitem__)
     rounds = f"{len(run.line.metrics)} of {run.experiment.rounds} rounds of {run.experiment.algorithm.name}"
     joined = len(next(iter(run.newcomers.values()))[1]) if run.newcomers else 0
-    said = [f"{len(values)} clients trained {rounds}" + (f", {joined} joined afterwards" if joined else "")]
+    said = [f"{clients(len(values))} trained {rounds}" + (f", {joined} joined afterwards" if joined else "")]
     said[0] += f"; their mean held-out {run.shown.title} is {mean:.{digits}f}"
     if gained := run.gains("local"):
         found = f"against training alone that is {_mean(gained):+.{digits}f} points{interval(gained, digits, '+')}"
@@ -63,7 +63,7 @@ def words(run: Run) -> str:
 def _doubt(gained: Mapping[str, float]) -> str:
     """What is to be said where a mean gain may be none."""
     if len(gained) < ENOUGH:
-        return f", over {len(gained)} clients: too few to tell it from none"
+        return f", over {clients(len(gained))}: too few to tell it from none"
     low, high = bootstrap(np.array([list(gained.values())]))
     return ", which cannot be told from none" if low <= 0 <= high else ""
 
@@ -71,7 +71,7 @@ def _doubt(gained: Mapping[str, float]) -> str:
 def _counted(gained: Mapping[str, float], noise: Mapping[str, float]) -> str:
     up, down = sum(value > 0 for value in gained.values()), sum(value < 0 for value in gained.values())
     kept = f", {len(gained) - up - down} stay" if up + down < len(gained) else ""
-    text = f"{up} clients gain, {down} lose{kept}"
+    text = f"{clients(up)} gain{'s' if up == 1 else ''}, {down} lose{'s' if down == 1 else ''}{kept}"
     if not noise:
         return text
     up, down = (sum(way * value > noise[name] for name, value in gained.items()) for way in (1, -1))
@@ -91,7 +91,7 @@ def cards(run: Run) -> list[tuple[str, str, str]]:
     found.append(("worst client", f"{values[worst]:.{digits}f}", worst))
     for name, (before, after) in run.newcomers.items():
         if name == run.line.name:
-            note = f"{len(after)} clients, mean; {_mean(before):.{digits}f} as they came"
+            note = f"{clients(len(after))}, mean; {_mean(before):.{digits}f} as they came"
             found.append(("newcomers", f"{_mean(after):.{digits}f}", note))
     each = (up + down) / max(1.0, sum(run.line.column("clients")))
     cost = f"{bytes_text(up / rounds)} up and {bytes_text(down / rounds)} down a round; {bytes_text(each)} a client and round"
@@ -130,6 +130,11 @@ def facts(run: Run) -> dict[str, str]:
 
 def _first_line(kind: Any) -> str:
     return (kind.__doc__ or "").strip().splitlines()[0].rstrip(".")
+
+
+def clients(count: int) -> str:
+    """So many."""
+    return f"{count} client{'s' if count != 1 else ''}"
 
 
 def _mean(values: Mapping[str, float]) -> float:
