@@ -30,6 +30,7 @@ from coordinators import Forger, Many
 from fedpref.flare import FUNCTIONS, RUNS, SITE, kits
 from fedpref.flare.programs import recipe
 from fedpref.flare.submitted import SUBMITTED, admin_of, set_admitted, submitted
+from fedpref.launch import happenings
 from test_contract import ALGORITHMS
 
 pytestmark = pytest.mark.slow
@@ -96,7 +97,8 @@ def here_and_there(content: dict[str, Any], federation: Federation, name: str) -
     for file in federation.wire.iterdir():
         file.unlink()
     there = RunDirectory(federation.folder / name)
-    told = list(submitted(spec, federation.admin, there))
+    told = list(happenings(replace(spec, report_to=("tensorboard",)), there, admin=federation.admin))
+    assert list((there.path / "tensorboard").rglob("events.out.*")), "trackers hear of runs that are submitted"
     assert [event.done for event in told if event.kind == "round"] == [1, 2, 3]
     return here, there.path
 

@@ -77,6 +77,11 @@ def test_links_in_documents_lead_somewhere(file: Path) -> None:
         assert (file.parent / target).exists(), f"{file.name}: {target}"
 
 
+@pytest.mark.parametrize("file", DOCS, ids=lambda file: file.relative_to(ROOT).as_posix())
+def test_no_document_has_a_place_left_to_fill(file: Path) -> None:
+    assert re.findall(r": [A-Z]{5,}\s*$|TODO|TBD|FIXME", file.read_text(), re.M) == []
+
+
 def test_every_document_is_in_the_table_of_contents() -> None:
     content = yaml.safe_load(re.sub(r"!!python\S+", "", (ROOT / "mkdocs.yml").read_text()))
     named = re.findall(r"'([\w/-]+\.md)'", str(content["nav"]))
