@@ -69,7 +69,7 @@ def opening(page: Path) -> float | None:
         for _ in range(5):
             opened = browser.new_page()
             begun = time.perf_counter()
-            opened.goto(page.as_uri())
+            opened.goto(page.resolve().as_uri())
             opened.wait_for_function("[...document.querySelectorAll('.chart')].every((chart) => chart.querySelector('.main-svg'))")
             found.append(time.perf_counter() - begun)
             opened.close()
