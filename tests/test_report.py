@@ -111,6 +111,8 @@ def test_weights_of_objectives_and_a_front_are_shown(runs: dict[str, Run], tmp_p
     (tmp_path / "front.json").write_text(json.dumps(found))
     text = write_report([tmp_path], tmp_path / "front.html").read_text()
     assert content_of(text)[0]["data"][0]["text"] == ["0.50 / 0.50"]
+    third = {**found, "objectives": ["a", "b", "c"], "points": [{**point, "preference": [0.2, 0.3, 0.5], "values": [0.2, 0.3, 0.4]}]}
+    assert methods.front(third).data[0]["marker"]["color"] == [0.4]
 
 
 def test_runs_side_by_side_are_told_apart(runs: dict[str, Run], tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def told(run: Run) -> dict[str, Any]:
     """A run in words and figures."""
     ranked = sorted(
         (k, client, row) for client, rows in run.samples.items() for k, row in enumerate(rows)
-    )  # each client's first ones first
+    )  # the first of each client first
     return {
         "title": run.title,
         "words": words(run),
@@ -54,7 +54,7 @@ def words(run: Run) -> str:
     said[0] += f"; their mean held-out {run.shown.title} is {mean:.{digits}f}"
     if gained := run.gains("local"):
         found = f"against training alone that is {_mean(gained):+.{digits}f} points{interval(gained, digits, '+')}"
-        said += [f"{found}{_doubt(gained)}", f"{_counted(gained, run.noise('local'))}"]
+        said += [found + _doubt(gained), _counted(gained, run.noise("local"))]
     if values[best] > values[worst]:
         said.append(f"the best client is {best} ({values[best]:.{digits}f}), the worst {worst} ({values[worst]:.{digits}f})")
     return "; ".join(said) + "."
@@ -89,10 +89,10 @@ def cards(run: Run) -> list[tuple[str, str, str]]:
         (f"against {TITLES[name]}", f"{_mean(some):+.{digits}f}", f"points{interval(some, digits, '+')}") for name, some in gains.items()
     ]
     found.append(("worst client", f"{values[worst]:.{digits}f}", worst))
-    for name, (before, after) in run.newcomers.items():
-        if name == run.line.name:
-            note = f"{clients(len(after))}, mean; {_mean(before):.{digits}f} as they came"
-            found.append(("newcomers", f"{_mean(after):.{digits}f}", note))
+    if both := run.newcomers.get(run.line.name):
+        before, after = both
+        note = f"{clients(len(after))}, mean; {_mean(before):.{digits}f} as they came"
+        found.append(("newcomers", f"{_mean(after):.{digits}f}", note))
     each = (up + down) / max(1.0, sum(run.line.column("clients")))
     cost = f"{bytes_text(up / rounds)} up and {bytes_text(down / rounds)} down a round; {bytes_text(each)} a client and round"
     if run.metric == ACCURACY and len(values) >= ENOUGH and bootstrap(np.array([list(values.values())]))[0] > 50:
