@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote, unquote
@@ -54,14 +55,15 @@ def export(path: Path, form: Form, output: Path, *, client: str | None = None) -
     refuse_opinions(folder)
     if not folder.done:
         raise UserError(f"{path}: the run is not finished. `fedpref resume {path}` finishes it.")
+    measured = Measured.read(folder)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".") as scratch:
         made = Path(scratch) / "made"
         if form == "peft":
-            _adapters(path, made, experiment, client)
+            _adapters(path, made, experiment, client, measured)
         else:
             _merged(exported(path, client), made, half=form == "gguf-ready")
-            (made / "README.md").write_text(card(path, experiment, client, form))
+            (made / "README.md").write_text(card(measured, experiment, client, form))
         made.replace(output)
     return output
 
@@ -69,7 +71,7 @@ def export(path: Path, form: Form, output: Path, *, client: str | None = None) -
 # ---- PEFT
 
 
-def _adapters(path: Path, output: Path, experiment: Experiment, client: str | None) -> None:
+def _adapters(path: Path, output: Path, experiment: Experiment, client: str | None, measured: Measured) -> None:
     """Every adapter of a run, or one client's, and a manifest."""
     own = [(unquote(folder.name), folder) for sub in ("clients", "newcomers") for folder in sorted(path.glob(f"{sub}/*"))]
     shared = [(None, path / "adapter")] if (path / "adapter" / ADAPTER).exists() else []
@@ -84,7 +86,7 @@ def _adapters(path: Path, output: Path, experiment: Experiment, client: str | No
             if file.name != FILE:
                 shutil.copyfile(file, place / file.name)
         left_out = sorted(trees.load(folder / FILE)) if (folder / FILE).exists() else []
-        (place / "README.md").write_text(card(path, experiment, name, "peft", left_out))
+        (place / "README.md").write_text(card(measured, experiment, name, "peft", left_out))
         rank = int(json.loads((folder / "adapter_config.json").read_text())["r"])
         title = name or (SHARED if SHARED not in dict(own) else f"{SHARED} by all")
         entries.append({"name": title, "path": str(place.relative_to(output)), "rank": rank, "left_out": left_out})
@@ -139,11 +141,43 @@ def _merged(folder: Path, output: Path, *, half: bool) -> None:
 # ---- the card
 
 
-def card(path: Path, experiment: Experiment, client: str | None, form: Form, left_out: Sequence[str] = ()) -> str:
+@dataclass(frozen=True)
+class Measured:
+    """What cards say of a run's clients: sizes, the last evaluation, who joined when the run was over; read once for all cards."""
+
+    known: Mapping[str, Mapping[str, int]]
+    last: Mapping[str, Any]
+    joined: Mapping[str, Mapping[str, Any]]
+    has_own: bool  # clients have models of their own
+
+    @staticmethod
+    def read(folder: RunDirectory) -> Measured:
+        """From a run that is finished."""
+        joined = {row["client"]: row for row in folder.read_rows(NEWCOMERS)}
+        known = json.loads((folder.path / CLIENTS).read_text()) | joined
+        return Measured(known, folder.read_rows(EVALUATION)[-1], joined, folder.has_own)
+
+    def figures(self, client: str | None, *, whole: bool) -> dict[str, str]:
+        """The held-out figure of a model: the client's own, or over all clients the one that they share, if it is their whole model."""
+        metric = headline(self.last["summary"])
+        rows = self.last["clients"] | self.last.get("newcomers", {}) | {name: later["after"] for name, later in self.joined.items()}
+        title = "held-out " + HEADLINES[metric].caption
+        if client in rows and whole:
+            return {title: f"{HEADLINES[metric].text(rows[client][metric])} (of {client})"}
+        if client is None and not self.has_own:
+            mean = HEADLINES[metric].text(self.last["summary"][metric]["mean"])
+            return {title: f"{mean} (mean over {len(self.last['clients'])} clients)"}
+        return {title: "not measured"}
+
+    def counts(self, client: str | None) -> dict[str, str]:
+        """Numbers of examples, of all clients that trained or of one, if they are known."""
+        names = self.known.keys() & (self.last["clients"].keys() if client is None else {client})
+        titles = {"train": "training", "test": "held-out"}
+        return {f"{title} examples": str(sum(self.known[name][side] for name in names)) for side, title in titles.items() if names}
+
+
+def card(measured: Measured, experiment: Experiment, client: str | None, form: Form, left_out: Sequence[str] = ()) -> str:
     """A model card: what Hugging Face reads at its top, and the run in words; figures only where this very model was measured."""
-    known = json.loads((path / CLIENTS).read_text())
-    trained = {name: known[name] for name in RunDirectory(path).read_rows(EVALUATION)[-1]["clients"]}
-    joined = {row["client"]: row for row in RunDirectory(path).read_rows(NEWCOMERS)}
     model, data = experiment.task.model.path, getattr(experiment.data, "path", None)
     loss = getattr(getattr(experiment.task, "loss", None), "name", experiment.task.name)
     library = "peft" if form == "peft" else "transformers"
@@ -154,19 +188,20 @@ def card(path: Path, experiment: Experiment, client: str | None, form: Form, lef
         "tags": ["fedpref", "federated-learning", "preference-alignment", experiment.algorithm.name, loss, "lora"],
         "license": "apache-2.0" if model == BUILTIN else "other",
     }
-    if Path(model).exists() or model == BUILTIN:
+    is_here = model == BUILTIN or Path(model).exists()
+    if is_here:
         del top["base_model"]  # a folder of this machine, which the Hub does not know
     if data and not Path(data).exists():
         top["datasets"] = [data]
     where = f", `{Path(data).name if Path(data).exists() else data}`" if data else ""
-    base = "the small model that comes with fedpref" if model == BUILTIN else f"`{Path(model).name if Path(model).exists() else model}`"
+    base = "the small model that comes with fedpref" if model == BUILTIN else f"`{Path(model).name if is_here else model}`"
     lines = [
         f"# {experiment.name}: {client}" if client else f"# {experiment.name}",
-        f"Trained by {experiment.algorithm.name} with fedpref {__version__}: {len(trained)} clients, "
+        f"Trained by {experiment.algorithm.name} with fedpref {__version__}: {len(measured.last['clients'])} clients, "
         f"{experiment.rounds} rounds, seed {experiment.seed}."
         + (" All clients' rows were in one place." if experiment.algorithm.pooled else " No client's rows left it."),
         f"Data: {experiment.data.name}{where}. Base model: {base}.",
-        _table(_figures(path, joined, client, whole=not left_out) | _counts(trained if client is None else known | joined, client)),
+        _table(measured.figures(client, whole=not left_out) | measured.counts(client)),
         f"```python\n{LOADS[library]}\n```",
     ]
     if top["license"] == "other":
@@ -176,27 +211,6 @@ def card(path: Path, experiment: Experiment, client: str | None, form: Form, lef
     if form == "gguf-ready":
         lines.append("For llama.cpp: `python convert_hf_to_gguf.py FOLDER --outfile model.gguf`.")
     return f"---\n{yaml.safe_dump(top, sort_keys=False)}---\n\n" + "\n\n".join(lines) + "\n"
-
-
-def _figures(path: Path, joined: Mapping[str, Any], client: str | None, *, whole: bool) -> dict[str, str]:
-    """The held-out figure of a model: the client's own, or over all clients the one that they share, if it is their whole model."""
-    row = RunDirectory(path).read_rows(EVALUATION)[-1]
-    metric = headline(row["summary"])
-    rows = row["clients"] | row.get("newcomers", {}) | {name: later["after"] for name, later in joined.items()}
-    title = "held-out " + HEADLINES[metric].caption
-    if client in rows and whole:
-        return {title: f"{HEADLINES[metric].text(rows[client][metric])} (of {client})"}
-    if client is None and not RunDirectory(path).has_own:
-        mean = HEADLINES[metric].text(row["summary"][metric]["mean"])
-        return {title: f"{mean} (mean over {len(row['clients'])} clients)"}
-    return {title: "not measured"}
-
-
-def _counts(known: Mapping[str, Mapping[str, int]], client: str | None) -> dict[str, str]:
-    """Numbers of examples, of all clients or of one that took part."""
-    some = list(known.values()) if client is None else [known[client]] if client in known else []
-    titles = {"train": "training", "test": "held-out"}
-    return {f"{title} examples": str(sum(about[side] for about in some)) for side, title in titles.items() if some}
 
 
 def _table(rows: Mapping[str, str]) -> str:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fedpref import seeds
-from fedpref.data import ClientData, Files
-from fedpref.data.preferences import Row
+from fedpref.data import ClientData, Files, Natural
 from fedpref.engines import Simulation
 from fedpref.engines.workers import keep_freed_memory, one_thread
 from fedpref.errors import UserError
@@ -41,7 +42,10 @@ def judge(run: str | Path, data: Files, client: str | None = None, column: str |
     rows = tuple(replace(row, side="test") for row in data.read())
     if not rows:
         raise UserError(f"{data.path}: there are no rows.")
-    groups = _by_client(rows, column) if column else {SHARED: rows}
+    groups = {SHARED: rows}
+    if column:
+        placed = Natural(column=column).assign([("test", row) for row in rows], np.random.default_rng(0))  # which draws nothing here
+        groups = {name: tuple(row for _, row in some) for name, some in placed.items()}
     whose = list(groups) if column else known if client is None else [client]
     if unknown := [name for name in whose if name not in known]:
         raise UserError(
@@ -65,12 +69,3 @@ def judge(run: str | Path, data: Files, client: str | None = None, column: str |
             engine.begin(0, [0] if is_one else sorted(known.index(name) for name in whose), "evaluate")
             found = engine.disclose(engine.each(evaluate, *model))
     return {SHARED if is_one else known[i]: metrics for i, metrics in found.items()}
-
-
-def _by_client(rows: Sequence[Row], column: str) -> dict[str, tuple[Row, ...]]:
-    found: dict[str, list[Row]] = {}
-    for row in rows:
-        if column not in row.columns:
-            raise UserError(f"{row.where}: --column is {column!r}, which the row does not have; its columns: {sorted(row.columns)}.")
-        found.setdefault(str(row.columns[column]), []).append(row)
-    return {name: tuple(some) for name, some in found.items()}

@@ -72,10 +72,9 @@ def personalise(
             state = algorithm.join(engine, state, steps or spec.federation.join_steps)
             after = engine.disclose(engine.each(evaluate, *algorithm.model(state)))
             engine.each(export, FOLDER, *algorithm.model(state))
-    for i, client in enumerate(places):
-        sizes = {"train": len(shards[i].train), "test": len(shards[i].test)}
-        folder.append(NEWCOMERS, {"client": client, **sizes, "before": before[i], "after": after[i]})
-    return {
-        client: Newcomer(len(shards[i].train), len(shards[i].test), before[i], after[i], place)
-        for i, (client, place) in enumerate(places.items())
-    }
+    found = {}
+    for i, (client, place) in enumerate(places.items()):
+        found[client] = one = Newcomer(len(shards[i].train), len(shards[i].test), before[i], after[i], place)
+        row = {"client": client, "train": one.train, "test": one.test, "before": one.before, "after": one.after}
+        folder.append(NEWCOMERS, row)
+    return found

@@ -21,7 +21,7 @@ from fedpref.errors import UserError
 
 CONFIG, CLIENTS, METRICS, EVALUATION, DONE = "config.yaml", "clients.json", "metrics.jsonl", "evaluation.jsonl", "done"
 NEWCOMERS = "newcomers.jsonl"  # clients that joined when the run was over: sizes, metrics before and after
-ENVIRONMENT = "environment.json"  # versions, machine, commit
+ENVIRONMENT = "environment.json"  # versions, machine, commits
 HAS_OWN = "clients have models of their own\n"
 SAMPLES = "samples"  # a folder: answers to a client's held-out prompts, before training and after, a file for each client
 

@@ -73,6 +73,11 @@ def read_experiment(folder: RunDirectory) -> Experiment:
     return Experiment.load(folder.path / CONFIG)
 
 
+def is_finished(folder: RunDirectory) -> bool:
+    """Whether the algorithm's own line and all reference lines are done."""
+    return all(RunDirectory(folder.path / sub).done for sub, _ in lines(read_experiment(folder), 1).values())
+
+
 def refuse_opinions(folder: RunDirectory) -> None:
     """Raise UserError where a run has trained no language model."""
     if isinstance(read_experiment(folder).data, Opinions):
@@ -161,9 +166,9 @@ def _line(name: str, experiment: Experiment, folder: RunDirectory, task: Task, s
     weights = experiment.federation.weights(sizes, experiment.seed)
     trained = [i for i in engine.clients if i not in newcomers]
     if experiment.evaluate_on_start and not folder.read_rows(EVALUATION):
-        row = _evaluate(engine, algorithm.model(state), names, trained)
-        folder.append(EVALUATION, {"round": 0, **row})
-        yield evaluated(name, experiment.rounds, {"round": 0, **row})
+        row = {"round": 0, **_evaluate(engine, algorithm.model(state), names, trained)}
+        folder.append(EVALUATION, row)
+        yield evaluated(name, experiment.rounds, row)
     for round in range(first, experiment.rounds):
         cohort, late = experiment.federation.cohort(weights, experiment.seed, round)
         engine.begin(round, cohort)
@@ -176,7 +181,7 @@ def _line(name: str, experiment: Experiment, folder: RunDirectory, task: Task, s
         told = [Event(name, "round", round + 1, experiment.rounds, figures)]
         last = round + 1 == experiment.rounds
         if last or (experiment.evaluate_every and (round + 1) % experiment.evaluate_every == 0):
-            row = _evaluate(engine, algorithm.model(state), names, trained)
+            row = {"round": round + 1, **_evaluate(engine, algorithm.model(state), names, trained)}
             if experiment.diagnostics:
                 engine.begin(round, [i for i in trained if weights[i]], "evaluate")
                 row["diagnostics"] = diagnose(engine, algorithm.model(state), tuple(start), experiment.diagnostics)
@@ -187,8 +192,8 @@ def _line(name: str, experiment: Experiment, folder: RunDirectory, task: Task, s
                 row["newcomers"] = _evaluate(engine, algorithm.model(state), names, newcomers)["clients"]
             for measured in (*row["clients"].values(), *row.get("newcomers", {}).values()):
                 _refuse_divergence(name, round, experiment, folder, measured)
-            folder.append(EVALUATION, {"round": round + 1, **row})
-            told.append(evaluated(name, experiment.rounds, {"round": round + 1, **row}))
+            folder.append(EVALUATION, row)
+            told.append(evaluated(name, experiment.rounds, row))
         if last or (round + 1) % experiment.checkpoint_every == 0:
             folder.checkpoint(round + 1, state, engine)
         yield from told

@@ -11,15 +11,13 @@ from rich.markup import escape
 
 from fedpref import __version__
 from fedpref.cli import figures, models, sites, training
-from fedpref.cli.shared import app
+from fedpref.cli.shared import SITES, app
 from fedpref.errors import UserError
 
-PANELS = {training: "Train", figures: "Look", models: "Use what was trained", sites: "Sites on other machines"}
-for module, panel in PANELS.items():
-    for command in [one for one in app.registered_commands if one.callback and one.callback.__module__ == module.__name__]:
-        app.registered_commands.remove(command)  # and to the end, so that they come in this order
-        app.registered_commands.append(command)
-        command.rich_help_panel = panel
+PANELS = {training.__name__: "Train", figures.__name__: "Look", models.__name__: "Use what was trained", sites.__name__: SITES}
+app.registered_commands.sort(key=lambda command: list(PANELS).index(command.callback.__module__))
+for command in app.registered_commands:
+    command.rich_help_panel = PANELS[command.callback.__module__]
 
 
 def _version(wanted: bool) -> None:

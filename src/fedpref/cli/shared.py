@@ -27,6 +27,7 @@ Config = Annotated[Path, typer.Argument(help="A YAML file; configs/ has examples
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Settings that override the file's: rounds=20 task.loss.beta=0.2", metavar="KEY=VALUE")
 ]
+SITES = "Sites on other machines"  # a panel of the help
 Open = Annotated[bool, typer.Option("--open", help="Show the report in a browser at the end.")]
 
 

@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from fedpref.cli.shared import Config, Overrides, app, console, follow
+from fedpref.cli.shared import SITES, Config, Overrides, app, console, follow
 
 federation = typer.Typer(help="Make a federation of sites.", no_args_is_help=True)
 site_app = typer.Typer(help="Start and stop a site, or the server.", no_args_is_help=True)
-app.add_typer(federation, name="federation", rich_help_panel="Sites on other machines")
-app.add_typer(site_app, name="site", rich_help_panel="Sites on other machines")
+app.add_typer(federation, name="federation", rich_help_panel=SITES)
+app.add_typer(site_app, name="site", rich_help_panel=SITES)
 ADMIN = Path("federation/admin@fedpref.org")
 Admin = Annotated[Path, typer.Option(help="The kit of who submits, a folder that `fedpref federation init` made.")]
 Kit = Annotated[Path, typer.Argument(help="A site's or the server's folder.", metavar="KIT")]

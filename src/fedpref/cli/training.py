@@ -38,12 +38,10 @@ def resume(path: Annotated[Path, typer.Argument(help="The directory of a run tha
     Example: fedpref resume runs/demo
     """
     from fedpref.launch import happenings
-    from fedpref.reports.read import read
-    from fedpref.rundirectory import CLIENTS
-    from fedpref.running import existing_directory, read_experiment
+    from fedpref.running import existing_directory, is_finished, read_experiment
 
     folder = existing_directory(path)
-    if folder.path.joinpath(CLIENTS).exists() and read(folder.path).done:
+    if is_finished(folder):
         console.print(f"{path}: the run is finished.", highlight=False, soft_wrap=True)
         return follow(iter(()), folder)
     follow(happenings(read_experiment(folder), folder), folder)

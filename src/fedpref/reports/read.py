@@ -14,6 +14,7 @@ from urllib.parse import unquote
 from fedpref.errors import UserError
 from fedpref.experiment import Experiment, lines
 from fedpref.rundirectory import CLIENTS, CONFIG, ENVIRONMENT, EVALUATION, METRICS, NEWCOMERS, SAMPLES, RunDirectory
+from fedpref.running import is_finished
 from fedpref.summary import ACCURACY, HEADLINES, Headline, headline, standard_error
 
 Clients = Mapping[str, Mapping[str, float]]  # client -> metric -> value
@@ -129,7 +130,6 @@ def _error(row: Mapping[str, float]) -> float:
 
 def read(path: Path) -> Run:
     """Read a run; raises UserError where there is none, or none that has begun."""
-    folder = RunDirectory(path)
     if not (path / CONFIG).is_file():
         raise UserError(f"{path}: there is no run here (no {CONFIG}). Give the directory that `fedpref run` printed.")
     if not (path / CLIENTS).is_file():
@@ -142,5 +142,4 @@ def read(path: Path) -> Run:
     }
     environment = json.loads((path / ENVIRONMENT).read_text()) if (path / ENVIRONMENT).exists() else {}
     main = found.pop(experiment.algorithm.name)
-    is_done = all(place.done for place in (folder, *places.values()))
-    return Run(path, experiment, known, main, found, environment, is_done, experiment.name)
+    return Run(path, experiment, known, main, found, environment, is_finished(RunDirectory(path)), experiment.name)

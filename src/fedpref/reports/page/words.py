@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,13 @@ def interval(values: Mapping[str, float], digits: int, sign: str = "") -> str:
     """The 95 % interval of a mean over clients, in brackets; nothing where they are too few."""
     if len(values) < ENOUGH:
         return ""
-    low, high = bootstrap(np.array([list(values.values())]))
+    low, high = _bounds(tuple(values.values()))
     return f" [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
+
+
+@cache
+def _bounds(values: tuple[float, ...]) -> tuple[float, float]:
+    return bootstrap(np.array([values]))
 
 
 def told(run: Run) -> dict[str, Any]:
@@ -64,7 +70,7 @@ def _doubt(gained: Mapping[str, float]) -> str:
     """What is to be said where a mean gain may be none."""
     if len(gained) < ENOUGH:
         return f", over {clients(len(gained))}: too few to tell it from none"
-    low, high = bootstrap(np.array([list(gained.values())]))
+    low, high = _bounds(tuple(gained.values()))
     return ", which cannot be told from none" if low <= 0 <= high else ""
 
 
@@ -95,7 +101,7 @@ def cards(run: Run) -> list[tuple[str, str, str]]:
         found.append(("newcomers", f"{_mean(after):.{digits}f}", note))
     each = (up + down) / max(1.0, sum(run.line.column("clients")))
     cost = f"{bytes_text(up / rounds)} up and {bytes_text(down / rounds)} down a round; {bytes_text(each)} a client and round"
-    if run.metric == ACCURACY and len(values) >= ENOUGH and bootstrap(np.array([list(values.values())]))[0] > 50:
+    if run.metric == ACCURACY and len(values) >= ENOUGH and _bounds(tuple(values.values()))[0] > 50:
         cost += f"; {bytes_text((up + down) / (mean - 50))} for each point above a guess"
     time = f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min"
     note = f"{seconds / rounds:.1f} s a round; preparing, evaluating and what it is compared with come on top"
