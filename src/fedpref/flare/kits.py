@@ -29,6 +29,7 @@ CLASSES = [
 ]
 LEFT = ("shutdown.fl", "pid.fl", "daemon_pid.fl")  # files that FLARE leaves in a kit
 SHELL = ("bash", "sh")
+KILL_SECONDS = 10.0  # in which a killed process is gone, unless the system holds it or it is another user's
 PROMPT = {"NVFLARE_CLIENT_OUTCOME_WAIT_TIMEOUT": "15"}  # seconds that a server waits at a job's end for sites that have died
 TEMPLATE = """# What this site brings to experiments, and what it consents to. This file stays here.
 # All keys: docs/sites.md.
@@ -177,11 +178,16 @@ def stop(kit: Path, seconds: float = 20.0) -> None:
     """Stop it, with the jobs that it runs; nothing happens where it does not run."""
     (kit / "shutdown.fl").touch()
     for process in _processes(kit):
-        if not process.name().startswith(SHELL):  # which would start it anew, but for the file
-            _end(process, signal.SIGTERM)
+        with suppress(psutil.Error):
+            if not process.name().startswith(SHELL):  # which would start it anew, but for the file
+                _end(process, signal.SIGTERM)
     psutil.wait_procs(_processes(kit), timeout=seconds)
-    for process in _processes(kit):
-        _end(process, signal.SIGKILL)
+    while killed := _processes(kit):  # one may have started another since
+        for process in killed:
+            _end(process, signal.SIGKILL)
+        _, alive = psutil.wait_procs(killed, timeout=KILL_SECONDS)
+        if alive:
+            raise UserError(f"{kit}: process {alive[0].pid} cannot be ended. See whose it is (`ps -f -p {alive[0].pid}`); end it there.")
     for left in LEFT:
         (kit / left).unlink(missing_ok=True)
 
