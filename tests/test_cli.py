@@ -173,6 +173,26 @@ def test_a_conversation_that_the_template_refuses_is_named(fedpref: Command, fil
     assert not list(Path.cwd().iterdir())
 
 
+def test_an_answer_is_asked_for_as_in_training(fedpref: Command, file: Path, tiny: Path, tmp_path: Path) -> None:
+    answers = {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+    rows: list[Any] = [{"prompt": [{"role": "user", "content": f"Hi {i}?"}], **answers, "client": "a"} for i in range(20)]
+    chats = write_rows(tmp_path / "chat.jsonl", rows)
+    asked = ("Hi?", "--max-new-tokens", "8", "--seed", "3")
+    for name, as_in_training, other in (("plain", "--plain", "--chat"), ("chat", "--chat", "--plain")):
+        data = () if name == "plain" else (f"data.path={chats}",)
+        assert fedpref("run", file, "rounds=1", *data, "--output", name)[0] == 0
+        code, text = fedpref("generate", name, *asked)
+        assert code == 0, text
+        assert text == fedpref("generate", name, *asked, as_in_training)[1]
+        assert text != fedpref("generate", name, *asked, other)[1]
+    config = Path("plain/adapter/tokenizer_config.json")
+    config.write_text(json.dumps({**json.loads(config.read_text()), "chat_template": None}))
+    Path("plain/adapter/chat_template.jinja").unlink(missing_ok=True)
+    code, text = fedpref("generate", "plain", *asked, "--chat")
+    assert code == 2
+    assert "no chat template" in text
+
+
 BAD_CONFIGS = {
     "unknown key 'algorithm.local.learning_rat'. Did you mean 'learning_rate'?": ["algorithm.local.learning_rat=0.1"],
     "unknown key 'sneed'. Did you mean 'seed'?": ["sneed=1"],

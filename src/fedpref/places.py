@@ -50,7 +50,13 @@ class Place(Protocol):
 def about(clients: Sequence[ClientData], shards: Sequence[Any]) -> dict[str, dict[str, Any]]:
     """What is said of clients."""
     return {
-        shard.name: {"train": len(shard.train), "test": len(shard.test), "truncated": shard.truncated, "digest": client.digest}
+        shard.name: {
+            "train": len(shard.train),
+            "test": len(shard.test),
+            "truncated": shard.truncated,
+            "conversations": client.conversations,
+            "digest": client.digest,
+        }
         for client, shard in zip(clients, shards, strict=True)
     }
 

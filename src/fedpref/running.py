@@ -84,6 +84,11 @@ def refuse_opinions(folder: RunDirectory) -> None:
         raise UserError(f"{folder.path}: the run has trained a predictor of opinions; `fedpref reward` scores answers with it.")
 
 
+def learned_from_conversations(folder: RunDirectory) -> bool:
+    """Whether training prompts were conversations, laid out by the chat template, and not plain text."""
+    return any(about["conversations"] for about in json.loads((folder.path / CLIENTS).read_text()).values())
+
+
 def result(folder: RunDirectory) -> Result:
     """What a finished run came to, from its directory."""
     names = list(lines(read_experiment(folder), 1).items())

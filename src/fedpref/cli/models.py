@@ -20,24 +20,28 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer at most.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.7,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
-    plain: Annotated[bool, typer.Option("--plain", help="Take the prompt as it is, without the chat template.")] = False,
+    chat: Annotated[
+        bool | None, typer.Option("--chat/--plain", help="Lay the prompt out by the chat template, or not; by default as in training.")
+    ] = None,
 ) -> None:
     """Let a run's model, or a client's own, answer a prompt.
 
     Example: fedpref generate runs/fedpdpo --client bakery "What goes well with soup?"
     """
     from fedpref.models.exported import generate as answer
-    from fedpref.running import existing_directory, exported, refuse_opinions
+    from fedpref.running import existing_directory, exported, learned_from_conversations, refuse_opinions
 
-    refuse_opinions(existing_directory(path))
+    run = existing_directory(path)
+    refuse_opinions(run)
     folder = exported(path, client)
+    laid_out = learned_from_conversations(run) if chat is None else chat
     try:
         text = sys.stdin.read().strip() if prompt is None else prompt
     except UnicodeDecodeError as error:
         raise UserError("the prompt on standard input is not UTF-8 text.") from error
     if not text:
         raise UserError("the prompt is empty; give it on the command line or on standard input.")
-    print(answer(folder, text, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, chat=not plain))
+    print(answer(folder, text, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, chat=laid_out))
 
 
 @app.command()

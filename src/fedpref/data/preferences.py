@@ -97,6 +97,11 @@ class ClientData:
             found.update("\0".join((key(row.prompt), *row.said)).encode())
         return found.hexdigest()
 
+    @property
+    def conversations(self) -> int:
+        """How many rows' prompts are conversations, not plain text."""
+        return sum(not isinstance(row.prompt, str) for row in self.train + self.test)
+
 
 def parse(
     record: Mapping[str, Any], where: str, *, prompt: str = "prompt", chosen: str = "chosen", rejected: str = "rejected"

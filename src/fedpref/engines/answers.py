@@ -24,6 +24,7 @@ class About(TypedDict, total=False):
     train: Count
     test: Count
     truncated: Count
+    conversations: Count
     digest: str
     number: Count
 

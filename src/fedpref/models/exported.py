@@ -31,12 +31,10 @@ def load_model(folder: str | Path) -> Any:
     return model
 
 
-def generate(
-    folder: str | Path, prompt: str, *, max_new_tokens: int = 128, temperature: float = 0.7, seed: int = 0, chat: bool = True
-) -> str:
+def generate(folder: str | Path, prompt: str, *, chat: bool, max_new_tokens: int = 128, temperature: float = 0.7, seed: int = 0) -> str:
     """An answer sampled from an exported model; greedy at temperature 0.
 
-    `chat` lays the prompt out as a user's turn where the tokenizer has a chat template; otherwise it is taken as it is.
+    `chat` lays the prompt out as a user's turn by the tokenizer's chat template; otherwise it is taken as it is.
     """
     import transformers
     from transformers import AutoTokenizer
@@ -44,7 +42,9 @@ def generate(
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     model, tokenizer = load_model(folder), AutoTokenizer.from_pretrained(str(folder))
-    if chat and tokenizer.chat_template:
+    if chat and not tokenizer.chat_template:
+        raise UserError(f"{folder}: the tokenizer has no chat template. Give the prompt as plain text, with --plain.")
+    if chat:
         prompt = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
         encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
     else:
