@@ -25,11 +25,9 @@ from fedpref.experiment import Experiment, lines, with_whole_paths
 from fedpref.federation import Client, work
 from fedpref.places import About, Elsewhere, Here, Place
 from fedpref.rundirectory import CLIENTS, CONFIG, ENVIRONMENT, EVALUATION, METRICS, SAMPLES, RunDirectory
-from fedpref.summary import HEADLINES, headline, over_clients
+from fedpref.summary import HEADLINES, ClientMetrics, headline, over_clients
 from fedpref.tasks import Task
 from fedpref.trees import Tree
-
-Clients = Mapping[str, Mapping[str, float]]  # client -> metric -> value
 
 
 @dataclass(frozen=True)
@@ -52,8 +50,8 @@ class Result:
     """
 
     path: Path
-    evaluations: Mapping[str, Clients]
-    newcomers: Mapping[str, tuple[Clients, Clients]]
+    evaluations: Mapping[str, ClientMetrics]
+    newcomers: Mapping[str, tuple[ClientMetrics, ClientMetrics]]
 
 
 def new_directory(experiment: Experiment, output: str | Path | None) -> RunDirectory:
@@ -86,7 +84,7 @@ def refuse_opinions(folder: RunDirectory) -> None:
 
 def learned_from_conversations(folder: RunDirectory) -> bool:
     """Whether training prompts were conversations, laid out by the chat template, and not plain text."""
-    return any(about["conversations"] for about in json.loads((folder.path / CLIENTS).read_text()).values())
+    return any(about.get("conversations") for about in json.loads((folder.path / CLIENTS).read_text()).values())
 
 
 def result(folder: RunDirectory) -> Result:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 
+ClientMetrics = Mapping[str, Mapping[str, float]]  # client -> metric -> value
 ACCURACY, ALIGNMENT, REWARD = "rewards/accuracies", "alignment", "reward"
 
 

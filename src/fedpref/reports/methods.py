@@ -105,8 +105,12 @@ def graph(runs: Sequence[Run]) -> Iterator[Chart]:
 
 def objectives(runs: Sequence[Run]) -> Iterator[Chart]:
     """What objectives come to, and the weights by which they are combined, over rounds."""
-    several = len(list(every_line(runs))) > 1
+    several = len(list(every_line(runs))) > 1  # then objectives are told apart by dashes, otherwise by colours
     reached, weighed = [], []
+
+    def drawn(name: str, x: Sequence[Any], y: Sequence[Any], number: int, k: int) -> dict[str, Any]:
+        return lined(name, x, y, number, k) if several else lined(name, x, y, number + k)
+
     for title, _, line, number in every_line(runs):
         metrics = [name for name in of_objectives(next(iter(line.last.values()))) if name.startswith("rewards/")]
         if len(metrics) < 2 or len(line.evaluations) < 2:
@@ -115,12 +119,12 @@ def objectives(runs: Sequence[Run]) -> Iterator[Chart]:
             name = with_prefix(title if several else "", metric.rsplit("/", 1)[1])
             rounds = [row["round"] for row in line.evaluations]
             means = [row["summary"][metric]["mean"] for row in line.evaluations]
-            reached.append(lined(name, rounds, means, *((number, k) if several else (number + k, 0))))
+            reached.append(drawn(name, rounds, means, number, k))
     for prefix, run, number in main_lines(runs):
         for k, name in enumerate(name for name in run.line.metrics[-1] if name.startswith("weights/")):
             rounds = [row["round"] for row in run.line.metrics if name in row]
             title = with_prefix(prefix, name.removeprefix("weights/"))
-            weighed.append(lined(title, rounds, run.line.column(name), *((number, k) if several else (number + k, 0))))
+            weighed.append(drawn(title, rounds, run.line.column(name), number, k))
     if reached:
         caption = "Held-out, of each objective: means over clients."
         yield Chart("What objectives come to", caption, reached, axes("round", "reward or accuracy"))

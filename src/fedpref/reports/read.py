@@ -15,9 +15,8 @@ from fedpref.errors import UserError
 from fedpref.experiment import Experiment, lines
 from fedpref.rundirectory import CLIENTS, CONFIG, ENVIRONMENT, EVALUATION, METRICS, NEWCOMERS, SAMPLES, RunDirectory
 from fedpref.running import is_finished
-from fedpref.summary import ACCURACY, HEADLINES, Headline, headline, standard_error
+from fedpref.summary import ACCURACY, HEADLINES, ClientMetrics, Headline, headline, standard_error
 
-Clients = Mapping[str, Mapping[str, float]]  # client -> metric -> value
 Values = dict[str, float]  # client -> its value of the metric by which clients are compared, in that metric's unit
 
 
@@ -39,9 +38,9 @@ class Line:
         return int(self.evaluations[-1]["round"]) if self.evaluations else 0
 
     @property
-    def last(self) -> Clients:
+    def last(self) -> ClientMetrics:
         """Metrics at the last evaluation, of each client that takes part in training."""
-        found: Clients = self.evaluations[-1]["clients"] if self.evaluations else {}
+        found: ClientMetrics = self.evaluations[-1]["clients"] if self.evaluations else {}
         return found
 
 
@@ -83,7 +82,7 @@ class Run:
         mine, theirs = self._beside(reference)
         return {name: 2 * self.shown.scale * math.hypot(_error(row), _error(theirs[name])) for name, row in mine.items()}
 
-    def _beside(self, reference: str) -> tuple[Clients, Clients]:
+    def _beside(self, reference: str) -> tuple[ClientMetrics, ClientMetrics]:
         """This line's last metrics and a reference's, of the clients that have both."""
         other = self.references.get(reference)
         if other is None or other.rounds != self.line.rounds:
@@ -114,7 +113,7 @@ class Run:
                 found[line.name] = (self._values(before), self._values(after))
         return found
 
-    def _values(self, clients: Clients) -> Values:
+    def _values(self, clients: ClientMetrics) -> Values:
         return {client: self.shown.scale * row[self.metric] for client, row in clients.items()}
 
     @cached_property

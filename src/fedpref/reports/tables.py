@@ -12,9 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from fedpref.rundirectory import CLIENTS, SAMPLES
-from fedpref.summary import ACCURACY, ALIGNMENT, HEADLINES, headline, of_objectives, over_clients, standard_error
+from fedpref.summary import ACCURACY, ALIGNMENT, HEADLINES, ClientMetrics, headline, of_objectives, over_clients, standard_error
 
-Metrics = Mapping[str, Mapping[str, float]]  # client -> metric -> value
 TITLES = {"local": "alone", "centralised": "pooled"}
 
 
@@ -24,7 +23,7 @@ def sizes(path: Path) -> dict[str, dict[str, int]]:
     return found
 
 
-def metric_table(found: Metrics) -> Table:
+def metric_table(found: ClientMetrics) -> Table:
     """All metrics: a column for each client, or the most important ones in columns where clients are many."""
     table, first = Table(), next(iter(found.values()))
     if len(found) <= 4:
@@ -41,7 +40,7 @@ def metric_table(found: Metrics) -> Table:
     return table
 
 
-def client_table(path: Path, evaluations: Mapping[str, Metrics]) -> Table:
+def client_table(path: Path, evaluations: Mapping[str, ClientMetrics]) -> Table:
     """What clients are compared by, of each under each line, clients with most training examples first, then summaries."""
     pairs, metric = sizes(path), _headline(next(iter(evaluations.values())))
     shown = HEADLINES[metric]
@@ -87,7 +86,7 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
-def objective_table(evaluations: Mapping[str, Metrics]) -> Table | None:
+def objective_table(evaluations: Mapping[str, ClientMetrics]) -> Table | None:
     """Means over clients of what several objectives are measured by, under each line; None where there are not several."""
     wanted = of_objectives(next(iter(next(iter(evaluations.values())).values())))
     if len(wanted) < 2:
@@ -122,7 +121,7 @@ def _rewards(rewards: Mapping[str, float]) -> list[str]:
     return ["[" + ", ".join(f"{name} {value:.2f}" for name, value in rewards.items()) + "]"] if rewards else []
 
 
-def newcomer_table(pairs: Mapping[str, Mapping[str, int]], lines: Mapping[str, tuple[Metrics, Metrics]]) -> Table:
+def newcomer_table(pairs: Mapping[str, Mapping[str, int]], lines: Mapping[str, tuple[ClientMetrics, ClientMetrics]]) -> Table:
     """The same of clients that join after training, under each line: as they join, and after steps of their own."""
     metric = _headline(next(iter(lines.values()))[0])
     shown = HEADLINES[metric]
@@ -142,7 +141,7 @@ def newcomer_table(pairs: Mapping[str, Mapping[str, int]], lines: Mapping[str, t
     return table
 
 
-def _headline(rows: Metrics) -> str:
+def _headline(rows: ClientMetrics) -> str:
     return headline(next(iter(rows.values())))
 
 

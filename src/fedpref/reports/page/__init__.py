@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from fedpref.errors import UserError
 from fedpref.reports import charts, methods
-from fedpref.reports.page.rows import FAIRNESS, client_rows, fairness, joined, newcomer_rows, objective_rows, spreads
+from fedpref.reports.page.rows import client_rows, fairness, joined, newcomer_rows, objective_rows
 from fedpref.reports.page.words import ENOUGH, MEANINGS, told
 from fedpref.reports.read import Run, read
 
@@ -57,6 +57,7 @@ def page(runs: Sequence[Run], fronts: Sequence[Mapping[str, Any]] = ()) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     room = files("fedpref.reports.page")
     drawn = sections(runs, fronts)
+    measures, spreads = fairness(runs)
     return environment.from_string((room / "page.html").read_text()).render(
         title=", ".join(run.title for run in runs) or "front of trade-offs",
         style=Markup((room / "page.css").read_text()),
@@ -65,8 +66,8 @@ def page(runs: Sequence[Run], fronts: Sequence[Mapping[str, Any]] = ()) -> str:
         runs=[told(run) for run in runs],
         sections=drawn,
         charts=Markup(_json([chart.content for _, some in drawn for chart in some])),
-        fairness=fairness(runs),
-        fairness_titles=[FAIRNESS[key] for key in spreads(runs)],
+        fairness=spreads,
+        fairness_titles=measures,
         caption=runs[0].shown.caption if runs else "",
         clients=client_rows(runs),
         client_lines=[title for title, _, _, _ in charts.every_line(runs)],

@@ -20,15 +20,11 @@ FAIRNESS = {
 Column = tuple[Run, Mapping[str, float], str]  # of a table: whose, clients' values, the sign they are written with
 
 
-def fairness(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """A row for each line: how its figures spread over clients."""
-    keys = spreads(runs)
-    return [(title, [_spread(run, line).get(key, "") for key in keys]) for title, run, line, _ in every_line(runs)]
-
-
-def spreads(runs: Sequence[Run]) -> list[str]:
-    """Those of the measures that some line has."""
-    return [key for key in FAIRNESS if any(key in _spread(run, line) for _, run, line, _ in every_line(runs))]
+def fairness(runs: Sequence[Run]) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """How figures spread over clients: titles of the measures that some line has, and a row for each line."""
+    found = [(title, _spread(run, line)) for title, run, line, _ in every_line(runs)]
+    keys = [key for key in FAIRNESS if any(key in spread for _, spread in found)]
+    return [FAIRNESS[key] for key in keys], [(title, [spread.get(key, "") for key in keys]) for title, spread in found]
 
 
 def _spread(run: Run, line: Line) -> dict[str, str]:
