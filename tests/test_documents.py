@@ -30,7 +30,7 @@ def every_command(group: Any = COMMANDS, name: str = "fedpref") -> list[tuple[st
     found = []
     for part, command in group.commands.items():
         inner = getattr(command, "commands", None)
-        found += every_command(command, f"{name} {part}") if inner else [(f"{name} {part}", command)]
+        found += [(f"{name} {part}", command), *(every_command(command, f"{name} {part}") if inner else ())]
     return found
 
 

@@ -91,7 +91,10 @@ def test_merged_folders_load_in_transformers_with_the_same_log_probabilities(
         torch.testing.assert_close(log_probabilities(model.float(), made), expected, atol=tolerance, rtol=0)
         assert front_matter(made)["library_name"] == "transformers"
     assert (made / "reward_head.safetensors").exists()
-    assert "of client-1" in (made / "README.md").read_text()
+    last = RunDirectory(personal).read_rows(EVALUATION)[-1]["clients"]["client-1"]
+    text = (made / "README.md").read_text()
+    for name, metric in (("of the policy", "rewards/accuracies_implicit"), ("with the reward head beside it", "rewards/accuracies")):
+        assert f"{name} | {100 * last[metric]:.1f} (of client-1)" in text
 
 
 def test_clients_adapters_say_what_they_leave_out(personal: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from fedpref.models.language import BUILTIN
 from fedpref.models.parts import DOWN, FILE, HEAD, HEAD_DOWN, HEAD_UP, REWARD
 from fedpref.rundirectory import CLIENTS, EVALUATION, NEWCOMERS, RunDirectory
 from fedpref.running import existing_directory, exported, read_experiment, refuse_opinions
-from fedpref.summary import HEADLINES, headline
+from fedpref.summary import HEADLINES, IMPLICIT, headline
 
 Form = Literal["peft", "merged", "gguf-ready"]
 MANIFEST = "manifest.json"
@@ -158,12 +158,18 @@ class Measured:
         return Measured(known, folder.read_rows(EVALUATION)[-1], joined, folder.has_own)
 
     def figures(self, client: str | None, *, whole: bool) -> dict[str, str]:
-        """The held-out figure of a model: the client's own, or over all clients the one that they share, if it is their whole model."""
+        """The held-out figure of a model: the client's own, or over all clients the one that they share, if it is their whole model.
+
+        A client's policy that has a reward head beside it has a figure of its own, and one of both.
+        """
         metric = headline(self.last["summary"])
         rows = self.last["clients"] | self.last.get("newcomers", {}) | {name: later["after"] for name, later in self.joined.items()}
         title = "held-out " + HEADLINES[metric].caption
         if client in rows and whole:
-            return {title: f"{HEADLINES[metric].text(rows[client][metric])} (of {client})"}
+            named = {f"{title}, of the policy": IMPLICIT, f"{title}, with the reward head beside it": metric}
+            if IMPLICIT not in rows[client]:
+                named = {title: metric}
+            return {name: f"{HEADLINES[metric].text(rows[client][one])} (of {client})" for name, one in named.items()}
         if client is None and not self.has_own:
             mean = HEADLINES[metric].text(self.last["summary"][metric]["mean"])
             return {title: f"{mean} (mean over {len(self.last['clients'])} clients)"}

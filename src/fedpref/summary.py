@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 ClientMetrics = Mapping[str, Mapping[str, float]]  # client -> metric -> value
 ACCURACY, ALIGNMENT, REWARD = "rewards/accuracies", "alignment", "reward"
+IMPLICIT = f"{ACCURACY}_implicit"  # of the policy alone, where clients have reward heads too
 
 
 @dataclass(frozen=True)

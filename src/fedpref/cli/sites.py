@@ -9,8 +9,11 @@ import typer
 
 from fedpref.cli.shared import SITES, Config, Overrides, app, console, follow
 
-federation = typer.Typer(help="Make a federation of sites.", no_args_is_help=True)
-site_app = typer.Typer(help="Start and stop a site, or the server.", no_args_is_help=True)
+federation = typer.Typer(
+    help="Make a federation of sites.\n\nExample: fedpref federation init federation --server fl.example.org --site clinic --site bank",
+    no_args_is_help=True,
+)
+site_app = typer.Typer(help="Start and stop a site, or the server.\n\nExample: fedpref site start federation/clinic", no_args_is_help=True)
 app.add_typer(federation, name="federation", rich_help_panel=SITES)
 app.add_typer(site_app, name="site", rich_help_panel=SITES)
 ADMIN = Path("federation/admin@fedpref.org")

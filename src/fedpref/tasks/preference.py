@@ -15,6 +15,7 @@ from fedpref.data.preferences import ClientData, Preference, Row
 from fedpref.errors import UserError
 from fedpref.losses import DPO, Explicit, Hinge, Loss, PairScores
 from fedpref.models.parts import Parts
+from fedpref.summary import IMPLICIT
 from fedpref.tasks.answers import AnswerLearner, AnswerShard, AnswerTask, Batch, Example, PerExample
 
 
@@ -114,7 +115,7 @@ class PreferenceLearner(AnswerLearner):
         losses = self.settings.explicit(loss, chosen - rejected, explicit[:, 0] - explicit[:, 1])
         return {
             **_metrics(losses, chosen + added[:, 0], rejected + added[:, 1]),
-            "rewards/accuracies_implicit": _accurate(chosen, rejected),
+            IMPLICIT: _accurate(chosen, rejected),
             "rewards/accuracies_explicit": _accurate(explicit[:, 0], explicit[:, 1]),
         }
 
