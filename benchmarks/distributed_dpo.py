@@ -28,11 +28,12 @@ from rich.table import Table
 
 from distributed_laws import LAWS, Law
 from distributed_models import CONFIGS, DATASETS, Outcome, train
-from fedpref import Experiment, seeds
+from fedpref import Experiment
 from fedpref.algorithms import decdpo
 from fedpref.engines import Simulation
 from fedpref.engines.workers import keep_freed_memory, one_thread
-from fedpref.network import Network
+from fedpref.federation.network import Network
+from fedpref.numerics import seeds
 from fedpref.reports.tables import bytes_text
 from paper_program import Race, race
 

@@ -18,7 +18,7 @@ from distributed_models import Outcome
 STYLE = {"svg.hashsalt": "fedpref", "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}
 # picture -> lines, of those in distributed_models.py
 COMPARISONS: Mapping[str, Sequence[str]] = {
-    "server or graph": ("centralised", "feddpo", "S=3", "ring"),
+    "server or graph": ("pooled", "feddpo", "S=3", "ring"),
     "local steps": ("E=1", "feddpo", "E=6"),
     "participation": ("S=1", "S=3", "S=5", "feddpo"),
     "staleness, three clients a round": ("S=3", "S=3, q=2", "S=3, q=5"),

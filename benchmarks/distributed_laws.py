@@ -16,8 +16,8 @@ import torch
 from scipy import stats
 
 from fedpref.algorithms import DecDPO, FedDPO
-from fedpref.participation import draw
-from fedpref.topology import Shape, mixing, rho
+from fedpref.federation.participation import draw
+from fedpref.numerics.topology import Shape, mixing, rho
 from log_linear import Coins, LogLinear, Pairs, clients, engine, gradient, objective, optimum, plain, spread
 
 BETA = 1.0

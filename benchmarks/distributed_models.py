@@ -10,10 +10,10 @@ from typing import Any
 
 from rich.console import Console
 
+from fedpref.experiments.run_directory import EVALUATION, METRICS, RunDirectory
+from fedpref.numerics.metrics import ACCURACY
 from fedpref.reports.progress import show
-from fedpref.rundirectory import EVALUATION, METRICS, RunDirectory
-from fedpref.summary import ACCURACY
-from fedpref.sweep import plan, sweep
+from fedpref.runs.sweep import plan, sweep
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 CLIENTS = 8
@@ -31,7 +31,7 @@ DATASETS: Mapping[str, tuple[str, ...]] = {
     "ukpconvarg-by-worker": ("ukpconvarg", f"partition.max_clients={CLIENTS}", "partition.max_rows=150"),
 }
 MAIN = {
-    "centralised": f"algorithm.name=centralised algorithm.local.gradient_accumulation_steps={CLIENTS}",
+    "pooled": f"algorithm.name=pooled algorithm.local.gradient_accumulation_steps={CLIENTS}",
     "feddpo": "algorithm.name=feddpo",
     "S=3": "federation.clients_per_round=3",
     "ring": "algorithm.name=decdpo network.topology=ring",

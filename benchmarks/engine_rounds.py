@@ -22,15 +22,16 @@ import torch
 from nvflare.collab import collab
 from nvflare.recipe import ProdEnv
 
-from fedpref import config, topology
-from fedpref.aggregation import Factors
+from fedpref import config
 from fedpref.algorithms.decdpo import begin
 from fedpref.engines import Patience, RemoteEngine, Simulation, Sites
-from fedpref.experiment import Experiment
-from fedpref.flare.kits import CLASSES
-from fedpref.flare.programs import Collab, recipe
-from fedpref.flare.simulated import simulate
-from fedpref.topology import Matrix
+from fedpref.experiments.experiment import Experiment
+from fedpref.federation.aggregation import Factors
+from fedpref.numerics import topology
+from fedpref.numerics.topology import Matrix
+from fedpref.sites.kits import CLASSES
+from fedpref.sites.programs import Collab, recipe
+from fedpref.sites.simulated import simulate
 
 CLASS = "engine_rounds.Rounds"
 PATIENCE = Patience(seconds=600)

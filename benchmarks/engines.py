@@ -29,11 +29,12 @@ from pathlib import Path
 import yaml
 
 from engine_rounds import CLASS
-from fedpref import config, trees
-from fedpref.experiment import Experiment
-from fedpref.flare import kits
-from fedpref.flare.submitted import SUBMITTED
-from fedpref.rundirectory import METRICS, RunDirectory
+from fedpref import config
+from fedpref.experiments.experiment import Experiment
+from fedpref.experiments.run_directory import METRICS, RunDirectory
+from fedpref.numerics import trees
+from fedpref.sites import kits
+from fedpref.sites.submitted import SUBMITTED
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs/demo.yaml"
 SITES = ("clinic", "bank", "school")
@@ -43,7 +44,7 @@ SETTINGS = [
     "algorithm.parts={head: low-rank, head_rank: 4, bottleneck: 0, reward: false, adapter: false}",
     "task.max_length=256",
     f"rounds={ROUNDS}",
-    "references=[]",
+    "baselines=[]",
     "patience={seconds: 30, min_clients: 1, rounds_per_job: 3}",
 ]
 
@@ -85,7 +86,7 @@ CELLS = [  # clients, sites, MB of a client's tree, gossip on a ring
     (8, 8, 4, False),
     (8, 8, 4, True),
 ]
-PROGRAM = ("rounds=1000", "algorithm.name=decdpo", "references=[]")
+PROGRAM = ("rounds=1000", "algorithm.name=decdpo", "baselines=[]")
 ENGINES = ("simulation", "flare-simulated", "flare")
 HERE = Path(__file__).resolve().parent
 
@@ -145,7 +146,7 @@ def small_clients(count: int) -> Iterator[list[str]]:
             "partition={name: natural}",
             "rounds=1000",
             "algorithm.name=decdpo",
-            "references=[]",
+            "baselines=[]",
         ]
 
 
@@ -156,7 +157,7 @@ def _key(engine: str, clients: int, sites: int, mb: float, gossip: bool) -> str:
 
 def overhead(made: dict[str, Path], folder: Path) -> dict[str, float]:
     """The share of a round of ten local steps of the shipped model that is not in a run in one process; engines take turns."""
-    settings = ["algorithm.local={steps: 10, batch_size: 8}", "rounds=5", "references=[]", "checkpoint_every=100"]
+    settings = ["algorithm.local={steps: 10, batch_size: 8}", "rounds=5", "baselines=[]", "checkpoint_every=100"]
     settings += [
         "evaluate_every=0",
         "patience={seconds: 300, min_sites: 2, rounds_per_job: 100}",

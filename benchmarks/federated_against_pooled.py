@@ -20,10 +20,10 @@ from rich.console import Console
 from rich.table import Table
 
 from fedpref import Experiment
+from fedpref.experiments.rounds import events, new_directory, result
+from fedpref.experiments.run_directory import CLIENTS
+from fedpref.numerics.metrics import ACCURACY, standard_error
 from fedpref.reports.progress import show
-from fedpref.rundirectory import CLIENTS
-from fedpref.running import events, new_directory, result
-from fedpref.summary import ACCURACY, standard_error
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 QUICK = ["rounds=2", "algorithm.local.steps=2", "algorithm.local.batch_size=4"]
@@ -31,7 +31,7 @@ QUICK = ["rounds=2", "algorithm.local.steps=2", "algorithm.local.batch_size=4"]
 
 def measure(name: str, seed: int, data: str | None, quick: bool, console: Console) -> dict[str, float]:
     """One run with both reference lines: figures by name."""
-    overrides = [f"seed={seed}", "references=[local,centralised]", *([f"data.path={data}"] if data else []), *(QUICK if quick else [])]
+    overrides = [f"seed={seed}", "baselines=[alone,pooled]", *([f"data.path={data}"] if data else []), *(QUICK if quick else [])]
     experiment = Experiment.load(CONFIGS / f"{name}.yaml", overrides)
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as place:
@@ -67,7 +67,7 @@ def main() -> None:
         runs = [measure(name, seed, arguments.data, arguments.quick, Console(stderr=True)) for seed in arguments.seeds]
         mean = {key: statistics.fmean(run[key] for run in runs) for key in runs[0]}
         flat |= {f"{name}/{key}": value for key, value in mean.items()}
-        both = [f"{100 * mean[line]:.1f} ± {100 * mean[f'{line}_standard_error']:.1f}" for line in ("feddpo", "centralised", "local")]
+        both = [f"{100 * mean[line]:.1f} ± {100 * mean[f'{line}_standard_error']:.1f}" for line in ("feddpo", "pooled", "alone")]
         least = [f"{100 * mean[f'{line}_least_data']:.1f}" for line in ("feddpo", "local")]
         table.add_row(name, f"{mean['clients']:.0f}", *both, *least, f"{mean['seconds']:.0f}")
     Console(width=140).print(table)

@@ -23,13 +23,14 @@ from typing import Any
 
 from rich.console import Console
 
-from fedpref import Experiment, seeds
+from fedpref import Experiment
 from fedpref.engines import Simulation
 from fedpref.engines.workers import keep_freed_memory, one_thread
+from fedpref.experiments.run_directory import METRICS, RunDirectory
+from fedpref.numerics import seeds
 from fedpref.reports.comparison import Row, compare, markdown, table
 from fedpref.reports.progress import show
-from fedpref.rundirectory import METRICS, RunDirectory
-from fedpref.sweep import plan, sweep
+from fedpref.runs.sweep import plan, sweep
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -72,7 +73,7 @@ LINES = {
     },
     "personal": {
         "local": "algorithm=local",
-        "centralised": "algorithm=centralised algorithm.local.gradient_accumulation_steps={clients}",
+        "pooled": "algorithm=pooled algorithm.local.gradient_accumulation_steps={clients}",
         "fedsa-lora": "algorithm=fedsa-lora",
         "fedper": "algorithm=fedper",
         "fedrep": "algorithm=fedper algorithm.phases=alternate",
@@ -124,7 +125,7 @@ def round_cost(clients: int, rounds: int) -> float:
     keep_freed_memory()
     with one_thread(), tempfile.TemporaryDirectory() as cache, ExitStack() as stack:
         shards = [task.prepare(task.encode(client), Path(cache)) for client in specs["feddpo"].clients()[0]]
-        engines = {name: Simulation(task, shards, seed=0, rounds=rounds, workers=task.places) for name in names}
+        engines = {name: Simulation(task, shards, seed=0, rounds=rounds, workers=task.devices) for name in names}
         for engine in engines.values():
             stack.callback(engine.close)
         algorithms: dict[str, Any] = {name: spec.algorithm for name, spec in specs.items()}

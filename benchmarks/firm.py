@@ -30,31 +30,32 @@ from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
-from fedpref import Experiment, seeds
-from fedpref.algorithms import FIRM, FSMGDA, FedCMOO, Scalarised
+from fedpref import Experiment
+from fedpref.algorithms import FIRM, FSMGDA, FedCMOO, Scalarized
 from fedpref.engines import Simulation
 from fedpref.engines.workers import keep_freed_memory, one_thread
-from fedpref.federation import Client
-from fedpref.local import Descent, descend
-from fedpref.multiobjective import MinNorm
-from fedpref.objectives import Objectives
-from fedpref.pareto import follows, hypervolume, interpolated, measured, plan_front
+from fedpref.experiments.run_directory import EVALUATION, METRICS, RunDirectory
+from fedpref.federation.local_training import LocalTraining, train_locally
+from fedpref.federation.objectives import Objectives
+from fedpref.federation.verbs import Client
+from fedpref.numerics import seeds
+from fedpref.numerics.metrics import of_objectives
+from fedpref.numerics.min_norm import MinNorm
 from fedpref.reports.progress import show
-from fedpref.rundirectory import EVALUATION, METRICS, RunDirectory
-from fedpref.summary import of_objectives
-from fedpref.sweep import plan, sweep
+from fedpref.runs.pareto import follows, hypervolume, interpolated, measured, plan_front
+from fedpref.runs.sweep import plan, sweep
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 CONFIG, PAIRS = CONFIGS / "firm.yaml", CONFIGS / "hh-objectives.yaml"
-RIVALS = ("firm_b0", "scalarised", "fsmgda", "fedcmoo")
+RIVALS = ("firm_b0", "scalarized", "fsmgda", "fedcmoo")
 VARIANTS = [
     "firm",
     "firm_b0: algorithm.solver.b=0",
     *RIVALS[1:],
-    "brief_alone: algorithm.name=scalarised algorithm.preference=[1,0]",
-    "kind_alone: algorithm.name=scalarised algorithm.preference=[0,1]",
+    "brief_alone: algorithm.name=scalarized algorithm.preference=[1,0]",
+    "kind_alone: algorithm.name=scalarized algorithm.preference=[0,1]",
 ]
-FEWER = [VARIANTS[0], VARIANTS[1], "scalarised", "fedcmoo"]
+FEWER = [VARIANTS[0], VARIANTS[1], "scalarized", "fedcmoo"]
 REWARDS = yaml.safe_load(CONFIG.read_text())["task"]["rewards"]
 FLOOR = {"brief": -1.0, "kind": 0.0, "detailed": -1.0}  # the least that these rewards can be
 PARTS = ["convex", "shipped", "speed", "pairs"]
@@ -123,10 +124,10 @@ def distance(x: torch.Tensor, clients: Sequence[Corner]) -> float:
 
 def convex(numbers: Sequence[int], rounds: int) -> tuple[dict[str, float], Table]:
     """Of each method, means over seeds: the distance to the Pareto set, drift of weights and of parameters."""
-    local = Descent(steps=5, optim="sgd", learning_rate=0.05, lr_scheduler_type="linear", warmup_ratio=0.0, max_grad_norm=1e9)
+    local = LocalTraining(steps=5, optim="sgd", learning_rate=0.05, lr_scheduler_type="linear", warmup_ratio=0.0, max_grad_norm=1e9)
     aggregate: Any = FIRM().aggregate
     methods: dict[str, Any] = {f"firm, b = {b:g}": FIRM(local=local, solver=MinNorm(b=b), aggregate=aggregate) for b in STRENGTHS}
-    methods |= {"scalarised": Scalarised(local=local), "fsmgda": FSMGDA(local=local), "fedcmoo": FedCMOO(local=local)}
+    methods |= {"scalarized": Scalarized(local=local), "fsmgda": FSMGDA(local=local), "fedcmoo": FedCMOO(local=local)}
     found: dict[str, list[dict[str, float]]] = {name: [] for name in methods}
     with one_thread():
         for seed in numbers:
@@ -253,7 +254,7 @@ def trained(path: Path) -> dict[str, float]:
 def offline(numbers: Sequence[int], settings: Sequence[str], output: Path, progress: Console) -> Table:
     """The front between helpful and harmless pair accuracy, and linear scalarisation with equal shares: training on the union."""
     names, front = plan_front(PAIRS, 3, numbers, settings, output)
-    union = plan(PAIRS, ["union: algorithm.name=scalarised"], numbers, settings, output)
+    union = plan(PAIRS, ["union: algorithm.name=scalarized"], numbers, settings, output)
     done({**{path: one for some in front.values() for path, one in some.items()}, **union}, output / "cache", progress)
     table = Table("preference", *names, title="pairs: held-out accuracy", box=MARKDOWN)
     rows = {" ".join(f"{share:g}" for share in preference): list(some) for preference, some in front.items()}
@@ -286,7 +287,7 @@ def speed(steps: int, turns: int) -> dict[str, float]:
                 local = replace(spec.algorithm.local, steps=steps, learning_rate=UNMOVED)  # type: ignore[union-attr]
                 client = Client(0, learner, learner.encode(data), seeds.generator(turn, "speed"), 0, 1)
                 adapter = learner.init(seeds.generator(0, "init"))
-                seconds[name].append(used(lambda: descend(client, adapter, local, {}, objectives=objectives)))  # noqa: B023
+                seconds[name].append(used(lambda: train_locally(client, adapter, local, {}, objectives=objectives)))  # noqa: B023
             seconds["trl"].append(used(theirs))
     medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}  # the first turn warms up
     return {

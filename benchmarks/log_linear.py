@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
-from fedpref import trees
 from fedpref.engines import Simulation
-from fedpref.federation import Client, work
-from fedpref.local import Descent
+from fedpref.federation.local_training import LocalTraining
+from fedpref.federation.verbs import Client, work
+from fedpref.numerics import trees
+from fedpref.numerics.topology import Matrix
+from fedpref.numerics.trees import Tree
 from fedpref.tasks import BatchSize
-from fedpref.topology import Matrix
-from fedpref.trees import Tree
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,9 @@ class Coins(LogLinear):
         return -logsigmoid(self.beta * batch * params["theta"]).sum()[None], {}
 
 
-def plain(steps: int, rate: float) -> Descent:
+def plain(steps: int, rate: float) -> LocalTraining:
     """Plain gradient descent at a constant rate."""
-    return Descent(steps=steps, optim="sgd", learning_rate=rate, lr_scheduler_type="constant", warmup_ratio=0.0, max_grad_norm=1e12)
+    return LocalTraining(steps=steps, optim="sgd", learning_rate=rate, lr_scheduler_type="constant", warmup_ratio=0.0, max_grad_norm=1e12)
 
 
 def clients(count: int, pairs: int, dimensions: int, apart: float, seed: int) -> list[Pairs]:
@@ -119,7 +119,7 @@ def optimum(shards: Sequence[Pairs], beta: float) -> Tensor:
     return theta
 
 
-@work()
+@work("log_linear.moments")
 def moments(client: Client, theta: Tree) -> Tree:
     return {"value": theta["theta"], "square": theta["theta"].square()}
 

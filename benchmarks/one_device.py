@@ -20,13 +20,13 @@ from pathlib import Path
 import torch
 import transformers
 
-from fedpref import seeds
 from fedpref.engines.workers import keep_freed_memory, one_thread
-from fedpref.federation import Client
-from fedpref.local import Descent, descend
+from fedpref.federation.local_training import LocalTraining, train_locally
+from fedpref.federation.verbs import Client
 from fedpref.models.language import Model
+from fedpref.numerics import seeds
 from fedpref.tasks import PreferenceTask
-from fedpref.tasks.answers import AnswerShard
+from fedpref.tasks.offline import OfflineShard
 from throughput import BUILTIN, matrix_rate, pairs
 
 LARGE = {
@@ -51,8 +51,8 @@ def measure(configuration: dict[str, int | bool], batch: int, steps: int, folder
     del model
     transformers.AutoTokenizer.from_pretrained(BUILTIN).save_pretrained(folder)
     task = PreferenceTask(model=Model(path=str(folder))).build()
-    task.place(0)
-    shard = task.prepare(AnswerShard("client", tuple(pairs(64, 4096)), ()), folder)
+    task.move_to(0)
+    shard = task.prepare(OfflineShard("client", tuple(pairs(64, 4096)), ()), folder)
     start = task.init(seeds.generator(0, "init"))
     seconds, tokens, operations = [], [], []
     frozen = adapter = 0
@@ -66,7 +66,9 @@ def measure(configuration: dict[str, int | bool], batch: int, steps: int, folder
     for step in range(steps + 2):
         client = Client(0, task, shard, seeds.generator(0, "train", round=step), 0, 1)
         begun = time.perf_counter()
-        metrics = descend(client, start, Descent(steps=1, batch_size=batch), {})[2]  # ends with a copy to the CPU, so all is done
+        metrics = train_locally(client, start, LocalTraining(steps=1, batch_size=batch), {})[
+            2
+        ]  # ends with a copy to the CPU, so all is done
         seconds.append(time.perf_counter() - begun)
         tokens.append(metrics["num_tokens"])
         operations.append(tokens[-1] * (4 * frozen + 6 * adapter + share * 4 * head))

@@ -22,11 +22,12 @@ import transformers
 from peft import PeftModel
 from torch import Tensor, nn
 
-from fedpref import Experiment, seeds
+from fedpref import Experiment
 from fedpref.data import ClientData
 from fedpref.engines import Simulation
 from fedpref.engines.workers import keep_freed_memory
-from fedpref.participation import draw
+from fedpref.federation.participation import draw
+from fedpref.numerics import seeds
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs/distributed-dpo.yaml"
 MAX_LENGTH, BETA, BATCH, DECAY, CLIP = 64, 0.2, 4, 0.01, 1.0

@@ -32,17 +32,18 @@ from rich.table import Table
 from scipy import stats
 
 import plural_program
-from fedpref import Experiment, seeds
+from fedpref import Experiment
 from fedpref.algorithms import PluralLLM
 from fedpref.data.opinions import TRAINING_COUNTRIES
 from fedpref.engines import Simulation
 from fedpref.engines.workers import one_thread
-from fedpref.local import Descent
+from fedpref.experiments.rounds import evaluate
+from fedpref.experiments.run_directory import EVALUATION, RunDirectory
+from fedpref.federation.local_training import LocalTraining
+from fedpref.numerics import seeds
 from fedpref.reports.progress import show
-from fedpref.rundirectory import EVALUATION, RunDirectory
-from fedpref.running import evaluate
-from fedpref.sweep import plan, sweep
-from fedpref.tasks.shares import alignment
+from fedpref.runs.sweep import plan, sweep
+from fedpref.tasks.alignment import alignment
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs/pluralllm.yaml"
 SPILL = 100  # MB of clients' values in memory, where groups are many
@@ -51,9 +52,9 @@ PUBLISHED = "task.evaluate_on=all data.test_fraction=0.1 algorithm.local.max_gra
 WEIGHTS = "algorithm.weights=points federation.weighting=equal"
 LINES = {
     "federated, as published": f"{WEIGHTS} algorithm.local.num_cycles={{cycles}} {PUBLISHED}",
-    "centralised, as published": f"algorithm.name=centralised algorithm.local.steps=1 algorithm.local.batch_size=8 {PUBLISHED}",
+    "centralised, as published": f"algorithm.name=pooled algorithm.local.steps=1 algorithm.local.batch_size=8 {PUBLISHED}",
     "federated": "",
-    "centralised, equal steps": "algorithm.name=centralised algorithm.local.batch_size=8",
+    "centralised, equal steps": "algorithm.name=pooled algorithm.local.batch_size=8",
 }
 PAIRS = {"": ("federated, as published", "centralised, as published"), "_equal_steps": ("federated", "centralised, equal steps")}
 STEPS = {"centralised, as published": 1}  # a round; six in the other lines
@@ -101,7 +102,7 @@ def convergence(rounds: Sequence[int], values: Sequence[float], width: int = 3) 
 
 def countries(data: str, numbers: Sequence[int], rounds: int, output: Path, progress: Console) -> dict[str, Line]:
     """All lines."""
-    common = [f"data.path={data}", f"rounds={rounds}", f"evaluate_every={EVERY}", "references=[]"]
+    common = [f"data.path={data}", f"rounds={rounds}", f"evaluate_every={EVERY}", "baselines=[]"]
     variants = [f"{name}: {overrides.format(cycles=rounds * 6 / 200)}" for name, overrides in LINES.items()]
     return trained(variants, numbers, common, output / "countries", progress)
 
@@ -110,8 +111,8 @@ def others(data: str, numbers: Sequence[int], rounds: int, output: Path, progres
     """Federated, centralised and alone on other opinions."""
     found = {}
     for name, settings in OTHERS.items():
-        common = [setting.format(data=data) for setting in settings] + [f"rounds={rounds}", "references=[]", "federation.newcomers=0"]
-        variants = ["federated: ", "centralised: algorithm.name=centralised algorithm.local.batch_size=8", "alone: algorithm.name=local"]
+        common = [setting.format(data=data) for setting in settings] + [f"rounds={rounds}", "baselines=[]", "federation.newcomers=0"]
+        variants = ["federated: ", "centralised: algorithm.name=pooled algorithm.local.batch_size=8", "alone: algorithm.name=alone"]
         found[name] = trained(variants, numbers, common, output / name, progress)
     return found
 
@@ -163,7 +164,7 @@ def speed(data: str, rounds: int) -> dict[str, float]:
         shards = [task.prepare(task.encode(client), Path(cache)) for client in spec.clients()[0]]
         training = [i for i, shard in enumerate(shards) if shard.name in TRAINING_COUNTRIES]
         questions = [[(task.known[q.digest].numpy(), np.array(q.shares, np.float32)) for q in (*s.context, *s.asked)] for s in shards]
-        with closing(Simulation(task, shards, seed=0, rounds=rounds, workers=task.places)) as engine:
+        with closing(Simulation(task, shards, seed=0, rounds=rounds, workers=task.devices)) as engine:
             state: Any = method.init(engine, task.init(seeds.generator(0, "init")))
             torch.manual_seed(0)
             program, draw = plural_program.Program.begin([questions[i] for i in training]), random.Random(0)
@@ -201,7 +202,7 @@ def many(data: str, groups: int) -> dict[str, float]:
     """A round of so many groups on one processor, made of the countries by turns: seconds, and memory against a tenth of them."""
     spec = Experiment.load(CONFIG, [f"data.path={data}"])
     task = spec.build_task()
-    method: Any = PluralLLM(local=Descent(steps=1, batch_size=1, learning_rate=3e-4))
+    method: Any = PluralLLM(local=LocalTraining(steps=1, batch_size=1, learning_rate=3e-4))
     memory, seconds = {}, 0.0
     with one_thread(), tempfile.TemporaryDirectory() as cache:
         shards = [task.prepare(task.encode(client), Path(cache)) for client in spec.clients()[0]]

@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from fedpref import Experiment, run
+from fedpref.experiments.run_directory import EVALUATION, METRICS, RunDirectory
 from fedpref.reports.page import REPORT
-from fedpref.rundirectory import EVALUATION, METRICS, RunDirectory
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs/demo.yaml"
 ROUNDS, CLIENTS = 200, 64
@@ -30,13 +30,13 @@ ROUNDS, CLIENTS = 200, 64
 def long_run(folder: Path) -> Path:
     """A run directory with figures of many rounds and clients under two lines, made of a short run's."""
     path = run(
-        Experiment.load(CONFIG, ["rounds=1", "references=[local]", "partition.max_clients=2", "algorithm.local.steps=1"]), folder / "run"
+        Experiment.load(CONFIG, ["rounds=1", "baselines=[alone]", "partition.max_clients=2", "algorithm.local.steps=1"]), folder / "run"
     ).path
     short, rng = RunDirectory(path), np.random.default_rng(0)
     (first,), (last,) = short.read_rows(METRICS), short.read_rows(EVALUATION)
     names = [f"hospital-{k:02d}" for k in range(CLIENTS)]
     measured = next(iter(last["clients"].values()))
-    for place in (path, path / "references/local"):
+    for place in (path, path / "baselines/alone"):
         (place / METRICS).write_text("".join(json.dumps({**first, "round": k + 1}) + "\n" for k in range(ROUNDS)))
         with (place / EVALUATION).open("w") as file:
             for k in range(ROUNDS):

@@ -36,16 +36,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fedpref import run, seeds, trees
+from fedpref import run
 from fedpref.engines import Simulation
 from fedpref.engines.workers import keep_freed_memory, one_thread
-from fedpref.experiment import Experiment
-from fedpref.federation import Client
-from fedpref.local import Descent, descend
+from fedpref.experiments.experiment import Experiment
+from fedpref.federation.local_training import LocalTraining, train_locally
+from fedpref.federation.verbs import Client
 from fedpref.models.language import Model
-from fedpref.summary import ACCURACY, standard_error
+from fedpref.numerics import seeds, trees
+from fedpref.numerics.metrics import ACCURACY, standard_error
 from fedpref.tasks import BatchSize, PreferenceTask
-from fedpref.tasks.answers import AnswerShard, Example
+from fedpref.tasks.offline import Example, OfflineShard
 
 BUILTIN = Path(__file__).resolve().parent.parent / "src/fedpref/models/builtin"
 BATCH = 8
@@ -101,10 +102,10 @@ def make(name: str, folder: Path) -> Path:
     return folder / name
 
 
-def prepared(task: Any, count: int) -> AnswerShard:
+def prepared(task: Any, count: int) -> OfflineShard:
     """A client with so many pairs, scored under the reference."""
     with tempfile.TemporaryDirectory() as cache:
-        shard: AnswerShard = task.prepare(AnswerShard("client", tuple(pairs(count, 4096)), ()), Path(cache))
+        shard: OfflineShard = task.prepare(OfflineShard("client", tuple(pairs(count, 4096)), ()), Path(cache))
     return shard
 
 
@@ -119,7 +120,7 @@ def fedpref(model: Path, size: int) -> Callable[[int], None]:
 
     def steps(count: int) -> None:
         client = Client(0, task, shard, seeds.generator(0, "train", round=next(rounds)), 0, 1)
-        descend(client, start, Descent(steps=count, batch_size=size), {})
+        train_locally(client, start, LocalTraining(steps=count, batch_size=size), {})
 
     return steps
 
@@ -288,7 +289,7 @@ def federation(clients: int, workers: int, batch: int, rounds: int) -> dict[str,
     experiment = Experiment()
     task = experiment.task.build()
     shard = prepared(task, 16)
-    algorithm = type(experiment.algorithm)(local=Descent(steps=1, batch_size=batch))
+    algorithm = type(experiment.algorithm)(local=LocalTraining(steps=1, batch_size=batch))
     engine = Simulation(task, [shard] * clients, seed=0, rounds=rounds, workers=workers)
     state = algorithm.init(engine, task.init(seeds.generator(0, "init")))
     spent: list[float] = []
@@ -321,7 +322,7 @@ def loop_share(steps: int) -> float:
 
         return call
 
-    algorithm = type(experiment.algorithm)(local=Descent(steps=steps, batch_size=BATCH))
+    algorithm = type(experiment.algorithm)(local=LocalTraining(steps=steps, batch_size=BATCH))
     engine = Simulation(task, [shard] * 4, seed=0, rounds=2)
     state = algorithm.init(engine, task.init(seeds.generator(0, "init")))
     engine.begin(0, engine.clients)
@@ -416,12 +417,12 @@ def own_figures(quick: bool) -> list[Callable[[], dict[str, float]]]:
 
 
 def accuracies() -> dict[str, float]:
-    """Held-out accuracy of the demo's federated line, its steps as they are and in float32, and how far apart they are."""
+    """StoredValues-out accuracy of the demo's federated line, its steps as they are and in float32, and how far apart they are."""
     found, errors = [], []
     for dtype in ("auto", "float32"):
         with tempfile.TemporaryDirectory() as place:
             file = Path(__file__).resolve().parent.parent / "configs/demo.yaml"
-            outcome = run(Experiment.load(file, ["references=[]", f"task.model.dtype={dtype}"]), Path(place) / "run")
+            outcome = run(Experiment.load(file, ["baselines=[]", f"task.model.dtype={dtype}"]), Path(place) / "run")
         rows = next(iter(outcome.evaluations.values()))
         values = {name: row[ACCURACY] for name, row in rows.items()}
         found.append(sum(values.values()) / len(values))

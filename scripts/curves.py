@@ -15,13 +15,14 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 
 from fedpref import Experiment, run
-from fedpref.reports import charts, methods
-from fedpref.reports.read import Run, read
+from fedpref.reports import charts
+from fedpref.reports import method_charts as methods
+from fedpref.reports.run import Run, read
 
 WANTED: dict[str, tuple[list[str], list[Any]]] = {  # a config: overrides, charts
     "demo": (["rounds=10", "evaluate_every=1"], [charts.learning, charts.held_out]),
     "decdpo": (["evaluate_every=1"], [methods.consensus, charts.held_out]),
-    "fedpdpo": (["evaluate_every=1", "federation.newcomers=0", "references=[local]"], [charts.learning, charts.held_out]),
+    "fedpdpo": (["evaluate_every=1", "federation.newcomers=0", "baselines=[alone]"], [charts.learning, charts.held_out]),
     "firm": (["evaluate_every=1"], [methods.objectives]),
     "pluralllm": ([], [charts.learning, charts.held_out]),
 }

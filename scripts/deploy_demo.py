@@ -15,13 +15,13 @@ from pathlib import Path
 
 import yaml
 
-from fedpref.experiment import Experiment
-from fedpref.flare import kits
+from fedpref.experiments.experiment import Experiment
+from fedpref.sites import kits
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs/demo.yaml"
 SITES = ("north", "east", "south")
 EXPERIMENTS = {"fedpdpo": ["algorithm.local.steps=6"], "decdpo": ["network.topology=ring"]}
-COMMON = ["rounds=3", "references=[]", "patience={seconds: 300, min_sites: 3}"]
+COMMON = ["rounds=3", "baselines=[]", "patience={seconds: 300, min_sites: 3}"]
 
 
 def fedpref(*arguments: str) -> None:

@@ -207,7 +207,7 @@ Each source's rows were cut at random into 99 % for training and 1 % held out. O
 Trained on {tokens:,} tokens ({unique:,} different ones), Muon for the hidden matrices and AdamW for the rest, bfloat16 arithmetic.
 Licence texts stand in LICENSES/. The weights are released under Apache-2.0.
 
-## Held-out perplexity (per token of its own tokenizer)
+## StoredValues-out perplexity (per token of its own tokenizer)
 | source | perplexity |
 |---|---|
 {held}

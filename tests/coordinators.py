@@ -9,10 +9,10 @@ from nvflare.collab import collab
 
 from fedpref import config
 from fedpref.engines.messages import pack, unpack
-from fedpref.experiment import Experiment
-from fedpref.flare.programs import Collab
-from fedpref.rundirectory import RunDirectory
-from fedpref.running import events
+from fedpref.experiments.experiment import Experiment
+from fedpref.experiments.rounds import events
+from fedpref.experiments.run_directory import RunDirectory
+from fedpref.sites.programs import Collab
 
 
 class Many:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
-from fedpref import trees
-from fedpref.federation import Client, Federation, PerClient, work
-from fedpref.local import Descent, descend
-from fedpref.trees import Tree
+from fedpref.federation.local_training import LocalTraining, train_locally
+from fedpref.federation.verbs import Client, Federation, PerClient, work
+from fedpref.numerics import trees
+from fedpref.numerics.trees import Tree
 
 
 @dataclass(frozen=True)
@@ -22,22 +22,21 @@ def is_private(name: str) -> bool:
     return ".lora_B." in name
 
 
-@work()
+@work("tests-personal.begin")
 def begin(client: Client, start: Tree) -> Tree:
     return {name: tensor for name, tensor in start.items() if is_private(name)}
 
 
-@work()
-def train(client: Client, shared: Tree, private: Tree, local: Descent) -> tuple[Tree, Tree, Mapping[str, float]]:
-    theta, _, metrics = descend(client, {**shared, **private}, local, {})
+@work("tests-personal.train")
+def train(client: Client, shared: Tree, private: Tree, local: LocalTraining) -> tuple[Tree, Tree, Mapping[str, float]]:
+    theta, _, metrics = train_locally(client, {**shared, **private}, local, {})
     return {n: theta[n] - shared[n] for n in shared}, {n: theta[n] for n in private}, metrics
 
 
 @dataclass(frozen=True)
 class Personal:
     name: Literal["personal"] = "personal"
-    local: Descent = Descent()
-    pooled: ClassVar[bool] = False
+    local: LocalTraining = LocalTraining()
 
     def init(self, fed: Federation, start: Tree) -> State:
         return State({n: t for n, t in start.items() if not is_private(n)}, fed.each(begin, start))

@@ -17,7 +17,7 @@ import torch
 from fedpref.engines import Patience, RemoteEngine, Sites
 from fedpref.engines.messages import unpack
 from fedpref.engines.site import Host, Site
-from fedpref.places import Share
+from fedpref.experiments.clients import SimulatedSite
 
 NUMBERS = count()
 
@@ -25,7 +25,7 @@ NUMBERS = count()
 def other_processes() -> Any:
     """For processes of their own, which need not import everything anew."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "transformers", "peft", "fedpref.running"])
+    context.set_forkserver_preload(["torch", "transformers", "peft", "fedpref.experiments.rounds"])
     return context
 
 
@@ -111,7 +111,7 @@ class Processes:
 
 def shares(sites: int) -> dict[str, Host]:
     """Simulated sites by name."""
-    return {f"site-{k}": Share(k, sites) for k in range(sites)}
+    return {f"site-{k}": SimulatedSite(k, sites) for k in range(sites)}
 
 
 def process_engine(processes: Processes, content: dict[str, Any], run: str = "", began: Any = None, **settings: Any) -> Any:

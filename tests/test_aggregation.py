@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from fedpref import Experiment, UserError, config, run, seeds, trees
-from fedpref.aggregation import Factors, FrozenA, Product, factor, pairs
+from fedpref import Experiment, UserError, config, run
 from fedpref.engines import Simulation
-from fedpref.federation import Client, work
-from fedpref.trees import Tree
+from fedpref.federation.aggregation import Factors, FrozenA, Product, factor, pairs
+from fedpref.federation.verbs import Client, work
+from fedpref.numerics import seeds, trees
+from fedpref.numerics.trees import Tree
 
 WEIGHTS = {"one": (11, 7), "two": (6, 9)}
 SIZES = (5, 2, 3)
@@ -36,7 +37,7 @@ def adapter(rank: int, seed: int, drift: float = 1.0, start: Tree | None = None)
     return {name: drift * torch.randn(shape, generator=rng) + (start[name] if start else 0.0) for name, shape in shapes.items()}
 
 
-@work()
+@work("test_aggregation.message")
 def message(client: Client, received: Tree, method: Any) -> Tree:
     """Each client's own theta, of its own rank."""
     free, _ = method.received(client, received)
@@ -105,14 +106,14 @@ def test_a_mean_of_equal_products_is_that_product() -> None:
     assert metrics["residual"] < 1e-5
 
 
-@work()
+@work("test_aggregation.same")
 def same(client: Client, theta: Tree) -> Tree:
     return theta
 
 
 @pytest.mark.parametrize("method", [Factors(), Product()])
 def test_the_residual_is_the_distance_from_the_mean_product(method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedpref.aggregation.PROBES", 4000)
+    monkeypatch.setattr("fedpref.federation.aggregation.PROBES", 4000)
     start, fed = adapter(4, 0), engine()
     merged, metrics = method.merge(fed, start, fed.each(message, start, method))
     assert metrics["residual"] == pytest.approx(distance(products(merged), mean_products(start, method, fed)), rel=0.05)

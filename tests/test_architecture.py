@@ -3,59 +3,20 @@
 from __future__ import annotations
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
 
 import fedpref
+from conftest import ROOT
 
 PACKAGE = Path(fedpref.__file__).parent
-# Lower rooms know nothing of higher ones. A room may import its own files and rooms of a lower level.
-LEVEL = {
-    "errors": 0,
-    "environment": 0,
-    "trees": 0,
-    "seeds": 0,
-    "summary": 0,
-    "losses": 1,
-    "multiobjective": 1,
-    "channel": 1,
-    "topology": 1,
-    "network": 2,
-    "data": 1,
-    "models": 1,
-    "rewards": 1,
-    "tasks": 2,
-    "federation": 3,
-    "objectives": 3,
-    "local": 4,
-    "personalisation": 5,
-    "aggregation": 5,
-    "diagnostics": 5,
-    "algorithms": 6,
-    "engines": 6,
-    "config": 6,
-    "participation": 7,
-    "rundirectory": 7,
-    "experiment": 8,
-    "places": 9,
-    "running": 10,
-    "hosting": 10,
-    "newcomers": 11,
-    "__main__": 17,
-    "cli": 16,
-    "reports": 15,
-    "scoring": 11,
-    "pareto": 14,
-    "sweep": 13,
-    "launch": 12,
-    "trackers": 11,
-    "watching": 11,
-    "exporting": 11,
-    "judging": 11,
-    "flare": 11,
-}
-MATHEMATICS = {"trees", "seeds", "summary", "losses", "multiobjective", "channel", "topology"}
+sys.path.insert(0, str(ROOT / "scripts"))
+from layers import LAYERS  # noqa: E402  # the one list of layers, which documents are made from too
+
+ORDER = ["errors", "config", "types", *LAYERS, "__main__"]  # the three at the root are below all layers
+MATHEMATICS = {"losses", "numerics", "channel"}
 ALLOWED_IN_MATHEMATICS = {"__future__", "collections", "dataclasses", "functools", "hashlib", "io", "jaxtyping", "math", "os", "pathlib"}
 ALLOWED_IN_MATHEMATICS |= {
     "networkx",
@@ -87,12 +48,18 @@ FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__
 
 
 @pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(PACKAGE)) for path in FILES])
-def test_arrows_point_down(path: Path) -> None:
+def test_arrows_point_to_layers_above_in_the_list(path: Path) -> None:
     own = room(path)
-    assert own in LEVEL, f"{own} has no level: give it one here"
+    assert own in ORDER, f"{own} is no layer: see scripts/layers.py"
     for module in imports(path):
-        if module.startswith("fedpref.") and (other := module.split(".")[1]) in LEVEL and other != own:
-            assert LEVEL[other] < LEVEL[own], f"{path.name} imports {module}"
+        if module.startswith("fedpref.") and (other := module.split(".")[1]) in ORDER and other != own:
+            assert ORDER.index(other) < ORDER.index(own), f"{path.name} imports {module}"
+
+
+def test_layers_are_folders() -> None:
+    assert {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()} == set(LAYERS)
+    root = {path.name for path in PACKAGE.iterdir() if path.is_file()}
+    assert root == {"__init__.py", "__main__.py", "py.typed", "errors.py", "config.py", "types.py"}
 
 
 def test_algorithms_import_neither_engines_nor_the_channel() -> None:

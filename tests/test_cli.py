@@ -18,9 +18,9 @@ from rich.console import Console
 from conftest import ROOT, make_rows, write_rows
 from fedpref import Experiment, cli, config
 from fedpref.cli import shared
+from fedpref.experiments.rounds import Event
+from fedpref.experiments.run_directory import RunDirectory
 from fedpref.reports.progress import show
-from fedpref.rundirectory import RunDirectory
-from fedpref.running import Event
 
 ROWS = make_rows([12, 10])
 Command = Callable[..., tuple[int, str]]
@@ -54,7 +54,7 @@ def test_a_run_ends_with_a_table_and_its_directory_and_loads_in_peft(fedpref: Co
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    code, text = fedpref("run", file, "rounds=1", "references=[local]", "--output", "out")
+    code, text = fedpref("run", file, "rounds=1", "baselines=[alone]", "--output", "out")
     assert code == 0
     for part in ("client-3", "feddpo", "alone", "worst client", "Jain index", "run directory: out"):
         assert part in text
@@ -108,7 +108,7 @@ def test_check_shows_clients_and_writes_nothing(fedpref: Command, file: Path) ->
 def test_list_names_everything_that_a_config_can_name(fedpref: Command) -> None:
     code, text = fedpref("list")
     assert code == 0
-    for name in ("feddpo", "centralised", "ipo", "orpo", "preference", "ukpconvarg", "dirichlet", "by-size"):
+    for name in ("feddpo", "pooled", "ipo", "orpo", "preference", "ukpconvarg", "dirichlet", "by-size"):
         assert name in text
 
 
@@ -247,7 +247,7 @@ def test_the_demo_runs_in_a_fresh_process(tmp_path: Path) -> None:
         "rounds=1",
         "algorithm.local.steps=1",
         "algorithm.local.batch_size=2",
-        "references=[]",
+        "baselines=[]",
         "partition.max_clients=2",
         "partition.max_rows=40",
     ]

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from fedpref import UserError
 from fedpref.reports.comparison import bootstrap, compare, csv_text, markdown
-from fedpref.sweep import parse_variant, plan, sweep
+from fedpref.runs.sweep import parse_variant, plan, sweep
 
 
 def finished(path: Path, name: str, seed: int, accuracies: dict[str, float], data: str = "", later: float | None = None) -> Path:
@@ -109,10 +109,10 @@ def test_a_variant_is_an_algorithm_or_overrides() -> None:
 
 def test_a_sweep_runs_each_variant_and_seed_once(settings: dict[str, Any], tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
-    OmegaConf.save(OmegaConf.create({**settings, "references": ["local"]}), config)
+    OmegaConf.save(OmegaConf.create({**settings, "baselines": ["alone"]}), config)
     runs = plan(config, ["feddpo", "mine: algorithm.name=fedprox rounds=1"], [0, 1], ["rounds=2"], tmp_path / "out")
     assert [str(path.relative_to(tmp_path / "out")) for path in runs] == ["feddpo/seed-0", "feddpo/seed-1", "mine/seed-0", "mine/seed-1"]
-    assert [(spec.name, spec.seed, spec.rounds, spec.references) for spec in runs.values()][2] == ("mine", 0, 1, ())
+    assert [(spec.name, spec.seed, spec.rounds, spec.baselines) for spec in runs.values()][2] == ("mine", 0, 1, ())
     first, happenings = next(sweep(runs, tmp_path / "cache"))
     list(happenings)
     rest = []

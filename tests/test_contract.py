@@ -13,12 +13,12 @@ import pytest
 import torch
 
 import personal
-from fedpref import config, seeds, trees
-from fedpref.aggregation import FrozenA, Product
+from fedpref import config
 from fedpref.algorithms import (
     FFA,
     FIRM,
     FSMGDA,
+    Alone,
     ChocoDPO,
     Clustered,
     DecDPO,
@@ -33,27 +33,28 @@ from fedpref.algorithms import (
     FedProx,
     FedSA,
     GradientTracking,
-    Local,
     PluralLLM,
     Scaffold,
-    Scalarised,
+    Scalarized,
     StaleDecDPO,
     StaleFedDPO,
 )
 from fedpref.algorithms.fedopt import Adaptive
 from fedpref.engines import RemoteEngine, Simulation
-from fedpref.experiment import Experiment
-from fedpref.local import Descent
-from fedpref.models.parts import Parts
-from fedpref.participation import draw
-from fedpref.rundirectory import RunDirectory
-from fedpref.running import evaluate
-from fedpref.trees import Tree
+from fedpref.experiments.experiment import Experiment
+from fedpref.experiments.rounds import evaluate
+from fedpref.experiments.run_directory import RunDirectory
+from fedpref.federation.aggregation import FrozenA, Product
+from fedpref.federation.local_training import LocalTraining
+from fedpref.federation.participation import draw
+from fedpref.models.own_parts import Parts
+from fedpref.numerics import seeds, trees
+from fedpref.numerics.trees import Tree
 from process_engine import Processes, process_engine, sent_up, shares
 
 CLIENTS, ROUNDS = 3, 4
-LOCAL = Descent(steps=2, batch_size=3, learning_rate=0.01)
-KEEPING = Descent(steps=2, batch_size=3, learning_rate=0.01, keep_optimizer=True)
+LOCAL = LocalTraining(steps=2, batch_size=3, learning_rate=0.01)
+KEEPING = LocalTraining(steps=2, batch_size=3, learning_rate=0.01, keep_optimizer=True)
 ALGORITHMS = {
     "feddpo": FedDPO(local=LOCAL),
     "feddpo-keeping-moments": FedDPO(local=KEEPING),
@@ -80,10 +81,10 @@ ALGORITHMS = {
     "choco": ChocoDPO(local=LOCAL),
     "pluralllm": PluralLLM(local=KEEPING),
     "firm": FIRM(local=KEEPING, smoothing=0.5),
-    "scalarised": Scalarised(local=LOCAL, preference=(0.7, 0.3)),
+    "scalarized": Scalarized(local=LOCAL, preference=(0.7, 0.3)),
     "fsmgda": FSMGDA(local=KEEPING),
     "fedcmoo": FedCMOO(local=LOCAL),
-    "local": Local(local=KEEPING),
+    "alone": Alone(local=KEEPING),
     "personal": personal.Personal(local=LOCAL),
 }
 MakeEngine = Callable[..., Any]
@@ -91,7 +92,9 @@ MakeEngine = Callable[..., Any]
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
-    started = Processes(shares(2), tmp_path_factory.mktemp("sites"), ["personal", "fedpref.running"])  # one site hosts two clients
+    started = Processes(
+        shares(2), tmp_path_factory.mktemp("sites"), ["personal", "fedpref.experiments.rounds"]
+    )  # one site hosts two clients
     yield started
     started.stop()
 
@@ -180,7 +183,7 @@ def test_engines_agree_to_the_last_bit(name: str, engines: dict[str, MakeEngine]
     assert held_out[0] == held_out[1]
 
 
-@pytest.mark.parametrize("name", ["fedpdpo", "fedpdpo-joint", "fedrep", "feddpa", "ditto", "local", "decpdpo"])
+@pytest.mark.parametrize("name", ["fedpdpo", "fedpdpo-joint", "fedrep", "feddpa", "ditto", "alone", "decpdpo"])
 def test_no_bytes_of_a_private_part_are_in_any_message(
     name: str, engines: dict[str, MakeEngine], start: Tree, rows_file: Path, tmp_path: Path
 ) -> None:
@@ -210,7 +213,7 @@ def test_no_bytes_of_a_private_part_are_in_any_message(
     shared = [t for key, tree in seen.items() if not is_private(key) and int(key[0]) < 2 for t in tree.values()]
     if name != "decpdpo":  # whose clients' adapters are seen after mixing, and sent before
         assert all(map(is_sent, shared))  # so that the search is seen to find what is there
-    assert bool(shared) == (name != "local")
+    assert bool(shared) == (name != "alone")
 
 
 # at sites those whose states differ in kind: nothing private, moments, parts, weights, control variates, gossip
@@ -262,22 +265,22 @@ def test_clients_free_what_no_state_refers_to(engines: dict[str, MakeEngine], st
     state = algorithm.init(engine, start)
     for round in range(3):
         state = drive(algorithm, engine, start, range(round, round + 1), state).state
-    assert all(len(names) == 1 for names in engine.held().values())  # the private part alone
+    assert all(len(names) == 1 for names in engine.names().values())  # the private part alone
 
 
 def test_work_that_clients_cannot_find_by_name_is_refused(engines: dict[str, MakeEngine]) -> None:
-    from fedpref.federation import work
+    from fedpref.federation.verbs import work
 
     with pytest.raises(TypeError, match="not registered"):
         engines["simulation"]().each(lambda client: {})
     with pytest.raises(TypeError, match="module-level"):
 
-        @work()
+        @work("test_contract.inner")
         def inner(client: Any) -> Tree:
             return {}
 
 
 def test_values_of_one_engine_mean_nothing_to_another(engines: dict[str, MakeEngine], start: Tree) -> None:
-    foreign = Local().init(engines["processes"](), start)
+    foreign = Alone().init(engines["processes"](), start)
     with pytest.raises(TypeError, match="another engine"):
         engines["simulation"]().mean(foreign.theta)

@@ -12,24 +12,25 @@ import numpy as np
 import pytest
 import torch
 
-from fedpref import Experiment, UserError, config, resume, run, seeds, trees
-from fedpref.aggregation import Factors, Product
+from fedpref import Experiment, UserError, config, resume, run
 from fedpref.algorithms import DecDPO, GradientTracking, StaleDecDPO
 from fedpref.algorithms.choco import gossip
-from fedpref.algorithms.decdpo import consensus_error
-from fedpref.algorithms.fedsa import begin
-from fedpref.channel import Quantise, Sender, TopK
+from fedpref.channel import Quantize, Sender, TopK
 from fedpref.engines import Simulation
-from fedpref.federation import Client, work
-from fedpref.network import Network
-from fedpref.topology import ErdosRenyi, GraphFile, Matrix, OnePeerExponential, Shape, mixing
-from fedpref.trees import Tree
+from fedpref.federation.aggregation import Factors, Product
+from fedpref.federation.common import own_copy
+from fedpref.federation.consensus import consensus_error
+from fedpref.federation.network import Network
+from fedpref.federation.verbs import Client, work
+from fedpref.numerics import seeds, trees
+from fedpref.numerics.topology import ErdosRenyi, GraphFile, Matrix, OnePeerExponential, Shape, mixing
+from fedpref.numerics.trees import Tree
 from test_optimisers import CLIENTS, PLAIN, Bowl, Bowls
 
 NAMES = [f"client-{i}" for i in range(6)]
 
 
-@work()
+@work("test_decdpo.draw")
 def draw(client: Client, start: Tree) -> Tree:
     return {name: torch.randn(tensor.shape, generator=client.rng) for name, tensor in start.items()}
 
@@ -42,7 +43,7 @@ class Shard:
 class Task:
     """All that mixing needs of a task."""
 
-    def place(self, number: int) -> None: ...
+    def move_to(self, number: int) -> None: ...
 
 
 def engine(network: Network = Network(), count: int = 6) -> Any:
@@ -87,7 +88,7 @@ def test_clients_that_take_no_part_are_not_heard(topology: Any) -> None:
     assert weights[0, 0] == pytest.approx(2 / 3)
 
 
-@pytest.mark.parametrize("compression", [TopK(fraction=0.2), Quantise(bits=8), Quantise(bits=3)])
+@pytest.mark.parametrize("compression", [TopK(fraction=0.2), Quantize(bits=8), Quantize(bits=3)])
 def test_what_compression_loses_does_not_move_the_mean(compression: Any) -> None:
     fed = engine(Network(compression=compression))
     values = fed.each(draw, START)
@@ -101,7 +102,7 @@ def test_messages_come_back_in_their_shapes_and_quantised_ones_are_right_on_aver
     tree = {"a": torch.randn(7, 3), "b": torch.tensor([0.0, 0.0, 5.0, -1.0, 0.5])}
     sender = Sender(0, 0, torch.Generator().manual_seed(0))
     for bits in (2, 3, 5, 8):
-        stage = Quantise(bits=bits).stage()
+        stage = Quantize(bits=bits).stage()
         back = [stage.decode(stage.encode(tree, sender), 1) for _ in range(400)]
         step = tree["b"].abs().max() / (2 ** (bits - 1) - 1)
         assert all((one["b"] - tree["b"]).abs().max() <= step + 1e-6 for one in back)
@@ -112,7 +113,7 @@ def test_messages_come_back_in_their_shapes_and_quantised_ones_are_right_on_aver
     torch.testing.assert_close(kept["b"], torch.tensor([0.0, 0.0, 5.0, -1.0, 0.0]))
     assert int((kept["a"] != 0).sum()) == 9
     zero = {"a": torch.zeros(4)}
-    stage = Quantise().stage()
+    stage = Quantize().stage()
     assert torch.equal(stage.decode(stage.encode(zero, sender), 1)["a"], zero["a"])
 
 
@@ -140,7 +141,7 @@ def test_the_consensus_error_is_the_mean_squared_distance_from_the_mean() -> Non
         found.append(consensus_error(fed, values))
     assert np.mean(found) == pytest.approx(np.mean(exact), rel=0.1)
     fed = engine()
-    same = fed.each(begin, {"a": torch.full((1000,), 3.0)})
+    same = fed.each(own_copy, {"a": torch.full((1000,), 3.0)})
     assert abs(consensus_error(fed, same)) < 1e-6
 
 
@@ -199,7 +200,7 @@ def test_a_graphs_file_is_found_again_from_anywhere(settings: dict[str, Any], tm
     assert str(tmp_path / "edges.txt") in (path / "config.yaml").read_text()
 
 
-@work()
+@work("test_decdpo.factors")
 def factors(client: Client, ranks: tuple[int, ...], apart: float) -> Tree:
     """Factors of a product that all clients have in common and so much of their own, in a basis of the client's own."""
     common, own = torch.Generator().manual_seed(7), torch.Generator().manual_seed(client.id)
@@ -299,10 +300,10 @@ def test_gradient_tracking_leaves_no_floor_and_no_disagreement(optim: Any) -> No
     assert found == pytest.approx([1.0, 1.0], abs=1e-3 if optim == "sgd" else 0.03)
 
 
-@pytest.mark.parametrize(("compression", "step_size"), [(None, 1.0), (TopK(fraction=0.5), 0.3), (Quantise(bits=3), 0.5)])
+@pytest.mark.parametrize(("compression", "step_size"), [(None, 1.0), (TopK(fraction=0.5), 0.3), (Quantize(bits=3), 0.5)])
 def test_choco_agrees_in_spite_of_compression_and_without_it_is_plain_gossip(compression: Any, step_size: float) -> None:
     fed = engine(Network(compression=compression))
-    theta, public, pull = fed.each(draw, START), fed.each(begin, START), fed.each(begin, START)
+    theta, public, pull = fed.each(draw, START), fed.each(own_copy, START), fed.each(own_copy, START)
     before = stacked(fed, theta)
     _, plain = engine().mix(theta)
     for round in range(60):
@@ -347,7 +348,7 @@ def test_one_step_each_and_an_exact_mean_is_a_step_on_all_pairs(settings: dict[s
     local = {"steps": 1, "batch_size": 64, "learning_rate": 0.01, "optim": "sgd", "max_grad_norm": 1e9}
     weighted = {"federation": {"weighting": "examples"}}
     (found,) = adapters(settings, tmp_path / "fed", algorithm={"name": "feddpo", "local": local}, **weighted)
-    (pooled,) = adapters(settings, tmp_path / "pooled", algorithm={"name": "centralised", "local": local}, **weighted)
+    (pooled,) = adapters(settings, tmp_path / "pooled", algorithm={"name": "pooled", "local": local}, **weighted)
     start = config.parse(Experiment, settings, "test").task.build().init(seeds.generator(0, "init"))
     moved = trees.norm(trees.subtract(pooled, start))
     assert moved > 1e-3

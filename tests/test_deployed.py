@@ -19,18 +19,19 @@ import pytest
 import torch
 import yaml
 
-from fedpref import Experiment, UserError, config, run, trees
-from fedpref.rundirectory import METRICS, RunDirectory
+from fedpref import Experiment, UserError, config, run
+from fedpref.experiments.run_directory import METRICS, RunDirectory
+from fedpref.numerics import trees
 
 pytest.importorskip("nvflare")
 
 from nvflare.recipe import ProdEnv
 
 from coordinators import Forger, Many
-from fedpref.flare import FUNCTIONS, RUNS, SITE, kits
-from fedpref.flare.programs import recipe
-from fedpref.flare.submitted import SUBMITTED, admin_of, set_admitted, submitted
-from fedpref.launch import happenings
+from fedpref.runs.launch import happenings
+from fedpref.sites import FUNCTIONS, RUNS, SITE, kits
+from fedpref.sites.programs import recipe
+from fedpref.sites.submitted import SUBMITTED, admin_of, set_admitted, submitted
 from test_contract import ALGORITHMS
 
 pytestmark = pytest.mark.slow
@@ -245,8 +246,8 @@ def ran(experiments: dict[str, dict[str, Any]], tmp_path_factory: pytest.TempPat
     folder = tmp_path_factory.mktemp("simulated")
     (folder / "experiments.json").write_text(json.dumps(experiments))
     program = (
-        "import sys; from pathlib import Path; from coordinators import Many; from fedpref.flare.kits import CLASSES;"
-        "from fedpref.flare.programs import recipe; from fedpref.flare.simulated import simulate;"
+        "import sys; from pathlib import Path; from coordinators import Many; from fedpref.sites.kits import CLASSES;"
+        "from fedpref.sites.programs import recipe; from fedpref.sites.simulated import simulate;"
         "many = recipe('many', Many(sys.argv[1], sys.argv[2]), 2, 100.0, simulated=2);"
         "simulate(many, 2, Path(sys.argv[2], 'workspace'), [*CLASSES, 'coordinators.Many'])"
     )

@@ -9,20 +9,21 @@ from typing import Any
 import pytest
 import torch
 
-from fedpref import Experiment, UserError, config, run, seeds, trees
-from fedpref.diagnostics import diagnose, pooled
+from fedpref import Experiment, UserError, config, run
 from fedpref.engines import Simulation
-from fedpref.federation import Client, work
-from fedpref.trees import Tree
+from fedpref.federation.diagnostics import diagnose, pooled
+from fedpref.federation.verbs import Client, work
+from fedpref.numerics import seeds, trees
+from fedpref.numerics.trees import Tree
 from test_optimisers import CLIENTS, Bowl, Bowls
 
 
-@work()
+@work("test_diagnostics.at")
 def at(client: Client, points: tuple[float, ...]) -> Tree:
     return {"x": torch.tensor([points[client.id], -points[client.id]])}
 
 
-@work()
+@work("test_diagnostics.own")
 def own(client: Client) -> Tree:
     return {"private": torch.ones(1)}
 
@@ -82,13 +83,13 @@ def test_several_objectives_are_asked_for(settings: dict[str, Any]) -> None:
 
 
 def test_a_run_writes_them_with_its_evaluations(settings: dict[str, Any], tmp_path: Path) -> None:
-    wanted = {"diagnostics": ["pooled-gradient", "disagreement"], "evaluate_every": 2, "references": ["local"]}
+    wanted = {"diagnostics": ["pooled-gradient", "disagreement"], "evaluate_every": 2, "baselines": ["alone"]}
     path = run(config.parse(Experiment, {**settings, **wanted}, "test"), tmp_path / "run").path
     rows = [json.loads(line)["diagnostics"] for line in (path / "evaluation.jsonl").read_text().splitlines()]
     assert len(rows) == 2
     assert rows[1]["pooled_loss"] < rows[0]["pooled_loss"]
     assert [row["disagreement"] for row in rows] == [0, 0]  # one model for all
-    alone = json.loads((path / "references/local/evaluation.jsonl").read_text().splitlines()[-1])["diagnostics"]
+    alone = json.loads((path / "baselines/alone/evaluation.jsonl").read_text().splitlines()[-1])["diagnostics"]
     assert alone["disagreement"] > 0
     plain = run(config.parse(Experiment, settings, "test"), tmp_path / "plain").path
     kept = [(folder / "adapter/adapter_model.safetensors").read_bytes() for folder in (path, plain)]

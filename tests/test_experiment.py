@@ -16,14 +16,15 @@ import pytest
 import torch
 
 from conftest import make_rows, write_rows
-from fedpref import Experiment, UserError, config, resume, run, seeds, trees
-from fedpref.algorithms import Centralised, FedDPO, Local
+from fedpref import Experiment, UserError, config, resume, run
+from fedpref.algorithms import Alone, FedDPO, Pooled
 from fedpref.data import ClientData, Preference
 from fedpref.engines import Simulation
-from fedpref.federation import work
-from fedpref.local import Descent, descend
-from fedpref.rundirectory import RunDirectory
-from fedpref.running import evaluate, events, new_directory
+from fedpref.experiments.rounds import evaluate, events, new_directory
+from fedpref.experiments.run_directory import RunDirectory
+from fedpref.federation.local_training import LocalTraining, train_locally
+from fedpref.federation.verbs import work
+from fedpref.numerics import seeds, trees
 from fedpref.tasks import BatchSize, PreferenceTask
 from process_engine import other_processes
 
@@ -83,12 +84,12 @@ def test_reference_scores_are_computed_once_and_kept_in_the_run_directory(settin
 # ---- equivalences
 
 
-def test_one_client_is_centralised_training(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_one_client_is_pooled_training(settings: dict[str, Any], tmp_path: Path) -> None:
     partition = {"name": "iid", "clients": 1}
     local = settings["algorithm"]["local"]
-    for name in ("feddpo", "centralised"):
+    for name in ("feddpo", "pooled"):
         run(experiment(settings, partition=partition, algorithm={"name": name, "local": local}), tmp_path / name)
-    assert_same_adapter(tmp_path / "feddpo", tmp_path / "centralised")
+    assert_same_adapter(tmp_path / "feddpo", tmp_path / "pooled")
 
 
 @pytest.mark.parametrize("weighting", ["examples", "equal"])
@@ -99,7 +100,7 @@ def test_one_round_of_federation_is_the_mean_of_training_alone(weighting: str, s
     start = task.init(seeds.generator(0, "init"))
     local = replace(spec.algorithm.local, warmup_ratio=0.0)
     together = FedDPO(local=local)
-    alone = Local(local=local)
+    alone = Alone(local=local)
     fed = Simulation(task, shards, seed=0, rounds=1, weighting=weighting)
     states = together.init(fed, start), alone.init(fed, start)
     fed.begin(0, fed.clients)
@@ -125,7 +126,7 @@ CACHE = Path(tempfile.mkdtemp())
 
 
 def client(learner: Any, settings: dict[str, Any], round: int = 0) -> Any:
-    from fedpref.federation import Client
+    from fedpref.federation.verbs import Client
 
     shard = learner.prepare(learner.encode(experiment(settings).clients()[0][0]), CACHE)
     return Client(0, learner, shard, seeds.generator(0, "work", round=round), round, 2)
@@ -137,18 +138,18 @@ def test_accumulated_batches_are_one_large_batch(settings: dict[str, Any], learn
     shard = replace(client(learner, settings).shard, train=client(learner, settings).shard.train[:4])
     results = []
     for pieces in (1, 3):
-        local = Descent(steps=2, batch_size=4, gradient_accumulation_steps=pieces, optim="sgd", learning_rate=0.1, warmup_ratio=0.0)
-        results.append(descend(replace(client(learner, settings), shard=shard), start, local, {})[0])
+        local = LocalTraining(steps=2, batch_size=4, gradient_accumulation_steps=pieces, optim="sgd", learning_rate=0.1, warmup_ratio=0.0)
+        results.append(train_locally(replace(client(learner, settings), shard=shard), start, local, {})[0])
     for name in start:
         torch.testing.assert_close(results[0][name], results[1][name], rtol=1e-4, atol=1e-6)
 
 
 def test_sgd_takes_the_step_of_the_textbook(settings: dict[str, Any], learner: Any) -> None:
     start = learner.init(seeds.generator(0, "init"))
-    local = Descent(
+    local = LocalTraining(
         steps=1, batch_size=4, optim="sgd", learning_rate=0.5, lr_scheduler_type="constant", warmup_ratio=0.0, max_grad_norm=1e9
     )
-    theta, moments, _ = descend(client(learner, settings), start, local, {})
+    theta, moments, _ = train_locally(client(learner, settings), start, local, {})
     same = client(learner, settings)
     torch.randint(2**62, (), generator=same.rng)  # what the loop seeds dropout with
     leaves = {name: t.clone().requires_grad_() for name, t in start.items()}
@@ -170,11 +171,11 @@ def test_kept_moments_make_two_rounds_one_long_round(optim: str, settings: dict[
         return replace(client(learner, settings, round), shard=shard)
 
     def two_rounds(keep: bool) -> trees.Tree:
-        local = Descent(steps=2, keep_optimizer=keep, **common)
-        theta, moments, _ = descend(on(0), start, local, {})
-        return descend(on(1), theta, local, moments)[0]
+        local = LocalTraining(steps=2, keep_optimizer=keep, **common)
+        theta, moments, _ = train_locally(on(0), start, local, {})
+        return train_locally(on(1), theta, local, moments)[0]
 
-    whole = descend(on(0), start, Descent(steps=4, **common), {})[0]
+    whole = train_locally(on(0), start, LocalTraining(steps=4, **common), {})[0]
     kept, fresh = two_rounds(True), two_rounds(False)
     for name in start:
         torch.testing.assert_close(kept[name], whole[name], rtol=1e-4, atol=1e-6)
@@ -183,10 +184,10 @@ def test_kept_moments_make_two_rounds_one_long_round(optim: str, settings: dict[
 
 def test_gradients_are_clipped_to_the_norm(settings: dict[str, Any], learner: Any) -> None:
     start = learner.init(seeds.generator(0, "init"))
-    local = Descent(
+    local = LocalTraining(
         steps=1, batch_size=4, optim="sgd", learning_rate=1.0, lr_scheduler_type="constant", warmup_ratio=0.0, max_grad_norm=1e-3
     )
-    theta, _, measured = descend(client(learner, settings), start, local, {})
+    theta, _, measured = train_locally(client(learner, settings), start, local, {})
     assert measured["grad_norm"] > 1e-2
     assert trees.norm(trees.subtract(theta, start)) == pytest.approx(1e-3, rel=1e-2)
 
@@ -258,7 +259,7 @@ def test_long_prompts_lose_the_end_that_is_asked_for_and_answers_stay(mode: str,
 
 
 def test_a_run_leaves_everything_a_report_needs(settings: dict[str, Any], tmp_path: Path) -> None:
-    spec = experiment(settings, references=["local", "centralised"], evaluate_every=2)
+    spec = experiment(settings, baselines=["alone", "pooled"], evaluate_every=2)
     result = run(spec, tmp_path / "run")
     assert Experiment.load(tmp_path / "run" / "config.yaml") == spec
     rows = metrics(result.path)
@@ -276,10 +277,10 @@ def test_a_run_leaves_everything_a_report_needs(settings: dict[str, Any], tmp_pa
         "cov",
         "fairness",
     }
-    assert result.evaluations.keys() == {"feddpo", "local", "centralised"}
+    assert result.evaluations.keys() == {"feddpo", "alone", "pooled"}
     assert result.evaluations["feddpo"]["client-0"]["num_examples"] >= 1
-    assert (result.path / "references/centralised/adapter/adapter_config.json").exists()
-    assert sorted(p.name for p in (result.path / "references/local/clients").iterdir()) == [f"client-{i}" for i in range(4)]
+    assert (result.path / "baselines/pooled/adapter/adapter_config.json").exists()
+    assert sorted(p.name for p in (result.path / "baselines/alone/clients").iterdir()) == [f"client-{i}" for i in range(4)]
     probes = 8 * 4 * len(adapter(result.path)) // 2  # float32 numbers a weight, which has two factors
     size = trees.size(adapter(result.path))
     assert (rows[0]["bytes_up"], rows[0]["bytes_down"]) == (4 * (size + probes), 4 * size)
@@ -322,32 +323,32 @@ def test_resuming_over_other_data_is_refused(settings: dict[str, Any], tmp_path:
 
 
 def test_clients_that_are_never_drawn_still_train_alone(settings: dict[str, Any], tmp_path: Path) -> None:
-    result = run(experiment(settings, federation={"clients_per_round": 1}, references=["local"]), tmp_path / "run")
+    result = run(experiment(settings, federation={"clients_per_round": 1}, baselines=["alone"]), tmp_path / "run")
     assert [row["clients"] for row in metrics(result.path)] == [1, 1, 1]
-    assert [row["clients"] for row in metrics(result.path / "references/local")] == [4, 4, 4]
+    assert [row["clients"] for row in metrics(result.path / "baselines/alone")] == [4, 4, 4]
     assert all(abs(row["loss"] - math.log(2)) > 1e-3 for row in result.evaluations["local"].values())
 
 
 def test_a_line_is_not_its_own_reference(settings: dict[str, Any], tmp_path: Path) -> None:
-    algorithm = {"name": "local", "local": settings["algorithm"]["local"]}
-    result = run(experiment(settings, algorithm=algorithm, references=["local", "centralised"]), tmp_path / "run")
-    assert result.evaluations.keys() == {"local", "centralised"}
+    algorithm = {"name": "alone", "local": settings["algorithm"]["local"]}
+    result = run(experiment(settings, algorithm=algorithm, baselines=["alone", "pooled"]), tmp_path / "run")
+    assert result.evaluations.keys() == {"alone", "pooled"}
     assert (result.path / "done").exists()
 
 
 def test_a_clients_name_cannot_leave_the_run_directory(settings: dict[str, Any], tmp_path: Path) -> None:
     rows = [{**row, "client": "../../" + row["client"]} for row in make_rows([24, 16])]
     data = {**settings["data"], "path": str(write_rows(tmp_path / "rows.jsonl", rows))}
-    run(experiment(settings, data=data, algorithm={**settings["algorithm"], "name": "local"}), tmp_path / "deep/run")
+    run(experiment(settings, data=data, algorithm={**settings["algorithm"], "name": "alone"}), tmp_path / "deep/run")
     assert {path.name for path in (tmp_path / "deep/run/clients").iterdir()} == {"..%2F..%2Fclient-0", "..%2F..%2Fclient-1"}
     assert {path.name for path in (tmp_path / "deep").iterdir()} == {"run"}
 
 
 def test_the_pooled_line_sees_all_data_and_as_many_pairs(settings: dict[str, Any], tmp_path: Path) -> None:
-    result = run(experiment(settings, references=["centralised"]), tmp_path / "run")
-    ours, pooled = metrics(result.path), metrics(result.path / "references/centralised")
+    result = run(experiment(settings, baselines=["pooled"]), tmp_path / "run")
+    ours, pooled = metrics(result.path), metrics(result.path / "baselines/pooled")
     assert [row["num_pairs"] for row in ours] == [row["num_pairs"] for row in pooled]
-    assert isinstance(Experiment.load(tmp_path / "run/references/centralised/config.yaml").algorithm, Centralised)
+    assert isinstance(Experiment.load(tmp_path / "run/baselines/pooled/config.yaml").algorithm, Pooled)
 
 
 # ---- resuming
@@ -356,7 +357,7 @@ def test_the_pooled_line_sees_all_data_and_as_many_pairs(settings: dict[str, Any
 @pytest.mark.parametrize("after", [1, 6, 9, 13])
 def test_a_run_left_anywhere_ends_with_the_same_bits(after: int, settings: dict[str, Any], tmp_path: Path) -> None:
     local = {**settings["algorithm"]["local"], "keep_optimizer": True}
-    spec = experiment(settings, references=["local"], evaluate_every=1, algorithm={"name": "feddpo", "local": local})
+    spec = experiment(settings, baselines=["alone"], evaluate_every=1, algorithm={"name": "feddpo", "local": local})
     run(spec, tmp_path / "whole")
     happenings = events(spec, new_directory(spec, tmp_path / "broken"))
     for _ in range(after):
@@ -364,7 +365,7 @@ def test_a_run_left_anywhere_ends_with_the_same_bits(after: int, settings: dict[
     happenings.close()
     resume(tmp_path / "broken")
     assert_same_adapter(tmp_path / "whole", tmp_path / "broken")
-    for name in ("metrics.jsonl", "references/local/metrics.jsonl", "evaluation.jsonl"):
+    for name in ("metrics.jsonl", "baselines/alone/metrics.jsonl", "evaluation.jsonl"):
         whole, broken = (RunDirectory(tmp_path / side).read_rows(name) for side in ("whole", "broken"))
         timeless = [[{key: row[key] for key in row if not key.startswith("seconds")} for row in rows] for rows in (whole, broken)]
         assert timeless[0] == timeless[1]
@@ -378,7 +379,7 @@ def test_any_number_of_workers_ends_with_the_same_bits(settings: dict[str, Any],
         assert result.evaluations == results[0].evaluations
 
 
-@work()
+@work("test_experiment.names")
 def names(client: Any) -> dict[str, float]:
     return {client.shard.name: float(client.id)}
 

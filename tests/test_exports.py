@@ -20,17 +20,17 @@ from typer.testing import CliRunner
 
 from fedpref import Experiment, UserError, cli, config, run
 from fedpref.data import Files
-from fedpref.exporting import MANIFEST, export
-from fedpref.judging import SHARED, judge
-from fedpref.launch import happenings
-from fedpref.models.exported import load_model
+from fedpref.experiments.rounds import Event
+from fedpref.experiments.run_directory import EVALUATION, METRICS, RunDirectory
 from fedpref.models.generation import merged
-from fedpref.models.parts import Parts
-from fedpref.reports.read import read
-from fedpref.rundirectory import EVALUATION, METRICS, RunDirectory
-from fedpref.running import Event
-from fedpref.trackers import tracked
-from fedpref.watching import watched
+from fedpref.models.loading import load_model
+from fedpref.models.own_parts import Parts
+from fedpref.reports.run import read
+from fedpref.runs.evaluate import SHARED, evaluate
+from fedpref.runs.export import MANIFEST, export
+from fedpref.runs.launch import happenings
+from fedpref.runs.trackers import tracked
+from fedpref.runs.watch import watched
 
 LOCAL = {"steps": 4, "batch_size": 4, "learning_rate": 0.05}
 TEXT = "Human: Which thing?\n\nAssistant: river stone"
@@ -155,31 +155,31 @@ def test_what_a_form_cannot_hold_is_refused_and_nothing_is_written(settings: dic
 def test_a_run_is_measured_on_any_file(shared: Path, personal: Path, rows_file: Path, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in rows_file.read_text().splitlines()][:10]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = judge(shared, Files(path=str(tmp_path / "pairs.jsonl")))
+    found = evaluate(shared, Files(path=str(tmp_path / "pairs.jsonl")))
     assert list(found) == [SHARED]
     assert found[SHARED]["num_examples"] == 10
     swapped = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
     (tmp_path / "swapped.jsonl").write_text("".join(json.dumps(row) + "\n" for row in swapped))
-    other = judge(shared, Files(path=str(tmp_path / "swapped.jsonl")))
+    other = evaluate(shared, Files(path=str(tmp_path / "swapped.jsonl")))
     assert found[SHARED]["rewards/accuracies"] + other[SHARED]["rewards/accuracies"] == pytest.approx(1.0)
-    each = judge(personal, Files(path=str(tmp_path / "pairs.jsonl")))
+    each = evaluate(personal, Files(path=str(tmp_path / "pairs.jsonl")))
     assert list(each) == [f"client-{k}" for k in range(4)]
     assert len({row["loss"] for row in each.values()}) == 4, "every client's own model answers"
-    one = judge(personal, Files(path=str(tmp_path / "pairs.jsonl")), "client-2")
+    one = evaluate(personal, Files(path=str(tmp_path / "pairs.jsonl")), "client-2")
     assert one == {"client-2": each["client-2"]}
     with pytest.raises(UserError, match="there is no client 'x'"):
-        judge(shared, Files(path=str(tmp_path / "pairs.jsonl")), "x")
-    own = judge(personal, Files(path=str(rows_file)), column="client")
+        evaluate(shared, Files(path=str(tmp_path / "pairs.jsonl")), "x")
+    own = evaluate(personal, Files(path=str(rows_file)), column="client")
     assert [own[f"client-{k}"]["num_examples"] for k in range(4)] == [24, 16, 12, 9]
     with pytest.raises(UserError, match="give one of them"):
-        judge(personal, Files(path=str(rows_file)), "client-0", column="client")
+        evaluate(personal, Files(path=str(rows_file)), "client-0", column="client")
     with pytest.raises(UserError, match="there is no client 'first'"):
-        judge(personal, Files(path=str(rows_file)), column="kind")
+        evaluate(personal, Files(path=str(rows_file)), column="kind")
     place = tmp_path / "bare"
     shutil.copytree(shared, place)
     shutil.rmtree(place / "checkpoints")
     with pytest.raises(UserError, match="no longer there"):
-        judge(place, Files(path=str(tmp_path / "pairs.jsonl")))
+        evaluate(place, Files(path=str(tmp_path / "pairs.jsonl")))
     shown = CliRunner().invoke(cli.app, ["evaluate", str(shared), "--data", str(tmp_path / "pairs.jsonl"), "--json"])
     assert json.loads(shown.output)[SHARED] == pytest.approx(dict(found[SHARED]))
 
@@ -189,7 +189,7 @@ def test_a_client_evaluated_on_its_own_held_out_rows_has_the_run_s_figures(perso
     (client,) = (one for one in spec.clients()[0] if one.name == "client-0")
     rows = [{side: getattr(row, side) for side in ("prompt", "chosen", "rejected")} for row in client.test]
     (tmp_path / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = judge(personal, Files(path=str(tmp_path / "held.jsonl")), "client-0")["client-0"]
+    found = evaluate(personal, Files(path=str(tmp_path / "held.jsonl")), "client-0")["client-0"]
     measured = RunDirectory(personal).read_rows(EVALUATION)[-1]["clients"]["client-0"]
     assert found["rewards/accuracies"] == measured["rewards/accuracies"]
     assert found["loss"] == pytest.approx(measured["loss"], rel=1e-4)
@@ -199,7 +199,7 @@ def test_a_client_evaluated_on_its_own_held_out_rows_has_the_run_s_figures(perso
 
 
 def test_a_watcher_sees_what_the_runner_saw(settings: dict[str, Any], tmp_path: Path) -> None:
-    spec = config.parse(Experiment, {**settings, "references": ["local"], "evaluate_every": 1, "workers": 1}, "test")
+    spec = config.parse(Experiment, {**settings, "baselines": ["alone"], "evaluate_every": 1, "workers": 1}, "test")
     seen = [event for event in happenings(spec, RunDirectory(tmp_path / "run")) if event.kind in ("round", "evaluate")]
 
     def must_not_wait() -> None:
@@ -326,9 +326,9 @@ def test_answers_are_drawn_from_the_whole_of_a_clients_model(settings: dict[str,
 
 def test_a_run_keeps_answers_before_and_after_where_they_are_asked_for(settings: dict[str, Any], tmp_path: Path) -> None:
     algorithm = {"name": "fedpdpo", "local": LOCAL, "parts": {"bottleneck": 4}}
-    asked = {**settings, "task": {**settings["task"], "samples": 2}, "algorithm": algorithm, "rounds": 1, "references": ["local"]}
+    asked = {**settings, "task": {**settings["task"], "samples": 2}, "algorithm": algorithm, "rounds": 1, "baselines": ["alone"]}
     samples = read(run(config.parse(Experiment, asked, "test"), tmp_path / "run").path).samples
-    assert not (tmp_path / "run/references/local/samples").exists()
+    assert not (tmp_path / "run/baselines/alone/samples").exists()
     assert sorted(samples) == [f"client-{i}" for i in range(4)]
     assert all(len(rows) == 2 and rows[0]["prompt"].startswith("Human: Which thing") for rows in samples.values())
     assert any(row["before"]["completion"] != row["after"]["completion"] for rows in samples.values() for row in rows)

@@ -12,17 +12,18 @@ import pytest
 import torch
 
 from conftest import make_rows, write_rows
-from fedpref import Experiment, UserError, config, run, seeds, trees
-from fedpref.aggregation import Factors
+from fedpref import Experiment, UserError, config, run
 from fedpref.algorithms import FedPDPO
 from fedpref.algorithms.fedpdpo import train
-from fedpref.federation import Client
-from fedpref.local import Descent, descend
+from fedpref.federation.aggregation import Factors
+from fedpref.federation.local_training import LocalTraining, train_locally
+from fedpref.federation.verbs import Client
 from fedpref.losses import DPO, Explicit, Hinge
 from fedpref.models.head import token_log_probabilities
 from fedpref.models.language import LanguageModel, Model
+from fedpref.models.own_parts import DOWN, HEAD, HEADS, REWARD, UP, VOCABULARY_HEAD, Parts
 from fedpref.models.packed import Row
-from fedpref.models.parts import DOWN, HEAD, HEADS, REWARD, UP, VOCABULARY_HEAD, Parts
+from fedpref.numerics import seeds, trees
 from fedpref.tasks import PreferenceTask
 
 ROWS: list[Row] = [((5, 6, 7), ((8, 9), (10, 11, 12, 13))), ((11,), ((12, 13, 14, 15), (16,)))]
@@ -210,14 +211,14 @@ def test_the_second_phase_leaves_heads_as_the_first_made_them(
     spec = config.parse(Experiment, settings, "test")
     task = spec.task.build()
     shard = task.prepare(task.encode(spec.clients()[0][0]), tmp_path)
-    local = Descent(steps=5, batch_size=4, keep_optimizer=True, warmup_ratio=0.0)
+    local = LocalTraining(steps=5, batch_size=4, keep_optimizer=True, warmup_ratio=0.0)
     method = FedPDPO(local=local, personal_steps=2, freeze=freeze, aggregate=Factors(residual=False))
     adapter, own = task.init(seeds.generator(0, "init")), task.parts(Parts(), seeds.generator(0, "work"))
 
     def client() -> Client:
         return Client(0, task, shard, seeds.generator(0, "train"), 0, 4)
 
-    first, _, _ = descend(client(), own, replace(local, steps=2), {}, fixed=adapter, rates=method.rates(own))
+    first, _, _ = train_locally(client(), own, replace(local, steps=2), {}, fixed=adapter, rates=method.rates(own))
     delta, after, moments, metrics = train(client(), adapter, own, {}, method)
     assert after.keys() == own.keys()
     for name, tensor in first.items():
@@ -235,7 +236,7 @@ def test_own_parts_learn_at_rates_of_their_own(settings: dict[str, Any], tmp_pat
     task = spec.task.build()
     shard = task.prepare(task.encode(spec.clients()[0][0]), tmp_path)
     adapter, own = task.init(seeds.generator(0, "init")), task.parts(Parts(), seeds.generator(0, "work"))
-    local = Descent(steps=1, batch_size=4, lr_scheduler_type="constant", warmup_ratio=0.0, learning_rate=0.01)
+    local = LocalTraining(steps=1, batch_size=4, lr_scheduler_type="constant", warmup_ratio=0.0, learning_rate=0.01)
     for phases in ("alternate", "joint"):
         steps = 2 if phases == "alternate" else 1  # adapters move in both phases; a first step of AdamW is the rate itself
         method = FedPDPO(local=replace(local, steps=steps), phases=phases, adapter_rate=0.3)  # type: ignore[arg-type]

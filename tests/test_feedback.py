@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from conftest import make_rows, write_rows
-from fedpref import Experiment, UserError, config, run, seeds
+from fedpref import Experiment, UserError, config, run
 from fedpref.data import ClientData, Feedback, Preference
+from fedpref.numerics import seeds
 from fedpref.tasks import BatchSize, FeedbackTask
 from fedpref.tasks.feedback import FeedbackLearner
 

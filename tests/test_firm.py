@@ -15,19 +15,20 @@ import yaml
 from typer.testing import CliRunner
 
 from conftest import make_rows, write_rows
-from fedpref import Experiment, UserError, cli, config, run, seeds, trees
-from fedpref.algorithms import FIRM, FSMGDA, FedCMOO, FedDPO, Scalarised
+from fedpref import Experiment, UserError, cli, config, run
+from fedpref.algorithms import FIRM, FSMGDA, FedCMOO, FedDPO, Scalarized
 from fedpref.engines import Simulation
-from fedpref.engines.held import held
-from fedpref.local import Descent
-from fedpref.multiobjective import MinNorm
-from fedpref.objectives import Objectives, jacobian, of_last_layers, preferred
-from fedpref.rundirectory import EVALUATION, METRICS, RunDirectory
+from fedpref.engines.per_client import stored
+from fedpref.experiments.run_directory import EVALUATION, METRICS, RunDirectory
+from fedpref.federation.local_training import LocalTraining
+from fedpref.federation.objectives import Objectives, jacobian, of_last_layers, preferred
+from fedpref.numerics import seeds, trees
+from fedpref.numerics.min_norm import MinNorm
+from fedpref.numerics.trees import Tree
 from fedpref.tasks import BatchSize
 from fedpref.tasks.task import CRITIC
-from fedpref.trees import Tree
 
-LOCAL = Descent(steps=2, batch_size=4, learning_rate=0.01)
+LOCAL = LocalTraining(steps=2, batch_size=4, learning_rate=0.01)
 REWARDS = {"brief": {"name": "length", "target": 2}, "watery": {"name": "pattern", "pattern": "river|lake|sea"}}
 
 
@@ -64,7 +65,7 @@ def trained(method: Any, content: dict[str, Any], cache: Path, rounds: int = 2) 
     for number in range(rounds):
         engine.begin(number, engine.clients)
         state, report = method.step(engine, state)
-        reports.append({**report, **engine.traffic.figures()})
+        reports.append({**report, **engine.traffic.metrics()})
     return state.adapter, reports, state
 
 
@@ -131,12 +132,12 @@ def same(a: Tree, b: Tree) -> None:
 def test_with_one_objective_firm_and_scalarisation_are_feddpo(settings: dict[str, Any], tmp_path: Path) -> None:
     expected = trained(FedDPO(local=LOCAL), settings, tmp_path)[0]
     same(trained(FIRM(local=LOCAL), settings, tmp_path)[0], expected)
-    same(trained(Scalarised(local=LOCAL), settings, tmp_path)[0], expected)
+    same(trained(Scalarized(local=LOCAL), settings, tmp_path)[0], expected)
 
 
 def test_a_strong_regulariser_is_linear_scalarisation(pairs: dict[str, Any], tmp_path: Path) -> None:
     local = replace(LOCAL, optim="sgd", learning_rate=0.05)
-    fixed = trained(Scalarised(local=local, preference=(0.8, 0.2)), pairs, tmp_path)[0]
+    fixed = trained(Scalarized(local=local, preference=(0.8, 0.2)), pairs, tmp_path)[0]
     alike = trained(FIRM(local=local, preference=(0.8, 0.2), solver=MinNorm(b=1e9)), pairs, tmp_path)[0]
     other = trained(FIRM(local=local, preference=(0.2, 0.8), solver=MinNorm(b=1e9)), pairs, tmp_path)[0]
     assert trees.norm(trees.subtract(alike, fixed)) < 0.01 * trees.norm(trees.subtract(other, fixed))
@@ -181,7 +182,7 @@ def test_a_client_sends_as_much_for_any_number_of_objectives_and_rivals_more(pai
 
 def test_the_servers_weights_come_from_a_sketch_that_keeps_products(pairs: dict[str, Any], tmp_path: Path) -> None:
     from fedpref.algorithms.fedcmoo import sketch
-    from fedpref.algorithms.firm import critics
+    from fedpref.federation.critics import critics
 
     engine, task = opened(pairs, tmp_path)
     start = task.init(seeds.generator(0, "init"))
@@ -209,7 +210,7 @@ def test_projected_steps_of_the_server_start_where_they_ended() -> None:
 # ---- drawn answers
 
 
-QUICK = {"firm": ("ppo", "rloo", "grpo"), "scalarised": ("ppo",), "fsmgda": ("rloo",), "fedcmoo": ("grpo",)}
+QUICK = {"firm": ("ppo", "rloo", "grpo"), "scalarized": ("ppo",), "fsmgda": ("rloo",), "fedcmoo": ("grpo",)}
 PAIRS = [
     pytest.param(algorithm, estimator, marks=() if estimator in quick else pytest.mark.slow)
     for algorithm, quick in QUICK.items()
@@ -234,15 +235,15 @@ def test_runs_on_drawn_answers(algorithm: str, estimator: str, dialogue: dict[st
 
 
 def test_fixed_weights_leave_critics_alone(dialogue: dict[str, Any], tmp_path: Path) -> None:
-    once = Descent(steps=1, batch_size=4, learning_rate=0.1, optim="sgd")
+    once = LocalTraining(steps=1, batch_size=4, learning_rate=0.1, optim="sgd")
     strong = FIRM(local=once, solver=MinNorm(b=1e9), preference=(0.9, 0.1))
     critics = []
-    for method in (strong, Scalarised(local=once, preference=(0.9, 0.1)), Scalarised(local=once, preference=(0.0, 1.0))):
+    for method in (strong, Scalarized(local=once, preference=(0.9, 0.1)), Scalarized(local=once, preference=(0.0, 1.0))):
         engine, task = opened(dialogue, tmp_path)
         state: Any = method.init(engine, task.init(seeds.generator(0, "init")))
         engine.begin(0, engine.clients)
         state, _ = method.step(engine, state)
-        critics.append(held(state.critics)[0])
+        critics.append(stored(state.critics)[0])
     for name in critics[0]:
         torch.testing.assert_close(critics[0][name], critics[1][name], atol=1e-5, rtol=1e-4)
     assert critics[2]["critic.brief"].abs().sum() > 0, "an objective that weighs nothing has a critic all the same"
@@ -279,8 +280,8 @@ def test_long_prompts_leave_room_for_answers(dialogue: dict[str, Any]) -> None:
 
 
 def test_a_reference_line_that_cannot_run_is_refused_before_anything_is_written(dialogue: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no references"):
-        run(parsed({**dialogue, "references": ["local"]}), tmp_path / "run")
+    with pytest.raises(UserError, match="no baselines"):
+        run(parsed({**dialogue, "baselines": ["alone"]}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -328,7 +329,7 @@ def test_a_reward_rises(estimator: str) -> None:
     content = {"partition": {"name": "natural", "max_clients": 1}, "task": task, "algorithm": {"name": "firm"}}
     client, learner = parsed(content).clients()[0][0], parsed(content).build_task()
     shard = learner.encode(client)
-    local = Descent(steps=12, batch_size=8, learning_rate=4e-3, warmup_ratio=0.0, lr_scheduler_type="constant")
+    local = LocalTraining(steps=12, batch_size=8, learning_rate=4e-3, warmup_ratio=0.0, lr_scheduler_type="constant")
     engine = Simulation(learner, [shard], seed=0, rounds=1)
     start = learner.init(seeds.generator(0, "init"))
     state, _ = (method := FIRM(local=local)).step(engine, method.init(engine, start))

@@ -15,13 +15,13 @@ from torch import Tensor
 from transformers.activations import NewGELUActivation
 
 from conftest import ARCHITECTURES
-from fedpref import seeds
 from fedpref.errors import UserError
 from fedpref.models import attention, head, language
 from fedpref.models.head import token_log_probabilities
 from fedpref.models.language import LanguageModel, Model
 from fedpref.models.packed import Row
-from fedpref.trees import Tree
+from fedpref.numerics import seeds
+from fedpref.numerics.trees import Tree
 
 ROWS: list[Row] = [((5, 6, 7), ((8, 9), (10, 11, 12, 13))), ((11,), ((12, 13, 14, 15), (16,))), (tuple(range(20, 45)), ((25, 26, 27),))]
 TARGETS = {"llama": "all-linear", "qwen2": ("q_proj", "v_proj"), "gpt2": ("c_attn",), "gpt_neox": "all-linear"}

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedpref import seeds, trees
 from fedpref.channel import Chain, Sender, Stage
 from fedpref.engines.engine import weighted_report
 from fedpref.errors import UserError
-from fedpref.local import Descent, rate
-from fedpref.participation import Participation, draw
-from fedpref.summary import over_clients, standard_error
-from fedpref.trees import Tree
+from fedpref.federation.local_training import LocalTraining, rate
+from fedpref.federation.participation import Participation, draw
+from fedpref.numerics import seeds, trees
+from fedpref.numerics.metrics import over_clients, standard_error
+from fedpref.numerics.trees import Tree
 
 
 def tree(seed: int) -> Tree:
@@ -181,9 +181,9 @@ def test_reports_are_weighted_means_and_counts_are_sums() -> None:
 
 
 def test_learning_rates_warm_up_and_decay_over_the_run() -> None:
-    flat = Descent(learning_rate=2.0, lr_scheduler_type="constant", warmup_ratio=0.2)
+    flat = LocalTraining(learning_rate=2.0, lr_scheduler_type="constant", warmup_ratio=0.2)
     assert [rate(flat, p) for p in (0.0, 0.1, 0.2, 0.9)] == pytest.approx([0.0, 1.0, 2.0, 2.0])
-    line = Descent(learning_rate=2.0, lr_scheduler_type="linear", warmup_ratio=0.0)
+    line = LocalTraining(learning_rate=2.0, lr_scheduler_type="linear", warmup_ratio=0.0)
     assert [rate(line, p) for p in (0.0, 0.25, 1.0)] == pytest.approx([2.0, 1.5, 0.0])
-    wave = Descent(learning_rate=2.0, lr_scheduler_type="cosine", warmup_ratio=0.5)
+    wave = LocalTraining(learning_rate=2.0, lr_scheduler_type="cosine", warmup_ratio=0.5)
     assert [rate(wave, p) for p in (0.5, 0.75, 1.0)] == pytest.approx([2.0, 1.0, 0.0])

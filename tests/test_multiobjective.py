@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedpref.multiobjective import MinNorm, descended, onto_simplex, stationarity
+from fedpref.numerics.min_norm import MinNorm, descended, onto_simplex, stationarity
 
 CASES = [(number, count) for number in range(40) for count in (2, 3, 5)]
 
@@ -32,7 +32,7 @@ def test_no_other_weights_are_better(form: str, b: float) -> None:
     for seed, count in CASES:
         g, p = gradients(seed, count), drawn(seed, count)
         q = g @ g.T
-        w = MinNorm(b=b, preference=form, normalise=False)(q, p)  # type: ignore[arg-type]
+        w = MinNorm(b=b, preference=form, normalize=False)(q, p)  # type: ignore[arg-type]
         assert w.min() >= 0
         assert w.sum() == pytest.approx(1)
         slope = q @ w + (b * (w - p) if form == "distance" else b * w / p)
@@ -46,7 +46,7 @@ def test_two_objectives_have_the_closed_form() -> None:
         q = g @ g.T
         for b in (0.0, 0.1, 10.0):
             first = float(((q[1, 1] - q[0, 1] + b) / (q[0, 0] + q[1, 1] - 2 * q[0, 1] + 2 * b)).clamp(0, 1))
-            assert MinNorm(b=b, normalise=False)(q, equal(2)).tolist() == pytest.approx([first, 1 - first], abs=1e-9)
+            assert MinNorm(b=b, normalize=False)(q, equal(2)).tolist() == pytest.approx([first, 1 - first], abs=1e-9)
 
 
 def test_a_weak_regulariser_gives_mgda_and_a_strong_one_the_preference() -> None:
@@ -64,7 +64,7 @@ def test_common_ascent_holds_but_for_what_the_regulariser_costs() -> None:
         g = gradients(seed, count)
         q = g @ g.T
         for b in (0.0, 0.3):
-            w = MinNorm(b=b, normalise=False)(q, equal(count))
+            w = MinNorm(b=b, normalize=False)(q, equal(count))
             direction = w @ g
             slack = (direction @ direction) + b * ((w @ w) - w)
             assert ((g @ direction) - slack).min() > -1e-7 * float(q.diag().max())
@@ -76,7 +76,7 @@ def test_weights_move_no_more_than_the_gradients_do() -> None:
         g, noise = gradients(seed, 3), 0.3 * gradients(seed + 1000, 3)
         q1, q2 = g @ g.T, (g + noise) @ (g + noise).T
         for b in (0.1, 1.0):
-            w1, w2 = (MinNorm(b=b, normalise=False)(q, equal(3)) for q in (q1, q2))
+            w1, w2 = (MinNorm(b=b, normalize=False)(q, equal(3)) for q in (q1, q2))
             assert (w1 - w2).norm() <= ((q1 - q2) @ w2).norm() / b + 1e-9
 
 
@@ -84,7 +84,7 @@ def test_the_regulariser_costs_at_most_its_bound() -> None:
     for seed, count in CASES:
         q = gradients(seed, count) @ gradients(seed, count).T
         for b in (0.01, 1.0):
-            w = MinNorm(b=b, normalise=False)(q, equal(count))
+            w = MinNorm(b=b, normalize=False)(q, equal(count))
             assert 0 <= float(w @ q @ w) - stationarity(q) + 1e-9 <= b * (1 - 1 / count) + 1e-8
 
 
@@ -95,7 +95,7 @@ def test_gradients_of_any_length_give_the_same_weights() -> None:
         expected = settings(q, drawn(1, 3))
         for factor in (1e-12, 1e12):
             assert settings(factor * q, drawn(1, 3)).tolist() == pytest.approx(expected.tolist(), abs=1e-9)
-    assert MinNorm(normalise=False)(1e-6 * q, drawn(1, 3)).tolist() != pytest.approx(expected.tolist(), abs=1e-3)
+    assert MinNorm(normalize=False)(1e-6 * q, drawn(1, 3)).tolist() != pytest.approx(expected.tolist(), abs=1e-3)
 
 
 def test_what_nobody_prefers_has_no_weight() -> None:

@@ -11,16 +11,17 @@ import torch
 from typer.testing import CliRunner
 
 from conftest import make_rows, write_rows
-from fedpref import Experiment, UserError, config, run, trees
+from fedpref import Experiment, UserError, config, run
 from fedpref.cli import app
 from fedpref.data import Files
-from fedpref.exporting import export
-from fedpref.newcomers import personalise
-from fedpref.reports.page.rows import newcomer_rows
-from fedpref.reports.page.words import words
-from fedpref.reports.read import read
-from fedpref.rundirectory import EVALUATION, METRICS
-from fedpref.running import exported
+from fedpref.experiments.finished import FinishedRun
+from fedpref.experiments.run_directory import EVALUATION, METRICS
+from fedpref.numerics import trees
+from fedpref.reports.page.sentences import words
+from fedpref.reports.page.tables import newcomer_rows
+from fedpref.reports.run import read
+from fedpref.runs.export import export
+from fedpref.runs.join import personalize
 
 LOCAL = {"steps": 4, "batch_size": 4, "learning_rate": 0.02}
 WITH_OWN = ["fedpdpo", "fedper", "fedsa-lora", "feddpa", "ditto", "local"]
@@ -65,10 +66,10 @@ def test_what_is_shared_does_not_depend_on_a_newcomers_data(settings: dict[str, 
     adapters = []
     for name, content in (("as it is", rows), ("swapped", swapped)):
         data = {**settings["data"], "path": str(write_rows(tmp_path / f"{name}.jsonl", content))}
-        spec = experiment({**settings, "data": data, "references": ["centralised"]}, {"name": "fedpdpo"}, newcomers=["client-3"])
+        spec = experiment({**settings, "data": data, "baselines": ["pooled"]}, {"name": "fedpdpo"}, newcomers=["client-3"])
         path = run(spec, tmp_path / name).path
         adapters.append(trees.load(path / "checkpoints/round-000003/adapter.safetensors"))
-        adapters[-1] |= trees.load(path / "references/centralised/adapter/adapter_model.safetensors")
+        adapters[-1] |= trees.load(path / "baselines/pooled/adapter/adapter_model.safetensors")
     assert all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
 
 
@@ -92,31 +93,31 @@ def test_a_client_that_joins_later_learns_its_own_on_what_is_shared(
 ) -> None:
     result = run(experiment({**settings, "rounds": 1}, {"name": algorithm}), tmp_path / "run")
     shared = {path: path.read_bytes() for path in (result.path / "checkpoints").rglob("*.safetensors")}
-    joined = personalise(result.path, Files(path=str(later)), steps=40)
+    joined = personalize(result.path, Files(path=str(later)), steps=40)
     assert list(joined) == ["late"]
     assert joined["late"].train + joined["late"].test == 30
     assert joined["late"].after["loss"] < joined["late"].before["loss"]
     assert (joined["late"].path / "adapter_model.safetensors").is_file()
     assert {path: path.read_bytes() for path in shared} == shared
     with pytest.raises(UserError, match="joined already"):
-        personalise(result.path, Files(path=str(later)))
+        personalize(result.path, Files(path=str(later)))
     with pytest.raises(UserError, match="took part in the run"):
-        personalise(result.path, Files(path=str(later)), name="client-1")
+        personalize(result.path, Files(path=str(later)), name="client-1")
     with pytest.raises(UserError, match="Leave one of the two out"):
-        personalise(result.path, Files(path=str(later)), name="x", column="client")
+        personalize(result.path, Files(path=str(later)), name="x", column="client")
 
 
 def test_a_run_whose_model_is_shared_still_answers_after_somebody_joined(settings: dict[str, Any], later: Path, tmp_path: Path) -> None:
     path = run(experiment(settings, {"name": "feddpo"}), tmp_path / "run").path
-    personalise(path, Files(path=str(later)))
-    assert exported(path) == exported(path, "client-0") == path / "adapter"
-    assert exported(path, "late") == path / "newcomers" / "late"
+    personalize(path, Files(path=str(later)))
+    assert FinishedRun.at(path).model_folder() == FinishedRun.at(path).model_folder("client-0") == path / "adapter"
+    assert FinishedRun.at(path).model_folder("late") == path / "newcomers" / "late"
 
 
 def test_fedpdpos_newcomer_keeps_the_adapter_it_received(settings: dict[str, Any], later: Path, tmp_path: Path) -> None:
     parts = {"adapter": False}
     result = run(experiment(settings, {"name": "fedpdpo", "parts": parts}), tmp_path / "run")
-    joined = personalise(result.path, Files(path=str(later)), column="client")
+    joined = personalize(result.path, Files(path=str(later)), column="client")
     adapter = trees.load(result.path / "adapter/adapter_model.safetensors")
     theirs = trees.load(joined["late"].path / "adapter_model.safetensors")
     assert all(torch.equal(adapter[name], theirs[name]) for name in adapter)
@@ -128,7 +129,7 @@ def test_from_the_command_line(settings: dict[str, Any], later: Path, tmp_path: 
     file.write_text(config.to_yaml(experiment(settings, {"name": "fedpdpo"}, newcomers=1)))
     ran = CliRunner().invoke(app, ["run", str(file), "--output", str(tmp_path / "run")])
     assert "newcomers: held-out pair accuracy" in ran.output
-    joined = CliRunner().invoke(app, ["personalise", str(tmp_path / "run"), "--data", str(later), "--name", "x y", "--steps", "2"])
+    joined = CliRunner().invoke(app, ["personalize", str(tmp_path / "run"), "--data", str(later), "--name", "x y", "--steps", "2"])
     assert joined.exit_code == 0, joined.output
     assert "x y" in joined.output
     one = read(tmp_path / "run")

@@ -13,22 +13,23 @@ import torch
 from typer.testing import CliRunner
 
 from conftest import REAL_DATA, needs_real_data, write_rows
-from fedpref import cli, config, run, seeds, trees
-from fedpref.algorithms import Centralised, PluralLLM
+from fedpref import cli, config, run
+from fedpref.algorithms import PluralLLM, Pooled
 from fedpref.channel import Chain, Stage
 from fedpref.data import ClientData, Opinion, Opinions, Polis, Preference
 from fedpref.data.opinions import TRAINING_COUNTRIES, UNSEEN_COUNTRIES
 from fedpref.engines import Simulation
 from fedpref.errors import UserError
-from fedpref.experiment import Experiment
-from fedpref.local import Descent, rate
+from fedpref.experiments.experiment import Experiment
+from fedpref.experiments.finished import FinishedRun
+from fedpref.federation.local_training import LocalTraining, rate
 from fedpref.models.encoder import Encoder
 from fedpref.models.predictor import Predictor
-from fedpref.running import existing_directory, read_experiment, result
-from fedpref.scoring import group_rewards
+from fedpref.numerics import seeds, trees
+from fedpref.runs import group_rewards
 from fedpref.tasks import BatchSize, OpinionTask
+from fedpref.tasks.alignment import alignment, calibration_error, wasserstein_alignment
 from fedpref.tasks.opinion import Question, asking
-from fedpref.tasks.shares import alignment, calibration_error, wasserstein_alignment
 
 GROUPS = ("north", "south", "east")
 SMALL = {"width": 16, "layers": 1, "heads": 2, "feedforward": 16, "embedder_layers": 2}
@@ -273,10 +274,10 @@ def test_comparisons_become_questions_with_the_share_that_each_answer_won(tiny: 
 # ---- the algorithm
 
 
-def test_one_group_federated_is_centralised_on_that_group(content: dict[str, Any], tmp_path: Path) -> None:
-    local = Descent(steps=3, batch_size=1, optim="sgd", learning_rate=0.05)  # Adam would make rounding large
+def test_one_group_federated_is_training_on_that_group(content: dict[str, Any], tmp_path: Path) -> None:
+    local = LocalTraining(steps=3, batch_size=1, optim="sgd", learning_rate=0.05)  # Adam would make rounding large
     ends = []
-    for method in (PluralLLM(local=local), PluralLLM(local=local, weights="points"), Centralised(local=local)):
+    for method in (PluralLLM(local=local), PluralLLM(local=local, weights="points"), Pooled(local=local)):
         engine, task = simulation(content, tmp_path, clients=1)
         state: Any = method.init(engine, task.init(seeds.generator(0, "init")))
         for number in range(2):
@@ -288,7 +289,7 @@ def test_one_group_federated_is_centralised_on_that_group(content: dict[str, Any
 
 
 def test_weights_by_points_are_those_of_the_points_seen(content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    local = Descent(steps=2, batch_size=1, learning_rate=0.01)
+    local = LocalTraining(steps=2, batch_size=1, learning_rate=0.01)
     start: Any = None
     ends, seen = {}, {0: 0, 1: 0}
     for clients in ((0, 1), (0,), (1,)):
@@ -316,7 +317,7 @@ def test_messages_hold_the_predictors_parameters_alone(content: dict[str, Any], 
     engine, task = simulation(content, tmp_path)
     start = task.init(seeds.generator(0, "init"))
     engine.begin(0, engine.clients)
-    method = PluralLLM(local=Descent(steps=1, batch_size=1))
+    method = PluralLLM(local=LocalTraining(steps=1, batch_size=1))
     sent: list[Any] = []
     engine._channel = Chain((Stage("seen", lambda tree, sender: sent.append(tree) or tree, lambda total, count: total),))  # type: ignore[func-returns-value]
     state, _ = method.step(engine, method.init(engine, start))
@@ -327,7 +328,7 @@ def test_messages_hold_the_predictors_parameters_alone(content: dict[str, Any], 
 
 
 def test_the_published_cosine_goes_down_and_up_again() -> None:
-    settings = Descent(steps=6, learning_rate=1.0, warmup_ratio=0.0, num_cycles=3.0)  # 600 steps over waves of 200
+    settings = LocalTraining(steps=6, learning_rate=1.0, warmup_ratio=0.0, num_cycles=3.0)  # 600 steps over waves of 200
     for step, expected in ((0, 1.0), (100, 0.0), (200, 1.0), (300, 0.0), (150, 0.5)):
         assert rate(settings, step / 600) == pytest.approx(expected, abs=1e-9)
 
@@ -382,7 +383,7 @@ def test_a_survey_is_asked_as_it_was_trained(content: dict[str, Any], tmp_path: 
     """Options of one of its own questions as completions: the shares are those that the run's evaluation predicts."""
     folder = run(config.parse(Experiment, content, "test"), tmp_path / "run").path
     reward = group_rewards(folder)["north"]
-    (client,) = [client for client in read_experiment(existing_directory(folder)).clients()[0] if client.name == "north"]
+    (client,) = [client for client in FinishedRun.at(folder).experiment.clients()[0] if client.name == "north"]
     for row in client.test[:3]:
         assert isinstance(row, Opinion)
         question = Question("north", asking(row.prompt, row.options), row.shares)
@@ -403,11 +404,11 @@ def test_a_run_whose_data_has_changed_gives_no_rewards(content: dict[str, Any], 
 
 
 def test_learning_beats_equal_shares_and_newcomers_are_told_apart_by_their_context(content: dict[str, Any], tmp_path: Path) -> None:
-    content |= {"federation": {"newcomers": ["east"]}, "rounds": 12, "references": ["local", "centralised"]}
+    content |= {"federation": {"newcomers": ["east"]}, "rounds": 12, "baselines": ["alone", "pooled"]}
     content["algorithm"]["local"] |= {"steps": 5, "batch_size": 2}
     spec = config.parse(Experiment, content, "test")
     outcome = run(spec, tmp_path / "run")
-    for line in ("pluralllm", "local", "centralised"):
+    for line in ("pluralllm", "alone", "pooled"):
         for row in outcome.evaluations[line].values():
             assert row["alignment"] > row["uniform"] + 0.02, line
             assert 0 <= row["coverage"] <= 1
@@ -415,16 +416,16 @@ def test_learning_beats_equal_shares_and_newcomers_are_told_apart_by_their_conte
     before, after = outcome.newcomers["pluralllm"]
     assert before == after
     assert before.keys() == {"east"}
-    assert result(existing_directory(outcome.path)).evaluations == outcome.evaluations
+    assert FinishedRun.at(outcome.path).result().evaluations == outcome.evaluations
 
 
 def test_a_group_can_come_to_a_finished_run(content: dict[str, Any], tmp_path: Path) -> None:
     from fedpref.data import Files
-    from fedpref.newcomers import personalise
+    from fedpref.runs.join import personalize
 
     path = run(config.parse(Experiment, content, "test"), tmp_path / "run").path
     rows = [{**row, "selections": {"west": row["selections"]["east"]}} for row in survey(seed=1)]
-    joined = personalise(path, Files(path=str(write_rows(tmp_path / "west.jsonl", rows))), column="group")
+    joined = personalize(path, Files(path=str(write_rows(tmp_path / "west.jsonl", rows))), column="group")
     assert joined.keys() == {"west"}
     assert 0 < joined["west"].before["alignment"] == joined["west"].after["alignment"]
 

@@ -13,18 +13,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fedpref import seeds
 from fedpref.algorithms import FedDPO, FedOpt, FedProx, Scaffold, StaleFedDPO
 from fedpref.algorithms.fedopt import Adaptive, Momentum
 from fedpref.engines import Simulation
-from fedpref.federation import Client, work
-from fedpref.local import Descent
+from fedpref.federation.local_training import LocalTraining
+from fedpref.federation.verbs import Client, work
+from fedpref.numerics import seeds
+from fedpref.numerics.trees import Tree
 from fedpref.tasks import BatchSize
-from fedpref.trees import Tree
 
 # Two clients with losses 1/2 curvature |x - centre|^2, whose mean has its minimum at (1 * 4 + 3 * 0) / 4 = 1
 CLIENTS = ((1.0, 4.0), (3.0, 0.0))
-PLAIN = Descent(steps=5, optim="sgd", learning_rate=0.1, lr_scheduler_type="constant", warmup_ratio=0.0, max_grad_norm=1e9)
+PLAIN = LocalTraining(steps=5, optim="sgd", learning_rate=0.1, lr_scheduler_type="constant", warmup_ratio=0.0, max_grad_norm=1e9)
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ class Placed(Bowls):
         self.number = worker
 
 
-@work()
+@work("test_optimisers.where")
 def where(client: Client) -> Mapping[str, float]:
     time.sleep(0.05)  # so that no worker does it all
     return {"number": float(cast(Placed, client.task).number)}

@@ -12,7 +12,7 @@ import yaml
 from typer.testing import CliRunner
 
 from fedpref import UserError, cli
-from fedpref.pareto import Point, best, figures, follows, hypervolume, plan_front, preferences, spacing
+from fedpref.runs.pareto import Point, best, follows, front_metrics, hypervolume, plan_front, preferences, spacing
 
 
 def test_preferences_are_even_over_the_simplex() -> None:
@@ -39,7 +39,7 @@ def test_objectives_that_rise_with_their_preference_follow_it() -> None:
     assert follows([Point(p, (p[0] ** 2, -p[0])) for p in shares]) == pytest.approx(1)
     assert follows([Point(p, (-p[0], p[0])) for p in shares]) == pytest.approx(-1)
     assert follows([Point(p, (p[0], 3.0)) for p in shares]) == pytest.approx(0.5)
-    found = figures([*(Point(p, p) for p in shares), Point((0.5, 0.5), (0.9, 0.9), is_trained=False)], (0.0, 0.0))
+    found = front_metrics([*(Point(p, p) for p in shares), Point((0.5, 0.5), (0.9, 0.9), is_trained=False)], (0.0, 0.0))
     assert found["hypervolume_interpolated"] > found["hypervolume"]
 
 

@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from conftest import REAL_DATA, needs_real_data
-from fedpref import UserError, seeds
+from fedpref import UserError
 from fedpref.losses.policy import GRPO, PPO, RLOO, Sampled, gae, surrogate, whitened
 from fedpref.models.generation import Sampling, generate, merged
 from fedpref.models.language import LanguageModel, Model
+from fedpref.numerics import seeds
 from fedpref.rewards import Classifier, Distinct, Function, Length, Pattern, Sentiment, Toxicity
 
 COUNTS, SAMPLES = (3, 1, 4, 2), 2
@@ -51,7 +52,7 @@ def test_advantages_by_gae_are_the_sums_that_define_them() -> None:
 
 def test_with_lambda_one_the_advantage_is_the_return_less_the_value() -> None:
     r, v = rewards(2), torch.randn(sum(COUNTS), dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    settings = PPO(gae_lambda=1.0, kl=0.1, normalise=False)
+    settings = PPO(gae_lambda=1.0, kl=0.1, normalize=False)
     draws = sampled()
     advantages, returns = settings.advantages(r, draws, v)
     paid = -0.1 * (draws.old - draws.reference)
@@ -65,7 +66,7 @@ def test_with_lambda_one_the_advantage_is_the_return_less_the_value() -> None:
 
 
 def test_a_critic_that_foretells_everything_leaves_no_advantage() -> None:
-    settings = PPO(kl=0.0, normalise=False)
+    settings = PPO(kl=0.0, normalize=False)
     constant = torch.full((sum(COUNTS),), 0.7, dtype=torch.float64)
     advantages, _ = settings.advantages(torch.full((len(COUNTS),), 0.7, dtype=torch.float64), sampled(), constant)
     assert advantages.abs().max() < 1e-12
@@ -73,7 +74,7 @@ def test_a_critic_that_foretells_everything_leaves_no_advantage() -> None:
         settings.advantages(rewards(), sampled(), None)
 
 
-@pytest.mark.parametrize("settings", [RLOO(kl=0.0), RLOO(kl=0.0, normalise=False), GRPO()])
+@pytest.mark.parametrize("settings", [RLOO(kl=0.0), RLOO(kl=0.0, normalize=False), GRPO()])
 def test_the_advantage_of_a_constant_reward_is_zero(settings: Any) -> None:
     advantages, _ = settings.advantages(torch.full((len(COUNTS),), 3.0, dtype=torch.float64), sampled(), None)
     assert advantages.abs().max() < 1e-12
@@ -83,7 +84,7 @@ def test_an_answer_is_compared_with_the_others_to_its_prompt() -> None:
     draws = sampled()
     r = rewards()
     net = (r - 0.05 * draws.summed(draws.old - draws.reference)).tolist()
-    found, _ = RLOO(normalise=False).advantages(r, draws, None)
+    found, _ = RLOO(normalize=False).advantages(r, draws, None)
     of_answer = [net[0] - net[1], net[1] - net[0], net[2] - net[3], net[3] - net[2]]
     assert found.tolist() == pytest.approx([of_answer[i] for i, count in enumerate(COUNTS) for _ in range(count)])
     scaled, _ = RLOO().advantages(r, draws, None)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpref.models.predictor import Predictor, gaussian_loss, softmax_within
-from fedpref.trees import Tree
+from fedpref.numerics.trees import Tree
 
 SMALL = Predictor(width=16, layers=2, heads=2, feedforward=24, embedder_layers=3)
 INPUTS = 5

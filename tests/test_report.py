@@ -17,15 +17,16 @@ from typer.testing import CliRunner
 
 from conftest import ROOT
 from fedpref import Experiment, UserError, cli, config, run
-from fedpref.reports import charts, methods
+from fedpref.experiments.run_directory import EVALUATION, METRICS
+from fedpref.numerics.metrics import ACCURACY
+from fedpref.numerics.topology import rho
+from fedpref.reports import charts
+from fedpref.reports import method_charts as methods
 from fedpref.reports.page import page, sections, told_apart, write_report
-from fedpref.reports.page.rows import client_rows, newcomer_rows
-from fedpref.reports.page.words import words
-from fedpref.reports.read import Run, read
+from fedpref.reports.page.sentences import words
+from fedpref.reports.page.tables import client_rows, newcomer_rows
+from fedpref.reports.run import Run, read
 from fedpref.reports.tables import client_table
-from fedpref.rundirectory import EVALUATION, METRICS
-from fedpref.summary import ACCURACY
-from fedpref.topology import rho
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 SCREENSHOTS = ROOT / "build/screenshots"
@@ -40,12 +41,12 @@ def content_of(text: str) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def runs(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
-    """A centralised run with what it is compared with, one of gossip, one with weights of objectives."""
+    """A pooled run with what it is compared with, one of gossip, one with weights of objectives."""
     folder = tmp_path_factory.mktemp("runs")
     local = {"steps": 2, "batch_size": 3, "learning_rate": 0.01}
     objectives = {"objective_column": "kind", "objective_names": ["first", "second"]}
     contents = {
-        "averaged": {"evaluate_every": 1, "references": ["local", "centralised"]},
+        "averaged": {"evaluate_every": 1, "baselines": ["alone", "pooled"]},
         "gossip": {"algorithm": {"name": "decdpo", "local": local}, "network": {"topology": "ring"}},
         "weighed": {"algorithm": {"name": "firm", "local": local}, "task": {**settings["task"], **objectives}, "evaluate_every": 1},
     }
@@ -59,7 +60,7 @@ def runs(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> 
 def test_what_the_page_says_is_what_the_run_says(runs: dict[str, Run]) -> None:
     one = runs["averaged"]
     text = page([one])
-    values, alone = one.values(), one.values(one.references["local"])
+    values, alone = one.values(), one.values(one.baselines["alone"])
     mean = np.mean(list(values.values()))
     up, down = sum(values[c] > alone[c] for c in values), sum(values[c] < alone[c] for c in values)
     assert f"mean held-out pair accuracy is {mean:.1f}" in words(one)
@@ -159,7 +160,7 @@ def test_many_rounds_and_clients_fit_in_a_page(runs: dict[str, Run], tmp_path: P
         "".join(json.dumps({"round": k + 1, "clients": c, "summary": summary}) + "\n" for k, c in enumerate(rows))
     )
     (place / "clients.json").write_text(json.dumps({name: {"train": 10, "test": 50, "truncated": 0, "digest": ""} for name in names}))
-    shutil.rmtree(place / "references")
+    shutil.rmtree(place / "baselines")
     found = CliRunner().invoke(cli.app, ["report", str(place)])
     assert found.exit_code == 0, found.output
     assert (place / "report.html").stat().st_size < 3e6
@@ -168,14 +169,14 @@ def test_many_rounds_and_clients_fit_in_a_page(runs: dict[str, Run], tmp_path: P
 def test_a_run_that_was_killed_in_a_reference_has_a_page(runs: dict[str, Run], tmp_path: Path) -> None:
     place = tmp_path / "killed"
     shutil.copytree(runs["averaged"].path, place)
-    shutil.rmtree(place / "references/centralised")
+    shutil.rmtree(place / "baselines/pooled")
     for name in ("done", EVALUATION):
-        (place / "references/local" / name).unlink()
+        (place / "baselines/alone" / name).unlink()
     text = page([read(place)])
     assert "against training alone" not in text
     assert "not finished" in text
-    rows = (runs["averaged"].path / "references/local" / EVALUATION).read_text().splitlines(keepends=True)
-    (place / "references/local" / EVALUATION).write_text(rows[0])
+    rows = (runs["averaged"].path / "baselines/alone" / EVALUATION).read_text().splitlines(keepends=True)
+    (place / "baselines/alone" / EVALUATION).write_text(rows[0])
     again = read(place)
     assert again.gains("local") == {}, "nothing is compared after different numbers of rounds"
     assert "alone, after round 1" in page([again])
@@ -184,7 +185,7 @@ def test_a_run_that_was_killed_in_a_reference_has_a_page(runs: dict[str, Run], t
 def test_a_client_that_was_left_out_of_an_evaluation_has_an_empty_cell(runs: dict[str, Run], tmp_path: Path) -> None:
     place = tmp_path / "left-out"
     shutil.copytree(runs["averaged"].path, place)
-    for file, number in ((place / EVALUATION, 0), (place / "references/local" / EVALUATION, -1)):
+    for file, number in ((place / EVALUATION, 0), (place / "baselines/alone" / EVALUATION, -1)):
         rows = [json.loads(row) for row in file.read_text().splitlines()]
         del rows[number]["clients"]["client-2"]
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -194,7 +195,7 @@ def test_a_client_that_was_left_out_of_an_evaluation_has_an_empty_cell(runs: dic
     assert row[3][0]
     assert row[3][1] == row[3][3] == ""
     assert content_of(page([one]))
-    client_table(place, {name: line.last for name, line in {"feddpo": one.line, **one.references}.items()})
+    client_table(place, {name: line.last for name, line in {"feddpo": one.line, **one.baselines}.items()})
 
 
 def test_newcomers_are_no_clients_that_trained(settings: dict[str, Any], tmp_path: Path) -> None:
@@ -237,7 +238,7 @@ def named(runs: dict[str, Run], names: list[str], place: Path) -> Path:
     """A run whose clients have other names."""
     shutil.copytree(runs["averaged"].path, place)
     other = dict(zip(runs["averaged"].clients, names, strict=True))
-    for file in (place / EVALUATION, *place.glob(f"references/*/{EVALUATION}")):
+    for file in (place / EVALUATION, *place.glob(f"baselines/*/{EVALUATION}")):
         rows = [json.loads(row) for row in file.read_text().splitlines()]
         file.write_text("".join(json.dumps({**row, "clients": {other[c]: r for c, r in row["clients"].items()}}) + "\n" for row in rows))
     known = json.loads((place / "clients.json").read_text())

@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 from conftest import make_rows, write_rows
 from fedpref import cli, config, run
 from fedpref.errors import UserError
-from fedpref.experiment import Experiment
+from fedpref.experiments.experiment import Experiment
 from fedpref.rewards import AdaptiveAlpha, Maximum, Mean, Minimum
-from fedpref.scoring import CombinedReward, group_rewards
+from fedpref.runs import CombinedReward, group_rewards
 
 REWARDS = torch.tensor([[0.9, 0.2], [0.85, 0.3], [0.4, 0.7]], dtype=torch.float64)
 

@@ -15,23 +15,24 @@ import pytest
 import torch
 import yaml
 
-from fedpref import Experiment, UserError, config, run, trees
+from fedpref import Experiment, UserError, config, run
 from fedpref.channel import Sender
-from fedpref.channel.compress import TopK, alike
+from fedpref.channel.compression import TopK, alike
 from fedpref.engines import Patience, RemoteEngine, Sites
-from fedpref.engines.messages import RefusedError, finite, joined, pack, parted, unpack
+from fedpref.engines.messages import RefusedError, finite, pack, unpack
 from fedpref.engines.site import Site
-from fedpref.federation import Client, work
-from fedpref.flare import kits
-from fedpref.hosting import Consenting, SiteFile, consenting
-from fedpref.local import Descent
-from fedpref.places import Share
-from fedpref.rundirectory import METRICS, RunDirectory
-from fedpref.running import events
-from fedpref.trees import Tree
+from fedpref.experiments.clients import SimulatedSite
+from fedpref.experiments.rounds import events
+from fedpref.experiments.run_directory import METRICS, RunDirectory
+from fedpref.federation.local_training import LocalTraining
+from fedpref.federation.verbs import Client, work
+from fedpref.numerics import trees
+from fedpref.numerics.trees import Tree
+from fedpref.sites import kits
+from fedpref.sites.consent import Consenting, SiteFile, consenting
 from process_engine import Processes, process_engine, shares
 
-LOCAL = Descent(steps=1, batch_size=3, learning_rate=0.01)
+LOCAL = LocalTraining(steps=1, batch_size=3, learning_rate=0.01)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ class Nowhere:
         raise AssertionError
 
 
-@work()
+@work("test_sites.broken")
 def broken(client: Client, start: Tree, how: str) -> Tree:
     """What one client sends is not what it should be."""
     if client.id != 1:
@@ -63,15 +64,15 @@ def broken(client: Client, start: Tree, how: str) -> Tree:
 
 def test_messages_come_back_as_they_went() -> None:
     tree = {"a": torch.randn(3, 2), "b/c": torch.arange(4, dtype=torch.bfloat16), "d": torch.tensor(1.0)}
-    header, found = unpack(pack({"verb": "x", "n": [1]}, joined({7: tree})))
+    header, found = unpack(pack({"verb": "x", "n": [1]}, trees.nest({7: tree})))
     assert header == {"verb": "x", "n": [1]}
-    back = parted(found, 7)
+    back = trees.part(found, 7)
     assert back.keys() == tree.keys()
     assert all(torch.equal(back[name], tree[name]) and back[name].dtype == tree[name].dtype for name in tree)
-    _, found = unpack(pack({}, joined({1: tree, 2: tree})))  # which share memory
-    assert torch.equal(parted(found, 1)["a"], parted(found, 2)["a"])
-    _, found = unpack(pack({}, joined({1: tree, 2: tree})))
-    assert torch.equal(parted(found, 1)["a"], parted(found, 2)["a"]), "which shared memory"
+    _, found = unpack(pack({}, trees.nest({1: tree, 2: tree})))  # which share memory
+    assert torch.equal(trees.part(found, 1)["a"], trees.part(found, 2)["a"])
+    _, found = unpack(pack({}, trees.nest({1: tree, 2: tree})))
+    assert torch.equal(trees.part(found, 1)["a"], trees.part(found, 2)["a"]), "which shared memory"
 
 
 @pytest.mark.parametrize("message", [b"", b"x", b"\x00" * 8 + b"{", pack([1]), pack({})[:-1] + b"]", pack({}) + b"junk"])  # type: ignore[arg-type]
@@ -94,7 +95,7 @@ DIALOGUE = {"name": "dialogue", "estimator": "rloo"}
 
 @pytest.fixture
 def site(content: dict[str, Any], tmp_path: Path) -> Site:
-    opened = Site("site-0", Share(0, 1), tmp_path, Nowhere())
+    opened = Site("site-0", SimulatedSite(0, 1), tmp_path, Nowhere())
     about = said(opened, {"verb": "open", "experiment": content, "run": "run", "resumes": False, "is_known": True})["about"]
     said(opened, {"verb": "number", "ids": {name: i for i, name in enumerate(about)}, "sites": {"site-0": [0, 1, 2]}})
     return opened
@@ -108,7 +109,7 @@ def said(site: Site, header: dict[str, Any], tensors: Tree | None = None) -> dic
 def asked(**other: Any) -> dict[str, Any]:
     header = {
         "verb": "each",
-        "work": "algorithms.feddpo.no_moments",
+        "work": "common.no_moments",
         "args": [],
         "clients": [0],
         "purpose": "init",
@@ -126,7 +127,7 @@ def asked(**other: Any) -> dict[str, Any]:
         ({"verb": "answer"}, "no verb 'answer'"),
         (asked(work="os.system"), "'os.system' is no work that is done here"),
         (asked(round=99), "round 99 is none of the 4"),
-        (asked(work="running.evaluate", args=[{"own": {"0": "7.0"}}]), "client 0 has no value '7.0' here"),
+        (asked(work="evaluation.evaluate", args=[{"own": {"0": "7.0"}}]), "client 0 has no value '7.0' here"),
         (asked(args=[{"plain": 3}]), "do not fit"),
         ({"verb": "report", "own": {"0": "7.0"}}, "client 0 has no value"),
         ({"verb": "contribute", "own": {"9": "1.0"}, "shares": {"9": 1.0}}, "client 9 has no value"),
@@ -142,7 +143,7 @@ def test_a_site_refuses_what_it_should_not_do(header: dict[str, Any], reason: st
 
 def test_work_that_fails_says_so_and_changes_nothing(site: Site) -> None:
     args = [{"tree": 0}, {"plain": "fail"}]
-    answer = said(site, asked(work="test_sites.broken", clients=[1, 2], args=args), joined({0: {"x": torch.ones(1)}}))
+    answer = said(site, asked(work="test_sites.broken", clients=[1, 2], args=args), trees.nest({0: {"x": torch.ones(1)}}))
     assert answer["failed"] == {"1": "it failed (ValueError); the site's log says more"}, "no text of the error leaves the site"
     assert said(site, {"verb": "held"})["names"] == {"0": [], "1": [], "2": ["1.0"]}
     assert "do not fit" in said(site, asked(work="test_sites.broken", args=[{"tree": 0}, {"plain": {"a": 1}}]))["refused"]
@@ -189,7 +190,7 @@ def test_a_site_brings_its_own_data_and_no_private_part_leaves_it(content: dict[
     for name, leaves in (("base.lora_A.weight", True), ("head.weight", False), ("bottleneck.down", False), ("own.lora_A", False)):
         assert found.gives(name) == leaves
     assert found.does("algorithms.fedpdpo.train")
-    strange = ("places.prepare", "test_sites.broken", "diagnostics.pooled", "algorithms.fedprox.train", "algorithms.ditto.train")
+    strange = ("clients.prepare", "test_sites.broken", "diagnostics.pooled", "fedprox.train", "ditto.train")
     assert not any(map(found.does, strange))
     opened = Site("site", Consenting("site", file), tmp_path, Nowhere())
     said(opened, {"verb": "open", "experiment": config.dump(spec), "run": "run", "resumes": False, "is_known": True})
@@ -210,7 +211,7 @@ def test_a_site_brings_its_own_data_and_no_private_part_leaves_it(content: dict[
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
-    started = Processes(shares(3), tmp_path_factory.mktemp("processes"), ["fedpref.running", "test_sites"])
+    started = Processes(shares(3), tmp_path_factory.mktemp("processes"), ["fedpref.experiments.rounds", "test_sites"])
     yield started
     started.stop()
 
@@ -238,7 +239,7 @@ def test_a_run_survives_a_site_that_is_killed_and_resumes_with_it(algorithm: str
         "patience": {"seconds": 60, "min_clients": 2},
     }
     spec, folder = config.parse(Experiment, whole, "test"), RunDirectory(tmp_path / "run")
-    first = Processes(shares(3), tmp_path / "sites", ["fedpref.running"])
+    first = Processes(shares(3), tmp_path / "sites", ["fedpref.experiments.rounds"])
     try:
         for event in events(spec, folder, transport=first):
             if event.kind == "round" and event.done == 1:
@@ -253,7 +254,7 @@ def test_a_run_survives_a_site_that_is_killed_and_resumes_with_it(algorithm: str
     assert kept["site-1"][-1].name == "round-000001"
     assert kept["site-0"][-1].name == "round-000003"
     before = {file.name: trees.load(file) for file in kept["site-1"][-1].glob("*/1.safetensors")}
-    second = Processes(shares(3), tmp_path / "sites", ["fedpref.running"])
+    second = Processes(shares(3), tmp_path / "sites", ["fedpref.experiments.rounds"])
     try:
         for _ in events(spec, folder, transport=second):
             pass
@@ -279,15 +280,15 @@ def test_a_site_that_has_lost_what_its_clients_keep_is_told(content: dict[str, A
 
 
 def test_a_run_over_sites_is_the_run_in_one_process(content: dict[str, Any], processes: Processes, tmp_path: Path) -> None:
-    whole = {**content, "algorithm": {"name": "fedpdpo", "local": {"steps": 2, "batch_size": 3}}, "references": ["local"]}
+    whole = {**content, "algorithm": {"name": "fedpdpo", "local": {"steps": 2, "batch_size": 3}}, "baselines": ["alone"]}
     spec = config.parse(Experiment, whole, "test")
     for name, transport in (("here", None), ("there", processes)):
         list(events(spec, RunDirectory(tmp_path / name), transport=transport))
-    for file in ("evaluation.jsonl", "clients.json", "adapter/adapter_model.safetensors", "references/local/evaluation.jsonl"):
+    for file in ("evaluation.jsonl", "clients.json", "adapter/adapter_model.safetensors", "baselines/alone/evaluation.jsonl"):
         if (tmp_path / "here" / file).exists():
             assert (tmp_path / "here" / file).read_bytes() == (tmp_path / "there" / file).read_bytes(), file
     with pytest.raises(UserError, match="needs all data in one place"):
-        list(events(replace(spec, references=("centralised",)), RunDirectory(tmp_path / "pooled"), transport=processes))
+        list(events(replace(spec, baselines=("pooled",)), RunDirectory(tmp_path / "pooled"), transport=processes))
 
 
 @pytest.mark.slow
@@ -316,7 +317,7 @@ def test_kits_let_no_job_bring_code_and_each_site_has_its_file(tmp_path: Path) -
         rights = json.loads((made[site] / "local/authorization.json").read_text())["permissions"]
         assert all(role["byoc"] == "none" for role in rights.values() if "byoc" in role)
         resources = json.loads((made[site] / "local/resources.json").read_text())
-        assert "fedpref.flare.programs.Sited" in resources["class_allow_list"]
+        assert "fedpref.sites.programs.Sited" in resources["class_allow_list"]
         assert resources["class_list_enforcement_mode"] == "enforce"
         assert resources["allow_log_streaming"] is False, "what a site logs stays there"
         assert "LogStreamer" not in str(resources)
@@ -337,7 +338,7 @@ class Direct:
     """Sites in this process; what one of them answers may be changed on the way."""
 
     def __init__(self, folder: Path, count: int = 2) -> None:
-        self.all = {f"site-{k}": Site(f"site-{k}", Share(k, count), folder / f"site-{k}", self) for k in range(count)}
+        self.all = {f"site-{k}": Site(f"site-{k}", SimulatedSite(k, count), folder / f"site-{k}", self) for k in range(count)}
         self.changed: dict[str, Any] = {}  # verb -> what site-1 answers in place of its header
         self.absent: set[str] = set()
 
@@ -358,19 +359,19 @@ class Direct:
         return self.changed[verb] if isinstance(self.changed[verb], bytes) else pack(self.changed[verb])
 
 
-@work(sends=(0,))
+@work("test_sites.advance", sends=(0,))
 def advance(client: Client, own: Tree, how: str) -> tuple[Tree, Tree]:
     """A message, and a private value that counts rounds."""
     message = {"x": torch.full((2,), float(client.id))}
     return ({"y": message["x"]} if how == "names" and client.id == 1 else message), {"n": own["n"] + 1}
 
 
-@work(sends=())
+@work("test_sites.fresh", sends=())
 def fresh(client: Client) -> Tree:
     return {"n": torch.zeros(1)}
 
 
-@work()
+@work("test_sites.told")
 def told(client: Client) -> dict[str, float]:
     return {"loss": 1.0}
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fedpref import UserError
-from fedpref.topology import (
+from fedpref.numerics.topology import (
     SHAPES,
     ErdosRenyi,
     GraphFile,

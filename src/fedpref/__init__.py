@@ -7,15 +7,41 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fedpref.errors import UserError
-    from fedpref.experiment import Experiment
-    from fedpref.launch import resume, run
-    from fedpref.models.exported import load_model
-    from fedpref.running import Result
+    from fedpref.experiments.experiment import Experiment
+    from fedpref.experiments.finished import FinishedRun, Result
+    from fedpref.federation.verbs import Algorithm, Client, Federation, PerClient, work
+    from fedpref.models.loading import load_model
+    from fedpref.runs.launch import resume, run
 
 __version__ = "0.1.0"
-__all__ = ["Experiment", "Result", "UserError", "load_model", "resume", "run"]
-_HOMES = {"Experiment": "experiment", "Result": "running", "resume": "launch", "run": "launch", "UserError": "errors"}
-_HOMES["load_model"] = "models.exported"
+__all__ = [
+    "Algorithm",
+    "Client",
+    "Experiment",
+    "Federation",
+    "FinishedRun",
+    "PerClient",
+    "Result",
+    "UserError",
+    "load_model",
+    "resume",
+    "run",
+    "work",
+]
+_HOMES = {
+    "Algorithm": "federation.verbs",
+    "Client": "federation.verbs",
+    "Experiment": "experiments.experiment",
+    "Federation": "federation.verbs",
+    "FinishedRun": "experiments.finished",
+    "PerClient": "federation.verbs",
+    "Result": "experiments.finished",
+    "UserError": "errors",
+    "load_model": "models.loading",
+    "resume": "runs.launch",
+    "run": "runs.launch",
+    "work": "federation.verbs",
+}
 
 
 def __getattr__(name: str) -> Any:

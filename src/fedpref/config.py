@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -16,17 +16,41 @@ from yaml import YAMLError
 from fedpref.errors import UserError
 
 T = TypeVar("T")
-STRICT = ConfigDict(extra="forbid")
+STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
-def load(kind: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
-    """Read a YAML file and `key.sub=value` overrides into a dataclass."""
+def read(path: Path) -> Any:
+    """Return what a YAML file holds, as plain data; raises UserError where it is none."""
+    return OmegaConf.to_container(_read(path))
+
+
+def _read(path: Path) -> Any:
     if not path.is_file():
         raise UserError(f"{path}: there is no such config file.")
     try:
-        content = OmegaConf.load(path)
+        return OmegaConf.load(path)
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def load(
+    kind: type[T],
+    path: Path,
+    overrides: Sequence[str] = (),
+    check: Callable[[Any, str], None] = lambda content, where: None,
+) -> T:
+    """Read a YAML file into a dataclass.
+
+    Args:
+        kind: The dataclass.
+        path: The file.
+        overrides: `key.sub=value` settings that replace the file's.
+        check: Called with the content as plain data, overrides included, and the file's name, before it is parsed; may raise UserError.
+
+    Raises:
+        UserError: All mistakes together.
+    """
+    content = _read(path)
     for override in overrides:
         if "=" not in override:
             raise UserError(f"override {override!r}: expected key=value, such as rounds=20 or algorithm.local.steps=5.")
@@ -38,17 +62,33 @@ def load(kind: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
         raise UserError(f"{path} with {' '.join(overrides)}: {' '.join(str(error).split())}") from error
     if not isinstance(merged, dict):
         raise UserError(f"{path}: expected keys and values, found {type(merged).__name__}.")
+    check(merged, str(path))
     return parse(kind, merged, str(path))
 
 
 def _of_name(kind: Any, override: str) -> str:
     """`loss=ipo` as `loss.name=ipo`, where there is a choice of kinds."""
     path, value = override.split("=", 1)
-    kinds = [kind]
+    options: list[Any] = [kind]
     for key in path.split("."):
-        hints = [hint for each in kinds if is_dataclass(each) and (hint := get_type_hints(each).get(key))]
-        kinds = [option for hint in hints for option in get_args(hint) or (hint,)]
-    return f"{path}.name={value}" if any(getattr(option, "name", None) == value for option in kinds) else override
+        hints = [hint for each in options if is_dataclass(each) and (hint := get_type_hints(each).get(key))]
+        options = [option for hint in hints for option in kinds(hint)]
+    return f"{path}.name={value}" if named(options, value) else override
+
+
+def kinds(hint: Any) -> tuple[Any, ...]:
+    """What may stand where a type is hinted: the members of a union, or the one type."""
+    if get_origin(hint) is Annotated:
+        hint = get_args(hint)[0]
+    return get_args(hint) or (hint,)
+
+
+def named(options: Sequence[Any], name: Any) -> Any | None:
+    """The dataclass among these whose field `name` is this by default; None if there is none.
+
+    A class that goes by several names is found under the first.
+    """
+    return next((option for option in options if is_dataclass(option) and vars(option).get("name") == name), None)
 
 
 def _forget_other_kinds(kind: Any, content: Any, wanted: Any) -> None:
@@ -58,9 +98,8 @@ def _forget_other_kinds(kind: Any, content: Any, wanted: Any) -> None:
     hints = get_type_hints(kind)
     for key in wanted:
         if key in hints and OmegaConf.is_dict(content.get(key)) and OmegaConf.is_dict(wanted[key]):
-            options = get_args(hints[key]) or (hints[key],)
-            name = wanted[key].get("name", content[key].get("name"))
-            chosen = next((option for option in options if getattr(option, "name", None) == name), options[0])
+            options = kinds(hints[key])
+            chosen: Any = named(options, wanted[key].get("name", content[key].get("name"))) or options[0]
             if "name" in wanted[key] and is_dataclass(chosen):
                 known = {field.name for field in fields(chosen)}
                 for former in [entry for entry in content[key] if entry not in known]:
@@ -84,17 +123,23 @@ def _with_names(kind: Any, content: Any) -> Any:
     filled = dict(content)
     for field in fields(kind):
         value = filled.get(field.name)
-        options = [option for option in get_args(hints[field.name]) or (hints[field.name],) if is_dataclass(option)]
-        if isinstance(value, str) and any(hasattr(option, "name") for option in options):
+        options = [option for option in kinds(hints[field.name]) if is_dataclass(option)]
+        if isinstance(value, str) and any("name" in vars(option) for option in options):
             value = {"name": value}
         if not isinstance(value, dict) or not options:
             continue
         usual = type(field.default)
         if "name" not in value and usual in options and value.keys() <= (known := {f.name for f in fields(usual)}) and "name" in known:
             value = {"name": field.default.name, **value}
-        chosen = next((option for option in options if getattr(option, "name", None) == value.get("name")), options[0])
+        chosen = named(options, value.get("name")) or options[0]
         filled[field.name] = _with_names(chosen, value)
     return filled
+
+
+def schema(kind: Any) -> dict[str, Any]:
+    """Return the JSON schema of a dataclass, in which each field has the sentence that its class gives it."""
+    plain: dict[str, Any] = _adapter(kind).json_schema()
+    return plain
 
 
 def dump(value: Any) -> dict[str, Any]:
@@ -155,12 +200,11 @@ def _follow(kind: Any, location: list[str]) -> tuple[Any, list[str]]:
         if part in names:
             path.append(part)
             owner = get_type_hints(owner)[part]
-            options = [option for option in get_args(owner) if is_dataclass(option)]
+            options = [option for option in kinds(owner) if is_dataclass(option)]
             owner = options[0] if len(options) == 1 else owner  # one that may be absent
         else:
-            tagged = [option for option in get_args(owner) if is_dataclass(option) and getattr(option, "name", None) == part]
-            if tagged:
-                owner = tagged[0]
+            if tagged := named(kinds(owner), part):
+                owner = tagged
             elif part.isdigit():
                 path.append(part)
     return owner, path

@@ -1,41 +1,46 @@
 """One paper, one file; a new algorithm adds one line here."""
 
-from fedpref.algorithms.centralised import Centralised
+from typing import Annotated
+
+from pydantic import Field
+
+from fedpref.algorithms.alone import Alone
 from fedpref.algorithms.choco import ChocoDPO
 from fedpref.algorithms.clustered import Clustered
 from fedpref.algorithms.decdpo import DecDPO
+from fedpref.algorithms.decdpo_stale import StaleDecDPO
 from fedpref.algorithms.decpdpo import DecPDPO
 from fedpref.algorithms.ditto import Ditto
 from fedpref.algorithms.fedcmoo import FedCMOO
 from fedpref.algorithms.feddpa import FedDPA
 from fedpref.algorithms.feddpo import FedDPO
+from fedpref.algorithms.feddpo_stale import StaleFedDPO
 from fedpref.algorithms.fedopt import FedOpt
 from fedpref.algorithms.fedpdpo import FedPDPO
 from fedpref.algorithms.fedper import FedPer
 from fedpref.algorithms.fedprox import FedProx
-from fedpref.algorithms.fedsa import FedSA
-from fedpref.algorithms.ffa import FFA
+from fedpref.algorithms.fedsa_lora import FedSA
+from fedpref.algorithms.ffa_lora import FFA
 from fedpref.algorithms.firm import FIRM
 from fedpref.algorithms.fsmgda import FSMGDA
-from fedpref.algorithms.local import Local
+from fedpref.algorithms.gradient_tracking import GradientTracking
 from fedpref.algorithms.pluralllm import PluralLLM
+from fedpref.algorithms.pooled import Pooled
 from fedpref.algorithms.scaffold import Scaffold
-from fedpref.algorithms.scalarised import Scalarised
-from fedpref.algorithms.stale import StaleFedDPO
-from fedpref.algorithms.stale_gossip import StaleDecDPO
-from fedpref.algorithms.tracking import GradientTracking
+from fedpref.algorithms.scalarized import Scalarized
 
 Federated = FedDPO | StaleFedDPO | FedPDPO | FedOpt | FedProx | Scaffold | FFA | FedSA | FedPer | Ditto | FedDPA | Clustered | PluralLLM
 Decentralised = DecDPO | DecPDPO | StaleDecDPO | GradientTracking | ChocoDPO
-MultiObjective = FIRM | Scalarised | FSMGDA | FedCMOO
-AnyAlgorithm = Federated | Decentralised | MultiObjective | Local | Centralised
+MultiObjective = FIRM | Scalarized | FSMGDA | FedCMOO
+Baseline = Alone | Pooled
+AnyAlgorithm = Annotated[Federated | Decentralised | MultiObjective | Baseline, Field(discriminator="name")]
 
 __all__ = [
     "FFA",
     "FIRM",
     "FSMGDA",
+    "Alone",
     "AnyAlgorithm",
-    "Centralised",
     "ChocoDPO",
     "Clustered",
     "DecDPO",
@@ -50,10 +55,10 @@ __all__ = [
     "FedProx",
     "FedSA",
     "GradientTracking",
-    "Local",
     "PluralLLM",
+    "Pooled",
     "Scaffold",
-    "Scalarised",
+    "Scalarized",
     "StaleDecDPO",
     "StaleFedDPO",
 ]

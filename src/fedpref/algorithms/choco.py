@@ -1,25 +1,31 @@
-"""Decentralised DPO with compressed messages (CHOCO-SGD: Koloskova, Stich and Jaggi 2019)."""
+"""Decentralised DPO with compressed messages.
+
+Source: Koloskova, Stich and Jaggi 2019, "Decentralized Stochastic Optimization and Gossip
+Algorithms with Compressed Communication" (CHOCO-SGD).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from fedpref import trees
-from fedpref.algorithms.decdpo import measured, train
-from fedpref.algorithms.feddpo import no_moments
-from fedpref.algorithms.fedsa import begin
-from fedpref.federation import Client, Federation, PerClient, work
-from fedpref.local import Descent
-from fedpref.trees import Tree
+from fedpref.federation.common import no_moments, own_copy, train_own
+from fedpref.federation.consensus import consensus_metrics, projected
+from fedpref.federation.local_training import LocalTraining
+from fedpref.federation.verbs import Algorithm, Client, Federation, PerClient, work
+from fedpref.numerics import trees
+from fedpref.numerics.trees import Tree
 
 
 @dataclass(frozen=True)
 class State:
-    """Each client's adapter, its public copy, how far the neighbours' public copies are from it, and its optimiser moments."""
+    """Each client's adapter, its public copy, the pull of the neighbours' copies, and moments.
+
+    The pull is how far the neighbours' public copies are from the client's own.
+    """
 
     theta: PerClient[Tree]
     public: PerClient[Tree]
@@ -27,56 +33,78 @@ class State:
     moments: PerClient[Tree]
 
 
-@work()
+@work("choco.news")
 def news(client: Client, theta: Tree, public: Tree) -> Tree:
+    """Return what is new since the client last told."""
     return trees.subtract(theta, public)
 
 
-@work()
+@work("choco.follow")
 def follow(
-    client: Client, theta: Tree, public: Tree, pull: Tree, told: Tree, sent: Tree, mixed: Tree, step_size: float
+    client: Client,
+    theta: Tree,
+    public: Tree,
+    pull: Tree,
+    told: Tree,
+    sent: Tree,
+    mixed: Tree,
+    step_size: float,
 ) -> tuple[Tree, Tree, Tree]:
+    """Return the adapter after a step towards the public copies, the public copy, and the pull."""
     public = trees.add(public, sent)
     pull = trees.add(pull, trees.subtract(mixed, told))
     return trees.add(theta, trees.scale(pull, step_size)), public, pull
 
 
-def gossip(fed: Federation, theta: PerClient[Tree], public: PerClient[Tree], pull: PerClient[Tree], step_size: float) -> Any:
-    """Tell the neighbours what is new, and take a step towards their public copies: the new adapter, public copy and pull."""
+def gossip(
+    fed: Federation,
+    theta: PerClient[Tree],
+    public: PerClient[Tree],
+    pull: PerClient[Tree],
+    step_size: float,
+) -> tuple[PerClient[Tree], PerClient[Tree], PerClient[Tree]]:
+    """Tell the neighbours what is new, and take a step towards their public copies.
+
+    Returns:
+        The new adapter, public copy and pull of each client.
+    """
     told = fed.each(news, theta, public)
     sent, mixed = fed.mix(told)
     return fed.each(follow, theta, public, pull, told, sent, mixed, step_size)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChocoDPO:
-    """DecDPO whose clients tell their neighbours what is new since they last told, compressed as `network.compression` says.
+class ChocoDPO(Algorithm[State]):
+    """DecDPO whose clients tell their neighbours what is new since they last told, compressed.
 
-    Shared with neighbours: compressed changes of a public copy that lags behind the adapter. Private: pairs, optimiser moments, and of
-    the adapter what compression leaves out. Averaged: public copies, towards which the adapter takes a step of `step_size`; the mean over
-    clients is that of the adapters whatever the compression. Without compression and with a step size of one it is DecDPO. The graph must
-    be the same in every round, and everybody takes part: neighbours' copies are known by their sum alone.
+    Shared with neighbours: changes of a public copy that lags behind the adapter, compressed as
+    `network.compression` says. Private: pairs, optimiser moments, and of the adapter what
+    compression leaves out. Averaged: public copies, towards which the adapter takes a step of
+    `step_size`; the mean over clients is that of the adapters whatever the compression. Without
+    compression and with a step size of one it is DecDPO. The graph must be the same in every
+    round, and everybody takes part: neighbours' copies are known by their sum alone.
     """
 
     name: Literal["choco"] = "choco"
     step_size: Annotated[float, Field(gt=0, le=1)] = 0.5
-    local: Descent = Descent()
-    pooled: ClassVar[bool] = False
+    """How far an adapter goes towards its neighbours' public copies; less with more compression."""
+    local: LocalTraining = LocalTraining()
+    """How a client trains within a round."""
+
+    works = (train_own, news, follow, own_copy, no_moments, projected)
     gossips: ClassVar[bool] = True
     needs_fixed_network: ClassVar[bool] = True
 
     def init(self, fed: Federation, start: Tree) -> State:
-        nothing = trees.scale(start, 0.0)
-        return State(fed.each(begin, start), fed.each(begin, start), fed.each(begin, nothing), fed.each(no_moments))
+        theta, public = fed.each(own_copy, start), fed.each(own_copy, start)
+        pull = fed.each(own_copy, trees.scale(start, 0.0))
+        return State(theta, public, pull, fed.each(no_moments))
 
     def step(self, fed: Federation, state: State) -> tuple[State, Mapping[str, float]]:
-        before, moments, metrics = fed.each(train, {}, state.theta, state.moments, self.local)
+        before, moments, metrics = fed.each(train_own, {}, state.theta, state.moments, self.local)
         theta, public, pull = gossip(fed, before, state.public, state.pull, self.step_size)
         new = State(state.theta | theta, state.public | public, state.pull | pull, state.moments | moments)
-        return new, {**fed.report(metrics), **measured(fed, before, theta)}
+        return new, {**fed.report(metrics), **consensus_metrics(fed, before, theta)}
 
-    def join(self, fed: Federation, state: State, steps: int) -> State:
-        return state  # a client that comes later has no neighbour to take an adapter from
-
-    def model(self, state: State) -> tuple[Tree | PerClient[Tree], ...]:
+    def model(self, state: State) -> tuple[PerClient[Tree]]:
         return (state.theta,)

@@ -1,101 +1,106 @@
-"""Clustered adapters: clients train the one of several that suits them (Ghosh et al. 2020; FedBiscuit, Wu et al. 2024)."""
+"""Clustered adapters: each client trains the one of several that suits it.
+
+Sources: Ghosh et al. 2020 (IFCA); Wu et al. 2024 (FedBiscuit).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 
-from fedpref import trees
-from fedpref.federation import Client, Federation, PerClient, work
-from fedpref.local import Descent, descend, seeded_dropout
+from fedpref.federation.common import own_copy
+from fedpref.federation.local_training import LocalTraining, seeded_dropout, train_locally
+from fedpref.federation.verbs import Algorithm, Client, Federation, PerClient, work
+from fedpref.numerics import trees
+from fedpref.numerics.trees import Tree
 from fedpref.tasks.task import BatchSize
-from fedpref.trees import Tree
 
 SHARE = "share"
 
 
 @dataclass(frozen=True)
 class State:
-    """All adapters, named NUMBER/NAME, and the one that each client uses."""
+    """All adapters, nested by number, and the one that each client uses."""
 
     adapters: Tree
     chosen: PerClient[Tree]
 
 
-def one(adapters: Tree, number: int) -> Tree:
-    """The adapter of this number."""
-    return {name.split("/", 1)[1]: tensor for name, tensor in adapters.items() if name.startswith(f"{number}/")}
+def suitable(client: Client, adapters: Tree, clusters: int, local: LocalTraining) -> int:
+    """Return the number of the adapter with the least loss on a batch of the client's own.
 
-
-def suitable(client: Client, adapters: Tree, clusters: int, local: Descent) -> int:
-    """The number of the adapter with the least loss on a batch of the client's own, four times a training batch."""
-    batch = client.task.draw(one(adapters, 0), one(adapters, 0), client.shard, BatchSize(4 * local.batch_size), client.rng)
+    The batch is four times a training batch.
+    """
+    first, size = trees.part(adapters, 0), BatchSize(4 * local.batch_size)
+    batch = client.task.draw(first, first, client.shard, size, client.rng)
     with torch.no_grad(), seeded_dropout(client):
-        losses = [client.task.losses(one(adapters, k), batch)[0].mean().item() for k in range(clusters)]
+        losses = [client.task.losses(trees.part(adapters, k), batch)[0].mean().item() for k in range(clusters)]
     return min(range(clusters), key=losses.__getitem__)
 
 
-@work(sends=())
-def begin(client: Client, adapter: Tree) -> Tree:
-    return adapter
-
-
-@work()
-def train(client: Client, adapters: Tree, clusters: int, local: Descent) -> tuple[Tree, Tree, Mapping[str, float]]:
+@work("clustered.train")
+def train(client: Client, adapters: Tree, clusters: int, local: LocalTraining) -> tuple[Tree, Tree, Mapping[str, float]]:
+    """Return the changes of all adapters, zero but for one, that one's number, and metrics."""
     number = client.id % clusters
     if client.round:
         number = suitable(client, adapters, clusters, local)
-    start = one(adapters, number)
-    theta, _, metrics = descend(client, start, local, {})
-    message = trees.scale(adapters, 0.0)
-    message = {**message, **{f"{k}/{SHARE}": torch.tensor(float(k == number)) for k in range(clusters)}}
-    changed = {f"{number}/{name}": tensor for name, tensor in trees.subtract(theta, start).items()}
-    return {**message, **changed}, {SHARE: torch.tensor(number)}, metrics
+    start = trees.part(adapters, number)
+    theta, _, metrics = train_locally(client, start, local, {})
+    zeros = trees.scale(adapters, 0.0)
+    shares = {f"{k}/{SHARE}": torch.tensor(float(k == number)) for k in range(clusters)}
+    changed = trees.nest({number: trees.subtract(theta, start)})
+    return {**zeros, **shares, **changed}, {SHARE: torch.tensor(number)}, metrics
 
 
-@work(sends=())
+@work("clustered.choose", sends=())
 def choose(client: Client, adapters: Tree, choice: Tree) -> Tree:
-    return one(adapters, int(choice[SHARE]))
+    """Return the adapter of the number that the client chose."""
+    return trees.part(adapters, int(choice[SHARE]))
 
 
-@work(sends=())
-def find(client: Client, adapters: Tree, clusters: int, local: Descent) -> Tree:
-    return one(adapters, suitable(client, adapters, clusters, local))
+@work("clustered.find", sends=())
+def find(client: Client, adapters: Tree, clusters: int, local: LocalTraining) -> Tree:
+    """Return the adapter that suits a client which comes later."""
+    return trees.part(adapters, suitable(client, adapters, clusters, local))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Clustered:
-    """`clusters` adapters; each round a client takes the one with the least loss on a batch of its own, and trains that.
+class Clustered(Algorithm[State]):
+    """Several adapters, of which a client trains the one with the least loss on its own data.
 
-    Shared: all adapters, at `clusters` times FedDPO's bytes. Private: pairs. Averaged: each adapter's LoRA factors over the clients that
-    took it. In the first round clients take them in turn. Deviations from FedBiscuit: no ensemble of the adapters answers, a client
-    uses the one that it took last, as it was after that round; optimiser moments are not kept.
+    Shared: all adapters, at `clusters` times FedDPO's bytes. Private: pairs. Averaged: each
+    adapter's LoRA factors over the clients that took it. In the first round clients take them in
+    turn. Deviations from FedBiscuit: no ensemble of the adapters answers, a client uses the one
+    that it took last, as it was after that round; optimiser moments are not kept.
     """
 
     name: Literal["clustered"] = "clustered"
     clusters: Annotated[int, Field(ge=2)] = 2
-    local: Descent = Descent()
-    pooled: ClassVar[bool] = False
+    """How many adapters there are."""
+    local: LocalTraining = LocalTraining()
+    """How a client trains within a round."""
+
+    works = (train, choose, find, own_copy)
 
     def init(self, fed: Federation, start: Tree) -> State:
-        return State(
-            {f"{k}/{name}": tensor.clone() for k in range(self.clusters) for name, tensor in start.items()}, fed.each(begin, start)
-        )
+        copies = {k: {name: tensor.clone() for name, tensor in start.items()} for k in range(self.clusters)}
+        return State(trees.nest(copies), fed.each(own_copy, start))
 
     def step(self, fed: Federation, state: State) -> tuple[State, Mapping[str, float]]:
         message, choice, metrics = fed.each(train, state.adapters, self.clusters, self.local)
         mean = fed.mean(message)
-        adapters = {
-            name: tensor + mean[name] / mean[f"{name.split('/', 1)[0]}/{SHARE}"].clamp(min=1e-9) for name, tensor in state.adapters.items()
-        }
-        return State(adapters, state.chosen | fed.each(choose, adapters, choice)), fed.report(metrics)
+        shares = {k: mean[f"{k}/{SHARE}"].clamp(min=1e-9) for k in range(self.clusters)}
+        adapters = {name: tensor + mean[name] / shares[int(name.split("/", 1)[0])] for name, tensor in state.adapters.items()}
+        chosen = fed.each(choose, adapters, choice)
+        return State(adapters, state.chosen | chosen), fed.report(metrics)
 
     def join(self, fed: Federation, state: State, steps: int) -> State:
-        return State(state.adapters, state.chosen | fed.each(find, state.adapters, self.clusters, self.local))
+        found = fed.each(find, state.adapters, self.clusters, self.local)
+        return State(state.adapters, state.chosen | found)
 
-    def model(self, state: State) -> tuple[Tree | PerClient[Tree], ...]:
+    def model(self, state: State) -> tuple[PerClient[Tree]]:
         return (state.chosen,)

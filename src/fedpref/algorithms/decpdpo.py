@@ -1,20 +1,19 @@
-"""Personalised decentralised DPO: each client's own parts, as FedPDPO has them, beside an adapter that neighbours mix. Ours."""
+"""Personalised decentralised DPO: FedPDPO's own parts beside an adapter that neighbours mix. Ours."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from pydantic import Field
-
-from fedpref.aggregation import Aggregate, Factors
-from fedpref.algorithms import decdpo
-from fedpref.algorithms.decdpo import measured
-from fedpref.algorithms.feddpo import no_moments
-from fedpref.federation import Client, Federation, PerClient, work
-from fedpref.personalisation import Personal, begin
-from fedpref.trees import Tree
+from fedpref.algorithms.decdpo import begin as begin_adapter
+from fedpref.federation import aggregation
+from fedpref.federation.aggregation import Aggregate, Factors
+from fedpref.federation.common import no_moments
+from fedpref.federation.consensus import consensus_metrics, projected
+from fedpref.federation.personal import Personal, begin
+from fedpref.federation.verbs import Algorithm, Client, Federation, PerClient, work
+from fedpref.numerics.trees import Tree
 
 
 @dataclass(frozen=True)
@@ -27,39 +26,42 @@ class State:
     moments: PerClient[Tree]
 
 
-@work()
+@work("decpdpo.train")
 def train(
     client: Client, fixed: Tree, theta: Tree, own: Tree, moments: Tree, method: DecPDPO
 ) -> tuple[Tree, Tree, Tree, Mapping[str, float]]:
+    """Return the client's adapter, its own parts, its optimiser moments, and metrics."""
     return method.train(client, theta, fixed, own, moments)
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecPDPO(Personal):
-    """Every client trains an adapter and parts of its own, and takes the weighted mean of its neighbours' adapters and its own.
+class DecPDPO(Personal, Algorithm[State]):
+    """Every client trains parts of its own beside an adapter that it mixes with its neighbours'.
 
-    Shared with neighbours: the adapter. Private: pairs, the vocabulary head, the reward head, the bottleneck, a second adapter,
-    optimiser moments. Averaged: the shared adapter, as `aggregate` says, over the experiment's `network`. Own parts are trained as in
-    FedPDPO, with which it agrees on the complete graph with uniform weights; without own parts it is DecDPO.
+    Shared with neighbours: the adapter. Private: pairs, the vocabulary head, the reward head, the
+    bottleneck, a second adapter, optimiser moments. Averaged: the shared adapter, as `aggregate`
+    says, over the experiment's `network`. Own parts are trained as in FedPDPO, with which it
+    agrees on the complete graph with uniform weights; without own parts it is DecDPO.
     """
 
     name: Literal["decpdpo"] = "decpdpo"
-    aggregate: Annotated[Aggregate, Field(discriminator="name")] = Factors()
-    pooled: ClassVar[bool] = False
+    aggregate: Aggregate = Factors()
+    """What of adapters is mixed."""
+
+    works = (train, begin_adapter, begin, no_moments, projected, *aggregation.WORKS)
     gossips: ClassVar[bool] = True
 
     def init(self, fed: Federation, start: Tree) -> State:
         own = fed.each(begin, self.parts)
-        return State(self.aggregate.split(start)[1], fed.each(decdpo.begin, start, self.aggregate), own, fed.each(no_moments))
+        theta = fed.each(begin_adapter, start, self.aggregate)
+        return State(self.aggregate.split(start)[1], theta, own, fed.each(no_moments))
 
     def step(self, fed: Federation, state: State) -> tuple[State, Mapping[str, float]]:
         before, own, moments, metrics = fed.each(train, state.fixed, state.theta, state.own, state.moments, self)
         theta = self.aggregate.mix(fed, before)
         new = State(state.fixed, state.theta | theta, state.own | own, state.moments | moments)
-        return new, {**fed.report(metrics), **measured(fed, before, theta, self.aggregate)}
+        consensus = consensus_metrics(fed, before, theta, self.aggregate)
+        return new, {**fed.report(metrics), **consensus}
 
-    def join(self, fed: Federation, state: State, steps: int) -> State:
-        return state  # a client that comes later has no neighbour to take an adapter from
-
-    def model(self, state: State) -> tuple[Tree | PerClient[Tree], ...]:
+    def model(self, state: State) -> tuple[Tree, PerClient[Tree], PerClient[Tree]]:
         return (state.fixed, state.theta, state.own)

@@ -1,71 +1,81 @@
-"""Ditto (Li et al. 2021, "Ditto: Fair and Robust Federated Learning Through Personalization"), for DPO."""
+"""Ditto, for DPO: a personal adapter that is held near a shared one.
+
+Source: Li et al. 2021, "Ditto: Fair and Robust Federated Learning Through Personalization".
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from fedpref import trees
-from fedpref.aggregation import Factors, FrozenA
-from fedpref.algorithms.feddpo import no_moments
-from fedpref.algorithms.fedpdpo import State
-from fedpref.algorithms.fedsa import begin
-from fedpref.federation import Client, Federation, PerClient, work
-from fedpref.local import Descent, descend, joining
-from fedpref.trees import Tree
+from fedpref.federation.aggregation import Factors, FrozenA
+from fedpref.federation.common import PersonalState, no_moments, own_copy
+from fedpref.federation.local_training import (
+    LocalTraining,
+    joining,
+    pull_towards,
+    train_locally,
+)
+from fedpref.federation.verbs import Algorithm, Client, Federation, PerClient, work
+from fedpref.numerics.trees import Tree
+from fedpref.types import NonNegative
 
 
-@work(sends=())
-def personalise(client: Client, adapter: Tree, own: Tree, personal: Descent, strength: float) -> Tree:
-    """Train the own adapter, held near the shared one."""
-    centre = trees.to(adapter, client.task.device)
-
-    def pull(theta: Tree, gradients: Tree) -> None:
-        for name, gradient in gradients.items():
-            gradient.add_(theta[name] - centre[name], alpha=strength)
-
-    return descend(client, own, personal, {}, pull)[0]
+@work("ditto.train_near", sends=())
+def train_near(client: Client, adapter: Tree, own: Tree, personal: LocalTraining, strength: float) -> Tree:
+    """Return the client's own adapter, trained while it is held near the shared one."""
+    pull = pull_towards(adapter, strength, client)
+    return train_locally(client, own, personal, {}, pull)[0]
 
 
-@work()
+@work("ditto.train")
 def train(client: Client, adapter: Tree, own: Tree, moments: Tree, method: Ditto) -> tuple[Tree, Tree, Tree, Mapping[str, float]]:
+    """Return the client's message for the aggregate, its own adapter, moments, and metrics."""
     received, fixed = method.aggregate.received(client, adapter)
-    theta, moments, metrics = descend(client, received, method.local, moments, fixed=fixed)
-    own = personalise(client, adapter, own, method.personal or method.local, method.strength)
+    theta, moments, metrics = train_locally(client, received, method.local, moments, fixed=fixed)
+    own = train_near(client, adapter, own, method.personal or method.local, method.strength)
     return method.aggregate.message(client, received, theta), own, moments, metrics
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ditto:
-    """FedDPO, beside which every client trains an adapter of its own that is held near the shared one.
+class Ditto(Algorithm[PersonalState]):
+    """FedDPO, beside which every client trains an adapter of its own, held near the shared one.
 
-    Shared: an adapter that no client uses. Private: pairs, each client's own adapter, which it does use. Averaged: the shared
-    adapter's LoRA factors. `strength` is the paper's lambda; the own adapter's optimiser starts afresh each round. The own adapter is
-    held factor by factor, so factors must keep their meaning over rounds: `aggregate: product` is not for it.
+    Shared: an adapter that no client uses. Private: pairs, each client's own adapter, which it
+    does use. Averaged: the shared adapter's LoRA factors. `strength` is the paper's lambda; the
+    own adapter's optimiser starts afresh each round. The own adapter is held factor by factor, so
+    factors must keep their meaning over rounds: `aggregate: product` is not for it.
     """
 
     name: Literal["ditto"] = "ditto"
-    strength: Annotated[float, Field(ge=0)] = 0.1
-    personal: Descent | None = None  # of the own adapter; None: as local
-    local: Descent = Descent()  # of the shared one
+    strength: NonNegative = 0.1
+    """How strongly the own adapter is pulled towards the shared one."""
+    personal: LocalTraining | None = None
+    """How the own adapter is trained; by default as `local`."""
+    local: LocalTraining = LocalTraining()
+    """How a client trains the shared adapter within a round."""
     aggregate: Annotated[Factors | FrozenA, Field(discriminator="name")] = Factors()
-    pooled: ClassVar[bool] = False
+    """How clients' adapters become one."""
 
-    def init(self, fed: Federation, start: Tree) -> State:
-        return State(start, fed.each(begin, start), fed.each(no_moments))
+    works = (train, train_near, own_copy, no_moments)
 
-    def step(self, fed: Federation, state: State) -> tuple[State, Mapping[str, float]]:
+    def init(self, fed: Federation, start: Tree) -> PersonalState:
+        return PersonalState(start, fed.each(own_copy, start), fed.each(no_moments))
+
+    def step(self, fed: Federation, state: PersonalState) -> tuple[PersonalState, Mapping[str, float]]:
         messages, own, moments, metrics = fed.each(train, state.adapter, state.own, state.moments, self)
         adapter, residual = self.aggregate.merge(fed, state.adapter, messages)
-        return State(adapter, state.own | own, state.moments | moments), {**fed.report(metrics), **residual}
+        new = PersonalState(adapter, state.own | own, state.moments | moments)
+        return new, {**fed.report(metrics), **residual}
 
-    def join(self, fed: Federation, state: State, steps: int) -> State:
+    def join(self, fed: Federation, state: PersonalState, steps: int) -> PersonalState:
         settings = joining(self.personal or self.local, steps)
-        own = fed.each(personalise, state.adapter, fed.each(begin, state.adapter), settings, self.strength)
-        return State(state.adapter, state.own | own, state.moments)
+        begun = fed.each(own_copy, state.adapter)
+        own = fed.each(train_near, state.adapter, begun, settings, self.strength)
+        return PersonalState(state.adapter, state.own | own, state.moments)
 
-    def model(self, state: State) -> tuple[Tree | PerClient[Tree], ...]:
+    def model(self, state: PersonalState) -> tuple[PerClient[Tree]]:
         return (state.own,)

@@ -1,33 +1,36 @@
-"""FedCMOO (Askin et al. 2025): the server finds one set of weights a round, from compressed gradients of all clients."""
+"""FedCMOO: the server finds one set of weights a round, from compressed gradients of all clients.
+
+Source: Askin et al. 2025, "Federated Communication-Efficient Multi-Objective Optimization".
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import Field
 from torch import Tensor
 
-from fedpref import trees
-from fedpref.aggregation import Factors, signs
-from fedpref.algorithms.feddpo import no_moments
-from fedpref.algorithms.firm import about_means, critics, train_beside_critics
-from fedpref.federation import Client, Federation, PerClient, work
-from fedpref.local import Descent, seeded_dropout
-from fedpref.multiobjective import descended
-from fedpref.objectives import Objectives, jacobian
+from fedpref.federation.aggregation import Factors, signs
+from fedpref.federation.common import no_moments
+from fedpref.federation.critics import about_means, critics, train_beside_critics
+from fedpref.federation.local_training import LocalTraining, seeded_dropout
+from fedpref.federation.objectives import Objectives, jacobian
+from fedpref.federation.verbs import Algorithm, Client, Federation, PerClient, work
+from fedpref.numerics import trees
+from fedpref.numerics.min_norm import projected_descent
+from fedpref.numerics.trees import Tree
 from fedpref.tasks.task import BatchSize
-from fedpref.trees import Tree
+from fedpref.types import Count, Positive
 
 WEIGHTS = "weights"
 
 
 @dataclass(frozen=True)
 class State:
-    """The shared adapter and the server's weights; each client's critics and optimiser moments."""
+    """The shared adapter and the server's weights; each client's critics and moments."""
 
     adapter: Tree
     weights: Tree
@@ -35,14 +38,18 @@ class State:
     moments: PerClient[Tree]
 
 
-@work()
+@work("fedcmoo.sketch")
 def sketch(client: Client, adapter: Tree, own: Tree, method: FedCMOO) -> Tree:
-    """The objectives' gradients on a batch, each summed up in groups with random signs: as many numbers in all as the adapter has."""
-    task = client.task
+    """Return the objectives' gradients on a batch, each summed up in groups with random signs.
+
+    Together these are as many numbers as the adapter has.
+    """
+    task, local = client.task, method.local
     params = trees.to({**adapter, **own}, task.device)
     theta = {name: params[name].clone().requires_grad_() for name in adapter}
+    size = BatchSize(local.batch_size, local.max_tokens_per_batch)
     with seeded_dropout(client):
-        batch = task.draw(params, params, client.shard, BatchSize(method.local.batch_size, method.local.max_tokens_per_batch), client.rng)
+        batch = task.draw(params, params, client.shard, size, client.rng)
         losses, _ = task.losses({**params, **theta}, batch)
         rows = jacobian(losses, theta).cpu()
     width = rows.shape[1]
@@ -51,30 +58,39 @@ def sketch(client: Client, adapter: Tree, own: Tree, method: FedCMOO) -> Tree:
     return {"sketch": signed.view(len(rows), groups, -1).sum(2)}
 
 
-@work()
+@work("fedcmoo.train")
 def train(
     client: Client, adapter: Tree, own: Tree, weights: Tree, moments: Tree, method: FedCMOO
 ) -> tuple[Tree, Tree, Tree, Mapping[str, float]]:
-    return train_beside_critics(client, adapter, own, moments, method.local, method.aggregate, Objectives(weights[WEIGHTS]))
+    """Return the adapter's change under the server's weights, critics, moments, and metrics."""
+    objectives = Objectives(weights[WEIGHTS])
+    return train_beside_critics(client, adapter, own, moments, method.local, method.aggregate, objectives)
 
 
 @dataclass(frozen=True, kw_only=True)
-class FedCMOO:
-    """Weights are the server's and hold for a round.
+class FedCMOO(Algorithm[State]):
+    """The server weighs the objectives, from sketches of their gradients, once a round.
 
-    Shared: the adapter, the weights. Private: data, rewards, critics, optimiser moments. Averaged: sketches of the objectives' gradients on
-    one batch, an adapter's worth of numbers, then the adapter's changes: twice FIRM's bytes up. Deviations: the sketch is linear, so
-    that a mean of sketches is the sketch of the mean (random signs, the same on all clients; the paper has a randomised singular value
-    decomposition, whose cross terms cost a second way down and up); the sketched batch's gradient is not used as the first local step.
+    Shared: the adapter, the weights. Private: data, rewards, critics, optimiser moments. Averaged:
+    sketches of the objectives' gradients on one batch, an adapter's worth of numbers, then the
+    adapter's changes: twice FIRM's bytes up. Deviations: the sketch is linear, so that a mean of
+    sketches is the sketch of the mean (random signs, the same on all clients; the paper has a
+    randomised singular value decomposition, whose cross terms cost a second way down and up); the
+    sketched batch's gradient is not used as the first local step.
     """
 
     name: Literal["fedcmoo"] = "fedcmoo"
-    local: Descent = Descent()
-    server_learning_rate: Annotated[float, Field(gt=0)] = 1.0
-    weights_learning_rate: Annotated[float, Field(gt=0)] = 0.001  # of the server's projected steps
-    weights_iterations: Annotated[int, Field(ge=1)] = 1000
+    local: LocalTraining = LocalTraining()
+    """How a client trains within a round."""
+    server_learning_rate: Positive = 1.0
+    """What the mean change is multiplied by before it is added."""
+    weights_learning_rate: Positive = 0.001
+    """The length of the server's projected gradient steps towards the weights."""
+    weights_iterations: Count = 1000
+    """How many of these steps it takes a round."""
+
+    works = (train, sketch, critics, no_moments)
     aggregate: ClassVar[Factors] = Factors(residual=False)
-    pooled: ClassVar[bool] = False
     keeps_critics: ClassVar[bool] = True
 
     def init(self, fed: Federation, start: Tree) -> State:
@@ -82,21 +98,25 @@ class FedCMOO:
 
     def step(self, fed: Federation, state: State) -> tuple[State, Mapping[str, float]]:
         rows = fed.mean(fed.each(sketch, state.adapter, state.critics, self))["sketch"]
-        weights = self.weigh(rows @ rows.T, state.weights.get(WEIGHTS))
-        messages, own, moments, metrics = fed.each(train, state.adapter, state.critics, {WEIGHTS: weights}, state.moments, self)
+        weights = {WEIGHTS: self.weigh(rows @ rows.T, state.weights.get(WEIGHTS))}
+        messages, own, moments, metrics = fed.each(train, state.adapter, state.critics, weights, state.moments, self)
         change = fed.mean(messages)
         adapter = trees.add(state.adapter, trees.scale(change, self.server_learning_rate))
         report = about_means(fed.report(metrics), trees.norm(change))
-        return State(adapter, {WEIGHTS: weights}, state.critics | own, state.moments | moments), report
+        new = State(adapter, weights, state.critics | own, state.moments | moments)
+        return new, report
 
     def weigh(self, gram: Float[Tensor, "M M"], last: Float[Tensor, " M"] | None) -> Float[Tensor, " M"]:
-        """The next weights: of gradients of a mean length of one, from the last weights."""
+        """Return the next weights, from the last ones.
+
+        Args:
+            gram: Inner products of the objectives' gradients; they are scaled to a mean length of
+                one first.
+            last: The weights of the round before; None begins with equal ones.
+        """
         scaled = gram / (gram.diagonal() + 1e-4).sqrt().mean() ** 2
         start = torch.full((len(gram),), 1 / len(gram)) if last is None else last
-        return descended(scaled, start, self.weights_learning_rate, self.weights_iterations)
+        return projected_descent(scaled, start, self.weights_learning_rate, self.weights_iterations)
 
-    def join(self, fed: Federation, state: State, steps: int) -> State:
-        return state  # critics foretell rewards of training, they are no part of the model
-
-    def model(self, state: State) -> tuple[Tree | PerClient[Tree], ...]:
+    def model(self, state: State) -> tuple[Tree]:
         return (state.adapter,)

@@ -1,63 +1,56 @@
-"""Federated DPO (Jiang 2026, "Distributed Direct Preference Optimization", FedDPO(S, E)): local steps, then a weighted mean."""
+"""Federated DPO: local steps, then a weighted mean.
+
+Source: Jiang 2026, "Distributed Direct Preference Optimization", FedDPO(S, E).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Literal
 
-from pydantic import Field
-
-from fedpref.aggregation import Aggregate, Factors
-from fedpref.federation import Client, Federation, PerClient, work
-from fedpref.local import Descent, descend
-from fedpref.trees import Tree
-
-
-@dataclass(frozen=True)
-class State:
-    """The shared adapter, and each client's optimiser moments (empty where they are not kept)."""
-
-    adapter: Tree
-    moments: PerClient[Tree]
+from fedpref.federation import aggregation
+from fedpref.federation.aggregation import Aggregate, Factors
+from fedpref.federation.common import AdapterState, no_moments
+from fedpref.federation.local_training import LocalTraining, train_locally
+from fedpref.federation.verbs import Algorithm, Client, Federation, work
+from fedpref.numerics.trees import Tree
 
 
-@work()
+@work("feddpo.train")
 def train(client: Client, adapter: Tree, moments: Tree, method: FedDPO) -> tuple[Tree, Tree, Mapping[str, float]]:
+    """Return the client's message for the aggregate, its optimiser moments, and metrics."""
     received, fixed = method.aggregate.received(client, adapter)
-    theta, moments, metrics = descend(client, received, method.local, moments, fixed=fixed)
+    theta, moments, metrics = train_locally(client, received, method.local, moments, fixed=fixed)
     return method.aggregate.message(client, received, theta), moments, metrics
 
 
-@work(sends=())
-def no_moments(client: Client) -> Tree:
-    return {}
-
-
 @dataclass(frozen=True, kw_only=True)
-class FedDPO:
-    """One adapter for all: the cohort trains it locally, the server adds the weighted mean of the changes.
+class FedDPO(Algorithm[AdapterState]):
+    """One adapter for all: the cohort trains it locally, the server adds the mean of the changes.
 
-    Shared: the adapter. Private: pairs, optimiser moments. Averaged: the LoRA factors A and B, each apart, so that the product of
-    the means is not the mean of the products. Weights are example counts or equal (`federation.weighting`; the paper's code:
-    equal). Deviations from the paper's code: adapters instead of full weights; a learning rate scheduled over the run.
+    Shared: the adapter. Private: pairs, optimiser moments. Averaged: the LoRA factors A and B,
+    each apart, so that the product of the means is not the mean of the products; `aggregate` has
+    other ways. Weights are example counts or equal (`federation.weighting`; the paper's code:
+    equal). Deviations from the paper's code: adapters instead of full weights; a learning rate
+    that is scheduled over the run.
     """
 
     name: Literal["feddpo"] = "feddpo"
-    local: Descent = Descent()
-    aggregate: Annotated[Aggregate, Field(discriminator="name")] = Factors()
-    pooled: ClassVar[bool] = False
+    local: LocalTraining = LocalTraining()
+    """How a client trains within a round."""
+    aggregate: Aggregate = Factors()
+    """How clients' adapters become one."""
 
-    def init(self, fed: Federation, start: Tree) -> State:
-        return State(start, fed.each(no_moments))
+    works = (train, no_moments, *aggregation.WORKS)
 
-    def step(self, fed: Federation, state: State) -> tuple[State, Mapping[str, float]]:
+    def init(self, fed: Federation, start: Tree) -> AdapterState:
+        return AdapterState(start, fed.each(no_moments))
+
+    def step(self, fed: Federation, state: AdapterState) -> tuple[AdapterState, Mapping[str, float]]:
         messages, moments, metrics = fed.each(train, state.adapter, state.moments, self)
         adapter, residual = self.aggregate.merge(fed, state.adapter, messages)
-        return State(adapter, state.moments | moments), {**fed.report(metrics), **residual}
+        return AdapterState(adapter, state.moments | moments), {**fed.report(metrics), **residual}
 
-    def join(self, fed: Federation, state: State, steps: int) -> State:
-        return state  # nothing here is a client's own
-
-    def model(self, state: State) -> tuple[Tree | PerClient[Tree], ...]:
+    def model(self, state: AdapterState) -> tuple[Tree]:
         return (state.adapter,)

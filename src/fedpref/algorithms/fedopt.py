@@ -1,4 +1,7 @@
-"""FedOpt (Reddi et al. 2021, "Adaptive Federated Optimization", algorithm 2): the mean change is a gradient for the server's optimiser."""
+"""FedDPO with an optimiser at the server: momentum, or an adaptive one.
+
+Sources: Hsu et al. 2019 (FedAvgM); Reddi et al. 2021, "Adaptive Federated Optimization".
+"""
 
 from __future__ import annotations
 
@@ -9,20 +12,19 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from fedpref import trees
-from fedpref.aggregation import Factors
-from fedpref.algorithms.feddpo import FedDPO, no_moments, train
-from fedpref.federation import Federation, PerClient
-from fedpref.local import Descent
-from fedpref.trees import Tree
-
-Positive = Annotated[float, Field(gt=0)]
-Decay = Annotated[float, Field(ge=0, lt=1)]
+from fedpref.algorithms.feddpo import FedDPO, train
+from fedpref.federation.aggregation import Factors
+from fedpref.federation.common import no_moments
+from fedpref.federation.local_training import LocalTraining
+from fedpref.federation.verbs import Algorithm, Federation, PerClient
+from fedpref.numerics import trees
+from fedpref.numerics.trees import Tree
+from fedpref.types import Fraction, Positive
 
 
 @dataclass(frozen=True)
 class State:
-    """The shared adapter, each client's optimiser moments, and the server's own first and second moments."""
+    """The adapter, clients' moments, and the server's first and second moments."""
 
     adapter: Tree
     moments: PerClient[Tree]
@@ -36,30 +38,42 @@ class Momentum:
 
     name: Literal["momentum"] = "momentum"
     learning_rate: Positive = 1.0
-    beta: Decay = 0.9
+    """Of the server."""
+    beta: Fraction = 0.9
+    """The share of the last momentum that stays; 0 is FedDPO."""
+
+    tau: ClassVar[float] = 0.0
 
     def __call__(self, first: Tree, second: Tree, change: Tree) -> tuple[Tree, Tree, Tree]:
+        """Return the next moments, and what is added to the adapter."""
         first = trees.add(trees.scale(first, self.beta), change)
         return first, second, trees.scale(first, self.learning_rate)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adaptive:
-    """FedAdam, FedYogi or FedAdagrad: adapter += learning_rate m / (sqrt(v) + tau), without bias correction, v from tau^2.
+    """FedAdam, FedYogi or FedAdagrad: adapter += learning_rate m / (sqrt(v) + tau), v from tau^2.
 
-    The learning rate is about the largest change of one parameter a round.
+    There is no bias correction. The learning rate is about the largest change of one parameter in
+    a round.
     """
 
     name: Literal["adam", "yogi", "adagrad"] = "adam"
     learning_rate: Positive = 1e-3
-    beta1: Decay = 0.9  # the paper's FedAdagrad has 0
-    beta2: Decay = 0.99  # of Adam and Yogi
+    """Of the server."""
+    beta1: Fraction = 0.9
+    """The decay of the first moment; the paper's FedAdagrad has 0."""
+    beta2: Fraction = 0.99
+    """The decay of Adam's and Yogi's second moment."""
     tau: Positive = 1e-3
+    """How adaptive the steps are: less adaptive the larger it is."""
 
     def __call__(self, first: Tree, second: Tree, change: Tree) -> tuple[Tree, Tree, Tree]:
+        """Return the next moments, and what is added to the adapter."""
         first = {name: torch.lerp(change[name], first[name], self.beta1) for name in change}
         second = {name: self._second(second[name], change[name].square()) for name in change}
-        return first, second, {name: self.learning_rate * first[name] / (second[name].sqrt() + self.tau) for name in change}
+        step = {name: self.learning_rate * first[name] / (second[name].sqrt() + self.tau) for name in change}
+        return first, second, step
 
     def _second(self, v: torch.Tensor, square: torch.Tensor) -> torch.Tensor:
         if self.name == "adagrad":
@@ -70,30 +84,32 @@ class Adaptive:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FedOpt:
+class FedOpt(Algorithm[State]):
     """FedDPO with an optimiser at the server: momentum, Adam, Yogi or Adagrad.
 
-    Shared: the adapter. Private: pairs, clients' optimiser moments. Averaged: the LoRA factors' changes, as in FedDPO, which is momentum
-    with `beta` 0. The server's moments never leave it.
+    Shared: the adapter. Private: pairs, clients' optimiser moments. Averaged: the LoRA factors'
+    changes, as in FedDPO, which is momentum with `beta` 0. The server's moments never leave it.
     """
 
     name: Literal["fedopt"] = "fedopt"
     server: Annotated[Momentum | Adaptive, Field(discriminator="name")] = Momentum()
-    local: Descent = Descent()
-    pooled: ClassVar[bool] = False
+    """The server's optimiser."""
+    local: LocalTraining = LocalTraining()
+    """How a client trains within a round."""
+
+    works = (train, no_moments)
 
     def init(self, fed: Federation, start: Tree) -> State:
-        second = getattr(self.server, "tau", 0.0) ** 2
-        return State(start, fed.each(no_moments), trees.scale(start, 0.0), {name: torch.full_like(t, second) for name, t in start.items()})
+        floor = self.server.tau**2
+        second = {name: torch.full_like(tensor, floor) for name, tensor in start.items()}
+        return State(start, fed.each(no_moments), trees.scale(start, 0.0), second)
 
     def step(self, fed: Federation, state: State) -> tuple[State, Mapping[str, float]]:
         local = FedDPO(local=self.local, aggregate=Factors(residual=False))
         delta, moments, metrics = fed.each(train, state.adapter, state.moments, local)
         first, second, change = self.server(state.first, state.second, fed.mean(delta))
-        return State(trees.add(state.adapter, change), state.moments | moments, first, second), fed.report(metrics)
+        adapter = trees.add(state.adapter, change)
+        return State(adapter, state.moments | moments, first, second), fed.report(metrics)
 
-    def join(self, fed: Federation, state: State, steps: int) -> State:
-        return state  # nothing here is a client's own
-
-    def model(self, state: State) -> tuple[Tree | PerClient[Tree], ...]:
+    def model(self, state: State) -> tuple[Tree]:
         return (state.adapter,)

@@ -1,58 +1,58 @@
-"""FedProx (Li et al. 2020, "Federated Optimization in Heterogeneous Networks"): local steps that are held near where they began."""
+"""FedProx, for DPO: local steps that are held near where they began.
+
+Source: Li et al. 2020, "Federated Optimization in Heterogeneous Networks".
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Literal
 
-from pydantic import Field
+from fedpref.federation import aggregation
+from fedpref.federation.aggregation import Aggregate, Factors
+from fedpref.federation.common import AdapterState, no_moments
+from fedpref.federation.local_training import LocalTraining, pull_towards, train_locally
+from fedpref.federation.verbs import Algorithm, Client, Federation, work
+from fedpref.numerics.trees import Tree
+from fedpref.types import NonNegative
 
-from fedpref import trees
-from fedpref.aggregation import Aggregate, Factors
-from fedpref.algorithms.feddpo import State, no_moments
-from fedpref.federation import Client, Federation, PerClient, work
-from fedpref.local import Descent, descend
-from fedpref.trees import Tree
 
-
-@work()
+@work("fedprox.train")
 def train(client: Client, adapter: Tree, moments: Tree, method: FedProx) -> tuple[Tree, Tree, Mapping[str, float]]:
+    """Return the client's message for the aggregate, its optimiser moments, and metrics."""
     received, fixed = method.aggregate.received(client, adapter)
-    centre = trees.to(received, client.task.device)
-
-    def pull(theta: Tree, gradients: Tree) -> None:
-        for name, gradient in gradients.items():
-            gradient.add_(theta[name] - centre[name], alpha=method.mu)
-
-    theta, moments, metrics = descend(client, received, method.local, moments, pull, fixed=fixed)
+    pull = pull_towards(received, method.mu, client)
+    theta, moments, metrics = train_locally(client, received, method.local, moments, pull, fixed=fixed)
     return method.aggregate.message(client, received, theta), moments, metrics
 
 
 @dataclass(frozen=True, kw_only=True)
-class FedProx:
-    """FedDPO whose clients also minimise mu/2 |theta - adapter|^2, the squared distance from the adapter they received.
+class FedProx(Algorithm[AdapterState]):
+    """FedDPO whose clients also minimise mu/2 |theta - adapter|^2 to the adapter they received.
 
-    Shared: the adapter. Private: pairs, optimiser moments. Averaged: the LoRA factors, as in FedDPO, which is `mu` = 0. Deviation:
-    clients take a fixed number of steps; the paper's work of varying precision is `federation.deadline`'s business.
+    Shared: the adapter. Private: pairs, optimiser moments. Averaged: the LoRA factors, as in
+    FedDPO, which is `mu` = 0. Deviation: clients take a fixed number of steps; the paper's work of
+    varying precision is `federation.deadline`'s business.
     """
 
     name: Literal["fedprox"] = "fedprox"
-    mu: Annotated[float, Field(ge=0)] = 0.01
-    local: Descent = Descent()
-    aggregate: Annotated[Aggregate, Field(discriminator="name")] = Factors()
-    pooled: ClassVar[bool] = False
+    mu: NonNegative = 0.01
+    """The strength of the pull towards the received adapter."""
+    local: LocalTraining = LocalTraining()
+    """How a client trains within a round."""
+    aggregate: Aggregate = Factors()
+    """How clients' adapters become one."""
 
-    def init(self, fed: Federation, start: Tree) -> State:
-        return State(start, fed.each(no_moments))
+    works = (train, no_moments, *aggregation.WORKS)
 
-    def step(self, fed: Federation, state: State) -> tuple[State, Mapping[str, float]]:
+    def init(self, fed: Federation, start: Tree) -> AdapterState:
+        return AdapterState(start, fed.each(no_moments))
+
+    def step(self, fed: Federation, state: AdapterState) -> tuple[AdapterState, Mapping[str, float]]:
         messages, moments, metrics = fed.each(train, state.adapter, state.moments, self)
         adapter, residual = self.aggregate.merge(fed, state.adapter, messages)
-        return State(adapter, state.moments | moments), {**fed.report(metrics), **residual}
+        return AdapterState(adapter, state.moments | moments), {**fed.report(metrics), **residual}
 
-    def join(self, fed: Federation, state: State, steps: int) -> State:
-        return state  # nothing here is a client's own
-
-    def model(self, state: State) -> tuple[Tree | PerClient[Tree], ...]:
+    def model(self, state: AdapterState) -> tuple[Tree]:
         return (state.adapter,)

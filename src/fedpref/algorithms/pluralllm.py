@@ -1,27 +1,33 @@
-"""PluralLLM (Srewa et al. 2025, arXiv 2503.09925): federated averaging of a predictor of groups' preferences."""
+"""PluralLLM: federated averaging of a predictor of groups' preferences.
+
+Source: Srewa et al. 2025, "PluralLLM", arXiv 2503.09925.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 
-from fedpref import trees
-from fedpref.algorithms.feddpo import State, no_moments
 from fedpref.errors import UserError
-from fedpref.federation import Client, Federation, work
-from fedpref.local import Descent, descend
-from fedpref.trees import Tree
+from fedpref.federation.common import AdapterState, no_moments
+from fedpref.federation.local_training import LocalTraining, train_locally
+from fedpref.federation.verbs import Algorithm, Client, Federation, work
+from fedpref.numerics import trees
+from fedpref.numerics.trees import Tree
 
 WEIGHT = "weight/"
 
 
-@work()
+@work("pluralllm.train")
 def train(client: Client, predictor: Tree, moments: Tree, method: PluralLLM) -> tuple[Tree, Tree, Mapping[str, float]]:
-    """The client's change of the predictor; where points are its weight, times how many it has seen, which stand beside."""
-    theta, moments, metrics = descend(client, predictor, method.local, moments)
+    """Return the client's change of the predictor, its optimiser moments, and metrics.
+
+    Where points are its weight, the change is multiplied by their number, which stands beside it.
+    """
+    theta, moments, metrics = train_locally(client, predictor, method.local, moments)
     change = trees.subtract(theta, predictor)
     if method.weights == "points":
         if "num_points" not in metrics:
@@ -32,36 +38,42 @@ def train(client: Client, predictor: Tree, moments: Tree, method: PluralLLM) -> 
 
 
 @dataclass(frozen=True, kw_only=True)
-class PluralLLM:
+class PluralLLM(Algorithm[AdapterState]):
     """Groups train one predictor locally and the server averages it.
 
-    Shared: the predictor. Private: questions used and opinions, optimiser moments. Averaged: all of the predictor's parameters, weighted as
-    `federation.weighting` says, or by the points, of context and targets, that a group's tasks happened to have in the round (`weights:
-    points`, beside `federation.weighting: equal`; the paper's program counts those of the round's first task). The released program's
-    settings are configs/pluralllm-published.yaml; those of configs/pluralllm.yaml are the same numbers with its quirks mended.
+    Shared: the predictor. Private: questions used and opinions, optimiser moments. Averaged: all
+    of the predictor's parameters. The released program's settings are
+    configs/pluralllm-published.yaml; those of configs/pluralllm.yaml are the same numbers with its
+    quirks mended.
     """
 
     name: Literal["pluralllm"] = "pluralllm"
-    local: Descent = Descent()
+    local: LocalTraining = LocalTraining()
+    """How a group trains within a round."""
     weights: Literal["federation", "points"] = "federation"
-    pooled: ClassVar[bool] = False
+    """Weigh groups as `federation.weighting` says, or by the points of their tasks in the round.
+
+    Points are those of context and targets, and go with `federation.weighting: equal`; the paper's
+    program counts those of the round's first task.
+    """
+
+    works = (train, no_moments)
 
     @property
     def weighs_clients(self) -> bool:
-        """Whether clients' weights are the algorithm's own."""
         return self.weights == "points"
 
-    def init(self, fed: Federation, start: Tree) -> State:
-        return State(start, fed.each(no_moments))
+    def init(self, fed: Federation, start: Tree) -> AdapterState:
+        return AdapterState(start, fed.each(no_moments))
 
-    def step(self, fed: Federation, state: State) -> tuple[State, Mapping[str, float]]:
+    def step(self, fed: Federation, state: AdapterState) -> tuple[AdapterState, Mapping[str, float]]:
         changes, moments, metrics = fed.each(train, state.adapter, state.moments, self)
-        mean = dict(fed.mean(changes))
-        change = trees.scale(mean, 1 / float(mean.pop(WEIGHT))) if self.weights == "points" else mean
-        return State(trees.add(state.adapter, change), state.moments | moments), fed.report(metrics)
+        change = dict(fed.mean(changes))
+        if self.weights == "points":
+            points = float(change.pop(WEIGHT))
+            change = dict(trees.scale(change, 1 / points))
+        adapter = trees.add(state.adapter, change)
+        return AdapterState(adapter, state.moments | moments), fed.report(metrics)
 
-    def join(self, fed: Federation, state: State, steps: int) -> State:
-        return state  # a group that comes later is told apart by its context alone
-
-    def model(self, state: State) -> tuple[Tree, ...]:
+    def model(self, state: AdapterState) -> tuple[Tree]:
         return (state.adapter,)

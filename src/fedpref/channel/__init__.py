@@ -1,6 +1,6 @@
 """What may be done to a value on its way from clients into a sum."""
 
 from fedpref.channel.chain import Chain, Sender, Stage
-from fedpref.channel.compress import Compression, Quantise, TopK
+from fedpref.channel.compression import Compression, Quantize, TopK
 
-__all__ = ["Chain", "Compression", "Quantise", "Sender", "Stage", "TopK"]
+__all__ = ["Chain", "Compression", "Quantize", "Sender", "Stage", "TopK"]

@@ -8,7 +8,7 @@ from functools import reduce
 
 import torch
 
-from fedpref.trees import Tree
+from fedpref.numerics.trees import Tree
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Sender:
 
 @dataclass(frozen=True)
 class Stage:
-    """One step: clip, noise, quantise, mask. Between encode and decode there is only addition."""
+    """One step: clip, noise, quantize, mask. Between encode and decode there is only addition."""
 
     name: str
     encode: Callable[[Tree, Sender], Tree]  # on the client

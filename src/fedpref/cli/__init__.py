@@ -10,11 +10,17 @@ from rich.console import Console
 from rich.markup import escape
 
 from fedpref import __version__
-from fedpref.cli import figures, models, sites, training
+from fedpref.cli import settings, showing, sites, training, using
 from fedpref.cli.shared import SITES, app
 from fedpref.errors import UserError
 
-PANELS = {training.__name__: "Train", figures.__name__: "Look", models.__name__: "Use what was trained", sites.__name__: SITES}
+PANELS = {
+    training.__name__: "Train",
+    showing.__name__: "Look",
+    using.__name__: "Use what was trained",
+    settings.__name__: "Settings",
+    sites.__name__: SITES,
+}
 app.registered_commands.sort(key=lambda command: list(PANELS).index(command.callback.__module__))
 for command in app.registered_commands:
     command.rich_help_panel = PANELS[command.callback.__module__]

@@ -13,8 +13,8 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from fedpref.rundirectory import RunDirectory
-    from fedpref.running import Event
+    from fedpref.experiments.rounds import Event
+    from fedpref.experiments.run_directory import RunDirectory
 
 app = typer.Typer(
     help="Federated and decentralised preference alignment of language models.",
@@ -43,14 +43,14 @@ def saying(how: Callable[[], str]) -> Iterator[None]:
 
 def follow(happenings: Iterator[Event], folder: RunDirectory, opens: bool = False) -> None:
     """Show a run as it goes, then its table, its page, and where it lies."""
+    from fedpref.experiments.finished import FinishedRun
     from fedpref.reports.page import REPORT, write_report
     from fedpref.reports.progress import show
     from fedpref.reports.tables import client_table, newcomer_table, objective_table, sample_table, sizes
-    from fedpref.running import result
 
     with saying(lambda: f"`fedpref resume {folder.path}` takes it up" if folder.path.exists() else "nothing had been written"):
         show(happenings, console)
-    outcome = result(folder)
+    outcome = FinishedRun(folder).result()
     console.print(client_table(outcome.path, outcome.evaluations))
     if objectives := objective_table(outcome.evaluations):
         console.print(objectives)

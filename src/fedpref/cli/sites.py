@@ -32,9 +32,9 @@ def submit(
 
     Example: fedpref submit configs/fedpdpo.yaml --admin federation/admin@example.org
     """
-    from fedpref.experiment import Experiment
-    from fedpref.launch import happenings
-    from fedpref.running import new_directory
+    from fedpref.experiments.experiment import Experiment
+    from fedpref.experiments.rounds import new_directory
+    from fedpref.runs.launch import happenings
 
     experiment = Experiment.load(config, [*(overrides or ()), "engine=flare"])
     folder = new_directory(experiment, output)
@@ -60,7 +60,7 @@ def init(
 
     Example: fedpref federation init federation --server fl.example.org --site clinic --site bank
     """
-    from fedpref.flare.kits import provision
+    from fedpref.sites.kits import provision
 
     names = [part.strip() for text in site for part in text.split(",") if part.strip()]
     kits = provision(folder, name, server, port, names, admin)
@@ -78,7 +78,7 @@ def add(
 
     Example: fedpref federation add federation --site school
     """
-    from fedpref.flare.kits import add as make
+    from fedpref.sites.kits import add as make
 
     console.print(f"{site}: {make(folder, site)}", highlight=False, soft_wrap=True)
 
@@ -89,7 +89,7 @@ def expel(site: Annotated[str, typer.Argument(help="The site's name.", metavar="
 
     Example: fedpref federation expel school --admin federation/admin@fedpref.org
     """
-    from fedpref.flare.submitted import set_admitted
+    from fedpref.sites.submitted import set_admitted
 
     set_admitted(site, admin, False)
     console.print(f"{site} is turned away from now on. `fedpref federation admit {site}` lets it in again.", highlight=False)
@@ -101,7 +101,7 @@ def admit(site: Annotated[str, typer.Argument(help="The site's name.", metavar="
 
     Example: fedpref federation admit school --admin federation/admin@fedpref.org
     """
-    from fedpref.flare.submitted import set_admitted
+    from fedpref.sites.submitted import set_admitted
 
     set_admitted(site, admin, True)
     console.print(f"{site} may take part again.", highlight=False)
@@ -117,8 +117,8 @@ def site_start(
 
     Example: fedpref site start federation/clinic
     """
-    from fedpref.flare import FUNCTIONS, RUNS, SITE, kits
-    from fedpref.hosting import SiteFile
+    from fedpref.sites import FUNCTIONS, RUNS, SITE, kits
+    from fedpref.sites.consent import SiteFile
 
     file = kit / kits.SITE_FILE
     if file.exists():
@@ -135,7 +135,7 @@ def site_stop(kit: Kit) -> None:
 
     Example: fedpref site stop federation/clinic
     """
-    from fedpref.flare import kits
+    from fedpref.sites import kits
 
     kits.stop(kit.resolve())
     console.print(f"{kit.name} is stopped.", highlight=False)
@@ -147,6 +147,6 @@ def site_status(kit: Kit) -> None:
 
     Example: fedpref site status federation/clinic
     """
-    from fedpref.flare import kits
+    from fedpref.sites import kits
 
     console.print(f"{kit.name} {'is running' if kits.running(kit.resolve()) else 'is not running'}.", highlight=False)

@@ -21,9 +21,9 @@ def run(
 
     Example: fedpref run configs/demo.yaml rounds=10 --open
     """
-    from fedpref.experiment import Experiment
-    from fedpref.launch import happenings
-    from fedpref.running import new_directory
+    from fedpref.experiments.experiment import Experiment
+    from fedpref.experiments.rounds import new_directory
+    from fedpref.runs.launch import happenings
 
     experiment = Experiment.load(config, overrides or ())
     folder = new_directory(experiment, output)
@@ -37,14 +37,14 @@ def resume(path: Annotated[Path, typer.Argument(help="The directory of a run tha
 
     Example: fedpref resume runs/demo
     """
-    from fedpref.launch import happenings
-    from fedpref.running import existing_directory, is_finished, read_experiment
+    from fedpref.experiments.finished import FinishedRun
+    from fedpref.runs.launch import happenings
 
-    folder = existing_directory(path)
-    if is_finished(folder):
+    run = FinishedRun.at(path)
+    if run.is_finished:
         console.print(f"{path}: the run is finished.", highlight=False, soft_wrap=True)
-        return follow(iter(()), folder)
-    follow(happenings(read_experiment(folder), folder), folder)
+        return follow(iter(()), run.folder)
+    follow(happenings(run.experiment, run.folder), run.folder)
 
 
 @app.command()
@@ -53,7 +53,7 @@ def check(config: Config, overrides: Overrides = None) -> None:
 
     Example: fedpref check configs/demo.yaml partition.max_clients=4
     """
-    from fedpref.experiment import Experiment
+    from fedpref.experiments.experiment import Experiment
     from fedpref.reports.tables import size_table
 
     experiment = Experiment.load(config, overrides or ())
@@ -82,15 +82,15 @@ def sweep(
 
     Example: fedpref sweep configs/demo.yaml --variant feddpo --variant fedpdpo --seeds 3
     """
-    from fedpref.experiment import Experiment
+    from fedpref.experiments.experiment import Experiment
     from fedpref.reports.comparison import compare, csv_text, markdown, table
     from fedpref.reports.progress import show
-    from fedpref.sweep import plan
-    from fedpref.sweep import sweep as runs_to_do
+    from fedpref.runs.sweep import plan
+    from fedpref.runs.sweep import sweep as runs_to_do
 
     spec = Experiment.load(config, overrides or ())
-    if spec.references:
-        console.print(f"references {', '.join(spec.references)} are left out; take them as variants: --variant {spec.references[0]}")
+    if spec.baselines:
+        console.print(f"baselines {', '.join(spec.baselines)} are left out; take them as variants: --variant {spec.baselines[0]}")
     place = output or Path(f"runs/{spec.name}-sweep")
     runs = plan(config, variant or ["feddpo", "fedpdpo"], range(seeds), overrides or (), place)
     for path, happenings in runs_to_do(runs, place / "cache"):
@@ -121,11 +121,11 @@ def pareto(
     import json
     from dataclasses import asdict
 
-    from fedpref import pareto as front
-    from fedpref.experiment import Experiment
-    from fedpref.reports.front import draw_front, front_table
+    from fedpref.experiments.experiment import Experiment
+    from fedpref.reports.front_figure import draw_front, front_table
     from fedpref.reports.progress import show
-    from fedpref.sweep import sweep as runs_to_do
+    from fedpref.runs import pareto as front
+    from fedpref.runs.sweep import sweep as runs_to_do
 
     place = output or Path("runs") / f"{Experiment.load(config, overrides or ()).name}-front"
     objectives, runs = front.plan_front(config, points, range(seeds), overrides or (), place, interpolates=bool(interpolate))
@@ -139,7 +139,7 @@ def pareto(
         found += front.interpolated(objectives, runs, interpolate, place / "cache")
     found.sort(key=lambda point: point.preference)
     above = given or front.reference_of(found)
-    measures = front.figures(found, above)
+    measures = front.front_metrics(found, above)
     console.print(front_table(objectives, found, measures))
     console.print(f"hypervolume above {', '.join(f'{value:.4g}' for value in above)}", highlight=False)
     content = {"objectives": objectives, "reference": above, "figures": measures, "points": [asdict(point) for point in found]}
@@ -149,7 +149,7 @@ def pareto(
 
 
 @app.command()
-def personalise(
+def personalize(
     path: Annotated[Path, typer.Argument(help="The directory of a finished run.", metavar="RUN")],
     data: Annotated[str, typer.Option(help="The newcomers' pairs: a JSONL, CSV or Parquet file, a dataset folder or a Hub id.")],
     column: Annotated[str | None, typer.Option(help="A column whose values are the newcomers; without it there is one.")] = None,
@@ -158,12 +158,12 @@ def personalise(
 ) -> None:
     """Let clients that took no part join a run: they make what is their own on their data, and are evaluated on held-out pairs.
 
-    Example: fedpref personalise runs/fedpdpo --data pairs.jsonl
+    Example: fedpref personalize runs/fedpdpo --data pairs.jsonl
     """
     from fedpref.data import Files
-    from fedpref.newcomers import personalise as join
     from fedpref.reports.page import REPORT, write_report
     from fedpref.reports.tables import newcomer_table
+    from fedpref.runs.join import personalize as join
 
     joined = join(path, Files(path=data), column=column, name=name, steps=steps)
     sizes = {client: {"train": one.train, "test": one.test} for client, one in joined.items()}

@@ -1,11 +1,15 @@
 """Preferences and opinions: their formats, their sources, and how they come to clients."""
 
+from typing import Annotated
+
+from pydantic import Field
+
 from fedpref.data.opinions import Opinions, Polis
 from fedpref.data.partitions import IID, BySize, Dirichlet, Natural, Partition, partition
 from fedpref.data.preferences import ClientData, Feedback, Opinion, Preference, Prompt, Row, held_out, split
 from fedpref.data.sources import HH, Builtin, Files, MovieReviews, Persona, UKPConvArg
 
-Source = Files | Builtin | HH | UKPConvArg | Persona | MovieReviews | Opinions | Polis
+Source = Annotated[Files | Builtin | HH | UKPConvArg | Persona | MovieReviews | Opinions | Polis, Field(discriminator="name")]
 
 __all__ = [
     "HH",

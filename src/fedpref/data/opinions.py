@@ -12,16 +12,15 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
-
-from pydantic import Field
+from typing import Any, Literal, TypeVar
 
 from fedpref.data.preferences import Opinion
+from fedpref.data.source import PathSource
 from fedpref.data.tables import local_table, read_table
 from fedpref.errors import UserError
+from fedpref.types import Count, OpenFraction
 
 T = TypeVar("T")
-Fraction = Annotated[float, Field(gt=0, lt=1)]
 # The countries of GPO's and PluralLLM's experiments, by the names that GlobalOpinionQA gives them, and PluralLLM's split of them
 TRAINING_COUNTRIES = (
     "Nigeria",
@@ -39,7 +38,7 @@ SETS: Mapping[str, tuple[str, ...]] = {"pluralllm": TRAINING_COUNTRIES + UNSEEN_
 
 
 @dataclass(frozen=True, kw_only=True)
-class Opinions:
+class Opinions(PathSource):
     """A survey: questions, options and the shares of each group's people, in a file, a dataset folder or on the Hub.
 
     Either a row is a question, and a column holds {group: shares}, as in Anthropic/llm_global_opinions, whose columns are Python
@@ -55,7 +54,7 @@ class Opinions:
     selections_column: str = "selections"  # {group: shares}; by_country is also known
     group_column: str = "group"
     shares_column: str = "shares"
-    test_fraction: Fraction = 0.2  # of questions
+    test_fraction: OpenFraction = 0.2  # of questions
 
     def read(self) -> Iterator[Opinion]:
         wanted = SETS.get(self.groups, None) if isinstance(self.groups, str) else self.groups
@@ -98,7 +97,7 @@ class Opinions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Polis:
+class Polis(PathSource):
     """Conversations on Polis: who agrees with, disagrees with or passes on which statement (github.com/compdemocracy/openData).
 
     Groups are a conversation's opinion groups, as Polis found them. `path` is a folder with polis_votes, polis_statements and
@@ -106,11 +105,10 @@ class Polis:
     group have voted than `min_votes`.
     """
 
-    path: str
     name: Literal["polis"] = "polis"
     conversations: tuple[str, ...] = ()  # all if none are named
-    min_votes: Annotated[int, Field(ge=1)] = 10
-    test_fraction: Fraction = 0.2  # of statements
+    min_votes: Count = 10
+    test_fraction: OpenFraction = 0.2  # of statements
 
     def read(self) -> Iterator[Opinion]:
         topics = {record["conv"]: record["topic"] for _, record in self._table("conversations", "conv", "topic")}

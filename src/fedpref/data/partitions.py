@@ -13,9 +13,9 @@ from pydantic import Field
 
 from fedpref.data.preferences import ClientData, Row, Side
 from fedpref.errors import UserError
+from fedpref.types import Count, NonNegative, Positive, WholeNumber
 
 Placed = Sequence[tuple[Side, Row]]
-Count = Annotated[int, Field(ge=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class Natural:
     only: tuple[str, ...] = ()  # values that become clients; none: all
     clients_per_value: Count = 1
     min_rows: Count = 1  # clients with fewer rows, both sides together, are left out
-    min_test_rows: Annotated[int, Field(ge=0)] = 0  # clients with fewer held-out rows are left out
+    min_test_rows: WholeNumber = 0  # clients with fewer held-out rows are left out
     max_clients: Count | None = None  # the first so many, by number of rows, then by name
     max_rows: Count | None = None  # of each client, evenly spread, of both sides in their proportion
 
@@ -79,7 +79,7 @@ class Dirichlet:
     name: Literal["dirichlet"] = "dirichlet"
     column: str = "label"
     clients: Count = 10
-    alpha: Annotated[float, Field(gt=0)] = 0.3
+    alpha: Positive = 0.3
 
     def assign(self, rows: Placed, rng: np.random.Generator) -> dict[str, Placed]:
         merged: dict[str, list[tuple[Side, Row]]] = defaultdict(list)
@@ -99,14 +99,14 @@ class BySize:
 
     name: Literal["by-size"] = "by-size"
     clients: Count = 10
-    exponent: Annotated[float, Field(ge=0)] = 1.0
+    exponent: NonNegative = 1.0
 
     def assign(self, rows: Placed, rng: np.random.Generator) -> dict[str, Placed]:
         shares = np.arange(1, self.clients + 1, dtype=float) ** -self.exponent
         return _cut(rows, np.stack([shares / shares.sum(), np.full(self.clients, 1 / self.clients)]), rng)
 
 
-Partition = Natural | IID | Dirichlet | BySize
+Partition = Annotated[Natural | IID | Dirichlet | BySize, Field(discriminator="name")]
 
 
 def partition(rows: Placed, how: Partition, seed: int) -> tuple[ClientData, ...]:

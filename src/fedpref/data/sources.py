@@ -15,18 +15,18 @@ from typing import Annotated, Any, Literal, cast
 from pydantic import Field
 
 from fedpref.data.preferences import Preference, Row, Side, held_out, key, parse, parse_feedback, parse_prompt
+from fedpref.data.source import DataSource, PathSource
 from fedpref.data.tables import Record, local_table, read_table
 from fedpref.errors import UserError
+from fedpref.types import Count, OpenFraction
 
 SIDES: tuple[Side, ...] = ("train", "test")
-Fraction = Annotated[float, Field(gt=0, lt=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Files:
+class Files(PathSource):
     """Your own rows: a JSONL, CSV or Parquet file, a dataset folder or a Hub id, in TRL's formats: pairs, judgements, prompts alone."""
 
-    path: str
     name: Literal["files"] = "files"
     config: str | None = None  # of a Hub dataset
     train_split: str = "train"  # of a folder or Hub dataset
@@ -37,7 +37,7 @@ class Files:
     completion_column: str = "completion"  # of rows that judge one answer
     label_column: str = "label"  # and whether it is desirable
     split_column: str | None = None  # a column that says "train" or "test"
-    test_fraction: Fraction = 0.2  # of prompts, where nothing else says
+    test_fraction: OpenFraction = 0.2  # of prompts, where nothing else says
 
     def read(self) -> Iterator[Row]:
         for where, record in read_table(self.path, split=self.train_split, name=self.config):
@@ -56,7 +56,7 @@ class Files:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Builtin:
+class Builtin(DataSource):
     """The shipped set: twelve clients with known tastes compare answers of differing style to everyday requests."""
 
     name: Literal["builtin"] = "builtin"
@@ -69,7 +69,7 @@ class Builtin:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HH:
+class HH(PathSource):
     """hh-rlhf (Bai et al. 2022): human comparisons for helpfulness and for harmlessness, by the column `objective`.
 
     `path` is the Hub dataset, a folder in its layout, or a folder with hh_rlhf_helpful.jsonl.gz and hh_rlhf_harmless.jsonl.gz; where
@@ -79,7 +79,7 @@ class HH:
     name: Literal["hh"] = "hh"
     path: str = "Anthropic/hh-rlhf"
     objectives: tuple[Literal["helpful", "harmless"], ...] = ("helpful", "harmless")
-    max_rows: Annotated[int, Field(ge=1)] | None = None  # the first so many of each objective, and of each side where sides are given
+    max_rows: Count | None = None  # the first so many of each objective, and of each side where sides are given
 
     def read(self) -> Iterator[Preference]:
         for objective in self.objectives:
@@ -104,7 +104,7 @@ class HH:
 
 
 @dataclass(frozen=True, kw_only=True)
-class UKPConvArg:
+class UKPConvArg(PathSource):
     """UKPConvArg1 (Habernal and Gurevych 2016): which of two arguments is more convincing, by single crowd workers.
 
     Source: github.com/UKPLab/acl2016-convincing-arguments (CC-BY-4.0); there is no official Hub copy. `path` is a folder with
@@ -112,9 +112,8 @@ class UKPConvArg:
     whole debates with both their stances. Columns: `worker`, `debate`.
     """
 
-    path: str
     name: Literal["ukpconvarg"] = "ukpconvarg"
-    test_fraction: Fraction = 0.25  # of debates
+    test_fraction: OpenFraction = 0.25  # of debates
 
     def read(self) -> Iterator[Preference]:
         topics = {_need(record, "id", where): record for where, record in self._table("topics")}
@@ -137,7 +136,7 @@ class UKPConvArg:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Persona:
+class Persona(PathSource):
     """Persona statements of the model-written evaluations (Perez et al. 2022): would this persona say so?
 
     A pair is the question about one statement with the answers Yes and No, the persona's own first: every statement is a prompt of
@@ -149,7 +148,7 @@ class Persona:
     name: Literal["persona"] = "persona"
     path: str = "Anthropic/model-written-evals"
     personas: tuple[str, ...] = ("agreeableness", "extraversion", "openness", "narcissism", "psychopathy", "risk-seeking")
-    test_fraction: Fraction = 0.2  # of statements
+    test_fraction: OpenFraction = 0.2  # of statements
 
     def read(self) -> Iterator[Preference]:
         for where, persona, statement, agrees in self._statements():
@@ -175,7 +174,7 @@ class Persona:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MovieReviews:
+class MovieReviews(PathSource):
     """Film reviews of known sentiment, made into pairs: after a review's opening, a positive or a negative review's ending.
 
     One ending is the review's own, the other is that of a review of the opposite sentiment, dealt out in a fixed order; as many
@@ -189,8 +188,8 @@ class MovieReviews:
     path: str = "stanfordnlp/imdb"
     likes: Annotated[tuple[Literal["positive", "negative"], ...], Field(min_length=1)] = ("positive", "negative", "positive")
     max_reviews: Annotated[int, Field(ge=2)] = 1200  # of each side
-    opening_words: Annotated[int, Field(ge=1)] = 16
-    ending_words: Annotated[int, Field(ge=1)] = 48
+    opening_words: Count = 16
+    ending_words: Count = 48
 
     def read(self) -> Iterator[Preference]:
         for side in ("train", "test"):

@@ -1,7 +1,7 @@
 """What carries out the verbs of a federation."""
 
+from fedpref.engines.coordinator import Patience, RemoteEngine, Sites, Transport
 from fedpref.engines.engine import Engine, Traffic
-from fedpref.engines.remote import Patience, RemoteEngine, Sites, Transport
 from fedpref.engines.simulation import Simulation
 
 __all__ = ["Engine", "Patience", "RemoteEngine", "Simulation", "Sites", "Traffic", "Transport"]

@@ -11,9 +11,9 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpref import trees
-from fedpref.federation import Federation, PerClient
-from fedpref.trees import Tree
+from fedpref.federation.verbs import Federation, PerClient
+from fedpref.numerics import trees
+from fedpref.numerics.trees import Tree
 
 Mixing = Callable[[int, Sequence[int]], NDArray[np.float64]]  # (round, active clients) -> the mixing matrix over all clients
 Purpose = Literal["init", "train", "join", "evaluate"]
@@ -31,7 +31,7 @@ class Traffic:
         over = {link: self.links.get(link, 0) + other.links.get(link, 0) for link in self.links.keys() | other.links.keys()}
         return Traffic(self.bytes_up + other.bytes_up, self.bytes_down + other.bytes_down, over)
 
-    def figures(self) -> Mapping[str, float]:
+    def metrics(self) -> Mapping[str, float]:
         """Totals, and for gossip the mean over links in use, each direction a link, and the client that tells most."""
         found: dict[str, float] = {"bytes_up": self.bytes_up, "bytes_down": self.bytes_down}
         if self.links:

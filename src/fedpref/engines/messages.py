@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from fedpref.trees import Tree
+from fedpref.numerics.trees import Tree
 
 Header = dict[str, Any]
 NO_TENSORS: Tree = {}
@@ -69,17 +69,6 @@ def finite(tree: Tree) -> Tree:
         if tensor.is_floating_point() and not bool(tensor.sum().isfinite()) and not bool(torch.isfinite(tensor).all()):
             raise RefusedError(f"the tensor {name!r} holds a number that is not finite")
     return tree
-
-
-def joined(trees: Mapping[Any, Tree]) -> Tree:
-    """Several trees as one."""
-    return {f"{key}/{name}": tensor for key, tree in trees.items() for name, tensor in tree.items()}
-
-
-def parted(tree: Tree, key: Any) -> Tree:
-    """One of the trees that were joined."""
-    start = f"{key}/"
-    return {name.removeprefix(start): tensor for name, tensor in tree.items() if name.startswith(start)}
 
 
 def shape(tree: Tree) -> tuple[tuple[str, str, tuple[int, ...]], ...]:

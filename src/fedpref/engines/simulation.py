@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from fedpref import seeds, trees
 from fedpref.channel import Chain, Sender
 from fedpref.engines.engine import Mixing, Purpose, Traffic, everybody, mixed, told, weighted_report
-from fedpref.engines.held import Held, gather, held
+from fedpref.engines.per_client import StoredValues, gather, stored
 from fedpref.engines.workers import Workers
-from fedpref.federation import WORK, Client, PerClient, name_of
+from fedpref.federation.verbs import WORK, Client, PerClient, registered
+from fedpref.numerics import seeds, trees
+from fedpref.numerics.trees import Tree
 from fedpref.tasks.task import Shard, Task
-from fedpref.trees import Tree
 
 
 class Simulation:
@@ -40,9 +40,9 @@ class Simulation:
         self._weights = {i: float(len(shard)) if weighting == "examples" else 1.0 for i, shard in enumerate(shards)}
         self._examples = {i: float(len(shard)) for i, shard in enumerate(shards)}
         self.clients = tuple(range(len(shards)))
-        self._workers = Workers(workers, self._job, task.place) if workers > 1 else None
+        self._workers = Workers(workers, self._job, task.move_to) if workers > 1 else None
         if not self._workers:
-            task.place(0)
+            task.move_to(0)
         self.begin(0, self.clients, "init")
 
     def begin(self, round: int, cohort: Sequence[int], purpose: Purpose = "train") -> None:
@@ -54,9 +54,9 @@ class Simulation:
         sent = sum(trees.size(arg) for arg in args if isinstance(arg, Mapping))
         self.traffic += Traffic(bytes_down=sent * len(self.active))
         self._calls += 1
-        common = {k: arg for k, arg in enumerate(args) if not isinstance(arg, Held)}
-        columns = {k: arg for k, arg in enumerate(args) if isinstance(arg, Held)}
-        shared = (name_of(work), self._purpose, self.round, self._calls, common)
+        common = {k: arg for k, arg in enumerate(args) if not isinstance(arg, StoredValues)}
+        columns = {k: arg for k, arg in enumerate(args) if isinstance(arg, StoredValues)}
+        shared = (registered(work).name, self._purpose, self.round, self._calls, common)
         own = ((i, {k: column[i] for k, column in columns.items()}) for i in self.active)
         run = self._workers.run if self._workers else self._run_here
         return gather(run(shared, own), self._room)
@@ -84,7 +84,7 @@ class Simulation:
     def mean(self, values: PerClient[Tree]) -> Tree:
         self._calls += 1
         total = sum(self._weights[i] for i in self.active)
-        column = held(values)
+        column = stored(values)
 
         def messages() -> Iterator[Tree]:
             for i in self.active:
@@ -98,7 +98,7 @@ class Simulation:
     def mix(self, values: PerClient[Tree]) -> tuple[PerClient[Tree], PerClient[Tree]]:
         self._calls += 1
         weights = self._mixing(self.round, self.active)
-        told_by, sizes, arrived = held(values), {}, Held[Tree](self._room)
+        told_by, sizes, arrived = stored(values), {}, StoredValues[Tree](self._room)
         for i in self.active:
             rng = seeds.generator(self._seed, "channel", round=self.round, call=self._calls, client=i)
             message = self._links.encode(told_by[i], Sender(i, self.round, rng))
@@ -110,23 +110,23 @@ class Simulation:
             heard = ((arrived[j], float(weights[i, j])) for j in self.active if weights[i, j])
             return mixed(told_by[i], arrived[i] if self._links.stages else None, heard)
 
-        return arrived, Held(self._room, ((i, mixture(i)) for i in self.active))
+        return arrived, StoredValues(self._room, ((i, mixture(i)) for i in self.active))
 
     def report(self, metrics: PerClient[Mapping[str, float]]) -> Mapping[str, float]:
         return weighted_report(self.disclose(metrics), self._examples)
 
     def disclose(self, metrics: PerClient[Mapping[str, float]]) -> Mapping[int, Mapping[str, float]]:
-        return {i: held(metrics)[i] for i in self.active}
+        return {i: stored(metrics)[i] for i in self.active}
 
     def save(self, values: Mapping[str, PerClient[Tree]], folder: Path) -> None:
         for name, value in values.items():
             (folder / name).mkdir(parents=True, exist_ok=True)
-            for i in held(value):
-                trees.save(held(value)[i], folder / name / f"{i}.safetensors")
+            for i in stored(value):
+                trees.save(stored(value)[i], folder / name / f"{i}.safetensors")
 
     def load(self, folder: Path, names: Sequence[str]) -> Mapping[str, PerClient[Tree]]:
         return {name: self._load(folder / name) for name in names}
 
     def _load(self, folder: Path) -> PerClient[Tree]:
         files = ((i, folder / f"{i}.safetensors") for i in self.clients)
-        return Held(self._room, ((i, trees.load(path)) for i, path in files if path.exists()))
+        return StoredValues(self._room, ((i, trees.load(path)) for i, path in files if path.exists()))

@@ -17,16 +17,16 @@ from typing import Any, Protocol, get_type_hints
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from fedpref import seeds, trees
 from fedpref.channel import Chain, Sender
-from fedpref.channel.compress import alike
+from fedpref.channel.compression import alike
 from fedpref.engines.engine import mixed
-from fedpref.engines.messages import NO_TENSORS, Header, RefusedError, finite, joined, pack, parted, unpack
+from fedpref.engines.messages import NO_TENSORS, Header, RefusedError, finite, pack, unpack
 from fedpref.engines.workers import one_thread
 from fedpref.errors import UserError
-from fedpref.federation import SENDS, WORK, Client
+from fedpref.federation.verbs import WORK, Client
+from fedpref.numerics import seeds, trees
+from fedpref.numerics.trees import Tree
 from fedpref.tasks.task import Task
-from fedpref.trees import Tree
 
 RUN = re.compile(r"\w[\w.-]{0,99}(/\w[\w.-]{0,99}){0,3}")
 CHECKPOINTS, AHEAD = 2, 4  # that are kept, and messages of a site that may lie here unread
@@ -84,7 +84,7 @@ class Site:
         self._place: dict[int, str] = {}  # every client's site
         self._heard: dict[tuple[int, int, str], bytes] = {}
         self._news = threading.Condition()
-        verbs = (self.open, self.number, self.each, self.contribute, self.exchange, self.report, self.save, self.load, self.held)
+        verbs = (self.open, self.number, self.each, self.contribute, self.exchange, self.report, self.save, self.load, self.names)
         self._verbs: dict[str, Callable[..., Answer]] = {verb.__name__: verb for verb in verbs}
 
     def answer(self, message: bytes) -> bytes:
@@ -166,9 +166,9 @@ class Site:
             raise RefusedError(f"{work[:80]!r} is no work that is done here")
         if not 0 <= round <= hosted.rounds:
             raise RefusedError(f"round {round} is none of the {hosted.rounds} of the experiment")
-        hints = [hint for key, hint in get_type_hints(function).items() if key != "return"][1:]
+        hints = [hint for key, hint in get_type_hints(function.function).items() if key != "return"][1:]
         hints += hints[-1:] * (len(args) - len(hints))  # a work's *parts
-        common = {k: parted(tensors, k) for k, arg in enumerate(args) if "tree" in arg}
+        common = {k: trees.part(tensors, k) for k, arg in enumerate(args) if "tree" in arg}
         try:
             common |= {
                 k: TypeAdapter(hint).validate_python(arg["plain"])
@@ -197,12 +197,12 @@ class Site:
                 continue
             parts = len(result) if isinstance(result, tuple) else None
             self._values[i] |= {f"{name}.{k}": part for k, part in enumerate(found)}
-            self._told |= {(i, f"{name}.{k}") for k in SENDS[work]}
+            self._told |= {(i, f"{name}.{k}") for k in function.sends}
         return {"parts": parts, "failed": failed}, NO_TENSORS
 
     def contribute(self, tensors: Tree, own: Mapping[str, str], shares: Mapping[str, float]) -> Answer:
         """Each client's share of a sum."""
-        return {}, joined({i: trees.scale(self._leaving(int(i), name), shares[i]) for i, name in own.items()})
+        return {}, trees.nest({i: trees.scale(self._leaving(int(i), name), shares[i]) for i, name in own.items()})
 
     def exchange(
         self,
@@ -237,7 +237,7 @@ class Site:
         for site in set(self._place.values()) - {self.name}:
             heard = {i for j, row in rows.items() if self._place[j] == site for i in row}
             if message := {i: tree for i, tree in told.items() if i in heard}:
-                self._peers.tell(site, pack({"round": round, "call": call}, joined(message)))
+                self._peers.tell(site, pack({"round": round, "call": call}, trees.nest(message)))
 
     def _arrived(self, messages: Mapping[str, bytes], like: Tree) -> dict[int, Tree]:
         """What other sites' clients have told, by client; what cannot be read, or is not like what is told here, has not arrived."""
@@ -247,7 +247,7 @@ class Site:
                 _, theirs = unpack(message, self._opened.limit)
                 for j in (j for j, place in self._place.items() if place == site):
                     with suppress(Exception):  # whatever the neighbour has made up
-                        tree = parted(theirs, j)
+                        tree = trees.part(theirs, j)
                         if alike(tree, like):
                             found[j] = finite(self._opened.links.decode(tree, 1))
         return found
@@ -304,7 +304,7 @@ class Site:
                     found[field].append(i)
         return {"found": found}, NO_TENSORS
 
-    def held(self, tensors: Tree) -> Answer:
+    def names(self, tensors: Tree) -> Answer:
         """Which names values lie under."""
         return {"names": {i: sorted(values) for i, values in self._values.items()}}, NO_TENSORS
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
 
 from jaxtyping import Float
-from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from fedpref.losses.preference import DPO, Hinge
+from fedpref.types import NonNegative
 
 PerPair = Float[Tensor, " B"]
 
@@ -25,8 +24,8 @@ class Explicit:
     head is a constant in the sum, and learns from its own term, unless `stop_gradient` is off.
     """
 
-    alpha: Annotated[float, Field(ge=0)] = 0.5
-    gamma: Annotated[float, Field(ge=0)] = 0.2
+    alpha: NonNegative = 0.5
+    gamma: NonNegative = 0.2
     stop_gradient: bool = True
 
     def __call__(self, loss: DPO | Hinge, implicit: PerPair, explicit: PerPair) -> PerPair:

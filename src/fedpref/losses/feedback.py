@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
-from pydantic import Field
 from torch import Tensor
 
-Positive = Annotated[float, Field(gt=0)]
+from fedpref.types import Positive
 
 
 @dataclass(frozen=True, kw_only=True)

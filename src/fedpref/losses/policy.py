@@ -7,16 +7,16 @@ follow one another, S to a prompt.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import Field
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-NonNegative = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
+from fedpref.types import NonNegative, Probability
+
+NonNegative = NonNegative
 PerToken = Float[Tensor, " n"]
 PerAnswer = Float[Tensor, " A"]
 
@@ -49,10 +49,10 @@ class PPO:
     name: Literal["ppo"] = "ppo"
     epsilon: NonNegative = 0.2  # of the clipped ratio
     kl: NonNegative = 0.05
-    gamma: Share = 1.0
-    gae_lambda: Share = 0.95
+    gamma: Probability = 1.0
+    gae_lambda: Probability = 0.95
     vf_coef: NonNegative = 0.1  # of the critic's loss
-    normalise: bool = True  # advantages to mean 0 and deviation 1 over the batch
+    normalize: bool = True  # advantages to mean 0 and deviation 1 over the batch
     needs_critic: ClassVar[bool] = True
 
     def advantages(self, rewards: PerAnswer, sampled: Sampled, values: PerToken | None) -> tuple[PerToken, PerToken]:
@@ -63,7 +63,7 @@ class PPO:
         ends = torch.tensor(sampled.counts, device=paid.device).cumsum(0) - 1
         paid = paid.index_add(0, ends, rewards)
         found = gae(paid, values, sampled.counts, self.gamma, self.gae_lambda)
-        return (whitened(found) if self.normalise else found), found + values
+        return (whitened(found) if self.normalize else found), found + values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,13 +73,13 @@ class RLOO:
     name: Literal["rloo"] = "rloo"
     epsilon: NonNegative = 0.2
     kl: NonNegative = 0.05
-    normalise: bool = True  # divide advantages by their deviation over the batch
+    normalize: bool = True  # divide advantages by their deviation over the batch
     needs_critic: ClassVar[bool] = False
 
     def advantages(self, rewards: PerAnswer, sampled: Sampled, values: PerToken | None) -> tuple[PerToken, None]:
         net = (rewards - self.kl * sampled.summed(sampled.old - sampled.reference)).view(-1, sampled.samples)
         found = (net - net.mean(1, keepdim=True)) * (sampled.samples / (sampled.samples - 1))
-        if self.normalise:
+        if self.normalize:
             found = found / (found.square().mean().sqrt() + 1e-4)
         return found.flatten()[sampled.owner], None
 

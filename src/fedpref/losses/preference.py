@@ -15,7 +15,8 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-Positive = Annotated[float, Field(gt=0)]
+from fedpref.types import NonNegative, Positive
+
 Probability = Annotated[float, Field(ge=0, lt=0.5)]
 PerPair = Float[Tensor, " B"]
 
@@ -111,7 +112,7 @@ class SimPO:
 
     name: Literal["simpo"] = "simpo"
     beta: Positive = 2.0
-    gamma: Annotated[float, Field(ge=0)] = 0.5
+    gamma: NonNegative = 0.5
     needs_reference: ClassVar[bool] = False
 
     def __call__(self, policy: PairScores, reference: PairScores) -> PerPair:
@@ -144,7 +145,7 @@ class ORPO:
         return self.beta * chosen, self.beta * rejected
 
 
-Loss = DPO | IPO | Hinge | SimPO | ORPO
+Loss = Annotated[DPO | IPO | Hinge | SimPO | ORPO, Field(discriminator="name")]
 
 
 def _over_reference(beta: float, policy: PairScores, reference: PairScores) -> tuple[PerPair, PerPair]:

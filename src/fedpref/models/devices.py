@@ -25,14 +25,14 @@ def wanted(name: str) -> torch.device:
     return device
 
 
-def places(device: torch.device) -> int:
+def count(device: torch.device) -> int:
     """How many workers have a place of their own: processors, or GPUs."""
     if device.type == "cuda":
         return 1 if device.index is not None else torch.cuda.device_count()
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
 
 
-def place(device: torch.device, worker: int) -> torch.device:
+def of_worker(device: torch.device, worker: int) -> torch.device:
     """The device of a worker: GPUs are dealt out in turn."""
     return torch.device("cuda", worker % torch.cuda.device_count()) if device == torch.device("cuda") else device
 

@@ -10,15 +10,15 @@ from functools import cached_property
 from hashlib import blake2b
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import Field
 from torch import Tensor
 
 from fedpref.errors import UserError
 from fedpref.models import devices
+from fedpref.types import Count
 
 BUILTIN = "builtin"
 DEFAULT_LENGTH = 1024  # of a model that does not say how much it can take
@@ -34,7 +34,7 @@ class Encoder:
     trust_remote_code: bool = False
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: str = "auto"
-    tokens_per_batch: Annotated[int, Field(ge=1)] = 4096
+    tokens_per_batch: Count = 4096
 
     @property
     def embeds_sentences(self) -> bool:
@@ -67,11 +67,11 @@ class TextEncoder:
             ) from error
         self.model.requires_grad_(False).eval()
         if self.wanted.type == "cpu":
-            self.place(0)
+            self.move_to(0)
 
-    def place(self, worker: int) -> None:
+    def move_to(self, worker: int) -> None:
         """Move to the device of this worker."""
-        self.device = devices.place(self.wanted, worker)
+        self.device = devices.of_worker(self.wanted, worker)
         self.model.to(self.device, devices.arithmetic(self.settings.dtype, self.device))
 
     @property

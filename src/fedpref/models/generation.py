@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import Field
 from torch import Tensor, nn
 
 from fedpref.models.language import LanguageModel
-from fedpref.models.parts import NAMES, OWN_ADAPTER, OwnHead
-from fedpref.trees import Tree
+from fedpref.models.own_parts import NAMES, OWN_ADAPTER, OwnHead
+from fedpref.numerics.trees import Tree
+from fedpref.types import Count, Positive
 
 ROWS = 256  # answers drawn at a time
 SPARSE = 0.25  # share of finished answers from which they are taken out of the batch
@@ -24,8 +24,8 @@ SPARSE = 0.25  # share of finished answers from which they are taken out of the 
 class Sampling:
     """How answers are drawn; names as in TRL's GRPOConfig. What is drawn is what is trained: no top-k, no top-p."""
 
-    max_completion_length: Annotated[int, Field(ge=1)] = 64  # tokens, the end token among them
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    max_completion_length: Count = 64  # tokens, the end token among them
+    temperature: Positive = 1.0
 
 
 @torch.no_grad()
@@ -55,8 +55,10 @@ def merged(language: LanguageModel, params: Tree | None) -> Iterator[None]:
     Weights and head are put back afterwards.
     """
     given, model = params or {}, language.model.get_base_model()
-    first = next(iter(language.places))
-    adapters = [{name: given[prefix + name] for name in language.places} for prefix in ("", OWN_ADAPTER) if prefix + first in given]
+    first = next(iter(language.parameter_names))
+    adapters = [
+        {name: given[prefix + name] for name in language.parameter_names} for prefix in ("", OWN_ADAPTER) if prefix + first in given
+    ]
     after = {name: tensor for name, tensor in given.items() if name in NAMES}
     kept: dict[Any, Tensor] = {}
     with language.model.disable_adapter():
@@ -78,7 +80,7 @@ def merged(language: LanguageModel, params: Tree | None) -> Iterator[None]:
 def _changes(language: LanguageModel, adapter: Tree) -> Iterator[tuple[Any, Tensor]]:
     """Layers, and what an adapter adds to their weights."""
     parameters = dict(language.model.named_parameters())
-    for name, place in language.places.items():
+    for name, place in language.parameter_names.items():
         there = parameters[place].data
         there.zero_()[tuple(map(slice, adapter[name].shape))] = adapter[name]  # which may have a lower rank
     for layer in language.model.modules():

@@ -13,24 +13,34 @@ from functools import cached_property
 from hashlib import blake2b
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from jinja2 import TemplateError
-from pydantic import Field
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fedpref import trees
 from fedpref.errors import UserError
-from fedpref.models import devices, fusion
+from fedpref.models import devices
+from fedpref.models import fused_layers as fusion
 from fedpref.models.attention import ATTENTION, Kernel, PackingError, by_sequence, kernels, packed_attention, register
 from fedpref.models.head import even, token_log_probabilities
+from fedpref.models.own_parts import (
+    FILE,
+    NAMES,
+    OWN_ADAPTER,
+    REWARD,
+    Parts,
+    after_bottleneck,
+    combined_adapter,
+    own_head,
+)
 from fedpref.models.packed import Layout, Row
-from fedpref.models.parts import FILE, HEAD, HEAD_DOWN, HEAD_UP, NAMES, OWN_ADAPTER, REWARD, Parts, fused, joined
-from fedpref.trees import Tree
+from fedpref.numerics import trees
+from fedpref.numerics.trees import Tree
+from fedpref.types import Count, Fraction
 
 BUILTIN = "builtin"
 
@@ -44,9 +54,9 @@ class Model:
     trust_remote_code: bool = False
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the frozen backbone; auto: bfloat16 where the processor has it
     device: str = "auto"  # "auto" takes CUDA where there is one; "cpu", "cuda", "cuda:1"
-    lora_r: Annotated[int, Field(ge=1)] = 8
-    lora_alpha: Annotated[int, Field(ge=1)] = 16
-    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    lora_r: Count = 8
+    lora_alpha: Count = 16
+    lora_dropout: Fraction = 0.0
     lora_target_modules: tuple[str, ...] | str = "all-linear"
 
 
@@ -99,15 +109,15 @@ class LanguageModel:
         fusion.fuse(self.model)
         self.head = self.model.get_output_embeddings()
         self.dropouts = [module for name, module in self.model.named_modules() if name.endswith("lora_dropout")]
-        self.places = {name.replace(".default", ""): name for name, _ in self.model.named_parameters() if ".lora_" in name}
+        self.parameter_names = {name.replace(".default", ""): name for name, _ in self.model.named_parameters() if ".lora_" in name}
         self.kernel: Kernel = by_sequence
         self.packs = self.has_plain_head = False
         if self.wanted.type == "cpu":
             self._settle(self.wanted)
 
-    def place(self, worker: int) -> None:
+    def move_to(self, worker: int) -> None:
         """Move to the device of this worker; workers are counted from 0, and each in a process of its own moves its own copy."""
-        device = devices.place(self.wanted, worker)
+        device = devices.of_worker(self.wanted, worker)
         if device != self.device:
             self._settle(device)
 
@@ -151,7 +161,7 @@ class LanguageModel:
     def init(self, rng: torch.Generator) -> Tree:
         """A fresh adapter in float32 on the CPU, drawn as PEFT does (A uniform and B zero): the model starts as its backbone."""
         parameters = dict(self.model.named_parameters())
-        adapter = {name: torch.zeros(parameters[place].shape) for name, place in self.places.items()}
+        adapter = {name: torch.zeros(parameters[place].shape) for name, place in self.parameter_names.items()}
         for name, tensor in adapter.items():
             if ".lora_A." in name:
                 nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=rng)
@@ -203,7 +213,7 @@ class LanguageModel:
         for dropout in self.dropouts:
             dropout.train(training)
         cast = {name: _aligned(tensor.to(self.device, self.dtype)) for name, tensor in (params or {}).items()}
-        adapter = joined({name: tensor for name, tensor in cast.items() if name not in NAMES})
+        adapter = combined_adapter({name: tensor for name, tensor in cast.items() if name not in NAMES})
         own = {name: tensor for name, tensor in cast.items() if name in NAMES}
         if self.packs:
             with suppress(PackingError):  # a window of attention that is shorter than these rows
@@ -216,13 +226,12 @@ class LanguageModel:
 
     def _answers(self, states: Float[Tensor, "R T D"], layout: Layout, own: Tree) -> tuple[Float[Tensor, " A"], Float[Tensor, " A"] | None]:
         hidden = states.flatten(0, 1)
-        scored = fused(even(hidden.index_select(0, layout.scored)), own)[: len(layout.scored)]
-        change = (own[HEAD_DOWN], own[HEAD_UP]) if HEAD_UP in own else None
-        weight = own.get(HEAD, self.head.weight)
+        scored = after_bottleneck(even(hidden.index_select(0, layout.scored)), own)[: len(layout.scored)]
+        weight, change = own_head(self.head.weight, own)
         tokens = token_log_probabilities(scored, weight, self.head.bias, layout.targets, change)
         if REWARD not in own:
             return layout.per_answer(tokens), None
-        return layout.per_answer(tokens), (fused(hidden.index_select(0, layout.last), own) * own[REWARD]).float().sum(1)
+        return layout.per_answer(tokens), (after_bottleneck(hidden.index_select(0, layout.last), own) * own[REWARD]).float().sum(1)
 
     def _packing_problem(self) -> str | None:
         """Try the packed form on a few tokens, against the padded one with the model's own attention: what is wrong with it, if anything.
@@ -276,7 +285,7 @@ class LanguageModel:
         try:
             with self.model.disable_adapter() if not adapter else nullcontext():
                 call = {"input_ids": layout.ids, "position_ids": layout.positions, "use_cache": False}
-                parameters = {self.places[name]: tensor for name, tensor in adapter.items()}
+                parameters = {self.parameter_names[name]: tensor for name, tensor in adapter.items()}
                 logits = functional_call(self.model, parameters, (), call).logits
             return states[0], logits
         finally:
@@ -285,7 +294,7 @@ class LanguageModel:
     def export(self, params: Tree, folder: Path) -> None:
         """Write a folder that `load_model` loads, and PEFT if there are no parts of a client's own; the tokenizer beside it."""
         folder.mkdir(parents=True, exist_ok=True)
-        adapter = joined({name: tensor for name, tensor in params.items() if name not in NAMES})
+        adapter = combined_adapter({name: tensor for name, tensor in params.items() if name not in NAMES})
         config = self.model.peft_config["default"]
         times = 2 if any(name.startswith(OWN_ADAPTER) for name in params) else 1  # two adapters as one of twice the rank
         replace(config, r=times * config.r, lora_alpha=times * config.lora_alpha).save_pretrained(str(folder))

@@ -10,17 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated
 
 import torch
 from jaxtyping import Bool, Float, Int
-from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import layer_norm, linear, relu, scaled_dot_product_attention, softplus
 
-from fedpref.trees import Tree
+from fedpref.numerics.trees import Tree
+from fedpref.types import Count
 
-Count = Annotated[int, Field(ge=1)]
 LOWEST_STD = 0.05  # where it is bounded
 
 

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 from markupsafe import escape
 
-from fedpref.reports.read import Line, Run
-from fedpref.reports.tables import TITLES
-from fedpref.summary import ACCURACY
+from fedpref.numerics.metrics import ACCURACY
+from fedpref.reports.run import Line, Run
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A6FD1", "#7F7F7F")  # told apart by the colour-blind too
 DOTTED = {"dash": "dot", "width": 1, "color": "#888888"}
@@ -78,8 +77,8 @@ def every_line(runs: Sequence[Run]) -> Iterator[tuple[str, Run, Line, int]]:
     """All lines of all runs that were evaluated: a title, and the number by which each has its colour in all charts."""
     number = 0
     for run in runs:
-        for line in (run.line, *run.references.values()):
-            kind = TITLES.get(line.name, line.name)
+        for line in (run.line, *run.baselines.values()):
+            kind = line.name
             title = kind if len(runs) == 1 else run.title if line is run.line else f"{run.title}: {kind}"
             if line.rounds < run.line.rounds:
                 title += f", after round {line.rounds}"
@@ -154,7 +153,7 @@ def gains(runs: Sequence[Run]) -> Iterator[Chart]:
     data: list[dict[str, Any]] = []
     names: list[str] = []
     for prefix, run, number in main_lines(runs):
-        gained, noise = run.gains("local"), run.noise("local")
+        gained, noise = run.gains("alone"), run.noise("alone")
         names += [name for name in sorted(gained, key=gained.__getitem__) if name not in names]
         if gained:
             bars = {"type": "bar", "orientation": "h", "name": prefix or run.title, "marker": filled(number)}

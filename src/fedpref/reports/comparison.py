@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -17,9 +16,10 @@ from omegaconf import OmegaConf
 from rich.table import Table
 
 from fedpref.errors import UserError
+from fedpref.experiments.finished import FinishedRun
+from fedpref.experiments.run_directory import CONFIG, METRICS, RunDirectory
+from fedpref.numerics.metrics import HEADLINES, headline, over_clients
 from fedpref.reports.tables import bytes_text
-from fedpref.rundirectory import CLIENTS, CONFIG, EVALUATION, METRICS, RunDirectory
-from fedpref.summary import HEADLINES, headline, over_clients
 
 RESAMPLES = 10_000
 Matrix = NDArray[np.float64]
@@ -87,11 +87,11 @@ class _Line:
 
 def _line(name: str, runs: Mapping[int, Path]) -> _Line:
     paths = list(runs.values())
-    tables = [RunDirectory(path).read_rows(EVALUATION)[-1]["clients"] for path in paths]
+    found_runs = [FinishedRun.at(path) for path in paths]
+    tables = [run.last_evaluation["clients"] for run in found_runs]
     if len({len(found) for found in tables}) > 1:
         raise UserError(f"{name}: its runs have different numbers of clients; compare runs on one split.")
-    known = [json.loads((path / CLIENTS).read_text()) for path in paths]
-    data = [{client: about[client]["digest"] for client in sorted(found)} for about, found in zip(known, tables, strict=True)]
+    data = [{client: run.clients[client]["digest"] for client in sorted(found)} for run, found in zip(found_runs, tables, strict=True)]
     metric = headline(next(iter(tables[0].values())))
     scale = HEADLINES[metric].scale
     values = np.array([[scale * found[client][metric] for client in sorted(found)] for found in tables])
@@ -115,7 +115,7 @@ def bootstrap(values: Matrix, *, crossed: bool = True, resamples: int = RESAMPLE
     return float(low), float(high)
 
 
-def _row(line: _Line, reference: Matrix | None) -> Row:
+def _row(line: _Line, first: Matrix | None) -> Row:
     metrics = [row for path in line.paths for row in RunDirectory(path).read_rows(METRICS)]
     values, crossed = line.values, line.crossed
     names = [str(i) for i in range(values.shape[1])]
@@ -126,7 +126,7 @@ def _row(line: _Line, reference: Matrix | None) -> Row:
         seeds=len(line.seeds),
         mean=float(values.mean()),
         interval=bootstrap(values, crossed=crossed),
-        gain=None if reference is None else (float((values - reference).mean()), *bootstrap(values - reference, crossed=crossed)),
+        gain=None if first is None else (float((values - first).mean()), *bootstrap(values - first, crossed=crossed)),
         worst=float(np.mean([summary["worst"] for summary in over])),
         worst_decile=float(np.mean([summary["worst_decile"] for summary in over])),
         jain=float(np.mean([summary.get("jain", math.nan) for summary in over])),
@@ -138,7 +138,7 @@ def _row(line: _Line, reference: Matrix | None) -> Row:
 
 def _newcomers(paths: Sequence[Path]) -> tuple[float, float] | None:
     """Mean accuracies of clients that never trained, as they came and after they joined; None where there are none."""
-    last = [RunDirectory(path).read_rows(EVALUATION)[-1] for path in paths]
+    last = [FinishedRun.at(path).last_evaluation for path in paths]
     if not all("newcomers" in row for row in last):
         return None
     metric = headline(next(iter(last[0]["newcomers"].values())))

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
-from fedpref.reports.tables import TITLES, bytes_text
-from fedpref.summary import ACCURACY
+from fedpref.numerics.metrics import ACCURACY
+from fedpref.reports.tables import bytes_text
 
 if TYPE_CHECKING:
-    from fedpref.running import Event
+    from fedpref.experiments.rounds import Event
 
 TRAINING = {"loss": "loss", ACCURACY: "accuracy", "rewards/margins": "margin", "reward": "reward", "kl": "KL", "error": "error"}
 UNITS = {"num_pairs": "pairs", "num_points": "points", "num_samples": "answers"}
@@ -34,9 +34,9 @@ def show(happenings: Iterator[Event], console: Console) -> None:
                 console.print(event.note, highlight=False, soft_wrap=True, markup=False)
                 continue
             text = _figures(event)
-            title = event.note if event.kind == "prepare" else TITLES.get(event.line, event.line)
+            title = event.note if event.kind == "prepare" else event.line
             if event.kind == "round":
-                recent[title].append(event.figures["seconds"])
+                recent[title].append(event.metrics["seconds"])
                 text += _left(event, recent[title])
             if not console.is_terminal:
                 if event.kind != "prepare" or event.done == event.total:
@@ -45,7 +45,7 @@ def show(happenings: Iterator[Event], console: Console) -> None:
             if title not in bars:
                 bars[title] = progress.add_task(title, total=event.total, figures="")
             if event.kind == "evaluate":
-                held_out[title] = f"held-out {event.figures['mean']:.3f}  "
+                held_out[title] = f"held-out {event.metrics['mean']:.3f}  "
             else:
                 said[title] = text
             progress.update(bars[title], completed=event.done, figures=held_out.get(title, "") + said.get(title, ""))
@@ -58,7 +58,7 @@ def _left(event: Event, seconds: deque[float]) -> str:
 
 
 def _figures(event: Event) -> str:
-    figures = event.figures
+    figures = event.metrics
     if event.kind == "prepare":
         return "clients"
     if event.kind == "evaluate":

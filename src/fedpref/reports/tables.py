@@ -11,10 +11,8 @@ from urllib.parse import unquote
 from rich.table import Table
 from rich.text import Text
 
-from fedpref.rundirectory import CLIENTS, SAMPLES
-from fedpref.summary import ACCURACY, ALIGNMENT, HEADLINES, ClientMetrics, headline, of_objectives, over_clients, standard_error
-
-TITLES = {"local": "alone", "centralised": "pooled"}
+from fedpref.experiments.run_directory import CLIENTS, SAMPLES
+from fedpref.numerics.metrics import ACCURACY, ALIGNMENT, HEADLINES, ClientMetrics, headline, of_objectives, over_clients, standard_error
 
 
 def sizes(path: Path) -> dict[str, dict[str, int]]:
@@ -53,7 +51,7 @@ def client_table(path: Path, evaluations: Mapping[str, ClientMetrics]) -> Table:
     table.add_column("held-out\nexamples", justify="right")
     main = next(iter(figures))
     for line in figures:
-        table.add_column(TITLES.get(line, line), justify="right", style="bold" if line == main else "")
+        table.add_column(line, justify="right", style="bold" if line == main else "")
     for name in names:
         table.add_row(
             Text(name), str(pairs[name]["train"]), str(counts[name]), *(shown.text(figures[line].get(name, math.nan)) for line in figures)
@@ -94,7 +92,7 @@ def objective_table(evaluations: Mapping[str, ClientMetrics]) -> Table | None:
     table = Table(title="objectives: means over clients", title_style="bold", title_justify="left")
     table.add_column("")
     for line in evaluations:
-        table.add_column(TITLES.get(line, line), justify="right")
+        table.add_column(line, justify="right")
     for metric in wanted:
         means = [sum(row[metric] for row in rows.values()) / len(rows) for rows in evaluations.values()]
         table.add_row(metric, *(f"{mean:.3f}" for mean in means))
@@ -130,7 +128,7 @@ def newcomer_table(pairs: Mapping[str, Mapping[str, int]], lines: Mapping[str, t
         table.add_column(title, justify="left" if title == "client" else "right", no_wrap=True)
     columns = []
     for line, (before, after) in lines.items():
-        for title, metrics in ((f"{TITLES.get(line, line)}\nas received", before), ("after own\nsteps", after)):
+        for title, metrics in ((f"{line}\nas received", before), ("after own\nsteps", after)):
             table.add_column(title, justify="right")
             columns.append({name: row[metric] for name, row in metrics.items()})
     for name in columns[0]:

@@ -1,12 +1,19 @@
 """Rewards of answers, small callables with the signature of TRL's reward functions, and how one is made of many."""
 
+from typing import Annotated
+
+from pydantic import Field
+
 from fedpref.rewards.combine import AdaptiveAlpha, Combine, Maximum, Mean, Minimum
+from fedpref.rewards.imported import Function, Groups
 from fedpref.rewards.models import Classifier, Sentiment, Toxicity
-from fedpref.rewards.named import Function, Groups
-from fedpref.rewards.reward import RewardFunction
+from fedpref.rewards.reward import RewardFunction, RewardSettings
 from fedpref.rewards.text import Distinct, Length, Pattern
 
-Reward = Length | Distinct | Pattern | Sentiment | Toxicity | Classifier | Groups | Function
+Reward = Annotated[
+    Length | Distinct | Pattern | Sentiment | Toxicity | Classifier | Groups | Function,
+    Field(discriminator="name"),
+]
 
 __all__ = [
     "AdaptiveAlpha",
@@ -22,6 +29,7 @@ __all__ = [
     "Pattern",
     "Reward",
     "RewardFunction",
+    "RewardSettings",
     "Sentiment",
     "Toxicity",
 ]

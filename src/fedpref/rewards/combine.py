@@ -10,6 +10,8 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
+from fedpref.types import Fraction, Positive, Probability
+
 
 @dataclass(frozen=True)
 class Mean:
@@ -57,15 +59,14 @@ class AdaptiveAlpha:
     """
 
     name: Literal["alpha"] = "alpha"
-    threshold: Annotated[float, Field(ge=0, le=1)] = 0.9
-    temperature: Annotated[float, Field(gt=0)] = 0.1
+    threshold: Probability = 0.9
+    temperature: Positive = 0.1
     rescale: bool = True
-    decay: Annotated[float, Field(ge=0, lt=1)] | None = None
+    decay: Fraction | None = None
     fares_by: Literal["mean", "winner"] = "winner"
     fairness: Literal["cov-squared", "cov"] = "cov-squared"
     history: list[float] = field(default_factory=list, init=False)  # of each group
     batches: int = field(default=0, init=False)
-    switched: int = field(default=0, init=False)  # batches in which the mean was left
 
     def index(self, rewards: Float[Tensor, "G n"]) -> float:
         """How alike groups fare, 1 at most."""
@@ -77,7 +78,6 @@ class AdaptiveAlpha:
         fair = self.index(rewards) >= self.threshold
         alpha = torch.softmax((1 - known) / self.temperature, 0)[:, None]
         self.batches += 1
-        self.switched += not fair
         leaning = (alpha * rewards).sum(0) if self.rescale else (alpha * rewards).exp().mean(0).log()
         found = rewards.mean(0) if fair else leaning
         now, rate = rewards[:, found.argmax()] if self.fares_by == "winner" else rewards.mean(1), 1 / self.batches
@@ -85,4 +85,4 @@ class AdaptiveAlpha:
         return found
 
 
-Combine = Mean | Minimum | Maximum | AdaptiveAlpha
+Combine = Annotated[Mean | Minimum | Maximum | AdaptiveAlpha, Field(discriminator="name")]

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
 
 from fedpref.errors import UserError
-from fedpref.rewards.reward import RewardFunction, Text, plain
+from fedpref.rewards.reward import OpenGroups, RewardFunction, RewardSettings, no_groups, plain
+from fedpref.types import Count, Text
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sentiment:
+class Sentiment(RewardSettings):
     """How positive an answer sounds, from -1 to 1: VADER's compound score (Hutto and Gilbert 2014); needs fedpref[sentiment]."""
 
     name: Literal["sentiment"] = "sentiment"
 
-    def build(self) -> RewardFunction:
+    def build(self, open_groups: OpenGroups = no_groups) -> RewardFunction:
         try:
             from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
         except ImportError as error:
@@ -36,7 +36,7 @@ class Sentiment:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Toxicity:
+class Toxicity(RewardSettings):
     """The probability that an answer is not offensive, by a linear model on word counts, as profanity-check is one.
 
     `path` is an .npz file: `vocab` of W lower-case words, `coef` [K, W] and `intercept` [K] of K such models, `platt_a` and `platt_b` [K];
@@ -46,7 +46,10 @@ class Toxicity:
     path: str
     name: Literal["toxicity"] = "toxicity"
 
-    def build(self) -> RewardFunction:
+    def with_paths(self, renamed: Callable[[str], str]) -> Self:
+        return replace(self, path=renamed(self.path))
+
+    def build(self, open_groups: OpenGroups = no_groups) -> RewardFunction:
         try:
             with np.load(self.path, allow_pickle=False) as file:
                 found: dict[str, NDArray[Any]] = {name: file[name] for name in ("vocab", "coef", "intercept", "platt_a", "platt_b")}
@@ -69,7 +72,7 @@ class Toxicity:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Classifier:
+class Classifier(RewardSettings):
     """A sequence-classification model of transformers, such as a reward model: its only logit, or the log-odds of one of its labels.
 
     Prompt and answer are one text, or two segments (`pairs`); conversations go through the model's chat template.
@@ -82,9 +85,12 @@ class Classifier:
     label: int | str | None = None  # which one is good, where there are several
     pairs: bool = False
     device: str = "cpu"
-    batch_size: Annotated[int, Field(ge=1)] = 16
+    batch_size: Count = 16
 
-    def build(self) -> RewardFunction:
+    def with_paths(self, renamed: Callable[[str], str]) -> Self:
+        return replace(self, path=renamed(self.path))
+
+    def build(self, open_groups: OpenGroups = no_groups) -> RewardFunction:
         import transformers
 
         try:

@@ -2,16 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Protocol, Self
 
-Text = str | Sequence[Mapping[str, str]]
+from fedpref.errors import UserError
+from fedpref.rewards.combine import Combine
+from fedpref.types import Text
 
 
 class RewardFunction(Protocol):
     """A reward for each completion to the prompt in the same place; both are text, or lists of messages."""
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> Sequence[float]: ...
+
+
+OpenGroups = Callable[[str, tuple[str, ...], Combine, Any], RewardFunction]
+"""(run, groups, combine, kind) -> the reward of these groups, by the run's predictor of opinions."""
+
+
+def no_groups(run: str, groups: tuple[str, ...], combine: Combine, kind: Any) -> RewardFunction:
+    """Raise UserError: nobody has said how a finished run is opened."""
+    raise UserError(f"the reward of groups of {run}: it is opened by an experiment, as in Experiment.build_task().")
+
+
+class RewardSettings(ABC):
+    """The settings of a reward, a frozen dataclass; `build` makes the function."""
+
+    name: str
+    compares: ClassVar[bool] = False
+    """It compares several answers to a prompt."""
+
+    @abstractmethod
+    def build(self, open_groups: OpenGroups = no_groups) -> RewardFunction:
+        """Load what the reward needs; raises UserError where it cannot be loaded."""
+
+    def with_paths(self, renamed: Callable[[str], str]) -> Self:
+        """The same reward with `renamed` applied to the models and runs that it reads."""
+        return self
+
+    @property
+    def code(self) -> str | None:
+        """`module:function` of code that it imports, which others must consent to."""
+        return None
 
 
 def plain(text: Text) -> str:

@@ -5,24 +5,21 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
-
-from pydantic import Field
+from typing import Any, Literal
 
 from fedpref.errors import UserError
-from fedpref.rewards.reward import RewardFunction, Text, plain
-
-Count = Annotated[int, Field(ge=1)]
+from fedpref.rewards.reward import OpenGroups, RewardFunction, RewardSettings, no_groups, plain
+from fedpref.types import Count, Text
 
 
 @dataclass(frozen=True, kw_only=True)
-class Length:
+class Length(RewardSettings):
     """How near the number of words is to a target: 1 there, 0 for nothing said or twice as much, and less beyond, down to -1."""
 
     name: Literal["length"] = "length"
     target: Count = 20  # words
 
-    def build(self) -> RewardFunction:
+    def build(self, open_groups: OpenGroups = no_groups) -> RewardFunction:
         return self
 
     def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], **_: Any) -> list[float]:
@@ -31,13 +28,13 @@ class Length:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Distinct:
+class Distinct(RewardSettings):
     """The share of an answer's n-grams of words that are its first of their kind: 1 without repetition, 0 where there are none."""
 
     name: Literal["distinct"] = "distinct"
     n: Count = 2
 
-    def build(self) -> RewardFunction:
+    def build(self, open_groups: OpenGroups = no_groups) -> RewardFunction:
         return self
 
     def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], **_: Any) -> list[float]:
@@ -45,7 +42,7 @@ class Distinct:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pattern:
+class Pattern(RewardSettings):
     """1 where a regular expression is found in the answer, else 0; with `most` above 1 the share of so many places where it is found."""
 
     pattern: str
@@ -59,7 +56,7 @@ class Pattern:
         except re.error as error:
             raise UserError(f"pattern {self.pattern!r} is no regular expression: {error}.") from error
 
-    def build(self) -> RewardFunction:
+    def build(self, open_groups: OpenGroups = no_groups) -> RewardFunction:
         return self
 
     def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], **_: Any) -> list[float]:

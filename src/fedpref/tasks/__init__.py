@@ -1,11 +1,15 @@
 """Learning problems: model, data and objective in one."""
 
+from typing import Annotated
+
+from pydantic import Field
+
 from fedpref.tasks.dialogue import DialogueTask
 from fedpref.tasks.feedback import FeedbackTask
 from fedpref.tasks.opinion import OpinionTask
 from fedpref.tasks.preference import PreferenceTask
 from fedpref.tasks.task import BatchSize, Shard, Task
 
-AnyTask = PreferenceTask | FeedbackTask | OpinionTask | DialogueTask
+AnyTask = Annotated[PreferenceTask | FeedbackTask | OpinionTask | DialogueTask, Field(discriminator="name")]
 
 __all__ = ["AnyTask", "BatchSize", "DialogueTask", "FeedbackTask", "OpinionTask", "PreferenceTask", "Shard", "Task"]

@@ -3,32 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from fedpref import seeds
 from fedpref.data.preferences import ClientData, Opinion, Text
 from fedpref.errors import UserError
 from fedpref.losses.policy import GRPO, PPO, RLOO, Sampled, surrogate
 from fedpref.models.generation import Sampling, generate
+from fedpref.models.own_parts import Parts
 from fedpref.models.packed import Row as Packed
-from fedpref.models.parts import Parts
+from fedpref.numerics import seeds
+from fedpref.numerics.metrics import REWARD
+from fedpref.numerics.trees import Tree
 from fedpref.rewards import Reward
 from fedpref.rewards.combine import AdaptiveAlpha
-from fedpref.rewards.named import Groups
-from fedpref.rewards.reward import plain
+from fedpref.rewards.imported import Groups
+from fedpref.rewards.reward import OpenGroups, no_groups, plain
 from fedpref.rewards.text import distinct
-from fedpref.summary import REWARD
-from fedpref.tasks.learner import LanguageLearner, LanguageTask, Tokens
+from fedpref.tasks.language import LanguageLearner, LanguageTask, Tokens
 from fedpref.tasks.task import CRITIC, BatchSize
-from fedpref.trees import Tree
+from fedpref.types import Count, WholeNumber
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +37,12 @@ class DialogueTask(LanguageTask):
     """Prompts, and rewards of the answers that the policy gives them; each reward is an objective."""
 
     name: Literal["dialogue"] = "dialogue"
-    rewards: dict[str, Annotated[Reward, Field(discriminator="name")]] = field(default_factory=dict)  # objective -> its reward
+    rewards: dict[str, Reward] = field(default_factory=dict)  # objective -> its reward
     estimator: Annotated[PPO | RLOO | GRPO, Field(discriminator="name")] = PPO()
     sampling: Sampling = Sampling()
-    num_generations: Annotated[int, Field(ge=1)] = 4  # answers to each prompt of a batch
-    evaluation_prompts: Annotated[int, Field(ge=1)] = 64  # held-out prompts of a client that are answered in an evaluation
-    samples: Annotated[int, Field(ge=0)] = 4  # of them whose answers, before training and after, are kept with the client to be read
+    num_generations: Count = 4  # answers to each prompt of a batch
+    evaluation_prompts: Count = 64  # held-out prompts of a client that are answered in an evaluation
+    samples: WholeNumber = 4  # of them whose answers, before training and after, are kept with the client to be read
 
     def __post_init__(self) -> None:
         if not self.rewards:
@@ -57,7 +58,7 @@ class DialogueTask(LanguageTask):
     @property
     def answers_together(self) -> int:
         """Answers to a held-out prompt: one, unless a reward compares several."""
-        return max(2, self.num_generations) if any(isinstance(reward, Groups) for reward in self.rewards.values()) else 1
+        return max(2, self.num_generations) if any(reward.compares for reward in self.rewards.values()) else 1
 
     @property
     def objectives(self) -> tuple[str, ...]:
@@ -69,7 +70,6 @@ class DialogueTask(LanguageTask):
 
     @property
     def needs_critics(self) -> bool:
-        """Whether clients keep critics."""
         return self.estimator.needs_critic
 
     def check(self, parts: Parts) -> None:
@@ -79,8 +79,22 @@ class DialogueTask(LanguageTask):
                 "Take firm, feddpo or another algorithm without parts for the task 'dialogue'."
             )
 
-    def build(self) -> DialogueLearner:
-        return DialogueLearner(self)
+    def reward_settings(self) -> Mapping[str, Reward]:
+        return self.rewards
+
+    def without_samples(self) -> Self:
+        return replace(self, samples=0)
+
+    def evaluating(self, examples: int) -> Self:
+        return replace(self, evaluation_prompts=examples)
+
+    def with_models(self, renamed: Callable[[str], str]) -> Self:
+        same = super().with_models(renamed)
+        rewards: Any = {name: reward.with_paths(renamed) for name, reward in self.rewards.items()}
+        return replace(same, rewards=rewards)
+
+    def build(self, open_groups: OpenGroups = no_groups) -> DialogueLearner:
+        return DialogueLearner(self, open_groups)
 
 
 @dataclass(frozen=True)
@@ -122,9 +136,9 @@ class DialogueLearner(LanguageLearner):
 
     settings: DialogueTask
 
-    def __init__(self, settings: DialogueTask) -> None:
+    def __init__(self, settings: DialogueTask, open_groups: OpenGroups) -> None:
         super().__init__(settings)
-        self.rewards = {name: reward.build() for name, reward in settings.rewards.items()}
+        self.rewards = {name: reward.build(open_groups) for name, reward in settings.rewards.items()}
         if settings.sampling.max_completion_length > self.max_length - 8:
             raise UserError(
                 f"task.sampling.max_completion_length: {settings.sampling.max_completion_length} tokens leave no room for a prompt in "

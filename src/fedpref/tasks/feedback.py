@@ -13,12 +13,13 @@ from torch import Tensor
 from fedpref.data.preferences import Feedback, Preference, Row
 from fedpref.errors import UserError
 from fedpref.losses.feedback import KTO
-from fedpref.models.parts import Parts
-from fedpref.tasks.answers import AnswerLearner, AnswerTask, Batch, Example, PerExample
+from fedpref.models.own_parts import Parts
+from fedpref.rewards.reward import OpenGroups, no_groups
+from fedpref.tasks.offline import Batch, Example, OfflineLearner, OfflineTask, PerExample
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeedbackTask(AnswerTask):
+class FeedbackTask(OfflineTask):
     """Single answers, each desirable or not (columns prompt, completion, label); a preference pair counts as one of each."""
 
     name: Literal["feedback"] = "feedback"
@@ -28,11 +29,15 @@ class FeedbackTask(AnswerTask):
         if parts.reward:
             raise UserError("algorithm.parts.reward: an explicit reward is for pairs; with judgements, set it to false.")
 
-    def build(self) -> FeedbackLearner:
+    @property
+    def loss_name(self) -> str:
+        return self.loss.name
+
+    def build(self, open_groups: OpenGroups = no_groups) -> FeedbackLearner:
         return FeedbackLearner(self)
 
 
-class FeedbackLearner(AnswerLearner):
+class FeedbackLearner(OfflineLearner):
     """The task at work; an example's second answer is one given to another prompt, from which the loss estimates its KL term."""
 
     settings: FeedbackTask

@@ -9,34 +9,34 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from pydantic import Field
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from fedpref import seeds, trees
 from fedpref.data.preferences import ClientData, Feedback, Opinion, Preference, Prompt, Row, key
 from fedpref.errors import UserError
 from fedpref.models import devices
 from fedpref.models.encoder import Encoder
-from fedpref.models.parts import Parts
+from fedpref.models.own_parts import Parts
 from fedpref.models.predictor import Predictor, gaussian_loss, softmax_within
-from fedpref.summary import ALIGNMENT
-from fedpref.tasks.shares import alignment, calibration_error, wasserstein_alignment
-from fedpref.tasks.task import BatchSize
-from fedpref.trees import Tree
+from fedpref.numerics import seeds, trees
+from fedpref.numerics.metrics import ALIGNMENT
+from fedpref.numerics.trees import Tree
+from fedpref.rewards.reward import OpenGroups, no_groups
+from fedpref.tasks.alignment import alignment, calibration_error, wasserstein_alignment
+from fedpref.tasks.task import BatchSize, TaskSettings
+from fedpref.types import Count
 
-Count = Annotated[int, Field(ge=1)]
 Texts = tuple[str, ...]
 FILE, CONFIG = "predictor.safetensors", "predictor.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class OpinionTask:
+class OpinionTask(TaskSettings):
     """A group's opinions, predicted from a few of them in context (GPO's task, PluralLLM's with one group a client).
 
     An example is a task: so many of the group's questions at random as context, as many others as targets. Preference pairs are
@@ -44,7 +44,6 @@ class OpinionTask:
     """
 
     name: Literal["opinion"] = "opinion"
-    adapts: ClassVar[bool] = False
     measures_examples: ClassVar[bool] = True
     objectives: ClassVar[tuple[str, ...]] = ("loss",)
     model: Encoder = Encoder()
@@ -61,10 +60,9 @@ class OpinionTask:
                 raise ValueError(f"task.{name}: {low} is more than {high}")
 
     def check(self, parts: Parts) -> None:
-        """Raise UserError if clients cannot have these parts of their own under this task."""
-        raise UserError("algorithm: a predictor of opinions has no parts of a client's own. Take pluralllm, feddpo, local or centralised.")
+        raise UserError("algorithm: a predictor of opinions has no parts of a client's own. Take pluralllm, feddpo, alone or pooled.")
 
-    def build(self) -> OpinionLearner:
+    def build(self, open_groups: OpenGroups = no_groups) -> OpinionLearner:
         return OpinionLearner(self)
 
 
@@ -136,11 +134,11 @@ class OpinionLearner:
         return self.encoder.device
 
     @property
-    def places(self) -> int:
-        return devices.places(self.encoder.wanted)
+    def devices(self) -> int:
+        return devices.count(self.encoder.wanted)
 
-    def place(self, worker: int) -> None:
-        self.encoder.place(worker)
+    def move_to(self, worker: int) -> None:
+        self.encoder.move_to(worker)
 
     # ---- data
 
@@ -261,6 +259,10 @@ class OpinionLearner:
     def choices(self, params: Tree, shard: OpinionShard) -> Float[Tensor, " n"]:
         """The predicted share of every option."""
         return torch.cat(self.predict(params, shard.context, shard.asked)[0])
+
+    def samples(self, params: Tree, shard: OpinionShard) -> list[dict[str, Any]]:
+        """None: a predictor answers nothing."""
+        return []
 
     def export(self, params: Tree, folder: Path) -> None:
         """Write the predictor's parameters, its sizes and which model embeds its texts."""

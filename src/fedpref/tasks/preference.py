@@ -4,27 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import Field
 from torch import Tensor
 
 from fedpref.data.preferences import ClientData, Preference, Row
 from fedpref.errors import UserError
 from fedpref.losses import DPO, Explicit, Hinge, Loss, PairScores
-from fedpref.models.parts import Parts
-from fedpref.summary import IMPLICIT
-from fedpref.tasks.answers import AnswerLearner, AnswerShard, AnswerTask, Batch, Example, PerExample
+from fedpref.models.own_parts import Parts
+from fedpref.numerics.metrics import IMPLICIT
+from fedpref.rewards.reward import OpenGroups, no_groups
+from fedpref.tasks.offline import Batch, Example, OfflineLearner, OfflineShard, OfflineTask, PerExample
 
 
 @dataclass(frozen=True, kw_only=True)
-class PreferenceTask(AnswerTask):
+class PreferenceTask(OfflineTask):
     """Preference pairs under one of the DPO family's losses."""
 
     name: Literal["preference"] = "preference"
-    loss: Annotated[Loss, Field(discriminator="name")] = DPO()
+    loss: Loss = DPO()
     explicit: Explicit = Explicit()  # where clients have a reward head
     objective_column: str | None = None  # a column that says which objective a pair is about
     objective_names: tuple[str, ...] = ()  # what it says, in the order of preferences over objectives
@@ -53,11 +53,15 @@ class PreferenceTask(AnswerTask):
                 "Raise gamma, set stop_gradient to false, or leave the head out: algorithm.parts.reward=false."
             )
 
-    def build(self) -> PreferenceLearner:
+    @property
+    def loss_name(self) -> str:
+        return self.loss.name
+
+    def build(self, open_groups: OpenGroups = no_groups) -> PreferenceLearner:
         return PreferenceLearner(self)
 
 
-class PreferenceLearner(AnswerLearner):
+class PreferenceLearner(OfflineLearner):
     """The task at work; an example's answers are the chosen and the rejected one."""
 
     settings: PreferenceTask
@@ -82,7 +86,7 @@ class PreferenceLearner(AnswerLearner):
             cut += shortened
         return found, cut
 
-    def encode(self, data: ClientData) -> AnswerShard:
+    def encode(self, data: ClientData) -> OfflineShard:
         """Turn a client's rows into tokens; raises UserError where it has none of an objective."""
         shard = super().encode(data)
         for side, examples in (("training", shard.train), ("held-out", shard.test)):

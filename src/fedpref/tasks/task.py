@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fedpref.models.parts import Parts
-from fedpref.trees import Tree
+from fedpref.data.preferences import ClientData
+from fedpref.models.language import BUILTIN
+from fedpref.models.own_parts import Parts
+from fedpref.numerics.trees import Tree
+from fedpref.rewards.reward import OpenGroups, RewardSettings, no_groups
 
 CRITIC = "critic."  # begins the names of parameters that foretell an objective's rewards
 
@@ -34,6 +38,81 @@ class Shard(Protocol):
     def __len__(self) -> int:
         """The number of training examples: the client's weight in a mean by examples."""
         ...
+
+
+class TaskSettings(ABC):
+    """The settings of a learning problem, a frozen dataclass; `build` makes the problem itself.
+
+    What an experiment must know of it before anything is loaded is declared here, with defaults.
+    """
+
+    name: str
+    model: Any
+
+    adapts: ClassVar[bool] = False
+    """It trains a LoRA adapter of a model, whose factors algorithms may treat apart."""
+
+    @property
+    @abstractmethod
+    def objectives(self) -> tuple[str, ...]:
+        """What is trained for, by name: as many as there are losses."""
+
+    @property
+    @abstractmethod
+    def measures_examples(self) -> bool:
+        """Whether training examples have a loss together, and held-out ones choices."""
+
+    @property
+    def needs_critics(self) -> bool:
+        """Whether clients keep critics, which foretell rewards."""
+        return False
+
+    @property
+    def runs_remote_code(self) -> bool:
+        """Whether code that comes with a model would run."""
+        return False
+
+    @property
+    def samples(self) -> int:
+        """Held-out prompts of a client that are answered before training and after, to be read."""
+        return 0
+
+    @property
+    def loss_name(self) -> str | None:
+        """The loss's name, where there is a choice of losses."""
+        return None
+
+    def check(self, parts: Parts) -> None:  # noqa: B027  # most tasks have nothing to check
+        """Raise UserError if clients cannot have these parts of their own under this task."""
+
+    @abstractmethod
+    def build(self, open_groups: OpenGroups = no_groups) -> Task:
+        """Load the model and return the task at work.
+
+        Args:
+            open_groups: Opens rewards that are read off a finished run of opinions.
+        """
+
+    def reward_settings(self) -> Mapping[str, RewardSettings]:
+        """Return the rewards by objective, where the task has any."""
+        return {}
+
+    def without_samples(self) -> Self:
+        """Return the same task, of whose answers none are kept to be read."""
+        return self
+
+    def evaluating(self, examples: int) -> Self:
+        """Return the same task, whose evaluations take so many held-out examples at least."""
+        return self
+
+    def with_models(self, renamed: Callable[[str], str]) -> Self:
+        """Return the same task with `renamed` applied to its model's path, unless it is shipped."""
+        if self.model.path == BUILTIN:
+            return self
+        changed: Any = self
+        assert is_dataclass(changed)
+        made: Self = replace(changed, model=replace(self.model, path=renamed(self.model.path)))  # type: ignore[type-var, assignment]
+        return made
 
 
 class Task(Protocol):
@@ -60,12 +139,12 @@ class Task(Protocol):
         ...
 
     @property
-    def places(self) -> int:
-        """How many workers on this machine have a place of their own."""
+    def devices(self) -> int:
+        """How many workers on this machine have a device, or a processor, of their own."""
         ...
 
-    def place(self, worker: int) -> None:
-        """Move to the place of this worker, a process of its own if there are several; before anything is computed."""
+    def move_to(self, worker: int) -> None:
+        """Move to the device of this worker, a process of its own if there are several; before anything is computed."""
         ...
 
     def init(self, rng: torch.Generator) -> Tree:
@@ -74,6 +153,10 @@ class Task(Protocol):
 
     def parts(self, settings: Parts, rng: torch.Generator) -> Tree:
         """A client's own parts as they begin, under names that `init` does not use; raises UserError where the model cannot have them."""
+        ...
+
+    def encode(self, data: ClientData) -> Any:
+        """A client's rows as the task reads them; raises UserError for a row that it cannot use."""
         ...
 
     def prepare(self, shard: Any, cache: Path) -> Any:
@@ -98,6 +181,10 @@ class Task(Protocol):
 
     def choices(self, params: Tree, shard: Any) -> Float[Tensor, " n"]:
         """What is chosen for each held-out example, between 0 and 1, in an order that depends on the shard alone; on the CPU."""
+        ...
+
+    def samples(self, params: Tree, shard: Any) -> list[dict[str, Any]]:
+        """Held-out prompts with an answer before training and one after, and their rewards."""
         ...
 
     def export(self, params: Tree, folder: Path) -> None:

@@ -14,10 +14,11 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from fedpref.errors import UserError
-from fedpref.reports import charts, methods
-from fedpref.reports.page.rows import client_rows, fairness, joined, newcomer_rows, objective_rows
-from fedpref.reports.page.words import ENOUGH, MEANINGS, told
-from fedpref.reports.read import Run, read
+from fedpref.reports import charts
+from fedpref.reports import method_charts as methods
+from fedpref.reports.page.sentences import ENOUGH, MEANINGS, told
+from fedpref.reports.page.tables import client_rows, fairness, joined, newcomer_rows, objective_rows
+from fedpref.reports.run import Run, read
 
 REPORT = "report.html"
 FRONT = "front.json"  # what `fedpref pareto` leaves in its folder
@@ -71,11 +72,11 @@ def page(runs: Sequence[Run], fronts: Sequence[Mapping[str, Any]] = ()) -> str:
         caption=runs[0].shown.caption if runs else "",
         clients=client_rows(runs),
         client_lines=[title for title, _, _, _ in charts.every_line(runs)],
-        gain_lines=[charts.with_prefix(prefix, "gain over alone") for prefix, run, _ in charts.main_lines(runs) if run.gains("local")],
+        gain_lines=[charts.with_prefix(prefix, "gain over alone") for prefix, run, _ in charts.main_lines(runs) if run.gains("alone")],
         newcomers=newcomer_rows(runs),
         newcomer_lines=[title for title, _ in joined(runs)],
         objectives=objective_rows(runs),
-        meanings=[text for name, text in MEANINGS.items() if any(name in run.references for run in runs)],
+        meanings=[text for name, text in MEANINGS.items() if any(name in run.baselines for run in runs)],
         enough=ENOUGH,
     )
 

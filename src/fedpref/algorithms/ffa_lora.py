@@ -1,0 +1,44 @@
+"""FFA-LoRA, for DPO.
+
+Source: Sun et al. 2024, "Improving LoRA in Privacy-preserving Federated Learning".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from fedpref.algorithms.feddpo import FedDPO
+from fedpref.federation.aggregation import FrozenA
+from fedpref.federation.common import AdapterState
+from fedpref.federation.local_training import LocalTraining
+from fedpref.federation.verbs import Algorithm, Federation
+from fedpref.numerics.trees import Tree
+
+
+@dataclass(frozen=True, kw_only=True)
+class FFA(Algorithm[AdapterState]):
+    """FedDPO with A frozen where it was drawn: the mean of the products is the product of the means.
+
+    Shared: the adapter. Private: pairs, optimiser moments. Averaged: B, half of FedDPO's bytes up.
+    """
+
+    name: Literal["ffa-lora"] = "ffa-lora"
+    local: LocalTraining = LocalTraining()
+    """How a client trains within a round."""
+
+    works = FedDPO.works
+    adapts: ClassVar[bool] = True
+
+    def init(self, fed: Federation, start: Tree) -> AdapterState:
+        return self._as_feddpo().init(fed, start)
+
+    def step(self, fed: Federation, state: AdapterState) -> tuple[AdapterState, Mapping[str, float]]:
+        return self._as_feddpo().step(fed, state)
+
+    def model(self, state: AdapterState) -> tuple[Tree]:
+        return (state.adapter,)
+
+    def _as_feddpo(self) -> FedDPO:
+        return FedDPO(local=self.local, aggregate=FrozenA())

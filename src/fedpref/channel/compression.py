@@ -1,0 +1,106 @@
+"""Fewer bytes a message, at the price of an error: the largest entries alone, or few bits an entry."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fedpref.channel.chain import Sender, Stage
+from fedpref.numerics.trees import Tree
+
+VALUES, PLACES, SHAPE, LEVELS, SCALE = "values/", "places/", "shape/", "levels/", "scale/"
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The entries of largest magnitude of each tensor, with their places."""
+
+    name: Literal["top-k"] = "top-k"
+    fraction: Annotated[float, Field(gt=0, le=1)] = 0.1
+
+    def stage(self) -> Stage:
+        return Stage(self.name, self._encode, _dense)
+
+    def _encode(self, tree: Tree, sender: Sender) -> Tree:
+        message: dict[str, Tensor] = {}
+        for name, tensor in tree.items():
+            flat = tensor.flatten()
+            places = flat.abs().topk(math.ceil(self.fraction * len(flat)), sorted=False).indices.sort().values
+            message |= {VALUES + name: flat[places], PLACES + name: places.int(), SHAPE + name: torch.tensor(tensor.shape)}
+        return message
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """Each entry as one of 2^bits - 1 levels between plus and minus the tensor's largest, rounded at random so that the mean is right.
+
+    The form of QSGD (Alistarh et al. 2017) with the largest magnitude as scale.
+    """
+
+    name: Literal["quantize"] = "quantize"
+    bits: Annotated[int, Field(ge=2, le=8)] = 8  # below eight, entries share bytes
+
+    def stage(self) -> Stage:
+        return Stage(self.name, self._encode, self._decode)
+
+    def _encode(self, tree: Tree, sender: Sender) -> Tree:
+        message: dict[str, Tensor] = {}
+        highest = 2 ** (self.bits - 1) - 1
+        for name, tensor in sorted(tree.items()):
+            scale = tensor.abs().max()
+            unit = tensor / scale.clamp(min=torch.finfo(tensor.dtype).tiny) * highest
+            levels = (unit + torch.rand(unit.shape, generator=sender.rng)).floor().clamp(-highest, highest) + highest
+            message |= {LEVELS + name: _packed(levels.flatten().byte(), self.bits), SCALE + name: scale[None]}
+            message[SHAPE + name] = torch.tensor(tensor.shape)
+        return message
+
+    def _decode(self, message: Tree, count: int) -> Tree:
+        tree = {}
+        highest = 2 ** (self.bits - 1) - 1
+        for name in (key.removeprefix(SCALE) for key in message if key.startswith(SCALE)):
+            shape = message[SHAPE + name].tolist()
+            levels = _unpacked(message[LEVELS + name], self.bits, math.prod(shape)).float() - highest
+            tree[name] = (levels * (message[SCALE + name] / highest)).view(shape)
+        return tree
+
+
+Compression = Annotated[TopK | Quantize, Field(discriminator="name")]
+
+
+def alike(message: Tree, other: Tree) -> bool:
+    """Whether messages, compressed or not, stand for trees of the same names, types and sizes."""
+    return message.keys() == other.keys() and all(
+        tensor.dtype == other[name].dtype
+        and tensor.shape == other[name].shape
+        and (not name.startswith(SHAPE) or torch.equal(tensor, other[name]))
+        for name, tensor in message.items()
+    )
+
+
+def _dense(message: Tree, count: int) -> Tree:
+    tree = {}
+    for name in (key.removeprefix(VALUES) for key in message if key.startswith(VALUES)):
+        values, shape = message[VALUES + name], message[SHAPE + name].tolist()
+        tree[name] = values.new_zeros(math.prod(shape)).index_put_((message[PLACES + name].long(),), values).view(shape)
+    return tree
+
+
+def _packed(levels: Tensor, bits: int) -> Tensor:
+    """Levels of so many bits, the highest bit first, one after the other in bytes."""
+    if bits == 8:
+        return levels
+    single = (levels[:, None] >> torch.arange(bits - 1, -1, -1, dtype=torch.uint8)) & 1
+    single = torch.nn.functional.pad(single.flatten(), (0, -single.numel() % 8)).view(-1, 8)
+    return (single << torch.arange(7, -1, -1, dtype=torch.uint8)).sum(1).to(torch.uint8)
+
+
+def _unpacked(content: Tensor, bits: int, count: int) -> Tensor:
+    if bits == 8:
+        return content
+    single = ((content[:, None] >> torch.arange(7, -1, -1, dtype=torch.uint8)) & 1).flatten()[: bits * count].view(count, bits)
+    return (single.int() << torch.arange(bits - 1, -1, -1)).sum(1)

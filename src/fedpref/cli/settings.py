@@ -1,0 +1,86 @@
+"""Commands about settings: what there is, a schema for editors, old files made new."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedpref.cli.shared import app, console
+from fedpref.errors import UserError
+
+
+@app.command(name="list")
+def list_(
+    what: Annotated[
+        str | None,
+        typer.Argument(help="A kind, as in losses, or a name, as in feddpo; by default all."),
+    ] = None,
+) -> None:
+    """List what there is: algorithms, losses, tasks, data; or the settings of one of them.
+
+    Example: fedpref list feddpo
+    """
+    from fedpref.reports.settings import kind_table, kinds_table, named_kinds, setting_table
+
+    groups = named_kinds()
+    if what is None or what in groups:
+        console.print(kinds_table(groups if what is None else {what: groups[what]}))
+        return
+    chosen = {kind for group in groups.values() for kind in group if what in kind.names}
+    if not chosen:
+        raise UserError(f"{what!r} is neither a kind nor a name. Kinds are {', '.join(groups)}; `fedpref list` shows all names.")
+    for kind in sorted(chosen, key=lambda kind: kind.title):
+        console.print(kind_table(kind))
+        console.print(setting_table(kind))
+
+
+@app.command()
+def schema(
+    output: Annotated[Path | None, typer.Option(help="The file; by default it is printed.")] = None,
+) -> None:
+    """Write a JSON schema of experiments, by which editors complete and check YAML files.
+
+    Example: fedpref schema --output fedpref.schema.json
+    """
+    import json
+
+    from fedpref import config
+    from fedpref.experiments.experiment import Experiment
+
+    text = json.dumps(config.schema(Experiment), indent=1)
+    if output is None:
+        print(text)
+    else:
+        output.write_text(text + "\n")
+        console.print(
+            f"schema: {output}; begin a YAML file with # yaml-language-server: $schema={output}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+@app.command()
+def migrate(
+    config: Annotated[Path, typer.Argument(help="A YAML file of an older fedpref.", metavar="CONFIG")],
+    output: Annotated[Path | None, typer.Option(help="The new file; by default CONFIG itself.")] = None,
+) -> None:
+    """Rewrite a config with today's keys and names; comments and all else stay.
+
+    Example: fedpref migrate configs/mine.yaml
+    """
+    from fedpref.experiments.migration import migrated_text
+
+    if not config.is_file():
+        raise UserError(f"{config}: there is no such config file.")
+    text = config.read_text()
+    renewed = migrated_text(text)
+    goal = output or config
+    if renewed == text and goal == config:
+        console.print(f"{config}: nothing to change.", highlight=False, soft_wrap=True)
+        return
+    beside = goal.with_name(f".{goal.name}.part")
+    beside.write_text(renewed)
+    beside.replace(goal)
+    console.print(f"written: {goal}", highlight=False, soft_wrap=True)

@@ -1,0 +1,91 @@
+"""Commands that show."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedpref.cli.shared import app, console
+from fedpref.errors import UserError
+
+
+@app.command()
+def compare(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Finished runs; the first one's name is what others are compared with.", metavar="RUN")
+    ],
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
+    csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
+) -> None:
+    """Compare runs: accuracy or alignment, gains with intervals over clients and seeds, worst clients, bytes, time.
+
+    Example: fedpref compare runs/feddpo runs/fedpdpo
+    """
+    from fedpref.reports import comparison
+
+    rows = comparison.compare(runs)
+    if markdown or csv:
+        print(comparison.markdown(rows) if markdown else comparison.csv_text(rows), end="")
+    else:
+        console.print(comparison.table(rows))
+
+
+@app.command()
+def watch(path: Annotated[Path, typer.Argument(help="The directory of a run that goes on elsewhere.", metavar="RUN")]) -> None:
+    """Show a run as it goes, from its directory, with the time that is left. Ctrl-C ends the watching, not the run.
+
+    Example: fedpref watch runs/demo
+    """
+    from fedpref.reports.progress import show
+    from fedpref.runs.watch import watched
+
+    show(watched(path), console)
+    console.print(f"the run is finished; `fedpref report {path}` writes its page", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Runs, or folders of fronts that `fedpref pareto` made.", metavar="RUN")],
+    output: Annotated[Path | None, typer.Option(help="The file; by default report.html in the run, or here for several.")] = None,
+    opens: Annotated[bool, typer.Option("--open", help="Show it in a browser.")] = False,
+) -> None:
+    """Write one page about runs: what was learned, who gained and who lost, what it cost. It opens from a disk and needs no network.
+
+    Example: fedpref report runs/fedpdpo runs/feddpo --output comparison.html --open
+    """
+    from fedpref.reports.page import REPORT, write_report
+
+    place = write_report(runs, output or (runs[0] / REPORT if len(runs) == 1 else Path(REPORT)))
+    console.print(f"report: {place}", highlight=False, soft_wrap=True)
+    if opens:
+        typer.launch(str(place))
+
+
+@app.command()
+def topology(
+    spec: Annotated[str, typer.Argument(help='A name, or "{name: erdos-renyi, probability: 0.2}".', metavar="SPEC")],
+    clients: Annotated[int, typer.Option(min=1, help="How many there are.")] = 8,
+    weights: Annotated[str, typer.Option(help="metropolis, max-degree or uniform.")] = "metropolis",
+) -> None:
+    """Show a graph between clients: how fast it lets them agree, and who hears whom.
+
+    Example: fedpref topology ring --clients 16
+    """
+    import yaml
+
+    from fedpref import config
+    from fedpref.federation.network import Network
+    from fedpref.reports.network_view import drawn, graph_metrics, metric_table
+
+    try:
+        content = yaml.safe_load(spec)
+    except yaml.YAMLError as error:
+        raise UserError(f"SPEC {spec!r}: this is no name and no YAML mapping.") from error
+    network = config.parse(Network, {"topology": content, "weights": weights}, "SPEC")
+    names = [f"client-{i}" for i in range(clients)]
+    network.check(names)
+    console.print(metric_table(graph_metrics(network, names)))
+    console.print()
+    console.print(drawn(network.matrix(names, 0, 0, range(clients)), names), soft_wrap=True)

@@ -1,0 +1,53 @@
+"""What a source of rows offers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Self
+
+from fedpref.data.preferences import Row
+
+
+class DataSource(ABC):
+    """Where rows come from: a frozen dataclass of settings."""
+
+    name: str
+
+    @property
+    def test_fraction(self) -> float:
+        """The share of prompts that are held out, where the source does not say which are."""
+        return 0.2
+
+    @property
+    def location(self) -> str | None:
+        """The file, folder or Hub id that is read; None where it is part of this package."""
+        return None
+
+    def with_paths(self, renamed: Callable[[str], str]) -> Self:
+        """Return the same source with `renamed` applied to its location, if it has one."""
+        return self
+
+    @abstractmethod
+    def read(self) -> Iterator[Row]:
+        """Yield the rows.
+
+        Raises:
+            UserError: There is nothing there, or a row is not as it should be; it names the row.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class PathSource(DataSource):
+    """A source that reads a file, a folder or a dataset of the Hub."""
+
+    path: str
+    """The file, folder or Hub id."""
+
+    @property
+    def location(self) -> str:
+        return self.path
+
+    def with_paths(self, renamed: Callable[[str], str]) -> Self:
+        return replace(self, path=renamed(self.path))

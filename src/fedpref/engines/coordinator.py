@@ -1,0 +1,349 @@
+"""Clients on other machines: the federation's verbs as messages to the sites that host them."""
+
+from __future__ import annotations
+
+import json
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal, Protocol
+
+from pydantic import TypeAdapter
+
+from fedpref.channel import Chain
+from fedpref.engines.engine import Mixing, Purpose, Traffic, everybody, told, weighted_report
+from fedpref.engines.messages import NO_TENSORS, Header, RefusedError, body, finite, framed, shape, unpack
+from fedpref.engines.replies import answered
+from fedpref.errors import UserError
+from fedpref.federation.verbs import PerClient, registered
+from fedpref.numerics import trees
+from fedpref.numerics.trees import Tree
+from fedpref.types import Count, Positive
+
+SILENT, NOWHERE = "no answer", ""  # what is said of a site that is not there, and the name of one that never was
+KEPT = "kept.json"  # in a checkpoint: by field, whose values sites have kept
+
+
+class Transport(Protocol):
+    """The way to sites."""
+
+    @property
+    def sites(self) -> Sequence[str]: ...
+
+    def ask(self, messages: Mapping[str, bytes], seconds: float) -> Mapping[str, bytes]:
+        """Ask several sites at once; the answers of those that answer in time."""
+        ...
+
+
+class Name:
+    """The name of a value on one client; when nobody holds it any more, the client frees the value."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+
+class Remote:
+    """A value on each client: a name for each. It does not take the place of an older one where a client is `gone` from its round."""
+
+    def __init__(self, names: Mapping[int, Name], gone: Mapping[int, str] = MappingProxyType({})) -> None:
+        self.names, self.gone = dict(names), gone
+
+    def __or__(self, newer: Any) -> Remote:
+        return Remote(self.names | {i: name for i, name in newer.names.items() if i not in newer.gone})
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long sites are waited for, and how few clients are enough."""
+
+    seconds: Positive = 600.0  # for an answer, which is longer than the longest local training
+    rounds_per_job: Count = 50  # after so many the sites are called together anew, with those that have come back
+    min_sites: Count = 1  # that a job waits for
+    min_clients: Count | None = None  # of a round, that must stay to its end; None: all of its cohort
+    max_message_mb: Count = 2048  # of a site's answer
+
+
+class Sites:
+    """Sites with an experiment open: where each client is, and what is known of it.
+
+    A run that begins needs an answer of every site; one that refuses takes no part, where `min_clients` says how many are enough. A run
+    that goes on is given the clients that it `began` with, goes on without those whose site is gone, and takes no others. What sites
+    keep is taken up if it `resumes`, and otherwise begun anew, if it `is_known` to the coordinator.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        experiment: Mapping[str, Any],
+        run: str,
+        patience: Patience,
+        *,
+        began: Mapping[str, Mapping[str, Any]] | None = None,
+        resumes: bool | None = None,  # None: if it began
+        is_known: bool = True,
+    ) -> None:
+        self.transport, self.patience = transport, patience
+        resumes = began is not None if resumes is None else resumes
+        header = {"verb": "open", "experiment": experiment, "run": run, "resumes": resumes, "is_known": is_known}
+        opened = self.ask({site: (dict(header), NO_TENSORS) for site in transport.sites})
+        answers = {site: answer for site, answer in opened.items() if not isinstance(answer, str)}
+        reasons = {site: answer for site, answer in opened.items() if isinstance(answer, str)}
+        silent = [site for site, reason in reasons.items() if reason.startswith(SILENT)]
+        if not answers or (reasons and patience.min_clients is None) or (silent and began is None):
+            raise UserError("; ".join(f"site {site}: {reason}" for site, reason in reasons.items()) or "there are no sites.")
+        found = [(about.get("number", 0), name, site, about) for site in answers for name, about in answers[site][0]["about"].items()]
+        found.sort(key=lambda place: place[:2])
+        names = [name for _, name, _, _ in found]
+        if twice := [name for name, count in Counter(names).items() if count > 1]:
+            raise UserError(f"two sites have a client called {twice[0]!r}. Let one of them give it another name in its site.yaml.")
+        said = {name: {key: value for key, value in about.items() if key != "number"} for _, name, _, about in found}
+        self.about = said if began is None else {name: said.get(name, about) for name, about in began.items()}
+        self.latecomers = [name for name in said if name not in self.about]
+        by_name = {name: site for _, name, site, _ in found}
+        self.place = {number: by_name.get(name, NOWHERE) for number, name in enumerate(self.about)}
+        by_site = {site: [number for number, other in self.place.items() if other == site] for site in answers}
+        order = list(self.about)
+        for site, numbers in by_site.items():
+            self.ask({site: ({"verb": "number", "ids": {order[number]: number for number in numbers}, "sites": by_site}, NO_TENSORS)})
+
+    def ask(self, messages: Mapping[str, tuple[Header, Tree]]) -> dict[str, tuple[Header, Tree] | str]:
+        """Each site's answer, or why there is none."""
+        bodies = {key: body(tensors) for key, tensors in {id(tensors): tensors for _, tensors in messages.values()}.items()}
+        packed = {site: framed(header, bodies[id(tensors)]) for site, (header, tensors) in messages.items()}
+        answers = self.transport.ask(packed, self.patience.seconds)
+        found: dict[str, tuple[Header, Tree] | str] = {}
+        for site in messages:
+            if site not in answers:
+                found[site] = f"{SILENT} in {self.patience.seconds:g} seconds"
+                continue
+            try:
+                header, tensors = unpack(answers[site], self.patience.max_message_mb * 10**6)
+                refused = header.get("refused")
+                found[site] = str(refused) if refused else (answered(messages[site][0]["verb"], header), tensors)
+            except RefusedError as error:
+                found[site] = str(error)
+        return found
+
+
+class RemoteEngine:
+    """See `Federation` and `Engine` for what the methods promise. Clients whose site does not answer, or refuses, or answers with what
+    cannot be used, are left out of the round; `left_out` says why. Fewer than `min_clients` end the run with these reasons.
+    """
+
+    def __init__(
+        self,
+        sites: Sites,
+        *,
+        weighting: Literal["examples", "equal"] = "examples",
+        links: Chain = Chain(),
+        mixing: Mixing = everybody,
+    ) -> None:
+        self._sites, self._links, self._mixing = sites, links, mixing
+        self._examples = {number: float(about["train"]) for number, about in enumerate(sites.about.values())}
+        self.clients = tuple(self._examples)
+        self._weights = self._examples if weighting == "examples" else dict.fromkeys(self.clients, 1.0)
+        self._freed: list[tuple[int, str]] = []
+        self._last = 0
+        self._lost = {NOWHERE}  # sites that did not answer
+        self._kept: dict[str, set[int]] = {}  # by field, clients of which sites have kept a value
+        self.begin(0, self.clients, "init")
+
+    def begin(self, round: int, cohort: Sequence[int], purpose: Purpose = "train") -> None:
+        self.round, self.active, self._purpose = round, tuple(cohort), purpose
+        self.traffic, self._calls = Traffic(), 0
+        self._gone: dict[int, str] = {}
+        self._unheard: dict[int, str] = {}
+        self._cohort = len(self.active)
+        self._leave_out({i: "its site is not there" for i in cohort if self._sites.place[i] in self._lost})
+
+    @property
+    def left_out(self) -> Mapping[int, str]:
+        return self._unheard | self._gone
+
+    def each(self, work: Callable[..., Any], *args: Any) -> Any:
+        self._calls += 1
+        name = self._fresh()
+        for arg in args:
+            if isinstance(arg, Remote):
+                self._present(arg)
+        tensors = trees.nest({k: arg for k, arg in enumerate(args) if isinstance(arg, Mapping)})
+        self.traffic += Traffic(bytes_down=trees.size(tensors) * len(self.active))
+        head = {
+            "verb": "each",
+            "work": registered(work).name,
+            "purpose": self._purpose,
+            "round": self.round,
+            "call": self._calls,
+            "name": name,
+        }
+        asked = {}
+        for site, clients in self._by_site().items():
+            described = [_described(arg, k, clients) for k, arg in enumerate(args)]
+            asked[site] = ({**head, "args": described, "clients": clients}, tensors)
+        answers = self._ask(asked)
+        for header, _ in answers.values():
+            self._leave_out({i: reason for i, reason in header["failed"].items() if i in self.active})
+        count = next(answers[self._sites.place[i]][0]["parts"] for i in self.active)
+        self._leave_out({i: "its result has other parts" for i in self.active if answers[self._sites.place[i]][0]["parts"] != count})
+        columns = [Remote({i: self._name(i, f"{name}.{k}") for i in self.active}, self._gone) for k in range(count or 1)]
+        return columns[0] if count is None else tuple(columns)
+
+    def mean(self, values: PerClient[Tree]) -> Tree:
+        self._calls += 1
+        names = self._present(values)
+        while True:  # until all whose shares were asked for are in
+            total = sum(self._weights[i] for i in self.active)
+            asked, present = {}, self.active
+            for site, clients in self._by_site().items():
+                own = {i: names[i].text for i in clients}
+                shares = {i: self._weights[i] / total for i in clients}
+                asked[site] = ({"verb": "contribute", "own": own, "shares": shares}, NO_TENSORS)
+            answers = self._ask(asked)
+            messages = {i: trees.part(answers[self._sites.place[i]][1], i) for i in self.active}
+            usual = Counter(map(shape, messages.values())).most_common(1)[0][0]
+            self._leave_out({i: reason for i, message in messages.items() if (reason := _unusable(message, usual))})
+            if self.active == present:
+                break
+        self.traffic += Traffic(bytes_up=sum(trees.size(message) for message in messages.values()))
+        return trees.total(messages[i] for i in self.active)
+
+    def mix(self, values: PerClient[Tree]) -> tuple[PerClient[Tree], PerClient[Tree]]:
+        self._calls += 1
+        names, name = self._present(values), self._fresh()
+        weights = self._mixing(self.round, self.active)
+        asked = {}
+        for site, clients in self._by_site().items():
+            rows = {i: {j: float(weights[i, j]) for j in self.active if weights[i, j]} for i in self.active}
+            own = {i: names[i].text for i in clients}
+            header = {"verb": "exchange", "own": own, "weights": rows, "round": self.round, "call": self._calls, "name": name}
+            asked[site] = ({**header, "wait": self._sites.patience.seconds / 2}, NO_TENSORS)
+        answers = self._ask(asked)
+        self.traffic += told({i: size for header, _ in answers.values() for i, size in header["sizes"].items()}, weights)
+        self._unheard |= {j: "who waited for its message did not hear it" for header, _ in answers.values() for j in header["unheard"]}
+        arrived, mixture = (Remote({i: self._name(i, f"{name}.{k}") for i in self.active}, self._gone) for k in (0, 1))
+        return arrived, mixture
+
+    def report(self, metrics: PerClient[Mapping[str, float]]) -> Mapping[str, float]:
+        return weighted_report(self.disclose(metrics), self._examples)
+
+    def disclose(self, metrics: PerClient[Mapping[str, float]]) -> Mapping[int, Mapping[str, float]]:
+        names = self._present(metrics)
+        asked: dict[str, tuple[Header, Tree]] = {
+            site: ({"verb": "report", "own": {i: names[i].text for i in clients}}, NO_TENSORS) for site, clients in self._by_site().items()
+        }
+        answers = self._ask(asked)
+        found = {i: row for header, _ in answers.values() for i, row in header["metrics"].items()}
+        self._leave_out({i: "it reported nothing" for i in self.active if i not in found})
+        return {i: found[i] for i in self.active}
+
+    def save(self, values: Mapping[str, PerClient[Tree]], folder: Path) -> None:
+        names = {field: _names(value) for field, value in values.items()}
+        asked: dict[str, tuple[Header, Tree]] = {}
+        for site, clients in self._by_site(self.clients).items():
+            own = {field: {i: some[i].text for i in clients if i in some} for field, some in names.items()}
+            asked[site] = ({"verb": "save", "own": own, "checkpoint": folder.name}, NO_TENSORS)
+        answers = self._ask(asked) if values else {}
+        for field, some in names.items():
+            self._kept.setdefault(field, set()).update(i for i in some if self._sites.place[i] in answers)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / KEPT).write_text(json.dumps({field: sorted(self._kept[field]) for field in values}))
+
+    def load(self, folder: Path, names: Sequence[str]) -> Mapping[str, PerClient[Tree]]:
+        self._kept = {field: set(clients) for field, clients in json.loads((folder / KEPT).read_text()).items()}
+        name = self._fresh()
+        header = {"verb": "load", "checkpoint": folder.name, "fields": list(names), "name": name}
+        answers = self._sites.ask({site: (dict(header), NO_TENSORS) for site in self._by_site(self.clients)})
+        found: dict[str, dict[int, Name]] = {field: {} for field in names}
+        for site, answer in answers.items():
+            if isinstance(answer, str):
+                raise UserError(f"{folder.name}: site {site} does not take up what its clients keep: {answer}")
+            for field, clients in answer[0]["found"].items():
+                found[field] |= {i: self._name(i, f"{name}.{field}") for i in clients}
+        for field, kept in self._kept.items():
+            if lost := [i for i in kept if self._sites.place[i] in answers and i not in found[field]]:
+                clients = [list(self._sites.about)[i] for i in lost]
+                raise UserError(
+                    f"{folder.name}: site {self._sites.place[lost[0]]} no longer has what its clients {clients[:5]} keep "
+                    f"({field}). Restore its folder, or start anew."
+                )
+        return {field: Remote(some) for field, some in found.items()}
+
+    def names(self) -> dict[int, list[str]]:
+        """Which values clients hold, by name."""
+        answers = self._ask({site: ({"verb": "names"}, NO_TENSORS) for site in self._by_site(self.clients)})
+        return {i: names for header, _ in answers.values() for i, names in header["names"].items()}
+
+    def close(self) -> None:
+        """Sites stay as they are."""
+
+    # ---- what they need
+
+    def _by_site(self, clients: Iterable[int] | None = None) -> dict[str, list[int]]:
+        found: dict[str, list[int]] = {}
+        for i in self.active if clients is None else clients:
+            if (site := self._sites.place[i]) not in self._lost:
+                found.setdefault(site, []).append(i)
+        return found
+
+    def _ask(self, asked: Mapping[str, tuple[Header, Tree]]) -> dict[str, tuple[Header, Tree]]:
+        """Sites' answers; clients of those that have none, or a reason in its place, are left out."""
+        freed, self._freed[:] = list(self._freed), []
+        for site, (header, _) in asked.items():
+            header["free"] = [entry for entry in freed if self._sites.place[entry[0]] == site]
+        self._freed += [entry for entry in freed if self._sites.place[entry[0]] not in asked]
+        found = self._sites.ask(asked)
+        reasons = {site: answer for site, answer in found.items() if isinstance(answer, str)}
+        self._lost |= {site for site, reason in reasons.items() if reason.startswith(SILENT)}
+        self._leave_out({i: reasons[site] for i in self.active if (site := self._sites.place[i]) in reasons})
+        return {site: answer for site, answer in found.items() if not isinstance(answer, str)}
+
+    def _present(self, values: Any) -> dict[int, Name]:
+        """A value's names; clients without one, who were left out when it was made, are left out."""
+        names = _names(values)
+        self._leave_out({i: "it has no value yet" for i in self.active if i not in names})
+        return names
+
+    def _leave_out(self, reasons: Mapping[int, str]) -> None:
+        self._gone |= reasons
+        self.active = tuple(i for i in self.active if i not in reasons)
+        needed = min(self._sites.patience.min_clients or self._cohort, self._cohort)
+        if reasons and len(self.active) < needed:
+            names = list(self._sites.about)
+            said = "; ".join(f"{names[i]} at {self._sites.place[i]}: {reason}" for i, reason in self._gone.items())
+            raise UserError(f"round {self.round + 1}: {len(self.active)} clients are left, {needed} are needed. {said}")
+
+    def _fresh(self) -> str:
+        self._last += 1
+        return str(self._last)
+
+    def _name(self, client: int, text: str) -> Name:
+        name = Name(text)
+        weakref.finalize(name, self._freed.append, (client, text))
+        return name
+
+
+def _described(arg: Any, number: int, clients: Sequence[int]) -> Header:
+    if isinstance(arg, Remote):
+        return {"own": {i: arg.names[i].text for i in clients}}
+    if isinstance(arg, Mapping):
+        return {"tree": number}
+    return {"plain": TypeAdapter(type(arg)).dump_python(arg, mode="json")}
+
+
+def _unusable(message: Tree, usual: Any) -> str:
+    if shape(message) != usual:
+        return "names or sizes of tensors are not those of the others"
+    try:
+        finite(message)
+    except RefusedError as error:
+        return str(error)
+    return ""
+
+
+def _names(values: Any) -> dict[int, Name]:
+    if not isinstance(values, Remote):
+        raise TypeError(f"{type(values).__name__} is a value of another engine")
+    return values.names

@@ -1,0 +1,198 @@
+"""Where an experiment's clients are: in this process, or at sites that hold their own data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from fedpref import config
+from fedpref.data import ClientData
+from fedpref.engines import Engine, RemoteEngine, Simulation, Sites, Transport
+from fedpref.engines.site import Hosted
+from fedpref.engines.workers import can_fork
+from fedpref.errors import UserError
+from fedpref.experiments.experiment import Experiment
+from fedpref.experiments.run_directory import CLIENTS, RunDirectory
+from fedpref.federation.verbs import Client, work
+from fedpref.numerics.topology import Matrix
+from fedpref.numerics.trees import Tree
+from fedpref.tasks import Task
+
+About = Mapping[str, Mapping[str, Any]]  # client -> its numbers of examples, and a digest of its rows
+
+
+class ClientSource(Protocol):
+    """Who brings the clients of an experiment, and an engine for each of its lines."""
+
+    @property
+    def about(self) -> About: ...
+
+    @property
+    def note(self) -> str: ...
+
+    def prepare(self, cache: Path) -> Iterator[int]:
+        """Compute once what training reads; yields how many clients are done."""
+        ...
+
+    def sizes(self, line: Experiment) -> Mapping[str, int]:
+        """Each client's number of training examples under a line."""
+        ...
+
+    def engine(self, line: Experiment, folder: Path) -> Engine:
+        """Over all clients; `folder` is the line's run directory."""
+        ...
+
+
+def about(clients: Sequence[ClientData], shards: Sequence[Any]) -> dict[str, dict[str, Any]]:
+    """What is said of clients."""
+    return {
+        shard.name: {
+            "train": len(shard.train),
+            "test": len(shard.test),
+            "truncated": shard.truncated,
+            "conversations": client.conversations,
+            "digest": client.digest,
+        }
+        for client, shard in zip(clients, shards, strict=True)
+    }
+
+
+# ---- this machine
+
+
+class InProcess:
+    """The experiment's own data, in this process and its workers."""
+
+    def __init__(self, experiment: Experiment, task: Task) -> None:
+        self._experiment, self._task = experiment, task
+        clients, _ = experiment.clients()
+        self._shards: list[Any] = [task.encode(client) for client in clients]
+        self.about: About = about(clients, self._shards)
+        self.note = ""
+
+    def prepare(self, cache: Path) -> Iterator[int]:
+        with closing(self._simulation(self._experiment, self._shards, cache)) as engine:
+            size = 2 * self._workers()
+            for first in range(0, len(self._shards), size):
+                some = engine.clients[first : first + size]
+                engine.begin(0, some, "init")
+                engine.each(prepare)
+                yield some[-1] + 1
+        self._shards = [self._task.prepare(shard, cache) for shard in self._shards]
+
+    def sizes(self, line: Experiment) -> Mapping[str, int]:
+        return {shard.name: len(shard) for shard in self._shards_of(line)}
+
+    def engine(self, line: Experiment, folder: Path) -> Simulation:
+        return self._simulation(line, self._shards_of(line), folder)
+
+    def _shards_of(self, line: Experiment) -> Sequence[Any]:
+        newcomers = line.federation.joining([shard.name for shard in self._shards], line.seed)
+        return pooled(self._shards, newcomers) if line.algorithm.pools_data else self._shards
+
+    def _simulation(self, line: Experiment, shards: Sequence[Any], folder: Path) -> Simulation:
+        return Simulation(
+            self._task,
+            shards,
+            seed=line.seed,
+            rounds=line.rounds,
+            weighting=line.federation.weighting,
+            links=line.network.links,
+            mixing=mixing(line, [shard.name for shard in shards]),
+            workers=min(self._workers(), len(shards)),
+            spill_above_mb=line.spill_above_mb,
+            folder=folder,
+        )
+
+    def _workers(self) -> int:
+        return self._experiment.workers or self._task.devices if can_fork() else 1
+
+
+def mixing(line: Experiment, names: Sequence[str]) -> Any:
+    """The mixing matrix of a round, over clients of these names."""
+
+    def matrix(round: int, active: Sequence[int]) -> Matrix:
+        return line.network.matrix(names, line.seed, round, active)
+
+    return matrix
+
+
+def pooled(shards: Sequence[Any], newcomers: Collection[int]) -> list[Any]:
+    """All training data but the newcomers' with the first other client; everybody else only evaluates."""
+    first, *_ = training = [i for i in range(len(shards)) if i not in newcomers]
+    everything = tuple(example for i in training for example in shards[i].train)
+    return [replace(shard, train=everything if i == first else ()) for i, shard in enumerate(shards)]
+
+
+@work("clients.prepare", sends=())
+def prepare(client: Client) -> Tree:
+    client.task.prepare(client.shard, client.folder)
+    return {}
+
+
+# ---- sites
+
+
+class AtSites:
+    """Sites' own data, at the sites."""
+
+    def __init__(self, experiment: Experiment, transport: Transport, folder: Path) -> None:
+        if "pooled" in experiment.baselines:
+            raise UserError("baselines: pooled needs all data in one place, and they stay at their sites. Leave it out.")
+        self._transport, self._folder, self._patience = transport, folder, experiment.patience
+        self._experiment, self._sites = experiment, self._open(experiment, folder)
+        self.about: About = self._sites.about
+
+    def prepare(self, cache: Path) -> Iterator[int]:
+        yield len(self.about)  # sites have, as the experiment was opened
+
+    def sizes(self, line: Experiment) -> Mapping[str, int]:
+        return {name: int(entry["train"]) for name, entry in self.about.items()}
+
+    def engine(self, line: Experiment, folder: Path) -> RemoteEngine:
+        sites = self._sites if line == self._experiment else self._open(line, folder, self.about)
+        return RemoteEngine(sites, weighting=line.federation.weighting, links=line.network.links, mixing=mixing(line, list(sites.about)))
+
+    @property
+    def note(self) -> str:
+        """What is to be said of them beside their sizes."""
+        late = self._sites.latecomers
+        return f"\n{', '.join(late[:8])} came after the run had begun; a new run takes them in." if late else ""
+
+    def _open(self, line: Experiment, folder: Path, began: About | None = None) -> Sites:
+        run = folder.relative_to(self._folder.parent).as_posix()
+        clients, resumes = self._folder / CLIENTS, bool(RunDirectory(folder).checkpoints())
+        if began is None and clients.exists() and resumes:
+            began = json.loads(clients.read_text())
+        known = {"resumes": resumes, "is_known": clients.exists()}
+        return Sites(self._transport, config.dump(line), run, self._patience, began=began, **known)
+
+
+class SimulatedSite:
+    """A simulated site: hosts every `sites`-th client of the experiment, starting at `number`."""
+
+    def __init__(self, number: int, sites: int) -> None:
+        self._number, self._sites = number, sites
+
+    def host(self, experiment: Any, folder: Path) -> Hosted:
+        """The clients whose number, divided by that of all sites, leaves this site's."""
+        spec = config.parse(Experiment, experiment, "the experiment")
+        clients, _ = spec.clients()
+        numbers = range(self._number, len(clients), self._sites)
+        return hosted(spec, {number: clients[number] for number in numbers}, folder)
+
+
+def hosted(spec: Experiment, clients: Mapping[int, ClientData], folder: Path, **limits: Any) -> Hosted:
+    """Clients ready to train; `folder` keeps what is computed once."""
+    task = spec.build_task()
+    shards = [task.prepare(task.encode(client), folder / "cache") for client in clients.values()]
+    said = about(list(clients.values()), shards)
+    numbered = {name: {**entry, "number": number} for (name, entry), number in zip(said.items(), clients, strict=True)}
+    task.move_to(0)
+    return Hosted(
+        task, {shard.name: shard for shard in shards}, numbered, seed=spec.seed, rounds=spec.rounds, links=spec.network.links, **limits
+    )

@@ -1,0 +1,235 @@
+"""An experiment: everything that decides a result, and the lines that it consists of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from fedpref import config
+from fedpref.algorithms import Alone, AnyAlgorithm, FedDPO, Pooled
+from fedpref.data import Builtin, ClientData, Natural, Partition, Source, partition, split
+from fedpref.engines.coordinator import Patience
+from fedpref.errors import UserError
+from fedpref.experiments.migration import refuse_former_names
+from fedpref.federation.aggregation import Factors, Product
+from fedpref.federation.diagnostics import Diagnostic
+from fedpref.federation.network import Network
+from fedpref.federation.participation import Participation
+from fedpref.numerics import seeds
+from fedpref.numerics.topology import GraphFile
+from fedpref.tasks import AnyTask, PreferenceTask, Task
+from fedpref.types import Count, WholeNumber
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything that decides a result. `Experiment.load` reads and checks a YAML file of it."""
+
+    name: str = "experiment"
+    """Begins the name of the run directory; runs that differ by their seed alone share it."""
+    data: Source = Builtin()
+    """Where rows come from."""
+    partition: Partition = Natural()
+    """How rows come to clients."""
+    task: AnyTask = PreferenceTask()
+    """What is learned: the model, the loss, what is measured."""
+    algorithm: AnyAlgorithm = FedDPO()
+    """How clients learn together."""
+    federation: Participation = Participation()
+    """Who takes part in a round, and with what weight."""
+    network: Network = Network()
+    """The graph between clients, of decentralised algorithms."""
+    rounds: Count = 10
+    """How many rounds are trained."""
+    seed: WholeNumber = 0
+    """The root of all random draws."""
+    evaluate_every: WholeNumber = 0
+    """Rounds between evaluations; 0 evaluates after the last one only."""
+    evaluate_on_start: bool = False
+    """Evaluate before the first round too."""
+    diagnostics: tuple[Diagnostic, ...] = ()
+    """What to measure with every evaluation beside metrics; clients send for it what a method may
+    keep private."""
+    checkpoint_every: Count = 1
+    """Rounds between checkpoints."""
+    workers: Count | None = None
+    """Processes of one thread each; by default one a processor or GPU. The result is the same for
+    any number."""
+    spill_above_mb: WholeNumber = 512
+    """What of a value that all clients hold is above so many MB lies in files of TMPDIR."""
+    engine: Literal["simulation", "flare"] = "simulation"
+    """All clients in this process and its workers, or at sites on NVIDIA FLARE (docs/sites.md)."""
+    sites: Count = 2
+    """How many sites are simulated, where the engine is flare and the experiment is not submitted."""
+    patience: Patience = Patience()
+    """How long sites are waited for."""
+    report_to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
+    """Trackers that are told what happens; none leaves this machine by default."""
+    baselines: tuple[Literal["alone", "pooled"], ...] = ()
+    """Lines to run beside the algorithm on the same data: each client alone, all data pooled."""
+
+    def __post_init__(self) -> None:
+        self._check_federation()
+        self._check_task()
+        self._check_aggregate()
+
+    def _check_federation(self) -> None:
+        algorithm = self.algorithm
+        if self.engine != "simulation" and self.patience.rounds_per_job % self.checkpoint_every:
+            raise UserError("patience.rounds_per_job must be a multiple of checkpoint_every: a job that follows begins at a checkpoint.")
+        is_steady = self.network.is_fixed and self.federation.takes_everybody
+        if algorithm.needs_fixed_network and not is_steady:
+            raise UserError(
+                f"network: {algorithm.name} needs the same neighbours in every round. Leave out "
+                "link_failure, redraw, one-peer-exponential, federation.clients_per_round, "
+                "federation.deadline and federation.newcomers."
+            )
+        if algorithm.weighs_clients and self.federation.weighting != "equal":
+            raise UserError("algorithm.weights: they would be multiplied by those of federation.weighting. Set that to equal.")
+
+    def _check_task(self) -> None:
+        task, algorithm = self.task, self.algorithm
+        if parts := algorithm.parts:
+            task.check(parts)
+        of_examples = [name for name in self.diagnostics if name != "pareto-stationarity"]
+        if of_examples and not task.measures_examples:
+            raise UserError(
+                f"diagnostics: the task {task.name} has no single loss of its examples, which {of_examples[0]} is about. Leave it out."
+            )
+        if len(of_examples) < len(self.diagnostics) and len(task.objectives) < 2:
+            raise UserError("diagnostics: pareto-stationarity is about several objectives, and the task has one. Leave it out.")
+        if task.needs_critics and not (algorithm.keeps_critics and not self.baselines):
+            who = algorithm.name if not algorithm.keeps_critics else " and ".join(self.baselines)
+            raise UserError(
+                f"task.estimator: ppo needs critics, which {who} does not keep. Take rloo or grpo; "
+                "or firm, scalarized, fsmgda or fedcmoo as the algorithm, and no baselines."
+            )
+        algorithm.check_task(task)
+
+    def _check_aggregate(self) -> None:
+        algorithm, aggregate = self.algorithm, self.algorithm.aggregate
+        of_factors = algorithm.adapts or not isinstance(aggregate, Factors | None)
+        if of_factors and not self.task.adapts:
+            raise UserError(
+                f"algorithm: {algorithm.name} is about the factors of an adapter, of which the "
+                f"task {self.task.name} trains none. Take pluralllm, feddpo or decdpo, with "
+                "algorithm.aggregate: factors."
+            )
+        if isinstance(aggregate, Product):
+            if self.diagnostics and algorithm.gossips:
+                raise UserError(
+                    "diagnostics: they are about clients' mean adapter; where products are mixed (algorithm.aggregate) there is none."
+                )
+            adapter: Any = self.task.model  # tasks that adapt have a language model
+            aggregate.check(algorithm.local, adapter.lora_r)
+
+    def check_clients(self, sizes: Mapping[str, int]) -> None:
+        """Check what the experiment says of clients.
+
+        Args:
+            sizes: Each client's number of training examples.
+
+        Raises:
+            UserError: It does not fit these clients.
+        """
+        chances = self.federation.weights(sizes, self.seed)
+        self.algorithm.check_clients(tuple(sizes))
+        if self.algorithm.gossips:
+            taking_part = [client for client, chance in enumerate(chances) if chance > 0]
+            self.network.check(list(sizes), taking_part, self.federation.takes_everybody)
+
+    @staticmethod
+    def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
+        """Read an experiment.
+
+        Args:
+            path: A YAML file.
+            overrides: Settings that replace the file's, as in `task.loss.beta=0.2`.
+
+        Raises:
+            UserError: Whatever does not fit, all mistakes together.
+        """
+        return config.load(Experiment, Path(path), overrides, check=refuse_former_names)
+
+    def build_task(self) -> Task:
+        """Load the model and return the task at work.
+
+        Raises:
+            UserError: The model cannot be loaded, or cannot have the parts that the algorithm
+                gives to clients.
+        """
+        # finished runs hold experiments, which are defined here
+        from fedpref.experiments.finished import open_groups
+
+        task = self.task.build(open_groups)
+        if parts := self.algorithm.parts:
+            task.parts(parts, seeds.generator(self.seed, "check"))
+        return task
+
+    def clients(self) -> tuple[tuple[ClientData, ...], int]:
+        """Read the data and share it out.
+
+        Returns:
+            Every client's rows; how many training rows were left out because their prompt is a
+            test prompt.
+        """
+        rows, left_out = split(self.data.read(), self.data.test_fraction)
+        return partition(rows, self.partition, seeds.seed(self.seed, "partition")), left_out
+
+
+def lines(experiment: Experiment, clients: int) -> dict[str, tuple[str, Experiment]]:
+    """Return the lines that an experiment consists of: its algorithm's own and its baselines.
+
+    Baselines train with the same local settings. A step of the pooled one accumulates as many
+    batches as the cohort has clients, so that all lines take the same number of steps and it sees
+    as many pairs. Alone, every client trains in every round.
+
+    Args:
+        experiment: Whose lines.
+        clients: How many clients there are.
+
+    Returns:
+        name -> (subfolder of the run directory, the line as an experiment).
+    """
+    planned: dict[str, tuple[str, Experiment]] = {experiment.algorithm.name: ("", experiment)}
+    local, federation = experiment.algorithm.local, experiment.federation
+    clients -= federation.num_newcomers
+    cohort = min(federation.clients_per_round or clients, clients)
+    batches = local.gradient_accumulation_steps * cohort
+    algorithms: dict[str, Alone | Pooled] = {
+        "alone": Alone(local=local),
+        "pooled": Pooled(local=replace(local, gradient_accumulation_steps=batches)),
+    }
+    everybody = replace(federation, clients_per_round=None, sampling="uniform", sampling_weights={}, deadline=None)
+    for name in experiment.baselines:
+        if name != experiment.algorithm.name:
+            line = replace(
+                experiment,
+                algorithm=algorithms[name],
+                federation=everybody,
+                task=experiment.task.without_samples(),  # answers to read are the algorithm's own
+                baselines=(),
+            )
+            planned[name] = (f"baselines/{name}", line)
+    return planned
+
+
+def with_whole_paths(experiment: Experiment) -> Experiment:
+    """Return the experiment with local paths made absolute, so that it can be resumed anywhere."""
+
+    def whole(path: str) -> str:
+        here = Path(path).expanduser()
+        return str(here.resolve()) if here.exists() else path
+
+    changed = replace(
+        experiment,
+        task=experiment.task.with_models(whole),
+        data=experiment.data.with_paths(whole),
+    )
+    topology = experiment.network.topology
+    if isinstance(topology, GraphFile):
+        topology = replace(topology, path=whole(topology.path)).with_digest()
+        changed = replace(changed, network=replace(experiment.network, topology=topology))
+    return changed

@@ -1,0 +1,206 @@
+"""Running an experiment: from data to aligned adapters, round by round, into a run directory."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, fields
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import quote
+
+from fedpref import config
+from fedpref.engines import Engine, Transport
+from fedpref.engines.timing import Clock
+from fedpref.engines.workers import keep_freed_memory, one_thread
+from fedpref.errors import UserError
+from fedpref.experiments.clients import About, AtSites, ClientSource, InProcess
+from fedpref.experiments.environment import described
+from fedpref.experiments.experiment import Experiment, lines, with_whole_paths
+from fedpref.experiments.run_directory import CLIENTS, CONFIG, ENVIRONMENT, EVALUATION, METRICS, SAMPLES, RunDirectory, client_folder
+from fedpref.federation.diagnostics import diagnose
+from fedpref.federation.verbs import Algorithm, Client, work
+from fedpref.numerics import seeds, trees
+from fedpref.numerics.metrics import HEADLINES, headline, over_clients
+from fedpref.numerics.trees import Tree
+from fedpref.tasks import Task
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something to show: what the run works on, a client prepared, a round done, an evaluation made."""
+
+    line: str  # the algorithm's name, or a baseline's
+    kind: Literal["begin", "prepare", "round", "evaluate"]
+    done: int
+    total: int
+    metrics: Mapping[str, float]
+    note: str = ""
+
+
+def new_directory(experiment: Experiment, output: str | Path | None) -> RunDirectory:
+    """The directory of a new run; nothing is written before the first event."""
+    return RunDirectory(Path(output or f"runs/{experiment.name}-{datetime.now():%Y%m%d-%H%M%S}"))
+
+
+def events(
+    experiment: Experiment, folder: RunDirectory, cache: Path | None = None, transport: Transport | None = None
+) -> Generator[Event, None, None]:
+    """Run the experiment into its directory, or what is left of it, and tell of every step. Bad input raises before anything is written.
+
+    Reference scores are kept in `cache`, by default a folder of the run's own; several runs may share one. With a `transport` the clients
+    are those of its sites, otherwise those of the experiment's own data.
+    """
+    keep_freed_memory()
+    experiment = with_whole_paths(experiment)
+    with one_thread():
+        task = experiment.build_task()
+        with folder.alone():
+            source: ClientSource = InProcess(experiment, task) if transport is None else AtSites(experiment, transport, folder.path)
+            about_text = json.dumps(source.about, indent=1) + "\n"
+            experiment.check_clients({name: about["train"] for name, about in source.about.items()})
+            planned = lines(experiment, len(source.about))
+            if not folder.path.exists():
+                folder.create({CONFIG: config.to_yaml(experiment), CLIENTS: about_text, ENVIRONMENT: described()})
+            else:
+                folder.refuse_other_format()
+            if (folder.path / CLIENTS).read_text() != about_text:
+                raise UserError(
+                    f"{folder.path}: the data is not what the run began with; its clients, sizes and digests stand in {CLIENTS}."
+                )
+            note = f"{task.description}\n{_data(source.about)}{source.note}"
+            yield Event(experiment.algorithm.name, "begin", 0, experiment.rounds, {}, note)
+            for done in source.prepare(cache or folder.path / "cache"):
+                if task.prepares:
+                    yield Event(experiment.algorithm.name, "prepare", done, len(source.about), {}, task.prepares)
+            for name, (sub, line) in planned.items():
+                under = RunDirectory(folder.path / sub)
+                if sub and not under.path.exists():
+                    under.create({CONFIG: config.to_yaml(line)})
+                if not under.done:
+                    with closing(source.engine(line, under.path)) as engine:
+                        yield from _line(name, line, under, task, source.sizes(line), engine)
+
+
+def _data(about: About) -> str:
+    train, test, cut = (sum(sizes[name] for sizes in about.values()) for name in ("train", "test", "truncated"))
+    return f"{len(about)} clients, {train} training and {test} held-out examples, {cut} rows truncated ({cut / (train + test):.1%})"
+
+
+def _line(name: str, experiment: Experiment, folder: RunDirectory, task: Task, sizes: Mapping[str, int], engine: Engine) -> Iterator[Event]:
+    algorithm: Algorithm[Any] = experiment.algorithm
+    start = task.init(seeds.generator(experiment.seed, "init"))
+    state = algorithm.init(engine, start)
+    state, first = folder.restore(state, engine)
+    folder.cut_rows_after(first)
+    names = list(sizes)
+    newcomers = experiment.federation.joining(names, experiment.seed)
+    weights = experiment.federation.weights(sizes, experiment.seed)
+    trained = [i for i in engine.clients if i not in newcomers]
+    if experiment.evaluate_on_start and not folder.read_rows(EVALUATION):
+        row = {"round": 0, **_evaluate(engine, algorithm.model(state), names, trained)}
+        folder.append(EVALUATION, row)
+        yield evaluated(name, experiment.rounds, row)
+    for round in range(first, experiment.rounds):
+        cohort, late = experiment.federation.cohort(weights, experiment.seed, round)
+        engine.begin(round, cohort)
+        begun, clock = time.perf_counter(), Clock(engine)
+        state, metrics = algorithm.step(clock, state)
+        parts = {f"seconds/{verb}": seconds for verb, seconds in clock.seconds.items() if seconds}
+        figures = {**metrics, **engine.traffic.metrics(), "seconds": time.perf_counter() - begun, **parts}
+        _refuse_divergence(name, round, experiment, folder, {**metrics, **_norms(state)})
+        folder.append(METRICS, {"round": round + 1, "clients": len(engine.active), "late": late + len(engine.left_out), **figures})
+        told = [Event(name, "round", round + 1, experiment.rounds, figures)]
+        last = round + 1 == experiment.rounds
+        if last or (experiment.evaluate_every and (round + 1) % experiment.evaluate_every == 0):
+            row = {"round": round + 1, **_evaluate(engine, algorithm.model(state), names, trained)}
+            if experiment.diagnostics:
+                engine.begin(round, [i for i in trained if weights[i]], "evaluate")
+                row["diagnostics"] = diagnose(engine, algorithm.model(state), tuple(start), experiment.diagnostics)
+            if last and newcomers:
+                row["newcomers_before"] = _evaluate(engine, algorithm.model(state), names, newcomers)["clients"]
+                engine.begin(round, newcomers, "join")
+                state = algorithm.join(engine, state, experiment.federation.join_steps)
+                row["newcomers"] = _evaluate(engine, algorithm.model(state), names, newcomers)["clients"]
+            for measured in (*row["clients"].values(), *row.get("newcomers", {}).values()):
+                _refuse_divergence(name, round, experiment, folder, measured)
+            folder.append(EVALUATION, row)
+            told.append(evaluated(name, experiment.rounds, row))
+        if last or (round + 1) % experiment.checkpoint_every == 0:
+            folder.checkpoint(round + 1, state, engine)
+        yield from told
+    _export(experiment, engine, algorithm.model(state), task, folder)
+    folder.finish(has_own=not all(isinstance(part, Mapping) for part in algorithm.model(state)))
+
+
+def evaluated(line: str, total: int, row: Mapping[str, Any]) -> Event:
+    """What a row of an evaluation tells."""
+    metric = headline(row["summary"])
+    return Event(line, "evaluate", row["round"], total, {**row["summary"][metric], **row.get("diagnostics", {})}, HEADLINES[metric].title)
+
+
+def _norms(state: Any) -> dict[str, float]:
+    """Of the trees that a state shares."""
+    shared = {field.name: getattr(state, field.name) for field in fields(state)}
+    return {f"norm of {name}": trees.norm(value) for name, value in shared.items() if isinstance(value, Mapping)}
+
+
+def _refuse_divergence(name: str, round: int, experiment: Experiment, folder: RunDirectory, figures: Mapping[str, float]) -> None:
+    broken = [figure for figure, value in figures.items() if not math.isfinite(value)]
+    if broken:
+        kept = folder.checkpoints()
+        last = f"the last checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
+        raise UserError(
+            f"{name}, round {round + 1}: training diverged, {', '.join(broken)} is not finite; {last}. "
+            f"Start anew with algorithm.local.learning_rate below {experiment.algorithm.local.learning_rate}."
+        )
+
+
+def _evaluate(engine: Engine, model: Sequence[Any], names: Sequence[str], clients: Sequence[int]) -> dict[str, Any]:
+    """These clients' held-out metrics, and each metric's summary over them."""
+    engine.begin(engine.round, clients, "evaluate")
+    rows = {names[i]: dict(metrics) for i, metrics in engine.disclose(engine.each(evaluate, *model)).items()}
+    counts = {name: int(row["num_examples"]) for name, row in rows.items()}
+    metrics = [metric for metric in next(iter(rows.values())) if not metric.startswith("num_")]
+    columns = {metric: {name: row[metric] for name, row in rows.items()} for metric in metrics}
+    return {"clients": rows, "summary": {m: over_clients(values, counts, low_is_good=m == "loss") for m, values in columns.items()}}
+
+
+def _export(experiment: Experiment, engine: Engine, model: Sequence[Any], task: Task, folder: RunDirectory) -> None:
+    shared = trees.merge(*(part for part in model if isinstance(part, Mapping)))
+    if shared:
+        task.export(shared, folder.path / "adapter")
+    if not all(isinstance(part, Mapping) for part in model):
+        engine.begin(engine.round, engine.clients, "evaluate")
+        engine.each(export, "clients", *model)
+    if experiment.task.samples:
+        engine.begin(engine.round, engine.clients, "evaluate")
+        engine.each(sample, *model)
+
+
+@work("evaluation.evaluate")
+def evaluate(client: Client, *parts: Tree) -> Mapping[str, float]:
+    return client.task.evaluate(trees.merge(*parts), client.shard)
+
+
+@work("evaluation.export", sends=())
+def export(client: Client, place: Literal["clients", "newcomers"], *parts: Tree) -> Tree:
+    client.task.export(trees.merge(*parts), client_folder(client.folder, place, client.shard.name))
+    return {}
+
+
+@work("evaluation.sample", sends=())
+def sample(client: Client, *parts: Tree) -> Tree:
+    rows = client.task.samples(trees.merge(*parts), client.shard)
+    folder = client.folder / SAMPLES
+    folder.mkdir(exist_ok=True)
+    (folder / f"{quote(client.shard.name, safe=' ')}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {}
+
+
+WORKS = (evaluate, export, sample)
+"""What an experiment runs on clients beside its algorithm."""

@@ -1,0 +1,201 @@
+"""The run directory: what a run leaves behind, each file whole or not there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from filelock import FileLock, Timeout
+
+from fedpref import __version__
+from fedpref.engines import Engine
+from fedpref.errors import UserError
+from fedpref.numerics import trees
+
+CONFIG, CLIENTS, METRICS, EVALUATION, DONE = "config.yaml", "clients.json", "metrics.jsonl", "evaluation.jsonl", "done"
+VERSION = "version.json"  # of the directory's format, and of the fedpref that began it
+FORMAT = 2  # 1 had no version.json, kept baselines under references/, and said local and centralised
+JOINED = "newcomers"  # a folder: models of clients that joined when the run was over
+NEWCOMERS = "newcomers.jsonl"  # clients that joined when the run was over: sizes, metrics before and after
+ENVIRONMENT = "environment.json"  # versions, machine, commits
+HAS_OWN = "clients have models of their own\n"
+SAMPLES = "samples"  # a folder: answers to a client's held-out prompts, before training and after, a file for each client
+
+
+def client_folder(run: Path, kind: str, client: str) -> Path:
+    """The folder of a client's exported model in a run; `kind` is `clients` or `newcomers`."""
+    return run / kind / quote(client, safe=" ")
+
+
+class RunDirectory:
+    """config.yaml, clients.json, metrics.jsonl, evaluation.jsonl, checkpoints/, adapter/, clients/, baselines/."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def refuse_existing(self) -> None:
+        """Raise UserError if anything stands where this run is to go."""
+        if self.path.exists():
+            raise UserError(
+                f"{self.path} exists already. Give another --output, continue it with `fedpref resume {self.path}`, or remove it."
+            )
+
+    def create(self, files: Mapping[str, str]) -> None:
+        """Make the directory with its first files, all at once."""
+        self.refuse_existing()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        beside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        beside.mkdir()
+        version = {"format": FORMAT, "fedpref": __version__}
+        for name, text in {**files, VERSION: json.dumps(version) + "\n"}.items():
+            (beside / name).write_text(text)
+        beside.replace(self.path)
+
+    @property
+    def version(self) -> Mapping[str, Any]:
+        """The directory's `format`, and the version of the `fedpref` that began it."""
+        file = self.path / VERSION
+        found: Mapping[str, Any] = json.loads(file.read_text()) if file.exists() else {"format": 1, "fedpref": "0.1.0 or older"}
+        return found
+
+    @property
+    def format(self) -> int:
+        """The version of the directory's format."""
+        return int(self.version["format"])
+
+    def refuse_newer(self) -> None:
+        """Raise UserError where a newer fedpref has written the run."""
+        if self.format > FORMAT:
+            raise UserError(
+                f"{self.path}: the run is of format {self.format}, by fedpref {self.version['fedpref']}; this fedpref "
+                f"{__version__} is older and knows formats up to {FORMAT}. Upgrade it: pip install -U fedpref."
+            )
+
+    def refuse_other_format(self) -> None:
+        """Raise UserError where a run that is to go on is not of this format."""
+        self.refuse_newer()
+        if self.format < FORMAT:
+            raise UserError(
+                f"{self.path}: the run is of format {self.format}, by fedpref {self.version['fedpref']}, which is older; it cannot go "
+                "on with this one. A finished run can be reported, evaluated and exported; begin others anew."
+            )
+
+    def write(self, name: str, text: str) -> None:
+        """Write a small file, whole or not at all."""
+        beside = self.path / f".{name}.{os.getpid()}"
+        beside.write_text(text)
+        beside.replace(self.path / name)
+
+    def read_rows(self, name: str) -> list[dict[str, Any]]:
+        """The rows of a JSON Lines file of this run, without a last line that a crash cut short."""
+        path = self.path / name
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def append(self, name: str, row: Mapping[str, Any]) -> None:
+        with (self.path / name).open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def cut_rows_after(self, rounds: int) -> None:
+        """Forget what was logged after so many rounds: a resumed run does them again."""
+        for name in (METRICS, EVALUATION):
+            if (self.path / name).exists():
+                kept = [row for row in self.read_rows(name) if row["round"] <= rounds]
+                self.write(name, "".join(json.dumps(row) + "\n" for row in kept))
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Raise UserError while another process writes to this run."""
+        lock = self._lock()
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise UserError(f"{self.path}: another process is at work on this run. Wait for it, or stop it.") from error
+        try:
+            yield
+        finally:
+            Path(lock.lock_file).unlink(missing_ok=True)
+            lock.release()
+
+    @property
+    def is_held(self) -> bool:
+        """Whether a process of this machine writes to this run."""
+        lock = self._lock()
+        if not Path(lock.lock_file).exists():
+            return False
+        try:
+            with lock:
+                return False
+        except Timeout:
+            return True
+
+    def _lock(self) -> FileLock:
+        place = hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:24]
+        return FileLock(Path(tempfile.gettempdir()) / f"fedpref-{place}.lock", blocking=False)
+
+    # ---- checkpoints
+
+    def checkpoint(self, rounds: int, state: Any, engine: Engine) -> None:
+        """Keep the state after so many rounds: shared trees here, private ones by their clients. Older checkpoints go."""
+        if not is_dataclass(state):
+            raise TypeError(f"an algorithm's state must be a dataclass, not {type(state).__name__}")
+        folder = self.path / "checkpoints"
+        unfinished = folder / ".unfinished"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        beside = unfinished / f"round-{rounds:06d}"
+        beside.mkdir(parents=True)
+        values = {field.name: getattr(state, field.name) for field in fields(state)}
+        for name, value in values.items():
+            if isinstance(value, Mapping):
+                trees.save(value, beside / f"{name}.safetensors")
+        engine.save({name: value for name, value in values.items() if not isinstance(value, Mapping)}, beside)
+        older = list(folder.glob("round-*"))
+        beside.replace(folder / beside.name)
+        for path in older:
+            shutil.rmtree(path)
+
+    def checkpoints(self) -> list[Path]:
+        """Those there are, oldest first."""
+        return sorted((self.path / "checkpoints").glob("round-*"))
+
+    def restore(self, state: Any, engine: Engine) -> tuple[Any, int]:
+        """The newest checkpoint's state, in place of a fresh one of the same type, and its number of rounds (0 without one)."""
+        found = self.checkpoints()
+        if not found:
+            return state, 0
+        files = {field.name: found[-1] / f"{field.name}.safetensors" for field in fields(state)}
+        shared = {name: trees.load(file) for name, file in files.items() if file.exists()}
+        private = engine.load(found[-1], [name for name in files if name not in shared])
+        private = {name: getattr(state, name) | value for name, value in private.items()}
+        return replace(state, **shared, **private), int(found[-1].name.removeprefix("round-"))
+
+    def restore_shared(self, state: Any) -> Any:
+        """The newest checkpoint's shared trees in place of the state's; what is on clients stays as it is. Raises UserError without one."""
+        found = self.checkpoints()
+        if not found:
+            raise UserError(f"{self.path}: the run has no checkpoint. `fedpref resume {self.path}` takes it up.")
+        files = {field.name: found[-1] / f"{field.name}.safetensors" for field in fields(state)}
+        return replace(state, **{name: trees.load(file) for name, file in files.items() if file.exists()})
+
+    # ---- the end
+
+    @property
+    def done(self) -> bool:
+        return (self.path / DONE).exists()
+
+    @property
+    def has_own(self) -> bool:
+        """Whether clients of a finished run have models of their own, here or at their sites."""
+        return self.done and (self.path / DONE).read_text() == HAS_OWN
+
+    def finish(self, has_own: bool = False) -> None:
+        self.write(DONE, HAS_OWN if has_own else "")

@@ -1,0 +1,259 @@
+"""How clients' adapters become one: factors apart, one factor frozen, or the products that they stand for.
+
+A LoRA adapter changes a weight by the product B A of its factors, and the mean of factors is not a factor of the mean product. How far the
+two are apart, over all weights and as a share of the mean product's norm, is each round's metric `residual`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Annotated, Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+from torch.nn.functional import pad
+
+from fedpref.errors import UserError
+from fedpref.federation.local_training import LocalTraining
+from fedpref.federation.verbs import Client, Federation, PerClient, work
+from fedpref.numerics import seeds, trees
+from fedpref.numerics.trees import Tree
+from fedpref.types import Count
+
+PROBES = 8  # random pairs of vectors for each weight, between which products are compared
+PROBE = "probe/"
+ROW_NORM = math.sqrt(1 / 3)  # of A as LoRA draws it
+
+
+def pairs(adapter: Tree) -> Iterator[tuple[str, str]]:
+    """The names of each weight's factors A and B, in the order of names."""
+    for name in sorted(adapter):
+        for a, b in ((".lora_A.", ".lora_B."), (".lora_embedding_A", ".lora_embedding_B")):
+            if a in name:
+                yield name, name.replace(a, b)
+
+
+def factor(adapter: Tree, letter: Literal["A", "B"]) -> Tree:
+    """The adapter's A factors or its B factors."""
+    return trees.select(adapter, [names["AB".index(letter)] for names in pairs(adapter)])
+
+
+@lru_cache(maxsize=1)
+def signs(count: int, round: int) -> Float[Tensor, " count"]:
+    """A round's random signs, which all clients of a process share."""
+    return 2.0 * torch.randint(2, (count,), generator=seeds.generator(0, "probe", round=round)) - 1
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Average A and B each apart, as federated averaging does with any tensors."""
+
+    name: Literal["factors"] = "factors"
+    residual: bool = True  # send 8 numbers a weight more, from which it is estimated
+
+    def split(self, adapter: Tree) -> tuple[Tree, Tree]:
+        """What is trained of an adapter, and what of it stays as it was drawn."""
+        return adapter, {}
+
+    def received(self, client: Client, adapter: Tree) -> tuple[Tree, Tree]:
+        """What a client trains of the adapter, and what of it stays fixed beside."""
+        return adapter, {}
+
+    def message(self, client: Client, before: Tree, theta: Tree) -> Tree:
+        """What a client has for `merge`, after it trained `before` into `theta`."""
+        return {**trees.subtract(theta, before), **(probed(theta, client.round) if self.residual else {})}
+
+    def merge(self, fed: Federation, adapter: Tree, messages: PerClient[Tree]) -> tuple[Tree, Mapping[str, float]]:
+        """The next adapter, and the round's metrics of aggregation."""
+        mean = fed.mean(messages)
+        merged = trees.add(adapter, trees.select(mean, adapter))
+        return merged, _residual(merged, mean, fed.round)
+
+    def mix(self, fed: Federation, theta: PerClient[Tree]) -> PerClient[Tree]:
+        """Each client's adapter mixed with its neighbours'."""
+        return fed.mix(theta)[1]
+
+    def shadow(self, theta: Tree, round: int) -> Float[Tensor, " n"]:
+        """What distances can be told from: random and linear, the same on all clients in a round; on average its norm is that of theta.
+
+        All entries, with random signs, are summed up in groups, 8 for each tensor.
+        """
+        flat = torch.cat([theta[name].flatten() for name in sorted(theta)])
+        groups = PROBES * len(theta)
+        return pad(flat * signs(len(flat), round), (0, -len(flat) % groups)).view(groups, -1).sum(1)
+
+
+@dataclass(frozen=True)
+class FrozenA:
+    """Keep A where it was drawn and average B alone: then the mean of the products is the product of the means (Sun et al. 2024)."""
+
+    name: Literal["frozen-a"] = "frozen-a"
+
+    def split(self, adapter: Tree) -> tuple[Tree, Tree]:
+        fixed = trees.select(adapter, [a if ".lora_A." in a else b for a, b in pairs(adapter)])  # an embedding's drawn factor is B
+        return {name: tensor for name, tensor in adapter.items() if name not in fixed}, fixed
+
+    def received(self, client: Client, adapter: Tree) -> tuple[Tree, Tree]:
+        return self.split(adapter)
+
+    def message(self, client: Client, before: Tree, theta: Tree) -> Tree:
+        return trees.subtract(theta, before)
+
+    def merge(self, fed: Federation, adapter: Tree, messages: PerClient[Tree]) -> tuple[Tree, Mapping[str, float]]:
+        mean = fed.mean(messages)
+        return {**adapter, **trees.add(trees.select(adapter, mean), mean)}, {}
+
+    def mix(self, fed: Federation, theta: PerClient[Tree]) -> PerClient[Tree]:
+        return Factors().mix(fed, theta)
+
+    def shadow(self, theta: Tree, round: int) -> Float[Tensor, " n"]:
+        return Factors().shadow(theta, round)
+
+
+@dataclass(frozen=True)
+class Product:
+    """Average the products B A, and return to the adapter's rank by a truncated singular value decomposition.
+
+    The decomposition is found by subspace iteration through means alone, so that nobody forms a full matrix and a channel may mask
+    what clients send: B_k (A_k Q), then (U' B_k) A_k, of the adapter's size together. Unmasked, the two tell as much as the adapter
+    does. More `iterations` bring it nearer to the exact decomposition, each at the price of one more adapter. Ours; FlexLoRA (Bai et
+    al. 2024) decomposes the full mean. Clients may have `ranks` of their own, which they take in turn: they train the leading directions.
+    """
+
+    name: Literal["product"] = "product"
+    iterations: Count = 2
+    ranks: tuple[Count, ...] = ()
+    residual: bool = True
+
+    def split(self, adapter: Tree) -> tuple[Tree, Tree]:
+        return adapter, {}
+
+    def check(self, local: LocalTraining, rank: int) -> None:
+        """Raise UserError for an adapter rank or local training that do not fit."""
+        if max(self.ranks, default=0) > rank:
+            raise UserError(
+                f"algorithm.aggregate.ranks: {max(self.ranks)} is above task.model.lora_r, the shared adapter's {rank}. Raise that."
+            )
+        if local.keep_optimizer:
+            raise UserError(
+                "algorithm.aggregate: product turns the adapter's factors every round, moments carried over would not fit them. "
+                "Set algorithm.local.keep_optimizer to false, or take factors."
+            )
+
+    def received(self, client: Client, adapter: Tree) -> tuple[Tree, Tree]:
+        rank = self.ranks[client.id % len(self.ranks)] if self.ranks else None
+        return {name: tensor for a, b in pairs(adapter) for name, tensor in ((a, adapter[a][:rank]), (b, adapter[b][:, :rank]))}, {}
+
+    def message(self, client: Client, before: Tree, theta: Tree) -> Tree:
+        return theta
+
+    def merge(self, fed: Federation, adapter: Tree, messages: PerClient[Tree]) -> tuple[Tree, Mapping[str, float]]:
+        right = {a: _basis(adapter[a].T if adapter[a].any() else torch.eye(*adapter[a].T.shape)) for a, _ in pairs(adapter)}
+        for _ in range(self.iterations):
+            left = {a: _basis(y) for a, y in fed.mean(fed.each(from_right, messages, right)).items()}
+            mean = fed.mean(fed.each(from_left, messages, left, self.residual))
+            right = {a: _basis(mean[a].T) for a in left}
+        merged: dict[str, Tensor] = {}
+        for a, b in pairs(adapter):
+            u, s, v = torch.linalg.svd(mean[a] @ right[a], full_matrices=False)
+            merged[a], merged[b] = _factors(left[a], u, s, v @ right[a].T, rank=len(adapter[a]))
+        return merged, _residual(merged, mean, fed.round)
+
+    def mix(self, fed: Federation, theta: PerClient[Tree]) -> PerClient[Tree]:
+        """The products mixed, and returned to each client's rank.
+
+        What travels is linear in the products, so that mixing them mixes those: each product between random matrices, the same on all
+        clients, and of 2 r + 1 columns and twice as many rows for the largest rank r. From these the decomposition is found in one pass
+        (Tropp et al. 2017); it is exact where what is mixed has no higher rank, and takes about three times the bytes of the factors.
+        """
+        _, mixed = fed.mix(fed.each(sketch, theta, self))
+        return fed.each(from_sketch, theta, mixed, self)
+
+    def shadow(self, theta: Tree, round: int) -> Float[Tensor, " n"]:
+        """The same of the products."""
+        return torch.cat(list(probed(theta, round).values())) / math.sqrt(PROBES)
+
+
+Aggregate = Annotated[Factors | FrozenA | Product, Field(discriminator="name")]
+
+
+@work("product.from_right")
+def from_right(client: Client, theta: Tree, right: Tree) -> Tree:
+    return {a: theta[b] @ (theta[a] @ right[a]) for a, b in pairs(theta)}
+
+
+@work("product.from_left")
+def from_left(client: Client, theta: Tree, left: Tree, residual: bool) -> Tree:
+    return {**{a: (left[a].T @ theta[b]) @ theta[a] for a, b in pairs(theta)}, **(probed(theta, client.round) if residual else {})}
+
+
+@work("product.sketch")
+def sketch(client: Client, theta: Tree, method: Product) -> Tree:
+    found: dict[str, Tensor] = {}
+    for a, b, right, left in _sketchers(theta, method, client.round):
+        found |= {a: theta[b] @ (theta[a] @ right), b: (left @ theta[b]) @ theta[a]}
+    return found
+
+
+@work("product.from_sketch")
+def from_sketch(client: Client, theta: Tree, mixed: Tree, method: Product) -> Tree:
+    found: dict[str, Tensor] = {}
+    for a, b, _, left in _sketchers(theta, method, client.round):
+        span = _basis(mixed[a])
+        rest = torch.linalg.lstsq(left @ span, mixed[b], driver="gels").solution  # the product is span @ rest; gelsy is not deterministic
+        u, s, v = torch.linalg.svd(rest, full_matrices=False)
+        found[a], found[b] = _factors(span, u, s, v, rank=len(theta[a]))
+    return found
+
+
+WORKS = (from_right, from_left, sketch, from_sketch)
+"""What `Product` runs on clients."""
+
+
+def _sketchers(theta: Tree, method: Product, round: int) -> Iterator[tuple[str, str, Tensor, Tensor]]:
+    """Each weight's names, and the random matrices that its product is multiplied by from the right and from the left."""
+    rng = seeds.generator(0, "sketch", round=round)
+    for a, b in pairs(theta):
+        (rank, inputs), outputs = theta[a].shape, len(theta[b])
+        columns = min(2 * max(rank, *method.ranks, 1) + 1, inputs, outputs)
+        rows = min(2 * columns + 1, outputs)
+        yield a, b, torch.randn(inputs, columns, generator=rng), torch.randn(rows, outputs, generator=rng)
+
+
+def _factors(
+    span: Float[Tensor, "out k"], u: Float[Tensor, "k n"], s: Float[Tensor, " n"], v: Float[Tensor, "n in"], rank: int
+) -> tuple[Float[Tensor, "r in"], Float[Tensor, "out r"]]:
+    """A and B of this rank whose product comes nearest to span u s v; rows of A have the norm they are drawn with, spare ones are zero."""
+    u, s, v = u[:, :rank], s[:rank], v[:rank]
+    spare = rank - len(s)
+    a, b = pad(ROW_NORM * v, (0, 0, 0, spare)), pad(span @ u * s / ROW_NORM, (0, spare))
+    return a.contiguous(), b.contiguous()  # as they are when they come from a file: sums depend on the order in memory
+
+
+def _basis(columns: Float[Tensor, "n r"]) -> Float[Tensor, "n r"]:
+    """An orthonormal basis of what the columns span."""
+    basis: Tensor = torch.linalg.qr(columns)[0]
+    return basis
+
+
+def probed(theta: Tree, round: int) -> Tree:
+    """U' B A v for each weight's product, with normal vectors u and v that are drawn for the round: the same on all clients."""
+    rng = seeds.generator(0, "probe", round=round)
+    found = {}
+    for a, b in pairs(theta):
+        u, v = torch.randn(PROBES, len(theta[b]), generator=rng), torch.randn(theta[a].shape[1], PROBES, generator=rng)
+        found[PROBE + a] = ((u @ theta[b]) * (theta[a] @ v).T).sum(1)
+    return found
+
+
+def _residual(merged: Tree, mean: Tree, round: int) -> Mapping[str, float]:
+    """|B A - mean product| / |mean product|: the expected square of u' M v is the squared Frobenius norm of M."""
+    measured = {name: tensor for name, tensor in mean.items() if name.startswith(PROBE)}
+    if not measured:
+        return {}
+    return {"residual": trees.norm(trees.subtract(probed(merged, round), measured)) / max(trees.norm(measured), 1e-30)}

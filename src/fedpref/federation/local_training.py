@@ -1,0 +1,223 @@
+"""The local training loop, once: every algorithm's clients train through it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any, Literal
+
+import torch
+
+from fedpref.errors import UserError
+from fedpref.federation.objectives import Objectives
+from fedpref.federation.verbs import Client
+from fedpref.numerics import trees
+from fedpref.numerics.trees import Tree
+from fedpref.tasks.task import BatchSize
+from fedpref.types import Count, Fraction, NonNegative, Positive
+
+
+@dataclass(frozen=True)
+class LocalTraining:
+    """How a client trains within a round; names are those of transformers' TrainingArguments."""
+
+    steps: Count = 10
+    """Optimiser updates in a round."""
+    batch_size: Count = 8
+    """Examples in a batch."""
+    max_tokens_per_batch: Count | None = None
+    """Fill batches up to so many tokens, prompts and answers together, in place of a fixed size."""
+    gradient_accumulation_steps: Count = 1
+    """Batches for each update."""
+    optim: Literal["adamw", "sgd"] = "adamw"
+    """The optimiser."""
+    learning_rate: Positive = 5e-4
+    """The highest learning rate of the run."""
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "cosine"
+    """How the learning rate falls over the whole run, not the round."""
+    num_cycles: Positive = 0.5
+    """Waves of the cosine, as in transformers: half a wave goes down once."""
+    warmup_ratio: Fraction = 0.1
+    """The share of the run in which the learning rate rises."""
+    weight_decay: NonNegative = 0.0
+    """The optimiser's weight decay."""
+    adam_beta1: Fraction = 0.9
+    """The decay of AdamW's first moment."""
+    adam_beta2: Fraction = 0.99
+    """The decay of AdamW's second moment."""
+    momentum: Fraction = 0.0
+    """The momentum of SGD."""
+    max_grad_norm: Positive = 1.0
+    """The norm at which gradients are clipped."""
+    num_iterations: Count = 1
+    """Updates on what was drawn before something new is drawn, as in PPO and GRPO."""
+    keep_optimizer: bool = False
+    """Carry the optimiser's moments over rounds instead of starting afresh."""
+
+
+def rate(settings: LocalTraining, progress: float) -> float:
+    """Return the learning rate at a point of the run, 0 at its beginning and 1 at its end."""
+    if progress < settings.warmup_ratio:
+        return settings.learning_rate * progress / settings.warmup_ratio
+    left = (1 - progress) / (1 - settings.warmup_ratio)
+    wave = 2 * math.pi * settings.num_cycles * (1 - left)
+    shape = {"constant": 1.0, "linear": left, "cosine": 0.5 + 0.5 * math.cos(wave)}
+    return settings.learning_rate * shape[settings.lr_scheduler_type]
+
+
+def halves(settings: LocalTraining, first: int | None) -> tuple[LocalTraining, LocalTraining]:
+    """Split a round's steps into two phases.
+
+    Args:
+        settings: The whole round's.
+        first: Steps of the first phase; None takes a third.
+
+    Raises:
+        UserError: The second phase would have no steps.
+    """
+    steps = max(1, settings.steps // 3) if first is None else first
+    if steps >= settings.steps:
+        raise UserError(
+            f"algorithm.local.steps: {settings.steps} steps leave none for the second phase after "
+            f"{steps} of the first. Take more, fewer algorithm.personal_steps, or "
+            "algorithm.phases=joint."
+        )
+    return replace(settings, steps=steps), replace(settings, steps=settings.steps - steps)
+
+
+def joining(settings: LocalTraining, steps: int) -> LocalTraining:
+    """Return the settings of a client that joins after the run: a constant rate, `steps` steps."""
+    return replace(
+        settings,
+        steps=steps,
+        lr_scheduler_type="constant",
+        warmup_ratio=0.0,
+        keep_optimizer=False,
+    )
+
+
+@contextmanager
+def seeded_dropout(client: Client) -> Iterator[None]:
+    """Within it, dropout draws from the client's own stream, whatever else has been drawn."""
+    device = client.task.device
+    is_cuda = device.type == "cuda"
+    index = torch.cuda.current_device() if is_cuda and device.index is None else device.index
+    generator = torch.cuda.default_generators[index] if is_cuda else torch.default_generator
+    with torch.random.fork_rng(devices=[index] if is_cuda else []):
+        # not torch.manual_seed, which keeps a traceback of every call for devices that are not in
+        # use yet
+        generator.manual_seed(int(torch.randint(2**62, (), generator=client.rng)))
+        yield
+
+
+Correction = Callable[[Tree, Tree], None]
+"""correction(parameters, gradients) changes the gradients in place."""
+
+
+def pull_towards(centre: Tree, strength: float, client: Client) -> Correction:
+    """Return a correction that adds the gradient of strength/2 |theta - centre|^2."""
+    goal = trees.to(centre, client.task.device)
+
+    def pull(theta: Tree, gradients: Tree) -> None:
+        for name, gradient in gradients.items():
+            gradient.add_(theta[name] - goal[name], alpha=strength)
+
+    return pull
+
+
+def train_locally(
+    client: Client,
+    start: Tree,
+    settings: LocalTraining,
+    moments: Tree,
+    correct: Correction | None = None,
+    *,
+    objectives: Objectives | None = None,
+    fixed: Tree = MappingProxyType({}),
+    rates: Mapping[str, float] = MappingProxyType({}),
+) -> tuple[Tree, Tree, Mapping[str, float]]:
+    """Take a round's updates on the client's own data.
+
+    Args:
+        client: Whose data is drawn, and whose random numbers.
+        start: The parameters to train. Nothing happens to an empty tree.
+        settings: Steps, batches, optimiser and schedule.
+        moments: What this function returned as moments before; empty to begin afresh.
+        correct: Sees every update's gradient before it is clipped and used, and may change it.
+        objectives: How several losses are weighed; without it they are averaged.
+        fixed: Parameters that the model also has, and that stay.
+        rates: Factors of the learning rate, by parameter; all others have 1.
+
+    Returns:
+        On the CPU: the new parameters; the optimiser's moments, empty unless `keep_optimizer`;
+        metrics, which are means over all batches, and sums of those named `num_`.
+    """
+    if not start:
+        return {}, {}, {}
+    device = client.task.device
+    # in the order of names: the norm of all gradients is a sum, whose last bits depend on it
+    start = {name: start[name].detach().to(device) for name in sorted(start)}
+    beside = {name: tensor.to(device) for name, tensor in fixed.items()}
+    theta = {name: tensor.clone().requires_grad_() for name, tensor in start.items()}
+    params, received = {**beside, **theta}, {**beside, **start}
+    optimiser = _optimiser(settings, theta, moments, rates)
+    sums: dict[str, float] = {}
+    size = BatchSize(settings.batch_size, settings.max_tokens_per_batch)
+    batches = settings.steps * settings.gradient_accumulation_steps
+    drawn: list[Any] = []
+    with seeded_dropout(client):
+        for step in range(settings.steps):
+            progress = (client.round + (step + 0.5) / settings.steps) / client.rounds
+            for group in optimiser.param_groups:
+                group["lr"] = group["scale"] * rate(settings, progress)
+            if step % settings.num_iterations == 0:
+                drawn.clear()
+            for number in range(settings.gradient_accumulation_steps):
+                if number == len(drawn):
+                    drawn.append(client.task.draw(params, received, client.shard, size, client.rng))
+                losses, metrics = client.task.losses(params, drawn[number])
+                if objectives is None or len(losses) == 1:
+                    (losses.mean() / settings.gradient_accumulation_steps).backward()
+                else:
+                    weights = objectives.backward(losses, theta, settings.gradient_accumulation_steps)
+                    names = (f"weights/{name}" for name in client.task.objectives)
+                    metrics = {**metrics, **dict(zip(names, weights, strict=True))}
+                for name, value in metrics.items():
+                    sums[name] = sums.get(name, 0.0) + value
+            if correct:
+                with torch.no_grad():
+                    correct(theta, {name: tensor.grad for name, tensor in theta.items() if tensor.grad is not None})
+            norm = torch.nn.utils.clip_grad_norm_(theta.values(), settings.max_grad_norm)
+            sums["grad_norm"] = sums.get("grad_norm", 0.0) + float(norm) * settings.gradient_accumulation_steps
+            optimiser.step()
+            optimiser.zero_grad()
+    metrics = {name: value if name.startswith("num_") else value / batches for name, value in sums.items()}
+    kept = _moments(optimiser, theta) if settings.keep_optimizer else {}
+    return {name: tensor.detach().cpu() for name, tensor in theta.items()}, kept, metrics
+
+
+def _optimiser(settings: LocalTraining, theta: Tree, moments: Tree, rates: Mapping[str, float]) -> torch.optim.Optimizer:
+    scales = sorted({rates.get(name, 1.0) for name in theta})
+    groups = [{"params": [theta[name] for name in theta if rates.get(name, 1.0) == scale], "scale": scale} for scale in scales]
+    optimiser: torch.optim.Optimizer
+    if settings.optim == "adamw":
+        betas = (settings.adam_beta1, settings.adam_beta2)
+        optimiser = torch.optim.AdamW(groups, settings.learning_rate, betas, weight_decay=settings.weight_decay, fused=True)
+    else:
+        optimiser = torch.optim.SGD(groups, settings.learning_rate, settings.momentum, weight_decay=settings.weight_decay, foreach=True)
+    for address, tensor in moments.items():
+        key, name = address.split("/", 1)
+        optimiser.state[theta[name]][key] = tensor.clone() if key == "step" else tensor.to(theta[name].device, copy=True)
+    return optimiser
+
+
+def _moments(optimiser: torch.optim.Optimizer, theta: Tree) -> Tree:
+    return {
+        f"{key}/{name}": value.detach().cpu()
+        for name, tensor in theta.items()
+        for key, value in optimiser.state[tensor].items()
+        if value is not None
+    }

@@ -1,0 +1,67 @@
+"""The network of a decentralised run: its graph in each round, with the links that fail."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fedpref.channel import Chain, Compression
+from fedpref.numerics import seeds
+from fedpref.numerics.topology import (
+    AnyTopology,
+    Matrix,
+    Names,
+    OnePeerExponential,
+    Shape,
+    Weights,
+    links,
+    mixing,
+    refuse_disconnected,
+    without,
+)
+from fedpref.types import Fraction
+
+
+@dataclass(frozen=True)
+class Network:
+    """Who hears whom, how much each takes of what it hears, and how often a link fails."""
+
+    topology: AnyTopology = Shape()
+    weights: Weights = "metropolis"
+    compression: Compression | None = None  # of what neighbours tell one another
+    link_failure: Fraction = 0.0  # the chance of each link in each round
+
+    def check(self, names: Names, taking_part: Sequence[int] | None = None, everybody: bool = True) -> None:
+        """Raise UserError where the topology does not fit the clients, or does not connect those who ever take part (None: all).
+
+        Not `everybody` of them may be in each round.
+        """
+        apart = set(range(len(names))) - set(range(len(names)) if taking_part is None else taking_part)
+        turn = range(len(names)) if isinstance(self.topology, OnePeerExponential) else range(1)
+        graphs = [self.topology.graph(names, round) for round in turn]
+        mixed = mixing(graphs[0], self.weights, names)
+        if self.link_failure or apart or not everybody:
+            without(mixed, [])
+        if not getattr(self.topology, "redraw", False):  # a graph that is drawn anew connects everybody sooner or later
+            refuse_disconnected(graphs, names, apart)
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the mixing matrix is the same in every round, if everybody takes part."""
+        return not self.link_failure and not isinstance(self.topology, OnePeerExponential) and not getattr(self.topology, "redraw", False)
+
+    @property
+    def links(self) -> Chain:
+        """The way of a message to a neighbour."""
+        return Chain((self.compression.stage(),) if self.compression else ())
+
+    def matrix(self, names: Names, seed: int, round: int, active: Sequence[int]) -> Matrix:
+        """The mixing matrix of a round, [N, N]: nobody hears or is heard by clients that take no part, nor over links that fail."""
+        whole = mixing(self.topology.graph(names, round), self.weights, names)
+        absent = set(range(len(names))) - set(active)
+        there = list(links(whole))
+        fates = torch.rand(len(there), generator=seeds.generator(seed, "links", round=round)).tolist()
+        broken = [link for link, fate in zip(there, fates, strict=True) if fate < self.link_failure or absent.intersection(link)]
+        return without(whole, broken) if broken else whole

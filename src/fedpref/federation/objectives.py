@@ -1,0 +1,84 @@
+"""Several objectives: what is preferred among them, their gradients, and one update for all from one forward pass."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fedpref.errors import UserError
+from fedpref.numerics.trees import Tree
+from fedpref.tasks.task import CRITIC
+
+
+@dataclass(frozen=True)
+class Objectives:
+    """How objectives are weighed: fixed weights, or weights from the Gram matrix of their gradients.
+
+    What all objectives share is moved along the weighted sum of their gradients; critics, which are one objective's each, along the sum.
+    The Gram matrix is that of the shared parameters, or of those that `watched` names: then the gradients of the objectives are
+    computed for these alone, and one more for all.
+    """
+
+    weigh: Callable[[Float[Tensor, "M M"]], Float[Tensor, " M"]] | Float[Tensor, " M"]
+    watched: Callable[[str], bool] | None = None
+
+    def backward(self, losses: Float[Tensor, " M"], theta: Tree, batches: int) -> list[float]:
+        """Add the gradients of one of so many batches to the parameters', and return the weights."""
+        critics = [name for name in theta if name.startswith(CRITIC)]
+        if isinstance(self.weigh, Tensor):
+            weights = self.weigh.to(losses)
+            if critics:
+                (losses.sum() / batches).backward(retain_graph=True, inputs=[theta[name] for name in critics])
+            ((weights * losses).sum() / batches).backward(inputs=[theta[name] for name in theta if name not in critics])
+            return list(weights.tolist())
+        watched = [name for name in theta if name not in critics and (self.watched is None or self.watched(name))]
+        rest = [name for name in theta if name not in critics and name not in watched]
+        wanted = [theta[name] for name in watched + critics]
+        rows = [torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True) for loss in losses]
+        shared = torch.stack([_flat(row[: len(watched)], wanted) for row in rows])
+        weights = self.weigh(shared @ shared.T).to(losses)
+        gradients = dict(zip(watched, (weights @ shared).split([theta[name].numel() for name in watched]), strict=True))
+        if rest:
+            gradients |= zip(rest, torch.autograd.grad((weights * losses).sum(), [theta[name] for name in rest]), strict=True)
+        for k, name in enumerate(critics, len(watched)):
+            gradients[name] = torch.stack([row[k] for row in rows if row[k] is not None]).sum(0)
+        for name, gradient in gradients.items():
+            share = gradient.view_as(theta[name]) / batches
+            theta[name].grad = share if (known := theta[name].grad) is None else known + share
+        return list(weights.tolist())
+
+
+def jacobian(losses: Float[Tensor, " M"], theta: Tree) -> Float[Tensor, "M P"]:
+    """Each loss's gradient, all parameters in the order of their names; nothing of the graph is kept."""
+    wanted = [theta[name] for name in sorted(theta)]
+    last = len(losses) - 1
+    rows = [torch.autograd.grad(loss, wanted, retain_graph=m < last, allow_unused=True) for m, loss in enumerate(losses)]
+    return torch.stack([_flat(row, wanted) for row in rows])
+
+
+def _flat(gradients: Sequence[Tensor | None], like: Sequence[Tensor]) -> Float[Tensor, " P"]:
+    return torch.cat([(torch.zeros_like(t) if g is None else g).flatten() for g, t in zip(gradients, like, strict=False)])
+
+
+def preferred(preference: Sequence[float], objectives: Sequence[str], where: str = "algorithm.preference") -> Float[Tensor, " M"]:
+    """A preference over objectives, brought to a sum of one; equal shares if none is given. Raises UserError where it does not fit."""
+    shares = tuple(preference) or (1.0,) * len(objectives)
+    if len(shares) != len(objectives):
+        raise UserError(f"{where}: {len(shares)} numbers for {len(objectives)} objectives ({', '.join(objectives)}).")
+    if min(shares) < 0 or not sum(shares) > 0:
+        raise UserError(f"{where}: expected numbers that are not negative and not all zero, found {list(shares)}.")
+    return torch.tensor(shares, dtype=torch.float64) / sum(shares)
+
+
+def of_last_layers(names: Collection[str], count: int) -> Callable[[str], bool]:
+    """Whether a parameter belongs to one of the last so many layers, told by the first number in its name."""
+    numbered = {name: int(found[1]) for name in names if (found := re.search(r"\.(\d+)\.", name))}
+    if not numbered:
+        raise UserError("algorithm.gram_layers: the adapter's parameters have no layer numbers in their names. Leave it out.")
+    last = set(sorted(set(numbered.values()))[-count:])
+    return lambda name: numbered.get(name) in last

@@ -1,0 +1,98 @@
+"""Who takes part in a round."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from fedpref.errors import UserError
+from fedpref.numerics import seeds
+from fedpref.types import Count, NonNegative, Positive, WholeNumber
+
+
+@dataclass(frozen=True)
+class Participation:
+    """Who takes part in a round, and with what weight.
+
+    A cohort is drawn without replacement. To draw clients by their examples and weight them by examples too would count them twice.
+    """
+
+    clients_per_round: Count | None = None  # None: everybody
+    sampling: Literal["uniform", "examples", "weighted"] = "uniform"  # the chance to be drawn
+    sampling_weights: Mapping[str, NonNegative] = field(default_factory=dict)  # by client, for `weighted`
+    weighting: Literal["examples", "equal"] = "examples"
+    deadline: Positive | None = None  # of a round, in times that the median client needs; who is later is left out of the round
+    speed_spread: NonNegative = 0.5  # of simulated clients: standard deviation of the logarithm of their time
+    newcomers: WholeNumber | tuple[str, ...] = 0  # clients that join after training: by name, or so many at random
+    join_steps: Count = 20  # local steps in which they make what is their own
+
+    def weights(self, sizes: Mapping[str, int], seed: int) -> list[float]:
+        """Each client's chance to be drawn, up to a factor; raises UserError where `sampling_weights` does not fit the clients."""
+        late = self.joining(list(sizes), seed)
+        sizes = {name: 0 if client in late else size for client, (name, size) in enumerate(sizes.items())}
+        if self.sampling != "weighted":
+            if self.sampling_weights:
+                raise UserError(f"federation.sampling_weights: they are for sampling: weighted, but sampling is {self.sampling}.")
+            return [float(size if self.sampling == "examples" else size > 0) for size in sizes.values()]
+        if wrong := sorted(self.sampling_weights.keys() ^ sizes.keys()):
+            raise UserError(
+                f"federation.sampling_weights: {wrong[:5]} {'are' if len(wrong) > 1 else 'is'} either no client or without a weight; "
+                f"the clients are {list(sizes)[:8]}{' ...' if len(sizes) > 8 else ''}."
+            )
+        found = [self.sampling_weights[name] if size else 0.0 for name, size in sizes.items()]
+        if not any(found):
+            raise UserError("federation.sampling_weights: no client with training data has a weight above zero.")
+        return found
+
+    @property
+    def takes_everybody(self) -> bool:
+        """Whether all clients take part in every round."""
+        return self.clients_per_round is None and self.deadline is None and not self.newcomers
+
+    @property
+    def num_newcomers(self) -> int:
+        return self.newcomers if isinstance(self.newcomers, int) else len(self.newcomers)
+
+    def joining(self, names: Sequence[str], seed: int) -> tuple[int, ...]:
+        """The clients that join after training; raises UserError for a name that is none, and if nobody would be left to train."""
+        if isinstance(self.newcomers, int):
+            order = torch.randperm(len(names), generator=seeds.generator(seed, "newcomers")).tolist()
+            found = tuple(sorted(order[: self.newcomers]))
+        else:
+            if unknown := sorted(set(self.newcomers) - set(names)):
+                raise UserError(f"federation.newcomers: {unknown[:5]} are no clients; the clients are {list(names)[:12]}.")
+            found = tuple(i for i, name in enumerate(names) if name in self.newcomers)
+        if self.num_newcomers >= len(names):
+            raise UserError(
+                f"federation.newcomers: {self.num_newcomers} of {len(names)} clients join after training, nobody is left to train."
+            )
+        return found
+
+    def cohort(self, weights: Sequence[float], seed: int, round: int) -> tuple[tuple[int, ...], int]:
+        """The clients of a round, in the order of their ids, and how many more were drawn but would miss the deadline.
+
+        Clients are not timed, for the result would depend on the machine: a client's time is drawn, half of its spread once for the run
+        and half for the round, log-normal around the median. If nobody is in time, the round waits for the first.
+        """
+        drawn = draw(weights, self.clients_per_round, seeds.generator(seed, "cohort", round=round))
+        if self.deadline is None:
+            return drawn, 0
+        times = {}
+        for client in drawn:
+            draws = [torch.randn((), generator=seeds.generator(seed, "speed", round=r, client=client)).item() for r in (0, round + 1)]
+            times[client] = math.exp(self.speed_spread * sum(draws) / math.sqrt(2))
+        punctual = tuple(client for client in drawn if times[client] <= self.deadline) or (min(times, key=times.__getitem__),)
+        return punctual, len(drawn) - len(punctual)
+
+
+def draw(weights: Sequence[float], size: int | None, rng: torch.Generator) -> tuple[int, ...]:
+    """`size` of the clients with a weight above zero, without replacement, in the order of their ids; all of them if None or too many."""
+    able = [client for client, weight in enumerate(weights) if weight > 0]
+    if size is None or size >= len(able):
+        return tuple(able)
+    chosen = torch.multinomial(torch.tensor([weights[client] for client in able]).double(), size, generator=rng).tolist()
+    return tuple(sorted(able[i] for i in chosen))

@@ -1,0 +1,65 @@
+"""How a client trains what is its own beside what it shares: in two phases, or all at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from fedpref.federation.local_training import LocalTraining, halves, train_locally
+from fedpref.federation.verbs import Client, work
+from fedpref.models.own_parts import DOWN, HEAD, HEADS, OWN_ADAPTER, UP, VOCABULARY_HEAD, Parts
+from fedpref.numerics import trees
+from fedpref.numerics.trees import Tree
+from fedpref.types import Count, Positive
+
+
+@dataclass(frozen=True, kw_only=True)
+class Personal:
+    """What of the model is each client's own, and how it is trained; the common settings of algorithms with such parts."""
+
+    name: str = ""  # the first in a config; each algorithm has its own
+    parts: Parts = Parts()
+    phases: Literal["alternate", "joint"] = "alternate"
+    personal_steps: Count | None = 1  # of a round's local steps, those of the first phase; None: a third
+    freeze: Literal["vocabulary-head", "heads"] = "vocabulary-head"  # in the second phase; `heads`: the reward head too
+    local: LocalTraining = LocalTraining()
+    head_rate: Positive = 0.1  # of a full vocabulary head, times the learning rate
+    bottleneck_rate: Positive = 0.1  # likewise
+    adapter_rate: Positive = 0.2  # of the own adapter, likewise: what is common is for the shared one to learn
+
+    def __post_init__(self) -> None:
+        if self.phases == "alternate":
+            halves(self.local, self.personal_steps)
+
+    def rates(self, own: Tree) -> Mapping[str, float]:
+        """Factors of the learning rate, by name."""
+        return {HEAD: self.head_rate, DOWN: self.bottleneck_rate, UP: self.bottleneck_rate} | {
+            name: self.adapter_rate for name in own if name.startswith(OWN_ADAPTER)
+        }
+
+    def train(self, client: Client, received: Tree, fixed: Tree, own: Tree, moments: Tree) -> tuple[Tree, Tree, Tree, Mapping[str, float]]:
+        """A round of local steps: what became of what was received, of the client's own parts and of the moments, and metrics."""
+        rates = self.rates(own)
+        if self.phases == "joint" or not own:
+            theta, moments, metrics = train_locally(client, {**received, **own}, self.local, moments, fixed=fixed, rates=rates)
+            return trees.select(theta, received), trees.select(theta, own), moments, metrics
+        first, second = halves(self.local, self.personal_steps)
+        own, kept, before = train_locally(client, own, first, trees.select(moments, own, "/"), fixed={**received, **fixed}, rates=rates)
+        heads = trees.select(own, HEADS if self.freeze == "heads" else VOCABULARY_HEAD)
+        free = {**received, **{name: tensor for name, tensor in own.items() if name not in heads}}
+        moments = {**moments, **kept}
+        theta, kept, metrics = train_locally(client, free, second, trees.select(moments, free, "/"), fixed={**fixed, **heads}, rates=rates)
+        sums = {name: value + before[name] for name, value in metrics.items() if name.startswith("num_")}
+        metrics = {**metrics, **{f"personal/{name}": value for name, value in before.items() if name not in sums}, **sums}
+        return trees.select(theta, received), {**heads, **trees.select(theta, own)}, {**moments, **kept}, metrics
+
+
+@work("personal.begin", sends=())
+def begin(client: Client, parts: Parts) -> Tree:
+    return client.task.parts(parts, client.rng)
+
+
+@work("personal.settle", sends=())
+def settle(client: Client, shared: Tree, own: Tree, settings: LocalTraining, method: Personal) -> Tree:
+    return train_locally(client, own, settings, {}, fixed=shared, rates=method.rates(own))[0]

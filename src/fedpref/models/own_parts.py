@@ -1,0 +1,120 @@
+"""What a client may have of its own on a shared model: a vocabulary head, a reward head, a bottleneck between the model and both.
+
+These act on the hidden states that come to the vocabulary head; an adapter of its own acts in the layers, beside the shared one. Their
+tensors go by these names in the tree of a client's parameters, so that a tree without them is the shared model.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from fedpref.numerics.trees import Tree
+from fedpref.types import Count, WholeNumber
+
+HEAD, HEAD_DOWN, HEAD_UP = "head.weight", "head.down", "head.up"
+REWARD = "reward.weight"
+DOWN, UP = "bottleneck.down", "bottleneck.up"
+OWN_ADAPTER = "own."  # begins the names of a second adapter, which is added to the first
+FILE = "own_parts.safetensors"
+VOCABULARY_HEAD = frozenset({HEAD, HEAD_DOWN, HEAD_UP})
+HEADS = VOCABULARY_HEAD | {REWARD}
+NAMES = HEADS | {DOWN, UP}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Which parts a client has of its own."""
+
+    head: Literal["full", "low-rank"] | None = "full"  # its own copy of the vocabulary head, or a low-rank change of it
+    head_rank: Count = 16  # of a low-rank head, for large vocabularies
+    bottleneck: WholeNumber = 64  # width of a residual adapter on the last hidden state; 0: none
+    reward: bool = True  # an explicit reward, linear in the last hidden state of an answer
+    adapter: bool = True  # a second adapter in the layers, shaped as the shared one and added to it
+
+    @property
+    def after(self) -> bool:
+        """Whether there is a part that acts on the hidden states which come to the vocabulary head."""
+        return bool(self.head or self.bottleneck or self.reward)
+
+    def init(self, head: Float[Tensor, "V D"], adapter: Tree, rng: torch.Generator) -> Tree:
+        """Fresh parts in float32 on the CPU, which change nothing: the head is the backbone's, what comes last in the others is zero.
+
+        `adapter` is a fresh one, for the own adapter to be.
+        """
+        vocabulary, width = head.shape
+        tree: dict[str, Tensor] = {OWN_ADAPTER + name: tensor for name, tensor in adapter.items()} if self.adapter else {}
+        if self.head == "full":
+            tree[HEAD] = head.detach().float().cpu().clone()
+        elif self.head == "low-rank":
+            tree[HEAD_DOWN] = nn.init.kaiming_uniform_(torch.empty(self.head_rank, width), a=math.sqrt(5), generator=rng)
+            tree[HEAD_UP] = torch.zeros(vocabulary, self.head_rank)
+        if self.bottleneck:
+            tree[DOWN] = nn.init.kaiming_uniform_(torch.empty(self.bottleneck, width), a=math.sqrt(5), generator=rng)
+            tree[UP] = torch.zeros(width, self.bottleneck)
+        if self.reward:
+            tree[REWARD] = torch.zeros(width)
+        return tree
+
+
+NO_PARTS = Parts(head=None, bottleneck=0, reward=False, adapter=False)
+
+
+def combined_adapter(adapter: Tree) -> dict[str, Tensor]:
+    """One adapter of twice the rank for the sum of an adapter and a client's own; the adapter itself if there is no second."""
+    return {
+        name: torch.cat([tensor, adapter[OWN_ADAPTER + name]], 0 if "_A" in name.rsplit("lora", 1)[-1] else 1)
+        if OWN_ADAPTER + name in adapter
+        else tensor
+        for name, tensor in adapter.items()
+        if not name.startswith(OWN_ADAPTER)
+    }
+
+
+def after_bottleneck(hidden: Float[Tensor, "n D"], parts: Tree) -> Float[Tensor, "n D"]:
+    """Hidden states after the bottleneck, if there is one: h + U gelu(D h)."""
+    if DOWN not in parts:
+        return hidden
+    return hidden + nn.functional.gelu(hidden @ parts[DOWN].T) @ parts[UP].T
+
+
+def own_head(
+    head: Float[Tensor, "V D"], parts: Tree
+) -> tuple[Float[Tensor, "V D"], tuple[Float[Tensor, "r D"], Float[Tensor, "V r"]] | None]:
+    """The weight of a client's vocabulary head, and a low-rank change of it as (down, up), if it has one."""
+    change = (parts[HEAD_DOWN], parts[HEAD_UP]) if HEAD_UP in parts else None
+    return parts.get(HEAD, head), change
+
+
+def head_weight(head: Float[Tensor, "V D"], parts: Tree) -> Float[Tensor, "V D"]:
+    """The weight of a client's vocabulary head with its low-rank change in it."""
+    weight, change = own_head(head, parts)
+    return weight if change is None else weight + change[1] @ change[0]
+
+
+class OwnHead(nn.Linear):
+    """A vocabulary head with a client's own parts, for models of transformers; `reward` is its explicit reward of hidden states."""
+
+    def __init__(self, head: nn.Linear, parts: Tree) -> None:
+        super().__init__(head.in_features, head.out_features, head.bias is not None, device="meta")
+        own = {name: tensor.to(head.weight.device, head.weight.dtype) for name, tensor in parts.items()}
+        self.weight = nn.Parameter(head_weight(head.weight.detach(), own), requires_grad=False)
+        self.bias = head.bias
+        for name in {DOWN, UP, REWARD} & own.keys():
+            self.register_buffer(name.replace(".", "_"), own[name])
+
+    def after_bottleneck(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
+        return after_bottleneck(
+            hidden, {name: getattr(self, name.replace(".", "_")) for name in (DOWN, UP) if hasattr(self, name.replace(".", "_"))}
+        )
+
+    def forward(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
+        return super().forward(self.after_bottleneck(hidden))
+
+    def reward(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "..."]:
+        return self.after_bottleneck(hidden) @ self.get_buffer("reward_weight")

@@ -1,0 +1,92 @@
+"""Weights of conflicting objectives, from the Gram matrix of their gradients: min-norm problems over the simplex.
+
+With weights w of a min-norm problem, a step along sum_j w_j g_j makes no objective worse to first order (MGDA: Désidéri 2012).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from scipy.optimize import nnls
+from torch import Tensor
+
+from fedpref.types import NonNegative
+
+Gram = Float[Tensor, "M M"]
+Weights = Float[Tensor, " M"]
+Matrix = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MinNorm:
+    """argmin over weights w >= 0 that sum to one of (1/2) |sum_j w_j g_j|^2 + R(w), for a preference p over objectives.
+
+    `distance`: R = (b/2) |w - p|^2, which for b = 0 is MGDA and for b to infinity gives p. `share`: R = (b/2) sum_j w_j^2 / p_j, with the
+    same limit; an objective of p_j = 0 gets nothing. `gradients`: R = (b/2) |w|^2 over gradients p_j g_j, whose weights p_j w_j are
+    brought to a sum of one. With equal preferences the first two differ from (b/2) |w|^2 by a constant or a factor M of b. FIRM
+    (arXiv 2511.16992) has a regulariser and preferences; these forms of them are ours.
+    """
+
+    b: NonNegative = 0.1
+    preference: Literal["distance", "share", "gradients"] = "distance"
+    normalize: bool = True  # divide the Gram matrix by the mean of its diagonal, so that b means the same for gradients of any length
+
+    def __call__(self, gram: Gram, preference: Weights) -> Weights:
+        q, p = gram.double().cpu().numpy(), preference.double().cpu().numpy()
+        length = float(np.diag(q).mean())
+        if not length > 0:
+            return preference
+        unit = length if self.normalize else 1.0
+        if self.preference == "gradients":
+            w = p * _least(p[:, None] * q * p, self.b * unit * np.eye(len(p)))
+            return torch.from_numpy(w / w.sum()).to(preference) if w.sum() > 0 else preference
+        if self.preference == "share":
+            there = p > 0
+            w = np.zeros_like(p)
+            w[there] = _least(q[np.ix_(there, there)], self.b * unit * np.diag(1 / p[there]))
+        else:
+            apart = np.eye(len(p)) - p[:, None]  # of weights that sum to one: w - p
+            w = _least(q, self.b * unit * apart.T @ apart)
+        return torch.from_numpy(w).to(preference)
+
+
+def _least(q: Matrix, regulariser: Matrix) -> NDArray[np.float64]:
+    """The weights in the simplex of least w' (q + regulariser) w, by an active-set method.
+
+    With A'A that matrix, the non-negative u of least |A u|^2 + (sum u - 1)^2 is the solution but for its sum: among the multiples t w
+    of some weights the best t leaves a / (1 + a), which grows with a = |A w|^2.
+    """
+    values, vectors = np.linalg.eigh(q + regulariser)
+    scale = max(float(values[-1]), np.finfo(float).tiny)
+    root = np.sqrt(np.clip(values / scale, 0, None))[:, None] * vectors.T
+    u = nnls(np.vstack([root, np.ones(len(q))]), np.append(np.zeros(len(q)), 1.0))[0]
+    found: NDArray[np.float64] = u / u.sum()
+    return found
+
+
+def projected_descent(gram: Gram, start: Weights, rate: float, iterations: int) -> Weights:
+    """The same problem by projected gradient steps from these weights, as FedCMOO solves it (Askin et al. 2025)."""
+    q, w = gram.double().cpu().numpy(), start.double().cpu().numpy()
+    for _ in range(iterations):
+        w = onto_simplex(w - rate * (q @ w))
+    return torch.from_numpy(w).to(start)
+
+
+def onto_simplex(w: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The nearest weights that are not negative and sum to one (Duchi et al. 2008)."""
+    ranked = np.sort(w)[::-1]
+    over = (np.cumsum(ranked) - 1) / np.arange(1, len(w) + 1)
+    last = int(np.flatnonzero(ranked > over)[-1])
+    found: NDArray[np.float64] = np.maximum(w - over[last], 0)
+    return found
+
+
+def stationarity(gram: Gram) -> float:
+    """The least squared length of a weighted sum of the gradients: zero where no direction helps all objectives."""
+    w = MinNorm(b=0.0)(gram, torch.full((len(gram),), 1 / len(gram), dtype=torch.float64))
+    return float(w @ gram.double().cpu() @ w)

@@ -1,0 +1,285 @@
+"""Graphs between clients, and the matrices by which neighbours' values are mixed.
+
+A mixing matrix W holds in row i what client i takes of everybody's values. It is non-negative and doubly stochastic: rows sum to one, so
+that equal values stay equal, and columns sum to one, so that mixing preserves the mean. How fast values become equal is decided by rho,
+the largest singular value of W - 11'/N (for a symmetric W its second largest absolute eigenvalue).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import networkx as nx
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from fedpref.errors import UserError
+from fedpref.types import WholeNumber
+
+Matrix = NDArray[np.float64]
+Graph = Any  # networkx's Graph or DiGraph over 0, 1, ..., N - 1; it has no types of its own
+Names = Sequence[str]
+Weights = Literal["metropolis", "max-degree", "uniform"]
+Probability = Annotated[float, Field(gt=0, le=1)]
+TOLERANCE = 1e-9
+
+
+def _of_edges(count: int, edges: Iterable[tuple[int, int]]) -> Graph:
+    """An undirected graph; a client is no neighbour of its own, and nobody's twice."""
+    found = nx.Graph()
+    found.add_nodes_from(range(count))
+    found.add_edges_from((one, other) for one, other in edges if one != other)
+    return found
+
+
+def _hops(count: int) -> list[int]:
+    """Powers of two below the number of clients."""
+    return [2**k for k in range((count - 1).bit_length())]
+
+
+def _exponential(count: int) -> Graph:
+    return _of_edges(count, ((i, (i + hop) % count) for i in range(count) for hop in _hops(count)))
+
+
+def _hypercube(count: int) -> Graph:
+    if count & (count - 1):
+        raise UserError(f"topology hypercube: the number of clients must be a power of two, there are {count}. Take exponential.")
+    return _of_edges(count, ((i, i ^ hop) for i in range(count) for hop in _hops(count)))
+
+
+def _sides(count: int) -> tuple[int, int]:
+    """Rows and columns, as near to a square as the number of clients allows."""
+    rows = next(rows for rows in range(math.isqrt(count), 0, -1) if count % rows == 0)
+    if rows == 1 and count > 3:
+        raise UserError(f"topology: {count} clients fill no rows and columns, {count} is prime. Take ring, or another number.")
+    return rows, count // rows
+
+
+def _grid(count: int) -> Graph:
+    return nx.convert_node_labels_to_integers(nx.grid_2d_graph(*_sides(count)), ordering="sorted")
+
+
+def _torus(count: int) -> Graph:
+    rows, columns = _sides(count)
+    places = [(r, c) for r in range(rows) for c in range(columns)]
+    right = [(columns * r + c, columns * r + (c + 1) % columns) for r, c in places]
+    down = [(columns * r + c, columns * ((r + 1) % rows) + c) for r, c in places]
+    return _of_edges(count, right + down)
+
+
+SHAPES: Mapping[str, Callable[[int], Graph]] = {
+    "ring": lambda count: _of_edges(count, ((i, (i + 1) % count) for i in range(count))),
+    "path": nx.path_graph,
+    "star": lambda count: nx.star_graph(count - 1),  # the first client in the middle
+    "complete": nx.complete_graph,
+    "grid": _grid,
+    "torus": _torus,  # a grid whose opposite sides are joined
+    "hypercube": _hypercube,  # clients whose numbers differ in one binary digit
+    "exponential": _exponential,  # client i with i + 1, i + 2, i + 4, ... around the circle, in both directions
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A graph that its name and the number of clients decide."""
+
+    name: Literal["ring", "path", "star", "complete", "grid", "torus", "hypercube", "exponential"] = "ring"
+
+    def graph(self, names: Names, round: int) -> Graph:
+        return SHAPES[self.name](len(names))
+
+
+@dataclass(frozen=True)
+class OnePeerExponential:
+    """In round t client i receives from the one client that is 2^t behind it, t modulo the number of such hops (Assran et al. 2019).
+
+    Where the number of clients is a power of two, one turn through the hops is an exact average (Ying et al. 2021).
+    """
+
+    name: Literal["one-peer-exponential"] = "one-peer-exponential"
+
+    def graph(self, names: Names, round: int) -> Graph:
+        count, hops = len(names), _hops(len(names))
+        found = nx.DiGraph()
+        found.add_nodes_from(range(count))
+        found.add_edges_from((i, (i + hops[round % len(hops)]) % count) for i in range(count) if hops)
+        return found
+
+
+@dataclass(frozen=True)
+class ErdosRenyi:
+    """Each pair of clients with the same probability, drawn once, or anew in each round."""
+
+    name: Literal["erdos-renyi"] = "erdos-renyi"
+    probability: Probability = 0.3
+    seed: WholeNumber = 0
+    redraw: bool = False
+
+    def graph(self, names: Names, round: int) -> Graph:
+        return nx.gnp_random_graph(len(names), self.probability, np.random.default_rng([self.seed, round if self.redraw else 0]))
+
+
+@dataclass(frozen=True)
+class SmallWorld:
+    """A circle of `neighbours` each, whose edges are led elsewhere with a probability (Watts and Strogatz 1998)."""
+
+    name: Literal["small-world"] = "small-world"
+    neighbours: Annotated[int, Field(ge=2)] = 4
+    probability: Probability = 0.2
+    seed: WholeNumber = 0
+
+    def graph(self, names: Names, round: int) -> Graph:
+        if self.neighbours >= len(names):
+            raise UserError(f"topology small-world: {self.neighbours} neighbours among {len(names)} clients. Take fewer.")
+        if self.neighbours % 2:
+            raise UserError(f"topology small-world: {self.neighbours} neighbours; on a circle they are an even number.")
+        return nx.watts_strogatz_graph(len(names), self.neighbours, self.probability, np.random.default_rng(self.seed))
+
+
+@dataclass(frozen=True)
+class GraphFile:
+    """A GraphML file, or a list of edges: two clients' names a line, separated by a comma or a space."""
+
+    name: Literal["file"] = "file"
+    path: str = ""
+    digest: str | None = None  # of the file's content, which a run keeps
+
+    def with_digest(self) -> GraphFile:
+        """The same, bound to what the file holds now if it was not bound before."""
+        return self if self.digest else replace(self, digest=self._content()[1])
+
+    def graph(self, names: Names, round: int) -> Graph:
+        place = {name: number for number, name in enumerate(names)}
+        edges = [(one, other) for one, other in self._edges() if one != other]
+        if unknown := sorted({name for edge in edges for name in edge} - place.keys()):
+            raise UserError(f"{self.path}: {unknown[:5]} are no clients; the clients are {list(names)[:12]}.")
+        return _of_edges(len(names), [(place[one], place[other]) for one, other in edges])
+
+    def _edges(self) -> list[tuple[str, str]]:
+        content, digest = self._content()
+        if self.digest not in (None, digest):
+            raise UserError(f"{self.path}: the file is not what it was when the run began.")
+        if self.path.lower().endswith(".graphml"):
+            try:
+                found = nx.read_graphml(io.BytesIO(content))
+            except Exception as error:  # of the XML reader, or of networkx
+                raise UserError(f"{self.path}: this is no GraphML: {error}.") from error
+            return [(str(one), str(other)) for one, other in found.edges()]
+        try:
+            lines = [line.split("#", 1)[0].strip() for line in content.decode().splitlines()]
+        except UnicodeDecodeError as error:
+            raise UserError(f"{self.path}: this is no text in UTF-8: {error}.") from error
+        found = []
+        for number, line in enumerate(lines, 1):
+            parts = [part.strip() for part in (line.split(",") if "," in line else line.split())]
+            if len(parts) == 2:
+                found.append((parts[0], parts[1]))
+            elif parts:
+                raise UserError(f"{self.path}, line {number}: expected two clients' names, there are {len(parts)} words.")
+        return found
+
+    def _content(self) -> tuple[bytes, str]:
+        file = Path(self.path).expanduser()
+        if not file.is_file():
+            raise UserError(f"topology.path: there is no file {self.path!r}.")
+        content = file.read_bytes()
+        return content, hashlib.blake2b(content, digest_size=8).hexdigest()
+
+
+AnyTopology = Annotated[Shape | OnePeerExponential | ErdosRenyi | SmallWorld | GraphFile, Field(discriminator="name")]
+
+
+# ---- mixing matrices
+
+
+def mixing(graph: Graph, weights: Weights = "metropolis", names: Names = ()) -> Matrix:
+    """The mixing matrix of a graph, [N, N]; raises UserError where these weights do not preserve the mean on it.
+
+    `metropolis`: 1/(1 + the larger degree of the two); `max-degree`: 1/(1 + the graph's largest degree); `uniform`: 1/(1 + own degree),
+    which needs equal degrees. What is left of a row is the client's own. On a directed graph degrees are numbers of senders.
+    """
+    count = len(graph)
+    directed = graph.is_directed()
+    degree = dict(graph.in_degree() if directed else graph.degree())
+    largest = max(degree.values())
+    matrix = np.zeros((count, count))
+    for one, other in graph.edges():
+        for taker, giver in ((other, one),) if directed else ((other, one), (one, other)):
+            near = {"metropolis": max(degree[one], degree[other]), "max-degree": largest, "uniform": degree[taker]}[weights]
+            matrix[taker, giver] = 1 / (1 + near)
+    np.fill_diagonal(matrix, 1 - matrix.sum(1))
+    check(matrix, names or [str(i) for i in range(count)], symmetric=not directed)
+    return matrix
+
+
+def check(matrix: Matrix, names: Names, *, symmetric: bool = True) -> None:
+    """Raise UserError, with clients' names, for a matrix that is negative, not doubly stochastic or, where it should be, not symmetric."""
+    found: Any
+    for found, what in (
+        (np.argwhere(matrix < -TOLERANCE)[:, 0], "have a negative weight"),
+        (np.flatnonzero(abs(matrix.sum(1) - 1) > TOLERANCE), "take weights that do not sum to one"),
+        (np.flatnonzero(abs(matrix.sum(0) - 1) > TOLERANCE), "give weights that do not sum to one, so that the mean is not preserved"),
+        (np.argwhere(abs(matrix - matrix.T) > TOLERANCE)[:, 0] if symmetric else [], "give and take different weights"),
+    ):
+        if len(found):
+            raise UserError(f"mixing: the clients {_some(names, found)} {what}. Metropolis weights fit every undirected graph.")
+
+
+def refuse_disconnected(graphs: Sequence[Graph], names: Names, apart: Collection[int] = ()) -> None:
+    """Raise UserError, with the names of those who are cut off, if the graphs together do not connect all clients but those apart."""
+    together = nx.Graph()
+    together.add_nodes_from(range(len(names)))
+    for graph in graphs:
+        together.add_edges_from(graph.edges())
+    together.remove_nodes_from(apart)
+    smallest = min(nx.connected_components(together), key=lambda part: (len(part), min(part)))
+    if len(smallest) < len(together):
+        raise UserError(f"topology: nothing connects the clients {_some(names, sorted(smallest))} with the others. Add edges.")
+
+
+def rho(matrix: Matrix, weights: Sequence[float] = ()) -> float:
+    """The largest singular value of W - 11'/N: how much of the distance from the mean is left after one mixing, at most.
+
+    With `weights` the mean, and the root of the mean square of the distances from it, are weighted by them.
+    """
+    if not weights:
+        return float(np.linalg.norm(matrix - 1 / len(matrix), 2))
+    shares = np.asarray(weights) / np.sum(weights)
+    apart, roots = np.eye(len(matrix)) - shares, np.sqrt(shares)
+    return float(np.linalg.norm(roots[:, None] * (apart @ matrix @ apart) / roots, 2))
+
+
+def effective_diameter(graph: Graph) -> float:
+    """The 90th percentile of the lengths of shortest paths between two clients."""
+    lengths = [length for source, of in nx.all_pairs_shortest_path_length(graph) for target, length in of.items() if source != target]
+    return float(np.percentile(lengths, 90)) if lengths else 0.0
+
+
+def without(matrix: Matrix, broken: Sequence[tuple[int, int]]) -> Matrix:
+    """The matrix when these links fail: both ends keep for themselves what they would have taken, so that the mean is preserved."""
+    if not np.allclose(matrix, matrix.T, atol=TOLERANCE):
+        raise UserError("topology: links of a directed graph cannot fail one by one, the mean would not be preserved. Take another graph.")
+    repaired = matrix.copy()
+    for one, other in broken:
+        repaired[one, one] += repaired[one, other]
+        repaired[other, other] += repaired[other, one]
+        repaired[one, other] = repaired[other, one] = 0
+    return repaired
+
+
+def links(matrix: Matrix) -> Iterator[tuple[int, int]]:
+    """Pairs of clients of which one takes from the other, the lower number first."""
+    for one, other in np.argwhere(np.triu((matrix > TOLERANCE) | (matrix.T > TOLERANCE), 1)):
+        yield int(one), int(other)
+
+
+def _some(names: Names, which: Sequence[Any]) -> str:
+    found = list(dict.fromkeys(names[int(i)] for i in which))
+    return ", ".join(found[:5]) + (", ..." if len(found) > 5 else "")

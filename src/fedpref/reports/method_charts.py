@@ -1,0 +1,188 @@
+"""Charts of what only some methods have: agreement between neighbours, objectives, calibration."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import networkx as nx
+
+from fedpref.numerics.metrics import of_objectives
+from fedpref.numerics.topology import rho
+from fedpref.reports.charts import DOTTED, FEW, Chart, axes, colour, every_line, lined, main_lines, with_prefix
+from fedpref.reports.run import Run
+
+ROUNDING = 1e-12  # of the largest: what is below is rounding
+
+
+def consensus(runs: Sequence[Run]) -> Iterator[Chart]:
+    """The disagreement of clients that gossip, against what the graph promises."""
+    data = []
+    for prefix, run, number in main_lines(runs):
+        rows = [row for row in run.line.metrics if "consensus_error" in row]
+        if not rows:
+            continue
+        before = [row.get("consensus_error_before_mixing", math.nan) for row in rows]
+        floor = ROUNDING * max((value for value in before if math.isfinite(value)), default=0.0)
+        rounds = [row["round"] for row in rows]
+        after = [max(row["consensus_error"], floor) for row in rows]
+        data.append(lined(with_prefix(prefix, "after mixing"), rounds, after, number))
+        if floor:
+            bounds = [max(value * left**2, floor) for value, left in zip(before, left_by_mixing(run, rows), strict=True)]
+            data.append(lined(with_prefix(prefix, "before mixing"), rounds, before, number, 1))
+            data.append({**lined(with_prefix(prefix, "bound"), rounds, bounds, number, 2), "mode": "lines"})
+    if data:
+        layout = axes("round", "mean squared distance to the mean")
+        values = [value for trace in data for value in trace["y"] if value > 0]
+        decades = math.log10(max(values) / min(values)) if values else 0.0
+        layout["yaxis"] |= {"type": "log", "tickformat": ".0e", "dtick": math.ceil(decades / 8) if decades > 4 else "D2"}
+        caption = (
+            "The bound is rho² of what there was before, rho the largest singular value of the round's mixing matrix beside the mean, "
+            "with clients' weights, by which it may be above one; distances are estimated from random sums."
+        )
+        yield Chart("Disagreement between clients", caption, data, layout)
+
+
+def left_by_mixing(run: Run, rows: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Rho of each round's mixing matrix, among those that took part; none (nan) where fewer did than were drawn."""
+    spec, names = run.experiment, list(run.clients)
+    sizes = {name: int(about["train"]) for name, about in run.clients.items()}
+    chances = spec.federation.weights(sizes, spec.seed)
+    found, known = [], dict[tuple[int, ...], float]()
+    for row in rows:
+        active, _ = spec.federation.cohort(chances, spec.seed, row["round"] - 1)
+        if not (spec.network.is_fixed and active in known):
+            weights = [1.0 if spec.federation.weighting == "equal" else sizes[names[i]] for i in active]
+            matrix = spec.network.matrix(names, spec.seed, row["round"] - 1, active)[active, :][:, active]
+            known[active] = rho(matrix, weights)
+        found.append(known[active] if len(active) == row["clients"] else math.nan)
+    return found
+
+
+def graph(runs: Sequence[Run]) -> Iterator[Chart]:
+    """Who hears whom."""
+    for run in runs:
+        if not run.experiment.algorithm.gossips:
+            continue
+        names = list(run.clients)
+        links = nx.Graph(run.experiment.network.topology.graph(names, 0).to_undirected())
+        places = nx.circular_layout(links)
+        ends: tuple[list[float | None], list[float | None]] = ([], [])
+        for one, other in links.edges():
+            for k in (0, 1):
+                ends[k].extend([float(places[one][k]), float(places[other][k]), None])
+        values = run.values()
+        shown = [values.get(name, math.nan) for name in names]
+        lines = {"type": "scatter", "mode": "lines", "x": ends[0], "y": ends[1], "hoverinfo": "skip", "line": {"color": "#8888888c"}}
+        nodes = {
+            "type": "scatter",
+            "mode": "markers+text" if len(names) <= FEW else "markers",
+            "x": [float(places[k][0]) for k in range(len(names))],
+            "y": [float(places[k][1]) for k in range(len(names))],
+            "text": names,
+            "textposition": ["top center" if places[k][1] >= 0 else "bottom center" for k in range(len(names))],
+            "customdata": shown,
+            "hovertemplate": "%{text}: %{customdata:.1f}<extra></extra>",
+            "cliponaxis": False,
+            "marker": {
+                "size": 14,
+                "color": shown,
+                "colorscale": "Viridis",
+                "line": {"width": 1, "color": "#888888"},
+                "colorbar": {"thickness": 9, "title": {"text": run.shown.caption, "side": "right"}},
+            },
+        }
+        bare = {"visible": False, "range": [-1.35, 1.35]}
+        layout = {"showlegend": False, "xaxis": bare, "yaxis": bare}
+        title = "Who hears whom" + (f": {run.title}" if len(runs) > 1 else "")
+        caption = "Links between clients, those of the first round where they change; the colour is how each fares on its held-out data."
+        yield Chart(title, caption, [lines, nodes], layout)
+
+
+# ---- objectives and groups
+
+
+def objectives(runs: Sequence[Run]) -> Iterator[Chart]:
+    """What objectives come to, and the weights by which they are combined, over rounds."""
+    several = len(list(every_line(runs))) > 1  # then objectives are told apart by dashes, otherwise by colours
+    reached, weighed = [], []
+
+    def drawn(name: str, x: Sequence[Any], y: Sequence[Any], number: int, k: int) -> dict[str, Any]:
+        return lined(name, x, y, number, k) if several else lined(name, x, y, number + k)
+
+    for title, _, line, number in every_line(runs):
+        metrics = [name for name in of_objectives(next(iter(line.last.values()))) if name.startswith("rewards/")]
+        if len(metrics) < 2 or len(line.evaluations) < 2:
+            continue
+        for k, metric in enumerate(metrics):
+            name = with_prefix(title if several else "", metric.rsplit("/", 1)[1])
+            rounds = [row["round"] for row in line.evaluations]
+            means = [row["summary"][metric]["mean"] for row in line.evaluations]
+            reached.append(drawn(name, rounds, means, number, k))
+    for prefix, run, number in main_lines(runs):
+        for k, name in enumerate(name for name in run.line.metrics[-1] if name.startswith("weights/")):
+            rounds = [row["round"] for row in run.line.metrics if name in row]
+            title = with_prefix(prefix, name.removeprefix("weights/"))
+            weighed.append(drawn(title, rounds, run.line.column(name), number, k))
+    if reached:
+        caption = "Held-out, of each objective: means over clients."
+        yield Chart("What objectives come to", caption, reached, axes("round", "reward or accuracy"))
+    if weighed:
+        caption = "The mean over clients of the weights by which gradients of objectives are combined."
+        yield Chart("Weights of objectives", caption, weighed, axes("round", "weight"))
+
+
+def front(content: Mapping[str, Any]) -> Chart:
+    """A front of trade-offs, from `fedpref pareto`."""
+    points, names = content["points"], content["objectives"]
+    data = []
+    for trained, symbol, title in ((True, "circle", "trained"), (False, "x", "means of neighbours' adapters")):
+        some = [point for point in points if point["is_trained"] == trained]
+        if some:
+            text = [" / ".join(f"{share:.2f}" for share in point["preference"]) for point in some]
+            marker: dict[str, Any] = {"size": 10, "symbol": symbol, "color": colour(0 if trained else 1)}
+            if len(names) > 2:
+                third = [point["values"][2] for point in some]
+                marker |= {
+                    "color": third,
+                    "colorscale": "Viridis",
+                    "colorbar": {"thickness": 9, "title": {"text": names[2], "side": "right"}},
+                }
+            data.append(
+                {
+                    "type": "scatter",
+                    "mode": "markers+text" if trained and len(some) <= FEW else "markers",
+                    "name": title,
+                    "x": [point["values"][0] for point in some],
+                    "y": [point["values"][1] for point in some],
+                    "text": text,
+                    "textposition": "top center",
+                    "marker": marker,
+                }
+            )
+    figures = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in content["figures"].items())
+    caption = f"Each point is a run under the preference beside it ({' / '.join(names)}). {figures[:1].upper()}{figures[1:]}."
+    if len(names) > 3:
+        caption += f" Of {len(names)} objectives the first three are drawn."
+    return Chart("The front of trade-offs", caption, data, axes(names[0], names[1]))
+
+
+def calibration(runs: Sequence[Run]) -> Iterator[Chart]:
+    """Of predicted shares: how far from the truth, and whether the stated deviations hold it."""
+    data = []
+    for prefix, run, number in main_lines(runs):
+        rows = run.line.last
+        if not all("calibration_error" in row for row in rows.values()):
+            continue
+        x, y = ([row[name] for row in rows.values()] for name in ("calibration_error", "coverage"))
+        marks = {"type": "scatter", "mode": "markers", "name": prefix or run.title, "x": x, "y": y, "text": list(rows)}
+        shown = {"marker": {"color": colour(number), "size": 9}, "hovertemplate": "%{text}: error %{x:.3f}, coverage %{y:.2f}"}
+        data.append({**marks, **shown})
+    if data:
+        caption = (
+            "Of each group: the calibration error of its options, and how often a true share lies within the standard deviation "
+            "predicted (dotted: a calibrated one)."
+        )
+        calibrated = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": 0.683, "y1": 0.683, "line": DOTTED}
+        yield Chart("Calibration of each group", caption, data, axes("calibration error", "coverage", shapes=[calibrated]))

@@ -1,0 +1,83 @@
+"""The page's tables, as rows of text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fedpref.numerics.metrics import of_objectives, over_clients
+from fedpref.reports.charts import every_line, main_lines
+from fedpref.reports.run import Line, Run
+
+FAIRNESS = {
+    "mean": "mean",
+    "weighted_mean": "by held-out examples",
+    "worst": "worst client",
+    "worst_decile": "worst decile",
+    "gap": "gap",
+    "jain": "Jain index",
+}
+Column = tuple[Run, Mapping[str, float], str]  # of a table: whose, clients' values, the sign they are written with
+
+
+def fairness(runs: Sequence[Run]) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """How figures spread over clients: titles of the measures that some line has, and a row for each line."""
+    found = [(title, _spread(run, line)) for title, run, line, _ in every_line(runs)]
+    keys = [key for key in FAIRNESS if any(key in spread for _, spread in found)]
+    return [FAIRNESS[key] for key in keys], [(title, [spread.get(key, "") for key in keys]) for title, spread in found]
+
+
+def _spread(run: Run, line: Line) -> dict[str, str]:
+    counts = {client: int(row["num_examples"]) for client, row in line.last.items()}
+    summary = over_clients(run.values(line), counts)
+    return {key: f"{value:.{4 if key == 'jain' else run.shown.digits}f}" for key, value in summary.items()}
+
+
+def client_rows(runs: Sequence[Run]) -> list[tuple[str, str, str, list[str]]]:
+    """A row for each client that trained: its examples, its value under each line, and what it gains over training alone."""
+    known: dict[str, list[Mapping[str, Any]]] = {}
+    for run in runs:
+        for name in run.line.last:
+            known.setdefault(name, []).append(run.clients[name])
+    names = sorted(known, key=lambda name: (-known[name][0]["train"], name))
+    columns: list[Column] = [(run, run.values(line), "") for _, run, line, _ in every_line(runs)]
+    columns += [(run, gained, "+") for _, run, _ in main_lines(runs) if (gained := run.gains("alone"))]
+    return [(name, *_sizes(*known[name]), _cells(columns, name)) for name in names]
+
+
+def _sizes(*abouts: Mapping[str, Any]) -> tuple[str, str]:
+    """Training and held-out examples; several of each where runs have given one name to different data."""
+    train, test = (" | ".join(dict.fromkeys(str(about[side]) for about in abouts)) for side in ("train", "test"))
+    return train, test
+
+
+def _cells(columns: Sequence[Column], name: str) -> list[str]:
+    return [f"{values[name]:{sign}.{run.shown.digits}f}" if name in values else "" for run, values, sign in columns]
+
+
+def joined(runs: Sequence[Run]) -> list[tuple[str, Column]]:
+    """Columns about newcomers: a title, and the values."""
+    return [
+        (f"{title}, {when}", (run, values, ""))
+        for title, run, line, _ in every_line(runs)
+        for when, values in zip(("as they came", "after own steps"), run.newcomers.get(line.name, ()), strict=False)
+    ]
+
+
+def newcomer_rows(runs: Sequence[Run]) -> list[tuple[str, str, str, list[str]]]:
+    """A row for each client that joined after training."""
+    columns = [column for _, column in joined(runs)]
+    known = {name: run.sizes[name] for run, values, _ in columns for name in values}
+    return [(name, *_sizes(known[name]), _cells(columns, name)) for name in sorted(known)]
+
+
+def objective_rows(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """Of several objectives, what each is measured by: means over clients under each line, at the first evaluation and the last."""
+    lines = [line for _, _, line, _ in every_line(runs)]
+    names = list(dict.fromkeys(name for line in lines for name in of_objectives(next(iter(line.last.values())))))
+    return [(name, [_course(line, name) for line in lines]) for name in names]
+
+
+def _course(line: Line, metric: str) -> str:
+    means = [f"{row['summary'][metric]['mean']:.3f}" for row in line.evaluations if metric in row["summary"]]
+    return " → ".join([means[0], means[-1]] if len(means) > 1 else means)

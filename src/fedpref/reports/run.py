@@ -1,0 +1,141 @@
+"""What a run directory says, read once for what shows it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+from fedpref.errors import UserError
+from fedpref.experiments.experiment import Experiment
+from fedpref.experiments.finished import FinishedRun
+from fedpref.experiments.run_directory import CLIENTS, ENVIRONMENT, EVALUATION, METRICS, NEWCOMERS, SAMPLES, RunDirectory
+from fedpref.numerics.metrics import ACCURACY, HEADLINES, ClientMetrics, Headline, headline, standard_error
+
+Values = dict[str, float]  # client -> its value of the metric by which clients are compared, in that metric's unit
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a run, the algorithm's or a baseline's: a row of figures for each round, a row for each evaluation."""
+
+    name: str
+    metrics: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+
+    def column(self, name: str) -> list[float]:
+        """A figure of every round that has it."""
+        return [row[name] for row in self.metrics if name in row]
+
+    @property
+    def rounds(self) -> int:
+        """After which the last evaluation was made."""
+        return int(self.evaluations[-1]["round"]) if self.evaluations else 0
+
+    @property
+    def last(self) -> ClientMetrics:
+        """Metrics at the last evaluation, of each client that takes part in training."""
+        found: ClientMetrics = self.evaluations[-1]["clients"] if self.evaluations else {}
+        return found
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory, finished or not."""
+
+    path: Path
+    experiment: Experiment
+    clients: Mapping[str, Mapping[str, Any]]
+    line: Line
+    baselines: Mapping[str, Line]
+    environment: Mapping[str, Any]
+    done: bool
+    title: str = field(default="", compare=False)  # by which it is told from others beside it
+
+    @cached_property
+    def metric(self) -> str:
+        """By which clients are compared."""
+        return headline(next(iter(self.line.last.values())))
+
+    @property
+    def shown(self) -> Headline:
+        return HEADLINES[self.metric]
+
+    def values(self, line: Line | None = None) -> Values:
+        """Each client's last value of that metric."""
+        return {client: self.shown.scale * row[self.metric] for client, row in (line or self.line).last.items()}
+
+    def gains(self, baseline: str) -> Values:
+        """Each client's value less what it has under a baseline; nothing where that has not been evaluated after as many rounds."""
+        mine, theirs = self._beside(baseline)
+        return {name: self.shown.scale * (row[self.metric] - theirs[name][self.metric]) for name, row in mine.items()}
+
+    def noise(self, baseline: str) -> Values:
+        """Two standard errors of each gain, of the held-out pairs by which it was measured; nothing for metrics that are no accuracy."""
+        if self.metric != ACCURACY:
+            return {}
+        mine, theirs = self._beside(baseline)
+        return {name: 2 * self.shown.scale * math.hypot(_error(row), _error(theirs[name])) for name, row in mine.items()}
+
+    def _beside(self, baseline: str) -> tuple[ClientMetrics, ClientMetrics]:
+        """This line's last metrics and a baseline's, of the clients that have both."""
+        other = self.baselines.get(baseline)
+        if other is None or other.rounds != self.line.rounds:
+            return {}, {}
+        both = [name for name in self.line.last if name in other.last]
+        return {name: self.line.last[name] for name in both}, {name: other.last[name] for name in both}
+
+    @cached_property
+    def sizes(self) -> dict[str, Mapping[str, Any]]:
+        """Numbers of examples of all clients, those too that joined when the run was over."""
+        return {**self.clients, **self.joined}
+
+    @cached_property
+    def joined(self) -> dict[str, dict[str, Any]]:
+        """Clients that joined when the run was over."""
+        return {row["client"]: row for row in RunDirectory(self.path).read_rows(NEWCOMERS)}
+
+    @cached_property
+    def newcomers(self) -> dict[str, tuple[Values, Values]]:
+        """Of clients that joined after training: their values as they came and after their own steps, under each line that has them."""
+        found = {}
+        for line in (self.line, *self.baselines.values()):
+            row = line.evaluations[-1] if line.evaluations else {}
+            later = self.joined if line is self.line else {}
+            before = row.get("newcomers_before", {}) | {client: one["before"] for client, one in later.items()}
+            after = row.get("newcomers", {}) | {client: one["after"] for client, one in later.items()}
+            if after:
+                found[line.name] = (self._values(before), self._values(after))
+        return found
+
+    def _values(self, clients: ClientMetrics) -> Values:
+        return {client: self.shown.scale * row[self.metric] for client, row in clients.items()}
+
+    @cached_property
+    def samples(self) -> dict[str, list[dict[str, Any]]]:
+        """Answers before and after, by client."""
+        files = sorted((self.path / SAMPLES).glob("*.jsonl"))
+        return {unquote(file.stem): [json.loads(row) for row in file.read_text().splitlines()] for file in files}
+
+
+def _error(row: Mapping[str, float]) -> float:
+    return standard_error({"": row[ACCURACY]}, {"": int(row["num_examples"])})
+
+
+def read(path: Path) -> Run:
+    """Read a run; raises UserError where there is none, or none that has begun."""
+    run = FinishedRun.at(path)
+    if not run.has_begun:
+        raise UserError(f"{path}: the run has not begun, nobody has said which clients there are (no {CLIENTS}).")
+    found = {
+        name: Line(name, line.read_rows(METRICS), line.read_rows(EVALUATION)) for name, line in run.lines.items() if line.path.exists()
+    }
+    environment = json.loads((path / ENVIRONMENT).read_text()) if (path / ENVIRONMENT).exists() else {}
+    experiment = run.experiment
+    main = found.pop(experiment.algorithm.name)
+    return Run(path, experiment, run.clients, main, found, environment, run.is_finished, experiment.name)

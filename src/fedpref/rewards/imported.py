@@ -1,0 +1,55 @@
+"""Rewards by a function that can be imported, and by a finished run of opinions."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal, Self
+
+from fedpref.errors import UserError
+from fedpref.rewards.combine import Combine, Mean
+from fedpref.rewards.reward import OpenGroups, RewardFunction, RewardSettings, no_groups
+
+
+@dataclass(frozen=True, kw_only=True)
+class Function(RewardSettings):
+    """`module:function` with the signature of TRL's reward functions; with `arguments`, what `function(**arguments)` returns."""
+
+    path: str
+    name: Literal["function"] = "function"
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def code(self) -> str:
+        return self.path
+
+    def build(self, open_groups: OpenGroups = no_groups) -> RewardFunction:
+        module, _, name = self.path.partition(":")
+        try:
+            function: Any = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise UserError(
+                f"reward function {self.path!r} could not be imported: {error}. Expected module:function on the Python path."
+            ) from error
+        made: RewardFunction = function(**self.arguments) if self.arguments else function
+        return made
+
+
+@dataclass(frozen=True, kw_only=True)
+class Groups(RewardSettings):
+    """What groups of a finished run of opinions would choose: a reward by their predictor, of one group or combined of several."""
+
+    run: str
+    name: Literal["groups"] = "groups"
+    groups: tuple[str, ...] = ()  # none: all of the run
+    combine: Combine = Mean()
+    kind: Literal["share", "logit"] = "share"  # among the answers to the same prompt; or what the shares are a softmax of
+
+    compares: ClassVar[bool] = True
+
+    def with_paths(self, renamed: Callable[[str], str]) -> Self:
+        return replace(self, run=renamed(self.run))
+
+    def build(self, open_groups: OpenGroups = no_groups) -> RewardFunction:
+        return open_groups(self.run, self.groups, self.combine, self.kind)

@@ -1,0 +1,105 @@
+"""Clients that join a finished run with data of their own."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fedpref.data import IID, Files, Natural, Opinions
+from fedpref.errors import UserError
+from fedpref.experiments.finished import FinishedRun
+from fedpref.experiments.rounds import evaluate, export
+from fedpref.experiments.run_directory import JOINED, NEWCOMERS
+from fedpref.federation.verbs import Algorithm
+
+
+@dataclass(frozen=True)
+class Newcomer:
+    """A client that joined a finished run.
+
+    Attributes:
+        train: Number of training examples.
+        test: Number of held-out examples.
+        before: Held-out metrics with the model as it found it.
+        after: Held-out metrics after its own steps.
+        path: The folder of its exported model.
+    """
+
+    train: int
+    test: int
+    before: Mapping[str, float]
+    after: Mapping[str, float]
+    path: Path
+
+
+def personalize(
+    run: str | Path,
+    data: Files,
+    *,
+    column: str | None = None,
+    name: str | None = None,
+    steps: int | None = None,
+) -> dict[str, Newcomer]:
+    """Let clients join a run: they take what is shared and make what is private to them.
+
+    What is shared stays as it is. Where the run's data are opinions, `data` is read as its are.
+
+    Args:
+        run: The run directory.
+        data: The newcomers' rows.
+        column: Its values are the newcomers; without it there is one.
+        name: The one newcomer's name; by default the file's.
+        steps: Local steps; by default the run's `federation.join_steps`.
+
+    Returns:
+        The newcomers by name. Their models go to RUN/newcomers/NAME.
+
+    Raises:
+        UserError: The run is not finished, or a name is taken; before anything is computed.
+    """
+    if column and name:
+        raise UserError(
+            f"--name {name!r}: newcomers are named by the column {column!r}. "
+            "Leave one of the two out."
+        )
+    finished = FinishedRun.at(run).require_done()
+    experiment = finished.experiment
+    source: Any = data
+    if isinstance(experiment.data, Opinions):
+        source = replace(experiment.data, path=data.path, groups="all")
+    how = Natural(column=column) if column else IID(clients=1)
+    spec = replace(experiment, data=source, partition=how)
+    clients, _ = spec.clients()
+    if not column:
+        clients = (replace(clients[0], name=name or Path(data.path).name.split(".")[0]),)
+    if taken := [client.name for client in clients if client.name in finished.clients]:
+        raise UserError(f"{run}: {taken[:5]} took part in the run. Give another name.")
+    folders = {client.name: finished.joined_folder(client.name) for client in clients}
+    if taken := [client for client, folder in folders.items() if folder.exists()]:
+        raise UserError(
+            f"{run}: {taken[:5]} joined already. "
+            f"Give another name, or remove {folders[taken[0]]}."
+        )
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        finished.opened(clients, Path(cache), spec=spec) as opened,
+    ):
+        engine = opened.engine
+        algorithm: Algorithm[Any] = spec.algorithm
+        before = engine.disclose(engine.each(evaluate, *opened.model))
+        engine.begin(0, engine.clients, "join")
+        local_steps = steps or spec.federation.join_steps
+        model = algorithm.model(algorithm.join(engine, opened.state, local_steps))
+        after = engine.disclose(engine.each(evaluate, *model))
+        engine.each(export, JOINED, *model)
+        shards = opened.shards
+    joined = {}
+    for i, (client, folder) in enumerate(folders.items()):
+        sizes = len(shards[i].train), len(shards[i].test)
+        joined[client] = one = Newcomer(*sizes, before[i], after[i], folder)
+        row = {"client": client, "train": one.train, "test": one.test}
+        finished.folder.append(NEWCOMERS, {**row, "before": one.before, "after": one.after})
+    return joined

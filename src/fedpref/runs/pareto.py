@@ -1,0 +1,184 @@
+"""The trade-off between objectives: one experiment under many preferences, and what its runs come to."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+from itertools import combinations_with_replacement, pairwise
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import spearmanr
+
+from fedpref.numerics import trees
+from fedpref.federation.aggregation import Product
+from fedpref.engines import Simulation
+from fedpref.engines.workers import one_thread
+from fedpref.errors import UserError
+from fedpref.experiments.experiment import Experiment
+from fedpref.experiments.finished import FinishedRun
+from fedpref.experiments.rounds import evaluate
+from fedpref.numerics.metrics import ACCURACY, REWARD, of_objectives
+from fedpref.runs.sweep import plan
+
+Values = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Point:
+    """What a preference came to: each objective's held-out metric, a mean over clients and seeds, and what was measured beside."""
+
+    preference: tuple[float, ...]
+    values: tuple[float, ...]
+    beside: Mapping[str, float] = field(default_factory=dict)
+    is_trained: bool = True  # not the mean of its neighbours' adapters
+
+
+def preferences(objectives: int, points: int) -> list[tuple[float, ...]]:
+    """Preferences in equal steps over the simplex, so many along each of its edges; the first objective's share rises."""
+    steps = points - 1
+    found = []
+    for cuts in combinations_with_replacement(range(steps + 1), objectives - 1):
+        edges = (0, *cuts, steps)
+        found.append(tuple((b - a) / steps for a, b in pairwise(edges)))
+    return found
+
+
+def plan_front(
+    config: Path, points: int, seeds: Sequence[int], overrides: Sequence[str], output: Path, *, interpolates: bool = False
+) -> tuple[tuple[str, ...], dict[tuple[float, ...], Mapping[Path, Experiment]]]:
+    """The objectives, and for each preference the runs under it; raises UserError where the experiment has none to choose between."""
+    experiment = Experiment.load(config, overrides)
+    objectives = experiment.task.objectives
+    if len(objectives) < 2:
+        raise UserError(f"{config}: the task has one objective, there is nothing to trade. Give it several (docs/algorithms/firm.md).")
+    if experiment.algorithm.preference is None:
+        raise UserError(f"{config}: {experiment.algorithm.name} knows no preference over objectives. Take firm, scalarized or fsmgda.")
+    if interpolates and len(objectives) != 2:
+        raise UserError("--interpolate: adapters are interpolated between two objectives only.")
+    if interpolates and isinstance(experiment.algorithm.aggregate, Product):
+        raise UserError("--interpolate: with algorithm.aggregate: product, adapters of two runs have no common factors. Take factors.")
+    runs = {}
+    for preference in preferences(len(objectives), points):
+        shares = ",".join(f"{share:.4g}" for share in preference)
+        runs[preference] = plan(config, [f"{shares}: algorithm.preference=[{shares}]"], seeds, overrides, output)
+    return objectives, runs
+
+
+def measured(objectives: Sequence[str], runs: Mapping[tuple[float, ...], Sequence[Path]]) -> list[Point]:
+    """Points of finished runs."""
+    found = []
+    for preference, paths in runs.items():
+        rows = [FinishedRun.at(path).last_evaluation["summary"] for path in paths]
+        found.append(_point(preference, objectives, [{name: summary["mean"] for name, summary in row.items()} for row in rows]))
+    return found
+
+
+def interpolated(
+    objectives: Sequence[str], runs: Mapping[tuple[float, ...], Mapping[Path, Experiment]], between: int, cache: Path
+) -> Iterator[Point]:
+    """Between each two neighbouring preferences of two objectives so many points by weighted means of their adapters, without training
+    (rewarded soups, Ramé et al. 2023).
+    """
+    seeds = range(len(next(iter(runs.values()))))
+    with one_thread(), ExitStack() as stack:
+        engines = [stack.enter_context(closing(_engine(experiment, cache))) for experiment in next(iter(runs.values())).values()]
+        adapters = {path: trees.load(FinishedRun.at(path).model_folder() / "adapter_model.safetensors") for paths in runs.values() for path in paths}
+        for (first, starts), (second, ends) in pairwise((preference, list(paths)) for preference, paths in runs.items()):
+            for k in range(1, between + 1):
+                share = k / (between + 1)
+                rows = []
+                for i in seeds:
+                    mixed = trees.add(trees.scale(adapters[starts[i]], 1 - share), trees.scale(adapters[ends[i]], share))
+                    of_clients = list(engines[i].disclose(engines[i].each(evaluate, mixed)).values())
+                    rows.append({name: statistics.fmean(row[name] for row in of_clients) for name in of_clients[0]})
+                preference = tuple((1 - share) * a + share * b for a, b in zip(first, second, strict=True))
+                yield _point(preference, objectives, rows, is_trained=False)
+
+
+def _engine(experiment: Experiment, cache: Path) -> Simulation:
+    """The clients that an experiment trains with, to evaluate on."""
+    task = experiment.build_task()
+    shards = [task.prepare(task.encode(client), cache) for client in experiment.clients()[0]]
+    engine = Simulation(task, shards, seed=experiment.seed, rounds=1)
+    newcomers = experiment.federation.joining([shard.name for shard in shards], experiment.seed)
+    engine.begin(0, [i for i in engine.clients if i not in newcomers], "evaluate")
+    return engine
+
+
+def _point(
+    preference: tuple[float, ...], objectives: Sequence[str], rows: Sequence[Mapping[str, float]], *, is_trained: bool = True
+) -> Point:
+    means = {name: statistics.fmean(row[name] for row in rows) for name in rows[0]}
+    start = "rewards/" if REWARD in means else f"{ACCURACY}/"
+    names = [start + objective for objective in objectives]
+    beside = {name: means[name] for name in of_objectives(means) if name not in names}
+    return Point(preference, tuple(means[name] for name in names), beside, is_trained)
+
+
+# ---- figures
+
+
+def best(values: Values) -> NDArray[np.bool_]:
+    """Which points no other point is at least as good as in every objective and better in one."""
+    import moocore
+
+    found: NDArray[np.bool_] = moocore.is_nondominated(values, maximise=True, keep_weakly=True)
+    return found
+
+
+def hypervolume(values: Values, reference: Sequence[float]) -> float:
+    """What the points dominate above a reference point; more is better."""
+    import moocore
+
+    return float(moocore.hypervolume(values, ref=np.asarray(reference), maximise=True))
+
+
+def spacing(values: Values) -> float:
+    """How unevenly the best points lie: the deviation of their distances to the nearest other (Schott 1995)."""
+    front = values[best(values)]
+    if len(front) < 2:
+        return 0.0
+    apart = np.abs(front[:, None] - front[None]).sum(2)
+    np.fill_diagonal(apart, np.inf)
+    return float(apart.min(1).std(ddof=1))
+
+
+def follows(points: Sequence[Point]) -> float:
+    """How far objectives follow their preferences: Spearman's correlation of the two, the mean over objectives; 1 is all the way.
+
+    An objective that is the same everywhere follows nothing.
+    """
+    shares, values = (np.array([getattr(point, name) for point in points]) for name in ("preference", "values"))
+    found = [float(spearmanr(shares[:, m], values[:, m]).statistic) if np.ptp(values[:, m]) else 0.0 for m in range(shares.shape[1])]
+    return statistics.fmean(found)
+
+
+def parse_reference(text: str, objectives: Sequence[str]) -> tuple[float, ...]:
+    """A number for each objective; raises UserError for anything else."""
+    try:
+        found = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        found = ()
+    if len(found) != len(objectives):
+        raise UserError(f"--reference {text!r}: expected {len(objectives)} numbers with commas between, for {', '.join(objectives)}.")
+    return found
+
+
+def reference_of(points: Sequence[Point]) -> tuple[float, ...]:
+    """A tenth of each objective's range below its worst trained value: good for one front, not to compare two."""
+    values = np.array([point.values for point in points if point.is_trained])
+    return tuple((values.min(0) - 0.1 * np.ptp(values, axis=0)).tolist())
+
+
+def front_metrics(points: Sequence[Point], reference: Sequence[float]) -> dict[str, float]:
+    """Of the trained points; the hypervolume is above a reference point."""
+    trained = [point for point in points if point.is_trained]
+    values = np.array([point.values for point in trained])
+    found = {"hypervolume": hypervolume(values, reference), "spacing": spacing(values), "follows": follows(trained)}
+    if len(trained) < len(points):
+        found["hypervolume_interpolated"] = hypervolume(np.array([point.values for point in points]), reference)
+    return found

@@ -1,0 +1,48 @@
+"""Variants of one experiment by seeds, each run in a directory of its own; what is done already is not done again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from fedpref.errors import UserError
+from fedpref.experiments.finished import FinishedRun
+from fedpref.experiments.experiment import Experiment, with_whole_paths
+from fedpref.runs.launch import happenings
+from fedpref.experiments.run_directory import CONFIG, RunDirectory
+from fedpref.experiments.rounds import Event
+
+
+def parse_variant(text: str) -> tuple[str, list[str]]:
+    """`NAME` is the algorithm of that name; `NAME: key=value key=value` are overrides."""
+    name, colon, rest = text.partition(":")
+    name = name.strip()
+    if not name or "/" in name:
+        raise UserError(f"--variant {text!r}: expected NAME, or NAME: key=value key=value.")
+    return name, rest.split() if colon else [f"algorithm.name={name}"]
+
+
+def plan(config: Path, variants: Sequence[str], seeds: Sequence[int], overrides: Sequence[str], output: Path) -> Mapping[Path, Experiment]:
+    """The experiment of each run directory, OUTPUT/VARIANT/seed-SEED; every one is validated before the first begins."""
+    found: dict[Path, Experiment] = {}
+    for name, own in map(parse_variant, variants):
+        for seed in seeds:
+            experiment = Experiment.load(config, [*overrides, *own, f"seed={seed}", f"name={name}", "baselines=[]"])
+            place = output / name / f"seed-{seed}"
+            if place in found:
+                raise UserError(f"--variant {name!r} is there twice.")
+            found[place] = experiment
+    return found
+
+
+def sweep(runs: Mapping[Path, Experiment], cache: Path) -> Iterator[tuple[Path, Iterator[Event]]]:
+    """Each run that is not done yet, with its events, which are to be consumed before the next is asked for; all share a cache.
+
+    Raises UserError where a directory holds a run of other settings.
+    """
+    for place, experiment in runs.items():
+        folder = RunDirectory(place)
+        if (place / CONFIG).exists() and FinishedRun.at(place).experiment != with_whole_paths(experiment):
+            raise UserError(f"{place}: there is a run of other settings here. Choose another --output, or remove it.")
+        if not folder.done:
+            yield place, happenings(experiment, folder, cache)

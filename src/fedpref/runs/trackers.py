@@ -1,0 +1,134 @@
+"""Experiment trackers: figures of a run, passed on as they come. None is required, and none is asked to leave this machine."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from fedpref.errors import UserError
+from fedpref.experiments.rounds import Event
+
+SILENT = {"MLFLOW_DISABLE_TELEMETRY": "true", "WANDB_ERROR_REPORTING": "false"}  # what trackers would tell their makers
+
+
+class Tracker(Protocol):
+    """Where figures go."""
+
+    def log(self, round: int, figures: Mapping[str, float]) -> None: ...
+
+    def close(self, done: bool) -> None:
+        """The run is done, or has failed or was stopped."""
+        ...
+
+
+def tracked(happenings: Iterator[Event], names: tuple[str, ...], project: str, content: Mapping[str, Any], folder: Path) -> Iterator[Event]:
+    """The same events; what each says in figures goes to trackers under LINE/METRIC, an evaluation's under LINE/held_out/METRIC."""
+    for name in names:
+        _module(name)
+    trackers: list[Tracker] = []
+    done = False
+    try:
+        for event in happenings:
+            if not trackers:  # now that the run has a directory
+                trackers = [TRACKERS[name](project, folder, content) for name in names]
+            if event.kind in ("round", "evaluate"):
+                prefix = event.line if event.kind == "round" else f"{event.line}/held_out"
+                for tracker in trackers:
+                    tracker.log(event.done, {f"{prefix}/{name}": value for name, value in event.metrics.items()})
+            yield event
+        done = True
+    finally:
+        for tracker in trackers:
+            tracker.close(done)
+
+
+def _module(name: str) -> Any:
+    for key, value in SILENT.items():
+        os.environ.setdefault(key, value)
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(f"report_to: {name} is not installed ({error}). `pip install {name}`, or leave it out.") from error
+
+
+class TensorBoard:
+    """Event files in RUN/tensorboard, a folder for each line, so that lines lie over one another; what a resumed run does again replaces
+    what stood there.
+    """
+
+    def __init__(self, project: str, folder: Path, content: Mapping[str, Any]) -> None:
+        self._folder = folder / "tensorboard"
+        self._writers: dict[str, Any] = {}
+
+    def log(self, round: int, figures: Mapping[str, float]) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        for name, value in figures.items():
+            line, metric = name.split("/", 1)
+            if line not in self._writers:
+                self._writers[line] = SummaryWriter(str(self._folder / line), purge_step=round)
+            self._writers[line].add_scalar(metric, value, round)
+
+    def close(self, done: bool) -> None:
+        for writer in self._writers.values():
+            writer.close()
+
+
+class WandB:
+    """Weights & Biases, offline unless WANDB_MODE says otherwise; its files are in RUN/wandb."""
+
+    def __init__(self, project: str, folder: Path, content: Mapping[str, Any]) -> None:
+        mode = os.environ.get("WANDB_MODE", "offline")
+        self._run = _module("wandb").init(project=project, name=folder.name, dir=str(folder), config=dict(content), mode=mode)
+        self._run.define_metric("*", step_metric="round")  # wandb's own steps only go up, and each line begins at round 1
+
+    def log(self, round: int, figures: Mapping[str, float]) -> None:
+        self._run.log({"round": round, **figures})
+
+    def close(self, done: bool) -> None:
+        self._run.finish(exit_code=0 if done else 1)
+
+
+class MLflow:
+    """MLflow, in RUN/mlflow.db and RUN/mlruns unless MLFLOW_TRACKING_URI says otherwise."""
+
+    def __init__(self, project: str, folder: Path, content: Mapping[str, Any]) -> None:
+        self._mlflow = _module("mlflow")
+        if "MLFLOW_TRACKING_URI" not in os.environ:
+            self._mlflow.set_tracking_uri(f"sqlite:///{folder.resolve() / 'mlflow.db'}")
+            if self._mlflow.get_experiment_by_name(project) is None:
+                self._mlflow.create_experiment(project, artifact_location=(folder.resolve() / "mlruns").as_uri())
+        self._mlflow.set_experiment(project)
+        self._mlflow.start_run(run_name=folder.name)
+        self._mlflow.log_dict(dict(content), "config.json")
+
+    def log(self, round: int, figures: Mapping[str, float]) -> None:
+        self._mlflow.log_metrics(dict(figures), step=round)
+
+    def close(self, done: bool) -> None:
+        self._mlflow.end_run("FINISHED" if done else "FAILED")
+
+
+class Trackio:
+    """Trackio's local store."""
+
+    def __init__(self, project: str, folder: Path, content: Mapping[str, Any]) -> None:
+        self._trackio = _module("trackio")
+        self._trackio.init(project=project, name=folder.name, config=dict(content))
+
+    def log(self, round: int, figures: Mapping[str, float]) -> None:
+        self._trackio.log(dict(figures), step=round)
+
+    def close(self, done: bool) -> None:
+        self._trackio.finish()
+
+
+TRACKERS: Mapping[str, Callable[[str, Path, Mapping[str, Any]], Tracker]] = {
+    "tensorboard": TensorBoard,
+    "wandb": WandB,
+    "mlflow": MLflow,
+    "trackio": Trackio,
+}

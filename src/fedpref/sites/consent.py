@@ -1,0 +1,122 @@
+"""A site's own file: its data, its clients, and what it consents to. It stays at the site."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from fedpref import config
+from fedpref.data import IID, Partition, Source
+from fedpref.engines.messages import RefusedError
+from fedpref.engines.site import Hosted
+from fedpref.errors import UserError
+from fedpref.experiments import rounds
+from fedpref.experiments.clients import hosted
+from fedpref.experiments.experiment import Experiment
+from fedpref.experiments.migration import refuse_former_names
+from fedpref.federation import diagnostics
+from fedpref.models.own_parts import NAMES, OWN_ADAPTER
+from fedpref.tasks.task import CRITIC
+from fedpref.types import Count
+
+LOG = logging.getLogger("fedpref")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteFile:
+    """What a site is asked about before anything of it is used."""
+
+    data: Source
+    algorithms: tuple[str, ...]  # those that it takes part in
+    partition: Partition | None = None  # which clients it hosts; None: one, with all rows
+    client: str | None = None  # the one client's name; None: the site's
+    models: Mapping[str, str] = field(default_factory=dict)  # a model's name in experiments, a reward's too -> a folder here, or a name
+    functions: tuple[str, ...] = ()  # `module:function` that experiments may name as rewards
+    max_rounds: Count = 1000
+    max_message_mb: Count = 512
+    may_leave: tuple[str, ...] = ()  # names of private parts that may be averaged all the same, such as bottleneck.down
+    diagnostics: bool = False  # whether what a method keeps private may be measured
+    folder: str = "fedpref"  # where it keeps its clients' side of runs, beside this file unless the path is whole
+
+    @staticmethod
+    def load(path: Path) -> SiteFile:
+        """Read and check; paths are as seen from the file."""
+        read = config.load(SiteFile, path, check=refuse_former_names)
+
+        def beside(name: str) -> str:
+            return str((path.parent / name).resolve()) if (path.parent / name).exists() else name
+
+        source = read.data.with_paths(beside)
+        return replace(read, data=source, folder=str((path.parent / read.folder).resolve()))
+
+
+def refuse_code(spec: Experiment, functions: Sequence[str]) -> None:
+    """Raise UserError where an experiment would run code that the participant has not named."""
+    if spec.task.runs_remote_code:
+        raise UserError("no code that comes with a model is run here")
+    for name, reward in spec.task.reward_settings().items():
+        if reward.code is not None and reward.code not in functions:
+            raise UserError(f"the function {reward.code!r} of the reward {name!r} is none of those that are consented to here")
+
+
+class Consenting:
+    """A site that takes part in what its file allows."""
+
+    def __init__(self, name: str, file: SiteFile) -> None:
+        self._name, self._file = name, file
+
+    def host(self, experiment: Any, folder: Path) -> Hosted:
+        """Its own data under the experiment's settings; raises RefusedError for what the file does not allow."""
+        spec = config.parse(Experiment, experiment, "the experiment")
+        self._consent(spec)
+        file = self._file
+        partition = file.partition or IID(clients=1)
+        spec = replace(spec, data=file.data, partition=partition, task=spec.task.with_models(self._here))
+        withheld = (NAMES | {OWN_ADAPTER, CRITIC}) - set(file.may_leave)
+        limits = {
+            "does": self._does(spec),
+            "gives": lambda name: not any(part.startswith(tuple(withheld)) for part in name.split("/")),
+            "limit": file.max_message_mb * 10**6,
+        }
+        try:
+            clients, _ = spec.clients()
+            if file.partition is None:
+                clients = (replace(clients[0], name=file.client or self._name),)
+            found = hosted(spec, dict(enumerate(clients)), folder, **limits)
+        except UserError as error:  # whose text may hold rows
+            LOG.exception("the site's data or models do not fit the experiment")
+            raise RefusedError("its data or models do not fit the experiment; the site's log says why") from error
+        unnumbered = {name: {key: value for key, value in about.items() if key != "number"} for name, about in found.about.items()}
+        return replace(found, about=unnumbered)
+
+    def _consent(self, spec: Experiment) -> None:
+        file = self._file
+        if spec.algorithm.name not in file.algorithms:
+            raise RefusedError(f"this site takes no part in {spec.algorithm.name}; it does in {', '.join(file.algorithms)}")
+        if spec.rounds > file.max_rounds:
+            raise RefusedError(f"{spec.rounds} rounds are more than the {file.max_rounds} that this site consents to")
+        if spec.diagnostics and not file.diagnostics:
+            raise RefusedError("this site lets no diagnostics be measured")
+        refuse_code(spec, file.functions)
+
+    def _here(self, model: str) -> str:
+        if model not in self._file.models:
+            raise RefusedError(f"the model {model!r} is none of those that this site consents to")
+        return self._file.models[model]
+
+    def _does(self, spec: Experiment) -> Callable[[str], bool]:
+        """What may be asked for: the algorithm's own work, evaluation, and diagnostics if consented to."""
+        works = [*spec.algorithm.works, *rounds.WORKS, *(diagnostics.WORKS if spec.diagnostics else ())]
+        names = {work.name for work in works}
+        return names.__contains__
+
+
+def consenting(name: str, path: Path) -> tuple[Consenting, Path]:
+    """A site by its file, and the folder where it keeps its side of runs."""
+    file = SiteFile.load(path)
+    if not file.algorithms:
+        raise UserError(f"{path}: algorithms: the site takes part in nothing. Name those that it consents to.")
+    return Consenting(name, file), Path(file.folder)

@@ -1,0 +1,214 @@
+"""A federation of real hosts: certificates, and a folder for each participant to start from."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from fedpref.errors import UserError
+
+SITE_FILE, LOG = "site.yaml", "fedpref.log"
+PROJECT, STATE = "project.yml", "state"  # of a federation: its participants, and the root's key
+CLASSES = [
+    "fedpref.sites.programs.Coordinator",
+    "fedpref.sites.programs.Sited",
+    "nvflare.collab.runtime.controller.CollabController",
+    "nvflare.collab.runtime.executor.CollabExecutor",
+]
+LEFT = ("shutdown.fl", "pid.fl", "daemon_pid.fl")  # files that FLARE leaves in a kit
+SHELL = ("bash", "sh")
+KILL_SECONDS = 10.0  # in which a killed process is gone, unless the system holds it or it is another user's
+PROMPT = {"NVFLARE_CLIENT_OUTCOME_WAIT_TIMEOUT": "15"}  # seconds that a server waits at a job's end for sites that have died
+TEMPLATE = """# What this site brings to experiments, and what it consents to. This file stays here.
+# All keys: docs/sites.md.
+data: {name: files, path: preferences.jsonl} # rows with prompt, chosen, rejected; seen from this file
+client: %s # the name that others see; with `partition`, the names are those of its clients
+algorithms: [feddpo, fedpdpo, decdpo]
+max_rounds: 1000
+"""
+
+
+def provision(folder: Path, name: str, server: str, port: int, sites: Sequence[str], admin: str) -> dict[str, Path]:
+    """Make certificates and a kit for each participant, by FLARE's provisioning; returns where the kits are.
+
+    No kit lets a job bring code of its own: what runs is what is installed. Keep `state`, it has the root's key. Raises UserError where
+    the folder is there already.
+    """
+    if folder.exists():
+        raise UserError(f"{folder} is there already. Give another folder, or add a site by `fedpref federation add`.")
+    if len(set(sites)) < len(sites) or {server, admin, "server"} & set(sites):
+        raise UserError("two participants have the same name, or a site is called `server`. Give each a name of its own.")
+    participants: list[dict[str, Any]] = [{"name": server, "type": "server", "org": "coordinator", "fed_learn_port": port}]
+    participants += [_client(site) for site in sites]
+    participants += [{"name": admin, "type": "admin", "org": "coordinator", "role": "lead"}]
+    builders = [
+        {"path": "nvflare.lighter.impl.workspace.WorkspaceBuilder", "args": {"template_file": ["master_template.yml"]}},
+        {"path": "nvflare.lighter.impl.static_file.StaticFileBuilder", "args": {"config_folder": "config"}},
+        {"path": "nvflare.lighter.impl.cert.CertBuilder"},
+        {"path": "nvflare.lighter.impl.signature.SignatureBuilder"},
+    ]
+    project = {"api_version": 3, "name": name, "description": name, "participants": participants, "builders": builders}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _provisioned(project, folder.parent) as made:
+        made.replace(folder)
+    return {participant["name"]: folder / participant["name"] for participant in participants}
+
+
+def add(folder: Path, site: str) -> Path:
+    """Make the kit of one more site, under the root that a federation has; nobody else's kit changes."""
+    if not (folder / PROJECT).exists():
+        raise UserError(f"{folder}: there is no federation here (no {PROJECT}). Give the folder that `fedpref federation init` made.")
+    project = yaml.safe_load((folder / PROJECT).read_text())
+    if site in {participant["name"] for participant in project["participants"]}:
+        raise UserError(f"{folder}: there is a participant called {site!r} already. Give the new one a name of its own.")
+    project["participants"].append(_client(site))
+    with _provisioned(project, folder, folder / STATE) as made:
+        for name in (site, PROJECT, STATE):
+            if (folder / name).is_dir():
+                shutil.rmtree(folder / name)
+            (made / name).replace(folder / name)
+    return folder / site
+
+
+@contextmanager
+def _provisioned(project: Mapping[str, Any], beside: Path, state: Path | None = None) -> Iterator[Path]:
+    """A folder with all kits of a project, by the root's key in `state` or by a new one; it goes, but for what is taken from it."""
+    with tempfile.TemporaryDirectory(dir=beside, prefix=".") as scratch:
+        (Path(scratch) / PROJECT).write_text(yaml.safe_dump(project, sort_keys=False))
+        place = Path(scratch) / "made" / project["name"]
+        if state is not None:
+            shutil.copytree(state, place / STATE)
+        command = [sys.executable, "-m", "nvflare.cli", "provision", "-p", PROJECT, "-w", "made", "--force"]
+        ran = subprocess.run(command, cwd=scratch, capture_output=True, text=True)
+        made = place / "prod_00"
+        if ran.returncode or not made.is_dir():
+            raise UserError(f"provisioning failed: {(ran.stdout + ran.stderr).strip()[-600:]}")
+        for kit in made.iterdir():
+            _restrict(kit / "local")
+        for participant in project["participants"]:
+            if participant["type"] == "client":
+                (made / participant["name"] / SITE_FILE).write_text(TEMPLATE % json.dumps(participant["name"]))
+        shutil.move(place / STATE, made / STATE)
+        shutil.move(Path(scratch) / PROJECT, made / PROJECT)
+        (made / STATE).chmod(0o700)
+        yield made
+
+
+def _client(site: str) -> dict[str, Any]:
+    return {"name": site, "type": "client", "org": _org(site)}
+
+
+def _org(site: str) -> str:
+    return "site_" + "".join(letter if letter.isalnum() else "_" for letter in site)
+
+
+def _restrict(local: Path) -> None:
+    """Let a participant run this package's classes, no code that comes with a job, and nobody's commands."""
+    resources = local / "resources.json.default"
+    if resources.exists():
+        content = json.loads(resources.read_text())
+        content["class_allow_list"] = CLASSES
+        if "allow_log_streaming" in content:  # a site's log may hold its rows, and goes to the server by default
+            content["allow_log_streaming"] = False
+            content["components"] = [one for one in content["components"] if one["id"] != "site_log_streamer"]
+        (local / "resources.json").write_text(json.dumps(content, indent=1))
+    rights = local / "authorization.json.default"
+    if rights.exists():
+        content = json.loads(rights.read_text())
+        for role in content["permissions"].values():
+            if isinstance(role, dict):
+                role |= {"byoc": "none", "shell_commands": "none"}
+                if role.get("submit_job") == "any":
+                    role["get_job_log"] = "n:submitter"  # in which the coordinator tells what happens
+        (local / "authorization.json").write_text(json.dumps(content, indent=1))
+
+
+# ---- a kit at work
+
+
+def start(kit: Path, variables: Mapping[str, str]) -> None:
+    """Start what a kit is for, with these environment variables; it goes on when the caller ends, and starts anew where it dies."""
+    kit = kit.resolve()
+    program = kit / "startup/sub_start.sh"
+    if not program.exists():
+        raise UserError(f"{kit}: this is no kit of a server or site (no startup/sub_start.sh).")
+    if running(kit):
+        raise UserError(f"{kit}: it is running already. `fedpref site stop {kit}` stops it.")
+    for left in LEFT:
+        (kit / left).unlink(missing_ok=True)
+    _keep_apart(kit)
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    with (kit / LOG).open("a") as log:
+        subprocess.Popen(
+            ["bash", str(program)],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", **PROMPT, **variables},
+            cwd=kit,
+            start_new_session=True,
+        )
+
+
+def _keep_apart(kit: Path) -> None:
+    """Let a server keep its jobs in its kit; by default all servers of a machine share one place, and take one another's."""
+    resources = kit / "local/resources.json"
+    content = json.loads(resources.read_text())
+    for component in content.get("components", ()):
+        if component.get("id") == "job_manager":
+            component["args"]["uri_root"] = str(kit / "jobs")
+    if persistor := content.get("snapshot_persistor"):
+        persistor["args"]["storage"]["args"]["root_dir"] = str(kit / "snapshots")
+    resources.write_text(json.dumps(content, indent=1))
+
+
+def stop(kit: Path, seconds: float = 20.0) -> None:
+    """Stop it, with the jobs that it runs; nothing happens where it does not run."""
+    (kit / "shutdown.fl").touch()
+    for process in _processes(kit):
+        with suppress(psutil.Error):
+            if not process.name().startswith(SHELL):  # which would start it anew, but for the file
+                _end(process, signal.SIGTERM)
+    psutil.wait_procs(_processes(kit), timeout=seconds)
+    while killed := _processes(kit):  # one may have started another since
+        for process in killed:
+            _end(process, signal.SIGKILL)
+        _, alive = psutil.wait_procs(killed, timeout=KILL_SECONDS)
+        if alive:
+            raise UserError(f"{kit}: process {alive[0].pid} cannot be ended. See whose it is (`ps -f -p {alive[0].pid}`); end it there.")
+    for left in LEFT:
+        (kit / left).unlink(missing_ok=True)
+
+
+def running(kit: Path) -> bool:
+    """Whether its process lives."""
+    return bool(_processes(kit))
+
+
+def _processes(kit: Path) -> list[psutil.Process]:
+    """FLARE's processes of a kit, by their command lines."""
+    found, kit = [], kit.resolve()
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            line = process.cmdline()
+            is_flare = any(part.startswith("nvflare.") or part.endswith("/startup/sub_start.sh") for part in line)
+            if is_flare and any(Path(part) == kit or kit in Path(part).parents for part in line):
+                found.append(process)
+    return found
+
+
+def _end(process: psutil.Process, how: signal.Signals) -> None:
+    with suppress(psutil.Error):
+        process.send_signal(how)

@@ -1,0 +1,164 @@
+"""What runs in FLARE's processes: the coordinator's program on the server, a `Site` in each client's.
+
+A job runs so many rounds of an experiment, from its last checkpoint. What travels are our own messages, as bytes, so that FLARE's
+serialisation sees no object of ours.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from nvflare.collab import CollabRecipe, collab
+
+from fedpref import config
+from fedpref.engines.site import RUN, Host, Site
+from fedpref.errors import UserError
+from fedpref.experiments.clients import SimulatedSite
+from fedpref.experiments.experiment import Experiment, with_whole_paths
+from fedpref.experiments.rounds import events
+from fedpref.experiments.run_directory import RunDirectory
+from fedpref.sites import FUNCTIONS, RUNS, SAYS, SITE, TELLS
+from fedpref.sites.consent import consenting, refuse_code
+
+SIMULATED = ".sites"  # beside runs: what simulated sites keep until a run is done
+
+
+class Sited:
+    """What runs in a site's process."""
+
+    def __init__(self, simulated: int = 0) -> None:
+        self.simulated = simulated  # how many sites are simulated; 0: this is a real one, with a file of its own
+
+    @collab.init
+    def start(self) -> None:
+        name = collab.site_name
+        host: Host
+        file = os.environ.get(SITE)
+        if file:
+            host, folder = consenting(name, Path(file))
+        elif self.simulated:
+            host, folder = SimulatedSite(int(name.rsplit("-", 1)[1]) - 1, self.simulated), Path(os.environ[RUNS]) / SIMULATED / name
+        else:
+            raise UserError(f"{SITE} is not set: start the site by `fedpref site start`.")
+        self._site = Site(name, host, folder, self)
+        self._is_secure = bool(file)  # whatever the job says
+
+    @collab.publish
+    def answer(self, message: bytes) -> bytes:
+        """What the coordinator asks; other sites have nothing to ask."""
+        if collab.caller != "server":
+            raise PermissionError(f"{collab.caller} is not the coordinator")
+        return self._site.answer(message)
+
+    @collab.publish
+    def hear(self, message: bytes) -> None:
+        """What another site's clients tell clients here."""
+        self._site.hear(collab.caller, message)
+
+    def tell(self, site: str, message: bytes) -> None:
+        collab.get_clients([site])(secure=self._is_secure, expect_result=False).hear(message)
+
+
+class Collab:
+    """The way from the coordinator to sites."""
+
+    @property
+    def sites(self) -> Sequence[str]:
+        return sorted(site.name for site in collab.clients)
+
+    def ask(self, messages: Mapping[str, bytes], seconds: float) -> dict[str, bytes]:
+        running = {site: collab.get_clients([site])(blocking=False, timeout=seconds).answer(message) for site, message in messages.items()}
+        return {site: bytes(answer) for site, results in running.items() for _, answer in results}
+
+
+class Coordinator:
+    """What runs on the server: rounds of an experiment, from its last checkpoint. It tells what happens, and how the job ended."""
+
+    def __init__(self, experiment: str, run: str, rounds: int) -> None:
+        self.experiment, self.run, self.rounds = experiment, run, rounds
+
+    @collab.main
+    def main(self) -> None:
+        tell = _teller()
+        try:
+            check_name(self.run)
+            folder = RunDirectory(Path(os.environ[RUNS]) / self.run)
+            self._rounds(folder, tell)
+            if TELLS not in os.environ:
+                _hand_over(folder)
+            tell({"end": "done" if folder.done else "more"})
+        except UserError as error:
+            tell({"error": str(error)})
+        except Exception as error:
+            tell({"error": f"{type(error).__name__}: {error}"})
+            raise
+
+    def _rounds(self, folder: RunDirectory, tell: Callable[[Mapping[str, Any]], None]) -> None:
+        spec = config.parse(Experiment, json.loads(self.experiment), "the experiment")
+        if TELLS not in os.environ:
+            refuse_code(spec, os.environ.get(FUNCTIONS, "").split(","))
+        done = 0
+        with closing(events(spec, folder, transport=Collab())) as happenings:
+            for event in happenings:
+                tell(asdict(event))
+                done += event.kind == "round"
+                if event.kind == "round" and done == self.rounds:
+                    return
+
+
+def _teller() -> Callable[[Mapping[str, Any]], None]:
+    if file := os.environ.get(TELLS):
+        path = Path(file)
+
+        def write(content: Mapping[str, Any]) -> None:
+            with path.open("a") as told:
+                told.write(json.dumps(content) + "\n")
+
+        return write
+    logger, numbers = logging.getLogger("fedpref"), count(1)
+    return lambda content: logger.info(SAYS + json.dumps({"number": next(numbers), **content}))
+
+
+def _hand_over(folder: RunDirectory) -> None:
+    """Put what the run has come to where FLARE takes a job's results from."""
+    context = collab.fl_ctx
+    result = Path(context.get_workspace().get_run_dir(context.get_job_id())) / "fedpref"
+    shutil.copytree(folder.path, result, ignore=shutil.ignore_patterns("cache"))
+
+
+def check_name(run: str) -> None:
+    """Raise UserError for what sites would not take as a run's name."""
+    if not RUN.fullmatch(run):
+        raise UserError(f"a run cannot be called {run[:40]!r}: letters, digits, dots, hyphens and underscores only. Give another --output.")
+
+
+def job(experiment: Experiment, run: str, *, simulated: int = 0) -> Any:
+    """A job of the next rounds, for any environment of FLARE's."""
+    content = json.dumps(config.dump(with_whole_paths(experiment) if simulated else experiment))
+    coordinator = Coordinator(content, run, experiment.patience.rounds_per_job)
+    least = simulated or experiment.patience.min_sites
+    return recipe(run.replace("/", "-"), coordinator, least, experiment.patience.seconds, simulated=simulated)
+
+
+def recipe(name: str, coordinator: Any, min_sites: int, seconds: float, *, simulated: int = 0) -> Any:
+    """A job of a coordinator's program over sites, which begins when so many have come, within so many seconds."""
+    made = _Recipe(job_name=name, server=coordinator, client=Sited(simulated), min_clients=min_sites, sync_task_timeout=seconds)
+    made.finalize().set_app_packages(["fedpref", type(coordinator).__module__.split(".")[0]])  # which are there already
+    return made
+
+
+class _Recipe(CollabRecipe):  # type: ignore[misc]  # FLARE has no types
+    """A job without code: server and sites have this package installed, and a site that lets no job bring code of its own stays so."""
+
+    @staticmethod
+    def _user_source_entries(objs: Any) -> list[Any]:
+        return []

@@ -1,0 +1,103 @@
+"""An experiment over simulated sites, each a process of its own on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from nvflare.recipe import SimEnv
+
+from fedpref import config
+from fedpref.errors import UserError
+from fedpref.experiments.experiment import Experiment
+from fedpref.experiments.rounds import Event
+from fedpref.experiments.run_directory import RunDirectory
+from fedpref.sites import RUNS, SITE, TELLS
+from fedpref.sites.kits import CLASSES
+from fedpref.sites.programs import SIMULATED, check_name, job
+
+LOG, TOLD, EXPERIMENT = "log.txt", "told.jsonl", "experiment.json"
+
+
+def simulated(experiment: Experiment, folder: RunDirectory) -> Iterator[Event]:
+    """Run it, or what is left of it, job after job; what sites have kept of a run that is done goes into its directory."""
+    place = folder.path.resolve()
+    check_name(place.name)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if not place.exists():
+        for left in (place.parent / SIMULATED).glob(f"*/{place.name}"):
+            shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(prefix="fedpref-flare-") as name:
+        scratch = Path(name)
+        (scratch / TOLD).touch()
+        (scratch / EXPERIMENT).write_text(json.dumps(config.dump(experiment)))
+        environment = {**os.environ, RUNS: str(place.parent), TELLS: str(scratch / TOLD), "OMP_NUM_THREADS": "1"}
+        environment.pop(SITE, None)
+        while True:
+            with (scratch / LOG).open("a") as log:
+                command = [sys.executable, "-m", "fedpref.sites.simulated", name, place.name]
+                process = subprocess.Popen(
+                    command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=scratch, start_new_session=True
+                )
+            try:
+                end = yield from _told(scratch, process)
+            finally:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)  # the sites' processes too
+                process.wait()
+            if end == "done":
+                break
+    for kept in sorted((place.parent / SIMULATED).glob(f"*/{place.name}")):
+        shutil.copytree(kept, place, ignore=shutil.ignore_patterns("checkpoints", "cache"), dirs_exist_ok=True)
+        shutil.rmtree(kept)
+
+
+def _told(scratch: Path, process: Any) -> Generator[Event, None, str]:
+    """Events of one job until it ends; returns how, raises UserError where it failed."""
+    start, line = (scratch / TOLD).stat().st_size, ""
+    with (scratch / TOLD).open() as told:
+        told.seek(start)
+        while True:
+            has_ended = process.poll() is not None
+            line += told.readline()
+            if line.endswith("\n"):
+                content, line = json.loads(line), ""
+                if "error" in content:
+                    raise UserError(content["error"])
+                if "end" in content:
+                    process.wait()
+                    return str(content["end"])
+                yield Event(**content)
+            elif has_ended:
+                last = "\n".join((scratch / LOG).read_text(errors="replace").splitlines()[-15:])
+                raise UserError(f"the simulation of sites ended before the experiment did. It said last:\n{last}")
+            else:
+                time.sleep(0.1)
+
+
+def main(scratch: Path, run: str) -> None:
+    """One job, in a process of its own, which FLARE's simulator takes for itself."""
+    experiment = config.parse(Experiment, json.loads((scratch / EXPERIMENT).read_text()), "the experiment")
+    simulate(job(experiment, run, simulated=experiment.sites), experiment.sites, scratch / "workspace")
+
+
+def simulate(recipe: Any, sites: int, workspace: Path, classes: Sequence[str] = CLASSES) -> None:
+    """Run a job over so many sites, each a process, which may run these classes."""
+    local = workspace / recipe.name / "local"
+    local.mkdir(parents=True, exist_ok=True)
+    (local / "resources.json").write_text(json.dumps({"class_allow_list": list(classes)}))
+    recipe.execute(SimEnv(clients=[f"site-{number + 1}" for number in range(sites)], workspace_root=str(workspace)))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -1,0 +1,110 @@
+"""An experiment over sites that have been started, submitted to their server job after job."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Generator, Iterator
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import TypeVar
+
+from nvflare.fuel.flare_api.flare_api import Session, new_secure_session
+from nvflare.recipe import ProdEnv
+
+from fedpref import config
+from fedpref.errors import UserError
+from fedpref.experiments.experiment import Experiment
+from fedpref.experiments.rounds import Event
+from fedpref.experiments.run_directory import CONFIG, RunDirectory
+from fedpref.sites import SAYS
+from fedpref.sites.programs import check_name, job
+
+SUBMITTED = "submitted.json"  # in a run directory: by whose kit, and the run's name at the server
+LOGIN, POLL = 30.0, 2.0  # seconds
+T = TypeVar("T")
+
+
+def submitted(experiment: Experiment, admin: Path, folder: RunDirectory) -> Iterator[Event]:
+    """Run it, or what is left of it; the run directory is fetched from the coordinator after each job.
+
+    `admin` is the kit of who submits. Raises UserError where the server cannot be reached, or a job ends without having told how.
+    """
+    if not (admin / "startup").is_dir():
+        raise UserError(f"{admin}: this is no kit. Give by --admin the folder of who submits, which `fedpref federation init` made.")
+    place = folder.path.resolve()
+    check_name(place.name)
+    if (place / SUBMITTED).exists():
+        run = json.loads((place / SUBMITTED).read_text())["run"]
+    else:
+        run = f"{place.name}-{uuid.uuid4().hex[:8]}"
+        record = {"admin": str(admin.resolve()), "run": run}
+        folder.create({CONFIG: config.to_yaml(experiment), SUBMITTED: json.dumps(record) + "\n"})
+    while (yield from _job(experiment, run, admin, folder)) != "done":
+        continue
+
+
+def admin_of(folder: RunDirectory) -> Path | None:
+    """The kit by which a run was submitted; None for one that was not."""
+    record = folder.path / SUBMITTED
+    return Path(json.loads(record.read_text())["admin"]) if record.exists() else None
+
+
+def _job(experiment: Experiment, run: str, admin: Path, folder: RunDirectory) -> Generator[Event, None, str]:
+    """Events of one job until it ends; returns how. Who stops listening stops the job."""
+    again = f"`fedpref resume {folder.path}` goes on from the last round that was completed."
+    environment = ProdEnv(startup_kit_location=str(admin), username=admin.name, login_timeout=LOGIN)
+    number = _asked(lambda: job(experiment, run).execute(environment).get_job_id(), again)
+    session: Session = _asked(lambda: new_secure_session(admin.name, str(admin), timeout=LOGIN), again)
+    yield Event(experiment.algorithm.name, "begin", 0, experiment.rounds, {}, f"job {number} is with the server")
+    end, heard = "", 0
+    try:
+        while not end:
+            status = str(_asked(lambda: session.get_job_meta(number), again)["status"])
+            log = _asked(lambda: session.get_job_logs(number), again)["logs"].get("server", "")
+            for content in (json.loads(line.split(SAYS, 1)[1]) for line in log.splitlines() if SAYS in line):
+                if (said := content.pop("number")) <= heard:
+                    continue
+                heard = said
+                if "error" in content:
+                    raise UserError(content["error"])
+                if "kind" in content:
+                    yield Event(**content)
+                end = content.get("end", "")
+            if not end and status.startswith("FINISHED"):
+                raise UserError(f"job {number} ended as {status}, and did not say how. Its log at the server has more. {again}")
+            time.sleep(POLL)
+        while not str(_asked(lambda: session.get_job_meta(number), again)["status"]).startswith("FINISHED"):
+            time.sleep(POLL)
+        with tempfile.TemporaryDirectory() as scratch:
+            result = Path(_asked(lambda: session.download_job_result(number, scratch), again))
+            for fetched in result.rglob("fedpref/config.yaml"):
+                shutil.copytree(fetched.parent, folder.path, dirs_exist_ok=True)
+    except (GeneratorExit, KeyboardInterrupt):
+        _asked(lambda: session.abort_job(number), again)
+        raise
+    finally:
+        session.close()
+    return end
+
+
+def set_admitted(site: str, admin: Path, admits: bool) -> None:
+    """Let a site take part in a federation, or no longer: the server turns it away, whatever certificate it has."""
+    session: Session = _asked(lambda: new_secure_session(admin.name, str(admin), timeout=LOGIN))
+    try:
+        _asked(lambda: (session.enable_client if admits else session.disable_client)(site))
+    finally:
+        session.close()
+
+
+def _asked(call: Callable[[], T], again: str = "") -> T:
+    """What FLARE answers, without its own account of it; whatever it raises is the user's to know."""
+    try:
+        with redirect_stdout(io.StringIO()):
+            return call()
+    except Exception as error:
+        raise UserError(f"the server could not be asked: {type(error).__name__}: {error}. {again}") from error

@@ -1,0 +1,101 @@
+"""A predictor of opinions as a reward: what a group would choose among answers."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fedpref.data.preferences import key
+from fedpref.errors import UserError
+from fedpref.numerics.trees import Tree
+from fedpref.rewards.combine import Combine
+from fedpref.tasks.opinion import OpinionLearner, Question, asking
+from fedpref.types import Text
+
+Kind = Literal["share", "logit"]
+
+
+@dataclass(frozen=True)
+class GroupReward:
+    """One group's reward, with the signature of TRL's reward functions.
+
+    `share`: the share of the group that would choose this completion among all of the same prompt in the call, between 0 and 1.
+    `logit`: what the shares are a softmax of; only differences between completions of one prompt mean anything.
+    """
+
+    learner: OpinionLearner
+    params: Tree
+    context: Sequence[Question]
+    group: str
+    kind: Kind = "share"
+    asks: bool = False  # a prompt as a survey's question and its completions as the options, because the context's are
+
+    @property
+    def __name__(self) -> str:  # by which TRL logs it
+        return f"reward/{self.group}"
+
+    def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], **_: Any) -> list[float]:
+        """A reward for each completion to the prompt in the same place; raises UserError where a share would mean nothing."""
+        asked = by_prompt(prompts)
+        alone = next((prompt for prompt, places in asked.items() if len(places) < 2), None)
+        if (self.kind == "share" or self.asks) and alone is not None:
+            ways = "Give more: this run was trained on questions with their options." if self.asks else "Give more, or take logits."
+            raise UserError(f"reward: a share is one among completions, and {alone[:60]!r} has only one. {ways}")
+        said = [_said(completion) for completion in completions]
+        if empty := next((prompt for prompt, places in asked.items() for i in places if not (prompt + said[i]).strip()), None):
+            raise UserError(f"reward: there is nothing to score in a prompt and completion that are both empty ({empty!r}).")
+        texts = {
+            prompt: asking(prompt, [said[i] for i in places]) if self.asks else tuple(prompt + said[i] for i in places)
+            for prompt, places in asked.items()
+        }
+        questions = [Question(self.group, of_prompt, (0.0,) * len(of_prompt)) for of_prompt in texts.values()]
+        self.learner.embed(self.context)
+        new = self.learner.embed(questions)
+        found = self.learner.predict(self.params, self.context, questions, logits=self.kind == "logit")[0]
+        self.learner.forget(new)
+        rewards = [0.0] * len(said)
+        for places, values in zip(asked.values(), found, strict=True):
+            for place, value in zip(places, values.tolist(), strict=True):
+                rewards[place] = value
+        return rewards
+
+
+@dataclass(frozen=True)
+class CombinedReward:
+    """Several groups' rewards as one, prompt by prompt, with the same signature."""
+
+    groups: Mapping[str, GroupReward]
+    combine: Combine
+
+    @property
+    def __name__(self) -> str:
+        return f"reward/{self.combine.name}"
+
+    def of_groups(self, prompts: Sequence[Text], completions: Sequence[Text]) -> Float[Tensor, "G n"]:
+        """Each group's rewards."""
+        return torch.tensor([reward(prompts, completions) for reward in self.groups.values()], dtype=torch.float64)
+
+    def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], **_: Any) -> list[float]:
+        rewards, found = self.of_groups(prompts, completions), [0.0] * len(prompts)
+        for places in by_prompt(prompts).values():
+            for place, value in zip(places, self.combine(rewards[:, places]).tolist(), strict=True):
+                found[place] = value
+        return found
+
+
+def by_prompt(prompts: Sequence[Text]) -> dict[str, list[int]]:
+    """The places of each prompt's completions."""
+    found: dict[str, list[int]] = defaultdict(list)
+    for place, prompt in enumerate(prompts):
+        found[_said(prompt)].append(place)
+    return found
+
+
+def _said(text: Text) -> str:
+    return text if isinstance(text, str) else key(tuple(text))

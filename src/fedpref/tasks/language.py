@@ -1,0 +1,140 @@
+"""What all tasks on a language model share: the model, and prompts as its tokens."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from fedpref.data.preferences import ClientData, Text
+from fedpref.errors import UserError
+from fedpref.models import devices
+from fedpref.models.language import LanguageModel, Model
+from fedpref.models.own_parts import Parts
+from fedpref.numerics.trees import Tree
+from fedpref.tasks.task import TaskSettings
+
+DEFAULT_LENGTH = 1024
+
+Tokens = tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageTask(TaskSettings):
+    """Settings of every task on a language model."""
+
+    adapts: ClassVar[bool] = True
+
+    model: Model = Model()
+    max_length: Annotated[int, Field(ge=8)] | None = None  # tokens of prompt and answer; None: the model's context, at most 1024
+    truncation_mode: Literal["refuse", "keep_start", "keep_end"] = "refuse"  # which end of a long prompt stays
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        return ("loss",)
+
+    @property
+    def measures_examples(self) -> bool:
+        return len(self.objectives) == 1
+
+    @property
+    def runs_remote_code(self) -> bool:
+        return self.model.trust_remote_code
+
+    def _check_names(self) -> None:
+        """Raise ValueError where objectives cannot be told apart in metrics."""
+        names = self.objectives
+        if wrong := [name for name in names if "/" in name or name == "loss" or names.count(name) > 1]:
+            raise ValueError(f"the objective {wrong[0]!r}: give each a name of its own, without a slash and other than loss")
+
+
+class LanguageLearner(ABC):
+    """A task at work: a language model, loaded once, whatever the number of clients."""
+
+    def __init__(self, settings: LanguageTask) -> None:
+        self.settings = settings
+        self.language = LanguageModel(settings.model)
+        context = self.language.context
+        self.max_length = settings.max_length or min(context or DEFAULT_LENGTH, DEFAULT_LENGTH)
+        if context and self.max_length > context:
+            raise UserError(
+                f"task.max_length: {self.max_length} tokens were asked for, but the model's context holds {context}. "
+                f"Set task.max_length to {context} or less."
+            )
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        return self.settings.objectives
+
+    @property
+    def description(self) -> str:
+        return self.language.description
+
+    @property
+    def device(self) -> torch.device:
+        return self.language.device
+
+    @property
+    def devices(self) -> int:
+        return devices.count(self.language.wanted)
+
+    def move_to(self, worker: int) -> None:
+        self.language.move_to(worker)
+
+    def init(self, rng: torch.Generator) -> Tree:
+        return self.language.init(rng)
+
+    def parts(self, settings: Parts, rng: torch.Generator) -> Tree:
+        return self.language.fresh(settings, rng)
+
+    def export(self, params: Tree, folder: Path) -> None:
+        self.language.export(params, folder)
+
+    @abstractmethod
+    def encode(self, data: ClientData) -> Any:
+        """Turn a client's rows into tokens."""
+
+    def tokens(self, prompt: Text, answers: Sequence[Text], where: str) -> tuple[Tokens, list[Tokens]]:
+        """A prompt's tokens and its answers', all plain text or all conversations."""
+        if isinstance(prompt, str):
+            opening, _ = self.language.encode(prompt, "")
+            return tuple(opening), [tuple(self.language.encode(prompt, str(answer))[1]) for answer in answers]
+        if not self.language.chats:
+            raise UserError(
+                f"{where}: the row is a conversation, but the tokenizer of {self.settings.model.path!r} has no chat "
+                "template. Give the prompt and answers as plain text, or use a model with a chat template."
+            )
+        try:
+            chat, closed = self.language.encode_chat(prompt, answers)  # type: ignore[arg-type]  # conversations, as the prompt is
+        except ValueError as error:
+            raise UserError(
+                f"{where}: the chat template of {self.settings.model.path!r} refuses the conversation: {error}. "
+                "Change the row's roles, or give it as plain text."
+            ) from error
+        return tuple(chat), [tuple(answer) for answer in closed]
+
+    def fit(self, prompt: Tokens, answers: Sequence[Tokens], where: str) -> tuple[Tokens, list[Tokens], bool]:
+        """Cut what is longer than `max_length`, answers to no less than half of it; and whether anything was cut."""
+        length = len(prompt) + max(map(len, answers))
+        if length <= self.max_length:
+            return prompt, list(answers), False
+        if self.settings.truncation_mode == "refuse":
+            raise UserError(
+                f"{where}: prompt and longest answer are {length} tokens, task.max_length is {self.max_length}. "
+                "Raise task.max_length if the model's context allows it, or set task.truncation_mode to keep_end or keep_start."
+            )
+        room = self.max_length - min(len(prompt), self.max_length // 2)
+        fitted = [answer[:room] for answer in answers]
+        return self.cut(prompt, self.max_length - max(map(len, fitted))), fitted, True
+
+    def cut(self, prompt: Tokens, space: int) -> Tokens:
+        """So many tokens of a prompt, by `truncation_mode`; what opens it stays."""
+        if self.settings.truncation_mode == "keep_start" or space >= len(prompt):
+            return prompt[:space]
+        opening = prompt[: self.language.opens(prompt)]
+        return opening + prompt[len(prompt) - space + len(opening) :]

@@ -1,0 +1,237 @@
+"""What tasks on given answers share: examples of a prompt and two answers, their reference scores, batches of similar length."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fedpref.data.preferences import ClientData, Row
+from fedpref.models.generation import Sampling, generate
+from fedpref.numerics import seeds, trees
+from fedpref.numerics.metrics import ACCURACY
+from fedpref.numerics.trees import Tree
+from fedpref.tasks.language import LanguageLearner, LanguageTask, Tokens
+from fedpref.tasks.task import BatchSize
+from fedpref.types import WholeNumber
+
+POOL = 4  # a batch is drawn from this many times its size, so that its examples are of similar length
+SCORING_BATCH = 16  # examples of a batch where each is seen once
+SAMPLING = Sampling(max_completion_length=64, temperature=0.7)  # of answers that are drawn to be read
+
+PerExample = Float[Tensor, " B"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfflineTask(LanguageTask):
+    """Settings of every task on given answers."""
+
+    reference: Literal["base", "round-start"] = "base"  # the model with its adapter off, or as the client received it this round
+    samples: WholeNumber = 0  # held-out prompts of a client to answer before training and after, kept to be read
+
+    def without_samples(self) -> Self:
+        return replace(self, samples=0)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt's tokens, two answers' tokens, and the answers' log-probabilities under the base reference once they are known."""
+
+    prompt: Tokens
+    answers: tuple[Tokens, Tokens]
+    reference: tuple[float, float] | None = None
+    desirable: bool = True  # what was said of the first answer, where answers are not compared
+    objective: int = 0  # of the task's, where there are several
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the prompt and both answers."""
+        return len(self.prompt) + sum(map(len, self.answers))
+
+
+@dataclass(frozen=True)
+class OfflineShard:
+    """One client's examples."""
+
+    name: str
+    train: tuple[Example, ...]
+    test: tuple[Example, ...]
+    truncated: int = 0  # rows of which something was cut off
+
+    def __len__(self) -> int:
+        return len(self.train)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B examples, and their scores under the reference (zeros where the loss needs none)."""
+
+    examples: Sequence[Example]
+    reference: Float[Tensor, "B 2"]
+
+
+class OfflineLearner(LanguageLearner):
+    """A task at work."""
+
+    settings: OfflineTask
+
+    def __init__(self, settings: OfflineTask, *, needs_reference: bool) -> None:
+        super().__init__(settings)
+        self.needs_reference = needs_reference
+
+    @property
+    def prepares(self) -> str:
+        return "reference log-probabilities"
+
+    @abstractmethod
+    def examples(self, rows: Sequence[Row]) -> tuple[list[Example], int]:
+        """A client's rows of one side, and how many of them were cut; raises UserError for a row that cannot be used."""
+
+    @abstractmethod
+    def measure(self, policy: Float[Tensor, "B 2"], explicit: Float[Tensor, "B 2"] | None, batch: Batch) -> Mapping[str, PerExample]:
+        """Metrics of each example from its answers' log-probabilities and explicit rewards, if any; `loss` is differentiable."""
+
+    # ---- data
+
+    def encode(self, data: ClientData) -> OfflineShard:
+        """Turn a client's rows into tokens."""
+        (train, cut), (test, cut_too) = self.examples(data.train), self.examples(data.test)
+        return OfflineShard(data.name, tuple(train), tuple(test), truncated=cut + cut_too)
+
+    def prepare(self, shard: OfflineShard, cache: Path) -> OfflineShard:
+        """Score a client's examples under the base reference, once; the scores are kept in a file named after model and data."""
+        examples = shard.train + shard.test
+        if not examples or not self.needs_reference:
+            return shard
+        digest = blake2b(self.language.fingerprint.encode(), digest_size=16)
+        for example in examples:
+            digest.update(f"{example.prompt} {example.answers}".encode())
+        file = cache / f"reference-{digest.hexdigest()}.safetensors"
+        if file.exists():
+            scores = trees.load(file)["scores"]
+        else:
+            scores = torch.empty(len(examples), 2, dtype=torch.float64)
+            with torch.no_grad():
+                for indices in _by_length(examples, SCORING_BATCH):
+                    scores[indices] = self._score(None, [examples[i] for i in indices])[0].double().cpu()
+            cache.mkdir(parents=True, exist_ok=True)
+            trees.save({"scores": scores}, file)
+        scored = tuple(replace(example, reference=(a, b)) for example, (a, b) in zip(examples, scores.tolist(), strict=True))
+        return replace(shard, train=scored[: len(shard.train)], test=scored[len(shard.train) :])
+
+    # ---- learning
+
+    def draw(self, params: Tree, start: Tree, shard: OfflineShard, size: BatchSize, rng: torch.Generator) -> Batch:
+        """A batch of examples of similar length; each has the same expected weight in the batch's mean, or in that of its objective.
+
+        Objectives have equal parts of the batch.
+        """
+        examples: list[Example] = []
+        count = len(self.objectives)
+        part = BatchSize(max(1, size.examples // count), size.max_tokens and max(1, size.max_tokens // count))
+        for m in range(count):
+            of_objective = [example for example in shard.train if example.objective == m] if count > 1 else shard.train
+            examples += [of_objective[i] for i in _draw([example.tokens for example in of_objective], part, rng)]
+        if self.settings.reference == "base" or not self.needs_reference:
+            return self._with_base(examples)
+        with torch.no_grad():
+            return Batch(examples, self._score(start, examples)[0])
+
+    def losses(self, params: Tree, batch: Batch) -> tuple[Float[Tensor, " M"], Mapping[str, float]]:
+        measured = self.measure(*self._score(params, batch.examples, training=True), batch)
+        metrics = {name: float(values.detach().mean()) for name, values in measured.items()}
+        counts = {"num_pairs": float(len(batch.examples)), "num_tokens": float(sum(example.tokens for example in batch.examples))}
+        if len(self.objectives) == 1:
+            return measured["loss"].mean()[None], metrics | counts
+        whose = torch.tensor([example.objective for example in batch.examples], device=measured["loss"].device)
+        losses = torch.stack([measured["loss"][whose == m].mean() for m in range(len(self.objectives))])
+        apart = {f"loss/{name}": loss for name, loss in zip(self.objectives, losses.tolist(), strict=True)}
+        return losses, metrics | apart | counts
+
+    def batches(self, shard: OfflineShard) -> Iterator[tuple[Batch, float]]:
+        """All training examples once, against the base reference, and each batch's share of them."""
+        for indices in _by_length(shard.train, SCORING_BATCH):
+            yield self._with_base([shard.train[i] for i in indices]), len(indices) / len(shard.train)
+
+    def evaluate(self, params: Tree, shard: OfflineShard) -> Mapping[str, float]:
+        """Means over the shard's held-out examples, accuracies also over those of each of several objectives; rewards are over the base
+        reference.
+        """
+        sums: dict[str, float] = {}
+        counts = Counter(self.objectives[example.objective] for example in shard.test)
+        for examples, metrics in self._held_out(params, shard):
+            for name, values in metrics.items():
+                sums[name] = sums.get(name, 0.0) + float(values.sum())
+            for example, value in zip(examples, metrics[ACCURACY].tolist(), strict=True) if len(counts) > 1 else ():
+                objective = self.objectives[example.objective]
+                sums[f"{ACCURACY}/{objective}"] = sums.get(f"{ACCURACY}/{objective}", 0.0) + value
+        means = {name: value / counts.get(name.removeprefix(f"{ACCURACY}/"), len(shard.test)) for name, value in sums.items()}
+        return means | {"num_examples": float(len(shard.test))}
+
+    def samples(self, params: Tree, shard: OfflineShard) -> list[dict[str, Any]]:
+        """The first held-out prompts, each with an answer of the backbone and one of the client's model, drawn alike."""
+        prompts = list(dict.fromkeys(example.prompt for example in shard.test))[: self.settings.samples]
+        texts = self.language.tokenizer.batch_decode([list(prompt) for prompt in prompts], skip_special_tokens=True)
+        found: list[dict[str, Any]] = [{"prompt": text} for text in texts]
+        for name, policy in (("before", None), ("after", params)):
+            rng = seeds.generator(0, f"samples/{shard.name}")
+            answers = generate(self.language, policy, prompts, 1, SAMPLING, rng) if prompts else []
+            said = self.language.tokenizer.batch_decode([list(answer) for answer in answers], skip_special_tokens=True)
+            for row, text in zip(found, said, strict=True):
+                row[name] = {"completion": text, "rewards": {}}
+        return found
+
+    def choices(self, params: Tree, shard: OfflineShard) -> Float[Tensor, " n"]:
+        return torch.cat([metrics[ACCURACY].cpu() for _, metrics in self._held_out(params, shard)])
+
+    @torch.no_grad()
+    def _held_out(self, params: Tree, shard: OfflineShard) -> Iterator[tuple[Sequence[Example], Mapping[str, PerExample]]]:
+        for indices in _by_length(shard.test, SCORING_BATCH):
+            examples = [shard.test[i] for i in indices]
+            yield examples, self.measure(*self._score(params, examples), self._with_base(examples))
+
+    def _with_base(self, examples: Sequence[Example]) -> Batch:
+        if self.needs_reference and any(example.reference is None for example in examples):
+            raise RuntimeError("the shard was not prepared: its examples have no reference scores")
+        known = [example.reference or (0.0, 0.0) for example in examples]
+        return Batch(examples, torch.tensor(known, device=self.language.device))
+
+    def _score(
+        self, params: Tree | None, examples: Sequence[Example], *, training: bool = False
+    ) -> tuple[Float[Tensor, "B 2"], Float[Tensor, "B 2"] | None]:
+        sums, rewards = self.language.score(params, [(example.prompt, example.answers) for example in examples], training=training)
+        return sums.view(-1, 2), None if rewards is None else rewards.view(-1, 2)
+
+
+def _draw(lengths: Sequence[int], size: BatchSize, rng: torch.Generator) -> list[int]:
+    """A random pool, cut by length into batches, and of these one with a probability proportional to its number of examples."""
+    count = min(size.examples, len(lengths))
+    order: list[int] = torch.randperm(len(lengths), generator=rng).tolist()
+    if size.max_tokens is None:
+        pool = sorted(order[: count * min(POOL, len(lengths) // count)], key=lambda i: (lengths[i], i))
+        batches = [pool[first : first + count] for first in range(0, len(pool), count)]
+    else:
+        totals = accumulate(lengths[i] for i in order)
+        pool = sorted(order[: max(1, sum(total <= POOL * size.max_tokens for total in totals))], key=lambda i: (lengths[i], i))
+        batches = [[]]
+        for i in pool:
+            if batches[-1] and sum(lengths[k] for k in batches[-1]) + lengths[i] > size.max_tokens:
+                batches.append([])
+            batches[-1].append(i)
+    place = int(torch.randint(len(pool), (), generator=rng))
+    return next(batch for batch in batches if pool[place] in batch)
+
+
+def _by_length(examples: Sequence[Example], size: int) -> Iterator[list[int]]:
+    ranked = sorted(range(len(examples)), key=lambda i: (examples[i].tokens, i))
+    for start in range(0, len(ranked), size):
+        yield ranked[start : start + size]
