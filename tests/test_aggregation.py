@@ -22,7 +22,7 @@ SIZES = (5, 2, 3)
 class NoTask:
     """Nothing is learnt here."""
 
-    def place(self, worker: int) -> None: ...
+    def move_to(self, worker: int) -> None: ...
 
 
 class Shard(tuple):  # type: ignore[type-arg]

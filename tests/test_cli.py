@@ -154,7 +154,7 @@ def test_a_client_without_held_out_rows_is_named(fedpref: Command, file: Path, t
 def test_an_override_of_a_kind_drops_what_only_the_former_kind_has(fedpref: Command, file: Path) -> None:
     code, text = fedpref("check", file, "partition={name: iid, clients: 3}")
     assert (code, "3 clients" in text) == (0, True)
-    spec = Experiment.load(file, ["algorithm.name=local", "partition.name=by-size", "partition.clients=2"])
+    spec = Experiment.load(file, ["algorithm.name=alone", "partition.name=by-size", "partition.clients=2"])
     assert spec.algorithm.local == Experiment.load(file).algorithm.local
     code, text = fedpref("check", file, "partition.name=iid", "partition.column=x")
     assert (code, "unknown key 'partition.column'" in text) == (2, True)

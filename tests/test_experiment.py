@@ -326,7 +326,7 @@ def test_clients_that_are_never_drawn_still_train_alone(settings: dict[str, Any]
     result = run(experiment(settings, federation={"clients_per_round": 1}, baselines=["alone"]), tmp_path / "run")
     assert [row["clients"] for row in metrics(result.path)] == [1, 1, 1]
     assert [row["clients"] for row in metrics(result.path / "baselines/alone")] == [4, 4, 4]
-    assert all(abs(row["loss"] - math.log(2)) > 1e-3 for row in result.evaluations["local"].values())
+    assert all(abs(row["loss"] - math.log(2)) > 1e-3 for row in result.evaluations["alone"].values())
 
 
 def test_a_line_is_not_its_own_reference(settings: dict[str, Any], tmp_path: Path) -> None:

@@ -209,7 +209,7 @@ def test_a_watcher_sees_what_the_runner_saw(settings: dict[str, Any], tmp_path: 
     for kind in ("round", "evaluate"):
         ran, looked = ([(e.line, e.done, e.total) for e in events if e.kind == kind] for events in (seen, found))
         assert ran == looked
-    assert [e.figures["loss"] for e in seen if e.kind == "round"] == [e.figures["loss"] for e in found if e.kind == "round"]
+    assert [e.metrics["loss"] for e in seen if e.kind == "round"] == [e.metrics["loss"] for e in found if e.kind == "round"]
     (tmp_path / "run/done").unlink()
     with pytest.raises(AssertionError, match="done"):
         list(watched(tmp_path / "run", must_not_wait))

@@ -317,7 +317,7 @@ def test_critics_are_trained_and_stay_where_they_are(dialogue: dict[str, Any], t
 
 def test_other_algorithms_train_on_drawn_answers_too(dialogue: dict[str, Any], tmp_path: Path) -> None:
     dialogue["task"]["estimator"] = {"name": "rloo"}
-    for algorithm in ("feddpo", "decdpo", "local"):
+    for algorithm in ("feddpo", "decdpo", "alone"):
         assert run(parsed({**dialogue, "algorithm": {**dialogue["algorithm"], "name": algorithm}}), tmp_path / algorithm).evaluations
 
 

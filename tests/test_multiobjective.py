@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedpref.numerics.min_norm import MinNorm, descended, onto_simplex, stationarity
+from fedpref.numerics.min_norm import MinNorm, projected_descent, onto_simplex, stationarity
 
 CASES = [(number, count) for number in range(40) for count in (2, 3, 5)]
 
@@ -116,7 +116,7 @@ def test_projected_steps_come_to_the_same_weights() -> None:
     for seed in range(10):
         q = gradients(seed, 3) @ gradients(seed, 3).T
         q = q / q.diag().mean()
-        assert descended(q, equal(3), 0.05, 4000).tolist() == pytest.approx(MinNorm(b=0.0)(q, equal(3)).tolist(), abs=1e-4)
+        assert projected_descent(q, equal(3), 0.05, 4000).tolist() == pytest.approx(MinNorm(b=0.0)(q, equal(3)).tolist(), abs=1e-4)
 
 
 def test_the_projection_is_the_nearest_point_of_the_simplex() -> None:

@@ -24,7 +24,7 @@ from fedpref.runs.export import export
 from fedpref.runs.join import personalize
 
 LOCAL = {"steps": 4, "batch_size": 4, "learning_rate": 0.02}
-WITH_OWN = ["fedpdpo", "fedper", "fedsa-lora", "feddpa", "ditto", "local"]
+WITH_OWN = ["fedpdpo", "fedper", "fedsa-lora", "feddpa", "ditto", "alone"]
 
 
 def experiment(settings: dict[str, Any], algorithm: dict[str, Any], **federation: Any) -> Experiment:

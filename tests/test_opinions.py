@@ -26,7 +26,7 @@ from fedpref.federation.local_training import LocalTraining, rate
 from fedpref.models.encoder import Encoder
 from fedpref.models.predictor import Predictor
 from fedpref.numerics import seeds, trees
-from fedpref.runs import group_rewards
+from fedpref.runs.group_rewards import group_rewards
 from fedpref.tasks import BatchSize, OpinionTask
 from fedpref.tasks.alignment import alignment, calibration_error, wasserstein_alignment
 from fedpref.tasks.opinion import Question, asking

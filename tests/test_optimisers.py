@@ -44,9 +44,9 @@ class Bowls:
 
     description = "quadratics"
     device = torch.device("cpu")
-    places = 1
+    devices = 1
 
-    def place(self, worker: int) -> None:
+    def move_to(self, worker: int) -> None:
         pass
 
     def init(self, rng: torch.Generator) -> Tree:
@@ -202,7 +202,7 @@ class Placed(Bowls):
 
     number: int = -1
 
-    def place(self, worker: int) -> None:
+    def move_to(self, worker: int) -> None:
         self.number = worker
 
 

@@ -16,7 +16,8 @@ from fedpref import cli, config, run
 from fedpref.errors import UserError
 from fedpref.experiments.experiment import Experiment
 from fedpref.rewards import AdaptiveAlpha, Maximum, Mean, Minimum
-from fedpref.runs import CombinedReward, group_rewards
+from fedpref.runs.group_rewards import group_rewards
+from fedpref.tasks.group_reward import CombinedReward
 
 REWARDS = torch.tensor([[0.9, 0.2], [0.85, 0.3], [0.4, 0.7]], dtype=torch.float64)
 

@@ -145,7 +145,7 @@ def test_work_that_fails_says_so_and_changes_nothing(site: Site) -> None:
     args = [{"tree": 0}, {"plain": "fail"}]
     answer = said(site, asked(work="test_sites.broken", clients=[1, 2], args=args), trees.nest({0: {"x": torch.ones(1)}}))
     assert answer["failed"] == {"1": "it failed (ValueError); the site's log says more"}, "no text of the error leaves the site"
-    assert said(site, {"verb": "held"})["names"] == {"0": [], "1": [], "2": ["1.0"]}
+    assert said(site, {"verb": "names"})["names"] == {"0": [], "1": [], "2": ["1.0"]}
     assert "do not fit" in said(site, asked(work="test_sites.broken", args=[{"tree": 0}, {"plain": {"a": 1}}]))["refused"]
 
 
@@ -189,7 +189,7 @@ def test_a_site_brings_its_own_data_and_no_private_part_leaves_it(content: dict[
     assert found.about["clinic"]["train"] > 0
     for name, leaves in (("base.lora_A.weight", True), ("head.weight", False), ("bottleneck.down", False), ("own.lora_A", False)):
         assert found.gives(name) == leaves
-    assert found.does("algorithms.fedpdpo.train")
+    assert found.does("fedpdpo.train")
     strange = ("clients.prepare", "test_sites.broken", "diagnostics.pooled", "fedprox.train", "ditto.train")
     assert not any(map(found.does, strange))
     opened = Site("site", Consenting("site", file), tmp_path, Nowhere())

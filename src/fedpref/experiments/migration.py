@@ -37,8 +37,8 @@ def refuse_former_names(content: Any, where: str) -> None:
         content: The config as plain data, overrides included.
         where: The file, for the message.
     """
-    if changes := [f"{old!r} is now called {new!r}" for old, new in _changes(content)]:
-        raise UserError(f"{where}: {', '.join(changes)}. `fedpref migrate {where}` rewrites a file.")
+    if changes := list(_changes(content)):
+        raise UserError(f"{where}: {'; '.join(changes)}. `fedpref migrate {where}` rewrites a file.")
 
 
 def migrated(content: Any) -> Any:
@@ -101,12 +101,10 @@ def _renewed(path: str, value: Any) -> Any:
     return names.get(value, value) if isinstance(value, str) else value
 
 
-def _changes(content: Any) -> Iterator[tuple[str, str]]:
+def _changes(content: Any) -> Iterator[str]:
     for path, parent, key in _entries(content):
         if path in KEYS:
-            yield path, ".".join([*path.split(".")[:-1], KEYS[path]])
+            yield f"the key {path!r} is now called {KEYS[path]!r}"
         was, now = parent[key], _renewed(path, parent[key])
-        if isinstance(was, list):
-            yield from ((old, new) for old, new in zip(was, now, strict=True) if old != new)
-        elif was != now:
-            yield f"{path}: {was}", f"{path}: {now}"
+        pairs = zip(was, now, strict=True) if isinstance(was, list) else [(was, now)]
+        yield from (f"{path}: {old!r} is now called {new!r}" for old, new in pairs if old != new)
