@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
+import inspect
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -16,7 +21,7 @@ from yaml import YAMLError
 from fedpref.errors import UserError
 
 T = TypeVar("T")
-STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+STRICT = ConfigDict(extra="forbid")
 
 
 def read(path: Path) -> Any:
@@ -139,7 +144,30 @@ def _with_names(kind: Any, content: Any) -> Any:
 def schema(kind: Any) -> dict[str, Any]:
     """Return the JSON schema of a dataclass, in which each field has the sentence that its class gives it."""
     plain: dict[str, Any] = _adapter(kind).json_schema()
+    parts = {**plain.get("$defs", {}), kind.__name__: plain}
+    for nested in _dataclasses(kind):
+        described = parts.get(nested.__name__, {}).get("properties", {})
+        for name, sentence in sentences(nested).items():
+            if name in described and sentence:
+                described[name]["description"] = sentence
     return plain
+
+
+@cache
+def sentences(kind: Any) -> dict[str, str]:
+    """Return the sentence below each field of a dataclass, or of the dataclasses that it extends; empty where there is none."""
+    said: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        if is_dataclass(base):
+            source: Any = base
+            parsed: Any = ast.parse(textwrap.dedent(inspect.getsource(source))).body[0]
+            body = parsed.body
+            for field, below in pairwise([*body, None]):
+                if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+                    is_text = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
+                    if is_text or field.target.id not in said:
+                        said[field.target.id] = " ".join(str(below.value.value).split()) if is_text else ""
+    return {field.name: said.get(field.name, "") for field in fields(kind)}
 
 
 def dump(value: Any) -> dict[str, Any]:

@@ -25,9 +25,12 @@ class Stage:
     """One step: clip, noise, quantize, mask. Between encode and decode there is only addition."""
 
     name: str
-    encode: Callable[[Tree, Sender], Tree]  # on the client
-    decode: Callable[[Tree, int], Tree]  # on the sum of so many clients
-    needs: frozenset[str] = frozenset()  # properties that an earlier stage must give
+    encode: Callable[[Tree, Sender], Tree]
+    """On the client."""
+    decode: Callable[[Tree, int], Tree]
+    """On the sum of so many clients."""
+    needs: frozenset[str] = frozenset()
+    """Properties that an earlier stage must give."""
     gives: frozenset[str] = frozenset()
 
 

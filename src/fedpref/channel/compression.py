@@ -22,6 +22,7 @@ class TopK:
 
     name: Literal["top-k"] = "top-k"
     fraction: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """The share of entries that is sent."""
 
     def stage(self) -> Stage:
         return Stage(self.name, self._encode, _dense)
@@ -43,7 +44,8 @@ class Quantize:
     """
 
     name: Literal["quantize"] = "quantize"
-    bits: Annotated[int, Field(ge=2, le=8)] = 8  # below eight, entries share bytes
+    bits: Annotated[int, Field(ge=2, le=8)] = 8
+    """Bits of an entry; below eight, entries share bytes."""
 
     def stage(self) -> Stage:
         return Stage(self.name, self._encode, self._decode)

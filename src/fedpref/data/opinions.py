@@ -48,13 +48,21 @@ class Opinions(PathSource):
 
     name: Literal["opinions"] = "opinions"
     path: str = "Anthropic/llm_global_opinions"
-    groups: Literal["all", "pluralllm"] | tuple[str, ...] = "all"  # `pluralllm`: the 14 countries of that paper
+    """A file, a dataset folder or a Hub id."""
+    groups: Literal["all", "pluralllm"] | tuple[str, ...] = "all"
+    """Which groups are read; `pluralllm` are the 14 countries of that paper."""
     question_column: str = "question"
+    """The column of questions."""
     options_column: str = "options"
-    selections_column: str = "selections"  # {group: shares}; by_country is also known
+    """The column of options."""
+    selections_column: str = "selections"
+    """The column of {group: shares}; by_country is also known."""
     group_column: str = "group"
+    """The column that names a row's one group, where there is none of selections."""
     shares_column: str = "shares"
-    test_fraction: OpenFraction = 0.2  # of questions
+    """The column of that group's shares."""
+    test_fraction: OpenFraction = 0.2
+    """The share of questions that are held out."""
 
     def read(self) -> Iterator[Opinion]:
         wanted = SETS.get(self.groups, None) if isinstance(self.groups, str) else self.groups
@@ -106,9 +114,12 @@ class Polis(PathSource):
     """
 
     name: Literal["polis"] = "polis"
-    conversations: tuple[str, ...] = ()  # all if none are named
+    conversations: tuple[str, ...] = ()
+    """Which conversations are read; by default all."""
     min_votes: Count = 10
-    test_fraction: OpenFraction = 0.2  # of statements
+    """Statements on which fewer of a group have voted are left out."""
+    test_fraction: OpenFraction = 0.2
+    """The share of statements that are held out."""
 
     def read(self) -> Iterator[Opinion]:
         topics = {record["conv"]: record["topic"] for _, record in self._table("conversations", "conv", "topic")}

@@ -24,12 +24,19 @@ class Natural:
 
     name: Literal["natural"] = "natural"
     column: str = "client"
-    only: tuple[str, ...] = ()  # values that become clients; none: all
+    """The column whose values become clients."""
+    only: tuple[str, ...] = ()
+    """The values that become clients; by default all."""
     clients_per_value: Count = 1
-    min_rows: Count = 1  # clients with fewer rows, both sides together, are left out
-    min_test_rows: WholeNumber = 0  # clients with fewer held-out rows are left out
-    max_clients: Count | None = None  # the first so many, by number of rows, then by name
-    max_rows: Count | None = None  # of each client, evenly spread, of both sides in their proportion
+    """Clients that share out the rows of each value at random."""
+    min_rows: Count = 1
+    """Clients with fewer rows, both sides together, are left out."""
+    min_test_rows: WholeNumber = 0
+    """Clients with fewer held-out rows are left out."""
+    max_clients: Count | None = None
+    """Keep only the first so many clients, by number of rows, then by name."""
+    max_rows: Count | None = None
+    """Rows of each client at most, evenly spread, of both sides in their proportion."""
 
     def assign(self, rows: Placed, rng: np.random.Generator) -> dict[str, Placed]:
         groups = _by_column(rows, self.column)
@@ -62,7 +69,9 @@ class IID:
 
     name: Literal["iid"] = "iid"
     clients: Count = 10
-    max_rows: Count | None = None  # of each client, of both sides in their proportion
+    """How many clients there are."""
+    max_rows: Count | None = None
+    """Rows of each client at most, of both sides in their proportion."""
 
     def assign(self, rows: Placed, rng: np.random.Generator) -> dict[str, Placed]:
         groups = _cut(rows, np.full((2, self.clients), 1 / self.clients), rng)
@@ -78,8 +87,11 @@ class Dirichlet:
 
     name: Literal["dirichlet"] = "dirichlet"
     column: str = "label"
+    """The column of labels."""
     clients: Count = 10
+    """How many clients there are."""
     alpha: Positive = 0.3
+    """The distribution's concentration: small gives clients of few labels, large IID ones."""
 
     def assign(self, rows: Placed, rng: np.random.Generator) -> dict[str, Placed]:
         merged: dict[str, list[tuple[Side, Row]]] = defaultdict(list)
@@ -99,7 +111,9 @@ class BySize:
 
     name: Literal["by-size"] = "by-size"
     clients: Count = 10
+    """How many clients there are."""
     exponent: NonNegative = 1.0
+    """How fast sizes fall off; 0 makes all alike."""
 
     def assign(self, rows: Placed, rng: np.random.Generator) -> dict[str, Placed]:
         shares = np.arange(1, self.clients + 1, dtype=float) ** -self.exponent

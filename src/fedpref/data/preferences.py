@@ -22,9 +22,12 @@ class Preference:
     prompt: Text
     chosen: Text
     rejected: Text
-    where: str  # file and row, for messages
-    columns: Mapping[str, Any] = field(default_factory=dict)  # everything else the source says of it
-    side: Side | None = None  # where the source itself says so
+    where: str
+    """File and row, for messages."""
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    """Everything else the source says of it."""
+    side: Side | None = None
+    """Where the source itself says so."""
 
     @property
     def said(self) -> tuple[str, ...]:
@@ -54,7 +57,8 @@ class Opinion:
 
     prompt: str
     options: tuple[str, ...]
-    shares: tuple[float, ...]  # of each option; they sum to one
+    shares: tuple[float, ...]
+    """Of each option; they sum to one."""
     where: str
     columns: Mapping[str, Any] = field(default_factory=dict)
     side: Side | None = None

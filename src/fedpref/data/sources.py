@@ -28,16 +28,26 @@ class Files(PathSource):
     """Your own rows: a JSONL, CSV or Parquet file, a dataset folder or a Hub id, in TRL's formats: pairs, judgements, prompts alone."""
 
     name: Literal["files"] = "files"
-    config: str | None = None  # of a Hub dataset
-    train_split: str = "train"  # of a folder or Hub dataset
-    test_split: str | None = None  # None: held out by prompt
+    config: str | None = None
+    """The configuration of a Hub dataset."""
+    train_split: str = "train"
+    """The split with training rows, of a folder or Hub dataset."""
+    test_split: str | None = None
+    """The split with held-out rows; null holds rows out by their prompt."""
     prompt_column: str = "prompt"
+    """The column of prompts."""
     chosen_column: str = "chosen"
+    """The column of better answers."""
     rejected_column: str = "rejected"
-    completion_column: str = "completion"  # of rows that judge one answer
-    label_column: str = "label"  # and whether it is desirable
-    split_column: str | None = None  # a column that says "train" or "test"
-    test_fraction: OpenFraction = 0.2  # of prompts, where nothing else says
+    """The column of worse answers."""
+    completion_column: str = "completion"
+    """The column of answers that are judged alone."""
+    label_column: str = "label"
+    """The column that says whether such an answer is desirable."""
+    split_column: str | None = None
+    """A column that says "train" or "test"."""
+    test_fraction: OpenFraction = 0.2
+    """The share of prompts that are held out, where nothing else says."""
 
     def read(self) -> Iterator[Row]:
         for where, record in read_table(self.path, split=self.train_split, name=self.config):
@@ -78,8 +88,13 @@ class HH(PathSource):
 
     name: Literal["hh"] = "hh"
     path: str = "Anthropic/hh-rlhf"
+    """The Hub dataset, a folder in its layout, or a folder with hh_rlhf_helpful.jsonl.gz and
+    hh_rlhf_harmless.jsonl.gz."""
     objectives: tuple[Literal["helpful", "harmless"], ...] = ("helpful", "harmless")
-    max_rows: Count | None = None  # the first so many of each objective, and of each side where sides are given
+    """Which comparisons are read."""
+    max_rows: Count | None = None
+    """Read only the first so many rows of each objective, and of each side where sides are
+    given."""
 
     def read(self) -> Iterator[Preference]:
         for objective in self.objectives:
@@ -113,7 +128,8 @@ class UKPConvArg(PathSource):
     """
 
     name: Literal["ukpconvarg"] = "ukpconvarg"
-    test_fraction: OpenFraction = 0.25  # of debates
+    test_fraction: OpenFraction = 0.25
+    """The share of debates that are held out."""
 
     def read(self) -> Iterator[Preference]:
         topics = {_need(record, "id", where): record for where, record in self._table("topics")}
@@ -147,8 +163,11 @@ class Persona(PathSource):
 
     name: Literal["persona"] = "persona"
     path: str = "Anthropic/model-written-evals"
+    """The Hub dataset, or a folder with persona_statements.csv.gz."""
     personas: tuple[str, ...] = ("agreeableness", "extraversion", "openness", "narcissism", "psychopathy", "risk-seeking")
-    test_fraction: OpenFraction = 0.2  # of statements
+    """Which personas answer."""
+    test_fraction: OpenFraction = 0.2
+    """The share of statements that are held out."""
 
     def read(self) -> Iterator[Preference]:
         for where, persona, statement, agrees in self._statements():
@@ -186,10 +205,16 @@ class MovieReviews(PathSource):
 
     name: Literal["movie-reviews"] = "movie-reviews"
     path: str = "stanfordnlp/imdb"
+    """A Hub dataset with columns text and label, or a folder with
+    movie_reviews_polarity.jsonl.gz."""
     likes: Annotated[tuple[Literal["positive", "negative"], ...], Field(min_length=1)] = ("positive", "negative", "positive")
-    max_reviews: Annotated[int, Field(ge=2)] = 1200  # of each side
+    """The sentiment that each client prefers; one client for each entry."""
+    max_reviews: Annotated[int, Field(ge=2)] = 1200
+    """Reviews of each side of the split."""
     opening_words: Count = 16
+    """Words of a review that are the prompt."""
     ending_words: Count = 48
+    """Words of a review that are the answer."""
 
     def read(self) -> Iterator[Preference]:
         for side in ("train", "test"):

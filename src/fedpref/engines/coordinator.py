@@ -59,11 +59,16 @@ class Remote:
 class Patience:
     """How long sites are waited for, and how few clients are enough."""
 
-    seconds: Positive = 600.0  # for an answer, which is longer than the longest local training
-    rounds_per_job: Count = 50  # after so many the sites are called together anew, with those that have come back
-    min_sites: Count = 1  # that a job waits for
-    min_clients: Count | None = None  # of a round, that must stay to its end; None: all of its cohort
-    max_message_mb: Count = 2048  # of a site's answer
+    seconds: Positive = 600.0
+    """How long an answer is waited for; longer than the longest local training."""
+    rounds_per_job: Count = 50
+    """Rounds after which sites are called together anew, with those that have come back."""
+    min_sites: Count = 1
+    """Sites that a job waits for."""
+    min_clients: Count | None = None
+    """Clients of a round that must stay to its end; null asks for all of its cohort."""
+    max_message_mb: Count = 2048
+    """The largest answer of a site that is taken, in MB."""
 
 
 class Sites:

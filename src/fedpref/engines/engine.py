@@ -25,7 +25,8 @@ class Traffic:
 
     bytes_up: int = 0
     bytes_down: int = 0
-    links: Mapping[tuple[int, int], int] = field(default_factory=dict)  # of `bytes_up`, those that a neighbour told another
+    links: Mapping[tuple[int, int], int] = field(default_factory=dict)
+    """Of `bytes_up`, those that a neighbour told another."""
 
     def __add__(self, other: Traffic) -> Traffic:
         over = {link: self.links.get(link, 0) + other.links.get(link, 0) for link in self.links.keys() | other.links.keys()}

@@ -46,14 +46,19 @@ class Hosted:
     """What a site brings to an experiment: the task, its clients' data, and what may be asked of them."""
 
     task: Task
-    shards: Mapping[str, Any]  # client's name -> shard
-    about: Mapping[str, Mapping[str, Any]]  # client's name -> sizes, a digest, its number where all sites count alike
+    shards: Mapping[str, Any]
+    """Client's name -> shard."""
+    about: Mapping[str, Mapping[str, Any]]
+    """Client's name -> sizes, a digest, its number where all sites count alike."""
     seed: int
     rounds: int
     links: Chain = Chain()
-    does: Callable[[str], bool] = lambda work: True  # whether a piece of work may be asked for
-    gives: Callable[[str], bool] = lambda name: True  # whether a tensor of this name may leave
-    limit: int | None = None  # bytes of a message
+    does: Callable[[str], bool] = lambda work: True
+    """Whether a piece of work may be asked for."""
+    gives: Callable[[str], bool] = lambda name: True
+    """Whether a tensor of this name may leave."""
+    limit: int | None = None
+    """Bytes of a message."""
 
 
 class Host(Protocol):

@@ -58,7 +58,8 @@ class Experiment:
     """Processes of one thread each; by default one a processor or GPU. The result is the same for
     any number."""
     spill_above_mb: WholeNumber = 512
-    """What of a value that all clients hold is above so many MB lies in files of TMPDIR."""
+    """MB of a value that all clients hold which stay in memory; the rest lies in files of
+    TMPDIR."""
     engine: Literal["simulation", "flare"] = "simulation"
     """All clients in this process and its workers, or at sites on NVIDIA FLARE (docs/sites.md)."""
     sites: Count = 2

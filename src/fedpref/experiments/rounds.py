@@ -34,7 +34,8 @@ from fedpref.tasks import Task
 class Event:
     """Something to show: what the run works on, a client prepared, a round done, an evaluation made."""
 
-    line: str  # the algorithm's name, or a baseline's
+    line: str
+    """The algorithm's name, or a baseline's."""
     kind: Literal["begin", "prepare", "round", "evaluate"]
     done: int
     total: int

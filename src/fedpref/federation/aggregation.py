@@ -54,7 +54,8 @@ class Factors:
     """Average A and B each apart, as federated averaging does with any tensors."""
 
     name: Literal["factors"] = "factors"
-    residual: bool = True  # send 8 numbers a weight more, from which it is estimated
+    residual: bool = True
+    """Send 8 numbers more for each weight, from which the metric `residual` is estimated."""
 
     def split(self, adapter: Tree) -> tuple[Tree, Tree]:
         """What is trained of an adapter, and what of it stays as it was drawn."""
@@ -127,8 +128,13 @@ class Product:
 
     name: Literal["product"] = "product"
     iterations: Count = 2
+    """Subspace iterations a round; each brings the result nearer to the exact decomposition and
+    costs one more adapter."""
     ranks: tuple[Count, ...] = ()
+    """Ranks of clients' adapters, which clients take in turn; by default all have the shared
+    adapter's rank."""
     residual: bool = True
+    """Send 8 numbers more for each weight, from which the metric `residual` is estimated."""
 
     def split(self, adapter: Tree) -> tuple[Tree, Tree]:
         return adapter, {}

@@ -29,9 +29,13 @@ class Network:
     """Who hears whom, how much each takes of what it hears, and how often a link fails."""
 
     topology: AnyTopology = Shape()
+    """The graph of who hears whom."""
     weights: Weights = "metropolis"
-    compression: Compression | None = None  # of what neighbours tell one another
-    link_failure: Fraction = 0.0  # the chance of each link in each round
+    """How much a client takes of what it hears."""
+    compression: Compression | None = None
+    """How what neighbours tell one another is compressed; null sends it whole."""
+    link_failure: Fraction = 0.0
+    """The chance of each link to fail in each round."""
 
     def check(self, names: Names, taking_part: Sequence[int] | None = None, everybody: bool = True) -> None:
         """Raise UserError where the topology does not fit the clients, or does not connect those who ever take part (None: all).

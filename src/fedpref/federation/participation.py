@@ -21,14 +21,23 @@ class Participation:
     A cohort is drawn without replacement. To draw clients by their examples and weight them by examples too would count them twice.
     """
 
-    clients_per_round: Count | None = None  # None: everybody
-    sampling: Literal["uniform", "examples", "weighted"] = "uniform"  # the chance to be drawn
-    sampling_weights: Mapping[str, NonNegative] = field(default_factory=dict)  # by client, for `weighted`
+    clients_per_round: Count | None = None
+    """Clients that are drawn for each round; null takes everybody."""
+    sampling: Literal["uniform", "examples", "weighted"] = "uniform"
+    """What a client's chance to be drawn is by."""
+    sampling_weights: Mapping[str, NonNegative] = field(default_factory=dict)
+    """Chances by client, for `weighted`."""
     weighting: Literal["examples", "equal"] = "examples"
-    deadline: Positive | None = None  # of a round, in times that the median client needs; who is later is left out of the round
-    speed_spread: NonNegative = 0.5  # of simulated clients: standard deviation of the logarithm of their time
-    newcomers: WholeNumber | tuple[str, ...] = 0  # clients that join after training: by name, or so many at random
-    join_steps: Count = 20  # local steps in which they make what is their own
+    """What a client's weight in means is by."""
+    deadline: Positive | None = None
+    """How long a round waits, in times that the median client needs; later clients are left out.
+    Null waits for all."""
+    speed_spread: NonNegative = 0.5
+    """The standard deviation of the logarithm of simulated clients' times."""
+    newcomers: WholeNumber | tuple[str, ...] = 0
+    """Clients that join after training: their names, or so many at random."""
+    join_steps: Count = 20
+    """Local steps in which newcomers make what is their own."""
 
     def weights(self, sizes: Mapping[str, int], seed: int) -> list[float]:
         """Each client's chance to be drawn, up to a factor; raises UserError where `sampling_weights` does not fit the clients."""

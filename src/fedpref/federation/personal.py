@@ -18,15 +18,25 @@ from fedpref.types import Count, Positive
 class Personal:
     """What of the model is each client's own, and how it is trained; the common settings of algorithms with such parts."""
 
-    name: str = ""  # the first in a config; each algorithm has its own
+    name: str = ""
+    """The algorithm's name in a config."""
     parts: Parts = Parts()
+    """Which parts of the model each client has of its own."""
     phases: Literal["alternate", "joint"] = "alternate"
-    personal_steps: Count | None = 1  # of a round's local steps, those of the first phase; None: a third
-    freeze: Literal["vocabulary-head", "heads"] = "vocabulary-head"  # in the second phase; `heads`: the reward head too
+    """Train the client's own parts first and then what is shared, or everything in every step."""
+    personal_steps: Count | None = 1
+    """Local steps of the first phase; null takes a third of the round's."""
+    freeze: Literal["vocabulary-head", "heads"] = "vocabulary-head"
+    """What stays fixed in the second phase: the vocabulary head, or both heads."""
     local: LocalTraining = LocalTraining()
-    head_rate: Positive = 0.1  # of a full vocabulary head, times the learning rate
-    bottleneck_rate: Positive = 0.1  # likewise
-    adapter_rate: Positive = 0.2  # of the own adapter, likewise: what is common is for the shared one to learn
+    """How a client trains within a round, both phases together."""
+    head_rate: Positive = 0.1
+    """The learning rate of a full vocabulary head, as a multiple of the adapter's."""
+    bottleneck_rate: Positive = 0.1
+    """The learning rate of the bottleneck, as a multiple of the adapter's."""
+    adapter_rate: Positive = 0.2
+    """The learning rate of the client's own adapter, as a multiple of the shared one's; below one,
+    so that what is common is learned by the shared one."""
 
     def __post_init__(self) -> None:
         if self.phases == "alternate":

@@ -25,8 +25,11 @@ class Explicit:
     """
 
     alpha: NonNegative = 0.5
+    """The weight of the explicit margin beside the implicit one."""
     gamma: NonNegative = 0.2
+    """The weight of a loss of the explicit margin alone."""
     stop_gradient: bool = True
+    """Keep the explicit reward's gradient in the joint loss from the reward head."""
 
     def __call__(self, loss: DPO | Hinge, implicit: PerPair, explicit: PerPair) -> PerPair:
         """One loss a pair from the two margins, chosen less rejected."""

@@ -23,8 +23,11 @@ class KTO:
 
     name: Literal["kto"] = "kto"
     beta: Positive = 0.1
+    """How strongly the policy is held to the reference."""
     desirable_weight: Positive = 1.0
+    """The weight of desirable answers."""
     undesirable_weight: Positive = 1.0
+    """The weight of undesirable answers."""
 
     def __call__(self, ratio: Float[Tensor, " B"], mismatched: Float[Tensor, " B"], desirable: Bool[Tensor, " B"]) -> Float[Tensor, " B"]:
         """`ratio` is log pi(y|x) - log reference(y|x) of each answer, `mismatched` that of an answer to another prompt after this one."""

@@ -27,8 +27,10 @@ class Sampled:
 
     old: PerToken
     reference: PerToken
-    counts: tuple[int, ...]  # tokens of each answer
-    samples: int  # answers to each prompt
+    counts: tuple[int, ...]
+    """Tokens of each answer."""
+    samples: int
+    """Answers to each prompt."""
 
     @property
     def owner(self) -> Int[Tensor, " n"]:
@@ -47,12 +49,18 @@ class PPO:
     """
 
     name: Literal["ppo"] = "ppo"
-    epsilon: NonNegative = 0.2  # of the clipped ratio
+    epsilon: NonNegative = 0.2
+    """How far the ratio of new to old probability may leave one before it is clipped."""
     kl: NonNegative = 0.05
+    """What a token pays for its log-ratio to the reference."""
     gamma: Probability = 1.0
+    """The discount of later rewards."""
     gae_lambda: Probability = 0.95
-    vf_coef: NonNegative = 0.1  # of the critic's loss
-    normalize: bool = True  # advantages to mean 0 and deviation 1 over the batch
+    """The lambda of generalised advantage estimation."""
+    vf_coef: NonNegative = 0.1
+    """The weight of the critic's loss."""
+    normalize: bool = True
+    """Bring advantages to mean 0 and deviation 1 over the batch."""
     needs_critic: ClassVar[bool] = True
 
     def advantages(self, rewards: PerAnswer, sampled: Sampled, values: PerToken | None) -> tuple[PerToken, PerToken]:
@@ -72,8 +80,11 @@ class RLOO:
 
     name: Literal["rloo"] = "rloo"
     epsilon: NonNegative = 0.2
+    """How far the ratio of new to old probability may leave one before it is clipped."""
     kl: NonNegative = 0.05
-    normalize: bool = True  # divide advantages by their deviation over the batch
+    """What an answer pays for its log-ratio to the reference."""
+    normalize: bool = True
+    """Divide advantages by their deviation over the batch."""
     needs_critic: ClassVar[bool] = False
 
     def advantages(self, rewards: PerAnswer, sampled: Sampled, values: PerToken | None) -> tuple[PerToken, None]:
@@ -90,7 +101,9 @@ class GRPO:
 
     name: Literal["grpo"] = "grpo"
     epsilon: NonNegative = 0.2
+    """How far the ratio of new to old probability may leave one before it is clipped."""
     kl: NonNegative = 0.05
+    """The weight of the KL term in the loss."""
     needs_critic: ClassVar[bool] = False
 
     def advantages(self, rewards: PerAnswer, sampled: Sampled, values: PerToken | None) -> tuple[PerToken, None]:

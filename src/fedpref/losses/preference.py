@@ -45,8 +45,12 @@ class DPO:
 
     name: Literal["dpo"] = "dpo"
     beta: Positive = 0.1
+    """How strongly the policy is held to the reference."""
     label_smoothing: Probability = 0.0
+    """The share of pairs taken to be labelled the wrong way round."""
     smoothing: Literal["conservative", "robust"] = "conservative"
+    """What label smoothing means: the conservative loss, or the robust one, whose mean over such
+    labels is that of clean ones."""
     needs_reference: ClassVar[bool] = True
 
     def __call__(self, policy: PairScores, reference: PairScores) -> PerPair:
@@ -75,6 +79,7 @@ class IPO:
 
     name: Literal["ipo"] = "ipo"
     beta: Positive = 0.1
+    """The margin is regressed on 1 / (2 beta)."""
     needs_reference: ClassVar[bool] = True
 
     def __call__(self, policy: PairScores, reference: PairScores) -> PerPair:
@@ -92,6 +97,7 @@ class Hinge:
 
     name: Literal["hinge"] = "hinge"
     beta: Positive = 0.1
+    """What the margin is multiplied by."""
     needs_reference: ClassVar[bool] = True
 
     def __call__(self, policy: PairScores, reference: PairScores) -> PerPair:
@@ -112,7 +118,9 @@ class SimPO:
 
     name: Literal["simpo"] = "simpo"
     beta: Positive = 2.0
+    """What the mean log-probabilities are multiplied by."""
     gamma: NonNegative = 0.5
+    """The target margin."""
     needs_reference: ClassVar[bool] = False
 
     def __call__(self, policy: PairScores, reference: PairScores) -> PerPair:
@@ -132,7 +140,8 @@ class ORPO:
     """
 
     name: Literal["orpo"] = "orpo"
-    beta: Positive = 0.1  # the paper's lambda
+    beta: Positive = 0.1
+    """The weight of the odds ratio, the paper's lambda."""
     needs_reference: ClassVar[bool] = False
 
     def __call__(self, policy: PairScores, reference: PairScores) -> PerPair:

@@ -28,13 +28,20 @@ DEFAULT_LENGTH = 1024  # of a model that does not say how much it can take
 class Encoder:
     """Which model embeds texts."""
 
-    path: str = BUILTIN  # a Hub id, a local folder, or the model shipped with fedpref
-    kind: Literal["auto", "language-model", "sentence-transformers"] = "auto"  # auto: a folder or id of sentence-transformers' says so
-    revision: str | None = None  # of a Hub id
+    path: str = BUILTIN
+    """A Hub id, a local folder, or `builtin`, the small model that comes with fedpref."""
+    kind: Literal["auto", "language-model", "sentence-transformers"] = "auto"
+    """What the model is; `auto` tells by its folder."""
+    revision: str | None = None
+    """A branch, tag or commit of a Hub id."""
     trust_remote_code: bool = False
+    """Run code that comes with the model."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """The model's arithmetic; `auto` is bfloat16 where the processor has it."""
     device: str = "auto"
+    """Where is computed: `cpu`, `cuda`, `cuda:1`; `auto` takes CUDA where there is one."""
     tokens_per_batch: Count = 4096
+    """Tokens that are embedded at once."""
 
     @property
     def embeds_sentences(self) -> bool:

@@ -24,8 +24,10 @@ SPARSE = 0.25  # share of finished answers from which they are taken out of the 
 class Sampling:
     """How answers are drawn; names as in TRL's GRPOConfig. What is drawn is what is trained: no top-k, no top-p."""
 
-    max_completion_length: Count = 64  # tokens, the end token among them
+    max_completion_length: Count = 64
+    """Tokens of an answer at most, the end token among them."""
     temperature: Positive = 1.0
+    """What logits are divided by."""
 
 
 @torch.no_grad()

@@ -49,15 +49,24 @@ BUILTIN = "builtin"
 class Model:
     """Which language model, and its adapter; LoRA's names as in PEFT's LoraConfig with a prefix."""
 
-    path: str = BUILTIN  # a Hub id, a local folder, or the model shipped with fedpref
-    revision: str | None = None  # of a Hub id
+    path: str = BUILTIN
+    """A Hub id, a local folder, or `builtin`, the small model that comes with fedpref."""
+    revision: str | None = None
+    """A branch, tag or commit of a Hub id."""
     trust_remote_code: bool = False
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the frozen backbone; auto: bfloat16 where the processor has it
-    device: str = "auto"  # "auto" takes CUDA where there is one; "cpu", "cuda", "cuda:1"
+    """Run code that comes with the model."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """The arithmetic of the frozen backbone; `auto` is bfloat16 where the processor has it."""
+    device: str = "auto"
+    """Where is computed: `cpu`, `cuda`, `cuda:1`; `auto` takes CUDA where there is one."""
     lora_r: Count = 8
+    """The adapter's rank."""
     lora_alpha: Count = 16
+    """The adapter's scale times its rank."""
     lora_dropout: Fraction = 0.0
+    """Dropout on the adapter's input in training."""
     lora_target_modules: tuple[str, ...] | str = "all-linear"
+    """Names of the layers that have an adapter, or a regular expression, or `all-linear`."""
 
 
 class LanguageModel:

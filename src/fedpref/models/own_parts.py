@@ -31,11 +31,16 @@ NAMES = HEADS | {DOWN, UP}
 class Parts:
     """Which parts a client has of its own."""
 
-    head: Literal["full", "low-rank"] | None = "full"  # its own copy of the vocabulary head, or a low-rank change of it
-    head_rank: Count = 16  # of a low-rank head, for large vocabularies
-    bottleneck: WholeNumber = 64  # width of a residual adapter on the last hidden state; 0: none
-    reward: bool = True  # an explicit reward, linear in the last hidden state of an answer
-    adapter: bool = True  # a second adapter in the layers, shaped as the shared one and added to it
+    head: Literal["full", "low-rank"] | None = "full"
+    """A copy of the whole vocabulary head, a low-rank change of it, or null for none."""
+    head_rank: Count = 16
+    """The rank of a low-rank head, which suits large vocabularies."""
+    bottleneck: WholeNumber = 64
+    """The width of a residual adapter on the last hidden state; 0 for none."""
+    reward: bool = True
+    """Whether there is an explicit reward, linear in the last hidden state of an answer."""
+    adapter: bool = True
+    """Whether there is a second adapter in the layers, shaped as the shared one and added to it."""
 
     @property
     def after(self) -> bool:

@@ -25,11 +25,16 @@ class Layout:
 
     ids: Int[Tensor, "R T"]
     positions: Int[Tensor, "R T"]
-    scored: Int[Tensor, " n"]  # places in the flattened ids whose next token belongs to an answer
-    targets: Int[Tensor, " n"]  # that token
-    last: Int[Tensor, " A"]  # place of each answer's last token
-    counts: tuple[int, ...]  # tokens of each answer, in the order of the rows
-    sequences: tuple[tuple[int, ...], ...] = ()  # packed: where each begins, its prompt ends, its answers end, and its padding
+    scored: Int[Tensor, " n"]
+    """Places in the flattened ids whose next token belongs to an answer."""
+    targets: Int[Tensor, " n"]
+    """That token."""
+    last: Int[Tensor, " A"]
+    """Place of each answer's last token."""
+    counts: tuple[int, ...]
+    """Tokens of each answer, in the order of the rows."""
+    sequences: tuple[tuple[int, ...], ...] = ()
+    """Packed: where each begins, its prompt ends, its answers end, and its padding."""
 
     @staticmethod
     def packed(rows: Sequence[Row], device: torch.device) -> Layout:

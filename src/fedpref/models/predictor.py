@@ -27,11 +27,17 @@ class Predictor:
     """The transformer's sizes; the defaults are GPO's. Parameters are a tree with the names of PyTorch's own modules."""
 
     width: Count = 128
+    """The width of the layers."""
     layers: Count = 6
+    """How many layers there are."""
     heads: Count = 4
+    """Attention heads of each layer."""
     feedforward: Count = 128
+    """The width of the feed-forward parts."""
     embedder_layers: Count = 4
-    bounded_std: bool = False  # a standard deviation of at least 0.05, in place of any
+    """Linear layers that turn a point into the layers' width."""
+    bounded_std: bool = False
+    """Predict a standard deviation of at least 0.05, in place of any."""
 
     def __post_init__(self) -> None:
         if self.width % self.heads:

@@ -33,8 +33,12 @@ class MinNorm:
     """
 
     b: NonNegative = 0.1
+    """The strength of the regulariser; 0 is MGDA."""
     preference: Literal["distance", "share", "gradients"] = "distance"
-    normalize: bool = True  # divide the Gram matrix by the mean of its diagonal, so that b means the same for gradients of any length
+    """How a preference over objectives enters: see the forms of R above."""
+    normalize: bool = True
+    """Divide the Gram matrix by the mean of its diagonal, so that `b` means the same for gradients
+    of any length."""
 
     def __call__(self, gram: Gram, preference: Weights) -> Weights:
         q, p = gram.double().cpu().numpy(), preference.double().cpu().numpy()

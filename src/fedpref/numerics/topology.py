@@ -119,8 +119,11 @@ class ErdosRenyi:
 
     name: Literal["erdos-renyi"] = "erdos-renyi"
     probability: Probability = 0.3
+    """The chance of each pair of clients to be linked."""
     seed: WholeNumber = 0
+    """The seed of the draw."""
     redraw: bool = False
+    """Draw the graph anew in each round."""
 
     def graph(self, names: Names, round: int) -> Graph:
         return nx.gnp_random_graph(len(names), self.probability, np.random.default_rng([self.seed, round if self.redraw else 0]))
@@ -132,8 +135,11 @@ class SmallWorld:
 
     name: Literal["small-world"] = "small-world"
     neighbours: Annotated[int, Field(ge=2)] = 4
+    """Neighbours of each client on the circle."""
     probability: Probability = 0.2
+    """The chance of an edge to be led elsewhere."""
     seed: WholeNumber = 0
+    """The seed of the draw."""
 
     def graph(self, names: Names, round: int) -> Graph:
         if self.neighbours >= len(names):
@@ -149,7 +155,9 @@ class GraphFile:
 
     name: Literal["file"] = "file"
     path: str = ""
-    digest: str | None = None  # of the file's content, which a run keeps
+    """The file."""
+    digest: str | None = None
+    """A hash of the file's content, which a run keeps."""
 
     def with_digest(self) -> GraphFile:
         """The same, bound to what the file holds now if it was not bound before."""

@@ -30,17 +30,21 @@ class Row:
     """One line of the comparison: runs that differ by their seed alone. Means and gains are in the metric's unit, intervals of 95 %."""
 
     name: str
-    metric: str  # by which clients are compared
+    metric: str
+    """By which clients are compared."""
     seeds: int
     mean: float
     interval: tuple[float, float]
-    gain: tuple[float, float, float] | None  # over the first line: mean and interval; None for the first itself
+    gain: tuple[float, float, float] | None
+    """Over the first line: mean and interval; None for the first itself."""
     worst: float
     worst_decile: float
     jain: float
-    bytes_per_round: float  # up and down, over all clients
+    bytes_per_round: float
+    """Up and down, over all clients."""
     seconds_per_round: float
-    newcomers: tuple[float, float] | None  # clients that never trained: mean as they came, and after they joined
+    newcomers: tuple[float, float] | None
+    """Clients that never trained: mean as they came, and after they joined."""
 
 
 def compare(paths: Sequence[Path]) -> list[Row]:
@@ -76,8 +80,10 @@ class _Line:
     metric: str
     seeds: list[int]
     paths: list[Path]
-    data: list[dict[str, str]]  # for each seed: client -> digest of its data, of the clients that trained
-    values: Matrix  # [seeds, clients], in the metric's unit
+    data: list[dict[str, str]]
+    """For each seed: client -> digest of its data, of the clients that trained."""
+    values: Matrix
+    """[seeds, clients], in the metric's unit."""
 
     @property
     def crossed(self) -> bool:

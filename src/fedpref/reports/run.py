@@ -55,7 +55,8 @@ class Run:
     baselines: Mapping[str, Line]
     environment: Mapping[str, Any]
     done: bool
-    title: str = field(default="", compare=False)  # by which it is told from others beside it
+    title: str = field(default="", compare=False)
+    """By which it is told from others beside it."""
 
     @cached_property
     def metric(self) -> str:

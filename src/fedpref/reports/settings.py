@@ -106,7 +106,7 @@ class Kind:
     @property
     def settings(self) -> tuple[Setting, ...]:
         """Its keys but for the name, in the order in which they are declared."""
-        sentences = _sentences(self.source)
+        sentences = config.sentences(self.source)
         hints = get_type_hints(self.source, include_extras=True)
         return tuple(
             Setting(field.name, _type(hints[field.name]), _default(field), sentences[field.name])
@@ -176,15 +176,6 @@ def _markdown_table(settings: Sequence[Setting]) -> str:
 def _names(source: Any) -> tuple[str, ...]:
     hint = get_type_hints(source).get("name")
     return tuple(map(str, get_args(hint))) if get_origin(hint) is Literal else ()
-
-
-def _sentences(source: Any) -> dict[str, str]:
-    """Return what the class says of each field; empty where it says nothing."""
-    described = config.schema(source)
-    if "$ref" in described:  # a class that holds itself
-        described = described["$defs"][described["$ref"].rsplit("/", 1)[1]]
-    known = described.get("properties", {})
-    return {field.name: " ".join(known.get(field.name, {}).get("description", "").split()) for field in fields(source)}
 
 
 def _default(field: Any) -> str:

@@ -60,12 +60,21 @@ class AdaptiveAlpha:
 
     name: Literal["alpha"] = "alpha"
     threshold: Probability = 0.9
+    """The mean fairness of a batch from which on the mean is taken."""
     temperature: Positive = 0.1
+    """How strongly groups that fare badly are favoured; more strongly the lower it is."""
     rescale: bool = True
+    """Take the weighted sum of rewards, in place of the published form, which is smaller by the
+    number of groups."""
     decay: Fraction | None = None
+    """The share of a group's history that stays; null takes the mean of all batches."""
     fares_by: Literal["mean", "winner"] = "winner"
+    """A batch counts in a group's history by its mean reward, or by that of the answer liked
+    best."""
     fairness: Literal["cov-squared", "cov"] = "cov-squared"
-    history: list[float] = field(default_factory=list, init=False)  # of each group
+    """Which index of fairness: of the squared coefficient of variation, or of the plain one."""
+    history: list[float] = field(default_factory=list, init=False)
+    """Of each group."""
     batches: int = field(default=0, init=False)
 
     def index(self, rewards: Float[Tensor, "G n"]) -> float:

@@ -17,8 +17,11 @@ class Function(RewardSettings):
     """`module:function` with the signature of TRL's reward functions; with `arguments`, what `function(**arguments)` returns."""
 
     path: str
+    """`module:function` on the Python path."""
     name: Literal["function"] = "function"
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    """What the function is called with once, to return the reward function; without them it is the
+    reward function."""
 
     @property
     def code(self) -> str:
@@ -41,10 +44,15 @@ class Groups(RewardSettings):
     """What groups of a finished run of opinions would choose: a reward by their predictor, of one group or combined of several."""
 
     run: str
+    """The directory of a finished run of the task `opinion`."""
     name: Literal["groups"] = "groups"
-    groups: tuple[str, ...] = ()  # none: all of the run
+    groups: tuple[str, ...] = ()
+    """Whose rewards; by default those of all groups of the run."""
     combine: Combine = Mean()
-    kind: Literal["share", "logit"] = "share"  # among the answers to the same prompt; or what the shares are a softmax of
+    """How one reward is made of several groups'."""
+    kind: Literal["share", "logit"] = "share"
+    """The share of a group that would choose an answer among all to the same prompt, or what the
+    shares are a softmax of."""
 
     compares: ClassVar[bool] = True
 

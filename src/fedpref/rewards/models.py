@@ -44,6 +44,7 @@ class Toxicity(RewardSettings):
     """
 
     path: str
+    """The .npz file."""
     name: Literal["toxicity"] = "toxicity"
 
     def with_paths(self, renamed: Callable[[str], str]) -> Self:
@@ -79,13 +80,19 @@ class Classifier(RewardSettings):
     What is too long for the model loses its beginning.
     """
 
-    path: str  # a Hub id or a local folder
+    path: str
+    """A Hub id or a local folder."""
     name: Literal["classifier"] = "classifier"
     revision: str | None = None
-    label: int | str | None = None  # which one is good, where there are several
+    """A branch, tag or commit of a Hub id."""
+    label: int | str | None = None
+    """Which label is good, where there are several."""
     pairs: bool = False
+    """Give prompt and answer as two segments in place of one text."""
     device: str = "cpu"
+    """Where the model computes."""
     batch_size: Count = 16
+    """Answers that are judged at once."""
 
     def with_paths(self, renamed: Callable[[str], str]) -> Self:
         return replace(self, path=renamed(self.path))

@@ -17,7 +17,8 @@ class Length(RewardSettings):
     """How near the number of words is to a target: 1 there, 0 for nothing said or twice as much, and less beyond, down to -1."""
 
     name: Literal["length"] = "length"
-    target: Count = 20  # words
+    target: Count = 20
+    """The number of words that gets the full reward."""
 
     def build(self, open_groups: OpenGroups = no_groups) -> RewardFunction:
         return self
@@ -33,6 +34,7 @@ class Distinct(RewardSettings):
 
     name: Literal["distinct"] = "distinct"
     n: Count = 2
+    """Words in an n-gram."""
 
     def build(self, open_groups: OpenGroups = no_groups) -> RewardFunction:
         return self
@@ -46,9 +48,12 @@ class Pattern(RewardSettings):
     """1 where a regular expression is found in the answer, else 0; with `most` above 1 the share of so many places where it is found."""
 
     pattern: str
+    """The regular expression."""
     name: Literal["pattern"] = "pattern"
     most: Count = 1
-    negate: bool = False  # 1 less that
+    """Places at which the reward is full."""
+    negate: bool = False
+    """Take one less the share."""
 
     def __post_init__(self) -> None:
         try:

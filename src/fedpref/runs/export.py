@@ -145,7 +145,8 @@ class Measured:
     known: Mapping[str, Mapping[str, int]]
     last: Mapping[str, Any]
     joined: Mapping[str, Mapping[str, Any]]
-    has_own: bool  # clients have models of their own
+    has_own: bool
+    """Clients have models of their own."""
 
     @staticmethod
     def read(run: FinishedRun) -> Measured:

@@ -34,7 +34,8 @@ class Point:
     preference: tuple[float, ...]
     values: tuple[float, ...]
     beside: Mapping[str, float] = field(default_factory=dict)
-    is_trained: bool = True  # not the mean of its neighbours' adapters
+    is_trained: bool = True
+    """Not the mean of its neighbours' adapters."""
 
 
 def preferences(objectives: int, points: int) -> list[tuple[float, ...]]:

@@ -30,16 +30,29 @@ class SiteFile:
     """What a site is asked about before anything of it is used."""
 
     data: Source
-    algorithms: tuple[str, ...]  # those that it takes part in
-    partition: Partition | None = None  # which clients it hosts; None: one, with all rows
-    client: str | None = None  # the one client's name; None: the site's
-    models: Mapping[str, str] = field(default_factory=dict)  # a model's name in experiments, a reward's too -> a folder here, or a name
-    functions: tuple[str, ...] = ()  # `module:function` that experiments may name as rewards
+    """Where the site's rows come from; a path is as seen from the file."""
+    algorithms: tuple[str, ...]
+    """The algorithms that the site takes part in, by name."""
+    partition: Partition | None = None
+    """Which clients the site hosts; null is one client with all rows."""
+    client: str | None = None
+    """The name of that one client; null is the site's."""
+    models: Mapping[str, str] = field(default_factory=dict)
+    """Models that experiments, and their rewards, may name: what they call it, and the folder or
+    name here."""
+    functions: tuple[str, ...] = ()
+    """`module:function` that experiments may name as rewards."""
     max_rounds: Count = 1000
+    """The longest experiment that the site takes part in."""
     max_message_mb: Count = 512
-    may_leave: tuple[str, ...] = ()  # names of private parts that may be averaged all the same, such as bottleneck.down
-    diagnostics: bool = False  # whether what a method keeps private may be measured
-    folder: str = "fedpref"  # where it keeps its clients' side of runs, beside this file unless the path is whole
+    """The largest message that is taken, in MB."""
+    may_leave: tuple[str, ...] = ()
+    """Names of private parts that may be averaged all the same, such as bottleneck.down."""
+    diagnostics: bool = False
+    """Whether what a method keeps private may be measured."""
+    folder: str = "fedpref"
+    """Where the site keeps its clients' side of runs; as seen from the file unless it is a whole
+    path."""
 
     @staticmethod
     def load(path: Path) -> SiteFile:

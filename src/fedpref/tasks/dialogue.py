@@ -37,12 +37,18 @@ class DialogueTask(LanguageTask):
     """Prompts, and rewards of the answers that the policy gives them; each reward is an objective."""
 
     name: Literal["dialogue"] = "dialogue"
-    rewards: dict[str, Reward] = field(default_factory=dict)  # objective -> its reward
+    rewards: dict[str, Reward] = field(default_factory=dict)
+    """The reward of each objective, by the objective's name."""
     estimator: Annotated[PPO | RLOO | GRPO, Field(discriminator="name")] = PPO()
+    """How rewards become advantages."""
     sampling: Sampling = Sampling()
-    num_generations: Count = 4  # answers to each prompt of a batch
-    evaluation_prompts: Count = 64  # held-out prompts of a client that are answered in an evaluation
-    samples: WholeNumber = 4  # of them whose answers, before training and after, are kept with the client to be read
+    """How answers are drawn."""
+    num_generations: Count = 4
+    """Answers to each prompt of a batch."""
+    evaluation_prompts: Count = 64
+    """Held-out prompts of each client that are answered in an evaluation."""
+    samples: WholeNumber = 4
+    """Held-out prompts of each client that are answered before training and after, to be read."""
 
     def __post_init__(self) -> None:
         if not self.rewards:
@@ -127,7 +133,8 @@ class Rollouts:
     rewards: Float[Tensor, "M A"]
     reference: Float[Tensor, " n"]
     sampled: Sampled | None = None
-    advantages: list[Float[Tensor, " n"]] = field(default_factory=list)  # of each objective
+    advantages: list[Float[Tensor, " n"]] = field(default_factory=list)
+    """Of each objective."""
     returns: list[Float[Tensor, " n"] | None] = field(default_factory=list)
 
 

@@ -24,6 +24,7 @@ class FeedbackTask(OfflineTask):
 
     name: Literal["feedback"] = "feedback"
     loss: KTO = KTO()
+    """The loss of a judged answer."""
 
     def check(self, parts: Parts) -> None:
         if parts.reward:

@@ -34,7 +34,8 @@ class GroupReward:
     context: Sequence[Question]
     group: str
     kind: Kind = "share"
-    asks: bool = False  # a prompt as a survey's question and its completions as the options, because the context's are
+    asks: bool = False
+    """A prompt as a survey's question and its completions as the options, because the context's are."""
 
     @property
     def __name__(self) -> str:  # by which TRL logs it

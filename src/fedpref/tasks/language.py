@@ -31,8 +31,12 @@ class LanguageTask(TaskSettings):
     adapts: ClassVar[bool] = True
 
     model: Model = Model()
-    max_length: Annotated[int, Field(ge=8)] | None = None  # tokens of prompt and answer; None: the model's context, at most 1024
-    truncation_mode: Literal["refuse", "keep_start", "keep_end"] = "refuse"  # which end of a long prompt stays
+    """The language model and its adapter."""
+    max_length: Annotated[int, Field(ge=8)] | None = None
+    """Tokens of prompt and answer together; null takes the model's context, at most 1024."""
+    truncation_mode: Literal["refuse", "keep_start", "keep_end"] = "refuse"
+    """What becomes of longer rows: an error, or cut at the end (`keep_start`) or at the beginning
+    (`keep_end`) of the prompt."""
 
     @property
     def objectives(self) -> tuple[str, ...]:

@@ -35,8 +35,10 @@ PerExample = Float[Tensor, " B"]
 class OfflineTask(LanguageTask):
     """Settings of every task on given answers."""
 
-    reference: Literal["base", "round-start"] = "base"  # the model with its adapter off, or as the client received it this round
-    samples: WholeNumber = 0  # held-out prompts of a client to answer before training and after, kept to be read
+    reference: Literal["base", "round-start"] = "base"
+    """DPO's reference: the model with its adapter off, or as the client received it this round."""
+    samples: WholeNumber = 0
+    """Held-out prompts of each client that are answered before training and after, to be read."""
 
     def without_samples(self) -> Self:
         return replace(self, samples=0)
@@ -49,8 +51,10 @@ class Example:
     prompt: Tokens
     answers: tuple[Tokens, Tokens]
     reference: tuple[float, float] | None = None
-    desirable: bool = True  # what was said of the first answer, where answers are not compared
-    objective: int = 0  # of the task's, where there are several
+    desirable: bool = True
+    """What was said of the first answer, where answers are not compared."""
+    objective: int = 0
+    """Of the task's, where there are several."""
 
     @property
     def tokens(self) -> int:
@@ -65,7 +69,8 @@ class OfflineShard:
     name: str
     train: tuple[Example, ...]
     test: tuple[Example, ...]
-    truncated: int = 0  # rows of which something was cut off
+    truncated: int = 0
+    """Rows of which something was cut off."""
 
     def __len__(self) -> int:
         return len(self.train)

@@ -47,11 +47,19 @@ class OpinionTask(TaskSettings):
     measures_examples: ClassVar[bool] = True
     objectives: ClassVar[tuple[str, ...]] = ("loss",)
     model: Encoder = Encoder()
+    """The model that turns texts into vectors."""
     predictor: Predictor = Predictor()
-    context_questions: tuple[Count, Count] = (9, 90)  # a number between these, evenly; fewer where a client has not so many
+    """The sizes of the transformer that is trained."""
+    context_questions: tuple[Count, Count] = (9, 90)
+    """How many questions are shown: a number between these, evenly; fewer where a client has not so
+    many."""
     target_questions: tuple[Count, Count] = (9, 90)
-    evaluation_context: Count = 20  # questions, the same in every evaluation
-    evaluate_on: Literal["held-out", "all"] = "held-out"  # all: those too that it was trained on, as PluralLLM's program does
+    """How many other questions are asked, likewise."""
+    evaluation_context: Count = 20
+    """How many questions are shown in evaluations, the same in each."""
+    evaluate_on: Literal["held-out", "all"] = "held-out"
+    """Evaluate on held-out questions, or on all, those trained on too, as PluralLLM's program
+    does."""
 
     def __post_init__(self) -> None:
         for name in ("context_questions", "target_questions"):

@@ -25,9 +25,13 @@ class PreferenceTask(OfflineTask):
 
     name: Literal["preference"] = "preference"
     loss: Loss = DPO()
-    explicit: Explicit = Explicit()  # where clients have a reward head
-    objective_column: str | None = None  # a column that says which objective a pair is about
-    objective_names: tuple[str, ...] = ()  # what it says, in the order of preferences over objectives
+    """The loss of a pair."""
+    explicit: Explicit = Explicit()
+    """How an explicit reward joins the loss, where clients have a reward head."""
+    objective_column: str | None = None
+    """A column that says which objective a pair is about; null for one objective."""
+    objective_names: tuple[str, ...] = ()
+    """What that column may say, in the order of preferences over objectives."""
 
     def __post_init__(self) -> None:
         if bool(self.objective_column) != bool(self.objective_names):
