@@ -1,4 +1,4 @@
-"""Configs: read once, validated whole, every mistake a sentence."""
+"""Configs: YAML files and overrides, read once into dataclasses, every mistake a sentence."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ def load(
         kind: The dataclass.
         path: The file.
         overrides: `key.sub=value` settings that replace the file's.
-        check: Called with the content as plain data, overrides included, and the file's name, before it is parsed; may raise UserError.
+        check: Called with the content, overrides included, and the file's name before it is parsed.
 
     Raises:
-        UserError: All mistakes together.
+        UserError: The content does not fit; all mistakes are named together.
     """
     content = _read(path)
     for override in overrides:
@@ -72,7 +72,7 @@ def load(
 
 
 def _of_name(kind: Any, override: str) -> str:
-    """`loss=ipo` as `loss.name=ipo`, where there is a choice of kinds."""
+    """Return the override `loss=ipo` as `loss.name=ipo`, where there is a choice of kinds."""
     path, value = override.split("=", 1)
     options: list[Any] = [kind]
     for key in path.split("."):
@@ -82,22 +82,22 @@ def _of_name(kind: Any, override: str) -> str:
 
 
 def kinds(hint: Any) -> tuple[Any, ...]:
-    """What may stand where a type is hinted: the members of a union, or the one type."""
+    """Return what may stand where a type is hinted: the members of a union, or the one type."""
     if get_origin(hint) is Annotated:
         hint = get_args(hint)[0]
     return get_args(hint) or (hint,)
 
 
 def named(options: Sequence[Any], name: Any) -> Any | None:
-    """The dataclass among these whose field `name` is this by default; None if there is none.
+    """Return the dataclass among `options` that goes by a name; None if there is none.
 
-    A class that goes by several names is found under the first.
+    A class that goes by several names is found under its default one.
     """
     return next((option for option in options if is_dataclass(option) and vars(option).get("name") == name), None)
 
 
 def _forget_other_kinds(kind: Any, content: Any, wanted: Any) -> None:
-    """Where an override names another kind of partition, loss or the like, drop the file's keys that only the former kind has."""
+    """Drop the file's keys that only a former kind has, where an override names another kind."""
     if not (is_dataclass(kind) and OmegaConf.is_dict(content) and OmegaConf.is_dict(wanted)):
         return
     hints = get_type_hints(kind)
@@ -113,7 +113,16 @@ def _forget_other_kinds(kind: Any, content: Any, wanted: Any) -> None:
 
 
 def parse(kind: type[T], content: dict[Any, Any], where: str) -> T:
-    """Build a dataclass, with all that it holds, from plain data; raises UserError for all mistakes together."""
+    """Build a dataclass, with all that it holds, from plain data.
+
+    Args:
+        kind: The dataclass.
+        content: Keys and values.
+        where: The file, for messages.
+
+    Raises:
+        UserError: The content does not fit; all mistakes are named together.
+    """
     try:
         return _adapter(kind).validate_python(_with_names(kind, content))
     except ValidationError as error:
@@ -121,7 +130,10 @@ def parse(kind: type[T], content: dict[Any, Any], where: str) -> T:
 
 
 def _with_names(kind: Any, content: Any) -> Any:
-    """Choices of loss, task or the like, written out: a plain string is a name; without one, the default kind is meant if its keys fit."""
+    """Return the content with choices written out, as `{name: dpo}` for `dpo`.
+
+    Where no name is given, the default kind is meant if its keys fit.
+    """
     if not (is_dataclass(kind) and isinstance(content, dict)):
         return content
     hints = get_type_hints(kind)
@@ -142,7 +154,7 @@ def _with_names(kind: Any, content: Any) -> Any:
 
 
 def schema(kind: Any) -> dict[str, Any]:
-    """Return the JSON schema of a dataclass, in which each field has the sentence that its class gives it."""
+    """Return the JSON schema of a dataclass, with each field's sentence as its description."""
     plain: dict[str, Any] = _adapter(kind).json_schema()
     parts = {**plain.get("$defs", {}), kind.__name__: plain}
     for nested in _dataclasses(kind):
@@ -155,7 +167,7 @@ def schema(kind: Any) -> dict[str, Any]:
 
 @cache
 def sentences(kind: Any) -> dict[str, str]:
-    """Return the sentence below each field of a dataclass, or of the dataclasses that it extends; empty where there is none."""
+    """Return the sentence below each field of a dataclass; empty where there is none."""
     said: dict[str, str] = {}
     for base in reversed(kind.__mro__):
         if is_dataclass(base):
@@ -171,13 +183,13 @@ def sentences(kind: Any) -> dict[str, str]:
 
 
 def dump(value: Any) -> dict[str, Any]:
-    """A dataclass as plain data that `parse` takes back."""
+    """Return a dataclass as plain data that `parse` takes back."""
     plain: dict[str, Any] = _adapter(type(value)).dump_python(value, mode="json")
     return plain
 
 
 def to_yaml(value: Any) -> str:
-    """A dataclass as a YAML file that `load` takes back."""
+    """Return a dataclass as a YAML text that `load` takes back."""
     return OmegaConf.to_yaml(OmegaConf.create(dump(value)))
 
 
@@ -188,7 +200,7 @@ def _adapter(kind: type[T]) -> TypeAdapter[T]:
 
 
 def _dataclasses(kind: Any) -> Iterator[Any]:
-    """A type's dataclasses, itself and those of its fields."""
+    """Yield the dataclasses of a type: itself and those of its fields."""
     if is_dataclass(kind):
         yield kind
         for hint in get_type_hints(kind, include_extras=True).values():
@@ -199,6 +211,7 @@ def _dataclasses(kind: Any) -> Iterator[Any]:
 
 
 def _sentence(kind: Any, problem: Any, where: str) -> str:
+    """Return one of pydantic's complaints as a sentence that names the key and what to do."""
     location = [str(part) for part in problem["loc"]]
     owner, path = _follow(kind, location[:-1] if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument") else location)
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
@@ -220,7 +233,7 @@ def _sentence(kind: Any, problem: Any, where: str) -> str:
 
 
 def _follow(kind: Any, location: list[str]) -> tuple[Any, list[str]]:
-    """The type at a location and the keys that lead there, without the tags that pydantic puts between them."""
+    """Return the type at a location and the keys that lead there, without pydantic's own tags."""
     path: list[str] = []
     owner = kind
     for part in location:

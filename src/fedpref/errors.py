@@ -1,4 +1,4 @@
-"""The one error a user can cause."""
+"""The one error that a user can cause."""
 
 
 class UserError(Exception):

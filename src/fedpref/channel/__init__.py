@@ -1,4 +1,4 @@
-"""What may be done to a value on its way from clients into a sum."""
+"""Stages on a value's way from clients into a sum."""
 
 from fedpref.channel.chain import Chain, Sender, Stage
 from fedpref.channel.compression import Compression, Quantize, TopK

@@ -1,4 +1,4 @@
-"""The road from clients' trees to their sum: a chain of stages around an addition."""
+"""A chain of stages around an addition: encoded on clients, summed, decoded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fedpref.numerics.trees import Tree
 
 @dataclass(frozen=True)
 class Sender:
-    """Who encodes, and the source of its randomness."""
+    """Who encodes a message, in which round, and its random numbers."""
 
     client: int
     round: int
@@ -36,9 +36,12 @@ class Stage:
 
 @dataclass(frozen=True)
 class Chain:
-    """Stages, applied left to right on a client and right to left on the sum; the empty chain is exact.
+    """Stages, applied left to right on a client and right to left on the sum.
 
-    Raises ValueError when a stage needs what no earlier stage gives (noise without a clip, say).
+    The empty chain is exact.
+
+    Raises:
+        ValueError: A stage needs what no earlier stage gives, as noise without a clip does.
     """
 
     stages: tuple[Stage, ...] = ()
@@ -51,8 +54,14 @@ class Chain:
             given |= stage.gives
 
     def encode(self, tree: Tree, sender: Sender) -> Tree:
+        """Return the message that a client sends for a tree."""
         return reduce(lambda message, stage: stage.encode(message, sender), self.stages, tree)
 
     def decode(self, total: Tree, count: int) -> Tree:
-        """`count` is the number of clients whose messages were added."""
+        """Return what a sum of messages stands for.
+
+        Args:
+            total: The sum.
+            count: Number of clients whose messages were added.
+        """
         return reduce(lambda message, stage: stage.decode(message, count), reversed(self.stages), total)

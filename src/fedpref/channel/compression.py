@@ -1,4 +1,4 @@
-"""Fewer bytes a message, at the price of an error: the largest entries alone, or few bits an entry."""
+"""Compression of messages: the largest entries alone, or few bits an entry."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ class TopK:
     """The share of entries that is sent."""
 
     def stage(self) -> Stage:
+        """Return the stage of a channel."""
         return Stage(self.name, self._encode, _dense)
 
     def _encode(self, tree: Tree, sender: Sender) -> Tree:
@@ -38,9 +39,10 @@ class TopK:
 
 @dataclass(frozen=True)
 class Quantize:
-    """Each entry as one of 2^bits - 1 levels between plus and minus the tensor's largest, rounded at random so that the mean is right.
+    """Each entry as one of 2^bits - 1 levels between plus and minus the tensor's largest magnitude.
 
-    The form of QSGD (Alistarh et al. 2017) with the largest magnitude as scale.
+    Entries are rounded at random, so that the mean is right: the form of QSGD (Alistarh et al.
+    2017) with the largest magnitude as scale.
     """
 
     name: Literal["quantize"] = "quantize"
@@ -48,6 +50,7 @@ class Quantize:
     """Bits of an entry; below eight, entries share bytes."""
 
     def stage(self) -> Stage:
+        """Return the stage of a channel."""
         return Stage(self.name, self._encode, self._decode)
 
     def _encode(self, tree: Tree, sender: Sender) -> Tree:
@@ -75,7 +78,7 @@ Compression = Annotated[TopK | Quantize, Field(discriminator="name")]
 
 
 def alike(message: Tree, other: Tree) -> bool:
-    """Whether messages, compressed or not, stand for trees of the same names, types and sizes."""
+    """Return whether two messages, compressed or not, stand for trees of the same names and shapes."""
     return message.keys() == other.keys() and all(
         tensor.dtype == other[name].dtype
         and tensor.shape == other[name].shape
@@ -93,7 +96,7 @@ def _dense(message: Tree, count: int) -> Tree:
 
 
 def _packed(levels: Tensor, bits: int) -> Tensor:
-    """Levels of so many bits, the highest bit first, one after the other in bytes."""
+    """Return levels of `bits` bits each, the highest bit first, one after the other in bytes."""
     if bits == 8:
         return levels
     single = (levels[:, None] >> torch.arange(bits - 1, -1, -1, dtype=torch.uint8)) & 1
@@ -102,6 +105,7 @@ def _packed(levels: Tensor, bits: int) -> Tensor:
 
 
 def _unpacked(content: Tensor, bits: int, count: int) -> Tensor:
+    """Return the `count` levels that `_packed` has packed."""
     if bits == 8:
         return content
     single = ((content[:, None] >> torch.arange(7, -1, -1, dtype=torch.uint8)) & 1).flatten()[: bits * count].view(count, bits)

@@ -1,4 +1,4 @@
-"""Preferences and opinions: their formats, their sources, and how they come to clients."""
+"""Rows of preferences and opinions: formats, sources, and how they come to clients."""
 
 from typing import Annotated
 

@@ -1,6 +1,7 @@
-"""Where groups' opinions come from: surveys as distributions over options, and votes on statements.
+"""Sources of groups' opinions: surveys as shares over options, and votes on statements.
 
-A row is one group's answer to one question; its column `group` names the group, and is what to partition by.
+A row is one group's answer to one question; its column `group` names the group, and is what to
+partition by.
 """
 
 from __future__ import annotations
@@ -39,10 +40,11 @@ SETS: Mapping[str, tuple[str, ...]] = {"pluralllm": TRAINING_COUNTRIES + UNSEEN_
 
 @dataclass(frozen=True, kw_only=True)
 class Opinions(PathSource):
-    """A survey: questions, options and the shares of each group's people, in a file, a dataset folder or on the Hub.
+    """A survey: questions, options, and the shares of each group's people.
 
-    Either a row is a question, and a column holds {group: shares}, as in Anthropic/llm_global_opinions, whose columns are Python
-    expressions in text; or a row is a question of one group, with the columns `group` and `shares`. Rows without options are left out,
+    Either a row is a question, and a column holds {group: shares}, as in
+    Anthropic/llm_global_opinions, whose columns are Python expressions in text; or a row is a
+    question of one group, with the columns `group` and `shares`. Rows without options are left out,
     and shares that are all zero; the others are made to sum to one.
     """
 
@@ -106,11 +108,11 @@ class Opinions(PathSource):
 
 @dataclass(frozen=True, kw_only=True)
 class Polis(PathSource):
-    """Conversations on Polis: who agrees with, disagrees with or passes on which statement (github.com/compdemocracy/openData).
+    """Conversations on Polis: who agrees with, disagrees with, or passes on which statement.
 
-    Groups are a conversation's opinion groups, as Polis found them. `path` is a folder with polis_votes, polis_statements and
-    polis_conversations (docs/data.md gives the columns). People whom Polis put in no group are left out, and statements on which fewer of a
-    group have voted than `min_votes`.
+    The exports are at github.com/compdemocracy/openData; docs/data.md gives the columns. Groups are
+    a conversation's opinion groups, as Polis found them. People whom Polis put in no group are left
+    out.
     """
 
     name: Literal["polis"] = "polis"
@@ -147,7 +149,7 @@ class Polis(PathSource):
                 yield opinion(question, tuple(VOTES.values()), shares, places[place], "/".join(place[:2]))
 
     def _table(self, what: str, *columns: str) -> Iterator[tuple[str, Mapping[str, str]]]:
-        """The rows of one of the files, these columns as text."""
+        """Yield the rows of one of the files, with these columns as text."""
         table = local_table(self.path, f"polis_{what}")
         if table is None:
             raise UserError(f"data.path: there is no polis_{what} in {self.path!r}. docs/data.md gives the three files.")
@@ -158,7 +160,11 @@ class Polis(PathSource):
 
 
 def opinion(question: str, options: Sequence[str], shares: Sequence[float], where: str, group: str) -> Opinion:
-    """One row, whose shares are made to sum to one; raises UserError where they do not fit the options."""
+    """Return one row, with shares made to sum to one.
+
+    Raises:
+        UserError: The shares do not fit the options; the message begins with `where`.
+    """
     if len(options) != len(shares):
         raise UserError(f"{where}: {len(options)} options, but {len(shares)} shares of {group!r}.")
     if len(options) < 2 or len(set(options)) < len(options):
@@ -174,7 +180,7 @@ def opinion(question: str, options: Sequence[str], shares: Sequence[float], wher
 
 
 def _evaluated(value: Any, kind: type[T], where: str, column: str) -> T:
-    """A list or mapping, also where it stands in text as JSON or as a Python expression (`defaultdict(<class 'list'>, {...})`)."""
+    """Return a list or mapping, also where it stands as text, in JSON or as a Python expression."""
     if isinstance(value, str):
         text = value.strip()
         if text.startswith("defaultdict(") and "{" in text:

@@ -1,4 +1,4 @@
-"""How rows come to clients: by nature, or cut at random in the ways the federated learning literature does."""
+"""How rows come to clients: by a column, or cut at random as the literature does."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ class Natural:
     """Rows of each client at most, evenly spread, of both sides in their proportion."""
 
     def assign(self, rows: Placed, rng: np.random.Generator) -> dict[str, Placed]:
+        """Return each client's rows, by name."""
         groups = _by_column(rows, self.column)
         if unknown := [value for value in self.only if value not in groups]:
             raise UserError(f"partition.only: there is no row with {self.column} {unknown[0]!r}; there are {sorted(groups)[:8]}.")
@@ -65,7 +66,7 @@ class Natural:
 
 @dataclass(frozen=True, kw_only=True)
 class IID:
-    """Equal shares at random."""
+    """Equal shares at random, the same number of rows for each client."""
 
     name: Literal["iid"] = "iid"
     clients: Count = 10
@@ -74,15 +75,17 @@ class IID:
     """Rows of each client at most, of both sides in their proportion."""
 
     def assign(self, rows: Placed, rng: np.random.Generator) -> dict[str, Placed]:
+        """Return each client's rows, by name."""
         groups = _cut(rows, np.full((2, self.clients), 1 / self.clients), rng)
         return {name: _thinned(group, self.max_rows) for name, group in groups.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dirichlet:
-    """Each value of a label column is shared out in proportions drawn from a symmetric Dirichlet (Hsu et al. 2019).
+    """Each value of a label column is shared out by a symmetric Dirichlet draw (Hsu et al. 2019).
 
-    A small `alpha` gives clients of few labels, a large one IID clients. Held-out rows follow the same proportions.
+    A small `alpha` gives clients of few labels, a large one IID clients. Held-out rows follow the
+    same proportions.
     """
 
     name: Literal["dirichlet"] = "dirichlet"
@@ -94,6 +97,7 @@ class Dirichlet:
     """The distribution's concentration: small gives clients of few labels, large IID ones."""
 
     def assign(self, rows: Placed, rng: np.random.Generator) -> dict[str, Placed]:
+        """Return each client's rows, by name."""
         merged: dict[str, list[tuple[Side, Row]]] = defaultdict(list)
         for _, group in sorted(_by_column(rows, self.column).items()):
             shares = rng.dirichlet(np.full(self.clients, self.alpha))
@@ -104,9 +108,10 @@ class Dirichlet:
 
 @dataclass(frozen=True, kw_only=True)
 class BySize:
-    """Rows at random, in sizes that fall off as a power law: client k (from 1) gets a share proportional to k^-exponent.
+    """Rows at random, in sizes that fall off as a power law: client k gets a share of k^-exponent.
 
-    Held-out rows are shared equally, so that every client is measured alike.
+    Clients are counted from 1. Held-out rows are shared equally, so that every client is measured
+    alike.
     """
 
     name: Literal["by-size"] = "by-size"
@@ -116,6 +121,7 @@ class BySize:
     """How fast sizes fall off; 0 makes all alike."""
 
     def assign(self, rows: Placed, rng: np.random.Generator) -> dict[str, Placed]:
+        """Return each client's rows, by name."""
         shares = np.arange(1, self.clients + 1, dtype=float) ** -self.exponent
         return _cut(rows, np.stack([shares / shares.sum(), np.full(self.clients, 1 / self.clients)]), rng)
 
@@ -124,7 +130,16 @@ Partition = Annotated[Natural | IID | Dirichlet | BySize, Field(discriminator="n
 
 
 def partition(rows: Placed, how: Partition, seed: int) -> tuple[ClientData, ...]:
-    """Give rows to clients; raises UserError when one is left without training or without held-out rows."""
+    """Give rows to clients.
+
+    Args:
+        rows: Rows with the side of the split on which each stands.
+        how: The partition.
+        seed: Of its random draws.
+
+    Raises:
+        UserError: A client is left without training or without held-out rows.
+    """
     groups = how.assign(rows, np.random.default_rng(seed))
     clients = []
     for name, group in groups.items():
@@ -143,7 +158,7 @@ def partition(rows: Placed, how: Partition, seed: int) -> tuple[ClientData, ...]
 
 
 def _thinned(rows: Placed, count: int | None) -> Placed:
-    """At most so many rows, evenly spread over those of each side, in the sides' proportion."""
+    """Return `count` rows at most, evenly spread over those of each side, in the sides' proportion."""
     if count is None or count >= len(rows):
         return rows
     sides = [[row for row in rows if row[0] == side] for side in ("train", "test")]
@@ -164,7 +179,14 @@ def _by_column(rows: Placed, column: str) -> dict[str, Placed]:
 
 
 def _cut(rows: Placed, shares: NDArray[np.float64], rng: np.random.Generator) -> dict[str, Placed]:
-    """Share out at random: `shares` is [2, clients], for training and for held-out rows, each row summing to one."""
+    """Share rows out at random.
+
+    Args:
+        rows: With their sides.
+        shares: For training and for held-out rows, each client's share [2, clients]; rows sum to
+            one.
+        rng: Random numbers.
+    """
     names = _names(shares.shape[1])
     parts: dict[str, list[tuple[Side, Row]]] = {name: [] for name in names}
     for side, proportions in zip(("train", "test"), shares, strict=True):

@@ -1,4 +1,4 @@
-"""Rows: comparisons, judgements, prompts in TRL's formats, groups' opinions; how one is read, and on which side of the split it stands."""
+"""Rows of data: their formats, how one is read, and on which side of the split it stands."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Preference:
 
     @property
     def said(self) -> tuple[str, ...]:
-        """What the row says of its prompt."""
+        """What the row says about its prompt, as text."""
         return key(self.chosen), key(self.rejected)
 
 
@@ -53,7 +53,7 @@ class Feedback:
 
 @dataclass(frozen=True)
 class Opinion:
-    """A group's answer to a question: the share of its people that choose each option."""
+    """A group's answer to a question: the share of its people that chose each option."""
 
     prompt: str
     options: tuple[str, ...]
@@ -87,7 +87,7 @@ Row = Preference | Feedback | Opinion | Prompt
 
 @dataclass(frozen=True)
 class ClientData:
-    """One client's rows; no prompt of a train row, of any client, stands in a test row of any client."""
+    """One client's rows. No prompt of a training row, of any client, is in a held-out row of any."""
 
     name: str
     train: tuple[Row, ...]
@@ -95,7 +95,7 @@ class ClientData:
 
     @property
     def digest(self) -> str:
-        """A hash of all texts, by which a run knows its data again."""
+        """A hash of all texts, by which a run recognises its data."""
         found = blake2b(digest_size=16)
         for row in self.train + self.test:
             found.update("\0".join((key(row.prompt), *row.said)).encode())
@@ -103,17 +103,27 @@ class ClientData:
 
     @property
     def conversations(self) -> int:
-        """How many rows' prompts are conversations, not plain text."""
+        """The number of rows whose prompts are conversations, not plain text."""
         return sum(not isinstance(row.prompt, str) for row in self.train + self.test)
 
 
 def parse(
     record: Mapping[str, Any], where: str, *, prompt: str = "prompt", chosen: str = "chosen", rejected: str = "rejected"
 ) -> Preference:
-    """A row in any of TRL's preference formats, whose three columns may have other names.
+    """Read a row in any of TRL's preference formats.
 
-    Explicit prompt, implicit prompt (what chosen and rejected begin with in common), and conversations in place of text.
-    Raises UserError naming the row.
+    Prompts may be explicit, or implicit, what chosen and rejected begin with in common; texts may
+    be plain or conversations.
+
+    Args:
+        record: The row, by column.
+        where: File and row, for messages.
+        prompt: The column of prompts.
+        chosen: The column of better answers.
+        rejected: The column of worse answers.
+
+    Raises:
+        UserError: The row is not in one of these formats; the message names it.
     """
     for column in (chosen, rejected):
         if column not in record:
@@ -135,9 +145,17 @@ def parse(
 
 
 def parse_feedback(record: Mapping[str, Any], where: str, *, prompt: str, completion: str, label: str) -> Feedback:
-    """A row in TRL's unpaired format: a prompt, a completion, and a label that says whether it is desirable.
+    """Read a row in TRL's unpaired format: a prompt, an answer, and whether it is desirable.
 
-    Raises UserError naming the row.
+    Args:
+        record: The row, by column.
+        where: File and row, for messages.
+        prompt: The column of prompts.
+        completion: The column of answers.
+        label: The column of labels.
+
+    Raises:
+        UserError: The row is not in this format; the message names it.
     """
     if prompt not in record:
         raise UserError(f"{where}: no column {prompt!r}; the row has {sorted(map(str, record))}. Judgements need their prompt apart.")
@@ -152,20 +170,30 @@ def parse_feedback(record: Mapping[str, Any], where: str, *, prompt: str, comple
 
 
 def parse_prompt(record: Mapping[str, Any], where: str, *, prompt: str) -> Prompt:
-    """A row in TRL's prompt-only format. Raises UserError naming the row."""
+    """Read a row in TRL's prompt-only format; raises UserError, which names the row."""
     return Prompt(text(record[prompt], prompt, where), where, {name: value for name, value in record.items() if name != prompt})
 
 
 def held_out(prompt: str, fraction: float = 0.2) -> bool:
-    """Whether a prompt stands on the test side: a fixed function of its text, so that every seed and every run shares one split."""
+    """Return whether a prompt is held out.
+
+    It is a fixed function of the text, so that every seed and every run has the same split.
+    """
     return int.from_bytes(blake2b(prompt.encode(), digest_size=8).digest()) < fraction * 2**64
 
 
 def split(rows: Iterable[Row], fraction: float) -> tuple[list[tuple[Side, Row]], int]:
-    """Put each row on a side, by its source's word or by its prompt.
+    """Put each row on a side of the split, as its source says or by its prompt.
 
-    A prompt of which the source has any row on the test side is a test prompt; its training rows are left out. Returns the rows
-    that stay with their sides, and how many were left out.
+    A prompt of which the source has any row on the test side is a test prompt; its training rows
+    are left out.
+
+    Args:
+        rows: All clients' rows.
+        fraction: The share of prompts that are held out.
+
+    Returns:
+        The rows that stay, with their sides, and how many were left out.
     """
     rows = list(rows)
     tested = {key(row.prompt) for row in rows if row.side == "test" or (row.side is None and held_out(key(row.prompt), fraction))}
@@ -179,12 +207,12 @@ def split(rows: Iterable[Row], fraction: float) -> tuple[list[tuple[Side, Row]],
 
 
 def key(text: Text) -> str:
-    """A text or conversation as one string, by which prompts are compared."""
+    """Return a text or conversation as one string, by which prompts are compared."""
     return text if isinstance(text, str) else "\n".join(f"{message['role']}: {message['content']}" for message in text)
 
 
 def text(value: Any, column: str, where: str) -> Text:
-    """Plain text or a conversation as it stands in a column; raises UserError for anything else, and for nothing."""
+    """Return the text or conversation in a column; raises UserError for anything else, or nothing."""
     if isinstance(value, str) and value.strip():
         return value
     if isinstance(value, list | tuple) and value:
@@ -199,7 +227,10 @@ def text(value: Any, column: str, where: str) -> Text:
 
 
 def _split_common(better: Text, worse: Text, where: str) -> tuple[Text, Text, Text]:
-    """Cut off what both answers begin with: up to the last assistant turn in hh-rlhf's format, else up to the last whole word."""
+    """Cut off what both answers begin with, and return it as the prompt, with the rest of both.
+
+    It ends with the last assistant turn in hh-rlhf's format, otherwise with the last whole word.
+    """
     if isinstance(better, str) and isinstance(worse, str):
         common = os.path.commonprefix([better, worse])
         cut = common.rfind(TURN) + len(TURN) if TURN in common else common.rfind(" ") if " " in common else 0

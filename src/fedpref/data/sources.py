@@ -1,7 +1,7 @@
-"""Where preference rows come from: anybody's files in TRL's formats, the shipped set, and public sets that need a small reader.
+"""Sources of preference rows: your files in TRL's formats, the shipped set, public sets.
 
-A source is a frozen dataclass with `read`, which yields rows. Dialogue stands in hh-rlhf's plain form, turns of "Human:" and
-"Assistant:" with an empty line between them, and answers begin with a space.
+Dialogue of public sets stands in hh-rlhf's plain form, turns of "Human:" and "Assistant:" with an
+empty line between them, and answers begin with a space.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ SIDES: tuple[Side, ...] = ("train", "test")
 
 @dataclass(frozen=True, kw_only=True)
 class Files(PathSource):
-    """Your own rows: a JSONL, CSV or Parquet file, a dataset folder or a Hub id, in TRL's formats: pairs, judgements, prompts alone."""
+    """Your own rows, in TRL's formats: pairs, judgements of single answers, or prompts alone.
+
+    They are a JSONL, CSV or Parquet file, a dataset folder, or a Hub id.
+    """
 
     name: Literal["files"] = "files"
     config: str | None = None
@@ -80,10 +83,10 @@ class Builtin(DataSource):
 
 @dataclass(frozen=True, kw_only=True)
 class HH(PathSource):
-    """hh-rlhf (Bai et al. 2022): human comparisons for helpfulness and for harmlessness, by the column `objective`.
+    """hh-rlhf (Bai et al. 2022): human comparisons for helpfulness and for harmlessness.
 
-    `path` is the Hub dataset, a folder in its layout, or a folder with hh_rlhf_helpful.jsonl.gz and hh_rlhf_harmless.jsonl.gz; where
-    such a file has no test rows, they are held out by prompt.
+    The column `objective` says which. In a folder with hh_rlhf_helpful.jsonl.gz and the like, rows
+    are held out by prompt where a file has no test rows.
     """
 
     name: Literal["hh"] = "hh"
@@ -120,11 +123,12 @@ class HH(PathSource):
 
 @dataclass(frozen=True, kw_only=True)
 class UKPConvArg(PathSource):
-    """UKPConvArg1 (Habernal and Gurevych 2016): which of two arguments is more convincing, by single crowd workers.
+    """UKPConvArg1 (Habernal and Gurevych 2016): which of two arguments convinces more, by workers.
 
-    Source: github.com/UKPLab/acl2016-convincing-arguments (CC-BY-4.0); there is no official Hub copy. `path` is a folder with
-    ukpconvarg_votes, ukpconvarg_arguments and ukpconvarg_topics as JSON Lines (docs/data.md gives the columns). Held out are
-    whole debates with both their stances. Columns: `worker`, `debate`.
+    Source: github.com/UKPLab/acl2016-convincing-arguments (CC-BY-4.0); there is no official Hub
+    copy. The folder holds ukpconvarg_votes, ukpconvarg_arguments and ukpconvarg_topics as JSON
+    Lines (docs/data.md gives the columns). Held out are whole debates with both their stances.
+    Columns: `worker`, `debate`.
     """
 
     name: Literal["ukpconvarg"] = "ukpconvarg"
@@ -153,12 +157,12 @@ class UKPConvArg(PathSource):
 
 @dataclass(frozen=True, kw_only=True)
 class Persona(PathSource):
-    """Persona statements of the model-written evaluations (Perez et al. 2022): would this persona say so?
+    """Statements of the model-written evaluations (Perez et al. 2022): would a persona say so?
 
-    A pair is the question about one statement with the answers Yes and No, the persona's own first: every statement is a prompt of
-    its own, so that the split by prompt is a split by statement, and neither answer wins by its form. The other possible
-    pair, a statement agreed with against one disagreed with, would put all rows under one prompt. Column: `persona`.
-    `path` is the Hub dataset or a folder with persona_statements.csv.gz.
+    A pair is the question about one statement with the answers Yes and No, the persona's own first:
+    every statement is a prompt of its own, so that the split by prompt is a split by statement, and
+    neither answer wins by its form. The other possible pair, a statement agreed with against one
+    disagreed with, would put all rows under one prompt. Column: `persona`.
     """
 
     name: Literal["persona"] = "persona"
@@ -194,13 +198,13 @@ class Persona(PathSource):
 
 @dataclass(frozen=True, kw_only=True)
 class MovieReviews(PathSource):
-    """Film reviews of known sentiment, made into pairs: after a review's opening, a positive or a negative review's ending.
+    """Film reviews of known sentiment, as pairs: after an opening, a positive or a negative ending.
 
-    One ending is the review's own, the other is that of a review of the opposite sentiment, dealt out in a fixed order; as many
-    openings are of positive as of negative reviews, so that belonging together decides nothing on average. `likes` gives one client
-    for each entry and the sentiment it prefers; reviews are dealt out to clients in turn. Columns: `client`, `sentiment` of the opening.
-    `path` is a Hub dataset with columns text and label (1 positive), or a folder with movie_reviews_polarity.jsonl.gz
-    (Pang and Lee 2004, folds 6 and 7 held out).
+    One ending is the review's own, the other is that of a review of the opposite sentiment, dealt
+    out in a fixed order; as many openings are of positive as of negative reviews, so that belonging
+    together decides nothing on average. `likes` gives one client for each entry and the sentiment
+    it prefers; reviews are dealt out to clients in turn. Columns: `client`, `sentiment` of the
+    opening. The folder's reviews are those of Pang and Lee 2004, folds 6 and 7 held out.
     """
 
     name: Literal["movie-reviews"] = "movie-reviews"
@@ -246,6 +250,7 @@ class MovieReviews(PathSource):
 
 
 def _side(record: Mapping[str, Any], column: str, where: str) -> Side:
+    """Return the side that a column names; raises UserError for any other word."""
     value = record.get(column)
     if value not in ("train", "test"):
         raise UserError(f'{where}: column {column!r} must say "train" or "test", it says {value!r}.')
@@ -253,7 +258,7 @@ def _side(record: Mapping[str, Any], column: str, where: str) -> Side:
 
 
 def _need(record: Mapping[Any, Any], column: Any, where: str) -> Any:
-    """What stands in a column (or under an id) that the set must have."""
+    """Return what stands in a column, or under an id, that the set must have."""
     if record.get(column) is None:
         raise UserError(f"{where}: {column!r} is missing; docs/data.md gives the columns of this set.")
     return record[column]

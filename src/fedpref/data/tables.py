@@ -1,4 +1,4 @@
-"""Rows out of files and of the Hub: JSON Lines, JSON, CSV, Parquet (each also gzipped where that is usual), folders, Hub datasets."""
+"""Rows out of files and of the Hub: JSON Lines, JSON, CSV, Parquet, folders, Hub datasets."""
 
 from __future__ import annotations
 
@@ -19,9 +19,15 @@ HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 def read_table(path: str, *, split: str = "train", **hub: Any) -> Iterator[Record]:
-    """The rows of a file, of a dataset folder or of a Hub dataset; `split` and `hub` go to `datasets.load_dataset` for the latter two.
+    """Yield the rows of a file, of a dataset folder or of a Hub dataset, each with where it stands.
 
-    Raises UserError when the place does not exist, cannot be reached or holds something else.
+    Args:
+        path: The file, folder or Hub id.
+        split: Which split of a folder or Hub dataset.
+        **hub: What else `datasets.load_dataset` is given for these.
+
+    Raises:
+        UserError: There is nothing there, it cannot be reached, or it is something else.
     """
     place = Path(path).expanduser()
     if place.is_file():
@@ -33,7 +39,7 @@ def read_table(path: str, *, split: str = "train", **hub: Any) -> Iterator[Recor
 
 
 def local_table(folder: str, stem: str) -> Path | None:
-    """The file of this name in a folder, JSON Lines or CSV, gzipped or not; None if there is none."""
+    """Return the file of a name in a folder, JSON Lines or CSV, gzipped or not; None without one."""
     for suffix in (".jsonl.gz", ".jsonl", ".csv.gz", ".csv"):
         if (path := Path(folder).expanduser() / f"{stem}{suffix}").is_file():
             return path
@@ -41,7 +47,7 @@ def local_table(folder: str, stem: str) -> Path | None:
 
 
 def read_file(path: Path) -> Iterator[Record]:
-    """The rows of one local file."""
+    """Yield the rows of one local file, each with where it stands; raises UserError."""
     kind = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
     if kind not in SUFFIXES:
         raise UserError(f"{path}: unknown kind of file {path.suffix!r}; expected {', '.join(SUFFIXES)}, or one of them with .gz.")

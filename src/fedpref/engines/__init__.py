@@ -1,4 +1,4 @@
-"""What carries out the verbs of a federation."""
+"""Engines carry out the verbs of a federation."""
 
 from fedpref.engines.coordinator import Patience, RemoteEngine, Sites, Transport
 from fedpref.engines.engine import Engine, Traffic

@@ -28,25 +28,36 @@ KEPT = "kept.json"  # in a checkpoint: by field, whose values sites have kept
 
 
 class Transport(Protocol):
-    """The way to sites."""
+    """A coordinator's way to sites."""
 
     @property
+        """The sites' names."""
     def sites(self) -> Sequence[str]: ...
 
     def ask(self, messages: Mapping[str, bytes], seconds: float) -> Mapping[str, bytes]:
-        """Ask several sites at once; the answers of those that answer in time."""
+        """Ask several sites at once; return the answers of those that answer in time.
+
+        Args:
+            messages: By site.
+            seconds: How long is waited.
+        """
         ...
 
 
 class Name:
-    """The name of a value on one client; when nobody holds it any more, the client frees the value."""
+    """The name of a value on one client; when nobody refers to it any more, the client frees the
+    value.
+    """
 
     def __init__(self, text: str) -> None:
         self.text = text
 
 
 class Remote:
-    """A value on each client: a name for each. It does not take the place of an older one where a client is `gone` from its round."""
+    """A value on each client: a name for each.
+
+    It does not take the place of an older one where a client is `gone` from its round.
+    """
 
     def __init__(self, names: Mapping[int, Name], gone: Mapping[int, str] = MappingProxyType({})) -> None:
         self.names, self.gone = dict(names), gone
@@ -74,9 +85,21 @@ class Patience:
 class Sites:
     """Sites with an experiment open: where each client is, and what is known of it.
 
-    A run that begins needs an answer of every site; one that refuses takes no part, where `min_clients` says how many are enough. A run
-    that goes on is given the clients that it `began` with, goes on without those whose site is gone, and takes no others. What sites
-    keep is taken up if it `resumes`, and otherwise begun anew, if it `is_known` to the coordinator.
+    A run that begins needs an answer of every site; one that refuses takes no part, where
+    `min_clients` says how many are enough. A run that goes on goes on without clients whose site is
+    gone, and takes no others.
+
+    Args:
+        transport: The way to the sites.
+        experiment: As plain data.
+        run: The run's name.
+        patience: How long sites are waited for, and how few clients are enough.
+        began: The clients that a run which goes on has begun with.
+        resumes: Whether sites take up what they have kept; None if the run `began`.
+        is_known: Whether the coordinator knows the run; otherwise sites begin it anew.
+
+    Raises:
+        UserError: Too few sites answer, or two have a client of the same name.
     """
 
     def __init__(
@@ -115,7 +138,7 @@ class Sites:
             self.ask({site: ({"verb": "number", "ids": {order[number]: number for number in numbers}, "sites": by_site}, NO_TENSORS)})
 
     def ask(self, messages: Mapping[str, tuple[Header, Tree]]) -> dict[str, tuple[Header, Tree] | str]:
-        """Each site's answer, or why there is none."""
+        """Return each site's answer, or why there is none."""
         bodies = {key: body(tensors) for key, tensors in {id(tensors): tensors for _, tensors in messages.values()}.items()}
         packed = {site: framed(header, bodies[id(tensors)]) for site, (header, tensors) in messages.items()}
         answers = self.transport.ask(packed, self.patience.seconds)
@@ -134,8 +157,10 @@ class Sites:
 
 
 class RemoteEngine:
-    """See `Federation` and `Engine` for what the methods promise. Clients whose site does not answer, or refuses, or answers with what
-    cannot be used, are left out of the round; `left_out` says why. Fewer than `min_clients` end the run with these reasons.
+    """The federation over sites; see `Federation` and `Engine` for what the methods promise.
+
+    Clients whose site does not answer, or refuses, or answers with what cannot be used, are left
+    out of the round; `left_out` says why. Fewer than `min_clients` end the run with these reasons.
     """
 
     def __init__(
@@ -277,12 +302,12 @@ class RemoteEngine:
         return {field: Remote(some) for field, some in found.items()}
 
     def names(self) -> dict[int, list[str]]:
-        """Which values clients hold, by name."""
+        """Return the names of the values that clients hold."""
         answers = self._ask({site: ({"verb": "names"}, NO_TENSORS) for site in self._by_site(self.clients)})
         return {i: names for header, _ in answers.values() for i, names in header["names"].items()}
 
     def close(self) -> None:
-        """Sites stay as they are."""
+        """Do nothing: sites stay as they are."""
 
     # ---- what they need
 
@@ -294,7 +319,7 @@ class RemoteEngine:
         return found
 
     def _ask(self, asked: Mapping[str, tuple[Header, Tree]]) -> dict[str, tuple[Header, Tree]]:
-        """Sites' answers; clients of those that have none, or a reason in its place, are left out."""
+        """Return sites' answers; clients of those that give a reason in its place are left out."""
         freed, self._freed[:] = list(self._freed), []
         for site, (header, _) in asked.items():
             header["free"] = [entry for entry in freed if self._sites.place[entry[0]] == site]
@@ -306,7 +331,7 @@ class RemoteEngine:
         return {site: answer for site, answer in found.items() if not isinstance(answer, str)}
 
     def _present(self, values: Any) -> dict[int, Name]:
-        """A value's names; clients without one, who were left out when it was made, are left out."""
+        """Return a value's names; clients without one are left out."""
         names = _names(values)
         self._leave_out({i: "it has no value yet" for i in self.active if i not in names})
         return names
@@ -339,6 +364,7 @@ def _described(arg: Any, number: int, clients: Sequence[int]) -> Header:
 
 
 def _unusable(message: Tree, usual: Any) -> str:
+    """Return why a message cannot be summed with the others; empty if it can."""
     if shape(message) != usual:
         return "names or sizes of tensors are not those of the others"
     try:

@@ -1,4 +1,4 @@
-"""What the experiment asks of an engine beyond the verbs of a federation."""
+"""What an experiment asks of an engine beyond the verbs of a federation."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ class Traffic:
         return Traffic(self.bytes_up + other.bytes_up, self.bytes_down + other.bytes_down, over)
 
     def metrics(self) -> Mapping[str, float]:
-        """Totals, and for gossip the mean over links in use, each direction a link, and the client that tells most."""
+        """Return totals, and for gossip the mean over links and the client that tells most.
+
+        Each direction counts as a link.
+        """
         found: dict[str, float] = {"bytes_up": self.bytes_up, "bytes_down": self.bytes_down}
         if self.links:
             found["bytes_per_link"] = sum(self.links.values()) / len(self.links)
@@ -45,13 +48,19 @@ class Traffic:
 
 
 def told(sizes: Mapping[int, int], weights: NDArray[np.float64]) -> Traffic:
-    """The traffic of messages of these sizes to everybody who takes something of them."""
+    """Return the traffic of sending each client's message to every client that weighs it above
+    zero.
+
+    Args:
+        sizes: Bytes of each client's message.
+        weights: The mixing matrix [N, N].
+    """
     links = {(i, j): size for i, size in sizes.items() for j in sizes if j != i and weights[j, i]}
     return Traffic(bytes_up=sum(links.values()), links=links)
 
 
 def everybody(round: int, active: Sequence[int]) -> NDArray[np.float64]:
-    """Mixing where all active clients hear one another, with equal weights."""
+    """Return a mixing matrix in which all active clients hear one another, with equal weights."""
     count = max(active) + 1
     matrix = np.eye(count)
     matrix[np.ix_(active, active)] = 1 / len(active)
@@ -59,7 +68,13 @@ def everybody(round: int, active: Sequence[int]) -> NDArray[np.float64]:
 
 
 def mixed(value: Tree, told: Tree | None, heard: Iterable[tuple[Tree, float]]) -> Tree:
-    """A client's value mixed with what it heard, itself included, at these weights; `told` is its own as it arrived, None if unchanged."""
+    """Return a client's value mixed with what it heard.
+
+    Args:
+        value: The client's own.
+        told: What it told, as it arrived; None if that is the value unchanged.
+        heard: What it heard, itself included, with weights.
+    """
     mean = trees.total(trees.scale(tree, weight) for tree, weight in heard)
     return mean if told is None else trees.add(value, trees.subtract(mean, told))
 
@@ -68,25 +83,29 @@ class Engine(Federation, Protocol):
     """A federation that can be driven."""
 
     @property
+        """Bytes sent since the phase began."""
     def traffic(self) -> Traffic: ...
 
     def begin(self, round: int, cohort: Sequence[int], purpose: Purpose = "train") -> None:
-        """Open a phase of a round for these clients: calls and traffic are counted from zero, random draws are the purpose's own.
+        """Open a phase of a round for some clients.
 
-        An engine starts in round 0, for everybody, to `init`.
+        Calls and traffic are counted from zero, and random draws are the purpose's own. An engine
+        starts in round 0, for everybody, to `init`.
         """
         ...
 
     def disclose(self, metrics: PerClient[Mapping[str, float]]) -> Mapping[int, Mapping[str, float]]:
-        """Each active client's scalars: for the table of an evaluation, never for an algorithm."""
+        """Return each active client's scalars: for the table of an evaluation, never for an
+        algorithm.
+        """
         ...
 
     def save(self, values: Mapping[str, PerClient[Tree]], folder: Path) -> None:
-        """Every client writes its values, by name, to files of its own."""
+        """Let every client write its values, by name, to files of its own."""
         ...
 
     def load(self, folder: Path, names: Sequence[str]) -> Mapping[str, PerClient[Tree]]:
-        """Read what `save` wrote, of the clients that have written."""
+        """Return what `save` wrote, of the clients that have written."""
         ...
 
     @property
@@ -95,12 +114,12 @@ class Engine(Federation, Protocol):
         ...
 
     def close(self) -> None:
-        """End what was begun for it."""
+        """End what was begun for the engine."""
         ...
 
 
 def weighted_report(reports: Mapping[int, Mapping[str, float]], weights: Mapping[int, float]) -> Mapping[str, float]:
-    """Scalars over clients: weighted means, sums of those named `num_`."""
+    """Return scalars over clients: weighted means, and sums of those named `num_`."""
     total = sum(weights[client] for client in reports)
     result: dict[str, float] = {}
     for client, metrics in reports.items():

@@ -1,4 +1,7 @@
-"""What travels between a coordinator and sites: a JSON header and a safetensors body, checked by whoever receives it."""
+"""Messages between a coordinator and sites: a JSON header and a safetensors body.
+
+Whoever receives a message checks it.
+"""
 
 from __future__ import annotations
 
@@ -18,27 +21,27 @@ NO_TENSORS: Tree = {}
 
 
 class RefusedError(Exception):
-    """What a receiver will not take or do, with the reason, which goes back to the sender."""
+    """A receiver will not take or do something; the reason goes back to the sender."""
 
 
 def pack(header: Mapping[str, Any], tensors: Tree = NO_TENSORS) -> bytes:
-    """One message."""
+    """Return a message of a header and tensors."""
     return framed(header, body(tensors))
 
 
 def framed(header: Mapping[str, Any], body: bytes) -> bytes:
-    """A message of tensors that are bytes already, as they are for several receivers."""
+    """Return a message of tensors that are bytes already, as they are for several receivers."""
     head = json.dumps(header).encode()
     return len(head).to_bytes(8, "big") + head + body
 
 
 def body(tensors: Tree) -> bytes:
-    """Tensors as they travel."""
+    """Return tensors as they travel."""
     return safetensors.torch.save(_apart(tensors)) if tensors else b""
 
 
 def _apart(tensors: Tree) -> dict[str, Tensor]:
-    """The tensors, no two of which share memory, as clients' that begin alike do."""
+    """Return the tensors, no two of which share memory, as clients' that begin alike do."""
     found, seen = dict[str, Tensor](), set[int]()
     for name, tensor in tensors.items():
         whole = tensor.detach().cpu().contiguous()
@@ -49,7 +52,15 @@ def _apart(tensors: Tree) -> dict[str, Tensor]:
 
 
 def unpack(message: bytes, limit: int | None = None) -> tuple[Header, Tree]:
-    """Header and tensors; raises RefusedError for what is no message, or has more bytes than `limit`."""
+    """Return a message's header and tensors.
+
+    Args:
+        message: The bytes.
+        limit: The largest message that is taken, in bytes.
+
+    Raises:
+        RefusedError: It is not a fedpref message, or too large.
+    """
     if limit is not None and len(message) > limit:
         raise RefusedError(f"a message of {len(message)} bytes is above the limit of {limit}")
     try:
@@ -64,7 +75,7 @@ def unpack(message: bytes, limit: int | None = None) -> tuple[Header, Tree]:
 
 
 def finite(tree: Tree) -> Tree:
-    """The same tree; raises RefusedError where it holds a number that is not finite."""
+    """Return the tree; raises RefusedError where it holds a number that is not finite."""
     for name, tensor in tree.items():
         if tensor.is_floating_point() and not bool(tensor.sum().isfinite()) and not bool(torch.isfinite(tensor).all()):
             raise RefusedError(f"the tensor {name!r} holds a number that is not finite")
@@ -72,5 +83,5 @@ def finite(tree: Tree) -> Tree:
 
 
 def shape(tree: Tree) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
-    """Names, types and sizes, by which trees are told apart without their numbers."""
+    """Return names, types and sizes, by which trees are compared without their numbers."""
     return tuple((name, str(tensor.dtype), tuple(tensor.shape)) for name, tensor in sorted(tree.items()))

@@ -1,4 +1,4 @@
-"""Values that lie on clients: in memory up to a limit, and beyond it in temporary files."""
+"""The simulation's per-client values: in memory up to a limit, beyond it in temporary files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,12 @@ T = TypeVar("T")
 
 
 class StoredValues(Generic[T]):
-    """A value on each client, trees of so many bytes in memory; here they lie side by side, but only the engine looks."""
+    """The simulation's `PerClient`: one value for each client, which only the engine looks into.
+
+    Args:
+        room: Bytes of trees that stay in memory; the rest goes to temporary files.
+        values: Clients and their values.
+    """
 
     def __init__(self, room: int, values: Iterable[tuple[int, Any]] = ()) -> None:
         self._values: dict[int, Any] = {}
@@ -28,7 +33,9 @@ class StoredValues(Generic[T]):
             self.put(client, value)
 
     def put(self, client: int, value: Any) -> None:
-        """Keep the value of a client that has none yet: in memory if there is room, in a file otherwise."""
+        """Keep the value of a client that has none yet: in memory if there is room, in a file
+        otherwise.
+        """
         size = trees.size(value) if isinstance(value, Mapping) and all(isinstance(part, Tensor) for part in value.values()) else 0
         self._values[client] = value if size <= self._left else _File(value)
         self._left -= size if size <= self._left else 0
@@ -45,14 +52,18 @@ class StoredValues(Generic[T]):
 
 
 def stored(value: PerClient[T]) -> StoredValues[T]:
-    """The value, to be looked into; raises TypeError for one that another engine holds."""
+    """Return the value, to be looked into; raises TypeError for one that another engine holds."""
     if not isinstance(value, StoredValues):
         raise TypeError(f"{type(value).__name__} is a value of another engine")
     return value
 
 
 def gather(results: Iterable[tuple[int, Any]], room: int) -> Any:
-    """What clients return as it comes in: a `StoredValues`, or a tuple where they return tuples, each with `room` bytes in memory."""
+    """Return what clients return, as it comes in.
+
+    It is a `StoredValues`, or a tuple of them where clients return tuples, each with `room` bytes
+    in memory.
+    """
     columns: list[StoredValues[Any]] = []
     is_tuple = False
     for client, result in results:
@@ -65,7 +76,7 @@ def gather(results: Iterable[tuple[int, Any]], room: int) -> Any:
 
 
 class _File:
-    """A tree in a file that goes when nothing refers to it."""
+    """A tree in a file, which goes when nothing refers to it."""
 
     def __init__(self, tree: Tree) -> None:
         handle, name = tempfile.mkstemp(".safetensors", "fedpref-")

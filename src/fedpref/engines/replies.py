@@ -1,4 +1,4 @@
-"""What sites may answer, by verb: a coordinator takes nothing that is not of this form."""
+"""The form of what sites may answer, by verb; a coordinator takes nothing else."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class Nothing(TypedDict):
-    """That it is done."""
+    """An answer that says no more than that it is done."""
 
 
 class About(TypedDict, total=False):
@@ -30,20 +30,20 @@ class About(TypedDict, total=False):
 
 
 class Opened(TypedDict):
-    """Clients by name."""
+    """The clients of a site, by name."""
 
     about: dict[str, About]
 
 
 class Done(TypedDict):
-    """How many parts a work's result has, None for one that is no tuple; clients for which it failed, each with the reason."""
+    """The number of parts of a work's result, None for one that is no tuple; who failed, and why."""
 
     parts: Annotated[int, Field(ge=1, le=64)] | None
     failed: dict[Id, str]
 
 
 class Exchanged(TypedDict):
-    """Bytes that each client told; clients who were waited for and not heard."""
+    """Bytes that each client told, and clients who were waited for and not heard."""
 
     sizes: dict[Id, WholeNumber]
     unheard: list[Id]
@@ -56,13 +56,13 @@ class Reported(TypedDict):
 
 
 class Found(TypedDict):
-    """By field, the clients of which there was something."""
+    """By field, the clients whose value was found."""
 
     found: dict[str, list[Id]]
 
 
 class Names(TypedDict):
-    """Names under which clients hold values."""
+    """The names of the values that clients hold."""
 
     names: dict[Id, list[str]]
 
@@ -79,7 +79,7 @@ FORMS: dict[str, TypeAdapter[Any]] = {
 
 
 def answered(verb: str, header: Header) -> Header:
-    """The answer as it should be; raises RefusedError for another."""
+    """Return the answer, parsed; raises RefusedError where it is malformed."""
     try:
         found: Header = FORMS[verb].validate_python(header)
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""All clients on this machine, over one copy of the model: one after the other, or shared out to worker processes."""
+"""All clients on this machine, over one copy of the model, in this process or in workers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,21 @@ from fedpref.tasks.task import Shard, Task
 
 
 class Simulation:
-    """The federation in one process; see `Federation` and `Engine` for what the methods promise."""
+    """The federation on one machine; see `Federation` and `Engine` for what the methods promise.
+
+    Args:
+        task: The learning problem.
+        shards: Each client's data.
+        seed: The root of all random draws.
+        rounds: Of the whole run.
+        weighting: What a client's weight in means is by.
+        channel: Stages on the way into a mean.
+        links: Stages on the way to a neighbour.
+        mixing: The mixing matrix of a round.
+        workers: Processes; 1 computes in this one.
+        spill_above_mb: MB of a value that stay in memory; the rest goes to files.
+        folder: Where what clients keep in files goes.
+    """
 
     def __init__(
         self,
@@ -65,7 +79,10 @@ class Simulation:
         return ((i, self._job(i, shared, values)) for i, values in own)
 
     def _job(self, i: int, shared: tuple[str, str, int, int, Mapping[int, Any]], own: Mapping[int, Any]) -> Any:
-        """One client's part of `each`, in whichever process; arguments are numbered, those in common and the client's own."""
+        """Do one client's part of `each`, in whichever process.
+
+        Arguments are numbered: `shared` has those in common, `own` the client's.
+        """
         work, purpose, round, call, common = shared
         rng = seeds.generator(self._seed, purpose, round=round, call=call, client=i)
         client = Client(i, self._task, self._shards[i], rng, round, self._rounds, self._folder)

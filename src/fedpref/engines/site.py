@@ -1,4 +1,4 @@
-"""A site at work: the clients that it hosts over one copy of the model, and what it does when a coordinator asks."""
+"""A site at work: the clients that it hosts, and what it does when a coordinator asks."""
 
 from __future__ import annotations
 
@@ -36,14 +36,16 @@ Answer = tuple[Header, Tree]
 
 
 def _failed(error: Exception) -> str:
-    """What others are told of an error: no text of it, which may hold somebody's data."""
+    """Return what others are told of an error: no text of it, which may hold somebody's data."""
     LOG.exception("what the coordinator asked for failed")
     return f"it failed ({type(error).__name__}); the site's log says more"
 
 
 @dataclass(frozen=True)
 class Hosted:
-    """What a site brings to an experiment: the task, its clients' data, and what may be asked of them."""
+    """What a site brings to an experiment: the task, its clients' data, and what may be asked of
+    them.
+    """
 
     task: Task
     shards: Mapping[str, Any]
@@ -65,20 +67,29 @@ class Host(Protocol):
     """Who decides what a site brings to an experiment."""
 
     def host(self, experiment: Any, folder: Path) -> Hosted:
-        """Raises RefusedError or UserError for what the site does not consent to, or cannot do."""
+        """Return what the site brings.
+
+        Args:
+            experiment: As plain data, from the coordinator.
+            folder: Where the site keeps its side of the run.
+
+        Raises:
+            RefusedError: The site does not consent to it.
+            UserError: The site cannot do it.
+        """
         ...
 
 
 class Peers(Protocol):
-    """The way to other sites."""
+    """A site's way to other sites."""
 
     def tell(self, site: str, message: bytes) -> None:
-        """Send, without waiting for an answer."""
+        """Send a message, without waiting for an answer."""
         ...
 
 
 class Site:
-    """Clients' values lie here by name; what names the coordinator no longer holds are freed."""
+    """Clients' values lie here by name; those that the coordinator no longer refers to are freed."""
 
     def __init__(self, name: str, host: Host, folder: Path, peers: Peers) -> None:
         self.name, self._host, self._folder, self._peers = name, host, folder, peers
@@ -93,7 +104,11 @@ class Site:
         self._verbs: dict[str, Callable[..., Answer]] = {verb.__name__: verb for verb in verbs}
 
     def answer(self, message: bytes) -> bytes:
-        """Do what the coordinator asks. What is refused or fails is said in the answer, without what it is about, and changes nothing."""
+        """Do what the coordinator asks, and return the answer.
+
+        What is refused or fails is said in the answer, without what it is about, and changes
+        nothing.
+        """
         try:
             header, tensors = unpack(message, self._hosted.limit if self._hosted else None)
             for client, name in header.pop("free", ()):
@@ -110,7 +125,10 @@ class Site:
             return pack({"refused": _failed(error)})
 
     def hear(self, sender: str, message: bytes) -> None:
-        """Take what another site's clients tell clients here; it waits for its exchange. What nobody waits for is dropped."""
+        """Take what another site's clients tell clients here; it waits for its exchange.
+
+        What nobody waits for is dropped.
+        """
         if sender not in self._place.values() or len(message) > (self._opened.limit or sys.maxsize):
             return
         try:
@@ -127,7 +145,10 @@ class Site:
     # ---- verbs
 
     def open(self, tensors: Tree, experiment: Any, run: str, resumes: bool, is_known: bool) -> Answer:
-        """Begin an experiment, or go on with it: say which clients there are. A run is begun anew only if the coordinator knows it."""
+        """Begin an experiment, or go on with it, and say which clients there are.
+
+        A run is begun anew only if the coordinator knows it.
+        """
         if not RUN.fullmatch(run):
             raise RefusedError(f"a run cannot be called {run[:40]!r}")
         folder = self._folder / run
@@ -145,7 +166,7 @@ class Site:
         return {"about": self._hosted.about}, NO_TENSORS
 
     def number(self, tensors: Tree, ids: Mapping[str, int], sites: Mapping[str, Sequence[int]]) -> Answer:
-        """Learn the ids of the clients here, and where all others are."""
+        """Learn the numbers of the clients here, and at which sites all others are."""
         if not ids.keys() <= self._opened.shards.keys():
             raise RefusedError("ids of clients that are not those here")
         self._names = {number: name for name, number in ids.items()}
@@ -206,7 +227,7 @@ class Site:
         return {"parts": parts, "failed": failed}, NO_TENSORS
 
     def contribute(self, tensors: Tree, own: Mapping[str, str], shares: Mapping[str, float]) -> Answer:
-        """Each client's share of a sum."""
+        """Send each client's share of a sum."""
         return {}, trees.nest({i: trees.scale(self._leaving(int(i), name), shares[i]) for i, name in own.items()})
 
     def exchange(
@@ -219,7 +240,10 @@ class Site:
         name: str,
         wait: float,
     ) -> Answer:
-        """Tell other sites' clients, hear them, and mix; who is not heard in time is mixed as if it said what the hearer says."""
+        """Send this site's values to its neighbours, wait for theirs, and mix.
+
+        A neighbour that does not answer in time is replaced by the receiver's own value.
+        """
         links, told = self._opened.links, dict[int, Tree]()
         for i, key in ((int(client), key) for client, key in own.items()):
             rng = seeds.generator(self._opened.seed, "channel", round=round, call=call, client=i)
@@ -245,7 +269,10 @@ class Site:
                 self._peers.tell(site, pack({"round": round, "call": call}, trees.nest(message)))
 
     def _arrived(self, messages: Mapping[str, bytes], like: Tree) -> dict[int, Tree]:
-        """What other sites' clients have told, by client; what cannot be read, or is not like what is told here, has not arrived."""
+        """Return what other sites' clients have told, by client.
+
+        What cannot be read, or is not like what is told here, has not arrived.
+        """
         found: dict[int, Tree] = {}
         for site, message in messages.items():
             with suppress(RefusedError):
@@ -258,6 +285,9 @@ class Site:
         return found
 
     def _hear(self, sites: set[str], round: int, call: int, wait: float) -> dict[str, bytes]:
+        """Return the messages of other sites, by site, as soon as all are there or the time is
+        over.
+        """
         addresses = {(round, call, site) for site in sites}
         until = time.monotonic() + wait
         with self._news:
@@ -268,7 +298,7 @@ class Site:
         return found
 
     def report(self, tensors: Tree, own: Mapping[str, str]) -> Answer:
-        """Scalars."""
+        """Send clients' scalars."""
         metrics = {}
         for i, name in own.items():
             value = self._value(int(i), name)
@@ -278,7 +308,9 @@ class Site:
         return {"metrics": metrics}, NO_TENSORS
 
     def save(self, tensors: Tree, own: Mapping[str, Mapping[str, str]], checkpoint: str) -> Answer:
-        """Keep clients' values in files, all of them or none; older checkpoints go but for the last."""
+        """Keep clients' values in files, all of them or none; older checkpoints go but for the
+        last.
+        """
         if not all(RUN.fullmatch(f"{checkpoint}/{field}") for field in own):
             raise RefusedError("names of files that are none")
         place = self._run / "checkpoints"
@@ -297,7 +329,9 @@ class Site:
         return {}, NO_TENSORS
 
     def load(self, tensors: Tree, checkpoint: str, fields: Sequence[str], name: str) -> Answer:
-        """Take up each client's values of the newest checkpoint that has it, and is no newer than this one."""
+        """Take up each client's values of the newest checkpoint that has it and is not newer than
+        this.
+        """
         found: dict[str, list[int]] = {field: [] for field in fields}
         kept = sorted(folder for folder in (self._run / "checkpoints").glob("round-*") if folder.name <= checkpoint)
         for i in self._names:
@@ -310,7 +344,7 @@ class Site:
         return {"found": found}, NO_TENSORS
 
     def names(self, tensors: Tree) -> Answer:
-        """Which names values lie under."""
+        """Send the names of the values that lie here."""
         return {"names": {i: sorted(values) for i, values in self._values.items()}}, NO_TENSORS
 
     # ---- what they need
@@ -327,6 +361,7 @@ class Site:
         return self._values[client][name]
 
     def _leaving(self, client: int, name: str) -> Tree:
+        """Return a value that may leave the site; raises RefusedError for one that may not."""
         tree: Tree = self._value(client, name)
         if (client, name) not in self._told:
             raise RefusedError(f"the value {name[:40]!r} of client {client} is its own")

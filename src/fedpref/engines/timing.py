@@ -1,4 +1,4 @@
-"""How long a round's parts take."""
+"""How long a round's verbs take."""
 
 from __future__ import annotations
 

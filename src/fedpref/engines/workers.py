@@ -1,4 +1,7 @@
-"""Worker processes of one thread each: on small models they beat threads, and sums come out the same for any number of them."""
+"""Worker processes of one thread each.
+
+On small models they are faster than threads, and sums are the same for any number of them.
+"""
 
 from __future__ import annotations
 
@@ -24,13 +27,16 @@ Job = Callable[..., Any]  # job(client, shared arguments, own arguments)
 
 
 def can_fork() -> bool:
-    """Whether worker processes can share this one's memory: not on macOS and Windows, nor once a GPU is open."""
+    """Return whether worker processes can share this one's memory.
+
+    They cannot on macOS and Windows, nor once a GPU is open.
+    """
     return sys.platform == "linux" and not torch.cuda.is_initialized()
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Compute on one thread, whose sums do not depend on the machine's size."""
+    """Compute on one thread, within a `with`; then sums do not depend on the machine's size."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -40,7 +46,10 @@ def one_thread() -> Iterator[None]:
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc's malloc to keep large blocks, which it would give back to the system and fault in again at every step."""
+    """Tell glibc's malloc to keep large blocks.
+
+    It would give them back to the system and fault them in again at every step.
+    """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
@@ -50,9 +59,13 @@ def keep_freed_memory() -> None:
 
 
 class Workers:
-    """Forked processes that share this one's memory, model and data included, as it was when they began.
+    """Forked processes that share this one's memory, model and data included, as it was at the
+    fork.
 
-    Before its work each calls `begin` with its number, from 0: it may do so often.
+    Args:
+        count: How many.
+        job: What they do, as job(client, shared arguments, own arguments).
+        begin: Called by each with its number, from 0, before its work, and it may be so often.
     """
 
     def __init__(self, count: int, job: Job, begin: Callable[[int], None]) -> None:
@@ -70,7 +83,10 @@ class Workers:
         gc.unfreeze()
 
     def run(self, shared: Any, own: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
-        """Each client and the job's result, as they come in; a worker that is free takes the next client."""
+        """Yield each client and the job's result, as they come in.
+
+        A worker that is free takes the next client.
+        """
         message = _pack(("shared", shared))
         clients = iter(own)
         busy: dict[Any, int] = {}
@@ -100,7 +116,7 @@ class Workers:
             raise failure
 
     def close(self) -> None:
-        """End the processes, whatever they are at."""
+        """End the processes, whatever they are doing."""
         for connection in self._connections:
             connection.close()
         for process in self._processes:
@@ -133,7 +149,7 @@ def _serve(connection: Connection, others: Sequence[Connection], job: Job, begin
 
 
 class _Pickler(pickle.Pickler):
-    """Tensors as plain arrays: ten times faster than their own way."""
+    """A pickler that takes tensors as plain arrays, ten times faster than their own way."""
 
     def reducer_override(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):

@@ -29,26 +29,28 @@ class ClientSource(Protocol):
     """Who brings the clients of an experiment, and an engine for each of its lines."""
 
     @property
+        """What is said of each client: sizes, and a digest of its rows."""
     def about(self) -> About: ...
 
     @property
+        """What is to be said of the clients beside their sizes."""
     def note(self) -> str: ...
 
     def prepare(self, cache: Path) -> Iterator[int]:
-        """Compute once what training reads; yields how many clients are done."""
+        """Compute once what training reads; yield how many clients are done."""
         ...
 
     def sizes(self, line: Experiment) -> Mapping[str, int]:
-        """Each client's number of training examples under a line."""
+        """Return each client's number of training examples under a line."""
         ...
 
     def engine(self, line: Experiment, folder: Path) -> Engine:
-        """Over all clients; `folder` is the line's run directory."""
+        """Return an engine over all clients; `folder` is the line's run directory."""
         ...
 
 
 def about(clients: Sequence[ClientData], shards: Sequence[Any]) -> dict[str, dict[str, Any]]:
-    """What is said of clients."""
+    """Return what is said of clients, by name."""
     return {
         shard.name: {
             "train": len(shard.train),
@@ -113,7 +115,7 @@ class InProcess:
 
 
 def mixing(line: Experiment, names: Sequence[str]) -> Any:
-    """The mixing matrix of a round, over clients of these names."""
+    """Return a function that gives the mixing matrix of a round, over clients of these names."""
 
     def matrix(round: int, active: Sequence[int]) -> Matrix:
         return line.network.matrix(names, line.seed, round, active)
@@ -122,7 +124,10 @@ def mixing(line: Experiment, names: Sequence[str]) -> Any:
 
 
 def pooled(shards: Sequence[Any], newcomers: Collection[int]) -> list[Any]:
-    """All training data but the newcomers' with the first other client; everybody else only evaluates."""
+    """Return shards of which the first holds all training data but the newcomers'.
+
+    Everybody else only evaluates.
+    """
     first, *_ = training = [i for i in range(len(shards)) if i not in newcomers]
     everything = tuple(example for i in training for example in shards[i].train)
     return [replace(shard, train=everything if i == first else ()) for i, shard in enumerate(shards)]
@@ -130,6 +135,7 @@ def pooled(shards: Sequence[Any], newcomers: Collection[int]) -> list[Any]:
 
 @work("clients.prepare", sends=())
 def prepare(client: Client) -> Tree:
+    """Compute once what training on the client's data reads."""
     client.task.prepare(client.shard, client.folder)
     return {}
 
@@ -138,7 +144,7 @@ def prepare(client: Client) -> Tree:
 
 
 class AtSites:
-    """Sites' own data, at the sites."""
+    """The data of sites, which stay there."""
 
     def __init__(self, experiment: Experiment, transport: Transport, folder: Path) -> None:
         if "pooled" in experiment.baselines:
@@ -159,7 +165,7 @@ class AtSites:
 
     @property
     def note(self) -> str:
-        """What is to be said of them beside their sizes."""
+        """What is to be said of the clients beside their sizes."""
         late = self._sites.latecomers
         return f"\n{', '.join(late[:8])} came after the run had begun; a new run takes them in." if late else ""
 
@@ -179,7 +185,7 @@ class SimulatedSite:
         self._number, self._sites = number, sites
 
     def host(self, experiment: Any, folder: Path) -> Hosted:
-        """The clients whose number, divided by that of all sites, leaves this site's."""
+        """Return the clients that the site hosts."""
         spec = config.parse(Experiment, experiment, "the experiment")
         clients, _ = spec.clients()
         numbers = range(self._number, len(clients), self._sites)
@@ -187,7 +193,14 @@ class SimulatedSite:
 
 
 def hosted(spec: Experiment, clients: Mapping[int, ClientData], folder: Path, **limits: Any) -> Hosted:
-    """Clients ready to train; `folder` keeps what is computed once."""
+    """Return clients ready to train.
+
+    Args:
+        spec: The experiment.
+        clients: Their rows, by number.
+        folder: Keeps what is computed once.
+        **limits: What may be asked of them; see `Hosted`.
+    """
     task = spec.build_task()
     shards = [task.prepare(task.encode(client), folder / "cache") for client in clients.values()]
     said = about(list(clients.values()), shards)

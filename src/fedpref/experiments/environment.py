@@ -14,8 +14,10 @@ PACKAGES = ("fedpref", "torch", "transformers", "peft", "datasets", "numpy", "nv
 
 
 def described() -> str:
-    """As JSON: `started`, `python`, `platform`, `processors`, `versions` of packages, and `commits` of fedpref and of the working folder,
-    where these are checkouts.
+    """Return the environment as JSON.
+
+    It has `started`, `python`, `platform`, `processors`, `versions` of packages, and `commits` of
+    fedpref and of the working folder, where these are checkouts.
     """
     places = {"working folder": Path.cwd()}
     if _git("ls-files", "--error-unmatch", __file__, place=Path(__file__).parent):  # not where it is installed into somebody's checkout
@@ -42,7 +44,7 @@ def described() -> str:
 
 
 def _git(*words: str, place: Path) -> str:
-    """What git says there; nothing where it has nothing to say. A commit has a + where files differ from it."""
+    """Return what git prints in a folder; nothing where there is no git or no checkout."""
     try:
         return subprocess.run(["git", *words], cwd=place, capture_output=True, text=True, timeout=10).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):

@@ -1,4 +1,4 @@
-"""Running an experiment: from data to aligned adapters, round by round, into a run directory."""
+"""Running an experiment: from data to adapters, round by round, into a run directory."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ from fedpref.tasks import Task
 
 @dataclass(frozen=True)
 class Event:
-    """Something to show: what the run works on, a client prepared, a round done, an evaluation made."""
+    """Something to show: a run begins, a client is prepared, a round is done, an evaluation is
+    made.
+    """
 
     line: str
     """The algorithm's name, or a baseline's."""
@@ -44,17 +46,25 @@ class Event:
 
 
 def new_directory(experiment: Experiment, output: str | Path | None) -> RunDirectory:
-    """The directory of a new run; nothing is written before the first event."""
+    """Return the directory of a new run; nothing is written before the first event."""
     return RunDirectory(Path(output or f"runs/{experiment.name}-{datetime.now():%Y%m%d-%H%M%S}"))
 
 
 def events(
     experiment: Experiment, folder: RunDirectory, cache: Path | None = None, transport: Transport | None = None
 ) -> Generator[Event, None, None]:
-    """Run the experiment into its directory, or what is left of it, and tell of every step. Bad input raises before anything is written.
+    """Run an experiment into its directory, or what is left of it, and yield what happens.
 
-    Reference scores are kept in `cache`, by default a folder of the run's own; several runs may share one. With a `transport` the clients
-    are those of its sites, otherwise those of the experiment's own data.
+    Args:
+        experiment: The experiment.
+        folder: The run directory.
+        cache: Where reference scores are kept; by default a folder of the run's own. Runs may share
+            one.
+        transport: The way to sites that hold the clients; without it clients are those of the
+            experiment's own data.
+
+    Raises:
+        UserError: Bad input, before anything is written; training that diverges.
     """
     keep_freed_memory()
     experiment = with_whole_paths(experiment)
@@ -88,11 +98,13 @@ def events(
 
 
 def _data(about: About) -> str:
+    """Return the sizes of the data, in words."""
     train, test, cut = (sum(sizes[name] for sizes in about.values()) for name in ("train", "test", "truncated"))
     return f"{len(about)} clients, {train} training and {test} held-out examples, {cut} rows truncated ({cut / (train + test):.1%})"
 
 
 def _line(name: str, experiment: Experiment, folder: RunDirectory, task: Task, sizes: Mapping[str, int], engine: Engine) -> Iterator[Event]:
+    """Run one line of an experiment, or what is left of it, and yield what happens."""
     algorithm: Algorithm[Any] = experiment.algorithm
     start = task.init(seeds.generator(experiment.seed, "init"))
     state = algorithm.init(engine, start)
@@ -139,18 +151,19 @@ def _line(name: str, experiment: Experiment, folder: RunDirectory, task: Task, s
 
 
 def evaluated(line: str, total: int, row: Mapping[str, Any]) -> Event:
-    """What a row of an evaluation tells."""
+    """Return the event that a row of an evaluation is."""
     metric = headline(row["summary"])
     return Event(line, "evaluate", row["round"], total, {**row["summary"][metric], **row.get("diagnostics", {})}, HEADLINES[metric].title)
 
 
 def _norms(state: Any) -> dict[str, float]:
-    """Of the trees that a state shares."""
+    """Return the norms of the trees that a state shares."""
     shared = {field.name: getattr(state, field.name) for field in fields(state)}
     return {f"norm of {name}": trees.norm(value) for name, value in shared.items() if isinstance(value, Mapping)}
 
 
 def _refuse_divergence(name: str, round: int, experiment: Experiment, folder: RunDirectory, figures: Mapping[str, float]) -> None:
+    """Raise UserError where a metric is not finite."""
     broken = [figure for figure, value in figures.items() if not math.isfinite(value)]
     if broken:
         kept = folder.checkpoints()
@@ -162,7 +175,7 @@ def _refuse_divergence(name: str, round: int, experiment: Experiment, folder: Ru
 
 
 def _evaluate(engine: Engine, model: Sequence[Any], names: Sequence[str], clients: Sequence[int]) -> dict[str, Any]:
-    """These clients' held-out metrics, and each metric's summary over them."""
+    """Return some clients' held-out metrics, and each metric's summary over them."""
     engine.begin(engine.round, clients, "evaluate")
     rows = {names[i]: dict(metrics) for i, metrics in engine.disclose(engine.each(evaluate, *model)).items()}
     counts = {name: int(row["num_examples"]) for name, row in rows.items()}
@@ -172,6 +185,7 @@ def _evaluate(engine: Engine, model: Sequence[Any], names: Sequence[str], client
 
 
 def _export(experiment: Experiment, engine: Engine, model: Sequence[Any], task: Task, folder: RunDirectory) -> None:
+    """Write the shared model, clients' own, and the answers that are kept to be read."""
     shared = trees.merge(*(part for part in model if isinstance(part, Mapping)))
     if shared:
         task.export(shared, folder.path / "adapter")
@@ -185,17 +199,20 @@ def _export(experiment: Experiment, engine: Engine, model: Sequence[Any], task: 
 
 @work("evaluation.evaluate")
 def evaluate(client: Client, *parts: Tree) -> Mapping[str, float]:
+    """Return the held-out metrics of the client's model."""
     return client.task.evaluate(trees.merge(*parts), client.shard)
 
 
 @work("evaluation.export", sends=())
 def export(client: Client, place: Literal["clients", "newcomers"], *parts: Tree) -> Tree:
+    """Write the client's model to its folder in the run."""
     client.task.export(trees.merge(*parts), client_folder(client.folder, place, client.shard.name))
     return {}
 
 
 @work("evaluation.sample", sends=())
 def sample(client: Client, *parts: Tree) -> Tree:
+    """Write answers to the client's held-out prompts, to be read."""
     rows = client.task.samples(trees.merge(*parts), client.shard)
     folder = client.folder / SAMPLES
     folder.mkdir(exist_ok=True)

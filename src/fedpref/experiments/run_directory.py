@@ -32,12 +32,20 @@ SAMPLES = "samples"  # a folder: answers to a client's held-out prompts, before 
 
 
 def client_folder(run: Path, kind: str, client: str) -> Path:
-    """The folder of a client's exported model in a run; `kind` is `clients` or `newcomers`."""
+    """Return the folder of a client's exported model in a run.
+
+    Args:
+        run: The run directory.
+        kind: `clients` or `newcomers`.
+        client: The client's name.
+    """
     return run / kind / quote(client, safe=" ")
 
 
 class RunDirectory:
-    """config.yaml, clients.json, metrics.jsonl, evaluation.jsonl, checkpoints/, adapter/, clients/, baselines/."""
+    """A run's files: config.yaml, metrics.jsonl, evaluation.jsonl, checkpoints/, adapter/ and
+    others.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -96,17 +104,18 @@ class RunDirectory:
         beside.replace(self.path / name)
 
     def read_rows(self, name: str) -> list[dict[str, Any]]:
-        """The rows of a JSON Lines file of this run, without a last line that a crash cut short."""
+        """Return the rows of a JSON Lines file, without a last one that a crash cut short."""
         path = self.path / name
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def append(self, name: str, row: Mapping[str, Any]) -> None:
+        """Add a row to a JSON Lines file."""
         with (self.path / name).open("a") as file:
             file.write(json.dumps(row) + "\n")
 
     def cut_rows_after(self, rounds: int) -> None:
-        """Forget what was logged after so many rounds: a resumed run does them again."""
+        """Remove the rows of later rounds: a resumed run does them again."""
         for name in (METRICS, EVALUATION):
             if (self.path / name).exists():
                 kept = [row for row in self.read_rows(name) if row["round"] <= rounds]
@@ -114,7 +123,7 @@ class RunDirectory:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Raise UserError while another process writes to this run."""
+        """Hold the run within a `with`; raises UserError while another process writes to it."""
         lock = self._lock()
         try:
             lock.acquire()
@@ -145,7 +154,10 @@ class RunDirectory:
     # ---- checkpoints
 
     def checkpoint(self, rounds: int, state: Any, engine: Engine) -> None:
-        """Keep the state after so many rounds: shared trees here, private ones by their clients. Older checkpoints go."""
+        """Keep the state after so many rounds: shared trees here, private ones by their clients.
+
+        Older checkpoints go.
+        """
         if not is_dataclass(state):
             raise TypeError(f"an algorithm's state must be a dataclass, not {type(state).__name__}")
         folder = self.path / "checkpoints"
@@ -164,11 +176,17 @@ class RunDirectory:
             shutil.rmtree(path)
 
     def checkpoints(self) -> list[Path]:
-        """Those there are, oldest first."""
+        """Return the folders of checkpoints, oldest first."""
         return sorted((self.path / "checkpoints").glob("round-*"))
 
     def restore(self, state: Any, engine: Engine) -> tuple[Any, int]:
-        """The newest checkpoint's state, in place of a fresh one of the same type, and its number of rounds (0 without one)."""
+        """Return the newest checkpoint's state and its number of rounds.
+
+        Args:
+            state: A fresh one of the same type, which is returned with 0 where there is no
+                checkpoint.
+            engine: Whose clients have kept the private values.
+        """
         found = self.checkpoints()
         if not found:
             return state, 0
@@ -179,7 +197,12 @@ class RunDirectory:
         return replace(state, **shared, **private), int(found[-1].name.removeprefix("round-"))
 
     def restore_shared(self, state: Any) -> Any:
-        """The newest checkpoint's shared trees in place of the state's; what is on clients stays as it is. Raises UserError without one."""
+        """Return the state with the newest checkpoint's shared trees; clients' values stay as they
+        are.
+
+        Raises:
+            UserError: There is no checkpoint.
+        """
         found = self.checkpoints()
         if not found:
             raise UserError(f"{self.path}: the run has no checkpoint. `fedpref resume {self.path}` takes it up.")
@@ -190,6 +213,7 @@ class RunDirectory:
 
     @property
     def done(self) -> bool:
+        """Whether the line of this directory is done."""
         return (self.path / DONE).exists()
 
     @property
@@ -198,4 +222,5 @@ class RunDirectory:
         return self.done and (self.path / DONE).read_text() == HAS_OWN
 
     def finish(self, has_own: bool = False) -> None:
+        """Mark the line as done."""
         self.write(DONE, HAS_OWN if has_own else "")

@@ -1,7 +1,8 @@
-"""How clients' adapters become one: factors apart, one factor frozen, or the products that they stand for.
+"""How clients' adapters become one: factors apart, one factor frozen, or their products.
 
-A LoRA adapter changes a weight by the product B A of its factors, and the mean of factors is not a factor of the mean product. How far the
-two are apart, over all weights and as a share of the mean product's norm, is each round's metric `residual`.
+A LoRA adapter changes a weight by the product B A of its factors, and the mean of factors is not a
+factor of the mean product. How far the two are apart, over all weights and as a share of the mean
+product's norm, is each round's metric `residual`.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ ROW_NORM = math.sqrt(1 / 3)  # of A as LoRA draws it
 
 
 def pairs(adapter: Tree) -> Iterator[tuple[str, str]]:
-    """The names of each weight's factors A and B, in the order of names."""
+    """Yield the names of each weight's factors A and B, in the order of names."""
     for name in sorted(adapter):
         for a, b in ((".lora_A.", ".lora_B."), (".lora_embedding_A", ".lora_embedding_B")):
             if a in name:
@@ -39,13 +40,13 @@ def pairs(adapter: Tree) -> Iterator[tuple[str, str]]:
 
 
 def factor(adapter: Tree, letter: Literal["A", "B"]) -> Tree:
-    """The adapter's A factors or its B factors."""
+    """Return the adapter's A factors or its B factors."""
     return trees.select(adapter, [names["AB".index(letter)] for names in pairs(adapter)])
 
 
 @lru_cache(maxsize=1)
 def signs(count: int, round: int) -> Float[Tensor, " count"]:
-    """A round's random signs, which all clients of a process share."""
+    """Return a round's random signs, the same on all clients."""
     return 2.0 * torch.randint(2, (count,), generator=seeds.generator(0, "probe", round=round)) - 1
 
 
@@ -58,31 +59,38 @@ class Factors:
     """Send 8 numbers more for each weight, from which the metric `residual` is estimated."""
 
     def split(self, adapter: Tree) -> tuple[Tree, Tree]:
-        """What is trained of an adapter, and what of it stays as it was drawn."""
+        """Return what of an adapter is trained, and what of it stays as it was drawn."""
         return adapter, {}
 
     def received(self, client: Client, adapter: Tree) -> tuple[Tree, Tree]:
-        """What a client trains of the adapter, and what of it stays fixed beside."""
+        """Return what a client trains of the adapter, and what of it stays fixed beside."""
         return adapter, {}
 
     def message(self, client: Client, before: Tree, theta: Tree) -> Tree:
-        """What a client has for `merge`, after it trained `before` into `theta`."""
+        """Return what a client sends to `merge`, after it has trained `before` into `theta`."""
         return {**trees.subtract(theta, before), **(probed(theta, client.round) if self.residual else {})}
 
     def merge(self, fed: Federation, adapter: Tree, messages: PerClient[Tree]) -> tuple[Tree, Mapping[str, float]]:
-        """The next adapter, and the round's metrics of aggregation."""
+        """Return the next adapter, and the round's metrics of aggregation.
+
+        Args:
+            fed: The federation.
+            adapter: The adapter that clients received.
+            messages: What they made by `message`.
+        """
         mean = fed.mean(messages)
         merged = trees.add(adapter, trees.select(mean, adapter))
         return merged, _residual(merged, mean, fed.round)
 
     def mix(self, fed: Federation, theta: PerClient[Tree]) -> PerClient[Tree]:
-        """Each client's adapter mixed with its neighbours'."""
+        """Return each client's adapter mixed with its neighbours'."""
         return fed.mix(theta)[1]
 
     def shadow(self, theta: Tree, round: int) -> Float[Tensor, " n"]:
-        """What distances can be told from: random and linear, the same on all clients in a round; on average its norm is that of theta.
+        """Return a random linear projection of `theta` [n], the same for all clients in a round.
 
-        All entries, with random signs, are summed up in groups, 8 for each tensor.
+        Its expected squared norm is theta's, so that distances between clients can be estimated
+        from it. Entries with random signs are summed up in groups, 8 for each tensor.
         """
         flat = torch.cat([theta[name].flatten() for name in sorted(theta)])
         groups = PROBES * len(theta)
@@ -91,7 +99,10 @@ class Factors:
 
 @dataclass(frozen=True)
 class FrozenA:
-    """Keep A where it was drawn and average B alone: then the mean of the products is the product of the means (Sun et al. 2024)."""
+    """Keep A where it was drawn and average B alone (Sun et al. 2024).
+
+    Then the mean of the products is the product of the means.
+    """
 
     name: Literal["frozen-a"] = "frozen-a"
 
@@ -118,12 +129,12 @@ class FrozenA:
 
 @dataclass(frozen=True)
 class Product:
-    """Average the products B A, and return to the adapter's rank by a truncated singular value decomposition.
+    """Average the products B A, and return to the adapter's rank by a truncated SVD.
 
-    The decomposition is found by subspace iteration through means alone, so that nobody forms a full matrix and a channel may mask
-    what clients send: B_k (A_k Q), then (U' B_k) A_k, of the adapter's size together. Unmasked, the two tell as much as the adapter
-    does. More `iterations` bring it nearer to the exact decomposition, each at the price of one more adapter. Ours; FlexLoRA (Bai et
-    al. 2024) decomposes the full mean. Clients may have `ranks` of their own, which they take in turn: they train the leading directions.
+    The decomposition is found by subspace iteration through means alone, so that nobody forms a
+    full matrix and a channel may mask what clients send: B_k (A_k Q), then (U' B_k) A_k, of the
+    adapter's size together. Unmasked, the two tell as much as the adapter does. Clients of smaller
+    rank train the leading directions. Ours; FlexLoRA (Bai et al. 2024) decomposes the full mean.
     """
 
     name: Literal["product"] = "product"
@@ -171,17 +182,19 @@ class Product:
         return merged, _residual(merged, mean, fed.round)
 
     def mix(self, fed: Federation, theta: PerClient[Tree]) -> PerClient[Tree]:
-        """The products mixed, and returned to each client's rank.
+        """Return the mixed products, at each client's rank.
 
-        What travels is linear in the products, so that mixing them mixes those: each product between random matrices, the same on all
-        clients, and of 2 r + 1 columns and twice as many rows for the largest rank r. From these the decomposition is found in one pass
-        (Tropp et al. 2017); it is exact where what is mixed has no higher rank, and takes about three times the bytes of the factors.
+        What travels is linear in the products, so that mixing them mixes those: each product
+        between random matrices, the same on all clients, and of 2 r + 1 columns and twice as many
+        rows for the largest rank r. From these the decomposition is found in one pass (Tropp et al.
+        2017); it is exact where what is mixed has no higher rank, and takes about three times the
+        bytes of the factors.
         """
         _, mixed = fed.mix(fed.each(sketch, theta, self))
         return fed.each(from_sketch, theta, mixed, self)
 
     def shadow(self, theta: Tree, round: int) -> Float[Tensor, " n"]:
-        """The same of the products."""
+        """Return a random linear projection of the products; see `Factors.shadow`."""
         return torch.cat(list(probed(theta, round).values())) / math.sqrt(PROBES)
 
 
@@ -190,16 +203,19 @@ Aggregate = Annotated[Factors | FrozenA | Product, Field(discriminator="name")]
 
 @work("product.from_right")
 def from_right(client: Client, theta: Tree, right: Tree) -> Tree:
+    """Return each product times a basis from the right."""
     return {a: theta[b] @ (theta[a] @ right[a]) for a, b in pairs(theta)}
 
 
 @work("product.from_left")
 def from_left(client: Client, theta: Tree, left: Tree, residual: bool) -> Tree:
+    """Return each product times a basis from the left, and its probes where they are wanted."""
     return {**{a: (left[a].T @ theta[b]) @ theta[a] for a, b in pairs(theta)}, **(probed(theta, client.round) if residual else {})}
 
 
 @work("product.sketch")
 def sketch(client: Client, theta: Tree, method: Product) -> Tree:
+    """Return each product between random matrices."""
     found: dict[str, Tensor] = {}
     for a, b, right, left in _sketchers(theta, method, client.round):
         found |= {a: theta[b] @ (theta[a] @ right), b: (left @ theta[b]) @ theta[a]}
@@ -208,6 +224,7 @@ def sketch(client: Client, theta: Tree, method: Product) -> Tree:
 
 @work("product.from_sketch")
 def from_sketch(client: Client, theta: Tree, mixed: Tree, method: Product) -> Tree:
+    """Return the factors, at the client's rank, of the product that a mixed sketch stands for."""
     found: dict[str, Tensor] = {}
     for a, b, _, left in _sketchers(theta, method, client.round):
         span = _basis(mixed[a])
@@ -222,7 +239,10 @@ WORKS = (from_right, from_left, sketch, from_sketch)
 
 
 def _sketchers(theta: Tree, method: Product, round: int) -> Iterator[tuple[str, str, Tensor, Tensor]]:
-    """Each weight's names, and the random matrices that its product is multiplied by from the right and from the left."""
+    """Yield each weight's names, and the random matrices that multiply its product.
+
+    The first multiplies from the right, the second from the left.
+    """
     rng = seeds.generator(0, "sketch", round=round)
     for a, b in pairs(theta):
         (rank, inputs), outputs = theta[a].shape, len(theta[b])
@@ -234,7 +254,10 @@ def _sketchers(theta: Tree, method: Product, round: int) -> Iterator[tuple[str, 
 def _factors(
     span: Float[Tensor, "out k"], u: Float[Tensor, "k n"], s: Float[Tensor, " n"], v: Float[Tensor, "n in"], rank: int
 ) -> tuple[Float[Tensor, "r in"], Float[Tensor, "out r"]]:
-    """A and B of this rank whose product comes nearest to span u s v; rows of A have the norm they are drawn with, spare ones are zero."""
+    """Return A and B of a rank whose product comes nearest to span u s v.
+
+    Rows of A have the norm that they are drawn with, spare ones are zero.
+    """
     u, s, v = u[:, :rank], s[:rank], v[:rank]
     spare = rank - len(s)
     a, b = pad(ROW_NORM * v, (0, 0, 0, spare)), pad(span @ u * s / ROW_NORM, (0, spare))
@@ -242,13 +265,16 @@ def _factors(
 
 
 def _basis(columns: Float[Tensor, "n r"]) -> Float[Tensor, "n r"]:
-    """An orthonormal basis of what the columns span."""
+    """Return an orthonormal basis of what the columns span."""
     basis: Tensor = torch.linalg.qr(columns)[0]
     return basis
 
 
 def probed(theta: Tree, round: int) -> Tree:
-    """U' B A v for each weight's product, with normal vectors u and v that are drawn for the round: the same on all clients."""
+    """Return u' B A v for each weight's product, with normal vectors u and v drawn for the round.
+
+    They are the same on all clients.
+    """
     rng = seeds.generator(0, "probe", round=round)
     found = {}
     for a, b in pairs(theta):
@@ -258,7 +284,10 @@ def probed(theta: Tree, round: int) -> Tree:
 
 
 def _residual(merged: Tree, mean: Tree, round: int) -> Mapping[str, float]:
-    """|B A - mean product| / |mean product|: the expected square of u' M v is the squared Frobenius norm of M."""
+    """Return |B A - mean product| / |mean product|, from probes.
+
+    The expected square of u' M v is the squared Frobenius norm of M.
+    """
     measured = {name: tensor for name, tensor in mean.items() if name.startswith(PROBE)}
     if not measured:
         return {}

@@ -1,6 +1,7 @@
-"""How far a federation is from a stationary point, and its clients from agreement; nothing of it is used in training.
+"""How far a federation is from a stationary point, and its clients from agreement.
 
-Both are about the mean model: the mean over clients of the parameters that a task trains, beside the own parts of each client, if any.
+Nothing of it is used in training. Both are about the mean model: the mean over clients of the
+parameters that a task trains, beside the own parts of each client, if any.
 """
 
 from __future__ import annotations
@@ -25,13 +26,20 @@ DRAWN = 64  # examples of a client, or prompts, that Pareto-stationarity is esti
 
 
 def diagnose(fed: Federation, model: Sequence[Any], names: tuple[str, ...], wanted: Sequence[Diagnostic]) -> Mapping[str, float]:
-    """Figures of the active clients, who must have training data; `names` are those of the parameters that the task trains.
+    """Return diagnostics of the active clients, who must have training data.
 
-    `pooled-gradient`: the objective of all clients' training examples together at the mean model, weighted like means over clients
-    are, and its gradient's squared norm. `disagreement`: the share of its held-out examples for which a client's model chooses
-    otherwise than the mean model does, a tie being half a choice. `pareto-stationarity`: the least squared norm of a weighted mean of the
-    objectives' gradients over all clients at the mean model, each client's on one drawn batch, whose noise it holds; it is zero at a
-    point from which no direction is good for all objectives.
+    `pooled-gradient`: the objective of all clients' training examples together at the mean model,
+    weighted like means over clients are, and its gradient's squared norm. `disagreement`: the share
+    of its held-out examples for which a client's model chooses otherwise than the mean model does,
+    a tie being half a choice. `pareto-stationarity`: the least squared norm of a weighted mean of
+    the objectives' gradients over all clients at the mean model, each client's on one drawn batch,
+    whose noise it holds; it is zero at a point from which no direction is good for all objectives.
+
+    Args:
+        fed: The federation.
+        model: The parts of each client's model.
+        names: Names of the parameters that the task trains.
+        wanted: Which diagnostics.
     """
     shared = trees.select(trees.merge(*(part for part in model if isinstance(part, Mapping))), names)
     apart = tuple(name for name in names if name not in shared)
@@ -51,12 +59,13 @@ def diagnose(fed: Federation, model: Sequence[Any], names: tuple[str, ...], want
 
 @work("diagnostics.trained")
 def trained(client: Client, names: tuple[str, ...], *parts: Tree) -> Tree:
+    """Return the parameters of these names of the client's model."""
     return trees.select(trees.merge(*parts), names)
 
 
 @work("diagnostics.pooled")
 def pooled(client: Client, mean: Tree, *parts: Tree) -> Tree:
-    """The gradient of the client's mean loss over its training examples, and the loss."""
+    """Return the gradient of the client's mean loss over its training examples, and the loss."""
     task, device = client.task, client.task.device
     theta = {name: tensor.to(device, copy=True).requires_grad_() for name, tensor in mean.items()}
     params = {**trees.to(trees.merge(*parts), device), **theta}
@@ -72,7 +81,7 @@ def pooled(client: Client, mean: Tree, *parts: Tree) -> Tree:
 
 @work("diagnostics.slopes")
 def slopes(client: Client, mean: Tree, *parts: Tree) -> Tree:
-    """Each objective's gradient on one batch, with fresh critics where it has any."""
+    """Return each objective's gradient on one batch, with fresh critics where it has any."""
     task, device = client.task, client.task.device
     params = trees.to({**task.parts(NO_PARTS, client.rng), **trees.merge(*parts), **mean}, device)
     theta = {name: params[name].clone().requires_grad_() for name in mean}
@@ -83,6 +92,7 @@ def slopes(client: Client, mean: Tree, *parts: Tree) -> Tree:
 
 @work("diagnostics.disagreement")
 def disagreement(client: Client, mean: Tree, *parts: Tree) -> Mapping[str, float]:
+    """Return the share of held-out examples for which the client and the mean model choose apart."""
     own = trees.merge(*parts)
     apart = client.task.choices(own, client.shard) - client.task.choices({**own, **mean}, client.shard)
     return {"disagreement": float(apart.abs().mean())}

@@ -38,9 +38,15 @@ class Network:
     """The chance of each link to fail in each round."""
 
     def check(self, names: Names, taking_part: Sequence[int] | None = None, everybody: bool = True) -> None:
-        """Raise UserError where the topology does not fit the clients, or does not connect those who ever take part (None: all).
+        """Check the topology against the clients.
 
-        Not `everybody` of them may be in each round.
+        Args:
+            names: The clients'.
+            taking_part: Those who ever take part; None for all.
+            everybody: Whether all of them are in each round.
+
+        Raises:
+            UserError: It does not fit the clients, or does not connect those who ever take part.
         """
         apart = set(range(len(names))) - set(range(len(names)) if taking_part is None else taking_part)
         turn = range(len(names)) if isinstance(self.topology, OnePeerExponential) else range(1)
@@ -58,11 +64,14 @@ class Network:
 
     @property
     def links(self) -> Chain:
-        """The way of a message to a neighbour."""
+        """The stages on a message's way to a neighbour."""
         return Chain((self.compression.stage(),) if self.compression else ())
 
     def matrix(self, names: Names, seed: int, round: int, active: Sequence[int]) -> Matrix:
-        """The mixing matrix of a round, [N, N]: nobody hears or is heard by clients that take no part, nor over links that fail."""
+        """Return the mixing matrix of a round [N, N].
+
+        Nobody hears or is heard by clients that take no part, nor over links that fail.
+        """
         whole = mixing(self.topology.graph(names, round), self.weights, names)
         absent = set(range(len(names))) - set(active)
         there = list(links(whole))

@@ -1,4 +1,4 @@
-"""Several objectives: what is preferred among them, their gradients, and one update for all from one forward pass."""
+"""Several objectives: preferences among them, their gradients, and one update for all."""
 
 from __future__ import annotations
 
@@ -17,18 +17,29 @@ from fedpref.tasks.task import CRITIC
 
 @dataclass(frozen=True)
 class Objectives:
-    """How objectives are weighed: fixed weights, or weights from the Gram matrix of their gradients.
+    """How objectives are weighed: fixed weights, or weights from their gradients' Gram matrix.
 
-    What all objectives share is moved along the weighted sum of their gradients; critics, which are one objective's each, along the sum.
-    The Gram matrix is that of the shared parameters, or of those that `watched` names: then the gradients of the objectives are
-    computed for these alone, and one more for all.
+    What all objectives share is moved along the weighted sum of their gradients; critics, which are
+    one objective's each, along the sum. The Gram matrix is that of the shared parameters, or of
+    those that `watched` names: then the gradients of the objectives are computed for these alone,
+    and one more for all.
+
+    Attributes:
+        weigh: Weights [M], or a function from the Gram matrix [M, M] to weights [M].
+        watched: Whether a parameter, by its name, is in the Gram matrix; None for all.
     """
 
     weigh: Callable[[Float[Tensor, "M M"]], Float[Tensor, " M"]] | Float[Tensor, " M"]
     watched: Callable[[str], bool] | None = None
 
     def backward(self, losses: Float[Tensor, " M"], theta: Tree, batches: int) -> list[float]:
-        """Add the gradients of one of so many batches to the parameters', and return the weights."""
+        """Add the gradients of a batch to the parameters', and return the weights.
+
+        Args:
+            losses: Of each objective [M].
+            theta: The parameters.
+            batches: How many batches an update accumulates.
+        """
         critics = [name for name in theta if name.startswith(CRITIC)]
         if isinstance(self.weigh, Tensor):
             weights = self.weigh.to(losses)
@@ -54,7 +65,10 @@ class Objectives:
 
 
 def jacobian(losses: Float[Tensor, " M"], theta: Tree) -> Float[Tensor, "M P"]:
-    """Each loss's gradient, all parameters in the order of their names; nothing of the graph is kept."""
+    """Return each loss's gradient [M, P], all parameters in the order of their names.
+
+    Nothing of the graph is kept.
+    """
     wanted = [theta[name] for name in sorted(theta)]
     last = len(losses) - 1
     rows = [torch.autograd.grad(loss, wanted, retain_graph=m < last, allow_unused=True) for m, loss in enumerate(losses)]
@@ -66,7 +80,16 @@ def _flat(gradients: Sequence[Tensor | None], like: Sequence[Tensor]) -> Float[T
 
 
 def preferred(preference: Sequence[float], objectives: Sequence[str], where: str = "algorithm.preference") -> Float[Tensor, " M"]:
-    """A preference over objectives, brought to a sum of one; equal shares if none is given. Raises UserError where it does not fit."""
+    """Return a preference over objectives, brought to a sum of one [M]; equal shares if none.
+
+    Args:
+        preference: A number for each objective.
+        objectives: Their names.
+        where: The key in a config, for messages.
+
+    Raises:
+        UserError: The preference does not fit.
+    """
     shares = tuple(preference) or (1.0,) * len(objectives)
     if len(shares) != len(objectives):
         raise UserError(f"{where}: {len(shares)} numbers for {len(objectives)} objectives ({', '.join(objectives)}).")
@@ -76,7 +99,13 @@ def preferred(preference: Sequence[float], objectives: Sequence[str], where: str
 
 
 def of_last_layers(names: Collection[str], count: int) -> Callable[[str], bool]:
-    """Whether a parameter belongs to one of the last so many layers, told by the first number in its name."""
+    """Return a function that tells whether a parameter, by its name, is in one of the last layers.
+
+    A layer is told by the first number in the name.
+
+    Raises:
+        UserError: The names have no numbers.
+    """
     numbered = {name: int(found[1]) for name in names if (found := re.search(r"\.(\d+)\.", name))}
     if not numbered:
         raise UserError("algorithm.gram_layers: the adapter's parameters have no layer numbers in their names. Leave it out.")

@@ -1,4 +1,4 @@
-"""Who takes part in a round."""
+"""Who takes part in a round: sampling, weights, deadlines, newcomers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from fedpref.types import Count, NonNegative, Positive, WholeNumber
 class Participation:
     """Who takes part in a round, and with what weight.
 
-    A cohort is drawn without replacement. To draw clients by their examples and weight them by examples too would count them twice.
+    A cohort is drawn without replacement. To draw clients by their examples and weight them by
+    examples too would count them twice.
     """
 
     clients_per_round: Count | None = None
@@ -40,7 +41,15 @@ class Participation:
     """Local steps in which newcomers make what is their own."""
 
     def weights(self, sizes: Mapping[str, int], seed: int) -> list[float]:
-        """Each client's chance to be drawn, up to a factor; raises UserError where `sampling_weights` does not fit the clients."""
+        """Return each client's chance to be drawn, up to a factor.
+
+        Args:
+            sizes: Numbers of training examples, by client.
+            seed: The experiment's.
+
+        Raises:
+            UserError: `sampling_weights` does not fit the clients.
+        """
         late = self.joining(list(sizes), seed)
         sizes = {name: 0 if client in late else size for client, (name, size) in enumerate(sizes.items())}
         if self.sampling != "weighted":
@@ -64,10 +73,15 @@ class Participation:
 
     @property
     def num_newcomers(self) -> int:
+        """The number of clients that join after training."""
         return self.newcomers if isinstance(self.newcomers, int) else len(self.newcomers)
 
     def joining(self, names: Sequence[str], seed: int) -> tuple[int, ...]:
-        """The clients that join after training; raises UserError for a name that is none, and if nobody would be left to train."""
+        """Return the clients that join after training, by number.
+
+        Raises:
+            UserError: A name is no client, or nobody would be left to train.
+        """
         if isinstance(self.newcomers, int):
             order = torch.randperm(len(names), generator=seeds.generator(seed, "newcomers")).tolist()
             found = tuple(sorted(order[: self.newcomers]))
@@ -82,10 +96,15 @@ class Participation:
         return found
 
     def cohort(self, weights: Sequence[float], seed: int, round: int) -> tuple[tuple[int, ...], int]:
-        """The clients of a round, in the order of their ids, and how many more were drawn but would miss the deadline.
+        """Draw the clients of a round.
 
-        Clients are not timed, for the result would depend on the machine: a client's time is drawn, half of its spread once for the run
-        and half for the round, log-normal around the median. If nobody is in time, the round waits for the first.
+        Clients are not timed, for the result would depend on the machine: a client's time is drawn,
+        half of its spread once for the run and half for the round, log-normal around the median. If
+        nobody is in time, the round waits for the first.
+
+        Returns:
+            The clients in the order of their numbers, and how many more were drawn but miss the
+            deadline.
         """
         drawn = draw(weights, self.clients_per_round, seeds.generator(seed, "cohort", round=round))
         if self.deadline is None:
@@ -99,7 +118,16 @@ class Participation:
 
 
 def draw(weights: Sequence[float], size: int | None, rng: torch.Generator) -> tuple[int, ...]:
-    """`size` of the clients with a weight above zero, without replacement, in the order of their ids; all of them if None or too many."""
+    """Draw clients with a weight above zero, without replacement.
+
+    Args:
+        weights: Of each client.
+        size: How many; all of them if None or too many.
+        rng: Random numbers.
+
+    Returns:
+        Their numbers, in order.
+    """
     able = [client for client, weight in enumerate(weights) if weight > 0]
     if size is None or size >= len(able):
         return tuple(able)

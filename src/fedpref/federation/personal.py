@@ -1,4 +1,4 @@
-"""How a client trains what is its own beside what it shares: in two phases, or all at once."""
+"""How a client trains what is its own beside what it shares: in two phases, or at once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fedpref.types import Count, Positive
 
 @dataclass(frozen=True, kw_only=True)
 class Personal:
-    """What of the model is each client's own, and how it is trained; the common settings of algorithms with such parts."""
+    """Settings of algorithms in which clients have parts of their own."""
 
     name: str = ""
     """The algorithm's name in a config."""
@@ -43,13 +43,24 @@ class Personal:
             halves(self.local, self.personal_steps)
 
     def rates(self, own: Tree) -> Mapping[str, float]:
-        """Factors of the learning rate, by name."""
+        """Return factors of the learning rate, by parameter."""
         return {HEAD: self.head_rate, DOWN: self.bottleneck_rate, UP: self.bottleneck_rate} | {
             name: self.adapter_rate for name in own if name.startswith(OWN_ADAPTER)
         }
 
     def train(self, client: Client, received: Tree, fixed: Tree, own: Tree, moments: Tree) -> tuple[Tree, Tree, Tree, Mapping[str, float]]:
-        """A round of local steps: what became of what was received, of the client's own parts and of the moments, and metrics."""
+        """Take a round's local steps.
+
+        Args:
+            client: Who trains.
+            received: What is shared and trained.
+            fixed: What is shared and stays.
+            own: The client's own parts.
+            moments: Optimiser moments, where they are kept.
+
+        Returns:
+            What became of `received`, of `own` and of `moments`, and metrics.
+        """
         rates = self.rates(own)
         if self.phases == "joint" or not own:
             theta, moments, metrics = train_locally(client, {**received, **own}, self.local, moments, fixed=fixed, rates=rates)
@@ -67,9 +78,11 @@ class Personal:
 
 @work("personal.begin", sends=())
 def begin(client: Client, parts: Parts) -> Tree:
+    """Return a client's own parts as they begin."""
     return client.task.parts(parts, client.rng)
 
 
 @work("personal.settle", sends=())
 def settle(client: Client, shared: Tree, own: Tree, settings: LocalTraining, method: Personal) -> Tree:
+    """Return the own parts of a client that joins after the run, trained beside what is shared."""
     return train_locally(client, own, settings, {}, fixed=shared, rates=method.rates(own))[0]

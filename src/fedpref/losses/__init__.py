@@ -1,4 +1,4 @@
-"""Pure functions of tensors; no model, no data, no config."""
+"""Losses as pure functions of tensors: no model, no data, no config."""
 
 from fedpref.losses.explicit import Explicit
 from fedpref.losses.feedback import KTO

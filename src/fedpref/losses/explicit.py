@@ -16,12 +16,13 @@ PerPair = Float[Tensor, " B"]
 
 @dataclass(frozen=True, kw_only=True)
 class Explicit:
-    """How a reward head's margin joins the implicit one: P(chosen over rejected) = sigmoid(implicit + alpha explicit).
+    """How a reward head's margin joins DPO's implicit one.
 
-    The loss is the preference loss of that sum plus `gamma` times -log sigmoid(explicit), whose gradient reaches all that trains
-    below the head too. FedPDPO's parts are published, this
-    combination is ours. Fitted on the sum alone, the policy would learn only what the reward head leaves over; therefore the reward
-    head is a constant in the sum, and learns from its own term, unless `stop_gradient` is off.
+    P(chosen over rejected) = sigmoid(implicit + alpha explicit). The loss is the preference loss of
+    that sum plus `gamma` times -log sigmoid(explicit), whose gradient reaches all that trains below
+    the head too. FedPDPO's parts are published, this combination is ours. Fitted on the sum alone,
+    the policy would learn only what the reward head leaves over; therefore the reward head is a
+    constant in the sum, and learns from its own term, unless `stop_gradient` is off.
     """
 
     alpha: NonNegative = 0.5
@@ -32,6 +33,12 @@ class Explicit:
     """Keep the explicit reward's gradient in the joint loss from the reward head."""
 
     def __call__(self, loss: DPO | Hinge, implicit: PerPair, explicit: PerPair) -> PerPair:
-        """One loss a pair from the two margins, chosen less rejected."""
+        """Return the loss of each pair.
+
+        Args:
+            loss: The preference loss.
+            implicit: Margins of the implicit reward, chosen less rejected [B].
+            explicit: Margins of the explicit reward, likewise [B].
+        """
         offset = explicit.detach() if self.stop_gradient else explicit
         return loss.of_margin(implicit + self.alpha * offset) - self.gamma * logsigmoid(explicit)

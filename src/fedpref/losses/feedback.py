@@ -16,9 +16,10 @@ from fedpref.types import Positive
 class KTO:
     """Kahneman-Tversky optimisation of single answers (Ethayarajh et al. 2024, eq. 7).
 
-    An answer's log-ratio over the reference is pushed away from a point of indifference: the policy's KL divergence, which a batch
-    estimates from answers to other prompts, so that a batch should hold several examples. The paper advises weights for which
-    desirable_weight times the number of desirable answers is 1 to 4/3 of undesirable_weight times that of the others.
+    An answer's log-ratio over the reference is pushed away from a point of indifference: the
+    policy's KL divergence, which a batch estimates from answers to other prompts, so that a batch
+    should hold several examples. The paper advises weights for which desirable_weight times the
+    number of desirable answers is 1 to 4/3 of undesirable_weight times that of the others.
     """
 
     name: Literal["kto"] = "kto"
@@ -30,11 +31,19 @@ class KTO:
     """The weight of undesirable answers."""
 
     def __call__(self, ratio: Float[Tensor, " B"], mismatched: Float[Tensor, " B"], desirable: Bool[Tensor, " B"]) -> Float[Tensor, " B"]:
-        """`ratio` is log pi(y|x) - log reference(y|x) of each answer, `mismatched` that of an answer to another prompt after this one."""
+        """Return the loss of each answer.
+
+        Args:
+            ratio: log pi(y|x) - log reference(y|x) of each answer [B].
+            mismatched: The same of an answer to another prompt after this one [B].
+            desirable: Whether the answer is desirable [B].
+        """
         gain = self.beta * (ratio - self.kl(mismatched))
         value = torch.where(desirable, self.desirable_weight * torch.sigmoid(gain), self.undesirable_weight * torch.sigmoid(-gain))
         return torch.where(desirable, self.desirable_weight, self.undesirable_weight) - value
 
     def kl(self, mismatched: Float[Tensor, " B"]) -> Float[Tensor, ""]:
-        """The batch's estimate, never negative, through which no gradient flows."""
+        """Return the batch's estimate of the KL divergence, never negative; no gradient flows
+        through it.
+        """
         return mismatched.detach().mean().clamp(min=0)

@@ -1,7 +1,7 @@
-"""Policy gradients from sampled answers: pure functions from rewards and tokens' log-probabilities to advantages and a loss.
+"""Policy gradients from sampled answers: from rewards to advantages and a loss.
 
-n tokens of A answers stand in one row, answer after answer; `owner` says whose answer each token belongs to. Answers to one prompt
-follow one another, S to a prompt.
+The n tokens of A answers stand in one row, answer after answer; `owner` says whose answer each
+token belongs to. Answers to one prompt follow one another, S to a prompt.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PerAnswer = Float[Tensor, " A"]
 
 @dataclass(frozen=True)
 class Sampled:
-    """Tokens' log-probabilities when they were drawn, and under the reference; whose they are."""
+    """Tokens' log-probabilities when they were drawn and under the reference, and whose they are."""
 
     old: PerToken
     reference: PerToken
@@ -37,15 +37,16 @@ class Sampled:
         return torch.arange(len(self.counts), device=self.old.device).repeat_interleave(torch.tensor(self.counts, device=self.old.device))
 
     def summed(self, tokens: PerToken) -> PerAnswer:
-        """Sums over each answer's tokens."""
+        """Return the sum over each answer's tokens [A]."""
         return tokens.new_zeros(len(self.counts)).index_add(0, self.owner, tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PPO:
-    """Proximal policy optimisation with a critic (Schulman et al. 2017): advantages by GAE, of rewards that pay for every token's KL.
+    """Proximal policy optimisation with a critic (Schulman et al. 2017); advantages by GAE.
 
-    An answer's reward comes with its last token; each token costs `kl` times its log-ratio to the reference when it was drawn.
+    An answer's reward comes with its last token; each token pays `kl` times its log-ratio to the
+    reference when it was drawn.
     """
 
     name: Literal["ppo"] = "ppo"
@@ -64,7 +65,13 @@ class PPO:
     needs_critic: ClassVar[bool] = True
 
     def advantages(self, rewards: PerAnswer, sampled: Sampled, values: PerToken | None) -> tuple[PerToken, PerToken]:
-        """Advantages, and the returns that the critic is to foretell; `values` are the critic's of the state before each token."""
+        """Return advantages, and the returns that the critic is to foretell, of each token [n].
+
+        Args:
+            rewards: Of each answer [A].
+            sampled: The tokens.
+            values: The critic's value of the state before each token [n].
+        """
         if values is None:
             raise ValueError("PPO needs a critic's values")
         paid = -self.kl * (sampled.old - sampled.reference)
@@ -76,7 +83,11 @@ class PPO:
 
 @dataclass(frozen=True, kw_only=True)
 class RLOO:
-    """An answer against the mean of the other answers to its prompt (Ahmadian et al. 2024); no critic. Rewards pay for the answer's KL."""
+    """An answer against the mean of the other answers to its prompt (Ahmadian et al. 2024); no
+    critic.
+
+    Rewards pay for the answer's KL.
+    """
 
     name: Literal["rloo"] = "rloo"
     epsilon: NonNegative = 0.2
@@ -97,7 +108,11 @@ class RLOO:
 
 @dataclass(frozen=True, kw_only=True)
 class GRPO:
-    """An answer against its group, in deviations of the group's rewards (Shao et al. 2024); no critic. The loss pays for KL."""
+    """An answer against its group, in deviations of the group's rewards (Shao et al. 2024); no
+    critic.
+
+    The loss pays for the KL.
+    """
 
     name: Literal["grpo"] = "grpo"
     epsilon: NonNegative = 0.2
@@ -116,9 +131,17 @@ Estimator = PPO | RLOO | GRPO
 
 
 def surrogate(new: PerToken, advantages: PerToken, sampled: Sampled, settings: Estimator) -> Float[Tensor, ""]:
-    """The clipped surrogate's loss, a mean over tokens; GRPO's with the estimate exp(-x) - 1 + x of each token's KL, x its log-ratio.
+    """Return the clipped surrogate's loss, a mean over tokens.
 
-    At the policy that drew the tokens the ratio is one, and the gradient that of -advantage times log-probability.
+    GRPO's has the estimate exp(-x) - 1 + x of each token's KL in it, x its log-ratio. At the policy
+    that drew the tokens the ratio is one, and the gradient that of -advantage times
+    log-probability.
+
+    Args:
+        new: Log-probabilities under the policy that is trained [n].
+        advantages: Of each token [n].
+        sampled: The tokens as they were drawn.
+        settings: The estimator.
     """
     ratio = (new - sampled.old).exp()
     gain = torch.minimum(ratio * advantages, ratio.clamp(1 - settings.epsilon, 1 + settings.epsilon) * advantages)

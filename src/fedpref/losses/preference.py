@@ -1,8 +1,4 @@
-"""The DPO family: pure functions from log-probabilities of answer pairs to one loss per pair.
-
-A loss is a frozen dataclass of its hyper-parameters. It is called with the scores of B pairs under the policy and under the
-reference, and returns B losses; `rewards` returns the implicit rewards of chosen and rejected answers by which it ranks.
-"""
+"""Losses of preference pairs, from log-probabilities: DPO and its family."""
 
 from __future__ import annotations
 
@@ -37,10 +33,9 @@ class PairScores:
 
 @dataclass(frozen=True, kw_only=True)
 class DPO:
-    """Direct preference optimisation: -log sigmoid of beta times the margin over the reference (Rafailov et al. 2023, eq. 7).
+    """Direct preference optimisation: -log sigmoid(beta margin over the reference).
 
-    With `label_smoothing` e, labels are taken to be flipped with probability e: `conservative` takes the expected loss under
-    flipped labels (Mitchell 2023), `robust` the loss whose mean over flips is the clean one (Chowdhury et al. 2024, eq. 12).
+    Source: Rafailov et al. 2023, eq. 7.
     """
 
     name: Literal["dpo"] = "dpo"
@@ -71,10 +66,9 @@ class DPO:
 
 @dataclass(frozen=True, kw_only=True)
 class IPO:
-    """Identity preference optimisation: the margin over the reference is regressed on 1 / (2 beta) (Azar et al. 2023, eq. 17).
+    """Identity preference optimisation: the margin over the reference is regressed on 1 / (2 beta).
 
-    The log-probabilities are means over an answer's tokens, as in TRL; the paper does not say, and with sums the target does
-    not fit answers of different lengths.
+    Log-probabilities are means over tokens, as in TRL. Source: Azar et al. 2023, eq. 17.
     """
 
     name: Literal["ipo"] = "ipo"
@@ -93,7 +87,10 @@ class IPO:
 
 @dataclass(frozen=True, kw_only=True)
 class Hinge:
-    """The hinge on the same margin as DPO's: max(0, 1 - beta margin) (SLiC, Zhao et al. 2023, with a reference as in RSO)."""
+    """The hinge on the same margin as DPO's: max(0, 1 - beta margin).
+
+    Source: SLiC (Zhao et al. 2023), with a reference as in RSO.
+    """
 
     name: Literal["hinge"] = "hinge"
     beta: Positive = 0.1
@@ -114,7 +111,10 @@ class Hinge:
 
 @dataclass(frozen=True, kw_only=True)
 class SimPO:
-    """No reference: mean log-probabilities of a token, apart by a target margin `gamma` (Meng et al. 2024, eq. 6)."""
+    """No reference: mean log-probabilities of a token, apart by a target margin.
+
+    Source: Meng et al. 2024, eq. 6.
+    """
 
     name: Literal["simpo"] = "simpo"
     beta: Positive = 2.0
@@ -134,9 +134,9 @@ class SimPO:
 
 @dataclass(frozen=True, kw_only=True)
 class ORPO:
-    """No reference: likelihood of the chosen answer plus `beta` times a log odds ratio (Hong et al. 2024, eq. 6 and 7).
+    """No reference: the likelihood of the chosen answer plus `beta` times a log odds ratio.
 
-    The likelihood is the mean over the chosen answer's tokens; the prompt is not part of it.
+    Source: Hong et al. 2024, eq. 6 and 7.
     """
 
     name: Literal["orpo"] = "orpo"

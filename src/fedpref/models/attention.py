@@ -24,7 +24,12 @@ _ATTEND: ContextVar[tuple[Attend, int] | None] = ContextVar("attend", default=No
 
 @contextmanager
 def packed_attention(layout: Layout, kernel: Kernel) -> Iterator[None]:
-    """Within it, models whose attention implementation is ATTENTION attend as the layout says; outside, they do as `sdpa` does."""
+    """Let models attend as a layout says, within a `with`; outside they do as `sdpa` does.
+
+    Args:
+        layout: The packed row.
+        kernel: How to attend.
+    """
     token = _ATTEND.set((kernel(layout), int(layout.positions.max()) + 1))
     try:
         yield
@@ -33,7 +38,7 @@ def packed_attention(layout: Layout, kernel: Kernel) -> Iterator[None]:
 
 
 def register() -> None:
-    """Make ATTENTION known to transformers."""
+    """Make the packed form's attention known to transformers, under the name `ATTENTION`."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
@@ -65,12 +70,12 @@ class PackingError(Exception):
 
 
 def kernels(device: torch.device, dtype: torch.dtype) -> tuple[Kernel, ...]:
-    """Ways to attend here, the fastest first."""
+    """Return the ways to attend on a device, the fastest first."""
     return (by_variable_length, by_sequence) if device.type == "cuda" and dtype != torch.float32 else (by_sequence,)
 
 
 def by_sequence(layout: Layout) -> Attend:
-    """One sequence after the other, each under a mask of its own."""
+    """Return an attention that takes one sequence after the other, each under its own mask."""
     bounds = [(ends[0], ends[-1]) for ends in layout.sequences]
     widest = max(end - begin for begin, end in bounds)
     causal = torch.full((widest, widest), float("-inf"), device=layout.ids.device).triu(1)
@@ -99,7 +104,10 @@ def by_sequence(layout: Layout) -> Attend:
 
 
 def _mask(causal: Float[Tensor, "T T"], ends: tuple[int, ...]) -> Float[Tensor, "t t"]:
-    """0 where a token (first axis) may look, -inf elsewhere: in the prompt and in its own part, not ahead."""
+    """Return a sequence's mask: 0 where a token (first axis) may look, -inf elsewhere.
+
+    A token sees the prompt and its own part, not what comes after it.
+    """
     _, opening, *rest = (end - ends[0] for end in ends)
     mask = causal[: rest[-1], : rest[-1]].clone()
     for end in rest[:-1]:
@@ -145,7 +153,10 @@ class _Attention(torch.autograd.Function):
 
 
 def by_variable_length(layout: Layout) -> Attend:
-    """All sequences in one call of a GPU's kernel: the queries of each part against the keys of its prompt and its own."""
+    """Return an attention that takes all sequences in one call of a GPU's kernel.
+
+    The queries of each part meet the keys of its prompt and its own.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
     places: list[int] = []

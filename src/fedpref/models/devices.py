@@ -1,4 +1,7 @@
-"""Which device computes, and in which arithmetic. Nothing here opens a CUDA context before a worker takes its place."""
+"""Which device computes, and in which arithmetic.
+
+Nothing here opens a CUDA context before a worker moves to its device: an open one cannot be forked.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,11 @@ from fedpref.errors import UserError
 
 
 def wanted(name: str) -> torch.device:
-    """The device that a setting means, a GPU without a number for any of them; raises UserError where there is none."""
+    """Return the device that a setting means, a GPU without a number for any of them.
+
+    Raises:
+        UserError: There is no such device.
+    """
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # count GPUs without opening one: an open one cannot be forked
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -26,19 +33,22 @@ def wanted(name: str) -> torch.device:
 
 
 def count(device: torch.device) -> int:
-    """How many workers have a place of their own: processors, or GPUs."""
+    """Return how many workers have a processor, or a GPU, of their own."""
     if device.type == "cuda":
         return 1 if device.index is not None else torch.cuda.device_count()
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
 
 
 def of_worker(device: torch.device, worker: int) -> torch.device:
-    """The device of a worker: GPUs are dealt out in turn."""
+    """Return the device of a worker; GPUs are dealt out in turn."""
     return torch.device("cuda", worker % torch.cuda.device_count()) if device == torch.device("cuda") else device
 
 
 def arithmetic(name: str, device: torch.device) -> torch.dtype:
-    """The dtype that a setting means on a device: bfloat16 where it has the instructions for it."""
+    """Return the dtype that a setting means on a device.
+
+    `auto` is bfloat16 where the device has instructions for it.
+    """
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
     fast = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()

@@ -1,4 +1,4 @@
-"""Texts as vectors: the mean of a language model's last hidden states, or a sentence-embedding model; nothing is trained."""
+"""Texts as vectors, by a language model's last hidden states or a sentence-embedding model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DEFAULT_LENGTH = 1024  # of a model that does not say how much it can take
 
 @dataclass(frozen=True)
 class Encoder:
-    """Which model embeds texts."""
+    """The model that turns texts into vectors; nothing of it is trained."""
 
     path: str = BUILTIN
     """A Hub id, a local folder, or `builtin`, the small model that comes with fedpref."""
@@ -45,7 +45,7 @@ class Encoder:
 
     @property
     def embeds_sentences(self) -> bool:
-        """Whether it is a model of sentence-transformers."""
+        """Whether the model is one of sentence-transformers."""
         named = self.path.startswith("sentence-transformers/") or (Path(self.path).expanduser() / "modules.json").is_file()
         return self.kind == "sentence-transformers" or (self.kind == "auto" and named)
 
@@ -55,7 +55,7 @@ class Encoder:
 
 
 class TextEncoder:
-    """A model at work."""
+    """A loaded model that embeds texts."""
 
     def __init__(self, settings: Encoder) -> None:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -77,7 +77,7 @@ class TextEncoder:
             self.move_to(0)
 
     def move_to(self, worker: int) -> None:
-        """Move to the device of this worker."""
+        """Move to the device of a worker."""
         self.device = devices.of_worker(self.wanted, worker)
         self.model.to(self.device, devices.arithmetic(self.settings.dtype, self.device))
 
@@ -95,13 +95,13 @@ class TextEncoder:
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or DEFAULT_LENGTH
 
     def cuts(self, text: str) -> bool:
-        """Whether a text is too long to be embedded whole."""
+        """Return whether a text is too long to be embedded whole."""
         tokenizer = self.model.tokenizer if self.tokenizer is None else self.tokenizer
         return len(text) > self.longest and len(tokenizer(text, truncation=False)["input_ids"]) > self.longest
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of the weights, shapes and a sample of each, and of how they are used: modules, pooling, tokenizer, arithmetic."""
+        """A hash of the weights, shapes and a sample of each, and of how they are used."""
         tokenizer = self.model.tokenizer if self.tokenizer is None else self.tokenizer
         rules = json.loads(tokenizer.backend_tokenizer.to_str()) if hasattr(tokenizer, "backend_tokenizer") else {"name": str(tokenizer)}
         kept = {name: rule for name, rule in rules.items() if name not in ("padding", "truncation")}  # which calls set as they go
@@ -114,7 +114,7 @@ class TextEncoder:
 
     @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> Float[Tensor, "n D"]:
-        """Each text's vector, in float32 on the CPU, in the order of the texts."""
+        """Return each text's vector [n, D], in float32 on the CPU, in the order of the texts."""
         if self.tokenizer is None:
             found: Tensor = self.model.encode(list(texts), convert_to_tensor=True, show_progress_bar=False)
             return found.float().cpu()
@@ -129,7 +129,7 @@ class TextEncoder:
         return vectors
 
     def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
-        """Texts of similar length together, at most so many tokens with their padding."""
+        """Yield indices of texts of similar length, at most so many tokens with their padding."""
         batch: list[int] = []
         for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
             if batch and lengths[i] * (len(batch) + 1) > self.settings.tokens_per_batch:

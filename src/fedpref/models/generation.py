@@ -1,4 +1,4 @@
-"""Answers drawn from a language model: prompts in batches, each read once for all its samples, with the adapter added into the weights."""
+"""Answers drawn from a language model, each prompt read once for all its samples."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ SPARSE = 0.25  # share of finished answers from which they are taken out of the 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How answers are drawn; names as in TRL's GRPOConfig. What is drawn is what is trained: no top-k, no top-p."""
+    """How answers are drawn; names as in TRL's GRPOConfig.
+
+    What is drawn is what is trained: there is no top-k and no top-p.
+    """
 
     max_completion_length: Count = 64
     """Tokens of an answer at most, the end token among them."""
@@ -34,9 +37,19 @@ class Sampling:
 def generate(
     language: LanguageModel, params: Tree | None, prompts: Sequence[Sequence[int]], samples: int, settings: Sampling, rng: torch.Generator
 ) -> list[tuple[int, ...]]:
-    """So many answers to each prompt, prompt after prompt, under an adapter or the backbone alone.
+    """Draw answers.
 
-    An answer ends with the end token, or has `max_completion_length` tokens and no end.
+    Args:
+        language: The model.
+        params: An adapter, with own parts if there are any; None for the backbone alone.
+        prompts: Tokens of each prompt.
+        samples: Answers to each prompt.
+        settings: Length and temperature.
+        rng: Random numbers.
+
+    Returns:
+        Tokens of the answers, prompt after prompt. An answer ends with the end token, or has
+        `max_completion_length` tokens and no end.
     """
     found: list[tuple[int, ...]] = [()] * (len(prompts) * samples)
     ranked = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
@@ -52,9 +65,9 @@ def generate(
 
 @contextmanager
 def merged(language: LanguageModel, params: Tree | None) -> Iterator[None]:
-    """The model with its adapters in its weights, which need their memory a second time, and a client's own parts at its head.
+    """Put adapters into the model's weights, and own parts at its head, within a `with`.
 
-    Weights and head are put back afterwards.
+    The weights need their memory a second time; they and the head are put back afterwards.
     """
     given, model = params or {}, language.model.get_base_model()
     first = next(iter(language.parameter_names))
@@ -80,7 +93,7 @@ def merged(language: LanguageModel, params: Tree | None) -> Iterator[None]:
 
 
 def _changes(language: LanguageModel, adapter: Tree) -> Iterator[tuple[Any, Tensor]]:
-    """Layers, and what an adapter adds to their weights."""
+    """Yield layers, and what an adapter adds to their weights."""
     parameters = dict(language.model.named_parameters())
     for name, place in language.parameter_names.items():
         there = parameters[place].data
@@ -93,7 +106,7 @@ def _changes(language: LanguageModel, adapter: Tree) -> Iterator[tuple[Any, Tens
 def _draw(
     language: LanguageModel, prompts: Sequence[Sequence[int]], samples: int, settings: Sampling, rng: torch.Generator
 ) -> Int[Tensor, "A T"]:
-    """Answers' tokens, -1 after their end."""
+    """Return answers' tokens [A, T], -1 after their end."""
     from transformers import DynamicCache
 
     device, longest = language.device, max(map(len, prompts))
@@ -126,7 +139,7 @@ def _draw(
 def _next(
     language: LanguageModel, cache: Any, ids: Int[Tensor, "A t"], positions: Int[Tensor, "A t"], seen: Int[Tensor, "A T"] | None
 ) -> Float[Tensor, "A V"]:
-    """The logits of what follows each row."""
+    """Return the logits of what follows each row [A, V]."""
     model = language.model.get_base_model()
     hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0][:, -1:],))
     try:
@@ -138,7 +151,7 @@ def _next(
 
 
 def _sample(logits: Float[Tensor, "A V"], temperature: float, rng: torch.Generator) -> Int[Tensor, " A"]:
-    """One token of each row: where a random point falls in the cumulated probabilities."""
+    """Return one token of each row: where a random point falls in the cumulated probabilities."""
     reached = (logits / temperature).softmax(-1).cumsum(-1, dtype=torch.float64)
     points = torch.rand(len(logits), 1, dtype=torch.float64, generator=rng).to(logits.device) * reached[:, -1:]
     return torch.searchsorted(reached, points, right=True)[:, 0].clamp(max=logits.shape[1] - 1)

@@ -1,4 +1,8 @@
-"""Log-probabilities under a frozen vocabulary head, with nothing of the vocabulary's width kept."""
+"""Log-probabilities under a vocabulary head, with nothing of the vocabulary's width kept.
+
+The gradient is written by hand, and in the same pass where the head is frozen: autograd would keep
+logits of all tokens.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +23,17 @@ def token_log_probabilities(
     targets: Int[Tensor, " n"],
     change: tuple[Float[Tensor, "r D"], Float[Tensor, "V r"]] | None = None,
 ) -> Float[Tensor, " n"]:
-    """Log-probabilities of tokens under a linear head W, or W + U D of a low-rank change (D, U); logits live for a chunk only.
+    """Return the log-probability of each token under a linear head.
 
-    Under a head that is frozen the gradient is formed in the same pass; under one that is trained, logits are computed twice.
+    Logits live for a chunk only. Under a frozen head the gradient is formed in the same pass; under
+    one that is trained, logits are computed twice.
+
+    Args:
+        hidden: States that come to the head [n, D].
+        weight: The head's W [V, D].
+        bias: The head's bias [V].
+        targets: The tokens [n].
+        change: A low-rank change of W, as (D, U) for W + U D.
     """
     rows = even(hidden)
     wanted = nn.functional.pad(targets, (0, len(rows) - len(hidden)))
@@ -37,7 +49,7 @@ def token_log_probabilities(
 
 
 def even(rows: Float[Tensor, "n D"]) -> Float[Tensor, "m D"]:
-    """The rows, and zeros up to a multiple of `SCORED`."""
+    """Return the rows, and zeros up to a multiple of `SCORED`."""
     return nn.functional.pad(rows, (0, 0, 0, -len(rows) % SCORED))
 
 
@@ -47,7 +59,7 @@ def _chunks(count: int, vocabulary: int) -> list[slice]:
 
 
 class _Head(torch.autograd.Function):
-    """The gradient with respect to the hidden state is W[target] - softmax(W h) W."""
+    """A frozen head; the gradient with respect to the hidden state is W[target] - softmax(W h) W."""
 
     @staticmethod
     def forward(
@@ -72,7 +84,10 @@ class _Head(torch.autograd.Function):
 
 
 class _TrainedHead(torch.autograd.Function):
-    """Logits are W h + U d; the gradient of a token's logits is one at its target less their softmax, computed anew."""
+    """A head that is trained, with logits W h + U d.
+
+    The gradient of a token's logits is one at its target less their softmax, computed anew.
+    """
 
     @staticmethod
     def forward(
@@ -120,7 +135,7 @@ def _tokens(
     up: Float[Tensor, "V r"] | None,
     part: slice,
 ) -> Float[Tensor, "m V"]:
-    """Log-probabilities of all tokens, in float32."""
+    """Return the log-probabilities of all tokens, in float32 [m, V]."""
     logits = nn.functional.linear(hidden[part], weight, bias)
     if inner is not None and up is not None:
         logits = logits.addmm_(inner[part], up.T)

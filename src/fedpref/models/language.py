@@ -1,4 +1,4 @@
-"""A causal language model of transformers with a LoRA adapter: one frozen backbone, any number of adapters and own parts as trees."""
+"""A causal language model of transformers, with adapters and own parts as trees."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ BUILTIN = "builtin"
 
 @dataclass(frozen=True)
 class Model:
-    """Which language model, and its adapter; LoRA's names as in PEFT's LoraConfig with a prefix."""
+    """Which language model, and its adapter; LoRA's names are those of PEFT's LoraConfig."""
 
     path: str = BUILTIN
     """A Hub id, a local folder, or `builtin`, the small model that comes with fedpref."""
@@ -70,9 +70,16 @@ class Model:
 
 
 class LanguageModel:
-    """Backbone, tokenizer and the adapter's shape; the adapter's values are passed in as a tree.
+    """A frozen backbone, its tokenizer, and the shape of an adapter.
 
-    A tree's names are those of PEFT's own adapter files, so that a tree saved is an adapter saved.
+    The adapter's values are passed in as a tree, so that one backbone serves any number of clients.
+    A tree's names are those of PEFT's own adapter files: a tree saved is an adapter saved.
+
+    Args:
+        settings: Which model, and the adapter's shape.
+
+    Raises:
+        UserError: The model cannot be loaded, or the adapter does not fit it.
     """
 
     def __init__(self, settings: Model) -> None:
@@ -125,7 +132,10 @@ class LanguageModel:
             self._settle(self.wanted)
 
     def move_to(self, worker: int) -> None:
-        """Move to the device of this worker; workers are counted from 0, and each in a process of its own moves its own copy."""
+        """Move to the device of a worker, counted from 0.
+
+        Each worker in a process of its own moves its own copy.
+        """
         device = devices.of_worker(self.wanted, worker)
         if device != self.device:
             self._settle(device)
@@ -153,12 +163,15 @@ class LanguageModel:
 
     @property
     def context(self) -> int | None:
-        """Tokens the backbone can take, where its config says so."""
+        """Tokens that the backbone can take, where its config says so."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of the frozen backbone as it was loaded, shapes and a sample of each weight, and of what it computes on."""
+        """A hash of the frozen backbone as it was loaded, and of what it computes on.
+
+        It is made of all shapes and a sample of each weight.
+        """
         digest = blake2b(digest_size=16)
         for name, weight in self.model.named_parameters():
             if ".lora_" not in name:
@@ -168,7 +181,10 @@ class LanguageModel:
         return digest.hexdigest()
 
     def init(self, rng: torch.Generator) -> Tree:
-        """A fresh adapter in float32 on the CPU, drawn as PEFT does (A uniform and B zero): the model starts as its backbone."""
+        """Return a fresh adapter in float32 on the CPU, drawn as PEFT does.
+
+        A is uniform and B zero, so that the model starts as its backbone.
+        """
         parameters = dict(self.model.named_parameters())
         adapter = {name: torch.zeros(parameters[place].shape) for name, place in self.parameter_names.items()}
         for name, tensor in adapter.items():
@@ -179,7 +195,11 @@ class LanguageModel:
         return adapter
 
     def fresh(self, settings: Parts, rng: torch.Generator) -> Tree:
-        """A client's own parts as they begin; raises UserError where the model's vocabulary head cannot stand beside them."""
+        """Return a client's own parts as they begin.
+
+        Raises:
+            UserError: The model's vocabulary head cannot stand beside them.
+        """
         if settings.after and not self.has_plain_head:
             raise UserError(
                 f"{self.name}: parts of a client's own need logits that are the vocabulary head's alone, and a head without an adapter. "
@@ -188,16 +208,24 @@ class LanguageModel:
         return settings.init(self.head.weight, self.init(rng), rng)
 
     def log_probabilities(self, params: Tree | None, rows: Sequence[Row], *, training: bool = False) -> Float[Tensor, " A"]:
-        """The summed log-probability of each answer, in the order of the rows; see `score`."""
+        """Return the summed log-probability of each answer [A]; see `score`."""
         return self.score(params, rows, training=training)[0]
 
     def score(
         self, params: Tree | None, rows: Sequence[Row], *, training: bool = False
     ) -> tuple[Float[Tensor, " A"], Float[Tensor, " A"] | None]:
-        """Each answer's summed log-probability, and its explicit reward if the parameters have a reward head.
+        """Score answers.
 
-        Without parameters, the backbone's. `training` turns the adapter's dropout on; the backbone's stays off, since DPO compares
-        log-probabilities. Parameters compute in the backbone's dtype; their gradients arrive in their own.
+        Args:
+            params: An adapter, with own parts if there are any; None for the backbone. They compute
+                in the backbone's dtype; their gradients arrive in their own.
+            rows: Prompts' tokens, each with its answers' tokens.
+            training: Draw the adapter's dropout. The backbone's stays off, since DPO compares
+                log-probabilities.
+
+        Returns:
+            Each answer's summed log-probability [A], in the order of the rows, and its explicit
+            reward [A] if the parameters have a reward head.
         """
         states, layout, own, logits = self._states(params, rows, training)
         if logits is None:
@@ -207,7 +235,11 @@ class LanguageModel:
     def tokens(
         self, params: Tree | None, rows: Sequence[Row], *, training: bool = False, temperature: float = 1.0
     ) -> tuple[Float[Tensor, " n"], Float[Tensor, "n D"]]:
-        """Each answer token's log-probability and the hidden state that it is told from, answer after answer; without own parts."""
+        """Return each answer token's log-probability [n], and the hidden state it is told from [n,
+        D].
+
+        Tokens stand answer after answer; own parts are not used.
+        """
         states, layout, _, logits = self._states(params, rows, training)
         hidden = states.flatten(0, 1).index_select(0, layout.scored)
         if logits is not None:
@@ -218,7 +250,12 @@ class LanguageModel:
     def _states(
         self, params: Tree | None, rows: Sequence[Row], training: bool
     ) -> tuple[Float[Tensor, "R T D"], Layout, Tree, Float[Tensor, "1 n V"] | None]:
-        """Hidden states, where they lie, own parts as the model computes, and answers' logits where the head alone does not give them."""
+        """Run the model.
+
+        Returns:
+            Hidden states, where they lie, own parts in the model's arithmetic, and answers' logits
+            where the head alone does not give them.
+        """
         for dropout in self.dropouts:
             dropout.train(training)
         cast = {name: _aligned(tensor.to(self.device, self.dtype)) for name, tensor in (params or {}).items()}
@@ -243,9 +280,10 @@ class LanguageModel:
         return layout.per_answer(tokens), (after_bottleneck(hidden.index_select(0, layout.last), own) * own[REWARD]).float().sum(1)
 
     def _packing_problem(self) -> str | None:
-        """Try the packed form on a few tokens, against the padded one with the model's own attention: what is wrong with it, if anything.
+        """Try the packed form on a few tokens; return what is wrong with it, None if nothing is.
 
-        If nothing is, the model keeps the packed form's attention, which elsewhere is transformers' `sdpa`.
+        It is compared with the padded form under the model's own attention. If nothing is wrong,
+        the model keeps the packed form's attention, which elsewhere is transformers' `sdpa`.
         """
         if type(self.head) is not nn.Linear:
             return "its vocabulary head is not a plain linear layer"
@@ -283,7 +321,10 @@ class LanguageModel:
         return problem
 
     def _run(self, adapter: Tree, layout: Layout, places: Int[Tensor, " m"]) -> tuple[Float[Tensor, "R T D"], Float[Tensor, "1 m V"]]:
-        """The hidden states that come to the vocabulary head, and the head's logits at these places of the flattened ids alone."""
+        """Return the states that come to the vocabulary head, and its logits at some places alone.
+
+        Places are those of the flattened ids.
+        """
         states: list[Tensor] = []
 
         def cut(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
@@ -301,7 +342,9 @@ class LanguageModel:
             hook.remove()
 
     def export(self, params: Tree, folder: Path) -> None:
-        """Write a folder that `load_model` loads, and PEFT if there are no parts of a client's own; the tokenizer beside it."""
+        """Write a folder that `load_model` loads, and PEFT if there are no own parts, with the
+        tokenizer.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         adapter = combined_adapter({name: tensor for name, tensor in params.items() if name not in NAMES})
         config = self.model.peft_config["default"]
@@ -315,7 +358,11 @@ class LanguageModel:
     # ---- text to tokens
 
     def encode(self, prompt: str, answer: str) -> tuple[list[int], list[int]]:
-        """Tokens of a plain prompt, with the tokenizer's opening token if it has one, and of an answer, closed by the end token."""
+        """Return the tokens of a plain prompt and of an answer.
+
+        The prompt has the tokenizer's opening token if there is one, the answer is closed by the
+        end token.
+        """
         opening = self.tokenizer(prompt)["input_ids"]
         while opening and opening[-1] == self.tokenizer.eos_token_id:
             opening = opening[:-1]
@@ -324,7 +371,11 @@ class LanguageModel:
     def encode_chat(
         self, prompt: Sequence[Mapping[str, str]], answers: Sequence[Sequence[Mapping[str, str]]]
     ) -> tuple[list[int], list[list[int]]]:
-        """Tokens of a conversation and of each answer to it, through the chat template; raises ValueError where the template does."""
+        """Return the tokens of a conversation and of each answer to it, by the chat template.
+
+        Raises:
+            ValueError: The template refuses the conversation.
+        """
         try:
             opening = self.tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
             whole = [self.tokenizer.apply_chat_template([*prompt, *answer], tokenize=False) for answer in answers]
@@ -336,7 +387,10 @@ class LanguageModel:
         return ids, [self._closed(text[len(opening) :]) for text in whole]
 
     def opens(self, prompt: Sequence[int]) -> int:
-        """How many tokens at a prompt's beginning are the tokenizer's opening token, which stays when a prompt is cut."""
+        """Return how many of a prompt's first tokens are the tokenizer's opening token.
+
+        They stay when a prompt is cut.
+        """
         return int(self.tokenizer.bos_token_id is not None and prompt[0] == self.tokenizer.bos_token_id)
 
     def _closed(self, answer: str) -> list[int]:
@@ -346,7 +400,7 @@ class LanguageModel:
 
     @property
     def stops(self) -> list[int]:
-        """Tokens that end an answer."""
+        """The tokens that end an answer."""
         said = self.model.generation_config.eos_token_id if self.model.generation_config else None
         return sorted({self.tokenizer.eos_token_id, *(said if isinstance(said, list) else [said])} - {None})
 
@@ -357,10 +411,13 @@ class LanguageModel:
 
 
 def _aligned(tensor: Tensor) -> Tensor:
-    """The tensor where a CPU's matrix kernels like it: their last bits depend on whether it lies there, and what was received may not."""
+    """Return the tensor, copied unless its memory is 64-byte aligned.
+
+    CPU kernels round differently on unaligned memory, and received tensors may be unaligned.
+    """
     return tensor if tensor.data_ptr() % 64 == 0 else tensor.clone()
 
 
 def _distance(found: Float[Tensor, "n D"], expected: Float[Tensor, "n D"]) -> float:
-    """The largest relative difference of a row."""
+    """Return the largest relative difference of a row."""
     return float(((found - expected).float().norm(dim=1) / expected.float().norm(dim=1)).max())

@@ -1,4 +1,4 @@
-"""What a run exported, as models of transformers that generate."""
+"""Models that a run exported, as models of transformers that generate."""
 
 from __future__ import annotations
 
@@ -14,10 +14,19 @@ from fedpref.numerics import trees
 
 
 def load_model(folder: str | Path) -> Any:
-    """A run's `adapter` folder, or a client's, as a PEFT model of transformers with the client's own head and bottleneck where it has them.
+    """Load what a run exported.
 
-    `generate` and the forward pass are transformers' own. With a reward head, `get_output_embeddings().reward` gives the explicit rewards
-    of last hidden states.
+    `generate` and the forward pass are transformers' own. With a reward head,
+    `get_output_embeddings().reward` gives the explicit rewards of last hidden states.
+
+    Args:
+        folder: A run's `adapter` folder, or a client's.
+
+    Returns:
+        A PEFT model, with the client's own head and bottleneck where it has them.
+
+    Raises:
+        UserError: There is no exported adapter there.
     """
     from peft import AutoPeftModelForCausalLM
 
@@ -32,9 +41,18 @@ def load_model(folder: str | Path) -> Any:
 
 
 def generate(folder: str | Path, prompt: str, *, chat: bool, max_new_tokens: int = 128, temperature: float = 0.7, seed: int = 0) -> str:
-    """An answer sampled from an exported model; greedy at temperature 0.
+    """Return an answer, sampled from an exported model.
 
-    `chat` lays the prompt out as a user's turn by the tokenizer's chat template; otherwise it is taken as it is.
+    Args:
+        folder: A run's `adapter` folder, or a client's.
+        prompt: The prompt.
+        chat: Lay it out as a user's turn by the chat template; otherwise it is taken as it is.
+        max_new_tokens: Length of the answer at most.
+        temperature: Of the sampling; 0 always takes the likeliest token.
+        seed: Of the sampling.
+
+    Raises:
+        UserError: There is no model there, or no chat template where one is asked for.
     """
     import transformers
     from transformers import AutoTokenizer

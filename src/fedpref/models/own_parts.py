@@ -1,7 +1,9 @@
-"""What a client may have of its own on a shared model: a vocabulary head, a reward head, a bottleneck between the model and both.
+"""What a client may have of its own on a shared model.
 
-These act on the hidden states that come to the vocabulary head; an adapter of its own acts in the layers, beside the shared one. Their
-tensors go by these names in the tree of a client's parameters, so that a tree without them is the shared model.
+These are a vocabulary head, a reward head, a bottleneck between the model and both, and a second
+adapter. The first three act on the hidden states that come to the vocabulary head, the adapter in
+the layers, beside the shared one. Their tensors go by these names in the tree of a client's
+parameters, so that a tree without them is the shared model.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ NAMES = HEADS | {DOWN, UP}
 
 @dataclass(frozen=True)
 class Parts:
-    """Which parts a client has of its own."""
+    """Which parts of the model a client has of its own."""
 
     head: Literal["full", "low-rank"] | None = "full"
     """A copy of the whole vocabulary head, a low-rank change of it, or null for none."""
@@ -44,13 +46,18 @@ class Parts:
 
     @property
     def after(self) -> bool:
-        """Whether there is a part that acts on the hidden states which come to the vocabulary head."""
+        """Whether a part acts on the hidden states that come to the vocabulary head."""
         return bool(self.head or self.bottleneck or self.reward)
 
     def init(self, head: Float[Tensor, "V D"], adapter: Tree, rng: torch.Generator) -> Tree:
-        """Fresh parts in float32 on the CPU, which change nothing: the head is the backbone's, what comes last in the others is zero.
+        """Return fresh parts in float32 on the CPU, which change nothing.
 
-        `adapter` is a fresh one, for the own adapter to be.
+        The head is the backbone's, and what comes last in the other parts is zero.
+
+        Args:
+            head: The backbone's vocabulary head [V, D].
+            adapter: A fresh adapter, for the own one to be.
+            rng: Random numbers.
         """
         vocabulary, width = head.shape
         tree: dict[str, Tensor] = {OWN_ADAPTER + name: tensor for name, tensor in adapter.items()} if self.adapter else {}
@@ -71,7 +78,10 @@ NO_PARTS = Parts(head=None, bottleneck=0, reward=False, adapter=False)
 
 
 def combined_adapter(adapter: Tree) -> dict[str, Tensor]:
-    """One adapter of twice the rank for the sum of an adapter and a client's own; the adapter itself if there is no second."""
+    """Return one adapter of twice the rank for the sum of an adapter and a client's own.
+
+    Without a second adapter it is the adapter itself.
+    """
     return {
         name: torch.cat([tensor, adapter[OWN_ADAPTER + name]], 0 if "_A" in name.rsplit("lora", 1)[-1] else 1)
         if OWN_ADAPTER + name in adapter
@@ -82,7 +92,7 @@ def combined_adapter(adapter: Tree) -> dict[str, Tensor]:
 
 
 def after_bottleneck(hidden: Float[Tensor, "n D"], parts: Tree) -> Float[Tensor, "n D"]:
-    """Hidden states after the bottleneck, if there is one: h + U gelu(D h)."""
+    """Return hidden states after the bottleneck, if there is one: h + U gelu(D h)."""
     if DOWN not in parts:
         return hidden
     return hidden + nn.functional.gelu(hidden @ parts[DOWN].T) @ parts[UP].T
@@ -91,19 +101,22 @@ def after_bottleneck(hidden: Float[Tensor, "n D"], parts: Tree) -> Float[Tensor,
 def own_head(
     head: Float[Tensor, "V D"], parts: Tree
 ) -> tuple[Float[Tensor, "V D"], tuple[Float[Tensor, "r D"], Float[Tensor, "V r"]] | None]:
-    """The weight of a client's vocabulary head, and a low-rank change of it as (down, up), if it has one."""
+    """Return the weight of a client's vocabulary head, and its low-rank change if it has one.
+
+    The change is (down, up), which stands for up @ down.
+    """
     change = (parts[HEAD_DOWN], parts[HEAD_UP]) if HEAD_UP in parts else None
     return parts.get(HEAD, head), change
 
 
 def head_weight(head: Float[Tensor, "V D"], parts: Tree) -> Float[Tensor, "V D"]:
-    """The weight of a client's vocabulary head with its low-rank change in it."""
+    """Return the weight of a client's vocabulary head with its low-rank change in it."""
     weight, change = own_head(head, parts)
     return weight if change is None else weight + change[1] @ change[0]
 
 
 class OwnHead(nn.Linear):
-    """A vocabulary head with a client's own parts, for models of transformers; `reward` is its explicit reward of hidden states."""
+    """A vocabulary head with a client's own parts, for models of transformers."""
 
     def __init__(self, head: nn.Linear, parts: Tree) -> None:
         super().__init__(head.in_features, head.out_features, head.bias is not None, device="meta")
@@ -114,6 +127,7 @@ class OwnHead(nn.Linear):
             self.register_buffer(name.replace(".", "_"), own[name])
 
     def after_bottleneck(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
+        """Return hidden states after the client's bottleneck, if it has one."""
         return after_bottleneck(
             hidden, {name: getattr(self, name.replace(".", "_")) for name in (DOWN, UP) if hasattr(self, name.replace(".", "_"))}
         )
@@ -122,4 +136,5 @@ class OwnHead(nn.Linear):
         return super().forward(self.after_bottleneck(hidden))
 
     def reward(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "..."]:
+        """Return the explicit reward of hidden states."""
         return self.after_bottleneck(hidden) @ self.get_buffer("reward_weight")

@@ -1,7 +1,8 @@
 """The packed form: every prompt with its answers in one long row, encoded once.
 
-The row is [prompt, answer, answer, ..., padding, prompt, ...]. Positions of each answer go on from its prompt's; an answer sees its
-prompt and itself. Models of transformers take this form through the attention interface, without a line of theirs rewritten.
+The row is [prompt, answer, answer, ..., padding, prompt, ...]. Positions of each answer go on from
+its prompt's; an answer sees its prompt and itself. Models of transformers take this form through
+the attention interface, without a line of theirs rewritten.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ Row = tuple[Sequence[int], Sequence[Sequence[int]]]  # a prompt's tokens and its
 
 @dataclass(frozen=True)
 class Layout:
-    """Tokens as a model takes them, and where the log-probabilities of A answers with n tokens in all are read off."""
+    """Tokens as a model takes them, and where the log-probabilities of answers are read off.
+
+    There are A answers with n tokens in all.
+    """
 
     ids: Int[Tensor, "R T"]
     positions: Int[Tensor, "R T"]
@@ -38,13 +42,13 @@ class Layout:
 
     @staticmethod
     def packed(rows: Sequence[Row], device: torch.device) -> Layout:
-        """All prompts with their answers in one row."""
+        """Return the layout of all prompts with their answers in one row."""
         width, whole = (1, 1) if device.type == "cuda" else (WIDTH, ROW)
         return _layout(rows, [_up(_length(row), width) for row in rows], whole, device)
 
     @staticmethod
     def padded(rows: Sequence[Row], device: torch.device) -> Layout:
-        """A row for each answer, its prompt before it, under plain causal attention."""
+        """Return the layout of a row for each answer, its prompt before it, under causal attention."""
         alone: list[Row] = [(prompt, (answer,)) for prompt, answers in rows for answer in answers]
         widest = max(map(_length, alone))
         layout = _layout(alone, [widest] * len(alone), 1, device)
@@ -53,7 +57,7 @@ class Layout:
         )
 
     def per_answer(self, tokens: Float[Tensor, " n"]) -> Float[Tensor, " A"]:
-        """Sums over each answer's tokens."""
+        """Return the sum over each answer's tokens [A]."""
         return torch.stack([part.sum() for part in tokens.split(self.counts)])
 
 

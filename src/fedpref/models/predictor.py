@@ -1,8 +1,10 @@
-"""The predictor of group preferences (GPO, Zhao et al. 2023): a transformer that is shown some of a group's answers and predicts others.
+"""The predictor of group preferences (GPO, Zhao et al. 2023).
 
-A point is an option of a question: the embedding x of both, and the group's probability y of that option. Points shown, the context, come
-with y; points asked for, the targets, without. There are no positions, and every point attends to the context alone: the order of the
-context changes nothing, and targets do not see one another, so that any number of them can be asked for at once.
+A transformer is shown some of a group's answers and predicts others. A point is an option of a
+question: the embedding x of both, and the group's probability y of that option. Points shown, the
+context, come with y; points asked for, the targets, without. There are no positions, and every
+point attends to the context alone: the order of the context changes nothing, and targets do not see
+one another, so that any number of them can be asked for at once.
 """
 
 from __future__ import annotations
@@ -24,7 +26,10 @@ LOWEST_STD = 0.05  # where it is bounded
 
 @dataclass(frozen=True)
 class Predictor:
-    """The transformer's sizes; the defaults are GPO's. Parameters are a tree with the names of PyTorch's own modules."""
+    """The transformer's sizes; the defaults are GPO's.
+
+    Parameters are a tree with the names of PyTorch's own modules.
+    """
 
     width: Count = 128
     """The width of the layers."""
@@ -44,7 +49,7 @@ class Predictor:
             raise ValueError(f"predictor.width {self.width} is no multiple of predictor.heads {self.heads}")
 
     def shapes(self, inputs: int) -> dict[str, tuple[int, ...]]:
-        """Every parameter's shape, for embeddings of so many dimensions."""
+        """Return every parameter's shape, for embeddings of so many dimensions."""
         wide, inner = self.width, self.feedforward
         dense = {f"embedder.{i}": (wide, wide if i else inputs + 1) for i in range(self.embedder_layers)}
         dense |= {"head.0": (wide, wide), "head.1": (2, wide)}
@@ -62,7 +67,7 @@ class Predictor:
         return found | {f"{name}.{part}": (wide,) for name in norms for part in ("weight", "bias")}
 
     def init(self, inputs: int, rng: torch.Generator) -> Tree:
-        """Fresh parameters, drawn from the distributions that PyTorch's modules draw from."""
+        """Return fresh parameters, drawn from the distributions that PyTorch's modules draw from."""
         shapes = self.shapes(inputs)
         return {name: _drawn(name, shapes, rng) for name in sorted(shapes)}
 
@@ -74,7 +79,18 @@ class Predictor:
         shown: Bool[Tensor, "B C"],
         targets: Float[Tensor, "B T D"],
     ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
-        """Each target's raw mean and standard deviation; `shown` says which context points there are, others are padding."""
+        """Predict targets.
+
+        Args:
+            params: The predictor's parameters.
+            context: Embeddings of the points that are shown [B, C, D].
+            answers: Their probabilities [B, C].
+            shown: Which of them there are; others are padding [B, C].
+            targets: Embeddings of the points that are asked for [B, T, D].
+
+        Returns:
+            Each target's raw mean and standard deviation [B, T].
+        """
         count = context.shape[1]
         weight = params["embedder.0.weight"]
         hidden = linear(torch.cat([context, targets], 1), weight[:, :-1], params["embedder.0.bias"])
@@ -92,7 +108,9 @@ class Predictor:
     def _layer(
         self, params: Tree, at: str, x: Float[Tensor, "B P W"], context: Float[Tensor, "B C W"], mask: Bool[Tensor, "B 1 1 C"] | None
     ) -> Float[Tensor, "B P W"]:
-        """Attention to the context, and a feed-forward layer, each added and normed."""
+        """Return the points after attention to the context and a feed-forward layer, each added and
+        normed.
+        """
         weight, bias = params[f"{at}.self_attn.in_proj_weight"], params[f"{at}.self_attn.in_proj_bias"]
         wide = self.width
         query = linear(x, weight[:wide], bias[:wide])
@@ -120,7 +138,7 @@ def _drawn(name: str, shapes: Mapping[str, tuple[int, ...]], rng: torch.Generato
 
 
 def softmax_within(raw: Float[Tensor, " n"], question: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """The softmax over the entries of the same question; questions are numbered from 0."""
+    """Return the softmax over the entries of the same question; questions are numbered from 0."""
     count = int(question.max()) + 1
     highest = raw.new_full((count,), -math.inf).scatter_reduce(0, question, raw.detach(), "amax")
     odds = (raw - highest[question]).exp()
@@ -130,5 +148,5 @@ def softmax_within(raw: Float[Tensor, " n"], question: Int[Tensor, " n"]) -> Flo
 def gaussian_loss(
     raw: Float[Tensor, " n"], std: Float[Tensor, " n"], question: Int[Tensor, " n"], y: Float[Tensor, " n"]
 ) -> Float[Tensor, " n"]:
-    """-log N(y; softmax of raw means within each question, std^2)."""
+    """Return -log N(y; softmax of raw means within each question, std^2) of each entry [n]."""
     return 0.5 * ((y - softmax_within(raw, question)) / std).square() + std.log() + 0.5 * math.log(2 * math.pi)

@@ -1,0 +1,1 @@
+"""Arithmetic on trees, seeds, metrics over clients, min-norm weights, graphs."""

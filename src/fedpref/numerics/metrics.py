@@ -1,4 +1,4 @@
-"""Figures over clients: what one number per client comes to for the population."""
+"""Metrics over clients: what one number for each client comes to for the population."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ IMPLICIT = f"{ACCURACY}_implicit"  # of the policy alone, where clients have rew
 
 @dataclass(frozen=True)
 class Headline:
-    """What clients are compared by, in words, and how it is written."""
+    """The metric by which clients are compared, in words, and how it is written."""
 
     title: str
     scale: float = 100.0
@@ -21,11 +21,11 @@ class Headline:
 
     @property
     def caption(self) -> str:
-        """Its title with its unit."""
+        """The title with its unit."""
         return f"{self.title}, %" if self.scale == 100 else self.title
 
     def text(self, value: float, sign: str = "") -> str:
-        """A value in that unit; nothing where there is none."""
+        """Return a value in the metric's unit; empty for nan."""
         return "" if math.isnan(value) else f"{self.scale * value:{sign}.{self.digits}f}"
 
 
@@ -33,12 +33,15 @@ HEADLINES = {ACCURACY: Headline("pair accuracy"), ALIGNMENT: Headline("alignment
 
 
 def headline(metrics: Container[str]) -> str:
-    """The metric by which clients are compared, of those that a task measures."""
+    """Return the metric by which clients are compared, of those that a task measures."""
     return next(metric for metric in HEADLINES if metric in metrics)
 
 
 def of_objectives(metrics: Iterable[str]) -> list[str]:
-    """The metrics of several objectives, and beside rewards of answers what says whether they were worth it."""
+    """Return the metrics that several objectives are measured by.
+
+    For rewards of answers these include what tells whether the rewards were worth it.
+    """
     names = list(metrics)
     if REWARD in names:
         found = [name for name in names if name.startswith("rewards/")]
@@ -49,11 +52,19 @@ def of_objectives(metrics: Iterable[str]) -> list[str]:
 
 
 def over_clients(values: Mapping[str, float], counts: Mapping[str, int], *, low_is_good: bool = False) -> dict[str, float]:
-    """Mean, mean weighted by held-out examples, worst client, mean of the worst decile (one client at least), gap, CoV, Jain's index.
+    """Summarise one value for each client.
 
-    The gap is between the best client and the worst; CoV is the standard deviation as a share of the mean. Jain's index
-    (sum x)^2 / (N sum x^2) = 1 / (1 + CoV^2) is 1 when all clients fare alike and 1/N when one has everything (Jain et al. 1984). CoV and
-    the index are left out where a value is negative; so is `fairness`, 1 / (1 + CoV), which others give (arXiv 2604.04261).
+    Args:
+        values: By client.
+        counts: Held-out examples by client, the weights of `weighted_mean`.
+        low_is_good: Whether the worst client is the one with the largest value.
+
+    Returns:
+        `mean`; `weighted_mean`; `worst`, the worst client; `worst_decile`, the mean of the worst
+        tenth, one client at least; `gap`, best less worst; and where no value is negative `jain`,
+        (sum x)^2 / (N sum x^2), which is 1 when all fare alike and 1/N when one has everything
+        (Jain et al. 1984), `cov`, the standard deviation as a share of the mean, and `fairness`, 1
+        / (1 + cov) (arXiv 2604.04261).
     """
     ranked = sorted(values.values(), reverse=low_is_good)
     worst = ranked[: math.ceil(len(ranked) / 10)]
@@ -73,9 +84,14 @@ def over_clients(values: Mapping[str, float], counts: Mapping[str, int], *, low_
 
 
 def standard_error(accuracies: Mapping[str, float], counts: Mapping[str, int]) -> float:
-    """The standard error of the mean over clients of accuracies: binomial within clients, which are taken as given.
+    """Return the standard error of the mean over clients of accuracies.
 
-    Its p are (successes + 1) / (n + 2), as Laplace has them, so that a client with all pairs right is not taken for certain.
+    It is binomial within clients, which are taken as given. Its p are (successes + 1) / (n + 2), as
+    Laplace has them, so that a client with all pairs right is not taken for certain.
+
+    Args:
+        accuracies: By client.
+        counts: Held-out pairs by client.
     """
     shares = {name: (p * counts[name] + 1) / (counts[name] + 2) for name, p in accuracies.items()}
     return math.sqrt(sum(p * (1 - p) / counts[name] for name, p in shares.items())) / len(accuracies)

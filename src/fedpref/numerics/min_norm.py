@@ -1,6 +1,7 @@
-"""Weights of conflicting objectives, from the Gram matrix of their gradients: min-norm problems over the simplex.
+"""Weights of conflicting objectives: min-norm problems over the Gram matrix of their gradients.
 
-With weights w of a min-norm problem, a step along sum_j w_j g_j makes no objective worse to first order (MGDA: Désidéri 2012).
+With weights w of a min-norm problem, a step along sum_j w_j g_j makes no objective worse to first
+order (MGDA: Désidéri 2012).
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ Matrix = NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class MinNorm:
-    """argmin over weights w >= 0 that sum to one of (1/2) |sum_j w_j g_j|^2 + R(w), for a preference p over objectives.
+    """The weights w >= 0 of sum one that minimise (1/2) |sum_j w_j g_j|^2 + R(w).
 
-    `distance`: R = (b/2) |w - p|^2, which for b = 0 is MGDA and for b to infinity gives p. `share`: R = (b/2) sum_j w_j^2 / p_j, with the
-    same limit; an objective of p_j = 0 gets nothing. `gradients`: R = (b/2) |w|^2 over gradients p_j g_j, whose weights p_j w_j are
-    brought to a sum of one. With equal preferences the first two differ from (b/2) |w|^2 by a constant or a factor M of b. FIRM
-    (arXiv 2511.16992) has a regulariser and preferences; these forms of them are ours.
+    For a preference p over objectives, `distance`: R = (b/2) |w - p|^2, which for b = 0 is MGDA and
+    for b to infinity gives p. `share`: R = (b/2) sum_j w_j^2 / p_j, with the same limit; an
+    objective of p_j = 0 gets nothing. `gradients`: R = (b/2) |w|^2 over gradients p_j g_j, whose
+    weights p_j w_j are brought to a sum of one. With equal preferences the first two differ from
+    (b/2) |w|^2 by a constant or a factor M of b. FIRM (arXiv 2511.16992) has a regulariser and
+    preferences; these forms of them are ours.
     """
 
     b: NonNegative = 0.1
@@ -41,6 +44,15 @@ class MinNorm:
     of any length."""
 
     def __call__(self, gram: Gram, preference: Weights) -> Weights:
+        """Return the weights.
+
+        Args:
+            gram: Inner products of the objectives' gradients [M, M].
+            preference: Shares of the objectives, of sum one [M].
+
+        Returns:
+            Weights of sum one [M]; the preference where all gradients are zero.
+        """
         q, p = gram.double().cpu().numpy(), preference.double().cpu().numpy()
         length = float(np.diag(q).mean())
         if not length > 0:
@@ -60,10 +72,11 @@ class MinNorm:
 
 
 def _least(q: Matrix, regulariser: Matrix) -> NDArray[np.float64]:
-    """The weights in the simplex of least w' (q + regulariser) w, by an active-set method.
+    """Return the weights in the simplex of least w' (q + regulariser) w, by an active-set method.
 
-    With A'A that matrix, the non-negative u of least |A u|^2 + (sum u - 1)^2 is the solution but for its sum: among the multiples t w
-    of some weights the best t leaves a / (1 + a), which grows with a = |A w|^2.
+    With A'A that matrix, the non-negative u of least |A u|^2 + (sum u - 1)^2 is the solution but
+    for its sum: among the multiples t w of some weights the best t leaves a / (1 + a), which grows
+    with a = |A w|^2.
     """
     values, vectors = np.linalg.eigh(q + regulariser)
     scale = max(float(values[-1]), np.finfo(float).tiny)
@@ -74,7 +87,14 @@ def _least(q: Matrix, regulariser: Matrix) -> NDArray[np.float64]:
 
 
 def projected_descent(gram: Gram, start: Weights, rate: float, iterations: int) -> Weights:
-    """The same problem by projected gradient steps from these weights, as FedCMOO solves it (Askin et al. 2025)."""
+    """Solve the min-norm problem by projected gradient steps, as FedCMOO does (Askin et al. 2025).
+
+    Args:
+        gram: Inner products of the objectives' gradients [M, M].
+        start: The first weights, of sum one [M].
+        rate: The length of the steps.
+        iterations: Their number.
+    """
     q, w = gram.double().cpu().numpy(), start.double().cpu().numpy()
     for _ in range(iterations):
         w = onto_simplex(w - rate * (q @ w))
@@ -82,7 +102,7 @@ def projected_descent(gram: Gram, start: Weights, rate: float, iterations: int) 
 
 
 def onto_simplex(w: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The nearest weights that are not negative and sum to one (Duchi et al. 2008)."""
+    """Return the nearest weights that are not negative and sum to one (Duchi et al. 2008)."""
     ranked = np.sort(w)[::-1]
     over = (np.cumsum(ranked) - 1) / np.arange(1, len(w) + 1)
     last = int(np.flatnonzero(ranked > over)[-1])
@@ -91,6 +111,9 @@ def onto_simplex(w: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def stationarity(gram: Gram) -> float:
-    """The least squared length of a weighted sum of the gradients: zero where no direction helps all objectives."""
+    """Return the least squared length of a weighted sum of the gradients.
+
+    It is zero where no direction is good for all objectives.
+    """
     w = MinNorm(b=0.0)(gram, torch.full((len(gram),), 1 / len(gram), dtype=torch.float64))
     return float(w @ gram.double().cpu() @ w)

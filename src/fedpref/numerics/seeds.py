@@ -1,4 +1,4 @@
-"""One root seed; every random draw has an address of its own, so that no draw depends on which others were made before it."""
+"""Seeds: every random draw has an address, so that none depends on which others were made."""
 
 from __future__ import annotations
 
@@ -8,11 +8,19 @@ import torch
 
 
 def seed(root: int, purpose: str, *, round: int = 0, call: int = 0, client: int = -1) -> int:
-    """A 63-bit seed for the address (purpose, round, call, client); -1 stands for the coordinator."""
+    """Return a 63-bit seed.
+
+    Args:
+        root: The experiment's seed.
+        purpose: What is drawn.
+        round: From 0.
+        call: The number of the verb within the round.
+        client: The client's number; -1 for the coordinator.
+    """
     address = f"{root}/{purpose}/{round}/{call}/{client}".encode()
     return int.from_bytes(blake2b(address, digest_size=8).digest()) >> 1
 
 
 def generator(root: int, purpose: str, *, round: int = 0, call: int = 0, client: int = -1) -> torch.Generator:
-    """A CPU generator seeded for the address."""
+    """Return a CPU generator seeded for an address; see `seed`."""
     return torch.Generator().manual_seed(seed(root, purpose, round=round, call=call, client=client))

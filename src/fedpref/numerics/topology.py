@@ -1,8 +1,9 @@
 """Graphs between clients, and the matrices by which neighbours' values are mixed.
 
-A mixing matrix W holds in row i what client i takes of everybody's values. It is non-negative and doubly stochastic: rows sum to one, so
-that equal values stay equal, and columns sum to one, so that mixing preserves the mean. How fast values become equal is decided by rho,
-the largest singular value of W - 11'/N (for a symmetric W its second largest absolute eigenvalue).
+A mixing matrix W holds in row i what client i takes of everybody's values. It is non-negative and
+doubly stochastic: rows sum to one, so that equal values stay equal, and columns sum to one, so that
+mixing preserves the mean. How fast values become equal is decided by rho, the largest singular
+value of W - 11'/N (for a symmetric W its second largest absolute eigenvalue).
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ TOLERANCE = 1e-9
 
 
 def _of_edges(count: int, edges: Iterable[tuple[int, int]]) -> Graph:
-    """An undirected graph; a client is no neighbour of its own, and nobody's twice."""
+    """Return an undirected graph without loops and double edges."""
     found = nx.Graph()
     found.add_nodes_from(range(count))
     found.add_edges_from((one, other) for one, other in edges if one != other)
@@ -40,7 +41,7 @@ def _of_edges(count: int, edges: Iterable[tuple[int, int]]) -> Graph:
 
 
 def _hops(count: int) -> list[int]:
-    """Powers of two below the number of clients."""
+    """Return the powers of two below the number of clients."""
     return [2**k for k in range((count - 1).bit_length())]
 
 
@@ -55,7 +56,7 @@ def _hypercube(count: int) -> Graph:
 
 
 def _sides(count: int) -> tuple[int, int]:
-    """Rows and columns, as near to a square as the number of clients allows."""
+    """Return rows and columns of a grid, as near to a square as the number of clients allows."""
     rows = next(rows for rows in range(math.isqrt(count), 0, -1) if count % rows == 0)
     if rows == 1 and count > 3:
         raise UserError(f"topology: {count} clients fill no rows and columns, {count} is prime. Take ring, or another number.")
@@ -98,9 +99,11 @@ class Shape:
 
 @dataclass(frozen=True)
 class OnePeerExponential:
-    """In round t client i receives from the one client that is 2^t behind it, t modulo the number of such hops (Assran et al. 2019).
+    """In round t each client receives from the one client that is 2^t behind it (Assran et al.
+    2019).
 
-    Where the number of clients is a power of two, one turn through the hops is an exact average (Ying et al. 2021).
+    t is taken modulo the number of such hops. Where the number of clients is a power of two, one
+    turn through the hops is an exact average (Ying et al. 2021).
     """
 
     name: Literal["one-peer-exponential"] = "one-peer-exponential"
@@ -131,7 +134,7 @@ class ErdosRenyi:
 
 @dataclass(frozen=True)
 class SmallWorld:
-    """A circle of `neighbours` each, whose edges are led elsewhere with a probability (Watts and Strogatz 1998)."""
+    """A circle on which edges are led elsewhere with some probability (Watts and Strogatz 1998)."""
 
     name: Literal["small-world"] = "small-world"
     neighbours: Annotated[int, Field(ge=2)] = 4
@@ -151,7 +154,7 @@ class SmallWorld:
 
 @dataclass(frozen=True)
 class GraphFile:
-    """A GraphML file, or a list of edges: two clients' names a line, separated by a comma or a space."""
+    """A GraphML file, or a list of edges: two clients' names a line, with a comma or space between."""
 
     name: Literal["file"] = "file"
     path: str = ""
@@ -160,7 +163,7 @@ class GraphFile:
     """A hash of the file's content, which a run keeps."""
 
     def with_digest(self) -> GraphFile:
-        """The same, bound to what the file holds now if it was not bound before."""
+        """Return the same topology, bound to what the file holds now if it was not bound before."""
         return self if self.digest else replace(self, digest=self._content()[1])
 
     def graph(self, names: Names, round: int) -> Graph:
@@ -208,10 +211,17 @@ AnyTopology = Annotated[Shape | OnePeerExponential | ErdosRenyi | SmallWorld | G
 
 
 def mixing(graph: Graph, weights: Weights = "metropolis", names: Names = ()) -> Matrix:
-    """The mixing matrix of a graph, [N, N]; raises UserError where these weights do not preserve the mean on it.
+    """Return the mixing matrix of a graph [N, N].
 
-    `metropolis`: 1/(1 + the larger degree of the two); `max-degree`: 1/(1 + the graph's largest degree); `uniform`: 1/(1 + own degree),
-    which needs equal degrees. What is left of a row is the client's own. On a directed graph degrees are numbers of senders.
+    Args:
+        graph: On a directed graph degrees are numbers of senders.
+        weights: `metropolis`: 1/(1 + the larger degree of the two); `max-degree`: 1/(1 + the
+            graph's largest degree); `uniform`: 1/(1 + own degree), which needs equal degrees. What
+            is left of a row is the client's own.
+        names: The clients', for messages.
+
+    Raises:
+        UserError: These weights do not preserve the mean on this graph.
     """
     count = len(graph)
     directed = graph.is_directed()
@@ -228,7 +238,16 @@ def mixing(graph: Graph, weights: Weights = "metropolis", names: Names = ()) -> 
 
 
 def check(matrix: Matrix, names: Names, *, symmetric: bool = True) -> None:
-    """Raise UserError, with clients' names, for a matrix that is negative, not doubly stochastic or, where it should be, not symmetric."""
+    """Check a mixing matrix.
+
+    Args:
+        matrix: [N, N].
+        names: The clients', for messages.
+        symmetric: Whether it must be symmetric.
+
+    Raises:
+        UserError: It is negative, not doubly stochastic, or not symmetric where it should be.
+    """
     found: Any
     for found, what in (
         (np.argwhere(matrix < -TOLERANCE)[:, 0], "have a negative weight"),
@@ -241,7 +260,13 @@ def check(matrix: Matrix, names: Names, *, symmetric: bool = True) -> None:
 
 
 def refuse_disconnected(graphs: Sequence[Graph], names: Names, apart: Collection[int] = ()) -> None:
-    """Raise UserError, with the names of those who are cut off, if the graphs together do not connect all clients but those apart."""
+    """Raise UserError, with the names of those cut off, if graphs together leave clients apart.
+
+    Args:
+        graphs: Of the rounds of one turn.
+        names: The clients'.
+        apart: Clients that need not be connected.
+    """
     together = nx.Graph()
     together.add_nodes_from(range(len(names)))
     for graph in graphs:
@@ -253,9 +278,10 @@ def refuse_disconnected(graphs: Sequence[Graph], names: Names, apart: Collection
 
 
 def rho(matrix: Matrix, weights: Sequence[float] = ()) -> float:
-    """The largest singular value of W - 11'/N: how much of the distance from the mean is left after one mixing, at most.
+    """Return the largest singular value of W - 11'/N.
 
-    With `weights` the mean, and the root of the mean square of the distances from it, are weighted by them.
+    It is how much of the distance from the mean is left after one mixing, at most. With `weights`,
+    the mean and the root of the mean square of the distances from it are weighted by them.
     """
     if not weights:
         return float(np.linalg.norm(matrix - 1 / len(matrix), 2))
@@ -265,13 +291,16 @@ def rho(matrix: Matrix, weights: Sequence[float] = ()) -> float:
 
 
 def effective_diameter(graph: Graph) -> float:
-    """The 90th percentile of the lengths of shortest paths between two clients."""
+    """Return the 90th percentile of the lengths of shortest paths between two clients."""
     lengths = [length for source, of in nx.all_pairs_shortest_path_length(graph) for target, length in of.items() if source != target]
     return float(np.percentile(lengths, 90)) if lengths else 0.0
 
 
 def without(matrix: Matrix, broken: Sequence[tuple[int, int]]) -> Matrix:
-    """The matrix when these links fail: both ends keep for themselves what they would have taken, so that the mean is preserved."""
+    """Return the matrix when links fail: both ends keep what they would have taken.
+
+    So the mean is preserved.
+    """
     if not np.allclose(matrix, matrix.T, atol=TOLERANCE):
         raise UserError("topology: links of a directed graph cannot fail one by one, the mean would not be preserved. Take another graph.")
     repaired = matrix.copy()
@@ -283,7 +312,7 @@ def without(matrix: Matrix, broken: Sequence[tuple[int, int]]) -> Matrix:
 
 
 def links(matrix: Matrix) -> Iterator[tuple[int, int]]:
-    """Pairs of clients of which one takes from the other, the lower number first."""
+    """Yield pairs of clients of which one takes from the other, the lower number first."""
     for one, other in np.argwhere(np.triu((matrix > TOLERANCE) | (matrix.T > TOLERANCE), 1)):
         yield int(one), int(other)
 

@@ -1,4 +1,4 @@
-"""Arithmetic on trees: flat, named tensors, the only currency between clients and coordinator."""
+"""Arithmetic on trees: flat, named tensors, the only currency of a federation."""
 
 from __future__ import annotations
 
@@ -16,61 +16,71 @@ Tree = Mapping[str, Tensor]
 
 
 def add(a: Tree, b: Tree) -> Tree:
-    """A + b; the names must agree."""
+    """Return a + b, name by name; raises ValueError where the names differ."""
     _same_names(a, b)
     return {name: a[name] + b[name] for name in a}
 
 
 def subtract(a: Tree, b: Tree) -> Tree:
-    """A - b; the names must agree."""
+    """Return a - b, name by name; raises ValueError where the names differ."""
     _same_names(a, b)
     return {name: a[name] - b[name] for name in a}
 
 
 def scale(tree: Tree, factor: float) -> Tree:
-    """Factor * tree."""
+    """Return the tree with every tensor multiplied by a number."""
     return {name: tensor * factor for name, tensor in tree.items()}
 
 
 def to(tree: Tree, device: torch.device) -> Tree:
-    """The tree on a device; tensors that are there already are not copied."""
+    """Return the tree on a device; tensors that are there already are not copied."""
     return {name: tensor.to(device) for name, tensor in tree.items()}
 
 
 def select(tree: Tree, names: Iterable[str], after: str = "") -> Tree:
-    """What of a tree goes by these names; with `after`, what has one of them behind the first such mark."""
+    """Return the tensors that go by some names.
+
+    Args:
+        tree: The tree.
+        names: Wanted ones; those that are not there are passed over.
+        after: With a mark, the part of a tensor's name behind the first such mark is what must
+            match.
+    """
     wanted = set(names)
     return {name: tensor for name, tensor in tree.items() if (name.split(after, 1)[-1] if after else name) in wanted}
 
 
 def nest(trees: Mapping[Any, Tree]) -> Tree:
-    """Several trees as one, in which KEY/NAME is the tensor NAME of the tree under KEY."""
+    """Return several trees as one, in which KEY/NAME is the tensor NAME of the tree under KEY."""
     return {f"{key}/{name}": tensor for key, tree in trees.items() for name, tensor in tree.items()}
 
 
 def part(tree: Tree, key: Any) -> Tree:
-    """The tree that was nested under this key; empty if there is none."""
+    """Return the tree that was nested under a key; empty if there is none."""
     start = f"{key}/"
     return {name.removeprefix(start): tensor for name, tensor in tree.items() if name.startswith(start)}
 
 
 def merge(*trees: Tree) -> Tree:
-    """All tensors in one tree; where a name is in several, the last one's."""
+    """Return all tensors in one tree; where a name is in several, the last one's."""
     return {name: tensor for tree in trees for name, tensor in tree.items()}
 
 
 def total(trees: Iterable[Tree]) -> Tree:
-    """The sum, added from left to right: floating-point sums depend on their order, so the caller's order is kept."""
+    """Return the sum of trees, added from left to right.
+
+    Floating-point sums depend on their order, so the caller's order is kept.
+    """
     return reduce(add, trees)
 
 
 def norm(tree: Tree) -> float:
-    """The Euclidean norm over all entries, whatever the order of the names."""
+    """Return the Euclidean norm over all entries, whatever the order of the names."""
     return torch.stack([tree[name].double().square().sum() for name in sorted(tree)]).sum().sqrt().item() if tree else 0.0
 
 
 def size(tree: Tree) -> int:
-    """Bytes of all tensors together, without names."""
+    """Return the bytes of all tensors together, without names."""
     return sum(tensor.nbytes for tensor in tree.values())
 
 
@@ -82,7 +92,7 @@ def save(tree: Tree, path: Path) -> None:
 
 
 def load(path: Path) -> Tree:
-    """Read what `save` wrote."""
+    """Return the tree that `save` has written."""
     return dict(safetensors.torch.load_file(path))
 
 

@@ -1,4 +1,4 @@
-"""Rewards of answers, small callables with the signature of TRL's reward functions, and how one is made of many."""
+"""Rewards of answers, with the signature of TRL's reward functions, and how many become one."""
 
 from typing import Annotated
 

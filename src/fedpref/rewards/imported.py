@@ -14,7 +14,7 @@ from fedpref.rewards.reward import OpenGroups, RewardFunction, RewardSettings, n
 
 @dataclass(frozen=True, kw_only=True)
 class Function(RewardSettings):
-    """`module:function` with the signature of TRL's reward functions; with `arguments`, what `function(**arguments)` returns."""
+    """A function of yours with the signature of TRL's reward functions."""
 
     path: str
     """`module:function` on the Python path."""
@@ -41,7 +41,7 @@ class Function(RewardSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class Groups(RewardSettings):
-    """What groups of a finished run of opinions would choose: a reward by their predictor, of one group or combined of several."""
+    """What groups of a finished run of opinions would choose, by the run's predictor."""
 
     run: str
     """The directory of a finished run of the task `opinion`."""

@@ -1,4 +1,4 @@
-"""Rewards by models that were trained by others."""
+"""Rewards by models that others have trained."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from fedpref.types import Count, Text
 
 @dataclass(frozen=True, kw_only=True)
 class Sentiment(RewardSettings):
-    """How positive an answer sounds, from -1 to 1: VADER's compound score (Hutto and Gilbert 2014); needs fedpref[sentiment]."""
+    """How positive an answer sounds, from -1 to 1: VADER's compound score (Hutto and Gilbert 2014).
+
+    It needs fedpref[sentiment].
+    """
 
     name: Literal["sentiment"] = "sentiment"
 
@@ -37,10 +40,11 @@ class Sentiment(RewardSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class Toxicity(RewardSettings):
-    """The probability that an answer is not offensive, by a linear model on word counts, as profanity-check is one.
+    """The probability that an answer is not offensive, by a linear model on word counts.
 
-    `path` is an .npz file: `vocab` of W lower-case words, `coef` [K, W] and `intercept` [K] of K such models, `platt_a` and `platt_b` [K];
-    their probabilities 1 / (1 + exp(platt_a f + platt_b)) of f = coef . counts + intercept are averaged.
+    The .npz file is as profanity-check's model: `vocab` of W lower-case words, `coef` [K, W] and
+    `intercept` [K] of K such models, `platt_a` and `platt_b` [K]; their probabilities 1 / (1 +
+    exp(platt_a f + platt_b)) of f = coef . counts + intercept are averaged.
     """
 
     path: str
@@ -74,10 +78,11 @@ class Toxicity(RewardSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class Classifier(RewardSettings):
-    """A sequence-classification model of transformers, such as a reward model: its only logit, or the log-odds of one of its labels.
+    """A sequence-classification model of transformers, such as a reward model.
 
-    Prompt and answer are one text, or two segments (`pairs`); conversations go through the model's chat template.
-    What is too long for the model loses its beginning.
+    The reward is its only logit, or the log-odds of one of its labels. Prompt and answer are one
+    text, or two segments (`pairs`); conversations go through the model's chat template. What is too
+    long for the model loses its beginning.
     """
 
     path: str
@@ -143,7 +148,7 @@ class Classifier(RewardSettings):
         return reward
 
     def _place(self, config: Any) -> int | None:
-        """Which logit is meant, of several."""
+        """Return the index of the logit that is meant; None where there is only one."""
         known = {**config.label2id, **{i: i for i in range(config.num_labels)}}
         if self.label is None and config.num_labels == 1:
             return None

@@ -1,4 +1,4 @@
-"""What a reward is: TRL's signature, and texts that may be conversations."""
+"""The interface of rewards: TRL's signature, and settings that build it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from fedpref.types import Text
 
 
 class RewardFunction(Protocol):
-    """A reward for each completion to the prompt in the same place; both are text, or lists of messages."""
+    """A function that returns a reward for each completion to the prompt in the same place.
+
+    Prompts and completions are text, or lists of messages.
+    """
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> Sequence[float]: ...
 
@@ -38,7 +41,7 @@ class RewardSettings(ABC):
         """Load what the reward needs; raises UserError where it cannot be loaded."""
 
     def with_paths(self, renamed: Callable[[str], str]) -> Self:
-        """The same reward with `renamed` applied to the models and runs that it reads."""
+        """Return the same reward with `renamed` applied to the models and runs that it reads."""
         return self
 
     @property
@@ -48,5 +51,5 @@ class RewardSettings(ABC):
 
 
 def plain(text: Text) -> str:
-    """What is said, without roles."""
+    """Return what a text or conversation says, without roles."""
     return text if isinstance(text, str) else "\n".join(message["content"] for message in text)

@@ -14,7 +14,9 @@ from fedpref.types import Count, Text
 
 @dataclass(frozen=True, kw_only=True)
 class Length(RewardSettings):
-    """How near the number of words is to a target: 1 there, 0 for nothing said or twice as much, and less beyond, down to -1."""
+    """How near the number of words is to a target: 1 there, 0 for none or twice as many, down to
+    -1.
+    """
 
     name: Literal["length"] = "length"
     target: Count = 20
@@ -30,7 +32,10 @@ class Length(RewardSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class Distinct(RewardSettings):
-    """The share of an answer's n-grams of words that are its first of their kind: 1 without repetition, 0 where there are none."""
+    """The share of an answer's n-grams that are its first of their kind: 1 without repetition.
+
+    An answer too short for any has 0.
+    """
 
     name: Literal["distinct"] = "distinct"
     n: Count = 2
@@ -45,7 +50,9 @@ class Distinct(RewardSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class Pattern(RewardSettings):
-    """1 where a regular expression is found in the answer, else 0; with `most` above 1 the share of so many places where it is found."""
+    """How often a regular expression is found in the answer, as a share of `most` places, 1 at
+    most.
+    """
 
     pattern: str
     """The regular expression."""
@@ -70,7 +77,7 @@ class Pattern(RewardSettings):
 
 
 def distinct(text: str, n: int) -> float:
-    """Different n-grams of words among all."""
+    """Return the number of different n-grams of words as a share of all."""
     words = text.lower().split()
     grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 0.0

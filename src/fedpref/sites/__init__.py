@@ -1,6 +1,7 @@
-"""Experiments over sites on NVIDIA FLARE 2.9, through its Collab API; all that is known of FLARE is in this folder.
+"""Sites on NVIDIA FLARE 2.9, through its Collab API; all that is known of FLARE is here.
 
-`programs`: what runs in FLARE's processes. `simulated` and `submitted`: how an experiment gets there. `kits`: certificates and hosts.
+`programs` is what runs in FLARE's processes; `simulated` and `submitted` are how an experiment gets
+there; `kits` makes certificates and folders for hosts; `consent` is a site's own file.
 """
 
 # environment variables of the processes

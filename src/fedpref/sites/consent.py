@@ -27,7 +27,7 @@ LOG = logging.getLogger("fedpref")
 
 @dataclass(frozen=True, kw_only=True)
 class SiteFile:
-    """What a site is asked about before anything of it is used."""
+    """What a site brings, and what it consents to, before anything of an experiment is used."""
 
     data: Source
     """Where the site's rows come from; a path is as seen from the file."""
@@ -56,7 +56,11 @@ class SiteFile:
 
     @staticmethod
     def load(path: Path) -> SiteFile:
-        """Read and check; paths are as seen from the file."""
+        """Read and check a site's file; paths in it are as seen from the file.
+
+        Raises:
+            UserError: It does not fit.
+        """
         read = config.load(SiteFile, path, check=refuse_former_names)
 
         def beside(name: str) -> str:
@@ -67,7 +71,12 @@ class SiteFile:
 
 
 def refuse_code(spec: Experiment, functions: Sequence[str]) -> None:
-    """Raise UserError where an experiment would run code that the participant has not named."""
+    """Raise UserError where an experiment would run code that the participant has not named.
+
+    Args:
+        spec: The experiment.
+        functions: `module:function` that may be imported.
+    """
     if spec.task.runs_remote_code:
         raise UserError("no code that comes with a model is run here")
     for name, reward in spec.task.reward_settings().items():
@@ -82,7 +91,11 @@ class Consenting:
         self._name, self._file = name, file
 
     def host(self, experiment: Any, folder: Path) -> Hosted:
-        """Its own data under the experiment's settings; raises RefusedError for what the file does not allow."""
+        """Return the site's own data under the experiment's settings.
+
+        Raises:
+            RefusedError: The file does not allow it, or the site's data do not fit.
+        """
         spec = config.parse(Experiment, experiment, "the experiment")
         self._consent(spec)
         file = self._file
@@ -121,14 +134,21 @@ class Consenting:
         return self._file.models[model]
 
     def _does(self, spec: Experiment) -> Callable[[str], bool]:
-        """What may be asked for: the algorithm's own work, evaluation, and diagnostics if consented to."""
+        """Return whether a piece of work may be asked for.
+
+        Allowed are the algorithm's own works, evaluation, and diagnostics if consented to.
+        """
         works = [*spec.algorithm.works, *rounds.WORKS, *(diagnostics.WORKS if spec.diagnostics else ())]
         names = {work.name for work in works}
         return names.__contains__
 
 
 def consenting(name: str, path: Path) -> tuple[Consenting, Path]:
-    """A site by its file, and the folder where it keeps its side of runs."""
+    """Return a site by its file, and the folder where it keeps its side of runs.
+
+    Raises:
+        UserError: The file does not fit, or the site takes part in nothing.
+    """
     file = SiteFile.load(path)
     if not file.algorithms:
         raise UserError(f"{path}: algorithms: the site takes part in nothing. Name those that it consents to.")

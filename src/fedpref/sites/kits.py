@@ -1,4 +1,4 @@
-"""A federation of real hosts: certificates, and a folder for each participant to start from."""
+"""A federation of real hosts: certificates, and a folder (kit) for each participant."""
 
 from __future__ import annotations
 
@@ -41,10 +41,24 @@ max_rounds: 1000
 
 
 def provision(folder: Path, name: str, server: str, port: int, sites: Sequence[str], admin: str) -> dict[str, Path]:
-    """Make certificates and a kit for each participant, by FLARE's provisioning; returns where the kits are.
+    """Make certificates and a kit for each participant, by FLARE's provisioning.
 
-    No kit lets a job bring code of its own: what runs is what is installed. Keep `state`, it has the root's key. Raises UserError where
-    the folder is there already.
+    No kit lets a job bring code of its own: what runs is what is installed. Keep the folder
+    `state`, it has the root's key.
+
+    Args:
+        folder: Where kits go.
+        name: The federation's name.
+        server: The host name by which sites reach the server.
+        port: The one port that must be open there.
+        sites: Names of the sites.
+        admin: Who submits experiments, as an address.
+
+    Returns:
+        Each participant's kit.
+
+    Raises:
+        UserError: The folder is there already, or a name cannot be used.
     """
     if folder.exists():
         raise UserError(f"{folder} is there already. Give another folder, or add a site by `fedpref federation add`.")
@@ -67,7 +81,7 @@ def provision(folder: Path, name: str, server: str, port: int, sites: Sequence[s
 
 
 def add(folder: Path, site: str) -> Path:
-    """Make the kit of one more site, under the root that a federation has; nobody else's kit changes."""
+    """Make the kit of one more site, under the root of a federation; nobody else's kit changes."""
     if not (folder / PROJECT).exists():
         raise UserError(f"{folder}: there is no federation here (no {PROJECT}). Give the folder that `fedpref federation init` made.")
     project = yaml.safe_load((folder / PROJECT).read_text())
@@ -84,7 +98,10 @@ def add(folder: Path, site: str) -> Path:
 
 @contextmanager
 def _provisioned(project: Mapping[str, Any], beside: Path, state: Path | None = None) -> Iterator[Path]:
-    """A folder with all kits of a project, by the root's key in `state` or by a new one; it goes, but for what is taken from it."""
+    """Yield a folder with all kits of a project, by the root's key in `state` or by a new one.
+
+    It goes afterwards, but for what is taken from it.
+    """
     with tempfile.TemporaryDirectory(dir=beside, prefix=".") as scratch:
         (Path(scratch) / PROJECT).write_text(yaml.safe_dump(project, sort_keys=False))
         place = Path(scratch) / "made" / project["name"]
@@ -115,7 +132,7 @@ def _org(site: str) -> str:
 
 
 def _restrict(local: Path) -> None:
-    """Let a participant run this package's classes, no code that comes with a job, and nobody's commands."""
+    """Let a participant run this package's classes, no code that comes with a job, no commands."""
     resources = local / "resources.json.default"
     if resources.exists():
         content = json.loads(resources.read_text())
@@ -139,7 +156,13 @@ def _restrict(local: Path) -> None:
 
 
 def start(kit: Path, variables: Mapping[str, str]) -> None:
-    """Start what a kit is for, with these environment variables; it goes on when the caller ends, and starts anew where it dies."""
+    """Start a kit's participant, in the background, with some environment variables.
+
+    It goes on when the caller ends, and starts anew where it dies.
+
+    Raises:
+        UserError: The folder is no kit, or the participant is running already.
+    """
     kit = kit.resolve()
     program = kit / "startup/sub_start.sh"
     if not program.exists():
@@ -163,7 +186,10 @@ def start(kit: Path, variables: Mapping[str, str]) -> None:
 
 
 def _keep_apart(kit: Path) -> None:
-    """Let a server keep its jobs in its kit; by default all servers of a machine share one place, and take one another's."""
+    """Let a server keep its jobs in its kit.
+
+    By default all servers of a machine share one folder, and take one another's jobs.
+    """
     resources = kit / "local/resources.json"
     content = json.loads(resources.read_text())
     for component in content.get("components", ()):
@@ -175,7 +201,11 @@ def _keep_apart(kit: Path) -> None:
 
 
 def stop(kit: Path, seconds: float = 20.0) -> None:
-    """Stop it, with the jobs that it runs; nothing happens where it does not run."""
+    """Stop a kit's participant, with the jobs that it runs; nothing happens where it does not run.
+
+    Raises:
+        UserError: A process cannot be ended.
+    """
     (kit / "shutdown.fl").touch()
     for process in _processes(kit):
         with suppress(psutil.Error):
@@ -193,12 +223,12 @@ def stop(kit: Path, seconds: float = 20.0) -> None:
 
 
 def running(kit: Path) -> bool:
-    """Whether its process lives."""
+    """Return whether a kit's participant runs."""
     return bool(_processes(kit))
 
 
 def _processes(kit: Path) -> list[psutil.Process]:
-    """FLARE's processes of a kit, by their command lines."""
+    """Return FLARE's processes of a kit, told by their command lines."""
     found, kit = [], kit.resolve()
     for process in psutil.process_iter():
         with suppress(psutil.Error):

@@ -1,7 +1,7 @@
-"""What runs in FLARE's processes: the coordinator's program on the server, a `Site` in each client's.
+"""What runs in FLARE's processes: the coordinator on the server, a `Site` in each client's.
 
-A job runs so many rounds of an experiment, from its last checkpoint. What travels are our own messages, as bytes, so that FLARE's
-serialisation sees no object of ours.
+A job runs so many rounds of an experiment, from its last checkpoint. What travels are our own
+messages, as bytes, so that FLARE's serialisation sees no object of ours.
 """
 
 from __future__ import annotations
@@ -33,13 +33,14 @@ SIMULATED = ".sites"  # beside runs: what simulated sites keep until a run is do
 
 
 class Sited:
-    """What runs in a site's process."""
+    """The program of a site's process."""
 
     def __init__(self, simulated: int = 0) -> None:
         self.simulated = simulated  # how many sites are simulated; 0: this is a real one, with a file of its own
 
     @collab.init
     def start(self) -> None:
+        """Set the site up, as FLARE starts the process."""
         name = collab.site_name
         host: Host
         file = os.environ.get(SITE)
@@ -54,22 +55,23 @@ class Sited:
 
     @collab.publish
     def answer(self, message: bytes) -> bytes:
-        """What the coordinator asks; other sites have nothing to ask."""
+        """Answer the coordinator; nobody else may ask."""
         if collab.caller != "server":
             raise PermissionError(f"{collab.caller} is not the coordinator")
         return self._site.answer(message)
 
     @collab.publish
     def hear(self, message: bytes) -> None:
-        """What another site's clients tell clients here."""
+        """Take what another site's clients tell clients here."""
         self._site.hear(collab.caller, message)
 
     def tell(self, site: str, message: bytes) -> None:
+        """Send what clients here tell those of another site."""
         collab.get_clients([site])(secure=self._is_secure, expect_result=False).hear(message)
 
 
 class Collab:
-    """The way from the coordinator to sites."""
+    """The coordinator's way to sites."""
 
     @property
     def sites(self) -> Sequence[str]:
@@ -81,7 +83,10 @@ class Collab:
 
 
 class Coordinator:
-    """What runs on the server: rounds of an experiment, from its last checkpoint. It tells what happens, and how the job ended."""
+    """The program of the server's process: rounds of an experiment, from its last checkpoint.
+
+    It tells what happens, and how the job ended.
+    """
 
     def __init__(self, experiment: str, run: str, rounds: int) -> None:
         self.experiment, self.run, self.rounds = experiment, run, rounds
@@ -116,6 +121,7 @@ class Coordinator:
 
 
 def _teller() -> Callable[[Mapping[str, Any]], None]:
+    """Return a function that tells the submitter what happens."""
     if file := os.environ.get(TELLS):
         path = Path(file)
 
@@ -129,20 +135,20 @@ def _teller() -> Callable[[Mapping[str, Any]], None]:
 
 
 def _hand_over(folder: RunDirectory) -> None:
-    """Put what the run has come to where FLARE takes a job's results from."""
+    """Copy the run directory to where FLARE takes a job's results from."""
     context = collab.fl_ctx
     result = Path(context.get_workspace().get_run_dir(context.get_job_id())) / "fedpref"
     shutil.copytree(folder.path, result, ignore=shutil.ignore_patterns("cache"))
 
 
 def check_name(run: str) -> None:
-    """Raise UserError for what sites would not take as a run's name."""
+    """Raise UserError for a run's name that sites would not take."""
     if not RUN.fullmatch(run):
         raise UserError(f"a run cannot be called {run[:40]!r}: letters, digits, dots, hyphens and underscores only. Give another --output.")
 
 
 def job(experiment: Experiment, run: str, *, simulated: int = 0) -> Any:
-    """A job of the next rounds, for any environment of FLARE's."""
+    """Return a job of an experiment's next rounds, for any environment of FLARE's."""
     content = json.dumps(config.dump(with_whole_paths(experiment) if simulated else experiment))
     coordinator = Coordinator(content, run, experiment.patience.rounds_per_job)
     least = simulated or experiment.patience.min_sites
@@ -150,14 +156,25 @@ def job(experiment: Experiment, run: str, *, simulated: int = 0) -> Any:
 
 
 def recipe(name: str, coordinator: Any, min_sites: int, seconds: float, *, simulated: int = 0) -> Any:
-    """A job of a coordinator's program over sites, which begins when so many have come, within so many seconds."""
+    """Return a job of a coordinator's program over sites.
+
+    Args:
+        name: The job's.
+        coordinator: The program.
+        min_sites: How many sites must have come for it to begin.
+        seconds: How long is waited.
+        simulated: How many sites are simulated; 0 for real ones.
+    """
     made = _Recipe(job_name=name, server=coordinator, client=Sited(simulated), min_clients=min_sites, sync_task_timeout=seconds)
     made.finalize().set_app_packages(["fedpref", type(coordinator).__module__.split(".")[0]])  # which are there already
     return made
 
 
 class _Recipe(CollabRecipe):  # type: ignore[misc]  # FLARE has no types
-    """A job without code: server and sites have this package installed, and a site that lets no job bring code of its own stays so."""
+    """A job without code: server and sites have this package installed.
+
+    A site that lets no job bring code of its own stays so.
+    """
 
     @staticmethod
     def _user_source_entries(objs: Any) -> list[Any]:

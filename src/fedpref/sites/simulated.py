@@ -30,7 +30,10 @@ LOG, TOLD, EXPERIMENT = "log.txt", "told.jsonl", "experiment.json"
 
 
 def simulated(experiment: Experiment, folder: RunDirectory) -> Iterator[Event]:
-    """Run it, or what is left of it, job after job; what sites have kept of a run that is done goes into its directory."""
+    """Run an experiment, or what is left of it, job after job, and yield its events.
+
+    What sites have kept of a run that is done goes into its directory.
+    """
     place = folder.path.resolve()
     check_name(place.name)
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -63,7 +66,11 @@ def simulated(experiment: Experiment, folder: RunDirectory) -> Iterator[Event]:
 
 
 def _told(scratch: Path, process: Any) -> Generator[Event, None, str]:
-    """Events of one job until it ends; returns how, raises UserError where it failed."""
+    """Yield the events of one job until it ends, and return how.
+
+    Raises:
+        UserError: It failed.
+    """
     start, line = (scratch / TOLD).stat().st_size, ""
     with (scratch / TOLD).open() as told:
         told.seek(start)
@@ -86,13 +93,20 @@ def _told(scratch: Path, process: Any) -> Generator[Event, None, str]:
 
 
 def main(scratch: Path, run: str) -> None:
-    """One job, in a process of its own, which FLARE's simulator takes for itself."""
+    """Run one job, in a process of its own, which FLARE's simulator takes for itself."""
     experiment = config.parse(Experiment, json.loads((scratch / EXPERIMENT).read_text()), "the experiment")
     simulate(job(experiment, run, simulated=experiment.sites), experiment.sites, scratch / "workspace")
 
 
 def simulate(recipe: Any, sites: int, workspace: Path, classes: Sequence[str] = CLASSES) -> None:
-    """Run a job over so many sites, each a process, which may run these classes."""
+    """Run a job over simulated sites, each a process.
+
+    Args:
+        recipe: The job.
+        sites: How many.
+        workspace: FLARE's folder.
+        classes: Classes that the processes may run.
+    """
     local = workspace / recipe.name / "local"
     local.mkdir(parents=True, exist_ok=True)
     (local / "resources.json").write_text(json.dumps({"class_allow_list": list(classes)}))

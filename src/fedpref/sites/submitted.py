@@ -30,9 +30,17 @@ T = TypeVar("T")
 
 
 def submitted(experiment: Experiment, admin: Path, folder: RunDirectory) -> Iterator[Event]:
-    """Run it, or what is left of it; the run directory is fetched from the coordinator after each job.
+    """Run an experiment, or what is left of it, and yield its events.
 
-    `admin` is the kit of who submits. Raises UserError where the server cannot be reached, or a job ends without having told how.
+    The run directory is fetched from the coordinator after each job.
+
+    Args:
+        experiment: The experiment.
+        admin: The kit of who submits.
+        folder: The run directory.
+
+    Raises:
+        UserError: The server cannot be reached, or a job ends without having told how.
     """
     if not (admin / "startup").is_dir():
         raise UserError(f"{admin}: this is no kit. Give by --admin the folder of who submits, which `fedpref federation init` made.")
@@ -49,13 +57,16 @@ def submitted(experiment: Experiment, admin: Path, folder: RunDirectory) -> Iter
 
 
 def admin_of(folder: RunDirectory) -> Path | None:
-    """The kit by which a run was submitted; None for one that was not."""
+    """Return the kit by which a run was submitted; None for one that was not."""
     record = folder.path / SUBMITTED
     return Path(json.loads(record.read_text())["admin"]) if record.exists() else None
 
 
 def _job(experiment: Experiment, run: str, admin: Path, folder: RunDirectory) -> Generator[Event, None, str]:
-    """Events of one job until it ends; returns how. Who stops listening stops the job."""
+    """Yield the events of one job until it ends, and return how.
+
+    Who stops listening stops the job.
+    """
     again = f"`fedpref resume {folder.path}` goes on from the last round that was completed."
     environment = ProdEnv(startup_kit_location=str(admin), username=admin.name, login_timeout=LOGIN)
     number = _asked(lambda: job(experiment, run).execute(environment).get_job_id(), again)
@@ -93,7 +104,10 @@ def _job(experiment: Experiment, run: str, admin: Path, folder: RunDirectory) ->
 
 
 def set_admitted(site: str, admin: Path, admits: bool) -> None:
-    """Let a site take part in a federation, or no longer: the server turns it away, whatever certificate it has."""
+    """Let a site take part in a federation, or no longer.
+
+    The server turns an expelled site away, whatever certificate it has.
+    """
     session: Session = _asked(lambda: new_secure_session(admin.name, str(admin), timeout=LOGIN))
     try:
         _asked(lambda: (session.enable_client if admits else session.disable_client)(site))
@@ -102,7 +116,7 @@ def set_admitted(site: str, admin: Path, admits: bool) -> None:
 
 
 def _asked(call: Callable[[], T], again: str = "") -> T:
-    """What FLARE answers, without its own account of it; whatever it raises is the user's to know."""
+    """Call FLARE with its console output suppressed; any exception becomes a UserError."""
     try:
         with redirect_stdout(io.StringIO()):
             return call()

@@ -1,4 +1,4 @@
-"""Learning problems: model, data and objective in one."""
+"""Learning problems, which do not know that they are federated."""
 
 from typing import Annotated
 

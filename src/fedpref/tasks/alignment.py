@@ -9,17 +9,35 @@ from torch import Tensor
 
 
 def alignment(p: Float[Tensor, " n"], y: Float[Tensor, " n"]) -> float:
-    """1 - the Jensen-Shannon distance with the natural logarithm: from 0.167 to 1."""
+    """Return 1 - the Jensen-Shannon distance with the natural logarithm: from 0.167 to 1.
+
+    Args:
+        p: Predicted shares [n].
+        y: True shares [n].
+    """
     distance = float(jensenshannon(p.double().numpy(), y.double().numpy()))
     return 1 - (0.0 if np.isnan(distance) else distance)
 
 
 def wasserstein_alignment(p: Float[Tensor, " n"], y: Float[Tensor, " n"]) -> float:
-    """1 - the distance over which shares must move from option to option in their order, of the largest possible one."""
+    """Return 1 - the Wasserstein distance over options in their order, as a share of the largest.
+
+    Args:
+        p: Predicted shares [n].
+        y: True shares [n].
+    """
     return 1 - float((p - y).double().cumsum(0)[:-1].abs().sum()) / (len(p) - 1)
 
 
 def calibration_error(p: Float[Tensor, " n"], y: Float[Tensor, " n"], bins: int = 10) -> float:
-    """How far what was predicted is from what came true, on average over predictions of about the same size (Naeini et al. 2015)."""
+    """Return how far predictions are from what came true (Naeini et al. 2015).
+
+    It is a mean over bins of predictions of about the same size.
+
+    Args:
+        p: Predicted shares [n].
+        y: True shares [n].
+        bins: How many.
+    """
     place = (p * bins).long().clamp(max=bins - 1)
     return float((p - y).double().new_zeros(bins).index_add(0, place, (p - y).double()).abs().sum()) / len(p)

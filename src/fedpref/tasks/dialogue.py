@@ -1,4 +1,4 @@
-"""Alignment by rewards: prompts go in, the policy answers them, several rewards judge the answers, policy gradients follow each."""
+"""Alignment by rewards: the policy answers prompts, and follows the rewards of its answers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from fedpref.types import Count, WholeNumber
 
 @dataclass(frozen=True, kw_only=True)
 class DialogueTask(LanguageTask):
-    """Prompts, and rewards of the answers that the policy gives them; each reward is an objective."""
+    """Prompts, and rewards of the answers that the policy gives; each reward is an objective."""
 
     name: Literal["dialogue"] = "dialogue"
     rewards: dict[str, Reward] = field(default_factory=dict)
@@ -127,7 +127,10 @@ class DialogueShard:
 
 @dataclass
 class Rollouts:
-    """Answers to a batch's prompts, n tokens in all, and their rewards; what follows from the policy that drew them, once it is known."""
+    """Answers to a batch's prompts, n tokens in all, and their rewards.
+
+    What follows from the policy that drew them is filled in once it is known.
+    """
 
     rows: Sequence[Packed]
     rewards: Float[Tensor, "M A"]
@@ -139,7 +142,7 @@ class Rollouts:
 
 
 class DialogueLearner(LanguageLearner):
-    """The task at work."""
+    """The task with its model and rewards loaded."""
 
     settings: DialogueTask
 
@@ -159,7 +162,7 @@ class DialogueLearner(LanguageLearner):
     # ---- data
 
     def encode(self, data: ClientData) -> DialogueShard:
-        """A client's prompts, each once."""
+        """Return a client's prompts, each once."""
         (train, cut), (test, cut_too) = self._prompts(data.train), self._prompts(data.test)
         return DialogueShard(data.name, train, test, cut + cut_too)
 
@@ -188,13 +191,16 @@ class DialogueLearner(LanguageLearner):
     # ---- learning
 
     def parts(self, settings: Parts, rng: torch.Generator) -> Tree:
-        """A critic for each objective, linear in the hidden state, if the estimator has them; they begin at zero."""
+        """Return a critic for each objective, if the estimator has them; they begin at zero.
+
+        A critic is linear in the hidden state.
+        """
         self.settings.check(settings)
         width = self.language.model.config.get_text_config().hidden_size
         return {f"{CRITIC}{name}": torch.zeros(width + 1) for name in self.objectives if self.settings.needs_critics}
 
     def draw(self, params: Tree, start: Tree, shard: DialogueShard, size: BatchSize, rng: torch.Generator) -> Rollouts:
-        """Answers to so many prompts, by the policy as it is."""
+        """Draw answers to a batch of prompts, by the policy as it is."""
         if size.max_tokens:
             raise UserError(
                 "algorithm.local.max_tokens_per_batch: batches of prompts are counted, their answers' tokens are not known. Set batch_size."
@@ -211,7 +217,11 @@ class DialogueLearner(LanguageLearner):
         return Rollouts(rows, rewards.to(self.device), reference)
 
     def judge(self, prompts: Sequence[Prompted], texts: Sequence[Any]) -> Float[Tensor, "M A"]:
-        """Each objective's rewards, on the CPU; raises UserError for a reward function that does not keep to its signature."""
+        """Return each objective's rewards [M, A], on the CPU.
+
+        Raises:
+            UserError: A reward function does not keep to its signature.
+        """
         asked = [list(prompt.text) if not isinstance(prompt.text, str) else prompt.text for prompt in prompts]
         known = prompts[0].columns.keys() - {"prompts", "completions"}
         columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in sorted(known)}
@@ -230,7 +240,7 @@ class DialogueLearner(LanguageLearner):
         return torch.tensor(found)
 
     def texts(self, prompts: Sequence[Prompted], answers: Sequence[Tokens]) -> list[Any]:
-        """Answers as rewards are given them: text after a plain prompt, a message after a conversation."""
+        """Return answers as rewards are given them: text, or a message after a conversation."""
         said = self.language.tokenizer.batch_decode([list(answer) for answer in answers], skip_special_tokens=True)
         return [
             text if isinstance(prompt.text, str) else [{"role": "assistant", "content": text}]
@@ -238,7 +248,7 @@ class DialogueLearner(LanguageLearner):
         ]
 
     def losses(self, params: Tree, batch: Rollouts) -> tuple[Float[Tensor, " M"], Mapping[str, float]]:
-        """Each objective's surrogate, and its critic's squared error where there is one."""
+        """Return each objective's surrogate, with its critic's squared error where there is one."""
         estimator = self.settings.estimator
         tokens, hidden = self._tokens(self._policy(params), batch.rows, training=True)
         critics = [params[CRITIC + name] for name in self.objectives] if estimator.needs_critic else []
@@ -281,10 +291,11 @@ class DialogueLearner(LanguageLearner):
 
     @torch.no_grad()
     def evaluate(self, params: Tree, shard: DialogueShard) -> Mapping[str, float]:
-        """Means over answers to the first held-out prompts, one to each, or several where a reward compares them; drawn alike every time.
+        """Return means over answers to the first held-out prompts, drawn alike every time.
 
-        Rewards; `kl`, the answer's log-ratio to the reference; its length in tokens, whether it has an end, and the share of its
-        words and pairs of words that it has not said before.
+        There is one answer to each prompt, or several where a reward compares them. Metrics are
+        rewards; `kl`, the answer's log-ratio to the reference; its length in tokens, whether it has
+        an end, and the share of its words and pairs of words that it has not said before.
         """
         policy, prompts = self._policy(params), shard.test[: self.settings.evaluation_prompts]
         rng = seeds.generator(0, f"evaluate/{shard.name}")
@@ -310,7 +321,9 @@ class DialogueLearner(LanguageLearner):
 
     @torch.no_grad()
     def samples(self, params: Tree, shard: DialogueShard) -> list[dict[str, Any]]:
-        """The first held-out prompts, each with an answer of the backbone and one of the policy, drawn alike, and their rewards."""
+        """Return the first held-out prompts with answers of the backbone and of the policy, and
+        rewards.
+        """
         prompts, together = shard.test[: self.settings.samples], self.settings.answers_together
         found: list[dict[str, Any]] = [{"prompt": prompt.text} for prompt in prompts]
         for name, policy in (("before", None), ("after", self._policy(params))):

@@ -1,4 +1,7 @@
-"""Alignment on judgements of single answers, by Kahneman-Tversky optimisation: no two answers to one prompt are needed."""
+"""Alignment on judgements of single answers, by Kahneman-Tversky optimisation.
+
+No two answers to one prompt are needed.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,10 @@ from fedpref.tasks.offline import Batch, Example, OfflineLearner, OfflineTask, P
 
 @dataclass(frozen=True, kw_only=True)
 class FeedbackTask(OfflineTask):
-    """Single answers, each desirable or not (columns prompt, completion, label); a preference pair counts as one of each."""
+    """Single answers, each desirable or not.
+
+    Columns are prompt, completion and label; a preference pair counts as one answer of each kind.
+    """
 
     name: Literal["feedback"] = "feedback"
     loss: KTO = KTO()
@@ -39,7 +45,11 @@ class FeedbackTask(OfflineTask):
 
 
 class FeedbackLearner(OfflineLearner):
-    """The task at work; an example's second answer is one given to another prompt, from which the loss estimates its KL term."""
+    """The task with its model loaded.
+
+    An example's second answer is one given to another prompt, from which the loss estimates its KL
+    term.
+    """
 
     settings: FeedbackTask
 
@@ -69,9 +79,11 @@ class FeedbackLearner(OfflineLearner):
         return found, cut
 
     def measure(self, policy: Float[Tensor, "B 2"], explicit: Float[Tensor, "B 2"] | None, batch: Batch) -> Mapping[str, PerExample]:
-        """An answer is judged accurately if its reward is positive where it is desirable, negative where not; a tie counts as half.
+        """Return metrics of each answer; `loss` is differentiable.
 
-        `rewards/margins` is the reward, negated where the answer is not desirable.
+        An answer is judged accurately if its reward is positive where it is desirable, negative
+        where not; a tie counts as half. `rewards/margins` is the reward, negated where the answer
+        is not desirable.
         """
         ratio, other = (policy - batch.reference).unbind(1)
         desirable = torch.tensor([example.desirable for example in batch.examples], device=policy.device)

@@ -25,8 +25,9 @@ Kind = Literal["share", "logit"]
 class GroupReward:
     """One group's reward, with the signature of TRL's reward functions.
 
-    `share`: the share of the group that would choose this completion among all of the same prompt in the call, between 0 and 1.
-    `logit`: what the shares are a softmax of; only differences between completions of one prompt mean anything.
+    `share`: the share of the group that would choose this completion among all of the same prompt
+    in the call, between 0 and 1. `logit`: what the shares are a softmax of; only differences
+    between completions of one prompt mean anything.
     """
 
     learner: OpinionLearner
@@ -42,7 +43,11 @@ class GroupReward:
         return f"reward/{self.group}"
 
     def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], **_: Any) -> list[float]:
-        """A reward for each completion to the prompt in the same place; raises UserError where a share would mean nothing."""
+        """Return a reward for each completion to the prompt in the same place.
+
+        Raises:
+            UserError: A share would mean nothing, or there is nothing to score.
+        """
         asked = by_prompt(prompts)
         alone = next((prompt for prompt, places in asked.items() if len(places) < 2), None)
         if (self.kind == "share" or self.asks) and alone is not None:
@@ -79,10 +84,11 @@ class CombinedReward:
         return f"reward/{self.combine.name}"
 
     def of_groups(self, prompts: Sequence[Text], completions: Sequence[Text]) -> Float[Tensor, "G n"]:
-        """Each group's rewards."""
+        """Return each group's rewards [G, n]."""
         return torch.tensor([reward(prompts, completions) for reward in self.groups.values()], dtype=torch.float64)
 
     def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], **_: Any) -> list[float]:
+        """Return a reward for each completion to the prompt in the same place."""
         rewards, found = self.of_groups(prompts, completions), [0.0] * len(prompts)
         for places in by_prompt(prompts).values():
             for place, value in zip(places, self.combine(rewards[:, places]).tolist(), strict=True):
@@ -91,7 +97,7 @@ class CombinedReward:
 
 
 def by_prompt(prompts: Sequence[Text]) -> dict[str, list[int]]:
-    """The places of each prompt's completions."""
+    """Return the indices of each prompt's completions."""
     found: dict[str, list[int]] = defaultdict(list)
     for place, prompt in enumerate(prompts):
         found[_said(prompt)].append(place)

@@ -58,7 +58,7 @@ class LanguageTask(TaskSettings):
 
 
 class LanguageLearner(ABC):
-    """A task at work: a language model, loaded once, whatever the number of clients."""
+    """A task with its language model, loaded once for any number of clients."""
 
     def __init__(self, settings: LanguageTask) -> None:
         self.settings = settings
@@ -101,10 +101,19 @@ class LanguageLearner(ABC):
 
     @abstractmethod
     def encode(self, data: ClientData) -> Any:
-        """Turn a client's rows into tokens."""
+        """Return a client's rows as tokens."""
 
     def tokens(self, prompt: Text, answers: Sequence[Text], where: str) -> tuple[Tokens, list[Tokens]]:
-        """A prompt's tokens and its answers', all plain text or all conversations."""
+        """Return the tokens of a prompt and of its answers, all plain text or all conversations.
+
+        Args:
+            prompt: The prompt.
+            answers: Its answers.
+            where: File and row, for messages.
+
+        Raises:
+            UserError: The tokenizer has no chat template, or it refuses the conversation.
+        """
         if isinstance(prompt, str):
             opening, _ = self.language.encode(prompt, "")
             return tuple(opening), [tuple(self.language.encode(prompt, str(answer))[1]) for answer in answers]
@@ -123,7 +132,14 @@ class LanguageLearner(ABC):
         return tuple(chat), [tuple(answer) for answer in closed]
 
     def fit(self, prompt: Tokens, answers: Sequence[Tokens], where: str) -> tuple[Tokens, list[Tokens], bool]:
-        """Cut what is longer than `max_length`, answers to no less than half of it; and whether anything was cut."""
+        """Cut what is longer than `max_length`, answers to no less than half of it.
+
+        Returns:
+            The prompt, the answers, and whether anything was cut.
+
+        Raises:
+            UserError: Something is longer, and `truncation_mode` refuses that.
+        """
         length = len(prompt) + max(map(len, answers))
         if length <= self.max_length:
             return prompt, list(answers), False
@@ -137,7 +153,7 @@ class LanguageLearner(ABC):
         return self.cut(prompt, self.max_length - max(map(len, fitted))), fitted, True
 
     def cut(self, prompt: Tokens, space: int) -> Tokens:
-        """So many tokens of a prompt, by `truncation_mode`; what opens it stays."""
+        """Return `space` tokens of a prompt, by `truncation_mode`; what opens it stays."""
         if self.settings.truncation_mode == "keep_start" or space >= len(prompt):
             return prompt[:space]
         opening = prompt[: self.language.opens(prompt)]

@@ -1,4 +1,4 @@
-"""What tasks on given answers share: examples of a prompt and two answers, their reference scores, batches of similar length."""
+"""What tasks on given answers share: examples, reference scores, batches of similar length."""
 
 from __future__ import annotations
 
@@ -46,7 +46,9 @@ class OfflineTask(LanguageTask):
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt's tokens, two answers' tokens, and the answers' log-probabilities under the base reference once they are known."""
+    """A prompt's tokens, two answers' tokens, and the answers' reference scores once they are
+    known.
+    """
 
     prompt: Tokens
     answers: tuple[Tokens, Tokens]
@@ -85,7 +87,7 @@ class Batch:
 
 
 class OfflineLearner(LanguageLearner):
-    """A task at work."""
+    """A task on given answers with its model loaded."""
 
     settings: OfflineTask
 
@@ -99,21 +101,34 @@ class OfflineLearner(LanguageLearner):
 
     @abstractmethod
     def examples(self, rows: Sequence[Row]) -> tuple[list[Example], int]:
-        """A client's rows of one side, and how many of them were cut; raises UserError for a row that cannot be used."""
+        """Return a client's rows of one side as examples, and how many of them were cut.
+
+        Raises:
+            UserError: A row cannot be used.
+        """
 
     @abstractmethod
     def measure(self, policy: Float[Tensor, "B 2"], explicit: Float[Tensor, "B 2"] | None, batch: Batch) -> Mapping[str, PerExample]:
-        """Metrics of each example from its answers' log-probabilities and explicit rewards, if any; `loss` is differentiable."""
+        """Return metrics of each example; `loss` is differentiable.
+
+        Args:
+            policy: Log-probabilities of both answers [B, 2].
+            explicit: Their explicit rewards, if there is a reward head [B, 2].
+            batch: The examples.
+        """
 
     # ---- data
 
     def encode(self, data: ClientData) -> OfflineShard:
-        """Turn a client's rows into tokens."""
+        """Return a client's rows as tokens."""
         (train, cut), (test, cut_too) = self.examples(data.train), self.examples(data.test)
         return OfflineShard(data.name, tuple(train), tuple(test), truncated=cut + cut_too)
 
     def prepare(self, shard: OfflineShard, cache: Path) -> OfflineShard:
-        """Score a client's examples under the base reference, once; the scores are kept in a file named after model and data."""
+        """Score a client's examples under the base reference, once.
+
+        The scores are kept in a file of `cache` that is named after model and data.
+        """
         examples = shard.train + shard.test
         if not examples or not self.needs_reference:
             return shard
@@ -136,9 +151,10 @@ class OfflineLearner(LanguageLearner):
     # ---- learning
 
     def draw(self, params: Tree, start: Tree, shard: OfflineShard, size: BatchSize, rng: torch.Generator) -> Batch:
-        """A batch of examples of similar length; each has the same expected weight in the batch's mean, or in that of its objective.
+        """Draw a batch of examples of similar length.
 
-        Objectives have equal parts of the batch.
+        Each example has the same expected weight in the batch's mean, or in that of its objective;
+        objectives have equal parts of the batch.
         """
         examples: list[Example] = []
         count = len(self.objectives)
@@ -152,6 +168,7 @@ class OfflineLearner(LanguageLearner):
             return Batch(examples, self._score(start, examples)[0])
 
     def losses(self, params: Tree, batch: Batch) -> tuple[Float[Tensor, " M"], Mapping[str, float]]:
+        """Return each objective's mean loss over a batch [M], and metrics."""
         measured = self.measure(*self._score(params, batch.examples, training=True), batch)
         metrics = {name: float(values.detach().mean()) for name, values in measured.items()}
         counts = {"num_pairs": float(len(batch.examples)), "num_tokens": float(sum(example.tokens for example in batch.examples))}
@@ -163,13 +180,14 @@ class OfflineLearner(LanguageLearner):
         return losses, metrics | apart | counts
 
     def batches(self, shard: OfflineShard) -> Iterator[tuple[Batch, float]]:
-        """All training examples once, against the base reference, and each batch's share of them."""
+        """Yield all training examples once, against the base reference, with each batch's share."""
         for indices in _by_length(shard.train, SCORING_BATCH):
             yield self._with_base([shard.train[i] for i in indices]), len(indices) / len(shard.train)
 
     def evaluate(self, params: Tree, shard: OfflineShard) -> Mapping[str, float]:
-        """Means over the shard's held-out examples, accuracies also over those of each of several objectives; rewards are over the base
-        reference.
+        """Return means over the shard's held-out examples, rewards over the base reference.
+
+        Accuracies are also given for each of several objectives.
         """
         sums: dict[str, float] = {}
         counts = Counter(self.objectives[example.objective] for example in shard.test)
@@ -183,7 +201,7 @@ class OfflineLearner(LanguageLearner):
         return means | {"num_examples": float(len(shard.test))}
 
     def samples(self, params: Tree, shard: OfflineShard) -> list[dict[str, Any]]:
-        """The first held-out prompts, each with an answer of the backbone and one of the client's model, drawn alike."""
+        """Return the first held-out prompts with answers of the backbone and of the client's model."""
         prompts = list(dict.fromkeys(example.prompt for example in shard.test))[: self.settings.samples]
         texts = self.language.tokenizer.batch_decode([list(prompt) for prompt in prompts], skip_special_tokens=True)
         found: list[dict[str, Any]] = [{"prompt": text} for text in texts]
@@ -196,6 +214,7 @@ class OfflineLearner(LanguageLearner):
         return found
 
     def choices(self, params: Tree, shard: OfflineShard) -> Float[Tensor, " n"]:
+        """Return whether the preferred answer is chosen, of each held-out example [n]."""
         return torch.cat([metrics[ACCURACY].cpu() for _, metrics in self._held_out(params, shard)])
 
     @torch.no_grad()
@@ -218,7 +237,11 @@ class OfflineLearner(LanguageLearner):
 
 
 def _draw(lengths: Sequence[int], size: BatchSize, rng: torch.Generator) -> list[int]:
-    """A random pool, cut by length into batches, and of these one with a probability proportional to its number of examples."""
+    """Return indices of a batch.
+
+    A random pool is cut by length into batches, of which one is drawn with a probability
+    proportional to its number of examples.
+    """
     count = min(size.examples, len(lengths))
     order: list[int] = torch.randperm(len(lengths), generator=rng).tolist()
     if size.max_tokens is None:
@@ -237,6 +260,7 @@ def _draw(lengths: Sequence[int], size: BatchSize, rng: torch.Generator) -> list
 
 
 def _by_length(examples: Sequence[Example], size: int) -> Iterator[list[int]]:
+    """Yield indices of batches of similar length, each example once."""
     ranked = sorted(range(len(examples)), key=lambda i: (examples[i].tokens, i))
     for start in range(0, len(ranked), size):
         yield ranked[start : start + size]

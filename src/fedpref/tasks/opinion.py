@@ -1,4 +1,4 @@
-"""Predicting a group's opinions from a few that it has given: questions with options, shares of people, a transformer to train."""
+"""Predicting a group's opinions from a few that it has given."""
 
 from __future__ import annotations
 
@@ -37,9 +37,10 @@ FILE, CONFIG = "predictor.safetensors", "predictor.json"
 
 @dataclass(frozen=True, kw_only=True)
 class OpinionTask(TaskSettings):
-    """A group's opinions, predicted from a few of them in context (GPO's task, PluralLLM's with one group a client).
+    """A group's opinions, predicted from a few of them in context.
 
-    An example is a task: so many of the group's questions at random as context, as many others as targets. Preference pairs are
+    It is GPO's task, and PluralLLM's with one group a client. An example is a task: so many of the
+    group's questions at random as context, as many others as targets. Preference pairs are
     questions with two options, and the shares of comparisons that each of them won.
     """
 
@@ -76,7 +77,7 @@ class OpinionTask(TaskSettings):
 
 @dataclass(frozen=True)
 class Question:
-    """A group's answer: the texts that stand for the options, by which embeddings are found, and the shares."""
+    """A group's answer: the texts that stand for the options, and their shares."""
 
     group: str
     texts: tuple[str, ...]
@@ -89,7 +90,9 @@ class Question:
 
 @dataclass(frozen=True)
 class OpinionShard:
-    """One group's questions, or for training those of several; and what is shown and asked in an evaluation."""
+    """One group's questions, or for training those of several, and what an evaluation shows and
+    asks.
+    """
 
     name: str
     train: tuple[Question, ...]
@@ -104,7 +107,10 @@ class OpinionShard:
 
 @dataclass(frozen=True)
 class Batch:
-    """Tasks: the context's points, which of them there are, the targets' points; `question` numbers the targets' questions."""
+    """Tasks: the context's points, which of them there are, and the targets' points.
+
+    `question` numbers the targets' questions.
+    """
 
     context: Float[Tensor, "B C D"]
     answers: Float[Tensor, "B C"]
@@ -116,7 +122,7 @@ class Batch:
 
 
 class OpinionLearner:
-    """The task at work: an encoder, loaded once, and the embeddings of all questions, which groups share."""
+    """The task with its encoder, loaded once, and the embeddings of all questions."""
 
     def __init__(self, settings: OpinionTask) -> None:
         self.settings = settings
@@ -151,7 +157,13 @@ class OpinionLearner:
     # ---- data
 
     def encode(self, data: ClientData) -> OpinionShard:
-        """Turn a group's rows into questions; which of them are an evaluation's context depends on the group's name alone."""
+        """Return a group's rows as questions.
+
+        Which of them are an evaluation's context depends on the group's name alone.
+
+        Raises:
+            UserError: The group has too few questions.
+        """
         train, test = _questions(data.name, data.train), _questions(data.name, data.test)
         if len(train) < 2:
             raise UserError(
@@ -165,7 +177,11 @@ class OpinionLearner:
         return OpinionShard(data.name, train, test, context, test if self.settings.evaluate_on == "held-out" else test + others, cut)
 
     def prepare(self, shard: OpinionShard, cache: Path) -> OpinionShard:
-        """Embed what is not known yet; each question's embeddings are kept in a file named after the model and its texts."""
+        """Embed the questions that are not known yet.
+
+        Each question's embeddings are kept in a file of `cache` that is named after the model and
+        its texts.
+        """
         wanted = {question.digest: question for question in shard.train + shard.test if question.digest not in self.known}
         place = cache / f"embeddings-{self.encoder.fingerprint}"
         for digest in [digest for digest in wanted if (place / f"{digest}.safetensors").exists()]:
@@ -179,13 +195,16 @@ class OpinionLearner:
         return shard
 
     def embed(self, questions: Sequence[Question]) -> list[str]:
-        """Embed those of these questions that are not known yet, each by itself: what stands in a batch changes the last bits."""
+        """Embed those of these questions that are not known yet, and return their digests.
+
+        Each is embedded by itself: what else stands in a batch changes the last bits.
+        """
         wanted = {question.digest: question.texts for question in questions if question.digest not in self.known}
         self.known |= {digest: self.encoder.embed(texts) for digest, texts in wanted.items()}
         return list(wanted)
 
     def forget(self, digests: Sequence[str]) -> None:
-        """Let go of embeddings."""
+        """Forget the embeddings of these digests."""
         for digest in digests:
             del self.known[digest]
 
@@ -199,7 +218,10 @@ class OpinionLearner:
         return self.settings.predictor.init(self.encoder.dimensions, rng)
 
     def draw(self, params: Tree, start: Tree, shard: OpinionShard, size: BatchSize, rng: torch.Generator) -> Batch:
-        """So many tasks, of random groups where there are several, all of them before one comes again."""
+        """Draw a batch of tasks, of random groups where there are several.
+
+        All groups come before one comes again.
+        """
         if size.max_tokens:
             raise UserError("algorithm.local.max_tokens_per_batch: a predictor's batches are counted in tasks. Set batch_size.")
         groups = _by_group(shard.train)
@@ -224,7 +246,7 @@ class OpinionLearner:
         }
 
     def batches(self, shard: OpinionShard) -> Iterator[tuple[Batch, float]]:
-        """All training questions, each half of a group's predicted from the other."""
+        """Yield all training questions, each half of a group's predicted from the other."""
         for questions in _by_group(shard.train):
             middle = (len(questions) + 1) // 2
             halves = questions[:middle], questions[middle:]
@@ -235,7 +257,17 @@ class OpinionLearner:
     def predict(
         self, params: Tree, context: Sequence[Question], targets: Sequence[Question], *, logits: bool = False
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Each target question's shares, or what they are a softmax of, and standard deviations, as the context's group would answer."""
+        """Predict how the context's group would answer.
+
+        Args:
+            params: The predictor's parameters.
+            context: Questions that the group has answered.
+            targets: Questions that are asked.
+            logits: Return what shares are a softmax of, in their place.
+
+        Returns:
+            Each target's shares, and their standard deviations.
+        """
         batch = self._batch([(context, targets)])
         raw, std = self.settings.predictor(trees.to(params, self.device), batch.context, batch.answers, batch.shown, batch.targets)
         sizes = [len(question.shares) for question in targets]
@@ -243,12 +275,14 @@ class OpinionLearner:
         return list(means.cpu().split(sizes)), list(std[0].cpu().split(sizes))
 
     def evaluate(self, params: Tree, shard: OpinionShard) -> Mapping[str, float]:
-        """Means over questions. `alignment` is 1 - the Jensen-Shannon distance (natural logarithm) of predicted and true shares,
-        `alignment_wasserstein` 1 - the Wasserstein distance over options in their order, as a share of the largest possible one.
+        """Return means over questions.
 
-        `accuracy` is the share of questions whose likeliest option is found, of k equally likely ones 1/k of it. `coverage` is that of
-        shares within a standard deviation of what was predicted (0.683 of a calibrated one), `calibration_error` is of all options
-        together; `uniform` is the alignment of equal shares.
+        `alignment` is 1 - the Jensen-Shannon distance (natural logarithm) of predicted and true
+        shares, `alignment_wasserstein` 1 - the Wasserstein distance over options in their order, as
+        a share of the largest possible one. `accuracy` is the share of questions whose likeliest
+        option is found, of k equally likely ones 1/k of it. `coverage` is that of shares within a
+        standard deviation of what was predicted (0.683 of a calibrated one), `calibration_error` is
+        of all options together; `uniform` is the alignment of equal shares.
         """
         found, stds = self.predict(params, shard.context, shard.asked)
         truth = [torch.tensor(question.shares) for question in shard.asked]
@@ -265,11 +299,11 @@ class OpinionLearner:
         return means | {"calibration_error": calibration_error(torch.cat(found), torch.cat(truth)), "num_examples": float(len(shard.asked))}
 
     def choices(self, params: Tree, shard: OpinionShard) -> Float[Tensor, " n"]:
-        """The predicted share of every option."""
+        """Return the predicted share of every option."""
         return torch.cat(self.predict(params, shard.context, shard.asked)[0])
 
     def samples(self, params: Tree, shard: OpinionShard) -> list[dict[str, Any]]:
-        """None: a predictor answers nothing."""
+        """Return nothing: a predictor gives no answers."""
         return []
 
     def export(self, params: Tree, folder: Path) -> None:
@@ -288,7 +322,11 @@ class OpinionLearner:
         return Batch(context, answers.clamp(min=0), shown, targets, asked, question, shares[asked])
 
     def _points(self, tasks: Sequence[Sequence[Question]]) -> tuple[Float[Tensor, "B P D"], Float[Tensor, "B P"], list[list[int]]]:
-        """Embeddings and shares of all options, padded with shares of -1, and the number of each question's options."""
+        """Return embeddings and shares of all options, padded, and the number of each question's
+        options.
+
+        Padding has shares of -1.
+        """
         x = [torch.cat([self.known[question.digest] for question in questions]) for questions in tasks]
         y = [torch.tensor([share for question in questions for share in question.shares]) for questions in tasks]
         sizes = [[len(question.shares) for question in questions] for questions in tasks]
@@ -304,10 +342,13 @@ def _by_group(questions: Sequence[Question]) -> list[list[Question]]:
 
 
 def _questions(group: str, rows: Sequence[Row]) -> tuple[Question, ...]:
-    """A group's opinions, the mean of those on the same question; comparisons of the same two answers to a prompt together, with the
-    share that each won.
+    """Return a group's questions: the mean of its opinions on the same one.
 
-    Raises UserError for rows that are neither, and for opinions of several groups on one question, of which one would give another away.
+    Comparisons of the same two answers to a prompt are one question, with the share that each won.
+
+    Raises:
+        UserError: A row is neither, or there are opinions of several groups on one question, of
+            which one would give another away.
     """
     opinions: dict[Texts, list[Opinion]] = defaultdict(list)
     wins: dict[tuple[str, ...], list[str]] = defaultdict(list)
@@ -335,12 +376,12 @@ def _questions(group: str, rows: Sequence[Row]) -> tuple[Question, ...]:
 
 
 def asking(question: str, options: Sequence[str]) -> tuple[str, ...]:
-    """For each option, the question with all its options and the one that is chosen."""
+    """Return for each option the question with all its options and the one that is chosen."""
     lettered = [f"{chr(ord('A') + i)}. {option}" for i, option in enumerate(options)]
     return tuple("\n".join([question, *lettered, f"Answer: {one}"]) for one in lettered)
 
 
 def _between(bounds: tuple[int, int], most: int, rng: torch.Generator) -> int:
-    """A random number between these, or the most that there can be; at least one."""
+    """Draw a number between two bounds, or the most that there can be; at least one."""
     low, high = (max(1, min(bound, most)) for bound in bounds)
     return int(torch.randint(low, high + 1, (), generator=rng))

@@ -1,4 +1,4 @@
-"""Preference alignment of a language model: pairs of answers, the DPO family of losses, an adapter to train."""
+"""Preference alignment of a language model: pairs of answers, and the DPO family of losses."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class PreferenceTask(OfflineTask):
 
 
 class PreferenceLearner(OfflineLearner):
-    """The task at work; an example's answers are the chosen and the rejected one."""
+    """The task with its model loaded; an example's answers are the chosen and the rejected one."""
 
     settings: PreferenceTask
 
@@ -91,7 +91,11 @@ class PreferenceLearner(OfflineLearner):
         return found, cut
 
     def encode(self, data: ClientData) -> OfflineShard:
-        """Turn a client's rows into tokens; raises UserError where it has none of an objective."""
+        """Return a client's rows as tokens.
+
+        Raises:
+            UserError: The client has no pairs of an objective.
+        """
         shard = super().encode(data)
         for side, examples in (("training", shard.train), ("held-out", shard.test)):
             if len(self.objectives) > 1 and (missing := set(range(len(self.objectives))) - {example.objective for example in examples}):
@@ -111,7 +115,11 @@ class PreferenceLearner(OfflineLearner):
         return self.objectives.index(row.columns[column])
 
     def measure(self, policy: Float[Tensor, "B 2"], explicit: Float[Tensor, "B 2"] | None, batch: Batch) -> Mapping[str, PerExample]:
-        """TRL's names; with a reward head, rewards are sums, and accuracies are also given of either part alone."""
+        """Return metrics of each pair under TRL's names; `loss` is differentiable.
+
+        With a reward head, rewards are sums of both, and accuracies are also given of either part
+        alone.
+        """
         loss, tokens = self.settings.loss, torch.tensor([tuple(map(len, e.answers)) for e in batch.examples]).to(policy)
         scores, reference = (PairScores(*sums.unbind(1), *tokens.unbind(1)) for sums in (policy, batch.reference))
         chosen, rejected = loss.rewards(scores, reference)
@@ -139,5 +147,7 @@ def _metrics(loss: PerExample, chosen: PerExample, rejected: PerExample) -> dict
 
 
 def _accurate(chosen: PerExample, rejected: PerExample) -> PerExample:
-    """A tie counts as half an accurate pair: nothing is learnt from it, and nothing is lost."""
+    """Return which pairs are accurate; a tie counts as half, for nothing is learnt and nothing
+    lost.
+    """
     return (chosen > rejected).float() + 0.5 * (chosen == rejected).float()

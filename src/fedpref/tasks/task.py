@@ -1,4 +1,4 @@
-"""What a learning problem offers to the local loop; it does not know that it is federated."""
+"""The interface of learning problems to the local loop and to experiments."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ CRITIC = "critic."  # begins the names of parameters that foretell an objective'
 
 @dataclass(frozen=True)
 class BatchSize:
-    """How much a training batch holds: so many examples, or, where `max_tokens` is given, so many tokens in all (one example at least)."""
+    """The size of a training batch: examples, or tokens in all where `max_tokens` is given.
+
+    There is one example at least.
+    """
 
     examples: int
     max_tokens: int | None = None
@@ -36,7 +39,7 @@ class Shard(Protocol):
     def name(self) -> str: ...
 
     def __len__(self) -> int:
-        """The number of training examples: the client's weight in a mean by examples."""
+        """Return the number of training examples: the client's weight in a mean by examples."""
         ...
 
 
@@ -116,7 +119,7 @@ class TaskSettings(ABC):
 
 
 class Task(Protocol):
-    """Model, data and objective in one."""
+    """A learning problem: model, data and objective in one."""
 
     @property
     def description(self) -> str:
@@ -130,61 +133,89 @@ class Task(Protocol):
 
     @property
     def prepares(self) -> str:
-        """What `prepare` computes, in words."""
+        """What `prepare` computes, in words; empty for nothing."""
         ...
 
     @property
     def device(self) -> torch.device:
-        """Where parameters are trained."""
+        """The device on which parameters are trained."""
         ...
 
     @property
     def devices(self) -> int:
-        """How many workers on this machine have a device, or a processor, of their own."""
+        """The number of workers on this machine that have a processor, or a GPU, of their own."""
         ...
 
     def move_to(self, worker: int) -> None:
-        """Move to the device of this worker, a process of its own if there are several; before anything is computed."""
+        """Move to the device of a worker, before anything is computed.
+
+        Each of several workers is a process of its own.
+        """
         ...
 
     def init(self, rng: torch.Generator) -> Tree:
-        """Fresh trainable parameters, on the CPU."""
+        """Return fresh trainable parameters, on the CPU."""
         ...
 
     def parts(self, settings: Parts, rng: torch.Generator) -> Tree:
-        """A client's own parts as they begin, under names that `init` does not use; raises UserError where the model cannot have them."""
+        """Return a client's own parts as they begin, under names that `init` does not use.
+
+        Raises:
+            UserError: The model cannot have them.
+        """
         ...
 
     def encode(self, data: ClientData) -> Any:
-        """A client's rows as the task reads them; raises UserError for a row that it cannot use."""
+        """Return a client's rows as the task reads them.
+
+        Raises:
+            UserError: A row cannot be used.
+        """
         ...
 
     def prepare(self, shard: Any, cache: Path) -> Any:
-        """The shard with what is computed once about it, kept in a folder of files named after what they depend on."""
+        """Return the shard with what is computed once about it.
+
+        It is kept in a folder of files that are named after what they depend on.
+        """
         ...
 
     def draw(self, params: Tree, start: Tree, shard: Any, size: BatchSize, rng: torch.Generator) -> Any:
-        """A training batch; `start` is what the client began the round with."""
+        """Draw a training batch.
+
+        Args:
+            params: The client's parameters as they are.
+            start: Those that it began the round with.
+            shard: The client's data.
+            size: How large the batch is.
+            rng: Random numbers.
+        """
         ...
 
     def losses(self, params: Tree, batch: Any) -> tuple[Float[Tensor, " M"], Mapping[str, float]]:
-        """One differentiable loss per objective, and metrics of the batch; `num_` metrics are counts."""
+        """Return one differentiable loss for each objective [M], and metrics of the batch.
+
+        Metrics named `num_` are counts.
+        """
         ...
 
     def batches(self, shard: Any) -> Iterator[tuple[Any, float]]:
-        """All training examples once, for `losses`, and each batch's share of them."""
+        """Yield all training examples once, for `losses`, with each batch's share of them."""
         ...
 
     def evaluate(self, params: Tree, shard: Any) -> Mapping[str, float]:
-        """Metrics on the shard's held-out examples, whose number is `num_examples`."""
+        """Return metrics on the shard's held-out examples, whose number is `num_examples`."""
         ...
 
     def choices(self, params: Tree, shard: Any) -> Float[Tensor, " n"]:
-        """What is chosen for each held-out example, between 0 and 1, in an order that depends on the shard alone; on the CPU."""
+        """Return what is chosen for each held-out example [n], from 0 to 1, on the CPU.
+
+        The order depends on the shard alone.
+        """
         ...
 
     def samples(self, params: Tree, shard: Any) -> list[dict[str, Any]]:
-        """Held-out prompts with an answer before training and one after, and their rewards."""
+        """Return held-out prompts with an answer before training and one after, and their rewards."""
         ...
 
     def export(self, params: Tree, folder: Path) -> None:
