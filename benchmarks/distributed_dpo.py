@@ -47,21 +47,48 @@ FIGURES = {
 
 def law_table(laws: Sequence[Law]) -> Table:
     """Measured beside theory."""
-    table = Table("law", "theory", "measured", "95 %", "", title="laws on log-linear policies", box=MARKDOWN)
+    table = Table(
+        "law", "theory", "measured", "95 %", "", title="laws on log-linear policies", box=MARKDOWN
+    )
     for law in laws:
         mean, low, high = law.interval
-        table.add_row(law.name, f"{law.theory:g}", f"{mean:.4g}", "" if math.isnan(low) else f"[{low:.4g}, {high:.4g}]", law.note)
+        table.add_row(
+            law.name,
+            f"{law.theory:g}",
+            f"{mean:.4g}",
+            "" if math.isnan(low) else f"[{low:.4g}, {high:.4g}]",
+            law.note,
+        )
     return table
 
 
 def model_table(name: str, outcomes: Mapping[str, Outcome]) -> Table:
     """A dataset's lines."""
-    columns = ("accuracy, %", "pooled loss", "squared gradient", "disagreement, %", "consensus error", "before mixing", "bytes")
+    columns = (
+        "accuracy, %",
+        "pooled loss",
+        "squared gradient",
+        "disagreement, %",
+        "consensus error",
+        "before mixing",
+        "bytes",
+    )
     table = Table("", *columns, title=name, box=MARKDOWN)
     for line, found in outcomes.items():
-        errors = [f"{found.last(figure):.3g}" if figure in found.rounds[0][0] else "" for figure in CONSENSUS]
-        pooled, gradient, apart = (found.diagnostic(key) for key in ("pooled_loss", "pooled_gradient_norm_squared", "disagreement"))
-        shown = (f"{100 * found.accuracy:.1f}", f"{pooled:.4f}", f"{gradient:.3g}", f"{100 * apart:.1f}")
+        errors = [
+            f"{found.last(figure):.3g}" if figure in found.rounds[0][0] else ""
+            for figure in CONSENSUS
+        ]
+        pooled, gradient, apart = (
+            found.diagnostic(key)
+            for key in ("pooled_loss", "pooled_gradient_norm_squared", "disagreement")
+        )
+        shown = (
+            f"{100 * found.accuracy:.1f}",
+            f"{pooled:.4f}",
+            f"{gradient:.3g}",
+            f"{100 * apart:.1f}",
+        )
         table.add_row(line, *shown, *errors, bytes_text(found.bytes))
     return table
 
@@ -71,10 +98,18 @@ CONSENSUS = ("consensus_error", "consensus_error_before_mixing")
 
 def race_table(theirs: Race, tuned: Race, ours: Race) -> Table:
     """The ways to one loss."""
-    table = Table("", "rounds", "pooled loss", "bytes", "processor, s", title="to the same loss", box=MARKDOWN)
+    table = Table(
+        "", "rounds", "pooled loss", "bytes", "processor, s", title="to the same loss", box=MARKDOWN
+    )
     names = ("full fine-tuning, whole models", "the same at its best rate", "fedpref")
     for name, found in zip(names, (theirs, tuned, ours), strict=True):
-        table.add_row(name, str(found.rounds), f"{found.loss:.4f}", bytes_text(found.bytes), f"{found.seconds:.1f}")
+        table.add_row(
+            name,
+            str(found.rounds),
+            f"{found.loss:.4f}",
+            bytes_text(found.bytes),
+            f"{found.seconds:.1f}",
+        )
     return table
 
 
@@ -94,7 +129,11 @@ def scale(clients: int, rounds: int) -> dict[str, float]:
     """DecDPO with many clients on a ring, on the shipped model and one processor: the share of a round that is not training, but mixing
     and measuring the consensus error, and how memory grows.
     """
-    settings = [f"partition={{name: iid, clients: {clients}}}", "algorithm.local={steps: 1, batch_size: 2}", "task.max_length=128"]
+    settings = [
+        f"partition={{name: iid, clients: {clients}}}",
+        "algorithm.local={steps: 1, batch_size: 2}",
+        "task.max_length=128",
+    ]
     spec = Experiment.load(CONFIGS / "decdpo.yaml", [*settings, "task.truncation_mode=keep_end"])
     task, method, network = spec.build_task(), spec.algorithm, Network()
     keep_freed_memory()
@@ -127,18 +166,41 @@ def resident() -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", help="a folder with the public sets (docs/data.md)")
-    parser.add_argument("--parts", nargs="+", choices=["laws", "models", "program", "scale"], help="by default all that the data allows")
-    parser.add_argument("--datasets", nargs="+", choices=DATASETS, default=list(DATASETS), help="of `models`")
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        choices=["laws", "models", "program", "scale"],
+        help="by default all that the data allows",
+    )
+    parser.add_argument(
+        "--datasets", nargs="+", choices=DATASETS, default=list(DATASETS), help="of `models`"
+    )
     parser.add_argument("--seeds", type=int, default=1, help="of `models`")
     parser.add_argument("--repetitions", type=int, default=4, help="of `laws`")
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmark-distributed-dpo"), help="where runs are kept")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("runs/benchmark-distributed-dpo"),
+        help="where runs are kept",
+    )
     parser.add_argument("--figures", type=Path, help="a folder for pictures")
-    parser.add_argument("--quick", action="store_true", help="shorter, fewer pairs, and no models; the figures mean less")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="shorter, fewer pairs, and no models; the figures mean less",
+    )
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
-    parts = arguments.parts or ["laws", "program", "scale", *(["models"] if arguments.data and not arguments.quick else [])]
+    parts = arguments.parts or [
+        "laws",
+        "program",
+        "scale",
+        *(["models"] if arguments.data and not arguments.quick else []),
+    ]
     if "models" in parts and not arguments.data:
         parser.error("models needs --data")
     console, progress = Console(width=170), Console(stderr=True)
@@ -147,20 +209,39 @@ def main() -> None:
     outcomes: dict[str, dict[str, Outcome]] = {}
     if "laws" in parts:
         with one_thread():
-            laws = [law for group in LAWS for law in group(1 if arguments.quick else arguments.repetitions, arguments.quick)]
+            laws = [
+                law
+                for group in LAWS
+                for law in group(1 if arguments.quick else arguments.repetitions, arguments.quick)
+            ]
         console.print(law_table(laws))
-        figures |= {figure: law.interval[0] for figure, name in FIGURES.items() for law in laws if law.name == name}
+        figures |= {
+            figure: law.interval[0]
+            for figure, name in FIGURES.items()
+            for law in laws
+            if law.name == name
+        }
     if "program" in parts:
         with one_thread():
-            theirs, tuned, ours = race(arguments.data, *((12, 64, ()) if arguments.quick else (30, 128)))
+            theirs, tuned, ours = race(
+                arguments.data, *((12, 64, ()) if arguments.quick else (30, 128))
+            )
         console.print(race_table(theirs, tuned, ours))
-        figures |= {"bytes_ratio_vs_paper": theirs.bytes / ours.bytes, "cpu_ratio_vs_paper": theirs.seconds / ours.seconds}
-        figures |= {"bytes_ratio_vs_tuned": tuned.bytes / ours.bytes, "cpu_ratio_vs_tuned": tuned.seconds / ours.seconds}
+        figures |= {
+            "bytes_ratio_vs_paper": theirs.bytes / ours.bytes,
+            "cpu_ratio_vs_paper": theirs.seconds / ours.seconds,
+        }
+        figures |= {
+            "bytes_ratio_vs_tuned": tuned.bytes / ours.bytes,
+            "cpu_ratio_vs_tuned": tuned.seconds / ours.seconds,
+        }
     if "scale" in parts:
         figures |= scale(64, 2 if arguments.quick else 100)
     if "models" in parts:
         for name in arguments.datasets:
-            outcomes[name] = train(name, arguments.data, range(arguments.seeds), arguments.output, progress)
+            outcomes[name] = train(
+                name, arguments.data, range(arguments.seeds), arguments.output, progress
+            )
             console.print(model_table(name, outcomes[name]))
     if arguments.figures:
         import distributed_figures

@@ -15,7 +15,13 @@ from matplotlib.ticker import NullFormatter
 from distributed_laws import Law
 from distributed_models import Outcome
 
-STYLE = {"svg.hashsalt": "fedpref", "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}
+STYLE = {
+    "svg.hashsalt": "fedpref",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+}
 # picture -> lines, of those in distributed_models.py
 COMPARISONS: Mapping[str, Sequence[str]] = {
     "server or graph": ("pooled", "feddpo", "S=3", "ring"),
@@ -44,7 +50,9 @@ def draw_laws(laws: Sequence[Law], path: Path) -> None:
         for x, measured, expected in law.curves.values():
             order = sorted(range(len(x)), key=lambda i: x[i])
             shown = [i for i in order if min(x[i], measured[i]) > 0]
-            place.loglog([x[i] for i in shown], [expected[i] for i in shown], color="0.5", label="theory")
+            place.loglog(
+                [x[i] for i in shown], [expected[i] for i in shown], color="0.5", label="theory"
+            )
             place.loglog([x[i] for i in shown], [measured[i] for i in shown], "o", label="measured")
             if len(shown) <= 6:
                 place.set_xticks([x[i] for i in shown], [f"{x[i]:.3g}" for i in shown])
@@ -61,13 +69,21 @@ def draw_lines(name: str, lines: Mapping[str, Outcome], path: Path) -> None:
         for line in wanted:
             losses = lines[line].curve("loss")
             place.plot(range(1, len(losses) + 1), smoothed(losses), label=line)
-        place.set(title=title, xlabel="round", ylabel="loss on clients' own batches, mean of 3 rounds")
+        place.set(
+            title=title, xlabel="round", ylabel="loss on clients' own batches, mean of 3 rounds"
+        )
     for place, over in ((places[1, 1], "round"), (places[1, 2], "bytes a client")):
         for line in GRAPHS:
             errors, sent = lines[line].curve("consensus_error"), lines[line].curve("bytes_up")
             total = [sum(sent[: i + 1]) / lines[line].clients for i in range(len(sent))]
-            place.semilogy(range(1, len(errors) + 1) if over == "round" else total, errors, label=line)
-        place.set(title="consensus error after mixing", xlabel=over, ylabel="mean squared distance from the mean")
+            place.semilogy(
+                range(1, len(errors) + 1) if over == "round" else total, errors, label=line
+            )
+        place.set(
+            title="consensus error after mixing",
+            xlabel=over,
+            ylabel="mean squared distance from the mean",
+        )
     for place in places.flat:
         place.legend(frameon=False)
     figure.suptitle(name.replace("-", " "))
@@ -76,7 +92,11 @@ def draw_lines(name: str, lines: Mapping[str, Outcome], path: Path) -> None:
 
 def smoothed(values: Sequence[float], width: int = 3) -> list[float]:
     """The mean of the last few."""
-    return [sum(part) / len(part) for i in range(len(values)) if (part := values[max(0, i + 1 - width) : i + 1])]
+    return [
+        sum(part) / len(part)
+        for i in range(len(values))
+        if (part := values[max(0, i + 1 - width) : i + 1])
+    ]
 
 
 def save(figure: Any, path: Path) -> None:

@@ -18,7 +18,18 @@ from scipy import stats
 from fedpref.algorithms import DecDPO, FedDPO
 from fedpref.federation.participation import draw
 from fedpref.numerics.topology import Shape, mixing, rho
-from log_linear import Coins, LogLinear, Pairs, clients, engine, gradient, objective, optimum, plain, spread
+from log_linear import (
+    Coins,
+    LogLinear,
+    Pairs,
+    clients,
+    engine,
+    gradient,
+    objective,
+    optimum,
+    plain,
+    spread,
+)
 
 BETA = 1.0
 
@@ -31,7 +42,9 @@ class Law:
     theory: float
     values: tuple[float, ...]  # one for each repetition
     note: str = ""
-    curves: Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[float]]] = field(default_factory=dict)
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[float]]] = field(
+        default_factory=dict
+    )
     axes: tuple[str, str] = ("", "")
 
     @property
@@ -40,7 +53,11 @@ class Law:
         mean = statistics.fmean(self.values)
         if len(self.values) < 2:
             return mean, math.nan, math.nan
-        half = float(stats.t.ppf(0.975, len(self.values) - 1)) * statistics.stdev(self.values) / len(self.values) ** 0.5
+        half = (
+            float(stats.t.ppf(0.975, len(self.values) - 1))
+            * statistics.stdev(self.values)
+            / len(self.values) ** 0.5
+        )
         return mean, mean - half, mean + half
 
 
@@ -64,9 +81,15 @@ def drift(repetitions: int, quick: bool) -> Iterator[Law]:
         shards = clients(8, 12, 5, 1.0, seed)
         best = optimum(shards, BETA)
 
-        floors = {(count, rate): resting(shards, best, count, rate) for count in (1, *steps) for rate in rates[: 2 if count == 4 else 1]}
+        floors = {
+            (count, rate): resting(shards, best, count, rate)
+            for count in (1, *steps)
+            for rate in rates[: 2 if count == 4 else 1]
+        }
         at_one.append(floors[1, rates[0]] / floors[2, rates[0]])
-        by_steps.append(exponent([count - 1 for count in steps], [floors[count, rates[0]] for count in steps]))
+        by_steps.append(
+            exponent([count - 1 for count in steps], [floors[count, rates[0]] for count in steps])
+        )
         by_rate.append(exponent(rates, [floors[4, rate] for rate in rates]))
         if not seed:
             xs = [count - 1.0 for count in steps]
@@ -124,7 +147,12 @@ def participation(repetitions: int, quick: bool) -> Iterator[Law]:
         slope, share = through_origin(expected, floors)
         explained.append(share)
         at_all.append(floors[-1] / floors[0])
-        farthest.append(max(abs(floor / (slope * x) - 1) for floor, x in zip(floors[:-1], expected[:-1], strict=True)))
+        farthest.append(
+            max(
+                abs(floor / (slope * x) - 1)
+                for floor, x in zip(floors[:-1], expected[:-1], strict=True)
+            )
+        )
         if not seed:
             curve = (expected, floors, [slope * x for x in expected])
     yield Law(
@@ -135,8 +163,15 @@ def participation(repetitions: int, quick: bool) -> Iterator[Law]:
         {"floor": curve},
         ("(N - S) / (S (N - 1))", "squared gradient"),
     )
-    yield Law("participation floor: largest relative distance from that proportion", 0, tuple(farthest), "S from 1 to 8")
-    yield Law("participation floor with everybody, as a share of that with one client", 0, tuple(at_all))
+    yield Law(
+        "participation floor: largest relative distance from that proportion",
+        0,
+        tuple(farthest),
+        "S from 1 to 8",
+    )
+    yield Law(
+        "participation floor with everybody, as a share of that with one client", 0, tuple(at_all)
+    )
 
 
 def consensus(repetitions: int, quick: bool) -> Iterator[Law]:
@@ -144,31 +179,57 @@ def consensus(repetitions: int, quick: bool) -> Iterator[Law]:
     count, dimensions, rounds, rest = 16, 2000, 60 if quick else 160, 100
     graphs, rates = ("path", "ring", "star", "torus", "exponential"), (0.02, 0.04)
     worst, above, powers = [], [], []
-    curves: dict[str, tuple[list[float], list[float], list[float]]] = {"graphs and rates": ([], [], [])}
+    curves: dict[str, tuple[list[float], list[float], list[float]]] = {
+        "graphs and rates": ([], [], [])
+    }
     for seed in range(repetitions):
         ratios, shares, measured = [], [], {}
         for graph in graphs:
             matrix = mixing(Shape(graph).graph([str(i) for i in range(count)], 0))
             spectrum = np.sort(np.linalg.eigvalsh(matrix))[:-1]
             for rate in rates:
-                formula = rate**2 * dimensions / count * sum(e**2 / (1 - e**2 * (1 - rate) ** 2) for e in spectrum)
+                formula = (
+                    rate**2
+                    * dimensions
+                    / count
+                    * sum(e**2 / (1 - e**2 * (1 - rate) ** 2) for e in spectrum)
+                )
                 bound = rate**2 * dimensions * rho(matrix) ** 2 / (1 - rho(matrix) ** 2)
-                value = statistics.fmean(noise(dimensions, count, rate, matrix, seed, rest, rounds)[0])
+                value = statistics.fmean(
+                    noise(dimensions, count, rate, matrix, seed, rest, rounds)[0]
+                )
                 measured[graph, rate] = value
                 ratios.append(abs(value / formula - 1))
                 shares.append(value / bound)
                 if not seed:
-                    for line, new in zip(curves["graphs and rates"], (formula, value, formula), strict=True):
+                    for line, new in zip(
+                        curves["graphs and rates"], (formula, value, formula), strict=True
+                    ):
                         line.append(new)
         worst.append(max(ratios))
         above.append(max(shares))
         powers.append(exponent(rates, [measured["exponential", rate] for rate in rates]))
     axes = ("closed form", "measured")
     yield Law(
-        "consensus error: largest relative distance from the closed form", 0, tuple(worst), f"{len(graphs)} graphs of 16", curves, axes
+        "consensus error: largest relative distance from the closed form",
+        0,
+        tuple(worst),
+        f"{len(graphs)} graphs of 16",
+        curves,
+        axes,
     )
-    yield Law("consensus error: largest share of eta^2 s^2 d rho^2 / (1 - rho^2)", 1, tuple(above), "a bound: at most 1")
-    yield Law("consensus error: exponent of the learning rate", 2, tuple(powers), "exponential graph; exactly 2 as eta goes to 0")
+    yield Law(
+        "consensus error: largest share of eta^2 s^2 d rho^2 / (1 - rho^2)",
+        1,
+        tuple(above),
+        "a bound: at most 1",
+    )
+    yield Law(
+        "consensus error: exponent of the learning rate",
+        2,
+        tuple(powers),
+        "exponential graph; exactly 2 as eta goes to 0",
+    )
 
 
 def speedup(repetitions: int, quick: bool) -> Iterator[Law]:
@@ -184,11 +245,18 @@ def speedup(repetitions: int, quick: bool) -> Iterator[Law]:
         if not seed:
             curve = (counts, floors, [floors[0] * counts[0] / count for count in counts])
     yield Law(
-        "speed-up: exponent of N in the mean model's noise", -1, tuple(powers), "DecDPO, ring", {"floor": curve}, ("clients", "|mean|^2")
+        "speed-up: exponent of N in the mean model's noise",
+        -1,
+        tuple(powers),
+        "DecDPO, ring",
+        {"floor": curve},
+        ("clients", "|mean|^2"),
     )
 
 
-def noise(dimensions: int, count: int, rate: float, matrix: Any, seed: int, rest: int, rounds: int) -> tuple[list[float], list[float]]:
+def noise(
+    dimensions: int, count: int, rate: float, matrix: Any, seed: int, rest: int, rounds: int
+) -> tuple[list[float], list[float]]:
     """DecDPO on fair coins, each round after so many to rest: the consensus error, and the mean model's squared distance to the optimum."""
     task = Coins(dimensions)
     fed = engine(task, [Coin()] * count, seed, matrix)
@@ -232,10 +300,18 @@ def bounds(repetitions: int, quick: bool) -> Iterator[Law]:
     slopes = torch.vmap(torch.func.grad(loss))(theta, features).norm(dim=1)
     curves = torch.linalg.matrix_norm(torch.vmap(torch.func.hessian(loss))(theta, features), 2)
     yield Law(
-        "gradient norm: largest share of 4 beta B H", 1, (float((slopes / (4 * beta * limit * horizon)).max()),), "a bound: at most 1"
+        "gradient norm: largest share of 4 beta B H",
+        1,
+        (float((slopes / (4 * beta * limit * horizon)).max()),),
+        "a bound: at most 1",
     )
     second = 4 * beta**2 * limit**2 * horizon**2 + 2 * beta * horizon * limit**2
-    yield Law("Hessian norm: largest share of 4 beta^2 B^2 H^2 + 2 beta H B^2", 1, (float((curves / second).max()),), "a bound: at most 1")
+    yield Law(
+        "Hessian norm: largest share of 4 beta^2 B^2 H^2 + 2 beta H B^2",
+        1,
+        (float((curves / second).max()),),
+        "a bound: at most 1",
+    )
 
     def pair(theta: torch.Tensor, difference: torch.Tensor) -> torch.Tensor:
         return -torch.nn.functional.logsigmoid(beta * difference @ theta)
@@ -244,10 +320,31 @@ def bounds(repetitions: int, quick: bool) -> Iterator[Law]:
     theta = torch.cat(
         [-10 * difference[: draws // 2], torch.zeros_like(difference[draws // 2 :])]
     )  # where gradient and Hessian are largest
-    slopes = torch.vmap(torch.func.grad(pair))(theta, difference).norm(dim=1) / (beta * difference.norm(dim=1))
-    curves = torch.linalg.matrix_norm(torch.vmap(torch.func.hessian(pair))(theta, difference), 2) / (beta * difference.norm(dim=1)) ** 2
-    yield Law("same answers for all: largest share of beta |x|", 1, (float(slopes.max()),), "a bound, reached")
-    yield Law("same answers for all: largest share of beta^2 |x|^2 / 4", 1, (float(4 * curves.max()),), "a bound, reached")
+    slopes = torch.vmap(torch.func.grad(pair))(theta, difference).norm(dim=1) / (
+        beta * difference.norm(dim=1)
+    )
+    curves = (
+        torch.linalg.matrix_norm(torch.vmap(torch.func.hessian(pair))(theta, difference), 2)
+        / (beta * difference.norm(dim=1)) ** 2
+    )
+    yield Law(
+        "same answers for all: largest share of beta |x|",
+        1,
+        (float(slopes.max()),),
+        "a bound, reached",
+    )
+    yield Law(
+        "same answers for all: largest share of beta^2 |x|^2 / 4",
+        1,
+        (float(4 * curves.max()),),
+        "a bound, reached",
+    )
 
 
-LAWS: tuple[Callable[[int, bool], Iterator[Law]], ...] = (drift, participation, consensus, speedup, bounds)
+LAWS: tuple[Callable[[int, bool], Iterator[Law]], ...] = (
+    drift,
+    participation,
+    consensus,
+    speedup,
+    bounds,
+)

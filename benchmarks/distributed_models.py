@@ -27,8 +27,15 @@ COMMON = (
 DATASETS: Mapping[str, tuple[str, ...]] = {
     "hh-at-random": ("hh", "data.max_rows=500", f"partition={{name: iid, clients: {CLIENTS}}}"),
     "hh-by-objective": ("hh", "data.max_rows=500", f"partition.clients_per_value={CLIENTS // 2}"),
-    "ukpconvarg-at-random": ("ukpconvarg", f"partition={{name: iid, clients: {CLIENTS}, max_rows: 150}}"),
-    "ukpconvarg-by-worker": ("ukpconvarg", f"partition.max_clients={CLIENTS}", "partition.max_rows=150"),
+    "ukpconvarg-at-random": (
+        "ukpconvarg",
+        f"partition={{name: iid, clients: {CLIENTS}, max_rows: 150}}",
+    ),
+    "ukpconvarg-by-worker": (
+        "ukpconvarg",
+        f"partition.max_clients={CLIENTS}",
+        "partition.max_rows=150",
+    ),
 }
 MAIN = {
     "pooled": f"algorithm.name=pooled algorithm.local.gradient_accumulation_steps={CLIENTS}",
@@ -63,7 +70,9 @@ class Outcome:
 
     def curve(self, figure: str) -> list[float]:
         """A figure of each round, the mean over seeds."""
-        return [statistics.fmean(row[figure] for row in rows) for rows in zip(*self.rounds, strict=True)]
+        return [
+            statistics.fmean(row[figure] for row in rows) for rows in zip(*self.rounds, strict=True)
+        ]
 
     def last(self, figure: str) -> float:
         """A figure of the last rounds, the mean over five of them and over seeds."""
@@ -85,20 +94,34 @@ class Outcome:
     @property
     def bytes(self) -> float:
         """Of the whole run."""
-        return sum(a + b for a, b in zip(self.curve("bytes_up"), self.curve("bytes_down"), strict=True))
+        return sum(
+            a + b for a, b in zip(self.curve("bytes_up"), self.curve("bytes_down"), strict=True)
+        )
 
 
-def train(name: str, data: str, seeds: Sequence[int], output: Path, console: Console) -> dict[str, Outcome]:
+def train(
+    name: str, data: str, seeds: Sequence[int], output: Path, console: Console
+) -> dict[str, Outcome]:
     """All lines on a dataset; where clients are alike, the main ones."""
     config, *settings = DATASETS[name]
     lines = MAIN if name.endswith("at-random") else {**MAIN, **REST}
     variants = [f"{line}: {overrides}" for line, overrides in lines.items()]
-    runs = plan(CONFIGS / f"{config}.yaml", variants, seeds, [f"data.path={data}", *settings, *COMMON], output / name)
+    runs = plan(
+        CONFIGS / f"{config}.yaml",
+        variants,
+        seeds,
+        [f"data.path={data}", *settings, *COMMON],
+        output / name,
+    )
     for path, happenings in sweep(runs, output / name / "cache"):
         console.print(str(path), highlight=False)
         show(happenings, console)
-    folders = {line: [RunDirectory(path) for path in runs if path.parent.name == line] for line in lines}
+    folders = {
+        line: [RunDirectory(path) for path in runs if path.parent.name == line] for line in lines
+    }
     return {
-        line: Outcome([f.read_rows(METRICS) for f in found], [f.read_rows(EVALUATION)[-1] for f in found])
+        line: Outcome(
+            [f.read_rows(METRICS) for f in found], [f.read_rows(EVALUATION)[-1] for f in found]
+        )
         for line, found in folders.items()
     }

@@ -43,7 +43,9 @@ def ring(round: int, active: Sequence[int]) -> Matrix:
 
 def timed(engine: Any, cell: dict[str, Any]) -> list[float]:
     """Seconds of each round."""
-    start = {"theta": torch.randn(int(cell["mb"] * 1e6 / 4), generator=torch.Generator().manual_seed(0))}
+    start = {
+        "theta": torch.randn(int(cell["mb"] * 1e6 / 4), generator=torch.Generator().manual_seed(0))
+    }
     told, found = engine.each(begin, start, Factors()), []
     for round in range(cell["rounds"]):
         engine.begin(round, engine.clients)
@@ -82,16 +84,26 @@ def main() -> None:
     if engine == "simulation":
         task = experiment.build_task()
         shards = [task.encode(client) for client in experiment.clients()[0]]
-        all_timed(lambda: Simulation(task, shards, seed=0, rounds=1000, mixing=ring, workers=2), file)
+        all_timed(
+            lambda: Simulation(task, shards, seed=0, rounds=1000, mixing=ring, workers=2), file
+        )
         return
 
     from engine_rounds import Rounds  # by the name under which the server finds it
 
-    job = recipe("rounds", Rounds(str(file)), content["sites"], 600.0, simulated=content["sites"] if engine == "flare-simulated" else 0)
+    job = recipe(
+        "rounds",
+        Rounds(str(file)),
+        content["sites"],
+        600.0,
+        simulated=content["sites"] if engine == "flare-simulated" else 0,
+    )
     if engine == "flare":
         admin = Path(content["admin"])
         with redirect_stdout(io.StringIO()):
-            job.execute(ProdEnv(startup_kit_location=str(admin), username=admin.name, login_timeout=30.0)).get_result()
+            job.execute(
+                ProdEnv(startup_kit_location=str(admin), username=admin.name, login_timeout=30.0)
+            ).get_result()
     else:
         with tempfile.TemporaryDirectory() as scratch:
             simulate(job, content["sites"], Path(scratch), [*CLASSES, CLASS])

@@ -50,12 +50,17 @@ SETTINGS = [
 
 
 def fedpref(*arguments: str) -> subprocess.CompletedProcess[str]:
-    with_programs = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent)}  # a server finds engine_rounds.py there
+    with_programs = {
+        **os.environ,
+        "PYTHONPATH": str(Path(__file__).resolve().parent),
+    }  # a server finds engine_rounds.py there
     command = [sys.executable, "-m", "fedpref", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=600, env=with_programs)
 
 
-def federation(folder: Path, port: int, sites: Sequence[str], settings: Sequence[str]) -> dict[str, Path]:
+def federation(
+    folder: Path, port: int, sites: Sequence[str], settings: Sequence[str]
+) -> dict[str, Path]:
     """Kits of a server, of sites, to which the clients of an experiment are shared out, and of who submits."""
     made = kits.provision(folder, "trial", "localhost", port, sites, "admin@fedpref.org")
     chosen = Experiment.load(CONFIG, settings)
@@ -68,7 +73,11 @@ def federation(folder: Path, port: int, sites: Sequence[str], settings: Sequence
     for k, site in enumerate(sites):
         content = config.dump(chosen)
         partition = {"name": "natural", "only": names[k :: len(sites)]}
-        content = {"data": content["data"], "partition": partition, "algorithms": ["feddpo", "fedpdpo", "decdpo"]}
+        content = {
+            "data": content["data"],
+            "partition": partition,
+            "algorithms": ["feddpo", "fedpdpo", "decdpo"],
+        }
         (made[site] / kits.SITE_FILE).write_text(yaml.safe_dump(content))
     return made
 
@@ -113,28 +122,47 @@ def without_training(port: int, turns: int, flower: str | None, quick: bool) -> 
                         [sys.executable, str(HERE / "engine_rounds.py"), engine, str(file)],
                         capture_output=True,
                         text=True,
-                        env={**os.environ, "PYTHONPATH": str(HERE), "FEDPREF_RUNS": str(place), "OMP_NUM_THREADS": "1"},
+                        env={
+                            **os.environ,
+                            "PYTHONPATH": str(HERE),
+                            "FEDPREF_RUNS": str(place),
+                            "OMP_NUM_THREADS": "1",
+                        },
                         start_new_session=True,  # FLARE's simulator ends its whole process group
                     )
                     results = json.loads(file.read_text()).get("results")
                     assert results, ran.stdout[-3000:] + ran.stderr[-3000:]
                     for cell, rounds in zip(chosen, results, strict=True):
                         seconds.setdefault(_key(engine, *cell), []).extend(rounds[1:])
-                        print(f"{_key(engine, *cell):60s} {statistics.median(rounds[1:]):.2f} s", flush=True)
+                        print(
+                            f"{_key(engine, *cell):60s} {statistics.median(rounds[1:]):.2f} s",
+                            flush=True,
+                        )
                 if flower and (sites, clients) == (2, 2):
-                    ran = subprocess.run([flower, str(HERE / "flower_rounds.py"), "--mb", "4"], capture_output=True, text=True, check=True)
-                    seconds.setdefault(_key("flower", *CELLS[0]), []).extend(json.loads(ran.stdout)[1:])
+                    ran = subprocess.run(
+                        [flower, str(HERE / "flower_rounds.py"), "--mb", "4"],
+                        capture_output=True,
+                        text=True,
+                        check=True,
+                    )
+                    seconds.setdefault(_key("flower", *CELLS[0]), []).extend(
+                        json.loads(ran.stdout)[1:]
+                    )
                     print(f"flower {ran.stdout.strip()}", flush=True)
     found = {key: statistics.median(rounds) for key, rounds in seconds.items()}
     if flower:
-        found["ratio_flower_over_flare_4mb"] = found[_key("flower", *CELLS[0])] / found[_key("flare", *CELLS[0])]
+        found["ratio_flower_over_flare_4mb"] = (
+            found[_key("flower", *CELLS[0])] / found[_key("flare", *CELLS[0])]
+        )
     return found
 
 
 @contextmanager
 def small_clients(count: int) -> Iterator[list[str]]:
     """Settings of an experiment on clients of two shipped pairs each, of which one is held out."""
-    test, *train = {str(pair.prompt): pair for pair in Experiment.load(CONFIG).clients()[0][0].train}.values()
+    test, *train = {
+        str(pair.prompt): pair for pair in Experiment.load(CONFIG).clients()[0][0].train
+    }.values()
     with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
         for k in range(count):
             for split, pair in (("train", train[k % len(train)]), ("test", test)):
@@ -157,7 +185,12 @@ def _key(engine: str, clients: int, sites: int, mb: float, gossip: bool) -> str:
 
 def overhead(made: dict[str, Path], folder: Path) -> dict[str, float]:
     """The share of a round of ten local steps of the shipped model that is not in a run in one process; engines take turns."""
-    settings = ["algorithm.local={steps: 10, batch_size: 8}", "rounds=5", "baselines=[]", "checkpoint_every=100"]
+    settings = [
+        "algorithm.local={steps: 10, batch_size: 8}",
+        "rounds=5",
+        "baselines=[]",
+        "checkpoint_every=100",
+    ]
     settings += [
         "evaluate_every=0",
         "patience={seconds: 300, min_sites: 2, rounds_per_job: 100}",
@@ -173,9 +206,18 @@ def overhead(made: dict[str, Path], folder: Path) -> dict[str, float]:
             place = folder / f"{engine}-{turn}"
             ran = fedpref(*command, "--output", str(place))
             assert ran.returncode == 0, ran.stdout + ran.stderr
-            seconds[engine] += [row["seconds"] for row in RunDirectory(place).read_rows(METRICS)[1:]]
-    found = {f"seconds_{engine}_10_steps": statistics.median(rounds) for engine, rounds in seconds.items()}
-    return {**found, "overhead_share": 1 - found["seconds_simulation_10_steps"] / found["seconds_flare_10_steps"]}
+            seconds[engine] += [
+                row["seconds"] for row in RunDirectory(place).read_rows(METRICS)[1:]
+            ]
+    found = {
+        f"seconds_{engine}_10_steps": statistics.median(rounds)
+        for engine, rounds in seconds.items()
+    }
+    return {
+        **found,
+        "overhead_share": 1
+        - found["seconds_simulation_10_steps"] / found["seconds_flare_10_steps"],
+    }
 
 
 # ---- what is survived
@@ -183,7 +225,9 @@ def overhead(made: dict[str, Path], folder: Path) -> dict[str, float]:
 
 def kill(kit: Path) -> int:
     """Kill the processes of a kit, all but the one that starts them anew."""
-    found = subprocess.run(["pgrep", "-f", f"nvflare.*{kit}"], capture_output=True, text=True).stdout.split()
+    found = subprocess.run(
+        ["pgrep", "-f", f"nvflare.*{kit}"], capture_output=True, text=True
+    ).stdout.split()
     for process in map(int, found):
         if process != os.getpid():
             try:
@@ -215,15 +259,31 @@ def survived(run: Path, made: dict[str, Path]) -> bool:
     return found == len(kept)
 
 
-def attempt(name: str, kit: Path, made: dict[str, Path], folder: Path, chance: random.Random) -> dict[str, object]:
+def attempt(
+    name: str, kit: Path, made: dict[str, Path], folder: Path, chance: random.Random
+) -> dict[str, object]:
     """One run in which a kit is killed once."""
     run = folder / "runs" / name
-    command = [sys.executable, "-m", "fedpref", "submit", str(CONFIG), *SETTINGS, "--admin", str(made["admin@fedpref.org"])]
+    command = [
+        sys.executable,
+        "-m",
+        "fedpref",
+        "submit",
+        str(CONFIG),
+        *SETTINGS,
+        "--admin",
+        str(made["admin@fedpref.org"]),
+    ]
     log = (folder / f"{name}.log").open("w")
     begun = time.monotonic()
-    running = subprocess.Popen([*command, "--output", str(run)], stdout=log, stderr=subprocess.STDOUT)
+    running = subprocess.Popen(
+        [*command, "--output", str(run)], stdout=log, stderr=subprocess.STDOUT
+    )
     time.sleep(chance.uniform(15, 60))
-    rounds = sum(len(RunDirectory(found).read_rows(METRICS)) for found in (folder / "server").glob(f"{name}-*"))
+    rounds = sum(
+        len(RunDirectory(found).read_rows(METRICS))
+        for found in (folder / "server").glob(f"{name}-*")
+    )
     has_ended = running.poll() is not None
     killed = kill(kit)
     resumed = 0
@@ -238,19 +298,32 @@ def attempt(name: str, kit: Path, made: dict[str, Path], folder: Path, chance: r
             fedpref("resume", str(run))
         except subprocess.TimeoutExpired:
             continue
-    found = {"killed": kit.name, "processes": killed, "had_ended": has_ended, "after_rounds": rounds, "resumed": resumed}
+    found = {
+        "killed": kit.name,
+        "processes": killed,
+        "had_ended": has_ended,
+        "after_rounds": rounds,
+        "resumed": resumed,
+    }
     return {**found, "seconds": round(time.monotonic() - begun), "survived": survived(run, made)}
 
 
 @contextmanager
-def started(port: int, sites: Sequence[str], settings: Sequence[str]) -> Iterator[tuple[dict[str, Path], Path]]:
+def started(
+    port: int, sites: Sequence[str], settings: Sequence[str]
+) -> Iterator[tuple[dict[str, Path], Path]]:
     """A federation at work, and a folder for its runs."""
     with tempfile.TemporaryDirectory(prefix="fedpref-engines-") as scratch:
         folder = Path(scratch)
         made = federation(folder / "federation", port, sites, settings)
         try:
             for name in ("localhost", *sites):
-                assert fedpref("site", "start", str(made[name]), "--runs", str(folder / "server")).returncode == 0
+                assert (
+                    fedpref(
+                        "site", "start", str(made[name]), "--runs", str(folder / "server")
+                    ).returncode
+                    == 0
+                )
             time.sleep(25)
             yield made, folder
         finally:
@@ -259,8 +332,15 @@ def started(port: int, sites: Sequence[str], settings: Sequence[str]) -> Iterato
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=["rounds", "overhead", "kills"], default=["rounds", "overhead", "kills"])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        choices=["rounds", "overhead", "kills"],
+        default=["rounds", "overhead", "kills"],
+    )
     parser.add_argument("--turns", type=int, default=2, help="of engines")
     parser.add_argument("--flower", help="an interpreter that has flwr")
     parser.add_argument("--sites", type=int, default=10, help="runs in which a site is killed")
@@ -273,12 +353,23 @@ def main() -> None:
     counts = (1, 1) if arguments.quick else (arguments.sites, arguments.server)
     found: dict[str, float] = {}
     if "rounds" in arguments.parts:
-        found |= without_training(arguments.port, 1 if arguments.quick else arguments.turns, arguments.flower, arguments.quick)
+        found |= without_training(
+            arguments.port,
+            1 if arguments.quick else arguments.turns,
+            arguments.flower,
+            arguments.quick,
+        )
     if "overhead" in arguments.parts:
-        with started(arguments.port, SITES[:2], ["partition={name: natural, max_clients: 8}"]) as (made, folder):
+        with started(arguments.port, SITES[:2], ["partition={name: natural, max_clients: 8}"]) as (
+            made,
+            folder,
+        ):
             found |= overhead(made, folder)
     if "kills" in arguments.parts:
-        with started(arguments.port + 1, SITES, ["partition={name: natural, max_clients: 6}"]) as (made, folder):
+        with started(arguments.port + 1, SITES, ["partition={name: natural, max_clients: 6}"]) as (
+            made,
+            folder,
+        ):
             rows: list[dict[str, object]] = []
             for k, kind in enumerate(["site"] * counts[0] + ["server"] * counts[1]):
                 row: dict[str, object] = {"had_ended": True}
@@ -288,7 +379,10 @@ def main() -> None:
                         row = attempt(f"run-{k}-{again}", target, made, folder, chance)
                         print(row, flush=True)
                 rows.append(row)
-        found |= {"kills_tried": len(rows), "kills_survived": sum(bool(row["survived"]) for row in rows)}
+        found |= {
+            "kills_tried": len(rows),
+            "kills_survived": sum(bool(row["survived"]) for row in rows),
+        }
     print(json.dumps(found, indent=1))
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")

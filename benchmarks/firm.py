@@ -61,7 +61,9 @@ FLOOR = {"brief": -1.0, "kind": 0.0, "detailed": -1.0}  # the least that these r
 PARTS = ["convex", "shipped", "speed", "pairs"]
 STRENGTHS = (0.0, 0.01, 0.1, 1.0, 10.0)
 NOISE, DIMENSIONS = 0.5, 20
-UNMOVED = 1e-8  # a learning rate at which answers stay as long as they are, so that both draw the same
+UNMOVED = (
+    1e-8  # a learning rate at which answers stay as long as they are, so that both draw the same
+)
 
 
 # ---- a convex problem
@@ -97,7 +99,9 @@ class Quadratics:
     def draw(self, params: Any, start: Any, shard: Corner, size: Any, rng: torch.Generator) -> Any:
         return shard, NOISE * torch.randn(2, DIMENSIONS, generator=rng)
 
-    def losses(self, params: Any, batch: tuple[Corner, torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
+    def losses(
+        self, params: Any, batch: tuple[Corner, torch.Tensor]
+    ) -> tuple[torch.Tensor, dict[str, float]]:
         shard, noise = batch
         apart = params["x"] - shard.centre
         return 0.5 * shard.curvature * apart.square().sum(1) + (noise * params["x"]).sum(1), {}
@@ -109,7 +113,9 @@ def corners(seed: int, clients: int = 8, spread: float = 1.0) -> list[Corner]:
     found = []
     for i in range(clients):
         curvature = 0.5 + torch.rand(2, generator=rng)
-        found.append(Corner(str(i), curvature, aims + spread * torch.randn(2, DIMENSIONS, generator=rng)))
+        found.append(
+            Corner(str(i), curvature, aims + spread * torch.randn(2, DIMENSIONS, generator=rng))
+        )
     return found
 
 
@@ -118,16 +124,32 @@ def distance(x: torch.Tensor, clients: Sequence[Corner]) -> float:
     weights = torch.linspace(0, 1, 1001)[:, None]
     curvature = torch.stack([client.curvature for client in clients]).mean(0)
     pulls = torch.stack([client.curvature[:, None] * client.centre for client in clients]).mean(0)
-    points = (weights * pulls[0] + (1 - weights) * pulls[1]) / (weights * curvature[0] + (1 - weights) * curvature[1])
+    points = (weights * pulls[0] + (1 - weights) * pulls[1]) / (
+        weights * curvature[0] + (1 - weights) * curvature[1]
+    )
     return float((points - x).norm(dim=1).min())
 
 
 def convex(numbers: Sequence[int], rounds: int) -> tuple[dict[str, float], Table]:
     """Of each method, means over seeds: the distance to the Pareto set, drift of weights and of parameters."""
-    local = LocalTraining(steps=5, optim="sgd", learning_rate=0.05, lr_scheduler_type="linear", warmup_ratio=0.0, max_grad_norm=1e9)
+    local = LocalTraining(
+        steps=5,
+        optim="sgd",
+        learning_rate=0.05,
+        lr_scheduler_type="linear",
+        warmup_ratio=0.0,
+        max_grad_norm=1e9,
+    )
     aggregate: Any = FIRM().aggregate
-    methods: dict[str, Any] = {f"firm, b = {b:g}": FIRM(local=local, solver=MinNorm(b=b), aggregate=aggregate) for b in STRENGTHS}
-    methods |= {"scalarized": Scalarized(local=local), "fsmgda": FSMGDA(local=local), "fedcmoo": FedCMOO(local=local)}
+    methods: dict[str, Any] = {
+        f"firm, b = {b:g}": FIRM(local=local, solver=MinNorm(b=b), aggregate=aggregate)
+        for b in STRENGTHS
+    }
+    methods |= {
+        "scalarized": Scalarized(local=local),
+        "fsmgda": FSMGDA(local=local),
+        "fedcmoo": FedCMOO(local=local),
+    }
     found: dict[str, list[dict[str, float]]] = {name: [] for name in methods}
     with one_thread():
         for seed in numbers:
@@ -142,14 +164,37 @@ def convex(numbers: Sequence[int], rounds: int) -> tuple[dict[str, float], Table
                     reports.append(report)
                 late = reports[rounds // 2 :]
                 row = {"distance": distance(state.adapter["x"], clients)}
-                row |= {key: statistics.fmean(r.get(f"drift/{key}", float("nan")) for r in late) for key in ("weights", "theta")}
+                row |= {
+                    key: statistics.fmean(r.get(f"drift/{key}", float("nan")) for r in late)
+                    for key in ("weights", "theta")
+                }
                 found[name].append(row)
-    table = Table("", "distance to the Pareto set", "drift of weights", "drift of parameters", title="convex", box=MARKDOWN)
+    table = Table(
+        "",
+        "distance to the Pareto set",
+        "drift of weights",
+        "drift of parameters",
+        title="convex",
+        box=MARKDOWN,
+    )
     for name, rows in found.items():
-        table.add_row(name, *(with_interval([row[key] for row in rows], 4) for key in ("distance", "weights", "theta")))
-    drifts = {name: statistics.fmean(row["weights"] for row in rows) for name, rows in found.items() if name.startswith("firm")}
+        table.add_row(
+            name,
+            *(
+                with_interval([row[key] for row in rows], 4)
+                for key in ("distance", "weights", "theta")
+            ),
+        )
+    drifts = {
+        name: statistics.fmean(row["weights"] for row in rows)
+        for name, rows in found.items()
+        if name.startswith("firm")
+    }
     falls = [drifts[f"firm, b = {b:g}"] for b in STRENGTHS]
-    return {"drift_ratio_b0_convex": falls[2] / falls[0], "drift_falls_with_b": float(falls == sorted(falls, reverse=True))}, table
+    return {
+        "drift_ratio_b0_convex": falls[2] / falls[0],
+        "drift_falls_with_b": float(falls == sorted(falls, reverse=True)),
+    }, table
 
 
 # ---- drawn answers
@@ -162,23 +207,50 @@ def shipped(
     skewed, table = compared(CONFIG, VARIANTS, numbers, settings, output / "skewed", progress)
     tables = [table]
     iid = changed(output / "iid.yaml", partition={"name": "iid", "clients": 2 if settings else 4})
-    tables.append(compared(iid, FEWER, numbers, [one for one in settings if "partition" not in one], output / "iid", progress)[1])
-    three = changed(output / "three.yaml", rewards={**REWARDS, "detailed": {"name": "length", "target": 20}})
+    tables.append(
+        compared(
+            iid,
+            FEWER,
+            numbers,
+            [one for one in settings if "partition" not in one],
+            output / "iid",
+            progress,
+        )[1]
+    )
+    three = changed(
+        output / "three.yaml", rewards={**REWARDS, "detailed": {"name": "length", "target": 20}}
+    )
     tables.append(compared(three, FEWER, numbers, settings, output / "three", progress)[1])
     names, front = plan_front(CONFIG, points, numbers, settings, output / "front")
-    done({path: one for some in front.values() for path, one in some.items()}, output / "cache", progress)
+    done(
+        {path: one for some in front.values() for path, one in some.items()},
+        output / "cache",
+        progress,
+    )
     trained = measured(names, {preference: list(some) for preference, some in front.items()})
     mixed = list(interpolated(names, front, 1, output / "cache"))
     table = Table("preference", *names, "kl", "trained", title="preferences", box=MARKDOWN)
     for point in sorted([*trained, *mixed], key=lambda point: point.preference):
-        shares, values = (" ".join(f"{value:.3g}" for value in some) for some in (point.preference, point.values))
-        table.add_row(shares, *values.split(), f"{point.beside['kl']:.2f}", "yes" if point.is_trained else "no: mean of neighbours")
+        shares, values = (
+            " ".join(f"{value:.3g}" for value in some) for some in (point.preference, point.values)
+        )
+        table.add_row(
+            shares,
+            *values.split(),
+            f"{point.beside['kl']:.2f}",
+            "yes" if point.is_trained else "no: mean of neighbours",
+        )
     skewed["preference_monotone"] = follows(trained)
     skewed["preference_monotone_interpolated"] = follows([*trained, *mixed])
     return skewed, [*tables, table]
 
 
-def changed(path: Path, *, partition: Mapping[str, Any] | None = None, rewards: Mapping[str, Any] | None = None) -> Path:
+def changed(
+    path: Path,
+    *,
+    partition: Mapping[str, Any] | None = None,
+    rewards: Mapping[str, Any] | None = None,
+) -> Path:
     """configs/firm.yaml with another partition or other rewards, in a file."""
     whole = yaml.safe_load(CONFIG.read_text())
     whole["partition"] = partition or whole["partition"]
@@ -189,7 +261,12 @@ def changed(path: Path, *, partition: Mapping[str, Any] | None = None, rewards: 
 
 
 def compared(
-    config: Path, variants: Sequence[str], numbers: Sequence[int], settings: Sequence[str], output: Path, progress: Console
+    config: Path,
+    variants: Sequence[str],
+    numbers: Sequence[int],
+    settings: Sequence[str],
+    output: Path,
+    progress: Console,
 ) -> tuple[dict[str, float], Table]:
     """Every variant's held-out rewards, what stands beside them, and how evenly it trained; ratios of FIRM to its rivals."""
     runs = plan(config, variants, numbers, settings, output)
@@ -200,22 +277,56 @@ def compared(
     ends = {name: [ended(path) for path in paths] for name, paths in by_name.items()}
     objectives = [f"rewards/{objective}" for objective in Experiment.load(config).task.objectives]
     floor = [FLOOR[name.removeprefix("rewards/")] for name in objectives]
-    volumes = {name: [hypervolume(np.array([[row[key] for key in objectives]]), floor) for row in rows] for name, rows in ends.items()}
+    volumes = {
+        name: [hypervolume(np.array([[row[key] for key in objectives]]), floor) for row in rows]
+        for name, rows in ends.items()
+    }
     measures = {name: [trained(path) for path in paths] for name, paths in by_name.items()}
     beside = [name for name in of_objectives(ends["firm"][0]) if name not in objectives]
-    heads = [name.removeprefix("rewards/").removeprefix("completions/") for name in (*objectives, *beside)]
+    heads = [
+        name.removeprefix("rewards/").removeprefix("completions/")
+        for name in (*objectives, *beside)
+    ]
     table = Table(
-        "", *heads, "hypervolume", "roughness", "drift of weights", "drift of adapters", "bytes up", title=output.name, box=MARKDOWN
+        "",
+        *heads,
+        "hypervolume",
+        "roughness",
+        "drift of weights",
+        "drift of adapters",
+        "bytes up",
+        title=output.name,
+        box=MARKDOWN,
     )
     for name, rows in ends.items():
         shown = [with_interval([row[key] for row in rows], 3) for key in (*objectives, *beside)]
-        more = [[one[key] for one in measures[name]] for key in ("roughness", "drift/weights", "drift/theta")]
+        more = [
+            [one[key] for one in measures[name]]
+            for key in ("roughness", "drift/weights", "drift/theta")
+        ]
         up = f"{statistics.fmean(one['bytes_up'] for one in measures[name]):,.0f}"
-        table.add_row(name, *shown, with_interval(volumes[name], 3), *(with_interval(values, 5) for values in more), up)
-    mean = {key: {name: statistics.fmean(one[key] for one in rows) for name, rows in measures.items()} for key in measures["firm"][0]}
+        table.add_row(
+            name,
+            *shown,
+            with_interval(volumes[name], 3),
+            *(with_interval(values, 5) for values in more),
+            up,
+        )
+    mean = {
+        key: {name: statistics.fmean(one[key] for one in rows) for name, rows in measures.items()}
+        for key in measures["firm"][0]
+    }
     rivals = [name for name in RIVALS if name in volumes]
-    found = {f"hypervolume_ratio_{name}": statistics.fmean(volumes["firm"]) / statistics.fmean(volumes[name]) for name in rivals}
-    found |= {f"smoothness_ratio_{name}": mean["roughness"]["firm"] / mean["roughness"][name] for name in rivals if name != "fsmgda"}
+    found = {
+        f"hypervolume_ratio_{name}": statistics.fmean(volumes["firm"])
+        / statistics.fmean(volumes[name])
+        for name in rivals
+    }
+    found |= {
+        f"smoothness_ratio_{name}": mean["roughness"]["firm"] / mean["roughness"][name]
+        for name in rivals
+        if name != "fsmgda"
+    }
     found["drift_ratio_b0"] = mean["drift/weights"]["firm"] / mean["drift/weights"]["firm_b0"]
     found["upload_ratio_fedcmoo"] = mean["bytes_up"]["fedcmoo"] / mean["bytes_up"]["firm"]
     return found, table
@@ -229,7 +340,10 @@ def done(runs: Mapping[Path, Experiment], cache: Path, progress: Console) -> Non
 
 def ended(path: Path) -> dict[str, float]:
     """A run's last held-out means over clients."""
-    return {name: summary["mean"] for name, summary in RunDirectory(path).read_rows(EVALUATION)[-1]["summary"].items()}
+    return {
+        name: summary["mean"]
+        for name, summary in RunDirectory(path).read_rows(EVALUATION)[-1]["summary"].items()
+    }
 
 
 def trained(path: Path) -> dict[str, float]:
@@ -239,28 +353,49 @@ def trained(path: Path) -> dict[str, float]:
     over objectives; none for FSMGDA, whose answers are drawn from policies that are trained apart and not used.
     """
     rows = RunDirectory(path).read_rows(METRICS)
-    found = {key: statistics.fmean(row.get(key, float("nan")) for row in rows) for key in ("drift/weights", "drift/theta", "bytes_up")}
+    found = {
+        key: statistics.fmean(row.get(key, float("nan")) for row in rows)
+        for key in ("drift/weights", "drift/theta", "bytes_up")
+    }
     rounds = np.arange(len(rows))
     rests = []
     for name in Experiment.load(path / "config.yaml").task.objectives:
         values = np.array([row[f"rewards/{name}"] for row in rows]) / (1 - FLOOR[name])
         rests.append(float(np.var(values - np.polyval(np.polyfit(rounds, values, 2), rounds))))
-    return {**found, "roughness": float("nan") if "weights/0" in rows[0] else statistics.fmean(rests)}
+    return {
+        **found,
+        "roughness": float("nan") if "weights/0" in rows[0] else statistics.fmean(rests),
+    }
 
 
 # ---- given pairs
 
 
-def offline(numbers: Sequence[int], settings: Sequence[str], output: Path, progress: Console) -> Table:
+def offline(
+    numbers: Sequence[int], settings: Sequence[str], output: Path, progress: Console
+) -> Table:
     """The front between helpful and harmless pair accuracy, and linear scalarisation with equal shares: training on the union."""
     names, front = plan_front(PAIRS, 3, numbers, settings, output)
     union = plan(PAIRS, ["union: algorithm.name=scalarized"], numbers, settings, output)
-    done({**{path: one for some in front.values() for path, one in some.items()}, **union}, output / "cache", progress)
+    done(
+        {**{path: one for some in front.values() for path, one in some.items()}, **union},
+        output / "cache",
+        progress,
+    )
     table = Table("preference", *names, title="pairs: held-out accuracy", box=MARKDOWN)
-    rows = {" ".join(f"{share:g}" for share in preference): list(some) for preference, some in front.items()}
+    rows = {
+        " ".join(f"{share:g}" for share in preference): list(some)
+        for preference, some in front.items()
+    }
     for title, paths in {**rows, "union": list(union)}.items():
         ends = [ended(path) for path in paths]
-        table.add_row(title, *(with_interval([row[f"rewards/accuracies/{name}"] for row in ends], 3) for name in names))
+        table.add_row(
+            title,
+            *(
+                with_interval([row[f"rewards/accuracies/{name}"] for row in ends], 3)
+                for name in names
+            ),
+        )
     return table
 
 
@@ -278,18 +413,31 @@ def speed(steps: int, turns: int) -> dict[str, float]:
         one = replace(spec.task, rewards=dict(list(spec.task.rewards.items())[:1]))  # type: ignore[type-var]
         equal = torch.tensor([0.5, 0.5])
         both, first = spec.task.build(), one.build()
-        lines = {"firm": (both, Objectives(lambda gram: MinNorm()(gram, equal))), "sum": (both, Objectives(equal)), "one": (first, None)}
-        prompts = [str(row.prompt) if isinstance(row.prompt, str) else list(row.prompt) for row in data.train]
+        lines = {
+            "firm": (both, Objectives(lambda gram: MinNorm()(gram, equal))),
+            "sum": (both, Objectives(equal)),
+            "one": (first, None),
+        }
+        prompts = [
+            str(row.prompt) if isinstance(row.prompt, str) else list(row.prompt)
+            for row in data.train
+        ]
         theirs = trl_trainer(prompts, both, spec, steps, Path(scratch))
         seconds: dict[str, list[float]] = {"trl": [], **{name: [] for name in lines}}
         for turn in range(turns + 1):
             for name, (learner, objectives) in lines.items():
                 local = replace(spec.algorithm.local, steps=steps, learning_rate=UNMOVED)  # type: ignore[union-attr]
-                client = Client(0, learner, learner.encode(data), seeds.generator(turn, "speed"), 0, 1)
+                client = Client(
+                    0, learner, learner.encode(data), seeds.generator(turn, "speed"), 0, 1
+                )
                 adapter = learner.init(seeds.generator(0, "init"))
-                seconds[name].append(used(lambda: train_locally(client, adapter, local, {}, objectives=objectives)))  # noqa: B023
+                seconds[name].append(
+                    used(lambda: train_locally(client, adapter, local, {}, objectives=objectives))
+                )  # noqa: B023
             seconds["trl"].append(used(theirs))
-    medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}  # the first turn warms up
+    medians = {
+        name: statistics.median(values[1:]) for name, values in seconds.items()
+    }  # the first turn warms up
     return {
         "speed_ratio_trl": medians["trl"] / medians["sum"],
         "speed_ratio_trl_firm": medians["trl"] / medians["firm"],
@@ -305,7 +453,9 @@ def used(work: Callable[[], Any]) -> float:
     return time.process_time() - begun
 
 
-def trl_trainer(prompts: Sequence[Any], learner: Any, spec: Any, steps: int, folder: Path) -> Callable[[], Any]:
+def trl_trainer(
+    prompts: Sequence[Any], learner: Any, spec: Any, steps: int, folder: Path
+) -> Callable[[], Any]:
     """TRL's RLOO trainer on the same model, prompts, rewards, and sizes of batches."""
     import transformers
     from datasets import Dataset
@@ -335,7 +485,9 @@ def trl_trainer(prompts: Sequence[Any], learner: Any, spec: Any, steps: int, fol
     data = Dataset.from_list([{"prompt": prompt} for prompt in prompts])
     lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     loaded = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
-    trainer = RLOOTrainer(model=loaded, reward_funcs=rewards, args=settings, train_dataset=data, peft_config=lora)
+    trainer = RLOOTrainer(
+        model=loaded, reward_funcs=rewards, args=settings, train_dataset=data, peft_config=lora
+    )
     return trainer.train
 
 
@@ -351,12 +503,24 @@ def with_interval(values: Sequence[float], digits: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS[:3])
-    parser.add_argument("--data", help="where the part `pairs` finds hh-rlhf: a folder, or the Hub dataset if it is not given")
+    parser.add_argument(
+        "--data",
+        help="where the part `pairs` finds hh-rlhf: a folder, or the Hub dataset if it is not "
+        "given",
+    )
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmark-firm"), help="where runs are kept")
-    parser.add_argument("--quick", action="store_true", help="one seed, few rounds and points; the figures mean less")
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/benchmark-firm"), help="where runs are kept"
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="one seed, few rounds and points; the figures mean less",
+    )
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
     console, progress = Console(width=220), Console(stderr=True)
@@ -364,7 +528,9 @@ def main() -> None:
     found: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch) if arguments.quick else arguments.output
-        quick = ["rounds=3", "partition.max_clients=2", "evaluate_every=0"] if arguments.quick else []
+        quick = (
+            ["rounds=3", "partition.max_clients=2", "evaluate_every=0"] if arguments.quick else []
+        )
         if "convex" in arguments.parts:
             figures, table = convex(range(3 if arguments.quick else 10), 60)
             found |= figures
@@ -377,7 +543,14 @@ def main() -> None:
             console.print(*tables)
         if "pairs" in arguments.parts:
             place = [f"data.path={arguments.data}"] if arguments.data else []
-            console.print(offline(numbers, [*place, *(["rounds=1"] if arguments.quick else [])], output / "pairs", progress))
+            console.print(
+                offline(
+                    numbers,
+                    [*place, *(["rounds=1"] if arguments.quick else [])],
+                    output / "pairs",
+                    progress,
+                )
+            )
     print(json.dumps(found, indent=1))
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")

@@ -85,46 +85,127 @@ def port() -> int:
 
 def certificates(folder: Path) -> None:
     """A root, and a server's certificate under it."""
-    (folder / "ext").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1\nbasicConstraints=CA:FALSE\nextendedKeyUsage=serverAuth\n")
+    (folder / "ext").write_text(
+        "subjectAltName=DNS:localhost,IP:127.0.0.1\nbasicConstraints=CA:FALSE\nextendedKeyUsage=serverAuth\n"
+    )
     key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-    root = ["req", "-x509", *key, "-days", "2", "-subj", "/CN=root", "-addext", "keyUsage=critical,keyCertSign,cRLSign"]
-    asked = ["req", "-new", *key, "-subj", "/CN=localhost", "-keyout", "server.key", "-out", "server.csr"]
-    signed = ["x509", "-req", "-in", "server.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", "2", "-extfile", "ext"]
-    for command in ([*root, "-keyout", "ca.key", "-out", "ca.pem"], asked, [*signed, "-out", "server.pem"]):
+    root = [
+        "req",
+        "-x509",
+        *key,
+        "-days",
+        "2",
+        "-subj",
+        "/CN=root",
+        "-addext",
+        "keyUsage=critical,keyCertSign,cRLSign",
+    ]
+    asked = [
+        "req",
+        "-new",
+        *key,
+        "-subj",
+        "/CN=localhost",
+        "-keyout",
+        "server.key",
+        "-out",
+        "server.csr",
+    ]
+    signed = [
+        "x509",
+        "-req",
+        "-in",
+        "server.csr",
+        "-CA",
+        "ca.pem",
+        "-CAkey",
+        "ca.key",
+        "-CAcreateserial",
+        "-days",
+        "2",
+        "-extfile",
+        "ext",
+    ]
+    for command in (
+        [*root, "-keyout", "ca.key", "-out", "ca.pem"],
+        asked,
+        [*signed, "-out", "server.pem"],
+    ):
         subprocess.run(["openssl", *command], cwd=folder, check=True, capture_output=True)
 
 
-def rounds(folder: Path, nodes: int, megabytes: float, count: int, processes: list[subprocess.Popen[bytes]]) -> list[float]:
+def rounds(
+    folder: Path, nodes: int, megabytes: float, count: int, processes: list[subprocess.Popen[bytes]]
+) -> list[float]:
     """Seconds of each round; what was started is in `processes`."""
     certificates(folder)
     out, app, link = folder / "seconds.json", folder / "app", f"127.0.0.1:{port()}"
     (app / "rounds").mkdir(parents=True)
-    (app / "pyproject.toml").write_text(PROJECT.format(nodes=nodes, rounds=count, elements=round(megabytes * 1e6 / 4), out=out))
+    (app / "pyproject.toml").write_text(
+        PROJECT.format(nodes=nodes, rounds=count, elements=round(megabytes * 1e6 / 4), out=out)
+    )
     for name, text in (("__init__", ""), ("client", CLIENT), ("server", SERVER)):
         (app / "rounds" / f"{name}.py").write_text(text)
-    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
+    environment = {
+        **os.environ,
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+    }
     environment.pop("PYTHONPATH", None)
 
     def start(name: str, *command: str) -> None:
         (folder / name).mkdir()
         with (folder / f"{name}.log").open("wb") as log:
             env = {**environment, "FLWR_HOME": str(folder / name)}
-            processes.append(subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True))
+            processes.append(
+                subprocess.Popen(
+                    command,
+                    cwd=folder,
+                    env=env,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            )
 
     host, number = link.split(":")
     tls = [
-        f"--ssl-{kind}={folder}/{file}" for kind, file in (("ca-certfile", "ca.pem"), ("certfile", "server.pem"), ("keyfile", "server.key"))
+        f"--ssl-{kind}={folder}/{file}"
+        for kind, file in (
+            ("ca-certfile", "ca.pem"),
+            ("certfile", "server.pem"),
+            ("keyfile", "server.key"),
+        )
     ]
-    start("link", "flower-superlink", *tls, "--host", host, "--port", number, "--disable-runtime-dependency-installation")
+    start(
+        "link",
+        "flower-superlink",
+        *tls,
+        "--host",
+        host,
+        "--port",
+        number,
+        "--disable-runtime-dependency-installation",
+    )
     time.sleep(5)
     for k in range(nodes):
         where = ["--superlink", link, "--host", host, "--port", str(port())]
         start(f"node{k}", "flower-supernode", "--root-certificates", f"{folder}/ca.pem", *where)
     (folder / "cli").mkdir()
-    connection = f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "{link}"\nroot-certificates = "{folder}/ca.pem"\n'
+    connection = (
+        '[superlink]\ndefault = "here"\n[superlink.here]\naddress = '
+        f'"{link}"\nroot-certificates = "{folder}/ca.pem"\n'
+    )
     (folder / "cli/config.toml").write_text(connection)
     run = ["flwr", "run", str(app), "here"]
-    subprocess.run(run, env={**environment, "FLWR_HOME": str(folder / "cli")}, check=True, capture_output=True, timeout=120)
+    subprocess.run(
+        run,
+        env={**environment, "FLWR_HOME": str(folder / "cli")},
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
     until = time.monotonic() + 900
     while not out.exists() and time.monotonic() < until:
         time.sleep(1)
@@ -132,7 +213,9 @@ def rounds(folder: Path, nodes: int, megabytes: float, count: int, processes: li
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--nodes", type=int, default=2)
     parser.add_argument("--mb", type=float, default=4)
     parser.add_argument("--rounds", type=int, default=6)
@@ -140,12 +223,20 @@ def main() -> None:
     processes: list[subprocess.Popen[bytes]] = []
     with tempfile.TemporaryDirectory(prefix="flower-", ignore_cleanup_errors=True) as scratch:
         try:
-            print(json.dumps(rounds(Path(scratch), arguments.nodes, arguments.mb, arguments.rounds, processes)))
+            print(
+                json.dumps(
+                    rounds(
+                        Path(scratch), arguments.nodes, arguments.mb, arguments.rounds, processes
+                    )
+                )
+            )
         finally:
             for process in reversed(processes):
                 with suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
-            subprocess.run(["pkill", "-9", "-f", f"{BIN}/fl(wr|ower)-"])  # its helpers have sessions of their own
+            subprocess.run(
+                ["pkill", "-9", "-f", f"{BIN}/fl(wr|ower)-"]
+            )  # its helpers have sessions of their own
 
 
 if __name__ == "__main__":

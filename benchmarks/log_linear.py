@@ -52,10 +52,14 @@ class LogLinear:
     def init(self, rng: torch.Generator) -> Tree:
         return {"theta": self.start.clone()}
 
-    def draw(self, params: Tree, start: Tree, shard: Pairs, size: BatchSize, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    def draw(
+        self, params: Tree, start: Tree, shard: Pairs, size: BatchSize, rng: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
         return shard.features, shard.preferred
 
-    def losses(self, params: Tree, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Mapping[str, float]]:
+    def losses(
+        self, params: Tree, batch: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Mapping[str, float]]:
         features, preferred = batch
         margin = self.beta * features @ params["theta"]
         return (softplus(margin) - preferred * margin).mean()[None], {}
@@ -71,7 +75,9 @@ class Coins(LogLinear):
     def __init__(self, dimensions: int) -> None:
         super().__init__(dimensions, beta=2.0, start=torch.zeros(dimensions))
 
-    def draw(self, params: Tree, start: Tree, shard: Any, size: BatchSize, rng: torch.Generator) -> Any:
+    def draw(
+        self, params: Tree, start: Tree, shard: Any, size: BatchSize, rng: torch.Generator
+    ) -> Any:
         return torch.randint(2, self.start.shape, generator=rng) * 2.0 - 1
 
     def losses(self, params: Tree, batch: Any) -> tuple[Tensor, Mapping[str, float]]:
@@ -80,7 +86,14 @@ class Coins(LogLinear):
 
 def plain(steps: int, rate: float) -> LocalTraining:
     """Plain gradient descent at a constant rate."""
-    return LocalTraining(steps=steps, optim="sgd", learning_rate=rate, lr_scheduler_type="constant", warmup_ratio=0.0, max_grad_norm=1e12)
+    return LocalTraining(
+        steps=steps,
+        optim="sgd",
+        learning_rate=rate,
+        lr_scheduler_type="constant",
+        warmup_ratio=0.0,
+        max_grad_norm=1e12,
+    )
 
 
 def clients(count: int, pairs: int, dimensions: int, apart: float, seed: int) -> list[Pairs]:
@@ -94,14 +107,22 @@ def clients(count: int, pairs: int, dimensions: int, apart: float, seed: int) ->
     found = []
     for number in range(count):
         features = normal(pairs, dimensions)
-        found.append(Pairs(str(number), features, torch.sigmoid(features @ (common + apart * normal(dimensions)) / dimensions**0.5)))
+        found.append(
+            Pairs(
+                str(number),
+                features,
+                torch.sigmoid(features @ (common + apart * normal(dimensions)) / dimensions**0.5),
+            )
+        )
     return found
 
 
 def objective(shards: Sequence[Pairs], beta: float, theta: Tensor) -> Tensor:
     """The mean over clients of their expected losses."""
     task = LogLinear(len(theta), beta=beta)
-    return torch.stack([task.losses({"theta": theta}, (shard.features, shard.preferred))[0][0] for shard in shards]).mean()
+    return torch.stack(
+        [task.losses({"theta": theta}, (shard.features, shard.preferred))[0][0] for shard in shards]
+    ).mean()
 
 
 def gradient(shards: Sequence[Pairs], beta: float, theta: Tensor) -> Tensor:
@@ -114,7 +135,9 @@ def optimum(shards: Sequence[Pairs], beta: float) -> Tensor:
     """Where the objective is least, by Newton's method."""
     theta = torch.zeros(shards[0].features.shape[1], dtype=torch.float64)
     for _ in range(50):
-        hessian = torch.autograd.functional.hessian(lambda point: objective(shards, beta, point), theta)
+        hessian = torch.autograd.functional.hessian(
+            lambda point: objective(shards, beta, point), theta
+        )
         theta = theta - torch.linalg.solve(hessian, gradient(shards, beta, theta))
     return theta
 
@@ -133,4 +156,6 @@ def engine(task: Any, shards: Sequence[Any], seed: int, mixing: Matrix | None = 
 def spread(fed: Simulation, theta: Any) -> tuple[float, float]:
     """The mean over clients of |theta_i - mean|^2, and |mean|^2."""
     mean = fed.mean(fed.each(moments, theta))
-    return float((mean["square"] - mean["value"].square()).sum()), trees.norm({"mean": mean["value"]}) ** 2
+    return float((mean["square"] - mean["value"].square()).sum()), trees.norm(
+        {"mean": mean["value"]}
+    ) ** 2

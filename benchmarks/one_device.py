@@ -39,14 +39,24 @@ LARGE = {
     "max_position_embeddings": 4096,
     "tie_word_embeddings": True,
 }
-SMALL = LARGE | {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 688}
+SMALL = LARGE | {
+    "hidden_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 688,
+}
 SMALL |= {"vocab_size": 8192}
 
 
-def measure(configuration: dict[str, int | bool], batch: int, steps: int, folder: Path) -> dict[str, float | str]:
+def measure(
+    configuration: dict[str, int | bool], batch: int, steps: int, folder: Path
+) -> dict[str, float | str]:
     """Medians over single steps, after two that warm up."""
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**configuration, bos_token_id=0, eos_token_id=0)).to(torch.bfloat16)
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**configuration, bos_token_id=0, eos_token_id=0)
+    ).to(torch.bfloat16)
     model.save_pretrained(folder)
     del model
     transformers.AutoTokenizer.from_pretrained(BUILTIN).save_pretrained(folder)
@@ -62,7 +72,9 @@ def measure(configuration: dict[str, int | bool], batch: int, steps: int, folder
         elif parameter.ndim == 2 and "embed" not in name and "lm_head" not in name:
             frozen += parameter.numel()
     head = task.language.head.weight.numel()
-    share = sum(len(answer) for pair in shard.train for answer in pair.answers) / sum(pair.tokens for pair in shard.train)
+    share = sum(len(answer) for pair in shard.train for answer in pair.answers) / sum(
+        pair.tokens for pair in shard.train
+    )
     for step in range(steps + 2):
         client = Client(0, task, shard, seeds.generator(0, "train", round=step), 0, 1)
         begun = time.perf_counter()
@@ -74,24 +86,39 @@ def measure(configuration: dict[str, int | bool], batch: int, steps: int, folder
         operations.append(tokens[-1] * (4 * frozen + 6 * adapter + share * 4 * head))
     rates = [count / s for count, s in zip(operations[2:], seconds[2:], strict=True)]
     return {
-        "device": torch.cuda.get_device_name(task.device) if task.device.type == "cuda" else "cpu, one thread",
+        "device": torch.cuda.get_device_name(task.device)
+        if task.device.type == "cuda"
+        else "cpu, one thread",
         "form": task.description,
         "seconds_a_step": statistics.median(seconds[2:]),
-        "tokens_a_second": statistics.median(count / s for count, s in zip(tokens[2:], seconds[2:], strict=True)),
+        "tokens_a_second": statistics.median(
+            count / s for count, s in zip(tokens[2:], seconds[2:], strict=True)
+        ),
         "matmul_share": statistics.median(rates) / matrix_rate(task.device),
-        **({"peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9} if task.device.type == "cuda" else {}),
+        **(
+            {"peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9}
+            if task.device.type == "cuda"
+            else {}
+        ),
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="a small model and few steps")
     parser.add_argument("--batch", type=int, default=16, help="pairs a step")
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
     keep_freed_memory()
     with one_thread(), tempfile.TemporaryDirectory() as place:
-        found = measure(SMALL if arguments.quick else LARGE, arguments.batch, 3 if arguments.quick else 20, Path(place))
+        found = measure(
+            SMALL if arguments.quick else LARGE,
+            arguments.batch,
+            3 if arguments.quick else 20,
+            Path(place),
+        )
     for name, value in found.items():
         print(f"{name:16s} {value if isinstance(value, str) else format(value, '.4g')}")
     if arguments.json:

@@ -39,7 +39,9 @@ class Transformer(nn.Module):
         """Raw means and deviations of the targets, which come after the context in x [1, P, D]; y holds zeros for them."""
         hidden = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool)
         hidden[:, :context] = False
-        out = self.head(self.encoder(self.embedder(torch.cat([x, y[..., None]], -1)), mask=hidden))[:, context:]
+        out = self.head(self.encoder(self.embedder(torch.cat([x, y[..., None]], -1)), mask=hidden))[
+            :, context:
+        ]
         return out[0, :, 0], out[0, :, 1].exp()
 
 
@@ -63,7 +65,9 @@ class Program:
     def round(self, draw: random.Random) -> None:
         """All clients in turn, then the mean by the points that each has seen."""
         weights = []
-        for questions, model, optimiser in zip(self.clients, self.models, self.optimisers, strict=True):
+        for questions, model, optimiser in zip(
+            self.clients, self.models, self.optimisers, strict=True
+        ):
             model.load_state_dict(self.model.state_dict())
             model.train()
             seen = 0
@@ -71,22 +75,33 @@ class Program:
                 order = draw.sample(range(len(questions)), len(questions))
                 context = min(draw.randint(*COUNTS), len(order) - 1)
                 targets = min(draw.randint(*COUNTS), len(order) - context)
-                loss, points = self.loss(model, [questions[i] for i in order[:context]], [questions[i] for i in order[context:][:targets]])
+                loss, points = self.loss(
+                    model,
+                    [questions[i] for i in order[:context]],
+                    [questions[i] for i in order[context:][:targets]],
+                )
                 optimiser.zero_grad()
                 loss.backward()
                 optimiser.step()
                 seen = seen or points
             weights.append(seen)
         states = [model.state_dict() for model in self.models]
-        mean = {n: sum(w / sum(weights) * s[n] for w, s in zip(weights, states, strict=True)) for n in states[0]}
+        mean = {
+            n: sum(w / sum(weights) * s[n] for w, s in zip(weights, states, strict=True))
+            for n in states[0]
+        }
         self.model.load_state_dict(mean)
 
     @staticmethod
-    def loss(model: Transformer, context: Sequence[Question], targets: Sequence[Question]) -> tuple[Tensor, int]:
+    def loss(
+        model: Transformer, context: Sequence[Question], targets: Sequence[Question]
+    ) -> tuple[Tensor, int]:
         raw, std, y = ask(model, context, targets)
         sizes = [len(shares) for _, shares in targets]
         mean = torch.cat([part.softmax(0) for part in raw.split(sizes)])
-        return -torch.distributions.Normal(mean, std).log_prob(y).mean(), sum(sizes) + sum(len(shares) for _, shares in context)
+        return -torch.distributions.Normal(mean, std).log_prob(y).mean(), sum(sizes) + sum(
+            len(shares) for _, shares in context
+        )
 
     @torch.no_grad()
     def evaluate(self, questions: Sequence[Question]) -> float:
@@ -100,9 +115,13 @@ class Program:
         return float(np.mean(found))
 
 
-def ask(model: Transformer, context: Sequence[Question], targets: Sequence[Question]) -> tuple[Tensor, Tensor, Tensor]:
+def ask(
+    model: Transformer, context: Sequence[Question], targets: Sequence[Question]
+) -> tuple[Tensor, Tensor, Tensor]:
     """The targets' raw means, deviations and true shares."""
-    shown, asked = (torch.from_numpy(np.concatenate([y for _, y in part])) for part in (context, targets))
+    shown, asked = (
+        torch.from_numpy(np.concatenate([y for _, y in part])) for part in (context, targets)
+    )
     x = torch.from_numpy(np.concatenate([x for x, _ in (*context, *targets)]))[None]
     raw, std = model(x, torch.cat([shown, torch.zeros_like(asked)])[None], len(shown))
     return raw, std, asked

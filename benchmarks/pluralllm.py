@@ -52,15 +52,22 @@ PUBLISHED = "task.evaluate_on=all data.test_fraction=0.1 algorithm.local.max_gra
 WEIGHTS = "algorithm.weights=points federation.weighting=equal"
 LINES = {
     "federated, as published": f"{WEIGHTS} algorithm.local.num_cycles={{cycles}} {PUBLISHED}",
-    "centralised, as published": f"algorithm.name=pooled algorithm.local.steps=1 algorithm.local.batch_size=8 {PUBLISHED}",
+    "centralised, as published": "algorithm.name=pooled algorithm.local.steps=1 "
+    f"algorithm.local.batch_size=8 {PUBLISHED}",
     "federated": "",
     "centralised, equal steps": "algorithm.name=pooled algorithm.local.batch_size=8",
 }
-PAIRS = {"": ("federated, as published", "centralised, as published"), "_equal_steps": ("federated", "centralised, equal steps")}
+PAIRS = {
+    "": ("federated, as published", "centralised, as published"),
+    "_equal_steps": ("federated", "centralised, equal steps"),
+}
 STEPS = {"centralised, as published": 1}  # a round; six in the other lines
 OTHERS = {
     "polis": ("data={{name: polis, path: {data}}}", "partition.min_rows=40"),
-    "ukpconvarg": ("data={{name: ukpconvarg, path: {data}}}", "partition={{name: natural, column: worker, max_clients: 8, max_rows: 600}}"),
+    "ukpconvarg": (
+        "data={{name: ukpconvarg, path: {data}}}",
+        "partition={{name: natural, column: worker, max_clients: 8, max_rows: 600}}",
+    ),
 }
 
 
@@ -73,14 +80,23 @@ class Line:
 
     def converged(self) -> list[float]:
         """Of each seed, the round from which the smoothed alignment of training groups stays within 5 % of its end."""
-        return [convergence([row["round"] for row in rows], [row["summary"]["alignment"]["mean"] for row in rows]) for rows in self.rows]
+        return [
+            convergence(
+                [row["round"] for row in rows],
+                [row["summary"]["alignment"]["mean"] for row in rows],
+            )
+            for rows in self.rows
+        ]
 
     def training(self, metric: str = "alignment") -> list[float]:
         return [rows[-1]["summary"][metric]["mean"] for rows in self.rows]
 
     def unseen(self) -> list[float]:
         """Of each seed, the mean alignment of groups that never trained."""
-        return [statistics.fmean(group["alignment"] for group in rows[-1]["newcomers_before"].values()) for rows in self.rows]
+        return [
+            statistics.fmean(group["alignment"] for group in rows[-1]["newcomers_before"].values())
+            for rows in self.rows
+        ]
 
     def fairness(self) -> list[float]:
         """Of each seed, 1 / (1 + CoV^2) of all groups' alignments."""
@@ -100,31 +116,57 @@ def convergence(rounds: Sequence[int], values: Sequence[float], width: int = 3) 
     return float(rounds[first + width - 1 if first else 0])
 
 
-def countries(data: str, numbers: Sequence[int], rounds: int, output: Path, progress: Console) -> dict[str, Line]:
+def countries(
+    data: str, numbers: Sequence[int], rounds: int, output: Path, progress: Console
+) -> dict[str, Line]:
     """All lines."""
     common = [f"data.path={data}", f"rounds={rounds}", f"evaluate_every={EVERY}", "baselines=[]"]
-    variants = [f"{name}: {overrides.format(cycles=rounds * 6 / 200)}" for name, overrides in LINES.items()]
+    variants = [
+        f"{name}: {overrides.format(cycles=rounds * 6 / 200)}" for name, overrides in LINES.items()
+    ]
     return trained(variants, numbers, common, output / "countries", progress)
 
 
-def others(data: str, numbers: Sequence[int], rounds: int, output: Path, progress: Console) -> dict[str, dict[str, Line]]:
+def others(
+    data: str, numbers: Sequence[int], rounds: int, output: Path, progress: Console
+) -> dict[str, dict[str, Line]]:
     """Federated, centralised and alone on other opinions."""
     found = {}
     for name, settings in OTHERS.items():
-        common = [setting.format(data=data) for setting in settings] + [f"rounds={rounds}", "baselines=[]", "federation.newcomers=0"]
-        variants = ["federated: ", "centralised: algorithm.name=pooled algorithm.local.batch_size=8", "alone: algorithm.name=alone"]
+        common = [setting.format(data=data) for setting in settings] + [
+            f"rounds={rounds}",
+            "baselines=[]",
+            "federation.newcomers=0",
+        ]
+        variants = [
+            "federated: ",
+            "centralised: algorithm.name=pooled algorithm.local.batch_size=8",
+            "alone: algorithm.name=alone",
+        ]
         found[name] = trained(variants, numbers, common, output / name, progress)
     return found
 
 
-def trained(variants: Sequence[str], numbers: Sequence[int], settings: Sequence[str], output: Path, progress: Console) -> dict[str, Line]:
+def trained(
+    variants: Sequence[str],
+    numbers: Sequence[int],
+    settings: Sequence[str],
+    output: Path,
+    progress: Console,
+) -> dict[str, Line]:
     """These variants' runs, done or found."""
     runs = plan(CONFIG, variants, numbers, settings, output)
     for path, happenings in sweep(runs, output / "cache"):
         progress.print(str(path), highlight=False)
         show(happenings, progress)
     names = [variant.split(":", 1)[0] for variant in variants]
-    return {name: Line(name, [RunDirectory(path).read_rows(EVALUATION) for path in runs if path.parent.name == name]) for name in names}
+    return {
+        name: Line(
+            name,
+            [RunDirectory(path).read_rows(EVALUATION) for path in runs if path.parent.name == name],
+        )
+        for name in names
+    }
 
 
 def baselines(data: str, *settings: str) -> dict[str, float]:
@@ -135,7 +177,10 @@ def baselines(data: str, *settings: str) -> dict[str, float]:
     spec = Experiment.load(CONFIG, [f"data.path={data}", *settings])
     task = spec.build_task()
     shards = [task.encode(client) for client in spec.clients()[0]]
-    trained, all_answers = "mean of the training groups' training answers", "mean of all their answers"
+    trained, all_answers = (
+        "mean of the training groups' training answers",
+        "mean of all their answers",
+    )
     known: dict[str, dict[str, list[torch.Tensor]]] = {trained: {}, all_answers: {}}
     for shard in shards:
         for name, answers in known.items() if shard.name in TRAINING_COUNTRIES else ():
@@ -149,9 +194,14 @@ def baselines(data: str, *settings: str) -> dict[str, float]:
             for name, values in found.items():
                 means = known.get(name, {})
                 guesses = [
-                    torch.stack(means[q.digest]).mean(0) if q.digest in means else e for q, e in zip(shard.asked, equal, strict=True)
+                    torch.stack(means[q.digest]).mean(0) if q.digest in means else e
+                    for q, e in zip(shard.asked, equal, strict=True)
                 ]
-                values.append(statistics.fmean(alignment(guess, y) for guess, y in zip(guesses, truths, strict=True)))
+                values.append(
+                    statistics.fmean(
+                        alignment(guess, y) for guess, y in zip(guesses, truths, strict=True)
+                    )
+                )
     return {name: statistics.fmean(values) for name, values in found.items()}
 
 
@@ -160,14 +210,28 @@ def speed(data: str, rounds: int) -> dict[str, float]:
     spec = Experiment.load(CONFIG, [f"data.path={data}", "task.evaluate_on=all"])
     task, method, threads = spec.build_task(), spec.algorithm, torch.get_num_threads()
     seconds = dict.fromkeys(("theirs", "ours", "their evaluation", "our evaluation"), 0.0)
-    with one_thread(), tempfile.TemporaryDirectory() as cache:  # processes that are forked must find no threads
+    with (
+        one_thread(),
+        tempfile.TemporaryDirectory() as cache,
+    ):  # processes that are forked must find no threads
         shards = [task.prepare(task.encode(client), Path(cache)) for client in spec.clients()[0]]
         training = [i for i, shard in enumerate(shards) if shard.name in TRAINING_COUNTRIES]
-        questions = [[(task.known[q.digest].numpy(), np.array(q.shares, np.float32)) for q in (*s.context, *s.asked)] for s in shards]
-        with closing(Simulation(task, shards, seed=0, rounds=rounds, workers=task.devices)) as engine:
+        questions = [
+            [
+                (task.known[q.digest].numpy(), np.array(q.shares, np.float32))
+                for q in (*s.context, *s.asked)
+            ]
+            for s in shards
+        ]
+        with closing(
+            Simulation(task, shards, seed=0, rounds=rounds, workers=task.devices)
+        ) as engine:
             state: Any = method.init(engine, task.init(seeds.generator(0, "init")))
             torch.manual_seed(0)
-            program, draw = plural_program.Program.begin([questions[i] for i in training]), random.Random(0)
+            program, draw = (
+                plural_program.Program.begin([questions[i] for i in training]),
+                random.Random(0),
+            )
             for number in range(rounds):
                 with timed(seconds, "theirs", threads):
                     program.round(draw)
@@ -180,7 +244,10 @@ def speed(data: str, rounds: int) -> dict[str, float]:
             with timed(seconds, "their evaluation", threads):
                 for group in questions:
                     program.evaluate(group)
-    theirs, ours = (seconds[who] / rounds + seconds[f"{whose} evaluation"] / 10 for who, whose in (("theirs", "their"), ("ours", "our")))
+    theirs, ours = (
+        seconds[who] / rounds + seconds[f"{whose} evaluation"] / 10
+        for who, whose in (("theirs", "their"), ("ours", "our"))
+    )
     return {
         "speed_ratio": theirs / ours,
         "speed_ratio_without_evaluation": seconds["theirs"] / seconds["ours"],
@@ -215,7 +282,12 @@ def many(data: str, groups: int) -> dict[str, float]:
             method.step(engine, state)
             seconds = time.perf_counter() - begun
             memory[count] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
-    return {"groups": groups, "seconds_a_round": seconds, "peak_mb_of_a_tenth": memory[groups // 10], "peak_mb": memory[groups]}
+    return {
+        "groups": groups,
+        "seconds_a_round": seconds,
+        "peak_mb_of_a_tenth": memory[groups // 10],
+        "peak_mb": memory[groups],
+    }
 
 
 def with_interval(values: Sequence[float], scale: float = 100.0) -> str:
@@ -228,21 +300,47 @@ def with_interval(values: Sequence[float], scale: float = 100.0) -> str:
 
 
 def line_table(title: str, lines: Mapping[str, Line]) -> Table:
-    table = Table("", "alignment", "unseen groups", "fairness", "converged, round", "steps a client", "tasks", title=title, box=MARKDOWN)
+    table = Table(
+        "",
+        "alignment",
+        "unseen groups",
+        "fairness",
+        "converged, round",
+        "steps a client",
+        "tasks",
+        title=title,
+        box=MARKDOWN,
+    )
     for name, line in lines.items():
         has_unseen = "newcomers_before" in line.rows[0][-1]
         rounds = line.converged()
         steps = [count * STEPS.get(name, 6) for count in rounds]
         fairness = with_interval(line.fairness())
-        shown = [with_interval(rounds, 1), with_interval(steps, 1), with_interval([8 * count for count in steps], 1)]
-        table.add_row(name, with_interval(line.training()), with_interval(line.unseen()) if has_unseen else "", fairness, *shown)
+        shown = [
+            with_interval(rounds, 1),
+            with_interval(steps, 1),
+            with_interval([8 * count for count in steps], 1),
+        ]
+        table.add_row(
+            name,
+            with_interval(line.training()),
+            with_interval(line.unseen()) if has_unseen else "",
+            fairness,
+            *shown,
+        )
     return table
 
 
 def other_table(name: str, lines: Mapping[str, Line]) -> Table:
     table = Table("", "alignment", "accuracy", "equal shares", title=name, box=MARKDOWN)
     for line, found in lines.items():
-        table.add_row(line, *(with_interval(found.training(metric)) for metric in ("alignment", "accuracy", "uniform")))
+        table.add_row(
+            line,
+            *(
+                with_interval(found.training(metric))
+                for metric in ("alignment", "accuracy", "uniform")
+            ),
+        )
     return table
 
 
@@ -251,24 +349,47 @@ def figures(lines: Mapping[str, Line]) -> dict[str, float]:
     found = {}
     for suffix, (federated, centralised) in PAIRS.items():
         ours, theirs = lines[federated], lines[centralised]
-        found[f"rounds_saved_percent{suffix}"] = 100 * (1 - statistics.fmean(ours.converged()) / statistics.fmean(theirs.converged()))
-        found[f"alignment_gain_percent{suffix}"] = 100 * (statistics.fmean(ours.unseen()) / statistics.fmean(theirs.unseen()) - 1)
-        found[f"fairness_gap{suffix}"] = statistics.fmean(theirs.fairness()) - statistics.fmean(ours.fairness())
+        found[f"rounds_saved_percent{suffix}"] = 100 * (
+            1 - statistics.fmean(ours.converged()) / statistics.fmean(theirs.converged())
+        )
+        found[f"alignment_gain_percent{suffix}"] = 100 * (
+            statistics.fmean(ours.unseen()) / statistics.fmean(theirs.unseen()) - 1
+        )
+        found[f"fairness_gap{suffix}"] = statistics.fmean(theirs.fairness()) - statistics.fmean(
+            ours.fairness()
+        )
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="a folder with the public sets (docs/data.md)")
-    parser.add_argument("--parts", nargs="+", choices=["countries", "others", "speed"], default=["countries", "others", "speed"])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data", required=True, help="a folder with the public sets (docs/data.md)"
+    )
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        choices=["countries", "others", "speed"],
+        default=["countries", "others", "speed"],
+    )
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=100)
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmark-pluralllm"), help="where runs are kept")
-    parser.add_argument("--quick", action="store_true", help="one seed, a few rounds, countries and speed alone; the figures mean less")
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/benchmark-pluralllm"), help="where runs are kept"
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="one seed, a few rounds, countries and speed alone; the figures mean less",
+    )
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
     parts = ["countries", "speed"] if arguments.quick else arguments.parts
-    rounds, numbers = (8, range(1)) if arguments.quick else (arguments.rounds, range(arguments.seeds))
+    rounds, numbers = (
+        (8, range(1)) if arguments.quick else (arguments.rounds, range(arguments.seeds))
+    )
     console, progress = Console(width=170), Console(stderr=True)
     found: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as scratch:
@@ -280,8 +401,14 @@ def main() -> None:
             lines = countries(arguments.data, numbers, rounds, output, progress)
             console.print(line_table("countries", lines))
             found |= figures(lines)
-            for line, settings in {"as published": PUBLISHED.split()[:2], "equal steps": []}.items():
-                found |= {f"{name}, {line}": value for name, value in baselines(arguments.data, *settings).items()}
+            for line, settings in {
+                "as published": PUBLISHED.split()[:2],
+                "equal steps": [],
+            }.items():
+                found |= {
+                    f"{name}, {line}": value
+                    for name, value in baselines(arguments.data, *settings).items()
+                }
         if "others" in parts:
             for name, of_set in others(arguments.data, numbers, rounds, output, progress).items():
                 console.print(other_table(name, of_set))

@@ -30,19 +30,35 @@ ROUNDS, CLIENTS = 200, 64
 def long_run(folder: Path) -> Path:
     """A run directory with figures of many rounds and clients under two lines, made of a short run's."""
     path = run(
-        Experiment.load(CONFIG, ["rounds=1", "baselines=[alone]", "partition.max_clients=2", "algorithm.local.steps=1"]), folder / "run"
+        Experiment.load(
+            CONFIG,
+            ["rounds=1", "baselines=[alone]", "partition.max_clients=2", "algorithm.local.steps=1"],
+        ),
+        folder / "run",
     ).path
     short, rng = RunDirectory(path), np.random.default_rng(0)
     (first,), (last,) = short.read_rows(METRICS), short.read_rows(EVALUATION)
     names = [f"hospital-{k:02d}" for k in range(CLIENTS)]
     measured = next(iter(last["clients"].values()))
     for place in (path, path / "baselines/alone"):
-        (place / METRICS).write_text("".join(json.dumps({**first, "round": k + 1}) + "\n" for k in range(ROUNDS)))
+        (place / METRICS).write_text(
+            "".join(json.dumps({**first, "round": k + 1}) + "\n" for k in range(ROUNDS))
+        )
         with (place / EVALUATION).open("w") as file:
             for k in range(ROUNDS):
-                clients = {name: {**measured, "rewards/accuracies": float(rng.uniform(0.4, 0.9))} for name in names}
-                file.write(json.dumps({"round": k + 1, "clients": clients, "summary": last["summary"]}) + "\n")
-    (path / "clients.json").write_text(json.dumps({name: {"train": 10, "test": 50, "truncated": 0, "digest": ""} for name in names}))
+                clients = {
+                    name: {**measured, "rewards/accuracies": float(rng.uniform(0.4, 0.9))}
+                    for name in names
+                }
+                file.write(
+                    json.dumps({"round": k + 1, "clients": clients, "summary": last["summary"]})
+                    + "\n"
+                )
+    (path / "clients.json").write_text(
+        json.dumps(
+            {name: {"train": 10, "test": 50, "truncated": 0, "digest": ""} for name in names}
+        )
+    )
     return path
 
 
@@ -70,7 +86,10 @@ def opening(page: Path) -> float | None:
             opened = browser.new_page()
             begun = time.perf_counter()
             opened.goto(page.resolve().as_uri())
-            opened.wait_for_function("[...document.querySelectorAll('.chart')].every((chart) => chart.querySelector('.main-svg'))")
+            opened.wait_for_function(
+                "[...document.querySelectorAll('.chart')].every((chart) => "
+                "chart.querySelector('.main-svg'))"
+            )
             found.append(time.perf_counter() - begun)
             opened.close()
         browser.close()
@@ -78,9 +97,13 @@ def opening(page: Path) -> float | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--run", type=Path, help="a run, such as the demo's, whose page is opened too")
+    parser.add_argument(
+        "--run", type=Path, help="a run, such as the demo's, whose page is opened too"
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         path = long_run(Path(scratch))
@@ -88,7 +111,10 @@ def main() -> None:
         found["report_mb"] = (path / REPORT).stat().st_size / 1e6
         found["open_seconds"] = opening(path / REPORT)
     if arguments.run:
-        found |= {"run_mb": (arguments.run / REPORT).stat().st_size / 1e6, "run_open_seconds": opening(arguments.run / REPORT)}
+        found |= {
+            "run_mb": (arguments.run / REPORT).stat().st_size / 1e6,
+            "run_open_seconds": opening(arguments.run / REPORT),
+        }
     found["help_seconds"] = seconds_of("--help")
     print(json.dumps(found, indent=1))
     if arguments.json:

@@ -30,7 +30,11 @@ from typing import Any, Literal
 
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[name] = "1"
-os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
 
 import torch
 from rich.console import Console
@@ -56,7 +60,12 @@ LENGTHS = """154 94 80 22 45 30 165 200 50 124 17 37 106 49 21 233 72 95 355 19 
 56 56 241 6 23 13 26 5 110 20 19 18 21 50 18 11 178 182 121 82 22 9 158 128 54 54 185 57 20 59 32 187 270 14 60 32 36 23 21 52 66 121 48
 11 98 63 71 102 20 79 21 16 13 15 39 101 148 56 135 23 42 37 191 19 169 422 33 8 191 4 4 422 88 39 15 5 16 25 17 129 149 27 46 331 30 60
 238 46 48 90 17 6 152 44 81 112 15 7 267 50 116 329 48 26 174 102 41 175 66 35 111 106 103"""
-SMALL = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "max_position_embeddings": 1024}
+SMALL = {
+    "hidden_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 1024,
+}
 MODELS: dict[str, dict[str, Any] | None] = {
     "shipped": None,
     "29m": {
@@ -69,8 +78,21 @@ MODELS: dict[str, dict[str, Any] | None] = {
         "vocab_size": 8192,
         "tie_word_embeddings": True,
     },
-    "qwen2": {"model_type": "qwen2", **SMALL, "num_key_value_heads": 2, "intermediate_size": 688, "vocab_size": 4096},
-    "gpt2": {"model_type": "gpt2", "n_embd": 256, "n_layer": 4, "n_head": 4, "n_positions": 1024, "vocab_size": 4096},
+    "qwen2": {
+        "model_type": "qwen2",
+        **SMALL,
+        "num_key_value_heads": 2,
+        "intermediate_size": 688,
+        "vocab_size": 4096,
+    },
+    "gpt2": {
+        "model_type": "gpt2",
+        "n_embd": 256,
+        "n_layer": 4,
+        "n_head": 4,
+        "n_positions": 1024,
+        "vocab_size": 4096,
+    },
 }
 
 
@@ -95,7 +117,9 @@ def make(name: str, folder: Path) -> Path:
         return BUILTIN
     kind = settings["model_type"]
     torch.manual_seed(0)
-    configuration = transformers.AutoConfig.for_model(kind, **{key: value for key, value in settings.items() if key != "model_type"})
+    configuration = transformers.AutoConfig.for_model(
+        kind, **{key: value for key, value in settings.items() if key != "model_type"}
+    )
     configuration.bos_token_id = configuration.eos_token_id = 0
     transformers.AutoModelForCausalLM.from_config(configuration).save_pretrained(folder / name)
     transformers.AutoTokenizer.from_pretrained(BUILTIN).save_pretrained(folder / name)
@@ -105,7 +129,9 @@ def make(name: str, folder: Path) -> Path:
 def prepared(task: Any, count: int) -> OfflineShard:
     """A client with so many pairs, scored under the reference."""
     with tempfile.TemporaryDirectory() as cache:
-        shard: OfflineShard = task.prepare(OfflineShard("client", tuple(pairs(count, 4096)), ()), Path(cache))
+        shard: OfflineShard = task.prepare(
+            OfflineShard("client", tuple(pairs(count, 4096)), ()), Path(cache)
+        )
     return shard
 
 
@@ -133,13 +159,17 @@ def peft(model: Path, size: int) -> Callable[[int], None]:
 
     policy = get_peft_model(AutoModelForCausalLM.from_pretrained(model), _lora(LoraConfig))
     collate = DataCollatorForPreference(pad_token_id=0)
-    optimiser = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], 5e-4, weight_decay=0.0)
+    optimiser = torch.optim.AdamW(
+        [p for p in policy.parameters() if p.requires_grad], 5e-4, weight_decay=0.0
+    )
     rows = _rows()
     draw = random.Random(1)
     reference = torch.zeros(2, size)  # what a cache would give costs nothing to look up
 
     def scores(batch: Any) -> torch.Tensor:
-        logits = policy(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+        logits = policy(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
+        ).logits[:, :-1]
         tokens = torch.log_softmax(logits, -1).gather(2, batch["input_ids"][:, 1:, None])[..., 0]
         return (tokens * batch["completion_mask"][:, 1:]).sum(1).view(2, -1)
 
@@ -185,7 +215,9 @@ def trl(model: Path, size: int) -> Callable[[int], None]:
         model=get_peft_model(backbone, _lora(LoraConfig)),
         ref_model=AutoModelForCausalLM.from_pretrained(model),
         args=arguments,
-        train_dataset=datasets.Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}]),
+        train_dataset=datasets.Dataset.from_list(
+            [{"prompt": "a", "chosen": " b", "rejected": " c"}]
+        ),
         processing_class=AutoTokenizer.from_pretrained(model),
     )
     trainer.train_dataset = datasets.Dataset.from_list(_rows())
@@ -203,7 +235,9 @@ def _lora(kind: Any) -> Any:
 
 def _rows() -> list[dict[str, list[int]]]:
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
-    return [dict(zip(names, map(list, (p.prompt, *p.answers)), strict=True)) for p in pairs(64, 4096)]
+    return [
+        dict(zip(names, map(list, (p.prompt, *p.answers)), strict=True)) for p in pairs(64, 4096)
+    ]
 
 
 TOOLS: dict[str, tuple[Callable[[Path, int], Callable[[int], None]], bool]] = {
@@ -251,7 +285,9 @@ def race(model: Path, size: int, warm: int, turns: int, count: int) -> dict[str,
     for connection, process in lanes.values():
         connection.send(0)
         process.join()
-    return {tool: {"seconds": statistics.mean(seconds[tool]), "memory": memory[tool]} for tool in TOOLS}
+    return {
+        tool: {"seconds": statistics.mean(seconds[tool]), "memory": memory[tool]} for tool in TOOLS
+    }
 
 
 # ---- what only fedpref is asked
@@ -266,7 +302,10 @@ def gradient_errors() -> dict[str, float]:
         task = PreferenceTask(model=Model(dtype=dtype)).build()
         shard = shard or prepared(task, BATCH)  # the same reference for both
         draw = torch.Generator().manual_seed(0)
-        start = {name: 0.05 * torch.randn(t.shape, generator=draw) for name, t in task.init(seeds.generator(0, "init")).items()}
+        start = {
+            name: 0.05 * torch.randn(t.shape, generator=draw)
+            for name, t in task.init(seeds.generator(0, "init")).items()
+        }
         for packs in (True, False):
             task.language.packs = packs
             if not packs:  # PEFT's own layers
@@ -278,8 +317,10 @@ def gradient_errors() -> dict[str, float]:
             found[dtype, packs] = {name: t.grad for name, t in leaves.items() if t.grad is not None}
     exact = found["float32", False]
     return {
-        "gradient_error": trees.norm(trees.subtract(found["float32", True], exact)) / trees.norm(exact),
-        "gradient_error_bfloat16": trees.norm(trees.subtract(found["bfloat16", True], exact)) / trees.norm(exact),
+        "gradient_error": trees.norm(trees.subtract(found["float32", True], exact))
+        / trees.norm(exact),
+        "gradient_error_bfloat16": trees.norm(trees.subtract(found["bfloat16", True], exact))
+        / trees.norm(exact),
     }
 
 
@@ -299,7 +340,10 @@ def federation(clients: int, workers: int, batch: int, rounds: int) -> dict[str,
         state, _ = algorithm.step(engine, state)
         spent.append(time.perf_counter() - begun)
     engine.close()
-    own, children = (resource.getrusage(who).ru_maxrss * 1024.0 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    own, children = (
+        resource.getrusage(who).ru_maxrss * 1024.0
+        for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
     return {"seconds": statistics.median(spent[1:] or spent), "memory": max(own, children)}
 
 
@@ -367,10 +411,15 @@ def first_step() -> dict[str, float]:
     """Seconds from the command to the first round's row, on a run whose reference scores are cached; and of that, imports."""
     with tempfile.TemporaryDirectory() as place:
         file = Path(place) / "quick.yaml"
-        file.write_text("rounds: 1\nalgorithm: {name: feddpo, local: {steps: 1}}\npartition: {max_clients: 2, name: natural}")
+        file.write_text(
+            "rounds: 1\nalgorithm: {name: feddpo, local: {steps: 1}}\npartition: {max_clients: "
+            "2, name: natural}"
+        )
         command = [sys.executable, "-m", "fedpref"]
         run = Path(place) / "run"
-        subprocess.run([*command, "run", str(file), "--output", str(run)], check=True, capture_output=True)
+        subprocess.run(
+            [*command, "run", str(file), "--output", str(run)], check=True, capture_output=True
+        )
         for left in ("metrics.jsonl", "evaluation.jsonl", "done"):
             (run / left).unlink()
         for checkpoint in (run / "checkpoints").iterdir():
@@ -382,8 +431,13 @@ def first_step() -> dict[str, float]:
         taken = time.perf_counter() - begun
         process.wait()
         modules = "torch, transformers.models.llama.modeling_llama, peft"
-        code = f"import time; b = time.perf_counter(); import {modules}; print(time.perf_counter() - b)"
-        imports = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+        code = (
+            f"import time; b = time.perf_counter(); import {modules}; "
+            "print(time.perf_counter() - b)"
+        )
+        imports = subprocess.run(
+            [sys.executable, "-c", code], check=True, capture_output=True, text=True
+        )
     return {"first_step_seconds": taken, "first_step_import_seconds": float(imports.stdout)}
 
 
@@ -422,26 +476,45 @@ def accuracies() -> dict[str, float]:
     for dtype in ("auto", "float32"):
         with tempfile.TemporaryDirectory() as place:
             file = Path(__file__).resolve().parent.parent / "configs/demo.yaml"
-            outcome = run(Experiment.load(file, ["baselines=[]", f"task.model.dtype={dtype}"]), Path(place) / "run")
+            outcome = run(
+                Experiment.load(file, ["baselines=[]", f"task.model.dtype={dtype}"]),
+                Path(place) / "run",
+            )
         rows = next(iter(outcome.evaluations.values()))
         values = {name: row[ACCURACY] for name, row in rows.items()}
         found.append(sum(values.values()) / len(values))
-        errors.append(standard_error(values, {name: int(row["num_examples"]) for name, row in rows.items()}))
-    return {"accuracy": found[0], "accuracy_float32": found[1], "accuracy_apart_in_standard_errors": abs(found[0] - found[1]) / errors[1]}
+        errors.append(
+            standard_error(values, {name: int(row["num_examples"]) for name, row in rows.items()})
+        )
+    return {
+        "accuracy": found[0],
+        "accuracy_float32": found[1],
+        "accuracy_apart_in_standard_errors": abs(found[0] - found[1]) / errors[1],
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--quick", action="store_true", help="a minute: the shipped model, one cold step of two pairs each, everything at once"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="race on these alone")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="a minute: the shipped model, one cold step of two pairs each, everything at once",
+    )
+    parser.add_argument(
+        "--models", nargs="+", choices=MODELS, default=list(MODELS), help="race on these alone"
+    )
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
     console = Console(width=140)
     figures: dict[str, float] = {}
     size = 2 if arguments.quick else BATCH
-    with one_thread(), tempfile.TemporaryDirectory() as place, ThreadPoolExecutor(2 if arguments.quick else 1) as pool:
+    with (
+        one_thread(),
+        tempfile.TemporaryDirectory() as place,
+        ThreadPoolExecutor(2 if arguments.quick else 1) as pool,
+    ):
         beside = [pool.submit(piece) for piece in own_figures(True)] if arguments.quick else []
         for name in ["shipped"] if arguments.quick else arguments.models:
             turns, count = (1, 1) if arguments.quick else (3, 1 if name == "29m" else 4)
@@ -451,7 +524,9 @@ def main() -> None:
             suffix = "" if name == "shipped" else f"_{name}"
             figures[f"ratio_trl_installed{suffix}"] = raced["TRL as installed"]["seconds"] / ours
             figures[f"ratio_trl_tuned{suffix}"] = raced["TRL, malloc tuned"]["seconds"] / ours
-            figures[f"ratio_peft_tuned{suffix}"] = raced["transformers + PEFT, malloc tuned"]["seconds"] / ours
+            figures[f"ratio_peft_tuned{suffix}"] = (
+                raced["transformers + PEFT, malloc tuned"]["seconds"] / ours
+            )
             figures[f"pairs_per_cpu_second{suffix}"] = size / ours
             if name == "shipped":
                 figures["matmul_share"] = step_flops(size) / ours / matrix_rate()
@@ -471,12 +546,26 @@ def race_table(model: str, size: int, raced: Mapping[str, Mapping[str, float]]) 
     lengths = pairs(64, 4096)
     tokens = sum(pair.tokens for pair in lengths) / len(lengths) * size
     table = Table(title=f"{model}: {size} pairs a step", title_justify="left")
-    for title in ("tool", "CPU s a step", "pairs a CPU second", "tokens a CPU second", "peak memory, GB", "times as slow"):
+    for title in (
+        "tool",
+        "CPU s a step",
+        "pairs a CPU second",
+        "tokens a CPU second",
+        "peak memory, GB",
+        "times as slow",
+    ):
         table.add_column(title, justify="left" if title == "tool" else "right")
     for tool, row in raced.items():
         s, memory = row["seconds"], row["memory"] / 1e9
         slower = s / raced["fedpref"]["seconds"]
-        table.add_row(tool, f"{s:.3f}", f"{size / s:.1f}", f"{tokens / s:.0f}", f"{memory:.2f}", f"{slower:.1f}")
+        table.add_row(
+            tool,
+            f"{s:.3f}",
+            f"{size / s:.1f}",
+            f"{tokens / s:.0f}",
+            f"{memory:.2f}",
+            f"{slower:.1f}",
+        )
     return table
 
 

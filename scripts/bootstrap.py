@@ -29,12 +29,24 @@ def fingerprint() -> str:
 
 
 def pip(*arguments: str, quiet: bool = False) -> bool:
-    command = [str(PYTHON), "-m", "pip", "--disable-pip-version-check", "install", "--quiet", *arguments]
+    command = [
+        str(PYTHON),
+        "-m",
+        "pip",
+        "--disable-pip-version-check",
+        "install",
+        "--quiet",
+        *arguments,
+    ]
     return subprocess.run(command, stderr=subprocess.DEVNULL if quiet else None).returncode == 0
 
 
 def install_torch() -> None:
-    pin = next(line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torch=="))
+    pin = next(
+        line
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if line.startswith("torch==")
+    )
     if pip("--no-index", "--no-deps", pin, quiet=True):
         return
     if not shutil.which("nvidia-smi") and pip("--index-url", CPU_INDEX, pin, quiet=True):
@@ -45,7 +57,10 @@ def install_torch() -> None:
 
 def main() -> None:
     if sys.version_info < (3, 11):
-        sys.exit(f"setup: fedpref needs Python 3.11 or newer, this is {sys.version.split()[0]}. Try `make setup PYTHON=python3.12`.")
+        sys.exit(
+            f"setup: fedpref needs Python 3.11 or newer, this is {sys.version.split()[0]}. Try "
+            "`make setup PYTHON=python3.12`."
+        )
     wanted = fingerprint()
     if STAMP.exists() and STAMP.read_text() == wanted:
         return

@@ -22,7 +22,10 @@ from fedpref.reports.run import Run, read
 WANTED: dict[str, tuple[list[str], list[Any]]] = {  # a config: overrides, charts
     "demo": (["rounds=10", "evaluate_every=1"], [charts.learning, charts.held_out]),
     "decdpo": (["evaluate_every=1"], [methods.consensus, charts.held_out]),
-    "fedpdpo": (["evaluate_every=1", "federation.newcomers=0", "baselines=[alone]"], [charts.learning, charts.held_out]),
+    "fedpdpo": (
+        ["evaluate_every=1", "federation.newcomers=0", "baselines=[alone]"],
+        [charts.learning, charts.held_out],
+    ),
     "firm": (["evaluate_every=1"], [methods.objectives]),
     "pluralllm": ([], [charts.learning, charts.held_out]),
 }
@@ -42,8 +45,20 @@ def drawn(chart: charts.Chart, axes: Any) -> None:
             faint = trace.get("opacity", 1.0)
             label = trace["name"] if trace.get("showlegend", True) else None
             style = DASHES.get(line.get("dash"), "-")
-            axes.plot(trace["x"], trace["y"], style, color=line["color"], alpha=faint, label=label, lw=0.7 if faint < 1 else 1.6)
-    axes.set(title=chart.title, xlabel=chart.layout["xaxis"]["title"]["text"], ylabel=chart.layout["yaxis"]["title"]["text"])
+            axes.plot(
+                trace["x"],
+                trace["y"],
+                style,
+                color=line["color"],
+                alpha=faint,
+                label=label,
+                lw=0.7 if faint < 1 else 1.6,
+            )
+    axes.set(
+        title=chart.title,
+        xlabel=chart.layout["xaxis"]["title"]["text"],
+        ylabel=chart.layout["yaxis"]["title"]["text"],
+    )
     axes.set_yscale(chart.layout["yaxis"].get("type", "linear"))
     axes.legend(frameon=False)
 
@@ -51,8 +66,17 @@ def drawn(chart: charts.Chart, axes: Any) -> None:
 def figure(one: Run, wanted: Sequence[Any], file: Path) -> None:
     """Two charts side by side: the first of each kind, or the first two of one."""
     found = [chart for kind in wanted for chart in [*kind([one])][: 2 // len(wanted)]]
-    mpl.rcParams.update({"svg.hashsalt": "fedpref", "font.size": 8, "axes.spines.top": False, "axes.spines.right": False})
-    drawing, places = plt.subplots(1, len(found), figsize=(4.4 * len(found), 3.0), layout="constrained")
+    mpl.rcParams.update(
+        {
+            "svg.hashsalt": "fedpref",
+            "font.size": 8,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+        }
+    )
+    drawing, places = plt.subplots(
+        1, len(found), figsize=(4.4 * len(found), 3.0), layout="constrained"
+    )
     for chart, axes in zip(found, places, strict=True):
         drawn(chart, axes)
     drawing.savefig(file, metadata={"Date": None}, transparent=False)
@@ -62,8 +86,18 @@ def figure(one: Run, wanted: Sequence[Any], file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--data", type=Path, help="where a survey's rows are, for PluralLLM; without it that is left out")
-    parser.add_argument("--only", nargs="*", choices=WANTED, default=list(WANTED), help="the configs to draw; all by default")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        help="where a survey's rows are, for PluralLLM; without it that is left out",
+    )
+    parser.add_argument(
+        "--only",
+        nargs="*",
+        choices=WANTED,
+        default=list(WANTED),
+        help="the configs to draw; all by default",
+    )
     arguments = parser.parse_args()
     for name in arguments.only:
         overrides, wanted = WANTED[name]
@@ -71,7 +105,9 @@ def main() -> None:
         if name == "pluralllm" and arguments.data is None:
             continue
         with tempfile.TemporaryDirectory() as scratch:
-            result = run(Experiment.load(f"configs/{name}.yaml", [*overrides, *here]), Path(scratch) / name)
+            result = run(
+                Experiment.load(f"configs/{name}.yaml", [*overrides, *here]), Path(scratch) / name
+            )
             figure(read(result.path), wanted, arguments.output / f"curves-{name}.svg")
         print(arguments.output / f"curves-{name}.svg", flush=True)
 

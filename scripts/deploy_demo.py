@@ -40,24 +40,53 @@ def main() -> None:
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/deploy-demo")
     federation = folder / "federation"
     named = [argument for site in SITES for argument in ("--site", site)]
-    fedpref("federation", "init", str(federation), "--server", "localhost", "--port", str(free_port()), *named)
+    fedpref(
+        "federation",
+        "init",
+        str(federation),
+        "--server",
+        "localhost",
+        "--port",
+        str(free_port()),
+        *named,
+    )
     clients = [client.name for client in Experiment.load(CONFIG).clients()[0]]
     for k, site in enumerate(SITES):
-        content = {"data": {"name": "builtin"}, "partition": {"name": "natural", "only": clients[k::3]}, "algorithms": list(EXPERIMENTS)}
+        content = {
+            "data": {"name": "builtin"},
+            "partition": {"name": "natural", "only": clients[k::3]},
+            "algorithms": list(EXPERIMENTS),
+        }
         (federation / site / kits.SITE_FILE).write_text(yaml.safe_dump(content, sort_keys=False))
     try:
         for name in ("localhost", *SITES):
             fedpref("site", "start", str(federation / name), "--runs", str(folder / "server"))
         for algorithm, settings in EXPERIMENTS.items():
-            where = ["--admin", str(federation / "admin@fedpref.org"), "--output", str(folder / algorithm)]
-            fedpref("submit", str(CONFIG), f"name={algorithm}", f"algorithm.name={algorithm}", *settings, *COMMON, *where)
+            where = [
+                "--admin",
+                str(federation / "admin@fedpref.org"),
+                "--output",
+                str(folder / algorithm),
+            ]
+            fedpref(
+                "submit",
+                str(CONFIG),
+                f"name={algorithm}",
+                f"algorithm.name={algorithm}",
+                *settings,
+                *COMMON,
+                *where,
+            )
         runs = [str(folder / algorithm) for algorithm in EXPERIMENTS]
         fedpref("compare", *runs)
         fedpref("report", *runs, "--output", str(folder / "report.html"))
     finally:
         for name in (*SITES, "localhost"):
             kits.stop(federation / name)
-    print(f"\nAll is stopped. Private heads have stayed at {federation}/SITE/fedpref, what was shared is in {folder}.")
+    print(
+        f"\nAll is stopped. Private heads have stayed at {federation}/SITE/fedpref, what was "
+        f"shared is in {folder}."
+    )
 
 
 if __name__ == "__main__":

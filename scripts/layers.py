@@ -6,7 +6,8 @@ The arrow test, `docs/architecture.md` and the tree in the README are made from 
 from __future__ import annotations
 
 LAYERS: dict[str, str] = {
-    "losses": "pure functions of log-probabilities and rewards: DPO and its family, KTO, policy gradients",
+    "losses": "pure functions of log-probabilities and rewards: DPO and its family, KTO, policy "
+    "gradients",
     "numerics": "trees of named tensors, seeds, metrics over clients, min-norm weights, graphs",
     "channel": "stages on the way to an aggregate, forward on the client and backward on the sum",
     "data": "rows of preferences and opinions, where they come from, and how clients share them",
@@ -16,7 +17,8 @@ LAYERS: dict[str, str] = {
     "federation": "the verbs, the local training loop, and what many algorithms share",
     "algorithms": "one paper, one file, named as in YAML",
     "engines": "how verbs are carried out: in this process, in workers, at sites by messages",
-    "experiments": "an experiment, round by round, into a run directory; a finished run as an object",
+    "experiments": "an experiment, round by round, into a run directory; a finished run as an "
+    "object",
     "sites": "sites on NVIDIA FLARE: consent, programs, certificates",
     "runs": "what one does with runs: launch, sweep, watch, evaluate, join, export",
     "reports": "tables, comparisons, charts and the page of a run",

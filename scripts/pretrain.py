@@ -39,21 +39,35 @@ CONTEXT, VOCABULARY = 512, 4096
 ROWS = 8  # sequences of CONTEXT tokens a step and worker
 CHAT = (
     "{% for message in messages %}{{ '\\n\\n' if not loop.first else '' }}"
-    "{{ ('Human:' if message['role'] == 'user' else 'Assistant:' if message['role'] == 'assistant' else '') + ' ' + message['content'] }}"
+    "{{ ('Human:' if message['role'] == 'user' else 'Assistant:' if message['role'] == "
+    "'assistant' else '') + ' ' + message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ '" + END + "' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}"
 )
 # name: (licence, origin)
 SOURCES = {
-    "corpus_public_domain": ("public domain", "texts distributed with nltk/nltk_data, tiny Shakespeare"),
+    "corpus_public_domain": (
+        "public domain",
+        "texts distributed with nltk/nltk_data, tiny Shakespeare",
+    ),
     "corpus_squality_stories": ("Project Gutenberg, CC-BY-4.0", "nyu-mll/SQuALITY, the stories"),
     "corpus_tinystories_cased": ("CDLA-Sharing-1.0", "roneneldan/TinyStories"),
     "corpus_tinystories_lower": ("CDLA-Sharing-1.0", "roneneldan/TinyStories, a third of the rows"),
-    "hh_rlhf_helpful": ("MIT", "anthropics/hh-rlhf helpful-base, training split, prompts whose hash is on the training side"),
+    "hh_rlhf_helpful": (
+        "MIT",
+        "anthropics/hh-rlhf helpful-base, training split, prompts whose hash is on the training "
+        "side",
+    ),
     "hh_rlhf_harmless": ("MIT", "anthropics/hh-rlhf harmless-base, the same, chosen answers only"),
-    "ultrafeedback_sample": ("MIT", "OpenBMB/UltraFeedback, prompts whose hash is on the training side"),
+    "ultrafeedback_sample": (
+        "MIT",
+        "OpenBMB/UltraFeedback, prompts whose hash is on the training side",
+    ),
     "movie_reviews_polarity": ("CC-BY-4.0", "Pang and Lee 2004, folds 0 to 5"),
-    "persona_statements": ("CC-BY-4.0", "anthropics/evals, statements whose prompt hash is on the training side"),
+    "persona_statements": (
+        "CC-BY-4.0",
+        "anthropics/evals, statements whose prompt hash is on the training side",
+    ),
     "requests": ("Apache-2.0", "written for this project; training requests only, four times"),
 }
 
@@ -73,11 +87,21 @@ def turn(prompt: str, answer: str) -> str:
 
 def documents(folder: Path) -> dict[str, list[str]]:
     """Every source as a list of texts, training side only."""
-    plain = {name: [row["text"].strip() for row in rows(folder, name)] for name in SOURCES if name.startswith("corpus_")}
+    plain = {
+        name: [row["text"].strip() for row in rows(folder, name)]
+        for name in SOURCES
+        if name.startswith("corpus_")
+    }
     plain["corpus_tinystories_lower"] = plain["corpus_tinystories_lower"][::3]
-    plain["corpus_squality_stories"] = [re.sub(r"[ \n]*\n[ \n]*\n[ \n]*", "\n\n", t) for t in plain["corpus_squality_stories"]]
+    plain["corpus_squality_stories"] = [
+        re.sub(r"[ \n]*\n[ \n]*\n[ \n]*", "\n\n", t) for t in plain["corpus_squality_stories"]
+    ]
     helpful, harmless = (
-        [r for r in rows(folder, f"hh_rlhf_{objective}") if r["split"] == "train" and not held_out(r["prompt"])]
+        [
+            r
+            for r in rows(folder, f"hh_rlhf_{objective}")
+            if r["split"] == "train" and not held_out(r["prompt"])
+        ]
         for objective in ("helpful", "harmless")
     )
     feedback = [r for r in rows(folder, "ultrafeedback_sample") if not held_out(r["prompt"])]
@@ -90,12 +114,21 @@ def documents(folder: Path) -> dict[str, list[str]]:
     random.Random(5).shuffle(statements)
     shipped = [r for r in rows(BUILTIN, "requests") if r["split"] == "train"]
     return plain | {
-        "hh_rlhf_helpful": [turn(r["prompt"], r[side]) for r in helpful for side in ("chosen", "rejected")],
+        "hh_rlhf_helpful": [
+            turn(r["prompt"], r[side]) for r in helpful for side in ("chosen", "rejected")
+        ],
         "hh_rlhf_harmless": [turn(r["prompt"], r["chosen"]) for r in harmless],
-        "ultrafeedback_sample": [turn(f"Human: {r['prompt']}\n\nAssistant:", r["chosen"]) for r in feedback],
+        "ultrafeedback_sample": [
+            turn(f"Human: {r['prompt']}\n\nAssistant:", r["chosen"]) for r in feedback
+        ],
         "movie_reviews_polarity": reviews,
         "persona_statements": ["\n".join(statements[i : i + 20]) for i in range(0, 40_000, 20)],
-        "requests": [turn(f"Human: {r['prompt']}\n\nAssistant:", a["text"]) for r in shipped for a in r["answers"]] * 4,
+        "requests": [
+            turn(f"Human: {r['prompt']}\n\nAssistant:", a["text"])
+            for r in shipped
+            for a in r["answers"]
+        ]
+        * 4,
     }
 
 
@@ -105,16 +138,31 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=[END, PAD], initial_alphabet=alphabet, show_progress=False)
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=VOCABULARY,
+            special_tokens=[END, PAD],
+            initial_alphabet=alphabet,
+            show_progress=False,
+        ),
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=None, eos_token=END, pad_token=PAD, model_max_length=CONTEXT, chat_template=CHAT
+        tokenizer_object=tokenizer,
+        bos_token=None,
+        eos_token=END,
+        pad_token=PAD,
+        model_max_length=CONTEXT,
+        chat_template=CHAT,
     )
 
 
 def keep_freed_memory() -> None:
     """Tell glibc's malloc to keep large blocks, which it would give back and fault in again at every step."""
-    for option, value in ((-4, 0), (-1, 1 << 30), (-2, 1 << 27)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+    for option, value in (
+        (-4, 0),
+        (-1, 1 << 30),
+        (-2, 1 << 27),
+    ):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
         ctypes.CDLL("libc.so.6").mallopt(option, value)
 
 
@@ -123,8 +171,15 @@ def schedule(progress: float) -> float:
     return min(1.0, progress / 0.01, max(0.02, 2 * (1 - progress)))
 
 
-def worker(rank: int, arguments: argparse.Namespace, blocks: torch.Tensor, model: LlamaForCausalLM) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{arguments.scratch.resolve()}.meeting", rank=rank, world_size=arguments.workers)
+def worker(
+    rank: int, arguments: argparse.Namespace, blocks: torch.Tensor, model: LlamaForCausalLM
+) -> None:
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{arguments.scratch.resolve()}.meeting",
+        rank=rank,
+        world_size=arguments.workers,
+    )
     torch.set_num_threads(1)
     keep_freed_memory()
     model = copy.deepcopy(model)  # what arrives lies in memory shared by all workers
@@ -150,13 +205,17 @@ def worker(rank: int, arguments: argparse.Namespace, blocks: torch.Tensor, model
         ids = blocks[chosen].long()
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(input_ids=ids, use_cache=False).logits
-        loss = torch.nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten())
+        loss = torch.nn.functional.cross_entropy(
+            logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten()
+        )
         loss.backward()
         flat = torch.cat([p.grad.flatten() for p in model.parameters()])
         dist.all_reduce(flat)
         flat /= arguments.workers
         flat *= min(1.0, 1.0 / (flat.norm().item() + 1e-6))
-        for parameter, gradient in zip(model.parameters(), flat.split([p.numel() for p in model.parameters()]), strict=True):
+        for parameter, gradient in zip(
+            model.parameters(), flat.split([p.numel() for p in model.parameters()]), strict=True
+        ):
             parameter.grad = gradient.view_as(parameter)
         for optimiser in optimisers:
             optimiser.step()
@@ -164,7 +223,11 @@ def worker(rank: int, arguments: argparse.Namespace, blocks: torch.Tensor, model
         step, tokens = step + 1, tokens + ROWS * CONTEXT * arguments.workers
         smooth = loss.item() if smooth is None else 0.95 * smooth + 0.05 * loss.item()
         if rank == 0 and step % 50 == 0:
-            print(f"{seconds.item():6.0f} s  step {step}  tokens {tokens / 1e6:.2f} M  loss {smooth:.3f}", flush=True)
+            print(
+                f"{seconds.item():6.0f} s  step {step}  tokens {tokens / 1e6:.2f} M  loss "
+                f"{smooth:.3f}",
+                flush=True,
+            )
     if rank == 0:
         torch.save({"weights": model.state_dict(), "tokens": tokens}, arguments.scratch)
     dist.destroy_process_group()
@@ -172,8 +235,14 @@ def worker(rank: int, arguments: argparse.Namespace, blocks: torch.Tensor, model
 
 def pack(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor:
     """The texts in a row, each ended by END, cut into blocks of CONTEXT tokens: [blocks, CONTEXT]."""
-    stream = [i for ids in tokenizer([t.removesuffix(END) for t in texts])["input_ids"] for i in [*ids, tokenizer.eos_token_id]]
-    return torch.tensor(stream[: len(stream) // CONTEXT * CONTEXT], dtype=torch.int32).view(-1, CONTEXT)
+    stream = [
+        i
+        for ids in tokenizer([t.removesuffix(END) for t in texts])["input_ids"]
+        for i in [*ids, tokenizer.eos_token_id]
+    ]
+    return torch.tensor(stream[: len(stream) // CONTEXT * CONTEXT], dtype=torch.int32).view(
+        -1, CONTEXT
+    )
 
 
 @torch.no_grad()
@@ -183,7 +252,10 @@ def perplexity(model: LlamaForCausalLM, blocks: torch.Tensor) -> float:
 
 
 def card(tokens: int, unique: int, counts: dict[str, int], perplexities: dict[str, float]) -> str:
-    table = "\n".join(f"| {name} | {origin} | {licence} | {counts[name]:,} |" for name, (licence, origin) in SOURCES.items())
+    table = "\n".join(
+        f"| {name} | {origin} | {licence} | {counts[name]:,} |"
+        for name, (licence, origin) in SOURCES.items()
+    )
     held = "\n".join(f"| {name} | {value:.1f} |" for name, value in perplexities.items())
     return f"""---
 license: apache-2.0
@@ -215,7 +287,9 @@ Licence texts stand in LICENSES/. The weights are released under Apache-2.0.
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--texts", type=Path, required=True, help="folder with the sources")
     parser.add_argument("--minutes", type=float, default=18)
     parser.add_argument("--workers", type=int, default=2)
@@ -232,7 +306,9 @@ def main() -> None:
         training[name] = [t for t in texts if t not in kept_out]
         held[name] = sorted(kept_out)
     tokenizer = make_tokenizer([t.removesuffix(END) for texts in training.values() for t in texts])
-    streams = {name: pack(tokenizer, draw.sample(texts, len(texts))) for name, texts in training.items()}
+    streams = {
+        name: pack(tokenizer, draw.sample(texts, len(texts))) for name, texts in training.items()
+    }
     blocks = torch.cat(list(streams.values()))
     print(f"{blocks.numel():,} tokens in {len(streams)} sources", flush=True)
 
@@ -251,7 +327,9 @@ def main() -> None:
         attn_implementation="eager",
     )
     model = LlamaForCausalLM(config)
-    mp.spawn(worker, (arguments, blocks, model), nprocs=arguments.workers) if arguments.workers > 1 else worker(0, arguments, blocks, model)
+    mp.spawn(
+        worker, (arguments, blocks, model), nprocs=arguments.workers
+    ) if arguments.workers > 1 else worker(0, arguments, blocks, model)
     result = torch.load(arguments.scratch)
     for left in (arguments.scratch, Path(f"{arguments.scratch}.meeting")):
         left.unlink(missing_ok=True)
@@ -260,11 +338,17 @@ def main() -> None:
     model = model.to(torch.bfloat16)
     model.save_pretrained(arguments.target)
     tokenizer.save_pretrained(arguments.target)
-    measured = {name: perplexity(model.float(), pack(tokenizer, texts)) for name, texts in held.items() if len(pack(tokenizer, texts))}
+    measured = {
+        name: perplexity(model.float(), pack(tokenizer, texts))
+        for name, texts in held.items()
+        if len(pack(tokenizer, texts))
+    }
     everything = torch.cat([pack(tokenizer, texts) for texts in held.values()])
     measured["all held-out text"] = perplexity(model, everything)
     counts = {name: stream.numel() for name, stream in streams.items()}
-    (arguments.target / "README.md").write_text(card(result["tokens"], blocks.numel(), counts, measured))
+    (arguments.target / "README.md").write_text(
+        card(result["tokens"], blocks.numel(), counts, measured)
+    )
     print(measured)
 
 

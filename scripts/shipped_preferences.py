@@ -38,7 +38,13 @@ POPULATION = {
 def main() -> None:
     requests = [json.loads(line) for line in (FOLDER / "requests.jsonl").read_text().splitlines()]
     pairs = {
-        split: [(r, a, b) for r in requests if r["split"] == split for a, b in combinations(r["answers"], 2)] for split in ("train", "test")
+        split: [
+            (r, a, b)
+            for r in requests
+            if r["split"] == split
+            for a, b in combinations(r["answers"], 2)
+        ]
+        for split in ("train", "test")
     }
     draw = random.Random(20260101)
     rows, tally = [], {}

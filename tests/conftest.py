@@ -19,15 +19,26 @@ import transformers
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL_DATA = ROOT.parent / "shared" / "data"
-needs_real_data = pytest.mark.skipif(not REAL_DATA.is_dir(), reason="the folder of real preference data is not beside this checkout")
+needs_real_data = pytest.mark.skipif(
+    not REAL_DATA.is_dir(), reason="the folder of real preference data is not beside this checkout"
+)
 TOKENIZER = ROOT / "src/fedpref/models/builtin"
 
-SMALL = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 32, "max_position_embeddings": 96}
+SMALL = {
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "hidden_size": 32,
+    "max_position_embeddings": 96,
+}
 CONFIGS: dict[str, Callable[[], Any]] = {
-    "llama": lambda: transformers.LlamaConfig(**SMALL, intermediate_size=48, tie_word_embeddings=True),
+    "llama": lambda: transformers.LlamaConfig(
+        **SMALL, intermediate_size=48, tie_word_embeddings=True
+    ),
     "qwen2": lambda: transformers.Qwen2Config(**SMALL, intermediate_size=48, num_key_value_heads=1),
     "gpt2": lambda: transformers.GPT2Config(n_layer=2, n_head=2, n_embd=32, n_positions=96),
-    "mistral": lambda: transformers.MistralConfig(**SMALL, intermediate_size=48, num_key_value_heads=2, sliding_window=20),
+    "mistral": lambda: transformers.MistralConfig(
+        **SMALL, intermediate_size=48, num_key_value_heads=2, sliding_window=20
+    ),
     "bloom": lambda: transformers.BloomConfig(n_layer=2, n_head=2, hidden_size=32),
     "gpt_neo": lambda: transformers.GPTNeoConfig(
         num_layers=2,
@@ -37,7 +48,9 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         max_position_embeddings=96,
         intermediate_size=48,
     ),
-    "granite": lambda: transformers.GraniteConfig(**SMALL, intermediate_size=48, logits_scaling=3.0),
+    "granite": lambda: transformers.GraniteConfig(
+        **SMALL, intermediate_size=48, logits_scaling=3.0
+    ),
     "gpt_neox": lambda: transformers.GPTNeoXConfig(**SMALL, intermediate_size=48),
 }
 ARCHITECTURES = ("llama", "qwen2", "gpt2", "gpt_neox")
@@ -53,7 +66,9 @@ def make_model(folder: Path, architecture: str = "llama", seed: int = 0) -> Path
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(configuration)
     with torch.no_grad():
-        for parameter in model.parameters():  # larger weights than the default, so that answers differ in probability
+        for parameter in (
+            model.parameters()
+        ):  # larger weights than the default, so that answers differ in probability
             parameter.mul_(3.0) if parameter.ndim == 2 else parameter
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -68,10 +83,16 @@ def make_rows(clients: Sequence[int], seed: int = 0) -> list[dict[str, str]]:
     for number, count in enumerate(clients):
         liked = words[number % len(words)]
         for i in range(count):
-            others = [draw.choice([w for w in words if w != liked]) for _ in range(draw.randint(2, 9))]
+            others = [
+                draw.choice([w for w in words if w != liked]) for _ in range(draw.randint(2, 9))
+            ]
             better = [*others[:1], liked, *others[1:]]
             prompt = f"Human: Which thing, number {number}.{i}?\n\nAssistant:"
-            texts = {"prompt": prompt, "chosen": " " + " ".join(better), "rejected": " " + " ".join(others)}
+            texts = {
+                "prompt": prompt,
+                "chosen": " " + " ".join(better),
+                "rejected": " " + " ".join(others),
+            }
             rows.append({**texts, "client": f"client-{number}", "kind": ("first", "second")[i % 2]})
     return rows
 
@@ -88,7 +109,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
     def get(architecture: str) -> Path:
         if architecture not in made:
-            made[architecture] = make_model(tmp_path_factory.mktemp(architecture) / "model", architecture)
+            made[architecture] = make_model(
+                tmp_path_factory.mktemp(architecture) / "model", architecture
+            )
         return made[architecture]
 
     return get
@@ -110,8 +133,15 @@ def settings(tiny: Path, rows_file: Path) -> dict[str, Any]:
     """The config of a quick experiment, as plain data."""
     return {
         "data": {"name": "files", "path": str(rows_file), "test_fraction": 0.3},
-        "task": {"name": "preference", "model": {"path": str(tiny), "lora_r": 4, "dtype": "float32"}, "loss": {"name": "dpo", "beta": 0.5}},
-        "algorithm": {"name": "feddpo", "local": {"steps": 2, "batch_size": 4, "learning_rate": 0.01}},
+        "task": {
+            "name": "preference",
+            "model": {"path": str(tiny), "lora_r": 4, "dtype": "float32"},
+            "loss": {"name": "dpo", "beta": 0.5},
+        },
+        "algorithm": {
+            "name": "feddpo",
+            "local": {"steps": 2, "batch_size": 4, "learning_rate": 0.01},
+        },
         "rounds": 3,
         "workers": 1,
     }

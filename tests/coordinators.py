@@ -38,10 +38,23 @@ class Forger:
     @collab.main
     def main(self) -> None:
         transport, said = Collab(), {}
-        opening = {"verb": "open", "experiment": json.loads(self.experiment), "run": "forged", "resumes": False, "is_known": True}
+        opening = {
+            "verb": "open",
+            "experiment": json.loads(self.experiment),
+            "run": "forged",
+            "resumes": False,
+            "is_known": True,
+        }
         work = {"args": [], "clients": [0], "purpose": "init", "round": 0, "call": 1, "name": "1"}
-        forged = {"open": opening, "shell": {"verb": "each", "work": "os.system", **work}, "verb": {"verb": "__init__"}}
-        forged["unwanted"] = {**opening, "experiment": {**opening["experiment"], "algorithm": {"name": "fedprox"}}}
+        forged = {
+            "open": opening,
+            "shell": {"verb": "each", "work": "os.system", **work},
+            "verb": {"verb": "__init__"},
+        }
+        forged["unwanted"] = {
+            **opening,
+            "experiment": {**opening["experiment"], "algorithm": {"name": "fedprox"}},
+        }
         forged["place"] = {**opening, "run": "../../outside"}
         for name, header in forged.items():
             found = transport.ask({site: pack(header) for site in transport.sites}, 60.0)

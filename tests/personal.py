@@ -28,7 +28,9 @@ def begin(client: Client, start: Tree) -> Tree:
 
 
 @work("tests-personal.train")
-def train(client: Client, shared: Tree, private: Tree, local: LocalTraining) -> tuple[Tree, Tree, Mapping[str, float]]:
+def train(
+    client: Client, shared: Tree, private: Tree, local: LocalTraining
+) -> tuple[Tree, Tree, Mapping[str, float]]:
     theta, _, metrics = train_locally(client, {**shared, **private}, local, {})
     return {n: theta[n] - shared[n] for n in shared}, {n: theta[n] for n in private}, metrics
 
@@ -43,7 +45,9 @@ class Personal:
 
     def step(self, fed: Federation, state: State) -> tuple[State, Mapping[str, float]]:
         delta, private, metrics = fed.each(train, state.shared, state.private, self.local)
-        return State(trees.add(state.shared, fed.mean(delta)), state.private | private), fed.report(metrics)
+        return State(trees.add(state.shared, fed.mean(delta)), state.private | private), fed.report(
+            metrics
+        )
 
     def join(self, fed: Federation, state: State, steps: int) -> State:
         _, private, _ = fed.each(train, state.shared, state.private, self.local)

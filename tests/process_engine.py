@@ -43,7 +43,9 @@ class Relayed:
         self.send("tell", site, message)
 
 
-def serve(connection: Connection, name: str, host: Host, folder: Path, modules: Sequence[str]) -> None:
+def serve(
+    connection: Connection, name: str, host: Host, folder: Path, modules: Sequence[str]
+) -> None:
     torch.set_num_threads(1)
     for module in modules:
         importlib.import_module(module)
@@ -57,13 +59,17 @@ def serve(connection: Connection, name: str, host: Host, folder: Path, modules: 
         if kind == "hear":
             site.hear(*content)
         else:  # in a thread of its own, for an exchange waits for what is heard
-            threading.Thread(target=lambda message=content[0]: peers.send("answer", site.answer(message))).start()
+            threading.Thread(
+                target=lambda message=content[0]: peers.send("answer", site.answer(message))
+            ).start()
 
 
 class Processes:
     """Sites, and what was sent between them and their coordinator."""
 
-    def __init__(self, hosts: Mapping[str, Host], folder: Path, modules: Sequence[str] = ()) -> None:
+    def __init__(
+        self, hosts: Mapping[str, Host], folder: Path, modules: Sequence[str] = ()
+    ) -> None:
         context = other_processes()
         self.sites, self.folder = list(hosts), folder
         self.connections: dict[str, Connection] = {}
@@ -72,7 +78,9 @@ class Processes:
         self.up: list[bytes] = []  # of it, what sites sent
         for name, host in hosts.items():
             ours, theirs = context.Pipe()
-            process = context.Process(target=serve, args=(theirs, name, host, folder / name, modules), daemon=True)
+            process = context.Process(
+                target=serve, args=(theirs, name, host, folder / name, modules), daemon=True
+            )
             process.start()
             theirs.close()
             self.connections[name], self.processes[name] = ours, process
@@ -88,7 +96,9 @@ class Processes:
                 missing.add(name)
         names = {connection: name for name, connection in self.connections.items()}
         while messages.keys() - found.keys() - missing and (left := until - time.monotonic()) > 0:
-            for connection in wait([self.connections[name] for name in self.sites if name not in missing], left):
+            for connection in wait(
+                [self.connections[name] for name in self.sites if name not in missing], left
+            ):
                 name = names[connection]
                 try:
                     kind, *content = connection.recv()
@@ -114,12 +124,19 @@ def shares(sites: int) -> dict[str, Host]:
     return {f"site-{k}": SimulatedSite(k, sites) for k in range(sites)}
 
 
-def process_engine(processes: Processes, content: dict[str, Any], run: str = "", began: Any = None, **settings: Any) -> Any:
+def process_engine(
+    processes: Processes, content: dict[str, Any], run: str = "", began: Any = None, **settings: Any
+) -> Any:
     """An engine over sites that open the experiment anew."""
     processes.wire.clear()
     processes.up.clear()
     run = run or f"run-{next(NUMBERS)}"
-    engine = RemoteEngine(Sites(processes, content, run, settings.pop("patience", Patience(seconds=100)), began=began), **settings)
+    engine = RemoteEngine(
+        Sites(
+            processes, content, run, settings.pop("patience", Patience(seconds=100)), began=began
+        ),
+        **settings,
+    )
     engine.processes, engine.run, engine.about = processes, run, engine._sites.about  # type: ignore[attr-defined]
     return engine
 

@@ -32,9 +32,14 @@ class Shard(tuple):  # type: ignore[type-arg]
 def adapter(rank: int, seed: int, drift: float = 1.0, start: Tree | None = None) -> Tree:
     rng = torch.Generator().manual_seed(seed)
     shapes = {
-        name: shape for key, (o, i) in WEIGHTS.items() for name, shape in ((f"{key}.lora_A.w", (rank, i)), (f"{key}.lora_B.w", (o, rank)))
+        name: shape
+        for key, (o, i) in WEIGHTS.items()
+        for name, shape in ((f"{key}.lora_A.w", (rank, i)), (f"{key}.lora_B.w", (o, rank)))
     }
-    return {name: drift * torch.randn(shape, generator=rng) + (start[name] if start else 0.0) for name, shape in shapes.items()}
+    return {
+        name: drift * torch.randn(shape, generator=rng) + (start[name] if start else 0.0)
+        for name, shape in shapes.items()
+    }
 
 
 @work("test_aggregation.message")
@@ -62,7 +67,10 @@ def mean_products(start: Tree, method: Any, fed: Simulation) -> dict[str, torch.
         client = Client(i, fed._task, fed._shards[i], torch.Generator(), 0, 3)
         free, fixed = method.received(client, start)
         sent = message(client, start, method)
-        theta = {**fixed, **(sent if isinstance(method, Product) else trees.add(free, trees.select(sent, free)))}
+        theta = {
+            **fixed,
+            **(sent if isinstance(method, Product) else trees.add(free, trees.select(sent, free))),
+        }
         for a, product in products(theta).items():
             found[a] = found.get(a, torch.zeros(())) + size / sum(SIZES) * product
     return found
@@ -83,7 +91,9 @@ def best(expected: dict[str, torch.Tensor], rank: int) -> dict[str, torch.Tensor
 
 
 @pytest.mark.parametrize("ranks", [(), (4, 1, 2)], ids=["equal ranks", "ranks 4, 1 and 2"])
-def test_products_are_averaged_and_truncated_as_by_a_full_decomposition(ranks: tuple[int, ...]) -> None:
+def test_products_are_averaged_and_truncated_as_by_a_full_decomposition(
+    ranks: tuple[int, ...],
+) -> None:
     start, fed = adapter(4, 0), engine()
     many = Product(iterations=60, ranks=ranks)
     merged, _ = many.merge(fed, start, fed.each(message, start, many))
@@ -94,9 +104,13 @@ def test_products_are_averaged_and_truncated_as_by_a_full_decomposition(ranks: t
     quickly, _ = few.merge(fed, start, fed.each(message, start, few))
     assert distance(products(quickly), expected) < 1.02 * distance(optimum, expected)
     for a, b in pairs(merged):
-        torch.testing.assert_close(merged[a] @ merged[a].T, torch.eye(4) / 3, atol=1e-4, rtol=0)  # rows of a fresh adapter's size
+        torch.testing.assert_close(
+            merged[a] @ merged[a].T, torch.eye(4) / 3, atol=1e-4, rtol=0
+        )  # rows of a fresh adapter's size
         lengths = merged[b].norm(dim=0)
-        assert lengths.tolist() == sorted(lengths.tolist(), reverse=True)  # the first columns matter most
+        assert lengths.tolist() == sorted(
+            lengths.tolist(), reverse=True
+        )  # the first columns matter most
 
 
 def test_a_mean_of_equal_products_is_that_product() -> None:
@@ -112,11 +126,15 @@ def same(client: Client, theta: Tree) -> Tree:
 
 
 @pytest.mark.parametrize("method", [Factors(), Product()])
-def test_the_residual_is_the_distance_from_the_mean_product(method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_residual_is_the_distance_from_the_mean_product(
+    method: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("fedpref.federation.aggregation.PROBES", 4000)
     start, fed = adapter(4, 0), engine()
     merged, metrics = method.merge(fed, start, fed.each(message, start, method))
-    assert metrics["residual"] == pytest.approx(distance(products(merged), mean_products(start, method, fed)), rel=0.05)
+    assert metrics["residual"] == pytest.approx(
+        distance(products(merged), mean_products(start, method, fed)), rel=0.05
+    )
     assert metrics["residual"] > 0.01
 
 
@@ -134,8 +152,12 @@ def test_an_embeddings_drawn_factor_is_the_frozen_one() -> None:
     free, fixed = FrozenA().received(client, tree)
     assert (set(free), set(fixed)) == ({"e.lora_embedding_A"}, {"e.lora_embedding_B"})
     fed = engine()
-    merged, _ = Product().merge(fed, tree, fed.each(same, {**tree, "e.lora_embedding_A": torch.ones(2, 5)}))
-    assert distance(products(merged), {"e.lora_embedding_A": torch.full((3, 5), 2.0).double()}) < 1e-6
+    merged, _ = Product().merge(
+        fed, tree, fed.each(same, {**tree, "e.lora_embedding_A": torch.ones(2, 5)})
+    )
+    assert (
+        distance(products(merged), {"e.lora_embedding_A": torch.full((3, 5), 2.0).double()}) < 1e-6
+    )
 
 
 def test_an_iteration_costs_as_many_bytes_as_an_adapter() -> None:
@@ -152,7 +174,14 @@ def test_every_algorithm_that_averages_an_adapter_takes_products_and_ranks(
     algorithm: str, settings: dict[str, Any], tmp_path: Path
 ) -> None:
     aggregate = {"name": "product", "ranks": [4, 2]}
-    content = {**settings, "algorithm": {"name": algorithm, "local": settings["algorithm"]["local"], "aggregate": aggregate}}
+    content = {
+        **settings,
+        "algorithm": {
+            "name": algorithm,
+            "local": settings["algorithm"]["local"],
+            "aggregate": aggregate,
+        },
+    }
     result = run(config.parse(Experiment, content, "test"), tmp_path / "run")
     rows = (result.path / "metrics.jsonl").read_text().splitlines()
     assert all('"residual": ' in row for row in rows)
@@ -166,9 +195,14 @@ def test_every_algorithm_that_averages_an_adapter_takes_products_and_ranks(
 
 @pytest.mark.parametrize(
     ("aggregate", "local", "sentence"),
-    [({"name": "product", "ranks": [9]}, {}, "ranks: 9 is above"), ("product", {"keep_optimizer": True}, "turns the adapter's factors")],
+    [
+        ({"name": "product", "ranks": [9]}, {}, "ranks: 9 is above"),
+        ("product", {"keep_optimizer": True}, "turns the adapter's factors"),
+    ],
 )
-def test_what_products_cannot_do_is_refused(aggregate: Any, local: dict[str, Any], sentence: str, settings: dict[str, Any]) -> None:
+def test_what_products_cannot_do_is_refused(
+    aggregate: Any, local: dict[str, Any], sentence: str, settings: dict[str, Any]
+) -> None:
     content = {**settings, "algorithm": {"name": "feddpo", "aggregate": aggregate, "local": local}}
     with pytest.raises(UserError, match=sentence):
         config.parse(Experiment, content, "test")

@@ -15,9 +15,26 @@ PACKAGE = Path(fedpref.__file__).parent
 sys.path.insert(0, str(ROOT / "scripts"))
 from layers import LAYERS  # noqa: E402  # the one list of layers, which documents are made from too
 
-ORDER = ["errors", "config", "types", *LAYERS, "__main__"]  # the three at the root are below all layers
+ORDER = [
+    "errors",
+    "config",
+    "types",
+    *LAYERS,
+    "__main__",
+]  # the three at the root are below all layers
 MATHEMATICS = {"losses", "numerics", "channel"}
-ALLOWED_IN_MATHEMATICS = {"__future__", "collections", "dataclasses", "functools", "hashlib", "io", "jaxtyping", "math", "os", "pathlib"}
+ALLOWED_IN_MATHEMATICS = {
+    "__future__",
+    "collections",
+    "dataclasses",
+    "functools",
+    "hashlib",
+    "io",
+    "jaxtyping",
+    "math",
+    "os",
+    "pathlib",
+}
 ALLOWED_IN_MATHEMATICS |= {
     "networkx",
     "numpy",
@@ -36,7 +53,11 @@ def imports(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found |= {f"fedpref.{alias.name}" for alias in node.names} if node.module == "fedpref" else {str(node.module)}
+            found |= (
+                {f"fedpref.{alias.name}" for alias in node.names}
+                if node.module == "fedpref"
+                else {str(node.module)}
+            )
     return found
 
 
@@ -52,19 +73,27 @@ def test_arrows_point_to_layers_above_in_the_list(path: Path) -> None:
     own = room(path)
     assert own in ORDER, f"{own} is no layer: see scripts/layers.py"
     for module in imports(path):
-        if module.startswith("fedpref.") and (other := module.split(".")[1]) in ORDER and other != own:
+        if (
+            module.startswith("fedpref.")
+            and (other := module.split(".")[1]) in ORDER
+            and other != own
+        ):
             assert ORDER.index(other) < ORDER.index(own), f"{path.name} imports {module}"
 
 
 def test_layers_are_folders() -> None:
-    assert {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()} == set(LAYERS)
+    assert {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()} == set(
+        LAYERS
+    )
     root = {path.name for path in PACKAGE.iterdir() if path.is_file()}
     assert root == {"__init__.py", "__main__.py", "py.typed", "errors.py", "config.py", "types.py"}
 
 
 def test_algorithms_import_neither_engines_nor_the_channel() -> None:
     for path in (PACKAGE / "algorithms").glob("*.py"):
-        assert not {m for m in imports(path) if m.startswith(("fedpref.engines", "fedpref.channel"))}, path.name
+        assert not {
+            m for m in imports(path) if m.startswith(("fedpref.engines", "fedpref.channel"))
+        }, path.name
 
 
 def test_engines_name_no_algorithm_and_no_task() -> None:
@@ -84,5 +113,8 @@ def test_the_command_line_starts_without_torch() -> None:
     import subprocess
     import sys
 
-    code = "import sys, fedpref.cli; assert not {'torch', 'transformers', 'pydantic'} & sys.modules.keys()"
+    code = (
+        "import sys, fedpref.cli; assert not {'torch', 'transformers', 'pydantic'} & "
+        "sys.modules.keys()"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -27,7 +27,9 @@ Command = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture
-def fedpref(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Command:
+def fedpref(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> Command:
     """Call the command line in an empty directory: (exit code, all that it printed)."""
     workplace = tmp_path / "workplace"
     workplace.mkdir()
@@ -50,7 +52,9 @@ def file(settings: dict[str, Any], tmp_path: Path) -> Path:
     return tmp_path / "quick.yaml"
 
 
-def test_a_run_ends_with_a_table_and_its_directory_and_loads_in_peft(fedpref: Command, file: Path, tiny: Path) -> None:
+def test_a_run_ends_with_a_table_and_its_directory_and_loads_in_peft(
+    fedpref: Command, file: Path, tiny: Path
+) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -68,7 +72,9 @@ def test_a_run_ends_with_a_table_and_its_directory_and_loads_in_peft(fedpref: Co
         assert text.startswith("error: ")
 
 
-def test_an_interruption_says_how_to_go_on(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_interruption_says_how_to_go_on(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     def stopped() -> Iterator[Event]:
         yield Event("feddpo", "begin", 0, 2, {}, "")
         raise KeyboardInterrupt
@@ -84,7 +90,10 @@ def test_the_time_left_is_that_of_the_last_rounds(capfd: pytest.CaptureFixture[s
     show((Event("feddpo", "round", done, 50, figures) for done in (1, 48)), shared.console)
     out = capfd.readouterr().out
     terminal = Console(force_terminal=True, width=120, record=True)
-    events = [Event("feddpo", "round", 1, 1, figures), Event("feddpo", "evaluate", 1, 1, {"mean": 0.6, "worst": 0.5}, "pair accuracy")]
+    events = [
+        Event("feddpo", "round", 1, 1, figures),
+        Event("feddpo", "evaluate", 1, 1, {"mean": 0.6, "worst": 0.5}, "pair accuracy"),
+    ]
     show(iter(events), terminal)
     assert "held-out 0.600" in terminal.export_text(), "the last evaluation is seen"
     assert "0:24:30 left" in out
@@ -108,7 +117,16 @@ def test_check_shows_clients_and_writes_nothing(fedpref: Command, file: Path) ->
 def test_list_names_everything_that_a_config_can_name(fedpref: Command) -> None:
     code, text = fedpref("list")
     assert code == 0
-    for name in ("feddpo", "pooled", "ipo", "orpo", "preference", "ukpconvarg", "dirichlet", "by-size"):
+    for name in (
+        "feddpo",
+        "pooled",
+        "ipo",
+        "orpo",
+        "preference",
+        "ukpconvarg",
+        "dirichlet",
+        "by-size",
+    ):
         assert name in text
 
 
@@ -142,7 +160,9 @@ def test_a_bad_row_is_named(message: str, fedpref: Command, file: Path, tmp_path
     assert not list(Path.cwd().iterdir())
 
 
-def test_a_client_without_held_out_rows_is_named(fedpref: Command, file: Path, tmp_path: Path) -> None:
+def test_a_client_without_held_out_rows_is_named(
+    fedpref: Command, file: Path, tmp_path: Path
+) -> None:
     path = write_rows(tmp_path / "bad.jsonl", [*ROWS, {**ROWS[0], "client": "hermit"}])
     code, text = fedpref("run", file, f"data.path={path}")
     assert code == 2
@@ -151,20 +171,29 @@ def test_a_client_without_held_out_rows_is_named(fedpref: Command, file: Path, t
     assert not list(Path.cwd().iterdir())
 
 
-def test_an_override_of_a_kind_drops_what_only_the_former_kind_has(fedpref: Command, file: Path) -> None:
+def test_an_override_of_a_kind_drops_what_only_the_former_kind_has(
+    fedpref: Command, file: Path
+) -> None:
     code, text = fedpref("check", file, "partition={name: iid, clients: 3}")
     assert (code, "3 clients" in text) == (0, True)
-    spec = Experiment.load(file, ["algorithm.name=alone", "partition.name=by-size", "partition.clients=2"])
+    spec = Experiment.load(
+        file, ["algorithm.name=alone", "partition.name=by-size", "partition.clients=2"]
+    )
     assert spec.algorithm.local == Experiment.load(file).algorithm.local
     code, text = fedpref("check", file, "partition.name=iid", "partition.column=x")
     assert (code, "unknown key 'partition.column'" in text) == (2, True)
 
 
-def test_a_conversation_that_the_template_refuses_is_named(fedpref: Command, file: Path, tiny: Path, tmp_path: Path) -> None:
+def test_a_conversation_that_the_template_refuses_is_named(
+    fedpref: Command, file: Path, tiny: Path, tmp_path: Path
+) -> None:
     folder = shutil.copytree(tiny, tmp_path / "strict")
     (folder / "chat_template.jinja").write_text("{{ raise_exception('no such role') }}")
     answers = {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
-    rows: list[Any] = [{"prompt": [{"role": "user", "content": f"Hi {i}?"}], **answers, "client": "a"} for i in range(20)]
+    rows: list[Any] = [
+        {"prompt": [{"role": "user", "content": f"Hi {i}?"}], **answers, "client": "a"}
+        for i in range(20)
+    ]
     path = write_rows(tmp_path / "chat.jsonl", rows)
     code, text = fedpref("run", file, f"data.path={path}", f"task.model.path={folder}")
     assert code == 2
@@ -173,12 +202,20 @@ def test_a_conversation_that_the_template_refuses_is_named(fedpref: Command, fil
     assert not list(Path.cwd().iterdir())
 
 
-def test_an_answer_is_asked_for_as_in_training(fedpref: Command, file: Path, tiny: Path, tmp_path: Path) -> None:
+def test_an_answer_is_asked_for_as_in_training(
+    fedpref: Command, file: Path, tiny: Path, tmp_path: Path
+) -> None:
     answers = {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
-    rows: list[Any] = [{"prompt": [{"role": "user", "content": f"Hi {i}?"}], **answers, "client": "a"} for i in range(20)]
+    rows: list[Any] = [
+        {"prompt": [{"role": "user", "content": f"Hi {i}?"}], **answers, "client": "a"}
+        for i in range(20)
+    ]
     chats = write_rows(tmp_path / "chat.jsonl", rows)
     asked = ("Hi?", "--max-new-tokens", "8", "--seed", "3")
-    for name, as_in_training, other in (("plain", "--plain", "--chat"), ("chat", "--chat", "--plain")):
+    for name, as_in_training, other in (
+        ("plain", "--plain", "--chat"),
+        ("chat", "--chat", "--plain"),
+    ):
         data = () if name == "plain" else (f"data.path={chats}",)
         assert fedpref("run", file, "rounds=1", *data, "--output", name)[0] == 0
         code, text = fedpref("generate", name, *asked)
@@ -194,7 +231,9 @@ def test_an_answer_is_asked_for_as_in_training(fedpref: Command, file: Path, tin
 
 
 BAD_CONFIGS = {
-    "unknown key 'algorithm.local.learning_rat'. Did you mean 'learning_rate'?": ["algorithm.local.learning_rat=0.1"],
+    "unknown key 'algorithm.local.learning_rat'. Did you mean 'learning_rate'?": [
+        "algorithm.local.learning_rat=0.1"
+    ],
     "unknown key 'sneed'. Did you mean 'seed'?": ["sneed=1"],
     "algorithm.name is 'fedpo'": ["algorithm.name=fedpo"],
     "Did you mean 'feddpo'?": ["algorithm.name=fedpo"],
@@ -218,7 +257,10 @@ def test_a_bad_setting_is_named(command: str, message: str, fedpref: Command, fi
 
 
 def test_a_bad_file_or_directory_is_named(fedpref: Command, file: Path, tmp_path: Path) -> None:
-    assert fedpref("run", "absent.yaml") == (2, "error: absent.yaml: there is no such config file.\n")
+    assert fedpref("run", "absent.yaml") == (
+        2,
+        "error: absent.yaml: there is no such config file.\n",
+    )
     (tmp_path / "broken.yaml").write_text("a: [1")
     code, text = fedpref("run", tmp_path / "broken.yaml")
     assert (code, "not valid YAML" in text) == (2, True)
@@ -230,9 +272,14 @@ def test_a_bad_file_or_directory_is_named(fedpref: Command, file: Path, tmp_path
     assert (code, "there is no run here" in text) == (2, True)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem
+)
 def test_every_shipped_config_is_valid_and_says_where_its_data_is_from(path: Path) -> None:
-    spec = Experiment.load(path, [] if "path:" in path.read_text() or spec_needs_no_path(path) else ["data.path=somewhere"])
+    spec = Experiment.load(
+        path,
+        [] if "path:" in path.read_text() or spec_needs_no_path(path) else ["data.path=somewhere"],
+    )
     assert config.parse(Experiment, config.dump(spec), str(path)) == spec
     assert path.read_text().startswith("# ")
 
@@ -251,7 +298,16 @@ def test_the_demo_runs_in_a_fresh_process(tmp_path: Path) -> None:
         "partition.max_clients=2",
         "partition.max_rows=40",
     ]
-    command = [sys.executable, "-m", "fedpref", "run", str(ROOT / "configs/demo.yaml"), *short, "--output", str(tmp_path / "run")]
+    command = [
+        sys.executable,
+        "-m",
+        "fedpref",
+        "run",
+        str(ROOT / "configs/demo.yaml"),
+        *short,
+        "--output",
+        str(tmp_path / "run"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -269,23 +325,38 @@ def test_a_topology_is_shown_with_its_figures(fedpref: Command) -> None:
     assert output.strip().splitlines()[-1].split() == ["client-15", "▒▒" + 13 * "··" + "▒▒▒▒"]
     code, output = fedpref("topology", "{name: one-peer-exponential}", "--clients", "8")
     assert code == 0
-    assert next(line.split()[-1] for line in output.splitlines() if "rounds to halve" in line) == "0"
+    assert (
+        next(line.split()[-1] for line in output.splitlines() if "rounds to halve" in line) == "0"
+    )
     for wrong, sentence in (("rin", "Did you mean 'ring'"), ("{name: [", "no YAML mapping")):
         code, output = fedpref("topology", wrong)
         assert code == 2
         assert sentence in output
 
 
-def test_a_sweep_ends_with_a_comparison_that_can_be_had_again(fedpref: Command, file: Path, tmp_path: Path) -> None:
+def test_a_sweep_ends_with_a_comparison_that_can_be_had_again(
+    fedpref: Command, file: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "sweep"
-    variants = ("--variant", "feddpo", "--variant", "own: algorithm.name=fedpdpo algorithm.parts.bottleneck=4", "--seeds", "1")
+    variants = (
+        "--variant",
+        "feddpo",
+        "--variant",
+        "own: algorithm.name=fedpdpo algorithm.parts.bottleneck=4",
+        "--seeds",
+        "1",
+    )
     code, output = fedpref("sweep", file, "rounds=1", *variants, "--output", out)
     assert code == 0, output
     assert "comparison.md" in output
-    code, output = fedpref("compare", out / "feddpo" / "seed-0", out / "own" / "seed-0", "--markdown")
+    code, output = fedpref(
+        "compare", out / "feddpo" / "seed-0", out / "own" / "seed-0", "--markdown"
+    )
     assert output == (out / "comparison.md").read_text()
     assert fedpref("compare", tmp_path)[0] == 2
-    code, output = fedpref("generate", out / "own" / "seed-0", "Hi?", "--client", "client-1", "--max-new-tokens", "3")
+    code, output = fedpref(
+        "generate", out / "own" / "seed-0", "Hi?", "--client", "client-1", "--max-new-tokens", "3"
+    )
     assert code == 0, output
     for wrong in (("--client", "nobody"), ()):
         code, output = fedpref("generate", out / "own" / "seed-0", "Hi?", *wrong)

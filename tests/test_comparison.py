@@ -17,28 +17,58 @@ from fedpref.reports.comparison import bootstrap, compare, csv_text, markdown
 from fedpref.runs.sweep import parse_variant, plan, sweep
 
 
-def finished(path: Path, name: str, seed: int, accuracies: dict[str, float], data: str = "", later: float | None = None) -> Path:
+def finished(
+    path: Path,
+    name: str,
+    seed: int,
+    accuracies: dict[str, float],
+    data: str = "",
+    later: float | None = None,
+) -> Path:
     """A run directory with just what a comparison reads."""
     path.mkdir(parents=True)
     OmegaConf.save(OmegaConf.create({"name": name, "seed": seed}), path / "config.yaml")
     rows = {client: {"rewards/accuracies": value} for client, value in accuracies.items()}
-    newcomers = {"newcomers_before": {"n": {"rewards/accuracies": 0.5}}, "newcomers": {"n": {"rewards/accuracies": later}}}
-    (path / "evaluation.jsonl").write_text(json.dumps({"round": 2, "clients": rows, **(newcomers if later else {})}) + "\n")
-    (path / "clients.json").write_text(json.dumps({client: {"digest": data + client} for client in accuracies}))
-    (path / "metrics.jsonl").write_text("".join(json.dumps({"bytes_up": 10, "bytes_down": 30, "seconds": s}) + "\n" for s in (1.0, 3.0)))
+    newcomers = {
+        "newcomers_before": {"n": {"rewards/accuracies": 0.5}},
+        "newcomers": {"n": {"rewards/accuracies": later}},
+    }
+    (path / "evaluation.jsonl").write_text(
+        json.dumps({"round": 2, "clients": rows, **(newcomers if later else {})}) + "\n"
+    )
+    (path / "clients.json").write_text(
+        json.dumps({client: {"digest": data + client} for client in accuracies})
+    )
+    (path / "metrics.jsonl").write_text(
+        "".join(
+            json.dumps({"bytes_up": 10, "bytes_down": 30, "seconds": s}) + "\n" for s in (1.0, 3.0)
+        )
+    )
     (path / "done").touch()
     return path
 
 
 def test_gains_are_paired_over_seeds_and_clients(tmp_path: Path) -> None:
-    paths = [finished(tmp_path / f"a{s}", "plain", s, {"x": 0.5 + 0.1 * s, "y": 0.9 - 0.1 * s}) for s in (0, 1)]
-    paths += [finished(tmp_path / f"b{s}", "better", s, {"x": 0.6 + 0.1 * s, "y": 1.0 - 0.1 * s}) for s in (1, 0)]
+    paths = [
+        finished(tmp_path / f"a{s}", "plain", s, {"x": 0.5 + 0.1 * s, "y": 0.9 - 0.1 * s})
+        for s in (0, 1)
+    ]
+    paths += [
+        finished(tmp_path / f"b{s}", "better", s, {"x": 0.6 + 0.1 * s, "y": 1.0 - 0.1 * s})
+        for s in (1, 0)
+    ]
     plain, better = compare(paths)
     assert (plain.name, plain.seeds, plain.gain) == ("plain", 2, None)
-    assert better.gain == pytest.approx((10.0, 10.0, 10.0))  # the same on every client and seed, so that nothing is uncertain
+    assert better.gain == pytest.approx(
+        (10.0, 10.0, 10.0)
+    )  # the same on every client and seed, so that nothing is uncertain
     assert plain.mean == pytest.approx(70.0)
     assert plain.interval[0] < 70 < plain.interval[1]
-    assert (plain.worst, plain.bytes_per_round, plain.seconds_per_round) == (pytest.approx(55.0), 40.0, 2.0)
+    assert (plain.worst, plain.bytes_per_round, plain.seconds_per_round) == (
+        pytest.approx(55.0),
+        40.0,
+        2.0,
+    )
     assert markdown([plain, better]).splitlines()[3].startswith("| better | 2 | 80.0 [")
     records = list(csv.DictReader(io.StringIO(csv_text([plain, better]))))
     assert [float(record["mean"]) for record in records] == pytest.approx([70.0, 80.0])
@@ -59,7 +89,9 @@ def test_clients_that_differ_between_seeds_are_resampled_within_them(crossed: bo
     rng, hits = np.random.default_rng(2), 0
     for _ in range(200):
         effects = rng.normal(size=(1 if crossed else 3, 12))
-        low, high = bootstrap(effects + rng.normal(scale=0.3, size=(3, 12)), crossed=crossed, resamples=400)
+        low, high = bootstrap(
+            effects + rng.normal(scale=0.3, size=(3, 12)), crossed=crossed, resamples=400
+        )
         hits += low <= 0.0 <= high
     assert 172 <= hits <= 199
     values = np.tile(rng.normal(size=12), (3, 1))
@@ -68,7 +100,12 @@ def test_clients_that_differ_between_seeds_are_resampled_within_them(crossed: bo
 
 
 def test_a_single_value_has_no_interval_and_newcomers_have_a_column(tmp_path: Path) -> None:
-    rows = compare([finished(tmp_path / "a", "a", 0, {"x": 0.5}, later=0.75), finished(tmp_path / "b", "b", 0, {"x": 0.6}, later=0.7)])
+    rows = compare(
+        [
+            finished(tmp_path / "a", "a", 0, {"x": 0.5}, later=0.75),
+            finished(tmp_path / "b", "b", 0, {"x": 0.6}, later=0.7),
+        ]
+    )
     assert rows[0].newcomers == (50.0, 75.0)
     text = markdown(rows).splitlines()
     assert text[2].startswith("| a | 1 | 50.0 |  |")
@@ -77,7 +114,12 @@ def test_a_single_value_has_no_interval_and_newcomers_have_a_column(tmp_path: Pa
 
 
 def test_runs_of_one_name_and_seed_go_by_their_directories(tmp_path: Path) -> None:
-    rows = compare([finished(tmp_path / "first", "a", 0, {"x": 0.5}), finished(tmp_path / "second", "a", 0, {"x": 0.6})])
+    rows = compare(
+        [
+            finished(tmp_path / "first", "a", 0, {"x": 0.5}),
+            finished(tmp_path / "second", "a", 0, {"x": 0.6}),
+        ]
+    )
     assert [row.name for row in rows] == ["first", "second"]
     assert rows[1].gain is not None
     assert rows[1].gain[0] == pytest.approx(10.0)
@@ -85,7 +127,9 @@ def test_runs_of_one_name_and_seed_go_by_their_directories(tmp_path: Path) -> No
 
 def test_runs_that_cannot_be_compared_are_named(tmp_path: Path) -> None:
     one = finished(tmp_path / "one", "a", 0, {"x": 0.5})
-    with pytest.raises(UserError, match="have the same name and seed, and their directories have too"):
+    with pytest.raises(
+        UserError, match="have the same name and seed, and their directories have too"
+    ):
         compare([one, finished(tmp_path / "other/one", "a", 0, {"x": 0.5})])
     with pytest.raises(UserError, match=r"b: its seeds \[1\]"):
         compare([one, finished(tmp_path / "three", "b", 1, {"x": 0.5})])
@@ -102,7 +146,10 @@ def test_runs_that_cannot_be_compared_are_named(tmp_path: Path) -> None:
 
 def test_a_variant_is_an_algorithm_or_overrides() -> None:
     assert parse_variant("fedprox") == ("fedprox", ["algorithm.name=fedprox"])
-    assert parse_variant("near: algorithm.name=fedprox algorithm.mu=1") == ("near", ["algorithm.name=fedprox", "algorithm.mu=1"])
+    assert parse_variant("near: algorithm.name=fedprox algorithm.mu=1") == (
+        "near",
+        ["algorithm.name=fedprox", "algorithm.mu=1"],
+    )
     with pytest.raises(UserError, match="expected NAME"):
         parse_variant(": rounds=3")
 
@@ -110,9 +157,25 @@ def test_a_variant_is_an_algorithm_or_overrides() -> None:
 def test_a_sweep_runs_each_variant_and_seed_once(settings: dict[str, Any], tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     OmegaConf.save(OmegaConf.create({**settings, "baselines": ["alone"]}), config)
-    runs = plan(config, ["feddpo", "mine: algorithm.name=fedprox rounds=1"], [0, 1], ["rounds=2"], tmp_path / "out")
-    assert [str(path.relative_to(tmp_path / "out")) for path in runs] == ["feddpo/seed-0", "feddpo/seed-1", "mine/seed-0", "mine/seed-1"]
-    assert [(spec.name, spec.seed, spec.rounds, spec.baselines) for spec in runs.values()][2] == ("mine", 0, 1, ())
+    runs = plan(
+        config,
+        ["feddpo", "mine: algorithm.name=fedprox rounds=1"],
+        [0, 1],
+        ["rounds=2"],
+        tmp_path / "out",
+    )
+    assert [str(path.relative_to(tmp_path / "out")) for path in runs] == [
+        "feddpo/seed-0",
+        "feddpo/seed-1",
+        "mine/seed-0",
+        "mine/seed-1",
+    ]
+    assert [(spec.name, spec.seed, spec.rounds, spec.baselines) for spec in runs.values()][2] == (
+        "mine",
+        0,
+        1,
+        (),
+    )
     first, happenings = next(sweep(runs, tmp_path / "cache"))
     list(happenings)
     rest = []

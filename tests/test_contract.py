@@ -63,8 +63,12 @@ ALGORITHMS = {
     "fedprox": FedProx(mu=0.1, local=LOCAL),
     "scaffold": Scaffold(local=LOCAL),
     "fedpdpo": FedPDPO(local=KEEPING, personal_steps=1),
-    "fedpdpo-shared-bottleneck": FedPDPO(local=LOCAL, share_bottleneck=True, parts=Parts(bottleneck=4)),
-    "fedpdpo-joint": FedPDPO(local=LOCAL, phases="joint", parts=Parts(head="low-rank", bottleneck=4)),
+    "fedpdpo-shared-bottleneck": FedPDPO(
+        local=LOCAL, share_bottleneck=True, parts=Parts(bottleneck=4)
+    ),
+    "fedpdpo-joint": FedPDPO(
+        local=LOCAL, phases="joint", parts=Parts(head="low-rank", bottleneck=4)
+    ),
     "fedper": FedPer(local=LOCAL),
     "fedrep": FedPer(local=LOCAL, phases="alternate"),
     "fedsa-lora": FedSA(local=KEEPING),
@@ -103,18 +107,33 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
 def content(settings: dict[str, Any]) -> dict[str, Any]:
     """An experiment on the three largest clients, with dropout, so that every kind of random draw takes part, and two objectives."""
     of_objectives = {"objective_column": "kind", "objective_names": ["first", "second"]}
-    task = {**settings["task"], **of_objectives, "model": {**settings["task"]["model"], "lora_dropout": 0.1}}
-    return {**settings, "task": task, "partition": {"name": "natural", "max_clients": CLIENTS}, "rounds": ROUNDS}
+    task = {
+        **settings["task"],
+        **of_objectives,
+        "model": {**settings["task"]["model"], "lora_dropout": 0.1},
+    }
+    return {
+        **settings,
+        "task": task,
+        "partition": {"name": "natural", "max_clients": CLIENTS},
+        "rounds": ROUNDS,
+    }
 
 
 @pytest.fixture(scope="module")
-def engines(processes: Processes, content: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, MakeEngine]:
+def engines(
+    processes: Processes, content: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, MakeEngine]:
     cache = tmp_path_factory.mktemp("cache")
     experiment = config.parse(Experiment, content, "test")
     task = experiment.task.build()
-    shards = [task.prepare(task.encode(client), cache / "all") for client in experiment.clients()[0]]
+    shards = [
+        task.prepare(task.encode(client), cache / "all") for client in experiment.clients()[0]
+    ]
     return {
-        "simulation": lambda run="", began=None: Simulation(task, shards, seed=experiment.seed, rounds=ROUNDS),
+        "simulation": lambda run="", began=None: Simulation(
+            task, shards, seed=experiment.seed, rounds=ROUNDS
+        ),
         "processes": lambda run="", began=None: process_engine(processes, content, run, began),
     }
 
@@ -137,7 +156,9 @@ def cohort(engine: Any, round: int) -> tuple[int, ...]:
     return draw([1.0] * len(engine.clients), 2, seeds.generator(0, "cohort", round=round))
 
 
-def drive(algorithm: Any, engine: Any, start: Tree, rounds: range = range(ROUNDS), state: Any = None) -> Drive:
+def drive(
+    algorithm: Any, engine: Any, start: Tree, rounds: range = range(ROUNDS), state: Any = None
+) -> Drive:
     state = algorithm.init(engine, start) if state is None else state
     metrics = []
     for round in rounds:
@@ -150,13 +171,17 @@ def drive(algorithm: Any, engine: Any, start: Tree, rounds: range = range(ROUNDS
 def contents(engine: Any, state: Any, folder: Path) -> dict[str, Tree]:
     """All values of a state, those on clients by way of their files."""
     values = {field.name: getattr(state, field.name) for field in fields(state)}
-    found: dict[str, Tree] = {name: value for name, value in values.items() if isinstance(value, dict)}
+    found: dict[str, Tree] = {
+        name: value for name, value in values.items() if isinstance(value, dict)
+    }
     private = {name: value for name, value in values.items() if name not in found}
     engine.save(private, folder)
     written = [folder]
     if isinstance(engine, RemoteEngine):
         written = list(engine.processes.folder.glob(f"*/{engine.run}/checkpoints/{folder.name}"))
-    for path in sorted(path for name in private for place in written for path in (place / name).iterdir()):
+    for path in sorted(
+        path for name in private for place in written for path in (place / name).iterdir()
+    ):
         found[f"{path.parent.name}/{path.name.split('.')[0]}"] = trees.load(path)
     return found
 
@@ -169,7 +194,9 @@ def assert_equal(a: dict[str, Tree], b: dict[str, Tree]) -> None:
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_engines_agree_to_the_last_bit(name: str, engines: dict[str, MakeEngine], start: Tree, tmp_path: Path) -> None:
+def test_engines_agree_to_the_last_bit(
+    name: str, engines: dict[str, MakeEngine], start: Tree, tmp_path: Path
+) -> None:
     algorithm = ALGORITHMS[name]
     runs = {kind: drive(algorithm, make(), start) for kind, make in engines.items()}
     states = {kind: contents(run.engine, run.state, tmp_path / kind) for kind, run in runs.items()}
@@ -183,7 +210,9 @@ def test_engines_agree_to_the_last_bit(name: str, engines: dict[str, MakeEngine]
     assert held_out[0] == held_out[1]
 
 
-@pytest.mark.parametrize("name", ["fedpdpo", "fedpdpo-joint", "fedrep", "feddpa", "ditto", "alone", "decpdpo"])
+@pytest.mark.parametrize(
+    "name", ["fedpdpo", "fedpdpo-joint", "fedrep", "feddpa", "ditto", "alone", "decpdpo"]
+)
 def test_no_bytes_of_a_private_part_are_in_any_message(
     name: str, engines: dict[str, MakeEngine], start: Tree, rows_file: Path, tmp_path: Path
 ) -> None:
@@ -192,25 +221,41 @@ def test_no_bytes_of_a_private_part_are_in_any_message(
     for round in range(3):
         engine.begin(round, engine.clients)
         state, _ = algorithm.step(engine, state)
-        seen |= {f"{round}/{key}": tree for key, tree in contents(engine, state, tmp_path / str(round)).items()}
+        seen |= {
+            f"{round}/{key}": tree
+            for key, tree in contents(engine, state, tmp_path / str(round)).items()
+        }
     sent = b"".join(engine.processes.wire)
 
     def is_sent(tensor: torch.Tensor) -> bool:
         """Whether any 32 bytes of it are, looked at every so often, where they are not all alike."""
         content = tensor.flatten().contiguous().view(torch.uint8).numpy().tobytes()
-        pieces = [content[i : i + 32] for i in range(0, len(content) - 31, max(32, len(content) // 50))]
+        pieces = [
+            content[i : i + 32] for i in range(0, len(content) - 31, max(32, len(content) // 50))
+        ]
         return any(len(set(piece)) > 8 and piece in sent for piece in pieces)
 
     def is_private(key: str) -> bool:
         field = key.split("/", 1)[1]
-        return "/" in field and not (name == "decpdpo" and field.startswith("theta/"))  # what gossip shares lies on clients
+        return "/" in field and not (
+            name == "decpdpo" and field.startswith("theta/")
+        )  # what gossip shares lies on clients
 
-    private = {f"{key}/{n}": t for key, tree in seen.items() if is_private(key) for n, t in tree.items()}
+    private = {
+        f"{key}/{n}": t for key, tree in seen.items() if is_private(key) for n, t in tree.items()
+    }
     assert len(private) >= 9
     assert not [key for key, tensor in private.items() if is_sent(tensor)]
     assert not any(part.encode() in sent for part in ("head.", "reward.", "bottleneck.", "own."))
-    assert not any(json.loads(line)["chosen"].encode() in sent for line in rows_file.read_text().splitlines())
-    shared = [t for key, tree in seen.items() if not is_private(key) and int(key[0]) < 2 for t in tree.values()]
+    assert not any(
+        json.loads(line)["chosen"].encode() in sent for line in rows_file.read_text().splitlines()
+    )
+    shared = [
+        t
+        for key, tree in seen.items()
+        if not is_private(key) and int(key[0]) < 2
+        for t in tree.values()
+    ]
     if name != "decpdpo":  # whose clients' adapters are seen after mixing, and sent before
         assert all(map(is_sent, shared))  # so that the search is seen to find what is there
     assert bool(shared) == (name != "alone")
@@ -220,7 +265,10 @@ def test_no_bytes_of_a_private_part_are_in_any_message(
 AT_SITES = ("feddpo", "feddpo-keeping-moments", "fedpdpo", "firm", "scaffold", "decpdpo", "choco")
 
 
-@pytest.mark.parametrize(("name", "kind"), [*((n, "simulation") for n in ALGORITHMS), *((n, "processes") for n in AT_SITES)])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [*((n, "simulation") for n in ALGORITHMS), *((n, "processes") for n in AT_SITES)],
+)
 def test_a_run_is_finite_learns_and_can_be_taken_up_again(
     name: str, kind: str, engines: dict[str, MakeEngine], start: Tree, tmp_path: Path
 ) -> None:
@@ -229,7 +277,11 @@ def test_a_run_is_finite_learns_and_can_be_taken_up_again(
     assert all(math.isfinite(value) for metrics in whole.metrics for value in metrics.values())
     expected = contents(whole.engine, whole.state, tmp_path / "whole")
     beginning = contents(whole.engine, algorithm.init(whole.engine, start), tmp_path / "beginning")
-    assert any(not torch.equal(t, expected[place][n]) for place, tree in beginning.items() for n, t in tree.items())
+    assert any(
+        not torch.equal(t, expected[place][n])
+        for place, tree in beginning.items()
+        for n, t in tree.items()
+    )
 
     half = drive(algorithm, engines[kind](), start, range(2))
     folder = RunDirectory(tmp_path / "run")
@@ -250,13 +302,18 @@ def test_private_names_are_in_no_message(engines: dict[str, MakeEngine], start: 
 
 
 @pytest.mark.parametrize("kind", ["simulation", "processes"])
-def test_absent_clients_keep_their_private_parts(kind: str, engines: dict[str, MakeEngine], start: Tree, tmp_path: Path) -> None:
+def test_absent_clients_keep_their_private_parts(
+    kind: str, engines: dict[str, MakeEngine], start: Tree, tmp_path: Path
+) -> None:
     algorithm, engine = ALGORITHMS["personal"], engines[kind]()
     before = contents(engine, algorithm.init(engine, start), tmp_path / "before")
     after = contents(engine, drive(algorithm, engine, start, range(1)).state, tmp_path / "after")
     present = cohort(engine, 0)
     for client in engine.clients:
-        same = all(torch.equal(t, after[f"private/{client}"][n]) for n, t in before[f"private/{client}"].items())
+        same = all(
+            torch.equal(t, after[f"private/{client}"][n])
+            for n, t in before[f"private/{client}"].items()
+        )
         assert same == (client not in present)
 
 
@@ -280,7 +337,9 @@ def test_work_that_clients_cannot_find_by_name_is_refused(engines: dict[str, Mak
             return {}
 
 
-def test_values_of_one_engine_mean_nothing_to_another(engines: dict[str, MakeEngine], start: Tree) -> None:
+def test_values_of_one_engine_mean_nothing_to_another(
+    engines: dict[str, MakeEngine], start: Tree
+) -> None:
     foreign = Alone().init(engines["processes"](), start)
     with pytest.raises(TypeError, match="another engine"):
         engines["simulation"]().mean(foreign.theta)

@@ -55,13 +55,21 @@ def test_explicit_prompts_stay_as_they_are() -> None:
 
 
 def test_columns_may_have_other_names() -> None:
-    row = parse({"q": "Hi?", "good": " Hello.", "bad": " No."}, "here", prompt="q", chosen="good", rejected="bad")
+    row = parse(
+        {"q": "Hi?", "good": " Hello.", "bad": " No."},
+        "here",
+        prompt="q",
+        chosen="good",
+        rejected="bad",
+    )
     assert texts(row) == ("Hi?", " Hello.", " No.")
 
 
 def test_an_implicit_prompt_is_cut_at_the_last_common_assistant_turn() -> None:
     opening = "\n\nHuman: Hi?\n\nAssistant: Yes?\n\nHuman: Why?\n\nAssistant:"
-    row = parse({"chosen": opening + " Because of rain.", "rejected": opening + " Because of snow."}, "here")
+    row = parse(
+        {"chosen": opening + " Because of rain.", "rejected": opening + " Because of snow."}, "here"
+    )
     assert texts(row) == (opening, " Because of rain.", " Because of snow.")
 
 
@@ -71,9 +79,20 @@ def test_an_implicit_prompt_without_turns_is_cut_at_a_whole_word() -> None:
 
 
 def test_conversations_may_have_explicit_or_implicit_prompts() -> None:
-    explicit = parse({"prompt": chat("Hi?"), "chosen": chat("Hi?", "Yes.")[1:], "rejected": chat("Hi?", "No.")[1:]}, "here")
+    explicit = parse(
+        {
+            "prompt": chat("Hi?"),
+            "chosen": chat("Hi?", "Yes.")[1:],
+            "rejected": chat("Hi?", "No.")[1:],
+        },
+        "here",
+    )
     implicit = parse({"chosen": chat("Hi?", "Yes."), "rejected": chat("Hi?", "No.")}, "here")
-    assert texts(explicit) == texts(implicit) == (tuple(chat("Hi?")), tuple(chat("Hi?", "Yes.")[1:]), tuple(chat("Hi?", "No.")[1:]))
+    assert (
+        texts(explicit)
+        == texts(implicit)
+        == (tuple(chat("Hi?")), tuple(chat("Hi?", "Yes.")[1:]), tuple(chat("Hi?", "No.")[1:]))
+    )
 
 
 BAD_ROWS = [
@@ -107,7 +126,12 @@ def test_judgements_are_read_from_files_in_trls_unpaired_format(tmp_path: Path) 
     assert isinstance(read[1], Feedback)
     assert (read[1].prompt, read[1].label) == (tuple(chat("Hi?")), False)
     (tmp_path / "rows.csv").write_text("q,a,good\nHi?, Hello.,0\nHo?, No.,TRUE\n")
-    named = Files(path=str(tmp_path / "rows.csv"), prompt_column="q", completion_column="a", label_column="good")
+    named = Files(
+        path=str(tmp_path / "rows.csv"),
+        prompt_column="q",
+        completion_column="a",
+        label_column="good",
+    )
     assert [row.label for row in named.read() if isinstance(row, Feedback)] == [False, True]
 
 
@@ -116,12 +140,20 @@ def test_judgements_are_read_from_files_in_trls_unpaired_format(tmp_path: Path) 
     [
         ({"completion": " a", "label": True}, "no column 'prompt'"),
         ({"prompt": "Hi?", "completion": "", "label": True}, "column 'completion': expected text"),
-        ({"prompt": "Hi?", "completion": " a", "label": "good"}, "column 'label': expected true or false"),
-        ({"prompt": chat("Hi?"), "completion": " a", "label": 1}, "must both be text or both be conversations"),
+        (
+            {"prompt": "Hi?", "completion": " a", "label": "good"},
+            "column 'label': expected true or false",
+        ),
+        (
+            {"prompt": chat("Hi?"), "completion": " a", "label": 1},
+            "must both be text or both be conversations",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_judgement_that_cannot_be_used_is_named(record: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_a_judgement_that_cannot_be_used_is_named(
+    record: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     with pytest.raises(UserError, match=message) as caught:
         list(Files(path=str(write_rows(tmp_path / "rows.jsonl", [record]))).read())
     assert "rows.jsonl, line 1" in str(caught.value)
@@ -153,7 +185,10 @@ def write(path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.json", "rows.csv", "rows.parquet", "saved", "folder"])
+@pytest.mark.parametrize(
+    "name",
+    ["rows.jsonl", "rows.jsonl.gz", "rows.json", "rows.csv", "rows.parquet", "saved", "folder"],
+)
 def test_every_place_gives_the_same_rows(name: str, tmp_path: Path) -> None:
     read = list(Files(path=str(write(tmp_path / name))).read())
     assert [texts(row) for row in read] == [(r["prompt"], r["chosen"], r["rejected"]) for r in ROWS]
@@ -174,8 +209,12 @@ BAD_FILES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "content", "message"), BAD_FILES, ids=[message for *_, message in BAD_FILES])
-def test_a_file_that_cannot_be_read_is_a_sentence(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "content", "message"), BAD_FILES, ids=[message for *_, message in BAD_FILES]
+)
+def test_a_file_that_cannot_be_read_is_a_sentence(
+    name: str, content: bytes, message: str, tmp_path: Path
+) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         list(read_table(str(tmp_path / name)))
@@ -183,10 +222,14 @@ def test_a_file_that_cannot_be_read_is_a_sentence(name: str, content: bytes, mes
 
 def test_marks_that_editors_leave_and_separators_within_text_do_no_harm(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_bytes(b"\xef\xbb\xbfprompt,chosen,rejected\nHi?, yes, no\n")
-    assert [texts(row) for row in Files(path=str(tmp_path / "rows.csv")).read()] == [("Hi?", " yes", " no")]
+    assert [texts(row) for row in Files(path=str(tmp_path / "rows.csv")).read()] == [
+        ("Hi?", " yes", " no")
+    ]
     odd = {**PLAIN, "chosen": " one\u2028two\u0085three"}
     (tmp_path / "rows.jsonl").write_text(json.dumps(odd, ensure_ascii=False) + "\n")
-    assert [row.chosen for row in Files(path=str(tmp_path / "rows.jsonl")).read()] == [odd["chosen"]]
+    assert [row.chosen for row in Files(path=str(tmp_path / "rows.jsonl")).read()] == [
+        odd["chosen"]
+    ]
 
 
 def test_a_place_that_is_not_there_is_a_sentence(tmp_path: Path) -> None:
@@ -205,14 +248,19 @@ def test_a_place_that_is_not_there_is_a_sentence(tmp_path: Path) -> None:
 def test_no_prompt_stands_on_both_sides() -> None:
     rows = [Preference(f"prompt {i % 40}", " a", " b", f"row {i}") for i in range(400)]
     placed, left_out = split(rows, 0.3)
-    train, test = ({row.prompt for side, row in placed if side == wanted} for wanted in ("train", "test"))
+    train, test = (
+        {row.prompt for side, row in placed if side == wanted} for wanted in ("train", "test")
+    )
     assert not train & test
     assert left_out == 0
     assert 4 <= len(test) <= 20
 
 
 def test_a_sources_own_split_wins_and_shared_prompts_leave_the_training_side() -> None:
-    rows = [Preference("p", " a", " b", "1", side="train"), Preference("p", " a", " c", "2", side="test")]
+    rows = [
+        Preference("p", " a", " b", "1", side="train"),
+        Preference("p", " a", " c", "2", side="test"),
+    ]
     rows.append(Preference("q", " a", " b", "3", side="train"))
     placed, left_out = split(rows, 0.5)
     assert [(side, row.where) for side, row in placed] == [("test", "2"), ("train", "3")]
@@ -222,22 +270,37 @@ def test_a_sources_own_split_wins_and_shared_prompts_leave_the_training_side() -
 def test_a_prompt_that_one_part_of_a_source_tests_is_trained_on_by_no_other(tmp_path: Path) -> None:
     train_side = next(f"p{i}" for i in range(99) if not held_out(f"p{i}", 0.5))
     test_side = next(f"p{i}" for i in range(99) if held_out(f"p{i}", 0.5))
-    rows = [Preference(train_side, " a", " b", "1"), Preference(train_side, " a", " c", "2", side="test")]
-    rows += [Preference(test_side, " a", " b", "3"), Preference(test_side, " a", " c", "4", side="train")]
+    rows = [
+        Preference(train_side, " a", " b", "1"),
+        Preference(train_side, " a", " c", "2", side="test"),
+    ]
+    rows += [
+        Preference(test_side, " a", " b", "3"),
+        Preference(test_side, " a", " c", "4", side="train"),
+    ]
     placed, left_out = split(rows, 0.5)
-    assert [(side, row.where) for side, row in placed] == [("test", "1"), ("test", "2"), ("test", "3")]
+    assert [(side, row.where) for side, row in placed] == [
+        ("test", "1"),
+        ("test", "2"),
+        ("test", "3"),
+    ]
     assert left_out == 1
 
 
 def test_files_take_their_split_from_a_column_or_from_a_test_split(tmp_path: Path) -> None:
     rows = [{**row, "fold": "test" if i % 5 == 0 else "train"} for i, row in enumerate(ROWS)]
     path = write_rows(tmp_path / "rows.jsonl", rows)
-    assert [row.side for row in Files(path=str(path), split_column="fold").read()] == [row["fold"] for row in rows]
+    assert [row.side for row in Files(path=str(path), split_column="fold").read()] == [
+        row["fold"] for row in rows
+    ]
     with pytest.raises(UserError, match="must say"):
         list(Files(path=str(path), split_column="client").read())
-    datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS[:20]), "heldout": datasets.Dataset.from_list(ROWS[20:])}).save_to_disk(
-        tmp_path / "both"
-    )
+    datasets.DatasetDict(
+        {
+            "train": datasets.Dataset.from_list(ROWS[:20]),
+            "heldout": datasets.Dataset.from_list(ROWS[20:]),
+        }
+    ).save_to_disk(tmp_path / "both")
     sides = [row.side for row in Files(path=str(tmp_path / "both"), test_split="heldout").read()]
     assert sides == ["train"] * 20 + ["test"] * 10
 
@@ -252,11 +315,22 @@ def test_the_side_of_a_prompt_never_changes() -> None:
 
 
 def placed(count: int = 300, labels: int = 3) -> list[tuple[Any, Preference]]:
-    rows = [Preference(f"prompt {i}", " a", " b", f"row {i}", {"label": f"l{i % labels}"}) for i in range(count)]
+    rows = [
+        Preference(f"prompt {i}", " a", " b", f"row {i}", {"label": f"l{i % labels}"})
+        for i in range(count)
+    ]
     return split(rows, 0.3)[0]
 
 
-@pytest.mark.parametrize("how", [Natural(column="label"), IID(clients=7), Dirichlet(clients=5, alpha=1.0), BySize(clients=6, exponent=0.7)])
+@pytest.mark.parametrize(
+    "how",
+    [
+        Natural(column="label"),
+        IID(clients=7),
+        Dirichlet(clients=5, alpha=1.0),
+        BySize(clients=6, exponent=0.7),
+    ],
+)
 def test_a_partition_gives_every_row_to_one_client_and_depends_on_its_seed_alone(how: Any) -> None:
     rows = placed()
     clients = partition(rows, how, seed=3)
@@ -275,7 +349,11 @@ def test_iid_shares_are_equal_to_one_row() -> None:
 def test_dirichlet_skews_labels_more_when_alpha_is_small() -> None:
     def skew(alpha: float) -> float:
         clients = partition(placed(3000), Dirichlet(clients=4, alpha=alpha), seed=1)
-        shares = [np.bincount([int(row.columns["label"][1]) for row in c.train], minlength=3) / len(c.train) for c in clients]
+        shares = [
+            np.bincount([int(row.columns["label"][1]) for row in c.train], minlength=3)
+            / len(c.train)
+            for c in clients
+        ]
         return float(np.mean([share.max() for share in shares]))
 
     assert skew(0.3) > skew(100.0) + 0.15
@@ -284,24 +362,40 @@ def test_dirichlet_skews_labels_more_when_alpha_is_small() -> None:
 def test_sizes_fall_off_as_the_power_law_says() -> None:
     clients = partition(placed(3000), BySize(clients=4, exponent=1.0), seed=0)
     first = len(clients[0].train)
-    assert [round(first / len(client.train), 1) for client in clients] == pytest.approx([1, 2, 3, 4], abs=0.1)
+    assert [round(first / len(client.train), 1) for client in clients] == pytest.approx(
+        [1, 2, 3, 4], abs=0.1
+    )
 
 
 def test_natural_clients_can_be_chosen_by_size() -> None:
     rows = placed(90)
     few = [("train", Preference("x", " a", " b", "extra", {"label": "small"}))]
-    assert [c.name for c in partition(rows + few, Natural(column="label", min_rows=2), 0)] == ["l0", "l1", "l2"]
-    assert [c.name for c in partition(rows + few, Natural(column="label", min_test_rows=1, max_clients=2), 0)] == ["l0", "l1"]
+    assert [c.name for c in partition(rows + few, Natural(column="label", min_rows=2), 0)] == [
+        "l0",
+        "l1",
+        "l2",
+    ]
+    assert [
+        c.name
+        for c in partition(rows + few, Natural(column="label", min_test_rows=1, max_clients=2), 0)
+    ] == ["l0", "l1"]
     several = partition(rows, Natural(column="label", clients_per_value=2), 0)
-    assert {c.name.rsplit("-", 1)[0]: {row.columns["label"] for row in c.train + c.test} for c in several} == {
-        label: {label} for label in {row.columns["label"] for _, row in rows}
-    }
-    assert sum(len(c.train) + len(c.test) for c in several) == len(rows) == len({row.where for c in several for row in c.train + c.test})
+    assert {
+        c.name.rsplit("-", 1)[0]: {row.columns["label"] for row in c.train + c.test}
+        for c in several
+    } == {label: {label} for label in {row.columns["label"] for _, row in rows}}
+    assert (
+        sum(len(c.train) + len(c.test) for c in several)
+        == len(rows)
+        == len({row.where for c in several for row in c.train + c.test})
+    )
     for how in (Natural(column="label", max_rows=20), IID(clients=2, max_rows=20)):
         thin = partition(rows, how, 0)
         assert all(len(c.train) + len(c.test) == 20 for c in thin)
         shares = [len(c.test) / 20 for c in thin]
-        assert shares == pytest.approx([sum(side == "test" for side, _ in rows) / len(rows)] * len(thin), abs=0.06)
+        assert shares == pytest.approx(
+            [sum(side == "test" for side, _ in rows) / len(rows)] * len(thin), abs=0.06
+        )
         assert len({row.where for c in thin for row in c.train + c.test}) == 20 * len(thin)
     with pytest.raises(UserError, match="lower min_rows"):
         partition(rows, Natural(column="label", min_rows=1000), 0)
@@ -339,7 +433,10 @@ def test_the_shipped_clients_disagree_as_their_tastes_say() -> None:
         taste = population[client.name]["taste"]
         gaps = []
         for row in client.train + client.test:
-            better, worse = (style[key(row.prompt).removeprefix("user: "), side[0]["content"]] for side in (row.chosen, row.rejected))
+            better, worse = (
+                style[key(row.prompt).removeprefix("user: "), side[0]["content"]]
+                for side in (row.chosen, row.rejected)
+            )
             gaps.append(sum(taste[s] * (better[s] - worse[s]) for s in styles))
         agree = sum((gap > 0) + 0.5 * (gap == 0) for gap in gaps) / len(gaps)
         assert agree > 0.6, client.name
@@ -365,21 +462,40 @@ def test_hh_reads_the_hubs_layout_and_the_prepared_tables(tmp_path: Path) -> Non
             (hub / f"{objective}-base" / f"{side}.jsonl.gz").write_bytes(gzip.compress(content))
             for row in part:
                 prompt, better, worse = texts(parse(row, "x"))
-                rows.append({"split": side, "prompt": prompt.strip(), "chosen": better.strip(), "rejected": worse.strip()})
+                rows.append(
+                    {
+                        "split": side,
+                        "prompt": prompt.strip(),
+                        "chosen": better.strip(),
+                        "rejected": worse.strip(),
+                    }
+                )
         write_rows(tables / f"hh_rlhf_{objective}.jsonl", rows)
-    read = {path: [(texts(r), r.side, r.columns["objective"]) for r in HH(path=str(path)).read()] for path in (hub, tables)}
+    read = {
+        path: [(texts(r), r.side, r.columns["objective"]) for r in HH(path=str(path)).read()]
+        for path in (hub, tables)
+    }
     assert read[hub] == read[tables]
     assert len(read[hub]) == 16
     assert len(list(HH(path=str(tables), max_rows=2, objectives=("helpful",)).read())) == 4
 
 
 def test_ukpconvarg_makes_a_row_of_every_vote_that_decides(tmp_path: Path) -> None:
-    write_rows(tmp_path / "ukpconvarg_topics.jsonl", [{"id": "t", "title": "Tea or coffee?", "stance": "Tea"}])
-    write_rows(tmp_path / "ukpconvarg_arguments.jsonl", [{"arg": "x", "text": "Leaves."}, {"arg": "y", "text": "Calm."}])
+    write_rows(
+        tmp_path / "ukpconvarg_topics.jsonl",
+        [{"id": "t", "title": "Tea or coffee?", "stance": "Tea"}],
+    )
+    write_rows(
+        tmp_path / "ukpconvarg_arguments.jsonl",
+        [{"arg": "x", "text": "Leaves."}, {"arg": "y", "text": "Calm."}],
+    )
     votes = [{"topic": "t", "a": "x", "b": "y", "votes": [["w1", 1], ["w2", 2, "same"], ["w3", 0]]}]
     write_rows(tmp_path / "ukpconvarg_votes.jsonl", votes)
     rows = list(UKPConvArg(path=str(tmp_path)).read())
-    assert [(r.chosen, r.rejected, r.columns["worker"]) for r in rows] == [(" Leaves.", " Calm.", "w1"), (" Calm.", " Leaves.", "w2")]
+    assert [(r.chosen, r.rejected, r.columns["worker"]) for r in rows] == [
+        (" Leaves.", " Calm.", "w1"),
+        (" Calm.", " Leaves.", "w2"),
+    ]
     assert rows[0].prompt == "Human: Tea or coffee?\nArgue for this side: Tea\n\nAssistant:"
     with pytest.raises(UserError, match="there is no ukpconvarg_topics"):
         list(UKPConvArg(path=str(tmp_path / "absent")).read())
@@ -387,7 +503,8 @@ def test_ukpconvarg_makes_a_row_of_every_vote_that_decides(tmp_path: Path) -> No
 
 def test_persona_asks_about_statements_and_knows_its_personas(tmp_path: Path) -> None:
     (tmp_path / "persona_statements.csv").write_text(
-        'persona,statement,persona_agrees\nopenness,"I like art, and new food",1\nopenness,I avoid change,0\n'
+        'persona,statement,persona_agrees\nopenness,"I like art, and new food",1\nopenness,I '
+        "avoid change,0\n"
     )
     rows = list(Persona(path=str(tmp_path), personas=("openness",)).read())
     assert [(r.chosen, r.rejected) for r in rows] == [(" Yes", " No"), (" No", " Yes")]
@@ -398,34 +515,65 @@ def test_persona_asks_about_statements_and_knows_its_personas(tmp_path: Path) ->
 
 def test_persona_reads_the_hubs_layout(tmp_path: Path) -> None:
     (tmp_path / "persona").mkdir()
-    rows = [{"statement": "I like art", "answer_matching_behavior": " Yes"}, {"statement": "I rest", "answer_matching_behavior": " No"}]
+    rows = [
+        {"statement": "I like art", "answer_matching_behavior": " Yes"},
+        {"statement": "I rest", "answer_matching_behavior": " No"},
+    ]
     write_rows(tmp_path / "persona" / "openness.jsonl", rows)
-    assert [r.chosen for r in Persona(path=str(tmp_path), personas=("openness",)).read()] == [" Yes", " No"]
+    assert [r.chosen for r in Persona(path=str(tmp_path), personas=("openness",)).read()] == [
+        " Yes",
+        " No",
+    ]
 
 
 @pytest.mark.parametrize("layout", ["tables", "hub"])
 def test_movie_review_clients_disagree_about_the_same_endings(layout: str, tmp_path: Path) -> None:
-    reviews = [(f"{i} opening words of a long film", ("a joy to see", "a waste of time")[i % 2], i % 2 == 0, i // 4) for i in range(32)]
+    reviews = [
+        (
+            f"{i} opening words of a long film",
+            ("a joy to see", "a waste of time")[i % 2],
+            i % 2 == 0,
+            i // 4,
+        )
+        for i in range(32)
+    ]
     if layout == "tables":
-        rows = [{"text": f"{a} {b}", "label": "pos" if good else "neg", "fold": fold} for a, b, good, fold in reviews]
+        rows = [
+            {"text": f"{a} {b}", "label": "pos" if good else "neg", "fold": fold}
+            for a, b, good, fold in reviews
+        ]
         write_rows(tmp_path / "movie_reviews_polarity.jsonl", rows)
     else:
         for side in ("train", "test"):
-            part = [{"text": f"{a}<br />{b}", "label": int(good)} for a, b, good, fold in reviews if (fold >= 6) == (side == "test")]
+            part = [
+                {"text": f"{a}<br />{b}", "label": int(good)}
+                for a, b, good, fold in reviews
+                if (fold >= 6) == (side == "test")
+            ]
             write_rows(tmp_path / f"{side}.jsonl", part)
-    rows = list(MovieReviews(path=str(tmp_path), likes=("positive", "negative"), opening_words=3, ending_words=4).read())
+    rows = list(
+        MovieReviews(
+            path=str(tmp_path), likes=("positive", "negative"), opening_words=3, ending_words=4
+        ).read()
+    )
     assert len(rows) == 32
     for row in rows:
         wanted = " a joy to see" if row.columns["client"] == "01-positive" else " a waste of time"
         assert row.chosen == wanted
         assert row.rejected != wanted
         assert str(row.prompt).endswith(" ...")
-    owned = [row.chosen == (" a joy to see" if row.columns["sentiment"] == "positive" else " a waste of time") for row in rows]
+    owned = [
+        row.chosen
+        == (" a joy to see" if row.columns["sentiment"] == "positive" else " a waste of time")
+        for row in rows
+    ]
     assert sum(owned) == len(rows) / 2  # belonging together decides nothing
 
 
 def test_natural_clients_can_be_some_of_the_values() -> None:
     rows = placed(30)
-    assert [client.name for client in partition(rows, Natural(column="label", only=("l2", "l0")), 0)] == ["l0", "l2"]
+    assert [
+        client.name for client in partition(rows, Natural(column="label", only=("l2", "l0")), 0)
+    ] == ["l0", "l2"]
     with pytest.raises(UserError, match="no row with label 'l9'"):
         partition(rows, Natural(column="label", only=("l9",)), 0)

@@ -23,7 +23,14 @@ from fedpref.federation.consensus import consensus_error
 from fedpref.federation.network import Network
 from fedpref.federation.verbs import Client, work
 from fedpref.numerics import seeds, trees
-from fedpref.numerics.topology import ErdosRenyi, GraphFile, Matrix, OnePeerExponential, Shape, mixing
+from fedpref.numerics.topology import (
+    ErdosRenyi,
+    GraphFile,
+    Matrix,
+    OnePeerExponential,
+    Shape,
+    mixing,
+)
 from fedpref.numerics.trees import Tree
 from test_optimisers import CLIENTS, PLAIN, Bowl, Bowls
 
@@ -61,7 +68,12 @@ START = {"a": torch.zeros(40, 30), "b": torch.zeros(500)}
 
 
 def stacked(fed: Any, values: Any) -> np.ndarray[Any, Any]:
-    return np.stack([torch.cat([t.flatten() for t in values._values[i].values()]).double().numpy() for i in fed.active])
+    return np.stack(
+        [
+            torch.cat([t.flatten() for t in values._values[i].values()]).double().numpy()
+            for i in fed.active
+        ]
+    )
 
 
 def test_mixing_takes_the_matrix_and_counts_what_goes_over_each_link() -> None:
@@ -106,7 +118,9 @@ def test_messages_come_back_in_their_shapes_and_quantised_ones_are_right_on_aver
         back = [stage.decode(stage.encode(tree, sender), 1) for _ in range(400)]
         step = tree["b"].abs().max() / (2 ** (bits - 1) - 1)
         assert all((one["b"] - tree["b"]).abs().max() <= step + 1e-6 for one in back)
-        assert (torch.stack([one["b"] for one in back]).mean(0) - tree["b"]).abs().max() < 0.15 * step
+        assert (
+            torch.stack([one["b"] for one in back]).mean(0) - tree["b"]
+        ).abs().max() < 0.15 * step
         assert back[0]["a"].shape == (7, 3)
     stage = TopK(fraction=0.4).stage()
     kept = stage.decode(stage.encode(tree, sender), 1)
@@ -127,7 +141,9 @@ def test_links_fail_as_often_as_they_are_said_to_and_the_mean_stays() -> None:
         failed += int((weights[np.triu_indices(6, 1)] == 0).sum())
         count += 15
     assert failed / count == pytest.approx(0.3, abs=0.03)
-    np.testing.assert_array_equal(network.matrix(NAMES, 3, 5, range(6)), network.matrix(NAMES, 3, 5, range(6)))
+    np.testing.assert_array_equal(
+        network.matrix(NAMES, 3, 5, range(6)), network.matrix(NAMES, 3, 5, range(6))
+    )
 
 
 def test_the_consensus_error_is_the_mean_squared_distance_from_the_mean() -> None:
@@ -148,7 +164,10 @@ def test_the_consensus_error_is_the_mean_squared_distance_from_the_mean() -> Non
 def test_a_network_that_does_not_fit_the_clients_is_refused(tmp_path: Path) -> None:
     (tmp_path / "edges.txt").write_text("client-0 client-1\nclient-2 client-3\n")
     for network, sentence in (
-        (Network(GraphFile(path=str(tmp_path / "edges.txt"))), "nothing connects the clients client-4 "),
+        (
+            Network(GraphFile(path=str(tmp_path / "edges.txt"))),
+            "nothing connects the clients client-4 ",
+        ),
         (Network(Shape("hypercube")), "power of two"),
         (Network(Shape("star"), weights="uniform"), "the mean is not preserved"),
         (Network(OnePeerExponential(), link_failure=0.1), "directed graph"),
@@ -166,14 +185,24 @@ def test_a_network_must_connect_those_who_train(settings: dict[str, Any]) -> Non
         Network(Shape("star")).check(NAMES, [1, 2, 3, 4, 5])  # the middle joins later
     Network(Shape("star")).check(NAMES, [0, 1, 2])
     sizes = {f"client-{i}": 10 for i in range(4)}
-    content = {**settings, "network": {"topology": "star"}, "federation": {"newcomers": ["client-0"]}}
+    content = {
+        **settings,
+        "network": {"topology": "star"},
+        "federation": {"newcomers": ["client-0"]},
+    }
     with pytest.raises(UserError, match="nothing connects"):
-        config.parse(Experiment, {**content, "algorithm": {"name": "decdpo"}}, "test").check_clients(sizes)
+        config.parse(
+            Experiment, {**content, "algorithm": {"name": "decdpo"}}, "test"
+        ).check_clients(sizes)
     config.parse(Experiment, content, "test").check_clients(sizes)  # a server asks for no network
 
 
 def test_there_is_no_mean_adapter_where_products_are_mixed(settings: dict[str, Any]) -> None:
-    content = {**settings, "diagnostics": ["disagreement"], "algorithm": {"name": "decdpo", "aggregate": "product"}}
+    content = {
+        **settings,
+        "diagnostics": ["disagreement"],
+        "algorithm": {"name": "decdpo", "aggregate": "product"},
+    }
     with pytest.raises(UserError, match="there is none"):
         config.parse(Experiment, content, "test")
 
@@ -181,7 +210,11 @@ def test_there_is_no_mean_adapter_where_products_are_mixed(settings: dict[str, A
 def test_a_run_refuses_a_graph_that_has_changed(settings: dict[str, Any], tmp_path: Path) -> None:
     edges = tmp_path / "edges.txt"
     edges.write_text("client-0 client-1\nclient-1 client-2\nclient-2 client-3\n")
-    content = {**settings, "algorithm": {"name": "decdpo"}, "network": {"topology": {"name": "file", "path": str(edges)}}}
+    content = {
+        **settings,
+        "algorithm": {"name": "decdpo"},
+        "network": {"topology": {"name": "file", "path": str(edges)}},
+    }
     path = run(config.parse(Experiment, content, "test"), tmp_path / "run").path
     (path / "done").unlink(missing_ok=True)
     edges.write_text("client-0 client-1\nclient-1 client-2\nclient-1 client-3\n")
@@ -192,11 +225,20 @@ def test_a_run_refuses_a_graph_that_has_changed(settings: dict[str, Any], tmp_pa
         Network(GraphFile(path=str(edges))).check(NAMES[:4])
 
 
-def test_a_graphs_file_is_found_again_from_anywhere(settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graphs_file_is_found_again_from_anywhere(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "edges.txt").write_text("client-0 client-1\nclient-1 client-2\nclient-2 client-3\n")
     monkeypatch.chdir(tmp_path)
     network = {"topology": {"name": "file", "path": "edges.txt"}}
-    path = run(config.parse(Experiment, {**settings, "algorithm": {"name": "decdpo"}, "network": network, "rounds": 1}, "test"), "run").path
+    path = run(
+        config.parse(
+            Experiment,
+            {**settings, "algorithm": {"name": "decdpo"}, "network": network, "rounds": 1},
+            "test",
+        ),
+        "run",
+    ).path
     assert str(tmp_path / "edges.txt") in (path / "config.yaml").read_text()
 
 
@@ -206,13 +248,20 @@ def factors(client: Client, ranks: tuple[int, ...], apart: float) -> Tree:
     common, own = torch.Generator().manual_seed(7), torch.Generator().manual_seed(client.id)
     rank = ranks[client.id % len(ranks)]
     a = torch.randn(4, 50, generator=common)[:rank] + apart * torch.randn(rank, 50, generator=own)
-    b = torch.randn(40, 4, generator=common)[:, :rank] + apart * torch.randn(40, rank, generator=own)
+    b = torch.randn(40, 4, generator=common)[:, :rank] + apart * torch.randn(
+        40, rank, generator=own
+    )
     turn = torch.linalg.qr(torch.randn(rank, rank, generator=client.rng))[0]
     return {"x.lora_A.w": turn @ a, "x.lora_B.w": b @ turn.T}
 
 
 def products(fed: Any, values: Any) -> np.ndarray[Any, Any]:
-    return np.stack([(values._values[i]["x.lora_B.w"] @ values._values[i]["x.lora_A.w"]).double().numpy() for i in fed.active])
+    return np.stack(
+        [
+            (values._values[i]["x.lora_B.w"] @ values._values[i]["x.lora_A.w"]).double().numpy()
+            for i in fed.active
+        ]
+    )
 
 
 def test_mixing_products_leaves_alone_what_clients_agree_on() -> None:
@@ -221,7 +270,9 @@ def test_mixing_products_leaves_alone_what_clients_agree_on() -> None:
     before = products(fed, theta)
     np.testing.assert_allclose(products(fed, Product().mix(fed, theta)), before, atol=1e-3)
     assert np.abs(products(fed, Factors().mix(fed, theta)) - before).max() > 1
-    assert consensus_error(fed, theta, Product()) < 1e-6 < 1 < consensus_error(fed, theta, Factors())
+    assert (
+        consensus_error(fed, theta, Product()) < 1e-6 < 1 < consensus_error(fed, theta, Factors())
+    )
 
 
 @pytest.mark.parametrize("ranks", [(4,), (4, 2)])
@@ -255,7 +306,10 @@ def bowls(algorithm: Any, rounds: int, keep: float) -> list[float]:
 
 def test_decdpo_ends_where_its_linear_recursion_does() -> None:
     keep, shrink = 0.8, np.array([(1 - 0.1 * curvature) ** 5 for curvature, _ in CLIENTS])
-    weights, centres = np.array([[keep, 1 - keep], [1 - keep, keep]]), np.array([centre for _, centre in CLIENTS])
+    weights, centres = (
+        np.array([[keep, 1 - keep], [1 - keep, keep]]),
+        np.array([centre for _, centre in CLIENTS]),
+    )
     fixed = np.linalg.solve(np.eye(2) - weights * shrink, weights @ ((1 - shrink) * centres))
     assert bowls(DecDPO(local=PLAIN), 100, keep) == pytest.approx(fixed.tolist(), abs=1e-4)
     assert abs(fixed.mean() - 1.0) > 0.2  # the drift floor of local steps
@@ -268,7 +322,13 @@ def test_stale_neighbours_move_no_mean(staleness: int) -> None:
     alike = replace(PLAIN, steps=1)
     task: Any = Bowls()
     shards = [Bowl(str(i), 1.0, float(i)) for i in range(6)]
-    fed = Simulation(task, shards, seed=0, rounds=40, mixing=lambda round, active: mixing(Shape().graph(NAMES, 0)))
+    fed = Simulation(
+        task,
+        shards,
+        seed=0,
+        rounds=40,
+        mixing=lambda round, active: mixing(Shape().graph(NAMES, 0)),
+    )
     algorithm = StaleDecDPO(local=alike, staleness=staleness)
     state = algorithm.init(fed, task.init(torch.Generator()))
     ages = set()
@@ -279,7 +339,9 @@ def test_stale_neighbours_move_no_mean(staleness: int) -> None:
         mean = np.mean([float(state.theta._values[i]["x"][0]) for i in range(6)])
         assert mean == pytest.approx(2.5 - 0.5 * 0.9 ** (round + 1), abs=1e-5)
     apart = max(abs(float(state.theta._values[i]["x"][0]) - mean) for i in range(6))
-    assert apart < 2.5  # the centres reach that far, and clients stay between them however late they hear
+    assert (
+        apart < 2.5
+    )  # the centres reach that far, and clients stay between them however late they hear
     assert max(ages) <= staleness
     assert (len(ages) > 5) == (staleness > 0)
     if not staleness:
@@ -289,21 +351,36 @@ def test_stale_neighbours_move_no_mean(staleness: int) -> None:
         for round in range(40):
             fed.begin(round, fed.clients)
             other, _ = plain.step(fed, other)
-        assert all(torch.allclose(state.theta._values[i]["x"], other.theta._values[i]["x"], atol=1e-5) for i in range(6))
+        assert all(
+            torch.allclose(state.theta._values[i]["x"], other.theta._values[i]["x"], atol=1e-5)
+            for i in range(6)
+        )
 
 
 @pytest.mark.parametrize("optim", ["sgd", "adamw"])
 def test_gradient_tracking_leaves_no_floor_and_no_disagreement(optim: Any) -> None:
-    local = PLAIN if optim == "sgd" else replace(PLAIN, optim="adamw", learning_rate=0.02, lr_scheduler_type="linear")
+    local = (
+        PLAIN
+        if optim == "sgd"
+        else replace(PLAIN, optim="adamw", learning_rate=0.02, lr_scheduler_type="linear")
+    )
     local = replace(local, learning_rate=0.05) if optim == "sgd" else local
     found = bowls(GradientTracking(local=local), 400, 0.8)
     assert found == pytest.approx([1.0, 1.0], abs=1e-3 if optim == "sgd" else 0.03)
 
 
-@pytest.mark.parametrize(("compression", "step_size"), [(None, 1.0), (TopK(fraction=0.5), 0.3), (Quantize(bits=3), 0.5)])
-def test_choco_agrees_in_spite_of_compression_and_without_it_is_plain_gossip(compression: Any, step_size: float) -> None:
+@pytest.mark.parametrize(
+    ("compression", "step_size"), [(None, 1.0), (TopK(fraction=0.5), 0.3), (Quantize(bits=3), 0.5)]
+)
+def test_choco_agrees_in_spite_of_compression_and_without_it_is_plain_gossip(
+    compression: Any, step_size: float
+) -> None:
     fed = engine(Network(compression=compression))
-    theta, public, pull = fed.each(draw, START), fed.each(own_copy, START), fed.each(own_copy, START)
+    theta, public, pull = (
+        fed.each(draw, START),
+        fed.each(own_copy, START),
+        fed.each(own_copy, START),
+    )
     before = stacked(fed, theta)
     _, plain = engine().mix(theta)
     for round in range(60):
@@ -317,26 +394,41 @@ def test_choco_agrees_in_spite_of_compression_and_without_it_is_plain_gossip(com
 
 
 def test_choco_needs_the_same_neighbours_in_every_round(settings: dict[str, Any]) -> None:
-    changing: list[dict[str, Any]] = [{"network": {"link_failure": 0.1}}, {"network": {"topology": "one-peer-exponential"}}]
+    changing: list[dict[str, Any]] = [
+        {"network": {"link_failure": 0.1}},
+        {"network": {"topology": "one-peer-exponential"}},
+    ]
     for more in [*changing, {"federation": {"clients_per_round": 2}}]:
         with pytest.raises(UserError, match="same neighbours in every round"):
             config.parse(Experiment, {**settings, "algorithm": {"name": "choco"}, **more}, "test")
 
 
 def adapters(settings: dict[str, Any], path: Path, **content: Any) -> list[Tree]:
-    spec = config.parse(Experiment, {**settings, "federation": {"weighting": "equal"}, **content}, "test")
+    spec = config.parse(
+        Experiment, {**settings, "federation": {"weighting": "equal"}, **content}, "test"
+    )
     folder = run(spec, path).path
     if (folder / "clients").exists():
-        return [trees.load(place / "adapter_model.safetensors") for place in sorted((folder / "clients").iterdir())]
+        return [
+            trees.load(place / "adapter_model.safetensors")
+            for place in sorted((folder / "clients").iterdir())
+        ]
     return [trees.load(folder / "adapter" / "adapter_model.safetensors")]
 
 
 @pytest.mark.parametrize("aggregate", ["factors", "frozen-a"])
-def test_on_the_complete_graph_with_uniform_weights_it_is_feddpo(aggregate: str, settings: dict[str, Any], tmp_path: Path) -> None:
-    common = {"local": {"steps": 2, "batch_size": 4, "learning_rate": 0.01, "optim": "sgd"}, "aggregate": aggregate}
+def test_on_the_complete_graph_with_uniform_weights_it_is_feddpo(
+    aggregate: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    common = {
+        "local": {"steps": 2, "batch_size": 4, "learning_rate": 0.01, "optim": "sgd"},
+        "aggregate": aggregate,
+    }
     (expected,) = adapters(settings, tmp_path / "fed", algorithm={"name": "feddpo", **common})
     network = {"topology": "complete", "weights": "uniform"}
-    found = adapters(settings, tmp_path / "dec", algorithm={"name": "decdpo", **common}, network=network)
+    found = adapters(
+        settings, tmp_path / "dec", algorithm={"name": "decdpo", **common}, network=network
+    )
     start = config.parse(Experiment, settings, "test").task.build().init(seeds.generator(0, "init"))
     assert trees.norm(trees.subtract(expected, start)) > 1e-3
     for adapter in found:
@@ -344,41 +436,73 @@ def test_on_the_complete_graph_with_uniform_weights_it_is_feddpo(aggregate: str,
             torch.testing.assert_close(adapter[name], expected[name], atol=1e-6, rtol=1e-5)
 
 
-def test_one_step_each_and_an_exact_mean_is_a_step_on_all_pairs(settings: dict[str, Any], tmp_path: Path) -> None:
-    local = {"steps": 1, "batch_size": 64, "learning_rate": 0.01, "optim": "sgd", "max_grad_norm": 1e9}
+def test_one_step_each_and_an_exact_mean_is_a_step_on_all_pairs(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    local = {
+        "steps": 1,
+        "batch_size": 64,
+        "learning_rate": 0.01,
+        "optim": "sgd",
+        "max_grad_norm": 1e9,
+    }
     weighted = {"federation": {"weighting": "examples"}}
-    (found,) = adapters(settings, tmp_path / "fed", algorithm={"name": "feddpo", "local": local}, **weighted)
-    (pooled,) = adapters(settings, tmp_path / "pooled", algorithm={"name": "pooled", "local": local}, **weighted)
+    (found,) = adapters(
+        settings, tmp_path / "fed", algorithm={"name": "feddpo", "local": local}, **weighted
+    )
+    (pooled,) = adapters(
+        settings, tmp_path / "pooled", algorithm={"name": "pooled", "local": local}, **weighted
+    )
     start = config.parse(Experiment, settings, "test").task.build().init(seeds.generator(0, "init"))
     moved = trees.norm(trees.subtract(pooled, start))
     assert moved > 1e-3
     assert trees.norm(trees.subtract(found, pooled)) < 1e-3 * moved
 
 
-def test_with_own_parts_on_the_complete_graph_it_is_fedpdpo(settings: dict[str, Any], tmp_path: Path) -> None:
-    common = {"local": {"steps": 2, "batch_size": 4, "learning_rate": 0.01, "optim": "sgd"}, "parts": {"bottleneck": 4}}
+def test_with_own_parts_on_the_complete_graph_it_is_fedpdpo(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    common = {
+        "local": {"steps": 2, "batch_size": 4, "learning_rate": 0.01, "optim": "sgd"},
+        "parts": {"bottleneck": 4},
+    }
     network = {"topology": "complete", "weights": "uniform"}
     found = []
     for name, more in (("fedpdpo", {}), ("decpdpo", {"network": network})):
         adapters(settings, tmp_path / name, algorithm={"name": name, **common}, **more)
-        rows = [json.loads(line) for line in (tmp_path / name / "evaluation.jsonl").read_text().splitlines()]
+        rows = [
+            json.loads(line)
+            for line in (tmp_path / name / "evaluation.jsonl").read_text().splitlines()
+        ]
         found.append({client: row["loss"] for client, row in rows[-1]["clients"].items()})
     assert len(set(found[0].values())) == 4
     assert found[0] == pytest.approx(found[1], abs=1e-5)
 
 
-def test_without_own_parts_personalised_gossip_is_gossip(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_without_own_parts_personalised_gossip_is_gossip(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
     nothing = {"head": None, "bottleneck": 0, "reward": False, "adapter": False}
     common = {"local": {"steps": 2, "batch_size": 4, "learning_rate": 0.01}}
     plain = adapters(settings, tmp_path / "dec", algorithm={"name": "decdpo", **common})
-    found = adapters(settings, tmp_path / "decp", algorithm={"name": "decpdpo", "parts": nothing, **common})
-    assert all(torch.equal(a[name], b[name]) for a, b in zip(plain, found, strict=True) for name in a)
+    found = adapters(
+        settings, tmp_path / "decp", algorithm={"name": "decpdpo", "parts": nothing, **common}
+    )
+    assert all(
+        torch.equal(a[name], b[name]) for a, b in zip(plain, found, strict=True) for name in a
+    )
 
 
 @pytest.mark.parametrize("order", ["adapt-then-combine", "combine-then-adapt"])
-def test_neighbours_come_closer_by_mixing(order: str, settings: dict[str, Any], tmp_path: Path) -> None:
+def test_neighbours_come_closer_by_mixing(
+    order: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
     local = {"steps": 2, "batch_size": 4, "learning_rate": 0.01}
-    spec = config.parse(Experiment, {**settings, "algorithm": {"name": "decdpo", "order": order, "local": local}}, "test")
+    spec = config.parse(
+        Experiment,
+        {**settings, "algorithm": {"name": "decdpo", "order": order, "local": local}},
+        "test",
+    )
     path = run(spec, tmp_path / "run").path
     rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     for row in rows[1:]:  # in the first, who combines first combines what is equal

@@ -23,14 +23,21 @@ COMMANDS: Any = typer.main.get_command(cli.app)
 
 
 def blocks(file: Path, *languages: str) -> list[str]:
-    return [text for language, text in re.findall(r"^```(\w*)\n(.*?)^```", file.read_text(), re.M | re.S) if language in languages]
+    return [
+        text
+        for language, text in re.findall(r"^```(\w*)\n(.*?)^```", file.read_text(), re.M | re.S)
+        if language in languages
+    ]
 
 
 def every_command(group: Any = COMMANDS, name: str = "fedpref") -> list[tuple[str, Any]]:
     found = []
     for part, command in group.commands.items():
         inner = getattr(command, "commands", None)
-        found += [(f"{name} {part}", command), *(every_command(command, f"{name} {part}") if inner else ())]
+        found += [
+            (f"{name} {part}", command),
+            *(every_command(command, f"{name} {part}") if inner else ()),
+        ]
     return found
 
 
@@ -39,9 +46,15 @@ TRAINS = ("index.md", "exporting.md")
 
 
 @pytest.mark.parametrize(
-    "file", [pytest.param(file, marks=pytest.mark.slow if file.name in TRAINS else (), id=file.name) for file in PROGRAMS]
+    "file",
+    [
+        pytest.param(file, marks=pytest.mark.slow if file.name in TRAINS else (), id=file.name)
+        for file in PROGRAMS
+    ],
 )
-def test_python_in_documents_runs(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_in_documents_runs(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.chdir(tmp_path)
     module = types.ModuleType(f"document_{file.stem}")
@@ -85,11 +98,15 @@ def test_no_document_has_a_place_left_to_fill(file: Path) -> None:
 def test_every_document_is_in_the_table_of_contents() -> None:
     content = yaml.safe_load(re.sub(r"!!python\S+", "", (ROOT / "mkdocs.yml").read_text()))
     named = re.findall(r"'([\w/-]+\.md)'", str(content["nav"]))
-    assert sorted(named) == sorted(file.relative_to(ROOT / "docs").as_posix() for file in (ROOT / "docs").rglob("*.md"))
+    assert sorted(named) == sorted(
+        file.relative_to(ROOT / "docs").as_posix() for file in (ROOT / "docs").rglob("*.md")
+    )
 
 
 def test_functions_that_documents_name_are_there() -> None:
-    names = {name for file in DOCS for name in re.findall(r"`(fedpref(?:\.\w+)+)`", file.read_text())}
+    names = {
+        name for file in DOCS for name in re.findall(r"`(fedpref(?:\.\w+)+)`", file.read_text())
+    }
     assert len(names) > 30
     for name in names:
         assert pkgutil.resolve_name(name), name
@@ -102,6 +119,8 @@ def test_every_algorithm_is_described() -> None:
     assert [name for name in names if f"`{name}`" not in text and f"## {name}" not in text] == []
 
 
-@pytest.mark.parametrize(("name", "command"), every_command(), ids=lambda part: part if isinstance(part, str) else "")
+@pytest.mark.parametrize(
+    ("name", "command"), every_command(), ids=lambda part: part if isinstance(part, str) else ""
+)
 def test_every_command_has_an_example(name: str, command: Any) -> None:
     assert f"Example: {name}" in command.help, name

@@ -52,22 +52,35 @@ def assert_same_adapter(a: Path, b: Path) -> None:
 
 def one_client(settings: dict[str, Any], reference: str, tmp_path: Path) -> list[float]:
     """The loss of each round's first batch, one step a round."""
-    algorithm = {"name": "feddpo", "local": {"steps": 1, "batch_size": 4, "learning_rate": 0.02, "warmup_ratio": 0.0}}
-    spec = experiment(settings, task={**settings["task"], "reference": reference}, algorithm=algorithm, rounds=3)
+    algorithm = {
+        "name": "feddpo",
+        "local": {"steps": 1, "batch_size": 4, "learning_rate": 0.02, "warmup_ratio": 0.0},
+    }
+    spec = experiment(
+        settings, task={**settings["task"], "reference": reference}, algorithm=algorithm, rounds=3
+    )
     return [row["loss"] for row in metrics(run(spec, tmp_path / reference).path)]
 
 
-def test_under_base_only_the_first_round_starts_at_ln_2(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_under_base_only_the_first_round_starts_at_ln_2(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
     losses = one_client(settings, "base", tmp_path)
     assert losses[0] == pytest.approx(math.log(2), abs=1e-5)
     assert all(abs(loss - math.log(2)) > 1e-2 for loss in losses[1:])
 
 
-def test_under_round_start_every_round_starts_at_ln_2(settings: dict[str, Any], tmp_path: Path) -> None:
-    assert one_client(settings, "round-start", tmp_path) == pytest.approx([math.log(2)] * 3, abs=1e-5)
+def test_under_round_start_every_round_starts_at_ln_2(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    assert one_client(settings, "round-start", tmp_path) == pytest.approx(
+        [math.log(2)] * 3, abs=1e-5
+    )
 
 
-def test_reference_scores_are_computed_once_and_kept_in_the_run_directory(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_reference_scores_are_computed_once_and_kept_in_the_run_directory(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
     spec = experiment(settings)
     task = spec.task.build()
     shard = task.encode(spec.clients()[0][0])
@@ -88,12 +101,17 @@ def test_one_client_is_pooled_training(settings: dict[str, Any], tmp_path: Path)
     partition = {"name": "iid", "clients": 1}
     local = settings["algorithm"]["local"]
     for name in ("feddpo", "pooled"):
-        run(experiment(settings, partition=partition, algorithm={"name": name, "local": local}), tmp_path / name)
+        run(
+            experiment(settings, partition=partition, algorithm={"name": name, "local": local}),
+            tmp_path / name,
+        )
     assert_same_adapter(tmp_path / "feddpo", tmp_path / "pooled")
 
 
 @pytest.mark.parametrize("weighting", ["examples", "equal"])
-def test_one_round_of_federation_is_the_mean_of_training_alone(weighting: str, settings: dict[str, Any], tmp_path: Path) -> None:
+def test_one_round_of_federation_is_the_mean_of_training_alone(
+    weighting: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
     spec = experiment(settings, rounds=1)
     task = spec.task.build()
     shards = [task.prepare(task.encode(client), tmp_path) for client in spec.clients()[0]]
@@ -109,7 +127,9 @@ def test_one_round_of_federation_is_the_mean_of_training_alone(weighting: str, s
     state = alone.step(fed, states[1])[0]
     sizes = [len(shard) if weighting == "examples" else 1 for shard in shards]
     weights = [size / sum(sizes) for size in sizes]
-    expected = trees.total(trees.scale(state.theta._values[i], weight) for i, weight in enumerate(weights))
+    expected = trees.total(
+        trees.scale(state.theta._values[i], weight) for i, weight in enumerate(weights)
+    )
     for name, value in averaged.items():
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)
 
@@ -135,11 +155,22 @@ def client(learner: Any, settings: dict[str, Any], round: int = 0) -> Any:
 def test_accumulated_batches_are_one_large_batch(settings: dict[str, Any], learner: Any) -> None:
     """With one batch a shard, drawing it twice is drawing the shard twice: the same gradient, whatever the optimiser."""
     start = learner.init(seeds.generator(0, "init"))
-    shard = replace(client(learner, settings).shard, train=client(learner, settings).shard.train[:4])
+    shard = replace(
+        client(learner, settings).shard, train=client(learner, settings).shard.train[:4]
+    )
     results = []
     for pieces in (1, 3):
-        local = LocalTraining(steps=2, batch_size=4, gradient_accumulation_steps=pieces, optim="sgd", learning_rate=0.1, warmup_ratio=0.0)
-        results.append(train_locally(replace(client(learner, settings), shard=shard), start, local, {})[0])
+        local = LocalTraining(
+            steps=2,
+            batch_size=4,
+            gradient_accumulation_steps=pieces,
+            optim="sgd",
+            learning_rate=0.1,
+            warmup_ratio=0.0,
+        )
+        results.append(
+            train_locally(replace(client(learner, settings), shard=shard), start, local, {})[0]
+        )
     for name in start:
         torch.testing.assert_close(results[0][name], results[1][name], rtol=1e-4, atol=1e-6)
 
@@ -147,7 +178,13 @@ def test_accumulated_batches_are_one_large_batch(settings: dict[str, Any], learn
 def test_sgd_takes_the_step_of_the_textbook(settings: dict[str, Any], learner: Any) -> None:
     start = learner.init(seeds.generator(0, "init"))
     local = LocalTraining(
-        steps=1, batch_size=4, optim="sgd", learning_rate=0.5, lr_scheduler_type="constant", warmup_ratio=0.0, max_grad_norm=1e9
+        steps=1,
+        batch_size=4,
+        optim="sgd",
+        learning_rate=0.5,
+        lr_scheduler_type="constant",
+        warmup_ratio=0.0,
+        max_grad_norm=1e9,
     )
     theta, moments, _ = train_locally(client(learner, settings), start, local, {})
     same = client(learner, settings)
@@ -161,11 +198,22 @@ def test_sgd_takes_the_step_of_the_textbook(settings: dict[str, Any], learner: A
 
 
 @pytest.mark.parametrize("optim", ["adamw", "sgd"])
-def test_kept_moments_make_two_rounds_one_long_round(optim: str, settings: dict[str, Any], learner: Any) -> None:
+def test_kept_moments_make_two_rounds_one_long_round(
+    optim: str, settings: dict[str, Any], learner: Any
+) -> None:
     """With them the optimiser goes on as if it had never stopped; without them it starts afresh."""
     start = learner.init(seeds.generator(0, "init"))
-    shard = replace(client(learner, settings).shard, train=client(learner, settings).shard.train[:4])
-    common = {"batch_size": 4, "optim": optim, "lr_scheduler_type": "constant", "warmup_ratio": 0.0, "momentum": 0.9, "learning_rate": 0.01}
+    shard = replace(
+        client(learner, settings).shard, train=client(learner, settings).shard.train[:4]
+    )
+    common = {
+        "batch_size": 4,
+        "optim": optim,
+        "lr_scheduler_type": "constant",
+        "warmup_ratio": 0.0,
+        "momentum": 0.9,
+        "learning_rate": 0.01,
+    }
 
     def on(round: int) -> Any:
         return replace(client(learner, settings, round), shard=shard)
@@ -185,14 +233,22 @@ def test_kept_moments_make_two_rounds_one_long_round(optim: str, settings: dict[
 def test_gradients_are_clipped_to_the_norm(settings: dict[str, Any], learner: Any) -> None:
     start = learner.init(seeds.generator(0, "init"))
     local = LocalTraining(
-        steps=1, batch_size=4, optim="sgd", learning_rate=1.0, lr_scheduler_type="constant", warmup_ratio=0.0, max_grad_norm=1e-3
+        steps=1,
+        batch_size=4,
+        optim="sgd",
+        learning_rate=1.0,
+        lr_scheduler_type="constant",
+        warmup_ratio=0.0,
+        max_grad_norm=1e-3,
     )
     theta, _, measured = train_locally(client(learner, settings), start, local, {})
     assert measured["grad_norm"] > 1e-2
     assert trees.norm(trees.subtract(theta, start)) == pytest.approx(1e-3, rel=1e-2)
 
 
-def test_batches_draw_every_pair_alike_and_keep_lengths_together(settings: dict[str, Any], learner: Any) -> None:
+def test_batches_draw_every_pair_alike_and_keep_lengths_together(
+    settings: dict[str, Any], learner: Any
+) -> None:
     shard = client(learner, settings).shard
     rng = seeds.generator(0, "work")
     seen: Counter[Any] = Counter()
@@ -209,7 +265,9 @@ def test_batches_draw_every_pair_alike_and_keep_lengths_together(settings: dict[
     assert sum(spread) < sum(at_random)
 
 
-def test_batches_of_a_token_budget_keep_to_it_and_weigh_every_pair_alike(settings: dict[str, Any], learner: Any) -> None:
+def test_batches_of_a_token_budget_keep_to_it_and_weigh_every_pair_alike(
+    settings: dict[str, Any], learner: Any
+) -> None:
     shard = client(learner, settings).shard
     rng = seeds.generator(0, "work")
     longest = max(pair.tokens for pair in shard.train)
@@ -222,7 +280,10 @@ def test_batches_of_a_token_budget_keep_to_it_and_weigh_every_pair_alike(setting
         for pair in pairs:
             weights[pair.prompt] += 1 / len(pairs)  # its weight in the mean of the losses
     assert len(sizes) > 1
-    assert all(abs(weights[pair.prompt] - 1200 / len(shard)) < 5 * math.sqrt(1200 / len(shard)) for pair in shard.train)
+    assert all(
+        abs(weights[pair.prompt] - 1200 / len(shard)) < 5 * math.sqrt(1200 / len(shard))
+        for pair in shard.train
+    )
     alone = learner.draw({}, {}, shard, BatchSize(8, max_tokens=1), rng).examples
     assert len(alone) == 1
 
@@ -237,14 +298,18 @@ def encode(learner: Any, words: int, mode: str, limit: int = 40) -> Any:
 
 
 def test_long_rows_are_refused_by_default(learner: Any) -> None:
-    with pytest.raises(UserError, match=r"row 1: prompt and longest answer are \d+ tokens, task.max_length is 40"):
+    with pytest.raises(
+        UserError, match=r"row 1: prompt and longest answer are \d+ tokens, task.max_length is 40"
+    ):
         encode(learner, 60, "refuse")
     with pytest.raises(UserError, match="context holds 96"):
         encode(learner, 1, "refuse", limit=97)
 
 
 @pytest.mark.parametrize(("mode", "kept"), [("keep_start", "start"), ("keep_end", "end")])
-def test_long_prompts_lose_the_end_that_is_asked_for_and_answers_stay(mode: str, kept: str, learner: Any) -> None:
+def test_long_prompts_lose_the_end_that_is_asked_for_and_answers_stay(
+    mode: str, kept: str, learner: Any
+) -> None:
     task, shard = encode(learner, 60, mode)
     text = task.language.tokenizer.decode
     (pair,) = shard.train
@@ -264,7 +329,15 @@ def test_a_run_leaves_everything_a_report_needs(settings: dict[str, Any], tmp_pa
     assert Experiment.load(tmp_path / "run" / "config.yaml") == spec
     rows = metrics(result.path)
     assert [row["round"] for row in rows] == [1, 2, 3]
-    assert {"loss", "rewards/accuracies", "rewards/margins", "grad_norm", "bytes_up", "bytes_down", "seconds"} <= rows[0].keys()
+    assert {
+        "loss",
+        "rewards/accuracies",
+        "rewards/margins",
+        "grad_norm",
+        "bytes_up",
+        "bytes_down",
+        "seconds",
+    } <= rows[0].keys()
     evaluated = RunDirectory(result.path).read_rows("evaluation.jsonl")
     assert [row["round"] for row in evaluated] == [2, 3]
     assert evaluated[-1]["summary"]["rewards/accuracies"].keys() == {
@@ -280,30 +353,51 @@ def test_a_run_leaves_everything_a_report_needs(settings: dict[str, Any], tmp_pa
     assert result.evaluations.keys() == {"feddpo", "alone", "pooled"}
     assert result.evaluations["feddpo"]["client-0"]["num_examples"] >= 1
     assert (result.path / "baselines/pooled/adapter/adapter_config.json").exists()
-    assert sorted(p.name for p in (result.path / "baselines/alone/clients").iterdir()) == [f"client-{i}" for i in range(4)]
-    probes = 8 * 4 * len(adapter(result.path)) // 2  # float32 numbers a weight, which has two factors
+    assert sorted(p.name for p in (result.path / "baselines/alone/clients").iterdir()) == [
+        f"client-{i}" for i in range(4)
+    ]
+    probes = (
+        8 * 4 * len(adapter(result.path)) // 2
+    )  # float32 numbers a weight, which has two factors
     size = trees.size(adapter(result.path))
     assert (rows[0]["bytes_up"], rows[0]["bytes_down"]) == (4 * (size + probes), 4 * size)
 
 
-def test_the_cohort_has_the_size_that_is_asked_for(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_the_cohort_has_the_size_that_is_asked_for(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
     result = run(experiment(settings, federation={"clients_per_round": 2}), tmp_path / "run")
     assert [row["clients"] for row in metrics(result.path)] == [2, 2, 2]
 
 
-def test_divergence_is_a_sentence_that_names_the_last_checkpoint(settings: dict[str, Any], tmp_path: Path) -> None:
-    local = {"steps": 1, "batch_size": 4, "optim": "sgd", "lr_scheduler_type": "linear", "warmup_ratio": 0.8, "max_grad_norm": 1e30}
-    spec = experiment(settings, algorithm={"name": "feddpo", "local": {**local, "learning_rate": 1e38}}, rounds=6)
+def test_divergence_is_a_sentence_that_names_the_last_checkpoint(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    local = {
+        "steps": 1,
+        "batch_size": 4,
+        "optim": "sgd",
+        "lr_scheduler_type": "linear",
+        "warmup_ratio": 0.8,
+        "max_grad_norm": 1e30,
+    }
+    spec = experiment(
+        settings, algorithm={"name": "feddpo", "local": {**local, "learning_rate": 1e38}}, rounds=6
+    )
     with pytest.raises(UserError, match=r"round \d: training diverged") as caught:
         run(spec, tmp_path / "run")
     kept = RunDirectory(tmp_path / "run").checkpoints()
     assert str(kept[-1]) in str(caught.value) if kept else "no checkpoint" in str(caught.value)
     for checkpoint in kept:
-        assert all(t.isfinite().all() for t in trees.load(checkpoint / "adapter.safetensors").values())
+        assert all(
+            t.isfinite().all() for t in trees.load(checkpoint / "adapter.safetensors").values()
+        )
     assert not (tmp_path / "run/adapter").exists()
 
 
-def test_an_existing_directory_is_refused_and_untouched(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_an_existing_directory_is_refused_and_untouched(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
     run(experiment(settings, rounds=1), tmp_path / "run")
     before = (tmp_path / "run/metrics.jsonl").read_text()
     with pytest.raises(UserError, match="exists already"):
@@ -322,42 +416,70 @@ def test_resuming_over_other_data_is_refused(settings: dict[str, Any], tmp_path:
         resume(tmp_path / "run")
 
 
-def test_clients_that_are_never_drawn_still_train_alone(settings: dict[str, Any], tmp_path: Path) -> None:
-    result = run(experiment(settings, federation={"clients_per_round": 1}, baselines=["alone"]), tmp_path / "run")
+def test_clients_that_are_never_drawn_still_train_alone(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    result = run(
+        experiment(settings, federation={"clients_per_round": 1}, baselines=["alone"]),
+        tmp_path / "run",
+    )
     assert [row["clients"] for row in metrics(result.path)] == [1, 1, 1]
     assert [row["clients"] for row in metrics(result.path / "baselines/alone")] == [4, 4, 4]
-    assert all(abs(row["loss"] - math.log(2)) > 1e-3 for row in result.evaluations["alone"].values())
+    assert all(
+        abs(row["loss"] - math.log(2)) > 1e-3 for row in result.evaluations["alone"].values()
+    )
 
 
 def test_a_line_is_not_its_own_reference(settings: dict[str, Any], tmp_path: Path) -> None:
     algorithm = {"name": "alone", "local": settings["algorithm"]["local"]}
-    result = run(experiment(settings, algorithm=algorithm, baselines=["alone", "pooled"]), tmp_path / "run")
+    result = run(
+        experiment(settings, algorithm=algorithm, baselines=["alone", "pooled"]), tmp_path / "run"
+    )
     assert result.evaluations.keys() == {"alone", "pooled"}
     assert (result.path / "done").exists()
 
 
-def test_a_clients_name_cannot_leave_the_run_directory(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_a_clients_name_cannot_leave_the_run_directory(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
     rows = [{**row, "client": "../../" + row["client"]} for row in make_rows([24, 16])]
     data = {**settings["data"], "path": str(write_rows(tmp_path / "rows.jsonl", rows))}
-    run(experiment(settings, data=data, algorithm={**settings["algorithm"], "name": "alone"}), tmp_path / "deep/run")
-    assert {path.name for path in (tmp_path / "deep/run/clients").iterdir()} == {"..%2F..%2Fclient-0", "..%2F..%2Fclient-1"}
+    run(
+        experiment(settings, data=data, algorithm={**settings["algorithm"], "name": "alone"}),
+        tmp_path / "deep/run",
+    )
+    assert {path.name for path in (tmp_path / "deep/run/clients").iterdir()} == {
+        "..%2F..%2Fclient-0",
+        "..%2F..%2Fclient-1",
+    }
     assert {path.name for path in (tmp_path / "deep").iterdir()} == {"run"}
 
 
-def test_the_pooled_line_sees_all_data_and_as_many_pairs(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_the_pooled_line_sees_all_data_and_as_many_pairs(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
     result = run(experiment(settings, baselines=["pooled"]), tmp_path / "run")
     ours, pooled = metrics(result.path), metrics(result.path / "baselines/pooled")
     assert [row["num_pairs"] for row in ours] == [row["num_pairs"] for row in pooled]
-    assert isinstance(Experiment.load(tmp_path / "run/baselines/pooled/config.yaml").algorithm, Pooled)
+    assert isinstance(
+        Experiment.load(tmp_path / "run/baselines/pooled/config.yaml").algorithm, Pooled
+    )
 
 
 # ---- resuming
 
 
 @pytest.mark.parametrize("after", [1, 6, 9, 13])
-def test_a_run_left_anywhere_ends_with_the_same_bits(after: int, settings: dict[str, Any], tmp_path: Path) -> None:
+def test_a_run_left_anywhere_ends_with_the_same_bits(
+    after: int, settings: dict[str, Any], tmp_path: Path
+) -> None:
     local = {**settings["algorithm"]["local"], "keep_optimizer": True}
-    spec = experiment(settings, baselines=["alone"], evaluate_every=1, algorithm={"name": "feddpo", "local": local})
+    spec = experiment(
+        settings,
+        baselines=["alone"],
+        evaluate_every=1,
+        algorithm={"name": "feddpo", "local": local},
+    )
     run(spec, tmp_path / "whole")
     happenings = events(spec, new_directory(spec, tmp_path / "broken"))
     for _ in range(after):
@@ -366,14 +488,24 @@ def test_a_run_left_anywhere_ends_with_the_same_bits(after: int, settings: dict[
     resume(tmp_path / "broken")
     assert_same_adapter(tmp_path / "whole", tmp_path / "broken")
     for name in ("metrics.jsonl", "baselines/alone/metrics.jsonl", "evaluation.jsonl"):
-        whole, broken = (RunDirectory(tmp_path / side).read_rows(name) for side in ("whole", "broken"))
-        timeless = [[{key: row[key] for key in row if not key.startswith("seconds")} for row in rows] for rows in (whole, broken)]
+        whole, broken = (
+            RunDirectory(tmp_path / side).read_rows(name) for side in ("whole", "broken")
+        )
+        timeless = [
+            [{key: row[key] for key in row if not key.startswith("seconds")} for row in rows]
+            for rows in (whole, broken)
+        ]
         assert timeless[0] == timeless[1]
 
 
-def test_any_number_of_workers_ends_with_the_same_bits(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_any_number_of_workers_ends_with_the_same_bits(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
     task = {**settings["task"], "model": {**settings["task"]["model"], "lora_dropout": 0.1}}
-    results = [run(experiment(settings, task=task, workers=count), tmp_path / str(count)) for count in (1, 2, 3)]
+    results = [
+        run(experiment(settings, task=task, workers=count), tmp_path / str(count))
+        for count in (1, 2, 3)
+    ]
     for result in results[1:]:
         assert_same_adapter(results[0].path, result.path)
         assert result.evaluations == results[0].evaluations
@@ -406,7 +538,9 @@ def test_what_does_not_fit_in_memory_lies_in_files_while_it_is_needed(
     algorithm: Any = spec.algorithm
     states = {}
     for room in (1024, 0):
-        with closing(Simulation(task, shards, seed=0, rounds=2, workers=workers, spill_above_mb=room)) as engine:
+        with closing(
+            Simulation(task, shards, seed=0, rounds=2, workers=workers, spill_above_mb=room)
+        ) as engine:
             state = algorithm.init(engine, task.init(seeds.generator(0, "init")))
             for number in range(2):
                 engine.begin(number, engine.clients[number:])
@@ -414,17 +548,26 @@ def test_what_does_not_fit_in_memory_lies_in_files_while_it_is_needed(
             engine.save({f"own-{room}": state.own}, tmp_path)
             states[room] = state.adapter
         spilled = len(list(tmp_path.glob("fedpref-*.safetensors")))
-        assert spilled == (len(shards) if room == 0 else 0), "each client's own factors, and no trace of its messages"
+        assert spilled == (len(shards) if room == 0 else 0), (
+            "each client's own factors, and no trace of its messages"
+        )
         del state
         assert not list(tmp_path.glob("fedpref-*"))
     for i in range(len(shards)):
-        a, b = ({**states[room], **trees.load(tmp_path / f"own-{room}/{i}.safetensors")} for room in (0, 1024))
+        a, b = (
+            {**states[room], **trees.load(tmp_path / f"own-{room}/{i}.safetensors")}
+            for room in (0, 1024)
+        )
         assert a.keys() == b.keys()
         assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_a_killed_run_ends_with_the_same_bits(settings: dict[str, Any], tmp_path: Path) -> None:
-    spec = config.parse(Experiment, {**settings, "rounds": 12, "federation": {"clients_per_round": 3}, "workers": 2}, "test")
+    spec = config.parse(
+        Experiment,
+        {**settings, "rounds": 12, "federation": {"clients_per_round": 3}, "workers": 2},
+        "test",
+    )
     run(spec, tmp_path / "whole")
     broken = tmp_path / "broken"
     process = other_processes().Process(target=run, args=(spec, broken))
@@ -440,7 +583,9 @@ def test_a_killed_run_ends_with_the_same_bits(settings: dict[str, Any], tmp_path
     assert [row["round"] for row in metrics(broken)] == list(range(1, 13))
 
 
-def test_a_finished_run_can_be_resumed_without_harm(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_a_finished_run_can_be_resumed_without_harm(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
     first = run(experiment(settings), tmp_path / "run")
     assert resume(tmp_path / "run") == first
 
@@ -450,38 +595,56 @@ def test_ties_count_half(settings: dict[str, Any], learner: Any, tmp_path: Path)
     shard = learner.encode(experiment(settings).clients()[0][0])
     shard = replace(shard, test=shard.test[:1])
     adapter = learner.init(seeds.generator(0, "init"))
-    scores = learner.language.log_probabilities(adapter, [(shard.test[0].prompt, shard.test[0].answers)])
+    scores = learner.language.log_probabilities(
+        adapter, [(shard.test[0].prompt, shard.test[0].answers)]
+    )
     tied = replace(shard, test=(replace(shard.test[0], reference=tuple(scores.tolist())),))
     measured = learner.evaluate(adapter, tied)
     assert (measured["rewards/accuracies"], measured["rewards/margins"]) == (0.5, 0.0)
     assert measured["loss"] == pytest.approx(math.log(2))
 
 
-def test_a_shard_without_scores_is_not_taken_for_one_with_zeros(settings: dict[str, Any], learner: Any) -> None:
+def test_a_shard_without_scores_is_not_taken_for_one_with_zeros(
+    settings: dict[str, Any], learner: Any
+) -> None:
     shard = learner.encode(experiment(settings).clients()[0][0])
     with pytest.raises(RuntimeError, match="not prepared"):
         learner.evaluate(learner.init(seeds.generator(0, "init")), shard)
 
 
-def test_two_datasets_with_one_name_do_not_share_scores(settings: dict[str, Any], tmp_path: Path, learner: Any) -> None:
+def test_two_datasets_with_one_name_do_not_share_scores(
+    settings: dict[str, Any], tmp_path: Path, learner: Any
+) -> None:
     files = [write_rows(tmp_path / f"{i}.jsonl", make_rows([12], seed=i)) for i in range(2)]
-    specs = [experiment(settings, data={"name": "files", "path": str(file), "test_fraction": 0.3}) for file in files]
+    specs = [
+        experiment(settings, data={"name": "files", "path": str(file), "test_fraction": 0.3})
+        for file in files
+    ]
     for spec in specs:
         learner.prepare(learner.encode(spec.clients()[0][0]), tmp_path / "cache")
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
-def test_losses_without_a_reference_need_no_scores(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_losses_without_a_reference_need_no_scores(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
     spec = experiment(settings, task={**settings["task"], "loss": {"name": "simpo"}})
     result = run(spec, tmp_path / "run")
     assert not (result.path / "cache").exists()
     assert PreferenceTask().loss.needs_reference
 
 
-def test_an_evaluation_before_the_first_round_changes_nothing_after_it(settings: dict[str, Any], tmp_path: Path) -> None:
-    plain, asked = (run(experiment(settings, evaluate_on_start=start), tmp_path / str(start)).path for start in (False, True))
+def test_an_evaluation_before_the_first_round_changes_nothing_after_it(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    plain, asked = (
+        run(experiment(settings, evaluate_on_start=start), tmp_path / str(start)).path
+        for start in (False, True)
+    )
     assert_same_adapter(plain, asked)
     rows = RunDirectory(asked).read_rows("evaluation.jsonl")
     assert [row["round"] for row in rows] == [0, 3]
     assert rows[1] == RunDirectory(plain).read_rows("evaluation.jsonl")[-1]
-    assert {row["rewards/accuracies"] for row in rows[0]["clients"].values()} == {0.5}, "an untrained adapter chooses nothing"
+    assert {row["rewards/accuracies"] for row in rows[0]["clients"].values()} == {0.5}, (
+        "an untrained adapter chooses nothing"
+    )

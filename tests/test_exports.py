@@ -38,7 +38,11 @@ TEXT = "Human: Which thing?\n\nAssistant: river stone"
 
 @pytest.fixture(scope="module")
 def shared(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    spec = config.parse(Experiment, {**settings, "algorithm": {"name": "feddpo", "local": LOCAL}, "workers": 1}, "test")
+    spec = config.parse(
+        Experiment,
+        {**settings, "algorithm": {"name": "feddpo", "local": LOCAL}, "workers": 1},
+        "test",
+    )
     return run(spec, tmp_path_factory.mktemp("shared") / "run").path
 
 
@@ -46,7 +50,15 @@ def shared(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -
 def personal(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Clients with an adapter, a low-rank head and a reward head of their own."""
     parts = {"head": "low-rank", "head_rank": 2, "bottleneck": 0, "reward": True, "adapter": True}
-    spec = config.parse(Experiment, {**settings, "algorithm": {"name": "fedpdpo", "local": LOCAL, "parts": parts}, "workers": 1}, "test")
+    spec = config.parse(
+        Experiment,
+        {
+            **settings,
+            "algorithm": {"name": "fedpdpo", "local": LOCAL, "parts": parts},
+            "workers": 1,
+        },
+        "test",
+    )
     return run(spec, tmp_path_factory.mktemp("personal") / "run").path
 
 
@@ -61,16 +73,22 @@ def front_matter(folder: Path) -> dict[str, Any]:
     return dict(yaml.safe_load((folder / "README.md").read_text().split("---\n")[1]))
 
 
-def test_adapters_load_in_peft_and_the_manifest_names_them(shared: Path, tiny: Path, tmp_path: Path) -> None:
+def test_adapters_load_in_peft_and_the_manifest_names_them(
+    shared: Path, tiny: Path, tmp_path: Path
+) -> None:
     made = export(shared, "peft", tmp_path / "out")
     manifest = json.loads((made / MANIFEST).read_text())
     assert manifest["base_model"] == str(tiny)
     assert manifest["adapters"] == [{"name": "shared", "path": "shared", "rank": 4, "left_out": []}]
     assert "--max-lora-rank 8 --lora-modules shared=shared" in manifest["vllm"]
-    plain = log_probabilities(AutoPeftModelForCausalLM.from_pretrained(str(made / "shared")), made / "shared")
+    plain = log_probabilities(
+        AutoPeftModelForCausalLM.from_pretrained(str(made / "shared")), made / "shared"
+    )
     assert torch.equal(plain, log_probabilities(load_model(shared / "adapter"), shared / "adapter"))
     base = transformers.AutoModelForCausalLM.from_pretrained(str(tiny))
-    assert not torch.allclose(plain, log_probabilities(base, tiny), atol=1e-3), "it has learned something"
+    assert not torch.allclose(plain, log_probabilities(base, tiny), atol=1e-3), (
+        "it has learned something"
+    )
     top = front_matter(made / "shared")
     assert top["library_name"] == "peft"
     assert "base_model" not in top, "a folder of this machine is no model of the Hub"
@@ -83,30 +101,44 @@ def test_adapters_load_in_peft_and_the_manifest_names_them(shared: Path, tiny: P
 def test_merged_folders_load_in_transformers_with_the_same_log_probabilities(
     form: Any, tolerance: float, shared: Path, personal: Path, tmp_path: Path
 ) -> None:
-    for path, client, source in ((shared, None, shared / "adapter"), (personal, "client-1", personal / "clients/client-1")):
+    for path, client, source in (
+        (shared, None, shared / "adapter"),
+        (personal, "client-1", personal / "clients/client-1"),
+    ):
         made = export(path, form, tmp_path / path.parent.name, client=client)
         model = transformers.AutoModelForCausalLM.from_pretrained(str(made))
         assert model.dtype == (torch.float16 if form == "gguf-ready" else torch.float32)
         expected = log_probabilities(load_model(source), source)
-        torch.testing.assert_close(log_probabilities(model.float(), made), expected, atol=tolerance, rtol=0)
+        torch.testing.assert_close(
+            log_probabilities(model.float(), made), expected, atol=tolerance, rtol=0
+        )
         assert front_matter(made)["library_name"] == "transformers"
     assert (made / "reward_head.safetensors").exists()
     last = RunDirectory(personal).read_rows(EVALUATION)[-1]["clients"]["client-1"]
     text = (made / "README.md").read_text()
-    for name, metric in (("of the policy", "rewards/accuracies_implicit"), ("with the reward head beside it", "rewards/accuracies")):
+    for name, metric in (
+        ("of the policy", "rewards/accuracies_implicit"),
+        ("with the reward head beside it", "rewards/accuracies"),
+    ):
         assert f"{name} | {100 * last[metric]:.1f} (of client-1)" in text
 
 
 def test_clients_adapters_say_what_they_leave_out(personal: Path, tmp_path: Path) -> None:
     made = export(personal, "peft", tmp_path / "out")
-    entries = {entry["name"]: entry for entry in json.loads((made / MANIFEST).read_text())["adapters"]}
+    entries = {
+        entry["name"]: entry for entry in json.loads((made / MANIFEST).read_text())["adapters"]
+    }
     assert set(entries) == {"shared", *(f"client-{k}" for k in range(4))}
     assert entries["client-0"]["left_out"] == ["head.down", "head.up", "reward.weight"]
     assert entries["client-0"]["rank"] == 8, "the shared one and its own, as one"
-    assert "not the whole of the client's model" in (made / "clients/client-0/README.md").read_text()
+    assert (
+        "not the whole of the client's model" in (made / "clients/client-0/README.md").read_text()
+    )
     AutoPeftModelForCausalLM.from_pretrained(str(made / "clients/client-0"))
     for place in ("shared", "clients/client-0"):
-        assert "not measured" in (made / place / "README.md").read_text(), "the figure is of the whole model"
+        assert "not measured" in (made / place / "README.md").read_text(), (
+            "the figure is of the whole model"
+        )
 
 
 def test_names_of_clients_stay_names(personal: Path, tmp_path: Path) -> None:
@@ -122,20 +154,35 @@ def test_names_of_clients_stay_names(personal: Path, tmp_path: Path) -> None:
     assert f"{odd}=clients/{quote(odd, safe=' ')}" in shlex.split(manifest["vllm"])
 
 
-def test_a_card_of_the_shared_model_for_one_client_is_about_that_client(shared: Path, tmp_path: Path) -> None:
+def test_a_card_of_the_shared_model_for_one_client_is_about_that_client(
+    shared: Path, tmp_path: Path
+) -> None:
     made = export(shared, "peft", tmp_path / "out", client="client-2")
     text = (made / "clients/client-2/README.md").read_text()
-    value = RunDirectory(shared).read_rows(EVALUATION)[-1]["clients"]["client-2"]["rewards/accuracies"]
+    value = RunDirectory(shared).read_rows(EVALUATION)[-1]["clients"]["client-2"][
+        "rewards/accuracies"
+    ]
     assert f"{100 * value:.1f} (of client-2)" in text
-    code = text.split("```python\n")[1].split("```")[0].replace("FOLDER", str(made / "clients/client-2"))
+    code = (
+        text.split("```python\n")[1]
+        .split("```")[0]
+        .replace("FOLDER", str(made / "clients/client-2"))
+    )
     scope: dict[str, Any] = {}
     exec(code, scope)
     assert scope["model"] is not None
 
 
-def test_what_a_form_cannot_hold_is_refused_and_nothing_is_written(settings: dict[str, Any], shared: Path, tmp_path: Path) -> None:
+def test_what_a_form_cannot_hold_is_refused_and_nothing_is_written(
+    settings: dict[str, Any], shared: Path, tmp_path: Path
+) -> None:
     parts = {"head": None, "bottleneck": 2, "reward": False, "adapter": False}
-    content = {**settings, "rounds": 1, "algorithm": {"name": "fedpdpo", "local": LOCAL, "parts": parts}, "workers": 1}
+    content = {
+        **settings,
+        "rounds": 1,
+        "algorithm": {"name": "fedpdpo", "local": LOCAL, "parts": parts},
+        "workers": 1,
+    }
     path = run(config.parse(Experiment, content, "test"), tmp_path / "run").path
     with pytest.raises(UserError, match="bottleneck"):
         export(path, "merged", tmp_path / "out", client="client-0")
@@ -146,13 +193,17 @@ def test_what_a_form_cannot_hold_is_refused_and_nothing_is_written(settings: dic
         export(shared, "peft", tmp_path / "there")
     assert not (tmp_path / "out").exists()
     assert sorted(place.name for place in tmp_path.iterdir()) == ["run", "there"]
-    assert "--format 'gguf'" in str(CliRunner().invoke(cli.app, ["export", str(shared), "--format", "gguf"]).exception)
+    assert "--format 'gguf'" in str(
+        CliRunner().invoke(cli.app, ["export", str(shared), "--format", "gguf"]).exception
+    )
 
 
 # ---- any preferences
 
 
-def test_a_run_is_measured_on_any_file(shared: Path, personal: Path, rows_file: Path, tmp_path: Path) -> None:
+def test_a_run_is_measured_on_any_file(
+    shared: Path, personal: Path, rows_file: Path, tmp_path: Path
+) -> None:
     rows = [json.loads(line) for line in rows_file.read_text().splitlines()][:10]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = evaluate(shared, Files(path=str(tmp_path / "pairs.jsonl")))
@@ -161,7 +212,9 @@ def test_a_run_is_measured_on_any_file(shared: Path, personal: Path, rows_file: 
     swapped = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
     (tmp_path / "swapped.jsonl").write_text("".join(json.dumps(row) + "\n" for row in swapped))
     other = evaluate(shared, Files(path=str(tmp_path / "swapped.jsonl")))
-    assert found[SHARED]["rewards/accuracies"] + other[SHARED]["rewards/accuracies"] == pytest.approx(1.0)
+    assert found[SHARED]["rewards/accuracies"] + other[SHARED][
+        "rewards/accuracies"
+    ] == pytest.approx(1.0)
     each = evaluate(personal, Files(path=str(tmp_path / "pairs.jsonl")))
     assert list(each) == [f"client-{k}" for k in range(4)]
     assert len({row["loss"] for row in each.values()}) == 4, "every client's own model answers"
@@ -180,14 +233,21 @@ def test_a_run_is_measured_on_any_file(shared: Path, personal: Path, rows_file: 
     shutil.rmtree(place / "checkpoints")
     with pytest.raises(UserError, match="no longer there"):
         evaluate(place, Files(path=str(tmp_path / "pairs.jsonl")))
-    shown = CliRunner().invoke(cli.app, ["evaluate", str(shared), "--data", str(tmp_path / "pairs.jsonl"), "--json"])
+    shown = CliRunner().invoke(
+        cli.app, ["evaluate", str(shared), "--data", str(tmp_path / "pairs.jsonl"), "--json"]
+    )
     assert json.loads(shown.output)[SHARED] == pytest.approx(dict(found[SHARED]))
 
 
-def test_a_client_evaluated_on_its_own_held_out_rows_has_the_run_s_figures(personal: Path, tmp_path: Path) -> None:
+def test_a_client_evaluated_on_its_own_held_out_rows_has_the_run_s_figures(
+    personal: Path, tmp_path: Path
+) -> None:
     spec = Experiment.load(personal / "config.yaml")
     (client,) = (one for one in spec.clients()[0] if one.name == "client-0")
-    rows = [{side: getattr(row, side) for side in ("prompt", "chosen", "rejected")} for row in client.test]
+    rows = [
+        {side: getattr(row, side) for side in ("prompt", "chosen", "rejected")}
+        for row in client.test
+    ]
     (tmp_path / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = evaluate(personal, Files(path=str(tmp_path / "held.jsonl")), "client-0")["client-0"]
     measured = RunDirectory(personal).read_rows(EVALUATION)[-1]["clients"]["client-0"]
@@ -199,17 +259,28 @@ def test_a_client_evaluated_on_its_own_held_out_rows_has_the_run_s_figures(perso
 
 
 def test_a_watcher_sees_what_the_runner_saw(settings: dict[str, Any], tmp_path: Path) -> None:
-    spec = config.parse(Experiment, {**settings, "baselines": ["alone"], "evaluate_every": 1, "workers": 1}, "test")
-    seen = [event for event in happenings(spec, RunDirectory(tmp_path / "run")) if event.kind in ("round", "evaluate")]
+    spec = config.parse(
+        Experiment, {**settings, "baselines": ["alone"], "evaluate_every": 1, "workers": 1}, "test"
+    )
+    seen = [
+        event
+        for event in happenings(spec, RunDirectory(tmp_path / "run"))
+        if event.kind in ("round", "evaluate")
+    ]
 
     def must_not_wait() -> None:
         raise AssertionError("the run is done")
 
     found = [event for event in watched(tmp_path / "run", must_not_wait) if event.kind != "begin"]
     for kind in ("round", "evaluate"):
-        ran, looked = ([(e.line, e.done, e.total) for e in events if e.kind == kind] for events in (seen, found))
+        ran, looked = (
+            [(e.line, e.done, e.total) for e in events if e.kind == kind]
+            for events in (seen, found)
+        )
         assert ran == looked
-    assert [e.metrics["loss"] for e in seen if e.kind == "round"] == [e.metrics["loss"] for e in found if e.kind == "round"]
+    assert [e.metrics["loss"] for e in seen if e.kind == "round"] == [
+        e.metrics["loss"] for e in found if e.kind == "round"
+    ]
     (tmp_path / "run/done").unlink()
     with pytest.raises(AssertionError, match="done"):
         list(watched(tmp_path / "run", must_not_wait))
@@ -240,18 +311,34 @@ class Fake:
 
 
 @pytest.mark.parametrize(
-    ("name", "logs", "ends"), [("wandb", "log", "finish"), ("mlflow", "log_metrics", "end_run"), ("trackio", "log", "finish")]
+    ("name", "logs", "ends"),
+    [
+        ("wandb", "log", "finish"),
+        ("mlflow", "log_metrics", "end_run"),
+        ("trackio", "log", "finish"),
+    ],
 )
 def test_trackers_are_told_what_happens(
-    name: str, logs: str, ends: str, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    logs: str,
+    ends: str,
+    settings: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fake = Fake()
     monkeypatch.setitem(sys.modules, name, fake)
     for variable in ("WANDB_MODE", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(variable, raising=False)
-    spec = config.parse(Experiment, {**settings, "report_to": [name], "workers": 1, "name": "mine"}, "test")
+    spec = config.parse(
+        Experiment, {**settings, "report_to": [name], "workers": 1, "name": "mine"}, "test"
+    )
     list(happenings(spec, RunDirectory(tmp_path / "run")))
-    told = [(args[0], named.get("step", args[0].get("round"))) for call, args, named in fake.calls if call == logs]
+    told = [
+        (args[0], named.get("step", args[0].get("round")))
+        for call, args, named in fake.calls
+        if call == logs
+    ]
     rows = RunDirectory(tmp_path / "run").read_rows(METRICS)
     losses = {step: figures["feddpo/loss"] for figures, step in told if "feddpo/loss" in figures}
     assert losses == {row["round"]: row["loss"] for row in rows}
@@ -260,10 +347,14 @@ def test_trackers_are_told_what_happens(
     assert not any("FAILED" in args or named.get("exit_code") for _, args, named in fake.calls)
     text = str(fake.calls)
     assert "mine" in text
-    assert {"wandb": "'offline'", "mlflow": "sqlite:///", "trackio": "mine"}[name] in text, "nothing leaves this machine by default"
+    assert {"wandb": "'offline'", "mlflow": "sqlite:///", "trackio": "mine"}[name] in text, (
+        "nothing leaves this machine by default"
+    )
 
 
-def test_trackers_are_told_that_a_run_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trackers_are_told_that_a_run_has_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def failing() -> Iterator[Event]:
         yield Event("feddpo", "round", 1, 2, {"loss": 0.7})
         raise UserError("training diverged")
@@ -275,25 +366,40 @@ def test_trackers_are_told_that_a_run_has_failed(tmp_path: Path, monkeypatch: py
         with pytest.raises(UserError, match="diverged"):
             list(tracked(failing(), (name,), "mine", {}, tmp_path))
         found[name] = fake.calls[-1]
-    assert found == {"wandb": ("finish", (), {"exit_code": 1}), "mlflow": ("end_run", ("FAILED",), {})}
+    assert found == {
+        "wandb": ("finish", (), {"exit_code": 1}),
+        "mlflow": ("end_run", ("FAILED",), {}),
+    }
 
 
 def test_tensorboard_reads_what_was_written(settings: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    spec = config.parse(Experiment, {**settings, "report_to": ["tensorboard"], "workers": 1}, "test")
+    spec = config.parse(
+        Experiment, {**settings, "report_to": ["tensorboard"], "workers": 1}, "test"
+    )
     list(happenings(spec, RunDirectory(tmp_path / "run")))
     rows = RunDirectory(tmp_path / "run").read_rows(METRICS)
-    again = tracked(iter([Event("feddpo", "round", 3, 3, {"loss": 0.25})]), ("tensorboard",), "mine", {}, tmp_path / "run")
+    again = tracked(
+        iter([Event("feddpo", "round", 3, 3, {"loss": 0.25})]),
+        ("tensorboard",),
+        "mine",
+        {},
+        tmp_path / "run",
+    )
     assert len(list(again)) == 1
     found = EventAccumulator(str(tmp_path / "run/tensorboard/feddpo"))
     found.Reload()
     losses = [row["loss"] for row in rows[:2]] + [0.25]
-    assert [(one.step, one.value) for one in found.Scalars("loss")] == [(k + 1, pytest.approx(loss)) for k, loss in enumerate(losses)]
+    assert [(one.step, one.value) for one in found.Scalars("loss")] == [
+        (k + 1, pytest.approx(loss)) for k, loss in enumerate(losses)
+    ]
 
 
-def test_a_tracker_that_is_not_there_is_named(settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tracker_that_is_not_there_is_named(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     spec = config.parse(Experiment, {**settings, "report_to": ["wandb"]}, "test")
     with pytest.raises(UserError, match="pip install wandb"):
@@ -304,11 +410,16 @@ def test_a_tracker_that_is_not_there_is_named(settings: dict[str, Any], tmp_path
 # ---- answers to be read
 
 
-def test_answers_are_drawn_from_the_whole_of_a_clients_model(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_answers_are_drawn_from_the_whole_of_a_clients_model(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
     task = config.parse(Experiment, settings, "test").build_task()
     rng = torch.Generator().manual_seed(0)
     params = {**task.init(rng), **task.parts(Parts(bottleneck=4), rng)}
-    params = {name: tensor + 0.05 * torch.randn(tensor.shape, generator=rng) for name, tensor in params.items()}
+    params = {
+        name: tensor + 0.05 * torch.randn(tensor.shape, generator=rng)
+        for name, tensor in params.items()
+    }
     task.export(params, tmp_path / "client")
     ids = torch.tensor([[5, 17, 300, 8]])
     model = task.language.model.get_base_model()
@@ -324,11 +435,26 @@ def test_answers_are_drawn_from_the_whole_of_a_clients_model(settings: dict[str,
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_a_run_keeps_answers_before_and_after_where_they_are_asked_for(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_a_run_keeps_answers_before_and_after_where_they_are_asked_for(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
     algorithm = {"name": "fedpdpo", "local": LOCAL, "parts": {"bottleneck": 4}}
-    asked = {**settings, "task": {**settings["task"], "samples": 2}, "algorithm": algorithm, "rounds": 1, "baselines": ["alone"]}
+    asked = {
+        **settings,
+        "task": {**settings["task"], "samples": 2},
+        "algorithm": algorithm,
+        "rounds": 1,
+        "baselines": ["alone"],
+    }
     samples = read(run(config.parse(Experiment, asked, "test"), tmp_path / "run").path).samples
     assert not (tmp_path / "run/baselines/alone/samples").exists()
     assert sorted(samples) == [f"client-{i}" for i in range(4)]
-    assert all(len(rows) == 2 and rows[0]["prompt"].startswith("Human: Which thing") for rows in samples.values())
-    assert any(row["before"]["completion"] != row["after"]["completion"] for rows in samples.values() for row in rows)
+    assert all(
+        len(rows) == 2 and rows[0]["prompt"].startswith("Human: Which thing")
+        for rows in samples.values()
+    )
+    assert any(
+        row["before"]["completion"] != row["after"]["completion"]
+        for rows in samples.values()
+        for row in rows
+    )

@@ -52,10 +52,16 @@ def test_either_answer_is_preferred_with_probabilities_that_sum_to_one() -> None
 
 def test_without_alpha_it_is_dpo_and_without_beta_a_reward_model() -> None:
     implicit, explicit = torch.randn(2, 20)
-    assert torch.equal(Explicit(alpha=0.0, gamma=0.0)(DPO(), implicit, explicit), DPO().of_margin(implicit))
+    assert torch.equal(
+        Explicit(alpha=0.0, gamma=0.0)(DPO(), implicit, explicit), DPO().of_margin(implicit)
+    )
     bradley_terry = -torch.nn.functional.logsigmoid(explicit)
-    torch.testing.assert_close(Explicit(alpha=1.0, gamma=0.0)(DPO(), 0 * implicit, explicit), bradley_terry)
-    torch.testing.assert_close(Explicit(alpha=0.0, gamma=0.5)(Hinge(), 0 * implicit, explicit), 1 + 0.5 * bradley_terry)
+    torch.testing.assert_close(
+        Explicit(alpha=1.0, gamma=0.0)(DPO(), 0 * implicit, explicit), bradley_terry
+    )
+    torch.testing.assert_close(
+        Explicit(alpha=0.0, gamma=0.5)(Hinge(), 0 * implicit, explicit), 1 + 0.5 * bradley_terry
+    )
 
 
 @pytest.mark.parametrize("stop", [True, False])
@@ -88,14 +94,20 @@ def test_parts_compute_what_their_definition_says(parts: Parts, packs: bool, tin
     model.packs = packs
     own = shaken(model.fresh(parts, seeds.generator(0, "work")))
     backbone = model.model.get_base_model()
-    weight = own.get(HEAD, model.head.weight + own["head.up"] @ own["head.down"] if "head.up" in own else None)
+    weight = own.get(
+        HEAD, model.head.weight + own["head.up"] @ own["head.down"] if "head.up" in own else None
+    )
     expected, expected_rewards = [], []
     for prompt, answers in ROWS:
         for answer in answers:
             ids = torch.tensor([[*prompt, *answer]])
             with torch.no_grad(), model.model.disable_adapter():
                 hidden = backbone.model(ids).last_hidden_state[0]
-            fused = hidden + torch.nn.functional.gelu(hidden @ own["bottleneck.down"].T) @ own["bottleneck.up"].T
+            fused = (
+                hidden
+                + torch.nn.functional.gelu(hidden @ own["bottleneck.down"].T)
+                @ own["bottleneck.up"].T
+            )
             tokens = torch.log_softmax(fused @ weight.T, -1)[:-1].gather(1, ids[0, 1:, None])
             expected.append(tokens[len(prompt) - 1 :].sum().item())
             expected_rewards.append((fused[-1] @ own[REWARD]).item())
@@ -106,10 +118,14 @@ def test_parts_compute_what_their_definition_says(parts: Parts, packs: bool, tin
 
 
 @pytest.mark.parametrize("low_rank", [False, True])
-def test_a_trained_head_has_the_gradients_of_a_full_softmax(low_rank: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trained_head_has_the_gradients_of_a_full_softmax(
+    low_rank: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("fedpref.models.head.CHUNK", 7 * 40)
     draw = torch.Generator().manual_seed(0)
-    hidden, weight, bias = (torch.randn(*shape, generator=draw) for shape in ((23, 8), (40, 8), (40,)))
+    hidden, weight, bias = (
+        torch.randn(*shape, generator=draw) for shape in ((23, 8), (40, 8), (40,))
+    )
     down, up = torch.randn(3, 8, generator=draw), torch.randn(40, 3, generator=draw)
     leaves = (hidden, down, up) if low_rank else (hidden, weight)
     for leaf in leaves:
@@ -119,15 +135,24 @@ def test_a_trained_head_has_the_gradients_of_a_full_softmax(low_rank: bool, monk
     logits = hidden @ (weight + up @ down if low_rank else weight).T + bias
     plainly = -torch.nn.functional.cross_entropy(logits, targets, reduction="none")
     torch.testing.assert_close(ours, plainly)
-    for found, expected in zip(torch.autograd.grad(ours, leaves, upstream), torch.autograd.grad(plainly, leaves, upstream), strict=True):
+    for found, expected in zip(
+        torch.autograd.grad(ours, leaves, upstream),
+        torch.autograd.grad(plainly, leaves, upstream),
+        strict=True,
+    ):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("architecture", ["granite"])
-def test_a_model_whose_logits_are_not_its_heads_alone_can_have_no_parts(architecture: str, models: Callable[[str], Path]) -> None:
+def test_a_model_whose_logits_are_not_its_heads_alone_can_have_no_parts(
+    architecture: str, models: Callable[[str], Path]
+) -> None:
     with pytest.warns(UserWarning, match="the padded one is used"):
         model = LanguageModel(Model(path=str(models(architecture)), dtype="float32"))
-    assert model.fresh(Parts(head=None, bottleneck=0, reward=False, adapter=False), torch.Generator()) == {}
+    assert (
+        model.fresh(Parts(head=None, bottleneck=0, reward=False, adapter=False), torch.Generator())
+        == {}
+    )
     with pytest.raises(UserError, match="the vocabulary head's alone"):
         model.fresh(Parts(), torch.Generator())
 
@@ -136,9 +161,18 @@ def test_a_model_whose_logits_are_not_its_heads_alone_can_have_no_parts(architec
 
 
 def test_a_shift_of_all_rewards_by_the_prompt_changes_neither_loss_nor_gradient(tiny: Path) -> None:
-    task = config.parse(PreferenceTask, {"model": {"path": str(tiny), "dtype": "float32"}}, "test").build()
+    task = config.parse(
+        PreferenceTask, {"model": {"path": str(tiny), "dtype": "float32"}}, "test"
+    ).build()
     policy, explicit = torch.randn(2, 5, 2).unbind(0)
-    batch: Any = type("Batch", (), {"reference": torch.randn(5, 2), "examples": [type("E", (), {"answers": ((1,), (1, 2))})] * 5})
+    batch: Any = type(
+        "Batch",
+        (),
+        {
+            "reference": torch.randn(5, 2),
+            "examples": [type("E", (), {"answers": ((1,), (1, 2))})] * 5,
+        },
+    )
     results = []
     for shift in (torch.zeros(5, 1), torch.randn(5, 1)):
         leaves = policy.clone().requires_grad_(), explicit.clone().requires_grad_()
@@ -148,13 +182,20 @@ def test_a_shift_of_all_rewards_by_the_prompt_changes_neither_loss_nor_gradient(
         torch.testing.assert_close(one, other)
 
 
-def test_at_the_start_the_loss_is_ln_2_and_the_two_rewards_are_ranked_apart(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_at_the_start_the_loss_is_ln_2_and_the_two_rewards_are_ranked_apart(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
     spec = config.parse(Experiment, settings, "test")
     task = spec.task.build()
     shard = task.prepare(task.encode(spec.clients()[0][0]), tmp_path)
-    params = {**task.init(seeds.generator(0, "init")), **task.parts(Parts(), seeds.generator(0, "work"))}
+    params = {
+        **task.init(seeds.generator(0, "init")),
+        **task.parts(Parts(), seeds.generator(0, "work")),
+    }
     measured = task.evaluate(params, shard)
-    assert measured["loss"] == pytest.approx(1.2 * math.log(2), abs=1e-4)  # the sum's and the reward head's own
+    assert measured["loss"] == pytest.approx(
+        1.2 * math.log(2), abs=1e-4
+    )  # the sum's and the reward head's own
     assert measured["rewards/accuracies_explicit"] == 0.5
     moved = task.evaluate({**params, REWARD: torch.randn(params[REWARD].shape)}, shard)
     assert moved["rewards/accuracies_explicit"] != 0.5
@@ -168,22 +209,35 @@ def opposed(tmp_path: Path) -> Path:
     """Two clients who judge the same kind of pairs, one the other way round."""
     rows = make_rows([90])
     other = [
-        {"prompt": row["prompt"] + " ", "chosen": row["rejected"], "rejected": row["chosen"], "client": "client-1"}
+        {
+            "prompt": row["prompt"] + " ",
+            "chosen": row["rejected"],
+            "rejected": row["chosen"],
+            "client": "client-1",
+        }
         for row in make_rows([90])
     ]
     return write_rows(tmp_path / "rows.jsonl", [*rows, *other])
 
 
 def accuracy(settings: dict[str, Any], path: Path, data: Path, algorithm: dict[str, Any]) -> float:
-    spec = config.parse(Experiment, {**settings, "data": {**settings["data"], "path": str(data)}, "algorithm": algorithm}, "test")
+    spec = config.parse(
+        Experiment,
+        {**settings, "data": {**settings["data"], "path": str(data)}, "algorithm": algorithm},
+        "test",
+    )
     rows = next(iter(run(spec, path).evaluations.values()))
     return sum(row["rewards/accuracies"] for row in rows.values()) / len(rows)
 
 
-def test_opposed_clients_are_at_a_coin_with_one_model_and_apart_with_own_parts(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_opposed_clients_are_at_a_coin_with_one_model_and_apart_with_own_parts(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
     data, local = opposed(tmp_path), {"steps": 10, "batch_size": 8, "learning_rate": 0.02}
     shared = accuracy(settings, tmp_path / "a", data, {"name": "feddpo", "local": local})
-    personal = accuracy(settings, tmp_path / "b", data, {"name": "fedpdpo", "local": local, "head_rate": 1.0})
+    personal = accuracy(
+        settings, tmp_path / "b", data, {"name": "fedpdpo", "local": local, "head_rate": 1.0}
+    )
     assert abs(shared - 0.5) < 0.1
     assert personal > shared + 0.2
 
@@ -199,12 +253,17 @@ def test_without_parts_it_is_feddpo_to_the_bit(settings: dict[str, Any], tmp_pat
             {"name": "fedpdpo", "local": local, "parts": none, "phases": "joint"},
         )
     ]
-    adapters = [trees.load(run(spec, tmp_path / str(i)).path / "adapter" / "adapter_model.safetensors") for i, spec in enumerate(specs)]
+    adapters = [
+        trees.load(run(spec, tmp_path / str(i)).path / "adapter" / "adapter_model.safetensors")
+        for i, spec in enumerate(specs)
+    ]
     for other in adapters[1:]:
         assert all(torch.equal(adapters[0][name], other[name]) for name in adapters[0])
 
 
-@pytest.mark.parametrize(("freeze", "frozen"), [("heads", HEADS), ("vocabulary-head", VOCABULARY_HEAD)])
+@pytest.mark.parametrize(
+    ("freeze", "frozen"), [("heads", HEADS), ("vocabulary-head", VOCABULARY_HEAD)]
+)
 def test_the_second_phase_leaves_heads_as_the_first_made_them(
     freeze: Any, frozen: frozenset[str], settings: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -212,13 +271,20 @@ def test_the_second_phase_leaves_heads_as_the_first_made_them(
     task = spec.task.build()
     shard = task.prepare(task.encode(spec.clients()[0][0]), tmp_path)
     local = LocalTraining(steps=5, batch_size=4, keep_optimizer=True, warmup_ratio=0.0)
-    method = FedPDPO(local=local, personal_steps=2, freeze=freeze, aggregate=Factors(residual=False))
-    adapter, own = task.init(seeds.generator(0, "init")), task.parts(Parts(), seeds.generator(0, "work"))
+    method = FedPDPO(
+        local=local, personal_steps=2, freeze=freeze, aggregate=Factors(residual=False)
+    )
+    adapter, own = (
+        task.init(seeds.generator(0, "init")),
+        task.parts(Parts(), seeds.generator(0, "work")),
+    )
 
     def client() -> Client:
         return Client(0, task, shard, seeds.generator(0, "train"), 0, 4)
 
-    first, _, _ = train_locally(client(), own, replace(local, steps=2), {}, fixed=adapter, rates=method.rates(own))
+    first, _, _ = train_locally(
+        client(), own, replace(local, steps=2), {}, fixed=adapter, rates=method.rates(own)
+    )
     delta, after, moments, metrics = train(client(), adapter, own, {}, method)
     assert after.keys() == own.keys()
     for name, tensor in first.items():
@@ -235,25 +301,45 @@ def test_own_parts_learn_at_rates_of_their_own(settings: dict[str, Any], tmp_pat
     spec = config.parse(Experiment, settings, "test")
     task = spec.task.build()
     shard = task.prepare(task.encode(spec.clients()[0][0]), tmp_path)
-    adapter, own = task.init(seeds.generator(0, "init")), task.parts(Parts(), seeds.generator(0, "work"))
-    local = LocalTraining(steps=1, batch_size=4, lr_scheduler_type="constant", warmup_ratio=0.0, learning_rate=0.01)
+    adapter, own = (
+        task.init(seeds.generator(0, "init")),
+        task.parts(Parts(), seeds.generator(0, "work")),
+    )
+    local = LocalTraining(
+        steps=1, batch_size=4, lr_scheduler_type="constant", warmup_ratio=0.0, learning_rate=0.01
+    )
     for phases in ("alternate", "joint"):
-        steps = 2 if phases == "alternate" else 1  # adapters move in both phases; a first step of AdamW is the rate itself
+        steps = (
+            2 if phases == "alternate" else 1
+        )  # adapters move in both phases; a first step of AdamW is the rate itself
         method = FedPDPO(local=replace(local, steps=steps), phases=phases, adapter_rate=0.3)  # type: ignore[arg-type]
-        _, after, _, _ = train(Client(0, task, shard, seeds.generator(0, "train"), 0, 4), adapter, own, {}, method)
+        _, after, _, _ = train(
+            Client(0, task, shard, seeds.generator(0, "train"), 0, 4), adapter, own, {}, method
+        )
         moved = {name: (after[name] - own[name]).abs().max().item() for name in own}
         assert moved[HEAD] == pytest.approx(0.1 * 0.01, rel=1e-3)
         assert moved[REWARD] == pytest.approx(steps * 0.01, rel=0.05)
         assert moved[UP] == pytest.approx(steps * 0.1 * 0.01, rel=0.05)
-        assert max(value for name, value in moved.items() if name.startswith("own.")) == pytest.approx(steps * 0.3 * 0.01, rel=0.05)
+        assert max(
+            value for name, value in moved.items() if name.startswith("own.")
+        ) == pytest.approx(steps * 0.3 * 0.01, rel=0.05)
 
 
-def test_a_shared_bottleneck_is_averaged_and_nobodys_own(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_a_shared_bottleneck_is_averaged_and_nobodys_own(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
     from fedpref import load_model
 
     local = {"steps": 3, "batch_size": 4, "learning_rate": 0.02, "warmup_ratio": 0.0}
-    algorithm = {"name": "fedpdpo", "parts": {"bottleneck": 4}, "share_bottleneck": True, "local": local}
-    path = run(config.parse(Experiment, {**settings, "algorithm": algorithm}, "test"), tmp_path / "run").path
+    algorithm = {
+        "name": "fedpdpo",
+        "parts": {"bottleneck": 4},
+        "share_bottleneck": True,
+        "local": local,
+    }
+    path = run(
+        config.parse(Experiment, {**settings, "algorithm": algorithm}, "test"), tmp_path / "run"
+    ).path
     last = path / "checkpoints" / "round-000003"
     assert {DOWN, UP} <= trees.load(last / "adapter.safetensors").keys()
     assert not {DOWN, UP} & trees.load(last / "own" / "0.safetensors").keys()
@@ -266,20 +352,32 @@ def test_a_shared_bottleneck_is_averaged_and_nobodys_own(settings: dict[str, Any
     ("algorithm", "task", "message"),
     [
         ({"name": "fedpdpo", "local": {"steps": 1}}, {}, "1 steps leave none for the second phase"),
-        ({"name": "fedper", "phases": "alternate", "personal_steps": 3, "local": {"steps": 3}}, {}, "after 3 of the first"),
-        ({"name": "fedpdpo", "share_bottleneck": True, "aggregate": "product"}, {}, "no product of factors"),
+        (
+            {"name": "fedper", "phases": "alternate", "personal_steps": 3, "local": {"steps": 3}},
+            {},
+            "after 3 of the first",
+        ),
+        (
+            {"name": "fedpdpo", "share_bottleneck": True, "aggregate": "product"},
+            {},
+            "no product of factors",
+        ),
         ({"name": "fedpdpo"}, {"loss": "ipo"}, "defined beside the losses dpo and hinge"),
         ({"name": "fedpdpo"}, {"name": "feedback"}, "an explicit reward is for pairs"),
         ({"name": "fedpdpo"}, {"explicit": {"gamma": 0}}, "nothing would train the reward head"),
         ({"name": "ditto", "aggregate": "product"}, {}, "algorithm.*aggregate"),
     ],
 )
-def test_what_does_not_fit_together_is_refused_when_it_is_read(algorithm: dict[str, Any], task: dict[str, Any], message: str) -> None:
+def test_what_does_not_fit_together_is_refused_when_it_is_read(
+    algorithm: dict[str, Any], task: dict[str, Any], message: str
+) -> None:
     with pytest.raises(UserError, match=message):
         config.parse(Experiment, {"algorithm": algorithm, "task": task}, "test")
 
 
-def test_a_clients_folder_loads_as_a_model_that_gives_its_log_probabilities(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_a_clients_folder_loads_as_a_model_that_gives_its_log_probabilities(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
     from fedpref import load_model
 
     for number, algorithm in enumerate(
@@ -290,7 +388,11 @@ def test_a_clients_folder_loads_as_a_model_that_gives_its_log_probabilities(sett
         )
     ):
         local = {"steps": 2, "batch_size": 4, "learning_rate": 0.02, "warmup_ratio": 0.0}
-        spec = config.parse(Experiment, {**settings, "algorithm": {**algorithm, "local": local}, "rounds": 2}, "test")
+        spec = config.parse(
+            Experiment,
+            {**settings, "algorithm": {**algorithm, "local": local}, "rounds": 2},
+            "test",
+        )
         path = run(spec, tmp_path / str(number)).path
         state = {**trees.load(path / "checkpoints" / "round-000002" / "adapter.safetensors")}
         own = trees.load(path / "checkpoints" / "round-000002" / "own" / "1.safetensors")
@@ -302,7 +404,17 @@ def test_a_clients_folder_loads_as_a_model_that_gives_its_log_probabilities(sett
             for answer in answers:
                 ids = torch.tensor([[*prompt, *answer]])
                 with torch.no_grad():
-                    tokens = torch.log_softmax(model(ids).logits[0, :-1], -1).gather(1, ids[0, 1:, None])
+                    tokens = torch.log_softmax(model(ids).logits[0, :-1], -1).gather(
+                        1, ids[0, 1:, None]
+                    )
                 found.append(tokens[len(prompt) - 1 :].sum().item())
         assert found == pytest.approx(expected.tolist(), abs=1e-3)
-        assert max(abs(a - b) for a, b in zip(found, task.language.log_probabilities(None, ROWS).tolist(), strict=True)) > 1e-2
+        assert (
+            max(
+                abs(a - b)
+                for a, b in zip(
+                    found, task.language.log_probabilities(None, ROWS).tolist(), strict=True
+                )
+            )
+            > 1e-2
+        )

@@ -23,14 +23,26 @@ from fedpref.models.packed import Row
 from fedpref.numerics import seeds
 from fedpref.numerics.trees import Tree
 
-ROWS: list[Row] = [((5, 6, 7), ((8, 9), (10, 11, 12, 13))), ((11,), ((12, 13, 14, 15), (16,))), (tuple(range(20, 45)), ((25, 26, 27),))]
-TARGETS = {"llama": "all-linear", "qwen2": ("q_proj", "v_proj"), "gpt2": ("c_attn",), "gpt_neox": "all-linear"}
+ROWS: list[Row] = [
+    ((5, 6, 7), ((8, 9), (10, 11, 12, 13))),
+    ((11,), ((12, 13, 14, 15), (16,))),
+    (tuple(range(20, 45)), ((25, 26, 27),)),
+]
+TARGETS = {
+    "llama": "all-linear",
+    "qwen2": ("q_proj", "v_proj"),
+    "gpt2": ("c_attn",),
+    "gpt_neox": "all-linear",
+}
 
 
 def some_adapter(model: LanguageModel, size: float = 0.3) -> Tree:
     """An adapter that does something: both factors away from zero."""
     draw = torch.Generator().manual_seed(1)
-    return {name: size * torch.randn(t.shape, generator=draw) for name, t in model.init(seeds.generator(0, "init")).items()}
+    return {
+        name: size * torch.randn(t.shape, generator=draw)
+        for name, t in model.init(seeds.generator(0, "init")).items()
+    }
 
 
 def exact(path: Path, **settings: object) -> LanguageModel:
@@ -46,7 +58,9 @@ def plain(model: torch.nn.Module, prompt: tuple[int, ...], answer: tuple[int, ..
 
 
 def all_plain(model: torch.nn.Module) -> list[float]:
-    return [plain(model, tuple(prompt), tuple(answer)) for prompt, answers in ROWS for answer in answers]
+    return [
+        plain(model, tuple(prompt), tuple(answer)) for prompt, answers in ROWS for answer in answers
+    ]
 
 
 @pytest.mark.parametrize("packs", [True, False], ids=["packed", "padded"])
@@ -70,8 +84,14 @@ def test_log_probabilities_are_those_of_plain_transformers_and_peft(
     assert max(abs(a - b) for a, b in zip(adapted, expected, strict=True)) > 0.1
 
 
-def test_the_activation_of_gpt2_is_one_operation_and_the_same(models: Callable[[str], Path]) -> None:
-    modules = [module for module in exact(models("gpt2")).model.modules() if isinstance(module, NewGELUActivation)]
+def test_the_activation_of_gpt2_is_one_operation_and_the_same(
+    models: Callable[[str], Path],
+) -> None:
+    modules = [
+        module
+        for module in exact(models("gpt2")).model.modules()
+        if isinstance(module, NewGELUActivation)
+    ]
     x = torch.linspace(-6, 6, 500, requires_grad=True)
     assert len(modules) == 2
     for module in modules:
@@ -89,7 +109,9 @@ def gradients(model: LanguageModel, adapter: Tree, packs: bool) -> Tree:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_packed_gradients_are_those_of_the_padded_form(architecture: str, models: Callable[[str], Path]) -> None:
+def test_packed_gradients_are_those_of_the_padded_form(
+    architecture: str, models: Callable[[str], Path]
+) -> None:
     model = exact(models(architecture), lora_target_modules=TARGETS[architecture])
     adapter = some_adapter(model)
     packed, padded = (gradients(model, adapter, packs) for packs in (True, False))
@@ -101,7 +123,10 @@ def test_packed_gradients_are_those_of_the_padded_form(architecture: str, models
 def test_bfloat16_gradients_are_near_the_exact_ones(tiny: Path) -> None:
     reference, half = exact(tiny), LanguageModel(Model(path=str(tiny), dtype="bfloat16"))
     adapter = some_adapter(reference, 0.1)
-    expected, found = (torch.cat([g.flatten() for g in gradients(m, adapter, True).values()]) for m in (reference, half))
+    expected, found = (
+        torch.cat([g.flatten() for g in gradients(m, adapter, True).values()])
+        for m in (reference, half)
+    )
     assert (found - expected).norm() < 0.05 * expected.norm()
     assert half.fingerprint != reference.fingerprint
 
@@ -124,7 +149,11 @@ def attention_of_variable_length(
     for (a, b), (c, d) in zip(pairwise(starts.tolist()), pairwise(seen.tolist()), strict=True):
         mask = torch.ones(b - a, d - c, dtype=torch.bool).tril(d - c - (b - a))
         q, k, v = (t.transpose(0, 1)[None] for t in (query[a:b], key[c:d], value[c:d]))
-        rows.append(torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=enable_gqa)[0].transpose(0, 1))
+        rows.append(
+            torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, mask, scale=scale, enable_gqa=enable_gqa
+            )[0].transpose(0, 1)
+        )
     return torch.cat(rows)
 
 
@@ -138,17 +167,28 @@ def test_the_segments_given_to_a_kernel_of_variable_length_are_the_packed_form(
     expected = gradients(model, adapter, packs=False)
     model.kernel = attention.by_variable_length
     found = gradients(model, adapter, packs=True)
-    assert all((found[name] - gradient).norm() <= 1e-4 * gradient.norm() for name, gradient in expected.items())
+    assert all(
+        (found[name] - gradient).norm() <= 1e-4 * gradient.norm()
+        for name, gradient in expected.items()
+    )
 
 
-def test_a_kernel_that_fails_gives_way_to_the_next(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(language, "kernels", lambda device, dtype: (attention.by_variable_length, attention.by_sequence))
+def test_a_kernel_that_fails_gives_way_to_the_next(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        language,
+        "kernels",
+        lambda device, dtype: (attention.by_variable_length, attention.by_sequence),
+    )
     model = exact(tiny)  # on a CPU the first of them raises
     assert model.packs
     assert model.kernel is attention.by_sequence
 
 
-def test_the_head_is_scored_in_chunks_with_the_gradient_of_a_full_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_head_is_scored_in_chunks_with_the_gradient_of_a_full_softmax(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(head, "CHUNK", 7 * 40)
     draw = torch.Generator().manual_seed(0)
     hidden = torch.randn(23, 8, generator=draw).requires_grad_()
@@ -157,27 +197,35 @@ def test_the_head_is_scored_in_chunks_with_the_gradient_of_a_full_softmax(monkey
     upstream = torch.randn(23, generator=draw)
     ours = token_log_probabilities(hidden, weight, bias, targets)
     (gradient,) = torch.autograd.grad(ours, hidden, upstream)
-    plainly = -torch.nn.functional.cross_entropy(hidden @ weight.T + bias, targets, reduction="none")
+    plainly = -torch.nn.functional.cross_entropy(
+        hidden @ weight.T + bias, targets, reduction="none"
+    )
     (expected,) = torch.autograd.grad(plainly, hidden, upstream)
     torch.testing.assert_close(ours, plainly)
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("architecture", ["bloom", "gpt_neo", "granite"])
-def test_a_model_that_does_not_fit_the_packed_form_runs_padded_and_says_so(architecture: str, models: Callable[[str], Path]) -> None:
+def test_a_model_that_does_not_fit_the_packed_form_runs_padded_and_says_so(
+    architecture: str, models: Callable[[str], Path]
+) -> None:
     """Positions by distance, attention that cannot be replaced, logits that are scaled after the head."""
     with pytest.warns(UserWarning, match="the padded one is used"):
         model = exact(models(architecture), lora_target_modules="all-linear")
     assert not model.packs
     backbone = transformers.AutoModelForCausalLM.from_pretrained(models(architecture)).eval()
-    assert model.log_probabilities(None, ROWS).tolist() == pytest.approx(all_plain(backbone), abs=1e-4)
+    assert model.log_probabilities(None, ROWS).tolist() == pytest.approx(
+        all_plain(backbone), abs=1e-4
+    )
 
 
 def test_rows_longer_than_a_window_of_attention_are_padded(models: Callable[[str], Path]) -> None:
     model = exact(models("mistral"))
     assert model.packs
     backbone = transformers.AutoModelForCausalLM.from_pretrained(models("mistral")).eval()
-    assert model.log_probabilities(None, ROWS).tolist() == pytest.approx(all_plain(backbone), abs=1e-4)
+    assert model.log_probabilities(None, ROWS).tolist() == pytest.approx(
+        all_plain(backbone), abs=1e-4
+    )
 
 
 def test_an_adapter_on_the_vocabulary_head_is_trained(models: Callable[[str], Path]) -> None:
@@ -190,7 +238,10 @@ def test_an_adapter_on_the_vocabulary_head_is_trained(models: Callable[[str], Pa
 
 def test_gradients_reach_the_adapter_and_nothing_else(tiny: Path) -> None:
     model = exact(tiny)
-    assert all(gradient.abs().max() > 0 for gradient in gradients(model, some_adapter(model), True).values())
+    assert all(
+        gradient.abs().max() > 0
+        for gradient in gradients(model, some_adapter(model), True).values()
+    )
     assert all(p.grad is None for p in model.model.parameters())
 
 
@@ -201,7 +252,9 @@ def test_a_fresh_adapter_changes_nothing_and_depends_on_its_seed_alone(tiny: Pat
     again, other = model.init(seeds.generator(0, "init")), model.init(seeds.generator(1, "init"))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert any(not torch.equal(first[name], other[name]) for name in first)
-    torch.testing.assert_close(model.log_probabilities(first, ROWS), model.log_probabilities(None, ROWS))
+    torch.testing.assert_close(
+        model.log_probabilities(first, ROWS), model.log_probabilities(None, ROWS)
+    )
 
 
 def test_dropout_acts_in_training_alone(tiny: Path) -> None:
@@ -214,16 +267,22 @@ def test_dropout_acts_in_training_alone(tiny: Path) -> None:
     assert torch.equal(still, model.log_probabilities(adapter, ROWS))
 
 
-def test_an_exported_adapter_brings_its_tokenizer_and_keeps_pefts_names(tiny: Path, tmp_path: Path) -> None:
+def test_an_exported_adapter_brings_its_tokenizer_and_keeps_pefts_names(
+    tiny: Path, tmp_path: Path
+) -> None:
     from peft import AutoPeftModelForCausalLM
 
-    model = LanguageModel(Model(path=str(tiny), lora_r=2, lora_alpha=6, lora_target_modules=("q_proj", "down_proj")))
+    model = LanguageModel(
+        Model(path=str(tiny), lora_r=2, lora_alpha=6, lora_target_modules=("q_proj", "down_proj"))
+    )
     adapter = some_adapter(model)
     model.export(adapter, tmp_path / "adapter")
     loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
     assert loaded.peft_config["default"].lora_alpha == 6
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "adapter").eos_token == "<|end|>"
-    weights = {name.replace(".default", ""): p for name, p in loaded.named_parameters() if "lora" in name}
+    weights = {
+        name.replace(".default", ""): p for name, p in loaded.named_parameters() if "lora" in name
+    }
     assert weights.keys() == adapter.keys()
     assert all(torch.equal(weights[name], adapter[name]) for name in adapter)
 
@@ -234,9 +293,20 @@ def test_text_and_chat_become_the_tokens_of_the_template(tiny: Path) -> None:
     prompt, answer = model.encode("Human: Hello?\n\nAssistant:", " Good day.")
     assert (read(prompt), read(answer)) == ("Human: Hello?\n\nAssistant:", " Good day.<|end|>")
     turns = [{"role": "user", "content": "Hello?"}]
-    chat = model.encode_chat(turns, [[{"role": "assistant", "content": "Good day."}], [{"role": "assistant", "content": "No."}]])
+    chat = model.encode_chat(
+        turns,
+        [
+            [{"role": "assistant", "content": "Good day."}],
+            [{"role": "assistant", "content": "No."}],
+        ],
+    )
     assert chat == (prompt, [answer, model.encode("", " No.")[1]])
-    assert model.tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": "Good day."}])["input_ids"] == prompt + answer
+    assert (
+        model.tokenizer.apply_chat_template(
+            [*turns, {"role": "assistant", "content": "Good day."}]
+        )["input_ids"]
+        == prompt + answer
+    )
 
 
 def test_a_model_that_cannot_be_loaded_or_adapted_is_a_sentence(tiny: Path, tmp_path: Path) -> None:

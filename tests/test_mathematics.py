@@ -69,7 +69,9 @@ def test_summaries_over_clients_have_their_closed_forms() -> None:
     summary = over_clients(values, counts)
     fairness = {"jain": 2.25 / (3 * 1.25), "cov": math.sqrt(1 / 6) / 0.5, "gap": 1.0}
     fairness["fairness"] = 1 / (1 + fairness["cov"])
-    assert summary == pytest.approx({"mean": 0.5, "weighted_mean": 0.5, "worst": 0.0, "worst_decile": 0.0, **fairness})
+    assert summary == pytest.approx(
+        {"mean": 0.5, "weighted_mean": 0.5, "worst": 0.0, "worst_decile": 0.0, **fairness}
+    )
     assert over_clients({"a": 0.7, "b": 0.7}, {"a": 1, "b": 9})["jain"] == pytest.approx(1.0)
     assert over_clients({"a": 0.0}, {"a": 1})["jain"] == 1.0
     losses = over_clients({"a": 0.1, "b": 9.0}, {"a": 1, "b": 1}, low_is_good=True)
@@ -84,7 +86,9 @@ def test_the_standard_error_of_equal_clients_is_binomial() -> None:
     error = standard_error(dict.fromkeys(names, 0.6), dict.fromkeys(names, 25))
     assert error == pytest.approx(math.sqrt(16 / 27 * 11 / 27 / 100))
     assert error == pytest.approx(math.sqrt(0.6 * 0.4 / 100), rel=0.01)
-    assert standard_error({"a": 1.0}, {"a": 8}) == pytest.approx(math.sqrt(0.9 * 0.1 / 8)), "nobody is certain of eight pairs"
+    assert standard_error({"a": 1.0}, {"a": 8}) == pytest.approx(math.sqrt(0.9 * 0.1 / 8)), (
+        "nobody is certain of eight pairs"
+    )
 
 
 def test_the_empty_chain_is_exact() -> None:
@@ -106,7 +110,10 @@ def test_stages_encode_left_to_right_and_decode_right_to_left() -> None:
 
     chain = Chain((stage("double", 2.0, 1.0), stage("third", 1 / 3, -4.0)))
     sent = [tree(i) for i in range(3)]
-    messages = [chain.encode(message, Sender(i, 0, seeds.generator(0, "channel"))) for i, message in enumerate(sent)]
+    messages = [
+        chain.encode(message, Sender(i, 0, seeds.generator(0, "channel")))
+        for i, message in enumerate(sent)
+    ]
     torch.testing.assert_close(messages[0]["a"], (2 * sent[0]["a"] + 1) / 3 - 4)
     received = chain.decode(trees.total(messages), 3)
     for name, value in trees.total(sent).items():
@@ -144,7 +151,9 @@ def test_clients_are_drawn_by_their_examples_or_by_given_weights() -> None:
     for client, share in ((0, 0.1), (1, 0.3), (3, 0.6)):
         assert abs(drawn.count(client) - 600 * share) < 4 * math.sqrt(600 * share * (1 - share))
     assert Participation().weights(sizes, 0) == [1.0, 1.0, 0.0, 1.0]
-    given = Participation(sampling="weighted", sampling_weights={"a": 1.0, "b": 0.0, "c": 5.0, "d": 2.5})
+    given = Participation(
+        sampling="weighted", sampling_weights={"a": 1.0, "b": 0.0, "c": 5.0, "d": 2.5}
+    )
     assert given.weights(sizes, 0) == [1.0, 0.0, 0.0, 2.5]
 
 
@@ -156,14 +165,19 @@ def test_clients_are_drawn_by_their_examples_or_by_given_weights() -> None:
         ({"sampling": "weighted", "sampling_weights": {"a": 0.0, "b": 0.0}}, "above zero"),
     ],
 )
-def test_sampling_weights_that_do_not_fit_are_refused(settings: dict[str, object], complaint: str) -> None:
+def test_sampling_weights_that_do_not_fit_are_refused(
+    settings: dict[str, object], complaint: str
+) -> None:
     with pytest.raises(UserError, match=complaint):
         Participation(**settings).weights({"a": 3, "b": 3}, 0)  # type: ignore[arg-type]
 
 
 def test_stragglers_are_left_out_after_the_deadline_and_counted() -> None:
     weights = [1.0] * 40
-    rounds = [Participation(deadline=1.5, speed_spread=0.6).cohort(weights, 0, round) for round in range(100)]
+    rounds = [
+        Participation(deadline=1.5, speed_spread=0.6).cohort(weights, 0, round)
+        for round in range(100)
+    ]
     assert all(len(cohort) + late == 40 for cohort, late in rounds)
     share = sum(late for _, late in rounds) / 4000
     expected = 0.5 * math.erfc(math.log(1.5) / 0.6 / math.sqrt(2))  # of log-normal times
@@ -177,7 +191,9 @@ def test_stragglers_are_left_out_after_the_deadline_and_counted() -> None:
 
 def test_reports_are_weighted_means_and_counts_are_sums() -> None:
     reports = {0: {"loss": 1.0, "num_pairs": 4.0}, 3: {"loss": 4.0, "num_pairs": 2.0}}
-    assert weighted_report(reports, {0: 2.0, 3: 1.0}) == pytest.approx({"loss": 2.0, "num_pairs": 6.0})
+    assert weighted_report(reports, {0: 2.0, 3: 1.0}) == pytest.approx(
+        {"loss": 2.0, "num_pairs": 6.0}
+    )
 
 
 def test_learning_rates_warm_up_and_decay_over_the_run() -> None:

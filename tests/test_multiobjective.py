@@ -14,7 +14,9 @@ CASES = [(number, count) for number in range(40) for count in (2, 3, 5)]
 
 def gradients(seed: int, count: int, dimensions: int = 8) -> Tensor:
     rng = torch.Generator().manual_seed(seed)
-    return torch.randn(count, dimensions, generator=rng, dtype=torch.float64) + torch.randn(dimensions, generator=rng, dtype=torch.float64)
+    return torch.randn(count, dimensions, generator=rng, dtype=torch.float64) + torch.randn(
+        dimensions, generator=rng, dtype=torch.float64
+    )
 
 
 def drawn(seed: int, count: int) -> Tensor:
@@ -37,7 +39,9 @@ def test_no_other_weights_are_better(form: str, b: float) -> None:
         assert w.sum() == pytest.approx(1)
         slope = q @ w + (b * (w - p) if form == "distance" else b * w / p)
         scale = float(q.diag().max())
-        assert (slope[w > 1e-9] - slope.min()).abs().max() < 1e-7 * scale, "all objectives in use have the same, lowest slope"
+        assert (slope[w > 1e-9] - slope.min()).abs().max() < 1e-7 * scale, (
+            "all objectives in use have the same, lowest slope"
+        )
 
 
 def test_two_objectives_have_the_closed_form() -> None:
@@ -45,8 +49,12 @@ def test_two_objectives_have_the_closed_form() -> None:
         g = gradients(seed, 2)
         q = g @ g.T
         for b in (0.0, 0.1, 10.0):
-            first = float(((q[1, 1] - q[0, 1] + b) / (q[0, 0] + q[1, 1] - 2 * q[0, 1] + 2 * b)).clamp(0, 1))
-            assert MinNorm(b=b, normalize=False)(q, equal(2)).tolist() == pytest.approx([first, 1 - first], abs=1e-9)
+            first = float(
+                ((q[1, 1] - q[0, 1] + b) / (q[0, 0] + q[1, 1] - 2 * q[0, 1] + 2 * b)).clamp(0, 1)
+            )
+            assert MinNorm(b=b, normalize=False)(q, equal(2)).tolist() == pytest.approx(
+                [first, 1 - first], abs=1e-9
+            )
 
 
 def test_a_weak_regulariser_gives_mgda_and_a_strong_one_the_preference() -> None:
@@ -54,8 +62,12 @@ def test_a_weak_regulariser_gives_mgda_and_a_strong_one_the_preference() -> None
         q, p = gradients(seed, 3) @ gradients(seed, 3).T, drawn(seed, 3)
         mgda = MinNorm(b=0.0)(q, p)
         for form in ("distance", "share"):
-            assert MinNorm(b=1e-9, preference=form)(q, p).tolist() == pytest.approx(mgda.tolist(), abs=1e-5)  # type: ignore[arg-type]
-            assert MinNorm(b=1e9, preference=form)(q, p).tolist() == pytest.approx(p.tolist(), abs=1e-5)  # type: ignore[arg-type]
+            assert MinNorm(b=1e-9, preference=form)(q, p).tolist() == pytest.approx(
+                mgda.tolist(), abs=1e-5
+            )  # type: ignore[arg-type]
+            assert MinNorm(b=1e9, preference=form)(q, p).tolist() == pytest.approx(
+                p.tolist(), abs=1e-5
+            )  # type: ignore[arg-type]
         assert torch.equal(mgda, MinNorm(b=0.0)(q, equal(3)))
 
 
@@ -94,8 +106,12 @@ def test_gradients_of_any_length_give_the_same_weights() -> None:
         settings = MinNorm(b=0.5, preference=form)  # type: ignore[arg-type]
         expected = settings(q, drawn(1, 3))
         for factor in (1e-12, 1e12):
-            assert settings(factor * q, drawn(1, 3)).tolist() == pytest.approx(expected.tolist(), abs=1e-9)
-    assert MinNorm(normalize=False)(1e-6 * q, drawn(1, 3)).tolist() != pytest.approx(expected.tolist(), abs=1e-3)
+            assert settings(factor * q, drawn(1, 3)).tolist() == pytest.approx(
+                expected.tolist(), abs=1e-9
+            )
+    assert MinNorm(normalize=False)(1e-6 * q, drawn(1, 3)).tolist() != pytest.approx(
+        expected.tolist(), abs=1e-3
+    )
 
 
 def test_what_nobody_prefers_has_no_weight() -> None:
@@ -116,7 +132,9 @@ def test_projected_steps_come_to_the_same_weights() -> None:
     for seed in range(10):
         q = gradients(seed, 3) @ gradients(seed, 3).T
         q = q / q.diag().mean()
-        assert projected_descent(q, equal(3), 0.05, 4000).tolist() == pytest.approx(MinNorm(b=0.0)(q, equal(3)).tolist(), abs=1e-4)
+        assert projected_descent(q, equal(3), 0.05, 4000).tolist() == pytest.approx(
+            MinNorm(b=0.0)(q, equal(3)).tolist(), abs=1e-4
+        )
 
 
 def test_the_projection_is_the_nearest_point_of_the_simplex() -> None:

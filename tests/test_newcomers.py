@@ -27,8 +27,14 @@ LOCAL = {"steps": 4, "batch_size": 4, "learning_rate": 0.02}
 WITH_OWN = ["fedpdpo", "fedper", "fedsa-lora", "feddpa", "ditto", "alone"]
 
 
-def experiment(settings: dict[str, Any], algorithm: dict[str, Any], **federation: Any) -> Experiment:
-    content = {**settings, "algorithm": {"local": LOCAL, **algorithm}, "federation": {"join_steps": 5, **federation}}
+def experiment(
+    settings: dict[str, Any], algorithm: dict[str, Any], **federation: Any
+) -> Experiment:
+    content = {
+        **settings,
+        "algorithm": {"local": LOCAL, **algorithm},
+        "federation": {"join_steps": 5, **federation},
+    }
     return config.parse(Experiment, content, "test")
 
 
@@ -39,9 +45,13 @@ def later(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_rows(tmp_path_factory.mktemp("later") / "late.jsonl", rows)
 
 
-def test_whoever_has_nothing_of_its_own_joins_without_training(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_whoever_has_nothing_of_its_own_joins_without_training(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
     parts = {"head": None, "bottleneck": 0, "reward": False, "adapter": False}
-    before, after = run(experiment(settings, {"name": "fedpdpo", "parts": parts}, newcomers=1), tmp_path / "run").newcomers["fedpdpo"]
+    before, after = run(
+        experiment(settings, {"name": "fedpdpo", "parts": parts}, newcomers=1), tmp_path / "run"
+    ).newcomers["fedpdpo"]
     assert before == after
 
 
@@ -51,22 +61,35 @@ def test_newcomers_of_a_run_never_train_and_are_evaluated_before_and_after_they_
 ) -> None:
     spec = experiment(settings, {"name": algorithm}, newcomers=["client-1"])
     result = run(spec, tmp_path / "run")
-    assert {row["clients"] for row in map(json.loads, (result.path / METRICS).read_text().splitlines())} == {3}
+    assert {
+        row["clients"] for row in map(json.loads, (result.path / METRICS).read_text().splitlines())
+    } == {3}
     before, after = result.newcomers[algorithm]
     assert set(before) == set(after) == {"client-1"}
     assert set(result.evaluations[algorithm]) == {"client-0", "client-2", "client-3"}
     assert (before == after) == (algorithm == "feddpo")
     row = json.loads((result.path / EVALUATION).read_text().splitlines()[-1])
-    assert row["summary"]["loss"]["mean"] == pytest.approx(sum(r["loss"] for r in row["clients"].values()) / 3)
+    assert row["summary"]["loss"]["mean"] == pytest.approx(
+        sum(r["loss"] for r in row["clients"].values()) / 3
+    )
 
 
-def test_what_is_shared_does_not_depend_on_a_newcomers_data(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_what_is_shared_does_not_depend_on_a_newcomers_data(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
     rows = make_rows([24, 16, 12, 9])
-    swapped = [{**r, "chosen": r["rejected"], "rejected": r["chosen"]} if r["client"] == "client-3" else r for r in rows]
+    swapped = [
+        {**r, "chosen": r["rejected"], "rejected": r["chosen"]} if r["client"] == "client-3" else r
+        for r in rows
+    ]
     adapters = []
     for name, content in (("as it is", rows), ("swapped", swapped)):
         data = {**settings["data"], "path": str(write_rows(tmp_path / f"{name}.jsonl", content))}
-        spec = experiment({**settings, "data": data, "baselines": ["pooled"]}, {"name": "fedpdpo"}, newcomers=["client-3"])
+        spec = experiment(
+            {**settings, "data": data, "baselines": ["pooled"]},
+            {"name": "fedpdpo"},
+            newcomers=["client-3"],
+        )
         path = run(spec, tmp_path / name).path
         adapters.append(trees.load(path / "checkpoints/round-000003/adapter.safetensors"))
         adapters[-1] |= trees.load(path / "baselines/pooled/adapter/adapter_model.safetensors")
@@ -92,7 +115,9 @@ def test_a_client_that_joins_later_learns_its_own_on_what_is_shared(
     algorithm: str, settings: dict[str, Any], later: Path, tmp_path: Path
 ) -> None:
     result = run(experiment({**settings, "rounds": 1}, {"name": algorithm}), tmp_path / "run")
-    shared = {path: path.read_bytes() for path in (result.path / "checkpoints").rglob("*.safetensors")}
+    shared = {
+        path: path.read_bytes() for path in (result.path / "checkpoints").rglob("*.safetensors")
+    }
     joined = personalize(result.path, Files(path=str(later)), steps=40)
     assert list(joined) == ["late"]
     assert joined["late"].train + joined["late"].test == 30
@@ -107,14 +132,22 @@ def test_a_client_that_joins_later_learns_its_own_on_what_is_shared(
         personalize(result.path, Files(path=str(later)), name="x", column="client")
 
 
-def test_a_run_whose_model_is_shared_still_answers_after_somebody_joined(settings: dict[str, Any], later: Path, tmp_path: Path) -> None:
+def test_a_run_whose_model_is_shared_still_answers_after_somebody_joined(
+    settings: dict[str, Any], later: Path, tmp_path: Path
+) -> None:
     path = run(experiment(settings, {"name": "feddpo"}), tmp_path / "run").path
     personalize(path, Files(path=str(later)))
-    assert FinishedRun.at(path).model_folder() == FinishedRun.at(path).model_folder("client-0") == path / "adapter"
+    assert (
+        FinishedRun.at(path).model_folder()
+        == FinishedRun.at(path).model_folder("client-0")
+        == path / "adapter"
+    )
     assert FinishedRun.at(path).model_folder("late") == path / "newcomers" / "late"
 
 
-def test_fedpdpos_newcomer_keeps_the_adapter_it_received(settings: dict[str, Any], later: Path, tmp_path: Path) -> None:
+def test_fedpdpos_newcomer_keeps_the_adapter_it_received(
+    settings: dict[str, Any], later: Path, tmp_path: Path
+) -> None:
     parts = {"adapter": False}
     result = run(experiment(settings, {"name": "fedpdpo", "parts": parts}), tmp_path / "run")
     joined = personalize(result.path, Files(path=str(later)), column="client")
@@ -129,7 +162,19 @@ def test_from_the_command_line(settings: dict[str, Any], later: Path, tmp_path: 
     file.write_text(config.to_yaml(experiment(settings, {"name": "fedpdpo"}, newcomers=1)))
     ran = CliRunner().invoke(app, ["run", str(file), "--output", str(tmp_path / "run")])
     assert "newcomers: held-out pair accuracy" in ran.output
-    joined = CliRunner().invoke(app, ["personalize", str(tmp_path / "run"), "--data", str(later), "--name", "x y", "--steps", "2"])
+    joined = CliRunner().invoke(
+        app,
+        [
+            "personalize",
+            str(tmp_path / "run"),
+            "--data",
+            str(later),
+            "--name",
+            "x y",
+            "--steps",
+            "2",
+        ],
+    )
     assert joined.exit_code == 0, joined.output
     assert "x y" in joined.output
     one = read(tmp_path / "run")
@@ -139,8 +184,17 @@ def test_from_the_command_line(settings: dict[str, Any], later: Path, tmp_path: 
     assert f"{sum(len(some) for some, _ in one.newcomers.values())} joined afterwards" in words(one)
     shared = export(tmp_path / "run", "peft", tmp_path / "all") / "shared/README.md"
     assert "3 clients" in shared.read_text()
-    assert f"training examples | {sum(one.clients[name]['train'] for name in one.line.last)} |" in shared.read_text()
+    assert (
+        f"training examples | {sum(one.clients[name]['train'] for name in one.line.last)} |"
+        in shared.read_text()
+    )
     made = export(tmp_path / "run", "peft", tmp_path / "out", client="x y")
-    assert f"training examples | {one.joined['x y']['train']} |" in (made / "clients/x y/README.md").read_text()
-    said = CliRunner().invoke(app, ["generate", str(tmp_path / "run"), "A lamp?", "--client", "x y", "--max-new-tokens", "3"])
+    assert (
+        f"training examples | {one.joined['x y']['train']} |"
+        in (made / "clients/x y/README.md").read_text()
+    )
+    said = CliRunner().invoke(
+        app,
+        ["generate", str(tmp_path / "run"), "A lamp?", "--client", "x y", "--max-new-tokens", "3"],
+    )
     assert said.exit_code == 0, said.output

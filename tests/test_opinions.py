@@ -44,8 +44,16 @@ def survey(questions: int = 30, seed: int = 0) -> list[dict[str, Any]]:
         selections = {}
         for place, group in enumerate(GROUPS):
             liked = place % len(options)
-            selections[group] = [0.7 if i == liked else 0.3 / (len(options) - 1) for i in range(len(options))]
-        rows.append({"question": f"How is it with matter {number}?", "options": options, "selections": selections})
+            selections[group] = [
+                0.7 if i == liked else 0.3 / (len(options) - 1) for i in range(len(options))
+            ]
+        rows.append(
+            {
+                "question": f"How is it with matter {number}?",
+                "options": options,
+                "selections": selections,
+            }
+        )
     return rows
 
 
@@ -60,17 +68,29 @@ def content(survey_file: Path, tiny: Path) -> dict[str, Any]:
     return {
         "data": {"name": "opinions", "path": str(survey_file)},
         "partition": {"name": "natural", "column": "group"},
-        "task": {"name": "opinion", "model": {"path": str(tiny), "dtype": "float32"}, "predictor": SMALL, **counts},
-        "algorithm": {"name": "pluralllm", "local": {"steps": 3, "batch_size": 1, "learning_rate": 0.01, "warmup_ratio": 0.0}},
+        "task": {
+            "name": "opinion",
+            "model": {"path": str(tiny), "dtype": "float32"},
+            "predictor": SMALL,
+            **counts,
+        },
+        "algorithm": {
+            "name": "pluralllm",
+            "local": {"steps": 3, "batch_size": 1, "learning_rate": 0.01, "warmup_ratio": 0.0},
+        },
         "rounds": 2,
     }
 
 
-def simulation(content: dict[str, Any], cache: Path, clients: int | None = None) -> tuple[Simulation, Any]:
+def simulation(
+    content: dict[str, Any], cache: Path, clients: int | None = None
+) -> tuple[Simulation, Any]:
     spec = config.parse(Experiment, content, "test")
     task = spec.build_task()
     shards = [task.prepare(task.encode(client), cache) for client in spec.clients()[0][:clients]]
-    return Simulation(task, shards, seed=0, rounds=spec.rounds, weighting=spec.federation.weighting), task
+    return Simulation(
+        task, shards, seed=0, rounds=spec.rounds, weighting=spec.federation.weighting
+    ), task
 
 
 # ---- data
@@ -79,14 +99,23 @@ def simulation(content: dict[str, Any], cache: Path, clients: int | None = None)
 def stringified(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
     """As Anthropic/llm_global_opinions stores its columns."""
     return [
-        {"question": r["question"], "options": str(r["options"]), "selections": f"defaultdict(<class 'list'>, {r['selections']})"}
+        {
+            "question": r["question"],
+            "options": str(r["options"]),
+            "selections": f"defaultdict(<class 'list'>, {r['selections']})",
+        }
         for r in rows
     ]
 
 
 def by_group(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [
-        {"question": r["question"], "options": json.dumps(r["options"]), "group": group, "shares": json.dumps(shares)}
+        {
+            "question": r["question"],
+            "options": json.dumps(r["options"]),
+            "group": group,
+            "shares": json.dumps(shares),
+        }
         for r in rows
         for group, shares in r["selections"].items()
     ]
@@ -95,7 +124,10 @@ def by_group(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("form", [stringified, by_group])
 def test_every_form_of_a_survey_is_read_alike(form: Any, survey_file: Path, tmp_path: Path) -> None:
     def said(path: Path) -> set[Any]:
-        return {(o.prompt, o.options, tuple(round(s, 9) for s in o.shares), o.columns["group"]) for o in Opinions(path=str(path)).read()}
+        return {
+            (o.prompt, o.options, tuple(round(s, 9) for s in o.shares), o.columns["group"])
+            for o in Opinions(path=str(path)).read()
+        }
 
     expected = said(survey_file)
     assert len(expected) == 30 * len(GROUPS)
@@ -126,20 +158,49 @@ def test_shares_sum_to_one_and_groups_can_be_chosen(survey_file: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "complaint"),
     [
-        ({"question": "Q?", "options": ["a", "b"], "selections": {"g": [0.5, 0.3, 0.2]}}, "2 options, but 3 shares of 'g'"),
-        ({"question": "Q?", "options": ["a", "a"], "selections": {"g": [0.5, 0.5]}}, "all different"),
-        ({"question": "Q?", "options": ["a", "b"], "selections": {"g": [1.5, -0.5]}}, "not negative"),
+        (
+            {"question": "Q?", "options": ["a", "b"], "selections": {"g": [0.5, 0.3, 0.2]}},
+            "2 options, but 3 shares of 'g'",
+        ),
+        (
+            {"question": "Q?", "options": ["a", "a"], "selections": {"g": [0.5, 0.5]}},
+            "all different",
+        ),
+        (
+            {"question": "Q?", "options": ["a", "b"], "selections": {"g": [1.5, -0.5]}},
+            "not negative",
+        ),
         ({"question": "Q?", "options": ["a", "b"], "selections": {"g": ["x", "y"]}}, "no numbers"),
-        ({"question": "Q?", "options": "[oops", "selections": {"g": [1, 0]}}, r"column 'options': expected a list"),
-        ({"question": "Q?", "options": 5, "selections": {"g": [1, 0]}}, r"column 'options': expected a list"),
-        ({"question": "Q?", "options": ["a", "b"], "selections": [1, 0]}, r"column 'selections': expected a mapping"),
-        ({"question": "Q?", "options": ["a", "b"], "selections": {"g": {"2": 0.9, "1": 0.1}}}, r"column 'selections': expected a list"),
-        ({"question": "Q?", "options": ["a", "b"], "group": None, "shares": [1, 0]}, "names no group"),
-        ({"query": "Q?", "options": ["a", "b"], "selections": {"g": [1, 0]}}, "no column 'question'"),
+        (
+            {"question": "Q?", "options": "[oops", "selections": {"g": [1, 0]}},
+            r"column 'options': expected a list",
+        ),
+        (
+            {"question": "Q?", "options": 5, "selections": {"g": [1, 0]}},
+            r"column 'options': expected a list",
+        ),
+        (
+            {"question": "Q?", "options": ["a", "b"], "selections": [1, 0]},
+            r"column 'selections': expected a mapping",
+        ),
+        (
+            {"question": "Q?", "options": ["a", "b"], "selections": {"g": {"2": 0.9, "1": 0.1}}},
+            r"column 'selections': expected a list",
+        ),
+        (
+            {"question": "Q?", "options": ["a", "b"], "group": None, "shares": [1, 0]},
+            "names no group",
+        ),
+        (
+            {"query": "Q?", "options": ["a", "b"], "selections": {"g": [1, 0]}},
+            "no column 'question'",
+        ),
         ({"question": "Q?", "options": ["a", "b"]}, "neither 'selections' nor 'group'"),
     ],
 )
-def test_a_bad_row_is_named_with_what_is_wrong(row: dict[str, Any], complaint: str, tmp_path: Path) -> None:
+def test_a_bad_row_is_named_with_what_is_wrong(
+    row: dict[str, Any], complaint: str, tmp_path: Path
+) -> None:
     path = write_rows(tmp_path / "rows.jsonl", [row])
     with pytest.raises(UserError, match=complaint) as raised:
         list(Opinions(path=str(path)).read())
@@ -150,19 +211,39 @@ def test_votes_become_shares_of_each_opinion_group(tmp_path: Path) -> None:
     write_rows(tmp_path / "polis_conversations.jsonl", [{"conv": "park", "topic": "The park"}])
     write_rows(
         tmp_path / "polis_statements.jsonl",
-        [{"conv": "park", "cid": 0, "text": "More trees."}, {"conv": "park", "cid": 1, "text": "Fewer."}],
+        [
+            {"conv": "park", "cid": 0, "text": "More trees."},
+            {"conv": "park", "cid": 1, "text": "Fewer."},
+        ],
     )
-    votes = ["conv,participant,opinion_group,votes", "park,0,0,0:1 1:-1", "park,1,0,0:1", "park,2,0,0:0", "park,3,1,0:-1"]
+    votes = [
+        "conv,participant,opinion_group,votes",
+        "park,0,0,0:1 1:-1",
+        "park,1,0,0:1",
+        "park,2,0,0:0",
+        "park,3,1,0:-1",
+    ]
     (tmp_path / "polis_votes.csv").write_text("\n".join(votes) + "\n")
-    rows = {(o.columns["group"], o.prompt): o.shares for o in Polis(path=str(tmp_path), min_votes=1).read()}
+    rows = {
+        (o.columns["group"], o.prompt): o.shares
+        for o in Polis(path=str(tmp_path), min_votes=1).read()
+    }
     assert rows[("park/0", "The park: More trees.")] == pytest.approx((2 / 3, 0, 1 / 3))
     assert rows[("park/1", "The park: More trees.")] == (0, 1, 0)
-    assert {question for group, question in rows if group == "park/0"} == {"The park: More trees.", "The park: Fewer."}
+    assert {question for group, question in rows if group == "park/0"} == {
+        "The park: More trees.",
+        "The park: Fewer.",
+    }
     assert {o.columns["group"] for o in Polis(path=str(tmp_path), min_votes=3).read()} == {"park/0"}
     (tmp_path / "polis_votes.csv").write_text("\n".join([*votes, "park,4,,0:1"]) + "\n")
-    assert {o.columns["group"] for o in Polis(path=str(tmp_path), min_votes=1).read()} == {"park/0", "park/1"}, "nobody's group is none"
+    assert {o.columns["group"] for o in Polis(path=str(tmp_path), min_votes=1).read()} == {
+        "park/0",
+        "park/1",
+    }, "nobody's group is none"
     (tmp_path / "polis_votes.csv").write_text("\n".join([*votes, "park,4,1,0:1.0"]) + "\n")
-    with pytest.raises(UserError, match=r"expected statement:vote with a vote of 1, -1, 0, found '0:1.0'"):
+    with pytest.raises(
+        UserError, match=r"expected statement:vote with a vote of 1, -1, 0, found '0:1.0'"
+    ):
         list(Polis(path=str(tmp_path)).read())
 
 
@@ -182,7 +263,9 @@ def test_the_cache_gives_back_the_embeddings_that_were_computed(
 ) -> None:
     _, first = simulation(content, tmp_path)
     embedded = {question: tensor.clone() for question, tensor in first.known.items()}
-    monkeypatch.setattr("fedpref.models.encoder.TextEncoder.embed", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr(
+        "fedpref.models.encoder.TextEncoder.embed", lambda *_: pytest.fail("computed again")
+    )
     _, second = simulation(content, tmp_path)
     assert len(embedded) == 30  # groups share them
     assert all(torch.equal(second.known[question], tensor) for question, tensor in embedded.items())
@@ -195,7 +278,12 @@ def test_embeddings_are_means_of_last_hidden_states_whatever_the_batch(tiny: Pat
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
     model = transformers.AutoModel.from_pretrained(tiny).eval()
     with torch.no_grad():
-        expected = torch.stack([model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0) for text in texts])
+        expected = torch.stack(
+            [
+                model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0)
+                for text in texts
+            ]
+        )
     for size in (4096, 1):
         found = Encoder(path=str(tiny), dtype="float32", tokens_per_batch=size).open().embed(texts)
         assert torch.allclose(found, expected, atol=1e-5)
@@ -211,11 +299,15 @@ def test_a_folder_of_sentence_transformers_is_used_as_such(tiny: Path, tmp_path:
     encoder = Encoder(path=str(tmp_path / "sentences"), dtype="float32").open()
     texts = ["A short one.", "This one is rather longer than the other one is."]
     assert encoder.dimensions == 32
-    assert torch.allclose(encoder.embed(texts), model.encode(texts, convert_to_tensor=True), atol=1e-5)
+    assert torch.allclose(
+        encoder.embed(texts), model.encode(texts, convert_to_tensor=True), atol=1e-5
+    )
     assert encoder.fingerprint != Encoder(path=str(tiny), dtype="float32").open().fingerprint
 
 
-def test_a_padded_batch_of_tasks_has_the_loss_of_its_tasks_apart(content: dict[str, Any], tmp_path: Path) -> None:
+def test_a_padded_batch_of_tasks_has_the_loss_of_its_tasks_apart(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
     engine, task = simulation(content, tmp_path)
     questions = engine._shards[0].train
     params = task.init(seeds.generator(0, "init"))
@@ -224,10 +316,14 @@ def test_a_padded_batch_of_tasks_has_the_loss_of_its_tasks_apart(content: dict[s
     apart = [task._batch([one]) for one in tasks]
     losses = [float(task.losses(params, batch)[0]) for batch in apart]
     counts = [len(batch.shares) for batch in apart]
-    assert float(whole) == pytest.approx(sum(a * b for a, b in zip(losses, counts, strict=True)) / sum(counts), abs=1e-5)
+    assert float(whole) == pytest.approx(
+        sum(a * b for a, b in zip(losses, counts, strict=True)) / sum(counts), abs=1e-5
+    )
 
 
-def test_a_draw_keeps_context_and_targets_apart_and_groups_too(content: dict[str, Any], tmp_path: Path) -> None:
+def test_a_draw_keeps_context_and_targets_apart_and_groups_too(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
     engine, task = simulation(content, tmp_path)
     pooled = config.parse(OpinionTask, content["task"], "task").build()
     pooled.known = task.known
@@ -256,12 +352,18 @@ def test_what_is_said_too_boldly_is_badly_calibrated() -> None:
     assert calibration_error(truth, truth) == 0
     assert calibration_error(torch.tensor([1.0, 0.0, 1.0, 0.0]), truth) == pytest.approx(0.3)
     within_a_bin = calibration_error(torch.tensor([0.52, 0.54]), torch.tensor([0.4, 0.66]))
-    assert within_a_bin == pytest.approx(0.0, abs=1e-6), "too high and too low by the same, about the same prediction"
+    assert within_a_bin == pytest.approx(0.0, abs=1e-6), (
+        "too high and too low by the same, about the same prediction"
+    )
 
 
 def test_comparisons_become_questions_with_the_share_that_each_answer_won(tiny: Path) -> None:
     task = OpinionTask(model=Encoder(path=str(tiny))).build()
-    rows = [Preference("Q:", " a", " b", "row 1"), Preference("Q:", " b", " a", "row 2"), Preference("Q:", " a", " b", "row 3")]
+    rows = [
+        Preference("Q:", " a", " b", "row 1"),
+        Preference("Q:", " b", " a", "row 2"),
+        Preference("Q:", " a", " b", "row 3"),
+    ]
     shard = task.encode(ClientData("one", (*rows, Preference("R:", " c", " d", "row 4")), ()))
     assert [(q.texts, q.shares) for q in shard.train] == [
         (("Q: a", "Q: b"), pytest.approx((2 / 3, 1 / 3))),
@@ -274,10 +376,18 @@ def test_comparisons_become_questions_with_the_share_that_each_answer_won(tiny: 
 # ---- the algorithm
 
 
-def test_one_group_federated_is_training_on_that_group(content: dict[str, Any], tmp_path: Path) -> None:
-    local = LocalTraining(steps=3, batch_size=1, optim="sgd", learning_rate=0.05)  # Adam would make rounding large
+def test_one_group_federated_is_training_on_that_group(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
+    local = LocalTraining(
+        steps=3, batch_size=1, optim="sgd", learning_rate=0.05
+    )  # Adam would make rounding large
     ends = []
-    for method in (PluralLLM(local=local), PluralLLM(local=local, weights="points"), Pooled(local=local)):
+    for method in (
+        PluralLLM(local=local),
+        PluralLLM(local=local, weights="points"),
+        Pooled(local=local),
+    ):
         engine, task = simulation(content, tmp_path, clients=1)
         state: Any = method.init(engine, task.init(seeds.generator(0, "init")))
         for number in range(2):
@@ -288,7 +398,9 @@ def test_one_group_federated_is_training_on_that_group(content: dict[str, Any], 
         assert trees.norm(trees.subtract(end, ends[0])) < 1e-4 * trees.norm(ends[0])  # type: ignore[arg-type]
 
 
-def test_weights_by_points_are_those_of_the_points_seen(content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_by_points_are_those_of_the_points_seen(
+    content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     local = LocalTraining(steps=2, batch_size=1, learning_rate=0.01)
     start: Any = None
     ends, seen = {}, {0: 0, 1: 0}
@@ -313,13 +425,17 @@ def test_weights_by_points_are_those_of_the_points_seen(content: dict[str, Any],
     assert trees.norm(trees.subtract(ends[0, 1], expected)) < 1e-5 * trees.norm(expected)
 
 
-def test_messages_hold_the_predictors_parameters_alone(content: dict[str, Any], tmp_path: Path) -> None:
+def test_messages_hold_the_predictors_parameters_alone(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
     engine, task = simulation(content, tmp_path)
     start = task.init(seeds.generator(0, "init"))
     engine.begin(0, engine.clients)
     method = PluralLLM(local=LocalTraining(steps=1, batch_size=1))
     sent: list[Any] = []
-    engine._channel = Chain((Stage("seen", lambda tree, sender: sent.append(tree) or tree, lambda total, count: total),))  # type: ignore[func-returns-value]
+    engine._channel = Chain(
+        (Stage("seen", lambda tree, sender: sent.append(tree) or tree, lambda total, count: total),)
+    )  # type: ignore[func-returns-value]
     state, _ = method.step(engine, method.init(engine, start))
     assert all(message.keys() == start.keys() for message in sent)
     assert engine.traffic.bytes_up == len(engine.clients) * trees.size(start)
@@ -328,20 +444,30 @@ def test_messages_hold_the_predictors_parameters_alone(content: dict[str, Any], 
 
 
 def test_the_published_cosine_goes_down_and_up_again() -> None:
-    settings = LocalTraining(steps=6, learning_rate=1.0, warmup_ratio=0.0, num_cycles=3.0)  # 600 steps over waves of 200
+    settings = LocalTraining(
+        steps=6, learning_rate=1.0, warmup_ratio=0.0, num_cycles=3.0
+    )  # 600 steps over waves of 200
     for step, expected in ((0, 1.0), (100, 0.0), (200, 1.0), (300, 0.0), (150, 0.5)):
         assert rate(settings, step / 600) == pytest.approx(expected, abs=1e-9)
 
 
-def test_runs_have_the_same_bits_for_any_number_of_workers(content: dict[str, Any], tmp_path: Path) -> None:
+def test_runs_have_the_same_bits_for_any_number_of_workers(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
     """Groups share some questions, and workers embed them in any order."""
     rng = random.Random(0)
-    rows = [{**row, "selections": {g: s for g, s in row["selections"].items() if rng.random() < 0.7}} for row in survey()]
+    rows = [
+        {**row, "selections": {g: s for g, s in row["selections"].items() if rng.random() < 0.7}}
+        for row in survey()
+    ]
     content |= {"data": {**content["data"], "path": str(write_rows(tmp_path / "some.jsonl", rows))}}
     content["task"]["model"] = {**content["task"]["model"], "dtype": "bfloat16"}
     ends = []
     for number, workers in enumerate((1, 2, 2)):
-        path = run(config.parse(Experiment, {**content, "workers": workers}, "test"), tmp_path / str(number)).path
+        path = run(
+            config.parse(Experiment, {**content, "workers": workers}, "test"),
+            tmp_path / str(number),
+        ).path
         ends.append(trees.load(path / "adapter/predictor.safetensors"))
     for end in ends[1:]:
         assert all(torch.equal(end[name], ends[0][name]) for name in ends[0])
@@ -353,21 +479,38 @@ def test_an_answer_is_not_shown_while_it_is_asked(content: dict[str, Any], tmp_p
         run(config.parse(Experiment, content, "test"), tmp_path / "run")
 
 
-def test_a_question_answered_twice_by_a_group_has_the_mean_of_its_answers(content: dict[str, Any], tmp_path: Path) -> None:
-    again = {**survey()[0], "selections": {"north": [0.0, 0.0, 0.0, 1.0][-len(survey()[0]["options"]) :]}}
-    content["data"] = {**content["data"], "path": str(write_rows(tmp_path / "rows.jsonl", [*survey(), again]))}
+def test_a_question_answered_twice_by_a_group_has_the_mean_of_its_answers(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
+    again = {
+        **survey()[0],
+        "selections": {"north": [0.0, 0.0, 0.0, 1.0][-len(survey()[0]["options"]) :]},
+    }
+    content["data"] = {
+        **content["data"],
+        "path": str(write_rows(tmp_path / "rows.jsonl", [*survey(), again])),
+    }
     spec = config.parse(Experiment, content, "test")
     task = spec.build_task()
     (north,) = [task.encode(client) for client in spec.clients()[0] if client.name == "north"]
-    questions = {question.texts[0].split("\n")[0]: question for question in north.train + north.test}
+    questions = {
+        question.texts[0].split("\n")[0]: question for question in north.train + north.test
+    }
     assert len(questions) == len(north.train + north.test) == 30
     once, twice = survey()[0]["selections"]["north"], questions[survey()[0]["question"]].shares
-    assert twice == pytest.approx([(a + b) / 2 for a, b in zip(once, again["selections"]["north"], strict=True)])
+    assert twice == pytest.approx(
+        [(a + b) / 2 for a, b in zip(once, again["selections"]["north"], strict=True)]
+    )
 
 
-def test_questions_that_are_too_long_for_the_encoder_are_counted(content: dict[str, Any], tmp_path: Path) -> None:
+def test_questions_that_are_too_long_for_the_encoder_are_counted(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
     long = {**survey()[0], "question": "How " * 5000 + "?"}
-    content["data"] = {**content["data"], "path": str(write_rows(tmp_path / "rows.jsonl", [*survey(), long]))}
+    content["data"] = {
+        **content["data"],
+        "path": str(write_rows(tmp_path / "rows.jsonl", [*survey(), long])),
+    }
     spec = config.parse(Experiment, content, "test")
     task = spec.build_task()
     assert [task.encode(client).truncated for client in spec.clients()[0]] == [1, 1, 1]
@@ -383,28 +526,50 @@ def test_a_survey_is_asked_as_it_was_trained(content: dict[str, Any], tmp_path: 
     """Options of one of its own questions as completions: the shares are those that the run's evaluation predicts."""
     folder = run(config.parse(Experiment, content, "test"), tmp_path / "run").path
     reward = group_rewards(folder)["north"]
-    (client,) = [client for client in FinishedRun.at(folder).experiment.clients()[0] if client.name == "north"]
+    (client,) = [
+        client
+        for client in FinishedRun.at(folder).experiment.clients()[0]
+        if client.name == "north"
+    ]
     for row in client.test[:3]:
         assert isinstance(row, Opinion)
         question = Question("north", asking(row.prompt, row.options), row.shares)
         reward.learner.embed([question, *reward.context])
         expected = reward.learner.predict(reward.params, reward.context, [question])[0][0]
         reward.learner.forget([question.digest])
-        assert reward([row.prompt] * len(row.options), row.options) == pytest.approx(expected.tolist(), abs=1e-6)
+        assert reward([row.prompt] * len(row.options), row.options) == pytest.approx(
+            expected.tolist(), abs=1e-6
+        )
         assert len(reward.learner.known) == len(reward.context), "what was scored is let go of"
 
 
-def test_a_run_whose_data_has_changed_gives_no_rewards(content: dict[str, Any], tmp_path: Path) -> None:
+def test_a_run_whose_data_has_changed_gives_no_rewards(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
     file = write_rows(tmp_path / "rows.jsonl", survey())
     content["data"] = {**content["data"], "path": str(file)}
     folder = run(config.parse(Experiment, content, "test"), tmp_path / "run").path
-    write_rows(file, [{**row, "selections": {**row["selections"], "north": row["selections"]["east"]}} for row in survey()])
-    with pytest.raises(UserError, match=r"the data of \['north'\] is not what the run was trained on"):
+    write_rows(
+        file,
+        [
+            {**row, "selections": {**row["selections"], "north": row["selections"]["east"]}}
+            for row in survey()
+        ],
+    )
+    with pytest.raises(
+        UserError, match=r"the data of \['north'\] is not what the run was trained on"
+    ):
         group_rewards(folder)
 
 
-def test_learning_beats_equal_shares_and_newcomers_are_told_apart_by_their_context(content: dict[str, Any], tmp_path: Path) -> None:
-    content |= {"federation": {"newcomers": ["east"]}, "rounds": 12, "baselines": ["alone", "pooled"]}
+def test_learning_beats_equal_shares_and_newcomers_are_told_apart_by_their_context(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
+    content |= {
+        "federation": {"newcomers": ["east"]},
+        "rounds": 12,
+        "baselines": ["alone", "pooled"],
+    }
     content["algorithm"]["local"] |= {"steps": 5, "batch_size": 2}
     spec = config.parse(Experiment, content, "test")
     outcome = run(spec, tmp_path / "run")
@@ -425,7 +590,9 @@ def test_a_group_can_come_to_a_finished_run(content: dict[str, Any], tmp_path: P
 
     path = run(config.parse(Experiment, content, "test"), tmp_path / "run").path
     rows = [{**row, "selections": {"west": row["selections"]["east"]}} for row in survey(seed=1)]
-    joined = personalize(path, Files(path=str(write_rows(tmp_path / "west.jsonl", rows))), column="group")
+    joined = personalize(
+        path, Files(path=str(write_rows(tmp_path / "west.jsonl", rows))), column="group"
+    )
     assert joined.keys() == {"west"}
     assert 0 < joined["west"].before["alignment"] == joined["west"].after["alignment"]
 
@@ -441,7 +608,9 @@ def test_a_group_can_come_to_a_finished_run(content: dict[str, Any], tmp_path: P
         ("task.context_questions=[9, 3]", "9 is more than 3"),
     ],
 )
-def test_what_does_not_fit_is_refused(override: str, complaint: str, content: dict[str, Any], tmp_path: Path) -> None:
+def test_what_does_not_fit_is_refused(
+    override: str, complaint: str, content: dict[str, Any], tmp_path: Path
+) -> None:
     import yaml
 
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
@@ -449,16 +618,26 @@ def test_what_does_not_fit_is_refused(override: str, complaint: str, content: di
         run(Experiment.load(tmp_path / "config.yaml", [override]), tmp_path / "run")
 
 
-def test_a_run_from_the_command_line_shows_alignments(content: dict[str, Any], tmp_path: Path) -> None:
+def test_a_run_from_the_command_line_shows_alignments(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
     import yaml
 
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
-    ran = CliRunner().invoke(cli.app, ["run", str(tmp_path / "config.yaml"), "--output", str(tmp_path / "run")])
+    ran = CliRunner().invoke(
+        cli.app, ["run", str(tmp_path / "config.yaml"), "--output", str(tmp_path / "run")]
+    )
     assert ran.exit_code == 0, ran.output
     assert "held-out alignment, %" in ran.output
     assert "error" in ran.output
     exported = tmp_path / "run" / "adapter"
-    assert json.loads((exported / "predictor.json").read_text())["predictor"]["width"] == SMALL["width"]
-    assert trees.load(exported / "predictor.safetensors").keys() == Predictor(**SMALL).shapes(32).keys()
+    assert (
+        json.loads((exported / "predictor.json").read_text())["predictor"]["width"]
+        == SMALL["width"]
+    )
+    assert (
+        trees.load(exported / "predictor.safetensors").keys()
+        == Predictor(**SMALL).shapes(32).keys()
+    )
     ran = CliRunner().invoke(cli.app, ["compare", str(tmp_path / "run")])
     assert "held-out alignment" in ran.output

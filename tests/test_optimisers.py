@@ -24,7 +24,14 @@ from fedpref.tasks import BatchSize
 
 # Two clients with losses 1/2 curvature |x - centre|^2, whose mean has its minimum at (1 * 4 + 3 * 0) / 4 = 1
 CLIENTS = ((1.0, 4.0), (3.0, 0.0))
-PLAIN = LocalTraining(steps=5, optim="sgd", learning_rate=0.1, lr_scheduler_type="constant", warmup_ratio=0.0, max_grad_norm=1e9)
+PLAIN = LocalTraining(
+    steps=5,
+    optim="sgd",
+    learning_rate=0.1,
+    lr_scheduler_type="constant",
+    warmup_ratio=0.0,
+    max_grad_norm=1e9,
+)
 
 
 @dataclass(frozen=True)
@@ -55,7 +62,9 @@ class Bowls:
     def prepare(self, shard: Bowl, cache: Path) -> Bowl:
         return shard
 
-    def draw(self, params: Tree, start: Tree, shard: Bowl, size: BatchSize, rng: torch.Generator) -> Bowl:
+    def draw(
+        self, params: Tree, start: Tree, shard: Bowl, size: BatchSize, rng: torch.Generator
+    ) -> Bowl:
         return shard
 
     def batches(self, shard: Bowl) -> Iterator[tuple[Bowl, float]]:
@@ -76,7 +85,9 @@ class Bowls:
         raise NotImplementedError
 
 
-def run(algorithm: Any, rounds: int, cohorts: Sequence[Sequence[int]] = ((0, 1),)) -> tuple[float, Any]:
+def run(
+    algorithm: Any, rounds: int, cohorts: Sequence[Sequence[int]] = ((0, 1),)
+) -> tuple[float, Any]:
     """Where both coordinates of the shared point end, and the last state."""
     shards = [Bowl(str(i), *numbers) for i, numbers in enumerate(CLIENTS)]
     task: Any = Bowls()
@@ -90,7 +101,13 @@ def run(algorithm: Any, rounds: int, cohorts: Sequence[Sequence[int]] = ((0, 1),
     return first, state
 
 
-def local_change(x: float, curvature: float, centre: float, steps: int = PLAIN.steps, rate: float = PLAIN.learning_rate) -> float:
+def local_change(
+    x: float,
+    curvature: float,
+    centre: float,
+    steps: int = PLAIN.steps,
+    rate: float = PLAIN.learning_rate,
+) -> float:
     return (1 - (1 - rate * curvature) ** steps) * (centre - x)
 
 
@@ -112,7 +129,9 @@ def test_stale_clients_start_from_the_adapters_that_they_drew(send: Any) -> None
             changes.append(end - history[-1] if send == "weights" else end - start)
         history.append(history[-1] + sum(changes) / len(changes))
     task: Any = Bowls()
-    engine = Simulation(task, [Bowl(str(i), *numbers) for i, numbers in enumerate(CLIENTS)], seed=0, rounds=rounds)
+    engine = Simulation(
+        task, [Bowl(str(i), *numbers) for i, numbers in enumerate(CLIENTS)], seed=0, rounds=rounds
+    )
     state = method.init(engine, task.init(torch.Generator()))
     found, ages = [], set[float]()
     for round in range(rounds):
@@ -127,7 +146,9 @@ def test_stale_clients_start_from_the_adapters_that_they_drew(send: Any) -> None
 
 def test_feddpo_has_the_drift_floor_of_federated_averaging() -> None:
     pulls = [1 - (1 - 0.1 * curvature) ** 5 for curvature, _ in CLIENTS]
-    floor = sum(pull * centre for pull, (_, centre) in zip(pulls, CLIENTS, strict=True)) / sum(pulls)
+    floor = sum(pull * centre for pull, (_, centre) in zip(pulls, CLIENTS, strict=True)) / sum(
+        pulls
+    )
     assert run(FedDPO(local=PLAIN), 60)[0] == pytest.approx(floor, abs=1e-4)
     assert abs(floor - 1.0) > 0.2
 
@@ -136,13 +157,20 @@ def test_feddpo_has_the_drift_floor_of_federated_averaging() -> None:
 def test_scaffold_removes_the_drift_floor(cohorts: Sequence[Sequence[int]]) -> None:
     found, state = run(Scaffold(local=PLAIN), 300, cohorts)
     assert found == pytest.approx(1.0, abs=1e-3)
-    assert state.control["x"].tolist() == pytest.approx([0.0, 0.0], abs=1e-2)  # the mean gradient, at the minimum
+    assert state.control["x"].tolist() == pytest.approx(
+        [0.0, 0.0], abs=1e-2
+    )  # the mean gradient, at the minimum
 
 
 def test_scaffolds_control_variates_are_the_papers_option_two_under_plain_sgd() -> None:
     _, state = run(Scaffold(local=PLAIN), 1)
-    own = [state.own._values[i]["x"][0].item() for i in range(2)]  # after the first round, which is uncorrected
-    assert own == pytest.approx([-local_change(2.0, *numbers) / (PLAIN.steps * PLAIN.learning_rate) for numbers in CLIENTS], rel=1e-5)
+    own = [
+        state.own._values[i]["x"][0].item() for i in range(2)
+    ]  # after the first round, which is uncorrected
+    assert own == pytest.approx(
+        [-local_change(2.0, *numbers) / (PLAIN.steps * PLAIN.learning_rate) for numbers in CLIENTS],
+        rel=1e-5,
+    )
     assert state.control["x"][0].item() == pytest.approx(sum(own) / 2, rel=1e-5)
 
 
@@ -156,7 +184,10 @@ def test_scaffold_is_right_for_adamw() -> None:
 def test_fedprox_is_feddpo_without_its_term_and_stands_still_under_a_strong_one() -> None:
     assert run(FedProx(mu=0.0, local=PLAIN), 4)[0] == run(FedDPO(local=PLAIN), 4)[0]
     stiff = replace(PLAIN, learning_rate=1e-3)
-    assert abs(run(FedProx(mu=900.0, local=stiff), 1)[0] - 2.0) < abs(run(FedDPO(local=stiff), 1)[0] - 2.0) / 2
+    assert (
+        abs(run(FedProx(mu=900.0, local=stiff), 1)[0] - 2.0)
+        < abs(run(FedDPO(local=stiff), 1)[0] - 2.0) / 2
+    )
 
 
 def test_fedproxs_step_is_that_of_its_objective() -> None:
@@ -171,12 +202,16 @@ def test_fedproxs_step_is_that_of_its_objective() -> None:
 
 
 def test_server_momentum_without_momentum_is_feddpo_and_with_it_the_heavy_ball() -> None:
-    assert run(FedOpt(server=Momentum(beta=0.0), local=PLAIN), 3)[0] == run(FedDPO(local=PLAIN), 3)[0]
+    assert (
+        run(FedOpt(server=Momentum(beta=0.0), local=PLAIN), 3)[0] == run(FedDPO(local=PLAIN), 3)[0]
+    )
     x, velocity = 2.0, 0.0
     for _ in range(3):
         velocity = 0.5 * velocity + mean_change(x)
         x += 0.8 * velocity
-    assert run(FedOpt(server=Momentum(beta=0.5, learning_rate=0.8), local=PLAIN), 3)[0] == pytest.approx(x, rel=1e-5)
+    assert run(FedOpt(server=Momentum(beta=0.5, learning_rate=0.8), local=PLAIN), 3)[
+        0
+    ] == pytest.approx(x, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["adam", "yogi", "adagrad"])

@@ -26,12 +26,16 @@ COUNTS, SAMPLES = (3, 1, 4, 2), 2
 
 def sampled(seed: int = 0) -> Sampled:
     rng = torch.Generator().manual_seed(seed)
-    old, reference = (-torch.rand(sum(COUNTS), generator=rng, dtype=torch.float64) for _ in range(2))
+    old, reference = (
+        -torch.rand(sum(COUNTS), generator=rng, dtype=torch.float64) for _ in range(2)
+    )
     return Sampled(old, reference, COUNTS, SAMPLES)
 
 
 def rewards(seed: int = 0) -> torch.Tensor:
-    return torch.randn(len(COUNTS), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(
+        len(COUNTS), generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
 
 
 # ---- estimators
@@ -44,14 +48,22 @@ def test_advantages_by_gae_are_the_sums_that_define_them() -> None:
     expected, begin = [], 0
     for count in COUNTS:
         ahead = [*v[begin + 1 : begin + count].tolist(), 0.0]
-        errors = [float(r[begin + t]) + gamma * ahead[t] - float(v[begin + t]) for t in range(count)]
-        expected += [sum((gamma * lambda_) ** k * errors[t + k] for k in range(count - t)) for t in range(count)]
+        errors = [
+            float(r[begin + t]) + gamma * ahead[t] - float(v[begin + t]) for t in range(count)
+        ]
+        expected += [
+            sum((gamma * lambda_) ** k * errors[t + k] for k in range(count - t))
+            for t in range(count)
+        ]
         begin += count
     assert gae(r, v, COUNTS, gamma, lambda_).tolist() == pytest.approx(expected)
 
 
 def test_with_lambda_one_the_advantage_is_the_return_less_the_value() -> None:
-    r, v = rewards(2), torch.randn(sum(COUNTS), dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    r, v = (
+        rewards(2),
+        torch.randn(sum(COUNTS), dtype=torch.float64, generator=torch.Generator().manual_seed(3)),
+    )
     settings = PPO(gae_lambda=1.0, kl=0.1, normalize=False)
     draws = sampled()
     advantages, returns = settings.advantages(r, draws, v)
@@ -68,7 +80,9 @@ def test_with_lambda_one_the_advantage_is_the_return_less_the_value() -> None:
 def test_a_critic_that_foretells_everything_leaves_no_advantage() -> None:
     settings = PPO(kl=0.0, normalize=False)
     constant = torch.full((sum(COUNTS),), 0.7, dtype=torch.float64)
-    advantages, _ = settings.advantages(torch.full((len(COUNTS),), 0.7, dtype=torch.float64), sampled(), constant)
+    advantages, _ = settings.advantages(
+        torch.full((len(COUNTS),), 0.7, dtype=torch.float64), sampled(), constant
+    )
     assert advantages.abs().max() < 1e-12
     with pytest.raises(ValueError, match="critic"):
         settings.advantages(rewards(), sampled(), None)
@@ -76,7 +90,9 @@ def test_a_critic_that_foretells_everything_leaves_no_advantage() -> None:
 
 @pytest.mark.parametrize("settings", [RLOO(kl=0.0), RLOO(kl=0.0, normalize=False), GRPO()])
 def test_the_advantage_of_a_constant_reward_is_zero(settings: Any) -> None:
-    advantages, _ = settings.advantages(torch.full((len(COUNTS),), 3.0, dtype=torch.float64), sampled(), None)
+    advantages, _ = settings.advantages(
+        torch.full((len(COUNTS),), 3.0, dtype=torch.float64), sampled(), None
+    )
     assert advantages.abs().max() < 1e-12
 
 
@@ -86,19 +102,27 @@ def test_an_answer_is_compared_with_the_others_to_its_prompt() -> None:
     net = (r - 0.05 * draws.summed(draws.old - draws.reference)).tolist()
     found, _ = RLOO(normalize=False).advantages(r, draws, None)
     of_answer = [net[0] - net[1], net[1] - net[0], net[2] - net[3], net[3] - net[2]]
-    assert found.tolist() == pytest.approx([of_answer[i] for i, count in enumerate(COUNTS) for _ in range(count)])
+    assert found.tolist() == pytest.approx(
+        [of_answer[i] for i, count in enumerate(COUNTS) for _ in range(count)]
+    )
     scaled, _ = RLOO().advantages(r, draws, None)
     assert (scaled / found).std() < 1e-9
     groups = r.view(2, 2)
-    expected = ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)).flatten()
-    assert GRPO().advantages(r, draws, None)[0].tolist() == pytest.approx(expected[draws.owner].tolist())
+    expected = (
+        (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
+    ).flatten()
+    assert GRPO().advantages(r, draws, None)[0].tolist() == pytest.approx(
+        expected[draws.owner].tolist()
+    )
 
 
 def test_where_the_policy_drew_the_tokens_the_gradient_is_that_of_their_log_probabilities() -> None:
     draws = sampled()
     for settings in (PPO(), RLOO(), GRPO(kl=0.0)):
         new = draws.old.clone().requires_grad_()
-        advantages = torch.randn(len(new), generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+        advantages = torch.randn(
+            len(new), generator=torch.Generator().manual_seed(5), dtype=torch.float64
+        )
         (gradient,) = torch.autograd.grad(surrogate(new, advantages, draws, settings), new)
         assert gradient.tolist() == pytest.approx((-advantages / len(new)).tolist())
 
@@ -135,20 +159,30 @@ def model(models: Callable[[str], Path]) -> LanguageModel:
 
 def adapter(model: LanguageModel, size: float = 0.1) -> dict[str, torch.Tensor]:
     rng = torch.Generator().manual_seed(0)
-    return {name: tensor + size * torch.randn(tensor.shape, generator=rng) for name, tensor in model.init(rng).items()}
+    return {
+        name: tensor + size * torch.randn(tensor.shape, generator=rng)
+        for name, tensor in model.init(rng).items()
+    }
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2", "gpt_neox"])
-def test_the_likeliest_answers_are_those_that_transformers_generates(architecture: str, models: Callable[[str], Path]) -> None:
+def test_the_likeliest_answers_are_those_that_transformers_generates(
+    architecture: str, models: Callable[[str], Path]
+) -> None:
     model = LanguageModel(Model(path=str(models(architecture)), lora_r=4, dtype="float32"))
     params = adapter(model)
-    prompts = [model.encode(text, "")[0] for text in ("What?", "Which thing is it, number four?", "River stone")]
+    prompts = [
+        model.encode(text, "")[0]
+        for text in ("What?", "Which thing is it, number four?", "River stone")
+    ]
     settings = Sampling(max_completion_length=12, temperature=1e-4)
     found = generate(model, params, prompts, 2, settings, torch.Generator().manual_seed(0))
     with merged(model, params):
         for i, prompt in enumerate(prompts):
             with torch.no_grad():
-                whole = model.model.get_base_model().generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, pad_token_id=1)
+                whole = model.model.get_base_model().generate(
+                    torch.tensor([prompt]), max_new_tokens=12, do_sample=False, pad_token_id=1
+                )
             expected = tuple(whole[0, len(prompt) :].tolist())
             assert found[2 * i] == found[2 * i + 1] == expected[: len(found[2 * i])]
             assert len(found[2 * i]) == 12 or found[2 * i][-1] in model.stops
@@ -156,13 +190,24 @@ def test_the_likeliest_answers_are_those_that_transformers_generates(architectur
 
 def test_tokens_are_drawn_as_often_as_the_model_says(model: LanguageModel) -> None:
     params, prompt = adapter(model), model.encode("Which thing?", "")[0]
-    draws = generate(model, params, [prompt], 4000, Sampling(max_completion_length=1), torch.Generator().manual_seed(0))
+    draws = generate(
+        model,
+        params,
+        [prompt],
+        4000,
+        Sampling(max_completion_length=1),
+        torch.Generator().manual_seed(0),
+    )
     counts = Counter(answer[0] for answer in draws)
     common = [token for token, _ in counts.most_common(5)]
     with torch.no_grad():
-        expected = [math.exp(float(model.tokens(params, [(prompt, [[token]])])[0])) for token in common]
+        expected = [
+            math.exp(float(model.tokens(params, [(prompt, [[token]])])[0])) for token in common
+        ]
     for token, p in zip(common, expected, strict=True):
-        assert counts[token] / 4000 == pytest.approx(p, abs=4 * math.sqrt(p * (1 - p) / 4000) + 1e-3)
+        assert counts[token] / 4000 == pytest.approx(
+            p, abs=4 * math.sqrt(p * (1 - p) / 4000) + 1e-3
+        )
 
 
 def test_an_adapter_of_a_lower_rank_is_drawn_from_as_it_is(model: LanguageModel) -> None:
@@ -172,22 +217,48 @@ def test_an_adapter_of_a_lower_rank_is_drawn_from_as_it_is(model: LanguageModel)
     for name, t in cut.items():
         padded[name][tuple(map(slice, t.shape))] = t
     settings = Sampling(max_completion_length=12, temperature=1e-4)
-    found = [generate(model, some, [prompt], 1, settings, torch.Generator().manual_seed(0)) for some in (cut, padded, params)]
+    found = [
+        generate(model, some, [prompt], 1, settings, torch.Generator().manual_seed(0))
+        for some in (cut, padded, params)
+    ]
     assert found[0] == found[1] != found[2]
 
 
 def test_drawing_leaves_the_models_weights_as_they_were(model: LanguageModel) -> None:
-    before = {name: tensor.clone() for name, tensor in model.model.named_parameters() if ".lora_" not in name}
+    before = {
+        name: tensor.clone()
+        for name, tensor in model.model.named_parameters()
+        if ".lora_" not in name
+    }
     prompt = model.encode("Which thing?", "")[0]
-    alone = generate(model, None, [prompt], 3, Sampling(max_completion_length=4), torch.Generator().manual_seed(0))
+    alone = generate(
+        model,
+        None,
+        [prompt],
+        3,
+        Sampling(max_completion_length=4),
+        torch.Generator().manual_seed(0),
+    )
     with pytest.raises(ZeroDivisionError), merged(model, adapter(model)):
         raise ZeroDivisionError
-    assert generate(model, None, [prompt], 3, Sampling(max_completion_length=4), torch.Generator().manual_seed(0)) == alone
+    assert (
+        generate(
+            model,
+            None,
+            [prompt],
+            3,
+            Sampling(max_completion_length=4),
+            torch.Generator().manual_seed(0),
+        )
+        == alone
+    )
     after = dict(model.model.named_parameters())
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
-def test_log_probabilities_of_tokens_sum_to_those_of_answers_and_heat_flattens_them(model: LanguageModel) -> None:
+def test_log_probabilities_of_tokens_sum_to_those_of_answers_and_heat_flattens_them(
+    model: LanguageModel,
+) -> None:
     params = adapter(model)
     rows = [([5, 6, 7], ([8, 9], [10, 11, 12])), ([4], ([9],))]
     with torch.no_grad():
@@ -195,7 +266,9 @@ def test_log_probabilities_of_tokens_sum_to_those_of_answers_and_heat_flattens_t
         whole = model.log_probabilities(params, rows)
         hot, _ = model.tokens(params, rows, temperature=50.0)
     assert hidden.shape == (6, 32)
-    assert [float(part.sum()) for part in tokens.split([2, 3, 1])] == pytest.approx(whole.tolist(), rel=1e-5)
+    assert [float(part.sum()) for part in tokens.split([2, 3, 1])] == pytest.approx(
+        whole.tolist(), rel=1e-5
+    )
     vocabulary = model.head.out_features
     assert (hot + math.log(vocabulary)).abs().max() < 0.5
 
@@ -212,19 +285,28 @@ def test_rewards_are_read_off_the_text() -> None:
     assert Distinct()(prompts, texts) == [1.0, 0.0, pytest.approx(1 / 3), 1.0]
     assert Pattern(pattern=r"\?", most=2)(prompts, texts) == [0.0, 0.0, 0.0, 1.0]
     assert Pattern(pattern="two", negate=True)(prompts, texts) == [0.0, 1.0, 1.0, 1.0]
-    assert Length(target=2)([[{"role": "user", "content": "Q"}]], [[{"role": "assistant", "content": "one two"}]]) == [1.0]
+    assert Length(target=2)(
+        [[{"role": "user", "content": "Q"}]], [[{"role": "assistant", "content": "one two"}]]
+    ) == [1.0]
     with pytest.raises(UserError, match="no regular expression"):
         Pattern(pattern="(")
 
 
 def test_sentiment_knows_praise_from_blame() -> None:
-    good, bad = Sentiment().build()(["Q"] * 2, [" I love this, thank you!", " This is horrible and sad."])
+    good, bad = Sentiment().build()(
+        ["Q"] * 2, [" I love this, thank you!", " This is horrible and sad."]
+    )
     assert good > 0.5 > -0.5 > bad
 
 
 def toxic_words(folder: Path) -> Path:
     vocab = np.array(["bad", "fine"])
-    arrays = {"coef": np.array([[2.0, -1.0], [1.0, 0.0]]), "intercept": np.zeros(2), "platt_a": -np.ones(2), "platt_b": np.zeros(2)}
+    arrays = {
+        "coef": np.array([[2.0, -1.0], [1.0, 0.0]]),
+        "intercept": np.zeros(2),
+        "platt_a": -np.ones(2),
+        "platt_b": np.zeros(2),
+    }
     np.savez(folder / "words.npz", vocab=vocab, **arrays)
     return folder / "words.npz"
 
@@ -236,7 +318,9 @@ def test_toxicity_is_the_mean_of_its_models(tmp_path: Path) -> None:
     def probability(*scores: float) -> float:
         return sum(1 / (1 + math.exp(-score)) for score in scores) / len(scores)
 
-    assert list(found) == pytest.approx([1 - probability(1, 1), 0.5, 1 - probability(4, 2)], abs=1e-6)
+    assert list(found) == pytest.approx(
+        [1 - probability(1, 1), 0.5, 1 - probability(4, 2)], abs=1e-6
+    )
     (tmp_path / "other.npz").write_text("no arrays")
     with pytest.raises(UserError, match="could not be read as a toxicity model"):
         Toxicity(path=str(tmp_path / "other.npz")).build()
@@ -245,7 +329,9 @@ def test_toxicity_is_the_mean_of_its_models(tmp_path: Path) -> None:
 @needs_real_data
 def test_offence_is_found_by_the_public_model() -> None:
     reward = Toxicity(path=str(REAL_DATA / "toxicity_linear.npz")).build()
-    kind, rude = reward(["Q"] * 2, [" Of course, I am glad to help you.", " You are a stupid idiot."])
+    kind, rude = reward(
+        ["Q"] * 2, [" Of course, I am glad to help you.", " You are a stupid idiot."]
+    )
     assert kind > 0.8 > 0.2 > rude
 
 
@@ -255,12 +341,20 @@ def test_any_classification_model_is_a_reward(tmp_path: Path, tiny: Path) -> Non
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
     for labels in (1, 2):
         torch.manual_seed(0)
-        configuration = transformers.LlamaConfig.from_pretrained(tiny, num_labels=labels, pad_token_id=1)
-        classifier = transformers.AutoModelForSequenceClassification.from_config(configuration).eval()
+        configuration = transformers.LlamaConfig.from_pretrained(
+            tiny, num_labels=labels, pad_token_id=1
+        )
+        classifier = transformers.AutoModelForSequenceClassification.from_config(
+            configuration
+        ).eval()
         classifier.save_pretrained(tmp_path / str(labels))
         tokenizer.save_pretrained(tmp_path / str(labels))
-        settings = Classifier(path=str(tmp_path / str(labels)), label=None if labels == 1 else 1, batch_size=2)
-        found = settings.build()(["Which?", "What is it?", "Which?"], [" river", " stone and lamp", " mill"])
+        settings = Classifier(
+            path=str(tmp_path / str(labels)), label=None if labels == 1 else 1, batch_size=2
+        )
+        found = settings.build()(
+            ["Which?", "What is it?", "Which?"], [" river", " stone and lamp", " mill"]
+        )
         with torch.no_grad():
             ids = tokenizer("What is it? stone and lamp", return_tensors="pt")["input_ids"]
             logits = classifier(input_ids=ids).logits[0]
@@ -283,7 +377,9 @@ def times(factor: float) -> Any:
 
 def test_any_function_that_can_be_imported_is_a_reward() -> None:
     assert Function(path="test_policy:double_length").build()(["Q"], ["abc"]) == [6.0]
-    assert Function(path="test_policy:times", arguments={"factor": 3.0}).build()(["Q"], ["abc"]) == [9.0]
+    assert Function(path="test_policy:times", arguments={"factor": 3.0}).build()(
+        ["Q"], ["abc"]
+    ) == [9.0]
     for path in ("test_policy:nothing", "no_such_module:f", "test_policy"):
         with pytest.raises(UserError, match="could not be imported"):
             Function(path=path).build()
@@ -292,6 +388,14 @@ def test_any_function_that_can_be_imported_is_a_reward() -> None:
 def test_draws_depend_on_their_seed_alone(model: LanguageModel) -> None:
     prompts = [model.encode(text, "")[0] for text in ("What?", "Which thing is it?")]
     first, again, other = (
-        generate(model, None, prompts, 3, Sampling(max_completion_length=6), seeds.generator(seed, "draw")) for seed in (0, 0, 1)
+        generate(
+            model,
+            None,
+            prompts,
+            3,
+            Sampling(max_completion_length=6),
+            seeds.generator(seed, "draw"),
+        )
+        for seed in (0, 0, 1)
     )
     assert first == again != other

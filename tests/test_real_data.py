@@ -13,7 +13,9 @@ CLIENTS = {"hh": 2, "hh-iid": 10, "movie-reviews": 3, "movie-reviews-10": 10}
 
 @needs_real_data
 @pytest.mark.parametrize("name", CONFIGS)
-def test_clients_of_the_real_sets_have_rows_on_both_sides_and_share_no_prompt_between_them(name: str) -> None:
+def test_clients_of_the_real_sets_have_rows_on_both_sides_and_share_no_prompt_between_them(
+    name: str,
+) -> None:
     experiment = Experiment.load(ROOT / f"configs/{name}.yaml", [f"data.path={REAL_DATA}"])
     clients, _ = experiment.clients()
     assert len(clients) == CLIENTS.get(name, len(clients))
@@ -26,4 +28,7 @@ def test_clients_of_the_real_sets_have_rows_on_both_sides_and_share_no_prompt_be
     largest = max(clients, key=lambda client: len(client.train))
     shard = task.encode(largest)
     assert len(shard.train) == len(largest.train)
-    assert max(len(pair.prompt) + max(map(len, pair.answers)) for pair in shard.train + shard.test) <= task.max_length
+    assert (
+        max(len(pair.prompt) + max(map(len, pair.answers)) for pair in shard.train + shard.test)
+        <= task.max_length
+    )

@@ -28,13 +28,17 @@ from fedpref.reports.page.tables import client_rows, newcomer_rows
 from fedpref.reports.run import Run, read
 from fedpref.reports.tables import client_table
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 SCREENSHOTS = ROOT / "build/screenshots"
 
 
 def content_of(text: str) -> list[dict[str, Any]]:
     """The charts' data in a page."""
-    found = re.search(r'<script type="application/json" id="charts">(.*?)</script>', text, re.DOTALL)
+    found = re.search(
+        r'<script type="application/json" id="charts">(.*?)</script>', text, re.DOTALL
+    )
     assert found
     return list(json.loads(found.group(1)))
 
@@ -47,8 +51,15 @@ def runs(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> 
     objectives = {"objective_column": "kind", "objective_names": ["first", "second"]}
     contents = {
         "averaged": {"evaluate_every": 1, "baselines": ["alone", "pooled"]},
-        "gossip": {"algorithm": {"name": "decdpo", "local": local}, "network": {"topology": "ring"}},
-        "weighed": {"algorithm": {"name": "firm", "local": local}, "task": {**settings["task"], **objectives}, "evaluate_every": 1},
+        "gossip": {
+            "algorithm": {"name": "decdpo", "local": local},
+            "network": {"topology": "ring"},
+        },
+        "weighed": {
+            "algorithm": {"name": "firm", "local": local},
+            "task": {**settings["task"], **objectives},
+            "evaluate_every": 1,
+        },
     }
     made = {}
     for name, content in contents.items():
@@ -69,7 +80,9 @@ def test_what_the_page_says_is_what_the_run_says(runs: dict[str, Run]) -> None:
     drawn = dict(sections([one], []))
     assert list(drawn) == ["What was learned", "Who gained, who lost", "What it cost"]
     (gain,) = charts.gains([one])
-    assert dict(zip(gain.data[0]["y"], gain.data[0]["x"], strict=True)) == pytest.approx({c: values[c] - alone[c] for c in values})
+    assert dict(zip(gain.data[0]["y"], gain.data[0]["x"], strict=True)) == pytest.approx(
+        {c: values[c] - alone[c] for c in values}
+    )
     assert len(gain.data[0]["error_x"]["array"]) == 4
     (bars,) = charts.by_client([one])
     assert [trace["name"] for trace in bars.data] == ["feddpo", "alone", "pooled"]
@@ -81,11 +94,17 @@ def test_what_the_page_says_is_what_the_run_says(runs: dict[str, Run]) -> None:
     sent = next(chart for chart in charts.traffic([one]) if chart.title == "Data sent")
     assert sent.data[0]["y"] == [row["bytes_up"] / 1e6 for row in one.line.metrics]
     (spent,) = charts.times([one])
-    assert sum(trace["x"][0] for trace in spent.data) == pytest.approx(np.mean(one.line.column("seconds")), rel=0.02)
+    assert sum(trace["x"][0] for trace in spent.data) == pytest.approx(
+        np.mean(one.line.column("seconds")), rel=0.02
+    )
     for name in (*values, "feddpo", "seed", "torch"):
         assert name in text
-    assert [set(chart) for chart in content_of(text)] == [{"data", "layout"}] * sum(map(len, drawn.values()))
-    assert not re.search(r'(src|href)="', re.sub("<script.*?</script>", "", text, flags=re.DOTALL)), "nothing is fetched"
+    assert [set(chart) for chart in content_of(text)] == [{"data", "layout"}] * sum(
+        map(len, drawn.values())
+    )
+    assert not re.search(
+        r'(src|href)="', re.sub("<script.*?</script>", "", text, flags=re.DOTALL)
+    ), "nothing is fetched"
     assert len(text) < 3e6
 
 
@@ -95,7 +114,9 @@ def test_gossip_is_shown_against_its_bound_and_on_its_graph(runs: dict[str, Run]
     assert (after <= bound * 1.2).all(), "they are estimates"
     assert (bound < before).all()
     (drawn,) = methods.graph([runs["gossip"]])
-    assert len([end for end in drawn.data[0]["x"] if end is None]) == 4, "the links of a ring of four"
+    assert len([end for end in drawn.data[0]["x"] if end is None]) == 4, (
+        "the links of a ring of four"
+    )
     assert drawn.data[1]["text"] == list(runs["gossip"].clients)
 
 
@@ -108,11 +129,20 @@ def test_weights_of_objectives_and_a_front_are_shown(runs: dict[str, Run], tmp_p
     assert reached.data[1]["y"][-1] == last["rewards/accuracies/second"]["mean"]
     assert f"{last['rewards/accuracies/second']['mean']:.3f}" in page([runs["weighed"]])
     point = {"preference": [0.5, 0.5], "values": [0.2, 0.3], "beside": {}, "is_trained": True}
-    found = {"objectives": ["a", "b"], "reference": [0, 0], "figures": {"hypervolume": 0.06}, "points": [point]}
+    found = {
+        "objectives": ["a", "b"],
+        "reference": [0, 0],
+        "figures": {"hypervolume": 0.06},
+        "points": [point],
+    }
     (tmp_path / "front.json").write_text(json.dumps(found))
     text = write_report([tmp_path], tmp_path / "front.html").read_text()
     assert content_of(text)[0]["data"][0]["text"] == ["0.50 / 0.50"]
-    third = {**found, "objectives": ["a", "b", "c"], "points": [{**point, "preference": [0.2, 0.3, 0.5], "values": [0.2, 0.3, 0.4]}]}
+    third = {
+        **found,
+        "objectives": ["a", "b", "c"],
+        "points": [{**point, "preference": [0.2, 0.3, 0.5], "values": [0.2, 0.3, 0.4]}],
+    }
     assert methods.front(third).data[0]["marker"]["color"] == [0.4]
 
 
@@ -153,20 +183,34 @@ def test_many_rounds_and_clients_fit_in_a_page(runs: dict[str, Run], tmp_path: P
     names = [f"hospital-{k:02d}" for k in range(64)]
     rng = np.random.default_rng(0)
     row, measured = read(place).line.metrics[0], {"rewards/accuracies": 0.6, "num_examples": 50.0}
-    (place / METRICS).write_text("".join(json.dumps({**row, "round": k + 1}) + "\n" for k in range(200)))
-    summary = read(place).line.evaluations[0]["summary"]
-    rows = ({n: {**measured, "rewards/accuracies": float(rng.uniform(0.4, 0.9))} for n in names} for _ in range(200))
-    (place / EVALUATION).write_text(
-        "".join(json.dumps({"round": k + 1, "clients": c, "summary": summary}) + "\n" for k, c in enumerate(rows))
+    (place / METRICS).write_text(
+        "".join(json.dumps({**row, "round": k + 1}) + "\n" for k in range(200))
     )
-    (place / "clients.json").write_text(json.dumps({name: {"train": 10, "test": 50, "truncated": 0, "digest": ""} for name in names}))
+    summary = read(place).line.evaluations[0]["summary"]
+    rows = (
+        {n: {**measured, "rewards/accuracies": float(rng.uniform(0.4, 0.9))} for n in names}
+        for _ in range(200)
+    )
+    (place / EVALUATION).write_text(
+        "".join(
+            json.dumps({"round": k + 1, "clients": c, "summary": summary}) + "\n"
+            for k, c in enumerate(rows)
+        )
+    )
+    (place / "clients.json").write_text(
+        json.dumps(
+            {name: {"train": 10, "test": 50, "truncated": 0, "digest": ""} for name in names}
+        )
+    )
     shutil.rmtree(place / "baselines")
     found = CliRunner().invoke(cli.app, ["report", str(place)])
     assert found.exit_code == 0, found.output
     assert (place / "report.html").stat().st_size < 3e6
 
 
-def test_a_run_that_was_killed_in_a_reference_has_a_page(runs: dict[str, Run], tmp_path: Path) -> None:
+def test_a_run_that_was_killed_in_a_reference_has_a_page(
+    runs: dict[str, Run], tmp_path: Path
+) -> None:
     place = tmp_path / "killed"
     shutil.copytree(runs["averaged"].path, place)
     shutil.rmtree(place / "baselines/pooled")
@@ -175,14 +219,20 @@ def test_a_run_that_was_killed_in_a_reference_has_a_page(runs: dict[str, Run], t
     text = page([read(place)])
     assert "against training alone" not in text
     assert "not finished" in text
-    rows = (runs["averaged"].path / "baselines/alone" / EVALUATION).read_text().splitlines(keepends=True)
+    rows = (
+        (runs["averaged"].path / "baselines/alone" / EVALUATION)
+        .read_text()
+        .splitlines(keepends=True)
+    )
     (place / "baselines/alone" / EVALUATION).write_text(rows[0])
     again = read(place)
     assert again.gains("local") == {}, "nothing is compared after different numbers of rounds"
     assert "alone, after round 1" in page([again])
 
 
-def test_a_client_that_was_left_out_of_an_evaluation_has_an_empty_cell(runs: dict[str, Run], tmp_path: Path) -> None:
+def test_a_client_that_was_left_out_of_an_evaluation_has_an_empty_cell(
+    runs: dict[str, Run], tmp_path: Path
+) -> None:
     place = tmp_path / "left-out"
     shutil.copytree(runs["averaged"].path, place)
     for file, number in ((place / EVALUATION, 0), (place / "baselines/alone" / EVALUATION, -1)):
@@ -195,40 +245,65 @@ def test_a_client_that_was_left_out_of_an_evaluation_has_an_empty_cell(runs: dic
     assert row[3][0]
     assert row[3][1] == row[3][3] == ""
     assert content_of(page([one]))
-    client_table(place, {name: line.last for name, line in {"feddpo": one.line, **one.baselines}.items()})
+    client_table(
+        place, {name: line.last for name, line in {"feddpo": one.line, **one.baselines}.items()}
+    )
 
 
 def test_newcomers_are_no_clients_that_trained(settings: dict[str, Any], tmp_path: Path) -> None:
-    spec = config.parse(Experiment, {**settings, "federation": {"newcomers": ["client-3"], "join_steps": 1}}, "test")
+    spec = config.parse(
+        Experiment, {**settings, "federation": {"newcomers": ["client-3"], "join_steps": 1}}, "test"
+    )
     one = read(run(spec, tmp_path / "run").path)
     assert words(one).startswith("3 clients trained 3 of 3 rounds of feddpo, 1 joined afterwards")
     assert [row[0] for row in client_rows([one])] == ["client-0", "client-1", "client-2"]
     ((name, _, _, cells),) = newcomer_rows([one])
     row = one.line.evaluations[-1]
     assert name == "client-3"
-    assert cells == [f"{100 * row[when]['client-3'][ACCURACY]:.1f}" for when in ("newcomers_before", "newcomers")]
+    assert cells == [
+        f"{100 * row[when]['client-3'][ACCURACY]:.1f}" for when in ("newcomers_before", "newcomers")
+    ]
 
 
 @pytest.mark.parametrize("weighting", ["equal", "examples"])
-def test_the_bound_is_that_of_each_round(weighting: str, settings: dict[str, Any], tmp_path: Path) -> None:
+def test_the_bound_is_that_of_each_round(
+    weighting: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
     algorithm = {"name": "decdpo", "local": {"steps": 2, "batch_size": 3, "learning_rate": 0.01}}
     federation = {"weighting": weighting, "clients_per_round": 3}
     network = {"topology": "complete", "link_failure": 0.4}
-    content = {**settings, "algorithm": algorithm, "network": network, "federation": federation, "rounds": 6}
+    content = {
+        **settings,
+        "algorithm": algorithm,
+        "network": network,
+        "federation": federation,
+        "rounds": 6,
+    }
     one = read(run(config.parse(Experiment, content, "test"), tmp_path / "run").path)
     left = methods.left_by_mixing(one, one.line.metrics)
     assert len(set(left)) > 1
     names, sizes = list(one.clients), [about["train"] for about in one.clients.values()]
     for row, found in zip(one.line.metrics, left, strict=True):
-        active, _ = one.experiment.federation.cohort([1.0] * 4, one.experiment.seed, row["round"] - 1)
-        matrix = one.experiment.network.matrix(names, one.experiment.seed, row["round"] - 1, active)[active, :][:, active]
-        assert found == pytest.approx(rho(matrix, [sizes[i] for i in active] if weighting == "examples" else ()))
-        assert row["consensus_error"] <= 1.2 * found**2 * row["consensus_error_before_mixing"] + 1e-12, "they are estimates"
+        active, _ = one.experiment.federation.cohort(
+            [1.0] * 4, one.experiment.seed, row["round"] - 1
+        )
+        matrix = one.experiment.network.matrix(
+            names, one.experiment.seed, row["round"] - 1, active
+        )[active, :][:, active]
+        assert found == pytest.approx(
+            rho(matrix, [sizes[i] for i in active] if weighting == "examples" else ())
+        )
+        assert (
+            row["consensus_error"] <= 1.2 * found**2 * row["consensus_error_before_mixing"] + 1e-12
+        ), "they are estimates"
 
 
 def test_a_round_that_somebody_was_left_out_of_has_no_bound(runs: dict[str, Run]) -> None:
     one = runs["gossip"]
-    rows = [{**row, "clients": 3 if k == 1 else row["clients"]} for k, row in enumerate(one.line.metrics)]
+    rows = [
+        {**row, "clients": 3 if k == 1 else row["clients"]}
+        for k, row in enumerate(one.line.metrics)
+    ]
     left = methods.left_by_mixing(one, rows)
     assert np.isnan(left[1])
     assert left[0] == left[2] == methods.left_by_mixing(one, one.line.metrics)[0]
@@ -240,9 +315,17 @@ def named(runs: dict[str, Run], names: list[str], place: Path) -> Path:
     other = dict(zip(runs["averaged"].clients, names, strict=True))
     for file in (place / EVALUATION, *place.glob(f"baselines/*/{EVALUATION}")):
         rows = [json.loads(row) for row in file.read_text().splitlines()]
-        file.write_text("".join(json.dumps({**row, "clients": {other[c]: r for c, r in row["clients"].items()}}) + "\n" for row in rows))
+        file.write_text(
+            "".join(
+                json.dumps({**row, "clients": {other[c]: r for c, r in row["clients"].items()}})
+                + "\n"
+                for row in rows
+            )
+        )
     known = json.loads((place / "clients.json").read_text())
-    (place / "clients.json").write_text(json.dumps({other[client]: about for client, about in known.items()}))
+    (place / "clients.json").write_text(
+        json.dumps({other[client]: about for client, about in known.items()})
+    )
     return place
 
 
@@ -268,13 +351,20 @@ def shown(runs: dict[str, Run], tmp_path_factory: pytest.TempPathFactory) -> Ite
     with api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
 
-        def open_page(width: int, which: str = "one", scheme: str = "light") -> tuple[Any, list[str]]:
+        def open_page(
+            width: int, which: str = "one", scheme: str = "light"
+        ) -> tuple[Any, list[str]]:
             opened = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
             messages: list[str] = []
             opened.on("console", lambda message: messages.append(message.text))
             opened.on("pageerror", lambda error: messages.append(str(error)))
             opened.on(
-                "request", lambda request: None if request.url.startswith(("file:", "data:", "blob:")) else messages.append(request.url)
+                "request",
+                lambda request: (
+                    None
+                    if request.url.startswith(("file:", "data:", "blob:"))
+                    else messages.append(request.url)
+                ),
             )
             opened.goto(file.with_name(f"{which}.html").as_uri())
             opened.wait_for_selector(".chart .main-svg")
@@ -285,7 +375,13 @@ def shown(runs: dict[str, Run], tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 
 @pytest.mark.parametrize(
-    ("width", "scheme", "which"), [(1280, "light", "both"), (390, "light", "both"), (1280, "dark", "both"), (390, "light", "odd")]
+    ("width", "scheme", "which"),
+    [
+        (1280, "light", "both"),
+        (390, "light", "both"),
+        (1280, "dark", "both"),
+        (390, "light", "odd"),
+    ],
 )
 def test_a_browser_draws_every_chart(width: int, scheme: str, which: str, shown: Any) -> None:
     opened, messages = shown(width, which, scheme)
@@ -294,7 +390,9 @@ def test_a_browser_draws_every_chart(width: int, scheme: str, which: str, shown:
         (chart) => chart.querySelectorAll('.scatterlayer path, .barlayer path').length)""")
     assert len(counts) >= 7
     assert all(count > 0 for count in counts), counts
-    assert opened.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), "nothing is scrolled sideways"
+    assert opened.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), (
+        "nothing is scrolled sideways"
+    )
     clipped = opened.evaluate("""[...document.querySelectorAll('.chart')].flatMap((chart) => {
         const room = chart.getBoundingClientRect();
         return [...chart.querySelectorAll('text')].filter((text) => {
@@ -313,8 +411,14 @@ def test_a_browser_draws_every_chart(width: int, scheme: str, which: str, shown:
             a.left + 1 < b.right && b.left + 1 < a.right && a.top + 3 < b.bottom && b.top + 3 < a.bottom).map(([other]) => [one, other]));
     })""")
     assert across == [], "no label lies over another"
-    ink, paper = (opened.evaluate(f"getComputedStyle(document.body).{name}") for name in ("color", "backgroundColor"))
-    light, dark = (sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in ((paper, ink) if scheme == "light" else (ink, paper)))
+    ink, paper = (
+        opened.evaluate(f"getComputedStyle(document.body).{name}")
+        for name in ("color", "backgroundColor")
+    )
+    light, dark = (
+        sum(map(int, re.findall(r"\d+", colour)[:3]))
+        for colour in ((paper, ink) if scheme == "light" else (ink, paper))
+    )
     assert light > dark + 400
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     opened.screenshot(path=SCREENSHOTS / f"report-{which}-{width}-{scheme}.png", full_page=True)
@@ -323,7 +427,10 @@ def test_a_browser_draws_every_chart(width: int, scheme: str, which: str, shown:
 def test_a_click_on_a_legend_hides_a_line(shown: Any) -> None:
     opened, messages = shown(1280)
     chart = opened.locator(".chart").first
-    lines = "(chart) => [...chart.querySelectorAll('.scatterlayer .trace')].filter((line) => line.querySelector('path')).length"
+    lines = (
+        "(chart) => [...chart.querySelectorAll('.scatterlayer .trace')].filter((line) => "
+        "line.querySelector('path')).length"
+    )
     before = chart.evaluate(lines)
     chart.locator(".legendtoggle").first.click()
     opened.wait_for_timeout(800)  # a second click within this time would be a double one
@@ -334,14 +441,19 @@ def test_a_click_on_a_legend_hides_a_line(shown: Any) -> None:
 def test_names_are_text_in_charts(shown: Any) -> None:
     opened, messages = shown(1280, "odd")
     assert messages == []
-    labels = opened.evaluate("[...document.querySelectorAll('.chart .ytick text')].map((text) => text.textContent)")
+    labels = opened.evaluate(
+        "[...document.querySelectorAll('.chart .ytick text')].map((text) => text.textContent)"
+    )
     assert {"<!--<script>", "1001"} <= set(labels)
     assert not opened.evaluate("document.querySelectorAll('.chart a').length")
 
 
 def test_a_printed_page_has_every_chart_whole(shown: Any, tmp_path: Path) -> None:
     opened, messages = shown(1280)
-    widths = "[...document.querySelectorAll('.chart .main-svg:first-child')].map((chart) => chart.clientWidth)"
+    widths = (
+        "[...document.querySelectorAll('.chart .main-svg:first-child')].map((chart) => "
+        "chart.clientWidth)"
+    )
     closed = "document.querySelectorAll('details:not([open])').length"
     before, count = opened.evaluate(widths), opened.evaluate(closed)
     opened.evaluate("dispatchEvent(new Event('beforeprint'))")
@@ -356,7 +468,9 @@ def test_a_printed_page_has_every_chart_whole(shown: Any, tmp_path: Path) -> Non
 
 def test_a_run_ends_with_its_page(settings: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({**settings, "workers": 1}))
-    ran = CliRunner().invoke(cli.app, ["run", str(tmp_path / "config.yaml"), "--output", str(tmp_path / "run")])
+    ran = CliRunner().invoke(
+        cli.app, ["run", str(tmp_path / "config.yaml"), "--output", str(tmp_path / "run")]
+    )
     assert ran.exit_code == 0, ran.output
     assert f"report: {tmp_path}/run/report.html" in ran.output
     assert (tmp_path / "run/report.html").read_text().startswith("<!DOCTYPE html>")

@@ -32,9 +32,18 @@ def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "task": {
             "name": "opinion",
             "model": {"path": str(tiny), "dtype": "float32"},
-            "predictor": {"width": 32, "layers": 2, "heads": 2, "feedforward": 32, "embedder_layers": 2},
+            "predictor": {
+                "width": 32,
+                "layers": 2,
+                "heads": 2,
+                "feedforward": 32,
+                "embedder_layers": 2,
+            },
         },
-        "algorithm": {"name": "pluralllm", "local": {"steps": 10, "batch_size": 4, "learning_rate": 0.003, "warmup_ratio": 0.1}},
+        "algorithm": {
+            "name": "pluralllm",
+            "local": {"steps": 10, "batch_size": 4, "learning_rate": 0.003, "warmup_ratio": 0.1},
+        },
         "rounds": 12,
     }
     return run(config.parse(Experiment, content, "test"), folder / "run").path
@@ -61,7 +70,9 @@ def test_rewards_do_not_depend_on_what_else_is_in_the_call(finished: Path) -> No
         apart = reward([prompt] * 2, [completions[i] for i in places])
         assert apart == pytest.approx([whole[i] for i in places], abs=1e-5)
     logits = group_rewards(finished, ["client-1"], "logit")["client-1"](prompts, completions)
-    assert torch.tensor([logits[0], logits[2]]).softmax(0).tolist() == pytest.approx([whole[0], whole[2]], abs=1e-5)
+    assert torch.tensor([logits[0], logits[2]]).softmax(0).tolist() == pytest.approx(
+        [whole[0], whole[2]], abs=1e-5
+    )
     with pytest.raises(UserError, match="only one"):
         reward(["A?"], [" mill"])
 
@@ -72,15 +83,24 @@ def test_it_has_the_signature_of_trls_reward_functions(finished: Path) -> None:
     messages = [[{"role": "user", "content": "A?"}]] * 2
     answers = [[{"role": "assistant", "content": text}] for text in ("mill", "rope")]
     for function in (combined, *groups.values()):
-        found = function(prompts=messages, completions=answers, completion_ids=[[1], [2]], trainer_state=None)
+        found = function(
+            prompts=messages, completions=answers, completion_ids=[[1], [2]], trainer_state=None
+        )
         assert len(found) == 2
         assert all(isinstance(value, float) for value in found)
         assert function.__name__.startswith("reward/")
 
 
-def test_one_completion_has_a_logit_and_conversations_are_scored(finished: Path, tmp_path: Path) -> None:
-    messages = {"prompt": [{"role": "user", "content": "A?"}], "completions": [[{"role": "assistant", "content": "mill"}]]}
-    file = str(write_rows(tmp_path / "answers.jsonl", [{"prompt": "A?", "completion": " mill"}, messages]))
+def test_one_completion_has_a_logit_and_conversations_are_scored(
+    finished: Path, tmp_path: Path
+) -> None:
+    messages = {
+        "prompt": [{"role": "user", "content": "A?"}],
+        "completions": [[{"role": "assistant", "content": "mill"}]],
+    }
+    file = str(
+        write_rows(tmp_path / "answers.jsonl", [{"prompt": "A?", "completion": " mill"}, messages])
+    )
     ran = CliRunner().invoke(cli.app, ["reward", str(finished), file, "--logits"])
     assert ran.exit_code == 0, ran.output
     assert all(math.isfinite(row["reward"][0]) for row in lines(ran.output))
@@ -109,7 +129,9 @@ def test_adaptive_alpha_as_published_and_rescaled() -> None:
 def test_histories_lift_groups_that_fared_badly_and_fair_batches_take_the_mean() -> None:
     combine = AdaptiveAlpha(threshold=0.99, decay=0.8, fares_by="mean")
     first, second = combine(REWARDS[:, :1]), combine(REWARDS[:, :1])
-    assert float(second) < float(first)  # the third group, to whom this answer is worth least, counts more
+    assert float(second) < float(
+        first
+    )  # the third group, to whom this answer is worth least, counts more
     assert combine.history == pytest.approx([0.36 * r for r in (0.9, 0.85, 0.4)])
     assert combine.switched == combine.batches == 2
     fair = torch.full((3, 2), 0.1, dtype=torch.float64)
@@ -129,7 +151,9 @@ def test_groups_whose_answers_never_win_come_to_count_more() -> None:
     assert winners[0] == 0
     assert 0.25 < sum(winners) / len(winners) < 0.75, "its answer wins as well, once it has lost"
     by_mean = AdaptiveAlpha(threshold=1.0, decay=0.8, fares_by="mean")
-    assert [by_mean(shares).tolist() for _ in range(5)][-1] == pytest.approx(shares.mean(0).tolist()), "means of shares tell nothing"
+    assert [by_mean(shares).tolist() for _ in range(5)][-1] == pytest.approx(
+        shares.mean(0).tolist()
+    ), "means of shares tell nothing"
 
 
 def test_both_published_indices_of_fairness() -> None:
@@ -144,24 +168,42 @@ def lines(output: str) -> list[dict[str, Any]]:
 
 
 def test_files_are_scored_from_the_command_line(finished: Path, tmp_path: Path) -> None:
-    rows = [{"prompt": "A?", "completions": [" mill", " rope", " stone"]}, {"prompt": "B?", "chosen": " river", "rejected": " lamp"}]
+    rows = [
+        {"prompt": "A?", "completions": [" mill", " rope", " stone"]},
+        {"prompt": "B?", "chosen": " river", "rejected": " lamp"},
+    ]
     file = str(write_rows(tmp_path / "answers.jsonl", rows))
-    ran = CliRunner().invoke(cli.app, ["reward", str(finished), file, "--combine", "{name: alpha, decay: 0.8, threshold: 0.99}"])
+    ran = CliRunner().invoke(
+        cli.app,
+        ["reward", str(finished), file, "--combine", "{name: alpha, decay: 0.8, threshold: 0.99}"],
+    )
     assert ran.exit_code == 0, ran.output
     first, second = lines(ran.output)
     assert first["rewards"].keys() == {"client-0", "client-1"}
     assert [len(first["reward"]), len(second["reward"])] == [3, 2]
     assert second["completions"] == [" river", " lamp"]
-    one = lines(CliRunner().invoke(cli.app, ["reward", str(finished), file, "--group", "client-0", "--combine", "min"]).output)
+    one = lines(
+        CliRunner()
+        .invoke(cli.app, ["reward", str(finished), file, "--group", "client-0", "--combine", "min"])
+        .output
+    )
     assert one[0]["reward"] == pytest.approx(first["rewards"]["client-0"], abs=1e-5)
 
 
 @pytest.mark.parametrize(
     ("arguments", "row", "complaint"),
     [
-        (["--group", "nobody"], {"prompt": "A?", "completions": ["a", "b"]}, r"\['nobody'\] are no groups"),
+        (
+            ["--group", "nobody"],
+            {"prompt": "A?", "completions": ["a", "b"]},
+            r"\['nobody'\] are no groups",
+        ),
         ([], {"prompt": "A?", "completions": ["a"]}, "line 1: expected prompt, and completions"),
-        (["--combine", "{name: alpha, temperature: 0}"], {"prompt": "A?", "completions": ["a", "b"]}, "temperature"),
+        (
+            ["--combine", "{name: alpha, temperature: 0}"],
+            {"prompt": "A?", "completions": ["a", "b"]},
+            "temperature",
+        ),
         (["--combine", "best"], {"prompt": "A?", "completions": ["a", "b"]}, "combine"),
     ],
 )

@@ -63,19 +63,28 @@ def broken(client: Client, start: Tree, how: str) -> Tree:
 
 
 def test_messages_come_back_as_they_went() -> None:
-    tree = {"a": torch.randn(3, 2), "b/c": torch.arange(4, dtype=torch.bfloat16), "d": torch.tensor(1.0)}
+    tree = {
+        "a": torch.randn(3, 2),
+        "b/c": torch.arange(4, dtype=torch.bfloat16),
+        "d": torch.tensor(1.0),
+    }
     header, found = unpack(pack({"verb": "x", "n": [1]}, trees.nest({7: tree})))
     assert header == {"verb": "x", "n": [1]}
     back = trees.part(found, 7)
     assert back.keys() == tree.keys()
-    assert all(torch.equal(back[name], tree[name]) and back[name].dtype == tree[name].dtype for name in tree)
+    assert all(
+        torch.equal(back[name], tree[name]) and back[name].dtype == tree[name].dtype
+        for name in tree
+    )
     _, found = unpack(pack({}, trees.nest({1: tree, 2: tree})))  # which share memory
     assert torch.equal(trees.part(found, 1)["a"], trees.part(found, 2)["a"])
     _, found = unpack(pack({}, trees.nest({1: tree, 2: tree})))
     assert torch.equal(trees.part(found, 1)["a"], trees.part(found, 2)["a"]), "which shared memory"
 
 
-@pytest.mark.parametrize("message", [b"", b"x", b"\x00" * 8 + b"{", pack([1]), pack({})[:-1] + b"]", pack({}) + b"junk"])  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    "message", [b"", b"x", b"\x00" * 8 + b"{", pack([1]), pack({})[:-1] + b"]", pack({}) + b"junk"]
+)  # type: ignore[arg-type]
 def test_bytes_that_are_no_message_are_refused(message: bytes) -> None:
     with pytest.raises(RefusedError, match=r"no message|no mapping"):
         unpack(message)
@@ -96,8 +105,18 @@ DIALOGUE = {"name": "dialogue", "estimator": "rloo"}
 @pytest.fixture
 def site(content: dict[str, Any], tmp_path: Path) -> Site:
     opened = Site("site-0", SimulatedSite(0, 1), tmp_path, Nowhere())
-    about = said(opened, {"verb": "open", "experiment": content, "run": "run", "resumes": False, "is_known": True})["about"]
-    said(opened, {"verb": "number", "ids": {name: i for i, name in enumerate(about)}, "sites": {"site-0": [0, 1, 2]}})
+    about = said(
+        opened,
+        {"verb": "open", "experiment": content, "run": "run", "resumes": False, "is_known": True},
+    )["about"]
+    said(
+        opened,
+        {
+            "verb": "number",
+            "ids": {name: i for i, name in enumerate(about)},
+            "sites": {"site-0": [0, 1, 2]},
+        },
+    )
     return opened
 
 
@@ -127,26 +146,57 @@ def asked(**other: Any) -> dict[str, Any]:
         ({"verb": "answer"}, "no verb 'answer'"),
         (asked(work="os.system"), "'os.system' is no work that is done here"),
         (asked(round=99), "round 99 is none of the 4"),
-        (asked(work="evaluation.evaluate", args=[{"own": {"0": "7.0"}}]), "client 0 has no value '7.0' here"),
+        (
+            asked(work="evaluation.evaluate", args=[{"own": {"0": "7.0"}}]),
+            "client 0 has no value '7.0' here",
+        ),
         (asked(args=[{"plain": 3}]), "do not fit"),
         ({"verb": "report", "own": {"0": "7.0"}}, "client 0 has no value"),
-        ({"verb": "contribute", "own": {"9": "1.0"}, "shares": {"9": 1.0}}, "client 9 has no value"),
-        ({"verb": "open", "experiment": {}, "run": "../up", "resumes": False, "is_known": True}, "cannot be called"),
+        (
+            {"verb": "contribute", "own": {"9": "1.0"}, "shares": {"9": 1.0}},
+            "client 9 has no value",
+        ),
+        (
+            {"verb": "open", "experiment": {}, "run": "../up", "resumes": False, "is_known": True},
+            "cannot be called",
+        ),
         ({"verb": "save", "own": {"x": {}}, "checkpoint": ".."}, "names of files that are none"),
-        ({"verb": "open", "experiment": {"rouns": 3}, "run": "x", "resumes": False, "is_known": True}, "Did you mean 'rounds'"),
+        (
+            {
+                "verb": "open",
+                "experiment": {"rouns": 3},
+                "run": "x",
+                "resumes": False,
+                "is_known": True,
+            },
+            "Did you mean 'rounds'",
+        ),
     ],
 )
-def test_a_site_refuses_what_it_should_not_do(header: dict[str, Any], reason: str, site: Site) -> None:
+def test_a_site_refuses_what_it_should_not_do(
+    header: dict[str, Any], reason: str, site: Site
+) -> None:
     assert reason in said(site, header)["refused"]
     assert "parts" in said(site, asked()), "and goes on"
 
 
 def test_work_that_fails_says_so_and_changes_nothing(site: Site) -> None:
     args = [{"tree": 0}, {"plain": "fail"}]
-    answer = said(site, asked(work="test_sites.broken", clients=[1, 2], args=args), trees.nest({0: {"x": torch.ones(1)}}))
-    assert answer["failed"] == {"1": "it failed (ValueError); the site's log says more"}, "no text of the error leaves the site"
+    answer = said(
+        site,
+        asked(work="test_sites.broken", clients=[1, 2], args=args),
+        trees.nest({0: {"x": torch.ones(1)}}),
+    )
+    assert answer["failed"] == {"1": "it failed (ValueError); the site's log says more"}, (
+        "no text of the error leaves the site"
+    )
     assert said(site, {"verb": "names"})["names"] == {"0": [], "1": [], "2": ["1.0"]}
-    assert "do not fit" in said(site, asked(work="test_sites.broken", args=[{"tree": 0}, {"plain": {"a": 1}}]))["refused"]
+    assert (
+        "do not fit"
+        in said(site, asked(work="test_sites.broken", args=[{"tree": 0}, {"plain": {"a": 1}}]))[
+            "refused"
+        ]
+    )
 
 
 # ---- what a site consents to
@@ -155,8 +205,17 @@ def test_work_that_fails_says_so_and_changes_nothing(site: Site) -> None:
 @pytest.fixture
 def site_file(content: dict[str, Any], rows_file: Path, tmp_path: Path) -> Path:
     path = tmp_path / "site.yaml"
-    text = {"data": {"name": "files", "path": str(rows_file)}, "algorithms": ["feddpo"], "client": "clinic", "max_rounds": 4}
-    path.write_text(yaml.safe_dump({**text, "models": {content["task"]["model"]["path"]: content["task"]["model"]["path"]}}))
+    text = {
+        "data": {"name": "files", "path": str(rows_file)},
+        "algorithms": ["feddpo"],
+        "client": "clinic",
+        "max_rounds": 4,
+    }
+    path.write_text(
+        yaml.safe_dump(
+            {**text, "models": {content["task"]["model"]["path"]: content["task"]["model"]["path"]}}
+        )
+    )
     return path
 
 
@@ -168,8 +227,14 @@ def site_file(content: dict[str, Any], rows_file: Path, tmp_path: Path) -> Path:
         ({"diagnostics": ["disagreement"]}, "no diagnostics"),
         ({"task": {"model": {"path": "evil/model"}}}, "the model 'evil/model' is none of those"),
         ({"task": {"model": {"trust_remote_code": True}}}, "no code that comes with a model"),
-        ({"task": {**DIALOGUE, "rewards": {"x": {"name": "classifier", "path": "/etc"}}}}, "the model ./etc. is none of those"),
-        ({"task": {**DIALOGUE, "rewards": {"x": {"name": "function", "path": "os:system"}}}}, "'os:system'"),
+        (
+            {"task": {**DIALOGUE, "rewards": {"x": {"name": "classifier", "path": "/etc"}}}},
+            "the model ./etc. is none of those",
+        ),
+        (
+            {"task": {**DIALOGUE, "rewards": {"x": {"name": "function", "path": "os:system"}}}},
+            "'os:system'",
+        ),
     ],
 )
 def test_a_site_takes_part_in_what_its_file_allows(
@@ -181,19 +246,49 @@ def test_a_site_takes_part_in_what_its_file_allows(
         host.host({**content, **changed}, tmp_path)
 
 
-def test_a_site_brings_its_own_data_and_no_private_part_leaves_it(content: dict[str, Any], site_file: Path, tmp_path: Path) -> None:
+def test_a_site_brings_its_own_data_and_no_private_part_leaves_it(
+    content: dict[str, Any], site_file: Path, tmp_path: Path
+) -> None:
     file = replace(SiteFile.load(site_file), algorithms=("fedpdpo",))
-    spec = config.parse(Experiment, {**content, "data": {"name": "files", "path": "/etc/passwd"}, "algorithm": {"name": "fedpdpo"}}, "test")
+    spec = config.parse(
+        Experiment,
+        {
+            **content,
+            "data": {"name": "files", "path": "/etc/passwd"},
+            "algorithm": {"name": "fedpdpo"},
+        },
+        "test",
+    )
     found = Consenting("site", file).host(config.dump(spec), tmp_path / "run")
     assert list(found.shards) == list(found.about) == ["clinic"]
     assert found.about["clinic"]["train"] > 0
-    for name, leaves in (("base.lora_A.weight", True), ("head.weight", False), ("bottleneck.down", False), ("own.lora_A", False)):
+    for name, leaves in (
+        ("base.lora_A.weight", True),
+        ("head.weight", False),
+        ("bottleneck.down", False),
+        ("own.lora_A", False),
+    ):
         assert found.gives(name) == leaves
     assert found.does("fedpdpo.train")
-    strange = ("clients.prepare", "test_sites.broken", "diagnostics.pooled", "fedprox.train", "ditto.train")
+    strange = (
+        "clients.prepare",
+        "test_sites.broken",
+        "diagnostics.pooled",
+        "fedprox.train",
+        "ditto.train",
+    )
     assert not any(map(found.does, strange))
     opened = Site("site", Consenting("site", file), tmp_path, Nowhere())
-    said(opened, {"verb": "open", "experiment": config.dump(spec), "run": "run", "resumes": False, "is_known": True})
+    said(
+        opened,
+        {
+            "verb": "open",
+            "experiment": config.dump(spec),
+            "run": "run",
+            "resumes": False,
+            "is_known": True,
+        },
+    )
     said(opened, {"verb": "number", "ids": {"clinic": 0}, "sites": {"site": [0]}})
     for name in ("head.weight", "exp_avg/head.weight", "own.lora_A"):
         opened._values[0]["1"], opened._told = {name: torch.ones(1)}, {(0, "1")}
@@ -203,7 +298,10 @@ def test_a_site_brings_its_own_data_and_no_private_part_leaves_it(content: dict[
     answer = said(opened, {"verb": "contribute", "own": {"0": "1"}, "shares": {"0": 1.0}})
     assert "is its own" in answer["refused"], "what no work sends stays, whatever its name"
     opened._values[0]["2"] = {"text": "Human: secret"}
-    assert "no mapping of names to numbers" in said(opened, {"verb": "report", "own": {"0": "2"}})["refused"]
+    assert (
+        "no mapping of names to numbers"
+        in said(opened, {"verb": "report", "own": {"0": "2"}})["refused"]
+    )
 
 
 # ---- several sites
@@ -211,13 +309,19 @@ def test_a_site_brings_its_own_data_and_no_private_part_leaves_it(content: dict[
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
-    started = Processes(shares(3), tmp_path_factory.mktemp("processes"), ["fedpref.experiments.rounds", "test_sites"])
+    started = Processes(
+        shares(3),
+        tmp_path_factory.mktemp("processes"),
+        ["fedpref.experiments.rounds", "test_sites"],
+    )
     yield started
     started.stop()
 
 
 @pytest.mark.parametrize("how", ["nan", "shape", "names", "fail"])
-def test_a_client_that_sends_what_cannot_be_used_is_left_out_of_the_round(how: str, processes: Processes, content: dict[str, Any]) -> None:
+def test_a_client_that_sends_what_cannot_be_used_is_left_out_of_the_round(
+    how: str, processes: Processes, content: dict[str, Any]
+) -> None:
     engine = process_engine(processes, content, patience=Patience(seconds=60, min_clients=2))
     start = {"x": torch.ones(4, 2)}
     mean = engine.mean(engine.each(broken, start, how))
@@ -232,7 +336,9 @@ def test_a_client_that_sends_what_cannot_be_used_is_left_out_of_the_round(how: s
 
 
 @pytest.mark.parametrize("algorithm", ["decpdpo"])
-def test_a_run_survives_a_site_that_is_killed_and_resumes_with_it(algorithm: str, content: dict[str, Any], tmp_path: Path) -> None:
+def test_a_run_survives_a_site_that_is_killed_and_resumes_with_it(
+    algorithm: str, content: dict[str, Any], tmp_path: Path
+) -> None:
     whole = {
         **content,
         "algorithm": {"name": algorithm, "local": {"steps": 2, "batch_size": 3}},
@@ -250,7 +356,10 @@ def test_a_run_survives_a_site_that_is_killed_and_resumes_with_it(algorithm: str
         first.stop()
     assert [row["clients"] for row in folder.read_rows(METRICS)] == [3, 2, 2]
     assert [row["late"] for row in folder.read_rows(METRICS)] == [0, 1, 1]
-    kept = {site: sorted((tmp_path / f"sites/{site}/run/checkpoints").glob("round-*")) for site in ("site-0", "site-1")}
+    kept = {
+        site: sorted((tmp_path / f"sites/{site}/run/checkpoints").glob("round-*"))
+        for site in ("site-0", "site-1")
+    }
     assert kept["site-1"][-1].name == "round-000001"
     assert kept["site-0"][-1].name == "round-000003"
     before = {file.name: trees.load(file) for file in kept["site-1"][-1].glob("*/1.safetensors")}
@@ -267,7 +376,9 @@ def test_a_run_survives_a_site_that_is_killed_and_resumes_with_it(algorithm: str
     assert before
 
 
-def test_a_site_that_has_lost_what_its_clients_keep_is_told(content: dict[str, Any], processes: Processes, tmp_path: Path) -> None:
+def test_a_site_that_has_lost_what_its_clients_keep_is_told(
+    content: dict[str, Any], processes: Processes, tmp_path: Path
+) -> None:
     whole = {**content, "algorithm": {"name": "fedpdpo", "local": {"steps": 2, "batch_size": 3}}}
     spec, folder = config.parse(Experiment, whole, "test"), RunDirectory(tmp_path / "loses")
     for event in events(spec, folder, transport=processes):
@@ -279,27 +390,58 @@ def test_a_site_that_has_lost_what_its_clients_keep_is_told(content: dict[str, A
         list(events(spec, folder, transport=processes))
 
 
-def test_a_run_over_sites_is_the_run_in_one_process(content: dict[str, Any], processes: Processes, tmp_path: Path) -> None:
-    whole = {**content, "algorithm": {"name": "fedpdpo", "local": {"steps": 2, "batch_size": 3}}, "baselines": ["alone"]}
+def test_a_run_over_sites_is_the_run_in_one_process(
+    content: dict[str, Any], processes: Processes, tmp_path: Path
+) -> None:
+    whole = {
+        **content,
+        "algorithm": {"name": "fedpdpo", "local": {"steps": 2, "batch_size": 3}},
+        "baselines": ["alone"],
+    }
     spec = config.parse(Experiment, whole, "test")
     for name, transport in (("here", None), ("there", processes)):
         list(events(spec, RunDirectory(tmp_path / name), transport=transport))
-    for file in ("evaluation.jsonl", "clients.json", "adapter/adapter_model.safetensors", "baselines/alone/evaluation.jsonl"):
+    for file in (
+        "evaluation.jsonl",
+        "clients.json",
+        "adapter/adapter_model.safetensors",
+        "baselines/alone/evaluation.jsonl",
+    ):
         if (tmp_path / "here" / file).exists():
-            assert (tmp_path / "here" / file).read_bytes() == (tmp_path / "there" / file).read_bytes(), file
+            assert (tmp_path / "here" / file).read_bytes() == (
+                tmp_path / "there" / file
+            ).read_bytes(), file
     with pytest.raises(UserError, match="needs all data in one place"):
-        list(events(replace(spec, baselines=("pooled",)), RunDirectory(tmp_path / "pooled"), transport=processes))
+        list(
+            events(
+                replace(spec, baselines=("pooled",)),
+                RunDirectory(tmp_path / "pooled"),
+                transport=processes,
+            )
+        )
 
 
 @pytest.mark.slow
-def test_a_run_over_simulated_sites_of_flare_is_the_run_in_one_process(content: dict[str, Any], tmp_path: Path) -> None:
+def test_a_run_over_simulated_sites_of_flare_is_the_run_in_one_process(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
     pytest.importorskip("nvflare")
-    whole = {**content, "algorithm": {"name": "decpdpo", "local": {"steps": 2, "batch_size": 3}}, "rounds": 2}
+    whole = {
+        **content,
+        "algorithm": {"name": "decpdpo", "local": {"steps": 2, "batch_size": 3}},
+        "rounds": 2,
+    }
     here = run(config.parse(Experiment, whole, "test"), tmp_path / "here").path
-    there = run(config.parse(Experiment, {**whole, "engine": "flare", "sites": 2}, "test"), tmp_path / "there").path
+    there = run(
+        config.parse(Experiment, {**whole, "engine": "flare", "sites": 2}, "test"),
+        tmp_path / "there",
+    ).path
     assert (here / "evaluation.jsonl").read_bytes() == (there / "evaluation.jsonl").read_bytes()
     rows = [
-        [{key: row[key] for key in row if not key.startswith("seconds")} for row in RunDirectory(path).read_rows(METRICS)]
+        [
+            {key: row[key] for key in row if not key.startswith("seconds")}
+            for row in RunDirectory(path).read_rows(METRICS)
+        ]
         for path in (here, there)
     ]
     assert rows[0] == rows[1]
@@ -310,7 +452,9 @@ def test_a_run_over_simulated_sites_of_flare_is_the_run_in_one_process(content: 
 
 def test_kits_let_no_job_bring_code_and_each_site_has_its_file(tmp_path: Path) -> None:
     pytest.importorskip("nvflare")
-    made = kits.provision(tmp_path / "fed", "trial", "localhost", 28911, ["clinic", "bank"], "admin@example.org")
+    made = kits.provision(
+        tmp_path / "fed", "trial", "localhost", 28911, ["clinic", "bank"], "admin@example.org"
+    )
     assert set(made) == {"localhost", "clinic", "bank", "admin@example.org"}
     for site in ("clinic", "bank"):
         assert SiteFile.load(made[site] / "site.yaml").client == site
@@ -324,9 +468,18 @@ def test_kits_let_no_job_bring_code_and_each_site_has_its_file(tmp_path: Path) -
         assert (made[site] / "startup/client.crt").exists()
         assert not kits.running(made[site])
     with pytest.raises(UserError, match="there already"):
-        kits.provision(tmp_path / "fed", "trial", "localhost", 28911, ["clinic"], "admin@example.org")
+        kits.provision(
+            tmp_path / "fed", "trial", "localhost", 28911, ["clinic"], "admin@example.org"
+        )
     with pytest.raises(UserError, match="the same name"):
-        kits.provision(tmp_path / "other", "trial", "localhost", 28911, ["clinic", "clinic"], "admin@example.org")
+        kits.provision(
+            tmp_path / "other",
+            "trial",
+            "localhost",
+            28911,
+            ["clinic", "clinic"],
+            "admin@example.org",
+        )
     with pytest.raises(UserError, match="no kit"):
         kits.start(tmp_path, {})
 
@@ -338,7 +491,10 @@ class Direct:
     """Sites in this process; what one of them answers may be changed on the way."""
 
     def __init__(self, folder: Path, count: int = 2) -> None:
-        self.all = {f"site-{k}": Site(f"site-{k}", SimulatedSite(k, count), folder / f"site-{k}", self) for k in range(count)}
+        self.all = {
+            f"site-{k}": Site(f"site-{k}", SimulatedSite(k, count), folder / f"site-{k}", self)
+            for k in range(count)
+        }
         self.changed: dict[str, Any] = {}  # verb -> what site-1 answers in place of its header
         self.absent: set[str] = set()
 
@@ -350,20 +506,30 @@ class Direct:
         raise AssertionError("no gossip here")
 
     def ask(self, messages: Any, seconds: float) -> dict[str, bytes]:
-        return {site: self._answer(site, message) for site, message in messages.items() if site not in self.absent}
+        return {
+            site: self._answer(site, message)
+            for site, message in messages.items()
+            if site not in self.absent
+        }
 
     def _answer(self, site: str, message: bytes) -> bytes:
         answer, verb = self.all[site].answer(message), unpack(message)[0]["verb"]
         if site != "site-1" or verb not in self.changed:
             return answer
-        return self.changed[verb] if isinstance(self.changed[verb], bytes) else pack(self.changed[verb])
+        return (
+            self.changed[verb]
+            if isinstance(self.changed[verb], bytes)
+            else pack(self.changed[verb])
+        )
 
 
 @work("test_sites.advance", sends=(0,))
 def advance(client: Client, own: Tree, how: str) -> tuple[Tree, Tree]:
     """A message, and a private value that counts rounds."""
     message = {"x": torch.full((2,), float(client.id))}
-    return ({"y": message["x"]} if how == "names" and client.id == 1 else message), {"n": own["n"] + 1}
+    return ({"y": message["x"]} if how == "names" and client.id == 1 else message), {
+        "n": own["n"] + 1
+    }
 
 
 @work("test_sites.fresh", sends=())
@@ -396,7 +562,9 @@ def opened(direct: Direct, content: dict[str, Any], run: str = "run", **more: An
         (9000).to_bytes(8, "big") + b"[" * 9000,
     ],
 )
-def test_a_site_that_answers_what_is_none_is_left_out_and_ends_nothing(answer: Any, content: dict[str, Any], tmp_path: Path) -> None:
+def test_a_site_that_answers_what_is_none_is_left_out_and_ends_nothing(
+    answer: Any, content: dict[str, Any], tmp_path: Path
+) -> None:
     direct = Direct(tmp_path)
     engine = opened(direct, content)
     direct.changed["report"] = answer
@@ -405,8 +573,13 @@ def test_a_site_that_answers_what_is_none_is_left_out_and_ends_nothing(answer: A
     assert list(engine.left_out) == [1]
 
 
-@pytest.mark.parametrize("about", [{}, {"about": {"x": {"train": -1}}}, {"about": {"x": {"train": "many"}}}, {"about": 3}])
-def test_a_site_that_says_of_its_clients_what_cannot_be_takes_no_part(about: Any, content: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "about",
+    [{}, {"about": {"x": {"train": -1}}}, {"about": {"x": {"train": "many"}}}, {"about": 3}],
+)
+def test_a_site_that_says_of_its_clients_what_cannot_be_takes_no_part(
+    about: Any, content: dict[str, Any], tmp_path: Path
+) -> None:
     direct = Direct(tmp_path)
     direct.changed["open"] = about
     assert opened(direct, content).clients == (0, 1)
@@ -414,7 +587,9 @@ def test_a_site_that_says_of_its_clients_what_cannot_be_takes_no_part(about: Any
         Sites(direct, content, "other", Patience())
 
 
-def test_who_is_left_out_keeps_the_private_state_from_before(content: dict[str, Any], tmp_path: Path) -> None:
+def test_who_is_left_out_keeps_the_private_state_from_before(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
     engine = opened(Direct(tmp_path), content)
     own: Any = engine.each(fresh)
     for round in range(2):
@@ -423,13 +598,20 @@ def test_who_is_left_out_keeps_the_private_state_from_before(content: dict[str, 
         mean = engine.mean(message)
         own = own | newer
         assert engine.active == (0, 2)
-    assert mean["x"].tolist() == pytest.approx([2 * engine._examples[2] / (engine._examples[0] + engine._examples[2])] * 2)
+    assert mean["x"].tolist() == pytest.approx(
+        [2 * engine._examples[2] / (engine._examples[0] + engine._examples[2])] * 2
+    )
     engine.save({"own": own}, tmp_path / "round-000002")
-    files = {file.name: trees.load(file)["n"].item() for file in tmp_path.glob("site-*/run/checkpoints/round-000002/own/*")}
+    files = {
+        file.name: trees.load(file)["n"].item()
+        for file in tmp_path.glob("site-*/run/checkpoints/round-000002/own/*")
+    }
     assert files == {"0.safetensors": 2.0, "1.safetensors": 0.0, "2.safetensors": 2.0}
 
 
-def test_what_a_site_keeps_is_not_begun_anew_in_silence(content: dict[str, Any], tmp_path: Path) -> None:
+def test_what_a_site_keeps_is_not_begun_anew_in_silence(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
     direct = Direct(tmp_path)
     engine = opened(direct, content)
     engine.save({"own": engine.each(fresh)}, tmp_path / "a/round-000001")
@@ -437,7 +619,9 @@ def test_what_a_site_keeps_is_not_begun_anew_in_silence(content: dict[str, Any],
     about = engine._sites.about
     engine = opened(direct, content, began=about)
     engine.save(engine.load(tmp_path / "a/round-000001", ["own"]), tmp_path / "a/round-000002")
-    assert json.loads((tmp_path / "a/round-000002/kept.json").read_text()) == {"own": [0, 1, 2]}, "those of an absent site too"
+    assert json.loads((tmp_path / "a/round-000002/kept.json").read_text()) == {"own": [0, 1, 2]}, (
+        "those of an absent site too"
+    )
     direct.absent = set()
     for file in (tmp_path / "site-1").rglob("1.safetensors"):
         file.unlink()
@@ -452,7 +636,9 @@ def test_what_a_site_keeps_is_not_begun_anew_in_silence(content: dict[str, Any],
         opened(direct, content, began=about).load(tmp_path / "a/round-000002", ["own"])
 
 
-def test_a_site_that_comes_later_takes_no_part_and_ends_nothing(content: dict[str, Any], tmp_path: Path) -> None:
+def test_a_site_that_comes_later_takes_no_part_and_ends_nothing(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
     direct = Direct(tmp_path)
     about = opened(direct, content)._sites.about
     began = {name: about[name] for name in list(about)[:2]}
@@ -484,7 +670,9 @@ def test_a_message_that_stands_for_a_larger_tree_is_no_neighbours() -> None:
         assert not alike({**message, **changed}, message)
 
 
-def test_a_kit_is_stopped_with_all_that_it_runs_and_nothing_else_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kit_is_stopped_with_all_that_it_runs_and_nothing_else_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kit = tmp_path / "kit"
     for folder in ("startup", "local"):
         (kit / folder).mkdir(parents=True)
@@ -492,7 +680,9 @@ def test_a_kit_is_stopped_with_all_that_it_runs_and_nothing_else_is(tmp_path: Pa
     (kit / "local/resources.json").write_text("{}")
     with pytest.raises(UserError, match="no kit"):
         kits.start(tmp_path, {})
-    (kit / "daemon_pid.fl").write_text(str(os.getpid()))  # left by a process whose number somebody else has now
+    (kit / "daemon_pid.fl").write_text(
+        str(os.getpid())
+    )  # left by a process whose number somebody else has now
     assert not kits.running(kit)
     kits.stop(kit)
     monkeypatch.chdir(tmp_path)
@@ -505,6 +695,8 @@ def test_a_kit_is_stopped_with_all_that_it_runs_and_nothing_else_is(tmp_path: Pa
     with pytest.raises(UserError, match="running already"):
         kits.start(kit, {})
     end = kits._end
-    monkeypatch.setattr(kits, "_end", lambda *told: threading.Timer(0.3, end, told).start())  # what is killed may take its time to die
+    monkeypatch.setattr(
+        kits, "_end", lambda *told: threading.Timer(0.3, end, told).start()
+    )  # what is killed may take its time to die
     kits.stop(Path("kit"), seconds=0.2)
     assert not kits.running(kit)

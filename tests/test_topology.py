@@ -50,7 +50,9 @@ def matrix(topology: Any, count: int, round: int = 0, weights: Any = "metropolis
         (16, 0.9872, 0.9493, 0.9375),
     ],
 )
-def test_second_eigenvalues_of_metropolis_weights_are_the_known_ones(count: int, path: float, ring: float, star: float) -> None:
+def test_second_eigenvalues_of_metropolis_weights_are_the_known_ones(
+    count: int, path: float, ring: float, star: float
+) -> None:
     assert rho(matrix(Shape("path"), count)) == pytest.approx(path, abs=1e-4)
     assert rho(matrix(Shape("ring"), count)) == pytest.approx(ring, abs=1e-4)
     assert rho(matrix(Shape("star"), count)) == pytest.approx(star, abs=1e-4)
@@ -59,7 +61,9 @@ def test_second_eigenvalues_of_metropolis_weights_are_the_known_ones(count: int,
 
 def test_second_eigenvalues_have_their_closed_forms() -> None:
     count = 12
-    assert rho(matrix(Shape("ring"), count)) == pytest.approx((1 + 2 * math.cos(2 * math.pi / count)) / 3)
+    assert rho(matrix(Shape("ring"), count)) == pytest.approx(
+        (1 + 2 * math.cos(2 * math.pi / count)) / 3
+    )
     assert rho(matrix(Shape("hypercube"), 16)) == pytest.approx(1 - 2 / 5)
     assert rho(matrix(Shape("torus"), 36)) == pytest.approx((3 + 2 * math.cos(2 * math.pi / 6)) / 5)
 
@@ -79,7 +83,9 @@ def test_mixing_is_doubly_stochastic_preserves_the_mean_and_contracts_by_rho(top
 
 @pytest.mark.parametrize("topology", STATIC, ids=lambda topology: topology.name)
 @pytest.mark.parametrize("weights", ["metropolis", "max-degree"])
-def test_second_singular_value_is_the_second_eigenvalue_of_a_symmetric_matrix(topology: Any, weights: Any) -> None:
+def test_second_singular_value_is_the_second_eigenvalue_of_a_symmetric_matrix(
+    topology: Any, weights: Any
+) -> None:
     found = matrix(topology, 16, weights=weights)
     assert rho(found) == pytest.approx(sorted(abs(np.linalg.eigvalsh(found)))[-2], abs=1e-12)
 
@@ -91,19 +97,33 @@ def test_one_turn_of_the_one_peer_exponential_graph_is_an_exact_average() -> Non
         assert sorted(set(weights.round(12).ravel())) == [0.0, 0.5]
         product = weights @ product
     np.testing.assert_allclose(product, np.full((16, 16), 1 / 16), atol=1e-12)
-    np.testing.assert_array_equal(matrix(OnePeerExponential(), 16, 1), matrix(OnePeerExponential(), 16, 5))
+    np.testing.assert_array_equal(
+        matrix(OnePeerExponential(), 16, 1), matrix(OnePeerExponential(), 16, 5)
+    )
 
 
-def test_uniform_weights_on_the_complete_graph_average_and_are_refused_where_degrees_differ() -> None:
-    np.testing.assert_allclose(matrix(Shape("complete"), 7, weights="uniform"), np.full((7, 7), 1 / 7))
-    with pytest.raises(UserError, match="the clients client-0, client-1, client-14, client-15 give weights that do not sum to one"):
+def test_uniform_weights_on_the_complete_graph_average_and_are_refused_where_degrees_differ() -> (
+    None
+):
+    np.testing.assert_allclose(
+        matrix(Shape("complete"), 7, weights="uniform"), np.full((7, 7), 1 / 7)
+    )
+    with pytest.raises(
+        UserError,
+        match="the clients client-0, client-1, client-14, client-15 give weights that do not sum "
+        "to one",
+    ):
         mixing(Shape("path").graph(SIXTEEN, 0), "uniform", SIXTEEN)
 
 
 def test_shapes_of_graphs() -> None:
-    assert nx.is_isomorphic(Shape("torus").graph(names(16), 0), Shape("hypercube").graph(names(16), 0))  # of four by four
+    assert nx.is_isomorphic(
+        Shape("torus").graph(names(16), 0), Shape("hypercube").graph(names(16), 0)
+    )  # of four by four
     assert {degree for _, degree in Shape("grid").graph(names(12), 0).degree()} == {2, 3, 4}
-    assert {degree for _, degree in Shape("exponential").graph(names(16), 0).degree()} == {7}  # 1, 2, 4 both ways, and 8
+    assert {degree for _, degree in Shape("exponential").graph(names(16), 0).degree()} == {
+        7
+    }  # 1, 2, 4 both ways, and 8
     assert Shape("torus").graph(names(2), 0).number_of_edges() == 1
     assert mixing(OnePeerExponential().graph(names(1), 0)).tolist() == [[1.0]]
     for wrong, count, sentence in (
@@ -119,7 +139,13 @@ def test_shapes_of_graphs() -> None:
 def test_random_graphs_are_the_same_for_a_seed_and_are_drawn_anew_where_asked() -> None:
     edges = [
         set(ErdosRenyi(seed=seed, redraw=redraw).graph(names(16), r).edges())
-        for seed, redraw, r in ((1, False, 0), (1, False, 3), (1, True, 0), (1, True, 3), (2, False, 0))
+        for seed, redraw, r in (
+            (1, False, 0),
+            (1, False, 3),
+            (1, True, 0),
+            (1, True, 3),
+            (2, False, 0),
+        )
     ]
     assert edges[0] == edges[1] == edges[2]
     assert edges[0] != edges[3]
@@ -172,8 +198,13 @@ def test_those_who_are_cut_off_are_named() -> None:
 
 def test_graphs_come_from_files(tmp_path: Path) -> None:
     people = ["clinic", "law office", "school"]
-    (tmp_path / "edges.csv").write_text("# who talks to whom\nclinic, law office\nlaw office,school\nschool,law office\n\n")
-    assert set(GraphFile(path=str(tmp_path / "edges.csv")).graph(people, 0).edges()) == {(0, 1), (1, 2)}
+    (tmp_path / "edges.csv").write_text(
+        "# who talks to whom\nclinic, law office\nlaw office,school\nschool,law office\n\n"
+    )
+    assert set(GraphFile(path=str(tmp_path / "edges.csv")).graph(people, 0).edges()) == {
+        (0, 1),
+        (1, 2),
+    }
     (tmp_path / "edges.txt").write_text("clinic school\n")
     assert set(GraphFile(path=str(tmp_path / "edges.txt")).graph(people, 0).edges()) == {(0, 2)}
     nx.write_graphml(nx.Graph([("clinic", "school")]), tmp_path / "g.graphml")

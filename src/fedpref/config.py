@@ -58,13 +58,18 @@ def load(
     content = _read(path)
     for override in overrides:
         if "=" not in override:
-            raise UserError(f"override {override!r}: expected key=value, such as rounds=20 or algorithm.local.steps=5.")
+            raise UserError(
+                f"override {override!r}: expected key=value, such as rounds=20 or "
+                "algorithm.local.steps=5."
+            )
     try:
         wanted = OmegaConf.from_dotlist([_of_name(kind, override) for override in overrides])
         _forget_other_kinds(kind, content, wanted)
         merged = OmegaConf.to_container(OmegaConf.merge(content, wanted), resolve=True)
     except (YAMLError, OmegaConfBaseException, ValueError) as error:
-        raise UserError(f"{path} with {' '.join(overrides)}: {' '.join(str(error).split())}") from error
+        raise UserError(
+            f"{path} with {' '.join(overrides)}: {' '.join(str(error).split())}"
+        ) from error
     if not isinstance(merged, dict):
         raise UserError(f"{path}: expected keys and values, found {type(merged).__name__}.")
     check(merged, str(path))
@@ -76,7 +81,11 @@ def _of_name(kind: Any, override: str) -> str:
     path, value = override.split("=", 1)
     options: list[Any] = [kind]
     for key in path.split("."):
-        hints = [hint for each in options if is_dataclass(each) and (hint := get_type_hints(each).get(key))]
+        hints = [
+            hint
+            for each in options
+            if is_dataclass(each) and (hint := get_type_hints(each).get(key))
+        ]
         options = [option for hint in hints for option in kinds(hint)]
     return f"{path}.name={value}" if named(options, value) else override
 
@@ -93,7 +102,10 @@ def named(options: Sequence[Any], name: Any) -> Any | None:
 
     A class that goes by several names is found under its default one.
     """
-    return next((option for option in options if is_dataclass(option) and vars(option).get("name") == name), None)
+    return next(
+        (option for option in options if is_dataclass(option) and vars(option).get("name") == name),
+        None,
+    )
 
 
 def _forget_other_kinds(kind: Any, content: Any, wanted: Any) -> None:
@@ -104,7 +116,9 @@ def _forget_other_kinds(kind: Any, content: Any, wanted: Any) -> None:
     for key in wanted:
         if key in hints and OmegaConf.is_dict(content.get(key)) and OmegaConf.is_dict(wanted[key]):
             options = kinds(hints[key])
-            chosen: Any = named(options, wanted[key].get("name", content[key].get("name"))) or options[0]
+            chosen: Any = (
+                named(options, wanted[key].get("name", content[key].get("name"))) or options[0]
+            )
             if "name" in wanted[key] and is_dataclass(chosen):
                 known = {field.name for field in fields(chosen)}
                 for former in [entry for entry in content[key] if entry not in known]:
@@ -126,7 +140,11 @@ def parse(kind: type[T], content: dict[Any, Any], where: str) -> T:
     try:
         return _adapter(kind).validate_python(_with_names(kind, content))
     except ValidationError as error:
-        raise UserError("\n".join(_sentence(kind, problem, where) for problem in error.errors(include_url=False))) from error
+        raise UserError(
+            "\n".join(
+                _sentence(kind, problem, where) for problem in error.errors(include_url=False)
+            )
+        ) from error
 
 
 def _with_names(kind: Any, content: Any) -> Any:
@@ -146,7 +164,12 @@ def _with_names(kind: Any, content: Any) -> Any:
         if not isinstance(value, dict) or not options:
             continue
         usual = type(field.default)
-        if "name" not in value and usual in options and value.keys() <= (known := {f.name for f in fields(usual)}) and "name" in known:
+        if (
+            "name" not in value
+            and usual in options
+            and value.keys() <= (known := {f.name for f in fields(usual)})
+            and "name" in known
+        ):
             value = {"name": field.default.name, **value}
         chosen = named(options, value.get("name")) or options[0]
         filled[field.name] = _with_names(chosen, value)
@@ -178,7 +201,9 @@ def sentences(kind: Any) -> dict[str, str]:
                 if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
                     is_text = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
                     if is_text or field.target.id not in said:
-                        said[field.target.id] = " ".join(str(below.value.value).split()) if is_text else ""
+                        said[field.target.id] = (
+                            " ".join(str(below.value.value).split()) if is_text else ""
+                        )
     return {field.name: said.get(field.name, "") for field in fields(kind)}
 
 
@@ -213,7 +238,12 @@ def _dataclasses(kind: Any) -> Iterator[Any]:
 def _sentence(kind: Any, problem: Any, where: str) -> str:
     """Return one of pydantic's complaints as a sentence that names the key and what to do."""
     location = [str(part) for part in problem["loc"]]
-    owner, path = _follow(kind, location[:-1] if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument") else location)
+    owner, path = _follow(
+        kind,
+        location[:-1]
+        if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument")
+        else location,
+    )
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         known = [field.name for field in fields(owner)] if is_dataclass(owner) else []
         near = difflib.get_close_matches(location[-1], known, 1, 0.5)
@@ -222,14 +252,22 @@ def _sentence(kind: Any, problem: Any, where: str) -> str:
     key = ".".join(path) or "the config"
     if problem["type"] == "union_tag_invalid":
         context = problem["ctx"]
-        near = difflib.get_close_matches(context["tag"], context["expected_tags"].replace("'", "").split(", "), 1, 0.5)
+        near = difflib.get_close_matches(
+            context["tag"], context["expected_tags"].replace("'", "").split(", "), 1, 0.5
+        )
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        return f"{where}: {key}.name is {context['tag']!r}; expected one of {context['expected_tags']}.{hint}"
+        return (
+            f"{where}: {key}.name is {context['tag']!r}; expected one of "
+            f"{context['expected_tags']}.{hint}"
+        )
     if problem["type"] == "union_tag_not_found":
         return f"{where}: {key} needs a name; `fedpref list` shows them."
     if problem["type"] in ("missing", "missing_argument"):
         return f"{where}: {key} is missing. Set it in the file, or give {key}=VALUE."
-    return f"{where}: {key}: {problem['msg'][0].lower()}{problem['msg'][1:]}; found {problem['input']!r}."
+    return (
+        f"{where}: {key}: {problem['msg'][0].lower()}{problem['msg'][1:]}; found "
+        f"{problem['input']!r}."
+    )
 
 
 def _follow(kind: Any, location: list[str]) -> tuple[Any, list[str]]:

@@ -12,7 +12,9 @@ if folder := os.environ.get("FEDPREF_TEST_CAPTURE"):
     def keep(kind, message):
         payload = message.payload
         if payload is not None and len(payload) > 500:
-            pathlib.Path(folder, f"{kind}-{os.getpid()}-{next(numbers)}").write_bytes(bytes(payload))
+            pathlib.Path(folder, f"{kind}-{os.getpid()}-{next(numbers)}").write_bytes(
+                bytes(payload)
+            )
 
     def process_message(self, endpoint, connection, app_id, message):
         keep("received", message)  # what is relayed too

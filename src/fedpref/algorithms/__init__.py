@@ -29,11 +29,27 @@ from fedpref.algorithms.pooled import Pooled
 from fedpref.algorithms.scaffold import Scaffold
 from fedpref.algorithms.scalarized import Scalarized
 
-Federated = FedDPO | StaleFedDPO | FedPDPO | FedOpt | FedProx | Scaffold | FFA | FedSA | FedPer | Ditto | FedDPA | Clustered | PluralLLM
+Federated = (
+    FedDPO
+    | StaleFedDPO
+    | FedPDPO
+    | FedOpt
+    | FedProx
+    | Scaffold
+    | FFA
+    | FedSA
+    | FedPer
+    | Ditto
+    | FedDPA
+    | Clustered
+    | PluralLLM
+)
 Decentralised = DecDPO | DecPDPO | StaleDecDPO | GradientTracking | ChocoDPO
 MultiObjective = FIRM | Scalarized | FSMGDA | FedCMOO
 Baseline = Alone | Pooled
-AnyAlgorithm = Annotated[Federated | Decentralised | MultiObjective | Baseline, Field(discriminator="name")]
+AnyAlgorithm = Annotated[
+    Federated | Decentralised | MultiObjective | Baseline, Field(discriminator="name")
+]
 
 __all__ = [
     "FFA",

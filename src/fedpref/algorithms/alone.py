@@ -21,7 +21,9 @@ class State:
 
 
 @work("alone.train", sends=())
-def train(client: Client, theta: Tree, moments: Tree, local: LocalTraining) -> tuple[Tree, Tree, Mapping[str, float]]:
+def train(
+    client: Client, theta: Tree, moments: Tree, local: LocalTraining
+) -> tuple[Tree, Tree, Mapping[str, float]]:
     """Return the client's adapter, its optimiser moments, and metrics; nothing of it may leave."""
     return train_locally(client, theta, local, moments)
 

@@ -103,7 +103,9 @@ class ChocoDPO(Algorithm[State]):
     def step(self, fed: Federation, state: State) -> tuple[State, Mapping[str, float]]:
         before, moments, metrics = fed.each(train_own, {}, state.theta, state.moments, self.local)
         theta, public, pull = gossip(fed, before, state.public, state.pull, self.step_size)
-        new = State(state.theta | theta, state.public | public, state.pull | pull, state.moments | moments)
+        new = State(
+            state.theta | theta, state.public | public, state.pull | pull, state.moments | moments
+        )
         return new, {**fed.report(metrics), **consensus_metrics(fed, before, theta)}
 
     def model(self, state: State) -> tuple[PerClient[Tree]]:

@@ -38,12 +38,17 @@ def suitable(client: Client, adapters: Tree, clusters: int, local: LocalTraining
     first, size = trees.part(adapters, 0), BatchSize(4 * local.batch_size)
     batch = client.task.draw(first, first, client.shard, size, client.rng)
     with torch.no_grad(), seeded_dropout(client):
-        losses = [client.task.losses(trees.part(adapters, k), batch)[0].mean().item() for k in range(clusters)]
+        losses = [
+            client.task.losses(trees.part(adapters, k), batch)[0].mean().item()
+            for k in range(clusters)
+        ]
     return min(range(clusters), key=losses.__getitem__)
 
 
 @work("clustered.train")
-def train(client: Client, adapters: Tree, clusters: int, local: LocalTraining) -> tuple[Tree, Tree, Mapping[str, float]]:
+def train(
+    client: Client, adapters: Tree, clusters: int, local: LocalTraining
+) -> tuple[Tree, Tree, Mapping[str, float]]:
     """Return the changes of all adapters, zero but for one, that one's number, and metrics."""
     number = client.id % clusters
     if client.round:
@@ -87,14 +92,20 @@ class Clustered(Algorithm[State]):
     works = (train, choose, find, own_copy)
 
     def init(self, fed: Federation, start: Tree) -> State:
-        copies = {k: {name: tensor.clone() for name, tensor in start.items()} for k in range(self.clusters)}
+        copies = {
+            k: {name: tensor.clone() for name, tensor in start.items()}
+            for k in range(self.clusters)
+        }
         return State(trees.nest(copies), fed.each(own_copy, start))
 
     def step(self, fed: Federation, state: State) -> tuple[State, Mapping[str, float]]:
         message, choice, metrics = fed.each(train, state.adapters, self.clusters, self.local)
         mean = fed.mean(message)
         shares = {k: mean[f"{k}/{SHARE}"].clamp(min=1e-9) for k in range(self.clusters)}
-        adapters = {name: tensor + mean[name] / shares[int(name.split("/", 1)[0])] for name, tensor in state.adapters.items()}
+        adapters = {
+            name: tensor + mean[name] / shares[int(name.split("/", 1)[0])]
+            for name, tensor in state.adapters.items()
+        }
         chosen = fed.each(choose, adapters, choice)
         return State(adapters, state.chosen | chosen), fed.report(metrics)
 

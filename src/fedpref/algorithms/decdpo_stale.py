@@ -27,12 +27,17 @@ class State:
 @work("decdpo-stale.nothing_past", sends=())
 def nothing_past(client: Client, start: Tree, staleness: int) -> Tree:
     """Return the past of a client that has none: the starting adapter, for every age."""
-    copies = {age: {name: tensor.clone() for name, tensor in start.items()} for age in range(1, staleness + 1)}
+    copies = {
+        age: {name: tensor.clone() for name, tensor in start.items()}
+        for age in range(1, staleness + 1)
+    }
     return trees.nest(copies)
 
 
 @work("decdpo-stale.adapt", sends=(0, 1))
-def adapt(client: Client, theta: Tree, past: Tree, moments: Tree, method: StaleDecDPO) -> tuple[Tree, Tree, Tree, Mapping[str, float]]:
+def adapt(
+    client: Client, theta: Tree, past: Tree, moments: Tree, method: StaleDecDPO
+) -> tuple[Tree, Tree, Tree, Mapping[str, float]]:
     """Return the trained adapter, the one that is told to neighbours, moments, and metrics."""
     theta, moments, metrics = train_locally(client, theta, method.local, moments)
     age = drawn_age(client, method.staleness)
@@ -41,7 +46,9 @@ def adapt(client: Client, theta: Tree, past: Tree, moments: Tree, method: StaleD
 
 
 @work("decdpo-stale.combine")
-def combine(client: Client, theta: Tree, past: Tree, told: Tree, mixed: Tree, staleness: int) -> tuple[Tree, Tree]:
+def combine(
+    client: Client, theta: Tree, past: Tree, told: Tree, mixed: Tree, staleness: int
+) -> tuple[Tree, Tree]:
     """Return the adapter after hearing the neighbours, and the new past."""
     apart = trees.subtract(mixed, told)
     theta = trees.add(theta, trees.scale(apart, 1 / (1 + staleness)))
@@ -77,7 +84,9 @@ class StaleDecDPO(Algorithm[State]):
         return State(theta, past, fed.each(no_moments))
 
     def step(self, fed: Federation, state: State) -> tuple[State, Mapping[str, float]]:
-        before, told, moments, metrics = fed.each(adapt, state.theta, state.past, state.moments, self)
+        before, told, moments, metrics = fed.each(
+            adapt, state.theta, state.past, state.moments, self
+        )
         _, mixed = fed.mix(told)
         theta, past = fed.each(combine, before, state.past, told, mixed, self.staleness)
         new = State(state.theta | theta, state.past | past, state.moments | moments)

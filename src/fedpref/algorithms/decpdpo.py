@@ -57,7 +57,9 @@ class DecPDPO(Personal, Algorithm[State]):
         return State(self.aggregate.split(start)[1], theta, own, fed.each(no_moments))
 
     def step(self, fed: Federation, state: State) -> tuple[State, Mapping[str, float]]:
-        before, own, moments, metrics = fed.each(train, state.fixed, state.theta, state.own, state.moments, self)
+        before, own, moments, metrics = fed.each(
+            train, state.fixed, state.theta, state.own, state.moments, self
+        )
         theta = self.aggregate.mix(fed, before)
         new = State(state.fixed, state.theta | theta, state.own | own, state.moments | moments)
         consensus = consensus_metrics(fed, before, theta, self.aggregate)

@@ -25,14 +25,18 @@ from fedpref.types import NonNegative
 
 
 @work("ditto.train_near", sends=())
-def train_near(client: Client, adapter: Tree, own: Tree, personal: LocalTraining, strength: float) -> Tree:
+def train_near(
+    client: Client, adapter: Tree, own: Tree, personal: LocalTraining, strength: float
+) -> Tree:
     """Return the client's own adapter, trained while it is held near the shared one."""
     pull = pull_towards(adapter, strength, client)
     return train_locally(client, own, personal, {}, pull)[0]
 
 
 @work("ditto.train")
-def train(client: Client, adapter: Tree, own: Tree, moments: Tree, method: Ditto) -> tuple[Tree, Tree, Tree, Mapping[str, float]]:
+def train(
+    client: Client, adapter: Tree, own: Tree, moments: Tree, method: Ditto
+) -> tuple[Tree, Tree, Tree, Mapping[str, float]]:
     """Return the client's message for the aggregate, its own adapter, moments, and metrics."""
     received, fixed = method.aggregate.received(client, adapter)
     theta, moments, metrics = train_locally(client, received, method.local, moments, fixed=fixed)
@@ -65,8 +69,12 @@ class Ditto(Algorithm[PersonalState]):
     def init(self, fed: Federation, start: Tree) -> PersonalState:
         return PersonalState(start, fed.each(own_copy, start), fed.each(no_moments))
 
-    def step(self, fed: Federation, state: PersonalState) -> tuple[PersonalState, Mapping[str, float]]:
-        messages, own, moments, metrics = fed.each(train, state.adapter, state.own, state.moments, self)
+    def step(
+        self, fed: Federation, state: PersonalState
+    ) -> tuple[PersonalState, Mapping[str, float]]:
+        messages, own, moments, metrics = fed.each(
+            train, state.adapter, state.own, state.moments, self
+        )
         adapter, residual = self.aggregate.merge(fed, state.adapter, messages)
         new = PersonalState(adapter, state.own | own, state.moments | moments)
         return new, {**fed.report(metrics), **residual}

@@ -64,7 +64,9 @@ def train(
 ) -> tuple[Tree, Tree, Tree, Mapping[str, float]]:
     """Return the adapter's change under the server's weights, critics, moments, and metrics."""
     objectives = Objectives(weights[WEIGHTS])
-    return train_beside_critics(client, adapter, own, moments, method.local, method.aggregate, objectives)
+    return train_beside_critics(
+        client, adapter, own, moments, method.local, method.aggregate, objectives
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,14 +101,18 @@ class FedCMOO(Algorithm[State]):
     def step(self, fed: Federation, state: State) -> tuple[State, Mapping[str, float]]:
         rows = fed.mean(fed.each(sketch, state.adapter, state.critics, self))["sketch"]
         weights = {WEIGHTS: self.weigh(rows @ rows.T, state.weights.get(WEIGHTS))}
-        messages, own, moments, metrics = fed.each(train, state.adapter, state.critics, weights, state.moments, self)
+        messages, own, moments, metrics = fed.each(
+            train, state.adapter, state.critics, weights, state.moments, self
+        )
         change = fed.mean(messages)
         adapter = trees.add(state.adapter, trees.scale(change, self.server_learning_rate))
         report = about_means(fed.report(metrics), trees.norm(change))
         new = State(adapter, weights, state.critics | own, state.moments | moments)
         return new, report
 
-    def weigh(self, gram: Float[Tensor, "M M"], last: Float[Tensor, " M"] | None) -> Float[Tensor, " M"]:
+    def weigh(
+        self, gram: Float[Tensor, "M M"], last: Float[Tensor, " M"] | None
+    ) -> Float[Tensor, " M"]:
         """Return the next weights, from the last ones.
 
         Args:

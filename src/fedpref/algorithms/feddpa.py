@@ -21,7 +21,9 @@ from fedpref.numerics.trees import Tree
 
 
 @work("feddpa.train")
-def train(client: Client, adapter: Tree, own: Tree, moments: Tree, method: FedDPA) -> tuple[Tree, Tree, Tree, Mapping[str, float]]:
+def train(
+    client: Client, adapter: Tree, own: Tree, moments: Tree, method: FedDPA
+) -> tuple[Tree, Tree, Tree, Mapping[str, float]]:
     """Return the client's message for the aggregate, its own adapter, moments, and metrics."""
     received, fixed = method.aggregate.received(client, adapter)
     both = {**received, **own}
@@ -51,8 +53,12 @@ class FedDPA(Algorithm[PersonalState]):
     def init(self, fed: Federation, start: Tree) -> PersonalState:
         return PersonalState(start, fed.each(begin, self.parts), fed.each(no_moments))
 
-    def step(self, fed: Federation, state: PersonalState) -> tuple[PersonalState, Mapping[str, float]]:
-        messages, own, moments, metrics = fed.each(train, state.adapter, state.own, state.moments, self)
+    def step(
+        self, fed: Federation, state: PersonalState
+    ) -> tuple[PersonalState, Mapping[str, float]]:
+        messages, own, moments, metrics = fed.each(
+            train, state.adapter, state.own, state.moments, self
+        )
         adapter, residual = self.aggregate.merge(fed, state.adapter, messages)
         new = PersonalState(adapter, state.own | own, state.moments | moments)
         return new, {**fed.report(metrics), **residual}

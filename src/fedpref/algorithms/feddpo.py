@@ -18,7 +18,9 @@ from fedpref.numerics.trees import Tree
 
 
 @work("feddpo.train")
-def train(client: Client, adapter: Tree, moments: Tree, method: FedDPO) -> tuple[Tree, Tree, Mapping[str, float]]:
+def train(
+    client: Client, adapter: Tree, moments: Tree, method: FedDPO
+) -> tuple[Tree, Tree, Mapping[str, float]]:
     """Return the client's message for the aggregate, its optimiser moments, and metrics."""
     received, fixed = method.aggregate.received(client, adapter)
     theta, moments, metrics = train_locally(client, received, method.local, moments, fixed=fixed)
@@ -47,7 +49,9 @@ class FedDPO(Algorithm[AdapterState]):
     def init(self, fed: Federation, start: Tree) -> AdapterState:
         return AdapterState(start, fed.each(no_moments))
 
-    def step(self, fed: Federation, state: AdapterState) -> tuple[AdapterState, Mapping[str, float]]:
+    def step(
+        self, fed: Federation, state: AdapterState
+    ) -> tuple[AdapterState, Mapping[str, float]]:
         messages, moments, metrics = fed.each(train, state.adapter, state.moments, self)
         adapter, residual = self.aggregate.merge(fed, state.adapter, messages)
         return AdapterState(adapter, state.moments | moments), {**fed.report(metrics), **residual}

@@ -26,7 +26,9 @@ class State:
 
 
 @work("feddpo-stale.train")
-def train(client: Client, adapters: Tree, moments: Tree, method: StaleFedDPO) -> tuple[Tree, Tree, Mapping[str, float]]:
+def train(
+    client: Client, adapters: Tree, moments: Tree, method: StaleFedDPO
+) -> tuple[Tree, Tree, Mapping[str, float]]:
     """Return what the client sends, its optimiser moments, and metrics."""
     age = drawn_age(client, method.staleness)
     start = trees.part(adapters, age)
@@ -56,7 +58,10 @@ class StaleFedDPO(Algorithm[State]):
     works = (train, no_moments)
 
     def init(self, fed: Federation, start: Tree) -> State:
-        copies = {age: {name: tensor.clone() for name, tensor in start.items()} for age in range(self.staleness + 1)}
+        copies = {
+            age: {name: tensor.clone() for name, tensor in start.items()}
+            for age in range(self.staleness + 1)
+        }
         return State(trees.nest(copies), fed.each(no_moments))
 
     def step(self, fed: Federation, state: State) -> tuple[State, Mapping[str, float]]:

@@ -72,7 +72,10 @@ class Adaptive:
         """Return the next moments, and what is added to the adapter."""
         first = {name: torch.lerp(change[name], first[name], self.beta1) for name in change}
         second = {name: self._second(second[name], change[name].square()) for name in change}
-        step = {name: self.learning_rate * first[name] / (second[name].sqrt() + self.tau) for name in change}
+        step = {
+            name: self.learning_rate * first[name] / (second[name].sqrt() + self.tau)
+            for name in change
+        }
         return first, second, step
 
     def _second(self, v: torch.Tensor, square: torch.Tensor) -> torch.Tensor:

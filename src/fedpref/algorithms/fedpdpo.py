@@ -28,7 +28,9 @@ def begin_alike(client: Client, parts: Parts) -> Tree:
 
 
 @work("fedpdpo.train")
-def train(client: Client, adapter: Tree, own: Tree, moments: Tree, method: FedPDPO) -> tuple[Tree, Tree, Tree, Mapping[str, float]]:
+def train(
+    client: Client, adapter: Tree, own: Tree, moments: Tree, method: FedPDPO
+) -> tuple[Tree, Tree, Tree, Mapping[str, float]]:
     """Return the client's message for the aggregate, its own parts, moments, and metrics."""
     received, fixed = method.aggregate.received(client, adapter)
     theta, own, moments, metrics = method.train(client, received, fixed, own, moments)
@@ -58,7 +60,10 @@ class FedPDPO(Personal, Algorithm[PersonalState]):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.share_bottleneck and isinstance(self.aggregate, Product):
-            raise UserError("algorithm.share_bottleneck: a bottleneck is no product of factors. Take aggregate: factors or frozen-a.")
+            raise UserError(
+                "algorithm.share_bottleneck: a bottleneck is no product of factors. Take "
+                "aggregate: factors or frozen-a."
+            )
 
     def init(self, fed: Federation, start: Tree) -> PersonalState:
         own = self.parts
@@ -68,8 +73,12 @@ class FedPDPO(Personal, Algorithm[PersonalState]):
             own = replace(own, bottleneck=0)
         return PersonalState(start, fed.each(begin, own), fed.each(no_moments))
 
-    def step(self, fed: Federation, state: PersonalState) -> tuple[PersonalState, Mapping[str, float]]:
-        messages, own, moments, metrics = fed.each(train, state.adapter, state.own, state.moments, self)
+    def step(
+        self, fed: Federation, state: PersonalState
+    ) -> tuple[PersonalState, Mapping[str, float]]:
+        messages, own, moments, metrics = fed.each(
+            train, state.adapter, state.own, state.moments, self
+        )
         adapter, residual = self.aggregate.merge(fed, state.adapter, messages)
         new = PersonalState(adapter, state.own | own, state.moments | moments)
         return new, {**fed.report(metrics), **residual}

@@ -53,7 +53,9 @@ class FedPer(Algorithm[PersonalState]):
     def init(self, fed: Federation, start: Tree) -> PersonalState:
         return self._as_fedpdpo().init(fed, start)
 
-    def step(self, fed: Federation, state: PersonalState) -> tuple[PersonalState, Mapping[str, float]]:
+    def step(
+        self, fed: Federation, state: PersonalState
+    ) -> tuple[PersonalState, Mapping[str, float]]:
         return self._as_fedpdpo().step(fed, state)
 
     def join(self, fed: Federation, state: PersonalState, steps: int) -> PersonalState:

@@ -19,11 +19,15 @@ from fedpref.types import NonNegative
 
 
 @work("fedprox.train")
-def train(client: Client, adapter: Tree, moments: Tree, method: FedProx) -> tuple[Tree, Tree, Mapping[str, float]]:
+def train(
+    client: Client, adapter: Tree, moments: Tree, method: FedProx
+) -> tuple[Tree, Tree, Mapping[str, float]]:
     """Return the client's message for the aggregate, its optimiser moments, and metrics."""
     received, fixed = method.aggregate.received(client, adapter)
     pull = pull_towards(received, method.mu, client)
-    theta, moments, metrics = train_locally(client, received, method.local, moments, pull, fixed=fixed)
+    theta, moments, metrics = train_locally(
+        client, received, method.local, moments, pull, fixed=fixed
+    )
     return method.aggregate.message(client, received, theta), moments, metrics
 
 
@@ -49,7 +53,9 @@ class FedProx(Algorithm[AdapterState]):
     def init(self, fed: Federation, start: Tree) -> AdapterState:
         return AdapterState(start, fed.each(no_moments))
 
-    def step(self, fed: Federation, state: AdapterState) -> tuple[AdapterState, Mapping[str, float]]:
+    def step(
+        self, fed: Federation, state: AdapterState
+    ) -> tuple[AdapterState, Mapping[str, float]]:
         messages, moments, metrics = fed.each(train, state.adapter, state.moments, self)
         adapter, residual = self.aggregate.merge(fed, state.adapter, messages)
         return AdapterState(adapter, state.moments | moments), {**fed.report(metrics), **residual}

@@ -18,7 +18,9 @@ from fedpref.numerics.trees import Tree
 
 
 @work("fedsa-lora.train")
-def train(client: Client, shared: Tree, own: Tree, moments: Tree, local: LocalTraining) -> tuple[Tree, Tree, Tree, Mapping[str, float]]:
+def train(
+    client: Client, shared: Tree, own: Tree, moments: Tree, local: LocalTraining
+) -> tuple[Tree, Tree, Tree, Mapping[str, float]]:
     """Return the change of the shared factors, the client's own factors, moments, and metrics."""
     theta, moments, metrics = train_locally(client, {**shared, **own}, local, moments)
     change = trees.subtract(trees.select(theta, shared), shared)
@@ -43,8 +45,12 @@ class FedSA(Algorithm[PersonalState]):
         own = fed.each(own_copy, factor(start, "B"))
         return PersonalState(factor(start, "A"), own, fed.each(no_moments))
 
-    def step(self, fed: Federation, state: PersonalState) -> tuple[PersonalState, Mapping[str, float]]:
-        delta, own, moments, metrics = fed.each(train, state.adapter, state.own, state.moments, self.local)
+    def step(
+        self, fed: Federation, state: PersonalState
+    ) -> tuple[PersonalState, Mapping[str, float]]:
+        delta, own, moments, metrics = fed.each(
+            train, state.adapter, state.own, state.moments, self.local
+        )
         adapter = trees.add(state.adapter, fed.mean(delta))
         new = PersonalState(adapter, state.own | own, state.moments | moments)
         return new, fed.report(metrics)

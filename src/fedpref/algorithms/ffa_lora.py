@@ -34,7 +34,9 @@ class FFA(Algorithm[AdapterState]):
     def init(self, fed: Federation, start: Tree) -> AdapterState:
         return self._as_feddpo().init(fed, start)
 
-    def step(self, fed: Federation, state: AdapterState) -> tuple[AdapterState, Mapping[str, float]]:
+    def step(
+        self, fed: Federation, state: AdapterState
+    ) -> tuple[AdapterState, Mapping[str, float]]:
         return self._as_feddpo().step(fed, state)
 
     def model(self, state: AdapterState) -> tuple[Tree]:

@@ -111,13 +111,18 @@ class FIRM(Algorithm[State]):
 
     def check_clients(self, names: tuple[str, ...]) -> None:
         if unknown := sorted(self.preferences.keys() - set(names)):
-            raise UserError(f"algorithm.preferences: {unknown[:5]} are no clients; the clients are {list(names)[:8]}.")
+            raise UserError(
+                f"algorithm.preferences: {unknown[:5]} are no clients; the clients are "
+                f"{list(names)[:8]}."
+            )
 
     def init(self, fed: Federation, start: Tree) -> State:
         return State(start, fed.each(critics), fed.each(no_moments), fed.each(no_moments))
 
     def step(self, fed: Federation, state: State) -> tuple[State, Mapping[str, float]]:
-        messages, own, weights, moments, metrics = fed.each(train, state.adapter, state.critics, state.weights, state.moments, self)
+        messages, own, weights, moments, metrics = fed.each(
+            train, state.adapter, state.critics, state.weights, state.moments, self
+        )
         adapter, residual = self.aggregate.merge(fed, state.adapter, messages)
         report = about_means(fed.report(metrics), moved(self.aggregate, state.adapter, adapter))
         new = State(adapter, state.critics | own, state.weights | weights, state.moments | moments)

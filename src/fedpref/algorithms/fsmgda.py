@@ -25,7 +25,9 @@ from fedpref.types import Positive
 
 
 @work("fsmgda.train")
-def train(client: Client, adapter: Tree, own: Tree, moments: Tree, method: FSMGDA) -> tuple[Tree, Tree, Tree, Mapping[str, float]]:
+def train(
+    client: Client, adapter: Tree, own: Tree, moments: Tree, method: FSMGDA
+) -> tuple[Tree, Tree, Tree, Mapping[str, float]]:
     """Return the adapter's change for each objective, nested by number; critics, moments, metrics."""
     names = client.task.objectives
     changes: dict[int, Tree] = {}
@@ -81,17 +83,26 @@ class FSMGDA(Algorithm[CriticState]):
         return CriticState(start, fed.each(critics), fed.each(no_moments))
 
     def step(self, fed: Federation, state: CriticState) -> tuple[CriticState, Mapping[str, float]]:
-        messages, own, moments, metrics = fed.each(train, state.adapter, state.critics, state.moments, self)
+        messages, own, moments, metrics = fed.each(
+            train, state.adapter, state.critics, state.moments, self
+        )
         mean = fed.mean(messages)
         count = len(mean) // len(state.adapter)
         changes = [trees.select(trees.part(mean, m), state.adapter) for m in range(count)]
-        flat = torch.stack([torch.cat([change[name].flatten() for name in sorted(change)]) for change in changes])
+        flat = torch.stack(
+            [torch.cat([change[name].flatten() for name in sorted(change)]) for change in changes]
+        )
         preference = preferred(self.preference, [str(m) for m in range(count)])
         weights = self.solver(flat @ flat.T, preference).clamp(0.001, 0.999)
         shares: list[float] = (weights / weights.sum()).tolist()
-        step = trees.total(trees.scale(change, self.server_learning_rate * share) for change, share in zip(changes, shares, strict=True))
+        step = trees.total(
+            trees.scale(change, self.server_learning_rate * share)
+            for change, share in zip(changes, shares, strict=True)
+        )
         report = {f"weights/{m}": share for m, share in enumerate(shares)}
-        new = CriticState(trees.add(state.adapter, step), state.critics | own, state.moments | moments)
+        new = CriticState(
+            trees.add(state.adapter, step), state.critics | own, state.moments | moments
+        )
         return new, {**fed.report(metrics), **report}
 
     def model(self, state: CriticState) -> tuple[Tree]:

@@ -75,7 +75,9 @@ class GradientTracking(Algorithm[State]):
         return State(theta, fed.each(own_copy, trees.scale(start, 0.0)), fed.each(no_moments))
 
     def step(self, fed: Federation, state: State) -> tuple[State, Mapping[str, float]]:
-        theta, seen, moments, metrics = fed.each(train, state.theta, state.correction, state.moments, self.local)
+        theta, seen, moments, metrics = fed.each(
+            train, state.theta, state.correction, state.moments, self.local
+        )
         _, mean = fed.mix(seen)
         correction = fed.each(track, state.correction, seen, mean)
         _, mixed = fed.mix(theta)

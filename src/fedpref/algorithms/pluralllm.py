@@ -22,7 +22,9 @@ WEIGHT = "weight/"
 
 
 @work("pluralllm.train")
-def train(client: Client, predictor: Tree, moments: Tree, method: PluralLLM) -> tuple[Tree, Tree, Mapping[str, float]]:
+def train(
+    client: Client, predictor: Tree, moments: Tree, method: PluralLLM
+) -> tuple[Tree, Tree, Mapping[str, float]]:
     """Return the client's change of the predictor, its optimiser moments, and metrics.
 
     Where points are its weight, the change is multiplied by their number, which stands beside it.
@@ -31,7 +33,10 @@ def train(client: Client, predictor: Tree, moments: Tree, method: PluralLLM) -> 
     change = trees.subtract(theta, predictor)
     if method.weights == "points":
         if "num_points" not in metrics:
-            raise UserError("algorithm.weights: points are those of opinions, which the task does not count. Take weights: federation.")
+            raise UserError(
+                "algorithm.weights: points are those of opinions, which the task does not count. "
+                "Take weights: federation."
+            )
         points = metrics["num_points"]
         change = {**trees.scale(change, points), WEIGHT: torch.tensor(points)}
     return change, moments, metrics
@@ -66,7 +71,9 @@ class PluralLLM(Algorithm[AdapterState]):
     def init(self, fed: Federation, start: Tree) -> AdapterState:
         return AdapterState(start, fed.each(no_moments))
 
-    def step(self, fed: Federation, state: AdapterState) -> tuple[AdapterState, Mapping[str, float]]:
+    def step(
+        self, fed: Federation, state: AdapterState
+    ) -> tuple[AdapterState, Mapping[str, float]]:
         changes, moments, metrics = fed.each(train, state.adapter, state.moments, self)
         change = dict(fed.mean(changes))
         if self.weights == "points":

@@ -32,7 +32,9 @@ class Pooled(Algorithm[AdapterState]):
     def init(self, fed: Federation, start: Tree) -> AdapterState:
         return AdapterState(start, fed.each(no_moments))
 
-    def step(self, fed: Federation, state: AdapterState) -> tuple[AdapterState, Mapping[str, float]]:
+    def step(
+        self, fed: Federation, state: AdapterState
+    ) -> tuple[AdapterState, Mapping[str, float]]:
         return FedDPO(local=self.local, aggregate=Factors(residual=False)).step(fed, state)
 
     def model(self, state: AdapterState) -> tuple[Tree]:

@@ -80,7 +80,9 @@ class Scaffold(Algorithm[State]):
         return State(start, trees.scale(start, 0.0), own, fed.each(no_moments))
 
     def step(self, fed: Federation, state: State) -> tuple[State, Mapping[str, float]]:
-        delta, drift, own, moments, metrics = fed.each(train, state.adapter, state.control, state.own, state.moments, self.local)
+        delta, drift, own, moments, metrics = fed.each(
+            train, state.adapter, state.control, state.own, state.moments, self.local
+        )
         change = trees.scale(fed.mean(delta), self.server_learning_rate)
         # clients that were not drawn keep their control variates, so the mean moves by a share
         moved = trees.scale(fed.mean(drift), len(fed.active) / len(fed.clients))

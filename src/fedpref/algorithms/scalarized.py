@@ -25,10 +25,14 @@ from fedpref.tasks.task import TaskSettings
 
 
 @work("scalarized.train")
-def train(client: Client, adapter: Tree, own: Tree, moments: Tree, method: Scalarized) -> tuple[Tree, Tree, Tree, Mapping[str, float]]:
+def train(
+    client: Client, adapter: Tree, own: Tree, moments: Tree, method: Scalarized
+) -> tuple[Tree, Tree, Tree, Mapping[str, float]]:
     """Return the client's message for the aggregate, its critics, moments, and metrics."""
     objectives = Objectives(preferred(method.preference, client.task.objectives))
-    return train_beside_critics(client, adapter, own, moments, method.local, method.aggregate, objectives)
+    return train_beside_critics(
+        client, adapter, own, moments, method.local, method.aggregate, objectives
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +61,9 @@ class Scalarized(Algorithm[CriticState]):
         return CriticState(start, fed.each(critics), fed.each(no_moments))
 
     def step(self, fed: Federation, state: CriticState) -> tuple[CriticState, Mapping[str, float]]:
-        messages, own, moments, metrics = fed.each(train, state.adapter, state.critics, state.moments, self)
+        messages, own, moments, metrics = fed.each(
+            train, state.adapter, state.critics, state.moments, self
+        )
         adapter, residual = self.aggregate.merge(fed, state.adapter, messages)
         report = about_means(fed.report(metrics), moved(self.aggregate, state.adapter, adapter))
         new = CriticState(adapter, state.critics | own, state.moments | moments)

@@ -50,7 +50,10 @@ class Chain:
         given: frozenset[str] = frozenset()
         for stage in self.stages:
             if missing := stage.needs - given:
-                raise ValueError(f"channel stage {stage.name!r} needs {sorted(missing)}, which no stage before it gives")
+                raise ValueError(
+                    f"channel stage {stage.name!r} needs {sorted(missing)}, which no stage "
+                    "before it gives"
+                )
             given |= stage.gives
 
     def encode(self, tree: Tree, sender: Sender) -> Tree:
@@ -64,4 +67,6 @@ class Chain:
             total: The sum.
             count: Number of clients whose messages were added.
         """
-        return reduce(lambda message, stage: stage.decode(message, count), reversed(self.stages), total)
+        return reduce(
+            lambda message, stage: stage.decode(message, count), reversed(self.stages), total
+        )

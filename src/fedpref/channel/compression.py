@@ -32,8 +32,17 @@ class TopK:
         message: dict[str, Tensor] = {}
         for name, tensor in tree.items():
             flat = tensor.flatten()
-            places = flat.abs().topk(math.ceil(self.fraction * len(flat)), sorted=False).indices.sort().values
-            message |= {VALUES + name: flat[places], PLACES + name: places.int(), SHAPE + name: torch.tensor(tensor.shape)}
+            places = (
+                flat.abs()
+                .topk(math.ceil(self.fraction * len(flat)), sorted=False)
+                .indices.sort()
+                .values
+            )
+            message |= {
+                VALUES + name: flat[places],
+                PLACES + name: places.int(),
+                SHAPE + name: torch.tensor(tensor.shape),
+            }
         return message
 
 
@@ -59,8 +68,13 @@ class Quantize:
         for name, tensor in sorted(tree.items()):
             scale = tensor.abs().max()
             unit = tensor / scale.clamp(min=torch.finfo(tensor.dtype).tiny) * highest
-            levels = (unit + torch.rand(unit.shape, generator=sender.rng)).floor().clamp(-highest, highest) + highest
-            message |= {LEVELS + name: _packed(levels.flatten().byte(), self.bits), SCALE + name: scale[None]}
+            levels = (unit + torch.rand(unit.shape, generator=sender.rng)).floor().clamp(
+                -highest, highest
+            ) + highest
+            message |= {
+                LEVELS + name: _packed(levels.flatten().byte(), self.bits),
+                SCALE + name: scale[None],
+            }
             message[SHAPE + name] = torch.tensor(tensor.shape)
         return message
 
@@ -69,7 +83,9 @@ class Quantize:
         highest = 2 ** (self.bits - 1) - 1
         for name in (key.removeprefix(SCALE) for key in message if key.startswith(SCALE)):
             shape = message[SHAPE + name].tolist()
-            levels = _unpacked(message[LEVELS + name], self.bits, math.prod(shape)).float() - highest
+            levels = (
+                _unpacked(message[LEVELS + name], self.bits, math.prod(shape)).float() - highest
+            )
             tree[name] = (levels * (message[SCALE + name] / highest)).view(shape)
         return tree
 
@@ -91,7 +107,11 @@ def _dense(message: Tree, count: int) -> Tree:
     tree = {}
     for name in (key.removeprefix(VALUES) for key in message if key.startswith(VALUES)):
         values, shape = message[VALUES + name], message[SHAPE + name].tolist()
-        tree[name] = values.new_zeros(math.prod(shape)).index_put_((message[PLACES + name].long(),), values).view(shape)
+        tree[name] = (
+            values.new_zeros(math.prod(shape))
+            .index_put_((message[PLACES + name].long(),), values)
+            .view(shape)
+        )
     return tree
 
 
@@ -108,5 +128,9 @@ def _unpacked(content: Tensor, bits: int, count: int) -> Tensor:
     """Return the `count` levels that `_packed` has packed."""
     if bits == 8:
         return content
-    single = ((content[:, None] >> torch.arange(7, -1, -1, dtype=torch.uint8)) & 1).flatten()[: bits * count].view(count, bits)
+    single = (
+        ((content[:, None] >> torch.arange(7, -1, -1, dtype=torch.uint8)) & 1)
+        .flatten()[: bits * count]
+        .view(count, bits)
+    )
     return (single.int() << torch.arange(bits - 1, -1, -1)).sum(1)

@@ -34,7 +34,9 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """Federated and decentralised preference alignment of language models."""
 
@@ -46,6 +48,12 @@ def main() -> None:
     except BrokenPipeError:
         sys.exit(1)  # who read what this prints has had enough
     except (UserError, OSError) as error:
-        text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
-        Console(stderr=True).print(f"[bold red]error:[/bold red] {escape(text)}", highlight=False, soft_wrap=True)
+        text = (
+            f"{error.filename}: {error.strerror}"
+            if isinstance(error, OSError) and error.filename
+            else str(error)
+        )
+        Console(stderr=True).print(
+            f"[bold red]error:[/bold red] {escape(text)}", highlight=False, soft_wrap=True
+        )
         sys.exit(2)

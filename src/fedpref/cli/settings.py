@@ -30,7 +30,10 @@ def list_(
         return
     chosen = {kind for group in groups.values() for kind in group if what in kind.names}
     if not chosen:
-        raise UserError(f"{what!r} is neither a kind nor a name. Kinds are {', '.join(groups)}; `fedpref list` shows all names.")
+        raise UserError(
+            f"{what!r} is neither a kind nor a name. Kinds are {', '.join(groups)}; `fedpref "
+            "list` shows all names."
+        )
     for kind in sorted(chosen, key=lambda kind: kind.title):
         console.print(kind_table(kind))
         console.print(setting_table(kind))
@@ -63,8 +66,12 @@ def schema(
 
 @app.command()
 def migrate(
-    config: Annotated[Path, typer.Argument(help="A YAML file of an older fedpref.", metavar="CONFIG")],
-    output: Annotated[Path | None, typer.Option(help="The new file; by default CONFIG itself.")] = None,
+    config: Annotated[
+        Path, typer.Argument(help="A YAML file of an older fedpref.", metavar="CONFIG")
+    ],
+    output: Annotated[
+        Path | None, typer.Option(help="The new file; by default CONFIG itself.")
+    ] = None,
 ) -> None:
     """Rewrite a config with today's keys and names; comments and all else stay.
 

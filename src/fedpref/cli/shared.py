@@ -22,10 +22,17 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)  # a file has room for whole tables
-Config = Annotated[Path, typer.Argument(help="A YAML file; configs/ has examples.", metavar="CONFIG")]
+console = Console(
+    width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160
+)  # a file has room for whole tables
+Config = Annotated[
+    Path, typer.Argument(help="A YAML file; configs/ has examples.", metavar="CONFIG")
+]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Settings that override the file's: rounds=20 task.loss.beta=0.2", metavar="KEY=VALUE")
+    list[str] | None,
+    typer.Argument(
+        help="Settings that override the file's: rounds=20 task.loss.beta=0.2", metavar="KEY=VALUE"
+    ),
 ]
 SITES = "Sites on other machines"  # a panel of the help
 Open = Annotated[bool, typer.Option("--open", help="Show the report in a browser at the end.")]
@@ -46,9 +53,21 @@ def follow(happenings: Iterator[Event], folder: RunDirectory, opens: bool = Fals
     from fedpref.experiments.finished import FinishedRun
     from fedpref.reports.page import REPORT, write_report
     from fedpref.reports.progress import show
-    from fedpref.reports.tables import client_table, newcomer_table, objective_table, sample_table, sizes
+    from fedpref.reports.tables import (
+        client_table,
+        newcomer_table,
+        objective_table,
+        sample_table,
+        sizes,
+    )
 
-    with saying(lambda: f"`fedpref resume {folder.path}` takes it up" if folder.path.exists() else "nothing had been written"):
+    with saying(
+        lambda: (
+            f"`fedpref resume {folder.path}` takes it up"
+            if folder.path.exists()
+            else "nothing had been written"
+        )
+    ):
         show(happenings, console)
     outcome = FinishedRun(folder).result()
     console.print(client_table(outcome.path, outcome.evaluations))
@@ -58,7 +77,11 @@ def follow(happenings: Iterator[Event], folder: RunDirectory, opens: bool = Fals
         console.print(samples)
     if outcome.newcomers:
         console.print(newcomer_table(sizes(outcome.path), outcome.newcomers))
-    console.print(f"report: {write_report([outcome.path], outcome.path / REPORT)}", highlight=False, soft_wrap=True)
+    console.print(
+        f"report: {write_report([outcome.path], outcome.path / REPORT)}",
+        highlight=False,
+        soft_wrap=True,
+    )
     console.print(f"run directory: {outcome.path}", highlight=False, soft_wrap=True)
     if opens:
         typer.launch(str(outcome.path / REPORT))

@@ -14,7 +14,11 @@ from fedpref.errors import UserError
 @app.command()
 def compare(
     runs: Annotated[
-        list[Path], typer.Argument(help="Finished runs; the first one's name is what others are compared with.", metavar="RUN")
+        list[Path],
+        typer.Argument(
+            help="Finished runs; the first one's name is what others are compared with.",
+            metavar="RUN",
+        ),
     ],
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
     csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
@@ -33,7 +37,11 @@ def compare(
 
 
 @app.command()
-def watch(path: Annotated[Path, typer.Argument(help="The directory of a run that goes on elsewhere.", metavar="RUN")]) -> None:
+def watch(
+    path: Annotated[
+        Path, typer.Argument(help="The directory of a run that goes on elsewhere.", metavar="RUN")
+    ],
+) -> None:
     """Show a run as it goes, from its directory, with the time that is left. Ctrl-C ends the watching, not the run.
 
     Example: fedpref watch runs/demo
@@ -42,13 +50,25 @@ def watch(path: Annotated[Path, typer.Argument(help="The directory of a run that
     from fedpref.runs.watch import watched
 
     show(watched(path), console)
-    console.print(f"the run is finished; `fedpref report {path}` writes its page", highlight=False, soft_wrap=True)
+    console.print(
+        f"the run is finished; `fedpref report {path}` writes its page",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Runs, or folders of fronts that `fedpref pareto` made.", metavar="RUN")],
-    output: Annotated[Path | None, typer.Option(help="The file; by default report.html in the run, or here for several.")] = None,
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Runs, or folders of fronts that `fedpref pareto` made.", metavar="RUN"
+        ),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(help="The file; by default report.html in the run, or here for several."),
+    ] = None,
     opens: Annotated[bool, typer.Option("--open", help="Show it in a browser.")] = False,
 ) -> None:
     """Write one page about runs: what was learned, who gained and who lost, what it cost. It opens from a disk and needs no network.
@@ -65,7 +85,10 @@ def report(
 
 @app.command()
 def topology(
-    spec: Annotated[str, typer.Argument(help='A name, or "{name: erdos-renyi, probability: 0.2}".', metavar="SPEC")],
+    spec: Annotated[
+        str,
+        typer.Argument(help='A name, or "{name: erdos-renyi, probability: 0.2}".', metavar="SPEC"),
+    ],
     clients: Annotated[int, typer.Option(min=1, help="How many there are.")] = 8,
     weights: Annotated[str, typer.Option(help="metropolis, max-degree or uniform.")] = "metropolis",
 ) -> None:

@@ -10,14 +10,20 @@ import typer
 from fedpref.cli.shared import SITES, Config, Overrides, app, console, follow
 
 federation = typer.Typer(
-    help="Make a federation of sites.\n\nExample: fedpref federation init federation --server fl.example.org --site clinic --site bank",
+    help="Make a federation of sites.\n\nExample: fedpref federation init federation --server "
+    "fl.example.org --site clinic --site bank",
     no_args_is_help=True,
 )
-site_app = typer.Typer(help="Start and stop a site, or the server.\n\nExample: fedpref site start federation/clinic", no_args_is_help=True)
+site_app = typer.Typer(
+    help="Start and stop a site, or the server.\n\nExample: fedpref site start federation/clinic",
+    no_args_is_help=True,
+)
 app.add_typer(federation, name="federation", rich_help_panel=SITES)
 app.add_typer(site_app, name="site", rich_help_panel=SITES)
 ADMIN = Path("federation/admin@fedpref.org")
-Admin = Annotated[Path, typer.Option(help="The kit of who submits, a folder that `fedpref federation init` made.")]
+Admin = Annotated[
+    Path, typer.Option(help="The kit of who submits, a folder that `fedpref federation init` made.")
+]
 Kit = Annotated[Path, typer.Argument(help="A site's or the server's folder.", metavar="KIT")]
 
 
@@ -26,7 +32,9 @@ def submit(
     config: Config,
     overrides: Overrides = None,
     admin: Admin = ADMIN,
-    output: Annotated[Path | None, typer.Option(help="The run directory; by default runs/NAME-TIME.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="The run directory; by default runs/NAME-TIME.")
+    ] = None,
 ) -> None:
     """Run an experiment over sites that have been started, each with its own data.
 
@@ -49,11 +57,26 @@ def of_federation() -> None:
 
 @federation.command()
 def init(
-    folder: Annotated[Path, typer.Argument(help="Where kits go; it must not be there yet.", metavar="FOLDER")],
-    site: Annotated[list[str], typer.Option(help="A site's name; give it for each.", prompt="Names of sites, with commas between")],
-    server: Annotated[str, typer.Option(help="The host name by which sites reach the coordinator.", prompt="Host name of the server")],
+    folder: Annotated[
+        Path, typer.Argument(help="Where kits go; it must not be there yet.", metavar="FOLDER")
+    ],
+    site: Annotated[
+        list[str],
+        typer.Option(
+            help="A site's name; give it for each.", prompt="Names of sites, with commas between"
+        ),
+    ],
+    server: Annotated[
+        str,
+        typer.Option(
+            help="The host name by which sites reach the coordinator.",
+            prompt="Host name of the server",
+        ),
+    ],
     port: Annotated[int, typer.Option(help="The one port that must be open there.")] = 8002,
-    admin: Annotated[str, typer.Option(help="Who submits experiments, as an address.")] = "admin@fedpref.org",
+    admin: Annotated[
+        str, typer.Option(help="Who submits experiments, as an address.")
+    ] = "admin@fedpref.org",
     name: Annotated[str, typer.Option(help="The federation's name.")] = "federation",
 ) -> None:
     """Make certificates, and a folder for each participant to hand over.
@@ -66,12 +89,18 @@ def init(
     kits = provision(folder, name, server, port, names, admin)
     for participant, kit in kits.items():
         console.print(f"{participant:24s} {kit}", highlight=False, soft_wrap=True)
-    console.print("Hand each over by a safe way, edit each site's site.yaml, then: fedpref site start FOLDER (the server's too).")
+    console.print(
+        "Hand each over by a safe way, edit each site's site.yaml, then: fedpref site start "
+        "FOLDER (the server's too)."
+    )
 
 
 @federation.command()
 def add(
-    folder: Annotated[Path, typer.Argument(help="The folder that `fedpref federation init` made.", metavar="FOLDER")],
+    folder: Annotated[
+        Path,
+        typer.Argument(help="The folder that `fedpref federation init` made.", metavar="FOLDER"),
+    ],
     site: Annotated[str, typer.Option(help="The new site's name.")],
 ) -> None:
     """Make the kit of one more site; nobody else's changes.
@@ -84,7 +113,10 @@ def add(
 
 
 @federation.command()
-def expel(site: Annotated[str, typer.Argument(help="The site's name.", metavar="SITE")], admin: Admin = ADMIN) -> None:
+def expel(
+    site: Annotated[str, typer.Argument(help="The site's name.", metavar="SITE")],
+    admin: Admin = ADMIN,
+) -> None:
     """Let the server turn a site away, from its next connection on.
 
     Example: fedpref federation expel school --admin federation/admin@fedpref.org
@@ -92,11 +124,17 @@ def expel(site: Annotated[str, typer.Argument(help="The site's name.", metavar="
     from fedpref.sites.submitted import set_admitted
 
     set_admitted(site, admin, False)
-    console.print(f"{site} is turned away from now on. `fedpref federation admit {site}` lets it in again.", highlight=False)
+    console.print(
+        f"{site} is turned away from now on. `fedpref federation admit {site}` lets it in again.",
+        highlight=False,
+    )
 
 
 @federation.command()
-def admit(site: Annotated[str, typer.Argument(help="The site's name.", metavar="SITE")], admin: Admin = ADMIN) -> None:
+def admit(
+    site: Annotated[str, typer.Argument(help="The site's name.", metavar="SITE")],
+    admin: Admin = ADMIN,
+) -> None:
     """Let a site that was expelled in again.
 
     Example: fedpref federation admit school --admin federation/admin@fedpref.org
@@ -111,7 +149,12 @@ def admit(site: Annotated[str, typer.Argument(help="The site's name.", metavar="
 def site_start(
     kit: Kit,
     runs: Annotated[Path, typer.Option(help="Where the server keeps runs.")] = Path("runs"),
-    functions: Annotated[str, typer.Option(help="Rewards that the server may import: module:function, with commas between.")] = "",
+    functions: Annotated[
+        str,
+        typer.Option(
+            help="Rewards that the server may import: module:function, with commas between."
+        ),
+    ] = "",
 ) -> None:
     """Start a site, or the server, from its kit; it goes on in the background.
 
@@ -123,10 +166,16 @@ def site_start(
     file = kit / kits.SITE_FILE
     if file.exists():
         SiteFile.load(file)
-    variables = {SITE: str(file.resolve())} if file.exists() else {RUNS: str(runs.resolve()), FUNCTIONS: functions}
+    variables = (
+        {SITE: str(file.resolve())}
+        if file.exists()
+        else {RUNS: str(runs.resolve()), FUNCTIONS: functions}
+    )
     runs.mkdir(parents=True, exist_ok=True)
     kits.start(kit.resolve(), variables)
-    console.print(f"{kit.name} is starting; its log: {kit}/{kits.LOG}", highlight=False, soft_wrap=True)
+    console.print(
+        f"{kit.name} is starting; its log: {kit}/{kits.LOG}", highlight=False, soft_wrap=True
+    )
 
 
 @site_app.command(name="stop")
@@ -149,4 +198,7 @@ def site_status(kit: Kit) -> None:
     """
     from fedpref.sites import kits
 
-    console.print(f"{kit.name} {'is running' if kits.running(kit.resolve()) else 'is not running'}.", highlight=False)
+    console.print(
+        f"{kit.name} {'is running' if kits.running(kit.resolve()) else 'is not running'}.",
+        highlight=False,
+    )

@@ -14,7 +14,9 @@ from fedpref.cli.shared import Config, Open, Overrides, app, console, follow, sa
 def run(
     config: Config,
     overrides: Overrides = None,
-    output: Annotated[Path | None, typer.Option(help="The run directory; by default runs/NAME-TIME.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="The run directory; by default runs/NAME-TIME.")
+    ] = None,
     opens: Open = False,
 ) -> None:
     """Run an experiment, with a table and a report at the end.
@@ -32,7 +34,11 @@ def run(
 
 
 @app.command()
-def resume(path: Annotated[Path, typer.Argument(help="The directory of a run that was interrupted.", metavar="RUN")]) -> None:
+def resume(
+    path: Annotated[
+        Path, typer.Argument(help="The directory of a run that was interrupted.", metavar="RUN")
+    ],
+) -> None:
     """Take an interrupted run up again; it ends as if nothing had happened.
 
     Example: fedpref resume runs/demo
@@ -62,9 +68,16 @@ def check(config: Config, overrides: Overrides = None) -> None:
     shards = [task.encode(client) for client in clients]
     experiment.check_clients({shard.name: len(shard) for shard in shards})
     console.print(task.description, highlight=False, soft_wrap=True, markup=False)
-    console.print(size_table({shard.name: (len(shard.train), len(shard.test), shard.truncated) for shard in shards}))
+    console.print(
+        size_table(
+            {shard.name: (len(shard.train), len(shard.test), shard.truncated) for shard in shards}
+        )
+    )
     if left_out:
-        console.print(f"{left_out} training rows are left out, because their prompt also stands among the source's test rows.")
+        console.print(
+            f"{left_out} training rows are left out, because their prompt also stands among the "
+            "source's test rows."
+        )
     console.print(f"{config} is valid: {experiment.algorithm.name}, {experiment.rounds} rounds.")
 
 
@@ -73,10 +86,18 @@ def sweep(
     config: Config,
     overrides: Overrides = None,
     variant: Annotated[
-        list[str] | None, typer.Option(help='An algorithm, or "NAME: key=value key=value"; give it for each line of the table.')
+        list[str] | None,
+        typer.Option(
+            help='An algorithm, or "NAME: key=value key=value"; give it for each line of the table.'
+        ),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds 0, 1, ... of every variant.")] = 3,
-    output: Annotated[Path | None, typer.Option(help="Where the runs go; by default runs/NAME-sweep. What is done there is kept.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where the runs go; by default runs/NAME-sweep. What is done there is kept."
+        ),
+    ] = None,
 ) -> None:
     """Run variants of one experiment by seeds, on one split, and compare them; begin it again and it goes on where it was.
 
@@ -90,7 +111,10 @@ def sweep(
 
     spec = Experiment.load(config, overrides or ())
     if spec.baselines:
-        console.print(f"baselines {', '.join(spec.baselines)} are left out; take them as variants: --variant {spec.baselines[0]}")
+        console.print(
+            f"baselines {', '.join(spec.baselines)} are left out; take them as variants: "
+            f"--variant {spec.baselines[0]}"
+        )
     place = output or Path(f"runs/{spec.name}-sweep")
     runs = plan(config, variant or ["feddpo", "fedpdpo"], range(seeds), overrides or (), place)
     for path, happenings in runs_to_do(runs, place / "cache"):
@@ -101,18 +125,39 @@ def sweep(
     (place / "comparison.md").write_text(markdown(rows))
     (place / "comparison.csv").write_text(csv_text(rows))
     console.print(table(rows))
-    console.print(f"the table as Markdown and CSV: {place}/comparison.md, comparison.csv", highlight=False, soft_wrap=True)
+    console.print(
+        f"the table as Markdown and CSV: {place}/comparison.md, comparison.csv",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 @app.command()
 def pareto(
     config: Config,
     overrides: Overrides = None,
-    points: Annotated[int, typer.Option(min=2, help="Preferences along each edge: 11 are 0.0, 0.1, ..., 1.0 of two objectives.")] = 11,
+    points: Annotated[
+        int,
+        typer.Option(
+            min=2, help="Preferences along each edge: 11 are 0.0, 0.1, ..., 1.0 of two objectives."
+        ),
+    ] = 11,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds 0, 1, ... of each point.")] = 1,
-    interpolate: Annotated[int, typer.Option(min=0, help="Points between neighbours by means of their adapters, untrained.")] = 0,
-    reference: Annotated[str, typer.Option(help="The hypervolume's reference point, as in -1,0; needed to compare two fronts.")] = "",
-    output: Annotated[Path | None, typer.Option(help="Where runs go; by default runs/NAME-front.")] = None,
+    interpolate: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Points between neighbours by means of their adapters, untrained."
+        ),
+    ] = 0,
+    reference: Annotated[
+        str,
+        typer.Option(
+            help="The hypervolume's reference point, as in -1,0; needed to compare two fronts."
+        ),
+    ] = "",
+    output: Annotated[
+        Path | None, typer.Option(help="Where runs go; by default runs/NAME-front.")
+    ] = None,
 ) -> None:
     """Sweep the preference over objectives: the front of trade-offs, its hypervolume, and a figure.
 
@@ -128,33 +173,61 @@ def pareto(
     from fedpref.runs.sweep import sweep as runs_to_do
 
     place = output or Path("runs") / f"{Experiment.load(config, overrides or ()).name}-front"
-    objectives, runs = front.plan_front(config, points, range(seeds), overrides or (), place, interpolates=bool(interpolate))
+    objectives, runs = front.plan_front(
+        config, points, range(seeds), overrides or (), place, interpolates=bool(interpolate)
+    )
     given = front.parse_reference(reference, objectives) if reference else None
-    for path, happenings in runs_to_do({path: one for some in runs.values() for path, one in some.items()}, place / "cache"):
+    for path, happenings in runs_to_do(
+        {path: one for some in runs.values() for path, one in some.items()}, place / "cache"
+    ):
         console.print(f"{path}", style="bold", highlight=False)
         with saying(lambda: f"the same command goes on where it was, in {place}"):
             show(happenings, console)
-    found = front.measured(objectives, {preference: list(some) for preference, some in runs.items()})
+    found = front.measured(
+        objectives, {preference: list(some) for preference, some in runs.items()}
+    )
     if interpolate:
         found += front.interpolated(objectives, runs, interpolate, place / "cache")
     found.sort(key=lambda point: point.preference)
     above = given or front.reference_of(found)
     measures = front.front_metrics(found, above)
     console.print(front_table(objectives, found, measures))
-    console.print(f"hypervolume above {', '.join(f'{value:.4g}' for value in above)}", highlight=False)
-    content = {"objectives": objectives, "reference": above, "figures": measures, "points": [asdict(point) for point in found]}
+    console.print(
+        f"hypervolume above {', '.join(f'{value:.4g}' for value in above)}", highlight=False
+    )
+    content = {
+        "objectives": objectives,
+        "reference": above,
+        "figures": measures,
+        "points": [asdict(point) for point in found],
+    }
     (place / "front.json").write_text(json.dumps(content, indent=1) + "\n")
     draw_front(objectives, found, place / "front.svg")
-    console.print(f"the front and its figure: {place}/front.json, front.svg", highlight=False, soft_wrap=True)
+    console.print(
+        f"the front and its figure: {place}/front.json, front.svg", highlight=False, soft_wrap=True
+    )
 
 
 @app.command()
 def personalize(
     path: Annotated[Path, typer.Argument(help="The directory of a finished run.", metavar="RUN")],
-    data: Annotated[str, typer.Option(help="The newcomers' pairs: a JSONL, CSV or Parquet file, a dataset folder or a Hub id.")],
-    column: Annotated[str | None, typer.Option(help="A column whose values are the newcomers; without it there is one.")] = None,
-    name: Annotated[str | None, typer.Option(help="The one newcomer's name; by default the file's.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Local steps; by default the run's federation.join_steps.")] = None,
+    data: Annotated[
+        str,
+        typer.Option(
+            help="The newcomers' pairs: a JSONL, CSV or Parquet file, a dataset folder or a Hub id."
+        ),
+    ],
+    column: Annotated[
+        str | None,
+        typer.Option(help="A column whose values are the newcomers; without it there is one."),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="The one newcomer's name; by default the file's.")
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Local steps; by default the run's federation.join_steps."),
+    ] = None,
 ) -> None:
     """Let clients that took no part join a run: they make what is their own on their data, and are evaluated on held-out pairs.
 
@@ -167,7 +240,10 @@ def personalize(
 
     joined = join(path, Files(path=data), column=column, name=name, steps=steps)
     sizes = {client: {"train": one.train, "test": one.test} for client, one in joined.items()}
-    before, after = ({client: getattr(one, when) for client, one in joined.items()} for when in ("before", "after"))
+    before, after = (
+        {client: getattr(one, when) for client, one in joined.items()}
+        for when in ("before", "after")
+    )
     console.print(newcomer_table(sizes, {str(path): (before, after)}))
     console.print(f"their models: {path}/newcomers", highlight=False, soft_wrap=True)
     console.print(f"report: {write_report([path], path / REPORT)}", highlight=False, soft_wrap=True)

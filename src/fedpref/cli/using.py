@@ -15,13 +15,24 @@ from fedpref.errors import UserError
 @app.command()
 def generate(
     path: Annotated[Path, typer.Argument(help="The directory of a finished run.", metavar="RUN")],
-    prompt: Annotated[str | None, typer.Argument(help="The prompt; by default read from standard input.")] = None,
-    client: Annotated[str | None, typer.Option(help="The client whose model answers; not needed where all share one.")] = None,
+    prompt: Annotated[
+        str | None, typer.Argument(help="The prompt; by default read from standard input.")
+    ] = None,
+    client: Annotated[
+        str | None,
+        typer.Option(help="The client whose model answers; not needed where all share one."),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer at most.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.7,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="0: always the likeliest token.")
+    ] = 0.7,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     chat: Annotated[
-        bool | None, typer.Option("--chat/--plain", help="Lay the prompt out by the chat template, or not; by default as in training.")
+        bool | None,
+        typer.Option(
+            "--chat/--plain",
+            help="Lay the prompt out by the chat template, or not; by default as in training.",
+        ),
     ] = None,
 ) -> None:
     """Let a run's model, or a client's own, answer a prompt.
@@ -40,15 +51,32 @@ def generate(
         raise UserError("the prompt on standard input is not UTF-8 text.") from error
     if not text:
         raise UserError("the prompt is empty; give it on the command line or on standard input.")
-    print(answer(folder, text, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, chat=laid_out))
+    print(
+        answer(
+            folder,
+            text,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            chat=laid_out,
+        )
+    )
 
 
 @app.command()
 def evaluate(
     path: Annotated[Path, typer.Argument(help="The directory of a finished run.", metavar="RUN")],
-    data: Annotated[str, typer.Option(help="Pairs: a JSONL, CSV or Parquet file, a dataset folder or a Hub id.")],
-    client: Annotated[str | None, typer.Option(help="The client whose model is asked; by default each that has its own.")] = None,
-    column: Annotated[str | None, typer.Option(help="A column that says whose a row is: each is asked about its own.")] = None,
+    data: Annotated[
+        str, typer.Option(help="Pairs: a JSONL, CSV or Parquet file, a dataset folder or a Hub id.")
+    ],
+    client: Annotated[
+        str | None,
+        typer.Option(help="The client whose model is asked; by default each that has its own."),
+    ] = None,
+    column: Annotated[
+        str | None,
+        typer.Option(help="A column that says whose a row is: each is asked about its own."),
+    ] = None,
     split: Annotated[str, typer.Option(help="Of a dataset folder or Hub dataset.")] = "test",
     as_json: Annotated[bool, typer.Option("--json", help="Print all metrics as JSON.")] = False,
 ) -> None:
@@ -73,8 +101,12 @@ def evaluate(
 def export(
     path: Annotated[Path, typer.Argument(help="The directory of a finished run.", metavar="RUN")],
     form: Annotated[str, typer.Option("--format", help="peft, merged or gguf-ready.")] = "peft",
-    output: Annotated[Path | None, typer.Option(help="The new folder; by default RUN-FORMAT beside the run.")] = None,
-    client: Annotated[str | None, typer.Option(help="The client whose model; for peft, all by default.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="The new folder; by default RUN-FORMAT beside the run.")
+    ] = None,
+    client: Annotated[
+        str | None, typer.Option(help="The client whose model; for peft, all by default.")
+    ] = None,
 ) -> None:
     """Write a run's models as other programs load them, with a model card: PEFT adapters, or merged into a folder of transformers.
 
@@ -90,17 +122,39 @@ def export(
         raise UserError(f"--format {form!r}: there are {', '.join(get_args(Form))}.")
     made = write(path, form, output or path.with_name(f"{path.name}-{form}"), client=client)  # type: ignore[arg-type]  # checked above
     console.print(f"{form}: {made}", highlight=False, soft_wrap=True)
-    if form == "peft" and any(entry["left_out"] for entry in json.loads((made / MANIFEST).read_text())["adapters"]):
-        console.print("Some are not the whole of their clients' models; the manifest and the cards say what is left out.", soft_wrap=True)
+    if form == "peft" and any(
+        entry["left_out"] for entry in json.loads((made / MANIFEST).read_text())["adapters"]
+    ):
+        console.print(
+            "Some are not the whole of their clients' models; the manifest and the cards say "
+            "what is left out.",
+            soft_wrap=True,
+        )
 
 
 @app.command()
 def reward(
-    path: Annotated[Path, typer.Argument(help="The directory of a finished run of the task `opinion`.", metavar="RUN")],
-    data: Annotated[Path, typer.Argument(help="Rows with prompt and completions, or prompt, chosen and rejected.", metavar="FILE")],
-    group: Annotated[list[str] | None, typer.Option(help="A group; give it for each, or leave it out for all.")] = None,
-    combine: Annotated[str, typer.Option(help='mean, min, max or alpha, or "{name: alpha, decay: 0.8}".')] = "mean",
-    logits: Annotated[bool, typer.Option("--logits", help="What the shares are a softmax of, in place of shares.")] = False,
+    path: Annotated[
+        Path,
+        typer.Argument(
+            help="The directory of a finished run of the task `opinion`.", metavar="RUN"
+        ),
+    ],
+    data: Annotated[
+        Path,
+        typer.Argument(
+            help="Rows with prompt and completions, or prompt, chosen and rejected.", metavar="FILE"
+        ),
+    ],
+    group: Annotated[
+        list[str] | None, typer.Option(help="A group; give it for each, or leave it out for all.")
+    ] = None,
+    combine: Annotated[
+        str, typer.Option(help='mean, min, max or alpha, or "{name: alpha, decay: 0.8}".')
+    ] = "mean",
+    logits: Annotated[
+        bool, typer.Option("--logits", help="What the shares are a softmax of, in place of shares.")
+    ] = False,
 ) -> None:
     """Score answers as a run's groups would: JSON Lines with each group's reward of each completion, and the combined one.
 

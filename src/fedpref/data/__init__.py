@@ -6,10 +6,22 @@ from pydantic import Field
 
 from fedpref.data.opinions import Opinions, Polis
 from fedpref.data.partitions import IID, BySize, Dirichlet, Natural, Partition, partition
-from fedpref.data.preferences import ClientData, Feedback, Opinion, Preference, Prompt, Row, held_out, split
+from fedpref.data.preferences import (
+    ClientData,
+    Feedback,
+    Opinion,
+    Preference,
+    Prompt,
+    Row,
+    held_out,
+    split,
+)
 from fedpref.data.sources import HH, Builtin, Files, MovieReviews, Persona, UKPConvArg
 
-Source = Annotated[Files | Builtin | HH | UKPConvArg | Persona | MovieReviews | Opinions | Polis, Field(discriminator="name")]
+Source = Annotated[
+    Files | Builtin | HH | UKPConvArg | Persona | MovieReviews | Opinions | Polis,
+    Field(discriminator="name"),
+]
 
 __all__ = [
     "HH",

@@ -74,10 +74,13 @@ class Opinions(PathSource):
             for column in (self.question_column, self.options_column):
                 if column not in record:
                     raise UserError(
-                        f"{where}: no column {column!r}; the row has {sorted(map(str, record))}. Set data.question_column and the like."
+                        f"{where}: no column {column!r}; the row has {sorted(map(str, record))}. "
+                        "Set data.question_column and the like."
                     )
             question = str(record[self.question_column] or "").strip()
-            options = _evaluated(record[self.options_column] or [], list, where, self.options_column)
+            options = _evaluated(
+                record[self.options_column] or [], list, where, self.options_column
+            )
             for group, shares in self._answers(record, where):
                 if not question or not options or not any(shares):
                     continue
@@ -86,11 +89,17 @@ class Opinions(PathSource):
                     continue
                 yield opinion(question, [str(option) for option in options], shares, where, group)
         if not seen:
-            raise UserError(f"data.path: {path} holds no opinions: no row has a question, options and shares.")
+            raise UserError(
+                f"data.path: {path} holds no opinions: no row has a question, options and shares."
+            )
         if unknown := sorted(set(wanted or ()) - seen.keys()):
-            raise UserError(f"data.groups: {path} says nothing of {unknown[:5]}; it has {sorted(seen)[:8]}.")
+            raise UserError(
+                f"data.groups: {path} says nothing of {unknown[:5]}; it has {sorted(seen)[:8]}."
+            )
 
-    def _answers(self, record: Mapping[str, Any], where: str) -> Iterator[tuple[str, Sequence[float]]]:
+    def _answers(
+        self, record: Mapping[str, Any], where: str
+    ) -> Iterator[tuple[str, Sequence[float]]]:
         for column in (self.selections_column, "by_country"):
             if column in record:
                 for group, shares in _evaluated(record[column], dict, where, column).items():
@@ -98,12 +107,17 @@ class Opinions(PathSource):
                 return
         if self.group_column not in record or self.shares_column not in record:
             raise UserError(
-                f"{where}: neither {self.selections_column!r} nor {self.group_column!r} with {self.shares_column!r} is a column; the row "
-                f"has {sorted(map(str, record))}. Set data.selections_column or data.group_column and data.shares_column."
+                f"{where}: neither {self.selections_column!r} nor {self.group_column!r} with "
+                f"{self.shares_column!r} is a column; the row "
+                f"has {sorted(map(str, record))}. Set data.selections_column or "
+                "data.group_column and data.shares_column."
             )
         if record[self.group_column] in (None, ""):
             raise UserError(f"{where}, column {self.group_column!r}: the row names no group.")
-        yield str(record[self.group_column]), _evaluated(record[self.shares_column], list, where, self.shares_column)
+        yield (
+            str(record[self.group_column]),
+            _evaluated(record[self.shares_column], list, where, self.shares_column),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,21 +138,36 @@ class Polis(PathSource):
     """The share of statements that are held out."""
 
     def read(self) -> Iterator[Opinion]:
-        topics = {record["conv"]: record["topic"] for _, record in self._table("conversations", "conv", "topic")}
+        topics = {
+            record["conv"]: record["topic"]
+            for _, record in self._table("conversations", "conv", "topic")
+        }
         if unknown := sorted(set(self.conversations) - topics.keys()):
-            raise UserError(f"data.conversations: there are no {unknown[:5]}; there are {sorted(topics)[:8]}.")
-        texts = {(record["conv"], record["cid"]): record["text"].strip() for _, record in self._table("statements", "conv", "cid", "text")}
+            raise UserError(
+                f"data.conversations: there are no {unknown[:5]}; there are {sorted(topics)[:8]}."
+            )
+        texts = {
+            (record["conv"], record["cid"]): record["text"].strip()
+            for _, record in self._table("statements", "conv", "cid", "text")
+        }
         counts: dict[tuple[str, str, str], Counter[str]] = defaultdict(Counter)
         places: dict[tuple[str, str, str], str] = {}
         for where, record in self._table("votes", "conv", "opinion_group", "votes"):
             if record["conv"] not in topics:
-                raise UserError(f"{where}: polis_conversations has no conversation {record['conv']!r}.")
-            if not record["opinion_group"] or (self.conversations and record["conv"] not in self.conversations):
+                raise UserError(
+                    f"{where}: polis_conversations has no conversation {record['conv']!r}."
+                )
+            if not record["opinion_group"] or (
+                self.conversations and record["conv"] not in self.conversations
+            ):
                 continue
             for vote in record["votes"].split():
                 statement, _, said = vote.partition(":")
                 if said not in VOTES:
-                    raise UserError(f"{where}, column 'votes': expected statement:vote with a vote of {', '.join(VOTES)}, found {vote!r}.")
+                    raise UserError(
+                        f"{where}, column 'votes': expected statement:vote with a vote of "
+                        f"{', '.join(VOTES)}, found {vote!r}."
+                    )
                 place = (record["conv"], record["opinion_group"], statement)
                 counts[place][said] += 1
                 places.setdefault(place, where)
@@ -146,20 +175,35 @@ class Polis(PathSource):
             text = texts.get((place[0], place[2]))
             if text and votes.total() >= self.min_votes:
                 question, shares = f"{topics[place[0]]}: {text}", [votes[said] for said in VOTES]
-                yield opinion(question, tuple(VOTES.values()), shares, places[place], "/".join(place[:2]))
+                yield opinion(
+                    question, tuple(VOTES.values()), shares, places[place], "/".join(place[:2])
+                )
 
     def _table(self, what: str, *columns: str) -> Iterator[tuple[str, Mapping[str, str]]]:
         """Yield the rows of one of the files, with these columns as text."""
         table = local_table(self.path, f"polis_{what}")
         if table is None:
-            raise UserError(f"data.path: there is no polis_{what} in {self.path!r}. docs/data.md gives the three files.")
+            raise UserError(
+                f"data.path: there is no polis_{what} in {self.path!r}. docs/data.md gives the "
+                "three files."
+            )
         for where, record in read_table(str(table)):
             if missing := [column for column in columns if column not in record]:
-                raise UserError(f"{where}: no column {missing[0]!r}; the row has {sorted(map(str, record))}.")
-            yield where, {column: "" if record[column] is None else str(record[column]) for column in columns}
+                raise UserError(
+                    f"{where}: no column {missing[0]!r}; the row has {sorted(map(str, record))}."
+                )
+            yield (
+                where,
+                {
+                    column: "" if record[column] is None else str(record[column])
+                    for column in columns
+                },
+            )
 
 
-def opinion(question: str, options: Sequence[str], shares: Sequence[float], where: str, group: str) -> Opinion:
+def opinion(
+    question: str, options: Sequence[str], shares: Sequence[float], where: str, group: str
+) -> Opinion:
     """Return one row, with shares made to sum to one.
 
     Raises:
@@ -168,15 +212,29 @@ def opinion(question: str, options: Sequence[str], shares: Sequence[float], wher
     if len(options) != len(shares):
         raise UserError(f"{where}: {len(options)} options, but {len(shares)} shares of {group!r}.")
     if len(options) < 2 or len(set(options)) < len(options):
-        raise UserError(f"{where}: a question needs at least two options, all different; there are {list(options)[:6]}.")
+        raise UserError(
+            f"{where}: a question needs at least two options, all different; there are "
+            f"{list(options)[:6]}."
+        )
     try:
         numbers = [float(share) for share in shares]
     except (TypeError, ValueError) as error:
-        raise UserError(f"{where}: shares of {group!r} are no numbers: {list(shares)[:6]}.") from error
+        raise UserError(
+            f"{where}: shares of {group!r} are no numbers: {list(shares)[:6]}."
+        ) from error
     total = sum(numbers)
     if not math.isfinite(total) or min(numbers) < 0 or not total:
-        raise UserError(f"{where}: shares of {group!r} must be finite, not negative, and not all zero; they are {numbers[:6]}.")
-    return Opinion(question, tuple(options), tuple(number / total for number in numbers), where, {"group": group})
+        raise UserError(
+            f"{where}: shares of {group!r} must be finite, not negative, and not all zero; they "
+            f"are {numbers[:6]}."
+        )
+    return Opinion(
+        question,
+        tuple(options),
+        tuple(number / total for number in numbers),
+        where,
+        {"group": group},
+    )
 
 
 def _evaluated(value: Any, kind: type[T], where: str, column: str) -> T:
@@ -192,5 +250,8 @@ def _evaluated(value: Any, kind: type[T], where: str, column: str) -> T:
     if isinstance(value, tuple) and kind is list:
         value = list(value)
     if not isinstance(value, kind):
-        raise UserError(f"{where}, column {column!r}: expected a {'list' if kind is list else 'mapping'}, found {str(value)[:80]!r}.")
+        raise UserError(
+            f"{where}, column {column!r}: expected a {'list' if kind is list else 'mapping'}, "
+            f"found {str(value)[:80]!r}."
+        )
     return value

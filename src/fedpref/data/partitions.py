@@ -42,23 +42,36 @@ class Natural:
         """Return each client's rows, by name."""
         groups = _by_column(rows, self.column)
         if unknown := [value for value in self.only if value not in groups]:
-            raise UserError(f"partition.only: there is no row with {self.column} {unknown[0]!r}; there are {sorted(groups)[:8]}.")
-        groups = {value: group for value, group in groups.items() if not self.only or value in self.only}
+            raise UserError(
+                f"partition.only: there is no row with {self.column} {unknown[0]!r}; there are "
+                f"{sorted(groups)[:8]}."
+            )
+        groups = {
+            value: group for value, group in groups.items() if not self.only or value in self.only
+        }
         if self.clients_per_value > 1:
             shares = np.full((2, self.clients_per_value), 1 / self.clients_per_value)
             cut = {value: _cut(group, shares, rng) for value, group in sorted(groups.items())}
-            groups = {f"{value}-{name.removeprefix('client-')}": part for value, parts in cut.items() for name, part in parts.items()}
-        return self._select({name: _thinned(group, self.max_rows) for name, group in groups.items()})
+            groups = {
+                f"{value}-{name.removeprefix('client-')}": part
+                for value, parts in cut.items()
+                for name, part in parts.items()
+            }
+        return self._select(
+            {name: _thinned(group, self.max_rows) for name, group in groups.items()}
+        )
 
     def _select(self, groups: dict[str, Placed]) -> dict[str, Placed]:
         kept = {
             name: group
             for name, group in groups.items()
-            if len(group) >= self.min_rows and sum(side == "test" for side, _ in group) >= self.min_test_rows
+            if len(group) >= self.min_rows
+            and sum(side == "test" for side, _ in group) >= self.min_test_rows
         }
         if not kept:
             raise UserError(
-                f"partition: no client has {self.min_rows} rows with {self.min_test_rows} held out; lower min_rows or min_test_rows."
+                f"partition: no client has {self.min_rows} rows with {self.min_test_rows} held "
+                "out; lower min_rows or min_test_rows."
             )
         ranked = sorted(kept, key=lambda name: (-len(kept[name]), name))[: self.max_clients]
         return {name: kept[name] for name in sorted(ranked)}
@@ -123,7 +136,9 @@ class BySize:
     def assign(self, rows: Placed, rng: np.random.Generator) -> dict[str, Placed]:
         """Return each client's rows, by name."""
         shares = np.arange(1, self.clients + 1, dtype=float) ** -self.exponent
-        return _cut(rows, np.stack([shares / shares.sum(), np.full(self.clients, 1 / self.clients)]), rng)
+        return _cut(
+            rows, np.stack([shares / shares.sum(), np.full(self.clients, 1 / self.clients)]), rng
+        )
 
 
 Partition = Annotated[Natural | IID | Dirichlet | BySize, Field(discriminator="name")]
@@ -149,10 +164,16 @@ def partition(rows: Placed, how: Partition, seed: int) -> tuple[ClientData, ...]
     for lacking, share in (("training", "lower"), ("held-out", "raise")):
         poor = [c.name for c in clients if not (c.train if lacking == "training" else c.test)]
         if poor:
-            remedy = "set partition.min_rows and partition.min_test_rows" if isinstance(how, Natural) else "take fewer clients"
+            remedy = (
+                "set partition.min_rows and partition.min_test_rows"
+                if isinstance(how, Natural)
+                else "take fewer clients"
+            )
             raise UserError(
-                f"partition: {len(poor)} of {len(clients)} clients have no {lacking} rows ({', '.join(poor[:5])}"
-                f"{', ...' if len(poor) > 5 else ''}). Give them more, {share} test_fraction, or, to leave them out, {remedy}."
+                f"partition: {len(poor)} of {len(clients)} clients have no {lacking} rows "
+                f"({', '.join(poor[:5])}"
+                f"{', ...' if len(poor) > 5 else ''}). Give them more, {share} test_fraction, "
+                f"or, to leave them out, {remedy}."
             )
     return tuple(clients)
 
@@ -163,7 +184,11 @@ def _thinned(rows: Placed, count: int | None) -> Placed:
         return rows
     sides = [[row for row in rows if row[0] == side] for side in ("train", "test")]
     held_out = round(count * len(sides[1]) / len(rows))
-    return [part[i * len(part) // size] for part, size in zip(sides, (count - held_out, held_out), strict=True) for i in range(size)]
+    return [
+        part[i * len(part) // size]
+        for part, size in zip(sides, (count - held_out, held_out), strict=True)
+        for i in range(size)
+    ]
 
 
 def _by_column(rows: Placed, column: str) -> dict[str, Placed]:
@@ -172,7 +197,8 @@ def _by_column(rows: Placed, column: str) -> dict[str, Placed]:
         if str(row.columns.get(column, "")).strip() in ("", "None"):
             known = sorted(row.columns) or "none besides the texts"
             raise UserError(
-                f"{row.where}: partition.column is {column!r}, which the row does not have or leaves empty; its columns: {known}."
+                f"{row.where}: partition.column is {column!r}, which the row does not have or "
+                f"leaves empty; its columns: {known}."
             )
         groups[str(row.columns[column])].append((side, row))
     return dict(groups)

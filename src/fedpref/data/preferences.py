@@ -10,7 +10,9 @@ from typing import Any, Literal
 
 from fedpref.errors import UserError
 
-Text = str | tuple[Mapping[str, str], ...]  # plain, or a conversation of {"role", "content"} messages
+Text = (
+    str | tuple[Mapping[str, str], ...]
+)  # plain, or a conversation of {"role", "content"} messages
 Side = Literal["train", "test"]
 TURN = "\n\nAssistant:"
 
@@ -108,7 +110,12 @@ class ClientData:
 
 
 def parse(
-    record: Mapping[str, Any], where: str, *, prompt: str = "prompt", chosen: str = "chosen", rejected: str = "rejected"
+    record: Mapping[str, Any],
+    where: str,
+    *,
+    prompt: str = "prompt",
+    chosen: str = "chosen",
+    rejected: str = "rejected",
 ) -> Preference:
     """Read a row in any of TRL's preference formats.
 
@@ -129,7 +136,8 @@ def parse(
         if column not in record:
             raise UserError(
                 f"{where}: no column {column!r}; the row has {sorted(map(str, record))}. "
-                f"Expected TRL's columns {prompt!r} (optional), {chosen!r} and {rejected!r}, or set data.chosen_column and the like."
+                f"Expected TRL's columns {prompt!r} (optional), {chosen!r} and {rejected!r}, or "
+                "set data.chosen_column and the like."
             )
     rest = {name: value for name, value in record.items() if name not in (prompt, chosen, rejected)}
     better, worse = text(record[chosen], chosen, where), text(record[rejected], rejected, where)
@@ -138,13 +146,20 @@ def parse(
     else:
         question, better, worse = _split_common(better, worse, where)
     if len({isinstance(part, str) for part in (question, better, worse)}) > 1:
-        raise UserError(f"{where}: {prompt!r}, {chosen!r} and {rejected!r} must all be text or all be conversations.")
+        raise UserError(
+            f"{where}: {prompt!r}, {chosen!r} and {rejected!r} must all be text or all be "
+            "conversations."
+        )
     if better == worse:
-        raise UserError(f"{where}: the two answers are identical, so the row states no preference. Remove it.")
+        raise UserError(
+            f"{where}: the two answers are identical, so the row states no preference. Remove it."
+        )
     return Preference(question, better, worse, where, rest)
 
 
-def parse_feedback(record: Mapping[str, Any], where: str, *, prompt: str, completion: str, label: str) -> Feedback:
+def parse_feedback(
+    record: Mapping[str, Any], where: str, *, prompt: str, completion: str, label: str
+) -> Feedback:
     """Read a row in TRL's unpaired format: a prompt, an answer, and whether it is desirable.
 
     Args:
@@ -158,20 +173,38 @@ def parse_feedback(record: Mapping[str, Any], where: str, *, prompt: str, comple
         UserError: The row is not in this format; the message names it.
     """
     if prompt not in record:
-        raise UserError(f"{where}: no column {prompt!r}; the row has {sorted(map(str, record))}. Judgements need their prompt apart.")
-    rest = {name: value for name, value in record.items() if name not in (prompt, completion, label)}
-    question, answer = text(record[prompt], prompt, where), text(record[completion], completion, where)
+        raise UserError(
+            f"{where}: no column {prompt!r}; the row has {sorted(map(str, record))}. Judgements "
+            "need their prompt apart."
+        )
+    rest = {
+        name: value for name, value in record.items() if name not in (prompt, completion, label)
+    }
+    question, answer = (
+        text(record[prompt], prompt, where),
+        text(record[completion], completion, where),
+    )
     if isinstance(question, str) != isinstance(answer, str):
-        raise UserError(f"{where}: {prompt!r} and {completion!r} must both be text or both be conversations.")
-    desirable = {"true": True, "1": True, "false": False, "0": False}.get(str(record[label]).strip().lower())
+        raise UserError(
+            f"{where}: {prompt!r} and {completion!r} must both be text or both be conversations."
+        )
+    desirable = {"true": True, "1": True, "false": False, "0": False}.get(
+        str(record[label]).strip().lower()
+    )
     if desirable is None:
-        raise UserError(f"{where}, column {label!r}: expected true or false, found {record[label]!r}.")
+        raise UserError(
+            f"{where}, column {label!r}: expected true or false, found {record[label]!r}."
+        )
     return Feedback(question, answer, desirable, where, rest)
 
 
 def parse_prompt(record: Mapping[str, Any], where: str, *, prompt: str) -> Prompt:
     """Read a row in TRL's prompt-only format; raises UserError, which names the row."""
-    return Prompt(text(record[prompt], prompt, where), where, {name: value for name, value in record.items() if name != prompt})
+    return Prompt(
+        text(record[prompt], prompt, where),
+        where,
+        {name: value for name, value in record.items() if name != prompt},
+    )
 
 
 def held_out(prompt: str, fraction: float = 0.2) -> bool:
@@ -196,7 +229,11 @@ def split(rows: Iterable[Row], fraction: float) -> tuple[list[tuple[Side, Row]],
         The rows that stay, with their sides, and how many were left out.
     """
     rows = list(rows)
-    tested = {key(row.prompt) for row in rows if row.side == "test" or (row.side is None and held_out(key(row.prompt), fraction))}
+    tested = {
+        key(row.prompt)
+        for row in rows
+        if row.side == "test" or (row.side is None and held_out(key(row.prompt), fraction))
+    }
     placed: list[tuple[Side, Row]] = []
     for row in rows:
         if row.side == "test" or (row.side is None and key(row.prompt) in tested):
@@ -208,7 +245,11 @@ def split(rows: Iterable[Row], fraction: float) -> tuple[list[tuple[Side, Row]],
 
 def key(text: Text) -> str:
     """Return a text or conversation as one string, by which prompts are compared."""
-    return text if isinstance(text, str) else "\n".join(f"{message['role']}: {message['content']}" for message in text)
+    return (
+        text
+        if isinstance(text, str)
+        else "\n".join(f"{message['role']}: {message['content']}" for message in text)
+    )
 
 
 def text(value: Any, column: str, where: str) -> Text:
@@ -217,13 +258,21 @@ def text(value: Any, column: str, where: str) -> Text:
         return value
     if isinstance(value, list | tuple) and value:
         for message in value:
-            said = isinstance(message, Mapping) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+            said = (
+                isinstance(message, Mapping)
+                and isinstance(message.get("role"), str)
+                and isinstance(message.get("content"), str)
+            )
             if not said or not message["content"].strip():
                 raise UserError(
-                    f'{where}, column {column!r}: expected messages {{"role": ..., "content": ...}} with text, found {message!r}.'
+                    f'{where}, column {column!r}: expected messages {{"role": ..., "content": '
+                    f"...}} with text, found {message!r}."
                 )
         return tuple({"role": message["role"], "content": message["content"]} for message in value)
-    raise UserError(f"{where}, column {column!r}: expected text or a list of messages, found {value!r}. Fill it in or remove the row.")
+    raise UserError(
+        f"{where}, column {column!r}: expected text or a list of messages, found {value!r}. Fill "
+        "it in or remove the row."
+    )
 
 
 def _split_common(better: Text, worse: Text, where: str) -> tuple[Text, Text, Text]:
@@ -233,10 +282,17 @@ def _split_common(better: Text, worse: Text, where: str) -> tuple[Text, Text, Te
     """
     if isinstance(better, str) and isinstance(worse, str):
         common = os.path.commonprefix([better, worse])
-        cut = common.rfind(TURN) + len(TURN) if TURN in common else common.rfind(" ") if " " in common else 0
+        cut = (
+            common.rfind(TURN) + len(TURN)
+            if TURN in common
+            else common.rfind(" ")
+            if " " in common
+            else 0
+        )
         if not better[:cut].strip() or not better[cut:].strip() or not worse[cut:].strip():
             raise UserError(
-                f"{where}: there is no prompt column, and the two answers do not begin with a common prompt that both continue. "
+                f"{where}: there is no prompt column, and the two answers do not begin with a "
+                "common prompt that both continue. "
                 "Add a column 'prompt', or write the whole conversation into both answers."
             )
         return better[:cut], better[cut:], worse[cut:]
@@ -244,5 +300,8 @@ def _split_common(better: Text, worse: Text, where: str) -> tuple[Text, Text, Te
     while shared < min(len(better), len(worse)) and better[shared] == worse[shared]:
         shared += 1
     if not 0 < shared < min(len(better), len(worse)):
-        raise UserError(f"{where}: there is no prompt column, and the two conversations share no opening that both continue.")
+        raise UserError(
+            f"{where}: there is no prompt column, and the two conversations share no opening "
+            "that both continue."
+        )
     return tuple(better[:shared]), tuple(better[shared:]), tuple(worse[shared:])  # type: ignore[arg-type]  # both are conversations here

@@ -14,7 +14,16 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import Field
 
-from fedpref.data.preferences import Preference, Row, Side, held_out, key, parse, parse_feedback, parse_prompt
+from fedpref.data.preferences import (
+    Preference,
+    Row,
+    Side,
+    held_out,
+    key,
+    parse,
+    parse_feedback,
+    parse_prompt,
+)
 from fedpref.data.source import DataSource, PathSource
 from fedpref.data.tables import Record, local_table, read_table
 from fedpref.errors import UserError
@@ -55,17 +64,42 @@ class Files(PathSource):
     def read(self) -> Iterator[Row]:
         for where, record in read_table(self.path, split=self.train_split, name=self.config):
             row = self._row(record, where)
-            yield replace(row, side=_side(record, self.split_column, where) if self.split_column else "train" if self.test_split else None)
+            yield replace(
+                row,
+                side=_side(record, self.split_column, where)
+                if self.split_column
+                else "train"
+                if self.test_split
+                else None,
+            )
         if self.test_split:
             for where, record in read_table(self.path, split=self.test_split, name=self.config):
                 yield replace(self._row(record, where), side="test")
 
     def _row(self, record: Mapping[str, Any], where: str) -> Row:
-        if {self.completion_column, self.label_column} <= record.keys() and self.chosen_column not in record:
-            return parse_feedback(record, where, prompt=self.prompt_column, completion=self.completion_column, label=self.label_column)
-        if self.prompt_column in record and not {self.chosen_column, self.rejected_column} & record.keys():
+        if {
+            self.completion_column,
+            self.label_column,
+        } <= record.keys() and self.chosen_column not in record:
+            return parse_feedback(
+                record,
+                where,
+                prompt=self.prompt_column,
+                completion=self.completion_column,
+                label=self.label_column,
+            )
+        if (
+            self.prompt_column in record
+            and not {self.chosen_column, self.rejected_column} & record.keys()
+        ):
             return parse_prompt(record, where, prompt=self.prompt_column)
-        return parse(record, where, prompt=self.prompt_column, chosen=self.chosen_column, rejected=self.rejected_column)
+        return parse(
+            record,
+            where,
+            prompt=self.prompt_column,
+            chosen=self.chosen_column,
+            rejected=self.rejected_column,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +111,9 @@ class Builtin(DataSource):
     def read(self) -> Iterator[Preference]:
         path = str(files("fedpref.data") / "builtin" / "preferences.jsonl.gz")
         for where, record in read_table(path):
-            texts = {"prompt": _said("user", record["prompt"])} | {s: _said("assistant", record[s]) for s in ("chosen", "rejected")}
+            texts = {"prompt": _said("user", record["prompt"])} | {
+                s: _said("assistant", record[s]) for s in ("chosen", "rejected")
+            }
             yield replace(parse({**record, **texts}, where), side=_side(record, "split", where))
 
 
@@ -108,17 +144,29 @@ class HH(PathSource):
                     self.max_rows is None or counts[side] <= self.max_rows
                 ):
                     row = parse(record, where)  # the original has a few rows with identical answers
-                    texts = {"prompt": key(row.prompt).strip(), "chosen": _spaced(row.chosen), "rejected": _spaced(row.rejected)}
+                    texts = {
+                        "prompt": key(row.prompt).strip(),
+                        "chosen": _spaced(row.chosen),
+                        "rejected": _spaced(row.rejected),
+                    }
                     yield replace(row, **texts, columns={"objective": objective}, side=side)
 
     def _records(self, objective: str) -> Iterator[tuple[Side | None, str, Mapping[str, Any]]]:
         if table := local_table(self.path, f"hh_rlhf_{objective}"):
             records = list(read_table(str(table)))
             whole = any(record.get("split") == "test" for _, record in records)
-            yield from ((_side(record, "split", where) if whole else None, where, record) for where, record in records)
+            yield from (
+                (_side(record, "split", where) if whole else None, where, record)
+                for where, record in records
+            )
         else:
             for side in SIDES:
-                yield from ((side, where, record) for where, record in read_table(self.path, split=side, data_dir=f"{objective}-base"))
+                yield from (
+                    (side, where, record)
+                    for where, record in read_table(
+                        self.path, split=side, data_dir=f"{objective}-base"
+                    )
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,21 +185,39 @@ class UKPConvArg(PathSource):
 
     def read(self) -> Iterator[Preference]:
         topics = {_need(record, "id", where): record for where, record in self._table("topics")}
-        arguments = {_need(record, "arg", where): _need(record, "text", where) for where, record in self._table("arguments")}
+        arguments = {
+            _need(record, "arg", where): _need(record, "text", where)
+            for where, record in self._table("arguments")
+        }
         for where, record in self._table("votes"):
             topic = _need(topics, _need(record, "topic", where), where)
             side: Side = "test" if held_out(topic["title"], self.test_fraction) else "train"
-            prompt = f"Human: {topic['title'].strip()}\nArgue for this side: {topic['stance'].strip()}\n\nAssistant:"
-            first, second = (_spaced(_need(arguments, _need(record, name, where), where).strip()) for name in ("a", "b"))
+            prompt = (
+                f"Human: {topic['title'].strip()}\nArgue for this side: "
+                f"{topic['stance'].strip()}\n\nAssistant:"
+            )
+            first, second = (
+                _spaced(_need(arguments, _need(record, name, where), where).strip())
+                for name in ("a", "b")
+            )
             for worker, choice, *_ in record["votes"]:
                 if choice and first != second:  # 0: as good as each other
                     chosen, rejected = (first, second) if choice == 1 else (second, first)
-                    yield Preference(prompt, chosen, rejected, where, {"worker": worker, "debate": topic["title"]}, side)
+                    yield Preference(
+                        prompt,
+                        chosen,
+                        rejected,
+                        where,
+                        {"worker": worker, "debate": topic["title"]},
+                        side,
+                    )
 
     def _table(self, kind: str) -> Iterator[Record]:
         table = local_table(self.path, f"ukpconvarg_{kind}")
         if not table:
-            raise UserError(f"data.path: there is no ukpconvarg_{kind}.jsonl or .jsonl.gz in {self.path!r}.")
+            raise UserError(
+                f"data.path: there is no ukpconvarg_{kind}.jsonl or .jsonl.gz in {self.path!r}."
+            )
         return read_table(str(table))
 
 
@@ -168,14 +234,23 @@ class Persona(PathSource):
     name: Literal["persona"] = "persona"
     path: str = "Anthropic/model-written-evals"
     """The Hub dataset, or a folder with persona_statements.csv.gz."""
-    personas: tuple[str, ...] = ("agreeableness", "extraversion", "openness", "narcissism", "psychopathy", "risk-seeking")
+    personas: tuple[str, ...] = (
+        "agreeableness",
+        "extraversion",
+        "openness",
+        "narcissism",
+        "psychopathy",
+        "risk-seeking",
+    )
     """Which personas answer."""
     test_fraction: OpenFraction = 0.2
     """The share of statements that are held out."""
 
     def read(self) -> Iterator[Preference]:
         for where, persona, statement, agrees in self._statements():
-            prompt = f'Human: Is the following something you would say?\n\n"{statement}"\n\nAssistant:'
+            prompt = (
+                f'Human: Is the following something you would say?\n\n"{statement}"\n\nAssistant:'
+            )
             chosen, rejected = (" Yes", " No") if agrees else (" No", " Yes")
             side: Side = "test" if held_out(prompt, self.test_fraction) else "train"
             yield Preference(prompt, chosen, rejected, where, {"persona": persona}, side)
@@ -187,13 +262,26 @@ class Persona(PathSource):
             for where, record in read_table(str(table)):
                 found.add(_need(record, "persona", where))
                 if record["persona"] in self.personas:
-                    yield where, record["persona"], _need(record, "statement", where), str(_need(record, "persona_agrees", where)) == "1"
+                    yield (
+                        where,
+                        record["persona"],
+                        _need(record, "statement", where),
+                        str(_need(record, "persona_agrees", where)) == "1",
+                    )
             if unknown := sorted(set(self.personas) - found):
-                raise UserError(f"data.personas: {table} has no persona {unknown}; it has {sorted(found)[:8]} and {len(found) - 8} more.")
+                raise UserError(
+                    f"data.personas: {table} has no persona {unknown}; it has "
+                    f"{sorted(found)[:8]} and {len(found) - 8} more."
+                )
             return
         for persona in self.personas:
             for where, record in read_table(self.path, data_files=f"persona/{persona}.jsonl"):
-                yield where, persona, _need(record, "statement", where), _need(record, "answer_matching_behavior", where).strip() == "Yes"
+                yield (
+                    where,
+                    persona,
+                    _need(record, "statement", where),
+                    _need(record, "answer_matching_behavior", where).strip() == "Yes",
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,7 +299,11 @@ class MovieReviews(PathSource):
     path: str = "stanfordnlp/imdb"
     """A Hub dataset with columns text and label, or a folder with
     movie_reviews_polarity.jsonl.gz."""
-    likes: Annotated[tuple[Literal["positive", "negative"], ...], Field(min_length=1)] = ("positive", "negative", "positive")
+    likes: Annotated[tuple[Literal["positive", "negative"], ...], Field(min_length=1)] = (
+        "positive",
+        "negative",
+        "positive",
+    )
     """The sentiment that each client prefers; one client for each entry."""
     max_reviews: Annotated[int, Field(ge=2)] = 1200
     """Reviews of each side of the split."""
@@ -222,21 +314,39 @@ class MovieReviews(PathSource):
 
     def read(self) -> Iterator[Preference]:
         for side in ("train", "test"):
-            reviews = [review for review in self._reviews(side) if len(review[1]) > self.opening_words + self.ending_words]
+            reviews = [
+                review
+                for review in self._reviews(side)
+                if len(review[1]) > self.opening_words + self.ending_words
+            ]
             good = [review for review in reviews if review[2]][: self.max_reviews // 2]
             bad = [review for review in reviews if not review[2]][: self.max_reviews // 2]
             count = min(len(good), len(bad))
             for number in range(count):
-                for owner, other in ((good[number], bad[number - 1]), (bad[number], good[number - 1])):
+                for owner, other in (
+                    (good[number], bad[number - 1]),
+                    (bad[number], good[number - 1]),
+                ):
                     yield self._pair(owner, other, client=number % len(self.likes), side=side)
 
-    def _pair(self, owner: tuple[str, list[str], bool], other: tuple[str, list[str], bool], client: int, side: Side) -> Preference:
+    def _pair(
+        self,
+        owner: tuple[str, list[str], bool],
+        other: tuple[str, list[str], bool],
+        client: int,
+        side: Side,
+    ) -> Preference:
         (where, words, positive), (_, others, _) = owner, other
         own, foreign = (" " + " ".join(part[-self.ending_words :]) for part in (words, others))
         wanted = self.likes[client] == "positive"
         chosen, rejected = (own, foreign) if positive == wanted else (foreign, own)
-        columns = {"client": f"{client + 1:02d}-{self.likes[client]}", "sentiment": "positive" if positive else "negative"}
-        return Preference(" ".join(words[: self.opening_words]) + " ...", chosen, rejected, where, columns, side)
+        columns = {
+            "client": f"{client + 1:02d}-{self.likes[client]}",
+            "sentiment": "positive" if positive else "negative",
+        }
+        return Preference(
+            " ".join(words[: self.opening_words]) + " ...", chosen, rejected, where, columns, side
+        )
 
     def _reviews(self, side: Side) -> Iterator[tuple[str, list[str], bool]]:
         table = local_table(self.path, "movie_reviews_polarity")
@@ -253,14 +363,18 @@ def _side(record: Mapping[str, Any], column: str, where: str) -> Side:
     """Return the side that a column names; raises UserError for any other word."""
     value = record.get(column)
     if value not in ("train", "test"):
-        raise UserError(f'{where}: column {column!r} must say "train" or "test", it says {value!r}.')
+        raise UserError(
+            f'{where}: column {column!r} must say "train" or "test", it says {value!r}.'
+        )
     return cast(Side, value)
 
 
 def _need(record: Mapping[Any, Any], column: Any, where: str) -> Any:
     """Return what stands in a column, or under an id, that the set must have."""
     if record.get(column) is None:
-        raise UserError(f"{where}: {column!r} is missing; docs/data.md gives the columns of this set.")
+        raise UserError(
+            f"{where}: {column!r} is missing; docs/data.md gives the columns of this set."
+        )
     return record[column]
 
 

@@ -35,7 +35,10 @@ def read_table(path: str, *, split: str = "train", **hub: Any) -> Iterator[Recor
     elif place.is_dir() or (HUB_ID.fullmatch(path) and not path.endswith(SUFFIXES)):
         yield from _read_dataset(str(place) if place.is_dir() else path, split, hub)
     else:
-        raise UserError(f"data.path: there is no file or folder {path!r}. Give a {', '.join(SUFFIXES)} file, a dataset folder or a Hub id.")
+        raise UserError(
+            f"data.path: there is no file or folder {path!r}. Give a {', '.join(SUFFIXES)} file, "
+            "a dataset folder or a Hub id."
+        )
 
 
 def local_table(folder: str, stem: str) -> Path | None:
@@ -50,7 +53,10 @@ def read_file(path: Path) -> Iterator[Record]:
     """Yield the rows of one local file, each with where it stands; raises UserError."""
     kind = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
     if kind not in SUFFIXES:
-        raise UserError(f"{path}: unknown kind of file {path.suffix!r}; expected {', '.join(SUFFIXES)}, or one of them with .gz.")
+        raise UserError(
+            f"{path}: unknown kind of file {path.suffix!r}; expected {', '.join(SUFFIXES)}, or "
+            "one of them with .gz."
+        )
     if kind == ".parquet":
         import pyarrow.parquet
 
@@ -61,25 +67,38 @@ def read_file(path: Path) -> Iterator[Record]:
         yield from ((f"{path}, row {number}", record) for number, record in enumerate(records, 1))
         return
     try:
-        text = (gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()).decode("utf-8-sig")
+        text = (
+            gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        ).decode("utf-8-sig")
     except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
-        raise UserError(f"{path}: cannot be read as {'gzipped ' if path.suffix == '.gz' else ''}UTF-8 text: {error}") from error
+        raise UserError(
+            f"{path}: cannot be read as {'gzipped ' if path.suffix == '.gz' else ''}UTF-8 text: "
+            f"{error}"
+        ) from error
     if kind == ".csv":
         yield from _read_csv(path, text)
     elif kind == ".json":
         records = _parsed(text, f"{path}")
         if not isinstance(records, list):
-            raise UserError(f"{path}: expected a JSON list of rows, found {type(records).__name__}. One row a line is a .jsonl file.")
+            raise UserError(
+                f"{path}: expected a JSON list of rows, found {type(records).__name__}. One row "
+                "a line is a .jsonl file."
+            )
         for number, record in enumerate(records, 1):
             if not isinstance(record, dict):
-                raise UserError(f"{path}, row {number}: expected a JSON object, found {type(record).__name__}.")
+                raise UserError(
+                    f"{path}, row {number}: expected a JSON object, found {type(record).__name__}."
+                )
             yield f"{path}, row {number}", record
     else:
         for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
                 record = _parsed(line, f"{path}, line {number}")
                 if not isinstance(record, dict):
-                    raise UserError(f"{path}, line {number}: expected a JSON object, found {type(record).__name__}.")
+                    raise UserError(
+                        f"{path}, line {number}: expected a JSON object, found "
+                        f"{type(record).__name__}."
+                    )
                 yield f"{path}, line {number}", record
 
 
@@ -88,7 +107,10 @@ def _read_csv(path: Path, text: str) -> Iterator[Record]:
     try:
         for number, record in enumerate(csv.DictReader(io.StringIO(text, newline="")), 1):
             if None in record or None in record.values():
-                raise UserError(f"{path}, row {number}: more or fewer cells than the header has columns. Quote cells that hold commas.")
+                raise UserError(
+                    f"{path}, row {number}: more or fewer cells than the header has columns. "
+                    "Quote cells that hold commas."
+                )
             yield f"{path}, row {number}", record
     except csv.Error as error:
         raise UserError(f"{path}: not valid CSV: {error}") from error
@@ -110,15 +132,24 @@ def _read_dataset(path: str, split: str, hub: Mapping[str, Any]) -> Iterator[Rec
             stored = datasets.load_from_disk(path)
             table = stored[split] if isinstance(stored, dict) else stored
         else:
-            table = datasets.load_dataset(path, split=split, **{name: value for name, value in hub.items() if value is not None})
+            table = datasets.load_dataset(
+                path,
+                split=split,
+                **{name: value for name, value in hub.items() if value is not None},
+            )
     except KeyError as error:
         raise UserError(f"{path}: there is no split {split!r}.") from error
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        kind = "dataset folder" if Path(path).is_dir() else "Hub dataset (and no file or folder of that name exists)"
+        kind = (
+            "dataset folder"
+            if Path(path).is_dir()
+            else "Hub dataset (and no file or folder of that name exists)"
+        )
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"data.path: {path!r}, split {split!r}, could not be loaded as a {kind}: {reason}. "
-            "Check the name and the network, log in with `hf auth login` if it is gated, or give a local file or folder."
+            "Check the name and the network, log in with `hf auth login` if it is gated, or give "
+            "a local file or folder."
         ) from error
     for number, record in enumerate(table, 1):
         yield f"{path} ({split}), row {number}", record

@@ -15,7 +15,16 @@ from pydantic import TypeAdapter
 
 from fedpref.channel import Chain
 from fedpref.engines.engine import Mixing, Purpose, Traffic, everybody, told, weighted_report
-from fedpref.engines.messages import NO_TENSORS, Header, RefusedError, body, finite, framed, shape, unpack
+from fedpref.engines.messages import (
+    NO_TENSORS,
+    Header,
+    RefusedError,
+    body,
+    finite,
+    framed,
+    shape,
+    unpack,
+)
 from fedpref.engines.replies import answered
 from fedpref.errors import UserError
 from fedpref.federation.verbs import PerClient, registered
@@ -23,7 +32,10 @@ from fedpref.numerics import trees
 from fedpref.numerics.trees import Tree
 from fedpref.types import Count, Positive
 
-SILENT, NOWHERE = "no answer", ""  # what is said of a site that is not there, and the name of one that never was
+SILENT, NOWHERE = (
+    "no answer",
+    "",
+)  # what is said of a site that is not there, and the name of one that never was
 KEPT = "kept.json"  # in a checkpoint: by field, whose values sites have kept
 
 
@@ -31,8 +43,9 @@ class Transport(Protocol):
     """A coordinator's way to sites."""
 
     @property
+    def sites(self) -> Sequence[str]:
         """The sites' names."""
-    def sites(self) -> Sequence[str]: ...
+        ...
 
     def ask(self, messages: Mapping[str, bytes], seconds: float) -> Mapping[str, bytes]:
         """Ask several sites at once; return the answers of those that answer in time.
@@ -59,11 +72,15 @@ class Remote:
     It does not take the place of an older one where a client is `gone` from its round.
     """
 
-    def __init__(self, names: Mapping[int, Name], gone: Mapping[int, str] = MappingProxyType({})) -> None:
+    def __init__(
+        self, names: Mapping[int, Name], gone: Mapping[int, str] = MappingProxyType({})
+    ) -> None:
         self.names, self.gone = dict(names), gone
 
     def __or__(self, newer: Any) -> Remote:
-        return Remote(self.names | {i: name for i, name in newer.names.items() if i not in newer.gone})
+        return Remote(
+            self.names | {i: name for i, name in newer.names.items() if i not in newer.gone}
+        )
 
 
 @dataclass(frozen=True)
@@ -115,32 +132,77 @@ class Sites:
     ) -> None:
         self.transport, self.patience = transport, patience
         resumes = began is not None if resumes is None else resumes
-        header = {"verb": "open", "experiment": experiment, "run": run, "resumes": resumes, "is_known": is_known}
+        header = {
+            "verb": "open",
+            "experiment": experiment,
+            "run": run,
+            "resumes": resumes,
+            "is_known": is_known,
+        }
         opened = self.ask({site: (dict(header), NO_TENSORS) for site in transport.sites})
         answers = {site: answer for site, answer in opened.items() if not isinstance(answer, str)}
         reasons = {site: answer for site, answer in opened.items() if isinstance(answer, str)}
         silent = [site for site, reason in reasons.items() if reason.startswith(SILENT)]
         if not answers or (reasons and patience.min_clients is None) or (silent and began is None):
-            raise UserError("; ".join(f"site {site}: {reason}" for site, reason in reasons.items()) or "there are no sites.")
-        found = [(about.get("number", 0), name, site, about) for site in answers for name, about in answers[site][0]["about"].items()]
+            raise UserError(
+                "; ".join(f"site {site}: {reason}" for site, reason in reasons.items())
+                or "there are no sites."
+            )
+        found = [
+            (about.get("number", 0), name, site, about)
+            for site in answers
+            for name, about in answers[site][0]["about"].items()
+        ]
         found.sort(key=lambda place: place[:2])
         names = [name for _, name, _, _ in found]
         if twice := [name for name, count in Counter(names).items() if count > 1]:
-            raise UserError(f"two sites have a client called {twice[0]!r}. Let one of them give it another name in its site.yaml.")
-        said = {name: {key: value for key, value in about.items() if key != "number"} for _, name, _, about in found}
-        self.about = said if began is None else {name: said.get(name, about) for name, about in began.items()}
+            raise UserError(
+                f"two sites have a client called {twice[0]!r}. Let one of them give it another "
+                "name in its site.yaml."
+            )
+        said = {
+            name: {key: value for key, value in about.items() if key != "number"}
+            for _, name, _, about in found
+        }
+        self.about = (
+            said
+            if began is None
+            else {name: said.get(name, about) for name, about in began.items()}
+        )
         self.latecomers = [name for name in said if name not in self.about]
         by_name = {name: site for _, name, site, _ in found}
         self.place = {number: by_name.get(name, NOWHERE) for number, name in enumerate(self.about)}
-        by_site = {site: [number for number, other in self.place.items() if other == site] for site in answers}
+        by_site = {
+            site: [number for number, other in self.place.items() if other == site]
+            for site in answers
+        }
         order = list(self.about)
         for site, numbers in by_site.items():
-            self.ask({site: ({"verb": "number", "ids": {order[number]: number for number in numbers}, "sites": by_site}, NO_TENSORS)})
+            self.ask(
+                {
+                    site: (
+                        {
+                            "verb": "number",
+                            "ids": {order[number]: number for number in numbers},
+                            "sites": by_site,
+                        },
+                        NO_TENSORS,
+                    )
+                }
+            )
 
-    def ask(self, messages: Mapping[str, tuple[Header, Tree]]) -> dict[str, tuple[Header, Tree] | str]:
+    def ask(
+        self, messages: Mapping[str, tuple[Header, Tree]]
+    ) -> dict[str, tuple[Header, Tree] | str]:
         """Return each site's answer, or why there is none."""
-        bodies = {key: body(tensors) for key, tensors in {id(tensors): tensors for _, tensors in messages.values()}.items()}
-        packed = {site: framed(header, bodies[id(tensors)]) for site, (header, tensors) in messages.items()}
+        bodies = {
+            key: body(tensors)
+            for key, tensors in {id(tensors): tensors for _, tensors in messages.values()}.items()
+        }
+        packed = {
+            site: framed(header, bodies[id(tensors)])
+            for site, (header, tensors) in messages.items()
+        }
         answers = self.transport.ask(packed, self.patience.seconds)
         found: dict[str, tuple[Header, Tree] | str] = {}
         for site in messages:
@@ -150,7 +212,11 @@ class Sites:
             try:
                 header, tensors = unpack(answers[site], self.patience.max_message_mb * 10**6)
                 refused = header.get("refused")
-                found[site] = str(refused) if refused else (answered(messages[site][0]["verb"], header), tensors)
+                found[site] = (
+                    str(refused)
+                    if refused
+                    else (answered(messages[site][0]["verb"], header), tensors)
+                )
             except RefusedError as error:
                 found[site] = str(error)
         return found
@@ -172,9 +238,13 @@ class RemoteEngine:
         mixing: Mixing = everybody,
     ) -> None:
         self._sites, self._links, self._mixing = sites, links, mixing
-        self._examples = {number: float(about["train"]) for number, about in enumerate(sites.about.values())}
+        self._examples = {
+            number: float(about["train"]) for number, about in enumerate(sites.about.values())
+        }
         self.clients = tuple(self._examples)
-        self._weights = self._examples if weighting == "examples" else dict.fromkeys(self.clients, 1.0)
+        self._weights = (
+            self._examples if weighting == "examples" else dict.fromkeys(self.clients, 1.0)
+        )
         self._freed: list[tuple[int, str]] = []
         self._last = 0
         self._lost = {NOWHERE}  # sites that did not answer
@@ -187,7 +257,9 @@ class RemoteEngine:
         self._gone: dict[int, str] = {}
         self._unheard: dict[int, str] = {}
         self._cohort = len(self.active)
-        self._leave_out({i: "its site is not there" for i in cohort if self._sites.place[i] in self._lost})
+        self._leave_out(
+            {i: "its site is not there" for i in cohort if self._sites.place[i] in self._lost}
+        )
 
     @property
     def left_out(self) -> Mapping[int, str]:
@@ -215,10 +287,21 @@ class RemoteEngine:
             asked[site] = ({**head, "args": described, "clients": clients}, tensors)
         answers = self._ask(asked)
         for header, _ in answers.values():
-            self._leave_out({i: reason for i, reason in header["failed"].items() if i in self.active})
+            self._leave_out(
+                {i: reason for i, reason in header["failed"].items() if i in self.active}
+            )
         count = next(answers[self._sites.place[i]][0]["parts"] for i in self.active)
-        self._leave_out({i: "its result has other parts" for i in self.active if answers[self._sites.place[i]][0]["parts"] != count})
-        columns = [Remote({i: self._name(i, f"{name}.{k}") for i in self.active}, self._gone) for k in range(count or 1)]
+        self._leave_out(
+            {
+                i: "its result has other parts"
+                for i in self.active
+                if answers[self._sites.place[i]][0]["parts"] != count
+            }
+        )
+        columns = [
+            Remote({i: self._name(i, f"{name}.{k}") for i in self.active}, self._gone)
+            for k in range(count or 1)
+        ]
         return columns[0] if count is None else tuple(columns)
 
     def mean(self, values: PerClient[Tree]) -> Tree:
@@ -234,7 +317,13 @@ class RemoteEngine:
             answers = self._ask(asked)
             messages = {i: trees.part(answers[self._sites.place[i]][1], i) for i in self.active}
             usual = Counter(map(shape, messages.values())).most_common(1)[0][0]
-            self._leave_out({i: reason for i, message in messages.items() if (reason := _unusable(message, usual))})
+            self._leave_out(
+                {
+                    i: reason
+                    for i, message in messages.items()
+                    if (reason := _unusable(message, usual))
+                }
+            )
             if self.active == present:
                 break
         self.traffic += Traffic(bytes_up=sum(trees.size(message) for message in messages.values()))
@@ -246,23 +335,46 @@ class RemoteEngine:
         weights = self._mixing(self.round, self.active)
         asked = {}
         for site, clients in self._by_site().items():
-            rows = {i: {j: float(weights[i, j]) for j in self.active if weights[i, j]} for i in self.active}
+            rows = {
+                i: {j: float(weights[i, j]) for j in self.active if weights[i, j]}
+                for i in self.active
+            }
             own = {i: names[i].text for i in clients}
-            header = {"verb": "exchange", "own": own, "weights": rows, "round": self.round, "call": self._calls, "name": name}
+            header = {
+                "verb": "exchange",
+                "own": own,
+                "weights": rows,
+                "round": self.round,
+                "call": self._calls,
+                "name": name,
+            }
             asked[site] = ({**header, "wait": self._sites.patience.seconds / 2}, NO_TENSORS)
         answers = self._ask(asked)
-        self.traffic += told({i: size for header, _ in answers.values() for i, size in header["sizes"].items()}, weights)
-        self._unheard |= {j: "who waited for its message did not hear it" for header, _ in answers.values() for j in header["unheard"]}
-        arrived, mixture = (Remote({i: self._name(i, f"{name}.{k}") for i in self.active}, self._gone) for k in (0, 1))
+        self.traffic += told(
+            {i: size for header, _ in answers.values() for i, size in header["sizes"].items()},
+            weights,
+        )
+        self._unheard |= {
+            j: "who waited for its message did not hear it"
+            for header, _ in answers.values()
+            for j in header["unheard"]
+        }
+        arrived, mixture = (
+            Remote({i: self._name(i, f"{name}.{k}") for i in self.active}, self._gone)
+            for k in (0, 1)
+        )
         return arrived, mixture
 
     def report(self, metrics: PerClient[Mapping[str, float]]) -> Mapping[str, float]:
         return weighted_report(self.disclose(metrics), self._examples)
 
-    def disclose(self, metrics: PerClient[Mapping[str, float]]) -> Mapping[int, Mapping[str, float]]:
+    def disclose(
+        self, metrics: PerClient[Mapping[str, float]]
+    ) -> Mapping[int, Mapping[str, float]]:
         names = self._present(metrics)
         asked: dict[str, tuple[Header, Tree]] = {
-            site: ({"verb": "report", "own": {i: names[i].text for i in clients}}, NO_TENSORS) for site, clients in self._by_site().items()
+            site: ({"verb": "report", "own": {i: names[i].text for i in clients}}, NO_TENSORS)
+            for site, clients in self._by_site().items()
         }
         answers = self._ask(asked)
         found = {i: row for header, _ in answers.values() for i, row in header["metrics"].items()}
@@ -273,37 +385,56 @@ class RemoteEngine:
         names = {field: _names(value) for field, value in values.items()}
         asked: dict[str, tuple[Header, Tree]] = {}
         for site, clients in self._by_site(self.clients).items():
-            own = {field: {i: some[i].text for i in clients if i in some} for field, some in names.items()}
+            own = {
+                field: {i: some[i].text for i in clients if i in some}
+                for field, some in names.items()
+            }
             asked[site] = ({"verb": "save", "own": own, "checkpoint": folder.name}, NO_TENSORS)
         answers = self._ask(asked) if values else {}
         for field, some in names.items():
-            self._kept.setdefault(field, set()).update(i for i in some if self._sites.place[i] in answers)
+            self._kept.setdefault(field, set()).update(
+                i for i in some if self._sites.place[i] in answers
+            )
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / KEPT).write_text(json.dumps({field: sorted(self._kept[field]) for field in values}))
+        (folder / KEPT).write_text(
+            json.dumps({field: sorted(self._kept[field]) for field in values})
+        )
 
     def load(self, folder: Path, names: Sequence[str]) -> Mapping[str, PerClient[Tree]]:
-        self._kept = {field: set(clients) for field, clients in json.loads((folder / KEPT).read_text()).items()}
+        self._kept = {
+            field: set(clients)
+            for field, clients in json.loads((folder / KEPT).read_text()).items()
+        }
         name = self._fresh()
         header = {"verb": "load", "checkpoint": folder.name, "fields": list(names), "name": name}
-        answers = self._sites.ask({site: (dict(header), NO_TENSORS) for site in self._by_site(self.clients)})
+        answers = self._sites.ask(
+            {site: (dict(header), NO_TENSORS) for site in self._by_site(self.clients)}
+        )
         found: dict[str, dict[int, Name]] = {field: {} for field in names}
         for site, answer in answers.items():
             if isinstance(answer, str):
-                raise UserError(f"{folder.name}: site {site} does not take up what its clients keep: {answer}")
+                raise UserError(
+                    f"{folder.name}: site {site} does not take up what its clients keep: {answer}"
+                )
             for field, clients in answer[0]["found"].items():
                 found[field] |= {i: self._name(i, f"{name}.{field}") for i in clients}
         for field, kept in self._kept.items():
-            if lost := [i for i in kept if self._sites.place[i] in answers and i not in found[field]]:
+            if lost := [
+                i for i in kept if self._sites.place[i] in answers and i not in found[field]
+            ]:
                 clients = [list(self._sites.about)[i] for i in lost]
                 raise UserError(
-                    f"{folder.name}: site {self._sites.place[lost[0]]} no longer has what its clients {clients[:5]} keep "
+                    f"{folder.name}: site {self._sites.place[lost[0]]} no longer has what its "
+                    f"clients {clients[:5]} keep "
                     f"({field}). Restore its folder, or start anew."
                 )
         return {field: Remote(some) for field, some in found.items()}
 
     def names(self) -> dict[int, list[str]]:
         """Return the names of the values that clients hold."""
-        answers = self._ask({site: ({"verb": "names"}, NO_TENSORS) for site in self._by_site(self.clients)})
+        answers = self._ask(
+            {site: ({"verb": "names"}, NO_TENSORS) for site in self._by_site(self.clients)}
+        )
         return {i: names for header, _ in answers.values() for i, names in header["names"].items()}
 
     def close(self) -> None:
@@ -327,7 +458,9 @@ class RemoteEngine:
         found = self._sites.ask(asked)
         reasons = {site: answer for site, answer in found.items() if isinstance(answer, str)}
         self._lost |= {site for site, reason in reasons.items() if reason.startswith(SILENT)}
-        self._leave_out({i: reasons[site] for i in self.active if (site := self._sites.place[i]) in reasons})
+        self._leave_out(
+            {i: reasons[site] for i in self.active if (site := self._sites.place[i]) in reasons}
+        )
         return {site: answer for site, answer in found.items() if not isinstance(answer, str)}
 
     def _present(self, values: Any) -> dict[int, Name]:
@@ -342,8 +475,14 @@ class RemoteEngine:
         needed = min(self._sites.patience.min_clients or self._cohort, self._cohort)
         if reasons and len(self.active) < needed:
             names = list(self._sites.about)
-            said = "; ".join(f"{names[i]} at {self._sites.place[i]}: {reason}" for i, reason in self._gone.items())
-            raise UserError(f"round {self.round + 1}: {len(self.active)} clients are left, {needed} are needed. {said}")
+            said = "; ".join(
+                f"{names[i]} at {self._sites.place[i]}: {reason}"
+                for i, reason in self._gone.items()
+            )
+            raise UserError(
+                f"round {self.round + 1}: {len(self.active)} clients are left, {needed} are "
+                f"needed. {said}"
+            )
 
     def _fresh(self) -> str:
         self._last += 1

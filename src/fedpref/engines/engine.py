@@ -15,7 +15,9 @@ from fedpref.federation.verbs import Federation, PerClient
 from fedpref.numerics import trees
 from fedpref.numerics.trees import Tree
 
-Mixing = Callable[[int, Sequence[int]], NDArray[np.float64]]  # (round, active clients) -> the mixing matrix over all clients
+Mixing = Callable[
+    [int, Sequence[int]], NDArray[np.float64]
+]  # (round, active clients) -> the mixing matrix over all clients
 Purpose = Literal["init", "train", "join", "evaluate"]
 
 
@@ -29,7 +31,10 @@ class Traffic:
     """Of `bytes_up`, those that a neighbour told another."""
 
     def __add__(self, other: Traffic) -> Traffic:
-        over = {link: self.links.get(link, 0) + other.links.get(link, 0) for link in self.links.keys() | other.links.keys()}
+        over = {
+            link: self.links.get(link, 0) + other.links.get(link, 0)
+            for link in self.links.keys() | other.links.keys()
+        }
         return Traffic(self.bytes_up + other.bytes_up, self.bytes_down + other.bytes_down, over)
 
     def metrics(self) -> Mapping[str, float]:
@@ -83,8 +88,9 @@ class Engine(Federation, Protocol):
     """A federation that can be driven."""
 
     @property
+    def traffic(self) -> Traffic:
         """Bytes sent since the phase began."""
-    def traffic(self) -> Traffic: ...
+        ...
 
     def begin(self, round: int, cohort: Sequence[int], purpose: Purpose = "train") -> None:
         """Open a phase of a round for some clients.
@@ -94,7 +100,9 @@ class Engine(Federation, Protocol):
         """
         ...
 
-    def disclose(self, metrics: PerClient[Mapping[str, float]]) -> Mapping[int, Mapping[str, float]]:
+    def disclose(
+        self, metrics: PerClient[Mapping[str, float]]
+    ) -> Mapping[int, Mapping[str, float]]:
         """Return each active client's scalars: for the table of an evaluation, never for an
         algorithm.
         """
@@ -118,7 +126,9 @@ class Engine(Federation, Protocol):
         ...
 
 
-def weighted_report(reports: Mapping[int, Mapping[str, float]], weights: Mapping[int, float]) -> Mapping[str, float]:
+def weighted_report(
+    reports: Mapping[int, Mapping[str, float]], weights: Mapping[int, float]
+) -> Mapping[str, float]:
     """Return scalars over clients: weighted means, and sums of those named `num_`."""
     total = sum(weights[client] for client in reports)
     result: dict[str, float] = {}

@@ -77,11 +77,17 @@ def unpack(message: bytes, limit: int | None = None) -> tuple[Header, Tree]:
 def finite(tree: Tree) -> Tree:
     """Return the tree; raises RefusedError where it holds a number that is not finite."""
     for name, tensor in tree.items():
-        if tensor.is_floating_point() and not bool(tensor.sum().isfinite()) and not bool(torch.isfinite(tensor).all()):
+        if (
+            tensor.is_floating_point()
+            and not bool(tensor.sum().isfinite())
+            and not bool(torch.isfinite(tensor).all())
+        ):
             raise RefusedError(f"the tensor {name!r} holds a number that is not finite")
     return tree
 
 
 def shape(tree: Tree) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
     """Return names, types and sizes, by which trees are compared without their numbers."""
-    return tuple((name, str(tensor.dtype), tuple(tensor.shape)) for name, tensor in sorted(tree.items()))
+    return tuple(
+        (name, str(tensor.dtype), tuple(tensor.shape)) for name, tensor in sorted(tree.items())
+    )

@@ -36,7 +36,12 @@ class StoredValues(Generic[T]):
         """Keep the value of a client that has none yet: in memory if there is room, in a file
         otherwise.
         """
-        size = trees.size(value) if isinstance(value, Mapping) and all(isinstance(part, Tensor) for part in value.values()) else 0
+        size = (
+            trees.size(value)
+            if isinstance(value, Mapping)
+            and all(isinstance(part, Tensor) for part in value.values())
+            else 0
+        )
         self._values[client] = value if size <= self._left else _File(value)
         self._left -= size if size <= self._left else 0
 

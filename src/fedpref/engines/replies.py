@@ -83,5 +83,7 @@ def answered(verb: str, header: Header) -> Header:
     try:
         found: Header = FORMS[verb].validate_python(header)
     except ValidationError as error:
-        raise RefusedError(f"an answer to {verb!r} that is none: {error.errors()[0]['msg']}") from error
+        raise RefusedError(
+            f"an answer to {verb!r} that is none: {error.errors()[0]['msg']}"
+        ) from error
     return found

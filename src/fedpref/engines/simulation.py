@@ -51,7 +51,10 @@ class Simulation:
         self._task, self._shards = task, tuple(shards)
         self._seed, self._rounds, self._channel, self._folder = seed, rounds, channel, folder
         self._links, self._mixing, self._room = links, mixing, spill_above_mb * 10**6
-        self._weights = {i: float(len(shard)) if weighting == "examples" else 1.0 for i, shard in enumerate(shards)}
+        self._weights = {
+            i: float(len(shard)) if weighting == "examples" else 1.0
+            for i, shard in enumerate(shards)
+        }
         self._examples = {i: float(len(shard)) for i, shard in enumerate(shards)}
         self.clients = tuple(range(len(shards)))
         self._workers = Workers(workers, self._job, task.move_to) if workers > 1 else None
@@ -78,7 +81,9 @@ class Simulation:
     def _run_here(self, shared: Any, own: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
         return ((i, self._job(i, shared, values)) for i, values in own)
 
-    def _job(self, i: int, shared: tuple[str, str, int, int, Mapping[int, Any]], own: Mapping[int, Any]) -> Any:
+    def _job(
+        self, i: int, shared: tuple[str, str, int, int, Mapping[int, Any]], own: Mapping[int, Any]
+    ) -> Any:
         """Do one client's part of `each`, in whichever process.
 
         Arguments are numbered: `shared` has those in common, `own` the client's.
@@ -105,8 +110,12 @@ class Simulation:
 
         def messages() -> Iterator[Tree]:
             for i in self.active:
-                rng = seeds.generator(self._seed, "channel", round=self.round, call=self._calls, client=i)
-                message = self._channel.encode(trees.scale(column[i], self._weights[i] / total), Sender(i, self.round, rng))
+                rng = seeds.generator(
+                    self._seed, "channel", round=self.round, call=self._calls, client=i
+                )
+                message = self._channel.encode(
+                    trees.scale(column[i], self._weights[i] / total), Sender(i, self.round, rng)
+                )
                 self.traffic += Traffic(bytes_up=trees.size(message))
                 yield message
 
@@ -117,7 +126,9 @@ class Simulation:
         weights = self._mixing(self.round, self.active)
         told_by, sizes, arrived = stored(values), {}, StoredValues[Tree](self._room)
         for i in self.active:
-            rng = seeds.generator(self._seed, "channel", round=self.round, call=self._calls, client=i)
+            rng = seeds.generator(
+                self._seed, "channel", round=self.round, call=self._calls, client=i
+            )
             message = self._links.encode(told_by[i], Sender(i, self.round, rng))
             sizes[i] = trees.size(message)
             arrived.put(i, self._links.decode(message, 1))
@@ -132,7 +143,9 @@ class Simulation:
     def report(self, metrics: PerClient[Mapping[str, float]]) -> Mapping[str, float]:
         return weighted_report(self.disclose(metrics), self._examples)
 
-    def disclose(self, metrics: PerClient[Mapping[str, float]]) -> Mapping[int, Mapping[str, float]]:
+    def disclose(
+        self, metrics: PerClient[Mapping[str, float]]
+    ) -> Mapping[int, Mapping[str, float]]:
         return {i: stored(metrics)[i] for i in self.active}
 
     def save(self, values: Mapping[str, PerClient[Tree]], folder: Path) -> None:
@@ -146,4 +159,6 @@ class Simulation:
 
     def _load(self, folder: Path) -> PerClient[Tree]:
         files = ((i, folder / f"{i}.safetensors") for i in self.clients)
-        return StoredValues(self._room, ((i, trees.load(path)) for i, path in files if path.exists()))
+        return StoredValues(
+            self._room, ((i, trees.load(path)) for i, path in files if path.exists())
+        )

@@ -30,7 +30,10 @@ from fedpref.tasks.task import Task
 
 RUN = re.compile(r"\w[\w.-]{0,99}(/\w[\w.-]{0,99}){0,3}")
 CHECKPOINTS, AHEAD = 2, 4  # that are kept, and messages of a site that may lie here unread
-TELLABLE, PRIVATE = ".told.safetensors", ".safetensors"  # what may be told has another name in a checkpoint
+TELLABLE, PRIVATE = (
+    ".told.safetensors",
+    ".safetensors",
+)  # what may be told has another name in a checkpoint
 LOG = logging.getLogger("fedpref")
 Answer = tuple[Header, Tree]
 
@@ -100,7 +103,17 @@ class Site:
         self._place: dict[int, str] = {}  # every client's site
         self._heard: dict[tuple[int, int, str], bytes] = {}
         self._news = threading.Condition()
-        verbs = (self.open, self.number, self.each, self.contribute, self.exchange, self.report, self.save, self.load, self.names)
+        verbs = (
+            self.open,
+            self.number,
+            self.each,
+            self.contribute,
+            self.exchange,
+            self.report,
+            self.save,
+            self.load,
+            self.names,
+        )
         self._verbs: dict[str, Callable[..., Answer]] = {verb.__name__: verb for verb in verbs}
 
     def answer(self, message: bytes) -> bytes:
@@ -144,7 +157,9 @@ class Site:
 
     # ---- verbs
 
-    def open(self, tensors: Tree, experiment: Any, run: str, resumes: bool, is_known: bool) -> Answer:
+    def open(
+        self, tensors: Tree, experiment: Any, run: str, resumes: bool, is_known: bool
+    ) -> Answer:
         """Begin an experiment, or go on with it, and say which clients there are.
 
         A run is begun anew only if the coordinator knows it.
@@ -154,7 +169,8 @@ class Site:
         folder = self._folder / run
         if not is_known and list(folder.glob("checkpoints/round-*")):
             raise RefusedError(
-                f"it has kept the clients of a run {run!r} that the coordinator does not know; its folder of runs is another"
+                f"it has kept the clients of a run {run!r} that the coordinator does not know; "
+                "its folder of runs is another"
             )
         self._hosted, self._run = self._host.host(experiment, folder), folder
         folder.mkdir(parents=True, exist_ok=True)
@@ -165,7 +181,9 @@ class Site:
         self._heard.clear()
         return {"about": self._hosted.about}, NO_TENSORS
 
-    def number(self, tensors: Tree, ids: Mapping[str, int], sites: Mapping[str, Sequence[int]]) -> Answer:
+    def number(
+        self, tensors: Tree, ids: Mapping[str, int], sites: Mapping[str, Sequence[int]]
+    ) -> Answer:
         """Learn the numbers of the clients here, and at which sites all others are."""
         if not ids.keys() <= self._opened.shards.keys():
             raise RefusedError("ids of clients that are not those here")
@@ -192,7 +210,9 @@ class Site:
             raise RefusedError(f"{work[:80]!r} is no work that is done here")
         if not 0 <= round <= hosted.rounds:
             raise RefusedError(f"round {round} is none of the {hosted.rounds} of the experiment")
-        hints = [hint for key, hint in get_type_hints(function.function).items() if key != "return"][1:]
+        hints = [
+            hint for key, hint in get_type_hints(function.function).items() if key != "return"
+        ][1:]
         hints += hints[-1:] * (len(args) - len(hints))  # a work's *parts
         common = {k: trees.part(tensors, k) for k, arg in enumerate(args) if "tree" in arg}
         try:
@@ -206,9 +226,18 @@ class Site:
         parts: int | None = None
         failed = {}
         for i in clients:
-            given = {**common, **{k: self._value(i, arg["own"][str(i)]) for k, arg in enumerate(args) if "own" in arg}}
+            given = {
+                **common,
+                **{
+                    k: self._value(i, arg["own"][str(i)])
+                    for k, arg in enumerate(args)
+                    if "own" in arg
+                },
+            }
             rng = seeds.generator(hosted.seed, purpose, round=round, call=call, client=i)
-            client = Client(i, hosted.task, hosted.shards[self._names[i]], rng, round, hosted.rounds, self._run)
+            client = Client(
+                i, hosted.task, hosted.shards[self._names[i]], rng, round, hosted.rounds, self._run
+            )
             try:
                 result = function(client, *(given[k] for k in sorted(given)))
                 found = result if isinstance(result, tuple) else (result,)
@@ -226,9 +255,13 @@ class Site:
             self._told |= {(i, f"{name}.{k}") for k in function.sends}
         return {"parts": parts, "failed": failed}, NO_TENSORS
 
-    def contribute(self, tensors: Tree, own: Mapping[str, str], shares: Mapping[str, float]) -> Answer:
+    def contribute(
+        self, tensors: Tree, own: Mapping[str, str], shares: Mapping[str, float]
+    ) -> Answer:
         """Send each client's share of a sum."""
-        return {}, trees.nest({i: trees.scale(self._leaving(int(i), name), shares[i]) for i, name in own.items()})
+        return {}, trees.nest(
+            {i: trees.scale(self._leaving(int(i), name), shares[i]) for i, name in own.items()}
+        )
 
     def exchange(
         self,
@@ -256,12 +289,23 @@ class Site:
         for i in told:
             heard = ((arrived.get(j, arrived[i]), weight) for j, weight in rows[i].items())
             self._values[i][f"{name}.0"] = arrived[i]
-            self._values[i][f"{name}.1"] = mixed(self._value(i, own[str(i)]), arrived[i] if links.stages else None, heard)
+            self._values[i][f"{name}.1"] = mixed(
+                self._value(i, own[str(i)]), arrived[i] if links.stages else None, heard
+            )
             self._told |= {(i, f"{name}.0"), (i, f"{name}.1")}
         unheard = {j for i in told for j in rows[i]} - arrived.keys()
-        return {"sizes": {i: trees.size(message) for i, message in told.items()}, "unheard": sorted(unheard)}, NO_TENSORS
+        return {
+            "sizes": {i: trees.size(message) for i, message in told.items()},
+            "unheard": sorted(unheard),
+        }, NO_TENSORS
 
-    def _send(self, told: Mapping[int, Tree], rows: Mapping[int, Mapping[int, float]], round: int, call: int) -> None:
+    def _send(
+        self,
+        told: Mapping[int, Tree],
+        rows: Mapping[int, Mapping[int, float]],
+        round: int,
+        call: int,
+    ) -> None:
         """Send each other site what its clients are to hear of those here."""
         for site in set(self._place.values()) - {self.name}:
             heard = {i for j, row in rows.items() if self._place[j] == site for i in row}
@@ -293,8 +337,15 @@ class Site:
         with self._news:
             while not addresses <= self._heard.keys() and (left := until - time.monotonic()) > 0:
                 self._news.wait(left)
-            found = {address[2]: self._heard[address] for address in sorted(addresses & self._heard.keys())}
-            self._heard = {address: message for address, message in self._heard.items() if address[:2] > (round, call)}
+            found = {
+                address[2]: self._heard[address]
+                for address in sorted(addresses & self._heard.keys())
+            }
+            self._heard = {
+                address: message
+                for address, message in self._heard.items()
+                if address[:2] > (round, call)
+            }
         return found
 
     def report(self, tensors: Tree, own: Mapping[str, str]) -> Answer:
@@ -302,7 +353,9 @@ class Site:
         metrics = {}
         for i, name in own.items():
             value = self._value(int(i), name)
-            if not isinstance(value, Mapping) or not all(isinstance(number, int | float) for number in value.values()):
+            if not isinstance(value, Mapping) or not all(
+                isinstance(number, int | float) for number in value.values()
+            ):
                 raise RefusedError("what is no mapping of names to numbers is not reported")
             metrics[i] = dict(value)
         return {"metrics": metrics}, NO_TENSORS
@@ -333,13 +386,19 @@ class Site:
         this.
         """
         found: dict[str, list[int]] = {field: [] for field in fields}
-        kept = sorted(folder for folder in (self._run / "checkpoints").glob("round-*") if folder.name <= checkpoint)
+        kept = sorted(
+            folder
+            for folder in (self._run / "checkpoints").glob("round-*")
+            if folder.name <= checkpoint
+        )
         for i in self._names:
             with_it = [folder for folder in kept if list(folder.glob(f"*/{i}.*"))]
             for field in fields if with_it else ():
                 for file in (with_it[-1] / field).glob(f"{i}.*"):
                     self._values[i][f"{name}.{field}"] = trees.load(file)
-                    self._told |= {(i, f"{name}.{field}")} if file.name.endswith(TELLABLE) else set()
+                    self._told |= (
+                        {(i, f"{name}.{field}")} if file.name.endswith(TELLABLE) else set()
+                    )
                     found[field].append(i)
         return {"found": found}, NO_TENSORS
 

@@ -54,7 +54,11 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
         return  # another libc: nothing to tune
-    for option, value in ((-4, 0), (-1, 1 << 30), (-2, 1 << 27)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+    for option, value in (
+        (-4, 0),
+        (-1, 1 << 30),
+        (-2, 1 << 27),
+    ):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
         mallopt(option, value)
 
 
@@ -76,7 +80,11 @@ class Workers:
         for number in range(count):
             ours, theirs = context.Pipe()
             self._connections.append(ours)
-            process = context.Process(target=_serve, args=(theirs, tuple(self._connections), job, partial(begin, number)), daemon=True)
+            process = context.Process(
+                target=_serve,
+                args=(theirs, tuple(self._connections), job, partial(begin, number)),
+                daemon=True,
+            )
             process.start()
             theirs.close()
             self._processes.append(process)
@@ -105,9 +113,16 @@ class Workers:
                 try:
                     kind, value = pickle.loads(connection.recv_bytes())  # from our own fork
                 except EOFError:
-                    raise RuntimeError(f"the worker process of client {client} has died, perhaps for want of memory") from None
+                    raise RuntimeError(
+                        f"the worker process of client {client} has died, perhaps for want of "
+                        "memory"
+                    ) from None
                 if kind != "result":
-                    failure = UserError(value) if kind == "refused" else RuntimeError(f"in the work of client {client}:\n{value}")
+                    failure = (
+                        UserError(value)
+                        if kind == "refused"
+                        else RuntimeError(f"in the work of client {client}:\n{value}")
+                    )
                 if failure is None and (following := next(clients, None)) is not None:
                     send(connection, *following)
                 if failure is None:
@@ -124,8 +139,12 @@ class Workers:
             process.join()
 
 
-def _serve(connection: Connection, others: Sequence[Connection], job: Job, begin: Callable[[], None]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the parent ends the others
+def _serve(
+    connection: Connection, others: Sequence[Connection], job: Job, begin: Callable[[], None]
+) -> None:
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches all processes of a terminal; the parent ends the others
     for other in others:
         other.close()  # the parent's ends, which the fork copied: so that a worker sees its parent go
     torch.set_num_threads(1)
@@ -154,7 +173,11 @@ class _Pickler(pickle.Pickler):
     def reducer_override(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             array = value.detach().cpu().contiguous()
-            return _tensor, (array.flatten().view(torch.uint8).numpy(), array.dtype, tuple(array.shape))
+            return _tensor, (
+                array.flatten().view(torch.uint8).numpy(),
+                array.dtype,
+                tuple(array.shape),
+            )
         return NotImplemented
 
 

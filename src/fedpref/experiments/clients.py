@@ -22,19 +22,23 @@ from fedpref.numerics.topology import Matrix
 from fedpref.numerics.trees import Tree
 from fedpref.tasks import Task
 
-About = Mapping[str, Mapping[str, Any]]  # client -> its numbers of examples, and a digest of its rows
+About = Mapping[
+    str, Mapping[str, Any]
+]  # client -> its numbers of examples, and a digest of its rows
 
 
 class ClientSource(Protocol):
     """Who brings the clients of an experiment, and an engine for each of its lines."""
 
     @property
+    def about(self) -> About:
         """What is said of each client: sizes, and a digest of its rows."""
-    def about(self) -> About: ...
+        ...
 
     @property
+    def note(self) -> str:
         """What is to be said of the clients beside their sizes."""
-    def note(self) -> str: ...
+        ...
 
     def prepare(self, cache: Path) -> Iterator[int]:
         """Compute once what training reads; yield how many clients are done."""
@@ -130,7 +134,9 @@ def pooled(shards: Sequence[Any], newcomers: Collection[int]) -> list[Any]:
     """
     first, *_ = training = [i for i in range(len(shards)) if i not in newcomers]
     everything = tuple(example for i in training for example in shards[i].train)
-    return [replace(shard, train=everything if i == first else ()) for i, shard in enumerate(shards)]
+    return [
+        replace(shard, train=everything if i == first else ()) for i, shard in enumerate(shards)
+    ]
 
 
 @work("clients.prepare", sends=())
@@ -148,7 +154,10 @@ class AtSites:
 
     def __init__(self, experiment: Experiment, transport: Transport, folder: Path) -> None:
         if "pooled" in experiment.baselines:
-            raise UserError("baselines: pooled needs all data in one place, and they stay at their sites. Leave it out.")
+            raise UserError(
+                "baselines: pooled needs all data in one place, and they stay at "
+                "their sites. Leave it out."
+            )
         self._transport, self._folder, self._patience = transport, folder, experiment.patience
         self._experiment, self._sites = experiment, self._open(experiment, folder)
         self.about: About = self._sites.about
@@ -161,13 +170,22 @@ class AtSites:
 
     def engine(self, line: Experiment, folder: Path) -> RemoteEngine:
         sites = self._sites if line == self._experiment else self._open(line, folder, self.about)
-        return RemoteEngine(sites, weighting=line.federation.weighting, links=line.network.links, mixing=mixing(line, list(sites.about)))
+        return RemoteEngine(
+            sites,
+            weighting=line.federation.weighting,
+            links=line.network.links,
+            mixing=mixing(line, list(sites.about)),
+        )
 
     @property
     def note(self) -> str:
         """What is to be said of the clients beside their sizes."""
         late = self._sites.latecomers
-        return f"\n{', '.join(late[:8])} came after the run had begun; a new run takes them in." if late else ""
+        return (
+            f"\n{', '.join(late[:8])} came after the run had begun; a new run takes them in."
+            if late
+            else ""
+        )
 
     def _open(self, line: Experiment, folder: Path, began: About | None = None) -> Sites:
         run = folder.relative_to(self._folder.parent).as_posix()
@@ -192,7 +210,9 @@ class SimulatedSite:
         return hosted(spec, {number: clients[number] for number in numbers}, folder)
 
 
-def hosted(spec: Experiment, clients: Mapping[int, ClientData], folder: Path, **limits: Any) -> Hosted:
+def hosted(
+    spec: Experiment, clients: Mapping[int, ClientData], folder: Path, **limits: Any
+) -> Hosted:
     """Return clients ready to train.
 
     Args:
@@ -204,8 +224,17 @@ def hosted(spec: Experiment, clients: Mapping[int, ClientData], folder: Path, **
     task = spec.build_task()
     shards = [task.prepare(task.encode(client), folder / "cache") for client in clients.values()]
     said = about(list(clients.values()), shards)
-    numbered = {name: {**entry, "number": number} for (name, entry), number in zip(said.items(), clients, strict=True)}
+    numbered = {
+        name: {**entry, "number": number}
+        for (name, entry), number in zip(said.items(), clients, strict=True)
+    }
     task.move_to(0)
     return Hosted(
-        task, {shard.name: shard for shard in shards}, numbered, seed=spec.seed, rounds=spec.rounds, links=spec.network.links, **limits
+        task,
+        {shard.name: shard for shard in shards},
+        numbered,
+        seed=spec.seed,
+        rounds=spec.rounds,
+        links=spec.network.links,
+        **limits,
     )

@@ -20,7 +20,9 @@ def described() -> str:
     fedpref and of the working folder, where these are checkouts.
     """
     places = {"working folder": Path.cwd()}
-    if _git("ls-files", "--error-unmatch", __file__, place=Path(__file__).parent):  # not where it is installed into somebody's checkout
+    if _git(
+        "ls-files", "--error-unmatch", __file__, place=Path(__file__).parent
+    ):  # not where it is installed into somebody's checkout
         places["fedpref"] = Path(__file__).parent
     versions = {}
     for name in PACKAGES:
@@ -46,6 +48,8 @@ def described() -> str:
 def _git(*words: str, place: Path) -> str:
     """Return what git prints in a folder; nothing where there is no git or no checkout."""
     try:
-        return subprocess.run(["git", *words], cwd=place, capture_output=True, text=True, timeout=10).stdout.strip()
+        return subprocess.run(
+            ["git", *words], cwd=place, capture_output=True, text=True, timeout=10
+        ).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
         return ""

@@ -79,7 +79,10 @@ class Experiment:
     def _check_federation(self) -> None:
         algorithm = self.algorithm
         if self.engine != "simulation" and self.patience.rounds_per_job % self.checkpoint_every:
-            raise UserError("patience.rounds_per_job must be a multiple of checkpoint_every: a job that follows begins at a checkpoint.")
+            raise UserError(
+                "patience.rounds_per_job must be a multiple of checkpoint_every: a job that "
+                "follows begins at a checkpoint."
+            )
         is_steady = self.network.is_fixed and self.federation.takes_everybody
         if algorithm.needs_fixed_network and not is_steady:
             raise UserError(
@@ -88,7 +91,10 @@ class Experiment:
                 "federation.deadline and federation.newcomers."
             )
         if algorithm.weighs_clients and self.federation.weighting != "equal":
-            raise UserError("algorithm.weights: they would be multiplied by those of federation.weighting. Set that to equal.")
+            raise UserError(
+                "algorithm.weights: they would be multiplied by those of federation.weighting. "
+                "Set that to equal."
+            )
 
     def _check_task(self) -> None:
         task, algorithm = self.task, self.algorithm
@@ -97,10 +103,14 @@ class Experiment:
         of_examples = [name for name in self.diagnostics if name != "pareto-stationarity"]
         if of_examples and not task.measures_examples:
             raise UserError(
-                f"diagnostics: the task {task.name} has no single loss of its examples, which {of_examples[0]} is about. Leave it out."
+                f"diagnostics: the task {task.name} has no single loss of its examples, which "
+                f"{of_examples[0]} is about. Leave it out."
             )
         if len(of_examples) < len(self.diagnostics) and len(task.objectives) < 2:
-            raise UserError("diagnostics: pareto-stationarity is about several objectives, and the task has one. Leave it out.")
+            raise UserError(
+                "diagnostics: pareto-stationarity is about several objectives, and the task has "
+                "one. Leave it out."
+            )
         if task.needs_critics and not (algorithm.keeps_critics and not self.baselines):
             who = algorithm.name if not algorithm.keeps_critics else " and ".join(self.baselines)
             raise UserError(
@@ -121,7 +131,8 @@ class Experiment:
         if isinstance(aggregate, Product):
             if self.diagnostics and algorithm.gossips:
                 raise UserError(
-                    "diagnostics: they are about clients' mean adapter; where products are mixed (algorithm.aggregate) there is none."
+                    "diagnostics: they are about clients' mean adapter; where products are mixed "
+                    "(algorithm.aggregate) there is none."
                 )
             adapter: Any = self.task.model  # tasks that adapt have a language model
             aggregate.check(algorithm.local, adapter.lora_r)
@@ -203,7 +214,9 @@ def lines(experiment: Experiment, clients: int) -> dict[str, tuple[str, Experime
         "alone": Alone(local=local),
         "pooled": Pooled(local=replace(local, gradient_accumulation_steps=batches)),
     }
-    everybody = replace(federation, clients_per_round=None, sampling="uniform", sampling_weights={}, deadline=None)
+    everybody = replace(
+        federation, clients_per_round=None, sampling="uniform", sampling_weights={}, deadline=None
+    )
     for name in experiment.baselines:
         if name != experiment.algorithm.name:
             line = replace(

@@ -38,7 +38,10 @@ from fedpref.tasks import OpinionTask, Task
 from fedpref.tasks.group_reward import CombinedReward, GroupReward, Kind
 from fedpref.tasks.opinion import FILE
 
-_FORMER_FOLDERS = {"baselines/alone": "references/local", "baselines/pooled": "references/centralised"}
+_FORMER_FOLDERS = {
+    "baselines/alone": "references/local",
+    "baselines/pooled": "references/centralised",
+}
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,10 @@ class FinishedRun:
         """
         folder = RunDirectory(Path(path))
         if not (folder.path / CONFIG).is_file():
-            raise UserError(f"{path}: there is no run here (no {CONFIG}). Give the directory that `fedpref run` printed.")
+            raise UserError(
+                f"{path}: there is no run here (no {CONFIG}). Give the directory that `fedpref "
+                "run` printed."
+            )
         folder.refuse_newer()
         return FinishedRun(folder)
 
@@ -151,13 +157,18 @@ class FinishedRun:
     def require_done(self) -> FinishedRun:
         """Return the run; raises UserError unless the algorithm's own line is done."""
         if not self.folder.done:
-            raise UserError(f"{self.path}: the run is not finished. `fedpref resume {self.path}` finishes it.")
+            raise UserError(
+                f"{self.path}: the run is not finished. `fedpref resume {self.path}` finishes it."
+            )
         return self
 
     def refuse_opinions(self) -> FinishedRun:
         """Return the run; raises UserError if it has trained no language model."""
         if isinstance(self.experiment.data, Opinions):
-            raise UserError(f"{self.path}: the run has trained a predictor of opinions; `fedpref reward` scores answers with it.")
+            raise UserError(
+                f"{self.path}: the run has trained a predictor of opinions; `fedpref reward` "
+                "scores answers with it."
+            )
         return self
 
     # ---- what came of it
@@ -171,13 +182,20 @@ class FinishedRun:
         """The last evaluation of the algorithm's own line; raises UserError if there is none."""
         rows = self.evaluations()
         if not rows:
-            raise UserError(f"{self.path}: the run has not been evaluated. `fedpref resume {self.path}` takes it up.")
+            raise UserError(
+                f"{self.path}: the run has not been evaluated. `fedpref resume {self.path}` "
+                "takes it up."
+            )
         return rows[-1]
 
     def result(self) -> Result:
         """Return what a finished run came to."""
         rows = {name: line.read_rows(EVALUATION)[-1] for name, line in self.lines.items()}
-        newcomers = {name: (row["newcomers_before"], row["newcomers"]) for name, row in rows.items() if "newcomers" in row}
+        newcomers = {
+            name: (row["newcomers_before"], row["newcomers"])
+            for name, row in rows.items()
+            if "newcomers" in row
+        }
         return Result(self.path, {name: row["clients"] for name, row in rows.items()}, newcomers)
 
     # ---- its models
@@ -205,17 +223,29 @@ class FinishedRun:
         own, later = self.client_folders, self.joined_folders
         shared = self.path / "adapter"
         if not own and self.folder.has_own:
-            raise UserError(f"{self.path}: every client has a model of its own, which has stayed at its site: SITE'S FOLDER/RUN/clients.")
+            raise UserError(
+                f"{self.path}: every client has a model of its own, which has stayed at its "
+                "site: SITE'S FOLDER/RUN/clients."
+            )
         if client is not None:
             if client in own | later:
                 return (own | later)[client]
             if client not in self.clients:
-                raise UserError(f"{self.path}: there is no client {client!r}; the clients are {[*self.clients, *later][:12]}.")
+                raise UserError(
+                    f"{self.path}: there is no client {client!r}; the clients are "
+                    f"{[*self.clients, *later][:12]}."
+                )
         elif own:
-            raise UserError(f"{self.path}: every client has a model of its own; choose one with --client: {list(own)[:12]}.")
+            raise UserError(
+                f"{self.path}: every client has a model of its own; choose one with --client: "
+                f"{list(own)[:12]}."
+            )
         if not own and shared.exists():
             return shared  # the shared model is every client's model
-        raise UserError(f"{self.path}: the run is not finished, it has exported no model yet. `fedpref resume {self.path}` finishes it.")
+        raise UserError(
+            f"{self.path}: the run is not finished, it has exported no model yet. `fedpref "
+            f"resume {self.path}` finishes it."
+        )
 
     @contextmanager
     def opened(
@@ -241,7 +271,10 @@ class FinishedRun:
             UserError: The run has no checkpoint.
         """
         if not self.folder.checkpoints():
-            raise UserError(f"{self.path}: the run's last checkpoint, from which models are read, is no longer there.")
+            raise UserError(
+                f"{self.path}: the run's last checkpoint, from which models are read, is no "
+                "longer there."
+            )
         spec = spec or self.experiment
         keep_freed_memory()
         with one_thread():
@@ -263,7 +296,9 @@ class FinishedRun:
 
     # ---- opinions as rewards
 
-    def group_rewards(self, groups: Sequence[str] = (), kind: Kind = "share") -> dict[str, GroupReward]:
+    def group_rewards(
+        self, groups: Sequence[str] = (), kind: Kind = "share"
+    ) -> dict[str, GroupReward]:
         """Return the rewards of groups by the run's predictor of opinions.
 
         A group's context is drawn from its own data, which the run's config names, and is that of
@@ -280,7 +315,8 @@ class FinishedRun:
         spec = self.experiment
         if not isinstance(spec.task, OpinionTask):
             raise UserError(
-                f"{self.path}: the run's task is {spec.task.name!r}; rewards come from a predictor of opinions (task: opinion)."
+                f"{self.path}: the run's task is {spec.task.name!r}; rewards come from a "
+                "predictor of opinions (task: opinion)."
             )
         learner = spec.task.build()
         learner.move_to(0)
@@ -288,10 +324,15 @@ class FinishedRun:
         known = {name: entry["digest"] for name, entry in self.clients.items()}
         digests = {name: client.digest for name, client in clients.items()}
         if changed := sorted(name for name in digests if known.get(name) != digests[name]):
-            raise UserError(f"{self.path}: the data of {changed[:5]} is not what the run was trained on.")
+            raise UserError(
+                f"{self.path}: the data of {changed[:5]} is not what the run was trained on."
+            )
         shards = {name: learner.encode(client) for name, client in clients.items()}
         if unknown := sorted(set(groups) - shards.keys()):
-            raise UserError(f"{self.path}: {unknown[:5]} are no groups of the run; its groups are {list(shards)[:12]}.")
+            raise UserError(
+                f"{self.path}: {unknown[:5]} are no groups of the run; its groups are "
+                f"{list(shards)[:12]}."
+            )
         loaded: dict[Path, Tree] = {}
         rewards = {}
         for group in groups or shards:

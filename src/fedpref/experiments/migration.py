@@ -38,7 +38,9 @@ def refuse_former_names(content: Any, where: str) -> None:
         where: The file, for the message.
     """
     if changes := list(_changes(content)):
-        raise UserError(f"{where}: {'; '.join(changes)}. `fedpref migrate {where}` rewrites a file.")
+        raise UserError(
+            f"{where}: {'; '.join(changes)}. `fedpref migrate {where}` rewrites a file."
+        )
 
 
 def migrated(content: Any) -> Any:

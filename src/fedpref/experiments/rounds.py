@@ -21,7 +21,16 @@ from fedpref.errors import UserError
 from fedpref.experiments.clients import About, AtSites, ClientSource, InProcess
 from fedpref.experiments.environment import described
 from fedpref.experiments.experiment import Experiment, lines, with_whole_paths
-from fedpref.experiments.run_directory import CLIENTS, CONFIG, ENVIRONMENT, EVALUATION, METRICS, SAMPLES, RunDirectory, client_folder
+from fedpref.experiments.run_directory import (
+    CLIENTS,
+    CONFIG,
+    ENVIRONMENT,
+    EVALUATION,
+    METRICS,
+    SAMPLES,
+    RunDirectory,
+    client_folder,
+)
 from fedpref.federation.diagnostics import diagnose
 from fedpref.federation.verbs import Algorithm, Client, work
 from fedpref.numerics import seeds, trees
@@ -51,7 +60,10 @@ def new_directory(experiment: Experiment, output: str | Path | None) -> RunDirec
 
 
 def events(
-    experiment: Experiment, folder: RunDirectory, cache: Path | None = None, transport: Transport | None = None
+    experiment: Experiment,
+    folder: RunDirectory,
+    cache: Path | None = None,
+    transport: Transport | None = None,
 ) -> Generator[Event, None, None]:
     """Run an experiment into its directory, or what is left of it, and yield what happens.
 
@@ -71,23 +83,41 @@ def events(
     with one_thread():
         task = experiment.build_task()
         with folder.alone():
-            source: ClientSource = InProcess(experiment, task) if transport is None else AtSites(experiment, transport, folder.path)
+            source: ClientSource = (
+                InProcess(experiment, task)
+                if transport is None
+                else AtSites(experiment, transport, folder.path)
+            )
             about_text = json.dumps(source.about, indent=1) + "\n"
             experiment.check_clients({name: about["train"] for name, about in source.about.items()})
             planned = lines(experiment, len(source.about))
             if not folder.path.exists():
-                folder.create({CONFIG: config.to_yaml(experiment), CLIENTS: about_text, ENVIRONMENT: described()})
+                folder.create(
+                    {
+                        CONFIG: config.to_yaml(experiment),
+                        CLIENTS: about_text,
+                        ENVIRONMENT: described(),
+                    }
+                )
             else:
                 folder.refuse_other_format()
             if (folder.path / CLIENTS).read_text() != about_text:
                 raise UserError(
-                    f"{folder.path}: the data is not what the run began with; its clients, sizes and digests stand in {CLIENTS}."
+                    f"{folder.path}: the data is not what the run began with; its clients, sizes "
+                    f"and digests stand in {CLIENTS}."
                 )
             note = f"{task.description}\n{_data(source.about)}{source.note}"
             yield Event(experiment.algorithm.name, "begin", 0, experiment.rounds, {}, note)
             for done in source.prepare(cache or folder.path / "cache"):
                 if task.prepares:
-                    yield Event(experiment.algorithm.name, "prepare", done, len(source.about), {}, task.prepares)
+                    yield Event(
+                        experiment.algorithm.name,
+                        "prepare",
+                        done,
+                        len(source.about),
+                        {},
+                        task.prepares,
+                    )
             for name, (sub, line) in planned.items():
                 under = RunDirectory(folder.path / sub)
                 if sub and not under.path.exists():
@@ -99,11 +129,23 @@ def events(
 
 def _data(about: About) -> str:
     """Return the sizes of the data, in words."""
-    train, test, cut = (sum(sizes[name] for sizes in about.values()) for name in ("train", "test", "truncated"))
-    return f"{len(about)} clients, {train} training and {test} held-out examples, {cut} rows truncated ({cut / (train + test):.1%})"
+    train, test, cut = (
+        sum(sizes[name] for sizes in about.values()) for name in ("train", "test", "truncated")
+    )
+    return (
+        f"{len(about)} clients, {train} training and {test} held-out examples, {cut} rows "
+        f"truncated ({cut / (train + test):.1%})"
+    )
 
 
-def _line(name: str, experiment: Experiment, folder: RunDirectory, task: Task, sizes: Mapping[str, int], engine: Engine) -> Iterator[Event]:
+def _line(
+    name: str,
+    experiment: Experiment,
+    folder: RunDirectory,
+    task: Task,
+    sizes: Mapping[str, int],
+    engine: Engine,
+) -> Iterator[Event]:
     """Run one line of an experiment, or what is left of it, and yield what happens."""
     algorithm: Algorithm[Any] = experiment.algorithm
     start = task.init(seeds.generator(experiment.seed, "init"))
@@ -124,21 +166,40 @@ def _line(name: str, experiment: Experiment, folder: RunDirectory, task: Task, s
         begun, clock = time.perf_counter(), Clock(engine)
         state, metrics = algorithm.step(clock, state)
         parts = {f"seconds/{verb}": seconds for verb, seconds in clock.seconds.items() if seconds}
-        figures = {**metrics, **engine.traffic.metrics(), "seconds": time.perf_counter() - begun, **parts}
+        figures = {
+            **metrics,
+            **engine.traffic.metrics(),
+            "seconds": time.perf_counter() - begun,
+            **parts,
+        }
         _refuse_divergence(name, round, experiment, folder, {**metrics, **_norms(state)})
-        folder.append(METRICS, {"round": round + 1, "clients": len(engine.active), "late": late + len(engine.left_out), **figures})
+        folder.append(
+            METRICS,
+            {
+                "round": round + 1,
+                "clients": len(engine.active),
+                "late": late + len(engine.left_out),
+                **figures,
+            },
+        )
         told = [Event(name, "round", round + 1, experiment.rounds, figures)]
         last = round + 1 == experiment.rounds
         if last or (experiment.evaluate_every and (round + 1) % experiment.evaluate_every == 0):
             row = {"round": round + 1, **_evaluate(engine, algorithm.model(state), names, trained)}
             if experiment.diagnostics:
                 engine.begin(round, [i for i in trained if weights[i]], "evaluate")
-                row["diagnostics"] = diagnose(engine, algorithm.model(state), tuple(start), experiment.diagnostics)
+                row["diagnostics"] = diagnose(
+                    engine, algorithm.model(state), tuple(start), experiment.diagnostics
+                )
             if last and newcomers:
-                row["newcomers_before"] = _evaluate(engine, algorithm.model(state), names, newcomers)["clients"]
+                row["newcomers_before"] = _evaluate(
+                    engine, algorithm.model(state), names, newcomers
+                )["clients"]
                 engine.begin(round, newcomers, "join")
                 state = algorithm.join(engine, state, experiment.federation.join_steps)
-                row["newcomers"] = _evaluate(engine, algorithm.model(state), names, newcomers)["clients"]
+                row["newcomers"] = _evaluate(engine, algorithm.model(state), names, newcomers)[
+                    "clients"
+                ]
             for measured in (*row["clients"].values(), *row.get("newcomers", {}).values()):
                 _refuse_divergence(name, round, experiment, folder, measured)
             folder.append(EVALUATION, row)
@@ -153,38 +214,70 @@ def _line(name: str, experiment: Experiment, folder: RunDirectory, task: Task, s
 def evaluated(line: str, total: int, row: Mapping[str, Any]) -> Event:
     """Return the event that a row of an evaluation is."""
     metric = headline(row["summary"])
-    return Event(line, "evaluate", row["round"], total, {**row["summary"][metric], **row.get("diagnostics", {})}, HEADLINES[metric].title)
+    return Event(
+        line,
+        "evaluate",
+        row["round"],
+        total,
+        {**row["summary"][metric], **row.get("diagnostics", {})},
+        HEADLINES[metric].title,
+    )
 
 
 def _norms(state: Any) -> dict[str, float]:
     """Return the norms of the trees that a state shares."""
     shared = {field.name: getattr(state, field.name) for field in fields(state)}
-    return {f"norm of {name}": trees.norm(value) for name, value in shared.items() if isinstance(value, Mapping)}
+    return {
+        f"norm of {name}": trees.norm(value)
+        for name, value in shared.items()
+        if isinstance(value, Mapping)
+    }
 
 
-def _refuse_divergence(name: str, round: int, experiment: Experiment, folder: RunDirectory, figures: Mapping[str, float]) -> None:
+def _refuse_divergence(
+    name: str,
+    round: int,
+    experiment: Experiment,
+    folder: RunDirectory,
+    figures: Mapping[str, float],
+) -> None:
     """Raise UserError where a metric is not finite."""
     broken = [figure for figure, value in figures.items() if not math.isfinite(value)]
     if broken:
         kept = folder.checkpoints()
         last = f"the last checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
         raise UserError(
-            f"{name}, round {round + 1}: training diverged, {', '.join(broken)} is not finite; {last}. "
-            f"Start anew with algorithm.local.learning_rate below {experiment.algorithm.local.learning_rate}."
+            f"{name}, round {round + 1}: training diverged, {', '.join(broken)} is not finite; "
+            f"{last}. "
+            "Start anew with algorithm.local.learning_rate below "
+            f"{experiment.algorithm.local.learning_rate}."
         )
 
 
-def _evaluate(engine: Engine, model: Sequence[Any], names: Sequence[str], clients: Sequence[int]) -> dict[str, Any]:
+def _evaluate(
+    engine: Engine, model: Sequence[Any], names: Sequence[str], clients: Sequence[int]
+) -> dict[str, Any]:
     """Return some clients' held-out metrics, and each metric's summary over them."""
     engine.begin(engine.round, clients, "evaluate")
-    rows = {names[i]: dict(metrics) for i, metrics in engine.disclose(engine.each(evaluate, *model)).items()}
+    rows = {
+        names[i]: dict(metrics)
+        for i, metrics in engine.disclose(engine.each(evaluate, *model)).items()
+    }
     counts = {name: int(row["num_examples"]) for name, row in rows.items()}
     metrics = [metric for metric in next(iter(rows.values())) if not metric.startswith("num_")]
     columns = {metric: {name: row[metric] for name, row in rows.items()} for metric in metrics}
-    return {"clients": rows, "summary": {m: over_clients(values, counts, low_is_good=m == "loss") for m, values in columns.items()}}
+    return {
+        "clients": rows,
+        "summary": {
+            m: over_clients(values, counts, low_is_good=m == "loss")
+            for m, values in columns.items()
+        },
+    }
 
 
-def _export(experiment: Experiment, engine: Engine, model: Sequence[Any], task: Task, folder: RunDirectory) -> None:
+def _export(
+    experiment: Experiment, engine: Engine, model: Sequence[Any], task: Task, folder: RunDirectory
+) -> None:
     """Write the shared model, clients' own, and the answers that are kept to be read."""
     shared = trees.merge(*(part for part in model if isinstance(part, Mapping)))
     if shared:
@@ -216,7 +309,9 @@ def sample(client: Client, *parts: Tree) -> Tree:
     rows = client.task.samples(trees.merge(*parts), client.shard)
     folder = client.folder / SAMPLES
     folder.mkdir(exist_ok=True)
-    (folder / f"{quote(client.shard.name, safe=' ')}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / f"{quote(client.shard.name, safe=' ')}.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows)
+    )
     return {}
 
 

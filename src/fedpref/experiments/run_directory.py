@@ -21,11 +21,21 @@ from fedpref.engines import Engine
 from fedpref.errors import UserError
 from fedpref.numerics import trees
 
-CONFIG, CLIENTS, METRICS, EVALUATION, DONE = "config.yaml", "clients.json", "metrics.jsonl", "evaluation.jsonl", "done"
+CONFIG, CLIENTS, METRICS, EVALUATION, DONE = (
+    "config.yaml",
+    "clients.json",
+    "metrics.jsonl",
+    "evaluation.jsonl",
+    "done",
+)
 VERSION = "version.json"  # of the directory's format, and of the fedpref that began it
-FORMAT = 2  # 1 had no version.json, kept baselines under references/, and said local and centralised
+FORMAT = (
+    2  # 1 had no version.json, kept baselines under references/, and said local and centralised
+)
 JOINED = "newcomers"  # a folder: models of clients that joined when the run was over
-NEWCOMERS = "newcomers.jsonl"  # clients that joined when the run was over: sizes, metrics before and after
+NEWCOMERS = (
+    "newcomers.jsonl"  # clients that joined when the run was over: sizes, metrics before and after
+)
 ENVIRONMENT = "environment.json"  # versions, machine, commits
 HAS_OWN = "clients have models of their own\n"
 SAMPLES = "samples"  # a folder: answers to a client's held-out prompts, before training and after, a file for each client
@@ -54,7 +64,8 @@ class RunDirectory:
         """Raise UserError if anything stands where this run is to go."""
         if self.path.exists():
             raise UserError(
-                f"{self.path} exists already. Give another --output, continue it with `fedpref resume {self.path}`, or remove it."
+                f"{self.path} exists already. Give another --output, continue it with `fedpref "
+                f"resume {self.path}`, or remove it."
             )
 
     def create(self, files: Mapping[str, str]) -> None:
@@ -72,7 +83,11 @@ class RunDirectory:
     def version(self) -> Mapping[str, Any]:
         """The directory's `format`, and the version of the `fedpref` that began it."""
         file = self.path / VERSION
-        found: Mapping[str, Any] = json.loads(file.read_text()) if file.exists() else {"format": 1, "fedpref": "0.1.0 or older"}
+        found: Mapping[str, Any] = (
+            json.loads(file.read_text())
+            if file.exists()
+            else {"format": 1, "fedpref": "0.1.0 or older"}
+        )
         return found
 
     @property
@@ -84,8 +99,10 @@ class RunDirectory:
         """Raise UserError where a newer fedpref has written the run."""
         if self.format > FORMAT:
             raise UserError(
-                f"{self.path}: the run is of format {self.format}, by fedpref {self.version['fedpref']}; this fedpref "
-                f"{__version__} is older and knows formats up to {FORMAT}. Upgrade it: pip install -U fedpref."
+                f"{self.path}: the run is of format {self.format}, by fedpref "
+                f"{self.version['fedpref']}; this fedpref "
+                f"{__version__} is older and knows formats up to {FORMAT}. Upgrade it: pip "
+                "install -U fedpref."
             )
 
     def refuse_other_format(self) -> None:
@@ -93,8 +110,10 @@ class RunDirectory:
         self.refuse_newer()
         if self.format < FORMAT:
             raise UserError(
-                f"{self.path}: the run is of format {self.format}, by fedpref {self.version['fedpref']}, which is older; it cannot go "
-                "on with this one. A finished run can be reported, evaluated and exported; begin others anew."
+                f"{self.path}: the run is of format {self.format}, by fedpref "
+                f"{self.version['fedpref']}, which is older; it cannot go "
+                "on with this one. A finished run can be reported, evaluated and exported; begin "
+                "others anew."
             )
 
     def write(self, name: str, text: str) -> None:
@@ -128,7 +147,9 @@ class RunDirectory:
         try:
             lock.acquire()
         except Timeout as error:
-            raise UserError(f"{self.path}: another process is at work on this run. Wait for it, or stop it.") from error
+            raise UserError(
+                f"{self.path}: another process is at work on this run. Wait for it, or stop it."
+            ) from error
         try:
             yield
         finally:
@@ -169,7 +190,10 @@ class RunDirectory:
         for name, value in values.items():
             if isinstance(value, Mapping):
                 trees.save(value, beside / f"{name}.safetensors")
-        engine.save({name: value for name, value in values.items() if not isinstance(value, Mapping)}, beside)
+        engine.save(
+            {name: value for name, value in values.items() if not isinstance(value, Mapping)},
+            beside,
+        )
         older = list(folder.glob("round-*"))
         beside.replace(folder / beside.name)
         for path in older:
@@ -205,9 +229,13 @@ class RunDirectory:
         """
         found = self.checkpoints()
         if not found:
-            raise UserError(f"{self.path}: the run has no checkpoint. `fedpref resume {self.path}` takes it up.")
+            raise UserError(
+                f"{self.path}: the run has no checkpoint. `fedpref resume {self.path}` takes it up."
+            )
         files = {field.name: found[-1] / f"{field.name}.safetensors" for field in fields(state)}
-        return replace(state, **{name: trees.load(file) for name, file in files.items() if file.exists()})
+        return replace(
+            state, **{name: trees.load(file) for name, file in files.items() if file.exists()}
+        )
 
     # ---- the end
 

@@ -68,9 +68,14 @@ class Factors:
 
     def message(self, client: Client, before: Tree, theta: Tree) -> Tree:
         """Return what a client sends to `merge`, after it has trained `before` into `theta`."""
-        return {**trees.subtract(theta, before), **(probed(theta, client.round) if self.residual else {})}
+        return {
+            **trees.subtract(theta, before),
+            **(probed(theta, client.round) if self.residual else {}),
+        }
 
-    def merge(self, fed: Federation, adapter: Tree, messages: PerClient[Tree]) -> tuple[Tree, Mapping[str, float]]:
+    def merge(
+        self, fed: Federation, adapter: Tree, messages: PerClient[Tree]
+    ) -> tuple[Tree, Mapping[str, float]]:
         """Return the next adapter, and the round's metrics of aggregation.
 
         Args:
@@ -107,7 +112,9 @@ class FrozenA:
     name: Literal["frozen-a"] = "frozen-a"
 
     def split(self, adapter: Tree) -> tuple[Tree, Tree]:
-        fixed = trees.select(adapter, [a if ".lora_A." in a else b for a, b in pairs(adapter)])  # an embedding's drawn factor is B
+        fixed = trees.select(
+            adapter, [a if ".lora_A." in a else b for a, b in pairs(adapter)]
+        )  # an embedding's drawn factor is B
         return {name: tensor for name, tensor in adapter.items() if name not in fixed}, fixed
 
     def received(self, client: Client, adapter: Tree) -> tuple[Tree, Tree]:
@@ -116,7 +123,9 @@ class FrozenA:
     def message(self, client: Client, before: Tree, theta: Tree) -> Tree:
         return trees.subtract(theta, before)
 
-    def merge(self, fed: Federation, adapter: Tree, messages: PerClient[Tree]) -> tuple[Tree, Mapping[str, float]]:
+    def merge(
+        self, fed: Federation, adapter: Tree, messages: PerClient[Tree]
+    ) -> tuple[Tree, Mapping[str, float]]:
         mean = fed.mean(messages)
         return {**adapter, **trees.add(trees.select(adapter, mean), mean)}, {}
 
@@ -154,25 +163,38 @@ class Product:
         """Raise UserError for an adapter rank or local training that do not fit."""
         if max(self.ranks, default=0) > rank:
             raise UserError(
-                f"algorithm.aggregate.ranks: {max(self.ranks)} is above task.model.lora_r, the shared adapter's {rank}. Raise that."
+                f"algorithm.aggregate.ranks: {max(self.ranks)} is above task.model.lora_r, the "
+                f"shared adapter's {rank}. Raise that."
             )
         if local.keep_optimizer:
             raise UserError(
-                "algorithm.aggregate: product turns the adapter's factors every round, moments carried over would not fit them. "
+                "algorithm.aggregate: product turns the adapter's factors every round, moments "
+                "carried over would not fit them. "
                 "Set algorithm.local.keep_optimizer to false, or take factors."
             )
 
     def received(self, client: Client, adapter: Tree) -> tuple[Tree, Tree]:
         rank = self.ranks[client.id % len(self.ranks)] if self.ranks else None
-        return {name: tensor for a, b in pairs(adapter) for name, tensor in ((a, adapter[a][:rank]), (b, adapter[b][:, :rank]))}, {}
+        return {
+            name: tensor
+            for a, b in pairs(adapter)
+            for name, tensor in ((a, adapter[a][:rank]), (b, adapter[b][:, :rank]))
+        }, {}
 
     def message(self, client: Client, before: Tree, theta: Tree) -> Tree:
         return theta
 
-    def merge(self, fed: Federation, adapter: Tree, messages: PerClient[Tree]) -> tuple[Tree, Mapping[str, float]]:
-        right = {a: _basis(adapter[a].T if adapter[a].any() else torch.eye(*adapter[a].T.shape)) for a, _ in pairs(adapter)}
+    def merge(
+        self, fed: Federation, adapter: Tree, messages: PerClient[Tree]
+    ) -> tuple[Tree, Mapping[str, float]]:
+        right = {
+            a: _basis(adapter[a].T if adapter[a].any() else torch.eye(*adapter[a].T.shape))
+            for a, _ in pairs(adapter)
+        }
         for _ in range(self.iterations):
-            left = {a: _basis(y) for a, y in fed.mean(fed.each(from_right, messages, right)).items()}
+            left = {
+                a: _basis(y) for a, y in fed.mean(fed.each(from_right, messages, right)).items()
+            }
             mean = fed.mean(fed.each(from_left, messages, left, self.residual))
             right = {a: _basis(mean[a].T) for a in left}
         merged: dict[str, Tensor] = {}
@@ -210,7 +232,10 @@ def from_right(client: Client, theta: Tree, right: Tree) -> Tree:
 @work("product.from_left")
 def from_left(client: Client, theta: Tree, left: Tree, residual: bool) -> Tree:
     """Return each product times a basis from the left, and its probes where they are wanted."""
-    return {**{a: (left[a].T @ theta[b]) @ theta[a] for a, b in pairs(theta)}, **(probed(theta, client.round) if residual else {})}
+    return {
+        **{a: (left[a].T @ theta[b]) @ theta[a] for a, b in pairs(theta)},
+        **(probed(theta, client.round) if residual else {}),
+    }
 
 
 @work("product.sketch")
@@ -228,7 +253,9 @@ def from_sketch(client: Client, theta: Tree, mixed: Tree, method: Product) -> Tr
     found: dict[str, Tensor] = {}
     for a, b, _, left in _sketchers(theta, method, client.round):
         span = _basis(mixed[a])
-        rest = torch.linalg.lstsq(left @ span, mixed[b], driver="gels").solution  # the product is span @ rest; gelsy is not deterministic
+        rest = torch.linalg.lstsq(
+            left @ span, mixed[b], driver="gels"
+        ).solution  # the product is span @ rest; gelsy is not deterministic
         u, s, v = torch.linalg.svd(rest, full_matrices=False)
         found[a], found[b] = _factors(span, u, s, v, rank=len(theta[a]))
     return found
@@ -238,7 +265,9 @@ WORKS = (from_right, from_left, sketch, from_sketch)
 """What `Product` runs on clients."""
 
 
-def _sketchers(theta: Tree, method: Product, round: int) -> Iterator[tuple[str, str, Tensor, Tensor]]:
+def _sketchers(
+    theta: Tree, method: Product, round: int
+) -> Iterator[tuple[str, str, Tensor, Tensor]]:
     """Yield each weight's names, and the random matrices that multiply its product.
 
     The first multiplies from the right, the second from the left.
@@ -248,11 +277,20 @@ def _sketchers(theta: Tree, method: Product, round: int) -> Iterator[tuple[str, 
         (rank, inputs), outputs = theta[a].shape, len(theta[b])
         columns = min(2 * max(rank, *method.ranks, 1) + 1, inputs, outputs)
         rows = min(2 * columns + 1, outputs)
-        yield a, b, torch.randn(inputs, columns, generator=rng), torch.randn(rows, outputs, generator=rng)
+        yield (
+            a,
+            b,
+            torch.randn(inputs, columns, generator=rng),
+            torch.randn(rows, outputs, generator=rng),
+        )
 
 
 def _factors(
-    span: Float[Tensor, "out k"], u: Float[Tensor, "k n"], s: Float[Tensor, " n"], v: Float[Tensor, "n in"], rank: int
+    span: Float[Tensor, "out k"],
+    u: Float[Tensor, "k n"],
+    s: Float[Tensor, " n"],
+    v: Float[Tensor, "n in"],
+    rank: int,
 ) -> tuple[Float[Tensor, "r in"], Float[Tensor, "out r"]]:
     """Return A and B of a rank whose product comes nearest to span u s v.
 
@@ -261,7 +299,10 @@ def _factors(
     u, s, v = u[:, :rank], s[:rank], v[:rank]
     spare = rank - len(s)
     a, b = pad(ROW_NORM * v, (0, 0, 0, spare)), pad(span @ u * s / ROW_NORM, (0, spare))
-    return a.contiguous(), b.contiguous()  # as they are when they come from a file: sums depend on the order in memory
+    return (
+        a.contiguous(),
+        b.contiguous(),
+    )  # as they are when they come from a file: sums depend on the order in memory
 
 
 def _basis(columns: Float[Tensor, "n r"]) -> Float[Tensor, "n r"]:
@@ -278,7 +319,10 @@ def probed(theta: Tree, round: int) -> Tree:
     rng = seeds.generator(0, "probe", round=round)
     found = {}
     for a, b in pairs(theta):
-        u, v = torch.randn(PROBES, len(theta[b]), generator=rng), torch.randn(theta[a].shape[1], PROBES, generator=rng)
+        u, v = (
+            torch.randn(PROBES, len(theta[b]), generator=rng),
+            torch.randn(theta[a].shape[1], PROBES, generator=rng),
+        )
         found[PROBE + a] = ((u @ theta[b]) * (theta[a] @ v).T).sum(1)
     return found
 
@@ -291,4 +335,7 @@ def _residual(merged: Tree, mean: Tree, round: int) -> Mapping[str, float]:
     measured = {name: tensor for name, tensor in mean.items() if name.startswith(PROBE)}
     if not measured:
         return {}
-    return {"residual": trees.norm(trees.subtract(probed(merged, round), measured)) / max(trees.norm(measured), 1e-30)}
+    return {
+        "residual": trees.norm(trees.subtract(probed(merged, round), measured))
+        / max(trees.norm(measured), 1e-30)
+    }

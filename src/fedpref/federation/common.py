@@ -42,7 +42,9 @@ def own_copy(client: Client, tree: Tree) -> Tree:
 
 
 @work("common.train_own")
-def train_own(client: Client, fixed: Tree, theta: Tree, moments: Tree, local: LocalTraining) -> tuple[Tree, Tree, Mapping[str, float]]:
+def train_own(
+    client: Client, fixed: Tree, theta: Tree, moments: Tree, local: LocalTraining
+) -> tuple[Tree, Tree, Mapping[str, float]]:
     """Train a client's own adapter, beside what stays fixed; it may be told to neighbours."""
     return train_locally(client, theta, local, moments, fixed=fixed)
 

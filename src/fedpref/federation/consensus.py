@@ -16,7 +16,9 @@ def projected(client: Client, theta: Tree, aggregate: Aggregate) -> Tree:
     return {"value": shadow, "square": shadow.square()}
 
 
-def consensus_error(fed: Federation, theta: PerClient[Tree], aggregate: Aggregate = Factors()) -> float:
+def consensus_error(
+    fed: Federation, theta: PerClient[Tree], aggregate: Aggregate = Factors()
+) -> float:
     """Return the mean over clients of |theta_i - mean|^2, estimated.
 
     The estimate is the variance over clients of random sums of each tensor's entries. Distances
@@ -32,7 +34,10 @@ def consensus_error(fed: Federation, theta: PerClient[Tree], aggregate: Aggregat
 
 
 def consensus_metrics(
-    fed: Federation, before: PerClient[Tree], after: PerClient[Tree], aggregate: Aggregate = Factors()
+    fed: Federation,
+    before: PerClient[Tree],
+    after: PerClient[Tree],
+    aggregate: Aggregate = Factors(),
 ) -> Mapping[str, float]:
     """Return the consensus error before mixing and after it, under their metrics' names."""
     return {

@@ -57,7 +57,9 @@ def train_beside_critics(
         length of the adapter's change.
     """
     received, fixed = aggregate.received(client, adapter)
-    theta, moments, metrics = train_locally(client, {**received, **own}, local, moments, fixed=fixed, objectives=objectives)
+    theta, moments, metrics = train_locally(
+        client, {**received, **own}, local, moments, fixed=fixed, objectives=objectives
+    )
     trained = trees.select(theta, received)
     squared = {"drift/theta": trees.norm(trees.subtract(trained, received)) ** 2}
     message = aggregate.message(client, received, trained)

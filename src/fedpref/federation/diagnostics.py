@@ -25,7 +25,9 @@ LOSS, ROWS = "loss", "rows"
 DRAWN = 64  # examples of a client, or prompts, that Pareto-stationarity is estimated from
 
 
-def diagnose(fed: Federation, model: Sequence[Any], names: tuple[str, ...], wanted: Sequence[Diagnostic]) -> Mapping[str, float]:
+def diagnose(
+    fed: Federation, model: Sequence[Any], names: tuple[str, ...], wanted: Sequence[Diagnostic]
+) -> Mapping[str, float]:
     """Return diagnostics of the active clients, who must have training data.
 
     `pooled-gradient`: the objective of all clients' training examples together at the mean model,
@@ -41,7 +43,9 @@ def diagnose(fed: Federation, model: Sequence[Any], names: tuple[str, ...], want
         names: Names of the parameters that the task trains.
         wanted: Which diagnostics.
     """
-    shared = trees.select(trees.merge(*(part for part in model if isinstance(part, Mapping))), names)
+    shared = trees.select(
+        trees.merge(*(part for part in model if isinstance(part, Mapping))), names
+    )
     apart = tuple(name for name in names if name not in shared)
     mean = {**shared, **(fed.mean(fed.each(trained, apart, *model)) if apart else {})}
     found: dict[str, float] = {}
@@ -75,8 +79,14 @@ def pooled(client: Client, mean: Tree, *parts: Tree) -> Tree:
             value = share * task.losses(params, batch)[0].mean()
             value.backward()
             loss += float(value.detach())
-    gradient = {name: torch.zeros_like(tensor) if tensor.grad is None else tensor.grad for name, tensor in theta.items()}
-    return {**trees.to(gradient, torch.device("cpu")), LOSS: torch.tensor(loss, dtype=torch.float64)}
+    gradient = {
+        name: torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+        for name, tensor in theta.items()
+    }
+    return {
+        **trees.to(gradient, torch.device("cpu")),
+        LOSS: torch.tensor(loss, dtype=torch.float64),
+    }
 
 
 @work("diagnostics.slopes")
@@ -86,7 +96,10 @@ def slopes(client: Client, mean: Tree, *parts: Tree) -> Tree:
     params = trees.to({**task.parts(NO_PARTS, client.rng), **trees.merge(*parts), **mean}, device)
     theta = {name: params[name].clone().requires_grad_() for name in mean}
     with seeded_dropout(client):
-        losses, _ = task.losses({**params, **theta}, task.draw(params, params, client.shard, BatchSize(DRAWN), client.rng))
+        losses, _ = task.losses(
+            {**params, **theta},
+            task.draw(params, params, client.shard, BatchSize(DRAWN), client.rng),
+        )
         return {ROWS: jacobian(losses, theta).cpu()}
 
 
@@ -94,7 +107,9 @@ def slopes(client: Client, mean: Tree, *parts: Tree) -> Tree:
 def disagreement(client: Client, mean: Tree, *parts: Tree) -> Mapping[str, float]:
     """Return the share of held-out examples for which the client and the mean model choose apart."""
     own = trees.merge(*parts)
-    apart = client.task.choices(own, client.shard) - client.task.choices({**own, **mean}, client.shard)
+    apart = client.task.choices(own, client.shard) - client.task.choices(
+        {**own, **mean}, client.shard
+    )
     return {"disagreement": float(apart.abs().mean())}
 
 

@@ -182,35 +182,63 @@ def train_locally(
                 if objectives is None or len(losses) == 1:
                     (losses.mean() / settings.gradient_accumulation_steps).backward()
                 else:
-                    weights = objectives.backward(losses, theta, settings.gradient_accumulation_steps)
+                    weights = objectives.backward(
+                        losses, theta, settings.gradient_accumulation_steps
+                    )
                     names = (f"weights/{name}" for name in client.task.objectives)
                     metrics = {**metrics, **dict(zip(names, weights, strict=True))}
                 for name, value in metrics.items():
                     sums[name] = sums.get(name, 0.0) + value
             if correct:
                 with torch.no_grad():
-                    correct(theta, {name: tensor.grad for name, tensor in theta.items() if tensor.grad is not None})
+                    correct(
+                        theta,
+                        {
+                            name: tensor.grad
+                            for name, tensor in theta.items()
+                            if tensor.grad is not None
+                        },
+                    )
             norm = torch.nn.utils.clip_grad_norm_(theta.values(), settings.max_grad_norm)
-            sums["grad_norm"] = sums.get("grad_norm", 0.0) + float(norm) * settings.gradient_accumulation_steps
+            sums["grad_norm"] = (
+                sums.get("grad_norm", 0.0) + float(norm) * settings.gradient_accumulation_steps
+            )
             optimiser.step()
             optimiser.zero_grad()
-    metrics = {name: value if name.startswith("num_") else value / batches for name, value in sums.items()}
+    metrics = {
+        name: value if name.startswith("num_") else value / batches for name, value in sums.items()
+    }
     kept = _moments(optimiser, theta) if settings.keep_optimizer else {}
     return {name: tensor.detach().cpu() for name, tensor in theta.items()}, kept, metrics
 
 
-def _optimiser(settings: LocalTraining, theta: Tree, moments: Tree, rates: Mapping[str, float]) -> torch.optim.Optimizer:
+def _optimiser(
+    settings: LocalTraining, theta: Tree, moments: Tree, rates: Mapping[str, float]
+) -> torch.optim.Optimizer:
     scales = sorted({rates.get(name, 1.0) for name in theta})
-    groups = [{"params": [theta[name] for name in theta if rates.get(name, 1.0) == scale], "scale": scale} for scale in scales]
+    groups = [
+        {"params": [theta[name] for name in theta if rates.get(name, 1.0) == scale], "scale": scale}
+        for scale in scales
+    ]
     optimiser: torch.optim.Optimizer
     if settings.optim == "adamw":
         betas = (settings.adam_beta1, settings.adam_beta2)
-        optimiser = torch.optim.AdamW(groups, settings.learning_rate, betas, weight_decay=settings.weight_decay, fused=True)
+        optimiser = torch.optim.AdamW(
+            groups, settings.learning_rate, betas, weight_decay=settings.weight_decay, fused=True
+        )
     else:
-        optimiser = torch.optim.SGD(groups, settings.learning_rate, settings.momentum, weight_decay=settings.weight_decay, foreach=True)
+        optimiser = torch.optim.SGD(
+            groups,
+            settings.learning_rate,
+            settings.momentum,
+            weight_decay=settings.weight_decay,
+            foreach=True,
+        )
     for address, tensor in moments.items():
         key, name = address.split("/", 1)
-        optimiser.state[theta[name]][key] = tensor.clone() if key == "step" else tensor.to(theta[name].device, copy=True)
+        optimiser.state[theta[name]][key] = (
+            tensor.clone() if key == "step" else tensor.to(theta[name].device, copy=True)
+        )
     return optimiser
 
 

@@ -37,7 +37,9 @@ class Network:
     link_failure: Fraction = 0.0
     """The chance of each link to fail in each round."""
 
-    def check(self, names: Names, taking_part: Sequence[int] | None = None, everybody: bool = True) -> None:
+    def check(
+        self, names: Names, taking_part: Sequence[int] | None = None, everybody: bool = True
+    ) -> None:
         """Check the topology against the clients.
 
         Args:
@@ -48,19 +50,27 @@ class Network:
         Raises:
             UserError: It does not fit the clients, or does not connect those who ever take part.
         """
-        apart = set(range(len(names))) - set(range(len(names)) if taking_part is None else taking_part)
+        apart = set(range(len(names))) - set(
+            range(len(names)) if taking_part is None else taking_part
+        )
         turn = range(len(names)) if isinstance(self.topology, OnePeerExponential) else range(1)
         graphs = [self.topology.graph(names, round) for round in turn]
         mixed = mixing(graphs[0], self.weights, names)
         if self.link_failure or apart or not everybody:
             without(mixed, [])
-        if not getattr(self.topology, "redraw", False):  # a graph that is drawn anew connects everybody sooner or later
+        if not getattr(
+            self.topology, "redraw", False
+        ):  # a graph that is drawn anew connects everybody sooner or later
             refuse_disconnected(graphs, names, apart)
 
     @property
     def is_fixed(self) -> bool:
         """Whether the mixing matrix is the same in every round, if everybody takes part."""
-        return not self.link_failure and not isinstance(self.topology, OnePeerExponential) and not getattr(self.topology, "redraw", False)
+        return (
+            not self.link_failure
+            and not isinstance(self.topology, OnePeerExponential)
+            and not getattr(self.topology, "redraw", False)
+        )
 
     @property
     def links(self) -> Chain:
@@ -75,6 +85,12 @@ class Network:
         whole = mixing(self.topology.graph(names, round), self.weights, names)
         absent = set(range(len(names))) - set(active)
         there = list(links(whole))
-        fates = torch.rand(len(there), generator=seeds.generator(seed, "links", round=round)).tolist()
-        broken = [link for link, fate in zip(there, fates, strict=True) if fate < self.link_failure or absent.intersection(link)]
+        fates = torch.rand(
+            len(there), generator=seeds.generator(seed, "links", round=round)
+        ).tolist()
+        broken = [
+            link
+            for link, fate in zip(there, fates, strict=True)
+            if fate < self.link_failure or absent.intersection(link)
+        ]
         return without(whole, broken) if broken else whole

@@ -44,18 +44,39 @@ class Objectives:
         if isinstance(self.weigh, Tensor):
             weights = self.weigh.to(losses)
             if critics:
-                (losses.sum() / batches).backward(retain_graph=True, inputs=[theta[name] for name in critics])
-            ((weights * losses).sum() / batches).backward(inputs=[theta[name] for name in theta if name not in critics])
+                (losses.sum() / batches).backward(
+                    retain_graph=True, inputs=[theta[name] for name in critics]
+                )
+            ((weights * losses).sum() / batches).backward(
+                inputs=[theta[name] for name in theta if name not in critics]
+            )
             return list(weights.tolist())
-        watched = [name for name in theta if name not in critics and (self.watched is None or self.watched(name))]
+        watched = [
+            name
+            for name in theta
+            if name not in critics and (self.watched is None or self.watched(name))
+        ]
         rest = [name for name in theta if name not in critics and name not in watched]
         wanted = [theta[name] for name in watched + critics]
-        rows = [torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True) for loss in losses]
+        rows = [
+            torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True)
+            for loss in losses
+        ]
         shared = torch.stack([_flat(row[: len(watched)], wanted) for row in rows])
         weights = self.weigh(shared @ shared.T).to(losses)
-        gradients = dict(zip(watched, (weights @ shared).split([theta[name].numel() for name in watched]), strict=True))
+        gradients = dict(
+            zip(
+                watched,
+                (weights @ shared).split([theta[name].numel() for name in watched]),
+                strict=True,
+            )
+        )
         if rest:
-            gradients |= zip(rest, torch.autograd.grad((weights * losses).sum(), [theta[name] for name in rest]), strict=True)
+            gradients |= zip(
+                rest,
+                torch.autograd.grad((weights * losses).sum(), [theta[name] for name in rest]),
+                strict=True,
+            )
         for k, name in enumerate(critics, len(watched)):
             gradients[name] = torch.stack([row[k] for row in rows if row[k] is not None]).sum(0)
         for name, gradient in gradients.items():
@@ -71,15 +92,25 @@ def jacobian(losses: Float[Tensor, " M"], theta: Tree) -> Float[Tensor, "M P"]:
     """
     wanted = [theta[name] for name in sorted(theta)]
     last = len(losses) - 1
-    rows = [torch.autograd.grad(loss, wanted, retain_graph=m < last, allow_unused=True) for m, loss in enumerate(losses)]
+    rows = [
+        torch.autograd.grad(loss, wanted, retain_graph=m < last, allow_unused=True)
+        for m, loss in enumerate(losses)
+    ]
     return torch.stack([_flat(row, wanted) for row in rows])
 
 
 def _flat(gradients: Sequence[Tensor | None], like: Sequence[Tensor]) -> Float[Tensor, " P"]:
-    return torch.cat([(torch.zeros_like(t) if g is None else g).flatten() for g, t in zip(gradients, like, strict=False)])
+    return torch.cat(
+        [
+            (torch.zeros_like(t) if g is None else g).flatten()
+            for g, t in zip(gradients, like, strict=False)
+        ]
+    )
 
 
-def preferred(preference: Sequence[float], objectives: Sequence[str], where: str = "algorithm.preference") -> Float[Tensor, " M"]:
+def preferred(
+    preference: Sequence[float], objectives: Sequence[str], where: str = "algorithm.preference"
+) -> Float[Tensor, " M"]:
     """Return a preference over objectives, brought to a sum of one [M]; equal shares if none.
 
     Args:
@@ -92,9 +123,15 @@ def preferred(preference: Sequence[float], objectives: Sequence[str], where: str
     """
     shares = tuple(preference) or (1.0,) * len(objectives)
     if len(shares) != len(objectives):
-        raise UserError(f"{where}: {len(shares)} numbers for {len(objectives)} objectives ({', '.join(objectives)}).")
+        raise UserError(
+            f"{where}: {len(shares)} numbers for {len(objectives)} objectives "
+            f"({', '.join(objectives)})."
+        )
     if min(shares) < 0 or not sum(shares) > 0:
-        raise UserError(f"{where}: expected numbers that are not negative and not all zero, found {list(shares)}.")
+        raise UserError(
+            f"{where}: expected numbers that are not negative and not all zero, found "
+            f"{list(shares)}."
+        )
     return torch.tensor(shares, dtype=torch.float64) / sum(shares)
 
 
@@ -108,6 +145,9 @@ def of_last_layers(names: Collection[str], count: int) -> Callable[[str], bool]:
     """
     numbered = {name: int(found[1]) for name in names if (found := re.search(r"\.(\d+)\.", name))}
     if not numbered:
-        raise UserError("algorithm.gram_layers: the adapter's parameters have no layer numbers in their names. Leave it out.")
+        raise UserError(
+            "algorithm.gram_layers: the adapter's parameters have no layer numbers in their "
+            "names. Leave it out."
+        )
     last = set(sorted(set(numbered.values()))[-count:])
     return lambda name: numbered.get(name) in last

@@ -51,19 +51,29 @@ class Participation:
             UserError: `sampling_weights` does not fit the clients.
         """
         late = self.joining(list(sizes), seed)
-        sizes = {name: 0 if client in late else size for client, (name, size) in enumerate(sizes.items())}
+        sizes = {
+            name: 0 if client in late else size for client, (name, size) in enumerate(sizes.items())
+        }
         if self.sampling != "weighted":
             if self.sampling_weights:
-                raise UserError(f"federation.sampling_weights: they are for sampling: weighted, but sampling is {self.sampling}.")
-            return [float(size if self.sampling == "examples" else size > 0) for size in sizes.values()]
+                raise UserError(
+                    "federation.sampling_weights: they are for sampling: weighted, but sampling "
+                    f"is {self.sampling}."
+                )
+            return [
+                float(size if self.sampling == "examples" else size > 0) for size in sizes.values()
+            ]
         if wrong := sorted(self.sampling_weights.keys() ^ sizes.keys()):
             raise UserError(
-                f"federation.sampling_weights: {wrong[:5]} {'are' if len(wrong) > 1 else 'is'} either no client or without a weight; "
+                f"federation.sampling_weights: {wrong[:5]} {'are' if len(wrong) > 1 else 'is'} "
+                "either no client or without a weight; "
                 f"the clients are {list(sizes)[:8]}{' ...' if len(sizes) > 8 else ''}."
             )
         found = [self.sampling_weights[name] if size else 0.0 for name, size in sizes.items()]
         if not any(found):
-            raise UserError("federation.sampling_weights: no client with training data has a weight above zero.")
+            raise UserError(
+                "federation.sampling_weights: no client with training data has a weight above zero."
+            )
         return found
 
     @property
@@ -83,19 +93,27 @@ class Participation:
             UserError: A name is no client, or nobody would be left to train.
         """
         if isinstance(self.newcomers, int):
-            order = torch.randperm(len(names), generator=seeds.generator(seed, "newcomers")).tolist()
+            order = torch.randperm(
+                len(names), generator=seeds.generator(seed, "newcomers")
+            ).tolist()
             found = tuple(sorted(order[: self.newcomers]))
         else:
             if unknown := sorted(set(self.newcomers) - set(names)):
-                raise UserError(f"federation.newcomers: {unknown[:5]} are no clients; the clients are {list(names)[:12]}.")
+                raise UserError(
+                    f"federation.newcomers: {unknown[:5]} are no clients; the clients are "
+                    f"{list(names)[:12]}."
+                )
             found = tuple(i for i, name in enumerate(names) if name in self.newcomers)
         if self.num_newcomers >= len(names):
             raise UserError(
-                f"federation.newcomers: {self.num_newcomers} of {len(names)} clients join after training, nobody is left to train."
+                f"federation.newcomers: {self.num_newcomers} of {len(names)} clients join after "
+                "training, nobody is left to train."
             )
         return found
 
-    def cohort(self, weights: Sequence[float], seed: int, round: int) -> tuple[tuple[int, ...], int]:
+    def cohort(
+        self, weights: Sequence[float], seed: int, round: int
+    ) -> tuple[tuple[int, ...], int]:
         """Draw the clients of a round.
 
         Clients are not timed, for the result would depend on the machine: a client's time is drawn,
@@ -111,9 +129,16 @@ class Participation:
             return drawn, 0
         times = {}
         for client in drawn:
-            draws = [torch.randn((), generator=seeds.generator(seed, "speed", round=r, client=client)).item() for r in (0, round + 1)]
+            draws = [
+                torch.randn(
+                    (), generator=seeds.generator(seed, "speed", round=r, client=client)
+                ).item()
+                for r in (0, round + 1)
+            ]
             times[client] = math.exp(self.speed_spread * sum(draws) / math.sqrt(2))
-        punctual = tuple(client for client in drawn if times[client] <= self.deadline) or (min(times, key=times.__getitem__),)
+        punctual = tuple(client for client in drawn if times[client] <= self.deadline) or (
+            min(times, key=times.__getitem__),
+        )
         return punctual, len(drawn) - len(punctual)
 
 
@@ -131,5 +156,7 @@ def draw(weights: Sequence[float], size: int | None, rng: torch.Generator) -> tu
     able = [client for client, weight in enumerate(weights) if weight > 0]
     if size is None or size >= len(able):
         return tuple(able)
-    chosen = torch.multinomial(torch.tensor([weights[client] for client in able]).double(), size, generator=rng).tolist()
+    chosen = torch.multinomial(
+        torch.tensor([weights[client] for client in able]).double(), size, generator=rng
+    ).tolist()
     return tuple(sorted(able[i] for i in chosen))

@@ -48,7 +48,9 @@ class Personal:
             name: self.adapter_rate for name in own if name.startswith(OWN_ADAPTER)
         }
 
-    def train(self, client: Client, received: Tree, fixed: Tree, own: Tree, moments: Tree) -> tuple[Tree, Tree, Tree, Mapping[str, float]]:
+    def train(
+        self, client: Client, received: Tree, fixed: Tree, own: Tree, moments: Tree
+    ) -> tuple[Tree, Tree, Tree, Mapping[str, float]]:
         """Take a round's local steps.
 
         Args:
@@ -63,17 +65,44 @@ class Personal:
         """
         rates = self.rates(own)
         if self.phases == "joint" or not own:
-            theta, moments, metrics = train_locally(client, {**received, **own}, self.local, moments, fixed=fixed, rates=rates)
+            theta, moments, metrics = train_locally(
+                client, {**received, **own}, self.local, moments, fixed=fixed, rates=rates
+            )
             return trees.select(theta, received), trees.select(theta, own), moments, metrics
         first, second = halves(self.local, self.personal_steps)
-        own, kept, before = train_locally(client, own, first, trees.select(moments, own, "/"), fixed={**received, **fixed}, rates=rates)
+        own, kept, before = train_locally(
+            client,
+            own,
+            first,
+            trees.select(moments, own, "/"),
+            fixed={**received, **fixed},
+            rates=rates,
+        )
         heads = trees.select(own, HEADS if self.freeze == "heads" else VOCABULARY_HEAD)
         free = {**received, **{name: tensor for name, tensor in own.items() if name not in heads}}
         moments = {**moments, **kept}
-        theta, kept, metrics = train_locally(client, free, second, trees.select(moments, free, "/"), fixed={**fixed, **heads}, rates=rates)
-        sums = {name: value + before[name] for name, value in metrics.items() if name.startswith("num_")}
-        metrics = {**metrics, **{f"personal/{name}": value for name, value in before.items() if name not in sums}, **sums}
-        return trees.select(theta, received), {**heads, **trees.select(theta, own)}, {**moments, **kept}, metrics
+        theta, kept, metrics = train_locally(
+            client,
+            free,
+            second,
+            trees.select(moments, free, "/"),
+            fixed={**fixed, **heads},
+            rates=rates,
+        )
+        sums = {
+            name: value + before[name] for name, value in metrics.items() if name.startswith("num_")
+        }
+        metrics = {
+            **metrics,
+            **{f"personal/{name}": value for name, value in before.items() if name not in sums},
+            **sums,
+        }
+        return (
+            trees.select(theta, received),
+            {**heads, **trees.select(theta, own)},
+            {**moments, **kept},
+            metrics,
+        )
 
 
 @work("personal.begin", sends=())
@@ -83,6 +112,8 @@ def begin(client: Client, parts: Parts) -> Tree:
 
 
 @work("personal.settle", sends=())
-def settle(client: Client, shared: Tree, own: Tree, settings: LocalTraining, method: Personal) -> Tree:
+def settle(
+    client: Client, shared: Tree, own: Tree, settings: LocalTraining, method: Personal
+) -> Tree:
     """Return the own parts of a client that joins after the run, trained beside what is shared."""
     return train_locally(client, own, settings, {}, fixed=shared, rates=method.rates(own))[0]

@@ -68,11 +68,18 @@ def work(name: str, *, sends: tuple[int, ...] = (0,)) -> Callable[[Callable[P, R
     def register(function: Callable[P, R]) -> Work[P, R]:
         where = f"{function.__module__}.{function.__qualname__}"
         if "<locals>" in where:
-            raise TypeError(f"{where}: work must be a module-level function, so that every process has it")
+            raise TypeError(
+                f"{where}: work must be a module-level function, so that every process has it"
+            )
         known = WORK.get(name)
         # a document or a notebook runs its cell again: the same place may register anew
-        if known is not None and f"{known.function.__module__}.{known.function.__qualname__}" != where:
-            raise TypeError(f"{where}: {known.function.__module__} has registered work called {name!r} already")
+        if (
+            known is not None
+            and f"{known.function.__module__}.{known.function.__qualname__}" != where
+        ):
+            raise TypeError(
+                f"{where}: {known.function.__module__} has registered work called {name!r} already"
+            )
         WORK[name] = made = Work(name, function, sends)
         return made
 
@@ -216,7 +223,9 @@ class Algorithm(ABC, Generic[S]):
         hints = inspect.get_annotations(cls)
         declared = [name for name, hint in hints.items() if "ClassVar" in str(hint)]
         declared += [k for k, v in vars(cls).items() if isinstance(v, bool) and k not in hints]
-        bare = [k for k in hints if k not in vars(cls) and isinstance(vars(Algorithm).get(k), property)]
+        bare = [
+            k for k in hints if k not in vars(cls) and isinstance(vars(Algorithm).get(k), property)
+        ]
         if bare:
             raise TypeError(f"{cls.__name__}.{bare[0]}: give it a default; Algorithm reads it")
         for name in declared:

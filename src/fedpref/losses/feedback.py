@@ -30,7 +30,12 @@ class KTO:
     undesirable_weight: Positive = 1.0
     """The weight of undesirable answers."""
 
-    def __call__(self, ratio: Float[Tensor, " B"], mismatched: Float[Tensor, " B"], desirable: Bool[Tensor, " B"]) -> Float[Tensor, " B"]:
+    def __call__(
+        self,
+        ratio: Float[Tensor, " B"],
+        mismatched: Float[Tensor, " B"],
+        desirable: Bool[Tensor, " B"],
+    ) -> Float[Tensor, " B"]:
         """Return the loss of each answer.
 
         Args:
@@ -39,7 +44,11 @@ class KTO:
             desirable: Whether the answer is desirable [B].
         """
         gain = self.beta * (ratio - self.kl(mismatched))
-        value = torch.where(desirable, self.desirable_weight * torch.sigmoid(gain), self.undesirable_weight * torch.sigmoid(-gain))
+        value = torch.where(
+            desirable,
+            self.desirable_weight * torch.sigmoid(gain),
+            self.undesirable_weight * torch.sigmoid(-gain),
+        )
         return torch.where(desirable, self.desirable_weight, self.undesirable_weight) - value
 
     def kl(self, mismatched: Float[Tensor, " B"]) -> Float[Tensor, ""]:

@@ -34,7 +34,9 @@ class Sampled:
 
     @property
     def owner(self) -> Int[Tensor, " n"]:
-        return torch.arange(len(self.counts), device=self.old.device).repeat_interleave(torch.tensor(self.counts, device=self.old.device))
+        return torch.arange(len(self.counts), device=self.old.device).repeat_interleave(
+            torch.tensor(self.counts, device=self.old.device)
+        )
 
     def summed(self, tokens: PerToken) -> PerAnswer:
         """Return the sum over each answer's tokens [A]."""
@@ -64,7 +66,9 @@ class PPO:
     """Bring advantages to mean 0 and deviation 1 over the batch."""
     needs_critic: ClassVar[bool] = True
 
-    def advantages(self, rewards: PerAnswer, sampled: Sampled, values: PerToken | None) -> tuple[PerToken, PerToken]:
+    def advantages(
+        self, rewards: PerAnswer, sampled: Sampled, values: PerToken | None
+    ) -> tuple[PerToken, PerToken]:
         """Return advantages, and the returns that the critic is to foretell, of each token [n].
 
         Args:
@@ -98,8 +102,12 @@ class RLOO:
     """Divide advantages by their deviation over the batch."""
     needs_critic: ClassVar[bool] = False
 
-    def advantages(self, rewards: PerAnswer, sampled: Sampled, values: PerToken | None) -> tuple[PerToken, None]:
-        net = (rewards - self.kl * sampled.summed(sampled.old - sampled.reference)).view(-1, sampled.samples)
+    def advantages(
+        self, rewards: PerAnswer, sampled: Sampled, values: PerToken | None
+    ) -> tuple[PerToken, None]:
+        net = (rewards - self.kl * sampled.summed(sampled.old - sampled.reference)).view(
+            -1, sampled.samples
+        )
         found = (net - net.mean(1, keepdim=True)) * (sampled.samples / (sampled.samples - 1))
         if self.normalize:
             found = found / (found.square().mean().sqrt() + 1e-4)
@@ -121,7 +129,9 @@ class GRPO:
     """The weight of the KL term in the loss."""
     needs_critic: ClassVar[bool] = False
 
-    def advantages(self, rewards: PerAnswer, sampled: Sampled, values: PerToken | None) -> tuple[PerToken, None]:
+    def advantages(
+        self, rewards: PerAnswer, sampled: Sampled, values: PerToken | None
+    ) -> tuple[PerToken, None]:
         groups = rewards.view(-1, sampled.samples)
         found = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
         return found.flatten()[sampled.owner], None
@@ -130,7 +140,9 @@ class GRPO:
 Estimator = PPO | RLOO | GRPO
 
 
-def surrogate(new: PerToken, advantages: PerToken, sampled: Sampled, settings: Estimator) -> Float[Tensor, ""]:
+def surrogate(
+    new: PerToken, advantages: PerToken, sampled: Sampled, settings: Estimator
+) -> Float[Tensor, ""]:
     """Return the clipped surrogate's loss, a mean over tokens.
 
     GRPO's has the estimate exp(-x) - 1 + x of each token's KL in it, x its log-ratio. At the policy
@@ -144,14 +156,18 @@ def surrogate(new: PerToken, advantages: PerToken, sampled: Sampled, settings: E
         settings: The estimator.
     """
     ratio = (new - sampled.old).exp()
-    gain = torch.minimum(ratio * advantages, ratio.clamp(1 - settings.epsilon, 1 + settings.epsilon) * advantages)
+    gain = torch.minimum(
+        ratio * advantages, ratio.clamp(1 - settings.epsilon, 1 + settings.epsilon) * advantages
+    )
     if isinstance(settings, GRPO) and settings.kl:
         apart = new - sampled.reference
         gain = gain - settings.kl * (torch.exp(-apart) - 1 + apart)
     return -gain.mean()
 
 
-def gae(rewards: PerToken, values: PerToken, counts: tuple[int, ...], gamma: float, lambda_: float) -> PerToken:
+def gae(
+    rewards: PerToken, values: PerToken, counts: tuple[int, ...], gamma: float, lambda_: float
+) -> PerToken:
     """Generalised advantage estimates within each answer: sums of (gamma lambda)^k of the steps' errors (Schulman et al. 2016, eq. 16)."""
     r, v = (pad_sequence(list(part.split(counts)), batch_first=True) for part in (rewards, values))
     following = torch.cat([v[:, 1:], torch.zeros_like(v[:, :1])], 1)

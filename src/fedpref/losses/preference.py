@@ -81,7 +81,10 @@ class IPO:
         return ((chosen - rejected) / self.beta - 1 / (2 * self.beta)) ** 2
 
     def rewards(self, policy: PairScores, reference: PairScores) -> tuple[PerPair, PerPair]:
-        (chosen, rejected), (reference_chosen, reference_rejected) = policy.per_token(), reference.per_token()
+        (chosen, rejected), (reference_chosen, reference_rejected) = (
+            policy.per_token(),
+            reference.per_token(),
+        )
         return self.beta * (chosen - reference_chosen), self.beta * (rejected - reference_rejected)
 
 
@@ -157,7 +160,9 @@ class ORPO:
 Loss = Annotated[DPO | IPO | Hinge | SimPO | ORPO, Field(discriminator="name")]
 
 
-def _over_reference(beta: float, policy: PairScores, reference: PairScores) -> tuple[PerPair, PerPair]:
+def _over_reference(
+    beta: float, policy: PairScores, reference: PairScores
+) -> tuple[PerPair, PerPair]:
     return beta * (policy.chosen - reference.chosen), beta * (policy.rejected - reference.rejected)
 
 

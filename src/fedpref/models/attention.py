@@ -16,10 +16,14 @@ from torch import Tensor, nn
 from fedpref.models.packed import Layout
 
 ATTENTION = "fedpref_packed"
-Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]  # query [1, H, N, D], key and value [1, K, N, D], scaling -> [1, N, H, D]
+Attend = Callable[
+    [Tensor, Tensor, Tensor, float], Tensor
+]  # query [1, H, N, D], key and value [1, K, N, D], scaling -> [1, N, H, D]
 Kernel = Callable[[Layout], Attend]
 
-_ATTEND: ContextVar[tuple[Attend, int] | None] = ContextVar("attend", default=None)  # and how far back it may reach
+_ATTEND: ContextVar[tuple[Attend, int] | None] = ContextVar(
+    "attend", default=None
+)  # and how far back it may reach
 
 
 @contextmanager
@@ -44,11 +48,18 @@ def register() -> None:
     from transformers.masking_utils import sdpa_mask
 
     def attention(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **settings: Any,
     ) -> tuple[Tensor, None]:
         packed = _ATTEND.get()
         if packed is None:
-            output: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+            output: tuple[Tensor, None] = sdpa_attention_forward(
+                module, query, key, value, attention_mask, **settings
+            )
             return output
         attend, reach = packed
         window = settings.get("sliding_window")
@@ -71,7 +82,11 @@ class PackingError(Exception):
 
 def kernels(device: torch.device, dtype: torch.dtype) -> tuple[Kernel, ...]:
     """Return the ways to attend on a device, the fastest first."""
-    return (by_variable_length, by_sequence) if device.type == "cuda" and dtype != torch.float32 else (by_sequence,)
+    return (
+        (by_variable_length, by_sequence)
+        if device.type == "cuda" and dtype != torch.float32
+        else (by_sequence,)
+    )
 
 
 def by_sequence(layout: Layout) -> Attend:
@@ -90,15 +105,22 @@ def by_sequence(layout: Layout) -> Attend:
         if groups > 1:
             key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
         masks = of(query.dtype)
-        if query.dtype == torch.bfloat16 and not query.is_cuda:  # the fused kernel's backward is slow in bfloat16 on a CPU
+        if (
+            query.dtype == torch.bfloat16 and not query.is_cuda
+        ):  # the fused kernel's backward is slow in bfloat16 on a CPU
             mixed: Tensor = _Attention.apply(query[0], key[0], value[0], scaling, bounds, masks)  # type: ignore[no-untyped-call]
             return mixed[None].transpose(1, 2)
         widths = [end - begin for begin, end in bounds]
         widths.append(query.shape[2] - sum(widths))
         rows = zip(*(tensor.split(widths, 2) for tensor in (query, key, value)), strict=True)
         fused = nn.functional.scaled_dot_product_attention
-        mixed_rows = [fused(q, k, v, mask, scale=scaling) for (q, k, v), mask in zip(rows, masks, strict=False)]
-        return torch.cat([*mixed_rows, torch.zeros_like(query[:, :, : widths[-1]])], 2).transpose(1, 2)
+        mixed_rows = [
+            fused(q, k, v, mask, scale=scaling)
+            for (q, k, v), mask in zip(rows, masks, strict=False)
+        ]
+        return torch.cat([*mixed_rows, torch.zeros_like(query[:, :, : widths[-1]])], 2).transpose(
+            1, 2
+        )
 
     return attend
 
@@ -131,7 +153,9 @@ class _Attention(torch.autograd.Function):
         mixed = torch.zeros_like(query)
         kept = []
         for (begin, end), mask in zip(bounds, masks, strict=True):
-            weights = torch.baddbmm(mask, query[:, begin:end], key[:, begin:end].transpose(1, 2), alpha=scaling).softmax(-1)
+            weights = torch.baddbmm(
+                mask, query[:, begin:end], key[:, begin:end].transpose(1, 2), alpha=scaling
+            ).softmax(-1)
             mixed[:, begin:end].baddbmm_(weights, value[:, begin:end])
             kept.append(weights)
         ctx.scaling, ctx.bounds = scaling, bounds
@@ -139,7 +163,9 @@ class _Attention(torch.autograd.Function):
         return mixed
 
     @staticmethod
-    def backward(ctx: Any, upstream: Float[Tensor, "H N D"]) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
+    def backward(
+        ctx: Any, upstream: Float[Tensor, "H N D"]
+    ) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         query, key, value, *kept = ctx.saved_tensors
         gradients = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
         for (begin, end), weights in zip(ctx.bounds, kept, strict=True):
@@ -174,8 +200,18 @@ def by_variable_length(layout: Layout) -> Attend:
 
     def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
-        settings: dict[str, Any] = {"scale": scaling, "window_size": (-1, 0), "enable_gqa": query.shape[1] > key.shape[1]}
-        arguments: list[Any] = [rows[0][: queries[-1]], rows[1][seen], rows[2][seen], *starts, *longest]
+        settings: dict[str, Any] = {
+            "scale": scaling,
+            "window_size": (-1, 0),
+            "enable_gqa": query.shape[1] > key.shape[1],
+        }
+        arguments: list[Any] = [
+            rows[0][: queries[-1]],
+            rows[1][seen],
+            rows[2][seen],
+            *starts,
+            *longest,
+        ]
         mixed: Any = varlen_attn(*arguments, **settings)
         return nn.functional.pad(mixed, (0, 0, 0, 0, 0, query.shape[2] - queries[-1]))[None]
 

@@ -18,17 +18,26 @@ def wanted(name: str) -> torch.device:
     Raises:
         UserError: There is no such device.
     """
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # count GPUs without opening one: an open one cannot be forked
+    os.environ.setdefault(
+        "PYTORCH_NVML_BASED_CUDA_CHECK", "1"
+    )  # count GPUs without opening one: an open one cannot be forked
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UserError(f'model.device: {name!r} is no device; expected "auto", "cpu", "cuda" or "cuda:0".') from error
+        raise UserError(
+            f'model.device: {name!r} is no device; expected "auto", "cpu", "cuda" or "cuda:0".'
+        ) from error
     if device.type not in ("cpu", "cuda"):
-        raise UserError(f'model.device: {name!r} is not supported; expected "auto", "cpu", "cuda" or "cuda:0".')
+        raise UserError(
+            f'model.device: {name!r} is not supported; expected "auto", "cpu", "cuda" or "cuda:0".'
+        )
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f'model.device: {name!r} was asked for, but this PyTorch sees no CUDA GPU. Set model.device to "cpu" or "auto".')
+        raise UserError(
+            f"model.device: {name!r} was asked for, but this PyTorch sees no CUDA GPU. Set "
+            'model.device to "cpu" or "auto".'
+        )
     return device
 
 
@@ -41,7 +50,11 @@ def count(device: torch.device) -> int:
 
 def of_worker(device: torch.device, worker: int) -> torch.device:
     """Return the device of a worker; GPUs are dealt out in turn."""
-    return torch.device("cuda", worker % torch.cuda.device_count()) if device == torch.device("cuda") else device
+    return (
+        torch.device("cuda", worker % torch.cuda.device_count())
+        if device == torch.device("cuda")
+        else device
+    )
 
 
 def arithmetic(name: str, device: torch.device) -> torch.dtype:
@@ -51,5 +64,9 @@ def arithmetic(name: str, device: torch.device) -> torch.dtype:
     """
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-    fast = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    fast = (
+        torch.cuda.is_bf16_supported(False)
+        if device.type == "cuda"
+        else torch.cpu._is_avx512_bf16_supported()
+    )
     return torch.bfloat16 if fast else torch.float32

@@ -46,7 +46,10 @@ class Encoder:
     @property
     def embeds_sentences(self) -> bool:
         """Whether the model is one of sentence-transformers."""
-        named = self.path.startswith("sentence-transformers/") or (Path(self.path).expanduser() / "modules.json").is_file()
+        named = (
+            self.path.startswith("sentence-transformers/")
+            or (Path(self.path).expanduser() / "modules.json").is_file()
+        )
         return self.kind == "sentence-transformers" or (self.kind == "auto" and named)
 
     def open(self) -> TextEncoder:
@@ -63,13 +66,21 @@ class TextEncoder:
         self.wanted = devices.wanted(settings.device)
         self.device = torch.device("cpu")
         self.tokenizer: Any
-        path = str(files("fedpref.models") / "builtin") if settings.path == BUILTIN else settings.path
-        options: dict[str, Any] = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
+        path = (
+            str(files("fedpref.models") / "builtin") if settings.path == BUILTIN else settings.path
+        )
+        options: dict[str, Any] = {
+            "revision": settings.revision,
+            "trust_remote_code": settings.trust_remote_code,
+        }
         try:
-            self.model, self.tokenizer = (_sentences if settings.embeds_sentences else _language_model)(path, options)
+            self.model, self.tokenizer = (
+                _sentences if settings.embeds_sentences else _language_model
+            )(path, options)
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(
-                f"task.model.path: {settings.path!r} could not be loaded as a model of transformers or sentence-transformers: "
+                f"task.model.path: {settings.path!r} could not be loaded as a model of "
+                "transformers or sentence-transformers: "
                 f"{str(error).splitlines()[0]}"
             ) from error
         self.model.requires_grad_(False).eval()
@@ -92,39 +103,71 @@ class TextEncoder:
         """Tokens of a text beyond which something is cut off."""
         if self.tokenizer is None:
             return int(self.model.max_seq_length or DEFAULT_LENGTH)
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or DEFAULT_LENGTH
+        return (
+            getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+            or DEFAULT_LENGTH
+        )
 
     def cuts(self, text: str) -> bool:
         """Return whether a text is too long to be embedded whole."""
         tokenizer = self.model.tokenizer if self.tokenizer is None else self.tokenizer
-        return len(text) > self.longest and len(tokenizer(text, truncation=False)["input_ids"]) > self.longest
+        return (
+            len(text) > self.longest
+            and len(tokenizer(text, truncation=False)["input_ids"]) > self.longest
+        )
 
     @cached_property
     def fingerprint(self) -> str:
         """A hash of the weights, shapes and a sample of each, and of how they are used."""
         tokenizer = self.model.tokenizer if self.tokenizer is None else self.tokenizer
-        rules = json.loads(tokenizer.backend_tokenizer.to_str()) if hasattr(tokenizer, "backend_tokenizer") else {"name": str(tokenizer)}
-        kept = {name: rule for name, rule in rules.items() if name not in ("padding", "truncation")}  # which calls set as they go
-        used = f"{self.settings.dtype} {self.wanted.type} {self.model} {getattr(self.model, 'config', '')} {json.dumps(kept)}"
+        rules = (
+            json.loads(tokenizer.backend_tokenizer.to_str())
+            if hasattr(tokenizer, "backend_tokenizer")
+            else {"name": str(tokenizer)}
+        )
+        kept = {
+            name: rule for name, rule in rules.items() if name not in ("padding", "truncation")
+        }  # which calls set as they go
+        used = (
+            f"{self.settings.dtype} {self.wanted.type} {self.model} "
+            f"{getattr(self.model, 'config', '')} {json.dumps(kept)}"
+        )
         digest = blake2b(used.encode(), digest_size=16)
         for name, weight in self.model.named_parameters():
             digest.update(f"{name} {tuple(weight.shape)}".encode())
-            digest.update(weight.detach().flatten()[:: max(1, weight.numel() // 64)].float().cpu().numpy().tobytes())
+            digest.update(
+                weight.detach()
+                .flatten()[:: max(1, weight.numel() // 64)]
+                .float()
+                .cpu()
+                .numpy()
+                .tobytes()
+            )
         return digest.hexdigest()
 
     @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> Float[Tensor, "n D"]:
         """Return each text's vector [n, D], in float32 on the CPU, in the order of the texts."""
         if self.tokenizer is None:
-            found: Tensor = self.model.encode(list(texts), convert_to_tensor=True, show_progress_bar=False)
+            found: Tensor = self.model.encode(
+                list(texts), convert_to_tensor=True, show_progress_bar=False
+            )
             return found.float().cpu()
-        ids = [self.tokenizer(text)["input_ids"][-self.longest :] for text in texts]  # the end is what sets options apart
+        ids = [
+            self.tokenizer(text)["input_ids"][-self.longest :] for text in texts
+        ]  # the end is what sets options apart
         vectors = torch.empty(len(texts), self.dimensions)
         for batch in self._batches([len(one) for one in ids]):
             width = max(len(ids[i]) for i in batch)
-            padded = torch.tensor([ids[i] + [0] * (width - len(ids[i])) for i in batch], device=self.device)
-            there = torch.tensor([[1] * len(ids[i]) + [0] * (width - len(ids[i])) for i in batch], device=self.device)
-            states = self.model(input_ids=padded, attention_mask=there, use_cache=False).last_hidden_state.float()
+            padded = torch.tensor(
+                [ids[i] + [0] * (width - len(ids[i])) for i in batch], device=self.device
+            )
+            there = torch.tensor(
+                [[1] * len(ids[i]) + [0] * (width - len(ids[i])) for i in batch], device=self.device
+            )
+            states = self.model(
+                input_ids=padded, attention_mask=there, use_cache=False
+            ).last_hidden_state.float()
             vectors[batch] = ((states * there[..., None]).sum(1) / there.sum(1, keepdim=True)).cpu()
         return vectors
 
@@ -144,12 +187,16 @@ def _language_model(path: str, options: dict[str, Any]) -> tuple[Any, Any]:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    return transformers.AutoModel.from_pretrained(path, **options), transformers.AutoTokenizer.from_pretrained(path, **options)
+    return transformers.AutoModel.from_pretrained(
+        path, **options
+    ), transformers.AutoTokenizer.from_pretrained(path, **options)
 
 
 def _sentences(path: str, options: dict[str, Any]) -> tuple[Any, None]:
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
-        raise UserError(f"task.model.path: {path!r} needs sentence-transformers. Install fedpref[sentences].") from error
+        raise UserError(
+            f"task.model.path: {path!r} needs sentence-transformers. Install fedpref[sentences]."
+        ) from error
     return SentenceTransformer(path, device="cpu", **options), None

@@ -38,13 +38,23 @@ def _forward(layer: Any, transposed: bool) -> Callable[..., Tensor]:
     usual: Callable[..., Tensor] = layer.forward
 
     def forward(x: Tensor, *arguments: Any, **settings: Any) -> Tensor:
-        down, up, dropout = (part["default"] for part in (layer.lora_A, layer.lora_B, layer.lora_dropout))
+        down, up, dropout = (
+            part["default"] for part in (layer.lora_A, layer.lora_B, layer.lora_dropout)
+        )
         random = dropout.training and not isinstance(dropout, nn.Identity)
-        if random or layer.disable_adapters or arguments or settings or down.weight.dtype != x.dtype:
+        if (
+            random
+            or layer.disable_adapters
+            or arguments
+            or settings
+            or down.weight.dtype != x.dtype
+        ):
             return usual(x, *arguments, **settings)
         weight = layer.base_layer.weight.T if transposed else layer.base_layer.weight
         scaling = layer.scaling["default"]
-        output: Tensor = _LoRA.apply(x.flatten(0, -2), weight, layer.base_layer.bias, down.weight, up.weight, scaling)  # type: ignore[no-untyped-call]
+        output: Tensor = _LoRA.apply(
+            x.flatten(0, -2), weight, layer.base_layer.bias, down.weight, up.weight, scaling
+        )  # type: ignore[no-untyped-call]
         return output.view(*x.shape[:-1], -1)
 
     return forward
@@ -69,7 +79,9 @@ class _LoRA(torch.autograd.Function):
         return nn.functional.linear(x, weight, bias).addmm_(inner, up.T, alpha=scaling)
 
     @staticmethod
-    def backward(ctx: Any, upstream: Float[Tensor, "n o"]) -> tuple[Tensor, None, None, Tensor, Tensor, None]:
+    def backward(
+        ctx: Any, upstream: Float[Tensor, "n o"]
+    ) -> tuple[Tensor, None, None, Tensor, Tensor, None]:
         x, weight, down, up, inner = ctx.saved_tensors
         slope = (upstream @ up).mul_(ctx.scaling)
         gradient = (upstream @ weight).addmm_(slope, down)

@@ -35,7 +35,12 @@ class Sampling:
 
 @torch.no_grad()
 def generate(
-    language: LanguageModel, params: Tree | None, prompts: Sequence[Sequence[int]], samples: int, settings: Sampling, rng: torch.Generator
+    language: LanguageModel,
+    params: Tree | None,
+    prompts: Sequence[Sequence[int]],
+    samples: int,
+    settings: Sampling,
+    rng: torch.Generator,
 ) -> list[tuple[int, ...]]:
     """Draw answers.
 
@@ -59,7 +64,9 @@ def generate(
             some = ranked[first : first + size]
             drawn = _draw(language, [prompts[i] for i in some], samples, settings, rng).tolist()
             for k, row in enumerate(drawn):
-                found[some[k // samples] * samples + k % samples] = tuple(token for token in row if token >= 0)
+                found[some[k // samples] * samples + k % samples] = tuple(
+                    token for token in row if token >= 0
+                )
     return found
 
 
@@ -72,7 +79,9 @@ def merged(language: LanguageModel, params: Tree | None) -> Iterator[None]:
     given, model = params or {}, language.model.get_base_model()
     first = next(iter(language.parameter_names))
     adapters = [
-        {name: given[prefix + name] for name in language.parameter_names} for prefix in ("", OWN_ADAPTER) if prefix + first in given
+        {name: given[prefix + name] for name in language.parameter_names}
+        for prefix in ("", OWN_ADAPTER)
+        if prefix + first in given
     ]
     after = {name: tensor for name, tensor in given.items() if name in NAMES}
     kept: dict[Any, Tensor] = {}
@@ -81,7 +90,9 @@ def merged(language: LanguageModel, params: Tree | None) -> Iterator[None]:
             for adapter in adapters:
                 for layer, change in _changes(language, adapter):
                     kept.setdefault(layer, layer.weight)
-                    layer.weight = nn.Parameter((layer.weight.float() + change).to(layer.weight.dtype), requires_grad=False)
+                    layer.weight = nn.Parameter(
+                        (layer.weight.float() + change).to(layer.weight.dtype), requires_grad=False
+                    )
             if after:
                 model.set_output_embeddings(OwnHead(language.head, after))
             yield
@@ -97,24 +108,36 @@ def _changes(language: LanguageModel, adapter: Tree) -> Iterator[tuple[Any, Tens
     parameters = dict(language.model.named_parameters())
     for name, place in language.parameter_names.items():
         there = parameters[place].data
-        there.zero_()[tuple(map(slice, adapter[name].shape))] = adapter[name]  # which may have a lower rank
+        there.zero_()[tuple(map(slice, adapter[name].shape))] = adapter[
+            name
+        ]  # which may have a lower rank
     for layer in language.model.modules():
         if hasattr(layer, "get_delta_weight") and layer.active_adapters:
             yield layer.get_base_layer(), layer.get_delta_weight("default").float()
 
 
 def _draw(
-    language: LanguageModel, prompts: Sequence[Sequence[int]], samples: int, settings: Sampling, rng: torch.Generator
+    language: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    samples: int,
+    settings: Sampling,
+    rng: torch.Generator,
 ) -> Int[Tensor, "A T"]:
     """Return answers' tokens [A, T], -1 after their end."""
     from transformers import DynamicCache
 
     device, longest = language.device, max(map(len, prompts))
     is_padded = any(len(prompt) < longest for prompt in prompts)
-    ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
-    seen = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    ids = torch.tensor(
+        [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device
+    )
+    seen = torch.tensor(
+        [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device
+    )
     cache: Any = DynamicCache(config=language.model.config)
-    logits = _next(language, cache, ids, (seen.cumsum(1) - 1).clamp(min=0), seen if is_padded else None)
+    logits = _next(
+        language, cache, ids, (seen.cumsum(1) - 1).clamp(min=0), seen if is_padded else None
+    )
     cache.batch_repeat_interleave(samples)
     logits, seen = logits.repeat_interleave(samples, 0), seen.repeat_interleave(samples, 0)
     found = torch.full((len(logits), settings.max_completion_length), -1, device=device)
@@ -132,26 +155,49 @@ def _draw(
             cache.batch_select_indices(rows)
             tokens, seen, place, lives = tokens[rows], seen[rows], place[rows], lives[rows]
         seen = nn.functional.pad(seen, (0, 1), value=1)
-        logits = _next(language, cache, tokens[:, None], seen.sum(1, keepdim=True) - 1, seen if is_padded else None)
+        logits = _next(
+            language,
+            cache,
+            tokens[:, None],
+            seen.sum(1, keepdim=True) - 1,
+            seen if is_padded else None,
+        )
     return found.cpu()
 
 
 def _next(
-    language: LanguageModel, cache: Any, ids: Int[Tensor, "A t"], positions: Int[Tensor, "A t"], seen: Int[Tensor, "A T"] | None
+    language: LanguageModel,
+    cache: Any,
+    ids: Int[Tensor, "A t"],
+    positions: Int[Tensor, "A t"],
+    seen: Int[Tensor, "A T"] | None,
 ) -> Float[Tensor, "A V"]:
     """Return the logits of what follows each row [A, V]."""
     model = language.model.get_base_model()
-    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0][:, -1:],))
+    hook = model.get_output_embeddings().register_forward_pre_hook(
+        lambda _, inputs: (inputs[0][:, -1:],)
+    )
     try:
-        call = {"input_ids": ids, "position_ids": positions, "attention_mask": seen, "past_key_values": cache, "use_cache": True}
+        call = {
+            "input_ids": ids,
+            "position_ids": positions,
+            "attention_mask": seen,
+            "past_key_values": cache,
+            "use_cache": True,
+        }
         logits: Tensor = model(**call).logits
         return logits[:, 0].float()
     finally:
         hook.remove()
 
 
-def _sample(logits: Float[Tensor, "A V"], temperature: float, rng: torch.Generator) -> Int[Tensor, " A"]:
+def _sample(
+    logits: Float[Tensor, "A V"], temperature: float, rng: torch.Generator
+) -> Int[Tensor, " A"]:
     """Return one token of each row: where a random point falls in the cumulated probabilities."""
     reached = (logits / temperature).softmax(-1).cumsum(-1, dtype=torch.float64)
-    points = torch.rand(len(logits), 1, dtype=torch.float64, generator=rng).to(logits.device) * reached[:, -1:]
+    points = (
+        torch.rand(len(logits), 1, dtype=torch.float64, generator=rng).to(logits.device)
+        * reached[:, -1:]
+    )
     return torch.searchsorted(reached, points, right=True)[:, 0].clamp(max=logits.shape[1] - 1)

@@ -63,7 +63,11 @@ class _Head(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Float[Tensor, "n D"], weight: Float[Tensor, "V D"], bias: Float[Tensor, " V"] | None, targets: Int[Tensor, " n"]
+        ctx: Any,
+        hidden: Float[Tensor, "n D"],
+        weight: Float[Tensor, "V D"],
+        bias: Float[Tensor, " V"] | None,
+        targets: Int[Tensor, " n"],
     ) -> Float[Tensor, " n"]:
         wanted = ctx.needs_input_grad[0]
         scores, gradients = [], []
@@ -102,14 +106,21 @@ class _TrainedHead(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, bias, inner, up, targets)
         parts = _chunks(len(hidden), len(weight))
         return torch.cat(
-            [_tokens(hidden, weight, bias, inner, up, part).gather(1, targets[part, None])[:, 0] for part in parts],
+            [
+                _tokens(hidden, weight, bias, inner, up, part).gather(1, targets[part, None])[:, 0]
+                for part in parts
+            ],
         )
 
     @staticmethod
-    def backward(ctx: Any, upstream: Float[Tensor, " n"]) -> tuple[Tensor | None, Tensor | None, None, Tensor | None, Tensor | None, None]:
+    def backward(
+        ctx: Any, upstream: Float[Tensor, " n"]
+    ) -> tuple[Tensor | None, Tensor | None, None, Tensor | None, Tensor | None, None]:
         hidden, weight, bias, inner, up, targets = ctx.saved_tensors
         hidden_slope = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        weight_slope = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        weight_slope = (
+            torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        )
         inner_slope = None if inner is None else torch.empty_like(inner)
         up_slope = None if up is None else torch.zeros_like(up, dtype=torch.float32)
         for part in _chunks(len(hidden), len(weight)):
@@ -120,11 +131,23 @@ class _TrainedHead(torch.autograd.Function):
                 hidden_slope[part] = slope @ weight
             if weight_slope is not None:
                 weight_slope += slope.T @ hidden[part]
-            if inner is not None and inner_slope is not None and up is not None and up_slope is not None:
+            if (
+                inner is not None
+                and inner_slope is not None
+                and up is not None
+                and up_slope is not None
+            ):
                 inner_slope[part] = slope @ up
                 up_slope += slope.T @ inner[part]
         narrow = None if weight_slope is None else weight_slope.to(weight.dtype)
-        return hidden_slope, narrow, None, inner_slope, None if up_slope is None else up_slope.to(up.dtype), None
+        return (
+            hidden_slope,
+            narrow,
+            None,
+            inner_slope,
+            None if up_slope is None else up_slope.to(up.dtype),
+            None,
+        )
 
 
 def _tokens(

@@ -25,7 +25,15 @@ from torch.func import functional_call
 from fedpref.errors import UserError
 from fedpref.models import devices
 from fedpref.models import fused_layers as fusion
-from fedpref.models.attention import ATTENTION, Kernel, PackingError, by_sequence, kernels, packed_attention, register
+from fedpref.models.attention import (
+    ATTENTION,
+    Kernel,
+    PackingError,
+    by_sequence,
+    kernels,
+    packed_attention,
+    register,
+)
 from fedpref.models.head import even, token_log_probabilities
 from fedpref.models.own_parts import (
     FILE,
@@ -93,17 +101,28 @@ class LanguageModel:
         self.settings = settings
         self.wanted = devices.wanted(settings.device)
         self.device = torch.device("cpu")
-        known = self.wanted.type == "cpu" or settings.dtype != "auto"  # what a GPU computes in is seen when it is opened
+        known = (
+            self.wanted.type == "cpu" or settings.dtype != "auto"
+        )  # what a GPU computes in is seen when it is opened
         dtype: Any = devices.arithmetic(settings.dtype, self.wanted) if known else "auto"
-        path = str(files("fedpref.models") / "builtin") if settings.path == BUILTIN else settings.path
-        options: dict[str, Any] = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
+        path = (
+            str(files("fedpref.models") / "builtin") if settings.path == BUILTIN else settings.path
+        )
+        options: dict[str, Any] = {
+            "revision": settings.revision,
+            "trust_remote_code": settings.trust_remote_code,
+        }
         try:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
-            backbone = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
+            backbone = transformers.AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, **options
+            )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise UserError(
-                f"model.path: {settings.path!r} could not be loaded as a causal language model of transformers. "
-                f"Expected a local folder with config.json, weights and a tokenizer, or a Hub id that can be reached "
+                f"model.path: {settings.path!r} could not be loaded as a causal language model "
+                "of transformers. "
+                "Expected a local folder with config.json, weights and a tokenizer, or a Hub id "
+                "that can be reached "
                 f"(or is in the cache). transformers says: {str(error).splitlines()[0]}"
             ) from error
         targets = settings.lora_target_modules
@@ -117,15 +136,25 @@ class LanguageModel:
         )
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of PEFT about GPT-2's transposed weights, which it handles, and its own deprecations
+                warnings.simplefilter(
+                    "ignore"
+                )  # of PEFT about GPT-2's transposed weights, which it handles, and its own deprecations
                 self.model: PeftModel = get_peft_model(backbone, adapter).eval()
         except (ValueError, re.error) as error:
-            raise UserError(f"model.lora_target_modules: {targets!r} does not fit the model: {error}") from error
+            raise UserError(
+                f"model.lora_target_modules: {targets!r} does not fit the model: {error}"
+            ) from error
         self.model.requires_grad_(False)
         fusion.fuse(self.model)
         self.head = self.model.get_output_embeddings()
-        self.dropouts = [module for name, module in self.model.named_modules() if name.endswith("lora_dropout")]
-        self.parameter_names = {name.replace(".default", ""): name for name, _ in self.model.named_parameters() if ".lora_" in name}
+        self.dropouts = [
+            module for name, module in self.model.named_modules() if name.endswith("lora_dropout")
+        ]
+        self.parameter_names = {
+            name.replace(".default", ""): name
+            for name, _ in self.model.named_parameters()
+            if ".lora_" in name
+        }
         self.kernel: Kernel = by_sequence
         self.packs = self.has_plain_head = False
         if self.wanted.type == "cpu":
@@ -143,12 +172,18 @@ class LanguageModel:
     def _settle(self, device: torch.device) -> None:
         self.device, self.dtype = device, devices.arithmetic(self.settings.dtype, device)
         self.model.to(device)
-        for parameter in self.model.parameters() if device.type == "cuda" else ():  # buffers stay: positions need float32
+        for parameter in (
+            self.model.parameters() if device.type == "cuda" else ()
+        ):  # buffers stay: positions need float32
             parameter.data = parameter.data.to(self.dtype)
         problem = self._packing_problem()
         self.packs = problem is None
         if problem:
-            warnings.warn(f"{self.name}: the packed form does not fit this model ({problem}); the padded one is used.", stacklevel=3)
+            warnings.warn(
+                f"{self.name}: the packed form does not fit this model ({problem}); the padded "
+                "one is used.",
+                stacklevel=3,
+            )
 
     @property
     def description(self) -> str:
@@ -156,10 +191,16 @@ class LanguageModel:
         counts = [0, 0]
         for name, parameter in self.model.named_parameters():
             counts[".lora_" in name] += parameter.numel()
-        sizes = f"model {self.name}: {counts[0] / 1e6:,.1f} M frozen parameters, {counts[1] / 1e6:,.2f} M in the adapter"
+        sizes = (
+            f"model {self.name}: {counts[0] / 1e6:,.1f} M frozen parameters, "
+            f"{counts[1] / 1e6:,.2f} M in the adapter"
+        )
         if self.device.type != self.wanted.type:
             return f"{sizes}, to compute on {self.wanted}"
-        return f"{sizes}, {str(self.dtype).removeprefix('torch.')} on {self.device}, {'packed' if self.packs else 'padded'} rows"
+        return (
+            f"{sizes}, {str(self.dtype).removeprefix('torch.')} on {self.device}, "
+            f"{'packed' if self.packs else 'padded'} rows"
+        )
 
     @property
     def context(self) -> int | None:
@@ -176,7 +217,9 @@ class LanguageModel:
         for name, weight in self.model.named_parameters():
             if ".lora_" not in name:
                 sample = weight.detach().flatten()[:: max(1, weight.numel() // 64)].float().cpu()
-                digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} {self.wanted.type}".encode())
+                digest.update(
+                    f"{name} {tuple(weight.shape)} {weight.dtype} {self.wanted.type}".encode()
+                )
                 digest.update(sample.numpy().tobytes())
         return digest.hexdigest()
 
@@ -186,7 +229,10 @@ class LanguageModel:
         A is uniform and B zero, so that the model starts as its backbone.
         """
         parameters = dict(self.model.named_parameters())
-        adapter = {name: torch.zeros(parameters[place].shape) for name, place in self.parameter_names.items()}
+        adapter = {
+            name: torch.zeros(parameters[place].shape)
+            for name, place in self.parameter_names.items()
+        }
         for name, tensor in adapter.items():
             if ".lora_A." in name:
                 nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=rng)
@@ -202,12 +248,15 @@ class LanguageModel:
         """
         if settings.after and not self.has_plain_head:
             raise UserError(
-                f"{self.name}: parts of a client's own need logits that are the vocabulary head's alone, and a head without an adapter. "
+                f"{self.name}: parts of a client's own need logits that are the vocabulary "
+                "head's alone, and a head without an adapter. "
                 "Take another model, or leave the head out of task.model.lora_target_modules."
             )
         return settings.init(self.head.weight, self.init(rng), rng)
 
-    def log_probabilities(self, params: Tree | None, rows: Sequence[Row], *, training: bool = False) -> Float[Tensor, " A"]:
+    def log_probabilities(
+        self, params: Tree | None, rows: Sequence[Row], *, training: bool = False
+    ) -> Float[Tensor, " A"]:
         """Return the summed log-probability of each answer [A]; see `score`."""
         return self.score(params, rows, training=training)[0]
 
@@ -230,10 +279,17 @@ class LanguageModel:
         states, layout, own, logits = self._states(params, rows, training)
         if logits is None:
             return self._answers(states, layout, own)
-        return layout.per_answer(-nn.functional.cross_entropy(logits[0].float(), layout.targets, reduction="none")), None
+        return layout.per_answer(
+            -nn.functional.cross_entropy(logits[0].float(), layout.targets, reduction="none")
+        ), None
 
     def tokens(
-        self, params: Tree | None, rows: Sequence[Row], *, training: bool = False, temperature: float = 1.0
+        self,
+        params: Tree | None,
+        rows: Sequence[Row],
+        *,
+        training: bool = False,
+        temperature: float = 1.0,
     ) -> tuple[Float[Tensor, " n"], Float[Tensor, "n D"]]:
         """Return each answer token's log-probability [n], and the hidden state it is told from [n,
         D].
@@ -243,9 +299,13 @@ class LanguageModel:
         states, layout, _, logits = self._states(params, rows, training)
         hidden = states.flatten(0, 1).index_select(0, layout.scored)
         if logits is not None:
-            return -nn.functional.cross_entropy(logits[0].float() / temperature, layout.targets, reduction="none"), hidden
+            return -nn.functional.cross_entropy(
+                logits[0].float() / temperature, layout.targets, reduction="none"
+            ), hidden
         bias = None if self.head.bias is None else self.head.bias / temperature
-        return token_log_probabilities(hidden / temperature, self.head.weight, bias, layout.targets), hidden
+        return token_log_probabilities(
+            hidden / temperature, self.head.weight, bias, layout.targets
+        ), hidden
 
     def _states(
         self, params: Tree | None, rows: Sequence[Row], training: bool
@@ -258,8 +318,13 @@ class LanguageModel:
         """
         for dropout in self.dropouts:
             dropout.train(training)
-        cast = {name: _aligned(tensor.to(self.device, self.dtype)) for name, tensor in (params or {}).items()}
-        adapter = combined_adapter({name: tensor for name, tensor in cast.items() if name not in NAMES})
+        cast = {
+            name: _aligned(tensor.to(self.device, self.dtype))
+            for name, tensor in (params or {}).items()
+        }
+        adapter = combined_adapter(
+            {name: tensor for name, tensor in cast.items() if name not in NAMES}
+        )
         own = {name: tensor for name, tensor in cast.items() if name in NAMES}
         if self.packs:
             with suppress(PackingError):  # a window of attention that is shorter than these rows
@@ -267,17 +332,25 @@ class LanguageModel:
                 with packed_attention(layout, self.kernel):
                     return self._run(adapter, layout, layout.scored[:0])[0], layout, own, None
         layout = Layout.padded(rows, self.device)
-        states, logits = self._run(adapter, layout, layout.scored[:0] if self.has_plain_head else layout.scored)
+        states, logits = self._run(
+            adapter, layout, layout.scored[:0] if self.has_plain_head else layout.scored
+        )
         return states, layout, own, None if self.has_plain_head else logits
 
-    def _answers(self, states: Float[Tensor, "R T D"], layout: Layout, own: Tree) -> tuple[Float[Tensor, " A"], Float[Tensor, " A"] | None]:
+    def _answers(
+        self, states: Float[Tensor, "R T D"], layout: Layout, own: Tree
+    ) -> tuple[Float[Tensor, " A"], Float[Tensor, " A"] | None]:
         hidden = states.flatten(0, 1)
-        scored = after_bottleneck(even(hidden.index_select(0, layout.scored)), own)[: len(layout.scored)]
+        scored = after_bottleneck(even(hidden.index_select(0, layout.scored)), own)[
+            : len(layout.scored)
+        ]
         weight, change = own_head(self.head.weight, own)
         tokens = token_log_probabilities(scored, weight, self.head.bias, layout.targets, change)
         if REWARD not in own:
             return layout.per_answer(tokens), None
-        return layout.per_answer(tokens), (after_bottleneck(hidden.index_select(0, layout.last), own) * own[REWARD]).float().sum(1)
+        return layout.per_answer(tokens), (
+            after_bottleneck(hidden.index_select(0, layout.last), own) * own[REWARD]
+        ).float().sum(1)
 
     def _packing_problem(self) -> str | None:
         """Try the packed form on a few tokens; return what is wrong with it, None if nothing is.
@@ -289,9 +362,15 @@ class LanguageModel:
             return "its vocabulary head is not a plain linear layer"
         draw = torch.Generator().manual_seed(0)
         tokens = torch.randint(self.head.out_features, (16,), generator=draw).tolist()
-        rows: list[Row] = [(tokens[:3], (tokens[3:5], tokens[5:9])), (tokens[9:10], (tokens[10:13], tokens[13:]))]
+        rows: list[Row] = [
+            (tokens[:3], (tokens[3:5], tokens[5:9])),
+            (tokens[9:10], (tokens[10:13], tokens[13:])),
+        ]
         fresh = self.init(draw)
-        adapter = {name: 0.05 * torch.randn(t.shape, generator=draw).to(self.device, self.dtype) for name, t in fresh.items()}
+        adapter = {
+            name: 0.05 * torch.randn(t.shape, generator=draw).to(self.device, self.dtype)
+            for name, t in fresh.items()
+        }
         tolerance = 1e-3 if self.dtype == torch.float32 else 0.05
         backbone = self.model.get_base_model()
         own = backbone.config._attn_implementation
@@ -301,7 +380,12 @@ class LanguageModel:
         with torch.no_grad():
             states, logits = self._run(adapter, apart, apart.scored)
             expected = states.flatten(0, 1)[apart.scored]
-            if _distance(nn.functional.linear(expected, self.head.weight, self.head.bias), logits[0]) > tolerance:
+            if (
+                _distance(
+                    nn.functional.linear(expected, self.head.weight, self.head.bias), logits[0]
+                )
+                > tolerance
+            ):
                 return "its logits are not those of its head alone"
             self.has_plain_head = True
             for kernel in kernels(self.device, self.dtype):
@@ -320,7 +404,9 @@ class LanguageModel:
             backbone.set_attn_implementation(own)
         return problem
 
-    def _run(self, adapter: Tree, layout: Layout, places: Int[Tensor, " m"]) -> tuple[Float[Tensor, "R T D"], Float[Tensor, "1 m V"]]:
+    def _run(
+        self, adapter: Tree, layout: Layout, places: Int[Tensor, " m"]
+    ) -> tuple[Float[Tensor, "R T D"], Float[Tensor, "1 m V"]]:
         """Return the states that come to the vocabulary head, and its logits at some places alone.
 
         Places are those of the flattened ids.
@@ -334,8 +420,14 @@ class LanguageModel:
         hook = self.head.register_forward_pre_hook(cut)
         try:
             with self.model.disable_adapter() if not adapter else nullcontext():
-                call = {"input_ids": layout.ids, "position_ids": layout.positions, "use_cache": False}
-                parameters = {self.parameter_names[name]: tensor for name, tensor in adapter.items()}
+                call = {
+                    "input_ids": layout.ids,
+                    "position_ids": layout.positions,
+                    "use_cache": False,
+                }
+                parameters = {
+                    self.parameter_names[name]: tensor for name, tensor in adapter.items()
+                }
                 logits = functional_call(self.model, parameters, (), call).logits
             return states[0], logits
         finally:
@@ -346,10 +438,16 @@ class LanguageModel:
         tokenizer.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        adapter = combined_adapter({name: tensor for name, tensor in params.items() if name not in NAMES})
+        adapter = combined_adapter(
+            {name: tensor for name, tensor in params.items() if name not in NAMES}
+        )
         config = self.model.peft_config["default"]
-        times = 2 if any(name.startswith(OWN_ADAPTER) for name in params) else 1  # two adapters as one of twice the rank
-        replace(config, r=times * config.r, lora_alpha=times * config.lora_alpha).save_pretrained(str(folder))
+        times = (
+            2 if any(name.startswith(OWN_ADAPTER) for name in params) else 1
+        )  # two adapters as one of twice the rank
+        replace(config, r=times * config.r, lora_alpha=times * config.lora_alpha).save_pretrained(
+            str(folder)
+        )
         self.tokenizer.save_pretrained(str(folder))
         trees.save(adapter, folder / "adapter_model.safetensors")
         if own := trees.select(params, NAMES):
@@ -377,11 +475,18 @@ class LanguageModel:
             ValueError: The template refuses the conversation.
         """
         try:
-            opening = self.tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
-            whole = [self.tokenizer.apply_chat_template([*prompt, *answer], tokenize=False) for answer in answers]
+            opening = self.tokenizer.apply_chat_template(
+                list(prompt), tokenize=False, add_generation_prompt=True
+            )
+            whole = [
+                self.tokenizer.apply_chat_template([*prompt, *answer], tokenize=False)
+                for answer in answers
+            ]
         except TemplateError as error:
             raise ValueError(str(error)) from error
-        if not all(text.startswith(opening) for text in whole):  # a template that writes a turn differently once it is answered
+        if not all(
+            text.startswith(opening) for text in whole
+        ):  # a template that writes a turn differently once it is answered
             opening = os.path.commonprefix([opening, *whole])
         ids: list[int] = self.tokenizer(opening, add_special_tokens=False)["input_ids"]
         return ids, [self._closed(text[len(opening) :]) for text in whole]
@@ -391,18 +496,24 @@ class LanguageModel:
 
         They stay when a prompt is cut.
         """
-        return int(self.tokenizer.bos_token_id is not None and prompt[0] == self.tokenizer.bos_token_id)
+        return int(
+            self.tokenizer.bos_token_id is not None and prompt[0] == self.tokenizer.bos_token_id
+        )
 
     def _closed(self, answer: str) -> list[int]:
         ids: list[int] = self.tokenizer(answer, add_special_tokens=False)["input_ids"]
         end = self.tokenizer.eos_token_id
-        return ids if end is None or end in ids[-2:] else [*ids, end]  # a template may close with end token and line break
+        return (
+            ids if end is None or end in ids[-2:] else [*ids, end]
+        )  # a template may close with end token and line break
 
     @property
     def stops(self) -> list[int]:
         """The tokens that end an answer."""
         said = self.model.generation_config.eos_token_id if self.model.generation_config else None
-        return sorted({self.tokenizer.eos_token_id, *(said if isinstance(said, list) else [said])} - {None})
+        return sorted(
+            {self.tokenizer.eos_token_id, *(said if isinstance(said, list) else [said])} - {None}
+        )
 
     @property
     def chats(self) -> bool:

@@ -31,16 +31,29 @@ def load_model(folder: str | Path) -> Any:
     from peft import AutoPeftModelForCausalLM
 
     if not (Path(folder) / "adapter_model.safetensors").is_file():
-        raise UserError(f"{folder}: there is no exported adapter here. Give RUN/adapter, or RUN/clients/NAME of a finished run.")
+        raise UserError(
+            f"{folder}: there is no exported adapter here. Give RUN/adapter, or RUN/clients/NAME "
+            "of a finished run."
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of PEFT's use of transformers
         model = AutoPeftModelForCausalLM.from_pretrained(str(folder)).eval()
     if (Path(folder) / FILE).exists():
-        model.get_base_model().set_output_embeddings(OwnHead(model.get_output_embeddings(), trees.load(Path(folder) / FILE)))
+        model.get_base_model().set_output_embeddings(
+            OwnHead(model.get_output_embeddings(), trees.load(Path(folder) / FILE))
+        )
     return model
 
 
-def generate(folder: str | Path, prompt: str, *, chat: bool, max_new_tokens: int = 128, temperature: float = 0.7, seed: int = 0) -> str:
+def generate(
+    folder: str | Path,
+    prompt: str,
+    *,
+    chat: bool,
+    max_new_tokens: int = 128,
+    temperature: float = 0.7,
+    seed: int = 0,
+) -> str:
     """Return an answer, sampled from an exported model.
 
     Args:
@@ -61,14 +74,28 @@ def generate(folder: str | Path, prompt: str, *, chat: bool, max_new_tokens: int
     transformers.utils.logging.set_verbosity_error()
     model, tokenizer = load_model(folder), AutoTokenizer.from_pretrained(str(folder))
     if chat and not tokenizer.chat_template:
-        raise UserError(f"{folder}: the tokenizer has no chat template. Give the prompt as plain text, with --plain.")
+        raise UserError(
+            f"{folder}: the tokenizer has no chat template. Give the prompt as plain text, with "
+            "--plain."
+        )
     if chat:
-        prompt = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+        )
         encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
     else:
         encoded = tokenizer(prompt, return_tensors="pt")
-    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    sampling: dict[str, Any] = (
+        {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    )
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
-        output = model.generate(**encoded, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.eos_token_id, **sampling)
-    return str(tokenizer.decode(output[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
+        output = model.generate(
+            **encoded,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.eos_token_id,
+            **sampling,
+        )
+    return str(
+        tokenizer.decode(output[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
+    ).strip()

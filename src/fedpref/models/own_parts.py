@@ -60,14 +60,20 @@ class Parts:
             rng: Random numbers.
         """
         vocabulary, width = head.shape
-        tree: dict[str, Tensor] = {OWN_ADAPTER + name: tensor for name, tensor in adapter.items()} if self.adapter else {}
+        tree: dict[str, Tensor] = (
+            {OWN_ADAPTER + name: tensor for name, tensor in adapter.items()} if self.adapter else {}
+        )
         if self.head == "full":
             tree[HEAD] = head.detach().float().cpu().clone()
         elif self.head == "low-rank":
-            tree[HEAD_DOWN] = nn.init.kaiming_uniform_(torch.empty(self.head_rank, width), a=math.sqrt(5), generator=rng)
+            tree[HEAD_DOWN] = nn.init.kaiming_uniform_(
+                torch.empty(self.head_rank, width), a=math.sqrt(5), generator=rng
+            )
             tree[HEAD_UP] = torch.zeros(vocabulary, self.head_rank)
         if self.bottleneck:
-            tree[DOWN] = nn.init.kaiming_uniform_(torch.empty(self.bottleneck, width), a=math.sqrt(5), generator=rng)
+            tree[DOWN] = nn.init.kaiming_uniform_(
+                torch.empty(self.bottleneck, width), a=math.sqrt(5), generator=rng
+            )
             tree[UP] = torch.zeros(width, self.bottleneck)
         if self.reward:
             tree[REWARD] = torch.zeros(width)
@@ -83,7 +89,9 @@ def combined_adapter(adapter: Tree) -> dict[str, Tensor]:
     Without a second adapter it is the adapter itself.
     """
     return {
-        name: torch.cat([tensor, adapter[OWN_ADAPTER + name]], 0 if "_A" in name.rsplit("lora", 1)[-1] else 1)
+        name: torch.cat(
+            [tensor, adapter[OWN_ADAPTER + name]], 0 if "_A" in name.rsplit("lora", 1)[-1] else 1
+        )
         if OWN_ADAPTER + name in adapter
         else tensor
         for name, tensor in adapter.items()
@@ -120,7 +128,9 @@ class OwnHead(nn.Linear):
 
     def __init__(self, head: nn.Linear, parts: Tree) -> None:
         super().__init__(head.in_features, head.out_features, head.bias is not None, device="meta")
-        own = {name: tensor.to(head.weight.device, head.weight.dtype) for name, tensor in parts.items()}
+        own = {
+            name: tensor.to(head.weight.device, head.weight.dtype) for name, tensor in parts.items()
+        }
         self.weight = nn.Parameter(head_weight(head.weight.detach(), own), requires_grad=False)
         self.bias = head.bias
         for name in {DOWN, UP, REWARD} & own.keys():
@@ -129,7 +139,12 @@ class OwnHead(nn.Linear):
     def after_bottleneck(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
         """Return hidden states after the client's bottleneck, if it has one."""
         return after_bottleneck(
-            hidden, {name: getattr(self, name.replace(".", "_")) for name in (DOWN, UP) if hasattr(self, name.replace(".", "_"))}
+            hidden,
+            {
+                name: getattr(self, name.replace(".", "_"))
+                for name in (DOWN, UP)
+                if hasattr(self, name.replace(".", "_"))
+            },
         )
 
     def forward(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:

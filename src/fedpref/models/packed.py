@@ -53,7 +53,12 @@ class Layout:
         widest = max(map(_length, alone))
         layout = _layout(alone, [widest] * len(alone), 1, device)
         return Layout(
-            layout.ids.view(-1, widest), layout.positions.view(-1, widest), layout.scored, layout.targets, layout.last, layout.counts
+            layout.ids.view(-1, widest),
+            layout.positions.view(-1, widest),
+            layout.scored,
+            layout.targets,
+            layout.last,
+            layout.counts,
         )
 
     def per_answer(self, tokens: Float[Tensor, " n"]) -> Float[Tensor, " A"]:
@@ -84,9 +89,20 @@ def _layout(rows: Sequence[Row], widths: Sequence[int], whole: int, device: torc
         sequences.append((*ends, len(ids)))
     rest = -len(ids) % whole
     targets = [token for _, answers in rows for answer in answers for token in answer]
-    tensors = [torch.tensor(values, device=device) for values in (ids + [0] * rest, positions + [0] * rest, scored, targets, last)]
+    tensors = [
+        torch.tensor(values, device=device)
+        for values in (ids + [0] * rest, positions + [0] * rest, scored, targets, last)
+    ]
     counts = tuple(len(answer) for _, answers in rows for answer in answers)
-    return Layout(tensors[0][None], tensors[1][None], tensors[2], tensors[3], tensors[4], counts, tuple(sequences))
+    return Layout(
+        tensors[0][None],
+        tensors[1][None],
+        tensors[2],
+        tensors[3],
+        tensors[4],
+        counts,
+        tuple(sequences),
+    )
 
 
 def _length(row: Row) -> int:

@@ -46,17 +46,25 @@ class Predictor:
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
-            raise ValueError(f"predictor.width {self.width} is no multiple of predictor.heads {self.heads}")
+            raise ValueError(
+                f"predictor.width {self.width} is no multiple of predictor.heads {self.heads}"
+            )
 
     def shapes(self, inputs: int) -> dict[str, tuple[int, ...]]:
         """Return every parameter's shape, for embeddings of so many dimensions."""
         wide, inner = self.width, self.feedforward
-        dense = {f"embedder.{i}": (wide, wide if i else inputs + 1) for i in range(self.embedder_layers)}
+        dense = {
+            f"embedder.{i}": (wide, wide if i else inputs + 1) for i in range(self.embedder_layers)
+        }
         dense |= {"head.0": (wide, wide), "head.1": (2, wide)}
         norms = []
         for i in range(self.layers):
             at = f"encoder.layers.{i}"
-            dense |= {f"{at}.self_attn.out_proj": (wide, wide), f"{at}.linear1": (inner, wide), f"{at}.linear2": (wide, inner)}
+            dense |= {
+                f"{at}.self_attn.out_proj": (wide, wide),
+                f"{at}.linear1": (inner, wide),
+                f"{at}.linear2": (wide, inner),
+            }
             norms += [f"{at}.norm1", f"{at}.norm2"]
         found: dict[str, tuple[int, ...]] = {}
         for name, shape in dense.items():
@@ -94,33 +102,58 @@ class Predictor:
         count = context.shape[1]
         weight = params["embedder.0.weight"]
         hidden = linear(torch.cat([context, targets], 1), weight[:, :-1], params["embedder.0.bias"])
-        hidden = hidden + torch.nn.functional.pad(answers, (0, targets.shape[1]))[..., None] * weight[:, -1]
+        hidden = (
+            hidden
+            + torch.nn.functional.pad(answers, (0, targets.shape[1]))[..., None] * weight[:, -1]
+        )
         for i in range(1, self.embedder_layers):
-            hidden = linear(relu(hidden), params[f"embedder.{i}.weight"], params[f"embedder.{i}.bias"])
+            hidden = linear(
+                relu(hidden), params[f"embedder.{i}.weight"], params[f"embedder.{i}.bias"]
+            )
         mask = None if bool(shown.all()) else shown[:, None, None, :]
         for i in range(self.layers - 1):
             hidden = self._layer(params, f"encoder.layers.{i}", hidden, hidden[:, :count], mask)
-        hidden = self._layer(params, f"encoder.layers.{self.layers - 1}", hidden[:, count:], hidden[:, :count], mask)
+        hidden = self._layer(
+            params, f"encoder.layers.{self.layers - 1}", hidden[:, count:], hidden[:, :count], mask
+        )
         out = relu(linear(hidden, params["head.0.weight"], params["head.0.bias"]))
         raw, spread = linear(out, params["head.1.weight"], params["head.1.bias"]).unbind(-1)
-        return raw, LOWEST_STD + (1 - LOWEST_STD) * softplus(spread) if self.bounded_std else spread.exp()
+        return raw, LOWEST_STD + (1 - LOWEST_STD) * softplus(
+            spread
+        ) if self.bounded_std else spread.exp()
 
     def _layer(
-        self, params: Tree, at: str, x: Float[Tensor, "B P W"], context: Float[Tensor, "B C W"], mask: Bool[Tensor, "B 1 1 C"] | None
+        self,
+        params: Tree,
+        at: str,
+        x: Float[Tensor, "B P W"],
+        context: Float[Tensor, "B C W"],
+        mask: Bool[Tensor, "B 1 1 C"] | None,
     ) -> Float[Tensor, "B P W"]:
         """Return the points after attention to the context and a feed-forward layer, each added and
         normed.
         """
-        weight, bias = params[f"{at}.self_attn.in_proj_weight"], params[f"{at}.self_attn.in_proj_bias"]
+        weight, bias = (
+            params[f"{at}.self_attn.in_proj_weight"],
+            params[f"{at}.self_attn.in_proj_bias"],
+        )
         wide = self.width
         query = linear(x, weight[:wide], bias[:wide])
         key, value = linear(context, weight[wide:], bias[wide:]).chunk(2, -1)
-        seen = scaled_dot_product_attention(self._by_head(query), self._by_head(key), self._by_head(value), attn_mask=mask)
-        out = linear(seen.transpose(1, 2).flatten(2), params[f"{at}.self_attn.out_proj.weight"], params[f"{at}.self_attn.out_proj.bias"])
+        seen = scaled_dot_product_attention(
+            self._by_head(query), self._by_head(key), self._by_head(value), attn_mask=mask
+        )
+        out = linear(
+            seen.transpose(1, 2).flatten(2),
+            params[f"{at}.self_attn.out_proj.weight"],
+            params[f"{at}.self_attn.out_proj.bias"],
+        )
         x = layer_norm(x + out, (wide,), params[f"{at}.norm1.weight"], params[f"{at}.norm1.bias"])
         inner = relu(linear(x, params[f"{at}.linear1.weight"], params[f"{at}.linear1.bias"]))
         out = linear(inner, params[f"{at}.linear2.weight"], params[f"{at}.linear2.bias"])
-        return layer_norm(x + out, (wide,), params[f"{at}.norm2.weight"], params[f"{at}.norm2.bias"])
+        return layer_norm(
+            x + out, (wide,), params[f"{at}.norm2.weight"], params[f"{at}.norm2.bias"]
+        )
 
     def _by_head(self, x: Float[Tensor, "B P W"]) -> Float[Tensor, "B H P W/H"]:
         return x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)
@@ -133,7 +166,9 @@ def _drawn(name: str, shapes: Mapping[str, tuple[int, ...]], rng: torch.Generato
     if name.endswith("in_proj_bias") or name.endswith("out_proj.bias"):
         return torch.zeros(shape)
     inputs = shapes[name.replace("bias", "weight")][1]
-    limit = math.sqrt(6 / sum(shape)) if name.endswith("in_proj_weight") else 1 / math.sqrt(inputs)  # Xavier's, of all three together
+    limit = (
+        math.sqrt(6 / sum(shape)) if name.endswith("in_proj_weight") else 1 / math.sqrt(inputs)
+    )  # Xavier's, of all three together
     return torch.empty(shape).uniform_(-limit, limit, generator=rng)
 
 
@@ -146,7 +181,14 @@ def softmax_within(raw: Float[Tensor, " n"], question: Int[Tensor, " n"]) -> Flo
 
 
 def gaussian_loss(
-    raw: Float[Tensor, " n"], std: Float[Tensor, " n"], question: Int[Tensor, " n"], y: Float[Tensor, " n"]
+    raw: Float[Tensor, " n"],
+    std: Float[Tensor, " n"],
+    question: Int[Tensor, " n"],
+    y: Float[Tensor, " n"],
 ) -> Float[Tensor, " n"]:
     """Return -log N(y; softmax of raw means within each question, std^2) of each entry [n]."""
-    return 0.5 * ((y - softmax_within(raw, question)) / std).square() + std.log() + 0.5 * math.log(2 * math.pi)
+    return (
+        0.5 * ((y - softmax_within(raw, question)) / std).square()
+        + std.log()
+        + 0.5 * math.log(2 * math.pi)
+    )

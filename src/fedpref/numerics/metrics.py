@@ -29,7 +29,11 @@ class Headline:
         return "" if math.isnan(value) else f"{self.scale * value:{sign}.{self.digits}f}"
 
 
-HEADLINES = {ACCURACY: Headline("pair accuracy"), ALIGNMENT: Headline("alignment"), REWARD: Headline("reward", 1.0, 3)}
+HEADLINES = {
+    ACCURACY: Headline("pair accuracy"),
+    ALIGNMENT: Headline("alignment"),
+    REWARD: Headline("reward", 1.0, 3),
+}
 
 
 def headline(metrics: Container[str]) -> str:
@@ -46,12 +50,22 @@ def of_objectives(metrics: Iterable[str]) -> list[str]:
     if REWARD in names:
         found = [name for name in names if name.startswith("rewards/")]
         return found + [
-            name for name in ("kl", "completions/mean_length", "completions/ended", "distinct_1", "distinct_2") if name in names
+            name
+            for name in (
+                "kl",
+                "completions/mean_length",
+                "completions/ended",
+                "distinct_1",
+                "distinct_2",
+            )
+            if name in names
         ]
     return [name for name in names if name.startswith(f"{ACCURACY}/")]
 
 
-def over_clients(values: Mapping[str, float], counts: Mapping[str, int], *, low_is_good: bool = False) -> dict[str, float]:
+def over_clients(
+    values: Mapping[str, float], counts: Mapping[str, int], *, low_is_good: bool = False
+) -> dict[str, float]:
     """Summarise one value for each client.
 
     Args:
@@ -71,7 +85,8 @@ def over_clients(values: Mapping[str, float], counts: Mapping[str, int], *, low_
     squares = sum(value**2 for value in ranked)
     summary = {
         "mean": sum(ranked) / len(ranked),
-        "weighted_mean": sum(values[name] * counts[name] for name in values) / sum(counts[name] for name in values),
+        "weighted_mean": sum(values[name] * counts[name] for name in values)
+        / sum(counts[name] for name in values),
         "worst": ranked[0],
         "worst_decile": sum(worst) / len(worst),
         "gap": max(ranked) - min(ranked),
@@ -94,4 +109,6 @@ def standard_error(accuracies: Mapping[str, float], counts: Mapping[str, int]) -
         counts: Held-out pairs by client.
     """
     shares = {name: (p * counts[name] + 1) / (counts[name] + 2) for name, p in accuracies.items()}
-    return math.sqrt(sum(p * (1 - p) / counts[name] for name, p in shares.items())) / len(accuracies)
+    return math.sqrt(sum(p * (1 - p) / counts[name] for name, p in shares.items())) / len(
+        accuracies
+    )

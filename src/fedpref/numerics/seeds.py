@@ -21,6 +21,8 @@ def seed(root: int, purpose: str, *, round: int = 0, call: int = 0, client: int 
     return int.from_bytes(blake2b(address, digest_size=8).digest()) >> 1
 
 
-def generator(root: int, purpose: str, *, round: int = 0, call: int = 0, client: int = -1) -> torch.Generator:
+def generator(
+    root: int, purpose: str, *, round: int = 0, call: int = 0, client: int = -1
+) -> torch.Generator:
     """Return a CPU generator seeded for an address; see `seed`."""
     return torch.Generator().manual_seed(seed(root, purpose, round=round, call=call, client=client))

@@ -51,7 +51,10 @@ def _exponential(count: int) -> Graph:
 
 def _hypercube(count: int) -> Graph:
     if count & (count - 1):
-        raise UserError(f"topology hypercube: the number of clients must be a power of two, there are {count}. Take exponential.")
+        raise UserError(
+            "topology hypercube: the number of clients must be a power of two, there are "
+            f"{count}. Take exponential."
+        )
     return _of_edges(count, ((i, i ^ hop) for i in range(count) for hop in _hops(count)))
 
 
@@ -59,7 +62,10 @@ def _sides(count: int) -> tuple[int, int]:
     """Return rows and columns of a grid, as near to a square as the number of clients allows."""
     rows = next(rows for rows in range(math.isqrt(count), 0, -1) if count % rows == 0)
     if rows == 1 and count > 3:
-        raise UserError(f"topology: {count} clients fill no rows and columns, {count} is prime. Take ring, or another number.")
+        raise UserError(
+            f"topology: {count} clients fill no rows and columns, {count} is prime. Take ring, "
+            "or another number."
+        )
     return rows, count // rows
 
 
@@ -91,7 +97,9 @@ SHAPES: Mapping[str, Callable[[int], Graph]] = {
 class Shape:
     """A graph that its name and the number of clients decide."""
 
-    name: Literal["ring", "path", "star", "complete", "grid", "torus", "hypercube", "exponential"] = "ring"
+    name: Literal[
+        "ring", "path", "star", "complete", "grid", "torus", "hypercube", "exponential"
+    ] = "ring"
 
     def graph(self, names: Names, round: int) -> Graph:
         return SHAPES[self.name](len(names))
@@ -112,7 +120,9 @@ class OnePeerExponential:
         count, hops = len(names), _hops(len(names))
         found = nx.DiGraph()
         found.add_nodes_from(range(count))
-        found.add_edges_from((i, (i + hops[round % len(hops)]) % count) for i in range(count) if hops)
+        found.add_edges_from(
+            (i, (i + hops[round % len(hops)]) % count) for i in range(count) if hops
+        )
         return found
 
 
@@ -129,7 +139,11 @@ class ErdosRenyi:
     """Draw the graph anew in each round."""
 
     def graph(self, names: Names, round: int) -> Graph:
-        return nx.gnp_random_graph(len(names), self.probability, np.random.default_rng([self.seed, round if self.redraw else 0]))
+        return nx.gnp_random_graph(
+            len(names),
+            self.probability,
+            np.random.default_rng([self.seed, round if self.redraw else 0]),
+        )
 
 
 @dataclass(frozen=True)
@@ -146,10 +160,18 @@ class SmallWorld:
 
     def graph(self, names: Names, round: int) -> Graph:
         if self.neighbours >= len(names):
-            raise UserError(f"topology small-world: {self.neighbours} neighbours among {len(names)} clients. Take fewer.")
+            raise UserError(
+                f"topology small-world: {self.neighbours} neighbours among {len(names)} clients. "
+                "Take fewer."
+            )
         if self.neighbours % 2:
-            raise UserError(f"topology small-world: {self.neighbours} neighbours; on a circle they are an even number.")
-        return nx.watts_strogatz_graph(len(names), self.neighbours, self.probability, np.random.default_rng(self.seed))
+            raise UserError(
+                f"topology small-world: {self.neighbours} neighbours; on a circle they are an "
+                "even number."
+            )
+        return nx.watts_strogatz_graph(
+            len(names), self.neighbours, self.probability, np.random.default_rng(self.seed)
+        )
 
 
 @dataclass(frozen=True)
@@ -170,7 +192,9 @@ class GraphFile:
         place = {name: number for number, name in enumerate(names)}
         edges = [(one, other) for one, other in self._edges() if one != other]
         if unknown := sorted({name for edge in edges for name in edge} - place.keys()):
-            raise UserError(f"{self.path}: {unknown[:5]} are no clients; the clients are {list(names)[:12]}.")
+            raise UserError(
+                f"{self.path}: {unknown[:5]} are no clients; the clients are {list(names)[:12]}."
+            )
         return _of_edges(len(names), [(place[one], place[other]) for one, other in edges])
 
     def _edges(self) -> list[tuple[str, str]]:
@@ -193,7 +217,10 @@ class GraphFile:
             if len(parts) == 2:
                 found.append((parts[0], parts[1]))
             elif parts:
-                raise UserError(f"{self.path}, line {number}: expected two clients' names, there are {len(parts)} words.")
+                raise UserError(
+                    f"{self.path}, line {number}: expected two clients' names, there are "
+                    f"{len(parts)} words."
+                )
         return found
 
     def _content(self) -> tuple[bytes, str]:
@@ -204,7 +231,9 @@ class GraphFile:
         return content, hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
-AnyTopology = Annotated[Shape | OnePeerExponential | ErdosRenyi | SmallWorld | GraphFile, Field(discriminator="name")]
+AnyTopology = Annotated[
+    Shape | OnePeerExponential | ErdosRenyi | SmallWorld | GraphFile, Field(discriminator="name")
+]
 
 
 # ---- mixing matrices
@@ -230,7 +259,11 @@ def mixing(graph: Graph, weights: Weights = "metropolis", names: Names = ()) -> 
     matrix = np.zeros((count, count))
     for one, other in graph.edges():
         for taker, giver in ((other, one),) if directed else ((other, one), (one, other)):
-            near = {"metropolis": max(degree[one], degree[other]), "max-degree": largest, "uniform": degree[taker]}[weights]
+            near = {
+                "metropolis": max(degree[one], degree[other]),
+                "max-degree": largest,
+                "uniform": degree[taker],
+            }[weights]
             matrix[taker, giver] = 1 / (1 + near)
     np.fill_diagonal(matrix, 1 - matrix.sum(1))
     check(matrix, names or [str(i) for i in range(count)], symmetric=not directed)
@@ -252,11 +285,20 @@ def check(matrix: Matrix, names: Names, *, symmetric: bool = True) -> None:
     for found, what in (
         (np.argwhere(matrix < -TOLERANCE)[:, 0], "have a negative weight"),
         (np.flatnonzero(abs(matrix.sum(1) - 1) > TOLERANCE), "take weights that do not sum to one"),
-        (np.flatnonzero(abs(matrix.sum(0) - 1) > TOLERANCE), "give weights that do not sum to one, so that the mean is not preserved"),
-        (np.argwhere(abs(matrix - matrix.T) > TOLERANCE)[:, 0] if symmetric else [], "give and take different weights"),
+        (
+            np.flatnonzero(abs(matrix.sum(0) - 1) > TOLERANCE),
+            "give weights that do not sum to one, so that the mean is not preserved",
+        ),
+        (
+            np.argwhere(abs(matrix - matrix.T) > TOLERANCE)[:, 0] if symmetric else [],
+            "give and take different weights",
+        ),
     ):
         if len(found):
-            raise UserError(f"mixing: the clients {_some(names, found)} {what}. Metropolis weights fit every undirected graph.")
+            raise UserError(
+                f"mixing: the clients {_some(names, found)} {what}. Metropolis weights fit every "
+                "undirected graph."
+            )
 
 
 def refuse_disconnected(graphs: Sequence[Graph], names: Names, apart: Collection[int] = ()) -> None:
@@ -274,7 +316,10 @@ def refuse_disconnected(graphs: Sequence[Graph], names: Names, apart: Collection
     together.remove_nodes_from(apart)
     smallest = min(nx.connected_components(together), key=lambda part: (len(part), min(part)))
     if len(smallest) < len(together):
-        raise UserError(f"topology: nothing connects the clients {_some(names, sorted(smallest))} with the others. Add edges.")
+        raise UserError(
+            f"topology: nothing connects the clients {_some(names, sorted(smallest))} with the "
+            "others. Add edges."
+        )
 
 
 def rho(matrix: Matrix, weights: Sequence[float] = ()) -> float:
@@ -292,7 +337,12 @@ def rho(matrix: Matrix, weights: Sequence[float] = ()) -> float:
 
 def effective_diameter(graph: Graph) -> float:
     """Return the 90th percentile of the lengths of shortest paths between two clients."""
-    lengths = [length for source, of in nx.all_pairs_shortest_path_length(graph) for target, length in of.items() if source != target]
+    lengths = [
+        length
+        for source, of in nx.all_pairs_shortest_path_length(graph)
+        for target, length in of.items()
+        if source != target
+    ]
     return float(np.percentile(lengths, 90)) if lengths else 0.0
 
 
@@ -302,7 +352,10 @@ def without(matrix: Matrix, broken: Sequence[tuple[int, int]]) -> Matrix:
     So the mean is preserved.
     """
     if not np.allclose(matrix, matrix.T, atol=TOLERANCE):
-        raise UserError("topology: links of a directed graph cannot fail one by one, the mean would not be preserved. Take another graph.")
+        raise UserError(
+            "topology: links of a directed graph cannot fail one by one, the mean would not be "
+            "preserved. Take another graph."
+        )
     repaired = matrix.copy()
     for one, other in broken:
         repaired[one, one] += repaired[one, other]

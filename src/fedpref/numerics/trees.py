@@ -47,7 +47,11 @@ def select(tree: Tree, names: Iterable[str], after: str = "") -> Tree:
             match.
     """
     wanted = set(names)
-    return {name: tensor for name, tensor in tree.items() if (name.split(after, 1)[-1] if after else name) in wanted}
+    return {
+        name: tensor
+        for name, tensor in tree.items()
+        if (name.split(after, 1)[-1] if after else name) in wanted
+    }
 
 
 def nest(trees: Mapping[Any, Tree]) -> Tree:
@@ -58,7 +62,9 @@ def nest(trees: Mapping[Any, Tree]) -> Tree:
 def part(tree: Tree, key: Any) -> Tree:
     """Return the tree that was nested under a key; empty if there is none."""
     start = f"{key}/"
-    return {name.removeprefix(start): tensor for name, tensor in tree.items() if name.startswith(start)}
+    return {
+        name.removeprefix(start): tensor for name, tensor in tree.items() if name.startswith(start)
+    }
 
 
 def merge(*trees: Tree) -> Tree:
@@ -76,7 +82,14 @@ def total(trees: Iterable[Tree]) -> Tree:
 
 def norm(tree: Tree) -> float:
     """Return the Euclidean norm over all entries, whatever the order of the names."""
-    return torch.stack([tree[name].double().square().sum() for name in sorted(tree)]).sum().sqrt().item() if tree else 0.0
+    return (
+        torch.stack([tree[name].double().square().sum() for name in sorted(tree)])
+        .sum()
+        .sqrt()
+        .item()
+        if tree
+        else 0.0
+    )
 
 
 def size(tree: Tree) -> int:
@@ -87,7 +100,9 @@ def size(tree: Tree) -> int:
 def save(tree: Tree, path: Path) -> None:
     """Write a safetensors file, whole or not at all."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    safetensors.torch.save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tree.items()}, beside)
+    safetensors.torch.save_file(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in tree.items()}, beside
+    )
     beside.replace(path)
 
 

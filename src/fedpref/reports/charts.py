@@ -13,13 +13,32 @@ from markupsafe import escape
 from fedpref.numerics.metrics import ACCURACY
 from fedpref.reports.run import Line, Run
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A6FD1", "#7F7F7F")  # told apart by the colour-blind too
+COLOURS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#8A6FD1",
+    "#7F7F7F",
+)  # told apart by the colour-blind too
 DOTTED = {"dash": "dot", "width": 1, "color": "#888888"}
 DASHES = ("solid", "dash", "dot")
 FEW = 24  # clients whose names fit beside bars
 LONG = 18  # characters of a name beside an axis; the whole is seen on hovering
-LEARNING = {"loss": "training loss", ACCURACY: "training pair accuracy", "error": "training error", "reward": "training reward"}
-PARTS = {"each": "on clients", "mean": "averaging", "mix": "mixing with neighbours", "report": "reports"}
+LEARNING = {
+    "loss": "training loss",
+    ACCURACY: "training pair accuracy",
+    "error": "training error",
+    "reward": "training reward",
+}
+PARTS = {
+    "each": "on clients",
+    "mean": "averaging",
+    "mix": "mixing with neighbours",
+    "report": "reports",
+}
 
 
 @dataclass(frozen=True)
@@ -36,7 +55,10 @@ class Chart:
         """For Plotly, to which names are text: it would take tags in them for mark-up, and dollars for mathematics."""
         texts = ("name", "x", "y", "text", "legendgroup")
         return {
-            "data": [{key: _text(value) if key in texts else value for key, value in trace.items()} for trace in self.data],
+            "data": [
+                {key: _text(value) if key in texts else value for key, value in trace.items()}
+                for trace in self.data
+            ],
             "layout": dict(self.layout),
         }
 
@@ -53,7 +75,10 @@ def colour(number: int) -> str:
 
 def filled(number: int) -> dict[str, Any]:
     """How bars look."""
-    return {"color": colour(number), "pattern": {"shape": ("", "/", "x")[number // len(COLOURS) % 3]}}
+    return {
+        "color": colour(number),
+        "pattern": {"shape": ("", "/", "x")[number // len(COLOURS) % 3]},
+    }
 
 
 def axes(x: str, y: str, **other: Any) -> dict[str, Any]:
@@ -63,10 +88,17 @@ def axes(x: str, y: str, **other: Any) -> dict[str, Any]:
 def names_on(axis: dict[str, Any], names: Sequence[str]) -> None:
     """Make an axis one of names, long ones cut, none where they are too many."""
     shown = [name if len(name) <= LONG else name[: LONG - 1] + "…" for name in names]
-    axis |= {"type": "category", "tickvals": _text(list(names)), "ticktext": _text(shown), "showticklabels": len(names) <= FEW}
+    axis |= {
+        "type": "category",
+        "tickvals": _text(list(names)),
+        "ticktext": _text(shown),
+        "showticklabels": len(names) <= FEW,
+    }
 
 
-def lined(name: str, x: Sequence[Any], y: Sequence[Any], number: int, dash: int = 0) -> dict[str, Any]:
+def lined(
+    name: str, x: Sequence[Any], y: Sequence[Any], number: int, dash: int = 0
+) -> dict[str, Any]:
     """A line; single points are seen too."""
     mode = "lines+markers" if len(x) <= 30 else "lines"
     line = {"color": colour(number), "dash": DASHES[(dash + number // len(COLOURS)) % len(DASHES)]}
@@ -79,7 +111,13 @@ def every_line(runs: Sequence[Run]) -> Iterator[tuple[str, Run, Line, int]]:
     for run in runs:
         for line in (run.line, *run.baselines.values()):
             kind = line.name
-            title = kind if len(runs) == 1 else run.title if line is run.line else f"{run.title}: {kind}"
+            title = (
+                kind
+                if len(runs) == 1
+                else run.title
+                if line is run.line
+                else f"{run.title}: {kind}"
+            )
             if line.rounds < run.line.rounds:
                 title += f", after round {line.rounds}"
             if line.last:
@@ -106,13 +144,21 @@ def learning(runs: Sequence[Run]) -> Iterator[Chart]:
     for metric, title in LEARNING.items():
         scale = 100 if metric == ACCURACY else 1
         data = [
-            lined(name, [row["round"] for row in line.metrics if metric in row], [scale * v for v in line.column(metric)], number)
+            lined(
+                name,
+                [row["round"] for row in line.metrics if metric in row],
+                [scale * v for v in line.column(metric)],
+                number,
+            )
             for name, _, line, number in every_line(runs)
             if line.column(metric)
         ]
         if data:
             unit = ", %" if scale == 100 else ""
-            caption = "On each round's own examples, before each step; a mean over clients, weighted by their numbers of examples."
+            caption = (
+                "On each round's own examples, before each step; a mean over clients, "
+                "weighted by their numbers of examples."
+            )
             yield Chart(title.capitalize(), caption, data, axes("round", title + unit))
 
 
@@ -126,18 +172,50 @@ def held_out(runs: Sequence[Run]) -> Iterator[Chart]:
         rounds = [row["round"] for row in line.evaluations]
         clients = sorted(line.last)
         nobody = {run.metric: math.nan}  # a client that was left out of an evaluation
-        table = np.array([[shown.scale * row["clients"].get(c, nobody)[run.metric] for c in clients] for row in line.evaluations])
+        table = np.array(
+            [
+                [shown.scale * row["clients"].get(c, nobody)[run.metric] for c in clients]
+                for row in line.evaluations
+            ]
+        )
         low, high = np.nanpercentile(table, [25, 75], axis=1)
-        band = {"type": "scatter", "mode": "lines", "line": {"width": 0}, "hoverinfo": "skip", "showlegend": False, "legendgroup": name}
+        band = {
+            "type": "scatter",
+            "mode": "lines",
+            "line": {"width": 0},
+            "hoverinfo": "skip",
+            "showlegend": False,
+            "legendgroup": name,
+        }
         data += [
             {**band, "x": rounds, "y": high.tolist()},
-            {**band, "x": rounds, "y": low.tolist(), "fill": "tonexty", "fillcolor": colour(number) + "26"},
-            {**lined(name, rounds, np.nanmean(table, axis=1).tolist(), number), "legendgroup": name},
+            {
+                **band,
+                "x": rounds,
+                "y": low.tolist(),
+                "fill": "tonexty",
+                "fillcolor": colour(number) + "26",
+            },
+            {
+                **lined(name, rounds, np.nanmean(table, axis=1).tolist(), number),
+                "legendgroup": name,
+            },
         ]
         if alone and line is run.line:
-            faint = {"opacity": 0.35, "legendgroup": "clients", "mode": "lines", "line": {"color": "#7F7F7F"}}
+            faint = {
+                "opacity": 0.35,
+                "legendgroup": "clients",
+                "mode": "lines",
+                "line": {"color": "#7F7F7F"},
+            }
             data += [
-                {**lined(c, rounds, table[:, k].tolist(), 0), **faint, "showlegend": not k, "name": c if k else "each client", "text": c}
+                {
+                    **lined(c, rounds, table[:, k].tolist(), 0),
+                    **faint,
+                    "showlegend": not k,
+                    "name": c if k else "each client",
+                    "text": c,
+                }
                 for k, c in enumerate(clients)
             ]
     caption = "The mean over clients; the band holds the middle half of them"
@@ -156,16 +234,30 @@ def gains(runs: Sequence[Run]) -> Iterator[Chart]:
         gained, noise = run.gains("alone"), run.noise("alone")
         names += [name for name in sorted(gained, key=gained.__getitem__) if name not in names]
         if gained:
-            bars = {"type": "bar", "orientation": "h", "name": prefix or run.title, "marker": filled(number)}
+            bars = {
+                "type": "bar",
+                "orientation": "h",
+                "name": prefix or run.title,
+                "marker": filled(number),
+            }
             data.append({**bars, "x": list(gained.values()), "y": list(gained)})
             if noise:
                 spread = [noise[name] for name in gained]
-                data[-1]["error_x"] = {"type": "data", "array": spread, "thickness": 1, "width": 2, "color": "#888888"}
+                data[-1]["error_x"] = {
+                    "type": "data",
+                    "array": spread,
+                    "thickness": 1,
+                    "width": 2,
+                    "color": "#888888",
+                }
     if data:
         layout = axes(f"gain in {runs[0].shown.title}, points", "", barmode="group")
         names_on(layout["yaxis"], names)
         layout["yaxis"] |= {"categoryorder": "array", "categoryarray": layout["yaxis"]["tickvals"]}
-        caption = "Held-out, against training alone on its own data: to the right a client gains by taking part, to the left it loses."
+        caption = (
+            "Held-out, against training alone on its own data: to the right a client gains "
+            "by taking part, to the left it loses."
+        )
         if "error_x" in data[0]:
             caption += " Thin lines: two standard errors, of held-out pairs."
         yield Chart("Who gained by taking part, and who lost", caption, data, layout)
@@ -179,14 +271,24 @@ def by_client(runs: Sequence[Run]) -> Iterator[Chart]:
     data = []
     for title, run, line, number in every_line(runs):
         values = run.values(line)
-        bars = {"type": "bar", "orientation": "h", "name": title, "y": names, "x": [values.get(name) for name in names]}
+        bars = {
+            "type": "bar",
+            "orientation": "h",
+            "name": title,
+            "y": names,
+            "x": [values.get(name) for name in names],
+        }
         data.append({**bars, "marker": filled(number)})
     layout = axes(first.shown.caption, "" if len(names) <= FEW else "clients", barmode="group")
     names_on(layout["yaxis"], names)
     layout["yaxis"] |= {"autorange": "reversed"}
     if first.metric == ACCURACY:
-        layout["shapes"] = [{"type": "line", "yref": "paper", "y0": 0, "y1": 1, "x0": 50, "x1": 50, "line": DOTTED}]
-    caption = "Those with most training examples above." + (" The dotted line is a guess." if first.metric == ACCURACY else "")
+        layout["shapes"] = [
+            {"type": "line", "yref": "paper", "y0": 0, "y1": 1, "x0": 50, "x1": 50, "line": DOTTED}
+        ]
+    caption = "Those with most training examples above." + (
+        " The dotted line is a guess." if first.metric == ACCURACY else ""
+    )
     yield Chart(f"Held-out {first.shown.title} of each client", caption, data, layout)
 
 
@@ -202,7 +304,10 @@ def traffic(runs: Sequence[Run]) -> Iterator[Chart]:
             megabytes = [value / 1e6 for value in run.line.column(f"bytes_{way}")]
             data.append(lined(with_prefix(prefix, way), rounds, megabytes, number, 2 * dash))
     if data:
-        caption = "Tensors sent in each round, over all clients: up to the coordinator, or to neighbours; down from the coordinator."
+        caption = (
+            "Tensors sent in each round, over all clients: up to the coordinator, or to "
+            "neighbours; down from the coordinator."
+        )
         layout = axes("round", "MB", hovermode="x")
         layout["yaxis"]["rangemode"] = "tozero"
         yield Chart("Data sent", caption, data, layout)
@@ -211,12 +316,28 @@ def traffic(runs: Sequence[Run]) -> Iterator[Chart]:
         if len(run.line.evaluations) < 2:
             continue
         sent = np.cumsum([row["bytes_up"] + row["bytes_down"] for row in run.line.metrics]) / 1e6
-        at = {0: 0.0} | {row["round"]: float(total) for row, total in zip(run.line.metrics, sent, strict=True)}
-        means = [run.shown.scale * row["summary"][run.metric]["mean"] for row in run.line.evaluations]
-        data.append(lined(prefix or run.title, [at[row["round"]] for row in run.line.evaluations], means, number))
+        at = {0: 0.0} | {
+            row["round"]: float(total) for row, total in zip(run.line.metrics, sent, strict=True)
+        }
+        means = [
+            run.shown.scale * row["summary"][run.metric]["mean"] for row in run.line.evaluations
+        ]
+        data.append(
+            lined(
+                prefix or run.title,
+                [at[row["round"]] for row in run.line.evaluations],
+                means,
+                number,
+            )
+        )
     if data:
         caption = "The mean over clients against all that was sent until then, up and down."
-        yield Chart(f"Held-out {runs[0].shown.title} for data sent", caption, data, axes("MB sent", runs[0].shown.caption))
+        yield Chart(
+            f"Held-out {runs[0].shown.title} for data sent",
+            caption,
+            data,
+            axes("MB sent", runs[0].shown.caption),
+        )
 
 
 def times(runs: Sequence[Run]) -> Iterator[Chart]:
@@ -225,7 +346,9 @@ def times(runs: Sequence[Run]) -> Iterator[Chart]:
     for run in runs:
         rows = run.line.metrics
         for part in PARTS:
-            found[part].append(sum(row.get(f"seconds/{part}", 0.0) for row in rows) / max(1, len(rows)))
+            found[part].append(
+                sum(row.get(f"seconds/{part}", 0.0) for row in rows) / max(1, len(rows))
+            )
         whole = sum(row["seconds"] for row in rows) / max(1, len(rows))
         found["rest"].append(max(0.0, whole - sum(found[part][-1] for part in PARTS)))
     if not any(any(found[part]) for part in PARTS):
@@ -234,8 +357,16 @@ def times(runs: Sequence[Run]) -> Iterator[Chart]:
     data = []
     for number, (part, values) in enumerate(found.items()):
         if any(value > 1e-4 for value in values):
-            bars = {"type": "bar", "orientation": "h", "name": PARTS.get(part, "the rest"), "y": names, "x": values}
+            bars = {
+                "type": "bar",
+                "orientation": "h",
+                "name": PARTS.get(part, "the rest"),
+                "y": names,
+                "x": values,
+            }
             data.append({**bars, "marker": filled(number)})
     layout = axes("seconds a round", "", barmode="stack", bargap=0.6)
     names_on(layout["yaxis"], names)
-    yield Chart("Where a round's time goes", "A mean over rounds, without evaluation.", data, layout)
+    yield Chart(
+        "Where a round's time goes", "A mean over rounds, without evaluation.", data, layout
+    )

@@ -56,21 +56,36 @@ def compare(paths: Sequence[Path]) -> list[Row]:
     """
     groups: dict[str, dict[int, Path]] = defaultdict(dict)
     if unfinished := [path for path in paths if not RunDirectory(path).done]:
-        raise UserError(f"{unfinished[0]}: the run is not finished, or there is none. `fedpref resume {unfinished[0]}` finishes it.")
+        raise UserError(
+            f"{unfinished[0]}: the run is not finished, or there is none. `fedpref resume "
+            f"{unfinished[0]}` finishes it."
+        )
     contents = {path: OmegaConf.load(path / CONFIG) for path in paths}
-    is_told_by_name = len({(str(content.name), content.seed) for content in contents.values()}) == len(contents)
+    is_told_by_name = len(
+        {(str(content.name), content.seed) for content in contents.values()}
+    ) == len(contents)
     for path, content in contents.items():
         runs = groups[str(content.name) if is_told_by_name else path.resolve().name]
         if content.seed in runs:
-            raise UserError(f"{path} and {runs[content.seed]} have the same name and seed, and their directories have too. Rename one.")
+            raise UserError(
+                f"{path} and {runs[content.seed]} have the same name and seed, and their "
+                "directories have too. Rename one."
+            )
         runs[content.seed] = path
-    lines = [_line(name, {seed: runs[seed] for seed in sorted(runs)}) for name, runs in groups.items()]
+    lines = [
+        _line(name, {seed: runs[seed] for seed in sorted(runs)}) for name, runs in groups.items()
+    ]
     first = lines[0]
     for line in lines:
         if line.seeds != first.seeds:
-            raise UserError(f"{line.name}: its seeds {line.seeds} are not those of {first.name}, {first.seeds}.")
+            raise UserError(
+                f"{line.name}: its seeds {line.seeds} are not those of {first.name}, {first.seeds}."
+            )
         if line.data != first.data:
-            raise UserError(f"{line.name}: its clients or their data are not those of {first.name}; compare runs on one split.")
+            raise UserError(
+                f"{line.name}: its clients or their data are not those of {first.name}; compare "
+                "runs on one split."
+            )
     return [_row(line, None if line is first else first.values) for line in lines]
 
 
@@ -96,15 +111,24 @@ def _line(name: str, runs: Mapping[int, Path]) -> _Line:
     found_runs = [FinishedRun.at(path) for path in paths]
     tables = [run.last_evaluation["clients"] for run in found_runs]
     if len({len(found) for found in tables}) > 1:
-        raise UserError(f"{name}: its runs have different numbers of clients; compare runs on one split.")
-    data = [{client: run.clients[client]["digest"] for client in sorted(found)} for run, found in zip(found_runs, tables, strict=True)]
+        raise UserError(
+            f"{name}: its runs have different numbers of clients; compare runs on one split."
+        )
+    data = [
+        {client: run.clients[client]["digest"] for client in sorted(found)}
+        for run, found in zip(found_runs, tables, strict=True)
+    ]
     metric = headline(next(iter(tables[0].values())))
     scale = HEADLINES[metric].scale
-    values = np.array([[scale * found[client][metric] for client in sorted(found)] for found in tables])
+    values = np.array(
+        [[scale * found[client][metric] for client in sorted(found)] for found in tables]
+    )
     return _Line(name, metric, list(runs), paths, data, values)
 
 
-def bootstrap(values: Matrix, *, crossed: bool = True, resamples: int = RESAMPLES) -> tuple[float, float]:
+def bootstrap(
+    values: Matrix, *, crossed: bool = True, resamples: int = RESAMPLES
+) -> tuple[float, float]:
     """The 95 % interval of the mean of a [seeds, clients] matrix, by percentiles: seeds are resampled, and clients.
 
     `crossed`: the clients are the same with every seed, and are resampled once for all; otherwise anew within each seed. With few
@@ -125,14 +149,19 @@ def _row(line: _Line, first: Matrix | None) -> Row:
     metrics = [row for path in line.paths for row in RunDirectory(path).read_rows(METRICS)]
     values, crossed = line.values, line.crossed
     names = [str(i) for i in range(values.shape[1])]
-    over = [over_clients(dict(zip(names, of_seed.tolist(), strict=True)), dict.fromkeys(names, 1)) for of_seed in values]
+    over = [
+        over_clients(dict(zip(names, of_seed.tolist(), strict=True)), dict.fromkeys(names, 1))
+        for of_seed in values
+    ]
     return Row(
         line.name,
         line.metric,
         seeds=len(line.seeds),
         mean=float(values.mean()),
         interval=bootstrap(values, crossed=crossed),
-        gain=None if first is None else (float((values - first).mean()), *bootstrap(values - first, crossed=crossed)),
+        gain=None
+        if first is None
+        else (float((values - first).mean()), *bootstrap(values - first, crossed=crossed)),
         worst=float(np.mean([summary["worst"] for summary in over])),
         worst_decile=float(np.mean([summary["worst_decile"] for summary in over])),
         jain=float(np.mean([summary.get("jain", math.nan) for summary in over])),
@@ -149,7 +178,10 @@ def _newcomers(paths: Sequence[Path]) -> tuple[float, float] | None:
         return None
     metric = headline(next(iter(last[0]["newcomers"].values())))
     scale = HEADLINES[metric].scale
-    before, after = ([scale * one[metric] for row in last for one in row[when].values()] for when in ("newcomers_before", "newcomers"))
+    before, after = (
+        [scale * one[metric] for row in last for one in row[when].values()]
+        for when in ("newcomers_before", "newcomers")
+    )
     return float(np.mean(before)), float(np.mean(after))
 
 
@@ -170,7 +202,9 @@ TITLES = (
 
 
 def _with_interval(digits: int, mean: float, low: float, high: float, sign: str = "") -> str:
-    return f"{mean:{sign}.{digits}f}" + ("" if math.isnan(low) else f" [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]")
+    return f"{mean:{sign}.{digits}f}" + (
+        "" if math.isnan(low) else f" [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
+    )
 
 
 def cells(row: Row) -> tuple[str, ...]:
@@ -186,14 +220,18 @@ def cells(row: Row) -> tuple[str, ...]:
         "" if math.isnan(row.jain) else f"{row.jain:.4f}",
         bytes_text(row.bytes_per_round),
         f"{row.seconds_per_round:.1f}",
-        "" if row.newcomers is None else f"{row.newcomers[0]:.{digits}f} to {row.newcomers[1]:.{digits}f}",
+        ""
+        if row.newcomers is None
+        else f"{row.newcomers[0]:.{digits}f} to {row.newcomers[1]:.{digits}f}",
     )
 
 
 def table(rows: Sequence[Row]) -> Table:
     """For a terminal."""
     shown = Table(
-        title=f"held-out {HEADLINES[rows[0].metric].caption}; gains over {rows[0].name}", title_style="bold", title_justify="left"
+        title=f"held-out {HEADLINES[rows[0].metric].caption}; gains over {rows[0].name}",
+        title_style="bold",
+        title_justify="left",
     )
     columns = _columns(rows)
     for title in TITLES[:columns]:
@@ -238,5 +276,15 @@ def csv_text(rows: Sequence[Row]) -> str:
     writer.writerow(names)
     for row in rows:
         rest = (row.worst, row.worst_decile, row.jain, row.bytes_per_round, row.seconds_per_round)
-        writer.writerow([row.name, row.seeds, row.mean, *row.interval, *(row.gain or ("", "", "")), *rest, *(row.newcomers or ("", ""))])
+        writer.writerow(
+            [
+                row.name,
+                row.seeds,
+                row.mean,
+                *row.interval,
+                *(row.gain or ("", "", "")),
+                *rest,
+                *(row.newcomers or ("", "")),
+            ]
+        )
     return out.getvalue()

@@ -11,19 +11,35 @@ from rich.table import Table
 from fedpref.runs.pareto import Point, best
 
 
-def front_table(objectives: Sequence[str], points: Sequence[Point], found: Mapping[str, float]) -> Table:
+def front_table(
+    objectives: Sequence[str], points: Sequence[Point], found: Mapping[str, float]
+) -> Table:
     """Every point, those marked that no other dominates; the front's figures under it."""
     caption = ", ".join(f"{name} {value:.4g}" for name, value in found.items())
     table = Table(
-        title="preferences and what came of them", title_style="bold", title_justify="left", caption=caption, caption_justify="left"
+        title="preferences and what came of them",
+        title_style="bold",
+        title_justify="left",
+        caption=caption,
+        caption_justify="left",
     )
     for title in ("preference", *objectives, *points[0].beside, ""):
         table.add_column(title, justify="right" if title else "left")
     marks = best(np.array([point.values for point in points]))
     for point, mark in zip(points, marks, strict=True):
         shares = ", ".join(f"{share:.2f}" for share in point.preference)
-        numbers = [f"{value:.3f}" for value in (*point.values, *(point.beside.get(name, float("nan")) for name in points[0].beside))]
-        table.add_row(shares, *numbers, ("best" if mark else "") + ("" if point.is_trained else " interpolated"))
+        numbers = [
+            f"{value:.3f}"
+            for value in (
+                *point.values,
+                *(point.beside.get(name, float("nan")) for name in points[0].beside),
+            )
+        ]
+        table.add_row(
+            shares,
+            *numbers,
+            ("best" if mark else "") + ("" if point.is_trained else " interpolated"),
+        )
     return table
 
 
@@ -41,7 +57,13 @@ def draw_front(objectives: Sequence[str], points: Sequence[Point], path: Path) -
             axes.plot(*zip(*(point.values[:2] for point in some), strict=True), marker, label=label)
             for point in some if is_trained else ():
                 text = "/".join(f"{share:.1f}" for share in point.preference)
-                axes.annotate(text, (point.values[0], point.values[1]), textcoords="offset points", xytext=(5, 5), fontsize=7)
+                axes.annotate(
+                    text,
+                    (point.values[0], point.values[1]),
+                    textcoords="offset points",
+                    xytext=(5, 5),
+                    fontsize=7,
+                )
     values = np.array([point.values[:2] for point in points])
     front = values[best(values)]
     front = front[front[:, 0].argsort()]

@@ -10,7 +10,17 @@ import networkx as nx
 
 from fedpref.numerics.metrics import of_objectives
 from fedpref.numerics.topology import rho
-from fedpref.reports.charts import DOTTED, FEW, Chart, axes, colour, every_line, lined, main_lines, with_prefix
+from fedpref.reports.charts import (
+    DOTTED,
+    FEW,
+    Chart,
+    axes,
+    colour,
+    every_line,
+    lined,
+    main_lines,
+    with_prefix,
+)
 from fedpref.reports.run import Run
 
 ROUNDING = 1e-12  # of the largest: what is below is rounding
@@ -29,17 +39,28 @@ def consensus(runs: Sequence[Run]) -> Iterator[Chart]:
         after = [max(row["consensus_error"], floor) for row in rows]
         data.append(lined(with_prefix(prefix, "after mixing"), rounds, after, number))
         if floor:
-            bounds = [max(value * left**2, floor) for value, left in zip(before, left_by_mixing(run, rows), strict=True)]
+            bounds = [
+                max(value * left**2, floor)
+                for value, left in zip(before, left_by_mixing(run, rows), strict=True)
+            ]
             data.append(lined(with_prefix(prefix, "before mixing"), rounds, before, number, 1))
-            data.append({**lined(with_prefix(prefix, "bound"), rounds, bounds, number, 2), "mode": "lines"})
+            data.append(
+                {**lined(with_prefix(prefix, "bound"), rounds, bounds, number, 2), "mode": "lines"}
+            )
     if data:
         layout = axes("round", "mean squared distance to the mean")
         values = [value for trace in data for value in trace["y"] if value > 0]
         decades = math.log10(max(values) / min(values)) if values else 0.0
-        layout["yaxis"] |= {"type": "log", "tickformat": ".0e", "dtick": math.ceil(decades / 8) if decades > 4 else "D2"}
+        layout["yaxis"] |= {
+            "type": "log",
+            "tickformat": ".0e",
+            "dtick": math.ceil(decades / 8) if decades > 4 else "D2",
+        }
         caption = (
-            "The bound is rho² of what there was before, rho the largest singular value of the round's mixing matrix beside the mean, "
-            "with clients' weights, by which it may be above one; distances are estimated from random sums."
+            "The bound is rho² of what there was before, rho the largest singular value of the "
+            "round's mixing matrix beside the mean, "
+            "with clients' weights, by which it may be above one; distances are estimated from "
+            "random sums."
         )
         yield Chart("Disagreement between clients", caption, data, layout)
 
@@ -53,8 +74,12 @@ def left_by_mixing(run: Run, rows: Sequence[Mapping[str, Any]]) -> list[float]:
     for row in rows:
         active, _ = spec.federation.cohort(chances, spec.seed, row["round"] - 1)
         if not (spec.network.is_fixed and active in known):
-            weights = [1.0 if spec.federation.weighting == "equal" else sizes[names[i]] for i in active]
-            matrix = spec.network.matrix(names, spec.seed, row["round"] - 1, active)[active, :][:, active]
+            weights = [
+                1.0 if spec.federation.weighting == "equal" else sizes[names[i]] for i in active
+            ]
+            matrix = spec.network.matrix(names, spec.seed, row["round"] - 1, active)[active, :][
+                :, active
+            ]
             known[active] = rho(matrix, weights)
         found.append(known[active] if len(active) == row["clients"] else math.nan)
     return found
@@ -74,14 +99,23 @@ def graph(runs: Sequence[Run]) -> Iterator[Chart]:
                 ends[k].extend([float(places[one][k]), float(places[other][k]), None])
         values = run.values()
         shown = [values.get(name, math.nan) for name in names]
-        lines = {"type": "scatter", "mode": "lines", "x": ends[0], "y": ends[1], "hoverinfo": "skip", "line": {"color": "#8888888c"}}
+        lines = {
+            "type": "scatter",
+            "mode": "lines",
+            "x": ends[0],
+            "y": ends[1],
+            "hoverinfo": "skip",
+            "line": {"color": "#8888888c"},
+        }
         nodes = {
             "type": "scatter",
             "mode": "markers+text" if len(names) <= FEW else "markers",
             "x": [float(places[k][0]) for k in range(len(names))],
             "y": [float(places[k][1]) for k in range(len(names))],
             "text": names,
-            "textposition": ["top center" if places[k][1] >= 0 else "bottom center" for k in range(len(names))],
+            "textposition": [
+                "top center" if places[k][1] >= 0 else "bottom center" for k in range(len(names))
+            ],
             "customdata": shown,
             "hovertemplate": "%{text}: %{customdata:.1f}<extra></extra>",
             "cliponaxis": False,
@@ -96,7 +130,10 @@ def graph(runs: Sequence[Run]) -> Iterator[Chart]:
         bare = {"visible": False, "range": [-1.35, 1.35]}
         layout = {"showlegend": False, "xaxis": bare, "yaxis": bare}
         title = "Who hears whom" + (f": {run.title}" if len(runs) > 1 else "")
-        caption = "Links between clients, those of the first round where they change; the colour is how each fares on its held-out data."
+        caption = (
+            "Links between clients, those of the first round where they change; the colour "
+            "is how each fares on its held-out data."
+        )
         yield Chart(title, caption, [lines, nodes], layout)
 
 
@@ -105,14 +142,20 @@ def graph(runs: Sequence[Run]) -> Iterator[Chart]:
 
 def objectives(runs: Sequence[Run]) -> Iterator[Chart]:
     """What objectives come to, and the weights by which they are combined, over rounds."""
-    several = len(list(every_line(runs))) > 1  # then objectives are told apart by dashes, otherwise by colours
+    several = (
+        len(list(every_line(runs))) > 1
+    )  # then objectives are told apart by dashes, otherwise by colours
     reached, weighed = [], []
 
     def drawn(name: str, x: Sequence[Any], y: Sequence[Any], number: int, k: int) -> dict[str, Any]:
         return lined(name, x, y, number, k) if several else lined(name, x, y, number + k)
 
     for title, _, line, number in every_line(runs):
-        metrics = [name for name in of_objectives(next(iter(line.last.values()))) if name.startswith("rewards/")]
+        metrics = [
+            name
+            for name in of_objectives(next(iter(line.last.values())))
+            if name.startswith("rewards/")
+        ]
         if len(metrics) < 2 or len(line.evaluations) < 2:
             continue
         for k, metric in enumerate(metrics):
@@ -121,15 +164,21 @@ def objectives(runs: Sequence[Run]) -> Iterator[Chart]:
             means = [row["summary"][metric]["mean"] for row in line.evaluations]
             reached.append(drawn(name, rounds, means, number, k))
     for prefix, run, number in main_lines(runs):
-        for k, name in enumerate(name for name in run.line.metrics[-1] if name.startswith("weights/")):
+        for k, name in enumerate(
+            name for name in run.line.metrics[-1] if name.startswith("weights/")
+        ):
             rounds = [row["round"] for row in run.line.metrics if name in row]
             title = with_prefix(prefix, name.removeprefix("weights/"))
             weighed.append(drawn(title, rounds, run.line.column(name), number, k))
     if reached:
         caption = "Held-out, of each objective: means over clients."
-        yield Chart("What objectives come to", caption, reached, axes("round", "reward or accuracy"))
+        yield Chart(
+            "What objectives come to", caption, reached, axes("round", "reward or accuracy")
+        )
     if weighed:
-        caption = "The mean over clients of the weights by which gradients of objectives are combined."
+        caption = (
+            "The mean over clients of the weights by which gradients of objectives are combined."
+        )
         yield Chart("Weights of objectives", caption, weighed, axes("round", "weight"))
 
 
@@ -137,11 +186,18 @@ def front(content: Mapping[str, Any]) -> Chart:
     """A front of trade-offs, from `fedpref pareto`."""
     points, names = content["points"], content["objectives"]
     data = []
-    for trained, symbol, title in ((True, "circle", "trained"), (False, "x", "means of neighbours' adapters")):
+    for trained, symbol, title in (
+        (True, "circle", "trained"),
+        (False, "x", "means of neighbours' adapters"),
+    ):
         some = [point for point in points if point["is_trained"] == trained]
         if some:
             text = [" / ".join(f"{share:.2f}" for share in point["preference"]) for point in some]
-            marker: dict[str, Any] = {"size": 10, "symbol": symbol, "color": colour(0 if trained else 1)}
+            marker: dict[str, Any] = {
+                "size": 10,
+                "symbol": symbol,
+                "color": colour(0 if trained else 1),
+            }
             if len(names) > 2:
                 third = [point["values"][2] for point in some]
                 marker |= {
@@ -161,8 +217,13 @@ def front(content: Mapping[str, Any]) -> Chart:
                     "marker": marker,
                 }
             )
-    figures = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in content["figures"].items())
-    caption = f"Each point is a run under the preference beside it ({' / '.join(names)}). {figures[:1].upper()}{figures[1:]}."
+    figures = ", ".join(
+        f"{name.replace('_', ' ')} {value:.4g}" for name, value in content["figures"].items()
+    )
+    caption = (
+        f"Each point is a run under the preference beside it ({' / '.join(names)}). "
+        f"{figures[:1].upper()}{figures[1:]}."
+    )
     if len(names) > 3:
         caption += f" Of {len(names)} objectives the first three are drawn."
     return Chart("The front of trade-offs", caption, data, axes(names[0], names[1]))
@@ -176,13 +237,37 @@ def calibration(runs: Sequence[Run]) -> Iterator[Chart]:
         if not all("calibration_error" in row for row in rows.values()):
             continue
         x, y = ([row[name] for row in rows.values()] for name in ("calibration_error", "coverage"))
-        marks = {"type": "scatter", "mode": "markers", "name": prefix or run.title, "x": x, "y": y, "text": list(rows)}
-        shown = {"marker": {"color": colour(number), "size": 9}, "hovertemplate": "%{text}: error %{x:.3f}, coverage %{y:.2f}"}
+        marks = {
+            "type": "scatter",
+            "mode": "markers",
+            "name": prefix or run.title,
+            "x": x,
+            "y": y,
+            "text": list(rows),
+        }
+        shown = {
+            "marker": {"color": colour(number), "size": 9},
+            "hovertemplate": "%{text}: error %{x:.3f}, coverage %{y:.2f}",
+        }
         data.append({**marks, **shown})
     if data:
         caption = (
-            "Of each group: the calibration error of its options, and how often a true share lies within the standard deviation "
+            "Of each group: the calibration error of its options, and how often a true share "
+            "lies within the standard deviation "
             "predicted (dotted: a calibrated one)."
         )
-        calibrated = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": 0.683, "y1": 0.683, "line": DOTTED}
-        yield Chart("Calibration of each group", caption, data, axes("calibration error", "coverage", shapes=[calibrated]))
+        calibrated = {
+            "type": "line",
+            "xref": "paper",
+            "x0": 0,
+            "x1": 1,
+            "y0": 0.683,
+            "y1": 0.683,
+            "line": DOTTED,
+        }
+        yield Chart(
+            "Calibration of each group",
+            caption,
+            data,
+            axes("calibration error", "coverage", shapes=[calibrated]),
+        )

@@ -29,10 +29,16 @@ def graph_metrics(network: Network, names: Names) -> dict[str, float]:
         "links": graphs[0].number_of_edges(),
         "fewest neighbours": min(degrees),
         "most neighbours": max(degrees),
-        "effective diameter": effective_diameter(nx.compose_all([graph.to_undirected() for graph in graphs])),
+        "effective diameter": effective_diameter(
+            nx.compose_all([graph.to_undirected() for graph in graphs])
+        ),
         "rho": second,
         "spectral gap 1 - rho^2": 1 - second**2,
-        "rounds to halve a disagreement": 0.0 if second < 1e-9 else math.inf if second >= 1 else math.log(0.5) / math.log(second),
+        "rounds to halve a disagreement": 0.0
+        if second < 1e-9
+        else math.inf
+        if second >= 1
+        else math.log(0.5) / math.log(second),
     }
 
 
@@ -49,6 +55,9 @@ def drawn(matrix: Matrix, names: Names) -> Text:
     width = max(map(len, names))
     text = Text()
     for name, row in zip(names, matrix, strict=True):
-        cells = "".join(2 * SHADES[min(len(SHADES) - 1, math.ceil(weight * (len(SHADES) - 1)))] for weight in row)
+        cells = "".join(
+            2 * SHADES[min(len(SHADES) - 1, math.ceil(weight * (len(SHADES) - 1)))]
+            for weight in row
+        )
         text.append(f"{name:>{width}}  {cells}\n")
     return text

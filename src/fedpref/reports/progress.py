@@ -16,15 +16,31 @@ from fedpref.reports.tables import bytes_text
 if TYPE_CHECKING:
     from fedpref.experiments.rounds import Event
 
-TRAINING = {"loss": "loss", ACCURACY: "accuracy", "rewards/margins": "margin", "reward": "reward", "kl": "KL", "error": "error"}
+TRAINING = {
+    "loss": "loss",
+    ACCURACY: "accuracy",
+    "rewards/margins": "margin",
+    "reward": "reward",
+    "kl": "KL",
+    "error": "error",
+}
 UNITS = {"num_pairs": "pairs", "num_points": "points", "num_samples": "answers"}
-DIAGNOSTICS = {"pooled_loss": "pooled loss", "pooled_gradient_norm_squared": "squared gradient", "disagreement": "disagreement"}
+DIAGNOSTICS = {
+    "pooled_loss": "pooled loss",
+    "pooled_gradient_norm_squared": "squared gradient",
+    "disagreement": "disagreement",
+}
 RECENT = 10  # rounds by which the time that is left is judged
 
 
 def show(happenings: Iterator[Event], console: Console) -> None:
     """Draw events until they end."""
-    columns = (TextColumn("[bold]{task.description}"), BarColumn(bar_width=16), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"))
+    columns = (
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=16),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[figures]}"),
+    )
     recent: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=RECENT))
     held_out, said = dict[str, str](), dict[str, str]()
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
@@ -40,7 +56,11 @@ def show(happenings: Iterator[Event], console: Console) -> None:
                 text += _left(event, recent[title])
             if not console.is_terminal:
                 if event.kind != "prepare" or event.done == event.total:
-                    console.print(f"{title:12s} {event.kind} {event.done}/{event.total}  {text}", highlight=False, soft_wrap=True)
+                    console.print(
+                        f"{title:12s} {event.kind} {event.done}/{event.total}  {text}",
+                        highlight=False,
+                        soft_wrap=True,
+                    )
                 continue
             if title not in bars:
                 bars[title] = progress.add_task(title, total=event.total, figures="")
@@ -48,13 +68,19 @@ def show(happenings: Iterator[Event], console: Console) -> None:
                 held_out[title] = f"held-out {event.metrics['mean']:.3f}  "
             else:
                 said[title] = text
-            progress.update(bars[title], completed=event.done, figures=held_out.get(title, "") + said.get(title, ""))
+            progress.update(
+                bars[title],
+                completed=event.done,
+                figures=held_out.get(title, "") + said.get(title, ""),
+            )
 
 
 def _left(event: Event, seconds: deque[float]) -> str:
     """How long the line's rounds will take that are left, by those that were last; evaluations come on top."""
     rounds = event.total - event.done
-    return f"  {timedelta(seconds=round(rounds * sum(seconds) / len(seconds)))} left" if rounds else ""
+    return (
+        f"  {timedelta(seconds=round(rounds * sum(seconds) / len(seconds)))} left" if rounds else ""
+    )
 
 
 def _figures(event: Event) -> str:
@@ -63,8 +89,23 @@ def _figures(event: Event) -> str:
         return "clients"
     if event.kind == "evaluate":
         text = f"held-out {event.note} {figures['mean']:.3f}, worst client {figures['worst']:.3f}"
-        return ", ".join([text, *(f"{title} {figures[name]:.3g}" for name, title in DIAGNOSTICS.items() if name in figures)])
+        return ", ".join(
+            [
+                text,
+                *(
+                    f"{title} {figures[name]:.3g}"
+                    for name, title in DIAGNOSTICS.items()
+                    if name in figures
+                ),
+            ]
+        )
     sent = bytes_text(figures["bytes_up"] + figures["bytes_down"])
-    shown = "  ".join(f"{title} {figures[name]:.3f}" for name, title in TRAINING.items() if name in figures)
-    speed = "  ".join(f"{figures[name] / figures['seconds']:.0f} {unit}/s" for name, unit in UNITS.items() if name in figures)
+    shown = "  ".join(
+        f"{title} {figures[name]:.3f}" for name, title in TRAINING.items() if name in figures
+    )
+    speed = "  ".join(
+        f"{figures[name] / figures['seconds']:.0f} {unit}/s"
+        for name, unit in UNITS.items()
+        if name in figures
+    )
     return f"{shown}  {sent}  {speed}"

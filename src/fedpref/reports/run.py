@@ -14,10 +14,27 @@ from urllib.parse import unquote
 from fedpref.errors import UserError
 from fedpref.experiments.experiment import Experiment
 from fedpref.experiments.finished import FinishedRun
-from fedpref.experiments.run_directory import CLIENTS, ENVIRONMENT, EVALUATION, METRICS, NEWCOMERS, SAMPLES, RunDirectory
-from fedpref.numerics.metrics import ACCURACY, HEADLINES, ClientMetrics, Headline, headline, standard_error
+from fedpref.experiments.run_directory import (
+    CLIENTS,
+    ENVIRONMENT,
+    EVALUATION,
+    METRICS,
+    NEWCOMERS,
+    SAMPLES,
+    RunDirectory,
+)
+from fedpref.numerics.metrics import (
+    ACCURACY,
+    HEADLINES,
+    ClientMetrics,
+    Headline,
+    headline,
+    standard_error,
+)
 
-Values = dict[str, float]  # client -> its value of the metric by which clients are compared, in that metric's unit
+Values = dict[
+    str, float
+]  # client -> its value of the metric by which clients are compared, in that metric's unit
 
 
 @dataclass(frozen=True)
@@ -69,19 +86,28 @@ class Run:
 
     def values(self, line: Line | None = None) -> Values:
         """Each client's last value of that metric."""
-        return {client: self.shown.scale * row[self.metric] for client, row in (line or self.line).last.items()}
+        return {
+            client: self.shown.scale * row[self.metric]
+            for client, row in (line or self.line).last.items()
+        }
 
     def gains(self, baseline: str) -> Values:
         """Each client's value less what it has under a baseline; nothing where that has not been evaluated after as many rounds."""
         mine, theirs = self._beside(baseline)
-        return {name: self.shown.scale * (row[self.metric] - theirs[name][self.metric]) for name, row in mine.items()}
+        return {
+            name: self.shown.scale * (row[self.metric] - theirs[name][self.metric])
+            for name, row in mine.items()
+        }
 
     def noise(self, baseline: str) -> Values:
         """Two standard errors of each gain, of the held-out pairs by which it was measured; nothing for metrics that are no accuracy."""
         if self.metric != ACCURACY:
             return {}
         mine, theirs = self._beside(baseline)
-        return {name: 2 * self.shown.scale * math.hypot(_error(row), _error(theirs[name])) for name, row in mine.items()}
+        return {
+            name: 2 * self.shown.scale * math.hypot(_error(row), _error(theirs[name]))
+            for name, row in mine.items()
+        }
 
     def _beside(self, baseline: str) -> tuple[ClientMetrics, ClientMetrics]:
         """This line's last metrics and a baseline's, of the clients that have both."""
@@ -89,7 +115,9 @@ class Run:
         if other is None or other.rounds != self.line.rounds:
             return {}, {}
         both = [name for name in self.line.last if name in other.last]
-        return {name: self.line.last[name] for name in both}, {name: other.last[name] for name in both}
+        return {name: self.line.last[name] for name in both}, {
+            name: other.last[name] for name in both
+        }
 
     @cached_property
     def sizes(self) -> dict[str, Mapping[str, Any]]:
@@ -108,8 +136,12 @@ class Run:
         for line in (self.line, *self.baselines.values()):
             row = line.evaluations[-1] if line.evaluations else {}
             later = self.joined if line is self.line else {}
-            before = row.get("newcomers_before", {}) | {client: one["before"] for client, one in later.items()}
-            after = row.get("newcomers", {}) | {client: one["after"] for client, one in later.items()}
+            before = row.get("newcomers_before", {}) | {
+                client: one["before"] for client, one in later.items()
+            }
+            after = row.get("newcomers", {}) | {
+                client: one["after"] for client, one in later.items()
+            }
             if after:
                 found[line.name] = (self._values(before), self._values(after))
         return found
@@ -121,7 +153,10 @@ class Run:
     def samples(self) -> dict[str, list[dict[str, Any]]]:
         """Answers before and after, by client."""
         files = sorted((self.path / SAMPLES).glob("*.jsonl"))
-        return {unquote(file.stem): [json.loads(row) for row in file.read_text().splitlines()] for file in files}
+        return {
+            unquote(file.stem): [json.loads(row) for row in file.read_text().splitlines()]
+            for file in files
+        }
 
 
 def _error(row: Mapping[str, float]) -> float:
@@ -132,11 +167,20 @@ def read(path: Path) -> Run:
     """Read a run; raises UserError where there is none, or none that has begun."""
     run = FinishedRun.at(path)
     if not run.has_begun:
-        raise UserError(f"{path}: the run has not begun, nobody has said which clients there are (no {CLIENTS}).")
+        raise UserError(
+            f"{path}: the run has not begun, nobody has said which clients there are (no "
+            f"{CLIENTS})."
+        )
     found = {
-        name: Line(name, line.read_rows(METRICS), line.read_rows(EVALUATION)) for name, line in run.lines.items() if line.path.exists()
+        name: Line(name, line.read_rows(METRICS), line.read_rows(EVALUATION))
+        for name, line in run.lines.items()
+        if line.path.exists()
     }
-    environment = json.loads((path / ENVIRONMENT).read_text()) if (path / ENVIRONMENT).exists() else {}
+    environment = (
+        json.loads((path / ENVIRONMENT).read_text()) if (path / ENVIRONMENT).exists() else {}
+    )
     experiment = run.experiment
     main = found.pop(experiment.algorithm.name)
-    return Run(path, experiment, run.clients, main, found, environment, run.is_finished, experiment.name)
+    return Run(
+        path, experiment, run.clients, main, found, environment, run.is_finished, experiment.name
+    )

@@ -40,7 +40,10 @@ GROUPS: Mapping[str, tuple[str, Sequence[Any]]] = {
     "algorithms": ("algorithm", config.kinds(AnyAlgorithm)),
     "local": ("algorithm.local: how a client trains within a round", (LocalTraining,)),
     "parts": ("algorithm.parts: what of the model is each client's own", (Parts,)),
-    "aggregates": ("algorithm.aggregate: how clients' adapters become one", config.kinds(Aggregate)),
+    "aggregates": (
+        "algorithm.aggregate: how clients' adapters become one",
+        config.kinds(Aggregate),
+    ),
     "servers": ("algorithm.server of fedopt", (Momentum, Adaptive)),
     "solvers": ("algorithm.solver of firm and fsmgda", (MinNorm,)),
     "tasks": ("task", config.kinds(AnyTask)),
@@ -117,7 +120,10 @@ class Kind:
 
 def named_kinds() -> dict[str, tuple[Kind, ...]]:
     """Return all kinds of settings, in the order of `GROUPS`."""
-    return {group: tuple(Kind(source, _names(source)) for source in sources) for group, (_, sources) in GROUPS.items()}
+    return {
+        group: tuple(Kind(source, _names(source)) for source in sources)
+        for group, (_, sources) in GROUPS.items()
+    }
 
 
 def kinds_table(groups: Mapping[str, Sequence[Kind]]) -> Table:
@@ -169,7 +175,11 @@ def _markdown_table(settings: Sequence[Setting]) -> str:
     def cell(text: str) -> str:
         return text.replace("|", "\\|").replace("\n", " ")
 
-    rows = [f"| `{s.key}` | {cell(s.type)} | {f'`{cell(s.default)}`' if s.default else ''} | {cell(s.sentence)} |" for s in settings]
+    rows = [
+        f"| `{s.key}` | {cell(s.type)} | {f'`{cell(s.default)}`' if s.default else ''} | "
+        f"{cell(s.sentence)} |"
+        for s in settings
+    ]
     return "\n".join(["| setting | type | default | |", "|---|---|---|---|", *rows])
 
 
@@ -201,7 +211,13 @@ def _written(value: Any) -> str:
 
 
 _BOUNDS = {Ge: ("ge", "≥"), Gt: ("gt", ">"), Le: ("le", "≤"), Lt: ("lt", "<")}
-_WORDS = {int: "whole number", float: "number", str: "text", bool: "true or false", type(None): "null"}
+_WORDS = {
+    int: "whole number",
+    float: "number",
+    str: "text",
+    bool: "true or false",
+    type(None): "null",
+}
 
 
 def _type(hint: Any) -> str:
@@ -226,7 +242,11 @@ def _type(hint: Any) -> str:
         return " or ".join(f"`{arg}`" for arg in args)
     if origin is tuple:
         inner = [arg for arg in args if arg is not Ellipsis]
-        return f"list of {_type(inner[0])}" if Ellipsis in args else f"{len(inner)} of {_type(inner[0])}"
+        return (
+            f"list of {_type(inner[0])}"
+            if Ellipsis in args
+            else f"{len(inner)} of {_type(inner[0])}"
+        )
     if origin is not None and isinstance(origin, type) and issubclass(origin, Mapping):
         return f"mapping of {_type(args[0])} to {_type(args[1])}"
     if is_dataclass(hint):

@@ -12,7 +12,16 @@ from rich.table import Table
 from rich.text import Text
 
 from fedpref.experiments.run_directory import CLIENTS, SAMPLES
-from fedpref.numerics.metrics import ACCURACY, ALIGNMENT, HEADLINES, ClientMetrics, headline, of_objectives, over_clients, standard_error
+from fedpref.numerics.metrics import (
+    ACCURACY,
+    ALIGNMENT,
+    HEADLINES,
+    ClientMetrics,
+    headline,
+    of_objectives,
+    over_clients,
+    standard_error,
+)
 
 
 def sizes(path: Path) -> dict[str, dict[str, int]]:
@@ -30,7 +39,11 @@ def metric_table(found: ClientMetrics) -> Table:
         for metric in first:
             table.add_row(metric, *(f"{row[metric]:.4g}" for row in found.values()))
         return table
-    shown = [metric for metric in (*HEADLINES, "rewards/margins", "kl", "loss", "num_examples") if metric in first]
+    shown = [
+        metric
+        for metric in (*HEADLINES, "rewards/margins", "kl", "loss", "num_examples")
+        if metric in first
+    ]
     for name in ("client", *shown):
         table.add_column(name, justify="left" if name == "client" else "right")
     for client, row in found.items():
@@ -42,7 +55,10 @@ def client_table(path: Path, evaluations: Mapping[str, ClientMetrics]) -> Table:
     """What clients are compared by, of each under each line, clients with most training examples first, then summaries."""
     pairs, metric = sizes(path), _headline(next(iter(evaluations.values())))
     shown = HEADLINES[metric]
-    figures = {line: {name: row[metric] for name, row in rows.items()} for line, rows in evaluations.items()}
+    figures = {
+        line: {name: row[metric] for name, row in rows.items()}
+        for line, rows in evaluations.items()
+    }
     names = sorted(next(iter(figures.values())), key=lambda name: (-pairs[name]["train"], name))
     counts = {name: pairs[name]["test"] for name in names}
     table = Table(title=f"held-out {shown.caption}", title_style="bold", title_justify="left")
@@ -54,27 +70,50 @@ def client_table(path: Path, evaluations: Mapping[str, ClientMetrics]) -> Table:
         table.add_column(line, justify="right", style="bold" if line == main else "")
     for name in names:
         table.add_row(
-            Text(name), str(pairs[name]["train"]), str(counts[name]), *(shown.text(figures[line].get(name, math.nan)) for line in figures)
+            Text(name),
+            str(pairs[name]["train"]),
+            str(counts[name]),
+            *(shown.text(figures[line].get(name, math.nan)) for line in figures),
         )
     table.add_section()
     trained, held = str(sum(pairs[name]["train"] for name in names)), str(sum(counts.values()))
     summaries = {line: over_clients(values, counts) for line, values in figures.items()}
-    table.add_row("mean", trained, held, *(shown.text(summaries[line]["mean"]) for line in figures), style="bold")
+    table.add_row(
+        "mean",
+        trained,
+        held,
+        *(shown.text(summaries[line]["mean"]) for line in figures),
+        style="bold",
+    )
     if metric == ACCURACY:
-        table.add_row("standard error (pairs)", "", "", *(shown.text(standard_error(figures[line], counts)) for line in figures))
+        table.add_row(
+            "standard error (pairs)",
+            "",
+            "",
+            *(shown.text(standard_error(figures[line], counts)) for line in figures),
+        )
     if len(names) >= 4:
         small = names[len(names) // 2 :]
-        part = [shown.text(_mean([figures[line][name] for name in small if name in figures[line]])) for line in figures]
+        part = [
+            shown.text(_mean([figures[line][name] for name in small if name in figures[line]]))
+            for line in figures
+        ]
         table.add_row(
             f"the {len(small)} with least data",
             str(sum(pairs[name]["train"] for name in small)),
             str(sum(counts[name] for name in small)),
             *part,
         )
-    for key, title in (("weighted_mean", "by held-out examples"), ("worst", "worst client"), ("worst_decile", "worst decile")):
+    for key, title in (
+        ("weighted_mean", "by held-out examples"),
+        ("worst", "worst client"),
+        ("worst_decile", "worst decile"),
+    ):
         table.add_row(title, "", "", *(shown.text(summaries[line][key]) for line in figures))
     if metric == ALIGNMENT:
-        table.add_row("best less worst", "", "", *(shown.text(summaries[line]["gap"]) for line in figures))
+        table.add_row(
+            "best less worst", "", "", *(shown.text(summaries[line]["gap"]) for line in figures)
+        )
     if all("jain" in summaries[line] for line in figures):
         table.add_row("Jain index", "", "", *(f"{summaries[line]['jain']:.4f}" for line in figures))
     return table
@@ -94,7 +133,9 @@ def objective_table(evaluations: Mapping[str, ClientMetrics]) -> Table | None:
     for line in evaluations:
         table.add_column(line, justify="right")
     for metric in wanted:
-        means = [sum(row[metric] for row in rows.values()) / len(rows) for rows in evaluations.values()]
+        means = [
+            sum(row[metric] for row in rows.values()) / len(rows) for rows in evaluations.values()
+        ]
         table.add_row(metric, *(f"{mean:.3f}" for mean in means))
     return table
 
@@ -105,25 +146,41 @@ def sample_table(path: Path, shown: int = 3) -> Table | None:
     rows = [json.loads(line) for line in files[0].read_text().splitlines()[:shown]] if files else []
     if not rows:
         return None
-    table = Table(title=f"answers to {unquote(files[0].stem)}", title_style="bold", title_justify="left", show_lines=True)
+    table = Table(
+        title=f"answers to {unquote(files[0].stem)}",
+        title_style="bold",
+        title_justify="left",
+        show_lines=True,
+    )
     for title in ("prompt", "before", "after"):
         table.add_column(title, ratio=1)
     for row in rows:
         prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
-        answers = [Text("\n".join([row[name]["completion"].strip(), *_rewards(row[name]["rewards"])])) for name in ("before", "after")]
+        answers = [
+            Text("\n".join([row[name]["completion"].strip(), *_rewards(row[name]["rewards"])]))
+            for name in ("before", "after")
+        ]
         table.add_row(Text(prompt.strip()), *answers)
     return table
 
 
 def _rewards(rewards: Mapping[str, float]) -> list[str]:
-    return ["[" + ", ".join(f"{name} {value:.2f}" for name, value in rewards.items()) + "]"] if rewards else []
+    return (
+        ["[" + ", ".join(f"{name} {value:.2f}" for name, value in rewards.items()) + "]"]
+        if rewards
+        else []
+    )
 
 
-def newcomer_table(pairs: Mapping[str, Mapping[str, int]], lines: Mapping[str, tuple[ClientMetrics, ClientMetrics]]) -> Table:
+def newcomer_table(
+    pairs: Mapping[str, Mapping[str, int]], lines: Mapping[str, tuple[ClientMetrics, ClientMetrics]]
+) -> Table:
     """The same of clients that join after training, under each line: as they join, and after steps of their own."""
     metric = _headline(next(iter(lines.values()))[0])
     shown = HEADLINES[metric]
-    table = Table(title=f"newcomers: held-out {shown.caption}", title_style="bold", title_justify="left")
+    table = Table(
+        title=f"newcomers: held-out {shown.caption}", title_style="bold", title_justify="left"
+    )
     for title in ("client", "training\nexamples", "held-out\nexamples"):
         table.add_column(title, justify="left" if title == "client" else "right", no_wrap=True)
     columns = []
@@ -132,10 +189,21 @@ def newcomer_table(pairs: Mapping[str, Mapping[str, int]], lines: Mapping[str, t
             table.add_column(title, justify="right")
             columns.append({name: row[metric] for name, row in metrics.items()})
     for name in columns[0]:
-        table.add_row(Text(name), str(pairs[name]["train"]), str(pairs[name]["test"]), *(shown.text(column[name]) for column in columns))
+        table.add_row(
+            Text(name),
+            str(pairs[name]["train"]),
+            str(pairs[name]["test"]),
+            *(shown.text(column[name]) for column in columns),
+        )
     if len(columns[0]) > 1:
         table.add_section()
-        table.add_row("mean", "", "", *(shown.text(sum(column.values()) / len(column)) for column in columns), style="bold")
+        table.add_row(
+            "mean",
+            "",
+            "",
+            *(shown.text(sum(column.values()) / len(column)) for column in columns),
+            style="bold",
+        )
     return table
 
 
@@ -152,9 +220,14 @@ def size_table(clients: Mapping[str, tuple[int, int, int]], shown: int = 30) -> 
     for name, (train, test, cut) in ranked[:shown]:
         table.add_row(Text(name), str(train), str(test), str(cut))
     if len(ranked) > shown:
-        table.add_row(f"... and {len(ranked) - shown} smaller ones", *(str(sum(s[i] for _, s in ranked[shown:])) for i in range(3)))
+        table.add_row(
+            f"... and {len(ranked) - shown} smaller ones",
+            *(str(sum(s[i] for _, s in ranked[shown:])) for i in range(3)),
+        )
     table.add_section()
-    table.add_row("all", *(str(sum(size[i] for size in clients.values())) for i in range(3)), style="bold")
+    table.add_row(
+        "all", *(str(sum(size[i] for size in clients.values())) for i in range(3)), style="bold"
+    )
     return table
 
 

@@ -85,7 +85,9 @@ class AdaptiveAlpha:
     def index(self, rewards: Float[Tensor, "G n"]) -> float:
         """Return how alike groups fare, 1 at most."""
         spread = rewards.std(0, correction=0) / rewards.mean(0).abs().clamp(min=1e-12)
-        return float((1 / (1 + (spread.square() if self.fairness == "cov-squared" else spread))).mean())
+        return float(
+            (1 / (1 + (spread.square() if self.fairness == "cov-squared" else spread))).mean()
+        )
 
     def __call__(self, rewards: Float[Tensor, "G n"]) -> Float[Tensor, " n"]:
         """Return one reward for each answer [n] from each group's [G, n], and remember how groups
@@ -95,10 +97,17 @@ class AdaptiveAlpha:
         fair = self.index(rewards) >= self.threshold
         alpha = torch.softmax((1 - known) / self.temperature, 0)[:, None]
         self.batches += 1
-        leaning = (alpha * rewards).sum(0) if self.rescale else (alpha * rewards).exp().mean(0).log()
+        leaning = (
+            (alpha * rewards).sum(0) if self.rescale else (alpha * rewards).exp().mean(0).log()
+        )
         found = rewards.mean(0) if fair else leaning
-        now, rate = rewards[:, found.argmax()] if self.fares_by == "winner" else rewards.mean(1), 1 / self.batches
-        self.history = torch.lerp(known, now, rate if self.decay is None else 1 - self.decay).tolist()
+        now, rate = (
+            rewards[:, found.argmax()] if self.fares_by == "winner" else rewards.mean(1),
+            1 / self.batches,
+        )
+        self.history = torch.lerp(
+            known, now, rate if self.decay is None else 1 - self.decay
+        ).tolist()
         return found
 
 

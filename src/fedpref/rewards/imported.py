@@ -33,7 +33,8 @@ class Function(RewardSettings):
             function: Any = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError, ValueError) as error:
             raise UserError(
-                f"reward function {self.path!r} could not be imported: {error}. Expected module:function on the Python path."
+                f"reward function {self.path!r} could not be imported: {error}. Expected "
+                "module:function on the Python path."
             ) from error
         made: RewardFunction = function(**self.arguments) if self.arguments else function
         return made

@@ -29,7 +29,9 @@ class Sentiment(RewardSettings):
         try:
             from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
         except ImportError as error:
-            raise UserError("The reward 'sentiment' needs vaderSentiment. Install fedpref[sentiment].") from error
+            raise UserError(
+                "The reward 'sentiment' needs vaderSentiment. Install fedpref[sentiment]."
+            ) from error
         score = SentimentIntensityAnalyzer().polarity_scores
 
         def reward(prompts: Sequence[Text], completions: Sequence[Text], **_: Any) -> list[float]:
@@ -57,7 +59,10 @@ class Toxicity(RewardSettings):
     def build(self, open_groups: OpenGroups = no_groups) -> RewardFunction:
         try:
             with np.load(self.path, allow_pickle=False) as file:
-                found: dict[str, NDArray[Any]] = {name: file[name] for name in ("vocab", "coef", "intercept", "platt_a", "platt_b")}
+                found: dict[str, NDArray[Any]] = {
+                    name: file[name]
+                    for name in ("vocab", "coef", "intercept", "platt_a", "platt_b")
+                }
         except (OSError, ValueError, KeyError) as error:
             raise UserError(
                 f"{self.path}: could not be read as a toxicity model ({error}). "
@@ -68,9 +73,15 @@ class Toxicity(RewardSettings):
         def reward(prompts: Sequence[Text], completions: Sequence[Text], **_: Any) -> list[float]:
             rewards = []
             for completion in completions:
-                known = [places[word] for word in re.findall(r"\b\w\w+\b", plain(completion).lower()) if word in places]
+                known = [
+                    places[word]
+                    for word in re.findall(r"\b\w\w+\b", plain(completion).lower())
+                    if word in places
+                ]
                 f = found["coef"][:, known].sum(1) + found["intercept"]
-                rewards.append(1 - float((1 / (1 + np.exp(found["platt_a"] * f + found["platt_b"]))).mean()))
+                rewards.append(
+                    1 - float((1 / (1 + np.exp(found["platt_a"] * f + found["platt_b"]))).mean())
+                )
             return rewards
 
         return reward
@@ -106,11 +117,16 @@ class Classifier(RewardSettings):
         import transformers
 
         try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(self.path, revision=self.revision, truncation_side="left")
-            loaded = transformers.AutoModelForSequenceClassification.from_pretrained(self.path, revision=self.revision)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                self.path, revision=self.revision, truncation_side="left"
+            )
+            loaded = transformers.AutoModelForSequenceClassification.from_pretrained(
+                self.path, revision=self.revision
+            )
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(
-                f"reward classifier: {self.path!r} could not be loaded as a sequence-classification model of transformers: "
+                f"reward classifier: {self.path!r} could not be loaded as a "
+                "sequence-classification model of transformers: "
                 f"{str(error).splitlines()[0]}"
             ) from error
         model: Any = loaded.eval().requires_grad_(False).to(self.device)
@@ -125,14 +141,24 @@ class Classifier(RewardSettings):
             seconds: Any = None
             talks = not isinstance(prompts[0], str)
             if talks and tokenizer.chat_template is None:
-                raise UserError(f"reward classifier {self.path!r}: its tokenizer has no chat template, and the prompts are conversations.")
+                raise UserError(
+                    f"reward classifier {self.path!r}: its tokenizer has no chat template, and "
+                    "the prompts are conversations."
+                )
             if talks:
-                texts = [tokenizer.apply_chat_template([*p, *c], tokenize=False) for p, c in zip(prompts, completions, strict=True)]
+                texts = [
+                    tokenizer.apply_chat_template([*p, *c], tokenize=False)
+                    for p, c in zip(prompts, completions, strict=True)
+                ]
             elif self.pairs:
                 seconds = answers
             else:
                 texts = [text + answer for text, answer in zip(texts, answers, strict=True)]
-            options = {"padding": True, "truncation": True, "add_special_tokens": not talks}  # a template has written its own
+            options = {
+                "padding": True,
+                "truncation": True,
+                "add_special_tokens": not talks,
+            }  # a template has written its own
             return tokenizer(texts, seconds, **options, return_tensors="pt").to(self.device)
 
         @torch.no_grad()
@@ -141,7 +167,11 @@ class Classifier(RewardSettings):
             for first in range(0, len(prompts), self.batch_size):
                 part = slice(first, first + self.batch_size)
                 logits = model(**encoded(prompts[part], completions[part])).logits.float()
-                odds = logits if place is None else torch.logit(logits.softmax(-1)[:, place].clamp(1e-6, 1 - 1e-6))
+                odds = (
+                    logits
+                    if place is None
+                    else torch.logit(logits.softmax(-1)[:, place].clamp(1e-6, 1 - 1e-6))
+                )
                 found += odds.flatten().tolist()
             return found
 
@@ -153,5 +183,8 @@ class Classifier(RewardSettings):
         if self.label is None and config.num_labels == 1:
             return None
         if self.label not in known or config.num_labels == 1:
-            raise UserError(f"reward classifier {self.path!r}: label {self.label!r} is none of the model's {sorted(config.label2id)}.")
+            raise UserError(
+                f"reward classifier {self.path!r}: label {self.label!r} is none of the model's "
+                f"{sorted(config.label2id)}."
+            )
         return int(known[self.label])

@@ -17,7 +17,9 @@ class RewardFunction(Protocol):
     Prompts and completions are text, or lists of messages.
     """
 
-    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> Sequence[float]: ...
+    def __call__(
+        self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
+    ) -> Sequence[float]: ...
 
 
 OpenGroups = Callable[[str, tuple[str, ...], Combine, Any], RewardFunction]
@@ -26,7 +28,10 @@ OpenGroups = Callable[[str, tuple[str, ...], Combine, Any], RewardFunction]
 
 def no_groups(run: str, groups: tuple[str, ...], combine: Combine, kind: Any) -> RewardFunction:
     """Raise UserError: nobody has said how a finished run is opened."""
-    raise UserError(f"the reward of groups of {run}: it is opened by an experiment, as in Experiment.build_task().")
+    raise UserError(
+        f"the reward of groups of {run}: it is opened by an experiment, as in "
+        "Experiment.build_task()."
+    )
 
 
 class RewardSettings(ABC):

@@ -25,7 +25,9 @@ class Length(RewardSettings):
     def build(self, open_groups: OpenGroups = no_groups) -> RewardFunction:
         return self
 
-    def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], **_: Any) -> list[float]:
+    def __call__(
+        self, prompts: Sequence[Text], completions: Sequence[Text], **_: Any
+    ) -> list[float]:
         counts = [len(plain(completion).split()) for completion in completions]
         return [max(-1.0, 1 - abs(count - self.target) / self.target) for count in counts]
 
@@ -44,7 +46,9 @@ class Distinct(RewardSettings):
     def build(self, open_groups: OpenGroups = no_groups) -> RewardFunction:
         return self
 
-    def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], **_: Any) -> list[float]:
+    def __call__(
+        self, prompts: Sequence[Text], completions: Sequence[Text], **_: Any
+    ) -> list[float]:
         return [distinct(plain(completion), self.n) for completion in completions]
 
 
@@ -66,13 +70,20 @@ class Pattern(RewardSettings):
         try:
             re.compile(self.pattern)
         except re.error as error:
-            raise UserError(f"pattern {self.pattern!r} is no regular expression: {error}.") from error
+            raise UserError(
+                f"pattern {self.pattern!r} is no regular expression: {error}."
+            ) from error
 
     def build(self, open_groups: OpenGroups = no_groups) -> RewardFunction:
         return self
 
-    def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], **_: Any) -> list[float]:
-        shares = [min(len(re.findall(self.pattern, plain(completion))), self.most) / self.most for completion in completions]
+    def __call__(
+        self, prompts: Sequence[Text], completions: Sequence[Text], **_: Any
+    ) -> list[float]:
+        shares = [
+            min(len(re.findall(self.pattern, plain(completion))), self.most) / self.most
+            for completion in completions
+        ]
         return [1 - share if self.negate else share for share in shares]
 
 

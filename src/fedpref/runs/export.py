@@ -74,7 +74,7 @@ def _adapters(run: FinishedRun, output: Path, client: str | None, measured: Meas
     shared = [(None, path / "adapter")] if (path / "adapter" / ADAPTER).exists() else []
     found: list[tuple[str | None, Path]] = [(client, run.model_folder(client))] if client else [*shared, *own]
     if not found:
-        raise UserError(f"{path}: there are no adapters here; those of real sites have stayed there.")
+        raise UserError(f"{path}: there are no adapters here; those of real sites have stayed " "there.")
     entries = []
     for name, folder in found:
         place = output / (f"clients/{quote(name, safe=' ')}" if name else SHARED)
@@ -114,7 +114,7 @@ def _merged(folder: Path, output: Path, *, half: bool) -> None:
     own = trees.load(folder / FILE) if (folder / FILE).exists() else {}
     if DOWN in own:
         raise UserError(
-            f"{folder}: this client's model has a bottleneck behind the last layer, for which transformers has no place. "
+            f"{folder}: this client's model has a bottleneck behind the last layer, for which " "transformers has no place. "
             "Export it as peft, without it, or train with algorithm.parts.bottleneck: 0."
         )
     with warnings.catch_warnings():
@@ -162,7 +162,7 @@ class Measured:
         rows = self.last["clients"] | self.last.get("newcomers", {}) | {name: later["after"] for name, later in self.joined.items()}
         title = "held-out " + HEADLINES[metric].caption
         if client in rows and whole:
-            named = {f"{title}, of the policy": IMPLICIT, f"{title}, with the reward head beside it": metric}
+            named = {f"{title}, of the policy": IMPLICIT, f"{title}, with the reward head beside " "it": metric}
             if IMPLICIT not in rows[client]:
                 named = {title: metric}
             return {name: f"{HEADLINES[metric].text(rows[client][one])} (of {client})" for name, one in named.items()}
@@ -199,7 +199,7 @@ def card(measured: Measured, experiment: Experiment, client: str | None, form: F
     base = "the small model that comes with fedpref" if model == BUILTIN else f"`{Path(model).name if is_here else model}`"
     lines = [
         f"# {experiment.name}: {client}" if client else f"# {experiment.name}",
-        f"Trained by {experiment.algorithm.name} with fedpref {__version__}: {len(measured.last['clients'])} clients, "
+        f"Trained by {experiment.algorithm.name} with fedpref {__version__}: " f"{len(measured.last['clients'])} clients, "
         f"{experiment.rounds} rounds, seed {experiment.seed}."
         + (" All clients' rows were in one place." if experiment.algorithm.pools_data else " No client's rows left it."),
         f"Data: {experiment.data.name}{where}. Base model: {base}.",
@@ -209,7 +209,7 @@ def card(measured: Measured, experiment: Experiment, client: str | None, form: F
     if top["license"] == "other":
         lines.append("The licence is that of the base model and of the data; say here which.")
     if left_out:
-        lines.append(f"This folder is not the whole of the client's model: {', '.join(left_out)} have no place in a PEFT adapter.")
+        lines.append(f"This folder is not the whole of the client's model: {', '.join(left_out)} " "have no place in a PEFT adapter.")
     if form == "gguf-ready":
         lines.append("For llama.cpp: `python convert_hf_to_gguf.py FOLDER --outfile model.gguf`.")
     return f"---\n{yaml.safe_dump(top, sort_keys=False)}---\n\n" + "\n\n".join(lines) + "\n"

@@ -55,13 +55,13 @@ def plan_front(
     experiment = Experiment.load(config, overrides)
     objectives = experiment.task.objectives
     if len(objectives) < 2:
-        raise UserError(f"{config}: the task has one objective, there is nothing to trade. Give it several (docs/algorithms/firm.md).")
+        raise UserError(f"{config}: the task has one objective, there is nothing to trade. Give " "it several (docs/algorithms/firm.md).")
     if experiment.algorithm.preference is None:
-        raise UserError(f"{config}: {experiment.algorithm.name} knows no preference over objectives. Take firm, scalarized or fsmgda.")
+        raise UserError(f"{config}: {experiment.algorithm.name} knows no preference over " "objectives. Take firm, scalarized or fsmgda.")
     if interpolates and len(objectives) != 2:
         raise UserError("--interpolate: adapters are interpolated between two objectives only.")
     if interpolates and isinstance(experiment.algorithm.aggregate, Product):
-        raise UserError("--interpolate: with algorithm.aggregate: product, adapters of two runs have no common factors. Take factors.")
+        raise UserError("--interpolate: with algorithm.aggregate: product, adapters of two runs " "have no common factors. Take factors.")
     runs = {}
     for preference in preferences(len(objectives), points):
         shares = ",".join(f"{share:.4g}" for share in preference)
@@ -165,7 +165,7 @@ def parse_reference(text: str, objectives: Sequence[str]) -> tuple[float, ...]:
     except ValueError:
         found = ()
     if len(found) != len(objectives):
-        raise UserError(f"--reference {text!r}: expected {len(objectives)} numbers with commas between, for {', '.join(objectives)}.")
+        raise UserError(f"--reference {text!r}: expected {len(objectives)} numbers with commas " f"between, for {', '.join(objectives)}.")
     return found
 
 

@@ -50,6 +50,6 @@ def _row(record: Record, least: int) -> tuple[Text, list[Text]]:
     completions = row.get("completions") or [row[name] for name in ("chosen", "rejected", "completion") if name in row]
     if not row.get("prompt") or not isinstance(completions, list) or len(completions) < least:
         raise UserError(
-            f"{where}: expected prompt, and completions, a list of {least} or more, or chosen and rejected, each as text or as messages."
+            f"{where}: expected prompt, and completions, a list of {least} or more, or chosen " "and rejected, each as text or as messages."
         )
     return text(row["prompt"], "prompt", where), [text(completion, "completions", where) for completion in completions]

@@ -43,6 +43,6 @@ def sweep(runs: Mapping[Path, Experiment], cache: Path) -> Iterator[tuple[Path, 
     for place, experiment in runs.items():
         folder = RunDirectory(place)
         if (place / CONFIG).exists() and FinishedRun.at(place).experiment != with_whole_paths(experiment):
-            raise UserError(f"{place}: there is a run of other settings here. Choose another --output, or remove it.")
+            raise UserError(f"{place}: there is a run of other settings here. Choose another " "--output, or remove it.")
         if not folder.done:
             yield place, happenings(experiment, folder, cache)

@@ -51,7 +51,7 @@ def _module(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise UserError(f"report_to: {name} is not installed ({error}). `pip install {name}`, or leave it out.") from error
+        raise UserError(f"report_to: {name} is not installed ({error}). `pip install {name}`, or " "leave it out.") from error
 
 
 class TensorBoard:

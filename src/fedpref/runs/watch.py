@@ -30,7 +30,7 @@ def watched(path: Path, wait: Callable[[], None] = lambda: time.sleep(1.0)) -> I
                 break
             if not told and not run.folder.is_held:
                 told = True
-                note = f"no process on this machine is at work on it; if none is elsewhere, `fedpref resume {path}` takes it up"
+                note = ("no process on this machine is at work on it; if none is elsewhere, " f"`fedpref resume {path}` takes it up")
                 yield Event(name, "begin", 0, experiment.rounds, {}, note)
             wait()
 

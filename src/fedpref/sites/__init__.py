@@ -7,7 +7,9 @@ there; `kits` makes certificates and folders for hosts; `consent` is a site's ow
 # environment variables of the processes
 SITE = "FEDPREF_SITE"  # at a site: its file
 RUNS = "FEDPREF_RUNS"  # at the coordinator: its folder of runs
-FUNCTIONS = "FEDPREF_FUNCTIONS"  # at the coordinator: rewards that it may import, with commas between
+FUNCTIONS = (
+    "FEDPREF_FUNCTIONS"  # at the coordinator: rewards that it may import, with commas between
+)
 TELLS = "FEDPREF_TELLS"  # at a simulation's coordinator: the file in which it tells what happens; elsewhere its log has it
 
 SAYS = "fedpref says "  # begins what a coordinator tells in its log

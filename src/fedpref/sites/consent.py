@@ -81,7 +81,10 @@ def refuse_code(spec: Experiment, functions: Sequence[str]) -> None:
         raise UserError("no code that comes with a model is run here")
     for name, reward in spec.task.reward_settings().items():
         if reward.code is not None and reward.code not in functions:
-            raise UserError(f"the function {reward.code!r} of the reward {name!r} is none of those that are consented to here")
+            raise UserError(
+                f"the function {reward.code!r} of the reward {name!r} is none of those that are "
+                "consented to here"
+            )
 
 
 class Consenting:
@@ -100,11 +103,15 @@ class Consenting:
         self._consent(spec)
         file = self._file
         partition = file.partition or IID(clients=1)
-        spec = replace(spec, data=file.data, partition=partition, task=spec.task.with_models(self._here))
+        spec = replace(
+            spec, data=file.data, partition=partition, task=spec.task.with_models(self._here)
+        )
         withheld = (NAMES | {OWN_ADAPTER, CRITIC}) - set(file.may_leave)
         limits = {
             "does": self._does(spec),
-            "gives": lambda name: not any(part.startswith(tuple(withheld)) for part in name.split("/")),
+            "gives": lambda name: (
+                not any(part.startswith(tuple(withheld)) for part in name.split("/"))
+            ),
             "limit": file.max_message_mb * 10**6,
         }
         try:
@@ -114,16 +121,27 @@ class Consenting:
             found = hosted(spec, dict(enumerate(clients)), folder, **limits)
         except UserError as error:  # whose text may hold rows
             LOG.exception("the site's data or models do not fit the experiment")
-            raise RefusedError("its data or models do not fit the experiment; the site's log says why") from error
-        unnumbered = {name: {key: value for key, value in about.items() if key != "number"} for name, about in found.about.items()}
+            raise RefusedError(
+                "its data or models do not fit the experiment; the site's log says why"
+            ) from error
+        unnumbered = {
+            name: {key: value for key, value in about.items() if key != "number"}
+            for name, about in found.about.items()
+        }
         return replace(found, about=unnumbered)
 
     def _consent(self, spec: Experiment) -> None:
         file = self._file
         if spec.algorithm.name not in file.algorithms:
-            raise RefusedError(f"this site takes no part in {spec.algorithm.name}; it does in {', '.join(file.algorithms)}")
+            raise RefusedError(
+                f"this site takes no part in {spec.algorithm.name}; it does in "
+                f"{', '.join(file.algorithms)}"
+            )
         if spec.rounds > file.max_rounds:
-            raise RefusedError(f"{spec.rounds} rounds are more than the {file.max_rounds} that this site consents to")
+            raise RefusedError(
+                f"{spec.rounds} rounds are more than the {file.max_rounds} that this site "
+                "consents to"
+            )
         if spec.diagnostics and not file.diagnostics:
             raise RefusedError("this site lets no diagnostics be measured")
         refuse_code(spec, file.functions)
@@ -138,7 +156,11 @@ class Consenting:
 
         Allowed are the algorithm's own works, evaluation, and diagnostics if consented to.
         """
-        works = [*spec.algorithm.works, *rounds.WORKS, *(diagnostics.WORKS if spec.diagnostics else ())]
+        works = [
+            *spec.algorithm.works,
+            *rounds.WORKS,
+            *(diagnostics.WORKS if spec.diagnostics else ()),
+        ]
         names = {work.name for work in works}
         return names.__contains__
 
@@ -151,5 +173,7 @@ def consenting(name: str, path: Path) -> tuple[Consenting, Path]:
     """
     file = SiteFile.load(path)
     if not file.algorithms:
-        raise UserError(f"{path}: algorithms: the site takes part in nothing. Name those that it consents to.")
+        raise UserError(
+            f"{path}: algorithms: the site takes part in nothing. Name those that it consents to."
+        )
     return Consenting(name, file), Path(file.folder)

@@ -29,8 +29,12 @@ CLASSES = [
 ]
 LEFT = ("shutdown.fl", "pid.fl", "daemon_pid.fl")  # files that FLARE leaves in a kit
 SHELL = ("bash", "sh")
-KILL_SECONDS = 10.0  # in which a killed process is gone, unless the system holds it or it is another user's
-PROMPT = {"NVFLARE_CLIENT_OUTCOME_WAIT_TIMEOUT": "15"}  # seconds that a server waits at a job's end for sites that have died
+KILL_SECONDS = (
+    10.0  # in which a killed process is gone, unless the system holds it or it is another user's
+)
+PROMPT = {
+    "NVFLARE_CLIENT_OUTCOME_WAIT_TIMEOUT": "15"
+}  # seconds that a server waits at a job's end for sites that have died
 TEMPLATE = """# What this site brings to experiments, and what it consents to. This file stays here.
 # All keys: docs/sites.md.
 data: {name: files, path: preferences.jsonl} # rows with prompt, chosen, rejected; seen from this file
@@ -40,7 +44,9 @@ max_rounds: 1000
 """
 
 
-def provision(folder: Path, name: str, server: str, port: int, sites: Sequence[str], admin: str) -> dict[str, Path]:
+def provision(
+    folder: Path, name: str, server: str, port: int, sites: Sequence[str], admin: str
+) -> dict[str, Path]:
     """Make certificates and a kit for each participant, by FLARE's provisioning.
 
     No kit lets a job bring code of its own: what runs is what is installed. Keep the folder
@@ -61,19 +67,39 @@ def provision(folder: Path, name: str, server: str, port: int, sites: Sequence[s
         UserError: The folder is there already, or a name cannot be used.
     """
     if folder.exists():
-        raise UserError(f"{folder} is there already. Give another folder, or add a site by `fedpref federation add`.")
+        raise UserError(
+            f"{folder} is there already. Give another folder, or add a site by `fedpref "
+            "federation add`."
+        )
     if len(set(sites)) < len(sites) or {server, admin, "server"} & set(sites):
-        raise UserError("two participants have the same name, or a site is called `server`. Give each a name of its own.")
-    participants: list[dict[str, Any]] = [{"name": server, "type": "server", "org": "coordinator", "fed_learn_port": port}]
+        raise UserError(
+            "two participants have the same name, or a site is called `server`. Give each a name "
+            "of its own."
+        )
+    participants: list[dict[str, Any]] = [
+        {"name": server, "type": "server", "org": "coordinator", "fed_learn_port": port}
+    ]
     participants += [_client(site) for site in sites]
     participants += [{"name": admin, "type": "admin", "org": "coordinator", "role": "lead"}]
     builders = [
-        {"path": "nvflare.lighter.impl.workspace.WorkspaceBuilder", "args": {"template_file": ["master_template.yml"]}},
-        {"path": "nvflare.lighter.impl.static_file.StaticFileBuilder", "args": {"config_folder": "config"}},
+        {
+            "path": "nvflare.lighter.impl.workspace.WorkspaceBuilder",
+            "args": {"template_file": ["master_template.yml"]},
+        },
+        {
+            "path": "nvflare.lighter.impl.static_file.StaticFileBuilder",
+            "args": {"config_folder": "config"},
+        },
         {"path": "nvflare.lighter.impl.cert.CertBuilder"},
         {"path": "nvflare.lighter.impl.signature.SignatureBuilder"},
     ]
-    project = {"api_version": 3, "name": name, "description": name, "participants": participants, "builders": builders}
+    project = {
+        "api_version": 3,
+        "name": name,
+        "description": name,
+        "participants": participants,
+        "builders": builders,
+    }
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _provisioned(project, folder.parent) as made:
         made.replace(folder)
@@ -83,10 +109,16 @@ def provision(folder: Path, name: str, server: str, port: int, sites: Sequence[s
 def add(folder: Path, site: str) -> Path:
     """Make the kit of one more site, under the root of a federation; nobody else's kit changes."""
     if not (folder / PROJECT).exists():
-        raise UserError(f"{folder}: there is no federation here (no {PROJECT}). Give the folder that `fedpref federation init` made.")
+        raise UserError(
+            f"{folder}: there is no federation here (no {PROJECT}). Give the folder that "
+            "`fedpref federation init` made."
+        )
     project = yaml.safe_load((folder / PROJECT).read_text())
     if site in {participant["name"] for participant in project["participants"]}:
-        raise UserError(f"{folder}: there is a participant called {site!r} already. Give the new one a name of its own.")
+        raise UserError(
+            f"{folder}: there is a participant called {site!r} already. Give the new one a name "
+            "of its own."
+        )
     project["participants"].append(_client(site))
     with _provisioned(project, folder, folder / STATE) as made:
         for name in (site, PROJECT, STATE):
@@ -97,7 +129,9 @@ def add(folder: Path, site: str) -> Path:
 
 
 @contextmanager
-def _provisioned(project: Mapping[str, Any], beside: Path, state: Path | None = None) -> Iterator[Path]:
+def _provisioned(
+    project: Mapping[str, Any], beside: Path, state: Path | None = None
+) -> Iterator[Path]:
     """Yield a folder with all kits of a project, by the root's key in `state` or by a new one.
 
     It goes afterwards, but for what is taken from it.
@@ -107,7 +141,17 @@ def _provisioned(project: Mapping[str, Any], beside: Path, state: Path | None = 
         place = Path(scratch) / "made" / project["name"]
         if state is not None:
             shutil.copytree(state, place / STATE)
-        command = [sys.executable, "-m", "nvflare.cli", "provision", "-p", PROJECT, "-w", "made", "--force"]
+        command = [
+            sys.executable,
+            "-m",
+            "nvflare.cli",
+            "provision",
+            "-p",
+            PROJECT,
+            "-w",
+            "made",
+            "--force",
+        ]
         ran = subprocess.run(command, cwd=scratch, capture_output=True, text=True)
         made = place / "prod_00"
         if ran.returncode or not made.is_dir():
@@ -116,7 +160,9 @@ def _provisioned(project: Mapping[str, Any], beside: Path, state: Path | None = 
             _restrict(kit / "local")
         for participant in project["participants"]:
             if participant["type"] == "client":
-                (made / participant["name"] / SITE_FILE).write_text(TEMPLATE % json.dumps(participant["name"]))
+                (made / participant["name"] / SITE_FILE).write_text(
+                    TEMPLATE % json.dumps(participant["name"])
+                )
         shutil.move(place / STATE, made / STATE)
         shutil.move(Path(scratch) / PROJECT, made / PROJECT)
         (made / STATE).chmod(0o700)
@@ -137,9 +183,13 @@ def _restrict(local: Path) -> None:
     if resources.exists():
         content = json.loads(resources.read_text())
         content["class_allow_list"] = CLASSES
-        if "allow_log_streaming" in content:  # a site's log may hold its rows, and goes to the server by default
+        if (
+            "allow_log_streaming" in content
+        ):  # a site's log may hold its rows, and goes to the server by default
             content["allow_log_streaming"] = False
-            content["components"] = [one for one in content["components"] if one["id"] != "site_log_streamer"]
+            content["components"] = [
+                one for one in content["components"] if one["id"] != "site_log_streamer"
+            ]
         (local / "resources.json").write_text(json.dumps(content, indent=1))
     rights = local / "authorization.json.default"
     if rights.exists():
@@ -148,7 +198,9 @@ def _restrict(local: Path) -> None:
             if isinstance(role, dict):
                 role |= {"byoc": "none", "shell_commands": "none"}
                 if role.get("submit_job") == "any":
-                    role["get_job_log"] = "n:submitter"  # in which the coordinator tells what happens
+                    role["get_job_log"] = (
+                        "n:submitter"  # in which the coordinator tells what happens
+                    )
         (local / "authorization.json").write_text(json.dumps(content, indent=1))
 
 
@@ -217,7 +269,10 @@ def stop(kit: Path, seconds: float = 20.0) -> None:
             _end(process, signal.SIGKILL)
         _, alive = psutil.wait_procs(killed, timeout=KILL_SECONDS)
         if alive:
-            raise UserError(f"{kit}: process {alive[0].pid} cannot be ended. See whose it is (`ps -f -p {alive[0].pid}`); end it there.")
+            raise UserError(
+                f"{kit}: process {alive[0].pid} cannot be ended. See whose it is (`ps -f -p "
+                f"{alive[0].pid}`); end it there."
+            )
     for left in LEFT:
         (kit / left).unlink(missing_ok=True)
 
@@ -233,7 +288,10 @@ def _processes(kit: Path) -> list[psutil.Process]:
     for process in psutil.process_iter():
         with suppress(psutil.Error):
             line = process.cmdline()
-            is_flare = any(part.startswith("nvflare.") or part.endswith("/startup/sub_start.sh") for part in line)
+            is_flare = any(
+                part.startswith("nvflare.") or part.endswith("/startup/sub_start.sh")
+                for part in line
+            )
             if is_flare and any(Path(part) == kit or kit in Path(part).parents for part in line):
                 found.append(process)
     return found

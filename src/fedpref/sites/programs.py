@@ -36,7 +36,9 @@ class Sited:
     """The program of a site's process."""
 
     def __init__(self, simulated: int = 0) -> None:
-        self.simulated = simulated  # how many sites are simulated; 0: this is a real one, with a file of its own
+        self.simulated = (
+            simulated  # how many sites are simulated; 0: this is a real one, with a file of its own
+        )
 
     @collab.init
     def start(self) -> None:
@@ -47,7 +49,10 @@ class Sited:
         if file:
             host, folder = consenting(name, Path(file))
         elif self.simulated:
-            host, folder = SimulatedSite(int(name.rsplit("-", 1)[1]) - 1, self.simulated), Path(os.environ[RUNS]) / SIMULATED / name
+            host, folder = (
+                SimulatedSite(int(name.rsplit("-", 1)[1]) - 1, self.simulated),
+                Path(os.environ[RUNS]) / SIMULATED / name,
+            )
         else:
             raise UserError(f"{SITE} is not set: start the site by `fedpref site start`.")
         self._site = Site(name, host, folder, self)
@@ -78,7 +83,10 @@ class Collab:
         return sorted(site.name for site in collab.clients)
 
     def ask(self, messages: Mapping[str, bytes], seconds: float) -> dict[str, bytes]:
-        running = {site: collab.get_clients([site])(blocking=False, timeout=seconds).answer(message) for site, message in messages.items()}
+        running = {
+            site: collab.get_clients([site])(blocking=False, timeout=seconds).answer(message)
+            for site, message in messages.items()
+        }
         return {site: bytes(answer) for site, results in running.items() for _, answer in results}
 
 
@@ -144,7 +152,10 @@ def _hand_over(folder: RunDirectory) -> None:
 def check_name(run: str) -> None:
     """Raise UserError for a run's name that sites would not take."""
     if not RUN.fullmatch(run):
-        raise UserError(f"a run cannot be called {run[:40]!r}: letters, digits, dots, hyphens and underscores only. Give another --output.")
+        raise UserError(
+            f"a run cannot be called {run[:40]!r}: letters, digits, dots, hyphens and "
+            "underscores only. Give another --output."
+        )
 
 
 def job(experiment: Experiment, run: str, *, simulated: int = 0) -> Any:
@@ -152,10 +163,14 @@ def job(experiment: Experiment, run: str, *, simulated: int = 0) -> Any:
     content = json.dumps(config.dump(with_whole_paths(experiment) if simulated else experiment))
     coordinator = Coordinator(content, run, experiment.patience.rounds_per_job)
     least = simulated or experiment.patience.min_sites
-    return recipe(run.replace("/", "-"), coordinator, least, experiment.patience.seconds, simulated=simulated)
+    return recipe(
+        run.replace("/", "-"), coordinator, least, experiment.patience.seconds, simulated=simulated
+    )
 
 
-def recipe(name: str, coordinator: Any, min_sites: int, seconds: float, *, simulated: int = 0) -> Any:
+def recipe(
+    name: str, coordinator: Any, min_sites: int, seconds: float, *, simulated: int = 0
+) -> Any:
     """Return a job of a coordinator's program over sites.
 
     Args:
@@ -165,8 +180,16 @@ def recipe(name: str, coordinator: Any, min_sites: int, seconds: float, *, simul
         seconds: How long is waited.
         simulated: How many sites are simulated; 0 for real ones.
     """
-    made = _Recipe(job_name=name, server=coordinator, client=Sited(simulated), min_clients=min_sites, sync_task_timeout=seconds)
-    made.finalize().set_app_packages(["fedpref", type(coordinator).__module__.split(".")[0]])  # which are there already
+    made = _Recipe(
+        job_name=name,
+        server=coordinator,
+        client=Sited(simulated),
+        min_clients=min_sites,
+        sync_task_timeout=seconds,
+    )
+    made.finalize().set_app_packages(
+        ["fedpref", type(coordinator).__module__.split(".")[0]]
+    )  # which are there already
     return made
 
 

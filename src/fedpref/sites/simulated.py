@@ -44,13 +44,23 @@ def simulated(experiment: Experiment, folder: RunDirectory) -> Iterator[Event]:
         scratch = Path(name)
         (scratch / TOLD).touch()
         (scratch / EXPERIMENT).write_text(json.dumps(config.dump(experiment)))
-        environment = {**os.environ, RUNS: str(place.parent), TELLS: str(scratch / TOLD), "OMP_NUM_THREADS": "1"}
+        environment = {
+            **os.environ,
+            RUNS: str(place.parent),
+            TELLS: str(scratch / TOLD),
+            "OMP_NUM_THREADS": "1",
+        }
         environment.pop(SITE, None)
         while True:
             with (scratch / LOG).open("a") as log:
                 command = [sys.executable, "-m", "fedpref.sites.simulated", name, place.name]
                 process = subprocess.Popen(
-                    command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=scratch, start_new_session=True
+                    command,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env=environment,
+                    cwd=scratch,
+                    start_new_session=True,
                 )
             try:
                 end = yield from _told(scratch, process)
@@ -61,7 +71,9 @@ def simulated(experiment: Experiment, folder: RunDirectory) -> Iterator[Event]:
             if end == "done":
                 break
     for kept in sorted((place.parent / SIMULATED).glob(f"*/{place.name}")):
-        shutil.copytree(kept, place, ignore=shutil.ignore_patterns("checkpoints", "cache"), dirs_exist_ok=True)
+        shutil.copytree(
+            kept, place, ignore=shutil.ignore_patterns("checkpoints", "cache"), dirs_exist_ok=True
+        )
         shutil.rmtree(kept)
 
 
@@ -87,15 +99,22 @@ def _told(scratch: Path, process: Any) -> Generator[Event, None, str]:
                 yield Event(**content)
             elif has_ended:
                 last = "\n".join((scratch / LOG).read_text(errors="replace").splitlines()[-15:])
-                raise UserError(f"the simulation of sites ended before the experiment did. It said last:\n{last}")
+                raise UserError(
+                    "the simulation of sites ended before the experiment did. It said "
+                    f"last:\n{last}"
+                )
             else:
                 time.sleep(0.1)
 
 
 def main(scratch: Path, run: str) -> None:
     """Run one job, in a process of its own, which FLARE's simulator takes for itself."""
-    experiment = config.parse(Experiment, json.loads((scratch / EXPERIMENT).read_text()), "the experiment")
-    simulate(job(experiment, run, simulated=experiment.sites), experiment.sites, scratch / "workspace")
+    experiment = config.parse(
+        Experiment, json.loads((scratch / EXPERIMENT).read_text()), "the experiment"
+    )
+    simulate(
+        job(experiment, run, simulated=experiment.sites), experiment.sites, scratch / "workspace"
+    )
 
 
 def simulate(recipe: Any, sites: int, workspace: Path, classes: Sequence[str] = CLASSES) -> None:
@@ -110,7 +129,11 @@ def simulate(recipe: Any, sites: int, workspace: Path, classes: Sequence[str] = 
     local = workspace / recipe.name / "local"
     local.mkdir(parents=True, exist_ok=True)
     (local / "resources.json").write_text(json.dumps({"class_allow_list": list(classes)}))
-    recipe.execute(SimEnv(clients=[f"site-{number + 1}" for number in range(sites)], workspace_root=str(workspace)))
+    recipe.execute(
+        SimEnv(
+            clients=[f"site-{number + 1}" for number in range(sites)], workspace_root=str(workspace)
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -43,7 +43,10 @@ def submitted(experiment: Experiment, admin: Path, folder: RunDirectory) -> Iter
         UserError: The server cannot be reached, or a job ends without having told how.
     """
     if not (admin / "startup").is_dir():
-        raise UserError(f"{admin}: this is no kit. Give by --admin the folder of who submits, which `fedpref federation init` made.")
+        raise UserError(
+            f"{admin}: this is no kit. Give by --admin the folder of who submits, which `fedpref "
+            "federation init` made."
+        )
     place = folder.path.resolve()
     check_name(place.name)
     if (place / SUBMITTED).exists():
@@ -62,7 +65,9 @@ def admin_of(folder: RunDirectory) -> Path | None:
     return Path(json.loads(record.read_text())["admin"]) if record.exists() else None
 
 
-def _job(experiment: Experiment, run: str, admin: Path, folder: RunDirectory) -> Generator[Event, None, str]:
+def _job(
+    experiment: Experiment, run: str, admin: Path, folder: RunDirectory
+) -> Generator[Event, None, str]:
     """Yield the events of one job until it ends, and return how.
 
     Who stops listening stops the job.
@@ -70,14 +75,25 @@ def _job(experiment: Experiment, run: str, admin: Path, folder: RunDirectory) ->
     again = f"`fedpref resume {folder.path}` goes on from the last round that was completed."
     environment = ProdEnv(startup_kit_location=str(admin), username=admin.name, login_timeout=LOGIN)
     number = _asked(lambda: job(experiment, run).execute(environment).get_job_id(), again)
-    session: Session = _asked(lambda: new_secure_session(admin.name, str(admin), timeout=LOGIN), again)
-    yield Event(experiment.algorithm.name, "begin", 0, experiment.rounds, {}, f"job {number} is with the server")
+    session: Session = _asked(
+        lambda: new_secure_session(admin.name, str(admin), timeout=LOGIN), again
+    )
+    yield Event(
+        experiment.algorithm.name,
+        "begin",
+        0,
+        experiment.rounds,
+        {},
+        f"job {number} is with the server",
+    )
     end, heard = "", 0
     try:
         while not end:
             status = str(_asked(lambda: session.get_job_meta(number), again)["status"])
             log = _asked(lambda: session.get_job_logs(number), again)["logs"].get("server", "")
-            for content in (json.loads(line.split(SAYS, 1)[1]) for line in log.splitlines() if SAYS in line):
+            for content in (
+                json.loads(line.split(SAYS, 1)[1]) for line in log.splitlines() if SAYS in line
+            ):
                 if (said := content.pop("number")) <= heard:
                     continue
                 heard = said
@@ -87,9 +103,14 @@ def _job(experiment: Experiment, run: str, admin: Path, folder: RunDirectory) ->
                     yield Event(**content)
                 end = content.get("end", "")
             if not end and status.startswith("FINISHED"):
-                raise UserError(f"job {number} ended as {status}, and did not say how. Its log at the server has more. {again}")
+                raise UserError(
+                    f"job {number} ended as {status}, and did not say how. Its log at the server "
+                    f"has more. {again}"
+                )
             time.sleep(POLL)
-        while not str(_asked(lambda: session.get_job_meta(number), again)["status"]).startswith("FINISHED"):
+        while not str(_asked(lambda: session.get_job_meta(number), again)["status"]).startswith(
+            "FINISHED"
+        ):
             time.sleep(POLL)
         with tempfile.TemporaryDirectory() as scratch:
             result = Path(_asked(lambda: session.download_job_result(number, scratch), again))
@@ -121,4 +142,6 @@ def _asked(call: Callable[[], T], again: str = "") -> T:
         with redirect_stdout(io.StringIO()):
             return call()
     except Exception as error:
-        raise UserError(f"the server could not be asked: {type(error).__name__}: {error}. {again}") from error
+        raise UserError(
+            f"the server could not be asked: {type(error).__name__}: {error}. {again}"
+        ) from error

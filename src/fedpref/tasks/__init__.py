@@ -10,6 +10,17 @@ from fedpref.tasks.opinion import OpinionTask
 from fedpref.tasks.preference import PreferenceTask
 from fedpref.tasks.task import BatchSize, Shard, Task
 
-AnyTask = Annotated[PreferenceTask | FeedbackTask | OpinionTask | DialogueTask, Field(discriminator="name")]
+AnyTask = Annotated[
+    PreferenceTask | FeedbackTask | OpinionTask | DialogueTask, Field(discriminator="name")
+]
 
-__all__ = ["AnyTask", "BatchSize", "DialogueTask", "FeedbackTask", "OpinionTask", "PreferenceTask", "Shard", "Task"]
+__all__ = [
+    "AnyTask",
+    "BatchSize",
+    "DialogueTask",
+    "FeedbackTask",
+    "OpinionTask",
+    "PreferenceTask",
+    "Shard",
+    "Task",
+]

@@ -40,4 +40,6 @@ def calibration_error(p: Float[Tensor, " n"], y: Float[Tensor, " n"], bins: int 
         bins: How many.
     """
     place = (p * bins).long().clamp(max=bins - 1)
-    return float((p - y).double().new_zeros(bins).index_add(0, place, (p - y).double()).abs().sum()) / len(p)
+    return float(
+        (p - y).double().new_zeros(bins).index_add(0, place, (p - y).double()).abs().sum()
+    ) / len(p)

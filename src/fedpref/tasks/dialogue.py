@@ -52,19 +52,33 @@ class DialogueTask(LanguageTask):
 
     def __post_init__(self) -> None:
         if not self.rewards:
-            raise ValueError("task.rewards: there are none; give each objective one, as in {polite: {name: sentiment}}")
-        self._check_names()
-        if any(isinstance(reward, Groups) and isinstance(reward.combine, AdaptiveAlpha) for reward in self.rewards.values()):
             raise ValueError(
-                "task.rewards: combine: alpha leans on a history of batches, which workers do not share; take mean, min or max"
+                "task.rewards: there are none; give each objective one, as in {polite: {name: "
+                "sentiment}}"
+            )
+        self._check_names()
+        if any(
+            isinstance(reward, Groups) and isinstance(reward.combine, AdaptiveAlpha)
+            for reward in self.rewards.values()
+        ):
+            raise ValueError(
+                "task.rewards: combine: alpha leans on a history of batches, which workers do "
+                "not share; take mean, min or max"
             )
         if self.num_generations < 2 and not self.estimator.needs_critic:
-            raise ValueError(f"task.num_generations: {self.estimator.name} compares answers to one prompt with one another; take 2 or more")
+            raise ValueError(
+                f"task.num_generations: {self.estimator.name} compares answers to one prompt "
+                "with one another; take 2 or more"
+            )
 
     @property
     def answers_together(self) -> int:
         """Answers to a held-out prompt: one, unless a reward compares several."""
-        return max(2, self.num_generations) if any(reward.compares for reward in self.rewards.values()) else 1
+        return (
+            max(2, self.num_generations)
+            if any(reward.compares for reward in self.rewards.values())
+            else 1
+        )
 
     @property
     def objectives(self) -> tuple[str, ...]:
@@ -81,7 +95,8 @@ class DialogueTask(LanguageTask):
     def check(self, parts: Parts) -> None:
         if parts.head or parts.bottleneck or parts.reward or parts.adapter:
             raise UserError(
-                "algorithm.parts: answers are drawn from the model with one adapter, without parts of a client's own. "
+                "algorithm.parts: answers are drawn from the model with one adapter, without "
+                "parts of a client's own. "
                 "Take firm, feddpo or another algorithm without parts for the task 'dialogue'."
             )
 
@@ -148,10 +163,13 @@ class DialogueLearner(LanguageLearner):
 
     def __init__(self, settings: DialogueTask, open_groups: OpenGroups) -> None:
         super().__init__(settings)
-        self.rewards = {name: reward.build(open_groups) for name, reward in settings.rewards.items()}
+        self.rewards = {
+            name: reward.build(open_groups) for name, reward in settings.rewards.items()
+        }
         if settings.sampling.max_completion_length > self.max_length - 8:
             raise UserError(
-                f"task.sampling.max_completion_length: {settings.sampling.max_completion_length} tokens leave no room for a prompt in "
+                f"task.sampling.max_completion_length: {settings.sampling.max_completion_length} "
+                "tokens leave no room for a prompt in "
                 f"the {self.max_length} of task.max_length."
             )
 
@@ -172,13 +190,18 @@ class DialogueLearner(LanguageLearner):
         room = self.max_length - self.settings.sampling.max_completion_length
         for row in rows:
             if isinstance(row, Opinion):
-                raise UserError(f"{row.where}: the row is a group's opinion; the task 'dialogue' needs prompts.")
+                raise UserError(
+                    f"{row.where}: the row is a group's opinion; the task 'dialogue' needs prompts."
+                )
             whole, _ = self.tokens(row.prompt, (), row.where)
             if len(whole) > room and self.settings.truncation_mode == "refuse":
                 raise UserError(
-                    f"{row.where}: the prompt has {len(whole)} tokens, and task.max_length {self.max_length} less the "
-                    f"{self.settings.sampling.max_completion_length} of task.sampling.max_completion_length leaves {room}. "
-                    "Raise task.max_length if the model's context allows it, or set task.truncation_mode to keep_end or keep_start."
+                    f"{row.where}: the prompt has {len(whole)} tokens, and task.max_length "
+                    f"{self.max_length} less the "
+                    f"{self.settings.sampling.max_completion_length} of "
+                    f"task.sampling.max_completion_length leaves {room}. "
+                    "Raise task.max_length if the model's context allows it, or set "
+                    "task.truncation_mode to keep_end or keep_start."
                 )
             tokens = self.cut(whole, room) if len(whole) > room else whole
             cut += len(whole) > room and tokens not in found
@@ -197,19 +220,36 @@ class DialogueLearner(LanguageLearner):
         """
         self.settings.check(settings)
         width = self.language.model.config.get_text_config().hidden_size
-        return {f"{CRITIC}{name}": torch.zeros(width + 1) for name in self.objectives if self.settings.needs_critics}
+        return {
+            f"{CRITIC}{name}": torch.zeros(width + 1)
+            for name in self.objectives
+            if self.settings.needs_critics
+        }
 
-    def draw(self, params: Tree, start: Tree, shard: DialogueShard, size: BatchSize, rng: torch.Generator) -> Rollouts:
+    def draw(
+        self, params: Tree, start: Tree, shard: DialogueShard, size: BatchSize, rng: torch.Generator
+    ) -> Rollouts:
         """Draw answers to a batch of prompts, by the policy as it is."""
         if size.max_tokens:
             raise UserError(
-                "algorithm.local.max_tokens_per_batch: batches of prompts are counted, their answers' tokens are not known. Set batch_size."
+                "algorithm.local.max_tokens_per_batch: batches of prompts are counted, their "
+                "answers' tokens are not known. Set batch_size."
             )
         order = torch.randperm(len(shard.train), generator=rng).tolist()
         prompts = [shard.train[i] for i in order[: size.examples]]
         samples = self.settings.num_generations
-        answers = generate(self.language, self._policy(params), [prompt.tokens for prompt in prompts], samples, self.settings.sampling, rng)
-        rows = [(prompt.tokens, answers[k * samples : (k + 1) * samples]) for k, prompt in enumerate(prompts)]
+        answers = generate(
+            self.language,
+            self._policy(params),
+            [prompt.tokens for prompt in prompts],
+            samples,
+            self.settings.sampling,
+            rng,
+        )
+        rows = [
+            (prompt.tokens, answers[k * samples : (k + 1) * samples])
+            for k, prompt in enumerate(prompts)
+        ]
         asked = [prompt for prompt in prompts for _ in range(samples)]
         rewards = self.judge(asked, self.texts(asked, answers))
         with torch.no_grad():
@@ -222,55 +262,85 @@ class DialogueLearner(LanguageLearner):
         Raises:
             UserError: A reward function does not keep to its signature.
         """
-        asked = [list(prompt.text) if not isinstance(prompt.text, str) else prompt.text for prompt in prompts]
+        asked = [
+            list(prompt.text) if not isinstance(prompt.text, str) else prompt.text
+            for prompt in prompts
+        ]
         known = prompts[0].columns.keys() - {"prompts", "completions"}
         columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in sorted(known)}
         found = []
         for name, reward in self.rewards.items():
             try:
-                values = [float(value) for value in reward(prompts=asked, completions=texts, **columns)]
+                values = [
+                    float(value) for value in reward(prompts=asked, completions=texts, **columns)
+                ]
             except TypeError as error:
                 raise UserError(
-                    f"task.rewards.{name}: it was called with prompts, completions and the columns {sorted(known)}, and should return a "
+                    f"task.rewards.{name}: it was called with prompts, completions and the "
+                    f"columns {sorted(known)}, and should return a "
                     f"number for each completion: {error}."
                 ) from error
             if len(values) != len(texts) or not all(map(math.isfinite, values)):
-                raise UserError(f"task.rewards.{name}: expected {len(texts)} numbers, one of each completion, found {str(values)[:80]}.")
+                raise UserError(
+                    f"task.rewards.{name}: expected {len(texts)} numbers, one of each "
+                    f"completion, found {str(values)[:80]}."
+                )
             found.append(values)
         return torch.tensor(found)
 
     def texts(self, prompts: Sequence[Prompted], answers: Sequence[Tokens]) -> list[Any]:
         """Return answers as rewards are given them: text, or a message after a conversation."""
-        said = self.language.tokenizer.batch_decode([list(answer) for answer in answers], skip_special_tokens=True)
+        said = self.language.tokenizer.batch_decode(
+            [list(answer) for answer in answers], skip_special_tokens=True
+        )
         return [
             text if isinstance(prompt.text, str) else [{"role": "assistant", "content": text}]
             for prompt, text in zip(prompts, said, strict=True)
         ]
 
-    def losses(self, params: Tree, batch: Rollouts) -> tuple[Float[Tensor, " M"], Mapping[str, float]]:
+    def losses(
+        self, params: Tree, batch: Rollouts
+    ) -> tuple[Float[Tensor, " M"], Mapping[str, float]]:
         """Return each objective's surrogate, with its critic's squared error where there is one."""
         estimator = self.settings.estimator
         tokens, hidden = self._tokens(self._policy(params), batch.rows, training=True)
-        critics = [params[CRITIC + name] for name in self.objectives] if estimator.needs_critic else []
+        critics = (
+            [params[CRITIC + name] for name in self.objectives] if estimator.needs_critic else []
+        )
         states = hidden.detach().float()
         values = [states @ critic[:-1] + critic[-1] for critic in critics]
         if batch.sampled is None:  # this is the policy that drew them
             counts = tuple(len(answer) for _, answers in batch.rows for answer in answers)
-            batch.sampled = Sampled(tokens.detach(), batch.reference, counts, self.settings.num_generations)
+            batch.sampled = Sampled(
+                tokens.detach(), batch.reference, counts, self.settings.num_generations
+            )
             for m, rewards in enumerate(batch.rewards):
-                advantages, returns = estimator.advantages(rewards, batch.sampled, values[m].detach() if values else None)
+                advantages, returns = estimator.advantages(
+                    rewards, batch.sampled, values[m].detach() if values else None
+                )
                 batch.advantages.append(advantages)
                 batch.returns.append(returns)
-        losses = [surrogate(tokens, advantages, batch.sampled, estimator) for advantages in batch.advantages]
+        losses = [
+            surrogate(tokens, advantages, batch.sampled, estimator)
+            for advantages in batch.advantages
+        ]
         metrics = self._metrics(batch.rewards, batch.sampled, tokens)
         if isinstance(estimator, PPO):
-            errors = [(value - target).square().mean() for value, target in zip(values, batch.returns, strict=True) if target is not None]
-            losses = [loss + estimator.vf_coef * error for loss, error in zip(losses, errors, strict=True)]
+            errors = [
+                (value - target).square().mean()
+                for value, target in zip(values, batch.returns, strict=True)
+                if target is not None
+            ]
+            losses = [
+                loss + estimator.vf_coef * error for loss, error in zip(losses, errors, strict=True)
+            ]
             metrics["value_error"] = float(torch.stack(errors).detach().mean())
         stacked = torch.stack(losses)
         return stacked, {"loss": float(stacked.detach().mean()), **metrics}
 
-    def _metrics(self, rewards: Float[Tensor, "M A"], sampled: Sampled, tokens: Float[Tensor, " n"]) -> dict[str, float]:
+    def _metrics(
+        self, rewards: Float[Tensor, "M A"], sampled: Sampled, tokens: Float[Tensor, " n"]
+    ) -> dict[str, float]:
         means = rewards.mean(1).tolist()
         ratio = tokens.detach() - sampled.old
         return {
@@ -284,7 +354,10 @@ class DialogueLearner(LanguageLearner):
         }
 
     def batches(self, shard: DialogueShard) -> Iterator[tuple[Rollouts, float]]:
-        raise UserError("diagnostics: examples of the task 'dialogue' are drawn, they have no losses that could be summed. Leave it out.")
+        raise UserError(
+            "diagnostics: examples of the task 'dialogue' are drawn, they have no losses that "
+            "could be summed. Leave it out."
+        )
 
     def choices(self, params: Tree, shard: DialogueShard) -> Float[Tensor, " n"]:
         raise UserError("diagnostics: the task 'dialogue' chooses nothing. Leave it out.")
@@ -300,7 +373,14 @@ class DialogueLearner(LanguageLearner):
         policy, prompts = self._policy(params), shard.test[: self.settings.evaluation_prompts]
         rng = seeds.generator(0, f"evaluate/{shard.name}")
         together = self.settings.answers_together
-        answers = generate(self.language, policy, [prompt.tokens for prompt in prompts], together, self.settings.sampling, rng)
+        answers = generate(
+            self.language,
+            policy,
+            [prompt.tokens for prompt in prompts],
+            together,
+            self.settings.sampling,
+            rng,
+        )
         asked = [prompt for prompt in prompts for _ in range(together)]
         texts = self.texts(asked, answers)
         rewards = self.judge(asked, texts).mean(1).tolist()
@@ -309,7 +389,9 @@ class DialogueLearner(LanguageLearner):
         said = [plain(text) for text in texts]
         stops = set(self.language.stops)
         return {
-            **{f"rewards/{name}": mean for name, mean in zip(self.objectives, rewards, strict=True)},
+            **{
+                f"rewards/{name}": mean for name, mean in zip(self.objectives, rewards, strict=True)
+            },
             REWARD: sum(rewards) / len(rewards),
             "kl": float(apart.sum()) / len(answers),
             "completions/mean_length": sum(map(len, answers)) / len(answers),
@@ -328,19 +410,37 @@ class DialogueLearner(LanguageLearner):
         found: list[dict[str, Any]] = [{"prompt": prompt.text} for prompt in prompts]
         for name, policy in (("before", None), ("after", self._policy(params))):
             rng = seeds.generator(0, f"samples/{shard.name}")
-            answers = generate(self.language, policy, [prompt.tokens for prompt in prompts], together, self.settings.sampling, rng)
+            answers = generate(
+                self.language,
+                policy,
+                [prompt.tokens for prompt in prompts],
+                together,
+                self.settings.sampling,
+                rng,
+            )
             asked = [prompt for prompt in prompts for _ in range(together)]
             texts = self.texts(asked, answers)
-            judged = list(zip(texts, self.judge(asked, texts).T.tolist(), strict=True)) if prompts else []
+            judged = (
+                list(zip(texts, self.judge(asked, texts).T.tolist(), strict=True))
+                if prompts
+                else []
+            )
             for row, (text, rewards) in zip(found, judged[::together], strict=True):
-                row[name] = {"completion": plain(text), "rewards": dict(zip(self.objectives, rewards, strict=True))}
+                row[name] = {
+                    "completion": plain(text),
+                    "rewards": dict(zip(self.objectives, rewards, strict=True)),
+                }
         return found
 
     def _policy(self, params: Tree) -> Tree:
         return {name: tensor for name, tensor in params.items() if not name.startswith(CRITIC)}
 
-    def _tokens(self, params: Tree | None, rows: Sequence[Packed], *, training: bool = False) -> tuple[Tensor, Tensor]:
-        return self.language.tokens(params, rows, training=training, temperature=self.settings.sampling.temperature)
+    def _tokens(
+        self, params: Tree | None, rows: Sequence[Packed], *, training: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        return self.language.tokens(
+            params, rows, training=training, temperature=self.settings.sampling.temperature
+        )
 
     def export(self, params: Tree, folder: Path) -> None:
         self.language.export(self._policy(params), folder)

@@ -34,7 +34,10 @@ class FeedbackTask(OfflineTask):
 
     def check(self, parts: Parts) -> None:
         if parts.reward:
-            raise UserError("algorithm.parts.reward: an explicit reward is for pairs; with judgements, set it to false.")
+            raise UserError(
+                "algorithm.parts.reward: an explicit reward is for pairs; with judgements, set "
+                "it to false."
+            )
 
     @property
     def loss_name(self) -> str:
@@ -65,20 +68,27 @@ class FeedbackLearner(OfflineLearner):
                 texts, labels = [row.completion], [row.label]
             else:
                 raise UserError(
-                    f"{row.where}: the row judges no answer; the task 'feedback' needs completion and label, or chosen and rejected."
+                    f"{row.where}: the row judges no answer; the task 'feedback' needs "
+                    "completion and label, or chosen and rejected."
                 )
             prompt, answers = self.tokens(row.prompt, texts, row.where)
             prompt, answers, shortened = self.fit(prompt, answers, row.where)
-            judged += [(prompt, answer, label) for answer, label in zip(answers, labels, strict=True)]
+            judged += [
+                (prompt, answer, label) for answer, label in zip(answers, labels, strict=True)
+            ]
             cut += shortened
         found = []
         for i, (prompt, answer, label) in enumerate(judged):
             following = judged[i + 1 :] + judged[:i]
             other = next((a for p, a, _ in following if p != prompt), answer)
-            found.append(Example(prompt, (answer, other[: self.max_length - len(prompt)]), desirable=label))
+            found.append(
+                Example(prompt, (answer, other[: self.max_length - len(prompt)]), desirable=label)
+            )
         return found, cut
 
-    def measure(self, policy: Float[Tensor, "B 2"], explicit: Float[Tensor, "B 2"] | None, batch: Batch) -> Mapping[str, PerExample]:
+    def measure(
+        self, policy: Float[Tensor, "B 2"], explicit: Float[Tensor, "B 2"] | None, batch: Batch
+    ) -> Mapping[str, PerExample]:
         """Return metrics of each answer; `loss` is differentiable.
 
         An answer is judged accurately if its reward is positive where it is desirable, negative
@@ -86,7 +96,9 @@ class FeedbackLearner(OfflineLearner):
         is not desirable.
         """
         ratio, other = (policy - batch.reference).unbind(1)
-        desirable = torch.tensor([example.desirable for example in batch.examples], device=policy.device)
+        desirable = torch.tensor(
+            [example.desirable for example in batch.examples], device=policy.device
+        )
         signed = self.settings.loss.beta * torch.where(desirable, ratio, -ratio).detach()
         return {
             "loss": self.settings.loss(ratio, other.detach(), desirable),

@@ -42,7 +42,9 @@ class GroupReward:
     def __name__(self) -> str:  # by which TRL logs it
         return f"reward/{self.group}"
 
-    def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], **_: Any) -> list[float]:
+    def __call__(
+        self, prompts: Sequence[Text], completions: Sequence[Text], **_: Any
+    ) -> list[float]:
         """Return a reward for each completion to the prompt in the same place.
 
         Raises:
@@ -51,19 +53,42 @@ class GroupReward:
         asked = by_prompt(prompts)
         alone = next((prompt for prompt, places in asked.items() if len(places) < 2), None)
         if (self.kind == "share" or self.asks) and alone is not None:
-            ways = "Give more: this run was trained on questions with their options." if self.asks else "Give more, or take logits."
-            raise UserError(f"reward: a share is one among completions, and {alone[:60]!r} has only one. {ways}")
+            ways = (
+                "Give more: this run was trained on questions with their options."
+                if self.asks
+                else "Give more, or take logits."
+            )
+            raise UserError(
+                f"reward: a share is one among completions, and {alone[:60]!r} has only one. {ways}"
+            )
         said = [_said(completion) for completion in completions]
-        if empty := next((prompt for prompt, places in asked.items() for i in places if not (prompt + said[i]).strip()), None):
-            raise UserError(f"reward: there is nothing to score in a prompt and completion that are both empty ({empty!r}).")
+        if empty := next(
+            (
+                prompt
+                for prompt, places in asked.items()
+                for i in places
+                if not (prompt + said[i]).strip()
+            ),
+            None,
+        ):
+            raise UserError(
+                "reward: there is nothing to score in a prompt and completion that are both "
+                f"empty ({empty!r})."
+            )
         texts = {
-            prompt: asking(prompt, [said[i] for i in places]) if self.asks else tuple(prompt + said[i] for i in places)
+            prompt: asking(prompt, [said[i] for i in places])
+            if self.asks
+            else tuple(prompt + said[i] for i in places)
             for prompt, places in asked.items()
         }
-        questions = [Question(self.group, of_prompt, (0.0,) * len(of_prompt)) for of_prompt in texts.values()]
+        questions = [
+            Question(self.group, of_prompt, (0.0,) * len(of_prompt)) for of_prompt in texts.values()
+        ]
         self.learner.embed(self.context)
         new = self.learner.embed(questions)
-        found = self.learner.predict(self.params, self.context, questions, logits=self.kind == "logit")[0]
+        found = self.learner.predict(
+            self.params, self.context, questions, logits=self.kind == "logit"
+        )[0]
         self.learner.forget(new)
         rewards = [0.0] * len(said)
         for places, values in zip(asked.values(), found, strict=True):
@@ -83,11 +108,17 @@ class CombinedReward:
     def __name__(self) -> str:
         return f"reward/{self.combine.name}"
 
-    def of_groups(self, prompts: Sequence[Text], completions: Sequence[Text]) -> Float[Tensor, "G n"]:
+    def of_groups(
+        self, prompts: Sequence[Text], completions: Sequence[Text]
+    ) -> Float[Tensor, "G n"]:
         """Return each group's rewards [G, n]."""
-        return torch.tensor([reward(prompts, completions) for reward in self.groups.values()], dtype=torch.float64)
+        return torch.tensor(
+            [reward(prompts, completions) for reward in self.groups.values()], dtype=torch.float64
+        )
 
-    def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], **_: Any) -> list[float]:
+    def __call__(
+        self, prompts: Sequence[Text], completions: Sequence[Text], **_: Any
+    ) -> list[float]:
         """Return a reward for each completion to the prompt in the same place."""
         rewards, found = self.of_groups(prompts, completions), [0.0] * len(prompts)
         for places in by_prompt(prompts).values():

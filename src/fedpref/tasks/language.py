@@ -53,8 +53,13 @@ class LanguageTask(TaskSettings):
     def _check_names(self) -> None:
         """Raise ValueError where objectives cannot be told apart in metrics."""
         names = self.objectives
-        if wrong := [name for name in names if "/" in name or name == "loss" or names.count(name) > 1]:
-            raise ValueError(f"the objective {wrong[0]!r}: give each a name of its own, without a slash and other than loss")
+        if wrong := [
+            name for name in names if "/" in name or name == "loss" or names.count(name) > 1
+        ]:
+            raise ValueError(
+                f"the objective {wrong[0]!r}: give each a name of its own, without a slash and "
+                "other than loss"
+            )
 
 
 class LanguageLearner(ABC):
@@ -67,7 +72,8 @@ class LanguageLearner(ABC):
         self.max_length = settings.max_length or min(context or DEFAULT_LENGTH, DEFAULT_LENGTH)
         if context and self.max_length > context:
             raise UserError(
-                f"task.max_length: {self.max_length} tokens were asked for, but the model's context holds {context}. "
+                f"task.max_length: {self.max_length} tokens were asked for, but the model's "
+                f"context holds {context}. "
                 f"Set task.max_length to {context} or less."
             )
 
@@ -103,7 +109,9 @@ class LanguageLearner(ABC):
     def encode(self, data: ClientData) -> Any:
         """Return a client's rows as tokens."""
 
-    def tokens(self, prompt: Text, answers: Sequence[Text], where: str) -> tuple[Tokens, list[Tokens]]:
+    def tokens(
+        self, prompt: Text, answers: Sequence[Text], where: str
+    ) -> tuple[Tokens, list[Tokens]]:
         """Return the tokens of a prompt and of its answers, all plain text or all conversations.
 
         Args:
@@ -116,22 +124,29 @@ class LanguageLearner(ABC):
         """
         if isinstance(prompt, str):
             opening, _ = self.language.encode(prompt, "")
-            return tuple(opening), [tuple(self.language.encode(prompt, str(answer))[1]) for answer in answers]
+            return tuple(opening), [
+                tuple(self.language.encode(prompt, str(answer))[1]) for answer in answers
+            ]
         if not self.language.chats:
             raise UserError(
-                f"{where}: the row is a conversation, but the tokenizer of {self.settings.model.path!r} has no chat "
-                "template. Give the prompt and answers as plain text, or use a model with a chat template."
+                f"{where}: the row is a conversation, but the tokenizer of "
+                f"{self.settings.model.path!r} has no chat "
+                "template. Give the prompt and answers as plain text, or use a model with a chat "
+                "template."
             )
         try:
             chat, closed = self.language.encode_chat(prompt, answers)  # type: ignore[arg-type]  # conversations, as the prompt is
         except ValueError as error:
             raise UserError(
-                f"{where}: the chat template of {self.settings.model.path!r} refuses the conversation: {error}. "
+                f"{where}: the chat template of {self.settings.model.path!r} refuses the "
+                f"conversation: {error}. "
                 "Change the row's roles, or give it as plain text."
             ) from error
         return tuple(chat), [tuple(answer) for answer in closed]
 
-    def fit(self, prompt: Tokens, answers: Sequence[Tokens], where: str) -> tuple[Tokens, list[Tokens], bool]:
+    def fit(
+        self, prompt: Tokens, answers: Sequence[Tokens], where: str
+    ) -> tuple[Tokens, list[Tokens], bool]:
         """Cut what is longer than `max_length`, answers to no less than half of it.
 
         Returns:
@@ -145,8 +160,10 @@ class LanguageLearner(ABC):
             return prompt, list(answers), False
         if self.settings.truncation_mode == "refuse":
             raise UserError(
-                f"{where}: prompt and longest answer are {length} tokens, task.max_length is {self.max_length}. "
-                "Raise task.max_length if the model's context allows it, or set task.truncation_mode to keep_end or keep_start."
+                f"{where}: prompt and longest answer are {length} tokens, task.max_length is "
+                f"{self.max_length}. "
+                "Raise task.max_length if the model's context allows it, or set "
+                "task.truncation_mode to keep_end or keep_start."
             )
         room = self.max_length - min(len(prompt), self.max_length // 2)
         fitted = [answer[:room] for answer in answers]

@@ -24,9 +24,13 @@ from fedpref.tasks.language import LanguageLearner, LanguageTask, Tokens
 from fedpref.tasks.task import BatchSize
 from fedpref.types import WholeNumber
 
-POOL = 4  # a batch is drawn from this many times its size, so that its examples are of similar length
+POOL = (
+    4  # a batch is drawn from this many times its size, so that its examples are of similar length
+)
 SCORING_BATCH = 16  # examples of a batch where each is seen once
-SAMPLING = Sampling(max_completion_length=64, temperature=0.7)  # of answers that are drawn to be read
+SAMPLING = Sampling(
+    max_completion_length=64, temperature=0.7
+)  # of answers that are drawn to be read
 
 PerExample = Float[Tensor, " B"]
 
@@ -108,7 +112,9 @@ class OfflineLearner(LanguageLearner):
         """
 
     @abstractmethod
-    def measure(self, policy: Float[Tensor, "B 2"], explicit: Float[Tensor, "B 2"] | None, batch: Batch) -> Mapping[str, PerExample]:
+    def measure(
+        self, policy: Float[Tensor, "B 2"], explicit: Float[Tensor, "B 2"] | None, batch: Batch
+    ) -> Mapping[str, PerExample]:
         """Return metrics of each example; `loss` is differentiable.
 
         Args:
@@ -142,15 +148,22 @@ class OfflineLearner(LanguageLearner):
             scores = torch.empty(len(examples), 2, dtype=torch.float64)
             with torch.no_grad():
                 for indices in _by_length(examples, SCORING_BATCH):
-                    scores[indices] = self._score(None, [examples[i] for i in indices])[0].double().cpu()
+                    scores[indices] = (
+                        self._score(None, [examples[i] for i in indices])[0].double().cpu()
+                    )
             cache.mkdir(parents=True, exist_ok=True)
             trees.save({"scores": scores}, file)
-        scored = tuple(replace(example, reference=(a, b)) for example, (a, b) in zip(examples, scores.tolist(), strict=True))
+        scored = tuple(
+            replace(example, reference=(a, b))
+            for example, (a, b) in zip(examples, scores.tolist(), strict=True)
+        )
         return replace(shard, train=scored[: len(shard.train)], test=scored[len(shard.train) :])
 
     # ---- learning
 
-    def draw(self, params: Tree, start: Tree, shard: OfflineShard, size: BatchSize, rng: torch.Generator) -> Batch:
+    def draw(
+        self, params: Tree, start: Tree, shard: OfflineShard, size: BatchSize, rng: torch.Generator
+    ) -> Batch:
         """Draw a batch of examples of similar length.
 
         Each example has the same expected weight in the batch's mean, or in that of its objective;
@@ -158,10 +171,19 @@ class OfflineLearner(LanguageLearner):
         """
         examples: list[Example] = []
         count = len(self.objectives)
-        part = BatchSize(max(1, size.examples // count), size.max_tokens and max(1, size.max_tokens // count))
+        part = BatchSize(
+            max(1, size.examples // count), size.max_tokens and max(1, size.max_tokens // count)
+        )
         for m in range(count):
-            of_objective = [example for example in shard.train if example.objective == m] if count > 1 else shard.train
-            examples += [of_objective[i] for i in _draw([example.tokens for example in of_objective], part, rng)]
+            of_objective = (
+                [example for example in shard.train if example.objective == m]
+                if count > 1
+                else shard.train
+            )
+            examples += [
+                of_objective[i]
+                for i in _draw([example.tokens for example in of_objective], part, rng)
+            ]
         if self.settings.reference == "base" or not self.needs_reference:
             return self._with_base(examples)
         with torch.no_grad():
@@ -171,18 +193,31 @@ class OfflineLearner(LanguageLearner):
         """Return each objective's mean loss over a batch [M], and metrics."""
         measured = self.measure(*self._score(params, batch.examples, training=True), batch)
         metrics = {name: float(values.detach().mean()) for name, values in measured.items()}
-        counts = {"num_pairs": float(len(batch.examples)), "num_tokens": float(sum(example.tokens for example in batch.examples))}
+        counts = {
+            "num_pairs": float(len(batch.examples)),
+            "num_tokens": float(sum(example.tokens for example in batch.examples)),
+        }
         if len(self.objectives) == 1:
             return measured["loss"].mean()[None], metrics | counts
-        whose = torch.tensor([example.objective for example in batch.examples], device=measured["loss"].device)
-        losses = torch.stack([measured["loss"][whose == m].mean() for m in range(len(self.objectives))])
-        apart = {f"loss/{name}": loss for name, loss in zip(self.objectives, losses.tolist(), strict=True)}
+        whose = torch.tensor(
+            [example.objective for example in batch.examples], device=measured["loss"].device
+        )
+        losses = torch.stack(
+            [measured["loss"][whose == m].mean() for m in range(len(self.objectives))]
+        )
+        apart = {
+            f"loss/{name}": loss
+            for name, loss in zip(self.objectives, losses.tolist(), strict=True)
+        }
         return losses, metrics | apart | counts
 
     def batches(self, shard: OfflineShard) -> Iterator[tuple[Batch, float]]:
         """Yield all training examples once, against the base reference, with each batch's share."""
         for indices in _by_length(shard.train, SCORING_BATCH):
-            yield self._with_base([shard.train[i] for i in indices]), len(indices) / len(shard.train)
+            yield (
+                self._with_base([shard.train[i] for i in indices]),
+                len(indices) / len(shard.train),
+            )
 
     def evaluate(self, params: Tree, shard: OfflineShard) -> Mapping[str, float]:
         """Return means over the shard's held-out examples, rewards over the base reference.
@@ -194,21 +229,32 @@ class OfflineLearner(LanguageLearner):
         for examples, metrics in self._held_out(params, shard):
             for name, values in metrics.items():
                 sums[name] = sums.get(name, 0.0) + float(values.sum())
-            for example, value in zip(examples, metrics[ACCURACY].tolist(), strict=True) if len(counts) > 1 else ():
+            for example, value in (
+                zip(examples, metrics[ACCURACY].tolist(), strict=True) if len(counts) > 1 else ()
+            ):
                 objective = self.objectives[example.objective]
                 sums[f"{ACCURACY}/{objective}"] = sums.get(f"{ACCURACY}/{objective}", 0.0) + value
-        means = {name: value / counts.get(name.removeprefix(f"{ACCURACY}/"), len(shard.test)) for name, value in sums.items()}
+        means = {
+            name: value / counts.get(name.removeprefix(f"{ACCURACY}/"), len(shard.test))
+            for name, value in sums.items()
+        }
         return means | {"num_examples": float(len(shard.test))}
 
     def samples(self, params: Tree, shard: OfflineShard) -> list[dict[str, Any]]:
         """Return the first held-out prompts with answers of the backbone and of the client's model."""
-        prompts = list(dict.fromkeys(example.prompt for example in shard.test))[: self.settings.samples]
-        texts = self.language.tokenizer.batch_decode([list(prompt) for prompt in prompts], skip_special_tokens=True)
+        prompts = list(dict.fromkeys(example.prompt for example in shard.test))[
+            : self.settings.samples
+        ]
+        texts = self.language.tokenizer.batch_decode(
+            [list(prompt) for prompt in prompts], skip_special_tokens=True
+        )
         found: list[dict[str, Any]] = [{"prompt": text} for text in texts]
         for name, policy in (("before", None), ("after", params)):
             rng = seeds.generator(0, f"samples/{shard.name}")
             answers = generate(self.language, policy, prompts, 1, SAMPLING, rng) if prompts else []
-            said = self.language.tokenizer.batch_decode([list(answer) for answer in answers], skip_special_tokens=True)
+            said = self.language.tokenizer.batch_decode(
+                [list(answer) for answer in answers], skip_special_tokens=True
+            )
             for row, text in zip(found, said, strict=True):
                 row[name] = {"completion": text, "rewards": {}}
         return found
@@ -218,7 +264,9 @@ class OfflineLearner(LanguageLearner):
         return torch.cat([metrics[ACCURACY].cpu() for _, metrics in self._held_out(params, shard)])
 
     @torch.no_grad()
-    def _held_out(self, params: Tree, shard: OfflineShard) -> Iterator[tuple[Sequence[Example], Mapping[str, PerExample]]]:
+    def _held_out(
+        self, params: Tree, shard: OfflineShard
+    ) -> Iterator[tuple[Sequence[Example], Mapping[str, PerExample]]]:
         for indices in _by_length(shard.test, SCORING_BATCH):
             examples = [shard.test[i] for i in indices]
             yield examples, self.measure(*self._score(params, examples), self._with_base(examples))
@@ -232,7 +280,9 @@ class OfflineLearner(LanguageLearner):
     def _score(
         self, params: Tree | None, examples: Sequence[Example], *, training: bool = False
     ) -> tuple[Float[Tensor, "B 2"], Float[Tensor, "B 2"] | None]:
-        sums, rewards = self.language.score(params, [(example.prompt, example.answers) for example in examples], training=training)
+        sums, rewards = self.language.score(
+            params, [(example.prompt, example.answers) for example in examples], training=training
+        )
         return sums.view(-1, 2), None if rewards is None else rewards.view(-1, 2)
 
 
@@ -245,11 +295,16 @@ def _draw(lengths: Sequence[int], size: BatchSize, rng: torch.Generator) -> list
     count = min(size.examples, len(lengths))
     order: list[int] = torch.randperm(len(lengths), generator=rng).tolist()
     if size.max_tokens is None:
-        pool = sorted(order[: count * min(POOL, len(lengths) // count)], key=lambda i: (lengths[i], i))
+        pool = sorted(
+            order[: count * min(POOL, len(lengths) // count)], key=lambda i: (lengths[i], i)
+        )
         batches = [pool[first : first + count] for first in range(0, len(pool), count)]
     else:
         totals = accumulate(lengths[i] for i in order)
-        pool = sorted(order[: max(1, sum(total <= POOL * size.max_tokens for total in totals))], key=lambda i: (lengths[i], i))
+        pool = sorted(
+            order[: max(1, sum(total <= POOL * size.max_tokens for total in totals))],
+            key=lambda i: (lengths[i], i),
+        )
         batches = [[]]
         for i in pool:
             if batches[-1] and sum(lengths[k] for k in batches[-1]) + lengths[i] > size.max_tokens:

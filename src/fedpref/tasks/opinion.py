@@ -69,7 +69,10 @@ class OpinionTask(TaskSettings):
                 raise ValueError(f"task.{name}: {low} is more than {high}")
 
     def check(self, parts: Parts) -> None:
-        raise UserError("algorithm: a predictor of opinions has no parts of a client's own. Take pluralllm, feddpo, alone or pooled.")
+        raise UserError(
+            "algorithm: a predictor of opinions has no parts of a client's own. Take pluralllm, "
+            "feddpo, alone or pooled."
+        )
 
     def build(self, open_groups: OpenGroups = no_groups) -> OpinionLearner:
         return OpinionLearner(self)
@@ -137,7 +140,10 @@ class OpinionLearner:
     def description(self) -> str:
         inputs = self.encoder.dimensions
         count = sum(tensor.numel() for tensor in self.init(torch.Generator()).values())
-        return f"predictor: {count / 1e6:,.2f} M parameters over embeddings of {inputs} dimensions by {self.settings.model.path}"
+        return (
+            f"predictor: {count / 1e6:,.2f} M parameters over embeddings of {inputs} "
+            f"dimensions by {self.settings.model.path}"
+        )
 
     @property
     def prepares(self) -> str:
@@ -167,14 +173,24 @@ class OpinionLearner:
         train, test = _questions(data.name, data.train), _questions(data.name, data.test)
         if len(train) < 2:
             raise UserError(
-                f"{data.name}: one question of a group is shown while another is asked, but it has {len(train)} to train on. "
+                f"{data.name}: one question of a group is shown while another is asked, but it "
+                f"has {len(train)} to train on. "
                 "Leave such groups out: partition.min_rows."
             )
-        order = torch.randperm(len(train), generator=seeds.generator(0, f"context/{data.name}")).tolist()
+        order = torch.randperm(
+            len(train), generator=seeds.generator(0, f"context/{data.name}")
+        ).tolist()
         count = self.settings.evaluation_context
         context, others = (tuple(train[i] for i in part) for part in (order[:count], order[count:]))
         cut = sum(any(map(self.encoder.cuts, question.texts)) for question in train + test)
-        return OpinionShard(data.name, train, test, context, test if self.settings.evaluate_on == "held-out" else test + others, cut)
+        return OpinionShard(
+            data.name,
+            train,
+            test,
+            context,
+            test if self.settings.evaluate_on == "held-out" else test + others,
+            cut,
+        )
 
     def prepare(self, shard: OpinionShard, cache: Path) -> OpinionShard:
         """Embed the questions that are not known yet.
@@ -182,7 +198,11 @@ class OpinionLearner:
         Each question's embeddings are kept in a file of `cache` that is named after the model and
         its texts.
         """
-        wanted = {question.digest: question for question in shard.train + shard.test if question.digest not in self.known}
+        wanted = {
+            question.digest: question
+            for question in shard.train + shard.test
+            if question.digest not in self.known
+        }
         place = cache / f"embeddings-{self.encoder.fingerprint}"
         for digest in [digest for digest in wanted if (place / f"{digest}.safetensors").exists()]:
             self.known[digest] = trees.load(place / f"{digest}.safetensors")["embeddings"]
@@ -199,7 +219,11 @@ class OpinionLearner:
 
         Each is embedded by itself: what else stands in a batch changes the last bits.
         """
-        wanted = {question.digest: question.texts for question in questions if question.digest not in self.known}
+        wanted = {
+            question.digest: question.texts
+            for question in questions
+            if question.digest not in self.known
+        }
         self.known |= {digest: self.encoder.embed(texts) for digest, texts in wanted.items()}
         return list(wanted)
 
@@ -217,13 +241,18 @@ class OpinionLearner:
     def init(self, rng: torch.Generator) -> Tree:
         return self.settings.predictor.init(self.encoder.dimensions, rng)
 
-    def draw(self, params: Tree, start: Tree, shard: OpinionShard, size: BatchSize, rng: torch.Generator) -> Batch:
+    def draw(
+        self, params: Tree, start: Tree, shard: OpinionShard, size: BatchSize, rng: torch.Generator
+    ) -> Batch:
         """Draw a batch of tasks, of random groups where there are several.
 
         All groups come before one comes again.
         """
         if size.max_tokens:
-            raise UserError("algorithm.local.max_tokens_per_batch: a predictor's batches are counted in tasks. Set batch_size.")
+            raise UserError(
+                "algorithm.local.max_tokens_per_batch: a predictor's batches are counted in "
+                "tasks. Set batch_size."
+            )
         groups = _by_group(shard.train)
         turn = torch.randperm(len(groups), generator=rng).tolist()
         tasks = []
@@ -232,11 +261,18 @@ class OpinionLearner:
             order = torch.randperm(len(questions), generator=rng).tolist()
             context = _between(self.settings.context_questions, len(order) - 1, rng)
             targets = _between(self.settings.target_questions, len(order) - context, rng)
-            tasks.append(([questions[i] for i in order[:context]], [questions[i] for i in order[context : context + targets]]))
+            tasks.append(
+                (
+                    [questions[i] for i in order[:context]],
+                    [questions[i] for i in order[context : context + targets]],
+                )
+            )
         return self._batch(tasks)
 
     def losses(self, params: Tree, batch: Batch) -> tuple[Float[Tensor, 1], Mapping[str, float]]:
-        raw, std = self.settings.predictor(params, batch.context, batch.answers, batch.shown, batch.targets)
+        raw, std = self.settings.predictor(
+            params, batch.context, batch.answers, batch.shown, batch.targets
+        )
         losses = gaussian_loss(raw[batch.asked], std[batch.asked], batch.question, batch.shares)
         error = softmax_within(raw[batch.asked].detach(), batch.question) - batch.shares
         metrics = {"loss": float(losses.detach().mean()), "error": float(error.abs().mean())}
@@ -255,7 +291,12 @@ class OpinionLearner:
 
     @torch.no_grad()
     def predict(
-        self, params: Tree, context: Sequence[Question], targets: Sequence[Question], *, logits: bool = False
+        self,
+        params: Tree,
+        context: Sequence[Question],
+        targets: Sequence[Question],
+        *,
+        logits: bool = False,
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Predict how the context's group would answer.
 
@@ -269,7 +310,9 @@ class OpinionLearner:
             Each target's shares, and their standard deviations.
         """
         batch = self._batch([(context, targets)])
-        raw, std = self.settings.predictor(trees.to(params, self.device), batch.context, batch.answers, batch.shown, batch.targets)
+        raw, std = self.settings.predictor(
+            trees.to(params, self.device), batch.context, batch.answers, batch.shown, batch.targets
+        )
         sizes = [len(question.shares) for question in targets]
         means = raw[0] if logits else softmax_within(raw[0], batch.question)
         return list(means.cpu().split(sizes)), list(std[0].cpu().split(sizes))
@@ -296,7 +339,10 @@ class OpinionLearner:
             measured["coverage"].append(float(((p - y).abs() <= std).float().mean()))
             measured["uniform"].append(alignment(torch.full_like(y, 1 / len(y)), y))
         means = {name: float(np.mean(values)) for name, values in measured.items()}
-        return means | {"calibration_error": calibration_error(torch.cat(found), torch.cat(truth)), "num_examples": float(len(shard.asked))}
+        return means | {
+            "calibration_error": calibration_error(torch.cat(found), torch.cat(truth)),
+            "num_examples": float(len(shard.asked)),
+        }
 
     def choices(self, params: Tree, shard: OpinionShard) -> Float[Tensor, " n"]:
         """Return the predicted share of every option."""
@@ -317,20 +363,33 @@ class OpinionLearner:
         context, answers, _ = self._points([task[0] for task in tasks])
         targets, shares, sizes = self._points([task[1] for task in tasks])
         number = torch.arange(sum(map(len, sizes)), device=self.device)
-        question = number.repeat_interleave(torch.tensor([size for of_task in sizes for size in of_task], device=self.device))
+        question = number.repeat_interleave(
+            torch.tensor([size for of_task in sizes for size in of_task], device=self.device)
+        )
         shown, asked = answers >= 0, shares >= 0
         return Batch(context, answers.clamp(min=0), shown, targets, asked, question, shares[asked])
 
-    def _points(self, tasks: Sequence[Sequence[Question]]) -> tuple[Float[Tensor, "B P D"], Float[Tensor, "B P"], list[list[int]]]:
+    def _points(
+        self, tasks: Sequence[Sequence[Question]]
+    ) -> tuple[Float[Tensor, "B P D"], Float[Tensor, "B P"], list[list[int]]]:
         """Return embeddings and shares of all options, padded, and the number of each question's
         options.
 
         Padding has shares of -1.
         """
-        x = [torch.cat([self.known[question.digest] for question in questions]) for questions in tasks]
-        y = [torch.tensor([share for question in questions for share in question.shares]) for questions in tasks]
+        x = [
+            torch.cat([self.known[question.digest] for question in questions])
+            for questions in tasks
+        ]
+        y = [
+            torch.tensor([share for question in questions for share in question.shares])
+            for questions in tasks
+        ]
         sizes = [[len(question.shares) for question in questions] for questions in tasks]
-        padded = pad_sequence(x, batch_first=True), pad_sequence(y, batch_first=True, padding_value=-1.0)
+        padded = (
+            pad_sequence(x, batch_first=True),
+            pad_sequence(y, batch_first=True, padding_value=-1.0),
+        )
         return padded[0].to(self.device), padded[1].to(self.device), sizes
 
 
@@ -354,7 +413,10 @@ def _questions(group: str, rows: Sequence[Row]) -> tuple[Question, ...]:
     wins: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for row in rows:
         if isinstance(row, Feedback | Prompt):
-            raise UserError(f"{row.where}: the row compares no answers; the task 'opinion' needs opinions, or two answers to compare.")
+            raise UserError(
+                f"{row.where}: the row compares no answers; the task 'opinion' needs opinions, "
+                "or two answers to compare."
+            )
         if isinstance(row, Preference):
             chosen, rejected = row.said
             wins[(key(row.prompt), *sorted((chosen, rejected)))].append(chosen)
@@ -362,12 +424,18 @@ def _questions(group: str, rows: Sequence[Row]) -> tuple[Question, ...]:
             opinions[asking(row.prompt, row.options)].append(row)
     found = []
     for texts, same in opinions.items():
-        if other := next((row for row in same if row.columns.get("group") != same[0].columns.get("group")), None):
+        if other := next(
+            (row for row in same if row.columns.get("group") != same[0].columns.get("group")), None
+        ):
             raise UserError(
-                f"{other.where}: client {group!r} has this question's answers of {same[0].columns.get('group')!r} and of "
-                f"{other.columns.get('group')!r}. A client is one group: set partition.column to group."
+                f"{other.where}: client {group!r} has this question's answers of "
+                f"{same[0].columns.get('group')!r} and of "
+                f"{other.columns.get('group')!r}. A client is one group: set partition.column to "
+                "group."
             )
-        shares = tuple(sum(share) / len(same) for share in zip(*(row.shares for row in same), strict=True))
+        shares = tuple(
+            sum(share) / len(same) for share in zip(*(row.shares for row in same), strict=True)
+        )
         found.append(Question(group, texts, shares))
     for (prompt, *options), winners in wins.items():
         shares = tuple(winners.count(option) / len(winners) for option in options)

@@ -16,7 +16,14 @@ from fedpref.losses import DPO, Explicit, Hinge, Loss, PairScores
 from fedpref.models.own_parts import Parts
 from fedpref.numerics.metrics import IMPLICIT
 from fedpref.rewards.reward import OpenGroups, no_groups
-from fedpref.tasks.offline import Batch, Example, OfflineLearner, OfflineShard, OfflineTask, PerExample
+from fedpref.tasks.offline import (
+    Batch,
+    Example,
+    OfflineLearner,
+    OfflineShard,
+    OfflineTask,
+    PerExample,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +42,10 @@ class PreferenceTask(OfflineTask):
 
     def __post_init__(self) -> None:
         if bool(self.objective_column) != bool(self.objective_names):
-            raise ValueError("task.objective_column and task.objective_names: give both, the column and what it may say")
+            raise ValueError(
+                "task.objective_column and task.objective_names: give both, the column and what "
+                "it may say"
+            )
         if self.objective_names:
             self._check_names()
 
@@ -48,13 +58,16 @@ class PreferenceTask(OfflineTask):
             return
         if not isinstance(self.loss, DPO | Hinge):
             raise UserError(
-                f"algorithm.parts.reward: an explicit reward is defined beside the losses dpo and hinge, task.loss is "
+                "algorithm.parts.reward: an explicit reward is defined beside the losses dpo "
+                "and hinge, task.loss is "
                 f"{self.loss.name}. Take one of these, or set algorithm.parts.reward to false."
             )
         if self.explicit.alpha and self.explicit.stop_gradient and not self.explicit.gamma:
             raise UserError(
-                "task.explicit: with gamma 0 and stop_gradient nothing would train the reward head. "
-                "Raise gamma, set stop_gradient to false, or leave the head out: algorithm.parts.reward=false."
+                "task.explicit: with gamma 0 and stop_gradient nothing would train the reward "
+                "head. "
+                "Raise gamma, set stop_gradient to false, or leave the head out: "
+                "algorithm.parts.reward=false."
             )
 
     @property
@@ -78,14 +91,19 @@ class PreferenceLearner(OfflineLearner):
         for row in rows:
             if not isinstance(row, Preference):
                 raise UserError(
-                    f"{row.where}: the row does not compare two answers, as the task {self.settings.name!r} needs them. "
-                    "Set task.name to feedback for judgements of one answer, to opinion for groups' opinions, "
+                    f"{row.where}: the row does not compare two answers, as the task "
+                    f"{self.settings.name!r} needs them. "
+                    "Set task.name to feedback for judgements of one answer, to opinion for "
+                    "groups' opinions, "
                     "or give columns chosen and rejected."
                 )
             prompt, answers = self.tokens(row.prompt, (row.chosen, row.rejected), row.where)
             prompt, (chosen, rejected), shortened = self.fit(prompt, answers, row.where)
             if chosen == rejected:
-                raise UserError(f"{row.where}: the two answers are the same tokens to the model, after truncation if any. Remove the row.")
+                raise UserError(
+                    f"{row.where}: the two answers are the same tokens to the model, after "
+                    "truncation if any. Remove the row."
+                )
             found.append(Example(prompt, (chosen, rejected), objective=self._objective(row)))
             cut += shortened
         return found, cut
@@ -98,10 +116,14 @@ class PreferenceLearner(OfflineLearner):
         """
         shard = super().encode(data)
         for side, examples in (("training", shard.train), ("held-out", shard.test)):
-            if len(self.objectives) > 1 and (missing := set(range(len(self.objectives))) - {example.objective for example in examples}):
+            if len(self.objectives) > 1 and (
+                missing := set(range(len(self.objectives)))
+                - {example.objective for example in examples}
+            ):
                 name = self.objectives[min(missing)]
                 raise UserError(
-                    f"client {data.name!r} has no {side} pairs of the objective {name!r}, and each needs some of every objective. "
+                    f"client {data.name!r} has no {side} pairs of the objective {name!r}, and "
+                    "each needs some of every objective. "
                     "Take another partition, or larger clients (partition.min_rows)."
                 )
         return shard
@@ -111,17 +133,27 @@ class PreferenceLearner(OfflineLearner):
         if column is None:
             return 0
         if row.columns.get(column) not in self.objectives:
-            raise UserError(f"{row.where}, column {column!r}: expected one of {list(self.objectives)}, found {row.columns.get(column)!r}.")
+            raise UserError(
+                f"{row.where}, column {column!r}: expected one of {list(self.objectives)}, found "
+                f"{row.columns.get(column)!r}."
+            )
         return self.objectives.index(row.columns[column])
 
-    def measure(self, policy: Float[Tensor, "B 2"], explicit: Float[Tensor, "B 2"] | None, batch: Batch) -> Mapping[str, PerExample]:
+    def measure(
+        self, policy: Float[Tensor, "B 2"], explicit: Float[Tensor, "B 2"] | None, batch: Batch
+    ) -> Mapping[str, PerExample]:
         """Return metrics of each pair under TRL's names; `loss` is differentiable.
 
         With a reward head, rewards are sums of both, and accuracies are also given of either part
         alone.
         """
-        loss, tokens = self.settings.loss, torch.tensor([tuple(map(len, e.answers)) for e in batch.examples]).to(policy)
-        scores, reference = (PairScores(*sums.unbind(1), *tokens.unbind(1)) for sums in (policy, batch.reference))
+        loss, tokens = (
+            self.settings.loss,
+            torch.tensor([tuple(map(len, e.answers)) for e in batch.examples]).to(policy),
+        )
+        scores, reference = (
+            PairScores(*sums.unbind(1), *tokens.unbind(1)) for sums in (policy, batch.reference)
+        )
         chosen, rejected = loss.rewards(scores, reference)
         if explicit is None:
             return _metrics(loss(scores, reference), chosen, rejected)

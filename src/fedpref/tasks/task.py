@@ -180,7 +180,9 @@ class Task(Protocol):
         """
         ...
 
-    def draw(self, params: Tree, start: Tree, shard: Any, size: BatchSize, rng: torch.Generator) -> Any:
+    def draw(
+        self, params: Tree, start: Tree, shard: Any, size: BatchSize, rng: torch.Generator
+    ) -> Any:
         """Draw a training batch.
 
         Args:

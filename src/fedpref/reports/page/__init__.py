@@ -34,7 +34,9 @@ def write_report(paths: Sequence[Path], output: Path) -> Path:
             f"`fedpref watch {started[0].path}` shows it as it goes."
         )
     if len({run.metric for run in runs}) > 1:
-        raise UserError("runs of different tasks are compared by different metrics; give reports of their own.")
+        raise UserError(
+            "runs of different tasks are compared by different metrics; give reports of their own."
+        )
     if output.is_dir():
         raise UserError(f"--output {output}: this is a folder. Name a file.")
     text = page(runs, fronts)
@@ -49,13 +51,17 @@ def told_apart(runs: Sequence[Run]) -> list[Run]:
     """Runs with titles of their own: their names, or their directories' where names are alike, or whole paths where these are too."""
     for title in (lambda run: run.path.name, lambda run: str(run.path)):
         names = [run.title for run in runs]
-        runs = [replace(run, title=title(run)) if names.count(run.title) > 1 else run for run in runs]
+        runs = [
+            replace(run, title=title(run)) if names.count(run.title) > 1 else run for run in runs
+        ]
     return list(runs)
 
 
 def page(runs: Sequence[Run], fronts: Sequence[Mapping[str, Any]] = ()) -> str:
     """The page as text."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     room = files("fedpref.reports.page")
     drawn = sections(runs, fronts)
     measures, spreads = fairness(runs)
@@ -72,11 +78,17 @@ def page(runs: Sequence[Run], fronts: Sequence[Mapping[str, Any]] = ()) -> str:
         caption=runs[0].shown.caption if runs else "",
         clients=client_rows(runs),
         client_lines=[title for title, _, _, _ in charts.every_line(runs)],
-        gain_lines=[charts.with_prefix(prefix, "gain over alone") for prefix, run, _ in charts.main_lines(runs) if run.gains("alone")],
+        gain_lines=[
+            charts.with_prefix(prefix, "gain over alone")
+            for prefix, run, _ in charts.main_lines(runs)
+            if run.gains("alone")
+        ],
         newcomers=newcomer_rows(runs),
         newcomer_lines=[title for title, _ in joined(runs)],
         objectives=objective_rows(runs),
-        meanings=[text for name, text in MEANINGS.items() if any(name in run.baselines for run in runs)],
+        meanings=[
+            text for name, text in MEANINGS.items() if any(name in run.baselines for run in runs)
+        ],
         enough=ENOUGH,
     )
 
@@ -94,13 +106,18 @@ def _json(content: Any) -> str:
     return json.dumps(finite(content), separators=(",", ":")).replace("<", "\\u003c")
 
 
-def sections(runs: Sequence[Run], fronts: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[charts.Chart]]]:
+def sections(
+    runs: Sequence[Run], fronts: Sequence[Mapping[str, Any]]
+) -> list[tuple[str, list[charts.Chart]]]:
     """Titles, and the charts under them that these runs have something for."""
     found = [("Trade-offs", [methods.front(content) for content in fronts])]
     if runs:
         gained = list(charts.gains(runs))
         found += [
-            ("What was learned", [*charts.held_out(runs), *charts.learning(runs), *methods.calibration(runs)]),
+            (
+                "What was learned",
+                [*charts.held_out(runs), *charts.learning(runs), *methods.calibration(runs)],
+            ),
             ("Who gained, who lost" if gained else "Clients", [*gained, *charts.by_client(runs)]),
             ("Objectives", [*methods.objectives(runs)]),
             ("Agreement", [*methods.consensus(runs), *methods.graph(runs)]),

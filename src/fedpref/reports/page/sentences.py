@@ -17,7 +17,9 @@ from fedpref.reports.tables import bytes_text
 from fedpref.rewards.reward import plain
 
 SAMPLES = 12  # answers shown of each run
-ENOUGH = 8  # clients, for an interval: with fewer, percentiles are much too narrow (see `bootstrap`)
+ENOUGH = (
+    8  # clients, for an interval: with fewer, percentiles are much too narrow (see `bootstrap`)
+)
 MEANINGS = {
     "alone": "alone is each client's own model, trained on its own data",
     "pooled": "pooled is one model on all data together",
@@ -48,7 +50,9 @@ def told(run: Run) -> dict[str, Any]:
         "cards": cards(run),
         "facts": {name: text for name, text in facts(run).items() if text},
         "config": (run.path / CONFIG).read_text(),
-        "samples": [(client, {**row, "prompt": plain(row["prompt"])}) for _, client, row in ranked[:SAMPLES]],
+        "samples": [
+            (client, {**row, "prompt": plain(row["prompt"])}) for _, client, row in ranked[:SAMPLES]
+        ],
         "all_samples": len(ranked),
     }
 
@@ -56,16 +60,32 @@ def told(run: Run) -> dict[str, Any]:
 def words(run: Run) -> str:
     """Who took part, what came of it, who has what of it."""
     values, digits = run.values(), run.shown.digits
-    mean, worst, best = _mean(values), min(values, key=values.__getitem__), max(values, key=values.__getitem__)
-    rounds = f"{len(run.line.metrics)} of {run.experiment.rounds} rounds of {run.experiment.algorithm.name}"
+    mean, worst, best = (
+        _mean(values),
+        min(values, key=values.__getitem__),
+        max(values, key=values.__getitem__),
+    )
+    rounds = (
+        f"{len(run.line.metrics)} of {run.experiment.rounds} rounds of "
+        f"{run.experiment.algorithm.name}"
+    )
     joined = len(next(iter(run.newcomers.values()))[1]) if run.newcomers else 0
-    said = [f"{clients(len(values))} trained {rounds}" + (f", {joined} joined afterwards" if joined else "")]
+    said = [
+        f"{clients(len(values))} trained {rounds}"
+        + (f", {joined} joined afterwards" if joined else "")
+    ]
     said[0] += f"; their mean held-out {run.shown.title} is {mean:.{digits}f}"
     if gained := run.gains("alone"):
-        found = f"against training alone that is {_mean(gained):+.{digits}f} points{interval(gained, digits, '+')}"
+        found = (
+            f"against training alone that is {_mean(gained):+.{digits}f} "
+            f"points{interval(gained, digits, '+')}"
+        )
         said += [found + _doubt(gained), _counted(gained, run.noise("alone"))]
     if values[best] > values[worst]:
-        said.append(f"the best client is {best} ({values[best]:.{digits}f}), the worst {worst} ({values[worst]:.{digits}f})")
+        said.append(
+            f"the best client is {best} ({values[best]:.{digits}f}), the worst {worst} "
+            f"({values[worst]:.{digits}f})"
+        )
     return "; ".join(said) + "."
 
 
@@ -78,34 +98,58 @@ def _doubt(gained: Mapping[str, float]) -> str:
 
 
 def _counted(gained: Mapping[str, float], noise: Mapping[str, float]) -> str:
-    up, down = sum(value > 0 for value in gained.values()), sum(value < 0 for value in gained.values())
+    up, down = (
+        sum(value > 0 for value in gained.values()),
+        sum(value < 0 for value in gained.values()),
+    )
     kept = f", {len(gained) - up - down} stay" if up + down < len(gained) else ""
-    text = f"{clients(up)} gain{'s' if up == 1 else ''}, {down} lose{'s' if down == 1 else ''}{kept}"
+    text = (
+        f"{clients(up)} gain{'s' if up == 1 else ''}, {down} lose{'s' if down == 1 else ''}{kept}"
+    )
     if not noise:
         return text
     up, down = (sum(way * value > noise[name] for name, value in gained.items()) for way in (1, -1))
-    return f"{text} ({up} and {down} of them by more than two standard errors of their held-out pairs)"
+    return (
+        f"{text} ({up} and {down} of them by more than two standard errors of their held-out pairs)"
+    )
 
 
 def cards(run: Run) -> list[tuple[str, str, str]]:
     """The figures that come first: a name, a value, a note."""
     values, digits, rounds = run.values(), run.shown.digits, max(1, len(run.line.metrics))
     mean, worst = _mean(values), min(values, key=values.__getitem__)
-    up, down, seconds = (sum(run.line.column(name)) for name in ("bytes_up", "bytes_down", "seconds"))
-    found = [(f"held-out {run.shown.caption}", f"{mean:.{digits}f}", f"mean over clients{interval(values, digits)}")]
+    up, down, seconds = (
+        sum(run.line.column(name)) for name in ("bytes_up", "bytes_down", "seconds")
+    )
+    found = [
+        (
+            f"held-out {run.shown.caption}",
+            f"{mean:.{digits}f}",
+            f"mean over clients{interval(values, digits)}",
+        )
+    ]
     gains = {name: gained for name in run.baselines if (gained := run.gains(name))}
-    found += [(f"against {name}", f"{_mean(some):+.{digits}f}", f"points{interval(some, digits, '+')}") for name, some in gains.items()]
+    found += [
+        (f"against {name}", f"{_mean(some):+.{digits}f}", f"points{interval(some, digits, '+')}")
+        for name, some in gains.items()
+    ]
     found.append(("worst client", f"{values[worst]:.{digits}f}", worst))
     if both := run.newcomers.get(run.line.name):
         before, after = both
         note = f"{clients(len(after))}, mean; {_mean(before):.{digits}f} as they came"
         found.append(("newcomers", f"{_mean(after):.{digits}f}", note))
     each = (up + down) / max(1.0, sum(run.line.column("clients")))
-    cost = f"{bytes_text(up / rounds)} up and {bytes_text(down / rounds)} down a round; {bytes_text(each)} a client and round"
+    cost = (
+        f"{bytes_text(up / rounds)} up and {bytes_text(down / rounds)} down a round; "
+        f"{bytes_text(each)} a client and round"
+    )
     if run.metric == ACCURACY and len(values) >= ENOUGH and _bounds(tuple(values.values()))[0] > 50:
         cost += f"; {bytes_text((up + down) / (mean - 50))} for each point above a guess"
     time = f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min"
-    note = f"{seconds / rounds:.1f} s a round; preparing, evaluating and what it is compared with come on top"
+    note = (
+        f"{seconds / rounds:.1f} s a round; preparing, evaluating and what it is compared "
+        "with come on top"
+    )
     return [*found, ("sent", bytes_text(up + down), cost), ("time in rounds", time, note)]
 
 
@@ -121,9 +165,10 @@ def facts(run: Run) -> dict[str, str]:
         "algorithm": f"{spec.algorithm.name}: {_first_line(spec.algorithm)}",
         "task": spec.task.name + (f", loss {spec.task.loss_name}" if spec.task.loss_name else ""),
         "model": f"{model}, the small model that comes with fedpref" if model == BUILTIN else model,
-        "data": f"{spec.data.name}: {_first_line(spec.data)}" + (f" ({spec.data.location})" if spec.data.location else ""),
-        "clients": f"{len(trained)} that trained, with {train} training and {test} held-out examples"
-        + (f"; {later} that did not" if later else ""),
+        "data": f"{spec.data.name}: {_first_line(spec.data)}"
+        + (f" ({spec.data.location})" if spec.data.location else ""),
+        "clients": f"{len(trained)} that trained, with {train} training and {test} held-out "
+        "examples" + (f"; {later} that did not" if later else ""),
         "rounds": f"{len(run.line.metrics)} of {spec.rounds}"
         + ("" if run.done else " (not finished, or not all that it is compared with)"),
         "seed": str(spec.seed),

@@ -17,20 +17,27 @@ FAIRNESS = {
     "gap": "gap",
     "jain": "Jain index",
 }
-Column = tuple[Run, Mapping[str, float], str]  # of a table: whose, clients' values, the sign they are written with
+Column = tuple[
+    Run, Mapping[str, float], str
+]  # of a table: whose, clients' values, the sign they are written with
 
 
 def fairness(runs: Sequence[Run]) -> tuple[list[str], list[tuple[str, list[str]]]]:
     """How figures spread over clients: titles of the measures that some line has, and a row for each line."""
     found = [(title, _spread(run, line)) for title, run, line, _ in every_line(runs)]
     keys = [key for key in FAIRNESS if any(key in spread for _, spread in found)]
-    return [FAIRNESS[key] for key in keys], [(title, [spread.get(key, "") for key in keys]) for title, spread in found]
+    return [FAIRNESS[key] for key in keys], [
+        (title, [spread.get(key, "") for key in keys]) for title, spread in found
+    ]
 
 
 def _spread(run: Run, line: Line) -> dict[str, str]:
     counts = {client: int(row["num_examples"]) for client, row in line.last.items()}
     summary = over_clients(run.values(line), counts)
-    return {key: f"{value:.{4 if key == 'jain' else run.shown.digits}f}" for key, value in summary.items()}
+    return {
+        key: f"{value:.{4 if key == 'jain' else run.shown.digits}f}"
+        for key, value in summary.items()
+    }
 
 
 def client_rows(runs: Sequence[Run]) -> list[tuple[str, str, str, list[str]]]:
@@ -41,18 +48,26 @@ def client_rows(runs: Sequence[Run]) -> list[tuple[str, str, str, list[str]]]:
             known.setdefault(name, []).append(run.clients[name])
     names = sorted(known, key=lambda name: (-known[name][0]["train"], name))
     columns: list[Column] = [(run, run.values(line), "") for _, run, line, _ in every_line(runs)]
-    columns += [(run, gained, "+") for _, run, _ in main_lines(runs) if (gained := run.gains("alone"))]
+    columns += [
+        (run, gained, "+") for _, run, _ in main_lines(runs) if (gained := run.gains("alone"))
+    ]
     return [(name, *_sizes(*known[name]), _cells(columns, name)) for name in names]
 
 
 def _sizes(*abouts: Mapping[str, Any]) -> tuple[str, str]:
     """Training and held-out examples; several of each where runs have given one name to different data."""
-    train, test = (" | ".join(dict.fromkeys(str(about[side]) for about in abouts)) for side in ("train", "test"))
+    train, test = (
+        " | ".join(dict.fromkeys(str(about[side]) for about in abouts))
+        for side in ("train", "test")
+    )
     return train, test
 
 
 def _cells(columns: Sequence[Column], name: str) -> list[str]:
-    return [f"{values[name]:{sign}.{run.shown.digits}f}" if name in values else "" for run, values, sign in columns]
+    return [
+        f"{values[name]:{sign}.{run.shown.digits}f}" if name in values else ""
+        for run, values, sign in columns
+    ]
 
 
 def joined(runs: Sequence[Run]) -> list[tuple[str, Column]]:
@@ -60,7 +75,9 @@ def joined(runs: Sequence[Run]) -> list[tuple[str, Column]]:
     return [
         (f"{title}, {when}", (run, values, ""))
         for title, run, line, _ in every_line(runs)
-        for when, values in zip(("as they came", "after own steps"), run.newcomers.get(line.name, ()), strict=False)
+        for when, values in zip(
+            ("as they came", "after own steps"), run.newcomers.get(line.name, ()), strict=False
+        )
     ]
 
 
@@ -74,10 +91,18 @@ def newcomer_rows(runs: Sequence[Run]) -> list[tuple[str, str, str, list[str]]]:
 def objective_rows(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     """Of several objectives, what each is measured by: means over clients under each line, at the first evaluation and the last."""
     lines = [line for _, _, line, _ in every_line(runs)]
-    names = list(dict.fromkeys(name for line in lines for name in of_objectives(next(iter(line.last.values())))))
+    names = list(
+        dict.fromkeys(
+            name for line in lines for name in of_objectives(next(iter(line.last.values())))
+        )
+    )
     return [(name, [_course(line, name) for line in lines]) for name in names]
 
 
 def _course(line: Line, metric: str) -> str:
-    means = [f"{row['summary'][metric]['mean']:.3f}" for row in line.evaluations if metric in row["summary"]]
+    means = [
+        f"{row['summary'][metric]['mean']:.3f}"
+        for row in line.evaluations
+        if metric in row["summary"]
+    ]
     return " → ".join([means[0], means[-1]] if len(means) > 1 else means)
