@@ -1,12 +1,15 @@
-"""Distributed DPO: its laws on log-linear policies, language models over servers and graphs, and the paper's way of working as a peer.
+"""Distributed DPO: its laws on log-linear policies, language models over servers and graphs, and
+the paper's way of working as a peer.
 
     python benchmarks/distributed_dpo.py --data FOLDER
     python benchmarks/distributed_dpo.py --parts laws scale
 
-Four parts. `laws` fits the theory's exponents (distributed_laws.py). `models` trains on hh and ukpconvarg, at random and by objective or
-worker (distributed_models.py). `program` comes to the same loss as full fine-tuning with whole models exchanged (paper_program.py), and
-compares bytes and processor time. `scale` runs 64 clients on a ring. Without --data there are no models, and the program learns from the
-shipped pairs. Runs of language models are kept under --output and not done again; --figures writes pictures.
+Four parts. `laws` fits the theory's exponents (distributed_laws.py). `models` trains on hh and
+ukpconvarg, at random and by objective or worker (distributed_models.py). `program` comes to the
+same loss as full fine-tuning with whole models exchanged (paper_program.py), and compares bytes and
+processor time. `scale` runs 64 clients on a ring. Without --data there are no models, and the
+program learns from the shipped pairs. Runs of language models are kept under --output and not done
+again; --figures writes pictures.
 """
 
 from __future__ import annotations
@@ -126,8 +129,9 @@ class Timed(Simulation):
 
 
 def scale(clients: int, rounds: int) -> dict[str, float]:
-    """DecDPO with many clients on a ring, on the shipped model and one processor: the share of a round that is not training, but mixing
-    and measuring the consensus error, and how memory grows.
+    """DecDPO with many clients on a ring, on the shipped model and one processor: the share of a
+    round that is not training, but mixing and measuring the consensus error, and how memory
+    grows.
     """
     settings = [
         f"partition={{name: iid, clients: {clients}}}",

@@ -1,4 +1,6 @@
-"""The pictures of distributed_dpo.py: laws beside theory, and the paper's comparisons with what was measured here."""
+"""The pictures of distributed_dpo.py: laws beside theory, and the paper's comparisons with what was
+measured here.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""The laws of distributed DPO, measured on log-linear policies with the algorithms that train language models.
+"""The laws of distributed DPO, measured on log-linear policies with the algorithms that train
+language models.
 
-Each law is a number that theory gives, beside the same number measured, with a 95 % interval (Student's t) over independent repetitions.
+Each law is a number that theory gives, beside the same number measured, with a 95 % interval
+(Student's t) over independent repetitions.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ BETA = 1.0
 
 @dataclass(frozen=True)
 class Law:
-    """What theory says of a figure, what was measured, and the curves of the law's picture: title -> (x, y, theory's y)."""
+    """What theory says of a figure, what was measured, and the curves of the law's picture: title
+    -> (x, y, theory's y).
+    """
 
     name: str
     theory: float
@@ -74,7 +78,9 @@ def through_origin(x: Sequence[float], y: Sequence[float]) -> tuple[float, float
 
 
 def drift(repetitions: int, quick: bool) -> Iterator[Law]:
-    """Clients that differ, all take part, exact gradients: where FedDPO comes to rest, the squared gradient is not zero."""
+    """Clients that differ, all take part, exact gradients: where FedDPO comes to rest, the squared
+    gradient is not zero.
+    """
     steps, rates = ((2, 4, 8) if quick else (2, 3, 4, 6, 8)), (0.05, 0.1)
     by_steps, by_rate, at_one, curve = [], [], [], ([], [], [])
     for seed in range(repetitions):
@@ -108,7 +114,9 @@ def drift(repetitions: int, quick: bool) -> Iterator[Law]:
 
 
 def resting(shards: Sequence[Pairs], best: torch.Tensor, steps: int, rate: float) -> float:
-    """The squared gradient where FedDPO with so many exact local steps comes to rest: after ten times the slowest direction's time."""
+    """The squared gradient where FedDPO with so many exact local steps comes to rest: after ten
+    times the slowest direction's time.
+    """
     task = LogLinear(len(best), beta=BETA, start=best)
     fed, method = engine(task, shards, 0), FedDPO(local=plain(steps, rate))
     state = method.init(fed, {"theta": best})
@@ -125,7 +133,9 @@ def slowest(shards: Sequence[Pairs], theta: torch.Tensor) -> float:
 
 
 def participation(repetitions: int, quick: bool) -> Iterator[Law]:
-    """A cohort of S of N clients, one exact step each: the squared gradient's floor is that of sampling without replacement."""
+    """A cohort of S of N clients, one exact step each: the squared gradient's floor is that of
+    sampling without replacement.
+    """
     count, rate, rounds = 16, 0.2, 300 if quick else 1500
     sizes = (1, 2, 4, 8, 16)
     expected = [(count - size) / (size * (count - 1)) for size in sizes]
@@ -175,7 +185,9 @@ def participation(repetitions: int, quick: bool) -> Iterator[Law]:
 
 
 def consensus(repetitions: int, quick: bool) -> Iterator[Law]:
-    """Pure noise, unit curvature, adapt then combine: the consensus error from the whole spectrum of the mixing matrix, and its bound."""
+    """Pure noise, unit curvature, adapt then combine: the consensus error from the whole spectrum
+    of the mixing matrix, and its bound.
+    """
     count, dimensions, rounds, rest = 16, 2000, 60 if quick else 160, 100
     graphs, rates = ("path", "ring", "star", "torus", "exponential"), (0.02, 0.04)
     worst, above, powers = [], [], []
@@ -257,7 +269,9 @@ def speedup(repetitions: int, quick: bool) -> Iterator[Law]:
 def noise(
     dimensions: int, count: int, rate: float, matrix: Any, seed: int, rest: int, rounds: int
 ) -> tuple[list[float], list[float]]:
-    """DecDPO on fair coins, each round after so many to rest: the consensus error, and the mean model's squared distance to the optimum."""
+    """DecDPO on fair coins, each round after so many to rest: the consensus error, and the mean
+    model's squared distance to the optimum.
+    """
     task = Coins(dimensions)
     fed = engine(task, [Coin()] * count, seed, matrix)
     method = DecDPO(local=plain(1, rate))
@@ -282,7 +296,9 @@ class Coin:
 
 
 def bounds(repetitions: int, quick: bool) -> Iterator[Law]:
-    """Gradient and Hessian of the loss on random trajectories of a log-linear policy, as shares of what bounds them."""
+    """Gradient and Hessian of the loss on random trajectories of a log-linear policy, as shares of
+    what bounds them.
+    """
     horizon, actions, dimensions, beta, draws = 4, 3, 3, 0.7, 300 if quick else 3000
     rng = torch.Generator().manual_seed(0)
 
@@ -290,7 +306,9 @@ def bounds(repetitions: int, quick: bool) -> Iterator[Law]:
         return torch.randn(*shape, generator=rng, dtype=torch.float64)
 
     def loss(theta: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        """Of two trajectories [2, horizon, actions, dimensions] that take the first action everywhere; the reference is theta = 0."""
+        """Of two trajectories [2, horizon, actions, dimensions] that take the first action
+        everywhere; the reference is theta = 0.
+        """
         score = torch.log_softmax(features @ theta, -1)[..., 0].sum(1)
         return -torch.nn.functional.logsigmoid(beta * (score[0] - score[1]))
 

@@ -1,4 +1,6 @@
-"""Language models on real pairs over servers and graphs: the comparisons of the paper, each against the others on one split."""
+"""Language models on real pairs over servers and graphs: the comparisons of the paper, each against
+the others on one split.
+"""
 
 from __future__ import annotations
 

@@ -1,9 +1,11 @@
-"""Rounds without training: trees of a given size travel from the coordinator to clients and back, or from clients to their neighbours.
+"""Rounds without training: trees of a given size travel from the coordinator to clients and back,
+or from clients to their neighbours.
 
     python benchmarks/engine_rounds.py simulation|flare-simulated|flare CELLS.json
 
-CELLS.json has the experiment whose clients are taken and the rounds to time; seconds of each round are written to its `results`. The
-program is a FLARE job's too, and then needs this folder on the server's path, and to be among the classes that its kit allows.
+CELLS.json has the experiment whose clients are taken and the rounds to time; seconds of each round
+are written to its `results`. The program is a FLARE job's too, and then needs this folder on the
+server's path, and to be among the classes that its kit allows.
 """
 
 from __future__ import annotations

@@ -3,11 +3,13 @@
     python benchmarks/engines.py
     python benchmarks/engines.py --parts rounds --quick
 
-`rounds`: seconds of a round without training, in which a tree travels to clients and back, or to neighbours on a ring: in process, over
-simulated sites, over sites with certificates, and by Flower, deployed (`--flower PYTHON`, an interpreter that has it). `overhead`: rounds
-with ten local steps of the shipped model; the share in excess of the run in process is the overhead. `kills`: in each of so many runs a
-site's processes are killed at a random moment, in each of others the server's. A run has survived if it ends, by itself or by `fedpref
-resume`, with all its rounds, each once, and every site has kept what is private to its clients.
+`rounds`: seconds of a round without training, in which a tree travels to clients and back, or to
+neighbours on a ring: in process, over simulated sites, over sites with certificates, and by Flower,
+deployed (`--flower PYTHON`, an interpreter that has it). `overhead`: rounds with ten local steps of
+the shipped model; the share in excess of the run in process is the overhead. `kills`: in each of so
+many runs a site's processes are killed at a random moment, in each of others the server's. A run
+has survived if it ends, by itself or by `fedpref resume`, with all its rounds, each once, and every
+site has kept what is private to its clients.
 """
 
 from __future__ import annotations
@@ -61,7 +63,9 @@ def fedpref(*arguments: str) -> subprocess.CompletedProcess[str]:
 def federation(
     folder: Path, port: int, sites: Sequence[str], settings: Sequence[str]
 ) -> dict[str, Path]:
-    """Kits of a server, of sites, to which the clients of an experiment are shared out, and of who submits."""
+    """Kits of a server, of sites, to which the clients of an experiment are shared out, and of who
+    submits.
+    """
     made = kits.provision(folder, "trial", "localhost", port, sites, "admin@fedpref.org")
     chosen = Experiment.load(CONFIG, settings)
     names = [client.name for client in chosen.clients()[0]]
@@ -101,7 +105,9 @@ HERE = Path(__file__).resolve().parent
 
 
 def without_training(port: int, turns: int, flower: str | None, quick: bool) -> dict[str, float]:
-    """Medians over rounds but the first of a program that moves trees and does nothing else; engines take turns."""
+    """Medians over rounds but the first of a program that moves trees and does nothing else;
+    engines take turns.
+    """
     seconds: dict[str, list[float]] = {}
     cells = [cell for cell in CELLS if not quick or (cell[2] == 4 and cell[1] == 2)]
     for sites, clients in sorted({(sites, clients) for clients, sites, _, _ in cells}):
@@ -184,7 +190,9 @@ def _key(engine: str, clients: int, sites: int, mb: float, gossip: bool) -> str:
 
 
 def overhead(made: dict[str, Path], folder: Path) -> dict[str, float]:
-    """The share of a round of ten local steps of the shipped model that is not in a run in one process; engines take turns."""
+    """The share of a round of ten local steps of the shipped model that is not in a run in one
+    process; engines take turns.
+    """
     settings = [
         "algorithm.local={steps: 10, batch_size: 8}",
         "rounds=5",
@@ -238,9 +246,11 @@ def kill(kit: Path) -> int:
 
 
 def survived(run: Path, made: dict[str, Path]) -> bool:
-    """Whether all rounds are there, each once, and every site has kept, whole, what is private to its clients.
+    """Whether all rounds are there, each once, and every site has kept, whole, what is private to
+    its clients.
 
-    A site that was killed in the last job has its clients' heads of the last round in which it took part.
+    A site that was killed in the last job has its clients' heads of the last round in which it took
+    part.
     """
     rows = RunDirectory(run).read_rows(METRICS)
     if [row["round"] for row in rows] != list(range(1, ROUNDS + 1)) or not (run / "done").exists():

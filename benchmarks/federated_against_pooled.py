@@ -1,10 +1,12 @@
-"""What federation costs and what it brings: one adapter for all clients against pooled data and against each client alone.
+"""What federation costs and what it brings: one adapter for all clients against pooled data and
+against each client alone.
 
     python benchmarks/federated_against_pooled.py
     python benchmarks/federated_against_pooled.py --data FOLDER --configs hh hh-iid --seeds 0 1 2
 
-Without --data it measures the shipped clients; with it the public sets of configs/, from a local folder (docs/data.md). Figures are
-held-out pair accuracies averaged over clients, with their standard error, and over the half of the clients with least data.
+Without --data it measures the shipped clients; with it the public sets of configs/, from a local
+folder (docs/data.md). Figures are held-out pair accuracies averaged over clients, with their
+standard error, and over the half of the clients with least data.
 """
 
 from __future__ import annotations

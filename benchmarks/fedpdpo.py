@@ -1,11 +1,14 @@
-"""What personal parts gain: FedPDPO against one model for all, its ablations, and other ways to personalise.
+"""What personal parts gain: FedPDPO against one model for all, its ablations, and other ways to
+personalise.
 
     python benchmarks/fedpdpo.py --data FOLDER
     python benchmarks/fedpdpo.py --data FOLDER --datasets shipped persona --lines global ablations personal --seeds 5
 
-Every line takes equally many local steps a round on one split, over both phases or adapters where there are two. Runs are kept under
---output and not done again. Without --data, the shipped clients alone are measured. Gains are paired differences of held-out pair
-accuracy, in points, with 95 % intervals from a bootstrap over seeds and clients, against the best of the lines that share one model.
+Every line takes equally many local steps a round on one split, over both phases or adapters where
+there are two. Runs are kept under --output and not done again. Without --data, the shipped clients
+alone are measured. Gains are paired differences of held-out pair accuracy, in points, with 95 %
+intervals from a bootstrap over seeds and clients, against the best of the lines that share one
+model.
 """
 
 from __future__ import annotations
@@ -152,7 +155,9 @@ def measure(
 
 
 def round_cost(clients: int, rounds: int) -> float:
-    """FedPDPO's seconds a round over FedDPO's of as many local steps: medians over rounds that take turns, after a first one each."""
+    """FedPDPO's seconds a round over FedDPO's of as many local steps: medians over rounds that take
+    turns, after a first one each.
+    """
     names = ("feddpo", "fedpdpo")
     seconds: dict[str, list[float]] = {name: [] for name in names}
     settings = ["algorithm.local.steps=6", f"partition.max_clients={clients}"]

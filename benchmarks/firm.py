@@ -1,13 +1,15 @@
-"""FIRM against its rivals: on a convex problem whose Pareto set is known, on drawn answers of the shipped model, and its speed.
+"""FIRM against its rivals: on a convex problem whose Pareto set is known, on drawn answers of the
+shipped model, and its speed.
 
     python benchmarks/firm.py
     python benchmarks/firm.py --parts convex speed
 
-`convex`: clients with quadratics and noisy gradients; distances to the Pareto set, drift as the regulariser grows. `shipped`:
-configs/firm.yaml under every algorithm, with skewed and alike clients and a third reward, and the front over preferences. `speed`:
-samples per second of the processor against TRL's RLOO trainer, in turns, and what a second objective adds to a step. `pairs`, only
-where it is asked for: the front on hh-rlhf's helpful and harmless pairs, without drawn answers. Runs are kept under --output and not
-done again.
+`convex`: clients with quadratics and noisy gradients; distances to the Pareto set, drift as the
+regulariser grows. `shipped`: configs/firm.yaml under every algorithm, with skewed and alike clients
+and a third reward, and the front over preferences. `speed`: samples per second of the processor
+against TRL's RLOO trainer, in turns, and what a second objective adds to a step. `pairs`, only
+where it is asked for: the front on hh-rlhf's helpful and harmless pairs, without drawn answers.
+Runs are kept under --output and not done again.
 """
 
 from __future__ import annotations
@@ -82,7 +84,9 @@ class Corner:
 
 
 class Quadratics:
-    """Two objectives, each a mean of clients' quadratics. The Pareto set is a curve between the objectives' lowest points."""
+    """Two objectives, each a mean of clients' quadratics. The Pareto set is a curve between the
+    objectives' lowest points.
+    """
 
     objectives = ("first", "second")
     description, prepares, device, places = "quadratics", "nothing", torch.device("cpu"), 1
@@ -131,7 +135,9 @@ def distance(x: torch.Tensor, clients: Sequence[Corner]) -> float:
 
 
 def convex(numbers: Sequence[int], rounds: int) -> tuple[dict[str, float], Table]:
-    """Of each method, means over seeds: the distance to the Pareto set, drift of weights and of parameters."""
+    """Of each method, means over seeds: the distance to the Pareto set, drift of weights and of
+    parameters.
+    """
     local = LocalTraining(
         steps=5,
         optim="sgd",
@@ -203,7 +209,9 @@ def convex(numbers: Sequence[int], rounds: int) -> tuple[dict[str, float], Table
 def shipped(
     numbers: Sequence[int], settings: Sequence[str], points: int, output: Path, progress: Console
 ) -> tuple[dict[str, float], list[Table]]:
-    """Every algorithm on the shipped prompts, dealt as clients wrote them and at random, with two rewards and three, and the front."""
+    """Every algorithm on the shipped prompts, dealt as clients wrote them and at random, with two
+    rewards and three, and the front.
+    """
     skewed, table = compared(CONFIG, VARIANTS, numbers, settings, output / "skewed", progress)
     tables = [table]
     iid = changed(output / "iid.yaml", partition={"name": "iid", "clients": 2 if settings else 4})
@@ -268,7 +276,9 @@ def compared(
     output: Path,
     progress: Console,
 ) -> tuple[dict[str, float], Table]:
-    """Every variant's held-out rewards, what stands beside them, and how evenly it trained; ratios of FIRM to its rivals."""
+    """Every variant's held-out rewards, what stands beside them, and how evenly it trained; ratios
+    of FIRM to its rivals.
+    """
     runs = plan(config, variants, numbers, settings, output)
     done(runs, output / "cache", progress)
     by_name: dict[str, list[Path]] = {}
@@ -349,8 +359,9 @@ def ended(path: Path) -> dict[str, float]:
 def trained(path: Path) -> dict[str, float]:
     """How uneven a run's training was, drift, bytes.
 
-    Roughness: the variance of an objective's mean reward over rounds around its quadratic trend, in squared ranges of the reward, averaged
-    over objectives; none for FSMGDA, whose answers are drawn from policies that are trained apart and not used.
+    Roughness: the variance of an objective's mean reward over rounds around its quadratic trend, in
+    squared ranges of the reward, averaged over objectives; none for FSMGDA, whose answers are drawn
+    from policies that are trained apart and not used.
     """
     rows = RunDirectory(path).read_rows(METRICS)
     found = {
@@ -374,7 +385,9 @@ def trained(path: Path) -> dict[str, float]:
 def offline(
     numbers: Sequence[int], settings: Sequence[str], output: Path, progress: Console
 ) -> Table:
-    """The front between helpful and harmless pair accuracy, and linear scalarisation with equal shares: training on the union."""
+    """The front between helpful and harmless pair accuracy, and linear scalarisation with equal
+    shares: training on the union.
+    """
     names, front = plan_front(PAIRS, 3, numbers, settings, output)
     union = plan(PAIRS, ["union: algorithm.name=scalarized"], numbers, settings, output)
     done(
@@ -403,8 +416,8 @@ def offline(
 
 
 def speed(steps: int, turns: int) -> dict[str, float]:
-    """Samples per second of the processor, one thread, in turns: TRL's RLOO trainer on the sum of two rewards, ours on the same sum, FIRM
-    with a gradient for each, and ours on one reward.
+    """Samples per second of the processor, one thread, in turns: TRL's RLOO trainer on the sum of
+    two rewards, ours on the same sum, FIRM with a gradient for each, and ours on one reward.
     """
     spec = Experiment.load(CONFIG, ["task.estimator={name: rloo}"])
     keep_freed_memory()
@@ -433,7 +446,7 @@ def speed(steps: int, turns: int) -> dict[str, float]:
                 adapter = learner.init(seeds.generator(0, "init"))
                 seconds[name].append(
                     used(lambda: train_locally(client, adapter, local, {}, objectives=objectives))
-                )  # noqa: B023
+                )
             seconds["trl"].append(used(theirs))
     medians = {
         name: statistics.median(values[1:]) for name, values in seconds.items()

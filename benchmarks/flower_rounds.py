@@ -1,9 +1,11 @@
-"""Rounds of Flower, deployed on this machine: a SuperLink with TLS, SuperNodes, FedAvg, clients that return what they get.
+"""Rounds of Flower, deployed on this machine: a SuperLink with TLS, SuperNodes, FedAvg, clients
+that return what they get.
 
     PYTHON-WITH-FLWR benchmarks/flower_rounds.py --nodes 2 --mb 4 --rounds 6
 
-Prints seconds of each round as a JSON list. Flower needs an environment of its own (its typer and rich are older than ours):
-`python -m venv E && E/bin/pip install flwr`. Its sleeps between questions are part of what a user waits for, and of this.
+Prints seconds of each round as a JSON list. Flower needs an environment of its own (its typer and
+rich are older than ours): `python -m venv E && E/bin/pip install flwr`. Its sleeps between
+questions are part of what a user waits for, and of this.
 """
 
 from __future__ import annotations

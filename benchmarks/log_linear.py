@@ -1,7 +1,9 @@
-"""Log-linear policies: a task whose optimum, noise and curvature are known, for checking theory with the algorithms themselves.
+"""Log-linear policies: a task whose optimum, noise and curvature are known, for checking theory
+with the algorithms themselves.
 
-A policy pi(a) proportional to exp(theta' f(a)) whose reference is theta = 0 has, for a pair of answers whose features differ by x, the
-reward margin beta theta' x, whatever the number of answers: the log-partition cancels. Its DPO loss is -log sigma(beta theta' x).
+A policy pi(a) proportional to exp(theta' f(a)) whose reference is theta = 0 has, for a pair of
+answers whose features differ by x, the reward margin beta theta' x, whatever the number of answers:
+the log-partition cancels. Its DPO loss is -log sigma(beta theta' x).
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ from fedpref.tasks import BatchSize
 
 @dataclass(frozen=True)
 class Pairs:
-    """A client's pairs of answers: the differences of their features, and how probably the first is preferred."""
+    """A client's pairs of answers: the differences of their features, and how probably the first is
+    preferred.
+    """
 
     name: str
     features: Tensor  # [n, d]
@@ -68,8 +72,8 @@ class LogLinear:
 class Coins(LogLinear):
     """The same where features are unit vectors and labels are fair coins: the optimum is zero.
 
-    With beta = 2 the gradient in every coordinate is tanh(theta), with noise of variance one. All coordinates are seen in every step, and
-    their losses add up.
+    With beta = 2 the gradient in every coordinate is tanh(theta), with noise of variance one. All
+    coordinates are seen in every step, and their losses add up.
     """
 
     def __init__(self, dimensions: int) -> None:

@@ -1,11 +1,13 @@
-"""What a local step reaches on one device: seconds, tokens a second, peak memory, and its share of the device's matrix rate.
+"""What a local step reaches on one device: seconds, tokens a second, peak memory, and its share of
+the device's matrix rate.
 
     python benchmarks/one_device.py                 # a 1 B-parameter Llama of random weights on a GPU, where there is one
     python benchmarks/one_device.py --quick         # a small one, on whatever there is
 
-The work is that of benchmarks/throughput.py: a LoRA adapter of rank 8 on all linear layers, AdamW, pairs with the lengths of
-hh-rlhf's. Floating-point operations are counted as 4 a frozen weight and token (forward, and backward to the input), 6 an adapter
-weight, and the vocabulary head at answers alone; attention is not counted, so the share is a lower bound.
+The work is that of benchmarks/throughput.py: a LoRA adapter of rank 8 on all linear layers, AdamW,
+pairs with the lengths of hh-rlhf's. Floating-point operations are counted as 4 a frozen weight and
+token (forward, and backward to the input), 6 an adapter weight, and the vocabulary head at answers
+alone; attention is not counted, so the share is a lower bound.
 """
 
 from __future__ import annotations

@@ -1,8 +1,11 @@
-"""Federated DPO the way a research program does it, to measure ours against: full fine-tuning, and whole models exchanged.
+"""Federated DPO the way a research program does it, to measure ours against: full fine-tuning, and
+whole models exchanged.
 
-A stand-in for the program released with "Distributed Direct Preference Optimization" (github.com/starkjiang/distributed_dpo, MIT), written
-anew after its settings: every client copies the global model, takes a few steps of a fresh AdamW on texts that are padded to 64 tokens,
-and the server averages all weights. The reference model is asked again for every batch; nothing is computed once.
+A stand-in for the program released with "Distributed Direct Preference Optimization"
+(github.com/starkjiang/distributed_dpo, MIT), written anew after its settings: every client copies
+the global model, takes a few steps of a fresh AdamW on texts that are padded to 64 tokens, and the
+server averages all weights. The reference model is asked again for every batch; nothing is computed
+once.
 """
 
 from __future__ import annotations
@@ -36,7 +39,9 @@ RATE, OTHER_RATES = (
     (3e-4, 1e-3),
 )  # the program's own; what else it is given a chance with, as ours was
 TOKENIZER = CONFIG.parent.parent / "src/fedpref/models/builtin"
-LOOK = 5  # rounds between two looks at the program's pooled loss; ours is looked at each round; looks are not counted as work
+# rounds between two looks at the program's pooled loss; ours is looked at each round; looks are not
+# counted as work
+LOOK = 5
 CHARACTERS = 300  # the end of a text that is looked at
 Texts = Sequence[tuple[str, str]]  # (chosen, rejected)
 
@@ -137,7 +142,9 @@ class Program:
 
     @torch.no_grad()
     def pooled_loss(self, model: nn.Module | None = None) -> float:
-        """Of a model, its own by default, over every third of all clients' texts; not counted as its work."""
+        """Of a model, its own by default, over every third of all clients' texts; not counted as
+        its work.
+        """
         return float(
             -nn.functional.logsigmoid(
                 BETA * (self.margins((model or self.model).eval(), self.judged) - self.known)
@@ -155,7 +162,8 @@ class Program:
             return self.margins(self.reference, self.judged)
 
 
-# The embedding alone is trained: it is where a model of random weights learns first which tokens are preferred
+# The embedding alone is trained: it is where a model of random weights learns first which tokens
+# are preferred
 OURS = (
     "partition={name: natural}",
     "task.truncation_mode=keep_start",
@@ -168,7 +176,9 @@ OURS = (
 
 @dataclass(frozen=True)
 class Race:
-    """What it took to come to a pooled loss: rounds, bytes over all clients, and seconds of the processor."""
+    """What it took to come to a pooled loss: rounds, bytes over all clients, and seconds of the
+    processor.
+    """
 
     rounds: int
     bytes: float
@@ -177,7 +187,9 @@ class Race:
 
 
 def texts(data: str | None, folder: Path, words: Any, count: int) -> Path:
-    """The ends of hh-rlhf's dialogues, or the shipped pairs, as a file for five clients; pairs alike within 64 tokens are left out."""
+    """The ends of hh-rlhf's dialogues, or the shipped pairs, as a file for five clients; pairs
+    alike within 64 tokens are left out.
+    """
     spec = Experiment.load(
         CONFIG, [f"data.path={data}", "data.max_rows=1200"] if data else ["data={name: builtin}"]
     )
@@ -208,9 +220,11 @@ def texts(data: str | None, folder: Path, words: Any, count: int) -> Path:
 def race(
     data: str | None, rounds: int, pairs_a_client: int, other_rates: Sequence[float] = OTHER_RATES
 ) -> tuple[Race, Race, Race]:
-    """The program for so many rounds; then, until the pooled loss is no higher, the program at its best rate, and ours.
+    """The program for so many rounds; then, until the pooled loss is no higher, the program at its
+    best rate, and ours.
 
-    All losses are the program's own, over whole texts. Ours includes the reference's scores; raises RuntimeError if it does not come there.
+    All losses are the program's own, over whole texts. Ours includes the reference's scores; raises
+    RuntimeError if it does not come there.
     """
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
@@ -257,7 +271,9 @@ def train_program(program: Program, spec: Experiment, rounds: int, target: float
 def train_ours(
     spec: Experiment, clients: Sequence[ClientData], judge: Program, target: float, folder: Path
 ) -> Race:
-    """Federated DPO as the config says, until the judge finds the target's loss; memory is kept as `fedpref run` keeps it."""
+    """Federated DPO as the config says, until the judge finds the target's loss; memory is kept as
+    `fedpref run` keeps it.
+    """
     keep_freed_memory()
     task = spec.build_task()
     shards = [task.encode(client) for client in clients]

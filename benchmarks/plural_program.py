@@ -1,7 +1,9 @@
-"""Federated averaging of a preference predictor the way a research program does it, to measure ours against.
+"""Federated averaging of a preference predictor the way a research program does it, to measure ours
+against.
 
-A stand-in for the program released with PluralLLM (github.com/MoSrewa/PluralLLM, MIT), written anew after what it does: one client after
-another, one task a step, a batch of one, PyTorch's own encoder with a dense mask; an evaluation predicts each question by itself.
+A stand-in for the program released with PluralLLM (github.com/MoSrewa/PluralLLM, MIT), written anew
+after what it does: one client after another, one task a step, a batch of one, PyTorch's own encoder
+with a dense mask; an evaluation predicts each question by itself.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ class Transformer(nn.Module):
         self.head = nn.Sequential(nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 2))
 
     def forward(self, x: Tensor, y: Tensor, context: int) -> tuple[Tensor, Tensor]:
-        """Raw means and deviations of the targets, which come after the context in x [1, P, D]; y holds zeros for them."""
+        """Raw means and deviations of the targets, which come after the context in x [1, P, D]; y
+        holds zeros for them.
+        """
         hidden = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool)
         hidden[:, :context] = False
         out = self.head(self.encoder(self.embedder(torch.cat([x, y[..., None]], -1)), mask=hidden))[
@@ -105,7 +109,9 @@ class Program:
 
     @torch.no_grad()
     def evaluate(self, questions: Sequence[Question]) -> float:
-        """The mean alignment of a group's questions but those of the context, each asked for by itself."""
+        """The mean alignment of a group's questions but those of the context, each asked for by
+        itself.
+        """
         self.model.eval()
         found = []
         for question in questions[CONTEXT:]:

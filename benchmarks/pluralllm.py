@@ -1,12 +1,15 @@
-"""PluralLLM: federated against centralised under the paper's settings and at equal steps, on other opinions, and its speed.
+"""PluralLLM: federated against centralised under the paper's settings and at equal steps, on other
+opinions, and its speed.
 
     python benchmarks/pluralllm.py --data FOLDER
     python benchmarks/pluralllm.py --data FOLDER --parts countries --seeds 3
 
-`countries`: the paper's 14, of which six never train. Its settings (six local steps a round with a cosine that goes up again, weights by
-points, evaluation on all questions; one step an epoch in the centralised line), then equal numbers of steps, one cosine, and questions that
-nobody trained on. `others`: opinion groups on Polis, workers of ukpconvarg. `speed`: rounds a second against the released program's way
-of working (plural_program.py), and a thousand groups. Runs are kept under --output and not done again.
+`countries`: the paper's 14, of which six never train. Its settings (six local steps a round with a
+cosine that goes up again, weights by points, evaluation on all questions; one step an epoch in the
+centralised line), then equal numbers of steps, one cosine, and questions that nobody trained on.
+`others`: opinion groups on Polis, workers of ukpconvarg. `speed`: rounds a second against the
+released program's way of working (plural_program.py), and a thousand groups. Runs are kept under
+--output and not done again.
 """
 
 from __future__ import annotations
@@ -48,7 +51,8 @@ from fedpref.tasks.alignment import alignment
 CONFIG = Path(__file__).resolve().parent.parent / "configs/pluralllm.yaml"
 SPILL = 100  # MB of clients' values in memory, where groups are many
 EVERY = 2  # rounds between two evaluations
-PUBLISHED = "task.evaluate_on=all data.test_fraction=0.1 algorithm.local.max_grad_norm=1e9"  # configs/pluralllm-published.yaml
+# configs/pluralllm-published.yaml
+PUBLISHED = "task.evaluate_on=all data.test_fraction=0.1 algorithm.local.max_grad_norm=1e9"
 WEIGHTS = "algorithm.weights=points federation.weighting=equal"
 LINES = {
     "federated, as published": f"{WEIGHTS} algorithm.local.num_cycles={{cycles}} {PUBLISHED}",
@@ -79,7 +83,9 @@ class Line:
     rows: Sequence[Sequence[Mapping[str, Any]]]  # of evaluations
 
     def converged(self) -> list[float]:
-        """Of each seed, the round from which the smoothed alignment of training groups stays within 5 % of its end."""
+        """Of each seed, the round from which the smoothed alignment of training groups stays within
+        5 % of its end.
+        """
         return [
             convergence(
                 [row["round"] for row in rows],
@@ -170,9 +176,11 @@ def trained(
 
 
 def baselines(data: str, *settings: str) -> dict[str, float]:
-    """Of the groups that never train: equal shares, and the mean of the training groups' answers to the question (else equal shares).
+    """Of the groups that never train: equal shares, and the mean of the training groups' answers to
+    the question (else equal shares).
 
-    Of their answers the mean has those that the predictor trains on, and another those too that it does not.
+    Of their answers the mean has those that the predictor trains on, and another those too that it
+    does not.
     """
     spec = Experiment.load(CONFIG, [f"data.path={data}", *settings])
     task = spec.build_task()
@@ -206,7 +214,9 @@ def baselines(data: str, *settings: str) -> dict[str, float]:
 
 
 def speed(data: str, rounds: int) -> dict[str, float]:
-    """Rounds a second, of which each tenth ends with an evaluation of all groups: the program's and ours, in turns."""
+    """Rounds a second, of which each tenth ends with an evaluation of all groups: the program's and
+    ours, in turns.
+    """
     spec = Experiment.load(CONFIG, [f"data.path={data}", "task.evaluate_on=all"])
     task, method, threads = spec.build_task(), spec.algorithm, torch.get_num_threads()
     seconds = dict.fromkeys(("theirs", "ours", "their evaluation", "our evaluation"), 0.0)
@@ -266,7 +276,9 @@ def timed(seconds: dict[str, float], name: str, threads: int) -> Iterator[None]:
 
 
 def many(data: str, groups: int) -> dict[str, float]:
-    """A round of so many groups on one processor, made of the countries by turns: seconds, and memory against a tenth of them."""
+    """A round of so many groups on one processor, made of the countries by turns: seconds, and
+    memory against a tenth of them.
+    """
     spec = Experiment.load(CONFIG, [f"data.path={data}"])
     task = spec.build_task()
     method: Any = PluralLLM(local=LocalTraining(steps=1, batch_size=1, learning_rate=3e-4))

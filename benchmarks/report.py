@@ -1,4 +1,5 @@
-"""What the page of a run costs: seconds to write it for 200 rounds, 64 clients and two lines, its bytes, seconds to open it; and the help.
+"""What the page of a run costs: seconds to write it for 200 rounds, 64 clients and two lines, its
+bytes, seconds to open it; and the help.
 
     python benchmarks/report.py --run runs/demo --json FILE
 
@@ -28,7 +29,9 @@ ROUNDS, CLIENTS = 200, 64
 
 
 def long_run(folder: Path) -> Path:
-    """A run directory with figures of many rounds and clients under two lines, made of a short run's."""
+    """A run directory with figures of many rounds and clients under two lines, made of a short
+    run's.
+    """
     path = run(
         Experiment.load(
             CONFIG,

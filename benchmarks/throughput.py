@@ -1,13 +1,16 @@
-"""How fast a client trains: the same local DPO steps by TRL, by transformers with PEFT, and by fedpref, interleaved.
+"""How fast a client trains: the same local DPO steps by TRL, by transformers with PEFT, and by
+fedpref, interleaved.
 
     python benchmarks/throughput.py --json figures.json
     python benchmarks/throughput.py --quick
 
-Every tool runs in a process of its own, on one thread, and takes some steps in turn; figures are means over the turns of process CPU
-seconds a step. fedpref, whose batches are each of similar length and so unlike each other, takes four times as many steps as the
-others. All train a LoRA adapter (rank 8, all linear layers, AdamW) on batches of 8 pairs whose lengths are those of 64 pairs of
-hh-rlhf under the shipped tokenizer; the tokens are random. TRL has the base model as its reference, once as it is installed and
-once with glibc's malloc told to keep freed memory, as fedpref does. Gradient checkpointing is off everywhere.
+Every tool runs in a process of its own, on one thread, and takes some steps in turn; figures are
+means over the turns of process CPU seconds a step. fedpref, whose batches are each of similar
+length and so unlike each other, takes four times as many steps as the others. All train a LoRA
+adapter (rank 8, all linear layers, AdamW) on batches of 8 pairs whose lengths are those of 64 pairs
+of hh-rlhf under the shipped tokenizer; the tokens are random. TRL has the base model as its
+reference, once as it is installed and once with glibc's malloc told to keep freed memory, as
+fedpref does. Gradient checkpointing is off everywhere.
 """
 
 from __future__ import annotations
@@ -54,7 +57,8 @@ from fedpref.tasks.offline import Example, OfflineShard
 
 BUILTIN = Path(__file__).resolve().parent.parent / "src/fedpref/models/builtin"
 BATCH = 8
-# Tokens of (prompt, chosen, rejected) of 64 random pairs of hh-rlhf's helpful-base and harmless-base, of those that fit 512 tokens
+# Tokens of (prompt, chosen, rejected) of 64 random pairs of hh-rlhf's helpful-base and harmless-
+# base, of those that fit 512 tokens
 LENGTHS = """154 94 80 22 45 30 165 200 50 124 17 37 106 49 21 233 72 95 355 19 49 134 20 32 153 17 178 188 63 118 207 11 18 89 23 88 60 43
 45 98 56 65 66 15 10 194 76 138 224 55 60 153 116 26 25 45 74 275 83 200 107 58 87 124 58 193 20 104 149 353 8 16 151 18 7 375 77 67 109
 56 56 241 6 23 13 26 5 110 20 19 18 21 50 18 11 178 182 121 82 22 9 158 128 54 54 185 57 20 59 32 187 270 14 60 32 36 23 21 52 66 121 48
@@ -263,7 +267,9 @@ def serve(connection: Any, tool: str, model: Path, size: int) -> None:
 
 
 def race(model: Path, size: int, warm: int, turns: int, count: int) -> dict[str, dict[str, float]]:
-    """Seconds a step and peak memory of every tool, their turns interleaved; the first turns, which warm up, do not count."""
+    """Seconds a step and peak memory of every tool, their turns interleaved; the first turns, which
+    warm up, do not count.
+    """
     context = multiprocessing.get_context("spawn")
     lanes: dict[str, tuple[Any, Any]] = {}
     for tool in TOOLS:
@@ -294,7 +300,9 @@ def race(model: Path, size: int, warm: int, turns: int, count: int) -> dict[str,
 
 
 def gradient_errors() -> dict[str, float]:
-    """Relative errors of one batch's gradient: packed float32 and bfloat16 against the padded float32 form."""
+    """Relative errors of one batch's gradient: packed float32 and bfloat16 against the padded
+    float32 form.
+    """
     found = {}
     shard = None
     dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
@@ -325,7 +333,9 @@ def gradient_errors() -> dict[str, float]:
 
 
 def federation(clients: int, workers: int, batch: int, rounds: int) -> dict[str, float]:
-    """Wall seconds a round of the whole federation, the share of them not spent in the clients' steps, and peak memory."""
+    """Wall seconds a round of the whole federation, the share of them not spent in the clients'
+    steps, and peak memory.
+    """
     keep_freed_memory()
     experiment = Experiment()
     task = experiment.task.build()
@@ -383,7 +393,9 @@ def loop_share(steps: int) -> float:
 
 
 def matrix_rate(device: torch.device = torch.device("cpu")) -> float:
-    """What a product of square matrices reaches on the device, in bfloat16 where it is used, in FLOP a second."""
+    """What a product of square matrices reaches on the device, in bfloat16 where it is used, in
+    FLOP a second.
+    """
     gpu, size = device.type == "cuda", 8192 if device.type == "cuda" else 1024
     dtype = torch.bfloat16 if gpu or torch.cpu._is_avx512_bf16_supported() else torch.float32
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
@@ -398,7 +410,9 @@ def matrix_rate(device: torch.device = torch.device("cpu")) -> float:
 
 
 def step_flops(size: int) -> float:
-    """Of one step on the shipped model: 4 a frozen weight and token (forward, backward to the input), the head at answers alone."""
+    """Of one step on the shipped model: 4 a frozen weight and token (forward, backward to the
+    input), the head at answers alone.
+    """
     body = 4 * (4 * 256 * 256 + 3 * 256 * 688)
     lora = 4 * 8 * (4 * 512 + 3 * 944)
     batch = pairs(64, 4096)
@@ -408,7 +422,9 @@ def step_flops(size: int) -> float:
 
 
 def first_step() -> dict[str, float]:
-    """Seconds from the command to the first round's row, on a run whose reference scores are cached; and of that, imports."""
+    """Seconds from the command to the first round's row, on a run whose reference scores are
+    cached; and of that, imports.
+    """
     with tempfile.TemporaryDirectory() as place:
         file = Path(place) / "quick.yaml"
         file.write_text(
@@ -442,7 +458,9 @@ def first_step() -> dict[str, float]:
 
 
 def together(*calls: tuple[Any, ...]) -> list[Any]:
-    """Results of (function, arguments...), each called in a fresh process, so that peak memory is its own."""
+    """Results of (function, arguments...), each called in a fresh process, so that peak memory is
+    its own.
+    """
     with ProcessPoolExecutor(len(calls), multiprocessing.get_context("spawn")) as pool:
         return [future.result() for future in [pool.submit(*call) for call in calls]]
 
@@ -471,7 +489,9 @@ def own_figures(quick: bool) -> list[Callable[[], dict[str, float]]]:
 
 
 def accuracies() -> dict[str, float]:
-    """StoredValues-out accuracy of the demo's federated line, its steps as they are and in float32, and how far apart they are."""
+    """StoredValues-out accuracy of the demo's federated line, its steps as they are and in float32,
+    and how far apart they are.
+    """
     found, errors = [], []
     for dtype in ("auto", "float32"):
         with tempfile.TemporaryDirectory() as place:

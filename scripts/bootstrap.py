@@ -1,7 +1,8 @@
-"""Create .venv and install fedpref into it, with the standard library alone; a second call with nothing changed returns at once.
+"""Create .venv and install fedpref into it, with the standard library alone; a second call with
+nothing changed returns at once.
 
-PyTorch comes first, because pip's own choice is gigabytes of CUDA where no GPU is: a wheel already at hand, else PyTorch's CPU
-index where there is no NVIDIA driver, else whatever pip takes.
+PyTorch comes first, because pip's own choice is gigabytes of CUDA where no GPU is: a wheel already
+at hand, else PyTorch's CPU index where there is no NVIDIA driver, else whatever pip takes.
 """
 
 from __future__ import annotations

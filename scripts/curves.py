@@ -1,6 +1,8 @@
-"""Draw what the documents call expected curves: run a config of each paper's algorithm, and draw its report's charts as figures.
+"""Draw what the documents call expected curves: run a config of each paper's algorithm, and draw
+its report's charts as figures.
 
-python scripts/curves.py docs/figures --data FOLDER   # of a survey's rows, for PluralLLM; the others need none
+python scripts/curves.py docs/figures --data FOLDER   # of a survey's rows, for PluralLLM; the
+others need none
 """
 
 from __future__ import annotations

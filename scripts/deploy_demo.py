@@ -1,9 +1,10 @@
-"""A federation on this machine: a server and three sites with certificates, two experiments over mutual TLS, and everything stopped again.
+"""A federation on this machine: a server and three sites with certificates, two experiments over
+mutual TLS, and everything stopped again.
 
     python scripts/deploy_demo.py FOLDER
 
-Three sites host the shipped clients, four each, and consent to two algorithms. FedPDPO runs over them, then DecDPO on a ring whose messages
-the server relays and cannot read.
+Three sites host the shipped clients, four each, and consent to two algorithms. FedPDPO runs over
+them, then DecDPO on a ring whose messages the server relays and cannot read.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""The layers of fedpref, from the lowest: a layer is a folder, and imports only those above it in this list.
+"""The layers of fedpref, from the lowest: a layer is a folder, and imports only those above it in
+this list.
 
-The arrow test, `docs/architecture.md` and the tree in the README are made from it (`make references`).
+The arrow test, `docs/architecture.md` and the tree in the README are made from it (`make
+references`).
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
-"""Pretrain the shipped language model: a 4 M parameter Llama with its own tokenizer, from openly licensed texts and the shipped ones.
+"""Pretrain the shipped language model: a 4 M parameter Llama with its own tokenizer, from openly
+licensed texts and the shipped ones.
 
     python scripts/pretrain.py --texts FOLDER --minutes 18 --workers 2
 
-The folder holds the sources named in SOURCES. Of every preference set only the training side is read; test prompts of the
-shipped set are left out too. One process per worker, gradients averaged between them; the output is an ordinary Hugging Face
-folder with a model card. The run is timed, not counted in steps, so the result depends on the machine.
+The folder holds the sources named in SOURCES. Of every preference set only the training side is
+read; test prompts of the shipped set are left out too. One process per worker, gradients averaged
+between them; the output is an ordinary Hugging Face folder with a model card. The run is timed, not
+counted in steps, so the result depends on the machine.
 """
 
 from __future__ import annotations
@@ -157,7 +159,9 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc's malloc to keep large blocks, which it would give back and fault in again at every step."""
+    """Tell glibc's malloc to keep large blocks, which it would give back and fault in again at
+    every step.
+    """
     for option, value in (
         (-4, 0),
         (-1, 1 << 30),
@@ -167,7 +171,9 @@ def keep_freed_memory() -> None:
 
 
 def schedule(progress: float) -> float:
-    """Warm-up over the first hundredth, constant, then linear decay to a fiftieth over the last half."""
+    """Warm-up over the first hundredth, constant, then linear decay to a fiftieth over the last
+    half.
+    """
     return min(1.0, progress / 0.01, max(0.02, 2 * (1 - progress)))
 
 

@@ -1,7 +1,9 @@
-"""Draw the shipped preference pairs: a population of twelve clients with known tastes judges the answers of requests.jsonl.
+"""Draw the shipped preference pairs: a population of twelve clients with known tastes judges the
+answers of requests.jsonl.
 
 Client k compares two answers a, b to one request and chooses a with the Bradley-Terry probability
-sigmoid(w_k . (s_a - s_b)): s holds an answer's style on four axes (+1 or -1 each), w_k the client's taste.
+sigmoid(w_k . (s_a - s_b)): s holds an answer's style on four axes (+1 or -1 each), w_k the client's
+taste.
 
     python scripts/shipped_preferences.py
 """

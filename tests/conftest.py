@@ -57,7 +57,9 @@ ARCHITECTURES = ("llama", "qwen2", "gpt2", "gpt_neox")
 
 
 def make_model(folder: Path, architecture: str = "llama", seed: int = 0) -> Path:
-    """A randomly initialised causal language model as an ordinary Hugging Face folder, with the shipped tokenizer."""
+    """A randomly initialised causal language model as an ordinary Hugging Face folder, with the
+    shipped tokenizer.
+    """
     tokenizer = transformers.AutoTokenizer.from_pretrained(TOKENIZER)
     configuration = CONFIGS[architecture]()
     configuration.vocab_size = len(tokenizer)

@@ -1,4 +1,6 @@
-"""An algorithm with private state, for the contract tests: LoRA's A factors are shared, its B factors never leave a client."""
+"""An algorithm with private state, for the contract tests: LoRA's A factors are shared, its B
+factors never leave a client.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Sites for tests: each is an operating system process at the end of a pipe, which the transport relays between."""
+"""Sites for tests: each is an operating system process at the end of a pipe, which the transport
+relays between.
+"""
 
 from __future__ import annotations
 

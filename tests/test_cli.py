@@ -1,4 +1,6 @@
-"""The command line from end to end, and every mistake of a user's as a sentence with exit code 2 and nothing left behind."""
+"""The command line from end to end, and every mistake of a user's as a sentence with exit code 2
+and nothing left behind.
+"""
 
 from __future__ import annotations
 

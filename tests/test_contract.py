@@ -105,7 +105,9 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
 
 @pytest.fixture(scope="module")
 def content(settings: dict[str, Any]) -> dict[str, Any]:
-    """An experiment on the three largest clients, with dropout, so that every kind of random draw takes part, and two objectives."""
+    """An experiment on the three largest clients, with dropout, so that every kind of random draw
+    takes part, and two objectives.
+    """
     of_objectives = {"objective_column": "kind", "objective_names": ["first", "second"]}
     task = {
         **settings["task"],
@@ -261,7 +263,8 @@ def test_no_bytes_of_a_private_part_are_in_any_message(
     assert bool(shared) == (name != "alone")
 
 
-# at sites those whose states differ in kind: nothing private, moments, parts, weights, control variates, gossip
+# at sites those whose states differ in kind: nothing private, moments, parts, weights, control
+# variates, gossip
 AT_SITES = ("feddpo", "feddpo-keeping-moments", "fedpdpo", "firm", "scaffold", "decpdpo", "choco")
 
 

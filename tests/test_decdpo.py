@@ -244,7 +244,9 @@ def test_a_graphs_file_is_found_again_from_anywhere(
 
 @work("test_decdpo.factors")
 def factors(client: Client, ranks: tuple[int, ...], apart: float) -> Tree:
-    """Factors of a product that all clients have in common and so much of their own, in a basis of the client's own."""
+    """Factors of a product that all clients have in common and so much of their own, in a basis of
+    the client's own.
+    """
     common, own = torch.Generator().manual_seed(7), torch.Generator().manual_seed(client.id)
     rank = ranks[client.id % len(ranks)]
     a = torch.randn(4, 50, generator=common)[:rank] + apart * torch.randn(rank, 50, generator=own)
@@ -292,7 +294,9 @@ def test_mixed_products_are_near_the_best_of_their_rank(ranks: tuple[int, ...]) 
 
 
 def bowls(algorithm: Any, rounds: int, keep: float) -> list[float]:
-    """Where two clients with quadratics end that keep so much of their own point and take the rest from the other."""
+    """Where two clients with quadratics end that keep so much of their own point and take the rest
+    from the other.
+    """
     weights = np.array([[keep, 1 - keep], [1 - keep, keep]])
     task: Any = Bowls()
     shards = [Bowl(str(i), *numbers) for i, numbers in enumerate(CLIENTS)]

@@ -1,4 +1,6 @@
-"""A federation with certificates on this machine: a server, three sites, who submits, each a process of its own. Slow."""
+"""A federation with certificates on this machine: a server, three sites, who submits, each a
+process of its own. Slow.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The distance from a stationary point and from agreement, against closed forms and finite differences."""
+"""The distance from a stationary point and from agreement, against closed forms and finite
+differences.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,8 @@ def test_on_quadratics_they_are_what_the_closed_forms_say() -> None:
     )
     model = (fed.each(own), fed.each(at, (1.0, 6.0)))
     found = diagnose(fed, model, ("x",), ("pooled-gradient", "disagreement"))
-    # the mean model is (3.5, -3.5); the first client's curvature is 1 around 4, the second's 3 around 0
+    # the mean model is (3.5, -3.5); the first client's curvature is 1 around 4, the second's 3
+    # around 0
     assert found["pooled_loss"] == pytest.approx(
         (0.5 * (0.5**2 + 7.5**2) + 1.5 * (3.5**2 + 3.5**2)) / 2
     )
@@ -69,7 +72,9 @@ def test_the_pooled_gradient_is_the_slope_of_the_pooled_loss(
 
 
 class Corners(Bowls):
-    """Two objectives: a client's centre is what the first coordinate wants, and its negative what the second wants, both of both."""
+    """Two objectives: a client's centre is what the first coordinate wants, and its negative what
+    the second wants, both of both.
+    """
 
     objectives = ("first", "second")
 

@@ -153,7 +153,9 @@ def client(learner: Any, settings: dict[str, Any], round: int = 0) -> Any:
 
 
 def test_accumulated_batches_are_one_large_batch(settings: dict[str, Any], learner: Any) -> None:
-    """With one batch a shard, drawing it twice is drawing the shard twice: the same gradient, whatever the optimiser."""
+    """With one batch a shard, drawing it twice is drawing the shard twice: the same gradient,
+    whatever the optimiser.
+    """
     start = learner.init(seeds.generator(0, "init"))
     shard = replace(
         client(learner, settings).shard, train=client(learner, settings).shard.train[:4]
@@ -591,7 +593,9 @@ def test_a_finished_run_can_be_resumed_without_harm(
 
 
 def test_ties_count_half(settings: dict[str, Any], learner: Any, tmp_path: Path) -> None:
-    """A fresh adapter changes nothing, so against the padded form's exact copy of the reference every pair is a tie."""
+    """A fresh adapter changes nothing, so against the padded form's exact copy of the reference
+    every pair is a tie.
+    """
     shard = learner.encode(experiment(settings).clients()[0][0])
     shard = replace(shard, test=shard.test[:1])
     adapter = learner.init(seeds.generator(0, "init"))

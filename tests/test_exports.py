@@ -1,4 +1,6 @@
-"""What leaves a run for other programs: PEFT folders, merged models, cards, trackers, a watcher's view."""
+"""What leaves a run for other programs: PEFT folders, merged models, cards, trackers, a watcher's
+view.
+"""
 
 from __future__ import annotations
 

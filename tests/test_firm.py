@@ -1,4 +1,6 @@
-"""FIRM and its rivals: weights of objectives, what is private, and runs on drawn answers and on given pairs."""
+"""FIRM and its rivals: weights of objectives, what is private, and runs on drawn answers and on
+given pairs.
+"""
 
 from __future__ import annotations
 
@@ -134,7 +136,8 @@ def test_an_update_follows_the_weighted_gradients_and_critics_their_own(layers: 
     assert torch.allclose(seen[0], watched @ watched.T)
     found = torch.cat([theta[name].grad for name in sorted(shared)])  # type: ignore[misc]
     assert torch.allclose(found, torch.tensor([0.25, 0.75]) @ rows / 2)
-    assert torch.allclose(theta[f"{CRITIC}a"].grad, theta[f"{CRITIC}a"])  # type: ignore[arg-type]  # of its square, halved for two batches
+    # of its square, halved for two batches
+    assert torch.allclose(theta[f"{CRITIC}a"].grad, theta[f"{CRITIC}a"])  # type: ignore[arg-type]
     assert torch.allclose(theta[f"{CRITIC}b"].grad, theta[f"{CRITIC}b"].exp() / 2)  # type: ignore[arg-type]
 
 

@@ -142,7 +142,9 @@ def attention_of_variable_length(
     enable_gqa: bool,
     window_size: object,
 ) -> Tensor:
-    """What PyTorch's kernel for GPUs computes with this window: a segment's last query sees all of its keys, the one before all but one."""
+    """What PyTorch's kernel for GPUs computes with this window: a segment's last query sees all of
+    its keys, the one before all but one.
+    """
     assert window_size == (-1, 0)
     assert longest == (int(starts.diff().max()), int(seen.diff().max()))
     rows = []
@@ -209,7 +211,9 @@ def test_the_head_is_scored_in_chunks_with_the_gradient_of_a_full_softmax(
 def test_a_model_that_does_not_fit_the_packed_form_runs_padded_and_says_so(
     architecture: str, models: Callable[[str], Path]
 ) -> None:
-    """Positions by distance, attention that cannot be replaced, logits that are scaled after the head."""
+    """Positions by distance, attention that cannot be replaced, logits that are scaled after the
+    head.
+    """
     with pytest.warns(UserWarning, match="the padded one is used"):
         model = exact(models(architecture), lora_target_modules="all-linear")
     assert not model.packs

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedpref.numerics.min_norm import MinNorm, projected_descent, onto_simplex, stationarity
+from fedpref.numerics.min_norm import MinNorm, onto_simplex, projected_descent, stationarity
 
 CASES = [(number, count) for number in range(40) for count in (2, 3, 5)]
 

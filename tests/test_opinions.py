@@ -523,7 +523,9 @@ def test_weights_by_points_want_equal_ones_beside(content: dict[str, Any]) -> No
 
 
 def test_a_survey_is_asked_as_it_was_trained(content: dict[str, Any], tmp_path: Path) -> None:
-    """Options of one of its own questions as completions: the shares are those that the run's evaluation predicts."""
+    """Options of one of its own questions as completions: the shares are those that the run's
+    evaluation predicts.
+    """
     folder = run(config.parse(Experiment, content, "test"), tmp_path / "run").path
     reward = group_rewards(folder)["north"]
     (client,) = [

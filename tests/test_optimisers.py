@@ -22,7 +22,8 @@ from fedpref.numerics import seeds
 from fedpref.numerics.trees import Tree
 from fedpref.tasks import BatchSize
 
-# Two clients with losses 1/2 curvature |x - centre|^2, whose mean has its minimum at (1 * 4 + 3 * 0) / 4 = 1
+# Two clients with losses 1/2 curvature |x - centre|^2, whose mean has its minimum at (1 * 4 + 3 *
+# 0) / 4 = 1
 CLIENTS = ((1.0, 4.0), (3.0, 0.0))
 PLAIN = LocalTraining(
     steps=5,
@@ -175,7 +176,9 @@ def test_scaffolds_control_variates_are_the_papers_option_two_under_plain_sgd() 
 
 
 def test_scaffold_is_right_for_adamw() -> None:
-    """AdamW fed with uncorrected gradients ends where its signs balance; corrected, at the minimum of the mean."""
+    """AdamW fed with uncorrected gradients ends where its signs balance; corrected, at the minimum
+    of the mean.
+    """
     adam = replace(PLAIN, optim="adamw", learning_rate=0.02, lr_scheduler_type="linear")
     assert abs(run(FedDPO(local=adam), 200)[0] - 1.0) > 0.1
     assert run(Scaffold(local=adam), 200)[0] == pytest.approx(1.0, abs=0.02)
@@ -260,7 +263,9 @@ def test_every_worker_takes_a_place_of_its_own_and_leaves_the_first_process_alon
 
 
 def test_local_training_keeps_nothing_behind() -> None:
-    """Seeding with torch.manual_seed keeps a traceback of each call for devices that are not in use."""
+    """Seeding with torch.manual_seed keeps a traceback of each call for devices that are not in
+    use.
+    """
     kept = len(torch.cuda._queued_calls)
     run(FedDPO(local=PLAIN), 5)
     assert len(torch.cuda._queued_calls) == kept

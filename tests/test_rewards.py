@@ -113,7 +113,9 @@ def test_means_and_extremes() -> None:
 
 
 def test_adaptive_alpha_as_published_and_rescaled() -> None:
-    """The case r = (.9, .85, .4), h = (.8, .8, .3): about 0.153 as published, against a mean of 0.717."""
+    """The case r = (.9, .85, .4), h = (.8, .8, .3): about 0.153 as published, against a mean of
+    0.717.
+    """
     one, history = REWARDS[:, :1], torch.tensor([0.8, 0.8, 0.3], dtype=torch.float64)
     found = {}
     for rescale in (False, True):

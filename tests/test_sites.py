@@ -1,4 +1,6 @@
-"""What a site refuses, what a coordinator leaves out, and what both survive: real processes at the ends of pipes."""
+"""What a site refuses, what a coordinator leaves out, and what both survive: real processes at the
+ends of pipes.
+"""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import on first use: torch and transformers take seconds, the command line's help should not."""
+    """Import on first use: torch takes seconds, the command line's help should not."""
     if name in _HOMES:
         return getattr(import_module(f"fedpref.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'fedpref' has no attribute {name!r}")

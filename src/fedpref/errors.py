@@ -2,4 +2,7 @@
 
 
 class UserError(Exception):
-    """A mistake in a config, in data or in a command; the message says what is wrong, where, and what to do."""
+    """A mistake in a config, in data or in a command.
+
+    The message says what is wrong, where, and what to do.
+    """

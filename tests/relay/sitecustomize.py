@@ -1,4 +1,6 @@
-"""On the path of a FLARE server's processes: what comes to it, or goes through it, is kept in a folder as it is on the wire."""
+"""On the path of a FLARE server's processes: what comes to it, or goes through it, is kept in a
+folder as it is on the wire.
+"""
 
 import os
 import pathlib

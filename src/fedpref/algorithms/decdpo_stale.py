@@ -17,7 +17,7 @@ from fedpref.types import WholeNumber
 
 @dataclass(frozen=True)
 class State:
-    """Each client's adapter, those that earlier rounds ended with, nested by age from 1, moments."""
+    """Each client's adapter, those of earlier rounds, nested by age from 1, and its moments."""
 
     theta: PerClient[Tree]
     past: PerClient[Tree]

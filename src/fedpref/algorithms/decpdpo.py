@@ -1,4 +1,4 @@
-"""Personalised decentralised DPO: FedPDPO's own parts beside an adapter that neighbours mix. Ours."""
+"""Personalised decentralised DPO: FedPDPO's own parts beside an adapter that is mixed. Ours."""
 
 from __future__ import annotations
 

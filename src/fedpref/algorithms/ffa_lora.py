@@ -19,9 +19,10 @@ from fedpref.numerics.trees import Tree
 
 @dataclass(frozen=True, kw_only=True)
 class FFA(Algorithm[AdapterState]):
-    """FedDPO with A frozen where it was drawn: the mean of the products is the product of the means.
+    """FedDPO with A frozen where it was drawn.
 
-    Shared: the adapter. Private: pairs, optimiser moments. Averaged: B, half of FedDPO's bytes up.
+    The mean of the products is then the product of the means. Shared: the adapter. Private: pairs,
+    optimiser moments. Averaged: B, half of FedDPO's bytes up.
     """
 
     name: Literal["ffa-lora"] = "ffa-lora"

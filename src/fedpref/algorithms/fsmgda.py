@@ -28,7 +28,7 @@ from fedpref.types import Positive
 def train(
     client: Client, adapter: Tree, own: Tree, moments: Tree, method: FSMGDA
 ) -> tuple[Tree, Tree, Tree, Mapping[str, float]]:
-    """Return the adapter's change for each objective, nested by number; critics, moments, metrics."""
+    """Return the adapter's change for each objective, nested, critics, moments, metrics."""
     names = client.task.objectives
     changes: dict[int, Tree] = {}
     kept: dict[int, Tree] = {}

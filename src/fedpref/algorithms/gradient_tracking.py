@@ -21,7 +21,7 @@ from fedpref.numerics.trees import Tree
 
 @dataclass(frozen=True)
 class State:
-    """Each client's adapter, the correction of its gradients, and its moments (empty if not kept)."""
+    """Each client's adapter, the correction of its gradients, and its optimiser moments."""
 
     theta: PerClient[Tree]
     correction: PerClient[Tree]

@@ -16,10 +16,11 @@ from fedpref.numerics.trees import Tree
 
 @dataclass(frozen=True, kw_only=True)
 class Pooled(Algorithm[AdapterState]):
-    """One adapter trained on all clients' data together; each evaluates it on its own held-out data.
+    """One adapter trained on all clients' data together.
 
-    Shared: everything. The experiment hands all training data to the first client, the only one
-    that trains, and FedDPO's program averages over one. Across sites this baseline does not exist.
+    Each client evaluates it on its own held-out data. Shared: everything. The experiment hands all
+    training data to the first client, the only one that trains, and FedDPO's program averages over
+    one. Across sites this baseline does not exist.
     """
 
     name: Literal["pooled"] = "pooled"

@@ -94,7 +94,7 @@ Compression = Annotated[TopK | Quantize, Field(discriminator="name")]
 
 
 def alike(message: Tree, other: Tree) -> bool:
-    """Return whether two messages, compressed or not, stand for trees of the same names and shapes."""
+    """Return whether two messages, compressed or not, stand for trees of equal names and shapes."""
     return message.keys() == other.keys() and all(
         tensor.dtype == other[name].dtype
         and tensor.shape == other[name].shape

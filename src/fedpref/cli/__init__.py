@@ -42,7 +42,10 @@ def options(
 
 
 def main() -> None:
-    """Entry point: a mistake of the user's is a sentence and exit code 2; so is what the system refuses."""
+    """Run the command line; a user's mistake is a sentence and exit code 2.
+
+    So is what the system refuses.
+    """
     try:
         app()
     except BrokenPipeError:

@@ -23,7 +23,7 @@ def compare(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
     csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
 ) -> None:
-    """Compare runs: accuracy or alignment, gains with intervals over clients and seeds, worst clients, bytes, time.
+    """Compare runs: means, gains with intervals over clients and seeds, worst clients, cost.
 
     Example: fedpref compare runs/feddpo runs/fedpdpo
     """
@@ -42,7 +42,9 @@ def watch(
         Path, typer.Argument(help="The directory of a run that goes on elsewhere.", metavar="RUN")
     ],
 ) -> None:
-    """Show a run as it goes, from its directory, with the time that is left. Ctrl-C ends the watching, not the run.
+    """Show a run that goes on elsewhere, from its directory, with the time that is left.
+
+    Ctrl-C ends the watching, not the run.
 
     Example: fedpref watch runs/demo
     """
@@ -71,7 +73,9 @@ def report(
     ] = None,
     opens: Annotated[bool, typer.Option("--open", help="Show it in a browser.")] = False,
 ) -> None:
-    """Write one page about runs: what was learned, who gained and who lost, what it cost. It opens from a disk and needs no network.
+    """Write one page about runs: what was learned, who gained and who lost, what it cost.
+
+    It opens from a disk and needs no network.
 
     Example: fedpref report runs/fedpdpo runs/feddpo --output comparison.html --open
     """

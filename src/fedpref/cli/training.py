@@ -99,7 +99,9 @@ def sweep(
         ),
     ] = None,
 ) -> None:
-    """Run variants of one experiment by seeds, on one split, and compare them; begin it again and it goes on where it was.
+    """Run variants of one experiment by seeds, on one split, and compare them.
+
+    Begin it again and it goes on where it was.
 
     Example: fedpref sweep configs/demo.yaml --variant feddpo --variant fedpdpo --seeds 3
     """
@@ -229,7 +231,9 @@ def personalize(
         typer.Option(min=1, help="Local steps; by default the run's federation.join_steps."),
     ] = None,
 ) -> None:
-    """Let clients that took no part join a run: they make what is their own on their data, and are evaluated on held-out pairs.
+    """Let clients that took no part join a run and make what is their own on their data.
+
+    They are evaluated on held-out pairs before and after.
 
     Example: fedpref personalize runs/fedpdpo --data pairs.jsonl
     """

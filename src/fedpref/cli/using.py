@@ -80,7 +80,9 @@ def evaluate(
     split: Annotated[str, typer.Option(help="Of a dataset folder or Hub dataset.")] = "test",
     as_json: Annotated[bool, typer.Option("--json", help="Print all metrics as JSON.")] = False,
 ) -> None:
-    """Measure a run's models on any preference file, all rows of it; nothing tells which of them the run has trained on.
+    """Measure a run's models on any preference file, all rows of it.
+
+    Nothing tells which of them the run has trained on.
 
     Example: fedpref evaluate runs/demo --data pairs.jsonl
     """
@@ -108,19 +110,23 @@ def export(
         str | None, typer.Option(help="The client whose model; for peft, all by default.")
     ] = None,
 ) -> None:
-    """Write a run's models as other programs load them, with a model card: PEFT adapters, or merged into a folder of transformers.
+    """Write a run's models as other programs load them, with a model card.
+
+    These are PEFT adapters, or a folder of transformers with the adapter merged.
 
     Example: fedpref export runs/demo --format merged --output demo-model
     """
     import json
-    from typing import get_args
+    from typing import cast, get_args
 
     from fedpref.runs.export import MANIFEST, Form
     from fedpref.runs.export import export as write
 
     if form not in get_args(Form):
         raise UserError(f"--format {form!r}: there are {', '.join(get_args(Form))}.")
-    made = write(path, form, output or path.with_name(f"{path.name}-{form}"), client=client)  # type: ignore[arg-type]  # checked above
+    # checked above
+    goal = output or path.with_name(f"{path.name}-{form}")
+    made = write(path, cast(Form, form), goal, client=client)
     console.print(f"{form}: {made}", highlight=False, soft_wrap=True)
     if form == "peft" and any(
         entry["left_out"] for entry in json.loads((made / MANIFEST).read_text())["adapters"]
@@ -156,7 +162,9 @@ def reward(
         bool, typer.Option("--logits", help="What the shares are a softmax of, in place of shares.")
     ] = False,
 ) -> None:
-    """Score answers as a run's groups would: JSON Lines with each group's reward of each completion, and the combined one.
+    """Score answers as a run's groups would: JSON Lines with each group's rewards.
+
+    The combined reward stands beside them.
 
     Example: fedpref reward runs/pluralllm answers.jsonl --group Germany
     """

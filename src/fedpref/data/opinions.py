@@ -22,7 +22,8 @@ from fedpref.errors import UserError
 from fedpref.types import Count, OpenFraction
 
 T = TypeVar("T")
-# The countries of GPO's and PluralLLM's experiments, by the names that GlobalOpinionQA gives them, and PluralLLM's split of them
+# The countries of GPO's and PluralLLM's experiments, by the names that GlobalOpinionQA gives them,
+# and PluralLLM's split of them
 TRAINING_COUNTRIES = (
     "Nigeria",
     "Egypt",

@@ -179,7 +179,7 @@ def partition(rows: Placed, how: Partition, seed: int) -> tuple[ClientData, ...]
 
 
 def _thinned(rows: Placed, count: int | None) -> Placed:
-    """Return `count` rows at most, evenly spread over those of each side, in the sides' proportion."""
+    """Return `count` rows at most, evenly spread over each side, in the sides' proportion."""
     if count is None or count >= len(rows):
         return rows
     sides = [[row for row in rows if row[0] == side] for side in ("train", "test")]

@@ -89,7 +89,7 @@ Row = Preference | Feedback | Opinion | Prompt
 
 @dataclass(frozen=True)
 class ClientData:
-    """One client's rows. No prompt of a training row, of any client, is in a held-out row of any."""
+    """One client's rows; no training row's prompt, of any client, is that of a held-out row."""
 
     name: str
     train: tuple[Row, ...]
@@ -253,7 +253,7 @@ def key(text: Text) -> str:
 
 
 def text(value: Any, column: str, where: str) -> Text:
-    """Return the text or conversation in a column; raises UserError for anything else, or nothing."""
+    """Return the text or conversation in a column; raises UserError for anything else."""
     if isinstance(value, str) and value.strip():
         return value
     if isinstance(value, list | tuple) and value:
@@ -304,4 +304,6 @@ def _split_common(better: Text, worse: Text, where: str) -> tuple[Text, Text, Te
             f"{where}: there is no prompt column, and the two conversations share no opening "
             "that both continue."
         )
-    return tuple(better[:shared]), tuple(better[shared:]), tuple(worse[shared:])  # type: ignore[arg-type]  # both are conversations here
+    # both are conversations here
+    turns: tuple[Any, Any] = better, worse
+    return tuple(turns[0][:shared]), tuple(turns[0][shared:]), tuple(turns[1][shared:])

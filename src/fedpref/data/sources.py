@@ -104,7 +104,7 @@ class Files(PathSource):
 
 @dataclass(frozen=True, kw_only=True)
 class Builtin(DataSource):
-    """The shipped set: twelve clients with known tastes compare answers of differing style to everyday requests."""
+    """The shipped set: twelve clients with known tastes compare answers to everyday requests."""
 
     name: Literal["builtin"] = "builtin"
 

@@ -42,7 +42,7 @@ def read_table(path: str, *, split: str = "train", **hub: Any) -> Iterator[Recor
 
 
 def local_table(folder: str, stem: str) -> Path | None:
-    """Return the file of a name in a folder, JSON Lines or CSV, gzipped or not; None without one."""
+    """Return the file of a name in a folder, JSON Lines or CSV, maybe gzipped; None without one."""
     for suffix in (".jsonl.gz", ".jsonl", ".csv.gz", ".csv"):
         if (path := Path(folder).expanduser() / f"{stem}{suffix}").is_file():
             return path

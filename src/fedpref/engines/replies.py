@@ -36,7 +36,7 @@ class Opened(TypedDict):
 
 
 class Done(TypedDict):
-    """The number of parts of a work's result, None for one that is no tuple; who failed, and why."""
+    """The number of parts of a work's result, None if it is no tuple; who failed, and why."""
 
     parts: Annotated[int, Field(ge=1, le=64)] | None
     failed: dict[Id, str]

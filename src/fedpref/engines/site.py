@@ -92,7 +92,7 @@ class Peers(Protocol):
 
 
 class Site:
-    """Clients' values lie here by name; those that the coordinator no longer refers to are freed."""
+    """Clients' values lie here by name; what the coordinator no longer refers to is freed."""
 
     def __init__(self, name: str, host: Host, folder: Path, peers: Peers) -> None:
         self.name, self._host, self._folder, self._peers = name, host, folder, peers

@@ -76,7 +76,8 @@ class Workers:
         context = multiprocessing.get_context("fork")
         self._connections: list[Connection] = []
         self._processes = []
-        gc.freeze()  # or a worker's collector walks all that it inherited, and with it copies the pages
+        # or a worker's collector walks all that it inherited, and with it copies the pages
+        gc.freeze()
         for number in range(count):
             ours, theirs = context.Pipe()
             self._connections.append(ours)
@@ -146,7 +147,8 @@ def _serve(
         signal.SIGINT, signal.SIG_IGN
     )  # Ctrl-C reaches all processes of a terminal; the parent ends the others
     for other in others:
-        other.close()  # the parent's ends, which the fork copied: so that a worker sees its parent go
+        # the parent's ends, which the fork copied: so that a worker sees its parent go
+        other.close()
     torch.set_num_threads(1)
     shared: Any = None
     while True:

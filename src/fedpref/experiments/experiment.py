@@ -63,7 +63,7 @@ class Experiment:
     engine: Literal["simulation", "flare"] = "simulation"
     """All clients in this process and its workers, or at sites on NVIDIA FLARE (docs/sites.md)."""
     sites: Count = 2
-    """How many sites are simulated, where the engine is flare and the experiment is not submitted."""
+    """How many sites are simulated, where the engine is flare and nothing is submitted."""
     patience: Patience = Patience()
     """How long sites are waited for."""
     report_to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()

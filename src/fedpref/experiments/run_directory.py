@@ -38,7 +38,9 @@ NEWCOMERS = (
 )
 ENVIRONMENT = "environment.json"  # versions, machine, commits
 HAS_OWN = "clients have models of their own\n"
-SAMPLES = "samples"  # a folder: answers to a client's held-out prompts, before training and after, a file for each client
+# a folder: answers to a client's held-out prompts, before training and after, a file for each
+# client
+SAMPLES = "samples"
 
 
 def client_folder(run: Path, kind: str, client: str) -> Path:

@@ -23,7 +23,7 @@ PerAnswer = Float[Tensor, " A"]
 
 @dataclass(frozen=True)
 class Sampled:
-    """Tokens' log-probabilities when they were drawn and under the reference, and whose they are."""
+    """Tokens' log-probabilities when drawn and under the reference, and whose they are."""
 
     old: PerToken
     reference: PerToken
@@ -168,7 +168,9 @@ def surrogate(
 def gae(
     rewards: PerToken, values: PerToken, counts: tuple[int, ...], gamma: float, lambda_: float
 ) -> PerToken:
-    """Generalised advantage estimates within each answer: sums of (gamma lambda)^k of the steps' errors (Schulman et al. 2016, eq. 16)."""
+    """Generalised advantage estimates within each answer: sums of (gamma lambda)^k of the steps'
+    errors (Schulman et al. 2016, eq. 16).
+    """
     r, v = (pad_sequence(list(part.split(counts)), batch_first=True) for part in (rewards, values))
     following = torch.cat([v[:, 1:], torch.zeros_like(v[:, :1])], 1)
     errors = r + gamma * following - v

@@ -19,7 +19,7 @@ PerPair = Float[Tensor, " B"]
 
 @dataclass(frozen=True)
 class PairScores:
-    """Log-probabilities of B pairs of answers, summed over each answer's tokens, and the number of those tokens."""
+    """Log-probabilities of B pairs of answers, summed over tokens, and the numbers of tokens."""
 
     chosen: PerPair
     rejected: PerPair

@@ -1,4 +1,7 @@
-"""Attention over the packed form, through transformers' attention interface: no model is rewritten."""
+"""Attention over the packed form, through transformers' attention interface.
+
+No model is rewritten.
+"""
 
 from __future__ import annotations
 
@@ -108,7 +111,8 @@ def by_sequence(layout: Layout) -> Attend:
         if (
             query.dtype == torch.bfloat16 and not query.is_cuda
         ):  # the fused kernel's backward is slow in bfloat16 on a CPU
-            mixed: Tensor = _Attention.apply(query[0], key[0], value[0], scaling, bounds, masks)  # type: ignore[no-untyped-call]
+            plain: Any = _Attention.apply
+            mixed: Tensor = plain(query[0], key[0], value[0], scaling, bounds, masks)
             return mixed[None].transpose(1, 2)
         widths = [end - begin for begin, end in bounds]
         widths.append(query.shape[2] - sum(widths))

@@ -37,12 +37,13 @@ def token_log_probabilities(
     """
     rows = even(hidden)
     wanted = nn.functional.pad(targets, (0, len(rows) - len(hidden)))
+    trained: Any = _TrainedHead.apply
     scores: Float[Tensor, " n"]
     if change is not None:
         down, up = change
-        scores = _TrainedHead.apply(rows, weight, bias, rows @ down.T, up, wanted)  # type: ignore[no-untyped-call]
+        scores = trained(rows, weight, bias, rows @ down.T, up, wanted)
     elif weight.requires_grad:
-        scores = _TrainedHead.apply(rows, weight, bias, None, None, wanted)  # type: ignore[no-untyped-call]
+        scores = trained(rows, weight, bias, None, None, wanted)
     else:
         scores = _Head.apply(rows, weight, bias, wanted)  # type: ignore[no-untyped-call]
     return scores[: len(hidden)]
@@ -59,7 +60,7 @@ def _chunks(count: int, vocabulary: int) -> list[slice]:
 
 
 class _Head(torch.autograd.Function):
-    """A frozen head; the gradient with respect to the hidden state is W[target] - softmax(W h) W."""
+    """A frozen head; the gradient of the hidden state is W[target] - softmax(W h) W."""
 
     @staticmethod
     def forward(

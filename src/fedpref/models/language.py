@@ -138,7 +138,9 @@ class LanguageModel:
             with warnings.catch_warnings():
                 warnings.simplefilter(
                     "ignore"
-                )  # of PEFT about GPT-2's transposed weights, which it handles, and its own deprecations
+                    # of PEFT about GPT-2's transposed weights, which it handles, and its own
+                    # deprecations
+                )
                 self.model: PeftModel = get_peft_model(backbone, adapter).eval()
         except (ValueError, re.error) as error:
             raise UserError(
@@ -394,7 +396,8 @@ class LanguageModel:
                     with packed_attention(layout, kernel):
                         states, _ = self._run(adapter, layout, layout.scored[:0])
                     distance = _distance(states[0][layout.scored], expected)
-                except Exception as error:  # whatever a model's own code makes of a form that it was not written for
+                # whatever a model's own code makes of a form that it was not written for
+                except Exception as error:
                     problem = str(error) or type(error).__name__
                 else:
                     if distance <= tolerance:

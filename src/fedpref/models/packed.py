@@ -14,7 +14,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-WIDTH = 32  # on a CPU sequences are as wide as the next multiple: a new shape costs its matrix kernels more than a few tokens
+# on a CPU sequences are as wide as the next multiple: a new shape costs its matrix kernels more
+# than a few tokens
+WIDTH = 32
 ROW = 128  # and rows
 
 Row = tuple[Sequence[int], Sequence[Sequence[int]]]  # a prompt's tokens and its answers'
@@ -48,7 +50,7 @@ class Layout:
 
     @staticmethod
     def padded(rows: Sequence[Row], device: torch.device) -> Layout:
-        """Return the layout of a row for each answer, its prompt before it, under causal attention."""
+        """Return the layout of a row for each answer, its prompt before it, under causal masks."""
         alone: list[Row] = [(prompt, (answer,)) for prompt, answers in rows for answer in answers]
         widest = max(map(_length, alone))
         layout = _layout(alone, [widest] * len(alone), 1, device)

@@ -75,7 +75,7 @@ class Predictor:
         return found | {f"{name}.{part}": (wide,) for name in norms for part in ("weight", "bias")}
 
     def init(self, inputs: int, rng: torch.Generator) -> Tree:
-        """Return fresh parameters, drawn from the distributions that PyTorch's modules draw from."""
+        """Return fresh parameters, drawn from the distributions of PyTorch's modules."""
         shapes = self.shapes(inputs)
         return {name: _drawn(name, shapes, rng) for name in sorted(shapes)}
 

@@ -89,7 +89,8 @@ SHAPES: Mapping[str, Callable[[int], Graph]] = {
     "grid": _grid,
     "torus": _torus,  # a grid whose opposite sides are joined
     "hypercube": _hypercube,  # clients whose numbers differ in one binary digit
-    "exponential": _exponential,  # client i with i + 1, i + 2, i + 4, ... around the circle, in both directions
+    # client i with i + 1, i + 2, i + 4, ... around the circle, in both directions
+    "exponential": _exponential,
 }
 
 
@@ -176,7 +177,7 @@ class SmallWorld:
 
 @dataclass(frozen=True)
 class GraphFile:
-    """A GraphML file, or a list of edges: two clients' names a line, with a comma or space between."""
+    """A GraphML file, or a list of edges: two clients' names a line, with a comma or space."""
 
     name: Literal["file"] = "file"
     path: str = ""

@@ -1,1 +1,1 @@
-"""What people look at, made from a run directory alone."""
+"""What people look at, made from run directories."""

@@ -52,7 +52,10 @@ class Chart:
 
     @property
     def content(self) -> dict[str, Any]:
-        """For Plotly, to which names are text: it would take tags in them for mark-up, and dollars for mathematics."""
+        """Return the figure for Plotly, with names escaped.
+
+        Plotly would take tags in them for mark-up, and dollars for mathematics.
+        """
         texts = ("name", "x", "y", "text", "legendgroup")
         return {
             "data": [
@@ -74,7 +77,7 @@ def colour(number: int) -> str:
 
 
 def filled(number: int) -> dict[str, Any]:
-    """How bars look."""
+    """Return the style of bars."""
     return {
         "color": colour(number),
         "pattern": {"shape": ("", "/", "x")[number // len(COLOURS) % 3]},
@@ -86,7 +89,7 @@ def axes(x: str, y: str, **other: Any) -> dict[str, Any]:
 
 
 def names_on(axis: dict[str, Any], names: Sequence[str]) -> None:
-    """Make an axis one of names, long ones cut, none where they are too many."""
+    """Make an axis one of names; long ones are cut, and there are none where they are too many."""
     shown = [name if len(name) <= LONG else name[: LONG - 1] + "…" for name in names]
     axis |= {
         "type": "category",
@@ -99,14 +102,17 @@ def names_on(axis: dict[str, Any], names: Sequence[str]) -> None:
 def lined(
     name: str, x: Sequence[Any], y: Sequence[Any], number: int, dash: int = 0
 ) -> dict[str, Any]:
-    """A line; single points are seen too."""
+    """Return a line's points and style; single points are seen too."""
     mode = "lines+markers" if len(x) <= 30 else "lines"
     line = {"color": colour(number), "dash": DASHES[(dash + number // len(COLOURS)) % len(DASHES)]}
     return {"type": "scatter", "mode": mode, "name": name, "x": list(x), "y": list(y), "line": line}
 
 
 def every_line(runs: Sequence[Run]) -> Iterator[tuple[str, Run, Line, int]]:
-    """All lines of all runs that were evaluated: a title, and the number by which each has its colour in all charts."""
+    """Yield (title, run, line, colour index) for all lines of all runs that were evaluated.
+
+    A line has the same colour in all charts.
+    """
     number = 0
     for run in runs:
         for line in (run.line, *run.baselines.values()):
@@ -126,13 +132,14 @@ def every_line(runs: Sequence[Run]) -> Iterator[tuple[str, Run, Line, int]]:
 
 
 def main_lines(runs: Sequence[Run]) -> Iterator[tuple[str, Run, int]]:
-    """The algorithms' own lines: what to write before a figure's name, the run, and the colour's number."""
+    """Yield (legend prefix, run, colour index) for each run's own algorithm."""
     for title, run, line, number in every_line(runs):
         if line is run.line:
             yield title if len(runs) > 1 else "", run, number
 
 
 def with_prefix(prefix: str, name: str) -> str:
+    """Return a legend's entry with its prefix."""
     return f"{prefix}: {name}" if prefix else name
 
 
@@ -140,7 +147,7 @@ def with_prefix(prefix: str, name: str) -> str:
 
 
 def learning(runs: Sequence[Run]) -> Iterator[Chart]:
-    """Losses and accuracies of training, over rounds."""
+    """Yield charts of training's losses and accuracies, over rounds."""
     for metric, title in LEARNING.items():
         scale = 100 if metric == ACCURACY else 1
         data = [
@@ -163,7 +170,10 @@ def learning(runs: Sequence[Run]) -> Iterator[Chart]:
 
 
 def held_out(runs: Sequence[Run]) -> Iterator[Chart]:
-    """The metric by which clients are compared, over rounds: each client, their mean, the quartiles."""
+    """Yield charts of the metric by which clients are compared, over rounds.
+
+    They show each client, the mean, and the quartiles.
+    """
     if max(len(line.evaluations) for _, _, line, _ in every_line(runs)) < 2:
         return
     shown, data = runs[0].shown, []
@@ -227,7 +237,7 @@ def held_out(runs: Sequence[Run]) -> Iterator[Chart]:
 
 
 def gains(runs: Sequence[Run]) -> Iterator[Chart]:
-    """What each client has of the federation: its value less what it reaches alone."""
+    """Yield a chart of each client's value less what it reaches alone."""
     data: list[dict[str, Any]] = []
     names: list[str] = []
     for prefix, run, number in main_lines(runs):
@@ -264,7 +274,7 @@ def gains(runs: Sequence[Run]) -> Iterator[Chart]:
 
 
 def by_client(runs: Sequence[Run]) -> Iterator[Chart]:
-    """Every client under every line."""
+    """Yield a chart of every client under every line."""
     first = runs[0]
     sizes = {name: run.clients[name]["train"] for run in reversed(runs) for name in run.line.last}
     names = sorted(sizes, key=lambda name: (-sizes[name], name))
@@ -296,7 +306,7 @@ def by_client(runs: Sequence[Run]) -> Iterator[Chart]:
 
 
 def traffic(runs: Sequence[Run]) -> Iterator[Chart]:
-    """Bytes of each round, and what they bought."""
+    """Yield charts of the bytes of each round, and of what they bought."""
     data = []
     for prefix, run, number in main_lines(runs):
         rounds = [row["round"] for row in run.line.metrics]
@@ -341,7 +351,7 @@ def traffic(runs: Sequence[Run]) -> Iterator[Chart]:
 
 
 def times(runs: Sequence[Run]) -> Iterator[Chart]:
-    """Seconds of a round by its parts."""
+    """Yield a chart of the seconds of a round, by its verbs."""
     found: dict[str, list[float]] = {part: [] for part in (*PARTS, "rest")}
     for run in runs:
         rows = run.line.metrics

@@ -1,4 +1,4 @@
-"""Runs side by side: paired differences over clients and seeds, from run directories alone."""
+"""Runs side by side: paired differences over clients and seeds, from run directories."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ Matrix = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the comparison: runs that differ by their seed alone. Means and gains are in the metric's unit, intervals of 95 %."""
+    """One line of the comparison: runs that differ by their seed alone.
+
+    Means and gains are in the metric's unit, intervals of 95 %.
+    """
 
     name: str
     metric: str
@@ -48,11 +51,18 @@ class Row:
 
 
 def compare(paths: Sequence[Path]) -> list[Row]:
-    """Runs grouped by their name, in the order in which names first appear; the first is what the others are compared with.
+    """Compare runs, grouped by their name.
 
-    Where two runs have one name and one seed, runs go by the names of their directories.
-    For each seed, all names must have the same clients with the same data. Seeds may differ in them, as where clients are cut at random:
-    then a client of one seed is nobody in another. Raises UserError when runs are unfinished or were not made on the same seeds and data.
+    Groups come in the order in which names first appear; the others are compared with the first.
+    Where two runs have one name and one seed, runs go by the names of their directories. For each
+    seed, all groups must have the same clients with the same data. Seeds may differ in them, as
+    where clients are cut at random: then a client of one seed is nobody in another.
+
+    Args:
+        paths: Run directories.
+
+    Raises:
+        UserError: Runs are unfinished, or were not made on the same seeds and data.
     """
     groups: dict[str, dict[int, Path]] = defaultdict(dict)
     if unfinished := [path for path in paths if not RunDirectory(path).done]:
@@ -129,10 +139,15 @@ def _line(name: str, runs: Mapping[int, Path]) -> _Line:
 def bootstrap(
     values: Matrix, *, crossed: bool = True, resamples: int = RESAMPLES
 ) -> tuple[float, float]:
-    """The 95 % interval of the mean of a [seeds, clients] matrix, by percentiles: seeds are resampled, and clients.
+    """Return the 95 % interval of a mean, by percentiles; (nan, nan) for a single value.
 
-    `crossed`: the clients are the same with every seed, and are resampled once for all; otherwise anew within each seed. With few
-    clients percentiles are too narrow (three clients and seeds: 75 % instead of 95); a single value has no interval, which is (nan, nan).
+    With few clients percentiles are too narrow (three clients and seeds: 75 % instead of 95).
+
+    Args:
+        values: Resampled by seeds and by clients [seeds, clients].
+        crossed: The clients are the same with every seed, and are resampled once for all seeds;
+            otherwise anew within each.
+        resamples: How many.
     """
     if values.size == 1:
         return math.nan, math.nan
@@ -172,7 +187,10 @@ def _row(line: _Line, first: Matrix | None) -> Row:
 
 
 def _newcomers(paths: Sequence[Path]) -> tuple[float, float] | None:
-    """Mean accuracies of clients that never trained, as they came and after they joined; None where there are none."""
+    """Return mean values of clients that never trained, as they came and after they joined.
+
+    None where there are no such clients.
+    """
     last = [FinishedRun.at(path).last_evaluation for path in paths]
     if not all("newcomers" in row for row in last):
         return None
@@ -208,7 +226,7 @@ def _with_interval(digits: int, mean: float, low: float, high: float, sign: str 
 
 
 def cells(row: Row) -> tuple[str, ...]:
-    """A row for people."""
+    """Return a row as text for people."""
     digits = HEADLINES[row.metric].digits
     return (
         row.name,
@@ -227,7 +245,7 @@ def cells(row: Row) -> tuple[str, ...]:
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """For a terminal."""
+    """Return the comparison for a terminal."""
     shown = Table(
         title=f"held-out {HEADLINES[rows[0].metric].caption}; gains over {rows[0].name}",
         title_style="bold",
@@ -242,18 +260,18 @@ def table(rows: Sequence[Row]) -> Table:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """For a document."""
+    """Return the comparison for a document."""
     lines = [TITLES, ("---",) * len(TITLES), *map(cells, rows)]
     return "".join(f"| {' | '.join(line[: _columns(rows)])} |\n" for line in lines)
 
 
 def _columns(rows: Sequence[Row]) -> int:
-    """All, or all but the newcomers'."""
+    """Return the number of columns: all, or all but the newcomers'."""
     return len(TITLES) if any(row.newcomers for row in rows) else len(TITLES) - 1
 
 
 def csv_text(rows: Sequence[Row]) -> str:
-    """For other programs: plain numbers."""
+    """Return the comparison for other programs, as plain numbers."""
     names = [
         "name",
         "seeds",

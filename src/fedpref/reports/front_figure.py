@@ -1,4 +1,4 @@
-"""A front of trade-offs: as a table, and as a figure."""
+"""A front of trade-offs, as a table and as a figure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fedpref.runs.pareto import Point, best
 def front_table(
     objectives: Sequence[str], points: Sequence[Point], found: Mapping[str, float]
 ) -> Table:
-    """Every point, those marked that no other dominates; the front's figures under it."""
+    """Return every point, marked where no other dominates it, and the front's metrics."""
     caption = ", ".join(f"{name} {value:.4g}" for name, value in found.items())
     table = Table(
         title="preferences and what came of them",
@@ -44,7 +44,7 @@ def front_table(
 
 
 def draw_front(objectives: Sequence[str], points: Sequence[Point], path: Path) -> None:
-    """An SVG of the first two objectives, preferences beside their points."""
+    """Write an SVG of the first two objectives, with preferences beside their points."""
     import matplotlib
 
     matplotlib.use("svg")

@@ -1,4 +1,4 @@
-"""Charts of what only some methods have: agreement between neighbours, objectives, calibration."""
+"""Charts of what only some methods have: agreement of neighbours, objectives, calibration."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ROUNDING = 1e-12  # of the largest: what is below is rounding
 
 
 def consensus(runs: Sequence[Run]) -> Iterator[Chart]:
-    """The disagreement of clients that gossip, against what the graph promises."""
+    """Yield charts of how far clients that gossip are apart, against what the graph promises."""
     data = []
     for prefix, run, number in main_lines(runs):
         rows = [row for row in run.line.metrics if "consensus_error" in row]
@@ -66,7 +66,10 @@ def consensus(runs: Sequence[Run]) -> Iterator[Chart]:
 
 
 def left_by_mixing(run: Run, rows: Sequence[Mapping[str, Any]]) -> list[float]:
-    """Rho of each round's mixing matrix, among those that took part; none (nan) where fewer did than were drawn."""
+    """Return rho of each round's mixing matrix, among those that took part.
+
+    It is nan where fewer did than were drawn.
+    """
     spec, names = run.experiment, list(run.clients)
     sizes = {name: int(about["train"]) for name, about in run.clients.items()}
     chances = spec.federation.weights(sizes, spec.seed)
@@ -86,7 +89,7 @@ def left_by_mixing(run: Run, rows: Sequence[Mapping[str, Any]]) -> list[float]:
 
 
 def graph(runs: Sequence[Run]) -> Iterator[Chart]:
-    """Who hears whom."""
+    """Yield a chart of who hears whom."""
     for run in runs:
         if not run.experiment.algorithm.gossips:
             continue
@@ -141,7 +144,7 @@ def graph(runs: Sequence[Run]) -> Iterator[Chart]:
 
 
 def objectives(runs: Sequence[Run]) -> Iterator[Chart]:
-    """What objectives come to, and the weights by which they are combined, over rounds."""
+    """Yield charts of what objectives come to, and of their weights, over rounds."""
     several = (
         len(list(every_line(runs))) > 1
     )  # then objectives are told apart by dashes, otherwise by colours
@@ -183,7 +186,7 @@ def objectives(runs: Sequence[Run]) -> Iterator[Chart]:
 
 
 def front(content: Mapping[str, Any]) -> Chart:
-    """A front of trade-offs, from `fedpref pareto`."""
+    """Return the chart of a front of trade-offs, from `fedpref pareto`."""
     points, names = content["points"], content["objectives"]
     data = []
     for trained, symbol, title in (
@@ -230,7 +233,9 @@ def front(content: Mapping[str, Any]) -> Chart:
 
 
 def calibration(runs: Sequence[Run]) -> Iterator[Chart]:
-    """Of predicted shares: how far from the truth, and whether the stated deviations hold it."""
+    """Yield a chart of how far predicted shares are from the truth, and how often intervals hold
+    it.
+    """
     data = []
     for prefix, run, number in main_lines(runs):
         rows = run.line.last

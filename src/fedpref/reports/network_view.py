@@ -1,4 +1,4 @@
-"""A network on a terminal: its figures, and who hears whom."""
+"""A network on a terminal: its metrics, and who hears whom."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ SHADES = "·░▒▓█"  # from nothing to everything
 
 
 def graph_metrics(network: Network, names: Names) -> dict[str, float]:
-    """What decides how fast clients agree; of a graph that changes with the rounds, of its first turn of N rounds."""
+    """Return what decides how fast clients agree.
+
+    For a graph that changes with the rounds it is that of its first turn of N rounds.
+    """
     graphs = [network.topology.graph(names, round) for round in range(len(names))]
     matrices = [network.matrix(names, 0, round, range(len(names))) for round in range(len(names))]
     product = matrices[0]
@@ -43,7 +46,7 @@ def graph_metrics(network: Network, names: Names) -> dict[str, float]:
 
 
 def metric_table(found: dict[str, float]) -> Table:
-    """For a terminal."""
+    """Return the metrics for a terminal."""
     shown = Table.grid(padding=(0, 2))
     for name, value in found.items():
         shown.add_row(name, f"{value:.4g}")
@@ -51,7 +54,7 @@ def metric_table(found: dict[str, float]) -> Table:
 
 
 def drawn(matrix: Matrix, names: Names) -> Text:
-    """The mixing matrix as a picture: a row for each client, dark where it takes much."""
+    """Return the mixing matrix as a picture: a row for each client, dark where it takes much."""
     width = max(map(len, names))
     text = Text()
     for name, row in zip(names, matrix, strict=True):

@@ -1,4 +1,4 @@
-"""A run as it goes: one line per algorithm, with a bar on a terminal and plain rows elsewhere."""
+"""A run as it goes: one line per algorithm, with a bar on a terminal, plain rows elsewhere."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ RECENT = 10  # rounds by which the time that is left is judged
 
 
 def show(happenings: Iterator[Event], console: Console) -> None:
-    """Draw events until they end."""
+    """Show events until they end."""
     columns = (
         TextColumn("[bold]{task.description}"),
         BarColumn(bar_width=16),
@@ -76,7 +76,10 @@ def show(happenings: Iterator[Event], console: Console) -> None:
 
 
 def _left(event: Event, seconds: deque[float]) -> str:
-    """How long the line's rounds will take that are left, by those that were last; evaluations come on top."""
+    """Return how long the line's remaining rounds will take, by the last ones.
+
+    Evaluations come on top.
+    """
     rounds = event.total - event.done
     return (
         f"  {timedelta(seconds=round(rounds * sum(seconds) / len(seconds)))} left" if rounds else ""

@@ -39,19 +39,25 @@ Values = dict[
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a run, the algorithm's or a baseline's: a row of figures for each round, a row for each evaluation."""
+    """One line of a run, the algorithm's own or a baseline's.
+
+    Attributes:
+        name: The line's.
+        metrics: A row for each round.
+        evaluations: A row for each evaluation.
+    """
 
     name: str
     metrics: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
 
     def column(self, name: str) -> list[float]:
-        """A figure of every round that has it."""
+        """Return a metric of every round that has it."""
         return [row[name] for row in self.metrics if name in row]
 
     @property
     def rounds(self) -> int:
-        """After which the last evaluation was made."""
+        """The round after which the last evaluation was made."""
         return int(self.evaluations[-1]["round"]) if self.evaluations else 0
 
     @property
@@ -77,22 +83,26 @@ class Run:
 
     @cached_property
     def metric(self) -> str:
-        """By which clients are compared."""
+        """The metric by which clients are compared."""
         return headline(next(iter(self.line.last.values())))
 
     @property
     def shown(self) -> Headline:
+        """How that metric is written."""
         return HEADLINES[self.metric]
 
     def values(self, line: Line | None = None) -> Values:
-        """Each client's last value of that metric."""
+        """Return each client's last value of that metric, under a line."""
         return {
             client: self.shown.scale * row[self.metric]
             for client, row in (line or self.line).last.items()
         }
 
     def gains(self, baseline: str) -> Values:
-        """Each client's value less what it has under a baseline; nothing where that has not been evaluated after as many rounds."""
+        """Return each client's value less what it has under a baseline.
+
+        There is nothing where the baseline has not been evaluated after as many rounds.
+        """
         mine, theirs = self._beside(baseline)
         return {
             name: self.shown.scale * (row[self.metric] - theirs[name][self.metric])
@@ -100,7 +110,10 @@ class Run:
         }
 
     def noise(self, baseline: str) -> Values:
-        """Two standard errors of each gain, of the held-out pairs by which it was measured; nothing for metrics that are no accuracy."""
+        """Return two standard errors of each gain, of the held-out pairs that measure it.
+
+        There is nothing for metrics that are no accuracy.
+        """
         if self.metric != ACCURACY:
             return {}
         mine, theirs = self._beside(baseline)
@@ -110,7 +123,7 @@ class Run:
         }
 
     def _beside(self, baseline: str) -> tuple[ClientMetrics, ClientMetrics]:
-        """This line's last metrics and a baseline's, of the clients that have both."""
+        """Return this line's last metrics and a baseline's, of the clients that have both."""
         other = self.baselines.get(baseline)
         if other is None or other.rounds != self.line.rounds:
             return {}, {}
@@ -121,7 +134,7 @@ class Run:
 
     @cached_property
     def sizes(self) -> dict[str, Mapping[str, Any]]:
-        """Numbers of examples of all clients, those too that joined when the run was over."""
+        """Numbers of examples of all clients, also of those that joined when the run was over."""
         return {**self.clients, **self.joined}
 
     @cached_property
@@ -131,7 +144,10 @@ class Run:
 
     @cached_property
     def newcomers(self) -> dict[str, tuple[Values, Values]]:
-        """Of clients that joined after training: their values as they came and after their own steps, under each line that has them."""
+        """Values of clients that joined after training, by line.
+
+        They are as the clients came, and after their own steps.
+        """
         found = {}
         for line in (self.line, *self.baselines.values()):
             row = line.evaluations[-1] if line.evaluations else {}
@@ -151,7 +167,7 @@ class Run:
 
     @cached_property
     def samples(self) -> dict[str, list[dict[str, Any]]]:
-        """Answers before and after, by client."""
+        """Answers before and after training, by client."""
         files = sorted((self.path / SAMPLES).glob("*.jsonl"))
         return {
             unquote(file.stem): [json.loads(row) for row in file.read_text().splitlines()]

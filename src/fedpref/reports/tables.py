@@ -1,4 +1,4 @@
-"""The table at the end of a run: every client, the algorithm, and the lines to compare it with."""
+"""The tables at the end of a run: every client, the algorithm, and the baselines."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from fedpref.numerics.metrics import (
 
 
 def sizes(path: Path) -> dict[str, dict[str, int]]:
-    """Each client's examples in a run: `train` and `test`."""
+    """Return each client's numbers of examples in a run, `train` and `test`."""
     found: dict[str, dict[str, int]] = json.loads((path / CLIENTS).read_text())
     return found
 
 
 def metric_table(found: ClientMetrics) -> Table:
-    """All metrics: a column for each client, or the most important ones in columns where clients are many."""
+    """Return all metrics, a column for each client; for many clients the most important ones."""
     table, first = Table(), next(iter(found.values()))
     if len(found) <= 4:
         for name in ("", *found):
@@ -52,7 +52,10 @@ def metric_table(found: ClientMetrics) -> Table:
 
 
 def client_table(path: Path, evaluations: Mapping[str, ClientMetrics]) -> Table:
-    """What clients are compared by, of each under each line, clients with most training examples first, then summaries."""
+    """Return each client's value under each line, then summaries.
+
+    Clients with most training examples come first.
+    """
     pairs, metric = sizes(path), _headline(next(iter(evaluations.values())))
     shown = HEADLINES[metric]
     figures = {
@@ -124,7 +127,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def objective_table(evaluations: Mapping[str, ClientMetrics]) -> Table | None:
-    """Means over clients of what several objectives are measured by, under each line; None where there are not several."""
+    """Return means over clients of several objectives' metrics, under each line; None for one."""
     wanted = of_objectives(next(iter(next(iter(evaluations.values())).values())))
     if len(wanted) < 2:
         return None
@@ -141,7 +144,7 @@ def objective_table(evaluations: Mapping[str, ClientMetrics]) -> Table | None:
 
 
 def sample_table(path: Path, shown: int = 3) -> Table | None:
-    """The first prompts of the first client with answers before training and after; None where a run has kept none."""
+    """Return the first client's prompts with answers before and after; None if none are kept."""
     files = sorted((path / SAMPLES).glob("*.jsonl"))
     rows = [json.loads(line) for line in files[0].read_text().splitlines()[:shown]] if files else []
     if not rows:
@@ -175,7 +178,10 @@ def _rewards(rewards: Mapping[str, float]) -> list[str]:
 def newcomer_table(
     pairs: Mapping[str, Mapping[str, int]], lines: Mapping[str, tuple[ClientMetrics, ClientMetrics]]
 ) -> Table:
-    """The same of clients that join after training, under each line: as they join, and after steps of their own."""
+    """Return held-out metrics of clients that joined after training, under each line.
+
+    They are with the shared model, and after their own steps.
+    """
     metric = _headline(next(iter(lines.values()))[0])
     shown = HEADLINES[metric]
     table = Table(
@@ -212,7 +218,10 @@ def _headline(rows: ClientMetrics) -> str:
 
 
 def size_table(clients: Mapping[str, tuple[int, int, int]], shown: int = 30) -> Table:
-    """Clients and their sizes: (training examples, held-out examples, truncated rows); only the largest where there are very many."""
+    """Return clients' sizes: training examples, held-out examples, truncated rows.
+
+    Where there are very many clients, only the largest are shown.
+    """
     table = Table(title=f"{len(clients)} clients", title_style="bold", title_justify="left")
     for title in ("client", "training examples", "held-out examples", "truncated"):
         table.add_column(title, justify="left" if title == "client" else "right")
@@ -232,6 +241,6 @@ def size_table(clients: Mapping[str, tuple[int, int, int]], shown: int = 30) -> 
 
 
 def bytes_text(count: float) -> str:
-    """A number of bytes for people: 1.5 MB."""
+    """Return a number of bytes for people: 1.5 MB."""
     power = min(4, int(math.log(count, 1000))) if count >= 1 else 0
     return f"{count / 1000**power:.{1 if power else 0}f} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"

@@ -23,7 +23,7 @@ class RewardFunction(Protocol):
 
 
 OpenGroups = Callable[[str, tuple[str, ...], Combine, Any], RewardFunction]
-"""(run, groups, combine, kind) -> the reward of these groups, by the run's predictor of opinions."""
+"""(run, groups, combine, kind) -> the reward of these groups of a run of opinions."""
 
 
 def no_groups(run: str, groups: tuple[str, ...], combine: Combine, kind: Any) -> RewardFunction:

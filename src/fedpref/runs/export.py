@@ -1,4 +1,4 @@
-"""What a run has trained, in the forms that other programs load: PEFT folders, merged folders of transformers, model cards."""
+"""A run's models in the forms that other programs load: PEFT, transformers, model cards."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import quote, unquote
+from urllib.parse import quote
 
 import yaml
 
 from fedpref import __version__
-from fedpref.numerics import trees
 from fedpref.errors import UserError
 from fedpref.experiments.experiment import Experiment
+from fedpref.experiments.finished import FinishedRun
 from fedpref.models.language import BUILTIN
 from fedpref.models.own_parts import DOWN, FILE, REWARD, VOCABULARY_HEAD, head_weight
-from fedpref.experiments.finished import FinishedRun
+from fedpref.numerics import trees
 from fedpref.numerics.metrics import HEADLINES, IMPLICIT, headline
 
 Form = Literal["peft", "merged", "gguf-ready"]
@@ -43,10 +43,19 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER")""",
 
 
 def export(path: Path, form: Form, output: Path, *, client: str | None = None) -> Path:
-    """Write a run's models into a new folder; raises UserError where a model has a part that the form cannot hold.
+    """Write a run's models into a new folder, and return it.
 
-    `peft`: the shared adapter and each client's, a PEFT folder each, with a manifest of them all. `merged`: the shared model, or the
-    one of `client`, as a folder of transformers; `gguf-ready`: the same in float16, as llama.cpp's conversion reads it.
+    Args:
+        path: The run directory.
+        form: `peft`: the shared adapter and each client's, a PEFT folder each, with a manifest of
+            them all. `merged`: the shared model, or the one of `client`, as a folder of
+            transformers. `gguf-ready`: the same in float16, as llama.cpp's conversion reads it.
+        output: The new folder.
+        client: Whose model.
+
+    Raises:
+        UserError: The folder is there already, the run is not finished, or a model has a part that
+            the form cannot hold.
     """
     if output.exists():
         raise UserError(f"{output} exists already. Give another --output, or remove it.")
@@ -68,13 +77,17 @@ def export(path: Path, form: Form, output: Path, *, client: str | None = None) -
 
 
 def _adapters(run: FinishedRun, output: Path, client: str | None, measured: Measured) -> None:
-    """Every adapter of a run, or one client's, and a manifest."""
+    """Write every adapter of a run, or one client's, and a manifest."""
     path = run.path
     own = [*run.client_folders.items(), *run.joined_folders.items()]
     shared = [(None, path / "adapter")] if (path / "adapter" / ADAPTER).exists() else []
-    found: list[tuple[str | None, Path]] = [(client, run.model_folder(client))] if client else [*shared, *own]
+    found: list[tuple[str | None, Path]] = (
+        [(client, run.model_folder(client))] if client else [*shared, *own]
+    )
     if not found:
-        raise UserError(f"{path}: there are no adapters here; those of real sites have stayed " "there.")
+        raise UserError(
+            f"{path}: there are no adapters here; those of real sites have stayed there."
+        )
     entries = []
     for name, folder in found:
         place = output / (f"clients/{quote(name, safe=' ')}" if name else SHARED)
@@ -86,7 +99,14 @@ def _adapters(run: FinishedRun, output: Path, client: str | None, measured: Meas
         (place / "README.md").write_text(card(measured, run.experiment, name, "peft", left_out))
         rank = int(json.loads((folder / "adapter_config.json").read_text())["r"])
         title = name or (SHARED if SHARED not in dict(own) else f"{SHARED} by all")
-        entries.append({"name": title, "path": str(place.relative_to(output)), "rank": rank, "left_out": left_out})
+        entries.append(
+            {
+                "name": title,
+                "path": str(place.relative_to(output)),
+                "rank": rank,
+                "left_out": left_out,
+            }
+        )
     base = json.loads((found[0][1] / "adapter_config.json").read_text())["base_model_name_or_path"]
     largest = max(int(str(entry["rank"])) for entry in entries)
     words = [
@@ -98,14 +118,17 @@ def _adapters(run: FinishedRun, output: Path, client: str | None, measured: Meas
         str(next((rank for rank in VLLM_RANKS if rank >= largest), largest)),
     ]
     words += ["--lora-modules", *(f"{entry['name']}={entry['path']}" for entry in entries)]
-    (output / MANIFEST).write_text(json.dumps({"base_model": base, "adapters": entries, "vllm": shlex.join(words)}, indent=1) + "\n")
+    (output / MANIFEST).write_text(
+        json.dumps({"base_model": base, "adapters": entries, "vllm": shlex.join(words)}, indent=1)
+        + "\n"
+    )
 
 
 # ---- transformers
 
 
 def _merged(folder: Path, output: Path, *, half: bool) -> None:
-    """A folder of transformers with the adapter, and the client's own head, in its weights."""
+    """Write a folder of transformers with the adapter and the client's own head in its weights."""
     import torch
     import transformers
     from peft import AutoPeftModelForCausalLM
@@ -114,17 +137,22 @@ def _merged(folder: Path, output: Path, *, half: bool) -> None:
     own = trees.load(folder / FILE) if (folder / FILE).exists() else {}
     if DOWN in own:
         raise UserError(
-            f"{folder}: this client's model has a bottleneck behind the last layer, for which " "transformers has no place. "
+            f"{folder}: this client's model has a bottleneck behind the last layer, for which "
+            "transformers has no place. "
             "Export it as peft, without it, or train with algorithm.parts.bottleneck: 0."
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of PEFT's use of transformers
-        model = AutoPeftModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).merge_and_unload()
+        model = AutoPeftModelForCausalLM.from_pretrained(
+            str(folder), dtype=torch.float32
+        ).merge_and_unload()
     if VOCABULARY_HEAD & own.keys():
         layer = model.get_output_embeddings()
         weight = head_weight(layer.weight.detach(), own)
         model.config.tie_word_embeddings = False
-        untied = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=layer.bias is not None, dtype=weight.dtype)
+        untied = torch.nn.Linear(
+            weight.shape[1], weight.shape[0], bias=layer.bias is not None, dtype=weight.dtype
+        )
         untied.weight.data.copy_(weight)
         if layer.bias is not None:
             untied.bias.data.copy_(layer.bias)
@@ -140,7 +168,14 @@ def _merged(folder: Path, output: Path, *, half: bool) -> None:
 
 @dataclass(frozen=True)
 class Measured:
-    """What cards say of a run's clients: sizes, the last evaluation, who joined when the run was over; read once for all cards."""
+    """What cards say of a run's clients, read once for all cards.
+
+    Attributes:
+        known: Sizes, by client.
+        last: The last evaluation.
+        joined: Clients that joined when the run was over.
+        has_own: Whether clients have models of their own.
+    """
 
     known: Mapping[str, Mapping[str, int]]
     last: Mapping[str, Any]
@@ -150,36 +185,63 @@ class Measured:
 
     @staticmethod
     def read(run: FinishedRun) -> Measured:
-        """From a run that is finished."""
-        return Measured({**run.clients, **run.joined}, run.last_evaluation, run.joined, run.folder.has_own)
+        """Return what is measured of a finished run."""
+        return Measured(
+            {**run.clients, **run.joined}, run.last_evaluation, run.joined, run.folder.has_own
+        )
 
     def metrics(self, client: str | None, *, whole: bool) -> dict[str, str]:
-        """The held-out figure of a model: the client's own, or over all clients the one that they share, if it is their whole model.
+        """Return the held-out metric of a model.
 
-        A client's policy that has a reward head beside it has a figure of its own, and one of both.
+        It is the client's own, or over all clients that of the model that they share, if it is
+        their whole model. A client's policy that has a reward head beside it has a metric of its
+        own, and one of both.
         """
         metric = headline(self.last["summary"])
-        rows = self.last["clients"] | self.last.get("newcomers", {}) | {name: later["after"] for name, later in self.joined.items()}
+        rows = (
+            self.last["clients"]
+            | self.last.get("newcomers", {})
+            | {name: later["after"] for name, later in self.joined.items()}
+        )
         title = "held-out " + HEADLINES[metric].caption
         if client in rows and whole:
-            named = {f"{title}, of the policy": IMPLICIT, f"{title}, with the reward head beside " "it": metric}
+            named = {
+                f"{title}, of the policy": IMPLICIT,
+                f"{title}, with the reward head beside it": metric,
+            }
             if IMPLICIT not in rows[client]:
                 named = {title: metric}
-            return {name: f"{HEADLINES[metric].text(rows[client][one])} (of {client})" for name, one in named.items()}
+            return {
+                name: f"{HEADLINES[metric].text(rows[client][one])} (of {client})"
+                for name, one in named.items()
+            }
         if client is None and not self.has_own:
             mean = HEADLINES[metric].text(self.last["summary"][metric]["mean"])
             return {title: f"{mean} (mean over {len(self.last['clients'])} clients)"}
         return {title: "not measured"}
 
     def counts(self, client: str | None) -> dict[str, str]:
-        """Numbers of examples, of all clients that trained or of one, if they are known."""
+        """Return numbers of examples, of all clients that trained or of one, if they are known."""
         names = self.known.keys() & (self.last["clients"].keys() if client is None else {client})
         titles = {"train": "training", "test": "held-out"}
-        return {f"{title} examples": str(sum(self.known[name][side] for name in names)) for side, title in titles.items() if names}
+        return {
+            f"{title} examples": str(sum(self.known[name][side] for name in names))
+            for side, title in titles.items()
+            if names
+        }
 
 
-def card(measured: Measured, experiment: Experiment, client: str | None, form: Form, left_out: Sequence[str] = ()) -> str:
-    """A model card: what Hugging Face reads at its top, and the run in words; figures only where this very model was measured."""
+def card(
+    measured: Measured,
+    experiment: Experiment,
+    client: str | None,
+    form: Form,
+    left_out: Sequence[str] = (),
+) -> str:
+    """Return a model card: what Hugging Face reads at its top, and the run in words.
+
+    Metrics stand only where this very model was measured.
+    """
     model, data = experiment.task.model.path, experiment.data.location
     loss = experiment.task.loss_name or experiment.task.name
     library = "peft" if form == "peft" else "transformers"
@@ -187,7 +249,14 @@ def card(measured: Measured, experiment: Experiment, client: str | None, form: F
         "library_name": library,
         "pipeline_tag": "text-generation",
         "base_model": model,
-        "tags": ["fedpref", "federated-learning", "preference-alignment", experiment.algorithm.name, loss, "lora"],
+        "tags": [
+            "fedpref",
+            "federated-learning",
+            "preference-alignment",
+            experiment.algorithm.name,
+            loss,
+            "lora",
+        ],
         "license": "apache-2.0" if model == BUILTIN else "other",
     }
     is_here = model == BUILTIN or Path(model).exists()
@@ -196,12 +265,21 @@ def card(measured: Measured, experiment: Experiment, client: str | None, form: F
     if data and not Path(data).exists():
         top["datasets"] = [data]
     where = f", `{Path(data).name if Path(data).exists() else data}`" if data else ""
-    base = "the small model that comes with fedpref" if model == BUILTIN else f"`{Path(model).name if is_here else model}`"
+    base = (
+        "the small model that comes with fedpref"
+        if model == BUILTIN
+        else f"`{Path(model).name if is_here else model}`"
+    )
     lines = [
         f"# {experiment.name}: {client}" if client else f"# {experiment.name}",
-        f"Trained by {experiment.algorithm.name} with fedpref {__version__}: " f"{len(measured.last['clients'])} clients, "
+        f"Trained by {experiment.algorithm.name} with fedpref {__version__}: "
+        f"{len(measured.last['clients'])} clients, "
         f"{experiment.rounds} rounds, seed {experiment.seed}."
-        + (" All clients' rows were in one place." if experiment.algorithm.pools_data else " No client's rows left it."),
+        + (
+            " All clients' rows were in one place."
+            if experiment.algorithm.pools_data
+            else " No client's rows left it."
+        ),
         f"Data: {experiment.data.name}{where}. Base model: {base}.",
         _table(measured.metrics(client, whole=not left_out) | measured.counts(client)),
         f"```python\n{LOADS[library]}\n```",
@@ -209,11 +287,16 @@ def card(measured: Measured, experiment: Experiment, client: str | None, form: F
     if top["license"] == "other":
         lines.append("The licence is that of the base model and of the data; say here which.")
     if left_out:
-        lines.append(f"This folder is not the whole of the client's model: {', '.join(left_out)} " "have no place in a PEFT adapter.")
+        lines.append(
+            f"This folder is not the whole of the client's model: {', '.join(left_out)} "
+            "have no place in a PEFT adapter."
+        )
     if form == "gguf-ready":
         lines.append("For llama.cpp: `python convert_hf_to_gguf.py FOLDER --outfile model.gguf`.")
     return f"---\n{yaml.safe_dump(top, sort_keys=False)}---\n\n" + "\n\n".join(lines) + "\n"
 
 
 def _table(rows: Mapping[str, str]) -> str:
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in rows.items())])
+    return "\n".join(
+        ["| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in rows.items())]
+    )

@@ -80,8 +80,7 @@ def personalize(
     folders = {client.name: finished.joined_folder(client.name) for client in clients}
     if taken := [client for client, folder in folders.items() if folder.exists()]:
         raise UserError(
-            f"{run}: {taken[:5]} joined already. "
-            f"Give another name, or remove {folders[taken[0]]}."
+            f"{run}: {taken[:5]} joined already. Give another name, or remove {folders[taken[0]]}."
         )
     with (
         tempfile.TemporaryDirectory() as cache,

@@ -8,36 +8,67 @@ from pathlib import Path
 from fedpref import config
 from fedpref.errors import UserError
 from fedpref.experiments.experiment import Experiment
-from fedpref.experiments.run_directory import RunDirectory
 from fedpref.experiments.finished import FinishedRun, Result
 from fedpref.experiments.rounds import Event, events, new_directory
+from fedpref.experiments.run_directory import RunDirectory
 from fedpref.runs.trackers import tracked
 
 
-def happenings(experiment: Experiment, folder: RunDirectory, cache: Path | None = None, admin: Path | None = None) -> Iterator[Event]:
-    """Run an experiment into its directory, or what is left of it, on the engine that it names; its trackers are told.
+def happenings(
+    experiment: Experiment,
+    folder: RunDirectory,
+    cache: Path | None = None,
+    admin: Path | None = None,
+) -> Iterator[Event]:
+    """Run an experiment into its directory, or what is left of it, and yield what happens.
 
-    With `admin`, a kit, it is submitted to sites that have been started; a run that was submitted remembers whose kit it was.
+    Its trackers are told.
+
+    Args:
+        experiment: The experiment, which names its engine.
+        folder: The run directory.
+        cache: Where reference scores are kept; by default a folder of the run's own.
+        admin: The kit of who submits to sites that have been started; a run that was submitted
+            remembers it.
+
+    Raises:
+        UserError: Bad input, before anything is written.
     """
     told = _happenings(experiment, folder, cache, admin)
-    return tracked(told, experiment.report_to, experiment.name, config.dump(experiment), folder.path) if experiment.report_to else told
+    return (
+        tracked(told, experiment.report_to, experiment.name, config.dump(experiment), folder.path)
+        if experiment.report_to
+        else told
+    )
 
 
-def _happenings(experiment: Experiment, folder: RunDirectory, cache: Path | None, admin: Path | None) -> Iterator[Event]:
+def _happenings(
+    experiment: Experiment, folder: RunDirectory, cache: Path | None, admin: Path | None
+) -> Iterator[Event]:
     if experiment.engine == "simulation":
         return events(experiment, folder, cache)
     try:
         from fedpref.sites.simulated import simulated
         from fedpref.sites.submitted import admin_of, submitted
     except ImportError as error:
-        raise UserError(f"engine: flare needs NVIDIA FLARE ({error}). Install fedpref[flare].") from error
+        raise UserError(
+            f"engine: flare needs NVIDIA FLARE ({error}). Install fedpref[flare]."
+        ) from error
     if kit := admin or admin_of(folder):
         return submitted(experiment, kit, folder)
     return simulated(experiment, folder)
 
 
 def run(experiment: Experiment, output: str | Path | None = None) -> Result:
-    """Run an experiment from the beginning into a new directory (by default runs/NAME-TIME) and return what came of it."""
+    """Run an experiment from the beginning and return what came of it.
+
+    Args:
+        experiment: The experiment.
+        output: The new run directory; by default runs/NAME-TIME.
+
+    Raises:
+        UserError: The directory is there already, or the experiment does not fit its data or model.
+    """
     folder = new_directory(experiment, output)
     folder.refuse_existing()
     for _ in happenings(experiment, folder):
@@ -46,7 +77,14 @@ def run(experiment: Experiment, output: str | Path | None = None) -> Result:
 
 
 def resume(path: str | Path) -> Result:
-    """Take a run up again where it was left; it ends with the bits it would have ended with."""
+    """Resume a run where it was left; it ends with the bits it would have ended with.
+
+    Args:
+        path: The run directory.
+
+    Raises:
+        UserError: There is no run, or one that cannot go on.
+    """
     run = FinishedRun.at(path)
     for _ in happenings(run.experiment, run.folder):
         pass

@@ -1,4 +1,4 @@
-"""The trade-off between objectives: one experiment under many preferences, and what its runs come to."""
+"""The trade-off between objectives: one experiment under many preferences."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
-from fedpref.numerics import trees
-from fedpref.federation.aggregation import Product
 from fedpref.engines import Simulation
 from fedpref.engines.workers import one_thread
 from fedpref.errors import UserError
 from fedpref.experiments.experiment import Experiment
 from fedpref.experiments.finished import FinishedRun
 from fedpref.experiments.rounds import evaluate
+from fedpref.federation.aggregation import Product
+from fedpref.numerics import trees
 from fedpref.numerics.metrics import ACCURACY, REWARD, of_objectives
 from fedpref.runs.sweep import plan
 
@@ -29,7 +29,14 @@ Values = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Point:
-    """What a preference came to: each objective's held-out metric, a mean over clients and seeds, and what was measured beside."""
+    """What a preference came to.
+
+    Attributes:
+        preference: Shares of the objectives.
+        values: Each objective's held-out metric, a mean over clients and seeds.
+        beside: What was measured besides.
+        is_trained: Whether it was trained; otherwise it is a mean of its neighbours' adapters.
+    """
 
     preference: tuple[float, ...]
     values: tuple[float, ...]
@@ -39,7 +46,12 @@ class Point:
 
 
 def preferences(objectives: int, points: int) -> list[tuple[float, ...]]:
-    """Preferences in equal steps over the simplex, so many along each of its edges; the first objective's share rises."""
+    """Return preferences in equal steps over the simplex; the first objective's share rises.
+
+    Args:
+        objectives: How many there are.
+        points: Preferences along each edge.
+    """
     steps = points - 1
     found = []
     for cuts in combinations_with_replacement(range(steps + 1), objectives - 1):
@@ -49,59 +61,113 @@ def preferences(objectives: int, points: int) -> list[tuple[float, ...]]:
 
 
 def plan_front(
-    config: Path, points: int, seeds: Sequence[int], overrides: Sequence[str], output: Path, *, interpolates: bool = False
+    config: Path,
+    points: int,
+    seeds: Sequence[int],
+    overrides: Sequence[str],
+    output: Path,
+    *,
+    interpolates: bool = False,
 ) -> tuple[tuple[str, ...], dict[tuple[float, ...], Mapping[Path, Experiment]]]:
-    """The objectives, and for each preference the runs under it; raises UserError where the experiment has none to choose between."""
+    """Return the objectives, and for each preference the runs under it.
+
+    Raises:
+        UserError: The experiment has no objectives to choose between.
+    """
     experiment = Experiment.load(config, overrides)
     objectives = experiment.task.objectives
     if len(objectives) < 2:
-        raise UserError(f"{config}: the task has one objective, there is nothing to trade. Give " "it several (docs/algorithms/firm.md).")
+        raise UserError(
+            f"{config}: the task has one objective, there is nothing to trade. Give "
+            "it several (docs/algorithms/firm.md)."
+        )
     if experiment.algorithm.preference is None:
-        raise UserError(f"{config}: {experiment.algorithm.name} knows no preference over " "objectives. Take firm, scalarized or fsmgda.")
+        raise UserError(
+            f"{config}: {experiment.algorithm.name} knows no preference over "
+            "objectives. Take firm, scalarized or fsmgda."
+        )
     if interpolates and len(objectives) != 2:
         raise UserError("--interpolate: adapters are interpolated between two objectives only.")
     if interpolates and isinstance(experiment.algorithm.aggregate, Product):
-        raise UserError("--interpolate: with algorithm.aggregate: product, adapters of two runs " "have no common factors. Take factors.")
+        raise UserError(
+            "--interpolate: with algorithm.aggregate: product, adapters of two runs "
+            "have no common factors. Take factors."
+        )
     runs = {}
     for preference in preferences(len(objectives), points):
         shares = ",".join(f"{share:.4g}" for share in preference)
-        runs[preference] = plan(config, [f"{shares}: algorithm.preference=[{shares}]"], seeds, overrides, output)
+        runs[preference] = plan(
+            config, [f"{shares}: algorithm.preference=[{shares}]"], seeds, overrides, output
+        )
     return objectives, runs
 
 
-def measured(objectives: Sequence[str], runs: Mapping[tuple[float, ...], Sequence[Path]]) -> list[Point]:
-    """Points of finished runs."""
+def measured(
+    objectives: Sequence[str], runs: Mapping[tuple[float, ...], Sequence[Path]]
+) -> list[Point]:
+    """Return the points of finished runs."""
     found = []
     for preference, paths in runs.items():
         rows = [FinishedRun.at(path).last_evaluation["summary"] for path in paths]
-        found.append(_point(preference, objectives, [{name: summary["mean"] for name, summary in row.items()} for row in rows]))
+        found.append(
+            _point(
+                preference,
+                objectives,
+                [{name: summary["mean"] for name, summary in row.items()} for row in rows],
+            )
+        )
     return found
 
 
 def interpolated(
-    objectives: Sequence[str], runs: Mapping[tuple[float, ...], Mapping[Path, Experiment]], between: int, cache: Path
+    objectives: Sequence[str],
+    runs: Mapping[tuple[float, ...], Mapping[Path, Experiment]],
+    between: int,
+    cache: Path,
 ) -> Iterator[Point]:
-    """Between each two neighbouring preferences of two objectives so many points by weighted means of their adapters, without training
-    (rewarded soups, Ramé et al. 2023).
+    """Yield points between neighbouring preferences of two objectives, without training.
+
+    They are weighted means of the neighbours' adapters (rewarded soups, Ramé et al. 2023).
     """
     seeds = range(len(next(iter(runs.values()))))
     with one_thread(), ExitStack() as stack:
-        engines = [stack.enter_context(closing(_engine(experiment, cache))) for experiment in next(iter(runs.values())).values()]
-        adapters = {path: trees.load(FinishedRun.at(path).model_folder() / "adapter_model.safetensors") for paths in runs.values() for path in paths}
-        for (first, starts), (second, ends) in pairwise((preference, list(paths)) for preference, paths in runs.items()):
+        engines = [
+            stack.enter_context(closing(_engine(experiment, cache)))
+            for experiment in next(iter(runs.values())).values()
+        ]
+        adapters = {
+            path: trees.load(FinishedRun.at(path).model_folder() / "adapter_model.safetensors")
+            for paths in runs.values()
+            for path in paths
+        }
+        for (first, starts), (second, ends) in pairwise(
+            (preference, list(paths)) for preference, paths in runs.items()
+        ):
             for k in range(1, between + 1):
                 share = k / (between + 1)
                 rows = []
                 for i in seeds:
-                    mixed = trees.add(trees.scale(adapters[starts[i]], 1 - share), trees.scale(adapters[ends[i]], share))
-                    of_clients = list(engines[i].disclose(engines[i].each(evaluate, mixed)).values())
-                    rows.append({name: statistics.fmean(row[name] for row in of_clients) for name in of_clients[0]})
-                preference = tuple((1 - share) * a + share * b for a, b in zip(first, second, strict=True))
+                    mixed = trees.add(
+                        trees.scale(adapters[starts[i]], 1 - share),
+                        trees.scale(adapters[ends[i]], share),
+                    )
+                    of_clients = list(
+                        engines[i].disclose(engines[i].each(evaluate, mixed)).values()
+                    )
+                    rows.append(
+                        {
+                            name: statistics.fmean(row[name] for row in of_clients)
+                            for name in of_clients[0]
+                        }
+                    )
+                preference = tuple(
+                    (1 - share) * a + share * b for a, b in zip(first, second, strict=True)
+                )
                 yield _point(preference, objectives, rows, is_trained=False)
 
 
 def _engine(experiment: Experiment, cache: Path) -> Simulation:
-    """The clients that an experiment trains with, to evaluate on."""
+    """Return an engine over the clients that an experiment trains with, to evaluate on."""
     task = experiment.build_task()
     shards = [task.prepare(task.encode(client), cache) for client in experiment.clients()[0]]
     engine = Simulation(task, shards, seed=experiment.seed, rounds=1)
@@ -111,7 +177,11 @@ def _engine(experiment: Experiment, cache: Path) -> Simulation:
 
 
 def _point(
-    preference: tuple[float, ...], objectives: Sequence[str], rows: Sequence[Mapping[str, float]], *, is_trained: bool = True
+    preference: tuple[float, ...],
+    objectives: Sequence[str],
+    rows: Sequence[Mapping[str, float]],
+    *,
+    is_trained: bool = True,
 ) -> Point:
     means = {name: statistics.fmean(row[name] for row in rows) for name in rows[0]}
     start = "rewards/" if REWARD in means else f"{ACCURACY}/"
@@ -124,7 +194,10 @@ def _point(
 
 
 def best(values: Values) -> NDArray[np.bool_]:
-    """Which points no other point is at least as good as in every objective and better in one."""
+    """Return which points no other point dominates.
+
+    A point is dominated by one that is at least as good in every objective and better in one.
+    """
     import moocore
 
     found: NDArray[np.bool_] = moocore.is_nondominated(values, maximise=True, keep_weakly=True)
@@ -132,14 +205,17 @@ def best(values: Values) -> NDArray[np.bool_]:
 
 
 def hypervolume(values: Values, reference: Sequence[float]) -> float:
-    """What the points dominate above a reference point; more is better."""
+    """Return what the points dominate above a reference point; more is better."""
     import moocore
 
     return float(moocore.hypervolume(values, ref=np.asarray(reference), maximise=True))
 
 
 def spacing(values: Values) -> float:
-    """How unevenly the best points lie: the deviation of their distances to the nearest other (Schott 1995)."""
+    """Return how unevenly the best points lie (Schott 1995).
+
+    It is the deviation of their distances to the nearest other.
+    """
     front = values[best(values)]
     if len(front) < 2:
         return 0.0
@@ -149,37 +225,55 @@ def spacing(values: Values) -> float:
 
 
 def follows(points: Sequence[Point]) -> float:
-    """How far objectives follow their preferences: Spearman's correlation of the two, the mean over objectives; 1 is all the way.
+    """Return how far objectives follow their preferences; 1 is all the way.
 
-    An objective that is the same everywhere follows nothing.
+    It is Spearman's correlation of the two, the mean over objectives. An objective that is the same
+    everywhere follows nothing.
     """
-    shares, values = (np.array([getattr(point, name) for point in points]) for name in ("preference", "values"))
-    found = [float(spearmanr(shares[:, m], values[:, m]).statistic) if np.ptp(values[:, m]) else 0.0 for m in range(shares.shape[1])]
+    shares, values = (
+        np.array([getattr(point, name) for point in points]) for name in ("preference", "values")
+    )
+    found = [
+        float(spearmanr(shares[:, m], values[:, m]).statistic) if np.ptp(values[:, m]) else 0.0
+        for m in range(shares.shape[1])
+    ]
     return statistics.fmean(found)
 
 
 def parse_reference(text: str, objectives: Sequence[str]) -> tuple[float, ...]:
-    """A number for each objective; raises UserError for anything else."""
+    """Return a number for each objective; raises UserError for anything else."""
     try:
         found = tuple(float(part) for part in text.split(","))
     except ValueError:
         found = ()
     if len(found) != len(objectives):
-        raise UserError(f"--reference {text!r}: expected {len(objectives)} numbers with commas " f"between, for {', '.join(objectives)}.")
+        raise UserError(
+            f"--reference {text!r}: expected {len(objectives)} numbers with commas "
+            f"between, for {', '.join(objectives)}."
+        )
     return found
 
 
 def reference_of(points: Sequence[Point]) -> tuple[float, ...]:
-    """A tenth of each objective's range below its worst trained value: good for one front, not to compare two."""
+    """Return a reference point: a tenth of each range below the worst trained value.
+
+    It is good for one front, not to compare two.
+    """
     values = np.array([point.values for point in points if point.is_trained])
     return tuple((values.min(0) - 0.1 * np.ptp(values, axis=0)).tolist())
 
 
 def front_metrics(points: Sequence[Point], reference: Sequence[float]) -> dict[str, float]:
-    """Of the trained points; the hypervolume is above a reference point."""
+    """Return metrics of the trained points; the hypervolume is above a reference point."""
     trained = [point for point in points if point.is_trained]
     values = np.array([point.values for point in trained])
-    found = {"hypervolume": hypervolume(values, reference), "spacing": spacing(values), "follows": follows(trained)}
+    found = {
+        "hypervolume": hypervolume(values, reference),
+        "spacing": spacing(values),
+        "follows": follows(trained),
+    }
     if len(trained) < len(points):
-        found["hypervolume_interpolated"] = hypervolume(np.array([point.values for point in points]), reference)
+        found["hypervolume_interpolated"] = hypervolume(
+            np.array([point.values for point in points]), reference
+        )
     return found

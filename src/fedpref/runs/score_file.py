@@ -1,4 +1,4 @@
-"""Files of answers, scored."""
+"""Files of answers, scored by a run of opinions."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import yaml
-from pydantic import Field
 
 from fedpref import config
 from fedpref.data.preferences import Text, text
@@ -27,9 +25,19 @@ class _Options:
 
 
 def score(run: Path, data: Path, groups: Sequence[str], combine: str, kind: Kind) -> Iterator[str]:
-    """A JSON line for each row of the file: its prompt and completions, each group's rewards of them, and the combined ones.
+    """Yield a JSON line for each row of a file: prompt, completions, each group's rewards.
 
-    Raises UserError, before anything is scored, for a row without prompt and completions.
+    The combined rewards stand beside them.
+
+    Args:
+        run: The run directory.
+        data: The file.
+        groups: Whose rewards; by default all groups'.
+        combine: How one reward is made of many, as YAML.
+        kind: Shares of a prompt's answers, or logits.
+
+    Raises:
+        UserError: A row has no prompt or completions; before anything is scored.
     """
     try:
         content = yaml.safe_load(combine)
@@ -42,14 +50,26 @@ def score(run: Path, data: Path, groups: Sequence[str], combine: str, kind: Kind
         for prompt, completions in rows:
             rewards = reward.of_groups([prompt] * len(completions), completions)
             by_group = dict(zip(reward.groups, rewards.tolist(), strict=True))
-            yield json.dumps({"prompt": prompt, "completions": completions, "rewards": by_group, "reward": how(rewards).tolist()})
+            yield json.dumps(
+                {
+                    "prompt": prompt,
+                    "completions": completions,
+                    "rewards": by_group,
+                    "reward": how(rewards).tolist(),
+                }
+            )
 
 
 def _row(record: Record, least: int) -> tuple[Text, list[Text]]:
     where, row = record
-    completions = row.get("completions") or [row[name] for name in ("chosen", "rejected", "completion") if name in row]
+    completions = row.get("completions") or [
+        row[name] for name in ("chosen", "rejected", "completion") if name in row
+    ]
     if not row.get("prompt") or not isinstance(completions, list) or len(completions) < least:
         raise UserError(
-            f"{where}: expected prompt, and completions, a list of {least} or more, or chosen " "and rejected, each as text or as messages."
+            f"{where}: expected prompt, and completions, a list of {least} or more, or chosen "
+            "and rejected, each as text or as messages."
         )
-    return text(row["prompt"], "prompt", where), [text(completion, "completions", where) for completion in completions]
+    return text(row["prompt"], "prompt", where), [
+        text(completion, "completions", where) for completion in completions
+    ]

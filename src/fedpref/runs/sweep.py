@@ -1,4 +1,7 @@
-"""Variants of one experiment by seeds, each run in a directory of its own; what is done already is not done again."""
+"""Variants of one experiment by seeds, each run in a directory of its own.
+
+What is done already is not done again.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from fedpref.errors import UserError
-from fedpref.experiments.finished import FinishedRun
 from fedpref.experiments.experiment import Experiment, with_whole_paths
-from fedpref.runs.launch import happenings
-from fedpref.experiments.run_directory import CONFIG, RunDirectory
+from fedpref.experiments.finished import FinishedRun
 from fedpref.experiments.rounds import Event
+from fedpref.experiments.run_directory import CONFIG, RunDirectory
+from fedpref.runs.launch import happenings
 
 
 def parse_variant(text: str) -> tuple[str, list[str]]:
-    """`NAME` is the algorithm of that name; `NAME: key=value key=value` are overrides."""
+    """Return a variant's name and overrides, from `NAME` or `NAME: key=value key=value`.
+
+    A name alone is that of an algorithm.
+    """
     name, colon, rest = text.partition(":")
     name = name.strip()
     if not name or "/" in name:
@@ -22,12 +28,24 @@ def parse_variant(text: str) -> tuple[str, list[str]]:
     return name, rest.split() if colon else [f"algorithm.name={name}"]
 
 
-def plan(config: Path, variants: Sequence[str], seeds: Sequence[int], overrides: Sequence[str], output: Path) -> Mapping[Path, Experiment]:
-    """The experiment of each run directory, OUTPUT/VARIANT/seed-SEED; every one is validated before the first begins."""
+def plan(
+    config: Path,
+    variants: Sequence[str],
+    seeds: Sequence[int],
+    overrides: Sequence[str],
+    output: Path,
+) -> Mapping[Path, Experiment]:
+    """Return the experiment of each run directory, OUTPUT/VARIANT/seed-SEED.
+
+    Raises:
+        UserError: One does not fit; before the first begins.
+    """
     found: dict[Path, Experiment] = {}
     for name, own in map(parse_variant, variants):
         for seed in seeds:
-            experiment = Experiment.load(config, [*overrides, *own, f"seed={seed}", f"name={name}", "baselines=[]"])
+            experiment = Experiment.load(
+                config, [*overrides, *own, f"seed={seed}", f"name={name}", "baselines=[]"]
+            )
             place = output / name / f"seed-{seed}"
             if place in found:
                 raise UserError(f"--variant {name!r} is there twice.")
@@ -36,13 +54,21 @@ def plan(config: Path, variants: Sequence[str], seeds: Sequence[int], overrides:
 
 
 def sweep(runs: Mapping[Path, Experiment], cache: Path) -> Iterator[tuple[Path, Iterator[Event]]]:
-    """Each run that is not done yet, with its events, which are to be consumed before the next is asked for; all share a cache.
+    """Yield each run that is not done yet, with its events; all share a cache.
 
-    Raises UserError where a directory holds a run of other settings.
+    Events are to be consumed before the next run is asked for.
+
+    Raises:
+        UserError: A directory holds a run of other settings.
     """
     for place, experiment in runs.items():
         folder = RunDirectory(place)
-        if (place / CONFIG).exists() and FinishedRun.at(place).experiment != with_whole_paths(experiment):
-            raise UserError(f"{place}: there is a run of other settings here. Choose another " "--output, or remove it.")
+        if (place / CONFIG).exists() and FinishedRun.at(place).experiment != with_whole_paths(
+            experiment
+        ):
+            raise UserError(
+                f"{place}: there is a run of other settings here. Choose another "
+                "--output, or remove it."
+            )
         if not folder.done:
             yield place, happenings(experiment, folder, cache)

@@ -1,4 +1,7 @@
-"""Experiment trackers: figures of a run, passed on as they come. None is required, and none is asked to leave this machine."""
+"""Experiment trackers, which are told a run's metrics as they come.
+
+None is required, and none is asked to leave this machine.
+"""
 
 from __future__ import annotations
 
@@ -11,21 +14,35 @@ from typing import Any, Protocol
 from fedpref.errors import UserError
 from fedpref.experiments.rounds import Event
 
-SILENT = {"MLFLOW_DISABLE_TELEMETRY": "true", "WANDB_ERROR_REPORTING": "false"}  # what trackers would tell their makers
+SILENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "WANDB_ERROR_REPORTING": "false",
+}  # what trackers would tell their makers
 
 
 class Tracker(Protocol):
-    """Where figures go."""
+    """Who is told metrics."""
 
-    def log(self, round: int, figures: Mapping[str, float]) -> None: ...
+    def log(self, round: int, figures: Mapping[str, float]) -> None:
+        """Take the metrics of a round."""
+        ...
 
     def close(self, done: bool) -> None:
-        """The run is done, or has failed or was stopped."""
+        """End: the run is done, or has failed or was stopped."""
         ...
 
 
-def tracked(happenings: Iterator[Event], names: tuple[str, ...], project: str, content: Mapping[str, Any], folder: Path) -> Iterator[Event]:
-    """The same events; what each says in figures goes to trackers under LINE/METRIC, an evaluation's under LINE/held_out/METRIC."""
+def tracked(
+    happenings: Iterator[Event],
+    names: tuple[str, ...],
+    project: str,
+    content: Mapping[str, Any],
+    folder: Path,
+) -> Iterator[Event]:
+    """Yield the same events, and tell trackers what they say.
+
+    Metrics go under LINE/METRIC, an evaluation's under LINE/held_out/METRIC.
+    """
     for name in names:
         _module(name)
     trackers: list[Tracker] = []
@@ -37,7 +54,10 @@ def tracked(happenings: Iterator[Event], names: tuple[str, ...], project: str, c
             if event.kind in ("round", "evaluate"):
                 prefix = event.line if event.kind == "round" else f"{event.line}/held_out"
                 for tracker in trackers:
-                    tracker.log(event.done, {f"{prefix}/{name}": value for name, value in event.metrics.items()})
+                    tracker.log(
+                        event.done,
+                        {f"{prefix}/{name}": value for name, value in event.metrics.items()},
+                    )
             yield event
         done = True
     finally:
@@ -51,12 +71,15 @@ def _module(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise UserError(f"report_to: {name} is not installed ({error}). `pip install {name}`, or " "leave it out.") from error
+        raise UserError(
+            f"report_to: {name} is not installed ({error}). `pip install {name}`, or leave it out."
+        ) from error
 
 
 class TensorBoard:
-    """Event files in RUN/tensorboard, a folder for each line, so that lines lie over one another; what a resumed run does again replaces
-    what stood there.
+    """Event files in RUN/tensorboard, a folder for each line, so that lines lie over one another.
+
+    What a resumed run does again replaces what stood there.
     """
 
     def __init__(self, project: str, folder: Path, content: Mapping[str, Any]) -> None:
@@ -82,8 +105,12 @@ class WandB:
 
     def __init__(self, project: str, folder: Path, content: Mapping[str, Any]) -> None:
         mode = os.environ.get("WANDB_MODE", "offline")
-        self._run = _module("wandb").init(project=project, name=folder.name, dir=str(folder), config=dict(content), mode=mode)
-        self._run.define_metric("*", step_metric="round")  # wandb's own steps only go up, and each line begins at round 1
+        self._run = _module("wandb").init(
+            project=project, name=folder.name, dir=str(folder), config=dict(content), mode=mode
+        )
+        self._run.define_metric(
+            "*", step_metric="round"
+        )  # wandb's own steps only go up, and each line begins at round 1
 
     def log(self, round: int, figures: Mapping[str, float]) -> None:
         self._run.log({"round": round, **figures})
@@ -100,7 +127,9 @@ class MLflow:
         if "MLFLOW_TRACKING_URI" not in os.environ:
             self._mlflow.set_tracking_uri(f"sqlite:///{folder.resolve() / 'mlflow.db'}")
             if self._mlflow.get_experiment_by_name(project) is None:
-                self._mlflow.create_experiment(project, artifact_location=(folder.resolve() / "mlruns").as_uri())
+                self._mlflow.create_experiment(
+                    project, artifact_location=(folder.resolve() / "mlruns").as_uri()
+                )
         self._mlflow.set_experiment(project)
         self._mlflow.start_run(run_name=folder.name)
         self._mlflow.log_dict(dict(content), "config.json")

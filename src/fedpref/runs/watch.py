@@ -1,4 +1,4 @@
-"""A run that goes on elsewhere, as its directory tells it."""
+"""A run that goes on elsewhere, watched through its directory."""
 
 from __future__ import annotations
 
@@ -8,32 +8,50 @@ from pathlib import Path
 from typing import Any
 
 from fedpref.experiments.finished import FinishedRun
-from fedpref.experiments.run_directory import EVALUATION, METRICS
 from fedpref.experiments.rounds import Event, evaluated
+from fedpref.experiments.run_directory import EVALUATION, METRICS
 
 
 def watched(path: Path, wait: Callable[[], None] = lambda: time.sleep(1.0)) -> Iterator[Event]:
-    """What has happened in a run and what happens, until it is done; between looks there is a `wait`."""
+    """Yield what has happened in a run and what happens, until it is done.
+
+    Args:
+        path: The run directory.
+        wait: Called between looks.
+    """
     run = FinishedRun.at(path)
     experiment = run.experiment
     told = False
-    yield Event(experiment.algorithm.name, "begin", 0, experiment.rounds, {}, f"{path}: {experiment.name}")
+    yield Event(
+        experiment.algorithm.name, "begin", 0, experiment.rounds, {}, f"{path}: {experiment.name}"
+    )
     for name, under in run.lines.items():
         seen = {METRICS: 0, EVALUATION: 0}
         while True:
             is_done = under.done
             rows = {kind: under.read_rows(kind)[count:] for kind, count in seen.items()}
-            events = [_event(name, kind, row, experiment.rounds) for kind, some in rows.items() for row in some]
+            events = [
+                _event(name, kind, row, experiment.rounds)
+                for kind, some in rows.items()
+                for row in some
+            ]
             yield from sorted(events, key=lambda event: event.done)  # a round before its evaluation
             seen = {kind: count + len(rows[kind]) for kind, count in seen.items()}
             if is_done:
                 break
             if not told and not run.folder.is_held:
                 told = True
-                note = ("no process on this machine is at work on it; if none is elsewhere, " f"`fedpref resume {path}` takes it up")
+                note = (
+                    "no process on this machine is at work on it; if none is elsewhere, "
+                    f"`fedpref resume {path}` takes it up"
+                )
                 yield Event(name, "begin", 0, experiment.rounds, {}, note)
             wait()
 
 
 def _event(line: str, kind: str, row: dict[str, Any], rounds: int) -> Event:
-    return Event(line, "round", row["round"], rounds, row) if kind == METRICS else evaluated(line, rounds, row)
+    return (
+        Event(line, "round", row["round"], rounds, row)
+        if kind == METRICS
+        else evaluated(line, rounds, row)
+    )

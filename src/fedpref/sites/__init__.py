@@ -10,6 +10,7 @@ RUNS = "FEDPREF_RUNS"  # at the coordinator: its folder of runs
 FUNCTIONS = (
     "FEDPREF_FUNCTIONS"  # at the coordinator: rewards that it may import, with commas between
 )
-TELLS = "FEDPREF_TELLS"  # at a simulation's coordinator: the file in which it tells what happens; elsewhere its log has it
+# at a simulation's coordinator: the file in which it tells what happens; elsewhere its log has it
+TELLS = "FEDPREF_TELLS"
 
 SAYS = "fedpref says "  # begins what a coordinator tells in its log

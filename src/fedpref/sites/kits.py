@@ -37,7 +37,8 @@ PROMPT = {
 }  # seconds that a server waits at a job's end for sites that have died
 TEMPLATE = """# What this site brings to experiments, and what it consents to. This file stays here.
 # All keys: docs/sites.md.
-data: {name: files, path: preferences.jsonl} # rows with prompt, chosen, rejected; seen from this file
+# rows with prompt, chosen, rejected; the path is as seen from this file
+data: {name: files, path: preferences.jsonl}
 client: %s # the name that others see; with `partition`, the names are those of its clients
 algorithms: [feddpo, fedpdpo, decdpo]
 max_rounds: 1000

@@ -120,7 +120,7 @@ class DialogueTask(LanguageTask):
 
 @dataclass(frozen=True)
 class Prompted:
-    """A prompt: its tokens, its text, and what else the source says of it, which rewards are given."""
+    """A prompt: its tokens, its text, and the columns that rewards are given."""
 
     tokens: Tokens
     text: Text

@@ -36,7 +36,7 @@ class GroupReward:
     group: str
     kind: Kind = "share"
     asks: bool = False
-    """A prompt as a survey's question and its completions as the options, because the context's are."""
+    """Whether a prompt is a survey's question and its completions the options, as the context's are."""
 
     @property
     def __name__(self) -> str:  # by which TRL logs it

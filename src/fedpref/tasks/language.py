@@ -135,7 +135,8 @@ class LanguageLearner(ABC):
                 "template."
             )
         try:
-            chat, closed = self.language.encode_chat(prompt, answers)  # type: ignore[arg-type]  # conversations, as the prompt is
+            # conversations, as the prompt is
+            chat, closed = self.language.encode_chat(prompt, answers)  # type: ignore[arg-type]
         except ValueError as error:
             raise UserError(
                 f"{where}: the chat template of {self.settings.model.path!r} refuses the "

@@ -241,7 +241,7 @@ class OfflineLearner(LanguageLearner):
         return means | {"num_examples": float(len(shard.test))}
 
     def samples(self, params: Tree, shard: OfflineShard) -> list[dict[str, Any]]:
-        """Return the first held-out prompts with answers of the backbone and of the client's model."""
+        """Return held-out prompts with answers of the backbone and of the client's model."""
         prompts = list(dict.fromkeys(example.prompt for example in shard.test))[
             : self.settings.samples
         ]

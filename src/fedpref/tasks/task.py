@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
@@ -112,9 +112,8 @@ class TaskSettings(ABC):
         """Return the same task with `renamed` applied to its model's path, unless it is shipped."""
         if self.model.path == BUILTIN:
             return self
-        changed: Any = self
-        assert is_dataclass(changed)
-        made: Self = replace(changed, model=replace(self.model, path=renamed(self.model.path)))  # type: ignore[type-var, assignment]
+        settings: Any = self  # a dataclass, as all settings are
+        made: Self = replace(settings, model=replace(self.model, path=renamed(self.model.path)))
         return made
 
 
@@ -217,7 +216,7 @@ class Task(Protocol):
         ...
 
     def samples(self, params: Tree, shard: Any) -> list[dict[str, Any]]:
-        """Return held-out prompts with an answer before training and one after, and their rewards."""
+        """Return held-out prompts with an answer before training and one after, and rewards."""
         ...
 
     def export(self, params: Tree, folder: Path) -> None:

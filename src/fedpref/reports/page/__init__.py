@@ -25,7 +25,15 @@ FRONT = "front.json"  # what `fedpref pareto` leaves in its folder
 
 
 def write_report(paths: Sequence[Path], output: Path) -> Path:
-    """Write the page of runs, or of the fronts among the folders; raises UserError where there is nothing to show."""
+    """Write the page of runs, or of the fronts among the folders, and return the file.
+
+    Args:
+        paths: Run directories, or folders of fronts.
+        output: The file.
+
+    Raises:
+        UserError: There is nothing to show.
+    """
     fronts = [json.loads((path / FRONT).read_text()) for path in paths if (path / FRONT).exists()]
     runs = told_apart([read(path) for path in paths if not (path / FRONT).exists()])
     if started := [run for run in runs if not run.line.last]:
@@ -48,7 +56,10 @@ def write_report(paths: Sequence[Path], output: Path) -> Path:
 
 
 def told_apart(runs: Sequence[Run]) -> list[Run]:
-    """Runs with titles of their own: their names, or their directories' where names are alike, or whole paths where these are too."""
+    """Return runs with titles of their own.
+
+    These are their names, or their directories' where names are alike, or whole paths.
+    """
     for title in (lambda run: run.path.name, lambda run: str(run.path)):
         names = [run.title for run in runs]
         runs = [
@@ -58,7 +69,7 @@ def told_apart(runs: Sequence[Run]) -> list[Run]:
 
 
 def page(runs: Sequence[Run], fronts: Sequence[Mapping[str, Any]] = ()) -> str:
-    """The page as text."""
+    """Return the page as text."""
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -94,7 +105,7 @@ def page(runs: Sequence[Run], fronts: Sequence[Mapping[str, Any]] = ()) -> str:
 
 
 def _json(content: Any) -> str:
-    """Data inside a script: no number that JSON lacks, nothing that ends the script."""
+    """Return data for a script: no number that JSON lacks, nothing that ends the script."""
 
     def finite(value: Any) -> Any:
         if isinstance(value, float):
@@ -109,7 +120,7 @@ def _json(content: Any) -> str:
 def sections(
     runs: Sequence[Run], fronts: Sequence[Mapping[str, Any]]
 ) -> list[tuple[str, list[charts.Chart]]]:
-    """Titles, and the charts under them that these runs have something for."""
+    """Return titles, and the charts under them that these runs have something for."""
     found = [("Trade-offs", [methods.front(content) for content in fronts])]
     if runs:
         gained = list(charts.gains(runs))

@@ -1,4 +1,4 @@
-"""What a run comes to, in words and figures."""
+"""What a run comes to, in words and numbers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MEANINGS = {
 
 
 def interval(values: Mapping[str, float], digits: int, sign: str = "") -> str:
-    """The 95 % interval of a mean over clients, in brackets; nothing where they are too few."""
+    """Return the 95 % interval of a mean over clients, in brackets; nothing for too few."""
     if len(values) < ENOUGH:
         return ""
     low, high = _bounds(tuple(values.values()))
@@ -40,7 +40,7 @@ def _bounds(values: tuple[float, ...]) -> tuple[float, float]:
 
 
 def told(run: Run) -> dict[str, Any]:
-    """A run in words and figures."""
+    """Return what the page says of a run."""
     ranked = sorted(
         (k, client, row) for client, rows in run.samples.items() for k, row in enumerate(rows)
     )  # the first of each client first
@@ -58,7 +58,7 @@ def told(run: Run) -> dict[str, Any]:
 
 
 def words(run: Run) -> str:
-    """Who took part, what came of it, who has what of it."""
+    """Return a sentence of who took part, what came of it, and who has what of it."""
     values, digits = run.values(), run.shown.digits
     mean, worst, best = (
         _mean(values),
@@ -90,7 +90,7 @@ def words(run: Run) -> str:
 
 
 def _doubt(gained: Mapping[str, float]) -> str:
-    """What is to be said where a mean gain may be none."""
+    """Return what is to be said where a mean gain may be none."""
     if len(gained) < ENOUGH:
         return f", over {clients(len(gained))}: too few to tell it from none"
     low, high = _bounds(tuple(gained.values()))
@@ -98,6 +98,7 @@ def _doubt(gained: Mapping[str, float]) -> str:
 
 
 def _counted(gained: Mapping[str, float], noise: Mapping[str, float]) -> str:
+    """Return how many clients gain and lose, and how many of them beyond noise."""
     up, down = (
         sum(value > 0 for value in gained.values()),
         sum(value < 0 for value in gained.values()),
@@ -115,7 +116,7 @@ def _counted(gained: Mapping[str, float], noise: Mapping[str, float]) -> str:
 
 
 def cards(run: Run) -> list[tuple[str, str, str]]:
-    """The figures that come first: a name, a value, a note."""
+    """Return the numbers that come first: a name, a value, a note."""
     values, digits, rounds = run.values(), run.shown.digits, max(1, len(run.line.metrics))
     mean, worst = _mean(values), min(values, key=values.__getitem__)
     up, down, seconds = (
@@ -154,7 +155,7 @@ def cards(run: Run) -> list[tuple[str, str, str]]:
 
 
 def facts(run: Run) -> dict[str, str]:
-    """What ran, on what."""
+    """Return what ran, on what."""
     spec, here = run.experiment, run.environment
     versions = {"python": here.get("python", ""), **here.get("versions", {})}
     trained = [run.clients[name] for name in run.line.last]
@@ -185,7 +186,7 @@ def _first_line(kind: Any) -> str:
 
 
 def clients(count: int) -> str:
-    """So many."""
+    """Return a number of clients in words."""
     return f"{count} client{'s' if count != 1 else ''}"
 
 

@@ -23,7 +23,7 @@ Column = tuple[
 
 
 def fairness(runs: Sequence[Run]) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """How figures spread over clients: titles of the measures that some line has, and a row for each line."""
+    """Return how values spread over clients: titles of the measures, and a row for each line."""
     found = [(title, _spread(run, line)) for title, run, line, _ in every_line(runs)]
     keys = [key for key in FAIRNESS if any(key in spread for _, spread in found)]
     return [FAIRNESS[key] for key in keys], [
@@ -41,7 +41,10 @@ def _spread(run: Run, line: Line) -> dict[str, str]:
 
 
 def client_rows(runs: Sequence[Run]) -> list[tuple[str, str, str, list[str]]]:
-    """A row for each client that trained: its examples, its value under each line, and what it gains over training alone."""
+    """Return a row for each client that trained.
+
+    It has its examples, its value under each line, and what it gains over training alone.
+    """
     known: dict[str, list[Mapping[str, Any]]] = {}
     for run in runs:
         for name in run.line.last:
@@ -55,7 +58,10 @@ def client_rows(runs: Sequence[Run]) -> list[tuple[str, str, str, list[str]]]:
 
 
 def _sizes(*abouts: Mapping[str, Any]) -> tuple[str, str]:
-    """Training and held-out examples; several of each where runs have given one name to different data."""
+    """Return numbers of training and of held-out examples.
+
+    There are several of each where runs have given one name to different data.
+    """
     train, test = (
         " | ".join(dict.fromkeys(str(about[side]) for about in abouts))
         for side in ("train", "test")
@@ -71,7 +77,7 @@ def _cells(columns: Sequence[Column], name: str) -> list[str]:
 
 
 def joined(runs: Sequence[Run]) -> list[tuple[str, Column]]:
-    """Columns about newcomers: a title, and the values."""
+    """Return columns about newcomers: a title, and the values."""
     return [
         (f"{title}, {when}", (run, values, ""))
         for title, run, line, _ in every_line(runs)
@@ -82,14 +88,17 @@ def joined(runs: Sequence[Run]) -> list[tuple[str, Column]]:
 
 
 def newcomer_rows(runs: Sequence[Run]) -> list[tuple[str, str, str, list[str]]]:
-    """A row for each client that joined after training."""
+    """Return a row for each client that joined after training."""
     columns = [column for _, column in joined(runs)]
     known = {name: run.sizes[name] for run, values, _ in columns for name in values}
     return [(name, *_sizes(known[name]), _cells(columns, name)) for name in sorted(known)]
 
 
 def objective_rows(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """Of several objectives, what each is measured by: means over clients under each line, at the first evaluation and the last."""
+    """Return a row for each metric of several objectives.
+
+    It has means over clients under each line, at the first evaluation and the last.
+    """
     lines = [line for _, _, line, _ in every_line(runs)]
     names = list(
         dict.fromkeys(
