@@ -8,7 +8,7 @@ from pathlib import Path
 from nvflare.collab import collab
 
 from fedpref import config
-from fedpref.engines.messages import pack, unpack
+from fedpref.engines.messages import pack, unpack, version
 from fedpref.experiments.experiment import Experiment
 from fedpref.experiments.rounds import events
 from fedpref.experiments.run_directory import RunDirectory
@@ -39,6 +39,7 @@ class Forger:
     def main(self) -> None:
         transport, said = Collab(), {}
         opening = {
+            **version(),
             "verb": "open",
             "experiment": json.loads(self.experiment),
             "run": "forged",

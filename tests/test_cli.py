@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from conftest import ROOT, make_rows, write_rows
-from fedpref import Experiment, cli, config
+from fedpref import Experiment, __version__, cli, config
 from fedpref.cli import shared
 from fedpref.experiments.rounds import Event
 from fedpref.experiments.run_directory import RunDirectory
@@ -133,7 +133,7 @@ def test_list_names_everything_that_a_config_can_name(fedpref: Command) -> None:
 
 
 def test_the_version_and_the_help_are_there(fedpref: Command) -> None:
-    assert "0.1.0" in fedpref("--version")[1]
+    assert __version__ in fedpref("--version")[1]
     assert "resume" in fedpref("--help")[1]
 
 

@@ -135,10 +135,10 @@ def test_histories_lift_groups_that_fared_badly_and_fair_batches_take_the_mean()
         first
     )  # the third group, to whom this answer is worth least, counts more
     assert combine.history == pytest.approx([0.36 * r for r in (0.9, 0.85, 0.4)])
-    assert combine.switched == combine.batches == 2
+    assert combine.batches == 2
     fair = torch.full((3, 2), 0.1, dtype=torch.float64)
     assert combine(fair).tolist() == pytest.approx([0.1, 0.1])
-    assert combine.switched == 2
+    assert combine.batches == 3, "a fair batch counts in the history too"
     plain = AdaptiveAlpha(fares_by="mean")
     for batch in (REWARDS, 2 * REWARDS, 3 * REWARDS):
         plain(batch)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from fedpref.models.loading import load_model
     from fedpref.runs.launch import resume, run
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 __all__ = [
     "Algorithm",
     "Client",

@@ -22,8 +22,10 @@ from fedpref.engines.messages import (
     body,
     finite,
     framed,
+    refuse_other_format,
     shape,
     unpack,
+    version,
 )
 from fedpref.engines.replies import answered
 from fedpref.errors import UserError
@@ -133,6 +135,7 @@ class Sites:
         self.transport, self.patience = transport, patience
         resumes = began is not None if resumes is None else resumes
         header = {
+            **version(),
             "verb": "open",
             "experiment": experiment,
             "run": run,
@@ -211,6 +214,7 @@ class Sites:
                 continue
             try:
                 header, tensors = unpack(answers[site], self.patience.max_message_mb * 10**6)
+                refuse_other_format(header, f"site {site}")
                 refused = header.get("refused")
                 found[site] = (
                     str(refused)

@@ -14,10 +14,14 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from fedpref import __version__
 from fedpref.numerics.trees import Tree
 
 Header = dict[str, Any]
 NO_TENSORS: Tree = {}
+
+
+FORMAT = 2  # of messages; those of format 1 did not say so
 
 
 class RefusedError(Exception):
@@ -68,10 +72,35 @@ def unpack(message: bytes, limit: int | None = None) -> tuple[Header, Tree]:
         header = json.loads(message[8:start])
         tensors = safetensors.torch.load(message[start:]) if len(message) > start else {}
     except (ValueError, RecursionError, SafetensorError) as error:
-        raise RefusedError(f"bytes that are no message: {error}") from error
+        raise RefusedError(f"not a fedpref message: {error}") from error
     if not isinstance(header, dict):
-        raise RefusedError(f"a header that is no mapping: {str(header)[:40]!r}")
+        raise RefusedError(f"not a fedpref message, its header is no mapping: {str(header)[:40]!r}")
     return header, tensors
+
+
+def version() -> Header:
+    """Return what `open` and every answer say of whoever sends them."""
+    return {"format": FORMAT, "fedpref": __version__}
+
+
+def refuse_other_format(header: Header, sender: str) -> None:
+    """Take the version out of a header.
+
+    Args:
+        header: Of a message; `format` and `fedpref` are removed.
+        sender: Who sent it, for the error.
+
+    Raises:
+        RefusedError: The message is of another format; the text says which side is older.
+    """
+    format, theirs = header.pop("format", 1), header.pop("fedpref", "0.1.0 or older")
+    if format != FORMAT:
+        is_older = not isinstance(format, int) or format < FORMAT
+        raise RefusedError(
+            f"{sender} has messages of format {str(format)[:20]} (fedpref {str(theirs)[:20]}), "
+            f"this side has those of format {FORMAT} (fedpref {__version__}): "
+            f"{sender if is_older else 'this side'} is older. Install one version on both sides."
+        )
 
 
 def finite(tree: Tree) -> Tree:

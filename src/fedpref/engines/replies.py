@@ -84,6 +84,6 @@ def answered(verb: str, header: Header) -> Header:
         found: Header = FORMS[verb].validate_python(header)
     except ValidationError as error:
         raise RefusedError(
-            f"an answer to {verb!r} that is none: {error.errors()[0]['msg']}"
+            f"malformed answer to {verb!r}: {error.errors()[0]['msg']}"
         ) from error
     return found

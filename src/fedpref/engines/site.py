@@ -20,7 +20,16 @@ from torch import Tensor
 from fedpref.channel import Chain, Sender
 from fedpref.channel.compression import alike
 from fedpref.engines.engine import mixed
-from fedpref.engines.messages import NO_TENSORS, Header, RefusedError, finite, pack, unpack
+from fedpref.engines.messages import (
+    NO_TENSORS,
+    Header,
+    RefusedError,
+    finite,
+    pack,
+    refuse_other_format,
+    unpack,
+    version,
+)
 from fedpref.engines.workers import one_thread
 from fedpref.errors import UserError
 from fedpref.federation.verbs import WORK, Client
@@ -130,12 +139,15 @@ class Site:
             verb = header.pop("verb", None)
             if verb not in self._verbs:
                 raise RefusedError(f"there is no verb {str(verb)[:40]!r}")
+            if verb == "open":
+                refuse_other_format(header, "the coordinator")
             with one_thread():
-                return pack(*self._verbs[verb](finite(tensors), **header))
+                answer, tensors = self._verbs[verb](finite(tensors), **header)
+            return pack(version() | answer, tensors)
         except (RefusedError, UserError) as error:
-            return pack({"refused": str(error)})
+            return pack(version() | {"refused": str(error)})
         except Exception as error:
-            return pack({"refused": _failed(error)})
+            return pack(version() | {"refused": _failed(error)})
 
     def hear(self, sender: str, message: bytes) -> None:
         """Take what another site's clients tell clients here; it waits for its exchange.
@@ -365,7 +377,7 @@ class Site:
         last.
         """
         if not all(RUN.fullmatch(f"{checkpoint}/{field}") for field in own):
-            raise RefusedError("names of files that are none")
+            raise RefusedError("invalid file names")
         place = self._run / "checkpoints"
         unfinished = place / ".unfinished"
         shutil.rmtree(unfinished, ignore_errors=True)

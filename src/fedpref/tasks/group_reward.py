@@ -36,7 +36,7 @@ class GroupReward:
     group: str
     kind: Kind = "share"
     asks: bool = False
-    """Whether a prompt is a survey's question and its completions the options, as the context's are."""
+    """Whether prompts are surveys' questions and completions their options, as in the context."""
 
     @property
     def __name__(self) -> str:  # by which TRL logs it
