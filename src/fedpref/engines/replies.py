@@ -83,7 +83,5 @@ def answered(verb: str, header: Header) -> Header:
     try:
         found: Header = FORMS[verb].validate_python(header)
     except ValidationError as error:
-        raise RefusedError(
-            f"malformed answer to {verb!r}: {error.errors()[0]['msg']}"
-        ) from error
+        raise RefusedError(f"malformed answer to {verb!r}: {error.errors()[0]['msg']}") from error
     return found

@@ -22,6 +22,7 @@ from fedpref.numerics.metrics import HEADLINES, headline, over_clients
 from fedpref.reports.tables import bytes_text
 
 RESAMPLES = 10_000
+PIECE = 2**20  # draws of a bootstrap that are held at a time
 Matrix = NDArray[np.float64]
 
 
@@ -154,8 +155,13 @@ def bootstrap(
     rng = np.random.default_rng(0)
     seeds, clients = values.shape
     rows = rng.integers(seeds, size=(resamples, seeds))
-    columns = rng.integers(clients, size=(resamples, 1 if crossed else seeds, clients))
-    means = values[rows[:, :, None], columns].mean((1, 2))
+    means = np.empty(resamples)
+    # in pieces, for all draws together would be resamples x seeds x clients numbers
+    step = max(1, PIECE // (seeds * clients))
+    for first in range(0, resamples, step):
+        piece = rows[first : first + step]
+        columns = rng.integers(clients, size=(len(piece), 1 if crossed else seeds, clients))
+        means[first : first + step] = values[piece[:, :, None], columns].mean((1, 2))
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
 

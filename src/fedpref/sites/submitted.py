@@ -26,6 +26,7 @@ from fedpref.sites.programs import check_name, job
 
 SUBMITTED = "submitted.json"  # in a run directory: by whose kit, and the run's name at the server
 LOGIN, POLL = 30.0, 2.0  # seconds
+LOG = 2**17  # bytes of log for which a poll is waited; a longer one is fetched less often
 T = TypeVar("T")
 
 
@@ -107,7 +108,9 @@ def _job(
                     f"job {number} ended as {status}, and did not say how. Its log at the server "
                     f"has more. {again}"
                 )
-            time.sleep(POLL)
+            # FLARE hands out a log as a whole: fetched at a fixed pace, what crosses the wire would
+            # grow with the square of the run
+            time.sleep(pause(len(log)))
         while not str(_asked(lambda: session.get_job_meta(number), again)["status"]).startswith(
             "FINISHED"
         ):
@@ -122,6 +125,11 @@ def _job(
     finally:
         session.close()
     return end
+
+
+def pause(length: int) -> float:
+    """Return the seconds until a log of so many bytes is fetched again."""
+    return POLL * max(1.0, length / LOG)
 
 
 def set_admitted(site: str, admin: Path, admits: bool) -> None:

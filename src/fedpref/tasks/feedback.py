@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -78,9 +78,9 @@ class FeedbackLearner(OfflineLearner):
             ]
             cut += shortened
         found = []
-        for i, (prompt, answer, label) in enumerate(judged):
-            following = judged[i + 1 :] + judged[:i]
-            other = next((a for p, a, _ in following if p != prompt), answer)
+        others = next_others([prompt for prompt, _, _ in judged])
+        for (prompt, answer, label), place in zip(judged, others, strict=True):
+            other = answer if place is None else judged[place][1]
             found.append(
                 Example(prompt, (answer, other[: self.max_length - len(prompt)]), desirable=label)
             )
@@ -106,3 +106,13 @@ class FeedbackLearner(OfflineLearner):
             "rewards/accuracies": (signed > 0).float() + 0.5 * (signed == 0).float(),
             "kl": self.settings.loss.kl(other.detach()).expand_as(signed),
         }
+
+
+def next_others(values: Sequence[Any]) -> list[int | None]:
+    """Return for each value the index of the next other one, around the end; None without one."""
+    count = len(values)
+    places: list[int | None] = [None] * count
+    for i in range(2 * count - 1, -1, -1):  # twice around, for the last ones look at the first
+        here, following = i % count, (i + 1) % count
+        places[here] = following if values[following] != values[here] else places[following]
+    return places

@@ -6,8 +6,9 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from hashlib import blake2b
-from itertools import accumulate
+from itertools import accumulate, takewhile
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -80,6 +81,13 @@ class OfflineShard:
 
     def __len__(self) -> int:
         return len(self.train)
+
+    @cached_property  # asked for in every draw
+    def by_objective(self) -> dict[int, tuple[tuple[Example, ...], tuple[int, ...]]]:
+        """Training examples of each objective, and the tokens of each."""
+        objectives = dict.fromkeys(sorted({example.objective for example in self.train}))
+        parts = {m: tuple(e for e in self.train if e.objective == m) for m in objectives}
+        return {m: (some, tuple(e.tokens for e in some)) for m, some in parts.items()}
 
 
 @dataclass(frozen=True)
@@ -175,15 +183,8 @@ class OfflineLearner(LanguageLearner):
             max(1, size.examples // count), size.max_tokens and max(1, size.max_tokens // count)
         )
         for m in range(count):
-            of_objective = (
-                [example for example in shard.train if example.objective == m]
-                if count > 1
-                else shard.train
-            )
-            examples += [
-                of_objective[i]
-                for i in _draw([example.tokens for example in of_objective], part, rng)
-            ]
+            of_objective, lengths = shard.by_objective[m]
+            examples += [of_objective[i] for i in _draw(lengths, part, rng)]
         if self.settings.reference == "base" or not self.needs_reference:
             return self._with_base(examples)
         with torch.no_grad():
@@ -293,18 +294,18 @@ def _draw(lengths: Sequence[int], size: BatchSize, rng: torch.Generator) -> list
     proportional to its number of examples.
     """
     count = min(size.examples, len(lengths))
-    order: list[int] = torch.randperm(len(lengths), generator=rng).tolist()
+    order = torch.randperm(len(lengths), generator=rng)
+    batches: list[list[int]]
     if size.max_tokens is None:
-        pool = sorted(
-            order[: count * min(POOL, len(lengths) // count)], key=lambda i: (lengths[i], i)
-        )
+        first_ones: list[int] = order[: count * min(POOL, len(lengths) // count)].tolist()
+        pool = sorted(first_ones, key=lambda i: (lengths[i], i))
         batches = [pool[first : first + count] for first in range(0, len(pool), count)]
     else:
-        totals = accumulate(lengths[i] for i in order)
-        pool = sorted(
-            order[: max(1, sum(total <= POOL * size.max_tokens for total in totals))],
-            key=lambda i: (lengths[i], i),
-        )
+        most = POOL * size.max_tokens
+        # each example has a token at least, so that no more can fit
+        some: list[int] = order[:most].tolist()
+        fitting = sum(1 for _ in takewhile(most.__ge__, accumulate(lengths[i] for i in some)))
+        pool = sorted(some[: max(1, fitting)], key=lambda i: (lengths[i], i))
         batches = [[]]
         for i in pool:
             if batches[-1] and sum(lengths[k] for k in batches[-1]) + lengths[i] > size.max_tokens:
