@@ -335,9 +335,10 @@ def bounds(repetitions: int, quick: bool) -> Iterator[Law]:
         return -torch.nn.functional.logsigmoid(beta * difference @ theta)
 
     difference = normal(draws, dimensions)
+    # where gradient and Hessian are largest
     theta = torch.cat(
         [-10 * difference[: draws // 2], torch.zeros_like(difference[draws // 2 :])]
-    )  # where gradient and Hessian are largest
+    )
     slopes = torch.vmap(torch.func.grad(pair))(theta, difference).norm(dim=1) / (
         beta * difference.norm(dim=1)
     )

@@ -52,10 +52,11 @@ SETTINGS = [
 
 
 def fedpref(*arguments: str) -> subprocess.CompletedProcess[str]:
+    # a server finds engine_rounds.py there
     with_programs = {
         **os.environ,
         "PYTHONPATH": str(Path(__file__).resolve().parent),
-    }  # a server finds engine_rounds.py there
+    }
     command = [sys.executable, "-m", "fedpref", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=600, env=with_programs)
 

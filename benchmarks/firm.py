@@ -448,9 +448,10 @@ def speed(steps: int, turns: int) -> dict[str, float]:
                     used(lambda: train_locally(client, adapter, local, {}, objectives=objectives))
                 )
             seconds["trl"].append(used(theirs))
+    # the first turn warms up
     medians = {
         name: statistics.median(values[1:]) for name, values in seconds.items()
-    }  # the first turn warms up
+    }
     return {
         "speed_ratio_trl": medians["trl"] / medians["sum"],
         "speed_ratio_trl_firm": medians["trl"] / medians["firm"],

@@ -236,9 +236,10 @@ def main() -> None:
             for process in reversed(processes):
                 with suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
+            # its helpers have sessions of their own
             subprocess.run(
                 ["pkill", "-9", "-f", f"{BIN}/fl(wr|ower)-"]
-            )  # its helpers have sessions of their own
+            )
 
 
 if __name__ == "__main__":

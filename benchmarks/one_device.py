@@ -80,9 +80,10 @@ def measure(
     for step in range(steps + 2):
         client = Client(0, task, shard, seeds.generator(0, "train", round=step), 0, 1)
         begun = time.perf_counter()
+        # ends with a copy to the CPU, so all is done
         metrics = train_locally(client, start, LocalTraining(steps=1, batch_size=batch), {})[
             2
-        ]  # ends with a copy to the CPU, so all is done
+        ]
         seconds.append(time.perf_counter() - begun)
         tokens.append(metrics["num_tokens"])
         operations.append(tokens[-1] * (4 * frozen + 6 * adapter + share * 4 * head))

@@ -34,10 +34,11 @@ from fedpref.numerics import seeds
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs/distributed-dpo.yaml"
 MAX_LENGTH, BETA, BATCH, DECAY, CLIP = 64, 0.2, 4, 0.01, 1.0
+# the program's own; what else it is given a chance with, as ours was
 RATE, OTHER_RATES = (
     1e-4,
     (3e-4, 1e-3),
-)  # the program's own; what else it is given a chance with, as ours was
+)
 TOKENIZER = CONFIG.parent.parent / "src/fedpref/models/builtin"
 # rounds between two looks at the program's pooled loss; ours is looked at each round; looks are not
 # counted as work
@@ -57,9 +58,10 @@ def small_gpt2(tokenizer: Path, folder: Path, layers: int = 4, width: int = 384)
         "n_positions": 2 * MAX_LENGTH,
     }
     ends = {"bos_token_id": words.eos_token_id, "eos_token_id": words.eos_token_id}
+    # dropout slows a short run, and ours has none
     ends |= dict.fromkeys(
         ("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0
-    )  # dropout slows a short run, and ours has none
+    )
     model = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(vocab_size=len(words), **shape, **ends)
     )

@@ -220,10 +220,11 @@ def speed(data: str, rounds: int) -> dict[str, float]:
     spec = Experiment.load(CONFIG, [f"data.path={data}", "task.evaluate_on=all"])
     task, method, threads = spec.build_task(), spec.algorithm, torch.get_num_threads()
     seconds = dict.fromkeys(("theirs", "ours", "their evaluation", "our evaluation"), 0.0)
+    # processes that are forked must find no threads
     with (
         one_thread(),
         tempfile.TemporaryDirectory() as cache,
-    ):  # processes that are forked must find no threads
+    ):
         shards = [task.prepare(task.encode(client), Path(cache)) for client in spec.clients()[0]]
         training = [i for i, shard in enumerate(shards) if shard.name in TRAINING_COUNTRIES]
         questions = [

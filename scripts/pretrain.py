@@ -162,11 +162,12 @@ def keep_freed_memory() -> None:
     """Tell glibc's malloc to keep large blocks, which it would give back and fault in again at
     every step.
     """
+    # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
     for option, value in (
         (-4, 0),
         (-1, 1 << 30),
         (-2, 1 << 27),
-    ):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+    ):
         ctypes.CDLL("libc.so.6").mallopt(option, value)
 
 

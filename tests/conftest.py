@@ -68,9 +68,8 @@ def make_model(folder: Path, architecture: str = "llama", seed: int = 0) -> Path
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(configuration)
     with torch.no_grad():
-        for parameter in (
-            model.parameters()
-        ):  # larger weights than the default, so that answers differ in probability
+        # larger weights than the default, so that answers differ in probability
+        for parameter in model.parameters():
             parameter.mul_(3.0) if parameter.ndim == 2 else parameter
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -104,13 +104,11 @@ def test_products_are_averaged_and_truncated_as_by_a_full_decomposition(
     quickly, _ = few.merge(fed, start, fed.each(message, start, few))
     assert distance(products(quickly), expected) < 1.02 * distance(optimum, expected)
     for a, b in pairs(merged):
-        torch.testing.assert_close(
-            merged[a] @ merged[a].T, torch.eye(4) / 3, atol=1e-4, rtol=0
-        )  # rows of a fresh adapter's size
+        # rows of a fresh adapter's size
+        torch.testing.assert_close(merged[a] @ merged[a].T, torch.eye(4) / 3, atol=1e-4, rtol=0)
         lengths = merged[b].norm(dim=0)
-        assert lengths.tolist() == sorted(
-            lengths.tolist(), reverse=True
-        )  # the first columns matter most
+        # the first columns matter most
+        assert lengths.tolist() == sorted(lengths.tolist(), reverse=True)
 
 
 def test_a_mean_of_equal_products_is_that_product() -> None:

@@ -15,13 +15,14 @@ PACKAGE = Path(fedpref.__file__).parent
 sys.path.insert(0, str(ROOT / "scripts"))
 from layers import LAYERS  # noqa: E402  # the one list of layers, which documents are made from too
 
+# the three at the root are below all layers
 ORDER = [
     "errors",
     "config",
     "types",
     *LAYERS,
     "__main__",
-]  # the three at the root are below all layers
+]
 MATHEMATICS = {"losses", "numerics", "channel"}
 ALLOWED_IN_MATHEMATICS = {
     "__future__",
@@ -35,6 +36,7 @@ ALLOWED_IN_MATHEMATICS = {
     "os",
     "pathlib",
 }
+# pydantic: bounds of hyper-parameters
 ALLOWED_IN_MATHEMATICS |= {
     "networkx",
     "numpy",
@@ -43,7 +45,7 @@ ALLOWED_IN_MATHEMATICS |= {
     "scipy",
     "torch",
     "typing",
-}  # pydantic: bounds of hyper-parameters
+}
 
 
 def imports(path: Path) -> set[str]:

@@ -59,9 +59,8 @@ def test_gains_are_paired_over_seeds_and_clients(tmp_path: Path) -> None:
     ]
     plain, better = compare(paths)
     assert (plain.name, plain.seeds, plain.gain) == ("plain", 2, None)
-    assert better.gain == pytest.approx(
-        (10.0, 10.0, 10.0)
-    )  # the same on every client and seed, so that nothing is uncertain
+    # the same on every client and seed, so that nothing is uncertain
+    assert better.gain == pytest.approx((10.0, 10.0, 10.0))
     assert plain.mean == pytest.approx(70.0)
     assert plain.interval[0] < 70 < plain.interval[1]
     assert (plain.worst, plain.bytes_per_round, plain.seconds_per_round) == (

@@ -96,9 +96,10 @@ MakeEngine = Callable[..., Any]
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
+    # one site hosts two clients
     started = Processes(
         shares(2), tmp_path_factory.mktemp("sites"), ["personal", "fedpref.experiments.rounds"]
-    )  # one site hosts two clients
+    )
     yield started
     started.stop()
 
@@ -230,7 +231,7 @@ def test_no_bytes_of_a_private_part_are_in_any_message(
     sent = b"".join(engine.processes.wire)
 
     def is_sent(tensor: torch.Tensor) -> bool:
-        """Whether any 32 bytes of it are, looked at every so often, where they are not all alike."""
+        """Whether any 32 bytes of it are, looked at every so often, unless all alike."""
         content = tensor.flatten().contiguous().view(torch.uint8).numpy().tobytes()
         pieces = [
             content[i : i + 32] for i in range(0, len(content) - 31, max(32, len(content) // 50))
@@ -239,9 +240,8 @@ def test_no_bytes_of_a_private_part_are_in_any_message(
 
     def is_private(key: str) -> bool:
         field = key.split("/", 1)[1]
-        return "/" in field and not (
-            name == "decpdpo" and field.startswith("theta/")
-        )  # what gossip shares lies on clients
+        # what gossip shares lies on clients
+        return "/" in field and not (name == "decpdpo" and field.startswith("theta/"))
 
     private = {
         f"{key}/{n}": t for key, tree in seen.items() if is_private(key) for n, t in tree.items()

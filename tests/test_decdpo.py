@@ -343,9 +343,8 @@ def test_stale_neighbours_move_no_mean(staleness: int) -> None:
         mean = np.mean([float(state.theta._values[i]["x"][0]) for i in range(6)])
         assert mean == pytest.approx(2.5 - 0.5 * 0.9 ** (round + 1), abs=1e-5)
     apart = max(abs(float(state.theta._values[i]["x"][0]) - mean) for i in range(6))
-    assert (
-        apart < 2.5
-    )  # the centres reach that far, and clients stay between them however late they hear
+    # the centres reach that far, and clients stay between them however late they hear
+    assert apart < 2.5
     assert max(ages) <= staleness
     assert (len(ages) > 5) == (staleness > 0)
     if not staleness:

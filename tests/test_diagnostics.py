@@ -98,9 +98,8 @@ def test_between_lowest_points_no_direction_is_good_for_all_objectives(
         task, [Bowl(str(i), 1.0, centre) for i, centre in enumerate((4.0, 0.0))], seed=0, rounds=1
     )
     found = diagnose(fed, ({"x": torch.tensor(point)},), ("x",), ("pareto-stationarity",))
-    assert found == {
-        "pareto_stationarity": pytest.approx(expected, abs=1e-6)
-    }  # the mean centre is 2
+    # the mean centre is 2
+    assert found == {"pareto_stationarity": pytest.approx(expected, abs=1e-6)}
 
 
 def test_several_objectives_are_asked_for(settings: dict[str, Any]) -> None:

@@ -358,9 +358,8 @@ def test_a_run_leaves_everything_a_report_needs(settings: dict[str, Any], tmp_pa
     assert sorted(p.name for p in (result.path / "baselines/alone/clients").iterdir()) == [
         f"client-{i}" for i in range(4)
     ]
-    probes = (
-        8 * 4 * len(adapter(result.path)) // 2
-    )  # float32 numbers a weight, which has two factors
+    # float32 numbers a weight, which has two factors
+    probes = 8 * 4 * len(adapter(result.path)) // 2
     size = trees.size(adapter(result.path))
     assert (rows[0]["bytes_up"], rows[0]["bytes_down"]) == (4 * (size + probes), 4 * size)
 

@@ -19,7 +19,7 @@ from fedpref.federation.aggregation import Factors
 from fedpref.federation.local_training import LocalTraining, train_locally
 from fedpref.federation.verbs import Client
 from fedpref.losses import DPO, Explicit, Hinge
-from fedpref.models.head import token_log_probabilities
+from fedpref.models.head import CHUNKS, token_log_probabilities
 from fedpref.models.language import LanguageModel, Model
 from fedpref.models.own_parts import DOWN, HEAD, HEADS, REWARD, UP, VOCABULARY_HEAD, Parts
 from fedpref.models.packed import Row
@@ -121,7 +121,7 @@ def test_parts_compute_what_their_definition_says(parts: Parts, packs: bool, tin
 def test_a_trained_head_has_the_gradients_of_a_full_softmax(
     low_rank: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedpref.models.head.CHUNK", 7 * 40)
+    monkeypatch.setitem(CHUNKS, "cpu", 7 * 40)
     draw = torch.Generator().manual_seed(0)
     hidden, weight, bias = (
         torch.randn(*shape, generator=draw) for shape in ((23, 8), (40, 8), (40,))
@@ -193,9 +193,8 @@ def test_at_the_start_the_loss_is_ln_2_and_the_two_rewards_are_ranked_apart(
         **task.parts(Parts(), seeds.generator(0, "work")),
     }
     measured = task.evaluate(params, shard)
-    assert measured["loss"] == pytest.approx(
-        1.2 * math.log(2), abs=1e-4
-    )  # the sum's and the reward head's own
+    # the sum's and the reward head's own
+    assert measured["loss"] == pytest.approx(1.2 * math.log(2), abs=1e-4)
     assert measured["rewards/accuracies_explicit"] == 0.5
     moved = task.evaluate({**params, REWARD: torch.randn(params[REWARD].shape)}, shard)
     assert moved["rewards/accuracies_explicit"] != 0.5
@@ -309,9 +308,8 @@ def test_own_parts_learn_at_rates_of_their_own(settings: dict[str, Any], tmp_pat
         steps=1, batch_size=4, lr_scheduler_type="constant", warmup_ratio=0.0, learning_rate=0.01
     )
     for phases in ("alternate", "joint"):
-        steps = (
-            2 if phases == "alternate" else 1
-        )  # adapters move in both phases; a first step of AdamW is the rate itself
+        # adapters move in both phases; a first step of AdamW is the rate itself
+        steps = 2 if phases == "alternate" else 1
         method = FedPDPO(local=replace(local, steps=steps), phases=phases, adapter_rate=0.3)  # type: ignore[arg-type]
         _, after, _, _ = train(
             Client(0, task, shard, seeds.generator(0, "train"), 0, 4), adapter, own, {}, method

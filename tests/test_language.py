@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -160,10 +161,29 @@ def attention_of_variable_length(
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+@pytest.mark.parametrize("knows_groups", [True, False])
 def test_the_segments_given_to_a_kernel_of_variable_length_are_the_packed_form(
-    architecture: str, models: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    knows_groups: bool,
+    architecture: str,
+    models: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", attention_of_variable_length)
+    def of_older_pytorch(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        starts: Tensor,
+        seen: Tensor,
+        *longest: int,
+        scale: float,
+        window_size: object,
+    ) -> Tensor:
+        settings: Any = {"scale": scale, "enable_gqa": False, "window_size": window_size}
+        rows = (query, key, value)
+        return attention_of_variable_length(*rows, starts, seen, *longest, **settings)
+
+    kernel = attention_of_variable_length if knows_groups else of_older_pytorch
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", kernel)
     model = exact(models(architecture), lora_target_modules=TARGETS[architecture])
     adapter = some_adapter(model)
     expected = gradients(model, adapter, packs=False)
@@ -191,7 +211,7 @@ def test_a_kernel_that_fails_gives_way_to_the_next(
 def test_the_head_is_scored_in_chunks_with_the_gradient_of_a_full_softmax(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(head, "CHUNK", 7 * 40)
+    monkeypatch.setitem(head.CHUNKS, "cpu", 7 * 40)
     draw = torch.Generator().manual_seed(0)
     hidden = torch.randn(23, 8, generator=draw).requires_grad_()
     weight, bias = torch.randn(40, 8, generator=draw), torch.randn(40, generator=draw)

@@ -379,9 +379,8 @@ def test_comparisons_become_questions_with_the_share_that_each_answer_won(tiny: 
 def test_one_group_federated_is_training_on_that_group(
     content: dict[str, Any], tmp_path: Path
 ) -> None:
-    local = LocalTraining(
-        steps=3, batch_size=1, optim="sgd", learning_rate=0.05
-    )  # Adam would make rounding large
+    # Adam would make rounding large
+    local = LocalTraining(steps=3, batch_size=1, optim="sgd", learning_rate=0.05)
     ends = []
     for method in (
         PluralLLM(local=local),
@@ -444,9 +443,8 @@ def test_messages_hold_the_predictors_parameters_alone(
 
 
 def test_the_published_cosine_goes_down_and_up_again() -> None:
-    settings = LocalTraining(
-        steps=6, learning_rate=1.0, warmup_ratio=0.0, num_cycles=3.0
-    )  # 600 steps over waves of 200
+    # 600 steps over waves of 200
+    settings = LocalTraining(steps=6, learning_rate=1.0, warmup_ratio=0.0, num_cycles=3.0)
     for step, expected in ((0, 1.0), (100, 0.0), (200, 1.0), (300, 0.0), (150, 0.5)):
         assert rate(settings, step / 600) == pytest.approx(expected, abs=1e-9)
 

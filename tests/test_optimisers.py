@@ -158,16 +158,14 @@ def test_feddpo_has_the_drift_floor_of_federated_averaging() -> None:
 def test_scaffold_removes_the_drift_floor(cohorts: Sequence[Sequence[int]]) -> None:
     found, state = run(Scaffold(local=PLAIN), 300, cohorts)
     assert found == pytest.approx(1.0, abs=1e-3)
-    assert state.control["x"].tolist() == pytest.approx(
-        [0.0, 0.0], abs=1e-2
-    )  # the mean gradient, at the minimum
+    # the mean gradient, at the minimum
+    assert state.control["x"].tolist() == pytest.approx([0.0, 0.0], abs=1e-2)
 
 
 def test_scaffolds_control_variates_are_the_papers_option_two_under_plain_sgd() -> None:
     _, state = run(Scaffold(local=PLAIN), 1)
-    own = [
-        state.own._values[i]["x"][0].item() for i in range(2)
-    ]  # after the first round, which is uncorrected
+    # after the first round, which is uncorrected
+    own = [state.own._values[i]["x"][0].item() for i in range(2)]
     assert own == pytest.approx(
         [-local_change(2.0, *numbers) / (PLAIN.steps * PLAIN.learning_rate) for numbers in CLIENTS],
         rel=1e-5,

@@ -74,9 +74,7 @@ def test_the_numbers_of_parameters_are_those_of_gpo(inputs: int, count: int) -> 
     assert sum(math.prod(shape) for shape in Predictor().shapes(inputs).values()) == count
 
 
-def test_it_computes_what_pytorchs_own_encoder_computes_with_a_mask_that_shows_the_context_alone() -> (
-    None
-):
+def test_it_computes_what_pytorchs_own_encoder_does_with_a_mask_that_shows_the_context() -> None:
     params = fresh()
     (context, answers), (targets, _) = points(6, 1), points(4, 2)
     embedder, encoder, head = as_modules(params)

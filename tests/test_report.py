@@ -401,14 +401,20 @@ def test_a_browser_draws_every_chart(width: int, scheme: str, which: str, shown:
         }).map((text) => text.textContent);
     })""")
     assert clipped == []
-    over = opened.evaluate("""[...document.querySelectorAll('.chart')].filter(
-        (chart) => chart.querySelector('.main-svg').getBoundingClientRect().bottom > chart.getBoundingClientRect().bottom + 1).length""")
+    over = opened.evaluate("""[...document.querySelectorAll('.chart')].filter((chart) => {
+        const drawn = chart.querySelector('.main-svg').getBoundingClientRect();
+        return drawn.bottom > chart.getBoundingClientRect().bottom + 1;
+    }).length""")
     assert over == 0, "no chart lies over what follows"
     across = opened.evaluate("""[...document.querySelectorAll('.chart')].flatMap((chart) => {
-        const boxes = [...chart.querySelectorAll('.legendtext, .xtick text, .ytick text, .xtitle, .ytitle')]
-            .map((text) => [text.textContent, text.getBoundingClientRect()]).filter(([, box]) => box.width);
-        return boxes.flatMap(([one, a], k) => boxes.slice(k + 1).filter(([, b]) =>
-            a.left + 1 < b.right && b.left + 1 < a.right && a.top + 3 < b.bottom && b.top + 3 < a.bottom).map(([other]) => [one, other]));
+        const labels = '.legendtext, .xtick text, .ytick text, .xtitle, .ytitle';
+        const boxes = [...chart.querySelectorAll(labels)]
+            .map((text) => [text.textContent, text.getBoundingClientRect()])
+            .filter(([, box]) => box.width);
+        const touch = (a, b) => a.left + 1 < b.right && b.left + 1 < a.right
+            && a.top + 3 < b.bottom && b.top + 3 < a.bottom;
+        return boxes.flatMap(([one, a], k) => boxes.slice(k + 1)
+            .filter(([, b]) => touch(a, b)).map(([other]) => [one, other]));
     })""")
     assert across == [], "no label lies over another"
     ink, paper = (

@@ -131,9 +131,8 @@ def test_adaptive_alpha_as_published_and_rescaled() -> None:
 def test_histories_lift_groups_that_fared_badly_and_fair_batches_take_the_mean() -> None:
     combine = AdaptiveAlpha(threshold=0.99, decay=0.8, fares_by="mean")
     first, second = combine(REWARDS[:, :1]), combine(REWARDS[:, :1])
-    assert float(second) < float(
-        first
-    )  # the third group, to whom this answer is worth least, counts more
+    # the third group, to whom this answer is worth least, counts more
+    assert float(second) < float(first)
     assert combine.history == pytest.approx([0.36 * r for r in (0.9, 0.85, 0.4)])
     assert combine.batches == 2
     fair = torch.full((3, 2), 0.1, dtype=torch.float64)

@@ -683,9 +683,8 @@ def test_a_kit_is_stopped_with_all_that_it_runs_and_nothing_else_is(
     (kit / "local/resources.json").write_text("{}")
     with pytest.raises(UserError, match="no kit"):
         kits.start(tmp_path, {})
-    (kit / "daemon_pid.fl").write_text(
-        str(os.getpid())
-    )  # left by a process whose number somebody else has now
+    # left by a process whose number somebody else has now
+    (kit / "daemon_pid.fl").write_text(str(os.getpid()))
     assert not kits.running(kit)
     kits.stop(kit)
     monkeypatch.chdir(tmp_path)
@@ -698,8 +697,7 @@ def test_a_kit_is_stopped_with_all_that_it_runs_and_nothing_else_is(
     with pytest.raises(UserError, match="running already"):
         kits.start(kit, {})
     end = kits._end
-    monkeypatch.setattr(
-        kits, "_end", lambda *told: threading.Timer(0.3, end, told).start()
-    )  # what is killed may take its time to die
+    # what is killed may take its time to die
+    monkeypatch.setattr(kits, "_end", lambda *told: threading.Timer(0.3, end, told).start())
     kits.stop(Path("kit"), seconds=0.2)
     assert not kits.running(kit)

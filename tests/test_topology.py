@@ -117,13 +117,13 @@ def test_uniform_weights_on_the_complete_graph_average_and_are_refused_where_deg
 
 
 def test_shapes_of_graphs() -> None:
+    # of four by four
     assert nx.is_isomorphic(
         Shape("torus").graph(names(16), 0), Shape("hypercube").graph(names(16), 0)
-    )  # of four by four
+    )
     assert {degree for _, degree in Shape("grid").graph(names(12), 0).degree()} == {2, 3, 4}
-    assert {degree for _, degree in Shape("exponential").graph(names(16), 0).degree()} == {
-        7
-    }  # 1, 2, 4 both ways, and 8
+    # 1, 2, 4 both ways, and 8
+    assert {degree for _, degree in Shape("exponential").graph(names(16), 0).degree()} == {7}
     assert Shape("torus").graph(names(2), 0).number_of_edges() == 1
     assert mixing(OnePeerExponential().graph(names(1), 0)).tolist() == [[1.0]]
     for wrong, count, sentence in (

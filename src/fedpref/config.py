@@ -66,7 +66,8 @@ def load(
         wanted = OmegaConf.from_dotlist([_of_name(kind, override) for override in overrides])
         _forget_other_kinds(kind, content, wanted)
         merged = OmegaConf.to_container(OmegaConf.merge(content, wanted), resolve=True)
-    except (YAMLError, OmegaConfBaseException, ValueError) as error:
+    # TypeError: OmegaConf from 2.4 on, for a file that is a list
+    except (YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
         raise UserError(
             f"{path} with {' '.join(overrides)}: {' '.join(str(error).split())}"
         ) from error

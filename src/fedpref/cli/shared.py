@@ -22,9 +22,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console(
-    width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160
-)  # a file has room for whole tables
+# a file has room for whole tables
+console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)
 Config = Annotated[
     Path, typer.Argument(help="A YAML file; configs/ has examples.", metavar="CONFIG")
 ]

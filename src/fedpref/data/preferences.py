@@ -10,9 +10,8 @@ from typing import Any, Literal
 
 from fedpref.errors import UserError
 
-Text = (
-    str | tuple[Mapping[str, str], ...]
-)  # plain, or a conversation of {"role", "content"} messages
+# plain, or a conversation of {"role", "content"} messages
+Text = str | tuple[Mapping[str, str], ...]
 Side = Literal["train", "test"]
 TURN = "\n\nAssistant:"
 

@@ -34,10 +34,11 @@ from fedpref.numerics import trees
 from fedpref.numerics.trees import Tree
 from fedpref.types import Count, Positive
 
+# what is said of a site that is not there, and the name of one that never was
 SILENT, NOWHERE = (
     "no answer",
     "",
-)  # what is said of a site that is not there, and the name of one that never was
+)
 KEPT = "kept.json"  # in a checkpoint: by field, whose values sites have kept
 
 

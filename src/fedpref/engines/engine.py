@@ -15,9 +15,8 @@ from fedpref.federation.verbs import Federation, PerClient
 from fedpref.numerics import trees
 from fedpref.numerics.trees import Tree
 
-Mixing = Callable[
-    [int, Sequence[int]], NDArray[np.float64]
-]  # (round, active clients) -> the mixing matrix over all clients
+# (round, active clients) -> the mixing matrix over all clients
+Mixing = Callable[[int, Sequence[int]], NDArray[np.float64]]
 Purpose = Literal["init", "train", "join", "evaluate"]
 
 

@@ -39,10 +39,11 @@ from fedpref.tasks.task import Task
 
 RUN = re.compile(r"\w[\w.-]{0,99}(/\w[\w.-]{0,99}){0,3}")
 CHECKPOINTS, AHEAD = 2, 4  # that are kept, and messages of a site that may lie here unread
+# what may be told has another name in a checkpoint
 TELLABLE, PRIVATE = (
     ".told.safetensors",
     ".safetensors",
-)  # what may be told has another name in a checkpoint
+)
 LOG = logging.getLogger("fedpref")
 Answer = tuple[Header, Tree]
 

@@ -54,11 +54,12 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
         return  # another libc: nothing to tune
+    # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
     for option, value in (
         (-4, 0),
         (-1, 1 << 30),
         (-2, 1 << 27),
-    ):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+    ):
         mallopt(option, value)
 
 
@@ -143,9 +144,8 @@ class Workers:
 def _serve(
     connection: Connection, others: Sequence[Connection], job: Job, begin: Callable[[], None]
 ) -> None:
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches all processes of a terminal; the parent ends the others
+    # Ctrl-C reaches all processes of a terminal; the parent ends the others
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     for other in others:
         # the parent's ends, which the fork copied: so that a worker sees its parent go
         other.close()

@@ -22,9 +22,8 @@ from fedpref.numerics.topology import Matrix
 from fedpref.numerics.trees import Tree
 from fedpref.tasks import Task
 
-About = Mapping[
-    str, Mapping[str, Any]
-]  # client -> its numbers of examples, and a digest of its rows
+# client -> its numbers of examples, and a digest of its rows
+About = Mapping[str, Mapping[str, Any]]
 
 
 class ClientSource(Protocol):

@@ -20,9 +20,8 @@ def described() -> str:
     fedpref and of the working folder, where these are checkouts.
     """
     places = {"working folder": Path.cwd()}
-    if _git(
-        "ls-files", "--error-unmatch", __file__, place=Path(__file__).parent
-    ):  # not where it is installed into somebody's checkout
+    # not where it is installed into somebody's checkout
+    if _git("ls-files", "--error-unmatch", __file__, place=Path(__file__).parent):
         places["fedpref"] = Path(__file__).parent
     versions = {}
     for name in PACKAGES:

@@ -112,9 +112,8 @@ class FrozenA:
     name: Literal["frozen-a"] = "frozen-a"
 
     def split(self, adapter: Tree) -> tuple[Tree, Tree]:
-        fixed = trees.select(
-            adapter, [a if ".lora_A." in a else b for a, b in pairs(adapter)]
-        )  # an embedding's drawn factor is B
+        # an embedding's drawn factor is B
+        fixed = trees.select(adapter, [a if ".lora_A." in a else b for a, b in pairs(adapter)])
         return {name: tensor for name, tensor in adapter.items() if name not in fixed}, fixed
 
     def received(self, client: Client, adapter: Tree) -> tuple[Tree, Tree]:
@@ -299,10 +298,11 @@ def _factors(
     u, s, v = u[:, :rank], s[:rank], v[:rank]
     spare = rank - len(s)
     a, b = pad(ROW_NORM * v, (0, 0, 0, spare)), pad(span @ u * s / ROW_NORM, (0, spare))
+    # as they are when they come from a file: sums depend on the order in memory
     return (
         a.contiguous(),
         b.contiguous(),
-    )  # as they are when they come from a file: sums depend on the order in memory
+    )
 
 
 def _basis(columns: Float[Tensor, "n r"]) -> Float[Tensor, "n r"]:

@@ -58,9 +58,8 @@ class Network:
         mixed = mixing(graphs[0], self.weights, names)
         if self.link_failure or apart or not everybody:
             without(mixed, [])
-        if not getattr(
-            self.topology, "redraw", False
-        ):  # a graph that is drawn anew connects everybody sooner or later
+        # a graph that is drawn anew connects everybody sooner or later
+        if not getattr(self.topology, "redraw", False):
             refuse_disconnected(graphs, names, apart)
 
     @property

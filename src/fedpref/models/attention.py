@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
+from inspect import signature
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float
@@ -19,14 +20,20 @@ from torch import Tensor, nn
 from fedpref.models.packed import Layout
 
 ATTENTION = "fedpref_packed"
-Attend = Callable[
-    [Tensor, Tensor, Tensor, float], Tensor
-]  # query [1, H, N, D], key and value [1, K, N, D], scaling -> [1, N, H, D]
-Kernel = Callable[[Layout], Attend]
+# query [1, H, N, D], key and value [1, K, N, D], scaling -> [1, N, H, D]
+Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
-_ATTEND: ContextVar[tuple[Attend, int] | None] = ContextVar(
-    "attend", default=None
-)  # and how far back it may reach
+
+class Kernel(Protocol):
+    """A way to attend: a function from a layout to an attention over it."""
+
+    __name__: str
+
+    def __call__(self, layout: Layout) -> Attend: ...
+
+
+# and how far back it may reach
+_ATTEND: ContextVar[tuple[Attend, int] | None] = ContextVar("attend", default=None)
 
 
 @contextmanager
@@ -108,9 +115,8 @@ def by_sequence(layout: Layout) -> Attend:
         if groups > 1:
             key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
         masks = of(query.dtype)
-        if (
-            query.dtype == torch.bfloat16 and not query.is_cuda
-        ):  # the fused kernel's backward is slow in bfloat16 on a CPU
+        # the fused kernel's backward is slow in bfloat16 on a CPU
+        if query.dtype == torch.bfloat16 and not query.is_cuda:
             plain: Any = _Attention.apply
             mixed: Tensor = plain(query[0], key[0], value[0], scaling, bounds, masks)
             return mixed[None].transpose(1, 2)
@@ -189,6 +195,7 @@ def by_variable_length(layout: Layout) -> Attend:
     """
     from torch.nn.attention.varlen import varlen_attn
 
+    knows_groups = "enable_gqa" in signature(varlen_attn).parameters  # not before PyTorch 2.12
     places: list[int] = []
     queries, keys = [0], [0]
     for begin, opening, *ends in layout.sequences:
@@ -203,12 +210,13 @@ def by_variable_length(layout: Layout) -> Attend:
     longest = [max(end - begin for begin, end in pairwise(values)) for values in (queries, keys)]
 
     def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        groups = query.shape[1] // key.shape[1]
+        settings: dict[str, Any] = {"scale": scaling, "window_size": (-1, 0)}
+        if knows_groups:
+            settings["enable_gqa"] = groups > 1
+        elif groups > 1:
+            key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
         rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
-        settings: dict[str, Any] = {
-            "scale": scaling,
-            "window_size": (-1, 0),
-            "enable_gqa": query.shape[1] > key.shape[1],
-        }
         arguments: list[Any] = [
             rows[0][: queries[-1]],
             rows[1][seen],

@@ -18,9 +18,8 @@ def wanted(name: str) -> torch.device:
     Raises:
         UserError: There is no such device.
     """
-    os.environ.setdefault(
-        "PYTORCH_NVML_BASED_CUDA_CHECK", "1"
-    )  # count GPUs without opening one: an open one cannot be forked
+    # count GPUs without opening one: an open one cannot be forked
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -125,9 +125,8 @@ class TextEncoder:
             if hasattr(tokenizer, "backend_tokenizer")
             else {"name": str(tokenizer)}
         )
-        kept = {
-            name: rule for name, rule in rules.items() if name not in ("padding", "truncation")
-        }  # which calls set as they go
+        # which calls set as they go
+        kept = {name: rule for name, rule in rules.items() if name not in ("padding", "truncation")}
         used = (
             f"{self.settings.dtype} {self.wanted.type} {self.model} "
             f"{getattr(self.model, 'config', '')} {json.dumps(kept)}"
@@ -153,9 +152,8 @@ class TextEncoder:
                 list(texts), convert_to_tensor=True, show_progress_bar=False
             )
             return found.float().cpu()
-        ids = [
-            self.tokenizer(text)["input_ids"][-self.longest :] for text in texts
-        ]  # the end is what sets options apart
+        # the end is what sets options apart
+        ids = [self.tokenizer(text)["input_ids"][-self.longest :] for text in texts]
         vectors = torch.empty(len(texts), self.dimensions)
         for batch in self._batches([len(one) for one in ids]):
             width = max(len(ids[i]) for i in batch)

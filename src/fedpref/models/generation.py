@@ -108,9 +108,8 @@ def _changes(language: LanguageModel, adapter: Tree) -> Iterator[tuple[Any, Tens
     parameters = dict(language.model.named_parameters())
     for name, place in language.parameter_names.items():
         there = parameters[place].data
-        there.zero_()[tuple(map(slice, adapter[name].shape))] = adapter[
-            name
-        ]  # which may have a lower rank
+        # which may have a lower rank
+        there.zero_()[tuple(map(slice, adapter[name].shape))] = adapter[name]
     for layer in language.model.modules():
         if hasattr(layer, "get_delta_weight") and layer.active_adapters:
             yield layer.get_base_layer(), layer.get_delta_weight("default").float()

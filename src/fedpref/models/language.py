@@ -101,9 +101,8 @@ class LanguageModel:
         self.settings = settings
         self.wanted = devices.wanted(settings.device)
         self.device = torch.device("cpu")
-        known = (
-            self.wanted.type == "cpu" or settings.dtype != "auto"
-        )  # what a GPU computes in is seen when it is opened
+        # what a GPU computes in is seen when it is opened
+        known = self.wanted.type == "cpu" or settings.dtype != "auto"
         dtype: Any = devices.arithmetic(settings.dtype, self.wanted) if known else "auto"
         path = (
             str(files("fedpref.models") / "builtin") if settings.path == BUILTIN else settings.path
@@ -174,9 +173,8 @@ class LanguageModel:
     def _settle(self, device: torch.device) -> None:
         self.device, self.dtype = device, devices.arithmetic(self.settings.dtype, device)
         self.model.to(device)
-        for parameter in (
-            self.model.parameters() if device.type == "cuda" else ()
-        ):  # buffers stay: positions need float32
+        # buffers stay: positions need float32
+        for parameter in self.model.parameters() if device.type == "cuda" else ():
             parameter.data = parameter.data.to(self.dtype)
         problem = self._packing_problem()
         self.packs = problem is None
@@ -401,6 +399,12 @@ class LanguageModel:
                     problem = str(error) or type(error).__name__
                 else:
                     if distance <= tolerance:
+                        if problem:
+                            warnings.warn(
+                                f"{self.name}: the fastest attention does not run here "
+                                f"({problem}); {kernel.__name__} is used.",
+                                stacklevel=5,
+                            )
                         self.kernel = kernel
                         return None
                     problem = f"hidden states differ by {distance:.2g} of their size"
@@ -445,9 +449,8 @@ class LanguageModel:
             {name: tensor for name, tensor in params.items() if name not in NAMES}
         )
         config = self.model.peft_config["default"]
-        times = (
-            2 if any(name.startswith(OWN_ADAPTER) for name in params) else 1
-        )  # two adapters as one of twice the rank
+        # two adapters as one of twice the rank
+        times = 2 if any(name.startswith(OWN_ADAPTER) for name in params) else 1
         replace(config, r=times * config.r, lora_alpha=times * config.lora_alpha).save_pretrained(
             str(folder)
         )
@@ -487,9 +490,8 @@ class LanguageModel:
             ]
         except TemplateError as error:
             raise ValueError(str(error)) from error
-        if not all(
-            text.startswith(opening) for text in whole
-        ):  # a template that writes a turn differently once it is answered
+        # a template that writes a turn differently once it is answered
+        if not all(text.startswith(opening) for text in whole):
             opening = os.path.commonprefix([opening, *whole])
         ids: list[int] = self.tokenizer(opening, add_special_tokens=False)["input_ids"]
         return ids, [self._closed(text[len(opening) :]) for text in whole]
@@ -506,9 +508,8 @@ class LanguageModel:
     def _closed(self, answer: str) -> list[int]:
         ids: list[int] = self.tokenizer(answer, add_special_tokens=False)["input_ids"]
         end = self.tokenizer.eos_token_id
-        return (
-            ids if end is None or end in ids[-2:] else [*ids, end]
-        )  # a template may close with end token and line break
+        # a template may close with end token and line break
+        return ids if end is None or end in ids[-2:] else [*ids, end]
 
     @property
     def stops(self) -> list[int]:

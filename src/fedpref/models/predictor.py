@@ -166,9 +166,8 @@ def _drawn(name: str, shapes: Mapping[str, tuple[int, ...]], rng: torch.Generato
     if name.endswith("in_proj_bias") or name.endswith("out_proj.bias"):
         return torch.zeros(shape)
     inputs = shapes[name.replace("bias", "weight")][1]
-    limit = (
-        math.sqrt(6 / sum(shape)) if name.endswith("in_proj_weight") else 1 / math.sqrt(inputs)
-    )  # Xavier's, of all three together
+    # Xavier's, of all three together
+    limit = math.sqrt(6 / sum(shape)) if name.endswith("in_proj_weight") else 1 / math.sqrt(inputs)
     return torch.empty(shape).uniform_(-limit, limit, generator=rng)
 
 

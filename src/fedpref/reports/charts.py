@@ -13,6 +13,7 @@ from markupsafe import escape
 from fedpref.numerics.metrics import ACCURACY
 from fedpref.reports.run import Line, Run
 
+# told apart by the colour-blind too
 COLOURS = (
     "#0072B2",
     "#D55E00",
@@ -22,7 +23,7 @@ COLOURS = (
     "#56B4E9",
     "#8A6FD1",
     "#7F7F7F",
-)  # told apart by the colour-blind too
+)
 DOTTED = {"dash": "dot", "width": 1, "color": "#888888"}
 DASHES = ("solid", "dash", "dot")
 FEW = 24  # clients whose names fit beside bars

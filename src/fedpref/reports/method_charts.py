@@ -145,9 +145,8 @@ def graph(runs: Sequence[Run]) -> Iterator[Chart]:
 
 def objectives(runs: Sequence[Run]) -> Iterator[Chart]:
     """Yield charts of what objectives come to, and of their weights, over rounds."""
-    several = (
-        len(list(every_line(runs))) > 1
-    )  # then objectives are told apart by dashes, otherwise by colours
+    # then objectives are told apart by dashes, otherwise by colours
+    several = len(list(every_line(runs))) > 1
     reached, weighed = [], []
 
     def drawn(name: str, x: Sequence[Any], y: Sequence[Any], number: int, k: int) -> dict[str, Any]:

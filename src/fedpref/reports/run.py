@@ -32,9 +32,8 @@ from fedpref.numerics.metrics import (
     standard_error,
 )
 
-Values = dict[
-    str, float
-]  # client -> its value of the metric by which clients are compared, in that metric's unit
+# client -> its value of the metric by which clients are compared, in that metric's unit
+Values = dict[str, float]
 
 
 @dataclass(frozen=True)

@@ -154,11 +154,12 @@ class Classifier(RewardSettings):
                 seconds = answers
             else:
                 texts = [text + answer for text, answer in zip(texts, answers, strict=True)]
+            # a template has written its own
             options = {
                 "padding": True,
                 "truncation": True,
                 "add_special_tokens": not talks,
-            }  # a template has written its own
+            }
             return tokenizer(texts, seconds, **options, return_tensors="pt").to(self.device)
 
         @torch.no_grad()

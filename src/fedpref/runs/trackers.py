@@ -14,10 +14,11 @@ from typing import Any, Protocol
 from fedpref.errors import UserError
 from fedpref.experiments.rounds import Event
 
+# what trackers would tell their makers
 SILENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "WANDB_ERROR_REPORTING": "false",
-}  # what trackers would tell their makers
+}
 
 
 class Tracker(Protocol):
@@ -108,9 +109,8 @@ class WandB:
         self._run = _module("wandb").init(
             project=project, name=folder.name, dir=str(folder), config=dict(content), mode=mode
         )
-        self._run.define_metric(
-            "*", step_metric="round"
-        )  # wandb's own steps only go up, and each line begins at round 1
+        # wandb's own steps only go up, and each line begins at round 1
+        self._run.define_metric("*", step_metric="round")
 
     def log(self, round: int, figures: Mapping[str, float]) -> None:
         self._run.log({"round": round, **figures})

@@ -32,9 +32,8 @@ SHELL = ("bash", "sh")
 KILL_SECONDS = (
     10.0  # in which a killed process is gone, unless the system holds it or it is another user's
 )
-PROMPT = {
-    "NVFLARE_CLIENT_OUTCOME_WAIT_TIMEOUT": "15"
-}  # seconds that a server waits at a job's end for sites that have died
+# seconds that a server waits at a job's end for sites that have died
+PROMPT = {"NVFLARE_CLIENT_OUTCOME_WAIT_TIMEOUT": "15"}
 TEMPLATE = """# What this site brings to experiments, and what it consents to. This file stays here.
 # All keys: docs/sites.md.
 # rows with prompt, chosen, rejected; the path is as seen from this file
@@ -184,9 +183,8 @@ def _restrict(local: Path) -> None:
     if resources.exists():
         content = json.loads(resources.read_text())
         content["class_allow_list"] = CLASSES
-        if (
-            "allow_log_streaming" in content
-        ):  # a site's log may hold its rows, and goes to the server by default
+        # a site's log may hold its rows, and goes to the server by default
+        if "allow_log_streaming" in content:
             content["allow_log_streaming"] = False
             content["components"] = [
                 one for one in content["components"] if one["id"] != "site_log_streamer"

@@ -187,9 +187,8 @@ def recipe(
         min_clients=min_sites,
         sync_task_timeout=seconds,
     )
-    made.finalize().set_app_packages(
-        ["fedpref", type(coordinator).__module__.split(".")[0]]
-    )  # which are there already
+    # which are there already
+    made.finalize().set_app_packages(["fedpref", type(coordinator).__module__.split(".")[0]])
     return made
 
 

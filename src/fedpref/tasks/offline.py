@@ -29,9 +29,8 @@ POOL = (
     4  # a batch is drawn from this many times its size, so that its examples are of similar length
 )
 SCORING_BATCH = 16  # examples of a batch where each is seen once
-SAMPLING = Sampling(
-    max_completion_length=64, temperature=0.7
-)  # of answers that are drawn to be read
+# of answers that are drawn to be read
+SAMPLING = Sampling(max_completion_length=64, temperature=0.7)
 
 PerExample = Float[Tensor, " B"]
 

@@ -41,9 +41,10 @@ def _bounds(values: tuple[float, ...]) -> tuple[float, float]:
 
 def told(run: Run) -> dict[str, Any]:
     """Return what the page says of a run."""
+    # the first of each client first
     ranked = sorted(
         (k, client, row) for client, rows in run.samples.items() for k, row in enumerate(rows)
-    )  # the first of each client first
+    )
     return {
         "title": run.title,
         "words": words(run),

@@ -17,9 +17,8 @@ FAIRNESS = {
     "gap": "gap",
     "jain": "Jain index",
 }
-Column = tuple[
-    Run, Mapping[str, float], str
-]  # of a table: whose, clients' values, the sign they are written with
+# of a table: whose, clients' values, the sign they are written with
+Column = tuple[Run, Mapping[str, float], str]
 
 
 def fairness(runs: Sequence[Run]) -> tuple[list[str], list[tuple[str, list[str]]]]:
