@@ -336,9 +336,7 @@ def bounds(repetitions: int, quick: bool) -> Iterator[Law]:
 
     difference = normal(draws, dimensions)
     # where gradient and Hessian are largest
-    theta = torch.cat(
-        [-10 * difference[: draws // 2], torch.zeros_like(difference[draws // 2 :])]
-    )
+    theta = torch.cat([-10 * difference[: draws // 2], torch.zeros_like(difference[draws // 2 :])])
     slopes = torch.vmap(torch.func.grad(pair))(theta, difference).norm(dim=1) / (
         beta * difference.norm(dim=1)
     )

@@ -1,8 +1,9 @@
-"""What personal parts gain: FedPDPO against one model for all, its ablations, and other ways to
+r"""What personal parts gain: FedPDPO against one model for all, its ablations, and other ways to
 personalise.
 
     python benchmarks/fedpdpo.py --data FOLDER
-    python benchmarks/fedpdpo.py --data FOLDER --datasets shipped persona --lines global ablations personal --seeds 5
+    python benchmarks/fedpdpo.py --data FOLDER --datasets shipped persona \\
+        --lines global ablations personal --seeds 5
 
 Every line takes equally many local steps a round on one split, over both phases or adapters where
 there are two. Runs are kept under --output and not done again. Without --data, the shipped clients

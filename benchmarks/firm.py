@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -444,14 +445,11 @@ def speed(steps: int, turns: int) -> dict[str, float]:
                     0, learner, learner.encode(data), seeds.generator(turn, "speed"), 0, 1
                 )
                 adapter = learner.init(seeds.generator(0, "init"))
-                seconds[name].append(
-                    used(lambda: train_locally(client, adapter, local, {}, objectives=objectives))
-                )
+                step = partial(train_locally, client, adapter, local, {}, objectives=objectives)
+                seconds[name].append(used(step))
             seconds["trl"].append(used(theirs))
     # the first turn warms up
-    medians = {
-        name: statistics.median(values[1:]) for name, values in seconds.items()
-    }
+    medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}
     return {
         "speed_ratio_trl": medians["trl"] / medians["sum"],
         "speed_ratio_trl_firm": medians["trl"] / medians["firm"],

@@ -53,7 +53,8 @@ app = ClientApp()
 
 @app.train()
 def train(message, context):
-    return Message(RecordDict({"arrays": message.content["arrays"], "metrics": MetricRecord({"num-examples": 1})}), reply_to=message)
+    content = {"arrays": message.content["arrays"], "metrics": MetricRecord({"num-examples": 1})}
+    return Message(RecordDict(content), reply_to=message)
 """
 SERVER = """
 import json, os, time
@@ -69,8 +70,10 @@ def main(grid, context):
     settings, marks = context.run_config, []
     while len(list(grid.get_node_ids())) < settings["nodes"]:
         time.sleep(0.2)
-    strategy = FedAvg(fraction_train=1.0, fraction_evaluate=0.0, min_train_nodes=settings["nodes"], min_available_nodes=settings["nodes"])
-    start = ArrayRecord({"theta": Array(np.random.default_rng(0).standard_normal(settings["elements"]).astype(np.float32))})
+    nodes = dict.fromkeys(("min_train_nodes", "min_available_nodes"), settings["nodes"])
+    strategy = FedAvg(fraction_train=1.0, fraction_evaluate=0.0, **nodes)
+    theta = np.random.default_rng(0).standard_normal(settings["elements"]).astype(np.float32)
+    start = ArrayRecord({"theta": Array(theta)})
     strategy.start(grid=grid, initial_arrays=start, num_rounds=settings["rounds"], timeout=600,
                    evaluate_fn=lambda number, arrays: marks.append(time.perf_counter()))
     beside = settings["out"] + ".part"
@@ -237,9 +240,7 @@ def main() -> None:
                 with suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
             # its helpers have sessions of their own
-            subprocess.run(
-                ["pkill", "-9", "-f", f"{BIN}/fl(wr|ower)-"]
-            )
+            subprocess.run(["pkill", "-9", "-f", f"{BIN}/fl(wr|ower)-"])
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ def plain(steps: int, rate: float) -> LocalTraining:
 
 
 def clients(count: int, pairs: int, dimensions: int, apart: float, seed: int) -> list[Pairs]:
-    """Clients with their own pairs, who prefer by a common taste and so much of one of their own."""
+    """Clients with their own pairs, who prefer by a common taste and `apart` of their own."""
     rng = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:

@@ -1,8 +1,10 @@
 """What a local step reaches on one device: seconds, tokens a second, peak memory, and its share of
 the device's matrix rate.
 
-    python benchmarks/one_device.py                 # a 1 B-parameter Llama of random weights on a GPU, where there is one
-    python benchmarks/one_device.py --quick         # a small one, on whatever there is
+    # a 1 B-parameter Llama of random weights on a GPU, where there is one
+    python benchmarks/one_device.py
+    # a small one, on whatever there is
+    python benchmarks/one_device.py --quick
 
 The work is that of benchmarks/throughput.py: a LoRA adapter of rank 8 on all linear layers, AdamW,
 pairs with the lengths of hh-rlhf's. Floating-point operations are counted as 4 a frozen weight and
@@ -81,9 +83,7 @@ def measure(
         client = Client(0, task, shard, seeds.generator(0, "train", round=step), 0, 1)
         begun = time.perf_counter()
         # ends with a copy to the CPU, so all is done
-        metrics = train_locally(client, start, LocalTraining(steps=1, batch_size=batch), {})[
-            2
-        ]
+        metrics = train_locally(client, start, LocalTraining(steps=1, batch_size=batch), {})[2]
         seconds.append(time.perf_counter() - begun)
         tokens.append(metrics["num_tokens"])
         operations.append(tokens[-1] * (4 * frozen + 6 * adapter + share * 4 * head))

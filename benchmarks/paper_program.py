@@ -59,9 +59,7 @@ def small_gpt2(tokenizer: Path, folder: Path, layers: int = 4, width: int = 384)
     }
     ends = {"bos_token_id": words.eos_token_id, "eos_token_id": words.eos_token_id}
     # dropout slows a short run, and ours has none
-    ends |= dict.fromkeys(
-        ("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0
-    )
+    ends |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     model = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(vocab_size=len(words), **shape, **ends)
     )

@@ -358,7 +358,7 @@ def other_table(name: str, lines: Mapping[str, Line]) -> Table:
 
 
 def figures(lines: Mapping[str, Line]) -> dict[str, float]:
-    """Rounds saved, alignment gained on unseen groups, and how much fairer the centralised line is."""
+    """Rounds saved, alignment gained on unseen groups, and how much fairer the pooled line is."""
     found = {}
     for suffix, (federated, centralised) in PAIRS.items():
         ours, theirs = lines[federated], lines[centralised]

@@ -59,11 +59,13 @@ BUILTIN = Path(__file__).resolve().parent.parent / "src/fedpref/models/builtin"
 BATCH = 8
 # Tokens of (prompt, chosen, rejected) of 64 random pairs of hh-rlhf's helpful-base and harmless-
 # base, of those that fit 512 tokens
-LENGTHS = """154 94 80 22 45 30 165 200 50 124 17 37 106 49 21 233 72 95 355 19 49 134 20 32 153 17 178 188 63 118 207 11 18 89 23 88 60 43
-45 98 56 65 66 15 10 194 76 138 224 55 60 153 116 26 25 45 74 275 83 200 107 58 87 124 58 193 20 104 149 353 8 16 151 18 7 375 77 67 109
-56 56 241 6 23 13 26 5 110 20 19 18 21 50 18 11 178 182 121 82 22 9 158 128 54 54 185 57 20 59 32 187 270 14 60 32 36 23 21 52 66 121 48
-11 98 63 71 102 20 79 21 16 13 15 39 101 148 56 135 23 42 37 191 19 169 422 33 8 191 4 4 422 88 39 15 5 16 25 17 129 149 27 46 331 30 60
-238 46 48 90 17 6 152 44 81 112 15 7 267 50 116 329 48 26 174 102 41 175 66 35 111 106 103"""
+LENGTHS = """154 94 80 22 45 30 165 200 50 124 17 37 106 49 21 233 72 95 355 19 49 134 20 32 153
+17 178 188 63 118 207 11 18 89 23 88 60 43 45 98 56 65 66 15 10 194 76 138 224 55 60 153 116 26 25
+45 74 275 83 200 107 58 87 124 58 193 20 104 149 353 8 16 151 18 7 375 77 67 109 56 56 241 6 23 13
+26 5 110 20 19 18 21 50 18 11 178 182 121 82 22 9 158 128 54 54 185 57 20 59 32 187 270 14 60 32
+36 23 21 52 66 121 48 11 98 63 71 102 20 79 21 16 13 15 39 101 148 56 135 23 42 37 191 19 169 422
+33 8 191 4 4 422 88 39 15 5 16 25 17 129 149 27 46 331 30 60 238 46 48 90 17 6 152 44 81 112 15 7
+267 50 116 329 48 26 174 102 41 175 66 35 111 106 103"""
 SMALL = {
     "hidden_size": 256,
     "num_hidden_layers": 4,
@@ -156,7 +158,7 @@ def fedpref(model: Path, size: int) -> Callable[[int], None]:
 
 
 def peft(model: Path, size: int) -> Callable[[int], None]:
-    """What a careful user writes: padded batches, all logits, the reference scored once beforehand."""
+    """A careful user's loop: padded batches, all logits, the reference scored once beforehand."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
     from trl.trainer.dpo_trainer import DataCollatorForPreference
@@ -489,7 +491,7 @@ def own_figures(quick: bool) -> list[Callable[[], dict[str, float]]]:
 
 
 def accuracies() -> dict[str, float]:
-    """StoredValues-out accuracy of the demo's federated line, its steps as they are and in float32,
+    """Held-out accuracy of the demo's federated line, its steps as they are and in float32,
     and how far apart they are.
     """
     found, errors = [], []

@@ -241,7 +241,7 @@ def worker(
 
 
 def pack(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor:
-    """The texts in a row, each ended by END, cut into blocks of CONTEXT tokens: [blocks, CONTEXT]."""
+    """The texts in a row, each ended by END, cut into blocks [blocks, CONTEXT] of tokens."""
     stream = [
         i
         for ids in tokenizer([t.removesuffix(END) for t in texts])["input_ids"]
@@ -271,22 +271,25 @@ pipeline_tag: text-generation
 ---
 # fedpref-tiny
 
-A Llama-architecture language model of {VOCABULARY:,} byte-level BPE tokens, 4 layers of width 256 and {CONTEXT} tokens of context
-(4.2 M parameters, bfloat16), pretrained by `scripts/pretrain.py` so that fedpref's demo and tests need no download. It writes plausible
-short English and knows nothing: it is a test object for preference alignment, not an assistant. One source
+A Llama-architecture language model of {VOCABULARY:,} byte-level BPE tokens, 4 layers of width 256
+and {CONTEXT} tokens of context (4.2 M parameters, bfloat16), pretrained by `scripts/pretrain.py` so
+that fedpref's demo and tests need no download. It writes plausible short English and knows
+nothing: it is a test object for preference alignment, not an assistant. One source
 (`hh_rlhf_harmless`) holds offensive text, so the model may write such text too.
 
 ## Data
-Each source's rows were cut at random into 99 % for training and 1 % held out. Of every preference set only the training side was used.
+Each source's rows were cut at random into 99 % for training and 1 % held out. Of every preference
+set only the training side was used.
 
 | source | origin | licence | training tokens |
 |---|---|---|---|
 {table}
 
-Trained on {tokens:,} tokens ({unique:,} different ones), Muon for the hidden matrices and AdamW for the rest, bfloat16 arithmetic.
+Trained on {tokens:,} tokens ({unique:,} different ones), Muon for the hidden matrices and AdamW for
+the rest, bfloat16 arithmetic.
 Licence texts stand in LICENSES/. The weights are released under Apache-2.0.
 
-## StoredValues-out perplexity (per token of its own tokenizer)
+## Held-out perplexity (per token of its own tokenizer)
 | source | perplexity |
 |---|---|
 {held}

@@ -20,6 +20,7 @@ from fedpref import Experiment, UserError, config, resume, run
 from fedpref.algorithms import Alone, FedDPO, Pooled
 from fedpref.data import ClientData, Preference
 from fedpref.engines import Simulation
+from fedpref.engines.per_client import StoredValues
 from fedpref.experiments.rounds import evaluate, events, new_directory
 from fedpref.experiments.run_directory import RunDirectory
 from fedpref.federation.local_training import LocalTraining, train_locally
@@ -169,6 +170,7 @@ def test_accumulated_batches_are_one_large_batch(settings: dict[str, Any], learn
             optim="sgd",
             learning_rate=0.1,
             warmup_ratio=0.0,
+            max_grad_norm=1e9,  # or the norm would be the same whatever the sum is divided by
         )
         results.append(
             train_locally(replace(client(learner, settings), shard=shard), start, local, {})[0]
@@ -525,6 +527,16 @@ def test_a_failure_in_a_worker_reaches_the_user(settings: dict[str, Any]) -> Non
         with pytest.raises(RuntimeError, match=r"in the work of client \d"):
             engine.each(evaluate, {"no such": torch.zeros(1)})
         assert engine.disclose(engine.each(names))[3] == {"client-3": 3.0}
+
+
+def test_memory_holds_as_many_values_as_there_is_room_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    tree = {"x": torch.ones(100)}  # 400 bytes
+    values = StoredValues[Any](1000, ((i, tree) for i in range(4)))
+    assert len(list(tmp_path.glob("fedpref-*"))) == 2, "the first two are in memory"
+    assert all(torch.equal(values[i]["x"], tree["x"]) for i in values)
 
 
 @pytest.mark.parametrize("workers", [1, 2])

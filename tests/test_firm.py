@@ -141,6 +141,16 @@ def test_an_update_follows_the_weighted_gradients_and_critics_their_own(layers: 
     assert torch.allclose(theta[f"{CRITIC}b"].grad, theta[f"{CRITIC}b"].exp() / 2)  # type: ignore[arg-type]
 
 
+def test_accumulated_batches_of_several_objectives_add_up() -> None:
+    objectives = Objectives(lambda gram: torch.tensor([0.25, 0.75]))
+    theta, once = leaves(), leaves()
+    for _ in range(2):
+        objectives.backward(two_losses(theta), theta, 2)
+    objectives.backward(two_losses(once), once, 1)
+    for name, leaf in theta.items():
+        torch.testing.assert_close(leaf.grad, once[name].grad)
+
+
 def test_fixed_weights_are_one_backward_pass_of_their_sum() -> None:
     theta = leaves()
     assert Objectives(torch.tensor([0.5, 0.5])).backward(two_losses(theta), theta, 1) == [0.5, 0.5]

@@ -64,6 +64,14 @@ def test_every_part_of_an_address_changes_the_draw() -> None:
     assert torch.equal(first, again)
 
 
+def test_the_worst_decile_is_at_least_a_tenth_of_the_clients() -> None:
+    values = {str(i): float(i) for i in range(12)}
+    summary = over_clients(values, dict.fromkeys(values, 1))
+    assert summary["worst_decile"] == 0.5, "two of twelve, not one"
+    down = over_clients(values, dict.fromkeys(values, 1), low_is_good=True)
+    assert (down["worst"], down["worst_decile"]) == (11.0, 10.5)
+
+
 def test_summaries_over_clients_have_their_closed_forms() -> None:
     values, counts = {"a": 1.0, "b": 0.5, "c": 0.0}, {"a": 10, "b": 30, "c": 10}
     summary = over_clients(values, counts)

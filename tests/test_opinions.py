@@ -339,6 +339,20 @@ def test_a_draw_keeps_context_and_targets_apart_and_groups_too(
         assert 3 <= len(context) <= 8
 
 
+def test_small_groups_always_have_a_target_left(content: dict[str, Any], tmp_path: Path) -> None:
+    engine, task = simulation(content, tmp_path)
+    bounds = {"context_questions": [90, 99], "target_questions": [90, 99]}
+    greedy = config.parse(OpinionTask, {**content["task"], **bounds}, "task").build()
+    greedy.known = task.known
+    seen: list[Any] = []
+    greedy._batch = lambda tasks: seen.extend(tasks)
+    shard = engine._shards[0]
+    greedy.draw({}, {}, shard, BatchSize(5), torch.Generator().manual_seed(0))
+    assert [(len(context), len(targets)) for context, targets in seen] == [
+        (len(shard.train) - 1, 1)
+    ] * 5
+
+
 def test_alignments_are_those_of_the_papers() -> None:
     p, y = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0.0, 0.0, 1.0])
     assert alignment(p, p) == 1

@@ -210,6 +210,22 @@ def test_tokens_are_drawn_as_often_as_the_model_says(model: LanguageModel) -> No
         )
 
 
+def test_any_of_several_end_tokens_ends_an_answer(models: Callable[[str], Path]) -> None:
+    model = LanguageModel(Model(path=str(models("llama")), lora_r=4, dtype="float32"))
+    settings = Sampling(max_completion_length=6, temperature=1e-3)
+
+    def drawn() -> tuple[int, ...]:
+        rng = torch.Generator().manual_seed(0)
+        return generate(model, None, [(7, 8, 9)], 1, settings, rng)[0]
+
+    answer = drawn()
+    assert len(answer) > 2
+    first, end = answer[0], model.tokenizer.eos_token_id
+    model.model.generation_config.eos_token_id = [end, 5, first]
+    assert model.stops == sorted({end, 5, first})
+    assert drawn() == (first,), "the last of the list ends it too"
+
+
 def test_an_adapter_of_a_lower_rank_is_drawn_from_as_it_is(model: LanguageModel) -> None:
     params, prompt = adapter(model), model.encode("Which thing?", "")[0]
     cut = {name: t[:2] if ".lora_A" in name else t[:, :2] for name, t in params.items()}

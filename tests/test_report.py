@@ -68,6 +68,19 @@ def runs(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> 
     return made
 
 
+def test_noise_is_two_standard_errors_of_both_lines_pairs(runs: dict[str, Run]) -> None:
+    one = runs["averaged"]
+    noise, gains = one.noise("alone"), one.gains("alone")
+    assert noise.keys() == gains.keys() == one.line.last.keys()
+    for client, row in one.line.last.items():
+        both = 0.0
+        for line in (row, one.baselines["alone"].last[client]):
+            pairs = line["num_examples"]
+            p = (line["rewards/accuracies"] * pairs + 1) / (pairs + 2)
+            both += p * (1 - p) / pairs
+        assert noise[client] == pytest.approx(2 * 100 * both**0.5)
+
+
 def test_what_the_page_says_is_what_the_run_says(runs: dict[str, Run]) -> None:
     one = runs["averaged"]
     text = page([one])

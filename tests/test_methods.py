@@ -1,0 +1,233 @@
+"""Each method's step against its equation, on quadratics whose local training has a closed form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fedpref.algorithms import FSMGDA, Clustered, Ditto, FedDPA, FedPer, FedSA, Scaffold
+from fedpref.engines import Simulation
+from fedpref.engines.per_client import stored
+from fedpref.models.own_parts import HEAD, OWN_ADAPTER, Parts
+from fedpref.numerics import trees
+from fedpref.numerics.trees import Tree
+from test_optimisers import CLIENTS, PLAIN, Bowl, Bowls, local_change
+
+STEPS, RATE = PLAIN.steps, PLAIN.learning_rate
+START = 2.0
+
+
+class Sums(Bowls):
+    """The quadratic of the sum of all parameters: a shared part and a client's own have the same
+    gradient.
+    """
+
+    names: tuple[str, ...] = ("x",)
+    own: tuple[str, ...] = ()
+
+    def __init__(self, *names: str, own: Sequence[str] = ()) -> None:
+        self.names, self.own = names, tuple(own)
+
+    def init(self, rng: torch.Generator) -> Tree:
+        return {name: torch.full((2,), START / len(self.names)) for name in self.names}
+
+    def parts(self, settings: Parts, rng: torch.Generator) -> Tree:
+        return {name: torch.zeros(2) for name in self.own}
+
+    def losses(self, params: Tree, batch: Bowl) -> tuple[Tensor, Mapping[str, float]]:
+        whole = torch.stack([params[name] for name in (*self.names, *self.own)]).sum(0)
+        return (0.5 * batch.curvature * (whole - batch.centre).square().sum())[None], {}
+
+
+def driven(
+    algorithm: Any,
+    task: Any,
+    rounds: int,
+    clients: Sequence[tuple[float, float]] = CLIENTS,
+    cohorts: Sequence[Sequence[int]] | None = None,
+) -> Any:
+    """The state after so many rounds."""
+    shards = [Bowl(str(i), *numbers) for i, numbers in enumerate(clients)]
+    engine = Simulation(task, shards, seed=0, rounds=rounds)
+    state = algorithm.init(engine, task.init(torch.Generator()))
+    for round in range(rounds):
+        engine.begin(round, cohorts[round] if cohorts else engine.clients)
+        state, _ = algorithm.step(engine, state)
+    return state
+
+
+def of(values: Any, client: int, name: str) -> float:
+    first, second = stored(values)[client][name].tolist()
+    assert first == second
+    return float(first)
+
+
+def shared_change(whole: float, curvature: float, centre: float) -> float:
+    """What each of two parts that add up to `whole` changes by, trained together."""
+    return local_change(whole, 2 * curvature, centre) / 2
+
+
+def test_dittos_own_adapter_follows_its_loss_and_the_pull_of_the_shared_one() -> None:
+    strength, rounds = 0.7, 3
+    state = driven(Ditto(local=PLAIN, strength=strength), Bowls(), rounds)
+    shared, own = START, [START, START]
+    for _ in range(rounds):
+        for i, (curvature, centre) in enumerate(CLIENTS):
+            # c/2 (x - m)^2 + s/2 (x - w)^2 is a quadratic of curvature c + s
+            both = curvature + strength
+            middle = (curvature * centre + strength * shared) / both
+            own[i] += local_change(own[i], both, middle)
+        shared += sum(local_change(shared, *numbers) for numbers in CLIENTS) / 2
+    assert state.adapter["x"][0].item() == pytest.approx(shared, rel=1e-5)
+    assert [of(state.own, i, "x") for i in (0, 1)] == pytest.approx(own, rel=1e-5)
+
+
+def test_dittos_own_adapter_may_be_trained_otherwise() -> None:
+    personal = replace(PLAIN, steps=2)
+    state = driven(Ditto(local=PLAIN, strength=0.0, personal=personal), Bowls(), 1)
+    own = [START + local_change(START, *numbers, steps=2) for numbers in CLIENTS]
+    assert [of(state.own, i, "x") for i in (0, 1)] == pytest.approx(own, rel=1e-5)
+
+
+def test_feddpas_adapters_are_added_and_trained_together() -> None:
+    name, rounds = OWN_ADAPTER + "x", 3
+    state = driven(FedDPA(local=PLAIN), Sums("x", own=[name]), rounds)
+    shared, own = START, [0.0, 0.0]
+    for _ in range(rounds):
+        changes = [shared_change(shared + own[i], *numbers) for i, numbers in enumerate(CLIENTS)]
+        own = [before + change for before, change in zip(own, changes, strict=True)]
+        shared += sum(changes) / 2
+    assert state.adapter["x"][0].item() == pytest.approx(shared, rel=1e-5)
+    assert [of(state.own, i, name) for i in (0, 1)] == pytest.approx(own, rel=1e-5)
+
+
+def test_fedsa_averages_a_and_keeps_b() -> None:
+    a, b, rounds = "w.lora_A.weight", "w.lora_B.weight", 3
+    state = driven(FedSA(local=PLAIN), Sums(a, b), rounds)
+    shared, own = START / 2, [START / 2, START / 2]
+    for _ in range(rounds):
+        changes = [shared_change(shared + own[i], *numbers) for i, numbers in enumerate(CLIENTS)]
+        own = [before + change for before, change in zip(own, changes, strict=True)]
+        shared += sum(changes) / 2
+    assert state.adapter.keys() == {a}
+    assert stored(state.own)[0].keys() == {b}
+    assert state.adapter[a][0].item() == pytest.approx(shared, rel=1e-5)
+    assert [of(state.own, i, b) for i in (0, 1)] == pytest.approx(own, rel=1e-5)
+
+
+@pytest.mark.parametrize("phases", ["joint", "alternate"])
+def test_fedper_trains_head_and_adapter_together_and_fedrep_the_head_first(phases: Any) -> None:
+    method = FedPer(local=PLAIN, phases=phases, personal_steps=2, head_rate=1.0)
+    rounds = 2
+    state = driven(method, Sums("x", own=[HEAD]), rounds)
+    shared, own = START, [0.0, 0.0]
+    for _ in range(rounds):
+        changes = []
+        for i, (curvature, centre) in enumerate(CLIENTS):
+            if phases == "joint":
+                change = shared_change(shared + own[i], curvature, centre)
+                own[i] += change
+            else:
+                own[i] += local_change(shared + own[i], curvature, centre, steps=2)
+                change = local_change(shared + own[i], curvature, centre, steps=STEPS - 2)
+            changes.append(change)
+        shared += sum(changes) / 2
+    assert state.adapter["x"][0].item() == pytest.approx(shared, rel=1e-5)
+    assert [of(state.own, i, HEAD) for i in (0, 1)] == pytest.approx(own, rel=1e-5)
+
+
+def test_clusters_are_of_clients_with_the_least_loss_and_average_over_these() -> None:
+    clients = ((1.0, 4.0), (3.0, 0.0), (1.0, 5.0))
+    state = driven(Clustered(local=PLAIN, clusters=2), Bowls(), 3, clients)
+    # in the first round clients take turns: 0 and 2 train the first adapter, 1 the second, and
+    # from then on each of them has the least loss with the one that it trained
+    first, second = START, START
+    for _ in range(3):
+        first += sum(local_change(first, *clients[i]) for i in (0, 2)) / 2
+        second += local_change(second, *clients[1])
+    assert state.adapters["0/x"][0].item() == pytest.approx(first, rel=1e-5)
+    assert state.adapters["1/x"][0].item() == pytest.approx(second, rel=1e-5)
+    chosen = [of(state.chosen, i, "x") for i in range(3)]
+    assert chosen == pytest.approx([first, second, first], rel=1e-5)
+
+
+class Pair(Bowls):
+    """Two objectives in the plane: each draws along its own axis, as far as the client says."""
+
+    objectives = ("first", "second")
+
+    def parts(self, settings: Parts, rng: torch.Generator) -> Tree:
+        return {}
+
+    def losses(self, params: Tree, batch: Bowl) -> tuple[Tensor, Mapping[str, float]]:
+        return self.of(params["x"], batch.curvature, batch.centre), {}
+
+    @staticmethod
+    def of(x: Tensor, curvature: float, centre: float) -> Tensor:
+        goals = torch.tensor([[5.0 + centre, START], [START, 6.0 + centre]])
+        return 0.5 * curvature * (x - goals).square().sum(1)
+
+
+def test_fsmgda_takes_the_min_norm_combination_of_mean_changes() -> None:
+    method = FSMGDA(local=PLAIN, server_learning_rate=0.5)
+    state = driven(method, Pair(), 1)
+    x = torch.full((2,), START)
+    changes = []
+    for m in (0, 1):
+        ends = []
+        for curvature, centre in CLIENTS:
+            goal = torch.tensor([[5.0 + centre, START], [START, 6.0 + centre]])[m]
+            ends.append((1 - (1 - RATE * curvature) ** STEPS) * (goal - x))
+        changes.append(torch.stack(ends).mean(0))
+    apart = changes[1] - changes[0]
+    share = float((apart @ changes[1]) / (apart @ apart))  # of the first, at the least length
+    assert 0.001 < share < 0.999
+    expected = x + 0.5 * (share * changes[0] + (1 - share) * changes[1])
+    assert state.adapter["x"].tolist() == pytest.approx(expected.tolist(), rel=1e-4)
+
+
+class Parallel(Pair):
+    """Two objectives of which one draws the same way as the other, and further."""
+
+    @staticmethod
+    def of(x: Tensor, curvature: float, centre: float) -> Tensor:
+        goals = torch.tensor([[3.0, 3.0], [12.0, 12.0]])
+        return 0.5 * (x - goals).square().sum(1)
+
+
+def test_fsmgda_keeps_every_weight_above_a_thousandth() -> None:
+    state = driven(FSMGDA(local=PLAIN), Parallel(), 1)
+    near, far = (local_change(START, 1.0, goal) for goal in (3.0, 12.0))
+    # the least length is that of the nearer one alone; weights of 0.999 and 0.001 sum to one
+    expected = START + 0.999 * near + 0.001 * far
+    assert state.adapter["x"][0].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_scaffolds_mean_control_variate_moves_by_the_cohorts_share() -> None:
+    state = driven(Scaffold(local=PLAIN), Bowls(), 2, cohorts=[(0,), (1,)])
+    x, control, own = START, 0.0, [0.0, 0.0]
+    for client in (0, 1):
+        curvature, centre = CLIENTS[client]
+        seen, y = 0.0, x
+        for _ in range(STEPS):
+            gradient = curvature * (y - centre)
+            seen += gradient / STEPS
+            y -= RATE * (gradient - own[client] + control)
+        x, control = y, control + (seen - own[client]) * 1 / 2
+        own[client] = seen
+    assert state.adapter["x"][0].item() == pytest.approx(x, rel=1e-5)
+    assert state.control["x"][0].item() == pytest.approx(control, rel=1e-5)
+    assert [of(state.own, i, "x") for i in (0, 1)] == pytest.approx(own, rel=1e-5)
+
+
+def test_nested_trees_come_apart_again() -> None:
+    both = {0: {"a": torch.ones(1)}, 10: {"a": torch.zeros(1), "b/c": torch.ones(2)}}
+    nested = trees.nest(both)
+    assert nested.keys() == {"0/a", "10/a", "10/b/c"}
+    assert all(trees.part(nested, key).keys() == tree.keys() for key, tree in both.items())
+    assert trees.part(nested, 1) == {}, "10/... is not under 1"
