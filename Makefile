@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo deploy-demo test test-slow lint docs
+.PHONY: help setup demo deploy-demo test test-slow mutants lint references docs
 
 help:
 	@echo "make setup   create .venv and install fedpref with everything it needs"
@@ -11,6 +11,8 @@ help:
 	@echo "make deploy-demo   a server and three sites on this machine, over mutual TLS"
 	@echo "make test    run the test suite"
 	@echo "make test-slow   what takes minutes: a federation with certificates, every algorithm over simulated sites"
+	@echo "make mutants     how many small errors in the mathematics and the algorithms the tests notice (half an hour)"
+	@echo "make references  write settings, commands and layers into the documents, from the code"
 	@echo "make docs    build the documents into build/site"
 	@echo "make lint    ruff and mypy --strict"
 
@@ -28,6 +30,12 @@ test: setup
 
 test-slow: setup
 	@$(BIN)/python -m pytest -m slow
+
+mutants: setup
+	@OMP_NUM_THREADS=1 $(BIN)/python scripts/mutants.py
+
+references: setup
+	@$(BIN)/python scripts/references.py
 
 docs: setup
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet && echo "documents: build/site/index.html"
