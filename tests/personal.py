@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fedpref.federation.local_training import LocalTraining, train_locally
-from fedpref.federation.verbs import Client, Federation, PerClient, work
+from fedpref.federation.verbs import Algorithm, Client, Federation, PerClient, work
 from fedpref.numerics import trees
 from fedpref.numerics.trees import Tree
 
@@ -38,9 +38,11 @@ def train(
 
 
 @dataclass(frozen=True)
-class Personal:
+class Personal(Algorithm[State]):
     name: Literal["personal"] = "personal"
     local: LocalTraining = LocalTraining()
+
+    works = (begin, train)
 
     def init(self, fed: Federation, start: Tree) -> State:
         return State({n: t for n, t in start.items() if not is_private(n)}, fed.each(begin, start))

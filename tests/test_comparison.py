@@ -13,6 +13,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from fedpref import UserError
+from fedpref.reports import comparison
 from fedpref.reports.comparison import bootstrap, compare, csv_text, markdown
 from fedpref.runs.sweep import parse_variant, plan, sweep
 
@@ -96,6 +97,16 @@ def test_clients_that_differ_between_seeds_are_resampled_within_them(crossed: bo
     values = np.tile(rng.normal(size=12), (3, 1))
     wide, narrow = (np.subtract(*bootstrap(values, crossed=kind)[::-1]) for kind in (True, False))
     assert narrow < 0.8 * wide  # thirty-six clients, not twelve
+
+
+@pytest.mark.parametrize("crossed", [True, False])
+def test_a_bootstrap_in_pieces_is_the_one_in_one_piece(
+    crossed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = np.random.default_rng(3).normal(size=(3, 7))
+    whole = bootstrap(values, crossed=crossed, resamples=1000)
+    monkeypatch.setattr(comparison, "PIECE", 100)
+    assert bootstrap(values, crossed=crossed, resamples=1000) == whole
 
 
 def test_a_single_value_has_no_interval_and_newcomers_have_a_column(tmp_path: Path) -> None:

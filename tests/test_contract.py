@@ -213,6 +213,25 @@ def test_engines_agree_to_the_last_bit(
     assert held_out[0] == held_out[1]
 
 
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_site_that_consents_to_an_algorithm_consents_to_all_that_it_runs(
+    name: str, engines: dict[str, MakeEngine], start: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    algorithm, asked = ALGORITHMS[name], set()
+    each = Simulation.each
+
+    def noting(self: Simulation, work: Any, *args: Any) -> Any:
+        asked.add(work.name)
+        return each(self, work, *args)
+
+    monkeypatch.setattr(Simulation, "each", noting)
+    run = drive(algorithm, engines["simulation"](), start, range(2))
+    run.engine.begin(ROUNDS, run.engine.clients, "join")
+    algorithm.join(run.engine, run.state, 1)
+    assert asked
+    assert asked <= {work.name for work in algorithm.works}
+
+
 @pytest.mark.parametrize(
     "name", ["fedpdpo", "fedpdpo-joint", "fedrep", "feddpa", "ditto", "alone", "decpdpo"]
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from fedpref import Experiment, UserError, config, run
 from fedpref.data import ClientData, Feedback, Preference
 from fedpref.numerics import seeds
 from fedpref.tasks import BatchSize, FeedbackTask
-from fedpref.tasks.feedback import FeedbackLearner
+from fedpref.tasks.feedback import FeedbackLearner, next_others
 
 
 def judged(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -35,6 +36,18 @@ def learner(tiny: Path) -> FeedbackLearner:
     return config.parse(
         FeedbackTask, {"model": {"path": str(tiny), "dtype": "float32"}, "max_length": 40}, "test"
     ).build()
+
+
+def test_the_next_other_value_is_the_one_that_a_search_finds() -> None:
+    def searched(values: list[int], i: int) -> int | None:
+        ahead = [(i + step) % len(values) for step in range(1, len(values))]
+        return next((j for j in ahead if values[j] != values[i]), None)
+
+    rng = random.Random(0)
+    for length in (0, 1, 2, 3, 8, 30):
+        for kinds in (1, 2, 5):
+            values = [rng.randrange(kinds) for _ in range(length)]
+            assert next_others(values) == [searched(values, i) for i in range(length)]
 
 
 def test_every_example_is_compared_with_an_answer_to_another_prompt(

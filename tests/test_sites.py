@@ -21,7 +21,7 @@ from fedpref import Experiment, UserError, config, run
 from fedpref.channel import Sender
 from fedpref.channel.compression import TopK, alike
 from fedpref.engines import Patience, RemoteEngine, Sites
-from fedpref.engines.messages import RefusedError, finite, pack, unpack, version
+from fedpref.engines.messages import FORMAT, RefusedError, finite, pack, unpack, version
 from fedpref.engines.site import Site
 from fedpref.experiments.clients import SimulatedSite
 from fedpref.experiments.rounds import events
@@ -32,6 +32,7 @@ from fedpref.numerics import trees
 from fedpref.numerics.trees import Tree
 from fedpref.sites import kits
 from fedpref.sites.consent import Consenting, SiteFile, consenting
+from fedpref.sites.submitted import LOG, POLL, pause
 from process_engine import Processes, process_engine, shares
 
 LOCAL = LocalTraining(steps=1, batch_size=3, learning_rate=0.01)
@@ -307,6 +308,28 @@ def test_a_site_brings_its_own_data_and_no_private_part_leaves_it(
     )
 
 
+def test_consent_to_an_algorithm_is_to_its_own_work(
+    content: dict[str, Any], site_file: Path, tmp_path: Path
+) -> None:
+    file = replace(SiteFile.load(site_file), algorithms=("choco", "feddpo"))
+    works = {
+        name: Consenting("site", file).host({**content, "algorithm": {"name": name}}, tmp_path).does
+        for name in file.algorithms
+    }
+    assert works["choco"]("choco.follow")
+    assert not works["choco"]("fedpdpo.train")
+    assert not works["choco"]("feddpo.train"), "this experiment is not feddpo"
+    assert works["feddpo"]("feddpo.train")
+    assert not works["feddpo"]("choco.follow")
+
+
+@pytest.mark.parametrize("length", [0, 1, LOG, 10 * LOG, 5_000_000])
+def test_a_long_log_is_fetched_less_often(length: int) -> None:
+    assert pause(length) >= POLL
+    assert length / pause(length) <= LOG / POLL  # bytes a second, however long it is
+    assert pause(length) <= 80.0
+
+
 # ---- several sites
 
 
@@ -543,6 +566,31 @@ def fresh(client: Client) -> Tree:
 @work("test_sites.told")
 def told(client: Client) -> dict[str, float]:
     return {"loss": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("format", "older"), [(None, "the coordinator"), (1, "the coordinator"), (3, "this side")]
+)
+def test_a_message_of_another_format_is_refused_with_who_is_older(
+    format: int | None, older: str, content: dict[str, Any], tmp_path: Path
+) -> None:
+    site = Site("site-0", SimulatedSite(0, 1), tmp_path, Nowhere())
+    header = {"verb": "open", "experiment": content, "run": "r", "resumes": False, "is_known": True}
+    theirs = {} if format is None else {"format": format, "fedpref": "9.9"}
+    answer, _ = unpack(site.answer(pack({**header, **theirs})))
+    assert f"{older} is older" in answer["refused"]
+    assert answer["format"] == FORMAT, "the answer says its own format, so that both sides know"
+
+
+@pytest.mark.parametrize(("format", "older"), [(1, "site site-1"), (3, "this side")])
+def test_an_answer_of_another_format_leaves_its_site_out(
+    format: int, older: str, content: dict[str, Any], tmp_path: Path
+) -> None:
+    direct = Direct(tmp_path)
+    direct.changed["open"] = pack({"format": format, "fedpref": "9.9", "about": {}})
+    assert opened(direct, content).clients == (0, 1)
+    with pytest.raises(UserError, match=f"{older} is older"):
+        Sites(direct, content, "other", Patience())
 
 
 QUORUM = Patience(min_clients=1)

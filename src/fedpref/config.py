@@ -11,7 +11,7 @@ from dataclasses import fields, is_dataclass
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -178,15 +178,29 @@ def _with_names(kind: Any, content: Any) -> Any:
 
 
 def schema(kind: Any) -> dict[str, Any]:
-    """Return the JSON schema of a dataclass, with each field's sentence as its description."""
+    """Return the JSON schema of a dataclass, with each field's sentence as its description.
+
+    Where `name` chooses between kinds, the name alone is allowed too, as `parse` takes it.
+    """
     plain: dict[str, Any] = _adapter(kind).json_schema()
     parts = {**plain.get("$defs", {}), kind.__name__: plain}
-    for nested in _dataclasses(kind):
+    for nested in set(dataclasses_of(kind)):
         described = parts.get(nested.__name__, {}).get("properties", {})
+        hints = get_type_hints(nested)
         for name, sentence in sentences(nested).items():
-            if name in described and sentence:
-                described[name]["description"] = sentence
+            if name not in described:
+                continue
+            names = [n for option in kinds(hints[name]) for n in names_of(option)]
+            if names:
+                described[name] = {"anyOf": [described[name], {"enum": names}]}
+            described[name]["description"] = sentence
     return plain
+
+
+def names_of(kind: Any) -> tuple[str, ...]:
+    """Return the names by which a config chooses a dataclass; none where there is no choice."""
+    hint = get_type_hints(kind).get("name") if is_dataclass(kind) else None
+    return tuple(map(str, get_args(hint))) if get_origin(hint) is Literal else ()
 
 
 @cache
@@ -220,20 +234,20 @@ def to_yaml(value: Any) -> str:
 
 
 def _adapter(kind: type[T]) -> TypeAdapter[T]:
-    for nested in _dataclasses(kind):
+    for nested in dataclasses_of(kind):
         nested.__pydantic_config__ = STRICT
     return TypeAdapter(kind)
 
 
-def _dataclasses(kind: Any) -> Iterator[Any]:
+def dataclasses_of(kind: Any) -> Iterator[Any]:
     """Yield the dataclasses of a type: itself and those of its fields."""
     if is_dataclass(kind):
         yield kind
         for hint in get_type_hints(kind, include_extras=True).values():
-            yield from _dataclasses(hint)
+            yield from dataclasses_of(hint)
     elif get_origin(kind) is not None or hasattr(kind, "__args__"):
         for part in get_args(kind):
-            yield from _dataclasses(part)
+            yield from dataclasses_of(part)
 
 
 def _sentence(kind: Any, problem: Any, where: str) -> str:

@@ -223,7 +223,8 @@ class UKPConvArg(PathSource):
 
 @dataclass(frozen=True, kw_only=True)
 class Persona(PathSource):
-    """Statements of the model-written evaluations (Perez et al. 2022): would a persona say so?
+    """Statements that a persona would make or not, of the model-written evaluations (Perez et al.
+    2022).
 
     A pair is the question about one statement with the answers Yes and No, the persona's own first:
     every statement is a prompt of its own, so that the split by prompt is a split by statement, and

@@ -121,7 +121,7 @@ class Kind:
 def named_kinds() -> dict[str, tuple[Kind, ...]]:
     """Return all kinds of settings, in the order of `GROUPS`."""
     return {
-        group: tuple(Kind(source, _names(source)) for source in sources)
+        group: tuple(Kind(source, config.names_of(source)) for source in sources)
         for group, (_, sources) in GROUPS.items()
     }
 
@@ -183,11 +183,6 @@ def _markdown_table(settings: Sequence[Setting]) -> str:
     return "\n".join(["| setting | type | default | |", "|---|---|---|---|", *rows])
 
 
-def _names(source: Any) -> tuple[str, ...]:
-    hint = get_type_hints(source).get("name")
-    return tuple(map(str, get_args(hint))) if get_origin(hint) is Literal else ()
-
-
 def _default(field: Any) -> str:
     if field.default_factory is not MISSING:
         return "{}" if not field.default_factory() else str(field.default_factory())
@@ -206,7 +201,7 @@ def _written(value: Any) -> str:
         return f"[{', '.join(map(_written, value))}]"
     if is_dataclass(value):
         chosen: Any = value
-        return str(chosen.name) if _names(type(value)) else "{}"
+        return str(chosen.name) if config.names_of(type(value)) else "{}"
     return str(value)
 
 
@@ -251,7 +246,10 @@ def _type(hint: Any) -> str:
         return f"mapping of {_type(args[0])} to {_type(args[1])}"
     if is_dataclass(hint):
         kind: Any = hint
-        return " or ".join(f"`{name}`" for name in _names(hint)) or f"{kind.__name__} settings"
+        return (
+            " or ".join(f"`{name}`" for name in config.names_of(hint))
+            or f"{kind.__name__} settings"
+        )
     if args:
         return " or ".join(dict.fromkeys(_type(arg) for arg in args))
     return "anything"
