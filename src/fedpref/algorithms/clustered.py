@@ -110,8 +110,8 @@ class Clustered(Algorithm[State]):
         return State(adapters, state.chosen | chosen), fed.report(metrics)
 
     def join(self, fed: Federation, state: State, steps: int) -> State:
-        found = fed.each(find, state.adapters, self.clusters, self.local)
-        return State(state.adapters, state.chosen | found)
+        nearest = fed.each(find, state.adapters, self.clusters, self.local)
+        return State(state.adapters, state.chosen | nearest)
 
     def model(self, state: State) -> tuple[PerClient[Tree]]:
         return (state.chosen,)

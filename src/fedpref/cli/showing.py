@@ -81,10 +81,10 @@ def report(
     """
     from fedpref.reports.page import REPORT, write_report
 
-    place = write_report(runs, output or (runs[0] / REPORT if len(runs) == 1 else Path(REPORT)))
-    console.print(f"report: {place}", highlight=False, soft_wrap=True)
+    file = write_report(runs, output or (runs[0] / REPORT if len(runs) == 1 else Path(REPORT)))
+    console.print(f"report: {file}", highlight=False, soft_wrap=True)
     if opens:
-        typer.launch(str(place))
+        typer.launch(str(file))
 
 
 @app.command()

@@ -117,18 +117,18 @@ def sweep(
             f"baselines {', '.join(spec.baselines)} are left out; take them as variants: "
             f"--variant {spec.baselines[0]}"
         )
-    place = output or Path(f"runs/{spec.name}-sweep")
-    runs = plan(config, variant or ["feddpo", "fedpdpo"], range(seeds), overrides or (), place)
-    for path, happenings in runs_to_do(runs, place / "cache"):
+    folder = output or Path(f"runs/{spec.name}-sweep")
+    runs = plan(config, variant or ["feddpo", "fedpdpo"], range(seeds), overrides or (), folder)
+    for path, happenings in runs_to_do(runs, folder / "cache"):
         console.print(f"{path}", style="bold", highlight=False)
-        with saying(lambda: f"the same command goes on where it was, in {place}"):
+        with saying(lambda: f"the same command goes on where it was, in {folder}"):
             show(happenings, console)
     rows = compare(list(runs))
-    (place / "comparison.md").write_text(markdown(rows))
-    (place / "comparison.csv").write_text(csv_text(rows))
+    (folder / "comparison.md").write_text(markdown(rows))
+    (folder / "comparison.csv").write_text(csv_text(rows))
     console.print(table(rows))
     console.print(
-        f"the table as Markdown and CSV: {place}/comparison.md, comparison.csv",
+        f"the table as Markdown and CSV: {folder}/comparison.md, comparison.csv",
         highlight=False,
         soft_wrap=True,
     )
@@ -174,26 +174,26 @@ def pareto(
     from fedpref.runs import pareto as front
     from fedpref.runs.sweep import sweep as runs_to_do
 
-    place = output or Path("runs") / f"{Experiment.load(config, overrides or ()).name}-front"
+    folder = output or Path("runs") / f"{Experiment.load(config, overrides or ()).name}-front"
     objectives, runs = front.plan_front(
-        config, points, range(seeds), overrides or (), place, interpolates=bool(interpolate)
+        config, points, range(seeds), overrides or (), folder, interpolates=bool(interpolate)
     )
     given = front.parse_reference(reference, objectives) if reference else None
     for path, happenings in runs_to_do(
-        {path: one for some in runs.values() for path, one in some.items()}, place / "cache"
+        {path: one for some in runs.values() for path, one in some.items()}, folder / "cache"
     ):
         console.print(f"{path}", style="bold", highlight=False)
-        with saying(lambda: f"the same command goes on where it was, in {place}"):
+        with saying(lambda: f"the same command goes on where it was, in {folder}"):
             show(happenings, console)
-    found = front.measured(
+    measured = front.measured(
         objectives, {preference: list(some) for preference, some in runs.items()}
     )
     if interpolate:
-        found += front.interpolated(objectives, runs, interpolate, place / "cache")
-    found.sort(key=lambda point: point.preference)
-    above = given or front.reference_of(found)
-    measures = front.front_metrics(found, above)
-    console.print(front_table(objectives, found, measures))
+        measured += front.interpolated(objectives, runs, interpolate, folder / "cache")
+    measured.sort(key=lambda point: point.preference)
+    above = given or front.reference_of(measured)
+    measures = front.front_metrics(measured, above)
+    console.print(front_table(objectives, measured, measures))
     console.print(
         f"hypervolume above {', '.join(f'{value:.4g}' for value in above)}", highlight=False
     )
@@ -201,12 +201,12 @@ def pareto(
         "objectives": objectives,
         "reference": above,
         "figures": measures,
-        "points": [asdict(point) for point in found],
+        "points": [asdict(point) for point in measured],
     }
-    (place / "front.json").write_text(json.dumps(content, indent=1) + "\n")
-    draw_front(objectives, found, place / "front.svg")
+    (folder / "front.json").write_text(json.dumps(content, indent=1) + "\n")
+    draw_front(objectives, measured, folder / "front.svg")
     console.print(
-        f"the front and its figure: {place}/front.json, front.svg", highlight=False, soft_wrap=True
+        f"the front and its figure: {folder}/front.json, front.svg", highlight=False, soft_wrap=True
     )
 
 

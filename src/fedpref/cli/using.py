@@ -92,11 +92,11 @@ def evaluate(
     from fedpref.reports.tables import metric_table
     from fedpref.runs.evaluate import evaluate as measure
 
-    found = measure(path, Files(path=data, train_split=split), client, column)
+    metrics = measure(path, Files(path=data, train_split=split), client, column)
     if as_json:
-        print(json.dumps(found, indent=1))
+        print(json.dumps(metrics, indent=1))
     else:
-        console.print(metric_table(found))
+        console.print(metric_table(metrics))
 
 
 @app.command()

@@ -152,7 +152,7 @@ class Polis(PathSource):
             for _, record in self._table("statements", "conv", "cid", "text")
         }
         counts: dict[tuple[str, str, str], Counter[str]] = defaultdict(Counter)
-        places: dict[tuple[str, str, str], str] = {}
+        where_of: dict[tuple[str, str, str], str] = {}
         for where, record in self._table("votes", "conv", "opinion_group", "votes"):
             if record["conv"] not in topics:
                 raise UserError(
@@ -169,16 +169,16 @@ class Polis(PathSource):
                         f"{where}, column 'votes': expected statement:vote with a vote of "
                         f"{', '.join(VOTES)}, found {vote!r}."
                     )
-                place = (record["conv"], record["opinion_group"], statement)
-                counts[place][said] += 1
-                places.setdefault(place, where)
-        for place, votes in sorted(counts.items()):
-            text = texts.get((place[0], place[2]))
+                key = (record["conv"], record["opinion_group"], statement)
+                counts[key][said] += 1
+                where_of.setdefault(key, where)
+        for key, votes in sorted(counts.items()):
+            text = texts.get((key[0], key[2]))
             if text and votes.total() >= self.min_votes:
-                question, shares = f"{topics[place[0]]}: {text}", [votes[said] for said in VOTES]
-                yield opinion(
-                    question, tuple(VOTES.values()), shares, places[place], "/".join(place[:2])
-                )
+                question = f"{topics[key[0]]}: {text}"
+                shares = [votes[said] for said in VOTES]
+                group = "/".join(key[:2])
+                yield opinion(question, tuple(VOTES.values()), shares, where_of[key], group)
 
     def _table(self, what: str, *columns: str) -> Iterator[tuple[str, Mapping[str, str]]]:
         """Yield the rows of one of the files, with these columns as text."""

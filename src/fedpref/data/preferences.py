@@ -97,10 +97,10 @@ class ClientData:
     @property
     def digest(self) -> str:
         """A hash of all texts, by which a run recognises its data."""
-        found = blake2b(digest_size=16)
+        hasher = blake2b(digest_size=16)
         for row in self.train + self.test:
-            found.update("\0".join((key(row.prompt), *row.said)).encode())
-        return found.hexdigest()
+            hasher.update("\0".join((key(row.prompt), *row.said)).encode())
+        return hasher.hexdigest()
 
     @property
     def conversations(self) -> int:

@@ -259,9 +259,9 @@ class Persona(PathSource):
     def _statements(self) -> Iterator[tuple[str, str, str, bool]]:
         table = local_table(self.path, "persona_statements")
         if table:
-            found: set[str] = set()
+            personas: set[str] = set()
             for where, record in read_table(str(table)):
-                found.add(_need(record, "persona", where))
+                personas.add(_need(record, "persona", where))
                 if record["persona"] in self.personas:
                     yield (
                         where,
@@ -269,10 +269,10 @@ class Persona(PathSource):
                         _need(record, "statement", where),
                         str(_need(record, "persona_agrees", where)) == "1",
                     )
-            if unknown := sorted(set(self.personas) - found):
+            if unknown := sorted(set(self.personas) - personas):
                 raise UserError(
                     f"data.personas: {table} has no persona {unknown}; it has "
-                    f"{sorted(found)[:8]} and {len(found) - 8} more."
+                    f"{sorted(personas)[:8]} and {len(personas) - 8} more."
                 )
             return
         for persona in self.personas:

@@ -29,11 +29,11 @@ def read_table(path: str, *, split: str = "train", **hub: Any) -> Iterator[Recor
     Raises:
         UserError: There is nothing there, it cannot be reached, or it is something else.
     """
-    place = Path(path).expanduser()
-    if place.is_file():
-        yield from read_file(place)
-    elif place.is_dir() or (HUB_ID.fullmatch(path) and not path.endswith(SUFFIXES)):
-        yield from _read_dataset(str(place) if place.is_dir() else path, split, hub)
+    local = Path(path).expanduser()
+    if local.is_file():
+        yield from read_file(local)
+    elif local.is_dir() or (HUB_ID.fullmatch(path) and not path.endswith(SUFFIXES)):
+        yield from _read_dataset(str(local) if local.is_dir() else path, split, hub)
     else:
         raise UserError(
             f"data.path: there is no file or folder {path!r}. Give a {', '.join(SUFFIXES)} file, "

@@ -152,13 +152,13 @@ class Sites:
                 "; ".join(f"site {site}: {reason}" for site, reason in reasons.items())
                 or "there are no sites."
             )
-        found = [
+        offers = [
             (about.get("number", 0), name, site, about)
             for site in answers
             for name, about in answers[site][0]["about"].items()
         ]
-        found.sort(key=lambda place: place[:2])
-        names = [name for _, name, _, _ in found]
+        offers.sort(key=lambda offer: offer[:2])
+        names = [name for _, name, _, _ in offers]
         if twice := [name for name, count in Counter(names).items() if count > 1]:
             raise UserError(
                 f"two sites have a client called {twice[0]!r}. Let one of them give it another "
@@ -166,7 +166,7 @@ class Sites:
             )
         said = {
             name: {key: value for key, value in about.items() if key != "number"}
-            for _, name, _, about in found
+            for _, name, _, about in offers
         }
         self.about = (
             said
@@ -174,10 +174,12 @@ class Sites:
             else {name: said.get(name, about) for name, about in began.items()}
         )
         self.latecomers = [name for name in said if name not in self.about]
-        by_name = {name: site for _, name, site, _ in found}
-        self.place = {number: by_name.get(name, NOWHERE) for number, name in enumerate(self.about)}
+        by_name = {name: site for _, name, site, _ in offers}
+        self.site_of = {
+            number: by_name.get(name, NOWHERE) for number, name in enumerate(self.about)
+        }
         by_site = {
-            site: [number for number, other in self.place.items() if other == site]
+            site: [number for number, other in self.site_of.items() if other == site]
             for site in answers
         }
         order = list(self.about)
@@ -208,23 +210,23 @@ class Sites:
             for site, (header, tensors) in messages.items()
         }
         answers = self.transport.ask(packed, self.patience.seconds)
-        found: dict[str, tuple[Header, Tree] | str] = {}
+        replies: dict[str, tuple[Header, Tree] | str] = {}
         for site in messages:
             if site not in answers:
-                found[site] = f"{SILENT} in {self.patience.seconds:g} seconds"
+                replies[site] = f"{SILENT} in {self.patience.seconds:g} seconds"
                 continue
             try:
                 header, tensors = unpack(answers[site], self.patience.max_message_mb * 10**6)
                 refuse_other_format(header, f"site {site}")
                 refused = header.get("refused")
-                found[site] = (
+                replies[site] = (
                     str(refused)
                     if refused
                     else (answered(messages[site][0]["verb"], header), tensors)
                 )
             except RefusedError as error:
-                found[site] = str(error)
-        return found
+                replies[site] = str(error)
+        return replies
 
 
 class RemoteEngine:
@@ -263,7 +265,7 @@ class RemoteEngine:
         self._unheard: dict[int, str] = {}
         self._cohort = len(self.active)
         self._leave_out(
-            {i: "its site is not there" for i in cohort if self._sites.place[i] in self._lost}
+            {i: "its site is not there" for i in cohort if self._sites.site_of[i] in self._lost}
         )
 
     @property
@@ -295,12 +297,12 @@ class RemoteEngine:
             self._leave_out(
                 {i: reason for i, reason in header["failed"].items() if i in self.active}
             )
-        count = next(answers[self._sites.place[i]][0]["parts"] for i in self.active)
+        count = next(answers[self._sites.site_of[i]][0]["parts"] for i in self.active)
         self._leave_out(
             {
                 i: "its result has other parts"
                 for i in self.active
-                if answers[self._sites.place[i]][0]["parts"] != count
+                if answers[self._sites.site_of[i]][0]["parts"] != count
             }
         )
         columns = [
@@ -320,7 +322,7 @@ class RemoteEngine:
                 shares = {i: self._weights[i] / total for i in clients}
                 asked[site] = ({"verb": "contribute", "own": own, "shares": shares}, NO_TENSORS)
             answers = self._ask(asked)
-            messages = {i: trees.part(answers[self._sites.place[i]][1], i) for i in self.active}
+            messages = {i: trees.part(answers[self._sites.site_of[i]][1], i) for i in self.active}
             usual = Counter(map(shape, messages.values())).most_common(1)[0][0]
             self._leave_out(
                 {
@@ -382,9 +384,9 @@ class RemoteEngine:
             for site, clients in self._by_site().items()
         }
         answers = self._ask(asked)
-        found = {i: row for header, _ in answers.values() for i, row in header["metrics"].items()}
-        self._leave_out({i: "it reported nothing" for i in self.active if i not in found})
-        return {i: found[i] for i in self.active}
+        rows = {i: row for header, _ in answers.values() for i, row in header["metrics"].items()}
+        self._leave_out({i: "it reported nothing" for i in self.active if i not in rows})
+        return {i: rows[i] for i in self.active}
 
     def save(self, values: Mapping[str, PerClient[Tree]], folder: Path) -> None:
         names = {field: _names(value) for field, value in values.items()}
@@ -398,7 +400,7 @@ class RemoteEngine:
         answers = self._ask(asked) if values else {}
         for field, some in names.items():
             self._kept.setdefault(field, set()).update(
-                i for i in some if self._sites.place[i] in answers
+                i for i in some if self._sites.site_of[i] in answers
             )
         folder.mkdir(parents=True, exist_ok=True)
         (folder / KEPT).write_text(
@@ -415,25 +417,25 @@ class RemoteEngine:
         answers = self._sites.ask(
             {site: (dict(header), NO_TENSORS) for site in self._by_site(self.clients)}
         )
-        found: dict[str, dict[int, Name]] = {field: {} for field in names}
+        present: dict[str, dict[int, Name]] = {field: {} for field in names}
         for site, answer in answers.items():
             if isinstance(answer, str):
                 raise UserError(
                     f"{folder.name}: site {site} does not take up what its clients keep: {answer}"
                 )
             for field, clients in answer[0]["found"].items():
-                found[field] |= {i: self._name(i, f"{name}.{field}") for i in clients}
+                present[field] |= {i: self._name(i, f"{name}.{field}") for i in clients}
         for field, kept in self._kept.items():
             if lost := [
-                i for i in kept if self._sites.place[i] in answers and i not in found[field]
+                i for i in kept if self._sites.site_of[i] in answers and i not in present[field]
             ]:
                 clients = [list(self._sites.about)[i] for i in lost]
                 raise UserError(
-                    f"{folder.name}: site {self._sites.place[lost[0]]} no longer has what its "
+                    f"{folder.name}: site {self._sites.site_of[lost[0]]} no longer has what its "
                     f"clients {clients[:5]} keep "
                     f"({field}). Restore its folder, or start anew."
                 )
-        return {field: Remote(some) for field, some in found.items()}
+        return {field: Remote(some) for field, some in present.items()}
 
     def names(self) -> dict[int, list[str]]:
         """Return the names of the values that clients hold."""
@@ -448,25 +450,25 @@ class RemoteEngine:
     # ---- what they need
 
     def _by_site(self, clients: Iterable[int] | None = None) -> dict[str, list[int]]:
-        found: dict[str, list[int]] = {}
+        by_site: dict[str, list[int]] = {}
         for i in self.active if clients is None else clients:
-            if (site := self._sites.place[i]) not in self._lost:
-                found.setdefault(site, []).append(i)
-        return found
+            if (site := self._sites.site_of[i]) not in self._lost:
+                by_site.setdefault(site, []).append(i)
+        return by_site
 
     def _ask(self, asked: Mapping[str, tuple[Header, Tree]]) -> dict[str, tuple[Header, Tree]]:
         """Return sites' answers; clients of those that give a reason in its place are left out."""
         freed, self._freed[:] = list(self._freed), []
         for site, (header, _) in asked.items():
-            header["free"] = [entry for entry in freed if self._sites.place[entry[0]] == site]
-        self._freed += [entry for entry in freed if self._sites.place[entry[0]] not in asked]
-        found = self._sites.ask(asked)
-        reasons = {site: answer for site, answer in found.items() if isinstance(answer, str)}
+            header["free"] = [entry for entry in freed if self._sites.site_of[entry[0]] == site]
+        self._freed += [entry for entry in freed if self._sites.site_of[entry[0]] not in asked]
+        replies = self._sites.ask(asked)
+        reasons = {site: answer for site, answer in replies.items() if isinstance(answer, str)}
         self._lost |= {site for site, reason in reasons.items() if reason.startswith(SILENT)}
         self._leave_out(
-            {i: reasons[site] for i in self.active if (site := self._sites.place[i]) in reasons}
+            {i: reasons[site] for i in self.active if (site := self._sites.site_of[i]) in reasons}
         )
-        return {site: answer for site, answer in found.items() if not isinstance(answer, str)}
+        return {site: answer for site, answer in replies.items() if not isinstance(answer, str)}
 
     def _present(self, values: Any) -> dict[int, Name]:
         """Return a value's names; clients without one are left out."""
@@ -481,7 +483,7 @@ class RemoteEngine:
         if reasons and len(self.active) < needed:
             names = list(self._sites.about)
             said = "; ".join(
-                f"{names[i]} at {self._sites.place[i]}: {reason}"
+                f"{names[i]} at {self._sites.site_of[i]}: {reason}"
                 for i, reason in self._gone.items()
             )
             raise UserError(

@@ -41,14 +41,14 @@ class Traffic:
 
         Each direction counts as a link.
         """
-        found: dict[str, float] = {"bytes_up": self.bytes_up, "bytes_down": self.bytes_down}
+        totals: dict[str, float] = {"bytes_up": self.bytes_up, "bytes_down": self.bytes_down}
         if self.links:
-            found["bytes_per_link"] = sum(self.links.values()) / len(self.links)
+            totals["bytes_per_link"] = sum(self.links.values()) / len(self.links)
             by_teller: Counter[int] = Counter()
             for (teller, _), sent in self.links.items():
                 by_teller[teller] += sent
-            found["bytes_of_busiest_client"] = max(by_teller.values())
-        return found
+            totals["bytes_of_busiest_client"] = max(by_teller.values())
+        return totals
 
 
 def told(sizes: Mapping[int, int], weights: NDArray[np.float64]) -> Traffic:

@@ -46,13 +46,13 @@ def body(tensors: Tree) -> bytes:
 
 def _apart(tensors: Tree) -> dict[str, Tensor]:
     """Return the tensors, no two of which share memory, as clients' that begin alike do."""
-    found, seen = dict[str, Tensor](), set[int]()
+    whole_tensors, seen = dict[str, Tensor](), set[int]()
     for name, tensor in tensors.items():
         whole = tensor.detach().cpu().contiguous()
-        place = whole.untyped_storage().data_ptr()
-        found[name] = whole.clone() if place in seen else whole
-        seen.add(place)
-    return found
+        address = whole.untyped_storage().data_ptr()
+        whole_tensors[name] = whole.clone() if address in seen else whole
+        seen.add(address)
+    return whole_tensors
 
 
 def unpack(message: bytes, limit: int | None = None) -> tuple[Header, Tree]:

@@ -81,7 +81,7 @@ FORMS: dict[str, TypeAdapter[Any]] = {
 def answered(verb: str, header: Header) -> Header:
     """Return the answer, parsed; raises RefusedError where it is malformed."""
     try:
-        found: Header = FORMS[verb].validate_python(header)
+        reply: Header = FORMS[verb].validate_python(header)
     except ValidationError as error:
         raise RefusedError(f"malformed answer to {verb!r}: {error.errors()[0]['msg']}") from error
-    return found
+    return reply

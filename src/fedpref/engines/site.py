@@ -110,7 +110,7 @@ class Site:
         self._names: dict[int, str] = {}  # of clients, by their ids
         self._values: dict[int, dict[str, Any]] = {}
         self._told: set[tuple[int, str]] = set()  # values that may leave: clients and names
-        self._place: dict[int, str] = {}  # every client's site
+        self._site_of: dict[int, str] = {}  # every client's site
         self._heard: dict[tuple[int, int, str], bytes] = {}
         self._news = threading.Condition()
         verbs = (
@@ -155,7 +155,9 @@ class Site:
 
         What nobody waits for is dropped.
         """
-        if sender not in self._place.values() or len(message) > (self._opened.limit or sys.maxsize):
+        if sender not in self._site_of.values() or len(message) > (
+            self._opened.limit or sys.maxsize
+        ):
             return
         try:
             header, _ = unpack(message[: 8 + int.from_bytes(message[:8], "big")])
@@ -202,7 +204,7 @@ class Site:
             raise RefusedError("ids of clients that are not those here")
         self._names = {number: name for name, number in ids.items()}
         self._values = {number: {} for number in self._names}
-        self._place = {number: site for site, numbers in sites.items() for number in numbers}
+        self._site_of = {number: site for site, numbers in sites.items() for number in numbers}
         return {}, NO_TENSORS
 
     def each(
@@ -253,8 +255,8 @@ class Site:
             )
             try:
                 result = function(client, *(given[k] for k in sorted(given)))
-                found = result if isinstance(result, tuple) else (result,)
-                for part in found:
+                values = result if isinstance(result, tuple) else (result,)
+                for part in values:
                     if all(isinstance(value, Tensor) for value in part.values()):
                         finite(part)
             except RefusedError as error:
@@ -264,7 +266,7 @@ class Site:
                 failed[i] = _failed(error)
                 continue
             parts = len(result) if isinstance(result, tuple) else None
-            self._values[i] |= {f"{name}.{k}": part for k, part in enumerate(found)}
+            self._values[i] |= {f"{name}.{k}": part for k, part in enumerate(values)}
             self._told |= {(i, f"{name}.{k}") for k in function.sends}
         return {"parts": parts, "failed": failed}, NO_TENSORS
 
@@ -297,7 +299,7 @@ class Site:
         rows = {int(i): {int(j): weight for j, weight in row.items()} for i, row in weights.items()}
         self._send(told, rows, round, call)
         arrived = {i: links.decode(message, 1) for i, message in told.items()}
-        awaited = {self._place[j] for i in told for j in rows[i] if j not in told} - {self.name}
+        awaited = {self._site_of[j] for i in told for j in rows[i] if j not in told} - {self.name}
         arrived |= self._arrived(self._hear(awaited, round, call, wait), next(iter(told.values())))
         for i in told:
             heard = ((arrived.get(j, arrived[i]), weight) for j, weight in rows[i].items())
@@ -320,8 +322,8 @@ class Site:
         call: int,
     ) -> None:
         """Send each other site what its clients are to hear of those here."""
-        for site in set(self._place.values()) - {self.name}:
-            heard = {i for j, row in rows.items() if self._place[j] == site for i in row}
+        for site in set(self._site_of.values()) - {self.name}:
+            heard = {i for j, row in rows.items() if self._site_of[j] == site for i in row}
             if message := {i: tree for i, tree in told.items() if i in heard}:
                 self._peers.tell(site, pack({"round": round, "call": call}, trees.nest(message)))
 
@@ -330,16 +332,16 @@ class Site:
 
         What cannot be read, or is not like what is told here, has not arrived.
         """
-        found: dict[int, Tree] = {}
+        heard: dict[int, Tree] = {}
         for site, message in messages.items():
             with suppress(RefusedError):
                 _, theirs = unpack(message, self._opened.limit)
-                for j in (j for j, place in self._place.items() if place == site):
+                for j in (j for j, other in self._site_of.items() if other == site):
                     with suppress(Exception):  # whatever the neighbour has made up
                         tree = trees.part(theirs, j)
                         if alike(tree, like):
-                            found[j] = finite(self._opened.links.decode(tree, 1))
-        return found
+                            heard[j] = finite(self._opened.links.decode(tree, 1))
+        return heard
 
     def _hear(self, sites: set[str], round: int, call: int, wait: float) -> dict[str, bytes]:
         """Return the messages of other sites, by site, as soon as all are there or the time is
@@ -350,7 +352,7 @@ class Site:
         with self._news:
             while not addresses <= self._heard.keys() and (left := until - time.monotonic()) > 0:
                 self._news.wait(left)
-            found = {
+            metrics = {
                 address[2]: self._heard[address]
                 for address in sorted(addresses & self._heard.keys())
             }
@@ -359,7 +361,7 @@ class Site:
                 for address, message in self._heard.items()
                 if address[:2] > (round, call)
             }
-        return found
+        return metrics
 
     def report(self, tensors: Tree, own: Mapping[str, str]) -> Answer:
         """Send clients' scalars."""
@@ -379,8 +381,8 @@ class Site:
         """
         if not all(RUN.fullmatch(f"{checkpoint}/{field}") for field in own):
             raise RefusedError("invalid file names")
-        place = self._run / "checkpoints"
-        unfinished = place / ".unfinished"
+        folder = self._run / "checkpoints"
+        unfinished = folder / ".unfinished"
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         for field, names in own.items():
@@ -388,9 +390,9 @@ class Site:
             for i, name in names.items():
                 end = TELLABLE if (int(i), name) in self._told else PRIVATE
                 trees.save(self._value(int(i), name), unfinished / field / f"{int(i)}{end}")
-        shutil.rmtree(place / checkpoint, ignore_errors=True)
-        unfinished.replace(place / checkpoint)
-        for old in sorted(place.glob("round-*"))[:-CHECKPOINTS]:
+        shutil.rmtree(folder / checkpoint, ignore_errors=True)
+        unfinished.replace(folder / checkpoint)
+        for old in sorted(folder.glob("round-*"))[:-CHECKPOINTS]:
             shutil.rmtree(old)
         return {}, NO_TENSORS
 
@@ -398,7 +400,7 @@ class Site:
         """Take up each client's values of the newest checkpoint that has it and is not newer than
         this.
         """
-        found: dict[str, list[int]] = {field: [] for field in fields}
+        present: dict[str, list[int]] = {field: [] for field in fields}
         kept = sorted(
             folder
             for folder in (self._run / "checkpoints").glob("round-*")
@@ -412,8 +414,8 @@ class Site:
                     self._told |= (
                         {(i, f"{name}.{field}")} if file.name.endswith(TELLABLE) else set()
                     )
-                    found[field].append(i)
-        return {"found": found}, NO_TENSORS
+                    present[field].append(i)
+        return {"found": present}, NO_TENSORS
 
     def names(self, tensors: Tree) -> Answer:
         """Send the names of the values that lie here."""

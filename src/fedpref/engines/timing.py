@@ -17,8 +17,8 @@ class Clock:
         self.seconds = dict.fromkeys(VERBS, 0.0)
 
     def __getattr__(self, name: str) -> Any:
-        found = getattr(self._engine, name)
-        return self._timed(name, found) if name in VERBS else found
+        attribute = getattr(self._engine, name)
+        return self._timed(name, attribute) if name in VERBS else attribute
 
     def _timed(self, verb: str, method: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any) -> Any:

@@ -19,10 +19,10 @@ def described() -> str:
     It has `started`, `python`, `platform`, `processors`, `versions` of packages, and `commits` of
     fedpref and of the working folder, where these are checkouts.
     """
-    places = {"working folder": Path.cwd()}
+    folders = {"working folder": Path.cwd()}
     # not where it is installed into somebody's checkout
-    if _git("ls-files", "--error-unmatch", __file__, place=Path(__file__).parent):
-        places["fedpref"] = Path(__file__).parent
+    if _git("ls-files", "--error-unmatch", __file__, folder=Path(__file__).parent):
+        folders["fedpref"] = Path(__file__).parent
     versions = {}
     for name in PACKAGES:
         try:
@@ -37,18 +37,18 @@ def described() -> str:
         "versions": versions,
         "commits": {
             name: commit
-            for name, place in places.items()
-            if (commit := _git("describe", "--always", "--abbrev=12", "--dirty=+", place=place))
+            for name, folder in folders.items()
+            if (commit := _git("describe", "--always", "--abbrev=12", "--dirty=+", folder=folder))
         },
     }
     return json.dumps(content, indent=1) + "\n"
 
 
-def _git(*words: str, place: Path) -> str:
+def _git(*words: str, folder: Path) -> str:
     """Return what git prints in a folder; nothing where there is no git or no checkout."""
     try:
         return subprocess.run(
-            ["git", *words], cwd=place, capture_output=True, text=True, timeout=10
+            ["git", *words], cwd=folder, capture_output=True, text=True, timeout=10
         ).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
         return ""

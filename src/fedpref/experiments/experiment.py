@@ -234,8 +234,8 @@ def with_whole_paths(experiment: Experiment) -> Experiment:
     """Return the experiment with local paths made absolute, so that it can be resumed anywhere."""
 
     def whole(path: str) -> str:
-        here = Path(path).expanduser()
-        return str(here.resolve()) if here.exists() else path
+        local = Path(path).expanduser()
+        return str(local.resolve()) if local.exists() else path
 
     changed = replace(
         experiment,

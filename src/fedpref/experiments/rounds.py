@@ -297,9 +297,9 @@ def evaluate(client: Client, *parts: Tree) -> Mapping[str, float]:
 
 
 @work("evaluation.export", sends=())
-def export(client: Client, place: Literal["clients", "newcomers"], *parts: Tree) -> Tree:
+def export(client: Client, kind: Literal["clients", "newcomers"], *parts: Tree) -> Tree:
     """Write the client's model to its folder in the run."""
-    client.task.export(trees.merge(*parts), client_folder(client.folder, place, client.shard.name))
+    client.task.export(trees.merge(*parts), client_folder(client.folder, kind, client.shard.name))
     return {}
 
 

@@ -85,12 +85,12 @@ class RunDirectory:
     def version(self) -> Mapping[str, Any]:
         """The directory's `format`, and the version of the `fedpref` that began it."""
         file = self.path / VERSION
-        found: Mapping[str, Any] = (
+        written: Mapping[str, Any] = (
             json.loads(file.read_text())
             if file.exists()
             else {"format": 1, "fedpref": "0.1.0 or older"}
         )
-        return found
+        return written
 
     @property
     def format(self) -> int:
@@ -171,8 +171,8 @@ class RunDirectory:
             return True
 
     def _lock(self) -> FileLock:
-        place = hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:24]
-        return FileLock(Path(tempfile.gettempdir()) / f"fedpref-{place}.lock", blocking=False)
+        digest = hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:24]
+        return FileLock(Path(tempfile.gettempdir()) / f"fedpref-{digest}.lock", blocking=False)
 
     # ---- checkpoints
 
@@ -213,14 +213,16 @@ class RunDirectory:
                 checkpoint.
             engine: Whose clients have kept the private values.
         """
-        found = self.checkpoints()
-        if not found:
+        checkpoints = self.checkpoints()
+        if not checkpoints:
             return state, 0
-        files = {field.name: found[-1] / f"{field.name}.safetensors" for field in fields(state)}
+        files = {
+            field.name: checkpoints[-1] / f"{field.name}.safetensors" for field in fields(state)
+        }
         shared = {name: trees.load(file) for name, file in files.items() if file.exists()}
-        private = engine.load(found[-1], [name for name in files if name not in shared])
+        private = engine.load(checkpoints[-1], [name for name in files if name not in shared])
         private = {name: getattr(state, name) | value for name, value in private.items()}
-        return replace(state, **shared, **private), int(found[-1].name.removeprefix("round-"))
+        return replace(state, **shared, **private), int(checkpoints[-1].name.removeprefix("round-"))
 
     def restore_shared(self, state: Any) -> Any:
         """Return the state with the newest checkpoint's shared trees; clients' values stay as they
@@ -229,12 +231,14 @@ class RunDirectory:
         Raises:
             UserError: There is no checkpoint.
         """
-        found = self.checkpoints()
-        if not found:
+        checkpoints = self.checkpoints()
+        if not checkpoints:
             raise UserError(
                 f"{self.path}: the run has no checkpoint. `fedpref resume {self.path}` takes it up."
             )
-        files = {field.name: found[-1] / f"{field.name}.safetensors" for field in fields(state)}
+        files = {
+            field.name: checkpoints[-1] / f"{field.name}.safetensors" for field in fields(state)
+        }
         return replace(
             state, **{name: trees.load(file) for name, file in files.items() if file.exists()}
         )

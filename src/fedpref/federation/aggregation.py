@@ -240,24 +240,24 @@ def from_left(client: Client, theta: Tree, left: Tree, residual: bool) -> Tree:
 @work("product.sketch")
 def sketch(client: Client, theta: Tree, method: Product) -> Tree:
     """Return each product between random matrices."""
-    found: dict[str, Tensor] = {}
+    message: dict[str, Tensor] = {}
     for a, b, right, left in _sketchers(theta, method, client.round):
-        found |= {a: theta[b] @ (theta[a] @ right), b: (left @ theta[b]) @ theta[a]}
-    return found
+        message |= {a: theta[b] @ (theta[a] @ right), b: (left @ theta[b]) @ theta[a]}
+    return message
 
 
 @work("product.from_sketch")
 def from_sketch(client: Client, theta: Tree, mixed: Tree, method: Product) -> Tree:
     """Return the factors, at the client's rank, of the product that a mixed sketch stands for."""
-    found: dict[str, Tensor] = {}
+    adapter: dict[str, Tensor] = {}
     for a, b, _, left in _sketchers(theta, method, client.round):
         span = _basis(mixed[a])
         rest = torch.linalg.lstsq(
             left @ span, mixed[b], driver="gels"
         ).solution  # the product is span @ rest; gelsy is not deterministic
         u, s, v = torch.linalg.svd(rest, full_matrices=False)
-        found[a], found[b] = _factors(span, u, s, v, rank=len(theta[a]))
-    return found
+        adapter[a], adapter[b] = _factors(span, u, s, v, rank=len(theta[a]))
+    return adapter
 
 
 WORKS = (from_right, from_left, sketch, from_sketch)
@@ -317,14 +317,14 @@ def probed(theta: Tree, round: int) -> Tree:
     They are the same on all clients.
     """
     rng = seeds.generator(0, "probe", round=round)
-    found = {}
+    probes = {}
     for a, b in pairs(theta):
         u, v = (
             torch.randn(PROBES, len(theta[b]), generator=rng),
             torch.randn(theta[a].shape[1], PROBES, generator=rng),
         )
-        found[PROBE + a] = ((u @ theta[b]) * (theta[a] @ v).T).sum(1)
-    return found
+        probes[PROBE + a] = ((u @ theta[b]) * (theta[a] @ v).T).sum(1)
+    return probes
 
 
 def _residual(merged: Tree, mean: Tree, round: int) -> Mapping[str, float]:

@@ -48,17 +48,17 @@ def diagnose(
     )
     apart = tuple(name for name in names if name not in shared)
     mean = {**shared, **(fed.mean(fed.each(trained, apart, *model)) if apart else {})}
-    found: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     if "pooled-gradient" in wanted:
         gradient = dict(fed.mean(fed.each(pooled, mean, *model)))
-        found["pooled_loss"] = float(gradient.pop(LOSS))
-        found["pooled_gradient_norm_squared"] = trees.norm(gradient) ** 2
+        metrics["pooled_loss"] = float(gradient.pop(LOSS))
+        metrics["pooled_gradient_norm_squared"] = trees.norm(gradient) ** 2
     if "pareto-stationarity" in wanted:
         rows = fed.mean(fed.each(slopes, mean, *model))[ROWS]
-        found["pareto_stationarity"] = stationarity(rows @ rows.T)
+        metrics["pareto_stationarity"] = stationarity(rows @ rows.T)
     if "disagreement" in wanted:
-        found |= fed.report(fed.each(disagreement, mean, *model))
-    return found
+        metrics |= fed.report(fed.each(disagreement, mean, *model))
+    return metrics
 
 
 @work("diagnostics.trained")

@@ -143,7 +143,7 @@ def of_last_layers(names: Collection[str], count: int) -> Callable[[str], bool]:
     Raises:
         UserError: The names have no numbers.
     """
-    numbered = {name: int(found[1]) for name in names if (found := re.search(r"\.(\d+)\.", name))}
+    numbered = {name: int(match[1]) for name in names if (match := re.search(r"\.(\d+)\.", name))}
     if not numbered:
         raise UserError(
             "algorithm.gram_layers: the adapter's parameters have no layer numbers in their "

@@ -69,12 +69,12 @@ class Participation:
                 "either no client or without a weight; "
                 f"the clients are {list(sizes)[:8]}{' ...' if len(sizes) > 8 else ''}."
             )
-        found = [self.sampling_weights[name] if size else 0.0 for name, size in sizes.items()]
-        if not any(found):
+        chances = [self.sampling_weights[name] if size else 0.0 for name, size in sizes.items()]
+        if not any(chances):
             raise UserError(
                 "federation.sampling_weights: no client with training data has a weight above zero."
             )
-        return found
+        return chances
 
     @property
     def takes_everybody(self) -> bool:
@@ -96,20 +96,20 @@ class Participation:
             order = torch.randperm(
                 len(names), generator=seeds.generator(seed, "newcomers")
             ).tolist()
-            found = tuple(sorted(order[: self.newcomers]))
+            chosen = tuple(sorted(order[: self.newcomers]))
         else:
             if unknown := sorted(set(self.newcomers) - set(names)):
                 raise UserError(
                     f"federation.newcomers: {unknown[:5]} are no clients; the clients are "
                     f"{list(names)[:12]}."
                 )
-            found = tuple(i for i, name in enumerate(names) if name in self.newcomers)
+            chosen = tuple(i for i, name in enumerate(names) if name in self.newcomers)
         if self.num_newcomers >= len(names):
             raise UserError(
                 f"federation.newcomers: {self.num_newcomers} of {len(names)} clients join after "
                 "training, nobody is left to train."
             )
-        return found
+        return chosen
 
     def cohort(
         self, weights: Sequence[float], seed: int, round: int

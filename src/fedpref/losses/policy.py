@@ -81,8 +81,8 @@ class PPO:
         paid = -self.kl * (sampled.old - sampled.reference)
         ends = torch.tensor(sampled.counts, device=paid.device).cumsum(0) - 1
         paid = paid.index_add(0, ends, rewards)
-        found = gae(paid, values, sampled.counts, self.gamma, self.gae_lambda)
-        return (whitened(found) if self.normalize else found), found + values
+        estimates = gae(paid, values, sampled.counts, self.gamma, self.gae_lambda)
+        return (whitened(estimates) if self.normalize else estimates), estimates + values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,10 +108,10 @@ class RLOO:
         net = (rewards - self.kl * sampled.summed(sampled.old - sampled.reference)).view(
             -1, sampled.samples
         )
-        found = (net - net.mean(1, keepdim=True)) * (sampled.samples / (sampled.samples - 1))
+        centered = (net - net.mean(1, keepdim=True)) * (sampled.samples / (sampled.samples - 1))
         if self.normalize:
-            found = found / (found.square().mean().sqrt() + 1e-4)
-        return found.flatten()[sampled.owner], None
+            centered = centered / (centered.square().mean().sqrt() + 1e-4)
+        return centered.flatten()[sampled.owner], None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,8 +133,10 @@ class GRPO:
         self, rewards: PerAnswer, sampled: Sampled, values: PerToken | None
     ) -> tuple[PerToken, None]:
         groups = rewards.view(-1, sampled.samples)
-        found = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
-        return found.flatten()[sampled.owner], None
+        standardized = (groups - groups.mean(1, keepdim=True)) / (
+            groups.std(1, keepdim=True) + 1e-4
+        )
+        return standardized.flatten()[sampled.owner], None
 
 
 Estimator = PPO | RLOO | GRPO
@@ -174,12 +176,12 @@ def gae(
     r, v = (pad_sequence(list(part.split(counts)), batch_first=True) for part in (rewards, values))
     following = torch.cat([v[:, 1:], torch.zeros_like(v[:, :1])], 1)
     errors = r + gamma * following - v
-    found = torch.zeros_like(errors)
+    advantages = torch.zeros_like(errors)
     carried = torch.zeros_like(errors[:, 0])
     for t in reversed(range(errors.shape[1])):
         carried = errors[:, t] + gamma * lambda_ * carried
-        found[:, t] = carried
-    return torch.cat([row[:count] for row, count in zip(found, counts, strict=True)])
+        advantages[:, t] = carried
+    return torch.cat([row[:count] for row, count in zip(advantages, counts, strict=True)])
 
 
 def whitened(values: PerToken) -> PerToken:

@@ -196,16 +196,16 @@ def by_variable_length(layout: Layout) -> Attend:
     from torch.nn.attention.varlen import varlen_attn
 
     knows_groups = "enable_gqa" in signature(varlen_attn).parameters  # not before PyTorch 2.12
-    places: list[int] = []
+    positions: list[int] = []
     queries, keys = [0], [0]
     for begin, opening, *ends in layout.sequences:
         for first, last in zip((begin, opening, *ends), (opening, *ends), strict=False):
             if first < last:
-                places += [*range(begin, min(first, opening)), *range(first, last)]
+                positions += [*range(begin, min(first, opening)), *range(first, last)]
                 queries.append(last)
-                keys.append(len(places))
+                keys.append(len(positions))
     device = layout.ids.device
-    seen = torch.tensor(places, device=device)
+    seen = torch.tensor(positions, device=device)
     starts = [torch.tensor(values, dtype=torch.int32, device=device) for values in (queries, keys)]
     longest = [max(end - begin for begin, end in pairwise(values)) for values in (queries, keys)]
 

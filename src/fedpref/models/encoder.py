@@ -148,10 +148,10 @@ class TextEncoder:
     def embed(self, texts: Sequence[str]) -> Float[Tensor, "n D"]:
         """Return each text's vector [n, D], in float32 on the CPU, in the order of the texts."""
         if self.tokenizer is None:
-            found: Tensor = self.model.encode(
+            embeddings: Tensor = self.model.encode(
                 list(texts), convert_to_tensor=True, show_progress_bar=False
             )
-            return found.float().cpu()
+            return embeddings.float().cpu()
         # the end is what sets options apart
         ids = [self.tokenizer(text)["input_ids"][-self.longest :] for text in texts]
         vectors = torch.empty(len(texts), self.dimensions)

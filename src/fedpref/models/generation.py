@@ -56,7 +56,7 @@ def generate(
         Tokens of the answers, prompt after prompt. An answer ends with the end token, or has
         `max_completion_length` tokens and no end.
     """
-    found: list[tuple[int, ...]] = [()] * (len(prompts) * samples)
+    completions: list[tuple[int, ...]] = [()] * (len(prompts) * samples)
     ranked = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     size = max(1, ROWS // samples)
     with merged(language, params):
@@ -64,10 +64,10 @@ def generate(
             some = ranked[first : first + size]
             drawn = _draw(language, [prompts[i] for i in some], samples, settings, rng).tolist()
             for k, row in enumerate(drawn):
-                found[some[k // samples] * samples + k % samples] = tuple(
+                completions[some[k // samples] * samples + k % samples] = tuple(
                     token for token in row if token >= 0
                 )
-    return found
+    return completions
 
 
 @contextmanager
@@ -106,8 +106,8 @@ def merged(language: LanguageModel, params: Tree | None) -> Iterator[None]:
 def _changes(language: LanguageModel, adapter: Tree) -> Iterator[tuple[Any, Tensor]]:
     """Yield layers, and what an adapter adds to their weights."""
     parameters = dict(language.model.named_parameters())
-    for name, place in language.parameter_names.items():
-        there = parameters[place].data
+    for name, full_name in language.parameter_names.items():
+        there = parameters[full_name].data
         # which may have a lower rank
         there.zero_()[tuple(map(slice, adapter[name].shape))] = adapter[name]
     for layer in language.model.modules():
@@ -139,20 +139,20 @@ def _draw(
     )
     cache.batch_repeat_interleave(samples)
     logits, seen = logits.repeat_interleave(samples, 0), seen.repeat_interleave(samples, 0)
-    found = torch.full((len(logits), settings.max_completion_length), -1, device=device)
-    place = torch.arange(len(logits), device=device)
-    lives = torch.ones_like(place, dtype=torch.bool)
+    drawn = torch.full((len(logits), settings.max_completion_length), -1, device=device)
+    remaining = torch.arange(len(logits), device=device)
+    lives = torch.ones_like(remaining, dtype=torch.bool)
     stops = torch.tensor(language.stops, device=device)
     for step in range(settings.max_completion_length):
         tokens = _sample(logits, settings.temperature, rng)
-        found[place[lives], step] = tokens[lives]
+        drawn[remaining[lives], step] = tokens[lives]
         lives &= ~torch.isin(tokens, stops)
         if not lives.any() or step + 1 == settings.max_completion_length:
             break
         if lives.float().mean() <= 1 - SPARSE:
             rows = lives.nonzero()[:, 0]
             cache.batch_select_indices(rows)
-            tokens, seen, place, lives = tokens[rows], seen[rows], place[rows], lives[rows]
+            tokens, seen, remaining, lives = tokens[rows], seen[rows], remaining[rows], lives[rows]
         seen = nn.functional.pad(seen, (0, 1), value=1)
         logits = _next(
             language,
@@ -161,7 +161,7 @@ def _draw(
             seen.sum(1, keepdim=True) - 1,
             seen if is_padded else None,
         )
-    return found.cpu()
+    return drawn.cpu()
 
 
 def _next(

@@ -230,8 +230,8 @@ class LanguageModel:
         """
         parameters = dict(self.model.named_parameters())
         adapter = {
-            name: torch.zeros(parameters[place].shape)
-            for name, place in self.parameter_names.items()
+            name: torch.zeros(parameters[full_name].shape)
+            for name, full_name in self.parameter_names.items()
         }
         for name, tensor in adapter.items():
             if ".lora_A." in name:
@@ -412,7 +412,7 @@ class LanguageModel:
         return problem
 
     def _run(
-        self, adapter: Tree, layout: Layout, places: Int[Tensor, " m"]
+        self, adapter: Tree, layout: Layout, positions: Int[Tensor, " m"]
     ) -> tuple[Float[Tensor, "R T D"], Float[Tensor, "1 m V"]]:
         """Return the states that come to the vocabulary head, and its logits at some places alone.
 
@@ -422,7 +422,7 @@ class LanguageModel:
 
         def cut(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
             states.append(inputs[0])
-            return (inputs[0].flatten(0, 1)[places][None],)
+            return (inputs[0].flatten(0, 1)[positions][None],)
 
         hook = self.head.register_forward_pre_hook(cut)
         try:
@@ -533,6 +533,6 @@ def _aligned(tensor: Tensor) -> Tensor:
     return tensor if tensor.data_ptr() % 64 == 0 else tensor.clone()
 
 
-def _distance(found: Float[Tensor, "n D"], expected: Float[Tensor, "n D"]) -> float:
+def _distance(computed: Float[Tensor, "n D"], expected: Float[Tensor, "n D"]) -> float:
     """Return the largest relative difference of a row."""
-    return float(((found - expected).float().norm(dim=1) / expected.float().norm(dim=1)).max())
+    return float(((computed - expected).float().norm(dim=1) / expected.float().norm(dim=1)).max())

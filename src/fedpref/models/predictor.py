@@ -66,13 +66,13 @@ class Predictor:
                 f"{at}.linear2": (wide, inner),
             }
             norms += [f"{at}.norm1", f"{at}.norm2"]
-        found: dict[str, tuple[int, ...]] = {}
+        sizes: dict[str, tuple[int, ...]] = {}
         for name, shape in dense.items():
-            found |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+            sizes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
         for i in range(self.layers):
             at = f"encoder.layers.{i}.self_attn.in_proj"
-            found |= {f"{at}_weight": (3 * wide, wide), f"{at}_bias": (3 * wide,)}
-        return found | {f"{name}.{part}": (wide,) for name in norms for part in ("weight", "bias")}
+            sizes |= {f"{at}_weight": (3 * wide, wide), f"{at}_bias": (3 * wide,)}
+        return sizes | {f"{name}.{part}": (wide,) for name in norms for part in ("weight", "bias")}
 
     def init(self, inputs: int, rng: torch.Generator) -> Tree:
         """Return fresh parameters, drawn from the distributions of PyTorch's modules."""

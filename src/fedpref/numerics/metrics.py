@@ -48,8 +48,8 @@ def of_objectives(metrics: Iterable[str]) -> list[str]:
     """
     names = list(metrics)
     if REWARD in names:
-        found = [name for name in names if name.startswith("rewards/")]
-        return found + [
+        kept = [name for name in names if name.startswith("rewards/")]
+        return kept + [
             name
             for name in (
                 "kl",

@@ -82,8 +82,8 @@ def _least(q: Matrix, regulariser: Matrix) -> NDArray[np.float64]:
     scale = max(float(values[-1]), np.finfo(float).tiny)
     root = np.sqrt(np.clip(values / scale, 0, None))[:, None] * vectors.T
     u = nnls(np.vstack([root, np.ones(len(q))]), np.append(np.zeros(len(q)), 1.0))[0]
-    found: NDArray[np.float64] = u / u.sum()
-    return found
+    weights: NDArray[np.float64] = u / u.sum()
+    return weights
 
 
 def projected_descent(gram: Gram, start: Weights, rate: float, iterations: int) -> Weights:
@@ -106,8 +106,8 @@ def onto_simplex(w: NDArray[np.float64]) -> NDArray[np.float64]:
     ranked = np.sort(w)[::-1]
     over = (np.cumsum(ranked) - 1) / np.arange(1, len(w) + 1)
     last = int(np.flatnonzero(ranked > over)[-1])
-    found: NDArray[np.float64] = np.maximum(w - over[last], 0)
-    return found
+    projection: NDArray[np.float64] = np.maximum(w - over[last], 0)
+    return projection
 
 
 def stationarity(gram: Gram) -> float:

@@ -34,10 +34,10 @@ TOLERANCE = 1e-9
 
 def _of_edges(count: int, edges: Iterable[tuple[int, int]]) -> Graph:
     """Return an undirected graph without loops and double edges."""
-    found = nx.Graph()
-    found.add_nodes_from(range(count))
-    found.add_edges_from((one, other) for one, other in edges if one != other)
-    return found
+    graph = nx.Graph()
+    graph.add_nodes_from(range(count))
+    graph.add_edges_from((one, other) for one, other in edges if one != other)
+    return graph
 
 
 def _hops(count: int) -> list[int]:
@@ -75,9 +75,9 @@ def _grid(count: int) -> Graph:
 
 def _torus(count: int) -> Graph:
     rows, columns = _sides(count)
-    places = [(r, c) for r in range(rows) for c in range(columns)]
-    right = [(columns * r + c, columns * r + (c + 1) % columns) for r, c in places]
-    down = [(columns * r + c, columns * ((r + 1) % rows) + c) for r, c in places]
+    cells = [(r, c) for r in range(rows) for c in range(columns)]
+    right = [(columns * r + c, columns * r + (c + 1) % columns) for r, c in cells]
+    down = [(columns * r + c, columns * ((r + 1) % rows) + c) for r, c in cells]
     return _of_edges(count, right + down)
 
 
@@ -119,12 +119,12 @@ class OnePeerExponential:
 
     def graph(self, names: Names, round: int) -> Graph:
         count, hops = len(names), _hops(len(names))
-        found = nx.DiGraph()
-        found.add_nodes_from(range(count))
-        found.add_edges_from(
+        links = nx.DiGraph()
+        links.add_nodes_from(range(count))
+        links.add_edges_from(
             (i, (i + hops[round % len(hops)]) % count) for i in range(count) if hops
         )
-        return found
+        return links
 
 
 @dataclass(frozen=True)
@@ -190,13 +190,13 @@ class GraphFile:
         return self if self.digest else replace(self, digest=self._content()[1])
 
     def graph(self, names: Names, round: int) -> Graph:
-        place = {name: number for number, name in enumerate(names)}
+        number_of = {name: number for number, name in enumerate(names)}
         edges = [(one, other) for one, other in self._edges() if one != other]
-        if unknown := sorted({name for edge in edges for name in edge} - place.keys()):
+        if unknown := sorted({name for edge in edges for name in edge} - number_of.keys()):
             raise UserError(
                 f"{self.path}: {unknown[:5]} are no clients; the clients are {list(names)[:12]}."
             )
-        return _of_edges(len(names), [(place[one], place[other]) for one, other in edges])
+        return _of_edges(len(names), [(number_of[one], number_of[other]) for one, other in edges])
 
     def _edges(self) -> list[tuple[str, str]]:
         content, digest = self._content()
@@ -204,25 +204,25 @@ class GraphFile:
             raise UserError(f"{self.path}: the file is not what it was when the run began.")
         if self.path.lower().endswith(".graphml"):
             try:
-                found = nx.read_graphml(io.BytesIO(content))
+                graph = nx.read_graphml(io.BytesIO(content))
             except Exception as error:  # of the XML reader, or of networkx
                 raise UserError(f"{self.path}: this is no GraphML: {error}.") from error
-            return [(str(one), str(other)) for one, other in found.edges()]
+            return [(str(one), str(other)) for one, other in graph.edges()]
         try:
             lines = [line.split("#", 1)[0].strip() for line in content.decode().splitlines()]
         except UnicodeDecodeError as error:
             raise UserError(f"{self.path}: this is no text in UTF-8: {error}.") from error
-        found = []
+        edges = []
         for number, line in enumerate(lines, 1):
             parts = [part.strip() for part in (line.split(",") if "," in line else line.split())]
             if len(parts) == 2:
-                found.append((parts[0], parts[1]))
+                edges.append((parts[0], parts[1]))
             elif parts:
                 raise UserError(
                     f"{self.path}, line {number}: expected two clients' names, there are "
                     f"{len(parts)} words."
                 )
-        return found
+        return edges
 
     def _content(self) -> tuple[bytes, str]:
         file = Path(self.path).expanduser()
@@ -282,8 +282,8 @@ def check(matrix: Matrix, names: Names, *, symmetric: bool = True) -> None:
     Raises:
         UserError: It is negative, not doubly stochastic, or not symmetric where it should be.
     """
-    found: Any
-    for found, what in (
+    clients: Any
+    for clients, what in (
         (np.argwhere(matrix < -TOLERANCE)[:, 0], "have a negative weight"),
         (np.flatnonzero(abs(matrix.sum(1) - 1) > TOLERANCE), "take weights that do not sum to one"),
         (
@@ -295,9 +295,9 @@ def check(matrix: Matrix, names: Names, *, symmetric: bool = True) -> None:
             "give and take different weights",
         ),
     ):
-        if len(found):
+        if len(clients):
             raise UserError(
-                f"mixing: the clients {_some(names, found)} {what}. Metropolis weights fit every "
+                f"mixing: the clients {_some(names, clients)} {what}. Metropolis weights fit every "
                 "undirected graph."
             )
 
@@ -372,5 +372,5 @@ def links(matrix: Matrix) -> Iterator[tuple[int, int]]:
 
 
 def _some(names: Names, which: Sequence[Any]) -> str:
-    found = list(dict.fromkeys(names[int(i)] for i in which))
-    return ", ".join(found[:5]) + (", ..." if len(found) > 5 else "")
+    unique = list(dict.fromkeys(names[int(i)] for i in which))
+    return ", ".join(unique[:5]) + (", ..." if len(unique) > 5 else "")

@@ -353,20 +353,20 @@ def traffic(runs: Sequence[Run]) -> Iterator[Chart]:
 
 def times(runs: Sequence[Run]) -> Iterator[Chart]:
     """Yield a chart of the seconds of a round, by its verbs."""
-    found: dict[str, list[float]] = {part: [] for part in (*PARTS, "rest")}
+    seconds: dict[str, list[float]] = {part: [] for part in (*PARTS, "rest")}
     for run in runs:
         rows = run.line.metrics
         for part in PARTS:
-            found[part].append(
+            seconds[part].append(
                 sum(row.get(f"seconds/{part}", 0.0) for row in rows) / max(1, len(rows))
             )
         whole = sum(row["seconds"] for row in rows) / max(1, len(rows))
-        found["rest"].append(max(0.0, whole - sum(found[part][-1] for part in PARTS)))
-    if not any(any(found[part]) for part in PARTS):
+        seconds["rest"].append(max(0.0, whole - sum(seconds[part][-1] for part in PARTS)))
+    if not any(any(seconds[part]) for part in PARTS):
         return
     names = [run.title for run in runs]
     data = []
-    for number, (part, values) in enumerate(found.items()):
+    for number, (part, values) in enumerate(seconds.items()):
         if any(value > 1e-4 for value in values):
             bars = {
                 "type": "bar",

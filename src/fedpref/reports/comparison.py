@@ -119,20 +119,20 @@ class _Line:
 
 def _line(name: str, runs: Mapping[int, Path]) -> _Line:
     paths = list(runs.values())
-    found_runs = [FinishedRun.at(path) for path in paths]
-    tables = [run.last_evaluation["clients"] for run in found_runs]
-    if len({len(found) for found in tables}) > 1:
+    finished = [FinishedRun.at(path) for path in paths]
+    tables = [run.last_evaluation["clients"] for run in finished]
+    if len({len(metrics) for metrics in tables}) > 1:
         raise UserError(
             f"{name}: its runs have different numbers of clients; compare runs on one split."
         )
     data = [
-        {client: run.clients[client]["digest"] for client in sorted(found)}
-        for run, found in zip(found_runs, tables, strict=True)
+        {client: run.clients[client]["digest"] for client in sorted(metrics)}
+        for run, metrics in zip(finished, tables, strict=True)
     ]
     metric = headline(next(iter(tables[0].values())))
     scale = HEADLINES[metric].scale
     values = np.array(
-        [[scale * found[client][metric] for client in sorted(found)] for found in tables]
+        [[scale * metrics[client][metric] for client in sorted(metrics)] for metrics in tables]
     )
     return _Line(name, metric, list(runs), paths, data, values)
 

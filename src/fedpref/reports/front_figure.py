@@ -12,10 +12,10 @@ from fedpref.runs.pareto import Point, best
 
 
 def front_table(
-    objectives: Sequence[str], points: Sequence[Point], found: Mapping[str, float]
+    objectives: Sequence[str], points: Sequence[Point], measures: Mapping[str, float]
 ) -> Table:
     """Return every point, marked where no other dominates it, and the front's metrics."""
-    caption = ", ".join(f"{name} {value:.4g}" for name, value in found.items())
+    caption = ", ".join(f"{name} {value:.4g}" for name, value in measures.items())
     table = Table(
         title="preferences and what came of them",
         title_style="bold",

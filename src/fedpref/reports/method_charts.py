@@ -73,7 +73,7 @@ def left_by_mixing(run: Run, rows: Sequence[Mapping[str, Any]]) -> list[float]:
     spec, names = run.experiment, list(run.clients)
     sizes = {name: int(about["train"]) for name, about in run.clients.items()}
     chances = spec.federation.weights(sizes, spec.seed)
-    found, known = [], dict[tuple[int, ...], float]()
+    errors, known = [], dict[tuple[int, ...], float]()
     for row in rows:
         active, _ = spec.federation.cohort(chances, spec.seed, row["round"] - 1)
         if not (spec.network.is_fixed and active in known):
@@ -84,8 +84,8 @@ def left_by_mixing(run: Run, rows: Sequence[Mapping[str, Any]]) -> list[float]:
                 :, active
             ]
             known[active] = rho(matrix, weights)
-        found.append(known[active] if len(active) == row["clients"] else math.nan)
-    return found
+        errors.append(known[active] if len(active) == row["clients"] else math.nan)
+    return errors
 
 
 def graph(runs: Sequence[Run]) -> Iterator[Chart]:
@@ -95,11 +95,11 @@ def graph(runs: Sequence[Run]) -> Iterator[Chart]:
             continue
         names = list(run.clients)
         links = nx.Graph(run.experiment.network.topology.graph(names, 0).to_undirected())
-        places = nx.circular_layout(links)
+        positions = nx.circular_layout(links)
         ends: tuple[list[float | None], list[float | None]] = ([], [])
         for one, other in links.edges():
             for k in (0, 1):
-                ends[k].extend([float(places[one][k]), float(places[other][k]), None])
+                ends[k].extend([float(positions[one][k]), float(positions[other][k]), None])
         values = run.values()
         shown = [values.get(name, math.nan) for name in names]
         lines = {
@@ -113,11 +113,11 @@ def graph(runs: Sequence[Run]) -> Iterator[Chart]:
         nodes = {
             "type": "scatter",
             "mode": "markers+text" if len(names) <= FEW else "markers",
-            "x": [float(places[k][0]) for k in range(len(names))],
-            "y": [float(places[k][1]) for k in range(len(names))],
+            "x": [float(positions[k][0]) for k in range(len(names))],
+            "y": [float(positions[k][1]) for k in range(len(names))],
             "text": names,
             "textposition": [
-                "top center" if places[k][1] >= 0 else "bottom center" for k in range(len(names))
+                "top center" if positions[k][1] >= 0 else "bottom center" for k in range(len(names))
             ],
             "customdata": shown,
             "hovertemplate": "%{text}: %{customdata:.1f}<extra></extra>",

@@ -45,10 +45,10 @@ def graph_metrics(network: Network, names: Names) -> dict[str, float]:
     }
 
 
-def metric_table(found: dict[str, float]) -> Table:
+def metric_table(metrics: dict[str, float]) -> Table:
     """Return the metrics for a terminal."""
     shown = Table.grid(padding=(0, 2))
-    for name, value in found.items():
+    for name, value in metrics.items():
         shown.add_row(name, f"{value:.4g}")
     return shown
 

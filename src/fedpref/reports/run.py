@@ -62,8 +62,8 @@ class Line:
     @property
     def last(self) -> ClientMetrics:
         """Metrics at the last evaluation, of each client that takes part in training."""
-        found: ClientMetrics = self.evaluations[-1]["clients"] if self.evaluations else {}
-        return found
+        clients: ClientMetrics = self.evaluations[-1]["clients"] if self.evaluations else {}
+        return clients
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class Run:
 
         They are as the clients came, and after their own steps.
         """
-        found = {}
+        values = {}
         for line in (self.line, *self.baselines.values()):
             row = line.evaluations[-1] if line.evaluations else {}
             later = self.joined if line is self.line else {}
@@ -158,8 +158,8 @@ class Run:
                 client: one["after"] for client, one in later.items()
             }
             if after:
-                found[line.name] = (self._values(before), self._values(after))
-        return found
+                values[line.name] = (self._values(before), self._values(after))
+        return values
 
     def _values(self, clients: ClientMetrics) -> Values:
         return {client: self.shown.scale * row[self.metric] for client, row in clients.items()}
@@ -186,7 +186,7 @@ def read(path: Path) -> Run:
             f"{path}: the run has not begun, nobody has said which clients there are (no "
             f"{CLIENTS})."
         )
-    found = {
+    drawn = {
         name: Line(name, line.read_rows(METRICS), line.read_rows(EVALUATION))
         for name, line in run.lines.items()
         if line.path.exists()
@@ -195,7 +195,7 @@ def read(path: Path) -> Run:
         json.loads((path / ENVIRONMENT).read_text()) if (path / ENVIRONMENT).exists() else {}
     )
     experiment = run.experiment
-    main = found.pop(experiment.algorithm.name)
+    main = drawn.pop(experiment.algorithm.name)
     return Run(
-        path, experiment, run.clients, main, found, environment, run.is_finished, experiment.name
+        path, experiment, run.clients, main, drawn, environment, run.is_finished, experiment.name
     )

@@ -26,18 +26,18 @@ from fedpref.numerics.metrics import (
 
 def sizes(path: Path) -> dict[str, dict[str, int]]:
     """Return each client's numbers of examples in a run, `train` and `test`."""
-    found: dict[str, dict[str, int]] = json.loads((path / CLIENTS).read_text())
-    return found
+    clients: dict[str, dict[str, int]] = json.loads((path / CLIENTS).read_text())
+    return clients
 
 
-def metric_table(found: ClientMetrics) -> Table:
+def metric_table(metrics: ClientMetrics) -> Table:
     """Return all metrics, a column for each client; for many clients the most important ones."""
-    table, first = Table(), next(iter(found.values()))
-    if len(found) <= 4:
-        for name in ("", *found):
+    table, first = Table(), next(iter(metrics.values()))
+    if len(metrics) <= 4:
+        for name in ("", *metrics):
             table.add_column(Text(name), justify="right" if name else "left", no_wrap=True)
         for metric in first:
-            table.add_row(metric, *(f"{row[metric]:.4g}" for row in found.values()))
+            table.add_row(metric, *(f"{row[metric]:.4g}" for row in metrics.values()))
         return table
     shown = [
         metric
@@ -46,7 +46,7 @@ def metric_table(found: ClientMetrics) -> Table:
     ]
     for name in ("client", *shown):
         table.add_column(name, justify="left" if name == "client" else "right")
-    for client, row in found.items():
+    for client, row in metrics.items():
         table.add_row(Text(client), *(f"{row[metric]:.4g}" for metric in shown))
     return table
 

@@ -100,15 +100,15 @@ class AdaptiveAlpha:
         leaning = (
             (alpha * rewards).sum(0) if self.rescale else (alpha * rewards).exp().mean(0).log()
         )
-        found = rewards.mean(0) if fair else leaning
+        reward = rewards.mean(0) if fair else leaning
         now, rate = (
-            rewards[:, found.argmax()] if self.fares_by == "winner" else rewards.mean(1),
+            rewards[:, reward.argmax()] if self.fares_by == "winner" else rewards.mean(1),
             1 / self.batches,
         )
         self.history = torch.lerp(
             known, now, rate if self.decay is None else 1 - self.decay
         ).tolist()
-        return found
+        return reward
 
 
 Combine = Annotated[Mean | Minimum | Maximum | AdaptiveAlpha, Field(discriminator="name")]

@@ -59,7 +59,7 @@ class Toxicity(RewardSettings):
     def build(self, open_groups: OpenGroups = no_groups) -> RewardFunction:
         try:
             with np.load(self.path, allow_pickle=False) as file:
-                found: dict[str, NDArray[Any]] = {
+                arrays: dict[str, NDArray[Any]] = {
                     name: file[name]
                     for name in ("vocab", "coef", "intercept", "platt_a", "platt_b")
                 }
@@ -68,19 +68,19 @@ class Toxicity(RewardSettings):
                 f"{self.path}: could not be read as a toxicity model ({error}). "
                 "Expected an .npz file with vocab, coef, intercept, platt_a and platt_b."
             ) from error
-        places = {str(word): i for i, word in enumerate(found["vocab"])}
+        columns = {str(word): i for i, word in enumerate(arrays["vocab"])}
 
         def reward(prompts: Sequence[Text], completions: Sequence[Text], **_: Any) -> list[float]:
             rewards = []
             for completion in completions:
                 known = [
-                    places[word]
+                    columns[word]
                     for word in re.findall(r"\b\w\w+\b", plain(completion).lower())
-                    if word in places
+                    if word in columns
                 ]
-                f = found["coef"][:, known].sum(1) + found["intercept"]
+                f = arrays["coef"][:, known].sum(1) + arrays["intercept"]
                 rewards.append(
-                    1 - float((1 / (1 + np.exp(found["platt_a"] * f + found["platt_b"]))).mean())
+                    1 - float((1 / (1 + np.exp(arrays["platt_a"] * f + arrays["platt_b"]))).mean())
                 )
             return rewards
 
@@ -130,7 +130,7 @@ class Classifier(RewardSettings):
                 f"{str(error).splitlines()[0]}"
             ) from error
         model: Any = loaded.eval().requires_grad_(False).to(self.device)
-        place = self._place(model.config)
+        label = self._label(model.config)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         model.config.pad_token_id = tokenizer.pad_token_id
@@ -164,21 +164,21 @@ class Classifier(RewardSettings):
 
         @torch.no_grad()
         def reward(prompts: Sequence[Text], completions: Sequence[Text], **_: Any) -> list[float]:
-            found: list[float] = []
+            scores: list[float] = []
             for first in range(0, len(prompts), self.batch_size):
                 part = slice(first, first + self.batch_size)
                 logits = model(**encoded(prompts[part], completions[part])).logits.float()
                 odds = (
                     logits
-                    if place is None
-                    else torch.logit(logits.softmax(-1)[:, place].clamp(1e-6, 1 - 1e-6))
+                    if label is None
+                    else torch.logit(logits.softmax(-1)[:, label].clamp(1e-6, 1 - 1e-6))
                 )
-                found += odds.flatten().tolist()
-            return found
+                scores += odds.flatten().tolist()
+            return scores
 
         return reward
 
-    def _place(self, config: Any) -> int | None:
+    def _label(self, config: Any) -> int | None:
         """Return the index of the logit that is meant; None where there is only one."""
         known = {**config.label2id, **{i: i for i in range(config.num_labels)}}
         if self.label is None and config.num_labels == 1:

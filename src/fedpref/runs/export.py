@@ -81,33 +81,35 @@ def _adapters(run: FinishedRun, output: Path, client: str | None, measured: Meas
     path = run.path
     own = [*run.client_folders.items(), *run.joined_folders.items()]
     shared = [(None, path / "adapter")] if (path / "adapter" / ADAPTER).exists() else []
-    found: list[tuple[str | None, Path]] = (
+    folders: list[tuple[str | None, Path]] = (
         [(client, run.model_folder(client))] if client else [*shared, *own]
     )
-    if not found:
+    if not folders:
         raise UserError(
             f"{path}: there are no adapters here; those of real sites have stayed there."
         )
     entries = []
-    for name, folder in found:
-        place = output / (f"clients/{quote(name, safe=' ')}" if name else SHARED)
-        place.mkdir(parents=True)
+    for name, folder in folders:
+        target = output / (f"clients/{quote(name, safe=' ')}" if name else SHARED)
+        target.mkdir(parents=True)
         for file in folder.iterdir():
             if file.name != FILE:
-                shutil.copyfile(file, place / file.name)
+                shutil.copyfile(file, target / file.name)
         left_out = sorted(trees.load(folder / FILE)) if (folder / FILE).exists() else []
-        (place / "README.md").write_text(card(measured, run.experiment, name, "peft", left_out))
+        (target / "README.md").write_text(card(measured, run.experiment, name, "peft", left_out))
         rank = int(json.loads((folder / "adapter_config.json").read_text())["r"])
         title = name or (SHARED if SHARED not in dict(own) else f"{SHARED} by all")
         entries.append(
             {
                 "name": title,
-                "path": str(place.relative_to(output)),
+                "path": str(target.relative_to(output)),
                 "rank": rank,
                 "left_out": left_out,
             }
         )
-    base = json.loads((found[0][1] / "adapter_config.json").read_text())["base_model_name_or_path"]
+    base = json.loads((folders[0][1] / "adapter_config.json").read_text())[
+        "base_model_name_or_path"
+    ]
     largest = max(int(str(entry["rank"])) for entry in entries)
     words = [
         "vllm",

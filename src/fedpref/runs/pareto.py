@@ -53,11 +53,11 @@ def preferences(objectives: int, points: int) -> list[tuple[float, ...]]:
         points: Preferences along each edge.
     """
     steps = points - 1
-    found = []
+    directions = []
     for cuts in combinations_with_replacement(range(steps + 1), objectives - 1):
         edges = (0, *cuts, steps)
-        found.append(tuple((b - a) / steps for a, b in pairwise(edges)))
-    return found
+        directions.append(tuple((b - a) / steps for a, b in pairwise(edges)))
+    return directions
 
 
 def plan_front(
@@ -106,17 +106,17 @@ def measured(
     objectives: Sequence[str], runs: Mapping[tuple[float, ...], Sequence[Path]]
 ) -> list[Point]:
     """Return the points of finished runs."""
-    found = []
+    points = []
     for preference, paths in runs.items():
         rows = [FinishedRun.at(path).last_evaluation["summary"] for path in paths]
-        found.append(
+        points.append(
             _point(
                 preference,
                 objectives,
                 [{name: summary["mean"] for name, summary in row.items()} for row in rows],
             )
         )
-    return found
+    return points
 
 
 def interpolated(
@@ -200,8 +200,8 @@ def best(values: Values) -> NDArray[np.bool_]:
     """
     import moocore
 
-    found: NDArray[np.bool_] = moocore.is_nondominated(values, maximise=True, keep_weakly=True)
-    return found
+    on_front: NDArray[np.bool_] = moocore.is_nondominated(values, maximise=True, keep_weakly=True)
+    return on_front
 
 
 def hypervolume(values: Values, reference: Sequence[float]) -> float:
@@ -233,25 +233,25 @@ def follows(points: Sequence[Point]) -> float:
     shares, values = (
         np.array([getattr(point, name) for point in points]) for name in ("preference", "values")
     )
-    found = [
+    spacings = [
         float(spearmanr(shares[:, m], values[:, m]).statistic) if np.ptp(values[:, m]) else 0.0
         for m in range(shares.shape[1])
     ]
-    return statistics.fmean(found)
+    return statistics.fmean(spacings)
 
 
 def parse_reference(text: str, objectives: Sequence[str]) -> tuple[float, ...]:
     """Return a number for each objective; raises UserError for anything else."""
     try:
-        found = tuple(float(part) for part in text.split(","))
+        point = tuple(float(part) for part in text.split(","))
     except ValueError:
-        found = ()
-    if len(found) != len(objectives):
+        point = ()
+    if len(point) != len(objectives):
         raise UserError(
             f"--reference {text!r}: expected {len(objectives)} numbers with commas "
             f"between, for {', '.join(objectives)}."
         )
-    return found
+    return point
 
 
 def reference_of(points: Sequence[Point]) -> tuple[float, ...]:
@@ -267,13 +267,13 @@ def front_metrics(points: Sequence[Point], reference: Sequence[float]) -> dict[s
     """Return metrics of the trained points; the hypervolume is above a reference point."""
     trained = [point for point in points if point.is_trained]
     values = np.array([point.values for point in trained])
-    found = {
+    metrics = {
         "hypervolume": hypervolume(values, reference),
         "spacing": spacing(values),
         "follows": follows(trained),
     }
     if len(trained) < len(points):
-        found["hypervolume_interpolated"] = hypervolume(
+        metrics["hypervolume_interpolated"] = hypervolume(
             np.array([point.values for point in points]), reference
         )
-    return found
+    return metrics

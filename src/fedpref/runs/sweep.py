@@ -40,17 +40,17 @@ def plan(
     Raises:
         UserError: One does not fit; before the first begins.
     """
-    found: dict[Path, Experiment] = {}
+    experiments: dict[Path, Experiment] = {}
     for name, own in map(parse_variant, variants):
         for seed in seeds:
             experiment = Experiment.load(
                 config, [*overrides, *own, f"seed={seed}", f"name={name}", "baselines=[]"]
             )
-            place = output / name / f"seed-{seed}"
-            if place in found:
+            path = output / name / f"seed-{seed}"
+            if path in experiments:
                 raise UserError(f"--variant {name!r} is there twice.")
-            found[place] = experiment
-    return found
+            experiments[path] = experiment
+    return experiments
 
 
 def sweep(runs: Mapping[Path, Experiment], cache: Path) -> Iterator[tuple[Path, Iterator[Event]]]:
@@ -61,14 +61,14 @@ def sweep(runs: Mapping[Path, Experiment], cache: Path) -> Iterator[tuple[Path, 
     Raises:
         UserError: A directory holds a run of other settings.
     """
-    for place, experiment in runs.items():
-        folder = RunDirectory(place)
-        if (place / CONFIG).exists() and FinishedRun.at(place).experiment != with_whole_paths(
+    for path, experiment in runs.items():
+        folder = RunDirectory(path)
+        if (path / CONFIG).exists() and FinishedRun.at(path).experiment != with_whole_paths(
             experiment
         ):
             raise UserError(
-                f"{place}: there is a run of other settings here. Choose another "
+                f"{path}: there is a run of other settings here. Choose another "
                 "--output, or remove it."
             )
         if not folder.done:
-            yield place, happenings(experiment, folder, cache)
+            yield path, happenings(experiment, folder, cache)

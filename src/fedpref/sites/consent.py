@@ -118,7 +118,7 @@ class Consenting:
             clients, _ = spec.clients()
             if file.partition is None:
                 clients = (replace(clients[0], name=file.client or self._name),)
-            found = hosted(spec, dict(enumerate(clients)), folder, **limits)
+            site = hosted(spec, dict(enumerate(clients)), folder, **limits)
         except UserError as error:  # whose text may hold rows
             LOG.exception("the site's data or models do not fit the experiment")
             raise RefusedError(
@@ -126,9 +126,9 @@ class Consenting:
             ) from error
         unnumbered = {
             name: {key: value for key, value in about.items() if key != "number"}
-            for name, about in found.about.items()
+            for name, about in site.about.items()
         }
-        return replace(found, about=unnumbered)
+        return replace(site, about=unnumbered)
 
     def _consent(self, spec: Experiment) -> None:
         file = self._file

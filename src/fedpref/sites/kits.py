@@ -138,9 +138,9 @@ def _provisioned(
     """
     with tempfile.TemporaryDirectory(dir=beside, prefix=".") as scratch:
         (Path(scratch) / PROJECT).write_text(yaml.safe_dump(project, sort_keys=False))
-        place = Path(scratch) / "made" / project["name"]
+        project_folder = Path(scratch) / "made" / project["name"]
         if state is not None:
-            shutil.copytree(state, place / STATE)
+            shutil.copytree(state, project_folder / STATE)
         command = [
             sys.executable,
             "-m",
@@ -153,7 +153,7 @@ def _provisioned(
             "--force",
         ]
         ran = subprocess.run(command, cwd=scratch, capture_output=True, text=True)
-        made = place / "prod_00"
+        made = project_folder / "prod_00"
         if ran.returncode or not made.is_dir():
             raise UserError(f"provisioning failed: {(ran.stdout + ran.stderr).strip()[-600:]}")
         for kit in made.iterdir():
@@ -163,7 +163,7 @@ def _provisioned(
                 (made / participant["name"] / SITE_FILE).write_text(
                     TEMPLATE % json.dumps(participant["name"])
                 )
-        shutil.move(place / STATE, made / STATE)
+        shutil.move(project_folder / STATE, made / STATE)
         shutil.move(Path(scratch) / PROJECT, made / PROJECT)
         (made / STATE).chmod(0o700)
         yield made
@@ -283,7 +283,7 @@ def running(kit: Path) -> bool:
 
 def _processes(kit: Path) -> list[psutil.Process]:
     """Return FLARE's processes of a kit, told by their command lines."""
-    found, kit = [], kit.resolve()
+    processes, kit = [], kit.resolve()
     for process in psutil.process_iter():
         with suppress(psutil.Error):
             line = process.cmdline()
@@ -292,8 +292,8 @@ def _processes(kit: Path) -> list[psutil.Process]:
                 for part in line
             )
             if is_flare and any(Path(part) == kit or kit in Path(part).parents for part in line):
-                found.append(process)
-    return found
+                processes.append(process)
+    return processes
 
 
 def _end(process: psutil.Process, how: signal.Signals) -> None:

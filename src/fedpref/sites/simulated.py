@@ -34,11 +34,11 @@ def simulated(experiment: Experiment, folder: RunDirectory) -> Iterator[Event]:
 
     What sites have kept of a run that is done goes into its directory.
     """
-    place = folder.path.resolve()
-    check_name(place.name)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    if not place.exists():
-        for left in (place.parent / SIMULATED).glob(f"*/{place.name}"):
+    path = folder.path.resolve()
+    check_name(path.name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        for left in (path.parent / SIMULATED).glob(f"*/{path.name}"):
             shutil.rmtree(left)
     with tempfile.TemporaryDirectory(prefix="fedpref-flare-") as name:
         scratch = Path(name)
@@ -46,14 +46,14 @@ def simulated(experiment: Experiment, folder: RunDirectory) -> Iterator[Event]:
         (scratch / EXPERIMENT).write_text(json.dumps(config.dump(experiment)))
         environment = {
             **os.environ,
-            RUNS: str(place.parent),
+            RUNS: str(path.parent),
             TELLS: str(scratch / TOLD),
             "OMP_NUM_THREADS": "1",
         }
         environment.pop(SITE, None)
         while True:
             with (scratch / LOG).open("a") as log:
-                command = [sys.executable, "-m", "fedpref.sites.simulated", name, place.name]
+                command = [sys.executable, "-m", "fedpref.sites.simulated", name, path.name]
                 process = subprocess.Popen(
                     command,
                     stdout=log,
@@ -70,9 +70,9 @@ def simulated(experiment: Experiment, folder: RunDirectory) -> Iterator[Event]:
                 process.wait()
             if end == "done":
                 break
-    for kept in sorted((place.parent / SIMULATED).glob(f"*/{place.name}")):
+    for kept in sorted((path.parent / SIMULATED).glob(f"*/{path.name}")):
         shutil.copytree(
-            kept, place, ignore=shutil.ignore_patterns("checkpoints", "cache"), dirs_exist_ok=True
+            kept, path, ignore=shutil.ignore_patterns("checkpoints", "cache"), dirs_exist_ok=True
         )
         shutil.rmtree(kept)
 

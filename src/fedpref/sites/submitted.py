@@ -48,12 +48,12 @@ def submitted(experiment: Experiment, admin: Path, folder: RunDirectory) -> Iter
             f"{admin}: this is no kit. Give by --admin the folder of who submits, which `fedpref "
             "federation init` made."
         )
-    place = folder.path.resolve()
-    check_name(place.name)
-    if (place / SUBMITTED).exists():
-        run = json.loads((place / SUBMITTED).read_text())["run"]
+    path = folder.path.resolve()
+    check_name(path.name)
+    if (path / SUBMITTED).exists():
+        run = json.loads((path / SUBMITTED).read_text())["run"]
     else:
-        run = f"{place.name}-{uuid.uuid4().hex[:8]}"
+        run = f"{path.name}-{uuid.uuid4().hex[:8]}"
         record = {"admin": str(admin.resolve()), "run": run}
         folder.create({CONFIG: config.to_yaml(experiment), SUBMITTED: json.dumps(record) + "\n"})
     while (yield from _job(experiment, run, admin, folder)) != "done":

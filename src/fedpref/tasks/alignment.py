@@ -39,7 +39,7 @@ def calibration_error(p: Float[Tensor, " n"], y: Float[Tensor, " n"], bins: int 
         y: True shares [n].
         bins: How many.
     """
-    place = (p * bins).long().clamp(max=bins - 1)
+    bin = (p * bins).long().clamp(max=bins - 1)
     return float(
-        (p - y).double().new_zeros(bins).index_add(0, place, (p - y).double()).abs().sum()
+        (p - y).double().new_zeros(bins).index_add(0, bin, (p - y).double()).abs().sum()
     ) / len(p)

@@ -185,7 +185,7 @@ class DialogueLearner(LanguageLearner):
         return DialogueShard(data.name, train, test, cut + cut_too)
 
     def _prompts(self, rows: Sequence[Any]) -> tuple[tuple[Prompted, ...], int]:
-        found: dict[Tokens, Prompted] = {}
+        prompted: dict[Tokens, Prompted] = {}
         cut = 0
         room = self.max_length - self.settings.sampling.max_completion_length
         for row in rows:
@@ -204,9 +204,9 @@ class DialogueLearner(LanguageLearner):
                     "task.truncation_mode to keep_end or keep_start."
                 )
             tokens = self.cut(whole, room) if len(whole) > room else whole
-            cut += len(whole) > room and tokens not in found
-            found.setdefault(tokens, Prompted(tokens, row.prompt, row.columns))
-        return tuple(found.values()), cut
+            cut += len(whole) > room and tokens not in prompted
+            prompted.setdefault(tokens, Prompted(tokens, row.prompt, row.columns))
+        return tuple(prompted.values()), cut
 
     def prepare(self, shard: DialogueShard, cache: Path) -> DialogueShard:
         return shard
@@ -268,7 +268,7 @@ class DialogueLearner(LanguageLearner):
         ]
         known = prompts[0].columns.keys() - {"prompts", "completions"}
         columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in sorted(known)}
-        found = []
+        rewards = []
         for name, reward in self.rewards.items():
             try:
                 values = [
@@ -285,8 +285,8 @@ class DialogueLearner(LanguageLearner):
                     f"task.rewards.{name}: expected {len(texts)} numbers, one of each "
                     f"completion, found {str(values)[:80]}."
                 )
-            found.append(values)
-        return torch.tensor(found)
+            rewards.append(values)
+        return torch.tensor(rewards)
 
     def texts(self, prompts: Sequence[Prompted], answers: Sequence[Tokens]) -> list[Any]:
         """Return answers as rewards are given them: text, or a message after a conversation."""
@@ -407,7 +407,7 @@ class DialogueLearner(LanguageLearner):
         rewards.
         """
         prompts, together = shard.test[: self.settings.samples], self.settings.answers_together
-        found: list[dict[str, Any]] = [{"prompt": prompt.text} for prompt in prompts]
+        rows: list[dict[str, Any]] = [{"prompt": prompt.text} for prompt in prompts]
         for name, policy in (("before", None), ("after", self._policy(params))):
             rng = seeds.generator(0, f"samples/{shard.name}")
             answers = generate(
@@ -425,12 +425,12 @@ class DialogueLearner(LanguageLearner):
                 if prompts
                 else []
             )
-            for row, (text, rewards) in zip(found, judged[::together], strict=True):
+            for row, (text, rewards) in zip(rows, judged[::together], strict=True):
                 row[name] = {
                     "completion": plain(text),
                     "rewards": dict(zip(self.objectives, rewards, strict=True)),
                 }
-        return found
+        return rows
 
     def _policy(self, params: Tree) -> Tree:
         return {name: tensor for name, tensor in params.items() if not name.startswith(CRITIC)}

@@ -77,14 +77,14 @@ class FeedbackLearner(OfflineLearner):
                 (prompt, answer, label) for answer, label in zip(answers, labels, strict=True)
             ]
             cut += shortened
-        found = []
+        encoded = []
         others = next_others([prompt for prompt, _, _ in judged])
-        for (prompt, answer, label), place in zip(judged, others, strict=True):
-            other = answer if place is None else judged[place][1]
-            found.append(
+        for (prompt, answer, label), index in zip(judged, others, strict=True):
+            other = answer if index is None else judged[index][1]
+            encoded.append(
                 Example(prompt, (answer, other[: self.max_length - len(prompt)]), desirable=label)
             )
-        return found, cut
+        return encoded, cut
 
     def measure(
         self, policy: Float[Tensor, "B 2"], explicit: Float[Tensor, "B 2"] | None, batch: Batch
@@ -111,8 +111,8 @@ class FeedbackLearner(OfflineLearner):
 def next_others(values: Sequence[Any]) -> list[int | None]:
     """Return for each value the index of the next other one, around the end; None without one."""
     count = len(values)
-    places: list[int | None] = [None] * count
+    indices: list[int | None] = [None] * count
     for i in range(2 * count - 1, -1, -1):  # twice around, for the last ones look at the first
         here, following = i % count, (i + 1) % count
-        places[here] = following if values[following] != values[here] else places[following]
-    return places
+        indices[here] = following if values[following] != values[here] else indices[following]
+    return indices

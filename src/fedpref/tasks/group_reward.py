@@ -51,7 +51,7 @@ class GroupReward:
             UserError: A share would mean nothing, or there is nothing to score.
         """
         asked = by_prompt(prompts)
-        alone = next((prompt for prompt, places in asked.items() if len(places) < 2), None)
+        alone = next((prompt for prompt, numbers in asked.items() if len(numbers) < 2), None)
         if (self.kind == "share" or self.asks) and alone is not None:
             ways = (
                 "Give more: this run was trained on questions with their options."
@@ -65,8 +65,8 @@ class GroupReward:
         if empty := next(
             (
                 prompt
-                for prompt, places in asked.items()
-                for i in places
+                for prompt, numbers in asked.items()
+                for i in numbers
                 if not (prompt + said[i]).strip()
             ),
             None,
@@ -76,24 +76,24 @@ class GroupReward:
                 f"empty ({empty!r})."
             )
         texts = {
-            prompt: asking(prompt, [said[i] for i in places])
+            prompt: asking(prompt, [said[i] for i in numbers])
             if self.asks
-            else tuple(prompt + said[i] for i in places)
-            for prompt, places in asked.items()
+            else tuple(prompt + said[i] for i in numbers)
+            for prompt, numbers in asked.items()
         }
         questions = [
             Question(self.group, of_prompt, (0.0,) * len(of_prompt)) for of_prompt in texts.values()
         ]
         self.learner.embed(self.context)
         new = self.learner.embed(questions)
-        found = self.learner.predict(
+        predicted = self.learner.predict(
             self.params, self.context, questions, logits=self.kind == "logit"
         )[0]
         self.learner.forget(new)
         rewards = [0.0] * len(said)
-        for places, values in zip(asked.values(), found, strict=True):
-            for place, value in zip(places, values.tolist(), strict=True):
-                rewards[place] = value
+        for numbers, values in zip(asked.values(), predicted, strict=True):
+            for number, value in zip(numbers, values.tolist(), strict=True):
+                rewards[number] = value
         return rewards
 
 
@@ -120,19 +120,21 @@ class CombinedReward:
         self, prompts: Sequence[Text], completions: Sequence[Text], **_: Any
     ) -> list[float]:
         """Return a reward for each completion to the prompt in the same place."""
-        rewards, found = self.of_groups(prompts, completions), [0.0] * len(prompts)
-        for places in by_prompt(prompts).values():
-            for place, value in zip(places, self.combine(rewards[:, places]).tolist(), strict=True):
-                found[place] = value
-        return found
+        rewards, combined = self.of_groups(prompts, completions), [0.0] * len(prompts)
+        for numbers in by_prompt(prompts).values():
+            for number, value in zip(
+                numbers, self.combine(rewards[:, numbers]).tolist(), strict=True
+            ):
+                combined[number] = value
+        return combined
 
 
 def by_prompt(prompts: Sequence[Text]) -> dict[str, list[int]]:
     """Return the indices of each prompt's completions."""
-    found: dict[str, list[int]] = defaultdict(list)
-    for place, prompt in enumerate(prompts):
-        found[_said(prompt)].append(place)
-    return found
+    asked: dict[str, list[int]] = defaultdict(list)
+    for number, prompt in enumerate(prompts):
+        asked[_said(prompt)].append(number)
+    return asked
 
 
 def _said(text: Text) -> str:

@@ -248,16 +248,16 @@ class OfflineLearner(LanguageLearner):
         texts = self.language.tokenizer.batch_decode(
             [list(prompt) for prompt in prompts], skip_special_tokens=True
         )
-        found: list[dict[str, Any]] = [{"prompt": text} for text in texts]
+        rows: list[dict[str, Any]] = [{"prompt": text} for text in texts]
         for name, policy in (("before", None), ("after", params)):
             rng = seeds.generator(0, f"samples/{shard.name}")
             answers = generate(self.language, policy, prompts, 1, SAMPLING, rng) if prompts else []
             said = self.language.tokenizer.batch_decode(
                 [list(answer) for answer in answers], skip_special_tokens=True
             )
-            for row, text in zip(found, said, strict=True):
+            for row, text in zip(rows, said, strict=True):
                 row[name] = {"completion": text, "rewards": {}}
-        return found
+        return rows
 
     def choices(self, params: Tree, shard: OfflineShard) -> Float[Tensor, " n"]:
         """Return whether the preferred answer is chosen, of each held-out example [n]."""
@@ -310,8 +310,8 @@ def _draw(lengths: Sequence[int], size: BatchSize, rng: torch.Generator) -> list
             if batches[-1] and sum(lengths[k] for k in batches[-1]) + lengths[i] > size.max_tokens:
                 batches.append([])
             batches[-1].append(i)
-    place = int(torch.randint(len(pool), (), generator=rng))
-    return next(batch for batch in batches if pool[place] in batch)
+    position = int(torch.randint(len(pool), (), generator=rng))
+    return next(batch for batch in batches if pool[position] in batch)
 
 
 def _by_length(examples: Sequence[Example], size: int) -> Iterator[list[int]]:

@@ -203,15 +203,15 @@ class OpinionLearner:
             for question in shard.train + shard.test
             if question.digest not in self.known
         }
-        place = cache / f"embeddings-{self.encoder.fingerprint}"
-        for digest in [digest for digest in wanted if (place / f"{digest}.safetensors").exists()]:
-            self.known[digest] = trees.load(place / f"{digest}.safetensors")["embeddings"]
+        folder = cache / f"embeddings-{self.encoder.fingerprint}"
+        for digest in [digest for digest in wanted if (folder / f"{digest}.safetensors").exists()]:
+            self.known[digest] = trees.load(folder / f"{digest}.safetensors")["embeddings"]
             del wanted[digest]
         if wanted:
-            place.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             self.embed(list(wanted.values()))
             for digest in wanted:
-                trees.save({"embeddings": self.known[digest]}, place / f"{digest}.safetensors")
+                trees.save({"embeddings": self.known[digest]}, folder / f"{digest}.safetensors")
         return shard
 
     def embed(self, questions: Sequence[Question]) -> list[str]:
@@ -327,10 +327,10 @@ class OpinionLearner:
         standard deviation of what was predicted (0.683 of a calibrated one), `calibration_error` is
         of all options together; `uniform` is the alignment of equal shares.
         """
-        found, stds = self.predict(params, shard.context, shard.asked)
+        predicted, stds = self.predict(params, shard.context, shard.asked)
         truth = [torch.tensor(question.shares) for question in shard.asked]
         measured: dict[str, list[float]] = defaultdict(list)
-        for p, std, y in zip(found, stds, truth, strict=True):
+        for p, std, y in zip(predicted, stds, truth, strict=True):
             measured[ALIGNMENT].append(alignment(p, y))
             measured["alignment_wasserstein"].append(wasserstein_alignment(p, y))
             likeliest = y == y.max()
@@ -340,7 +340,7 @@ class OpinionLearner:
             measured["uniform"].append(alignment(torch.full_like(y, 1 / len(y)), y))
         means = {name: float(np.mean(values)) for name, values in measured.items()}
         return means | {
-            "calibration_error": calibration_error(torch.cat(found), torch.cat(truth)),
+            "calibration_error": calibration_error(torch.cat(predicted), torch.cat(truth)),
             "num_examples": float(len(shard.asked)),
         }
 
@@ -394,10 +394,10 @@ class OpinionLearner:
 
 
 def _by_group(questions: Sequence[Question]) -> list[list[Question]]:
-    found: dict[str, list[Question]] = defaultdict(list)
+    by_group: dict[str, list[Question]] = defaultdict(list)
     for question in questions:
-        found[question.group].append(question)
-    return list(found.values())
+        by_group[question.group].append(question)
+    return list(by_group.values())
 
 
 def _questions(group: str, rows: Sequence[Row]) -> tuple[Question, ...]:
@@ -422,7 +422,7 @@ def _questions(group: str, rows: Sequence[Row]) -> tuple[Question, ...]:
             wins[(key(row.prompt), *sorted((chosen, rejected)))].append(chosen)
         else:
             opinions[asking(row.prompt, row.options)].append(row)
-    found = []
+    questions = []
     for texts, same in opinions.items():
         if other := next(
             (row for row in same if row.columns.get("group") != same[0].columns.get("group")), None
@@ -436,11 +436,11 @@ def _questions(group: str, rows: Sequence[Row]) -> tuple[Question, ...]:
         shares = tuple(
             sum(share) / len(same) for share in zip(*(row.shares for row in same), strict=True)
         )
-        found.append(Question(group, texts, shares))
+        questions.append(Question(group, texts, shares))
     for (prompt, *options), winners in wins.items():
         shares = tuple(winners.count(option) / len(winners) for option in options)
-        found.append(Question(group, tuple(prompt + option for option in options), shares))
-    return tuple(found)
+        questions.append(Question(group, tuple(prompt + option for option in options), shares))
+    return tuple(questions)
 
 
 def asking(question: str, options: Sequence[str]) -> tuple[str, ...]:

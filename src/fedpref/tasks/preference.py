@@ -87,7 +87,7 @@ class PreferenceLearner(OfflineLearner):
         super().__init__(settings, needs_reference=settings.loss.needs_reference)
 
     def examples(self, rows: Sequence[Row]) -> tuple[list[Example], int]:
-        found, cut = [], 0
+        encoded, cut = [], 0
         for row in rows:
             if not isinstance(row, Preference):
                 raise UserError(
@@ -104,9 +104,9 @@ class PreferenceLearner(OfflineLearner):
                     f"{row.where}: the two answers are the same tokens to the model, after "
                     "truncation if any. Remove the row."
                 )
-            found.append(Example(prompt, (chosen, rejected), objective=self._objective(row)))
+            encoded.append(Example(prompt, (chosen, rejected), objective=self._objective(row)))
             cut += shortened
-        return found, cut
+        return encoded, cut
 
     def encode(self, data: ClientData) -> OfflineShard:
         """Return a client's rows as tokens.

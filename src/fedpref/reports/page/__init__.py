@@ -121,10 +121,10 @@ def sections(
     runs: Sequence[Run], fronts: Sequence[Mapping[str, Any]]
 ) -> list[tuple[str, list[charts.Chart]]]:
     """Return titles, and the charts under them that these runs have something for."""
-    found = [("Trade-offs", [methods.front(content) for content in fronts])]
+    drawn = [("Trade-offs", [methods.front(content) for content in fronts])]
     if runs:
         gained = list(charts.gains(runs))
-        found += [
+        drawn += [
             (
                 "What was learned",
                 [*charts.held_out(runs), *charts.learning(runs), *methods.calibration(runs)],
@@ -134,4 +134,4 @@ def sections(
             ("Agreement", [*methods.consensus(runs), *methods.graph(runs)]),
             ("What it cost", [*charts.traffic(runs), *charts.times(runs)]),
         ]
-    return [(title, some) for title, some in found if some]
+    return [(title, some) for title, some in drawn if some]

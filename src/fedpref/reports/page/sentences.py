@@ -77,11 +77,11 @@ def words(run: Run) -> str:
     ]
     said[0] += f"; their mean held-out {run.shown.title} is {mean:.{digits}f}"
     if gained := run.gains("alone"):
-        found = (
+        gains = (
             f"against training alone that is {_mean(gained):+.{digits}f} "
             f"points{interval(gained, digits, '+')}"
         )
-        said += [found + _doubt(gained), _counted(gained, run.noise("alone"))]
+        said += [gains + _doubt(gained), _counted(gained, run.noise("alone"))]
     if values[best] > values[worst]:
         said.append(
             f"the best client is {best} ({values[best]:.{digits}f}), the worst {worst} "
@@ -123,7 +123,7 @@ def cards(run: Run) -> list[tuple[str, str, str]]:
     up, down, seconds = (
         sum(run.line.column(name)) for name in ("bytes_up", "bytes_down", "seconds")
     )
-    found = [
+    tiles = [
         (
             f"held-out {run.shown.caption}",
             f"{mean:.{digits}f}",
@@ -131,15 +131,15 @@ def cards(run: Run) -> list[tuple[str, str, str]]:
         )
     ]
     gains = {name: gained for name in run.baselines if (gained := run.gains(name))}
-    found += [
+    tiles += [
         (f"against {name}", f"{_mean(some):+.{digits}f}", f"points{interval(some, digits, '+')}")
         for name, some in gains.items()
     ]
-    found.append(("worst client", f"{values[worst]:.{digits}f}", worst))
+    tiles.append(("worst client", f"{values[worst]:.{digits}f}", worst))
     if both := run.newcomers.get(run.line.name):
         before, after = both
         note = f"{clients(len(after))}, mean; {_mean(before):.{digits}f} as they came"
-        found.append(("newcomers", f"{_mean(after):.{digits}f}", note))
+        tiles.append(("newcomers", f"{_mean(after):.{digits}f}", note))
     each = (up + down) / max(1.0, sum(run.line.column("clients")))
     cost = (
         f"{bytes_text(up / rounds)} up and {bytes_text(down / rounds)} down a round; "
@@ -152,7 +152,7 @@ def cards(run: Run) -> list[tuple[str, str, str]]:
         f"{seconds / rounds:.1f} s a round; preparing, evaluating and what it is compared "
         "with come on top"
     )
-    return [*found, ("sent", bytes_text(up + down), cost), ("time in rounds", time, note)]
+    return [*tiles, ("sent", bytes_text(up + down), cost), ("time in rounds", time, note)]
 
 
 def facts(run: Run) -> dict[str, str]:

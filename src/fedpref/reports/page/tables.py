@@ -23,10 +23,10 @@ Column = tuple[Run, Mapping[str, float], str]
 
 def fairness(runs: Sequence[Run]) -> tuple[list[str], list[tuple[str, list[str]]]]:
     """Return how values spread over clients: titles of the measures, and a row for each line."""
-    found = [(title, _spread(run, line)) for title, run, line, _ in every_line(runs)]
-    keys = [key for key in FAIRNESS if any(key in spread for _, spread in found)]
+    spreads = [(title, _spread(run, line)) for title, run, line, _ in every_line(runs)]
+    keys = [key for key in FAIRNESS if any(key in spread for _, spread in spreads)]
     return [FAIRNESS[key] for key in keys], [
-        (title, [spread.get(key, "") for key in keys]) for title, spread in found
+        (title, [spread.get(key, "") for key in keys]) for title, spread in spreads
     ]
 
 
