@@ -1,5 +1,6 @@
 # Nothing is needed but Python 3.11 or newer and make.
 PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
@@ -17,7 +18,7 @@ help:
 	@echo "make lint    ruff and mypy --strict"
 
 setup:
-	@$(PYTHON) scripts/bootstrap.py
+	@$(PYTHON) scripts/bootstrap.py $(CONSTRAINTS)
 
 demo: setup
 	@$(BIN)/fedpref run configs/demo.yaml

@@ -37,6 +37,7 @@ class Sums(Bowls):
         return {name: torch.full((2,), START / len(self.names)) for name in self.names}
 
     def parts(self, settings: Parts, rng: torch.Generator) -> Tree:
+        self.asked = settings
         return {name: torch.zeros(2) for name in self.own}
 
     def losses(self, params: Tree, batch: Bowl) -> tuple[Tensor, Mapping[str, float]]:
@@ -96,7 +97,9 @@ def test_dittos_own_adapter_may_be_trained_otherwise() -> None:
 
 def test_feddpas_adapters_are_added_and_trained_together() -> None:
     name, rounds = OWN_ADAPTER + "x", 3
-    state = driven(FedDPA(local=PLAIN), Sums("x", own=[name]), rounds)
+    task = Sums("x", own=[name])
+    state = driven(FedDPA(local=PLAIN), task, rounds)
+    assert task.asked == Parts(head=None, bottleneck=0, reward=False), "an adapter and no more"
     shared, own = START, [0.0, 0.0]
     for _ in range(rounds):
         changes = [shared_change(shared + own[i], *numbers) for i, numbers in enumerate(CLIENTS)]
@@ -162,6 +165,7 @@ class Pair(Bowls):
     objectives = ("first", "second")
 
     def parts(self, settings: Parts, rng: torch.Generator) -> Tree:
+        self.asked = settings
         return {}
 
     def losses(self, params: Tree, batch: Bowl) -> tuple[Tensor, Mapping[str, float]]:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from fedpref import UserError
+from fedpref.federation.network import Network
 from fedpref.numerics.topology import (
     SHAPES,
     ErdosRenyi,
@@ -150,6 +151,25 @@ def test_random_graphs_are_the_same_for_a_seed_and_are_drawn_anew_where_asked() 
     assert edges[0] == edges[1] == edges[2]
     assert edges[0] != edges[3]
     assert edges[0] != edges[4]
+
+
+@pytest.mark.parametrize(
+    ("network", "is_fixed"),
+    [
+        (Network(topology=Shape("ring")), True),
+        (Network(topology=ErdosRenyi()), True),
+        (Network(topology=ErdosRenyi(redraw=True)), False),
+        (Network(topology=OnePeerExponential()), False),
+        (Network(topology=Shape("ring"), link_failure=0.1), False),
+    ],
+)
+def test_a_network_is_fixed_if_its_matrix_is_the_same_in_every_round(
+    network: Network, is_fixed: bool
+) -> None:
+    assert network.is_fixed == is_fixed
+    names = tuple(str(i) for i in range(8))
+    matrices = [network.matrix(names, 0, round, range(8)) for round in range(6)]
+    assert all(np.array_equal(matrices[0], matrix) for matrix in matrices) == is_fixed
 
 
 def test_effective_diameter_is_the_ninetieth_percentile_of_path_lengths() -> None:

@@ -11,6 +11,7 @@ from fedpref.channel import Chain, Compression
 from fedpref.numerics import seeds
 from fedpref.numerics.topology import (
     AnyTopology,
+    ErdosRenyi,
     Matrix,
     Names,
     OnePeerExponential,
@@ -59,7 +60,7 @@ class Network:
         if self.link_failure or apart or not everybody:
             without(mixed, [])
         # a graph that is drawn anew connects everybody sooner or later
-        if not getattr(self.topology, "redraw", False):
+        if not self._redraws:
             refuse_disconnected(graphs, names, apart)
 
     @property
@@ -68,8 +69,12 @@ class Network:
         return (
             not self.link_failure
             and not isinstance(self.topology, OnePeerExponential)
-            and not getattr(self.topology, "redraw", False)
+            and not self._redraws
         )
+
+    @property
+    def _redraws(self) -> bool:
+        return isinstance(self.topology, ErdosRenyi) and self.topology.redraw
 
     @property
     def links(self) -> Chain:

@@ -183,7 +183,7 @@ class OfflineLearner(LanguageLearner):
         )
         for m in range(count):
             of_objective, lengths = shard.by_objective[m]
-            examples += [of_objective[i] for i in _draw(lengths, part, rng)]
+            examples += [of_objective[i] for i in draw_indices(lengths, part, rng)]
         if self.settings.reference == "base" or not self.needs_reference:
             return self._with_base(examples)
         with torch.no_grad():
@@ -286,7 +286,7 @@ class OfflineLearner(LanguageLearner):
         return sums.view(-1, 2), None if rewards is None else rewards.view(-1, 2)
 
 
-def _draw(lengths: Sequence[int], size: BatchSize, rng: torch.Generator) -> list[int]:
+def draw_indices(lengths: Sequence[int], size: BatchSize, rng: torch.Generator) -> list[int]:
     """Return indices of a batch.
 
     A random pool is cut by length into batches, of which one is drawn with a probability
