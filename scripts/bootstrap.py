@@ -44,9 +44,7 @@ def pip(*arguments: str, quiet: bool = False) -> bool:
 
 def install_torch(constraints: str) -> None:
     pin = next(
-        line
-        for line in (ROOT / constraints).read_text().splitlines()
-        if line.startswith("torch==")
+        line for line in (ROOT / constraints).read_text().splitlines() if line.startswith("torch==")
     )
     if pip("--no-index", "--no-deps", pin, quiet=True):
         return

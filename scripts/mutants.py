@@ -6,7 +6,8 @@
 The errors are those of cosmic-ray (another operator, another number, a condition turned round).
 A place in the code is drawn first and then one error for it, so that an expression with many
 operators does not fill the sample. Each mutant meets the tests that run its line, quickest first,
-until one fails. A change that only annotations show is none and is not drawn.
+until one fails or `--budget` seconds of them have passed. A change that only annotations show is
+none and is not drawn.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from itertools import accumulate, islice, zip_longest
 from pathlib import Path
 from queue import SimpleQueue
 from xml.etree import ElementTree
@@ -39,7 +41,7 @@ WITHOUT_ARGUMENTS = [
     for name in operator_names()
     if name not in ("core/VariableReplacer", "core/VariableInserter")
 ]
-SLACK = 60  # seconds that a mutant may take beyond three times what its tests take
+SLACK = 60  # seconds that a mutant may take beyond three times its tests' budget
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,14 @@ def coverage_of(tree: Path, jobs: int) -> tuple[dict[str, dict[int, list[str]]],
     return lines, seconds
 
 
+def described(mutant: Mutant) -> str:
+    """A survivor: its place, and the line before and after."""
+    before, after = (ROOT / mutant.file).read_text().splitlines(), mutant.text.splitlines()
+    old, new = next(pair for pair in zip_longest(before, after) if pair[0] != pair[1])
+    where = f"survived: {mutant.file}:{mutant.line} {mutant.operator}"
+    return f"{where}\n  - {(old or '').strip()}\n  + {(new or '').strip()}"
+
+
 def main() -> None:
     """Run the sample and print the share killed, and each survivor's file, line and error."""
     parser = argparse.ArgumentParser(
@@ -165,7 +175,10 @@ def main() -> None:
     parser.add_argument("--sample", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--budget", type=float, default=60.0, help="seconds of tests that a mutant meets at most"
+    )
+    parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         trees: SimpleQueue[Path] = SimpleQueue()
@@ -178,33 +191,26 @@ def main() -> None:
             # What runs at import has no test of its own: all tests of the file may notice it
             tests = of_file.get(mutant.line) or sorted(set().union(*of_file.values()))
             tests = sorted(tests, key=lambda test: seconds.get(test, 0.0))
-            limit = 3 * sum(seconds.get(test, 0.0) for test in tests) + SLACK
+            totals = accumulate(seconds.get(test, 0.0) for test in tests)
+            tests = [t for t, total in zip(tests, totals, strict=True) if total <= arguments.budget]
             tree = trees.get()
             original = (tree / mutant.file).read_text()
             try:
                 (tree / mutant.file).write_text(mutant.text)
+                limit = 3 * arguments.budget + SLACK
                 return bool(not tests or pytest(tree, "-x", *tests, timeout=limit) == 0)
             finally:
                 (tree / mutant.file).write_text(original)
                 trees.put(tree)
 
-        source = drawn(arguments.seed)
-        sample = [mutant for mutant, _ in zip(source, range(arguments.sample), strict=False)]
+        sample = list(islice(drawn(arguments.seed), arguments.sample))
         survivors: list[Mutant] = []
         with ThreadPoolExecutor(arguments.jobs) as pool:
-            for number, (mutant, lived) in enumerate(
-                zip(sample, pool.map(survives, sample), strict=True), 1
-            ):
-                if lived:
-                    survivors.append(mutant)
-                    print(f"survived: {mutant.file}:{mutant.line} {mutant.operator}", flush=True)
-                    before = (ROOT / mutant.file).read_text().splitlines()
-                    after = mutant.text.splitlines()
-                    changed = [
-                        pair for pair in zip(before, after, strict=False) if len(set(pair)) > 1
-                    ]
-                    for old, new in changed[:1]:
-                        print(f"  - {old.strip()}\n  + {new.strip()}", flush=True)
+            futures = {pool.submit(survives, mutant): mutant for mutant in sample}
+            for number, future in enumerate(as_completed(futures), 1):
+                if future.result():
+                    survivors.append(futures[future])
+                    print(described(futures[future]), flush=True)
                 if number % 10 == 0:
                     print(f"{number} of {len(sample)}, {len(survivors)} survived", flush=True)
     killed = len(sample) - len(survivors)

@@ -28,7 +28,7 @@ OLD = """# what the clinics agreed on
 name: old
 references: [local, centralised]  # to compare with
 task:
-  loss: dpo
+  estimator: {name: ppo, normalise: false}
 algorithm:
   name: scalarised
   preference: [0.7, 0.3]
@@ -37,7 +37,7 @@ NEW = """# what the clinics agreed on
 name: old
 baselines: [alone, pooled]  # to compare with
 task:
-  loss: dpo
+  estimator: {name: ppo, normalize: false}
 algorithm:
   name: scalarized
   preference: [0.7, 0.3]

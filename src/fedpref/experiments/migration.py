@@ -13,6 +13,7 @@ from fedpref.errors import UserError
 KEYS = {
     "references": "baselines",
     "algorithm.solver.normalise": "normalize",
+    "task.estimator.normalise": "normalize",
 }
 """The path of a key that has another name now -> the name, in the same place."""
 
