@@ -83,14 +83,22 @@ class RunDirectory:
 
     @property
     def version(self) -> Mapping[str, Any]:
-        """The directory's `format`, and the version of the `fedpref` that began it."""
+        """The directory's `format`, and the version of the `fedpref` that began it.
+
+        Raises:
+            UserError: The file that says it cannot be read.
+        """
         file = self.path / VERSION
-        written: Mapping[str, Any] = (
-            json.loads(file.read_text())
-            if file.exists()
-            else {"format": 1, "fedpref": "0.1.0 or older"}
-        )
-        return written
+        if not file.exists():
+            return {"format": 1, "fedpref": "0.1.0 or older"}
+        try:
+            written = json.loads(file.read_text())
+            return {"format": int(written["format"]), "fedpref": str(written["fedpref"])}
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(
+                f'{file}: expected {{"format": {FORMAT}, "fedpref": "{__version__}"}}. Write the '
+                "version that began the run, or begin it anew."
+            ) from error
 
     @property
     def format(self) -> int:
