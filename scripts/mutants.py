@@ -46,11 +46,12 @@ SLACK = 60  # seconds that a mutant may take beyond three times its tests' budge
 
 @dataclass(frozen=True)
 class Mutant:
-    """One error in one file: its line, cosmic-ray's name of it, and the whole text with it."""
+    """One error in one file: its line, cosmic-ray's name of it, the file's text without and with."""
 
     file: str
     line: int
     operator: str
+    original: str
     text: str
 
 
@@ -65,9 +66,9 @@ def without_annotations(code: str) -> str:
     return ast.dump(tree)
 
 
-def places(file: str) -> dict[tuple[str, tuple[int, int]], list[tuple[str, int]]]:
+def places(root: Path, file: str) -> dict[tuple[str, tuple[int, int]], list[tuple[str, int]]]:
     """Where a file can be mutated: (file, (line, column)) to (operator, occurrence) pairs."""
-    nodes = list(ast_nodes(get_ast((ROOT / file).read_text())))
+    nodes = list(ast_nodes(get_ast((root / file).read_text())))
     found: dict[tuple[str, tuple[int, int]], list[tuple[str, int]]] = {}
     for name in WITHOUT_ARGUMENTS:
         operator = get_operator(name)()
@@ -77,26 +78,26 @@ def places(file: str) -> dict[tuple[str, tuple[int, int]], list[tuple[str, int]]
     return found
 
 
-def drawn(seed: int) -> Iterator[Mutant]:
-    """Mutants in the order of the draw, each at a place of its own, without end of the sample."""
+def drawn(root: Path, seed: int) -> Iterator[Mutant]:
+    """All mutants of a tree in the order of the draw, each at a place of its own."""
     files = sorted(
-        str(path.relative_to(ROOT))
+        str(path.relative_to(root))
         for folder in FOLDERS
-        for path in (ROOT / "src/fedpref" / folder).glob("**/*.py")
+        for path in (root / "src/fedpref" / folder).glob("**/*.py")
     )
     rng = random.Random(seed)
-    candidates = [place for file in files for place in places(file).items()]
+    candidates = [place for file in files for place in places(root, file).items()]
     rng.shuffle(candidates)
     for (file, (line, _)), choices in candidates:
         operator, occurrence = rng.choice(choices)
-        code = (ROOT / file).read_text()
+        code = (root / file).read_text()
         text = mutate_code(code, get_operator(operator)(), occurrence)
         try:
             differs = text is not None and without_annotations(text) != without_annotations(code)
         except SyntaxError:  # some of cosmic-ray's errors are no Python; nothing can miss these
             continue
         if differs:
-            yield Mutant(file, line, operator, text)
+            yield Mutant(file, line, operator, code, text)
 
 
 def environment(tree: Path) -> dict[str, str]:
@@ -161,7 +162,7 @@ def coverage_of(tree: Path, jobs: int) -> tuple[dict[str, dict[int, list[str]]],
 
 def described(mutant: Mutant) -> str:
     """A survivor: its place, and the line before and after."""
-    before, after = (ROOT / mutant.file).read_text().splitlines(), mutant.text.splitlines()
+    before, after = mutant.original.splitlines(), mutant.text.splitlines()
     old, new = next(pair for pair in zip_longest(before, after) if pair[0] != pair[1])
     where = f"survived: {mutant.file}:{mutant.line} {mutant.operator}"
     return f"{where}\n  - {(old or '').strip()}\n  + {(new or '').strip()}"
@@ -194,16 +195,15 @@ def main() -> None:
             totals = accumulate(seconds.get(test, 0.0) for test in tests)
             tests = [t for t, total in zip(tests, totals, strict=True) if total <= arguments.budget]
             tree = trees.get()
-            original = (tree / mutant.file).read_text()
             try:
                 (tree / mutant.file).write_text(mutant.text)
                 limit = 3 * arguments.budget + SLACK
                 return bool(not tests or pytest(tree, "-x", *tests, timeout=limit) == 0)
             finally:
-                (tree / mutant.file).write_text(original)
+                (tree / mutant.file).write_text(mutant.original)
                 trees.put(tree)
 
-        sample = list(islice(drawn(arguments.seed), arguments.sample))
+        sample = list(islice(drawn(Path(scratch, "0"), arguments.seed), arguments.sample))
         survivors: list[Mutant] = []
         with ThreadPoolExecutor(arguments.jobs) as pool:
             futures = {pool.submit(survives, mutant): mutant for mutant in sample}

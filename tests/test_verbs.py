@@ -13,8 +13,9 @@ import pytest
 from conftest import ROOT
 from fedpref import config
 from fedpref.algorithms import AnyAlgorithm, FedDPO
+from fedpref.federation.algorithm import Algorithm
 from fedpref.federation.local_training import LocalTraining
-from fedpref.federation.verbs import Algorithm, Client, Work, registered, work
+from fedpref.federation.verbs import Client, Work, registered, work
 from fedpref.numerics.trees import Tree
 
 KINDS = config.kinds(AnyAlgorithm)

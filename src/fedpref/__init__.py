@@ -9,7 +9,8 @@ if TYPE_CHECKING:
     from fedpref.errors import UserError
     from fedpref.experiments.experiment import Experiment
     from fedpref.experiments.finished import FinishedRun, Result
-    from fedpref.federation.verbs import Algorithm, Client, Federation, PerClient, work
+    from fedpref.federation.algorithm import Algorithm
+    from fedpref.federation.verbs import Client, Federation, PerClient, work
     from fedpref.models.loading import load_model
     from fedpref.runs.launch import resume, run
 
@@ -29,7 +30,7 @@ __all__ = [
     "work",
 ]
 _HOMES = {
-    "Algorithm": "federation.verbs",
+    "Algorithm": "federation.algorithm",
     "Client": "federation.verbs",
     "Experiment": "experiments.experiment",
     "Federation": "federation.verbs",

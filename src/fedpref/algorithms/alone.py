@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from fedpref.federation.algorithm import Algorithm
 from fedpref.federation.common import no_moments, own_copy
 from fedpref.federation.local_training import LocalTraining, joining, train_locally
-from fedpref.federation.verbs import Algorithm, Client, Federation, PerClient, work
+from fedpref.federation.verbs import Client, Federation, PerClient, work
 from fedpref.numerics.trees import Tree
 
 

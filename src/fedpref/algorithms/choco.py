@@ -12,10 +12,11 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from fedpref.federation.algorithm import Algorithm
 from fedpref.federation.common import no_moments, own_copy, train_own
 from fedpref.federation.consensus import consensus_metrics, projected
 from fedpref.federation.local_training import LocalTraining
-from fedpref.federation.verbs import Algorithm, Client, Federation, PerClient, work
+from fedpref.federation.verbs import Client, Federation, PerClient, work
 from fedpref.numerics import trees
 from fedpref.numerics.trees import Tree
 

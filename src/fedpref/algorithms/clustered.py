@@ -12,9 +12,10 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
+from fedpref.federation.algorithm import Algorithm
 from fedpref.federation.common import own_copy
 from fedpref.federation.local_training import LocalTraining, seeded_dropout, train_locally
-from fedpref.federation.verbs import Algorithm, Client, Federation, PerClient, work
+from fedpref.federation.verbs import Client, Federation, PerClient, work
 from fedpref.numerics import trees
 from fedpref.numerics.trees import Tree
 from fedpref.tasks.task import BatchSize

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from fedpref.federation.algorithm import Algorithm
 from fedpref.federation.common import drawn_age, no_moments, own_copy
 from fedpref.federation.consensus import consensus_metrics, projected
 from fedpref.federation.local_training import LocalTraining, train_locally
-from fedpref.federation.verbs import Algorithm, Client, Federation, PerClient, work
+from fedpref.federation.verbs import Client, Federation, PerClient, work
 from fedpref.numerics import trees
 from fedpref.numerics.trees import Tree
 from fedpref.types import WholeNumber

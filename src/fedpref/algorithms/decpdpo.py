@@ -9,10 +9,11 @@ from typing import ClassVar, Literal
 from fedpref.algorithms.decdpo import begin as begin_adapter
 from fedpref.federation import aggregation
 from fedpref.federation.aggregation import Aggregate, Factors
+from fedpref.federation.algorithm import Algorithm
 from fedpref.federation.common import no_moments
 from fedpref.federation.consensus import consensus_metrics, projected
 from fedpref.federation.personal import Personal, begin
-from fedpref.federation.verbs import Algorithm, Client, Federation, PerClient, work
+from fedpref.federation.verbs import Client, Federation, PerClient, work
 from fedpref.numerics.trees import Tree
 
 

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from fedpref.federation.aggregation import Factors, FrozenA
+from fedpref.federation.algorithm import Algorithm
 from fedpref.federation.common import PersonalState, no_moments, own_copy
 from fedpref.federation.local_training import (
     LocalTraining,
@@ -19,7 +20,7 @@ from fedpref.federation.local_training import (
     pull_towards,
     train_locally,
 )
-from fedpref.federation.verbs import Algorithm, Client, Federation, PerClient, work
+from fedpref.federation.verbs import Client, Federation, PerClient, work
 from fedpref.numerics.trees import Tree
 from fedpref.types import NonNegative
 

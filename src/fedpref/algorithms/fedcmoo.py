@@ -14,11 +14,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fedpref.federation.aggregation import Factors, signs
+from fedpref.federation.algorithm import Algorithm
 from fedpref.federation.common import no_moments
 from fedpref.federation.critics import about_means, critics, train_beside_critics
 from fedpref.federation.local_training import LocalTraining, seeded_dropout
 from fedpref.federation.objectives import Objectives, jacobian
-from fedpref.federation.verbs import Algorithm, Client, Federation, PerClient, work
+from fedpref.federation.verbs import Client, Federation, PerClient, work
 from fedpref.numerics import trees
 from fedpref.numerics.min_norm import projected_descent
 from fedpref.numerics.trees import Tree

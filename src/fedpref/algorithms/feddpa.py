@@ -11,10 +11,11 @@ from typing import ClassVar, Literal
 
 from fedpref.federation import aggregation
 from fedpref.federation.aggregation import Aggregate, Factors
+from fedpref.federation.algorithm import Algorithm
 from fedpref.federation.common import PersonalState, no_moments, personalize
 from fedpref.federation.local_training import LocalTraining, joining, train_locally
 from fedpref.federation.personal import begin
-from fedpref.federation.verbs import Algorithm, Client, Federation, PerClient, work
+from fedpref.federation.verbs import Client, Federation, PerClient, work
 from fedpref.models.own_parts import Parts
 from fedpref.numerics import trees
 from fedpref.numerics.trees import Tree

@@ -11,9 +11,10 @@ from typing import Literal
 
 from fedpref.federation import aggregation
 from fedpref.federation.aggregation import Aggregate, Factors
+from fedpref.federation.algorithm import Algorithm
 from fedpref.federation.common import AdapterState, no_moments
 from fedpref.federation.local_training import LocalTraining, train_locally
-from fedpref.federation.verbs import Algorithm, Client, Federation, work
+from fedpref.federation.verbs import Client, Federation, work
 from fedpref.numerics.trees import Tree
 
 

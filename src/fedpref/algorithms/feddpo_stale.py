@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from fedpref.federation.algorithm import Algorithm
 from fedpref.federation.common import drawn_age, no_moments
 from fedpref.federation.local_training import LocalTraining, train_locally
-from fedpref.federation.verbs import Algorithm, Client, Federation, PerClient, work
+from fedpref.federation.verbs import Client, Federation, PerClient, work
 from fedpref.numerics import trees
 from fedpref.numerics.trees import Tree
 from fedpref.types import WholeNumber

@@ -14,9 +14,10 @@ from pydantic import Field
 
 from fedpref.algorithms.feddpo import FedDPO, train
 from fedpref.federation.aggregation import Factors
+from fedpref.federation.algorithm import Algorithm
 from fedpref.federation.common import no_moments
 from fedpref.federation.local_training import LocalTraining
-from fedpref.federation.verbs import Algorithm, Federation, PerClient
+from fedpref.federation.verbs import Federation, PerClient
 from fedpref.numerics import trees
 from fedpref.numerics.trees import Tree
 from fedpref.types import Fraction, Positive

@@ -12,10 +12,11 @@ from typing import Literal
 from fedpref.errors import UserError
 from fedpref.federation import aggregation
 from fedpref.federation.aggregation import Aggregate, Factors, Product
+from fedpref.federation.algorithm import Algorithm
 from fedpref.federation.common import PersonalState, no_moments
 from fedpref.federation.local_training import joining
 from fedpref.federation.personal import Personal, begin, settle
-from fedpref.federation.verbs import Algorithm, Client, Federation, PerClient, work
+from fedpref.federation.verbs import Client, Federation, PerClient, work
 from fedpref.models.own_parts import Parts
 from fedpref.numerics import seeds
 from fedpref.numerics.trees import Tree

@@ -11,9 +11,10 @@ from typing import Literal
 
 from fedpref.algorithms.fedpdpo import FedPDPO
 from fedpref.federation.aggregation import Aggregate, Factors
+from fedpref.federation.algorithm import Algorithm
 from fedpref.federation.common import PersonalState
 from fedpref.federation.local_training import LocalTraining
-from fedpref.federation.verbs import Algorithm, Federation, PerClient
+from fedpref.federation.verbs import Federation, PerClient
 from fedpref.models.own_parts import Parts
 from fedpref.numerics.trees import Tree
 from fedpref.types import Count, Positive

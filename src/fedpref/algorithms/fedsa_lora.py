@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from fedpref.federation.aggregation import factor
+from fedpref.federation.algorithm import Algorithm
 from fedpref.federation.common import PersonalState, no_moments, own_copy, personalize
 from fedpref.federation.local_training import LocalTraining, joining, train_locally
-from fedpref.federation.verbs import Algorithm, Client, Federation, PerClient, work
+from fedpref.federation.verbs import Client, Federation, PerClient, work
 from fedpref.numerics import trees
 from fedpref.numerics.trees import Tree
 

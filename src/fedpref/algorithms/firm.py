@@ -16,6 +16,7 @@ from torch import Tensor
 from fedpref.errors import UserError
 from fedpref.federation import aggregation
 from fedpref.federation.aggregation import Aggregate, Factors
+from fedpref.federation.algorithm import Algorithm
 from fedpref.federation.common import no_moments
 from fedpref.federation.critics import (
     Preference,
@@ -26,7 +27,7 @@ from fedpref.federation.critics import (
 )
 from fedpref.federation.local_training import LocalTraining
 from fedpref.federation.objectives import Objectives, of_last_layers, preferred
-from fedpref.federation.verbs import Algorithm, Client, Federation, PerClient, work
+from fedpref.federation.verbs import Client, Federation, PerClient, work
 from fedpref.numerics.min_norm import MinNorm
 from fedpref.numerics.trees import Tree
 from fedpref.tasks.task import TaskSettings

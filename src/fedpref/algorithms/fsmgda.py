@@ -12,11 +12,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from fedpref.federation.algorithm import Algorithm
 from fedpref.federation.common import no_moments
 from fedpref.federation.critics import CriticState, Preference, critics
 from fedpref.federation.local_training import LocalTraining, train_locally
 from fedpref.federation.objectives import Objectives, preferred
-from fedpref.federation.verbs import Algorithm, Client, Federation, work
+from fedpref.federation.verbs import Client, Federation, work
 from fedpref.numerics import trees
 from fedpref.numerics.min_norm import MinNorm
 from fedpref.numerics.trees import Tree

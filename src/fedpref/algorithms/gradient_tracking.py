@@ -11,10 +11,11 @@ from typing import ClassVar, Literal
 
 import torch
 
+from fedpref.federation.algorithm import Algorithm
 from fedpref.federation.common import no_moments, own_copy
 from fedpref.federation.consensus import consensus_metrics, projected
 from fedpref.federation.local_training import LocalTraining, train_locally
-from fedpref.federation.verbs import Algorithm, Client, Federation, PerClient, work
+from fedpref.federation.verbs import Client, Federation, PerClient, work
 from fedpref.numerics import trees
 from fedpref.numerics.trees import Tree
 

@@ -8,9 +8,10 @@ from typing import ClassVar, Literal
 
 from fedpref.algorithms.feddpo import FedDPO
 from fedpref.federation.aggregation import Factors
+from fedpref.federation.algorithm import Algorithm
 from fedpref.federation.common import AdapterState, no_moments
 from fedpref.federation.local_training import LocalTraining
-from fedpref.federation.verbs import Algorithm, Federation
+from fedpref.federation.verbs import Federation
 from fedpref.numerics.trees import Tree
 
 

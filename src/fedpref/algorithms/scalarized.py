@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 
 from fedpref.federation import aggregation
 from fedpref.federation.aggregation import Aggregate, Factors
+from fedpref.federation.algorithm import Algorithm
 from fedpref.federation.common import no_moments
 from fedpref.federation.critics import (
     CriticState,
@@ -19,7 +20,7 @@ from fedpref.federation.critics import (
 )
 from fedpref.federation.local_training import LocalTraining
 from fedpref.federation.objectives import Objectives, preferred
-from fedpref.federation.verbs import Algorithm, Client, Federation, work
+from fedpref.federation.verbs import Client, Federation, work
 from fedpref.numerics.trees import Tree
 from fedpref.tasks.task import TaskSettings
 

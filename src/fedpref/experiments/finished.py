@@ -28,7 +28,7 @@ from fedpref.experiments.run_directory import (
     RunDirectory,
     client_folder,
 )
-from fedpref.federation.verbs import Algorithm
+from fedpref.federation.algorithm import Algorithm
 from fedpref.numerics import seeds, trees
 from fedpref.numerics.metrics import ClientMetrics
 from fedpref.numerics.trees import Tree

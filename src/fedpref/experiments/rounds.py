@@ -31,8 +31,9 @@ from fedpref.experiments.run_directory import (
     RunDirectory,
     client_folder,
 )
+from fedpref.federation.algorithm import Algorithm
 from fedpref.federation.diagnostics import diagnose
-from fedpref.federation.verbs import Algorithm, Client, work
+from fedpref.federation.verbs import Client, work
 from fedpref.numerics import seeds, trees
 from fedpref.numerics.metrics import HEADLINES, headline, over_clients
 from fedpref.numerics.trees import Tree

@@ -13,7 +13,7 @@ from fedpref.errors import UserError
 from fedpref.experiments.finished import FinishedRun
 from fedpref.experiments.rounds import evaluate, export
 from fedpref.experiments.run_directory import JOINED, NEWCOMERS
-from fedpref.federation.verbs import Algorithm
+from fedpref.federation.algorithm import Algorithm
 
 
 @dataclass(frozen=True)

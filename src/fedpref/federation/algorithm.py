@@ -1,0 +1,125 @@
+"""The base of every algorithm: what it is, what it runs on clients, and its program."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, Generic, TypeVar
+
+from fedpref.federation.aggregation import Aggregate
+from fedpref.federation.local_training import LocalTraining
+from fedpref.federation.verbs import Federation, PerClient, Work
+from fedpref.models.own_parts import Parts
+from fedpref.numerics.trees import Tree
+from fedpref.tasks.task import TaskSettings
+
+S = TypeVar("S")
+
+
+class Algorithm(ABC, Generic[S]):
+    """A short program over a federation: a frozen dataclass whose fields are its hyper-parameters.
+
+    The class variables say what an experiment must know before it runs; each is off unless an
+    algorithm turns it on. A class variable that is not declared here is an error when the class is
+    made, so that a misspelt one cannot be silently off.
+    """
+
+    name: str
+
+    works: ClassVar[tuple[Work[..., Any], ...]] = ()
+    """What it runs on clients; a site that consents to the algorithm consents to exactly these."""
+    pools_data: ClassVar[bool] = False
+    """A baseline that needs all training data in one place."""
+    gossips: ClassVar[bool] = False
+    """Clients tell neighbours what they learn, over the experiment's network."""
+    needs_fixed_network: ClassVar[bool] = False
+    """The same neighbours, and everybody, in every round."""
+    adapts: ClassVar[bool] = False
+    """It is about the factors of a LoRA adapter, whatever aggregates them."""
+    keeps_critics: ClassVar[bool] = False
+    """Clients keep critics beside the adapter, as PPO needs them."""
+
+    def __init_subclass__(cls, **settings: Any) -> None:
+        super().__init_subclass__(**settings)
+        known = vars(Algorithm).keys() | inspect.get_annotations(Algorithm).keys()
+        hints = inspect.get_annotations(cls)
+        declared = [name for name, hint in hints.items() if "ClassVar" in str(hint)]
+        declared += [k for k, v in vars(cls).items() if isinstance(v, bool) and k not in hints]
+        bare = [
+            k for k in hints if k not in vars(cls) and isinstance(vars(Algorithm).get(k), property)
+        ]
+        if bare:
+            raise TypeError(f"{cls.__name__}.{bare[0]}: give it a default; Algorithm reads it")
+        for name in declared:
+            if name not in known:
+                near = difflib.get_close_matches(name, sorted(known), 1)
+                hint = f" Did you mean {near[0]!r}?" if near else ""
+                raise TypeError(f"{cls.__name__}.{name}: Algorithm declares no such flag.{hint}")
+
+    @property
+    @abstractmethod
+    def local(self) -> LocalTraining:
+        """How a client trains within a round."""
+
+    @property
+    def aggregate(self) -> Aggregate | None:
+        """How adapters become one; None where the algorithm leaves no choice."""
+        return None
+
+    @property
+    def parts(self) -> Parts | None:
+        """What of the model is each client's own; None where nothing is."""
+        return None
+
+    @property
+    def preference(self) -> tuple[float, ...] | None:
+        """A preference over the task's objectives; None where the algorithm knows none."""
+        return None
+
+    @property
+    def weighs_clients(self) -> bool:
+        """Whether the algorithm weighs clients itself, so that `federation.weighting` must not."""
+        return False
+
+    def check_task(self, task: TaskSettings) -> None:
+        """Raise UserError where the algorithm does not fit the task or its objectives."""
+
+    def check_clients(self, names: tuple[str, ...]) -> None:
+        """Raise UserError where the algorithm's settings name clients that are not these."""
+
+    @abstractmethod
+    def init(self, fed: Federation, start: Tree) -> S:
+        """Return the state before the first round, a frozen dataclass.
+
+        Args:
+            fed: All clients.
+            start: The task's fresh parameters, the same for everybody.
+
+        Returns:
+            A dataclass with fields of `Tree`, which are shared, and `PerClient[Tree]`, which are
+            private. Whatever must survive a round is in it.
+        """
+
+    @abstractmethod
+    def step(self, fed: Federation, state: S) -> tuple[S, Mapping[str, float]]:
+        """Do one round with the active clients; return the next state and the round's metrics."""
+
+    def join(self, fed: Federation, state: S, steps: int) -> S:
+        """Return the state in which clients that did not train have what is their own.
+
+        Args:
+            fed: The clients that join.
+            state: After training.
+            steps: Local steps that they may take.
+
+        Returns:
+            By default the state as it is: nothing is a client's own, or there is no neighbour to
+            take it from.
+        """
+        return state
+
+    @abstractmethod
+    def model(self, state: S) -> tuple[Tree | PerClient[Tree], ...]:
+        """Return the parts that together are each client's model: shared trees, private values."""
