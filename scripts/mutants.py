@@ -46,7 +46,7 @@ SLACK = 60  # seconds that a mutant may take beyond three times its tests' budge
 
 @dataclass(frozen=True)
 class Mutant:
-    """One error in one file: its line, cosmic-ray's name of it, the file's text without and with."""
+    """One error in one file: line, cosmic-ray's name of it, the text without and with it."""
 
     file: str
     line: int

@@ -34,11 +34,8 @@ from fedpref.numerics import trees
 from fedpref.numerics.trees import Tree
 from fedpref.types import Count, Positive
 
-# what is said of a site that is not there, and the name of one that never was
-SILENT, NOWHERE = (
-    "no answer",
-    "",
-)
+SILENT = "no answer"  # what is said of a site that is not there
+NOWHERE = ""  # the site of a client whose site has never answered
 KEPT = "kept.json"  # in a checkpoint: by field, whose values sites have kept
 
 
@@ -157,6 +154,8 @@ class Sites:
             for site in answers
             for name, about in answers[site][0]["about"].items()
         ]
+        # by the number that clients had, then by name, so that the order does not depend on who
+        # answers first
         offers.sort(key=lambda offer: offer[:2])
         names = [name for _, name, _, _ in offers]
         if twice := [name for name, count in Counter(names).items() if count > 1]:
@@ -201,6 +200,7 @@ class Sites:
         self, messages: Mapping[str, tuple[Header, Tree]]
     ) -> dict[str, tuple[Header, Tree] | str]:
         """Return each site's answer, or why there is none."""
+        # packed once for each tree, not for each site: most messages carry the same adapter
         bodies = {
             key: body(tensors)
             for key, tensors in {id(tensors): tensors for _, tensors in messages.values()}.items()
@@ -315,6 +315,8 @@ class RemoteEngine:
         self._calls += 1
         names = self._present(values)
         while True:  # until all whose shares were asked for are in
+            # weights are shares of who is left, so that a client which fell out does not shrink the
+            # mean
             total = sum(self._weights[i] for i in self.active)
             asked, present = {}, self.active
             for site, clients in self._by_site().items():
@@ -323,6 +325,8 @@ class RemoteEngine:
                 asked[site] = ({"verb": "contribute", "own": own, "shares": shares}, NO_TENSORS)
             answers = self._ask(asked)
             messages = {i: trees.part(answers[self._sites.site_of[i]][1], i) for i in self.active}
+            # whoever sends other names or shapes than most is at fault; no template of them is
+            # known here
             usual = Counter(map(shape, messages.values())).most_common(1)[0][0]
             self._leave_out(
                 {
@@ -334,6 +338,7 @@ class RemoteEngine:
             if self.active == present:
                 break
         self.traffic += Traffic(bytes_up=sum(trees.size(message) for message in messages.values()))
+        # in client order, whoever answered first, so that the sum has the same bits anywhere
         return trees.total(messages[i] for i in self.active)
 
     def mix(self, values: PerClient[Tree]) -> tuple[PerClient[Tree], PerClient[Tree]]:
@@ -355,6 +360,8 @@ class RemoteEngine:
                 "call": self._calls,
                 "name": name,
             }
+            # half of the time for the neighbours' messages, so that the answer still comes in the
+            # other half
             asked[site] = ({**header, "wait": self._sites.patience.seconds / 2}, NO_TENSORS)
         answers = self._ask(asked)
         self.traffic += told(

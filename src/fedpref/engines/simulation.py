@@ -68,9 +68,11 @@ class Simulation:
         self.traffic, self._calls = Traffic(), 0
 
     def each(self, work: Callable[..., Any], *args: Any) -> Any:
+        # what everybody is told; what is a client's own does not travel
         sent = sum(trees.size(arg) for arg in args if isinstance(arg, Mapping))
         self.traffic += Traffic(bytes_down=sent * len(self.active))
         self._calls += 1
+        # sent to each worker once; a client's own arguments go with its job
         common = {k: arg for k, arg in enumerate(args) if not isinstance(arg, StoredValues)}
         columns = {k: arg for k, arg in enumerate(args) if isinstance(arg, StoredValues)}
         shared = (registered(work).name, self._purpose, self.round, self._calls, common)
@@ -89,6 +91,8 @@ class Simulation:
         Arguments are numbered: `shared` has those in common, `own` the client's.
         """
         work, purpose, round, call, common = shared
+        # by address, not by turn: whoever computes it, and in whatever order, draws the same
+        # numbers
         rng = seeds.generator(self._seed, purpose, round=round, call=call, client=i)
         client = Client(i, self._task, self._shards[i], rng, round, self._rounds, self._folder)
         args = {**common, **own}
@@ -119,6 +123,7 @@ class Simulation:
                 self.traffic += Traffic(bytes_up=trees.size(message))
                 yield message
 
+        # in client order, whichever worker was first, so that the sum has the same bits anywhere
         return self._channel.decode(trees.total(messages()), len(self.active))
 
     def mix(self, values: PerClient[Tree]) -> tuple[PerClient[Tree], PerClient[Tree]]:

@@ -40,10 +40,7 @@ from fedpref.tasks.task import Task
 RUN = re.compile(r"\w[\w.-]{0,99}(/\w[\w.-]{0,99}){0,3}")
 CHECKPOINTS, AHEAD = 2, 4  # that are kept, and messages of a site that may lie here unread
 # what may be told has another name in a checkpoint
-TELLABLE, PRIVATE = (
-    ".told.safetensors",
-    ".safetensors",
-)
+TELLABLE, PRIVATE = ".told.safetensors", ".safetensors"
 LOG = logging.getLogger("fedpref")
 Answer = tuple[Header, Tree]
 
@@ -140,6 +137,7 @@ class Site:
             verb = header.pop("verb", None)
             if verb not in self._verbs:
                 raise RefusedError(f"there is no verb {str(verb)[:40]!r}")
+            # said in `open` alone: what follows comes from the same coordinator
             if verb == "open":
                 refuse_other_format(header, "the coordinator")
             with one_thread():
@@ -160,12 +158,14 @@ class Site:
         ):
             return
         try:
+            # the header alone; tensors are read by the exchange that waits for them
             header, _ = unpack(message[: 8 + int.from_bytes(message[:8], "big")])
             address = (int(header["round"]), int(header["call"]), sender)
         except (RefusedError, KeyError, TypeError, ValueError, OverflowError):
             return  # the exchange counts the sender as missing
         with self._news:
             self._heard[address] = message
+            # a site that runs ahead, or sends nonsense, must not fill the memory here
             for older in sorted(known for known in self._heard if known[2] == sender)[:-AHEAD]:
                 del self._heard[older]
             self._news.notify_all()
@@ -189,6 +189,7 @@ class Site:
             )
         self._hosted, self._run = self._host.host(experiment, folder), folder
         folder.mkdir(parents=True, exist_ok=True)
+        # of an earlier run of this name
         if not resumes:
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         self._values.clear()
@@ -225,6 +226,7 @@ class Site:
             raise RefusedError(f"{work[:80]!r} is no work that is done here")
         if not 0 <= round <= hosted.rounds:
             raise RefusedError(f"round {round} is none of the {hosted.rounds} of the experiment")
+        # arguments are read by the types that the work declares; nothing is unpickled
         hints = [
             hint for key, hint in get_type_hints(function.function).items() if key != "return"
         ][1:]
@@ -249,6 +251,7 @@ class Site:
                     if "own" in arg
                 },
             }
+            # the same address as in a simulation, therefore the same numbers
             rng = seeds.generator(hosted.seed, purpose, round=round, call=call, client=i)
             client = Client(
                 i, hosted.task, hosted.shards[self._names[i]], rng, round, hosted.rounds, self._run
@@ -256,6 +259,8 @@ class Site:
             try:
                 result = function(client, *(given[k] for k in sorted(given)))
                 values = result if isinstance(result, tuple) else (result,)
+                # checked before it is kept, so that a client which diverges keeps the state from
+                # before
                 for part in values:
                     if all(isinstance(value, Tensor) for value in part.values()):
                         finite(part)
@@ -302,6 +307,8 @@ class Site:
         awaited = {self._site_of[j] for i in told for j in rows[i] if j not in told} - {self.name}
         arrived |= self._arrived(self._hear(awaited, round, call, wait), next(iter(told.values())))
         for i in told:
+            # who was not heard is taken to say what the hearer says, so that weights still sum to
+            # one
             heard = ((arrived.get(j, arrived[i]), weight) for j, weight in rows[i].items())
             self._values[i][f"{name}.0"] = arrived[i]
             self._values[i][f"{name}.1"] = mixed(

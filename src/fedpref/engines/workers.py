@@ -54,13 +54,9 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
         return  # another libc: nothing to tune
-    # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
-    for option, value in (
-        (-4, 0),
-        (-1, 1 << 30),
-        (-2, 1 << 27),
-    ):
-        mallopt(option, value)
+    mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for a large tensor
+    mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+    mallopt(-2, 1 << 27)  # M_TOP_PAD
 
 
 class Workers:
@@ -125,6 +121,8 @@ class Workers:
                         if kind == "refused"
                         else RuntimeError(f"in the work of client {client}:\n{value}")
                     )
+                # after a failure no more is begun, but workers that are busy are heard, so that
+                # none is left writing
                 if failure is None and (following := next(clients, None)) is not None:
                     send(connection, *following)
                 if failure is None:

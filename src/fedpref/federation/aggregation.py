@@ -97,6 +97,7 @@ class Factors:
         Its expected squared norm is theta's, so that distances between clients can be estimated
         from it. Entries with random signs are summed up in groups, 8 for each tensor.
         """
+        # by name, because clients may hold their tensors in another order
         flat = torch.cat([theta[name].flatten() for name in sorted(theta)])
         groups = PROBES * len(theta)
         return pad(flat * signs(len(flat), round), (0, -len(flat) % groups)).view(groups, -1).sum(1)
@@ -173,6 +174,8 @@ class Product:
             )
 
     def received(self, client: Client, adapter: Tree) -> tuple[Tree, Tree]:
+        # singular values fall, so that the first rows of A and columns of B are the leading
+        # directions
         rank = self.ranks[client.id % len(self.ranks)] if self.ranks else None
         return {
             name: tensor
@@ -187,9 +190,12 @@ class Product:
         self, fed: Federation, adapter: Tree, messages: PerClient[Tree]
     ) -> tuple[Tree, Mapping[str, float]]:
         right = {
+            # the last round's directions are near this round's; nothing is known of an adapter of
+            # zeros
             a: _basis(adapter[a].T if adapter[a].any() else torch.eye(*adapter[a].T.shape))
             for a, _ in pairs(adapter)
         }
+        # power iterations: each multiplies by the mean and by its transpose, through clients
         for _ in range(self.iterations):
             left = {
                 a: _basis(y) for a, y in fed.mean(fed.each(from_right, messages, right)).items()
@@ -252,9 +258,8 @@ def from_sketch(client: Client, theta: Tree, mixed: Tree, method: Product) -> Tr
     adapter: dict[str, Tensor] = {}
     for a, b, _, left in _sketchers(theta, method, client.round):
         span = _basis(mixed[a])
-        rest = torch.linalg.lstsq(
-            left @ span, mixed[b], driver="gels"
-        ).solution  # the product is span @ rest; gelsy is not deterministic
+        # The product is span @ rest. The default driver, gelsy, is not deterministic
+        rest = torch.linalg.lstsq(left @ span, mixed[b], driver="gels").solution
         u, s, v = torch.linalg.svd(rest, full_matrices=False)
         adapter[a], adapter[b] = _factors(span, u, s, v, rank=len(theta[a]))
     return adapter
@@ -274,6 +279,7 @@ def _sketchers(
     rng = seeds.generator(0, "sketch", round=round)
     for a, b in pairs(theta):
         (rank, inputs), outputs = theta[a].shape, len(theta[b])
+        # mixed products may have twice a client's rank
         columns = min(2 * max(rank, *method.ranks, 1) + 1, inputs, outputs)
         rows = min(2 * columns + 1, outputs)
         yield (
@@ -295,14 +301,12 @@ def _factors(
 
     Rows of A have the norm that they are drawn with, spare ones are zero.
     """
+    # the truncated decomposition is the nearest product of that rank (Eckart and Young 1936)
     u, s, v = u[:, :rank], s[:rank], v[:rank]
     spare = rank - len(s)
     a, b = pad(ROW_NORM * v, (0, 0, 0, spare)), pad(span @ u * s / ROW_NORM, (0, spare))
     # as they are when they come from a file: sums depend on the order in memory
-    return (
-        a.contiguous(),
-        b.contiguous(),
-    )
+    return a.contiguous(), b.contiguous()
 
 
 def _basis(columns: Float[Tensor, "n r"]) -> Float[Tensor, "n r"]:

@@ -162,6 +162,7 @@ def train_locally(
     start = {name: start[name].detach().to(device) for name in sorted(start)}
     beside = {name: tensor.to(device) for name, tensor in fixed.items()}
     theta = {name: tensor.clone().requires_grad_() for name, tensor in start.items()}
+    # `received` stays as it came, for the task's reference at the round's start
     params, received = {**beside, **theta}, {**beside, **start}
     optimiser = _optimiser(settings, theta, moments, rates)
     sums: dict[str, float] = {}
@@ -170,12 +171,15 @@ def train_locally(
     drawn: list[Any] = []
     with seeded_dropout(client):
         for step in range(settings.steps):
+            # the schedule runs over the whole run; in the middle of the step, so that no step has a
+            # rate of zero
             progress = (client.round + (step + 0.5) / settings.steps) / client.rounds
             for group in optimiser.param_groups:
                 group["lr"] = group["scale"] * rate(settings, progress)
             if step % settings.num_iterations == 0:
                 drawn.clear()
             for number in range(settings.gradient_accumulation_steps):
+                # with num_iterations, later steps use again what was drawn
                 if number == len(drawn):
                     drawn.append(client.task.draw(params, received, client.shard, size, client.rng))
                 losses, metrics = client.task.losses(params, drawn[number])
@@ -237,6 +241,8 @@ def _optimiser(
     for address, tensor in moments.items():
         key, name = address.split("/", 1)
         optimiser.state[theta[name]][key] = (
+            # PyTorch keeps AdamW's step count on the CPU; copies, for the optimiser changes them in
+            # place
             tensor.clone() if key == "step" else tensor.to(theta[name].device, copy=True)
         )
     return optimiser

@@ -74,12 +74,15 @@ class Objectives:
         if rest:
             gradients |= zip(
                 rest,
+                # one more backward pass for all, in place of one for each objective
                 torch.autograd.grad((weights * losses).sum(), [theta[name] for name in rest]),
                 strict=True,
             )
         for k, name in enumerate(critics, len(watched)):
+            # a critic belongs to one objective, whose weight must not slow its learning
             gradients[name] = torch.stack([row[k] for row in rows if row[k] is not None]).sum(0)
         for name, gradient in gradients.items():
+            # added to what earlier batches of this update have left
             share = gradient.view_as(theta[name]) / batches
             theta[name].grad = share if (known := theta[name].grad) is None else known + share
         return list(weights.tolist())

@@ -159,4 +159,5 @@ def draw(weights: Sequence[float], size: int | None, rng: torch.Generator) -> tu
     chosen = torch.multinomial(
         torch.tensor([weights[client] for client in able]).double(), size, generator=rng
     ).tolist()
+    # in client order: sums over a cohort have the same bits, however it was drawn
     return tuple(sorted(able[i] for i in chosen))

@@ -70,6 +70,7 @@ class Personal:
             )
             return trees.select(theta, received), trees.select(theta, own), moments, metrics
         first, second = halves(self.local, self.personal_steps)
+        # what is shared stays as it came while the own parts fit themselves to it
         own, kept, before = train_locally(
             client,
             own,
@@ -89,6 +90,8 @@ class Personal:
             fixed={**fixed, **heads},
             rates=rates,
         )
+        # counts of both phases; all other metrics are those of the second, the first's are beside
+        # them
         sums = {
             name: value + before[name] for name, value in metrics.items() if name.startswith("num_")
         }

@@ -33,6 +33,7 @@ class Kernel(Protocol):
 
 
 # and how far back it may reach
+# a context variable, because a layout belongs to one call of a model that is shared
 _ATTEND: ContextVar[tuple[Attend, int] | None] = ContextVar("attend", default=None)
 
 
@@ -75,10 +76,12 @@ def register() -> None:
         window = settings.get("sliding_window")
         if window is not None and window < reach:
             raise PackingError(f"attention reaches {window} tokens back, a pair is {reach} long")
+        # the kernels below know neither
         if settings.get("softcap") is not None or settings.get("s_aux") is not None:
             raise PackingError("its attention has a soft cap or sinks")
         return attend(query, key, value, settings.get("scaling") or query.shape[-1] ** -0.5), None
 
+    # no mask of the whole row's width is built: it would be quadratic in all tokens together
     def masking(*arguments: Any, **settings: Any) -> Tensor | None:
         return sdpa_mask(*arguments, **settings) if _ATTEND.get() is None else None
 
@@ -121,6 +124,7 @@ def by_sequence(layout: Layout) -> Attend:
             mixed: Tensor = plain(query[0], key[0], value[0], scaling, bounds, masks)
             return mixed[None].transpose(1, 2)
         widths = [end - begin for begin, end in bounds]
+        # the row's padding, whose output is zero
         widths.append(query.shape[2] - sum(widths))
         rows = zip(*(tensor.split(widths, 2) for tensor in (query, key, value)), strict=True)
         fused = nn.functional.scaled_dot_product_attention
@@ -143,6 +147,7 @@ def _mask(causal: Float[Tensor, "T T"], ends: tuple[int, ...]) -> Float[Tensor, 
     _, opening, *rest = (end - ends[0] for end in ends)
     mask = causal[: rest[-1], : rest[-1]].clone()
     for end in rest[:-1]:
+        # later answers do not see this one
         mask[end:, opening:end] = float("-inf")
     return mask
 
@@ -181,6 +186,8 @@ class _Attention(torch.autograd.Function):
         for (begin, end), weights in zip(ctx.bounds, kept, strict=True):
             part = slice(begin, end)
             slope = torch.bmm(upstream[:, part], value[:, part].transpose(1, 2))
+            # weights * (slope - sum(slope * weights)) in one kernel, for which there is no public
+            # name
             slope = torch._softmax_backward_data(slope, weights, -1, slope.dtype)
             gradients[0][:, part].baddbmm_(slope, key[:, part], alpha=ctx.scaling)
             gradients[1][:, part].baddbmm_(slope.transpose(1, 2), query[:, part], alpha=ctx.scaling)
@@ -201,6 +208,7 @@ def by_variable_length(layout: Layout) -> Attend:
     for begin, opening, *ends in layout.sequences:
         for first, last in zip((begin, opening, *ends), (opening, *ends), strict=False):
             if first < last:
+                # an answer's keys are its prompt's, then its own; a prompt's are its own alone
                 positions += [*range(begin, min(first, opening)), *range(first, last)]
                 queries.append(last)
                 keys.append(len(positions))

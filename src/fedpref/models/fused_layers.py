@@ -25,11 +25,13 @@ def fuse(model: nn.Module) -> None:
     from transformers.pytorch_utils import Conv1D
 
     modules: list[Any] = list(model.modules())
+    # the type itself: subclasses of PEFT's layer quantise or scatter
     layers = [layer for layer in modules if type(layer) is Linear and "default" in layer.lora_A]
     for layer in layers:
         if isinstance(layer.base_layer, nn.Linear | Conv1D):
             layer.forward = _forward(layer, isinstance(layer.base_layer, Conv1D))
     for activation in modules:
+        # the type itself: a subclass may compute something else
         if type(activation) in (NewGELUActivation, FastGELUActivation):
             activation.forward = partial(nn.functional.gelu, approximate="tanh")
 
@@ -41,6 +43,7 @@ def _forward(layer: Any, transposed: bool) -> Callable[..., Tensor]:
         down, up, dropout = (
             part["default"] for part in (layer.lora_A, layer.lora_B, layer.lora_dropout)
         )
+        # dropout acts on what goes into the adapter alone, for which this form has no place
         random = dropout.training and not isinstance(dropout, nn.Identity)
         if (
             random
@@ -76,6 +79,7 @@ class _LoRA(torch.autograd.Function):
         inner = x @ down.T
         ctx.save_for_backward(x, weight, down, up, inner)
         ctx.scaling = scaling
+        # in place: the frozen layer's output is of no use by itself
         return nn.functional.linear(x, weight, bias).addmm_(inner, up.T, alpha=scaling)
 
     @staticmethod

@@ -57,6 +57,7 @@ def generate(
         `max_completion_length` tokens and no end.
     """
     completions: list[tuple[int, ...]] = [()] * (len(prompts) * samples)
+    # neighbours in length, so that little is padding
     ranked = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     size = max(1, ROWS // samples)
     with merged(language, params):
@@ -89,6 +90,7 @@ def merged(language: LanguageModel, params: Tree | None) -> Iterator[None]:
         try:
             for adapter in adapters:
                 for layer, change in _changes(language, adapter):
+                    # the weight before the first adapter, if two change the same layer
                     kept.setdefault(layer, layer.weight)
                     layer.weight = nn.Parameter(
                         (layer.weight.float() + change).to(layer.weight.dtype), requires_grad=False
@@ -127,6 +129,7 @@ def _draw(
 
     device, longest = language.device, max(map(len, prompts))
     is_padded = any(len(prompt) < longest for prompt in prompts)
+    # padding goes before the prompts, so that all of them end at the same column
     ids = torch.tensor(
         [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device
     )
@@ -137,6 +140,7 @@ def _draw(
     logits = _next(
         language, cache, ids, (seen.cumsum(1) - 1).clamp(min=0), seen if is_padded else None
     )
+    # a prompt has been read once; its samples share what was computed
     cache.batch_repeat_interleave(samples)
     logits, seen = logits.repeat_interleave(samples, 0), seen.repeat_interleave(samples, 0)
     drawn = torch.full((len(logits), settings.max_completion_length), -1, device=device)
@@ -149,6 +153,7 @@ def _draw(
         lives &= ~torch.isin(tokens, stops)
         if not lives.any() or step + 1 == settings.max_completion_length:
             break
+        # not at every end: a smaller batch costs a copy of the whole cache
         if lives.float().mean() <= 1 - SPARSE:
             rows = lives.nonzero()[:, 0]
             cache.batch_select_indices(rows)
@@ -174,6 +179,8 @@ def _next(
     """Return the logits of what follows each row [A, V]."""
     model = language.model.get_base_model()
     hook = model.get_output_embeddings().register_forward_pre_hook(
+        # the head sees the last token alone, for logits of whole prompts would be the largest
+        # tensor of all
         lambda _, inputs: (inputs[0][:, -1:],)
     )
     try:
@@ -194,6 +201,7 @@ def _sample(
     logits: Float[Tensor, "A V"], temperature: float, rng: torch.Generator
 ) -> Int[Tensor, " A"]:
     """Return one token of each row: where a random point falls in the cumulated probabilities."""
+    # in float64, or the sum over a vocabulary is off by more than rare tokens' probabilities
     reached = (logits / temperature).softmax(-1).cumsum(-1, dtype=torch.float64)
     points = (
         torch.rand(len(logits), 1, dtype=torch.float64, generator=rng).to(logits.device)

@@ -76,9 +76,12 @@ class _Head(torch.autograd.Function):
         scores, gradients = [], []
         for part in _chunks(len(hidden), len(weight), hidden.device):
             h, t = hidden[part], targets[part]
+            # float32 inside the softmax alone: over a whole vocabulary bfloat16 loses the small
+            # probabilities
             tokens = nn.functional.linear(h, weight, bias).log_softmax(-1, torch.float32)
             scores.append(tokens.gather(1, t[:, None])[:, 0])
             if wanted:
+                # in place: the log-probabilities of all tokens are not needed again
                 gradients.append(weight[t] - tokens.exp_().to(weight.dtype) @ weight)
         if wanted:
             ctx.save_for_backward(torch.cat(gradients))
@@ -87,6 +90,8 @@ class _Head(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Float[Tensor, " n"]) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
+        # the upstream gradient is one number a token, so that the rest could be formed in the
+        # forward pass
         return gradient * upstream[:, None].to(gradient.dtype), None, None, None
 
 
@@ -122,12 +127,14 @@ class _TrainedHead(torch.autograd.Function):
         hidden, weight, bias, inner, up, targets = ctx.saved_tensors
         hidden_slope = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         weight_slope = (
+            # in float32, because it is a sum over many chunks
             torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         )
         inner_slope = None if inner is None else torch.empty_like(inner)
         up_slope = None if up is None else torch.zeros_like(up, dtype=torch.float32)
         for part in _chunks(len(hidden), len(weight), hidden.device):
             slope = _tokens(hidden, weight, bias, inner, up, part).exp_().neg_()
+            # the target's one, added to what is less the softmax
             slope.scatter_add_(1, targets[part, None], torch.ones_like(slope[:, :1]))
             slope = slope.mul_(upstream[part, None]).to(weight.dtype)
             if hidden_slope is not None:
@@ -164,5 +171,6 @@ def _tokens(
     """Return the log-probabilities of all tokens, in float32 [m, V]."""
     logits = nn.functional.linear(hidden[part], weight, bias)
     if inner is not None and up is not None:
+        # the change of the head is never formed: it would be as large as the head
         logits = logits.addmm_(inner[part], up.T)
     return logits.log_softmax(-1, torch.float32)

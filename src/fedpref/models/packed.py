@@ -45,6 +45,7 @@ class Layout:
     @staticmethod
     def packed(rows: Sequence[Row], device: torch.device) -> Layout:
         """Return the layout of all prompts with their answers in one row."""
+        # a GPU's kernels take any shape alike
         width, whole = (1, 1) if device.type == "cuda" else (WIDTH, ROW)
         return _layout(rows, [_up(_length(row), width) for row in rows], whole, device)
 
@@ -80,8 +81,11 @@ def _layout(rows: Sequence[Row], widths: Sequence[int], whole: int, device: torc
         positions += range(len(prompt))
         ends = [begin, len(ids)]
         for answer in answers:
+            # every answer's first token is predicted from the prompt's last, not from the answer
+            # before it
             scored += [begin + len(prompt) - 1, *range(len(ids), len(ids) + len(answer) - 1)]
             ids += answer
+            # as if it followed the prompt alone
             positions += range(len(prompt), len(prompt) + len(answer))
             ends.append(len(ids))
             last.append(len(ids) - 1)
@@ -89,6 +93,7 @@ def _layout(rows: Sequence[Row], widths: Sequence[int], whole: int, device: torc
         ids += [0] * rest
         positions += [0] * rest
         sequences.append((*ends, len(ids)))
+    # what fills up the row belongs to no sequence, so that attention leaves it out
     rest = -len(ids) % whole
     targets = [token for _, answers in rows for answer in answers for token in answer]
     tensors = [

@@ -55,6 +55,7 @@ class MinNorm:
         """
         q, p = gram.double().cpu().numpy(), preference.double().cpu().numpy()
         length = float(np.diag(q).mean())
+        # also for a gradient that is not a number
         if not length > 0:
             return preference
         unit = length if self.normalize else 1.0
@@ -78,7 +79,9 @@ def _least(q: Matrix, regulariser: Matrix) -> NDArray[np.float64]:
     for its sum: among the multiples t w of some weights the best t leaves a / (1 + a), which grows
     with a = |A w|^2.
     """
+    # not Cholesky: gradients that depend on one another make the matrix singular
     values, vectors = np.linalg.eigh(q + regulariser)
+    # so that the one in the sum's row weighs the same for gradients of any length
     scale = max(float(values[-1]), np.finfo(float).tiny)
     root = np.sqrt(np.clip(values / scale, 0, None))[:, None] * vectors.T
     u = nnls(np.vstack([root, np.ones(len(q))]), np.append(np.zeros(len(q)), 1.0))[0]
@@ -105,6 +108,7 @@ def onto_simplex(w: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return the nearest weights that are not negative and sum to one (Duchi et al. 2008)."""
     ranked = np.sort(w)[::-1]
     over = (np.cumsum(ranked) - 1) / np.arange(1, len(w) + 1)
+    # the largest number of weights that can stay above zero
     last = int(np.flatnonzero(ranked > over)[-1])
     projection: NDArray[np.float64] = np.maximum(w - over[last], 0)
     return projection
