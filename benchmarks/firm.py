@@ -90,9 +90,9 @@ class Quadratics:
     """
 
     objectives = ("first", "second")
-    description, prepares, device, places = "quadratics", "nothing", torch.device("cpu"), 1
+    description, prepares, device, devices = "quadratics", "nothing", torch.device("cpu"), 1
 
-    def place(self, worker: int) -> None:
+    def move_to(self, worker: int) -> None:
         pass
 
     def init(self, rng: torch.Generator) -> dict[str, torch.Tensor]:

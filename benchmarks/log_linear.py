@@ -44,13 +44,13 @@ class LogLinear:
 
     description = "a log-linear policy"
     device = torch.device("cpu")
-    places = 1
+    devices = 1
 
     def __init__(self, dimensions: int, *, beta: float = 1.0, start: Tensor | None = None) -> None:
         self.beta = beta
         self.start = torch.zeros(dimensions, dtype=torch.float64) if start is None else start
 
-    def place(self, worker: int) -> None:
+    def move_to(self, worker: int) -> None:
         pass
 
     def init(self, rng: torch.Generator) -> Tree:

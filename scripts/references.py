@@ -35,11 +35,8 @@ API = (
 )
 """Layers with a page of the API; the others are behind `fedpref.run` and the commands."""
 STABLE = (
-    "What `import fedpref` offers is stable: a change stands in the changelog, and the former "
-    "name or argument warns for one minor version before it goes. The modules of the other pages "
-    "are for those who write algorithms, tasks and rewards; a change of them stands in the "
-    "changelog. Names that begin with `_`, and layers that have no page here, may change at any "
-    "time."
+    "What `import fedpref` offers is stable. The modules of the other pages are for those who "
+    "write algorithms, tasks and rewards. CONTRIBUTING.md says how public names change."
 )
 
 

@@ -131,7 +131,7 @@ def test_shapes_of_graphs() -> None:
         (Shape("hypercube"), 12, "power of two"),
         (Shape("grid"), 13, "13 is prime"),
         (SmallWorld(), 4, "Take fewer"),
-        (SmallWorld(neighbours=3), 8, "an even number"),
+        (SmallWorld(neighbors=3), 8, "an even number"),
     ):
         with pytest.raises(UserError, match=sentence):
             wrong.graph(names(count), 0)

@@ -25,6 +25,9 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 OpenFraction = Annotated[float, Field(gt=0, lt=1)]
 """A share between zero and one, without either."""
 
+Portion = Annotated[float, Field(gt=0, le=1)]
+"""A share above zero, one at most."""
+
 Probability = Annotated[float, Field(ge=0, le=1)]
 """A share from zero to one, with both."""
 

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
-
-from pydantic import Field
+from typing import ClassVar, Literal
 
 from fedpref.federation.algorithm import Algorithm
 from fedpref.federation.common import no_moments, own_copy, train_own
@@ -19,6 +17,7 @@ from fedpref.federation.local_training import LocalTraining
 from fedpref.federation.verbs import Client, Federation, PerClient, work
 from fedpref.numerics import trees
 from fedpref.numerics.trees import Tree
+from fedpref.types import Portion
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ class ChocoDPO(Algorithm[State]):
     """
 
     name: Literal["choco"] = "choco"
-    step_size: Annotated[float, Field(gt=0, le=1)] = 0.5
+    step_size: Portion = 0.5
     """How far an adapter goes towards its neighbours' public copies; less with more compression."""
     local: LocalTraining = LocalTraining()
     """How a client trains within a round."""

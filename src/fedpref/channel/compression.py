@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fedpref.channel.chain import Sender, Stage
 from fedpref.numerics.trees import Tree
+from fedpref.types import Portion
 
 VALUES, PLACES, SHAPE, LEVELS, SCALE = "values/", "places/", "shape/", "levels/", "scale/"
 
@@ -21,7 +22,7 @@ class TopK:
     """The entries of largest magnitude of each tensor, with their places."""
 
     name: Literal["top-k"] = "top-k"
-    fraction: Annotated[float, Field(gt=0, le=1)] = 0.1
+    fraction: Portion = 0.1
     """The share of entries that is sent."""
 
     def stage(self) -> Stage:

@@ -430,7 +430,7 @@ class RemoteEngine:
                 raise UserError(
                     f"{folder.name}: site {site} does not take up what its clients keep: {answer}"
                 )
-            for field, clients in answer[0]["found"].items():
+            for field, clients in answer[0]["present"].items():
                 present[field] |= {i: self._name(i, f"{name}.{field}") for i in clients}
         for field, kept in self._kept.items():
             if lost := [

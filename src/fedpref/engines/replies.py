@@ -58,7 +58,7 @@ class Reported(TypedDict):
 class Found(TypedDict):
     """By field, the clients whose value was found."""
 
-    found: dict[str, list[Id]]
+    present: dict[str, list[Id]]
 
 
 class Names(TypedDict):

@@ -422,7 +422,7 @@ class Site:
                         {(i, f"{name}.{field}")} if file.name.endswith(TELLABLE) else set()
                     )
                     present[field].append(i)
-        return {"found": present}, NO_TENSORS
+        return {"present": present}, NO_TENSORS
 
     def names(self, tensors: Tree) -> Answer:
         """Send the names of the values that lie here."""

@@ -81,7 +81,7 @@ class OpenedRun:
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run that has begun, and what can be asked of it; most of it once it is finished."""
+    """A run directory and what it holds. Results and models need a finished run."""
 
     folder: RunDirectory = field(repr=False)
 
@@ -130,12 +130,21 @@ class FinishedRun:
 
     @property
     def has_begun(self) -> bool:
-        """Whether it has been said which clients there are."""
+        """Whether the run has recorded its clients."""
         return (self.path / CLIENTS).is_file()
 
     @cached_property
     def clients(self) -> Mapping[str, Mapping[str, Any]]:
-        """Numbers of examples and a digest of the rows, by client."""
+        """Numbers of examples and a digest of the rows, by client.
+
+        Raises:
+            UserError: The run has not begun.
+        """
+        if not self.has_begun:
+            raise UserError(
+                f"{self.path}: the run has not begun, nobody has said which clients there are (no "
+                f"{CLIENTS})."
+            )
         known: Mapping[str, Mapping[str, Any]] = json.loads((self.path / CLIENTS).read_text())
         return known
 
@@ -174,8 +183,17 @@ class FinishedRun:
     # ---- what came of it
 
     def evaluations(self, line: str | None = None) -> list[dict[str, Any]]:
-        """Return a row for each evaluation of a line, by default of the algorithm's own."""
-        return self.lines[line or self.experiment.algorithm.name].read_rows(EVALUATION)
+        """Return a row for each evaluation of a line, by default of the algorithm's own.
+
+        Raises:
+            UserError: The run has no line of this name.
+        """
+        name = line or self.experiment.algorithm.name
+        if name not in self.lines:
+            raise UserError(
+                f"{self.path}: the run has no line {name!r}; its lines are {', '.join(self.lines)}."
+            )
+        return self.lines[name].read_rows(EVALUATION)
 
     @property
     def last_evaluation(self) -> Mapping[str, Any]:
@@ -189,7 +207,15 @@ class FinishedRun:
         return rows[-1]
 
     def result(self) -> Result:
-        """Return what a finished run came to."""
+        """Return what a finished run came to.
+
+        Raises:
+            UserError: The run, or one of its baselines, is not finished.
+        """
+        if not self.is_finished:
+            raise UserError(
+                f"{self.path}: the run is not finished. `fedpref resume {self.path}` finishes it."
+            )
         rows = {name: line.read_rows(EVALUATION)[-1] for name, line in self.lines.items()}
         newcomers = {
             name: (row["newcomers_before"], row["newcomers"])

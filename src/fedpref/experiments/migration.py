@@ -14,6 +14,7 @@ KEYS = {
     "references": "baselines",
     "algorithm.solver.normalise": "normalize",
     "task.estimator.normalise": "normalize",
+    "network.topology.neighbours": "neighbors",
 }
 """The path of a key that has another name now -> the name, in the same place."""
 

@@ -56,14 +56,14 @@ class Factors:
 
     name: Literal["factors"] = "factors"
     residual: bool = True
-    """Send 8 numbers more for each weight, from which the metric `residual` is estimated."""
+    """Also send 8 numbers per weight, from which the metric `residual` is estimated."""
 
     def split(self, adapter: Tree) -> tuple[Tree, Tree]:
-        """Return what of an adapter is trained, and what of it stays as it was drawn."""
+        """Return the part of an adapter that is trained, and the part that stays as it was drawn."""
         return adapter, {}
 
     def received(self, client: Client, adapter: Tree) -> tuple[Tree, Tree]:
-        """Return what a client trains of the adapter, and what of it stays fixed beside."""
+        """Return the part of the adapter that the client trains, and the part that stays fixed."""
         return adapter, {}
 
     def message(self, client: Client, before: Tree, theta: Tree) -> Tree:
@@ -114,18 +114,22 @@ class FrozenA:
 
     def split(self, adapter: Tree) -> tuple[Tree, Tree]:
         # an embedding's drawn factor is B
+        """Return the factors that are trained, and those that stay as they were drawn."""
         fixed = trees.select(adapter, [a if ".lora_A." in a else b for a, b in pairs(adapter)])
         return {name: tensor for name, tensor in adapter.items() if name not in fixed}, fixed
 
     def received(self, client: Client, adapter: Tree) -> tuple[Tree, Tree]:
+        """Return what the client trains, and what stays fixed."""
         return self.split(adapter)
 
     def message(self, client: Client, before: Tree, theta: Tree) -> Tree:
+        """Return the change of the trained factors."""
         return trees.subtract(theta, before)
 
     def merge(
         self, fed: Federation, adapter: Tree, messages: PerClient[Tree]
     ) -> tuple[Tree, Mapping[str, float]]:
+        """Return the next adapter, and no metrics: the mean is exact."""
         mean = fed.mean(messages)
         return {**adapter, **trees.add(trees.select(adapter, mean), mean)}, {}
 
@@ -142,7 +146,7 @@ class Product:
 
     The decomposition is found by subspace iteration through means alone, so that nobody forms a
     full matrix and a channel may mask what clients send: B_k (A_k Q), then (U' B_k) A_k, of the
-    adapter's size together. Unmasked, the two tell as much as the adapter does. Clients of smaller
+    adapter's size together. Without masking, these two messages reveal as much as the adapter itself. Clients of smaller
     rank train the leading directions. Ours; FlexLoRA (Bai et al. 2024) decomposes the full mean.
     """
 
@@ -154,9 +158,10 @@ class Product:
     """Ranks of clients' adapters, which clients take in turn; by default all have the shared
     adapter's rank."""
     residual: bool = True
-    """Send 8 numbers more for each weight, from which the metric `residual` is estimated."""
+    """Also send 8 numbers per weight, from which the metric `residual` is estimated."""
 
     def split(self, adapter: Tree) -> tuple[Tree, Tree]:
+        """Return the whole adapter, and nothing that stays fixed."""
         return adapter, {}
 
     def check(self, local: LocalTraining, rank: int) -> None:
@@ -164,7 +169,7 @@ class Product:
         if max(self.ranks, default=0) > rank:
             raise UserError(
                 f"algorithm.aggregate.ranks: {max(self.ranks)} is above task.model.lora_r, the "
-                f"shared adapter's {rank}. Raise that."
+                f"shared adapter's {rank}. Raise task.model.lora_r."
             )
         if local.keep_optimizer:
             raise UserError(
@@ -176,6 +181,9 @@ class Product:
     def received(self, client: Client, adapter: Tree) -> tuple[Tree, Tree]:
         # singular values fall, so that the first rows of A and columns of B are the leading
         # directions
+        """Return the leading directions of the adapter at the client's rank, and nothing that stays
+        fixed.
+        """
         rank = self.ranks[client.id % len(self.ranks)] if self.ranks else None
         return {
             name: tensor
@@ -184,11 +192,13 @@ class Product:
         }, {}
 
     def message(self, client: Client, before: Tree, theta: Tree) -> Tree:
+        """Return the trained factors, which stay on the client; `merge` asks for products of them."""
         return theta
 
     def merge(
         self, fed: Federation, adapter: Tree, messages: PerClient[Tree]
     ) -> tuple[Tree, Mapping[str, float]]:
+        """Return the next adapter, and the metric `residual`; see `Factors.merge`."""
         right = {
             # the last round's directions are near this round's; nothing is known of an adapter of
             # zeros
@@ -230,13 +240,32 @@ Aggregate = Annotated[Factors | FrozenA | Product, Field(discriminator="name")]
 
 @work("product.from_right")
 def from_right(client: Client, theta: Tree, right: Tree) -> Tree:
-    """Return each product times a basis from the right."""
+    """Return each product times a basis from the right.
+
+    Args:
+        client: Whose factors they are.
+        theta: Factors A [r, in] and B [out, r].
+        right: By the name of A, a basis [in, k].
+
+    Returns:
+        By the name of A, B A Q [out, k].
+    """
     return {a: theta[b] @ (theta[a] @ right[a]) for a, b in pairs(theta)}
 
 
 @work("product.from_left")
 def from_left(client: Client, theta: Tree, left: Tree, residual: bool) -> Tree:
-    """Return each product times a basis from the left, and its probes where they are wanted."""
+    """Return each product times a basis from the left.
+
+    Args:
+        client: Whose factors they are.
+        theta: Factors A [r, in] and B [out, r].
+        left: By the name of A, a basis [out, k].
+        residual: Add the probes of each product.
+
+    Returns:
+        By the name of A, U' B A [k, in].
+    """
     return {
         **{a: (left[a].T @ theta[b]) @ theta[a] for a, b in pairs(theta)},
         **(probed(theta, client.round) if residual else {}),

@@ -21,9 +21,9 @@ S = TypeVar("S")
 class Algorithm(ABC, Generic[S]):
     """A short program over a federation: a frozen dataclass whose fields are its hyper-parameters.
 
-    The class variables say what an experiment must know before it runs; each is off unless an
-    algorithm turns it on. A class variable that is not declared here is an error when the class is
-    made, so that a misspelt one cannot be silently off.
+    The class variables say what an experiment must know before it runs; all are off by default. A class variable
+    that is not declared here is a TypeError when the class is made, so that a misspelt one is
+    noticed.
     """
 
     name: str
@@ -35,9 +35,9 @@ class Algorithm(ABC, Generic[S]):
     gossips: ClassVar[bool] = False
     """Clients tell neighbours what they learn, over the experiment's network."""
     needs_fixed_network: ClassVar[bool] = False
-    """The same neighbours, and everybody, in every round."""
+    """It needs the same graph, and all clients, in every round."""
     adapts: ClassVar[bool] = False
-    """It is about the factors of a LoRA adapter, whatever aggregates them."""
+    """It works on the factors of a LoRA adapter, whatever aggregates them."""
     keeps_critics: ClassVar[bool] = False
     """Clients keep critics beside the adapter, as PPO needs them."""
 

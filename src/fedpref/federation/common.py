@@ -45,7 +45,18 @@ def own_copy(client: Client, tree: Tree) -> Tree:
 def train_own(
     client: Client, fixed: Tree, theta: Tree, moments: Tree, local: LocalTraining
 ) -> tuple[Tree, Tree, Mapping[str, float]]:
-    """Train a client's own adapter, beside what stays fixed; it may be told to neighbours."""
+    """Train a client's own adapter, which may be sent to neighbours, beside what stays fixed.
+
+    Args:
+        client: Who trains.
+        fixed: Parameters that stay.
+        theta: The client's own adapter.
+        moments: Optimiser moments, empty to begin afresh.
+        local: Steps, batches, optimiser and schedule.
+
+    Returns:
+        The trained adapter, moments, metrics.
+    """
     return train_locally(client, theta, local, moments, fixed=fixed)
 
 
@@ -56,6 +67,6 @@ def personalize(client: Client, shared: Tree, own: Tree, local: LocalTraining) -
 
 
 def drawn_age(client: Client, staleness: int) -> int:
-    """Draw how many rounds old a value is, evenly from 0 to what is allowed and there is."""
+    """Return an age in rounds, drawn uniformly from 0 to `staleness` or the rounds so far."""
     oldest = min(staleness, client.round)
     return int(torch.randint(oldest + 1, (), generator=client.rng)) if oldest else 0

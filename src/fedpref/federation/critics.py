@@ -82,12 +82,12 @@ def about_means(report: Mapping[str, float], moved: float | None) -> Mapping[str
         del drifts["drift/theta"]
     else:
         drifts["drift/theta"] -= moved**2
-    # an estimate of nothing may come out a little below zero
+    # an estimate of zero can be slightly negative
     return {k: max(0.0, v) if k.startswith("drift/") else v for k, v in drifts.items()}
 
 
 def moved(aggregate: Aggregate, before: Tree, after: Tree) -> float | None:
-    """Return how far the mean adapter came; None where products are averaged.
+    """Return the distance that the mean adapter moved; None where products are averaged.
 
     Clients hold the factors of products in bases of their own, so that these have no mean.
     """

@@ -118,7 +118,13 @@ Correction = Callable[[Tree, Tree], None]
 
 
 def pull_towards(centre: Tree, strength: float, client: Client) -> Correction:
-    """Return a correction that adds the gradient of strength/2 |theta - centre|^2."""
+    """Return a correction that adds the gradient of strength/2 |theta - centre|^2.
+
+    Args:
+        centre: The tree that parameters are held near; it has all that are trained.
+        strength: The factor of the squared distance.
+        client: On whose device it is computed.
+    """
     goal = trees.to(centre, client.task.device)
 
     def pull(theta: Tree, gradients: Tree) -> None:

@@ -91,7 +91,7 @@ class Objectives:
 def jacobian(losses: Float[Tensor, " M"], theta: Tree) -> Float[Tensor, "M P"]:
     """Return each loss's gradient [M, P], all parameters in the order of their names.
 
-    Nothing of the graph is kept.
+    The autograd graph is freed.
     """
     wanted = [theta[name] for name in sorted(theta)]
     last = len(losses) - 1

@@ -25,20 +25,20 @@ class Participation:
     clients_per_round: Count | None = None
     """Clients that are drawn for each round; null takes everybody."""
     sampling: Literal["uniform", "examples", "weighted"] = "uniform"
-    """What a client's chance to be drawn is by."""
+    """What determines a client's chance of being drawn."""
     sampling_weights: Mapping[str, NonNegative] = field(default_factory=dict)
     """Chances by client, for `weighted`."""
     weighting: Literal["examples", "equal"] = "examples"
-    """What a client's weight in means is by."""
+    """What determines a client's weight in means."""
     deadline: Positive | None = None
-    """How long a round waits, in times that the median client needs; later clients are left out.
+    """How long a round waits, as a multiple of the median client's time; later clients are left out.
     Null waits for all."""
     speed_spread: NonNegative = 0.5
     """The standard deviation of the logarithm of simulated clients' times."""
     newcomers: WholeNumber | tuple[str, ...] = 0
     """Clients that join after training: their names, or so many at random."""
     join_steps: Count = 20
-    """Local steps in which newcomers make what is their own."""
+    """Local steps in which newcomers train their private parts."""
 
     def weights(self, sizes: Mapping[str, int], seed: int) -> list[float]:
         """Return each client's chance to be drawn, up to a factor.

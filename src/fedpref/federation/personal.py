@@ -118,5 +118,13 @@ def begin(client: Client, parts: Parts) -> Tree:
 def settle(
     client: Client, shared: Tree, own: Tree, settings: LocalTraining, method: Personal
 ) -> Tree:
-    """Return the own parts of a client that joins after the run, trained beside what is shared."""
+    """Return the own parts of a client that joins after the run, trained beside what is shared.
+
+    Args:
+        client: Who joins.
+        shared: What stays fixed.
+        own: The client's own parts as they begin.
+        settings: The local steps that it may take.
+        method: The learning rates of own parts.
+    """
     return train_locally(client, own, settings, {}, fixed=shared, rates=method.rates(own))[0]

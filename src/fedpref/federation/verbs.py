@@ -171,7 +171,7 @@ class Federation(Protocol):
         ...
 
     def mix(self, values: PerClient[Tree]) -> tuple[PerClient[Tree], PerClient[Tree]]:
-        """Let each active client tell its value to its neighbours, and mix it with theirs.
+        """Send each active client's value to its neighbours, and return the mixed values.
 
         Returns:
             What each client told, as it arrived, s; and each client's mixed value,

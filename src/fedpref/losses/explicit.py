@@ -20,9 +20,10 @@ class Explicit:
 
     P(chosen over rejected) = sigmoid(implicit + alpha explicit). The loss is the preference loss of
     that sum plus `gamma` times -log sigmoid(explicit), whose gradient reaches all that trains below
-    the head too. FedPDPO's parts are published, this combination is ours. Fitted on the sum alone,
-    the policy would learn only what the reward head leaves over; therefore the reward head is a
-    constant in the sum, and learns from its own term, unless `stop_gradient` is off.
+    the head too. FedPDPO's parts are published, this combination is ours. If both were
+    fitted on the sum, the policy would learn only what the reward head does not explain. Therefore
+    the reward head is a constant in the sum, and learns from its own term, unless `stop_gradient`
+    is off.
     """
 
     alpha: NonNegative = 0.5
@@ -30,7 +31,8 @@ class Explicit:
     gamma: NonNegative = 0.2
     """The weight of a loss of the explicit margin alone."""
     stop_gradient: bool = True
-    """Keep the explicit reward's gradient in the joint loss from the reward head."""
+    """Do not pass the joint loss's gradient to the reward head, which then learns from its own term
+    alone."""
 
     def __call__(self, loss: DPO | Hinge, implicit: PerPair, explicit: PerPair) -> PerPair:
         """Return the loss of each pair.

@@ -16,7 +16,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fedpref.types import NonNegative, Probability
 
-NonNegative = NonNegative
 PerToken = Float[Tensor, " n"]
 PerAnswer = Float[Tensor, " A"]
 
@@ -69,7 +68,7 @@ class PPO:
     def advantages(
         self, rewards: PerAnswer, sampled: Sampled, values: PerToken | None
     ) -> tuple[PerToken, PerToken]:
-        """Return advantages, and the returns that the critic is to foretell, of each token [n].
+        """Return advantages, and the returns that the critic should predict, of each token [n].
 
         Args:
             rewards: Of each answer [A].
@@ -170,8 +169,17 @@ def surrogate(
 def gae(
     rewards: PerToken, values: PerToken, counts: tuple[int, ...], gamma: float, lambda_: float
 ) -> PerToken:
-    """Generalised advantage estimates within each answer: sums of (gamma lambda)^k of the steps'
-    errors (Schulman et al. 2016, eq. 16).
+    """Return generalised advantage estimates within each answer [n].
+
+    They are sums of (gamma lambda)^k of the steps' errors r + gamma V' - V. Source: Schulman et al.
+    2016, eq. 16.
+
+    Args:
+        rewards: Of each token [n].
+        values: What the critic predicts before each token [n].
+        counts: Tokens of each answer, in the order of n.
+        gamma: The discount of a token.
+        lambda_: 0 takes one step's error, 1 the whole return.
     """
     r, v = (pad_sequence(list(part.split(counts)), batch_first=True) for part in (rewards, values))
     following = torch.cat([v[:, 1:], torch.zeros_like(v[:, :1])], 1)
@@ -185,6 +193,6 @@ def gae(
 
 
 def whitened(values: PerToken) -> PerToken:
-    """Shifted and scaled to mean 0 and deviation 1; of equal values, zeros."""
-    centred = values - values.mean()
-    return centred / (centred.square().mean().sqrt() + 1e-8)
+    """Return the values scaled to mean 0 and standard deviation 1 [n]; zeros if all are equal."""
+    centered = values - values.mean()
+    return centered / (centered.square().mean().sqrt() + 1e-8)

@@ -13,7 +13,7 @@ from torch.nn.functional import logsigmoid
 
 from fedpref.types import NonNegative, Positive
 
-Probability = Annotated[float, Field(ge=0, lt=0.5)]
+Smoothing = Annotated[float, Field(ge=0, lt=0.5)]
 PerPair = Float[Tensor, " B"]
 
 
@@ -41,19 +41,25 @@ class DPO:
     name: Literal["dpo"] = "dpo"
     beta: Positive = 0.1
     """How strongly the policy is held to the reference."""
-    label_smoothing: Probability = 0.0
+    label_smoothing: Smoothing = 0.0
     """The share of pairs taken to be labelled the wrong way round."""
     smoothing: Literal["conservative", "robust"] = "conservative"
-    """What label smoothing means: the conservative loss, or the robust one, whose mean over such
-    labels is that of clean ones."""
+    """What label smoothing means: the conservative loss, or the robust one, whose expectation under
+    such labels is that of clean ones."""
     needs_reference: ClassVar[bool] = True
 
     def __call__(self, policy: PairScores, reference: PairScores) -> PerPair:
+        """Return each pair's loss [B].
+
+        Args:
+            policy: Log-probabilities under the policy, of B pairs.
+            reference: The same under the reference.
+        """
         chosen, rejected = self.rewards(policy, reference)
         return self.of_margin(chosen - rejected)
 
     def of_margin(self, margin: PerPair) -> PerPair:
-        """The loss of reward margins, wherever they come from."""
+        """Return the loss of each reward margin [B]."""
         kept, flipped = -logsigmoid(margin), -logsigmoid(-margin)
         e = self.label_smoothing
         if self.smoothing == "conservative":
@@ -61,6 +67,7 @@ class DPO:
         return ((1 - e) * kept - e * flipped) / (1 - 2 * e)
 
     def rewards(self, policy: PairScores, reference: PairScores) -> tuple[PerPair, PerPair]:
+        """Return the implicit rewards of the chosen and of the rejected answers, [B] each."""
         return _over_reference(self.beta, policy, reference)
 
 
@@ -105,7 +112,7 @@ class Hinge:
         return self.of_margin(chosen - rejected)
 
     def of_margin(self, margin: PerPair) -> PerPair:
-        """The loss of reward margins, wherever they come from."""
+        """Return the loss of each reward margin [B]."""
         return torch.relu(1 - margin)
 
     def rewards(self, policy: PairScores, reference: PairScores) -> tuple[PerPair, PerPair]:
@@ -114,7 +121,7 @@ class Hinge:
 
 @dataclass(frozen=True, kw_only=True)
 class SimPO:
-    """No reference: mean log-probabilities of a token, apart by a target margin.
+    """SimPO: a loss without a reference, on mean log-probabilities of tokens, with a target margin.
 
     Source: Meng et al. 2024, eq. 6.
     """

@@ -291,7 +291,7 @@ class LanguageModel:
         training: bool = False,
         temperature: float = 1.0,
     ) -> tuple[Float[Tensor, " n"], Float[Tensor, "n D"]]:
-        """Return each answer token's log-probability [n], and the hidden state it is told from [n,
+        """Return each answer token's log-probability [n], and the hidden state that predicts it [n,
         D].
 
         Tokens stand answer after answer; own parts are not used.

@@ -172,7 +172,12 @@ def _drawn(name: str, shapes: Mapping[str, tuple[int, ...]], rng: torch.Generato
 
 
 def softmax_within(raw: Float[Tensor, " n"], question: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """Return the softmax over the entries of the same question; questions are numbered from 0."""
+    """Return the softmax over the entries of the same question [n].
+
+    Args:
+        raw: Raw predictions [n].
+        question: The number of each entry's question, from 0 [n].
+    """
     count = int(question.max()) + 1
     highest = raw.new_full((count,), -math.inf).scatter_reduce(0, question, raw.detach(), "amax")
     odds = (raw - highest[question]).exp()
@@ -185,7 +190,14 @@ def gaussian_loss(
     question: Int[Tensor, " n"],
     y: Float[Tensor, " n"],
 ) -> Float[Tensor, " n"]:
-    """Return -log N(y; softmax of raw means within each question, std^2) of each entry [n]."""
+    """Return -log N(y; softmax of raw means within each question, std^2) of each entry [n].
+
+    Args:
+        raw: Raw means [n].
+        std: Predicted standard deviations [n].
+        question: The number of each entry's question, from 0 [n].
+        y: True shares [n].
+    """
     return (
         0.5 * ((y - softmax_within(raw, question)) / std).square()
         + std.log()

@@ -22,13 +22,12 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from fedpref.errors import UserError
-from fedpref.types import WholeNumber
+from fedpref.types import Portion, WholeNumber
 
 Matrix = NDArray[np.float64]
 Graph = Any  # networkx's Graph or DiGraph over 0, 1, ..., N - 1; it has no types of its own
 Names = Sequence[str]
 Weights = Literal["metropolis", "max-degree", "uniform"]
-Probability = Annotated[float, Field(gt=0, le=1)]
 TOLERANCE = 1e-9
 
 
@@ -132,7 +131,7 @@ class ErdosRenyi:
     """Each pair of clients with the same probability, drawn once, or anew in each round."""
 
     name: Literal["erdos-renyi"] = "erdos-renyi"
-    probability: Probability = 0.3
+    probability: Portion = 0.3
     """The chance of each pair of clients to be linked."""
     seed: WholeNumber = 0
     """The seed of the draw."""
@@ -152,26 +151,26 @@ class SmallWorld:
     """A circle on which edges are led elsewhere with some probability (Watts and Strogatz 1998)."""
 
     name: Literal["small-world"] = "small-world"
-    neighbours: Annotated[int, Field(ge=2)] = 4
+    neighbors: Annotated[int, Field(ge=2)] = 4
     """Neighbours of each client on the circle."""
-    probability: Probability = 0.2
+    probability: Portion = 0.2
     """The chance of an edge to be led elsewhere."""
     seed: WholeNumber = 0
     """The seed of the draw."""
 
     def graph(self, names: Names, round: int) -> Graph:
-        if self.neighbours >= len(names):
+        if self.neighbors >= len(names):
             raise UserError(
-                f"topology small-world: {self.neighbours} neighbours among {len(names)} clients. "
+                f"topology small-world: {self.neighbors} neighbours among {len(names)} clients. "
                 "Take fewer."
             )
-        if self.neighbours % 2:
+        if self.neighbors % 2:
             raise UserError(
-                f"topology small-world: {self.neighbours} neighbours; on a circle they are an "
+                f"topology small-world: {self.neighbors} neighbours; on a circle they are an "
                 "even number."
             )
         return nx.watts_strogatz_graph(
-            len(names), self.neighbours, self.probability, np.random.default_rng(self.seed)
+            len(names), self.neighbors, self.probability, np.random.default_rng(self.seed)
         )
 
 

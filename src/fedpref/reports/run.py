@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from fedpref.errors import UserError
 from fedpref.experiments.experiment import Experiment
 from fedpref.experiments.finished import FinishedRun
 from fedpref.experiments.run_directory import (
-    CLIENTS,
     ENVIRONMENT,
     EVALUATION,
     METRICS,
@@ -181,11 +179,6 @@ def _error(row: Mapping[str, float]) -> float:
 def read(path: Path) -> Run:
     """Read a run; raises UserError where there is none, or none that has begun."""
     run = FinishedRun.at(path)
-    if not run.has_begun:
-        raise UserError(
-            f"{path}: the run has not begun, nobody has said which clients there are (no "
-            f"{CLIENTS})."
-        )
     drawn = {
         name: Line(name, line.read_rows(METRICS), line.read_rows(EVALUATION))
         for name, line in run.lines.items()

@@ -30,7 +30,7 @@ class SiteFile:
     """What a site brings, and what it consents to, before anything of an experiment is used."""
 
     data: Source
-    """Where the site's rows come from; a path is as seen from the file."""
+    """Where the site's rows come from; a relative path starts at the file's folder."""
     algorithms: tuple[str, ...]
     """The algorithms that the site takes part in, by name."""
     partition: Partition | None = None

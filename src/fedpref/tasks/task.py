@@ -18,7 +18,7 @@ from fedpref.models.own_parts import Parts
 from fedpref.numerics.trees import Tree
 from fedpref.rewards.reward import OpenGroups, RewardSettings, no_groups
 
-CRITIC = "critic."  # begins the names of parameters that foretell an objective's rewards
+CRITIC = "critic."  # begins the names of parameters that predict an objective's rewards
 
 
 @dataclass(frozen=True)
@@ -58,16 +58,16 @@ class TaskSettings(ABC):
     @property
     @abstractmethod
     def objectives(self) -> tuple[str, ...]:
-        """What is trained for, by name: as many as there are losses."""
+        """The names of the objectives, one for each loss."""
 
     @property
     @abstractmethod
     def measures_examples(self) -> bool:
-        """Whether training examples have a loss together, and held-out ones choices."""
+        """Whether `batches` and `choices` are there, as diagnostics of examples need them."""
 
     @property
     def needs_critics(self) -> bool:
-        """Whether clients keep critics, which foretell rewards."""
+        """Whether clients keep critics, which predict rewards."""
         return False
 
     @property
@@ -127,7 +127,7 @@ class Task(Protocol):
 
     @property
     def objectives(self) -> tuple[str, ...]:
-        """What is trained for, by name: as many as there are losses."""
+        """The names of the objectives, one for each loss."""
         ...
 
     @property
