@@ -55,6 +55,17 @@ def test_every_setting_has_a_sentence(kind: Kind) -> None:
         assert setting.type != "anything", f"{kind.title}.{setting.key}"
 
 
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.title)
+def test_settings_cannot_be_changed_once_they_are_made(kind: Kind) -> None:
+    assert kind.source.__dataclass_params__.frozen
+
+
+@pytest.mark.parametrize("kind", named_kinds()["algorithms"], ids=lambda kind: kind.title)
+def test_settings_of_an_algorithm_are_given_by_name(kind: Kind) -> None:
+    with pytest.raises(TypeError, match="positional"):
+        kind.source("name")
+
+
 def test_no_kind_of_settings_is_missing_from_the_tables() -> None:
     kinds = {*config.dataclasses_of(Experiment), *config.dataclasses_of(SiteFile)}
     assert len(kinds) > 50
@@ -185,6 +196,20 @@ def test_a_finished_run_of_format_1_is_reported_compared_and_exported(
     assert "pooled" in report
     assert [row.name for row in compare([former])] == ["experiment"]
     assert (export(former, "peft", tmp_path / "out") / "manifest.json").is_file()
+
+
+def test_what_a_run_does_not_have_is_named(
+    former: Path, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="no line 'local'; its lines are feddpo, alone, pooled"):
+        FinishedRun.at(former).evaluations("local")
+    begun = RunDirectory(tmp_path / "begun")
+    begun.create({"config.yaml": config.to_yaml(config.parse(Experiment, settings, "test"))})
+    finished = FinishedRun.at(begun.path)
+    with pytest.raises(UserError, match="has not begun"):
+        finished.clients  # noqa: B018
+    with pytest.raises(UserError, match=r"not finished\. `fedpref resume"):
+        finished.result()
 
 
 def test_a_run_of_another_format_does_not_go_on(former: Path, tmp_path: Path) -> None:

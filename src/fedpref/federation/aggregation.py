@@ -59,7 +59,7 @@ class Factors:
     """Also send 8 numbers per weight, from which the metric `residual` is estimated."""
 
     def split(self, adapter: Tree) -> tuple[Tree, Tree]:
-        """Return the part of an adapter that is trained, and the part that stays as it was drawn."""
+        """Return the part of an adapter that is trained, and the part that stays as drawn."""
         return adapter, {}
 
     def received(self, client: Client, adapter: Tree) -> tuple[Tree, Tree]:
@@ -146,8 +146,9 @@ class Product:
 
     The decomposition is found by subspace iteration through means alone, so that nobody forms a
     full matrix and a channel may mask what clients send: B_k (A_k Q), then (U' B_k) A_k, of the
-    adapter's size together. Without masking, these two messages reveal as much as the adapter itself. Clients of smaller
-    rank train the leading directions. Ours; FlexLoRA (Bai et al. 2024) decomposes the full mean.
+    adapter's size together. Without masking, these two messages reveal as much as the
+    adapter itself. Clients of smaller rank train the leading directions. Ours; FlexLoRA (Bai et al.
+    2024) decomposes the full mean.
     """
 
     name: Literal["product"] = "product"
@@ -192,7 +193,7 @@ class Product:
         }, {}
 
     def message(self, client: Client, before: Tree, theta: Tree) -> Tree:
-        """Return the trained factors, which stay on the client; `merge` asks for products of them."""
+        """Return the trained factors, which stay on the client: `merge` asks for products."""
         return theta
 
     def merge(

@@ -21,9 +21,9 @@ S = TypeVar("S")
 class Algorithm(ABC, Generic[S]):
     """A short program over a federation: a frozen dataclass whose fields are its hyper-parameters.
 
-    The class variables say what an experiment must know before it runs; all are off by default. A class variable
-    that is not declared here is a TypeError when the class is made, so that a misspelt one is
-    noticed.
+    The class variables say what an experiment must know before it runs; all are off by
+    default. A class variable that is not declared here is a TypeError when the class is made, so
+    that a misspelt one is noticed.
     """
 
     name: str

@@ -105,7 +105,7 @@ def slopes(client: Client, mean: Tree, *parts: Tree) -> Tree:
 
 @work("diagnostics.disagreement")
 def disagreement(client: Client, mean: Tree, *parts: Tree) -> Mapping[str, float]:
-    """Return the share of held-out examples for which client and mean model prefer different answers."""
+    """Return the share of held-out examples on which client and mean model differ."""
     own = trees.merge(*parts)
     apart = client.task.choices(own, client.shard) - client.task.choices(
         {**own, **mean}, client.shard

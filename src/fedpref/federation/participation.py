@@ -31,8 +31,8 @@ class Participation:
     weighting: Literal["examples", "equal"] = "examples"
     """What determines a client's weight in means."""
     deadline: Positive | None = None
-    """How long a round waits, as a multiple of the median client's time; later clients are left out.
-    Null waits for all."""
+    """How long a round waits, as a multiple of the median client's time; later clients are left
+    out. Null waits for all."""
     speed_spread: NonNegative = 0.5
     """The standard deviation of the logarithm of simulated clients' times."""
     newcomers: WholeNumber | tuple[str, ...] = 0
