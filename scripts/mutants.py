@@ -6,8 +6,8 @@
 The errors are those of cosmic-ray (another operator, another number, a condition turned round).
 A place in the code is drawn first and then one error for it, so that an expression with many
 operators does not fill the sample. Each mutant meets the tests that run its line, quickest first,
-until one fails or `--budget` seconds of them have passed. A change that only annotations show is
-none and is not drawn.
+until one fails or `--budget` seconds of them have passed. A change that cannot
+show while the program runs, as of an annotation, is not drawn.
 """
 
 from __future__ import annotations
@@ -55,14 +55,25 @@ class Mutant:
     text: str
 
 
-def without_annotations(code: str) -> str:
-    """The program as a tree in text, without what never runs under `from __future__`."""
+def observable(code: str) -> str:
+    """The program as a tree in text, without what cannot show while it runs.
+
+    That are annotations under `from __future__`, overloads, and the check of lengths by `zip`,
+    which is an assertion: no test can see it go.
+    """
     tree = ast.parse(code)
     for node in ast.walk(tree):
         if isinstance(node, ast.arg | ast.AnnAssign):
             node.annotation = ast.Constant(None)
         elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             node.returns = None
+            node.decorator_list = [
+                decorator
+                for decorator in node.decorator_list
+                if ast.unparse(decorator) != "overload"
+            ]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "zip":
+            node.keywords = []
     return ast.dump(tree)
 
 
@@ -93,7 +104,7 @@ def drawn(root: Path, seed: int) -> Iterator[Mutant]:
         code = (root / file).read_text()
         text = mutate_code(code, get_operator(operator)(), occurrence)
         try:
-            differs = text is not None and without_annotations(text) != without_annotations(code)
+            differs = text is not None and observable(text) != observable(code)
         except SyntaxError:  # some of cosmic-ray's errors are no Python; nothing can miss these
             continue
         if differs:
