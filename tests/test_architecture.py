@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
+import importlib
 import sys
 from pathlib import Path
 
@@ -109,6 +111,15 @@ def test_the_mathematics_imports_no_model_no_config_and_no_logger() -> None:
         if room(path) in MATHEMATICS:
             outside = {m.split(".")[0] for m in imports(path) if not m.startswith("fedpref")}
             assert outside <= ALLOWED_IN_MATHEMATICS, path.name
+
+
+@pytest.mark.parametrize("layer", ["losses", "numerics", "federation", "algorithms"])
+def test_values_of_methods_cannot_be_changed(layer: str) -> None:
+    for path in (PACKAGE / layer).glob("*.py"):
+        module = importlib.import_module(f"fedpref.{layer}.{path.stem}")
+        for value in vars(module).values():
+            if dataclasses.is_dataclass(value) and value.__module__ == module.__name__:
+                assert value.__dataclass_params__.frozen, value  # type: ignore[attr-defined]
 
 
 def test_the_command_line_starts_without_torch() -> None:
