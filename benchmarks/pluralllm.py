@@ -1,4 +1,4 @@
-"""PluralLLM: federated against centralised under the paper's settings and at equal steps, on other
+"""PluralLLM: federated against pooled under the paper's settings and at equal steps, on other
 opinions, and its speed.
 
     python benchmarks/pluralllm.py --data FOLDER
@@ -6,7 +6,7 @@ opinions, and its speed.
 
 `countries`: the paper's 14, of which six never train. Its settings (six local steps a round with a
 cosine that goes up again, weights by points, evaluation on all questions; one step an epoch in the
-centralised line), then equal numbers of steps, one cosine, and questions that nobody trained on.
+pooled line), then equal numbers of steps, one cosine, and questions that nobody trained on.
 `others`: opinion groups on Polis, workers of ukpconvarg. `speed`: rounds a second against the
 released program's way of working (plural_program.py), and a thousand groups. Runs are kept under
 --output and not done again.
@@ -56,16 +56,16 @@ PUBLISHED = "task.evaluate_on=all data.test_fraction=0.1 algorithm.local.max_gra
 WEIGHTS = "algorithm.weights=points federation.weighting=equal"
 LINES = {
     "federated, as published": f"{WEIGHTS} algorithm.local.num_cycles={{cycles}} {PUBLISHED}",
-    "centralised, as published": "algorithm.name=pooled algorithm.local.steps=1 "
+    "pooled, as published": "algorithm.name=pooled algorithm.local.steps=1 "
     f"algorithm.local.batch_size=8 {PUBLISHED}",
     "federated": "",
-    "centralised, equal steps": "algorithm.name=pooled algorithm.local.batch_size=8",
+    "pooled, equal steps": "algorithm.name=pooled algorithm.local.batch_size=8",
 }
 PAIRS = {
-    "": ("federated, as published", "centralised, as published"),
-    "_equal_steps": ("federated", "centralised, equal steps"),
+    "": ("federated, as published", "pooled, as published"),
+    "_equal_steps": ("federated", "pooled, equal steps"),
 }
-STEPS = {"centralised, as published": 1}  # a round; six in the other lines
+STEPS = {"pooled, as published": 1}  # a round; six in the other lines
 OTHERS = {
     "polis": ("data={{name: polis, path: {data}}}", "partition.min_rows=40"),
     "ukpconvarg": (
@@ -136,7 +136,7 @@ def countries(
 def others(
     data: str, numbers: Sequence[int], rounds: int, output: Path, progress: Console
 ) -> dict[str, dict[str, Line]]:
-    """Federated, centralised and alone on other opinions."""
+    """Federated, pooled and alone on other opinions."""
     found = {}
     for name, settings in OTHERS.items():
         common = [setting.format(data=data) for setting in settings] + [
@@ -146,7 +146,7 @@ def others(
         ]
         variants = [
             "federated: ",
-            "centralised: algorithm.name=pooled algorithm.local.batch_size=8",
+            "pooled: algorithm.name=pooled algorithm.local.batch_size=8",
             "alone: algorithm.name=alone",
         ]
         found[name] = trained(variants, numbers, common, output / name, progress)
@@ -360,8 +360,8 @@ def other_table(name: str, lines: Mapping[str, Line]) -> Table:
 def figures(lines: Mapping[str, Line]) -> dict[str, float]:
     """Rounds saved, alignment gained on unseen groups, and how much fairer the pooled line is."""
     found = {}
-    for suffix, (federated, centralised) in PAIRS.items():
-        ours, theirs = lines[federated], lines[centralised]
+    for suffix, (federated, pooled) in PAIRS.items():
+        ours, theirs = lines[federated], lines[pooled]
         found[f"rounds_saved_percent{suffix}"] = 100 * (
             1 - statistics.fmean(ours.converged()) / statistics.fmean(theirs.converged())
         )

@@ -44,11 +44,11 @@ Federated = (
     | Clustered
     | PluralLLM
 )
-Decentralised = DecDPO | DecPDPO | StaleDecDPO | GradientTracking | ChocoDPO
+Decentralized = DecDPO | DecPDPO | StaleDecDPO | GradientTracking | ChocoDPO
 MultiObjective = FIRM | Scalarized | FSMGDA | FedCMOO
 Baseline = Alone | Pooled
 AnyAlgorithm = Annotated[
-    Federated | Decentralised | MultiObjective | Baseline, Field(discriminator="name")
+    Federated | Decentralized | MultiObjective | Baseline, Field(discriminator="name")
 ]
 
 __all__ = [
