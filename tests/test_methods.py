@@ -10,9 +10,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedpref.algorithms import FSMGDA, Clustered, Ditto, FedDPA, FedPer, FedSA, Scaffold
+from fedpref.algorithms import (
+    FSMGDA,
+    Clustered,
+    Ditto,
+    FedCMOO,
+    FedDPA,
+    FedPer,
+    FedSA,
+    Scaffold,
+    fedcmoo,
+)
 from fedpref.engines import Simulation
 from fedpref.engines.per_client import stored
+from fedpref.federation import aggregation
+from fedpref.federation.objectives import jacobian
+from fedpref.federation.verbs import Client
 from fedpref.models.own_parts import HEAD, OWN_ADAPTER, Parts
 from fedpref.numerics import trees
 from fedpref.numerics.trees import Tree
@@ -165,7 +178,6 @@ class Pair(Bowls):
     objectives = ("first", "second")
 
     def parts(self, settings: Parts, rng: torch.Generator) -> Tree:
-        self.asked = settings
         return {}
 
     def losses(self, params: Tree, batch: Bowl) -> tuple[Tensor, Mapping[str, float]]:
@@ -193,6 +205,18 @@ def test_fsmgda_takes_the_min_norm_combination_of_mean_changes() -> None:
     assert 0.001 < share < 0.999
     expected = x + 0.5 * (share * changes[0] + (1 - share) * changes[1])
     assert state.adapter["x"].tolist() == pytest.approx(expected.tolist(), rel=1e-4)
+
+
+def test_fedcmoos_sketches_of_all_objectives_are_as_many_numbers_as_the_adapter() -> None:
+    client = Client(0, Pair(), Bowl("0", *CLIENTS[0]), torch.Generator(), 0, 1)
+    adapter = Pair().init(torch.Generator())
+    numbers = fedcmoo.sketch(client, adapter, {}, FedCMOO(local=PLAIN))["sketch"]
+    assert numbers.shape == (2, 1)
+    # one group: each objective's gradient, summed up with the same signs
+    theta = {"x": adapter["x"].clone().requires_grad_()}
+    rows = jacobian(client.task.losses(theta, client.shard)[0], theta)
+    signs = aggregation.signs(2, 0)
+    assert numbers[:, 0].tolist() == pytest.approx((rows * signs).sum(1).tolist())
 
 
 class Parallel(Pair):
