@@ -32,9 +32,9 @@ from rich.table import Table
 from distributed_laws import LAWS, Law
 from distributed_models import CONFIGS, DATASETS, Outcome, train
 from fedpref import Experiment
-from fedpref.algorithms import decdpo
 from fedpref.engines import Simulation
 from fedpref.engines.workers import keep_freed_memory, one_thread
+from fedpref.federation.common import train_own
 from fedpref.federation.network import Network
 from fedpref.numerics import seeds
 from fedpref.reports.tables import bytes_text
@@ -123,9 +123,9 @@ class Timed(Simulation):
 
     def each(self, work: Any, *args: Any) -> Any:
         begun = time.perf_counter()
-        found = super().each(work, *args)
-        self.training_seconds += (work is decdpo.train) * (time.perf_counter() - begun)
-        return found
+        results = super().each(work, *args)
+        self.training_seconds += (work is train_own) * (time.perf_counter() - begun)
+        return results
 
 
 def scale(clients: int, rounds: int) -> dict[str, float]:

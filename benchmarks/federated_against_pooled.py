@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fedpref import Experiment
-from fedpref.experiments.rounds import events, new_directory, result
-from fedpref.experiments.run_directory import CLIENTS
+from fedpref.experiments.finished import FinishedRun
+from fedpref.experiments.rounds import events, new_directory
 from fedpref.numerics.metrics import ACCURACY, standard_error
 from fedpref.reports.progress import show
 
@@ -34,7 +34,7 @@ QUICK = ["rounds=2", "algorithm.local.steps=2", "algorithm.local.batch_size=4"]
 def measure(
     name: str, seed: int, data: str | None, quick: bool, console: Console
 ) -> dict[str, float]:
-    """One run with both reference lines: figures by name."""
+    """One run with both baselines: figures by name."""
     overrides = [
         f"seed={seed}",
         "baselines=[alone,pooled]",
@@ -43,11 +43,11 @@ def measure(
     ]
     experiment = Experiment.load(CONFIGS / f"{name}.yaml", overrides)
     begun = time.perf_counter()
-    with tempfile.TemporaryDirectory() as place:
-        folder = new_directory(experiment, Path(place) / "run")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = new_directory(experiment, Path(scratch) / "run")
         show(events(experiment, folder), console)
-        lines = result(folder).evaluations
-        sizes = json.loads((folder.path / CLIENTS).read_text())
+        run = FinishedRun(folder)
+        lines, sizes = run.result().evaluations, run.clients
     smaller = sorted(sizes, key=lambda client: (sizes[client]["train"], client))[: len(sizes) // 2]
     figures = {"seconds": time.perf_counter() - begun, "clients": float(len(sizes))}
     for line, clients in lines.items():
