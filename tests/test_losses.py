@@ -292,3 +292,15 @@ def test_hinge_rewards_are_dpos() -> None:
     torch.testing.assert_close(
         Hinge(beta=0.3).rewards(policy, reference), DPO(beta=0.3).rewards(policy, reference)
     )
+
+
+def test_losses_begin_with_trls_defaults() -> None:
+    from trl import DPOConfig, KTOConfig
+
+    def default(kind: Any, name: str) -> Any:
+        return kind.__dataclass_fields__[name].default
+
+    assert {loss().beta for loss in (DPO, IPO)} == {default(DPOConfig, "beta")}
+    assert DPO().label_smoothing == default(DPOConfig, "label_smoothing")
+    for name in ("beta", "desirable_weight", "undesirable_weight"):
+        assert getattr(KTO(), name) == default(KTOConfig, name)
