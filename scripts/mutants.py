@@ -41,6 +41,7 @@ WITHOUT_ARGUMENTS = [
     for name in operator_names()
     if name not in ("core/VariableReplacer", "core/VariableInserter")
 ]
+QUICK = 1.5  # seconds of a quick test
 SLACK = 60  # seconds that a mutant may take beyond three times its tests' budget
 
 
@@ -200,9 +201,11 @@ def main() -> None:
 
         def survives(mutant: Mutant) -> bool:
             of_file = lines.get(mutant.file, {})
-            # What runs at import has no test of its own: all tests of the file may notice it, or
-            # all there are, where the file has nothing but imports
-            of_line = of_file.get(mutant.line) or set().union(*of_file.values()) or seconds
+            # What runs at import has no test of its own: all tests of the file may notice it, and
+            # the quick ones, among which are those that look at every module
+            of_line = of_file.get(mutant.line) or set().union(
+                *of_file.values(), (test for test, took in seconds.items() if took < QUICK)
+            )
             tests = sorted(of_line, key=lambda test: seconds.get(test, 0.0))
             totals = accumulate(seconds.get(test, 0.0) for test in tests)
             tests = [t for t, total in zip(tests, totals, strict=True) if total <= arguments.budget]

@@ -24,6 +24,7 @@ from fedpref.algorithms import (
 from fedpref.engines import Simulation
 from fedpref.engines.per_client import stored
 from fedpref.federation import aggregation
+from fedpref.federation.local_training import train_locally
 from fedpref.federation.objectives import jacobian
 from fedpref.federation.verbs import Client
 from fedpref.models.own_parts import HEAD, OWN_ADAPTER, Parts
@@ -170,6 +171,23 @@ def test_clusters_are_of_clients_with_the_least_loss_and_average_over_these() ->
     assert state.adapters["1/x"][0].item() == pytest.approx(second, rel=1e-5)
     chosen = [of(state.chosen, i, "x") for i in range(3)]
     assert chosen == pytest.approx([first, second, first], rel=1e-5)
+
+
+@pytest.mark.parametrize(("num_iterations", "draws"), [(1, 4), (2, 2), (3, 2), (9, 1)])
+def test_a_batch_is_used_for_so_many_updates(num_iterations: int, draws: int) -> None:
+    class Counting(Bowls):
+        count = 0
+
+        def draw(self, *arguments: Any) -> Bowl:
+            self.count += 1
+            batch: Bowl = super().draw(*arguments)
+            return batch
+
+    task = Counting()
+    local = replace(PLAIN, steps=4, num_iterations=num_iterations)
+    client = Client(0, task, Bowl("0", *CLIENTS[0]), torch.Generator(), 0, 1)
+    train_locally(client, task.init(torch.Generator()), local, {})
+    assert task.count == draws
 
 
 class Pair(Bowls):

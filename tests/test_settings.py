@@ -97,6 +97,10 @@ def test_a_table_says_type_bounds_and_default() -> None:
     assert "### feddpo\n" in text
 
 
+def test_the_page_of_settings_has_todays_defaults() -> None:
+    assert markdown() == (ROOT / "docs/settings.md").read_text(), "`make references` writes it"
+
+
 @pytest.mark.skipif(
     f"typer=={typer.__version__}\n" not in (ROOT / "constraints.txt").read_text(),
     reason="another version of typer writes the page of commands otherwise",
