@@ -47,6 +47,12 @@ def test_gradients_agree_with_finite_differences(loss: Loss) -> None:
     assert torch.autograd.gradcheck(of, inputs)
 
 
+@pytest.mark.parametrize("loss", LOSSES, ids=NAMES)
+def test_a_loss_says_whether_it_needs_a_reference(loss: Loss) -> None:
+    one, other = (loss(scores(1), scores(reference)) for reference in (2, 3))
+    assert torch.equal(one, other) != loss.needs_reference
+
+
 TRL_SETTINGS: list[tuple[Loss, dict[str, Any]]] = [
     (DPO(beta=0.3), {"loss_type": ["sigmoid"], "beta": 0.3}),
     (

@@ -165,10 +165,17 @@ def test_clients_are_drawn_by_their_examples_or_by_given_weights() -> None:
     assert given.weights(sizes, 0) == [1.0, 0.0, 0.0, 2.5]
 
 
+def test_tensors_are_selected_by_name_or_by_what_follows_a_mark() -> None:
+    tree = {name: torch.zeros(1) for name in ("a", "m/a", "m/b", "m/b/a")}
+    assert trees.select(tree, ["a", "z"]).keys() == {"a"}
+    assert trees.select(tree, ["a", "b"], "/").keys() == {"a", "m/a", "m/b"}
+
+
 @pytest.mark.parametrize(
     ("settings", "complaint"),
     [
-        ({"sampling": "weighted", "sampling_weights": {"a": 1.0, "x": 1.0}}, r"\['b', 'x'\]"),
+        ({"sampling": "weighted", "sampling_weights": {"a": 1.0, "x": 1.0}}, r"\['b', 'x'\] are"),
+        ({"sampling": "weighted", "sampling_weights": {"a": 1.0}}, r"\['b'\] is either"),
         ({"sampling_weights": {"a": 1.0, "b": 1.0}}, "sampling is uniform"),
         ({"sampling": "weighted", "sampling_weights": {"a": 0.0, "b": 0.0}}, "above zero"),
     ],

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 
 import pytest
 
@@ -15,7 +15,8 @@ from fedpref import config
 from fedpref.algorithms import AnyAlgorithm, FedDPO
 from fedpref.federation.algorithm import Algorithm
 from fedpref.federation.local_training import LocalTraining
-from fedpref.federation.verbs import Client, Work, registered, work
+from fedpref.federation.verbs import WORK, Client, Work, registered, work
+from fedpref.numerics import trees
 from fedpref.numerics.trees import Tree
 
 KINDS = config.kinds(AnyAlgorithm)
@@ -120,3 +121,14 @@ def test_work_that_is_not_registered_is_refused() -> None:
 def test_a_name_belongs_to_one_piece_of_work() -> None:
     with pytest.raises(TypeError, match=r"feddpo has registered work called 'feddpo\.train'"):
         work("feddpo.train")(checked)
+    work("test_verbs.checked")(checked)
+    work("test_verbs.checked")(checked)  # the same place, as a cell that runs again
+    with pytest.raises(TypeError, match="test_verbs has registered"):
+        work("test_verbs.checked")(trees.add)
+
+
+@pytest.mark.parametrize("each", WORK.values(), ids=lambda each: each.name)
+def test_work_sends_values_that_it_returns(each: Work[..., Any]) -> None:
+    returned = get_type_hints(each.function)["return"]
+    count = len(get_args(returned)) if get_origin(returned) is tuple else 1
+    assert set(each.sends) <= set(range(count))
