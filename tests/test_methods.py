@@ -190,6 +190,18 @@ def test_a_batch_is_used_for_so_many_updates(num_iterations: int, draws: int) ->
     assert task.count == draws
 
 
+def test_moments_that_were_handed_over_stay_as_they_are() -> None:
+    local = replace(PLAIN, optim="adamw", keep_optimizer=True)
+    client = Client(0, Bowls(), Bowl("0", *CLIENTS[0]), torch.Generator(), 0, 1)
+    theta, moments, _ = train_locally(client, Bowls().init(torch.Generator()), local, {})
+    before = {name: tensor.clone() for name, tensor in moments.items()}
+    after = train_locally(client, theta, local, moments)[1]
+    assert moments.keys() == before.keys() == after.keys()
+    for name, tensor in moments.items():
+        assert torch.equal(tensor, before[name])
+        assert not torch.equal(tensor, after[name])
+
+
 class Pair(Bowls):
     """Two objectives in the plane: each draws along its own axis, as far as the client says."""
 
