@@ -165,6 +165,12 @@ def test_clients_are_drawn_by_their_examples_or_by_given_weights() -> None:
     assert given.weights(sizes, 0) == [1.0, 0.0, 0.0, 2.5]
 
 
+def test_everybody_takes_part_where_nothing_says_otherwise() -> None:
+    assert Participation().takes_everybody
+    for settings in ({"clients_per_round": 3}, {"deadline": 1.0}, {"newcomers": 1}):
+        assert not Participation(**settings).takes_everybody  # type: ignore[arg-type]
+
+
 def test_tensors_are_selected_by_name_or_by_what_follows_a_mark() -> None:
     tree = {name: torch.zeros(1) for name in ("a", "m/a", "m/b", "m/b/a")}
     assert trees.select(tree, ["a", "z"]).keys() == {"a"}
