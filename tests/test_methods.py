@@ -13,6 +13,7 @@ from torch import Tensor
 from fedpref.algorithms import (
     FSMGDA,
     Clustered,
+    DecDPO,
     Ditto,
     FedCMOO,
     FedDPA,
@@ -200,6 +201,22 @@ def test_moments_that_were_handed_over_stay_as_they_are() -> None:
     for name, tensor in moments.items():
         assert torch.equal(tensor, before[name])
         assert not torch.equal(tensor, after[name])
+
+
+def test_decdpo_mixes_after_training_or_before() -> None:
+    def step(x: float, client: int) -> float:
+        return x + local_change(x, *CLIENTS[client])
+
+    after = driven(DecDPO(local=PLAIN, order="adapt-then-combine"), Bowls(), 2)
+    x = START
+    for _ in range(2):  # everybody hears everybody, so that all have the mean
+        x = sum(step(x, i) for i in (0, 1)) / 2
+    assert [of(after.theta, i, "x") for i in (0, 1)] == pytest.approx([x, x], rel=1e-5)
+
+    before = driven(DecDPO(local=PLAIN, order="combine-then-adapt"), Bowls(), 2)
+    middle = sum(step(START, i) for i in (0, 1)) / 2
+    expected = [step(middle, i) for i in (0, 1)]
+    assert [of(before.theta, i, "x") for i in (0, 1)] == pytest.approx(expected, rel=1e-5)
 
 
 class Pair(Bowls):
