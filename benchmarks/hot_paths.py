@@ -28,9 +28,9 @@ import torch
 
 from fedpref.reports.comparison import RESAMPLES, bootstrap
 from fedpref.sites.submitted import POLL, pause
+from fedpref.tasks.batches import POOL, BatchSize, draw_indices
 from fedpref.tasks.feedback import next_others
-from fedpref.tasks.offline import POOL, Example, OfflineShard, draw_indices
-from fedpref.tasks.task import BatchSize
+from fedpref.tasks.offline import Example, OfflineShard
 
 
 def raced(turns: int, **forms: Callable[[], Any]) -> tuple[dict[str, float], list[Any]]:

@@ -31,7 +31,7 @@ import torch.multiprocessing as mp
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fedpref.data.preferences import held_out
+from fedpref.data.splits import held_out
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILTIN = ROOT / "src/fedpref/data/builtin"

@@ -29,7 +29,9 @@ from fedpref.data import (
     partition,
     split,
 )
-from fedpref.data.preferences import held_out, key, parse
+from fedpref.data.parsing import parse
+from fedpref.data.preferences import key
+from fedpref.data.splits import held_out
 from fedpref.data.tables import read_table
 from fedpref.errors import UserError
 

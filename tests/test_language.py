@@ -17,7 +17,7 @@ from transformers.activations import NewGELUActivation
 
 from conftest import ARCHITECTURES
 from fedpref.errors import UserError
-from fedpref.models import attention, head, language
+from fedpref.models import attention, head, trial
 from fedpref.models.head import token_log_probabilities
 from fedpref.models.language import LanguageModel, Model
 from fedpref.models.packed import Row
@@ -199,7 +199,7 @@ def test_a_kernel_that_fails_gives_way_to_the_next(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        language,
+        trial,
         "kernels",
         lambda device, dtype: (attention.by_variable_length, attention.by_sequence),
     )
@@ -324,7 +324,7 @@ def test_text_and_chat_become_the_tokens_of_the_template(tiny: Path) -> None:
             [{"role": "assistant", "content": "No."}],
         ],
     )
-    assert chat == (prompt, [answer, model.encode("", " No.")[1]])
+    assert chat == (prompt, [answer, model.encode("Human: Hello?\n\nAssistant:", " No.")[1]])
     assert (
         model.tokenizer.apply_chat_template(
             [*turns, {"role": "assistant", "content": "Good day."}]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import difflib
 import inspect
+import re
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
@@ -13,6 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -21,21 +23,81 @@ from yaml import YAMLError
 from fedpref.errors import UserError
 
 T = TypeVar("T")
+MOST_NODES = 100_000  # keys and values of a config, its aliases written out
+RESOLVER = re.compile(r"(?<!\\)\$\{[^{}]*:")
+# what YAML and OmegaConf raise for texts that are none, are nested too deep, or refer to nothing
+BROKEN = (
+    YAMLError,
+    OmegaConfBaseException,
+    UnicodeError,
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    RecursionError,
+    OSError,
+)
 STRICT = ConfigDict(extra="forbid")
 
 
 def read(path: Path) -> Any:
     """Return what a YAML file holds, as plain data; raises UserError where it is none."""
-    return OmegaConf.to_container(_read(path))
+    content = _read(path)
+    try:
+        return OmegaConf.to_container(content, resolve=True)
+    except BROKEN as error:
+        raise UserError(f"{path}: {_words(error)}") from error
 
 
 def _read(path: Path) -> Any:
     if not path.is_file():
         raise UserError(f"{path}: there is no such config file.")
     try:
-        return OmegaConf.load(path)
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+        text = path.read_text(encoding="utf-8")
+        _refuse_large(text)
+        content = OmegaConf.create(text)
+        _refuse_resolvers(OmegaConf.to_container(content))
+    except BROKEN as error:
+        raise UserError(f"{path}: not a valid config in YAML: {_words(error)}") from error
+    return content
+
+
+def _words(error: Exception) -> str:
+    return " ".join(str(error).split())[:400] or type(error).__name__
+
+
+def _refuse_large(text: str) -> None:
+    """Raise ValueError where aliases would make more of a YAML text than anybody has written."""
+    sizes: dict[int, int] = {}
+
+    def count(node: yaml.Node) -> int:
+        if id(node) not in sizes:
+            # an alias of what it stands in has no end
+            sizes[id(node)] = MOST_NODES
+            parts = node.value if isinstance(node.value, list) else []
+            flat = [one for part in parts for one in (part if isinstance(part, tuple) else (part,))]
+            sizes[id(node)] = min(MOST_NODES, 1 + sum(map(count, flat)))
+        return sizes[id(node)]
+
+    root = yaml.compose(text, yaml.SafeLoader)
+    if root is not None and count(root) >= MOST_NODES:
+        raise ValueError(f"with its aliases it has more than {MOST_NODES} values")
+
+
+def _refuse_resolvers(content: Any) -> None:
+    """Raise ValueError for `${oc.env:NAME}` and the like.
+
+    A run's config is written and sent to others, and the environment is nobody else's.
+    """
+    if isinstance(content, str) and (found := RESOLVER.search(content)):
+        raise ValueError(
+            f"{found[0]}...}} is not read into a config, which a run writes down and sends to "
+            "sites; of ${...}, only other keys of the config may be named"
+        )
+    for part in content.values() if isinstance(content, dict) else ():
+        _refuse_resolvers(part)
+    for part in content if isinstance(content, list) else ():
+        _refuse_resolvers(part)
 
 
 def load(
@@ -63,14 +125,15 @@ def load(
                 "algorithm.local.steps=5."
             )
     try:
+        for override in overrides:
+            _refuse_large(override.split("=", 1)[1])
         wanted = OmegaConf.from_dotlist([_of_name(kind, override) for override in overrides])
+        _refuse_resolvers(OmegaConf.to_container(wanted))
         _forget_other_kinds(kind, content, wanted)
         merged = OmegaConf.to_container(OmegaConf.merge(content, wanted), resolve=True)
-    # TypeError: OmegaConf from 2.4 on, for a file that is a list
-    except (YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
-        raise UserError(
-            f"{path} with {' '.join(overrides)}: {' '.join(str(error).split())}"
-        ) from error
+    except BROKEN as error:
+        said = " ".join(override[:80] for override in overrides)
+        raise UserError(f"{path}{' with ' * bool(said)}{said}: {_words(error)}") from error
     if not isinstance(merged, dict):
         raise UserError(f"{path}: expected keys and values, found {type(merged).__name__}.")
     check(merged, str(path))
@@ -139,7 +202,8 @@ def parse(kind: type[T], content: dict[Any, Any], where: str) -> T:
         UserError: The content does not fit; all mistakes are named together.
     """
     try:
-        return _adapter(kind).validate_python(_with_names(kind, content))
+        parsed: T = _adapter(kind).validate_python(_with_names(kind, content))
+        return parsed
     except ValidationError as error:
         raise UserError(
             "\n".join(
@@ -230,18 +294,33 @@ def dump(value: Any) -> dict[str, Any]:
 
 def to_yaml(value: Any) -> str:
     """Return a dataclass as a YAML text that `load` takes back."""
-    return OmegaConf.to_yaml(OmegaConf.create(dump(value)))
+    return OmegaConf.to_yaml(OmegaConf.create(_escaped(dump(value))))
 
 
-def _adapter(kind: type[T]) -> TypeAdapter[T]:
-    for nested in dataclasses_of(kind):
-        nested.__pydantic_config__ = STRICT
-    return TypeAdapter(kind)
+def _escaped(content: Any) -> Any:
+    """Return plain data in which `${` is text and no reference to another key."""
+    if isinstance(content, str):
+        return re.sub(r"(\\*)\$\{", lambda found: f"{2 * found[1]}\\${{", content)
+    if isinstance(content, dict):
+        return {key: _escaped(part) for key, part in content.items()}
+    return [_escaped(part) for part in content] if isinstance(content, list) else content
+
+
+# building one takes a third of a second for an experiment
+_ADAPTERS: dict[Any, TypeAdapter[Any]] = {}
+
+
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    if kind not in _ADAPTERS:
+        for nested in dataclasses_of(kind):
+            nested.__pydantic_config__ = STRICT
+        _ADAPTERS[kind] = TypeAdapter(kind)
+    return _ADAPTERS[kind]
 
 
 def dataclasses_of(kind: Any) -> Iterator[Any]:
     """Yield the dataclasses of a type: itself and those of its fields."""
-    if is_dataclass(kind):
+    if isinstance(kind, type) and is_dataclass(kind):
         yield kind
         for hint in get_type_hints(kind, include_extras=True).values():
             yield from dataclasses_of(hint)

@@ -1,4 +1,4 @@
-"""The one error that a user can cause."""
+"""The one error that a user can cause, and how foreign text is shown."""
 
 
 class UserError(Exception):
@@ -6,3 +6,11 @@ class UserError(Exception):
 
     The message says what is wrong, where, and what to do.
     """
+
+
+def printable(text: str) -> str:
+    """Return a text that no terminal takes for commands: what cannot be printed is escaped."""
+    return "".join(
+        character if character.isprintable() or character == "\n" else ascii(character)[1:-1]
+        for character in text
+    )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated
+from datetime import date
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 Count = Annotated[int, Field(ge=1)]
 """A whole number, one or more."""
@@ -31,5 +32,14 @@ Portion = Annotated[float, Field(gt=0, le=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 """A share from zero to one, with both."""
 
-Text = str | Sequence[Mapping[str, str]]
+
+def _day(text: str) -> str:
+    date.fromisoformat(text)
+    return text
+
+
+Date = Annotated[str, AfterValidator(_day)]
+"""A day, as 2024-07-26."""
+
+Text = str | Sequence[Mapping[str, Any]]
 """Plain text, or a conversation: messages with a `role` and a `content`."""

@@ -94,6 +94,7 @@ class ChocoDPO(Algorithm[State]):
     works = (train_own, news, follow, own_copy, no_moments, projected)
     gossips: ClassVar[bool] = True
     needs_fixed_network: ClassVar[bool] = True
+    needs_contraction: ClassVar[bool] = True
 
     def init(self, fed: Federation, start: Tree) -> State:
         theta, public = fed.each(own_copy, start), fed.each(own_copy, start)

@@ -13,22 +13,23 @@ import torch
 from pydantic import Field
 
 from fedpref.federation.algorithm import Algorithm
-from fedpref.federation.common import own_copy
-from fedpref.federation.local_training import LocalTraining, seeded_dropout, train_locally
+from fedpref.federation.common import no_moments, own_copy
+from fedpref.federation.local_training import LocalTraining, place, seeded_dropout, train_locally
 from fedpref.federation.verbs import Client, Federation, PerClient, work
 from fedpref.numerics import trees
 from fedpref.numerics.trees import Tree
-from fedpref.tasks.task import BatchSize
+from fedpref.tasks.batches import BatchSize
 
 SHARE = "share"
 
 
 @dataclass(frozen=True)
 class State:
-    """All adapters, nested by number, and the one that each client uses."""
+    """All adapters, nested by number, the one that each client uses, and its place in its data."""
 
     adapters: Tree
     chosen: PerClient[Tree]
+    moments: PerClient[Tree]
 
 
 def suitable(client: Client, adapters: Tree, clusters: int, local: LocalTraining) -> int:
@@ -48,18 +49,22 @@ def suitable(client: Client, adapters: Tree, clusters: int, local: LocalTraining
 
 @work("clustered.train")
 def train(
-    client: Client, adapters: Tree, clusters: int, local: LocalTraining
-) -> tuple[Tree, Tree, Mapping[str, float]]:
-    """Return the changes of all adapters, zero but for one, that one's number, and metrics."""
+    client: Client, adapters: Tree, moments: Tree, clusters: int, local: LocalTraining
+) -> tuple[Tree, Tree, Tree, Mapping[str, float]]:
+    """Return the changes of all adapters, zero but for one, that one's number, and metrics.
+
+    In between stands the client's place in its data.
+    """
     number = client.id % clusters
     if client.round:
         number = suitable(client, adapters, clusters, local)
     start = trees.part(adapters, number)
-    theta, _, metrics = train_locally(client, start, local, {})
+    theta, moments, metrics = train_locally(client, start, local, place(moments))
     zeros = trees.scale(adapters, 0.0)
     shares = {f"{k}/{SHARE}": torch.tensor(float(k == number)) for k in range(clusters)}
     changed = trees.nest({number: trees.subtract(theta, start)})
-    return {**zeros, **shares, **changed}, {SHARE: torch.tensor(number)}, metrics
+    number_tree = {SHARE: torch.tensor(number)}
+    return {**zeros, **shares, **changed}, number_tree, place(moments), metrics
 
 
 @work("clustered.choose", sends=())
@@ -90,17 +95,19 @@ class Clustered(Algorithm[State]):
     local: LocalTraining = LocalTraining()
     """How a client trains within a round."""
 
-    works = (train, choose, find, own_copy)
+    works = (train, choose, find, own_copy, no_moments)
 
     def init(self, fed: Federation, start: Tree) -> State:
         copies = {
             k: {name: tensor.clone() for name, tensor in start.items()}
             for k in range(self.clusters)
         }
-        return State(trees.nest(copies), fed.each(own_copy, start))
+        return State(trees.nest(copies), fed.each(own_copy, start), fed.each(no_moments))
 
     def step(self, fed: Federation, state: State) -> tuple[State, Mapping[str, float]]:
-        message, choice, metrics = fed.each(train, state.adapters, self.clusters, self.local)
+        message, choice, moments, metrics = fed.each(
+            train, state.adapters, state.moments, self.clusters, self.local
+        )
         mean = fed.mean(message)
         shares = {k: mean[f"{k}/{SHARE}"].clamp(min=1e-9) for k in range(self.clusters)}
         adapters = {
@@ -108,11 +115,12 @@ class Clustered(Algorithm[State]):
             for name, tensor in state.adapters.items()
         }
         chosen = fed.each(choose, adapters, choice)
-        return State(adapters, state.chosen | chosen), fed.report(metrics)
+        new = State(adapters, state.chosen | chosen, state.moments | moments)
+        return new, fed.report(metrics)
 
     def join(self, fed: Federation, state: State, steps: int) -> State:
         nearest = fed.each(find, state.adapters, self.clusters, self.local)
-        return State(state.adapters, state.chosen | nearest)
+        return State(state.adapters, state.chosen | nearest, state.moments)
 
     def model(self, state: State) -> tuple[PerClient[Tree]]:
         return (state.chosen,)

@@ -17,6 +17,7 @@ from fedpref.federation.common import PersonalState, no_moments, own_copy
 from fedpref.federation.local_training import (
     LocalTraining,
     joining,
+    place,
     pull_towards,
     train_locally,
 )
@@ -30,8 +31,16 @@ def train_near(
     client: Client, adapter: Tree, own: Tree, personal: LocalTraining, strength: float
 ) -> Tree:
     """Return the client's own adapter, trained while it is held near the shared one."""
+    return near(client, adapter, own, {}, personal, strength)[0]
+
+
+def near(
+    client: Client, adapter: Tree, own: Tree, kept: Tree, personal: LocalTraining, strength: float
+) -> tuple[Tree, Tree]:
+    """Return the own adapter after its steps, and the client's place in its data."""
     pull = pull_towards(adapter, strength, client)
-    return train_locally(client, own, personal, {}, pull)[0]
+    theta, kept, _ = train_locally(client, own, personal, place(kept), pull)
+    return theta, place(kept)
 
 
 @work("ditto.train")
@@ -41,8 +50,10 @@ def train(
     """Return the client's message for the aggregate, its own adapter, moments, and metrics."""
     received, fixed = method.aggregate.received(client, adapter)
     theta, moments, metrics = train_locally(client, received, method.local, moments, fixed=fixed)
-    own = train_near(client, adapter, own, method.personal or method.local, method.strength)
-    return method.aggregate.message(client, received, theta), own, moments, metrics
+    personal = method.personal or method.local
+    own, seen = near(client, adapter, own, moments, personal, method.strength)
+    message = method.aggregate.message(client, received, theta)
+    return message, own, {**moments, **seen}, metrics
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,10 +23,11 @@ from fedpref.federation.verbs import Client, Federation, PerClient, work
 from fedpref.numerics import trees
 from fedpref.numerics.min_norm import projected_descent
 from fedpref.numerics.trees import Tree
-from fedpref.tasks.task import BatchSize
+from fedpref.tasks.batches import BatchSize
 from fedpref.types import Count, Positive
 
 WEIGHTS = "weights"
+EPSILON = 1e-4  # of the published code, below a squared length
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class FedCMOO(Algorithm[State]):
 
     def step(self, fed: Federation, state: State) -> tuple[State, Mapping[str, float]]:
         rows = fed.mean(fed.each(sketch, state.adapter, state.critics, self))["sketch"]
-        weights = {WEIGHTS: self.weigh(rows @ rows.T, state.weights.get(WEIGHTS))}
+        weights = {WEIGHTS: self.weigh(rows @ rows.T, state.weights.get(WEIGHTS), len(fed.active))}
         messages, own, moments, metrics = fed.each(
             train, state.adapter, state.critics, weights, state.moments, self
         )
@@ -112,16 +113,18 @@ class FedCMOO(Algorithm[State]):
         return new, report
 
     def weigh(
-        self, gram: Float[Tensor, "M M"], last: Float[Tensor, " M"] | None
+        self, gram: Float[Tensor, "M M"], last: Float[Tensor, " M"] | None, clients: int
     ) -> Float[Tensor, " M"]:
         """Return the next weights, from the last ones.
 
         Args:
-            gram: Inner products of the objectives' gradients; they are scaled to a mean length of
-                one first.
+            gram: Inner products of the objectives' mean gradients; they are scaled to a mean length
+                of one first.
             last: The weights of the round before; None begins with equal ones.
+            clients: How many gradients the mean is of.
         """
-        scaled = gram / (gram.diagonal() + 1e-4).sqrt().mean() ** 2
+        # the paper's constant is for the sum over clients, whose products are larger by N^2
+        scaled = gram / (gram.diagonal() + EPSILON / clients**2).sqrt().mean() ** 2
         start = torch.full((len(gram),), 1 / len(gram)) if last is None else last
         return projected_descent(scaled, start, self.weights_learning_rate, self.weights_iterations)
 

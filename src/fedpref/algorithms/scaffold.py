@@ -64,8 +64,9 @@ class Scaffold(Algorithm[State]):
     FedDPO's bytes up and down. A client's new control variate is the mean of its own gradients
     over the round. Under plain SGD with a constant rate that is the paper's option II, which reads
     the same mean off the change of the parameters; under AdamW, whose changes are no gradients, it
-    still is right, and it is what AdamW is then fed. With weights by examples and sampled clients,
-    the mean control variate is that of the sample, scaled by its share of clients.
+    still is right, and it is what AdamW is then fed. Deviation: the paper's clients weigh alike;
+    here the mean control variate is the mean of all clients' own by whatever weights the means
+    have, also where some of the clients are drawn, so that the weighted optimum stays fixed.
     """
 
     name: Literal["scaffold"] = "scaffold"
@@ -85,8 +86,9 @@ class Scaffold(Algorithm[State]):
             train, state.adapter, state.control, state.own, state.moments, self.local
         )
         change = trees.scale(fed.mean(delta), self.server_learning_rate)
-        # clients that were not drawn keep their control variates, so the mean moves by a share
-        moved = trees.scale(fed.mean(drift), len(fed.active) / len(fed.clients))
+        # the mean is over the cohort; clients that were not drawn keep their control variates, so
+        # that the weighted mean over all moves by the cohort's share of the weight
+        moved = trees.scale(fed.mean(drift), fed.share)
         adapter, control = trees.add(state.adapter, change), trees.add(state.control, moved)
         new = State(adapter, control, state.own | own, state.moments | moments)
         return new, fed.report(metrics)

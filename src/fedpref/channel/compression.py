@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -24,6 +24,7 @@ class TopK:
     name: Literal["top-k"] = "top-k"
     fraction: Portion = 0.1
     """The share of entries that is sent."""
+    contracts: ClassVar[bool] = True
 
     def stage(self) -> Stage:
         """Return the stage of a channel."""
@@ -58,6 +59,14 @@ class Quantize:
     name: Literal["quantize"] = "quantize"
     bits: Annotated[int, Field(ge=2, le=8)] = 8
     """Bits of an entry; below eight, entries share bytes."""
+
+    @property
+    def contracts(self) -> bool:
+        """Whether what arrives is nearer to what was sent than nothing is.
+
+        With two bits the random rounding of normal entries has twice their own squared norm.
+        """
+        return self.bits > 2
 
     def stage(self) -> Stage:
         """Return the stage of a channel."""

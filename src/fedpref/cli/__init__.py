@@ -12,7 +12,7 @@ from rich.markup import escape
 from fedpref import __version__
 from fedpref.cli import settings, showing, sites, training, using
 from fedpref.cli.shared import SITES, app
-from fedpref.errors import UserError
+from fedpref.errors import UserError, printable
 
 PANELS = {
     training.__name__: "Train",
@@ -57,6 +57,8 @@ def main() -> None:
             else str(error)
         )
         Console(stderr=True).print(
-            f"[bold red]error:[/bold red] {escape(text)}", highlight=False, soft_wrap=True
+            f"[bold red]error:[/bold red] {escape(printable(text))}",
+            highlight=False,
+            soft_wrap=True,
         )
         sys.exit(2)

@@ -59,13 +59,13 @@ def check(config: Config, overrides: Overrides = None) -> None:
 
     Example: fedpref check configs/demo.yaml partition.max_clients=4
     """
-    from fedpref.experiments.experiment import Experiment
-    from fedpref.reports.tables import size_table
+    from fedpref.errors import printable
+    from fedpref.experiments.experiment import Experiment, encoded
+    from fedpref.reports.tables import ENOUGH_HELD_OUT, size_table
 
     experiment = Experiment.load(config, overrides or ())
-    clients, left_out = experiment.clients()
     task = experiment.build_task()
-    shards = [task.encode(client) for client in clients]
+    reading, shards = encoded(experiment, task)
     experiment.check_clients({shard.name: len(shard) for shard in shards})
     console.print(task.description, highlight=False, soft_wrap=True, markup=False)
     console.print(
@@ -73,11 +73,25 @@ def check(config: Config, overrides: Overrides = None) -> None:
             {shard.name: (len(shard.train), len(shard.test), shard.truncated) for shard in shards}
         )
     )
-    if left_out:
-        console.print(
-            f"{left_out} training rows are left out, because their prompt also stands among the "
-            "source's test rows."
+    said = [reading.skipped and f"{reading.skipped}; they are left out.", *reading.notes]
+    if reading.left_out:
+        said.append(
+            f"{reading.left_out} training rows are left out, because their prompt also stands "
+            "among the source's test rows."
         )
+    few = sorted((len(shard.test), shard.name) for shard in shards)
+    few = [(count, name) for count, name in few if count < ENOUGH_HELD_OUT]
+    if few:
+        error = 50 / few[0][0] ** 0.5
+        named = ", ".join(f"{printable(name)} ({count})" for count, name in few[:8])
+        said.append(
+            f"{len(few)} clients have fewer than {ENOUGH_HELD_OUT} held-out examples, too few for "
+            f"a figure of their own: {named}{', ...' * (len(few) > 8)}. Of {few[0][0]}, an "
+            f"accuracy has a standard error of up to {error:.0f} points. Raise "
+            "data.test_fraction, or set partition.min_test_rows."
+        )
+    for text in filter(None, said):
+        console.print(text, highlight=False, soft_wrap=True, markup=False)
     console.print(f"{config} is valid: {experiment.algorithm.name}, {experiment.rounds} rounds.")
 
 

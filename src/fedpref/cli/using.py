@@ -24,8 +24,13 @@ def generate(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer at most.")] = 128,
     temperature: Annotated[
-        float, typer.Option(min=0.0, help="0: always the likeliest token.")
-    ] = 0.7,
+        float | None,
+        typer.Option(
+            min=0.0,
+            help="Of plain sampling; 0: always the likeliest token. By default the model's own "
+            "generation config decides.",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     chat: Annotated[
         bool | None,

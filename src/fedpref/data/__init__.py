@@ -13,19 +13,19 @@ from fedpref.data.preferences import (
     Preference,
     Prompt,
     Row,
-    held_out,
-    split,
 )
-from fedpref.data.sources import HH, Builtin, Files, MovieReviews, Persona, UKPConvArg
+from fedpref.data.sources import HH, SHP, Builtin, Files, MovieReviews, Persona, UKPConvArg
+from fedpref.data.splits import held_out, split
 
 Source = Annotated[
-    Files | Builtin | HH | UKPConvArg | Persona | MovieReviews | Opinions | Polis,
+    Files | Builtin | HH | SHP | UKPConvArg | Persona | MovieReviews | Opinions | Polis,
     Field(discriminator="name"),
 ]
 
 __all__ = [
     "HH",
     "IID",
+    "SHP",
     "Builtin",
     "BySize",
     "ClientData",

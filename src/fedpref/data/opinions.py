@@ -6,15 +6,14 @@ partition by.
 
 from __future__ import annotations
 
-import ast
-import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
+from fedpref.data.parsing import written_value
+from fedpref.data.partitions import label
 from fedpref.data.preferences import Opinion
 from fedpref.data.source import PathSource
 from fedpref.data.tables import local_table, read_table
@@ -68,7 +67,8 @@ class Opinions(PathSource):
     """The share of questions that are held out."""
 
     def read(self) -> Iterator[Opinion]:
-        wanted = SETS.get(self.groups, None) if isinstance(self.groups, str) else self.groups
+        names = SETS.get(self.groups, ()) if isinstance(self.groups, str) else self.groups
+        wanted = [_group(name, "data.groups") for name in names]
         seen: Counter[str] = Counter()
         path = local_table(self.path, "globalopinionqa_partial") or self.path
         for where, record in read_table(str(path)):
@@ -93,7 +93,7 @@ class Opinions(PathSource):
             raise UserError(
                 f"data.path: {path} holds no opinions: no row has a question, options and shares."
             )
-        if unknown := sorted(set(wanted or ()) - seen.keys()):
+        if unknown := sorted(set(wanted) - seen.keys()):
             raise UserError(
                 f"data.groups: {path} says nothing of {unknown[:5]}; it has {sorted(seen)[:8]}."
             )
@@ -104,7 +104,8 @@ class Opinions(PathSource):
         for column in (self.selections_column, "by_country"):
             if column in record:
                 for group, shares in _evaluated(record[column], dict, where, column).items():
-                    yield str(group), _evaluated(shares, list, where, column)
+                    if shares is not None:  # in a table of groups, of one that was not asked
+                        yield _group(group, where), _evaluated(shares, list, where, column)
                 return
         if self.group_column not in record or self.shares_column not in record:
             raise UserError(
@@ -113,10 +114,8 @@ class Opinions(PathSource):
                 f"has {sorted(map(str, record))}. Set data.selections_column or "
                 "data.group_column and data.shares_column."
             )
-        if record[self.group_column] in (None, ""):
-            raise UserError(f"{where}, column {self.group_column!r}: the row names no group.")
         yield (
-            str(record[self.group_column]),
+            _group(record[self.group_column], f"{where}, column {self.group_column!r}"),
             _evaluated(record[self.shares_column], list, where, self.shares_column),
         )
 
@@ -219,9 +218,9 @@ def opinion(
         )
     try:
         numbers = [float(share) for share in shares]
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise UserError(
-            f"{where}: shares of {group!r} are no numbers: {list(shares)[:6]}."
+            f"{where}: shares of {group!r} are no numbers: {str(list(shares)[:6])[:80]}."
         ) from error
     total = sum(numbers)
     if not math.isfinite(total) or min(numbers) < 0 or not total:
@@ -238,16 +237,24 @@ def opinion(
     )
 
 
+def _group(value: Any, where: str) -> str:
+    """Return a group's name, in one spelling; raises UserError where there is none."""
+    try:
+        name = label(value)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}.") from error
+    if name is None:
+        raise UserError(f"{where}: the row names no group.")
+    return name
+
+
 def _evaluated(value: Any, kind: type[T], where: str, column: str) -> T:
     """Return a list or mapping, also where it stands as text, in JSON or as a Python expression."""
     if isinstance(value, str):
         text = value.strip()
         if text.startswith("defaultdict(") and "{" in text:
-            text = text[text.index("{") : text.rindex("}") + 1]
-        for read in (json.loads, ast.literal_eval):
-            with suppress(ValueError, SyntaxError):
-                value = read(text)
-                break
+            text = text[text.index("{") : text.rfind("}") + 1]
+        value = written_value(text)
     if isinstance(value, tuple) and kind is list:
         value = list(value)
     if not isinstance(value, kind):

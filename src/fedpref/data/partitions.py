@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
 from fedpref.data.preferences import ClientData, Row, Side
+from fedpref.data.splits import spelled
+from fedpref.data.unusable import Unusable
 from fedpref.errors import UserError
 from fedpref.types import Count, NonNegative, Positive, WholeNumber
 
@@ -41,14 +45,13 @@ class Natural:
     def assign(self, rows: Placed, rng: np.random.Generator) -> dict[str, Placed]:
         """Return each client's rows, by name."""
         groups = _by_column(rows, self.column)
-        if unknown := [value for value in self.only if value not in groups]:
+        only = {label(value) for value in self.only}
+        if unknown := sorted(str(value) for value in only if value not in groups):
             raise UserError(
                 f"partition.only: there is no row with {self.column} {unknown[0]!r}; there are "
                 f"{sorted(groups)[:8]}."
             )
-        groups = {
-            value: group for value, group in groups.items() if not self.only or value in self.only
-        }
+        groups = {value: group for value, group in groups.items() if not only or value in only}
         if self.clients_per_value > 1:
             shares = np.full((2, self.clients_per_value), 1 / self.clients_per_value)
             cut = {value: _cut(group, shares, rng) for value, group in sorted(groups.items())}
@@ -191,16 +194,58 @@ def _thinned(rows: Placed, count: int | None) -> Placed:
     ]
 
 
+def label(value: Any) -> str | None:
+    """Return a client's name as it is said; None where it names nobody.
+
+    1, 1.0 and "1 " are one client, and so is a name in two forms of Unicode.
+
+    Raises:
+        ValueError: It is no name.
+    """
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, str | int | float):
+        raise ValueError(f"expected a name or a number, found {value!r:.60}")
+    name = spelled(str(value))
+    name.encode()  # half a character (a lone surrogate) could be written nowhere
+    if (number := re.fullmatch(r"(-?\d+)\.0+", name)) is not None:
+        name = number[1]
+    return name if name and name != "None" else None
+
+
+def named(rows: Iterable[Row], column: str) -> tuple[list[Row], list[Unusable]]:
+    """Return rows whose column names somebody, as `label` writes it, and those of nobody.
+
+    Raises:
+        UserError: No row has the column, or a value is no name.
+    """
+    kept: list[Row] = []
+    lacking: list[Unusable] = []
+    for row in rows:
+        try:
+            name = label(row.columns.get(column))
+        except ValueError as error:
+            raise UserError(f"{row.where}, column {column!r}: {error}.") from error
+        if name is None:
+            known = sorted(map(str, row.columns)) or "none besides the texts"
+            reason = f"partition.column is {column!r}, which the row does not have or leaves empty"
+            lacking.append(Unusable("no client", row.where, f"{reason}; its columns: {known}"))
+        else:
+            kept.append(replace(row, columns={**row.columns, column: name}))
+    if lacking and not kept:
+        raise UserError(f"{lacking[0]}.")
+    return kept, lacking
+
+
 def _by_column(rows: Placed, column: str) -> dict[str, Placed]:
     groups: dict[str, list[tuple[Side, Row]]] = defaultdict(list)
-    for side, row in rows:
-        if str(row.columns.get(column, "")).strip() in ("", "None"):
-            known = sorted(row.columns) or "none besides the texts"
-            raise UserError(
-                f"{row.where}: partition.column is {column!r}, which the row does not have or "
-                f"leaves empty; its columns: {known}."
-            )
-        groups[str(row.columns[column])].append((side, row))
+    kept, lacking = named((row for _, row in rows), column)
+    if lacking:
+        raise lacking[0]
+    for (side, _), row in zip(rows, kept, strict=True):
+        groups[row.columns[column]].append((side, row))
     return dict(groups)
 
 

@@ -8,12 +8,21 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 from fedpref.data.preferences import Row
+from fedpref.data.splits import SplitBy
+from fedpref.data.unusable import Policy, Unusable
 
 
+@dataclass(frozen=True, kw_only=True)
 class DataSource(ABC):
     """Where rows come from: a frozen dataclass of settings."""
 
     name: str
+    unusable: Policy = "refuse"
+    """What becomes of rows that state no preference, are empty, too long or nobody's: an error that
+    counts them all, or they are left out and counted."""
+    split_by: SplitBy = "question"
+    """What a prompt is told by where sides are not given: its last question, in whatever spelling,
+    or all of its turns."""
 
     @property
     def test_fraction(self) -> float:
@@ -30,11 +39,11 @@ class DataSource(ABC):
         return self
 
     @abstractmethod
-    def read(self) -> Iterator[Row]:
-        """Yield the rows.
+    def read(self) -> Iterator[Row | Unusable]:
+        """Yield the rows, and what is wrong with those that cannot be used.
 
         Raises:
-            UserError: There is nothing there, or a row is not as it should be; it names the row.
+            UserError: There is nothing there, or its form is another; it names the row.
         """
 
 

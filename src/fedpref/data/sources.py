@@ -6,26 +6,24 @@ empty line between them, and answers begin with a space.
 
 from __future__ import annotations
 
+import math
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.resources import files
+from itertools import islice
+from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import Field
 
-from fedpref.data.preferences import (
-    Preference,
-    Row,
-    Side,
-    held_out,
-    key,
-    parse,
-    parse_feedback,
-    parse_prompt,
-)
+from fedpref.data.parsing import parse, parse_feedback, parse_prompt, repeats_prompt
+from fedpref.data.preferences import Preference, Row, Side, key
 from fedpref.data.source import DataSource, PathSource
+from fedpref.data.splits import held_out
 from fedpref.data.tables import Record, local_table, read_table
+from fedpref.data.unusable import Unusable
 from fedpref.errors import UserError
 from fedpref.types import Count, OpenFraction
 
@@ -61,20 +59,41 @@ class Files(PathSource):
     test_fraction: OpenFraction = 0.2
     """The share of prompts that are held out, where nothing else says."""
 
-    def read(self) -> Iterator[Row]:
-        for where, record in read_table(self.path, split=self.train_split, name=self.config):
-            row = self._row(record, where)
-            yield replace(
-                row,
-                side=_side(record, self.split_column, where)
-                if self.split_column
-                else "train"
-                if self.test_split
-                else None,
+    def read(self) -> Iterator[Row | Unusable]:
+        rows = list(self._rows())
+        pairs = [row for row in rows if isinstance(row, Preference) and isinstance(row.prompt, str)]
+        whole = [row for row in pairs if repeats_prompt(row)]
+        # an answer or two may repeat a question; if most do, answers are whole texts
+        if len(whole) * 2 > len(pairs) and len(whole) < len(pairs):
+            raise UserError(
+                f"{whole[0].where}: in {len(whole)} of {len(pairs)} rows both answers begin with "
+                "their prompt, in the others not. If they are whole texts, cut the prompt off all "
+                "of them, or leave the prompts out and set data.prompt_column=none."
             )
+        for row in rows:
+            if isinstance(row, Preference) and whole and len(whole) == len(pairs):
+                count = len(row.prompt)
+                yield replace(row, chosen=row.chosen[count:], rejected=row.rejected[count:])
+            else:
+                yield row
+
+    def _rows(self) -> Iterator[Row | Unusable]:
+        splits: list[tuple[str, Side | None]] = [
+            (self.train_split, "train" if self.test_split else None)
+        ]
         if self.test_split:
-            for where, record in read_table(self.path, split=self.test_split, name=self.config):
-                yield replace(self._row(record, where), side="test")
+            splits.append((self.test_split, "test"))
+        for split, given in splits:
+            for where, record in read_table(self.path, split=split, name=self.config):
+                try:
+                    row = self._row(record, where)
+                except Unusable as error:
+                    yield error
+                    continue
+                if self.split_column and given != "test":
+                    yield replace(row, side=_side(record, self.split_column, where))
+                else:
+                    yield replace(row, side=given)
 
     def _row(self, record: Mapping[str, Any], where: str) -> Row:
         if {
@@ -144,12 +163,14 @@ class HH(PathSource):
                     self.max_rows is None or counts[side] <= self.max_rows
                 ):
                     row = parse(record, where)  # the original has a few rows with identical answers
-                    texts = {
-                        "prompt": key(row.prompt).strip(),
-                        "chosen": _spaced(row.chosen),
-                        "rejected": _spaced(row.rejected),
-                    }
-                    yield replace(row, **texts, columns={"objective": objective}, side=side)
+                    yield replace(
+                        row,
+                        prompt=key(row.prompt).strip(),
+                        chosen=_spaced(row.chosen),
+                        rejected=_spaced(row.rejected),
+                        columns={"objective": objective},
+                        side=side,
+                    )
 
     def _records(self, objective: str) -> Iterator[tuple[Side | None, str, Mapping[str, Any]]]:
         if table := local_table(self.path, f"hh_rlhf_{objective}"):
@@ -167,6 +188,83 @@ class HH(PathSource):
                         self.path, split=side, data_dir=f"{objective}-base"
                     )
                 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SHP(PathSource):
+    """Stanford Human Preferences (Ethayarajh et al. 2022): which of two answers was scored higher.
+
+    Also any other pairs of answers with a score each. A post is a prompt, in the form of
+    "Human:" and "Assistant:". Rows whose scores are equal state no preference. Columns: `domain`,
+    without the split that the Hub's files put behind it, and all others of the row.
+    """
+
+    name: Literal["shp"] = "shp"
+    path: str = "stanfordnlp/SHP"
+    """The Hub dataset, or a file or folder with its columns."""
+    prompt_column: str = "history"
+    """The column of posts."""
+    first_column: str = "human_ref_A"
+    """The column of one answer."""
+    second_column: str = "human_ref_B"
+    """The column of the other."""
+    first_score_column: str = "score_A"
+    """The first answer's score."""
+    second_score_column: str = "score_B"
+    """The second answer's score."""
+    min_score_ratio: Annotated[float, Field(ge=1)] = 1.0
+    """Leave out pairs whose higher score is less than so many times the lower one; SHP's authors
+    advise 2."""
+    max_rows: Count | None = None
+    """Read only the first so many rows of each split."""
+    test_fraction: OpenFraction = 0.2
+    """The share of posts that are held out, where there is no split of test rows."""
+
+    def read(self) -> Iterator[Preference | Unusable]:
+        for side in (None,) if Path(self.path).expanduser().is_file() else SIDES:
+            records = read_table(self.path, split=side or "train")
+            for where, record in islice(records, self.max_rows):
+                try:
+                    row = self._pair(record, where)
+                except Unusable as error:
+                    yield error
+                    continue
+                if row:
+                    yield replace(row, side=side)
+
+    def _pair(self, record: Mapping[str, Any], where: str) -> Preference | None:
+        names = (self.first_column, self.second_column)
+        scores = [
+            self._score(record, column, where)
+            for column in (self.first_score_column, self.second_score_column)
+        ]
+        # the higher score's answer is the better one, as SHP's own labels have it
+        better, worse = names if scores[0] >= scores[1] else reversed(names)
+        texts = {"chosen": _need(record, better, where), "rejected": _need(record, worse, where)}
+        prompt = f"Human: {str(_need(record, self.prompt_column, where)).strip()}\n\nAssistant:"
+        row = parse({"prompt": prompt, **texts}, where)
+        if scores[0] == scores[1]:
+            raise Unusable("no preference", where, f"both answers score {scores[0]:g}")
+        low, high = sorted(scores)
+        if low > 0 and high < self.min_score_ratio * low:
+            return None
+        rest = {name: record[name] for name in record.keys() - {*names, self.prompt_column}}
+        if "domain" in rest:
+            domain = str(rest["domain"])
+            rest["domain"] = re.sub(r"_(train|validation|test)$", "", domain)
+        chosen, rejected = _spaced(row.chosen), _spaced(row.rejected)
+        return replace(row, chosen=chosen, rejected=rejected, columns=rest)
+
+    def _score(self, record: Mapping[str, Any], column: str, where: str) -> float:
+        try:
+            score = float(_need(record, column, where))
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"{where}, column {column!r}: expected a number, found {record[column]!r:.60}."
+            ) from error
+        if not math.isfinite(score):
+            raise Unusable("no preference", where, f"column {column!r} is {score}")
+        return score
 
 
 @dataclass(frozen=True, kw_only=True)

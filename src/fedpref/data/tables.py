@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import re
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -62,15 +63,16 @@ def read_file(path: Path) -> Iterator[Record]:
 
         try:
             records = pyarrow.parquet.read_table(path).to_pylist()
-        except pyarrow.ArrowInvalid as error:
-            raise UserError(f"{path}: not a Parquet file: {error}") from error
+        # Arrow's own errors are of several kinds, and texts may not be UTF-8
+        except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+            raise UserError(f"{path}: not a Parquet file: {_first_line(error)}") from error
         yield from ((f"{path}, row {number}", record) for number, record in enumerate(records, 1))
         return
     try:
         text = (
             gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         ).decode("utf-8-sig")
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(
             f"{path}: cannot be read as {'gzipped ' if path.suffix == '.gz' else ''}UTF-8 text: "
             f"{error}"
@@ -105,7 +107,13 @@ def read_file(path: Path) -> Iterator[Record]:
 def _read_csv(path: Path, text: str) -> Iterator[Record]:
     csv.field_size_limit(1 << 30)  # the default is less than a long conversation
     try:
-        for number, record in enumerate(csv.DictReader(io.StringIO(text, newline="")), 1):
+        reader = csv.DictReader(io.StringIO(text, newline=""))
+        # `prompt, chosen` means the column chosen
+        header = [name.strip() for name in reader.fieldnames or ()]
+        if twice := sorted({name for name in header if header.count(name) > 1}):
+            raise UserError(f"{path}: the header has the column {twice[0]!r} twice.")
+        reader.fieldnames = header
+        for number, record in enumerate(reader, 1):
             if None in record or None in record.values():
                 raise UserError(
                     f"{path}, row {number}: more or fewer cells than the header has columns. "
@@ -119,8 +127,13 @@ def _read_csv(path: Path, text: str) -> Iterator[Record]:
 def _parsed(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not valid JSON: {error}") from error
+    # of numbers of thousands of digits, and of lists in lists in lists
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not valid JSON: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _read_dataset(path: str, split: str, hub: Mapping[str, Any]) -> Iterator[Record]:

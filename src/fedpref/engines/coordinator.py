@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -14,7 +14,15 @@ from typing import Any, Literal, Protocol
 from pydantic import TypeAdapter
 
 from fedpref.channel import Chain
-from fedpref.engines.engine import Mixing, Purpose, Traffic, everybody, told, weighted_report
+from fedpref.engines.engine import (
+    Mixing,
+    Purpose,
+    Traffic,
+    everybody,
+    share_of,
+    told,
+    weighted_report,
+)
 from fedpref.engines.messages import (
     NO_TENSORS,
     Header,
@@ -241,6 +249,7 @@ class RemoteEngine:
         sites: Sites,
         *,
         weighting: Literal["examples", "equal"] = "examples",
+        newcomers: Collection[int] = (),
         links: Chain = Chain(),
         mixing: Mixing = everybody,
     ) -> None:
@@ -248,6 +257,7 @@ class RemoteEngine:
         self._examples = {
             number: float(about["train"]) for number, about in enumerate(sites.about.values())
         }
+        self._newcomers = frozenset(newcomers)
         self.clients = tuple(self._examples)
         self._weights = (
             self._examples if weighting == "examples" else dict.fromkeys(self.clients, 1.0)
@@ -267,6 +277,10 @@ class RemoteEngine:
         self._leave_out(
             {i: "its site is not there" for i in cohort if self._sites.site_of[i] in self._lost}
         )
+
+    @property
+    def share(self) -> float:
+        return share_of(self._weights, self._examples, self.active, self._newcomers)
 
     @property
     def left_out(self) -> Mapping[int, str]:

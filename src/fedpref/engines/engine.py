@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
@@ -123,6 +123,24 @@ class Engine(Federation, Protocol):
     def close(self) -> None:
         """End what was begun for the engine."""
         ...
+
+
+def share_of(
+    weights: Mapping[int, float],
+    examples: Mapping[int, float],
+    active: Sequence[int],
+    newcomers: Collection[int],
+) -> float:
+    """Return the active clients' share of the weight of all that have data to train on.
+
+    Args:
+        weights: Of each client.
+        examples: Each client's number of training examples.
+        active: Who takes part.
+        newcomers: Who joins after training.
+    """
+    total = sum(w for i, w in weights.items() if examples[i] and i not in newcomers)
+    return sum(weights[i] for i in active) / total if total else 0.0
 
 
 def weighted_report(

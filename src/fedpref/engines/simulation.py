@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from fedpref.channel import Chain, Sender
-from fedpref.engines.engine import Mixing, Purpose, Traffic, everybody, mixed, told, weighted_report
+from fedpref.engines.engine import (
+    Mixing,
+    Purpose,
+    Traffic,
+    everybody,
+    mixed,
+    share_of,
+    told,
+    weighted_report,
+)
 from fedpref.engines.per_client import StoredValues, gather, stored
 from fedpref.engines.workers import Workers
 from fedpref.federation.verbs import WORK, Client, PerClient, registered
@@ -27,6 +36,7 @@ class Simulation:
         weighting: What a client's weight in means is by.
         channel: Stages on the way into a mean.
         links: Stages on the way to a neighbour.
+        newcomers: Clients that do not train, but join afterwards.
         mixing: The mixing matrix of a round.
         workers: Processes; 1 computes in this one.
         spill_above_mb: MB of a value that stay in memory; the rest goes to files.
@@ -41,6 +51,7 @@ class Simulation:
         seed: int,
         rounds: int,
         weighting: Literal["examples", "equal"] = "examples",
+        newcomers: Collection[int] = (),
         channel: Chain = Chain(),
         links: Chain = Chain(),
         mixing: Mixing = everybody,
@@ -55,6 +66,7 @@ class Simulation:
             i: float(len(shard)) if weighting == "examples" else 1.0
             for i, shard in enumerate(shards)
         }
+        self._newcomers = frozenset(newcomers)
         self._examples = {i: float(len(shard)) for i, shard in enumerate(shards)}
         self.clients = tuple(range(len(shards)))
         self._workers = Workers(workers, self._job, task.move_to) if workers > 1 else None
@@ -66,6 +78,10 @@ class Simulation:
         self.round, self._purpose = round, purpose
         self.active = tuple(cohort)
         self.traffic, self._calls = Traffic(), 0
+
+    @property
+    def share(self) -> float:
+        return share_of(self._weights, self._examples, self.active, self._newcomers)
 
     def each(self, work: Callable[..., Any], *args: Any) -> Any:
         # what everybody is told; what is a client's own does not travel

@@ -11,12 +11,14 @@ from typing import Any, Protocol
 
 from fedpref import config
 from fedpref.data import ClientData
+from fedpref.data.splits import SplitBy, digest
+from fedpref.data.unusable import Unusable, summary
 from fedpref.engines import Engine, RemoteEngine, Simulation, Sites, Transport
 from fedpref.engines.site import Hosted
 from fedpref.engines.workers import can_fork
 from fedpref.errors import UserError
-from fedpref.experiments.experiment import Experiment
-from fedpref.experiments.run_directory import CLIENTS, RunDirectory
+from fedpref.experiments.experiment import Experiment, encoded
+from fedpref.experiments.run_directory import CLIENTS, DATA, TRAINED, RunDirectory
 from fedpref.federation.verbs import Client, work
 from fedpref.numerics.topology import Matrix
 from fedpref.numerics.trees import Tree
@@ -37,6 +39,11 @@ class ClientSource(Protocol):
     @property
     def note(self) -> str:
         """What is to be said of the clients beside their sizes."""
+        ...
+
+    @property
+    def files(self) -> Mapping[str, str]:
+        """What a new run directory holds beside, by the file's name."""
         ...
 
     def prepare(self, cache: Path) -> Iterator[int]:
@@ -66,6 +73,11 @@ def about(clients: Sequence[ClientData], shards: Sequence[Any]) -> dict[str, dic
     }
 
 
+def trained(clients: Sequence[ClientData], by: SplitBy) -> list[str]:
+    """Return digests of all prompts that are trained on, by which newcomers' rows are told."""
+    return sorted({digest(row.prompt, by) for client in clients for row in client.train})
+
+
 # ---- this machine
 
 
@@ -74,10 +86,15 @@ class InProcess:
 
     def __init__(self, experiment: Experiment, task: Task) -> None:
         self._experiment, self._task = experiment, task
-        clients, _ = experiment.clients()
-        self._shards: list[Any] = [task.encode(client) for client in clients]
-        self.about: About = about(clients, self._shards)
-        self.note = ""
+        self.reading, shards = encoded(experiment, task)
+        self._shards: list[Any] = shards
+        self.about: About = about(self.reading.clients, shards)
+        notes = (self.reading.skipped, *self.reading.notes)
+        self.note = "".join(f"\n{note}" for note in notes if note)
+        self.files = {
+            DATA: json.dumps(self.reading.figures, indent=1) + "\n",
+            TRAINED: json.dumps(trained(self.reading.clients, experiment.data.split_by)) + "\n",
+        }
 
     def prepare(self, cache: Path) -> Iterator[int]:
         with closing(self._simulation(self._experiment, self._shards, cache)) as engine:
@@ -106,6 +123,7 @@ class InProcess:
             seed=line.seed,
             rounds=line.rounds,
             weighting=line.federation.weighting,
+            newcomers=line.federation.joining([shard.name for shard in shards], line.seed),
             links=line.network.links,
             mixing=mixing(line, [shard.name for shard in shards]),
             workers=min(self._workers(), len(shards)),
@@ -159,6 +177,7 @@ class AtSites:
             )
         self._transport, self._folder, self._patience = transport, folder, experiment.patience
         self._experiment, self._sites = experiment, self._open(experiment, folder)
+        self.files: Mapping[str, str] = {}
         self.about: About = self._sites.about
 
     def prepare(self, cache: Path) -> Iterator[int]:
@@ -172,6 +191,7 @@ class AtSites:
         return RemoteEngine(
             sites,
             weighting=line.federation.weighting,
+            newcomers=line.federation.joining(list(sites.about), line.seed),
             links=line.network.links,
             mixing=mixing(line, list(sites.about)),
         )
@@ -221,7 +241,11 @@ def hosted(
         **limits: What may be asked of them; see `Hosted`.
     """
     task = spec.build_task()
-    shards = [task.prepare(task.encode(client), folder / "cache") for client in clients.values()]
+    unusable: list[Unusable] = []
+    encoded_ones = [task.encode(client, unusable) for client in clients.values()]
+    if unusable and spec.data.unusable == "refuse":
+        raise UserError(summary(unusable, sum(len(c.train + c.test) for c in clients.values())))
+    shards = [task.prepare(shard, folder / "cache") for shard in encoded_ones]
     said = about(list(clients.values()), shards)
     numbered = {
         name: {**entry, "number": number}

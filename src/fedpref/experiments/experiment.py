@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from fedpref import config
 from fedpref.algorithms import Alone, AnyAlgorithm, FedDPO, Pooled
-from fedpref.data import Builtin, ClientData, Natural, Partition, Source, partition, split
+from fedpref.data import Builtin, ClientData, Natural, Partition, Source
+from fedpref.data.reading import Reading, read
+from fedpref.data.unusable import Unusable
 from fedpref.engines.coordinator import Patience
 from fedpref.errors import UserError
 from fedpref.experiments.migration import refuse_former_names
@@ -89,6 +91,13 @@ class Experiment:
                 f"network: {algorithm.name} needs the same neighbours in every round. Leave out "
                 "link_failure, redraw, one-peer-exponential, federation.clients_per_round, "
                 "federation.deadline and federation.newcomers."
+            )
+        compression = self.network.compression
+        if algorithm.needs_contraction and compression and not compression.contracts:
+            raise UserError(
+                f"network.compression: with {compression.name} of so few bits, {algorithm.name} "
+                "does not converge: what is lost in a round grows. Take three bits or more, or "
+                "top-k."
             )
         if algorithm.weighs_clients and self.federation.weighting != "equal":
             raise UserError(
@@ -180,15 +189,46 @@ class Experiment:
             task.parts(parts, seeds.generator(self.seed, "check"))
         return task
 
+    def read(self, trained: Collection[str] = ()) -> Reading:
+        """Read the data and share it out; see `data.reading.read`."""
+        return read(self.data, self.partition, seeds.seed(self.seed, "partition"), trained)
+
     def clients(self) -> tuple[tuple[ClientData, ...], int]:
         """Read the data and share it out.
 
         Returns:
             Every client's rows; how many training rows were left out because their prompt is a
             test prompt.
+
+        Raises:
+            UserError: Rows cannot be used, unless `data.unusable` skips them.
         """
-        rows, left_out = split(self.data.read(), self.data.test_fraction)
-        return partition(rows, self.partition, seeds.seed(self.seed, "partition")), left_out
+        reading = self.read().settled()
+        return reading.clients, reading.left_out
+
+
+def encoded(experiment: Experiment, task: Task) -> tuple[Reading, list[Any]]:
+    """Read the data and encode it, and say of all rows at once what cannot be used.
+
+    Returns:
+        What was read, and each client's shard.
+
+    Raises:
+        UserError: Rows cannot be used, unless `data.unusable` skips them; a client has no row left.
+    """
+    reading = experiment.read()
+    unusable: list[Unusable] = []
+    shards = [task.encode(client, unusable) for client in reading.clients]
+    reading = reading.with_more(unusable).settled()
+    for shard in shards if unusable else ():
+        for side in ("train", "test"):
+            if not getattr(shard, side):
+                raise UserError(
+                    f"client {shard.name!r} has no {'training' if side == 'train' else 'held-out'} "
+                    "rows left, for those that it had cannot be used. Leave it out by "
+                    "partition.min_rows and partition.min_test_rows, or mend its rows."
+                )
+    return reading, shards
 
 
 def lines(experiment: Experiment, clients: int) -> dict[str, tuple[str, Experiment]]:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 from fedpref import config
 from fedpref.data import ClientData, Opinion, Opinions
+from fedpref.data.unusable import Unusable, summary
 from fedpref.engines import Simulation
 from fedpref.engines.workers import keep_freed_memory, one_thread
 from fedpref.errors import UserError
@@ -21,12 +20,16 @@ from fedpref.experiments.migration import migrated
 from fedpref.experiments.run_directory import (
     CLIENTS,
     CONFIG,
+    DATA,
     EVALUATION,
     FORMAT,
     JOINED,
     NEWCOMERS,
+    TRAINED,
     RunDirectory,
     client_folder,
+    client_path,
+    read_json,
 )
 from fedpref.federation.algorithm import Algorithm
 from fedpref.numerics import seeds, trees
@@ -145,13 +148,29 @@ class FinishedRun:
                 f"{self.path}: the run has not begun, nobody has said which clients there are (no "
                 f"{CLIENTS})."
             )
-        known: Mapping[str, Mapping[str, Any]] = json.loads((self.path / CLIENTS).read_text())
+        known: Mapping[str, Mapping[str, Any]] = read_json(self.path / CLIENTS)
         return known
 
     @cached_property
     def joined(self) -> Mapping[str, Mapping[str, Any]]:
         """Clients that joined when the run was over: sizes, metrics before and after."""
         return {row["client"]: row for row in self.folder.read_rows(NEWCOMERS)}
+
+    @cached_property
+    def data(self) -> Mapping[str, Any]:
+        """How many rows were read, left out, and could not be used by kind; empty if unknown."""
+        said: Mapping[str, Any] = self._json(DATA, {})
+        return said
+
+    @cached_property
+    def trained_prompts(self) -> frozenset[str] | None:
+        """Digests of all prompts that were trained on; None where the run does not know them."""
+        digests = self._json(TRAINED, None)
+        return None if digests is None else frozenset(digests)
+
+    def _json(self, name: str, missing: Any) -> Any:
+        file = self.path / name
+        return read_json(file) if file.exists() else missing
 
     @property
     def learned_from_conversations(self) -> bool:
@@ -229,12 +248,16 @@ class FinishedRun:
     @property
     def client_folders(self) -> dict[str, Path]:
         """The exported models of clients that trained, by client, where clients have their own."""
-        return {unquote(path.name): path for path in sorted(self.path.glob("clients/*"))}
+        return self._folders("clients", self.clients if self.has_begun else ())
 
     @property
     def joined_folders(self) -> dict[str, Path]:
         """The exported models of clients that joined when the run was over, by client."""
-        return {unquote(path.name): path for path in sorted(self.path.glob(f"{JOINED}/*"))}
+        return self._folders(JOINED, self.joined)
+
+    def _folders(self, kind: str, clients: Iterable[str]) -> dict[str, Path]:
+        paths = {name: client_path(self.path, kind, name) for name in clients}
+        return {name: path for name, path in paths.items() if path}
 
     def joined_folder(self, client: str) -> Path:
         """Return where the model of a client that joins when the run is over goes."""
@@ -305,7 +328,10 @@ class FinishedRun:
         keep_freed_memory()
         with one_thread():
             task: Task = spec.build_task() if known is not None else spec.task.build(open_groups)
-            encoded = [task.encode(client) for client in clients]
+            unusable: list[Unusable] = []
+            encoded = [task.encode(client, unusable) for client in clients]
+            if unusable and spec.data.unusable == "refuse":
+                raise UserError(summary(unusable, sum(len(c.train + c.test) for c in clients)))
             shards: list[Any] = [task.prepare(shard, cache) for shard in encoded]
             if known is not None:
                 by_name = {shard.name: shard for shard in shards}

@@ -11,7 +11,6 @@ from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import quote
 
 from fedpref import config
 from fedpref.engines import Engine, Transport
@@ -30,12 +29,13 @@ from fedpref.experiments.run_directory import (
     SAMPLES,
     RunDirectory,
     client_folder,
+    file_name,
 )
 from fedpref.federation.algorithm import Algorithm
 from fedpref.federation.diagnostics import diagnose
 from fedpref.federation.verbs import Client, work
 from fedpref.numerics import seeds, trees
-from fedpref.numerics.metrics import HEADLINES, headline, over_clients
+from fedpref.numerics.metrics import HEADLINES, headline, low_is_good, over_clients
 from fedpref.numerics.trees import Tree
 from fedpref.tasks import Task
 
@@ -98,6 +98,7 @@ def events(
                         CONFIG: config.to_yaml(experiment),
                         CLIENTS: about_text,
                         ENVIRONMENT: described(),
+                        **source.files,
                     }
                 )
             else:
@@ -270,7 +271,7 @@ def _evaluate(
     return {
         "clients": rows,
         "summary": {
-            m: over_clients(values, counts, low_is_good=m == "loss")
+            m: over_clients(values, counts, low_is_good=low_is_good(m))
             for m, values in columns.items()
         },
     }
@@ -310,7 +311,7 @@ def sample(client: Client, *parts: Tree) -> Tree:
     rows = client.task.samples(trees.merge(*parts), client.shard)
     folder = client.folder / SAMPLES
     folder.mkdir(exist_ok=True)
-    (folder / f"{quote(client.shard.name, safe=' ')}.jsonl").write_text(
+    (folder / f"{file_name(client.shard.name)}.jsonl").write_text(
         "".join(json.dumps(row) + "\n" for row in rows)
     )
     return {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -36,8 +37,12 @@ JOINED = "newcomers"  # a folder: models of clients that joined when the run was
 NEWCOMERS = (
     "newcomers.jsonl"  # clients that joined when the run was over: sizes, metrics before and after
 )
+DATA = "data.json"  # rows that were read, left out, and could not be used
+TRAINED = "trained_prompts.json"  # digests of the prompts that were trained on
 ENVIRONMENT = "environment.json"  # versions, machine, commits
 HAS_OWN = "clients have models of their own\n"
+# names that are their files' names too: they mean the same on every file system
+PLAIN = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}(\.[a-z0-9_-]{1,16})?")
 # a folder: answers to a client's held-out prompts, before training and after, a file for each
 # client
 SAMPLES = "samples"
@@ -51,7 +56,66 @@ def client_folder(run: Path, kind: str, client: str) -> Path:
         kind: `clients` or `newcomers`.
         client: The client's name.
     """
-    return run / kind / quote(client, safe=" ")
+    return run / kind / file_name(client)
+
+
+def file_name(client: str) -> str:
+    """Return the name of a client's files: a name is a label, and may be anything.
+
+    A short name of small letters and digits stands as it is; of any other, what can be read of it
+    stands before a digest.
+    """
+    if PLAIN.fullmatch(client):
+        return client
+    read = re.sub(r"[^a-z0-9]+", "-", client.lower()).strip("-")[:32]
+    return f"{read}~{hashlib.sha256(client.encode()).hexdigest()[:12]}"
+
+
+def client_path(run: Path, kind: str, client: str, suffix: str = "") -> Path | None:
+    """Return where a client's files are in a run; None where there are none.
+
+    Runs of fedpref 0.1 have them under the quoted name.
+    """
+    for name in (file_name(client), quote(client, safe=" ")):
+        try:
+            if name not in (".", "..") and (path := run / kind / f"{name}{suffix}").exists():
+                return path
+        except OSError:  # longer than a file's name may be
+            continue
+    return None
+
+
+def read_json(path: Path) -> Any:
+    """Return what a file of a run holds; raises UserError where that is no JSON object or list."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise _damaged(path, error) from error
+    if not isinstance(content, dict | list):
+        raise _damaged(path, TypeError(f"expected an object or a list, found {content!r:.40}"))
+    return content
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a JSON Lines file; raises UserError where it is damaged."""
+    rows = []
+    try:
+        # line by line, but not at the line separators that JSON may hold
+        for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise TypeError(f"expected an object, found {row!r:.40}")
+            rows.append(row)
+    except (OSError, ValueError, RecursionError, TypeError) as error:
+        raise _damaged(path, error) from error
+    return rows
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    return UserError(
+        f"{path}: this file of the run is damaged: {str(error).splitlines()[0]}. Put back a whole "
+        "copy of it, or begin the run anew."
+    )
 
 
 class RunDirectory:
@@ -133,10 +197,13 @@ class RunDirectory:
         beside.replace(self.path / name)
 
     def read_rows(self, name: str) -> list[dict[str, Any]]:
-        """Return the rows of a JSON Lines file, without a last one that a crash cut short."""
+        """Return the rows of a JSON Lines file, without a last one that a crash cut short.
+
+        Raises:
+            UserError: The file is damaged.
+        """
         path = self.path / name
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        return read_rows(path) if path.exists() else []
 
     def append(self, name: str, row: Mapping[str, Any]) -> None:
         """Add a row to a JSON Lines file."""

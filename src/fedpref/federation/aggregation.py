@@ -147,8 +147,10 @@ class Product:
     The decomposition is found by subspace iteration through means alone, so that nobody forms a
     full matrix and a channel may mask what clients send: B_k (A_k Q), then (U' B_k) A_k, of the
     adapter's size together. Without masking, these two messages reveal as much as the
-    adapter itself. Clients of smaller rank train the leading directions. Ours; FlexLoRA (Bai et al.
-    2024) decomposes the full mean.
+    adapter itself. Clients of smaller rank receive and train the leading directions; then changes
+    of products are averaged, so that nobody unlearns the others (between neighbours, products are
+    mixed as they are). Ours; FlexLoRA (Bai et al. 2024) decomposes the full mean, of products also
+    where ranks differ.
     """
 
     name: Literal["product"] = "product"
@@ -193,8 +195,21 @@ class Product:
         }, {}
 
     def message(self, client: Client, before: Tree, theta: Tree) -> Tree:
-        """Return the trained factors, which stay on the client: `merge` asks for products."""
-        return theta
+        """Return factors that stay on the client, of whose products `merge` asks.
+
+        With ranks of clients' own these are the factors of the product's change: who has received
+        the leading directions alone says nothing of the others.
+        """
+        if not self.ranks:
+            return theta
+        return {
+            name: tensor
+            for a, b in pairs(theta)
+            for name, tensor in (
+                (a, torch.cat([theta[a], before[a]])),
+                (b, torch.cat([theta[b], -before[b]], 1)),
+            )
+        }
 
     def merge(
         self, fed: Federation, adapter: Tree, messages: PerClient[Tree]
@@ -208,10 +223,14 @@ class Product:
         }
         # power iterations: each multiplies by the mean and by its transpose, through clients
         for _ in range(self.iterations):
-            left = {
-                a: _basis(y) for a, y in fed.mean(fed.each(from_right, messages, right)).items()
-            }
+            reached = fed.mean(fed.each(from_right, messages, right))
+            if self.ranks:  # messages are changes of what was sent
+                reached = trees.add(reached, right_product(adapter, right))
+            left = {a: _basis(y) for a, y in reached.items()}
             mean = fed.mean(fed.each(from_left, messages, left, self.residual))
+            if self.ranks:
+                sent = left_product(adapter, left, self.residual, fed.round)
+                mean = trees.add(mean, sent)
             right = {a: _basis(mean[a].T) for a in left}
         merged: dict[str, Tensor] = {}
         for a, b in pairs(adapter):
@@ -251,6 +270,11 @@ def from_right(client: Client, theta: Tree, right: Tree) -> Tree:
     Returns:
         By the name of A, B A Q [out, k].
     """
+    return right_product(theta, right)
+
+
+def right_product(theta: Tree, right: Tree) -> Tree:
+    """Return each product times a basis from the right; see `from_right`."""
     return {a: theta[b] @ (theta[a] @ right[a]) for a, b in pairs(theta)}
 
 
@@ -267,9 +291,14 @@ def from_left(client: Client, theta: Tree, left: Tree, residual: bool) -> Tree:
     Returns:
         By the name of A, U' B A [k, in].
     """
+    return left_product(theta, left, residual, client.round)
+
+
+def left_product(theta: Tree, left: Tree, residual: bool, round: int) -> Tree:
+    """Return each product times a basis from the left; see `from_left`."""
     return {
         **{a: (left[a].T @ theta[b]) @ theta[a] for a, b in pairs(theta)},
-        **(probed(theta, client.round) if residual else {}),
+        **(probed(theta, round) if residual else {}),
     }
 
 

@@ -36,6 +36,9 @@ class Algorithm(ABC, Generic[S]):
     """Clients tell neighbours what they learn, over the experiment's network."""
     needs_fixed_network: ClassVar[bool] = False
     """It needs the same graph, and all clients, in every round."""
+    needs_contraction: ClassVar[bool] = False
+    """What compression loses is told later, which converges only if it always loses less than it
+    was given."""
     adapts: ClassVar[bool] = False
     """It works on the factors of a LoRA adapter, whatever aggregates them."""
     keeps_critics: ClassVar[bool] = False

@@ -18,7 +18,7 @@ from fedpref.models.own_parts import NO_PARTS
 from fedpref.numerics import trees
 from fedpref.numerics.min_norm import stationarity
 from fedpref.numerics.trees import Tree
-from fedpref.tasks.task import BatchSize
+from fedpref.tasks.batches import BatchSize
 
 Diagnostic = Literal["pooled-gradient", "disagreement", "pareto-stationarity"]
 LOSS, ROWS = "loss", "rows"

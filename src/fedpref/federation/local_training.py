@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from fedpref.errors import UserError
 from fedpref.federation.objectives import Objectives
 from fedpref.federation.verbs import Client
 from fedpref.numerics import trees
 from fedpref.numerics.trees import Tree
-from fedpref.tasks.task import BatchSize
+from fedpref.tasks.batches import BatchSize, Epochs
 from fedpref.types import Count, Fraction, NonNegative, Positive
 
 
@@ -37,7 +38,8 @@ class LocalTraining:
     learning_rate: Positive = 5e-4
     """The highest learning rate of the run."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "cosine"
-    """How the learning rate falls over the whole run, not the round."""
+    """How the learning rate falls over the whole run, not the round. Each step has the rate at its
+    middle, where transformers' has that at its beginning, so that the first of few is not lost."""
     num_cycles: Positive = 0.5
     """Waves of the cosine, as in transformers: half a wave goes down once."""
     warmup_ratio: Fraction = 0.1
@@ -47,7 +49,8 @@ class LocalTraining:
     adam_beta1: Fraction = 0.9
     """The decay of AdamW's first moment."""
     adam_beta2: Fraction = 0.99
-    """The decay of AdamW's second moment."""
+    """The decay of AdamW's second moment; below transformers' 0.999, which remembers a thousand
+    steps, because an optimiser that starts afresh each round lives for a few."""
     momentum: Fraction = 0.0
     """The momentum of SGD."""
     max_grad_norm: Positive = 1.0
@@ -56,6 +59,9 @@ class LocalTraining:
     """Updates on what was drawn before something new is drawn, as in PPO and GRPO."""
     keep_optimizer: bool = False
     """Carry the optimiser's moments over rounds instead of starting afresh."""
+    sampling_strategy: Literal["epochs", "independent"] = "epochs"
+    """Batches take every example once before any comes again, over rounds too, or each is drawn by
+    itself. Questions of opinions are always drawn by themselves, as published."""
 
 
 def rate(settings: LocalTraining, progress: float) -> float:
@@ -113,6 +119,19 @@ def seeded_dropout(client: Client) -> Iterator[None]:
         yield
 
 
+EPOCHS = "epochs"  # begins names among moments, of a client's place in its data
+
+
+def place(moments: Tree) -> dict[str, Tensor]:
+    """Return what of a client's moments is its place in its data, which no optimiser reads."""
+    return {name: tensor for name, tensor in moments.items() if name.startswith(EPOCHS)}
+
+
+def moments_of(moments: Tree, names: Iterable[str]) -> Tree:
+    """Return the moments of some parameters, and the client's place in its data."""
+    return {**trees.select(moments, names, "/"), **place(moments)}
+
+
 Correction = Callable[[Tree, Tree], None]
 """correction(parameters, gradients) changes the gradients in place."""
 
@@ -151,15 +170,17 @@ def train_locally(
         client: Whose data is drawn, and whose random numbers.
         start: The parameters to train. Nothing happens to an empty tree.
         settings: Steps, batches, optimiser and schedule.
-        moments: What this function returned as moments before; empty to begin afresh.
+        moments: What this function returned as moments before; empty to begin afresh, in a new
+            order of the client's data.
         correct: Sees every update's gradient before it is clipped and used, and may change it.
         objectives: How several losses are weighed; without it they are averaged.
         fixed: Parameters that the model also has, and that stay.
         rates: Factors of the learning rate, by parameter; all others have 1.
 
     Returns:
-        On the CPU: the new parameters; the optimiser's moments, empty unless `keep_optimizer`;
-        metrics, which are means over all batches, and sums of those named `num_`.
+        On the CPU: the new parameters; the optimiser's moments, where they are kept, with the
+        client's place in its data; metrics, which are means over all batches, and sums of those
+        named `num_`.
     """
     if not start:
         return {}, {}, {}
@@ -173,12 +194,18 @@ def train_locally(
     optimiser = _optimiser(settings, theta, moments, rates)
     sums: dict[str, float] = {}
     size = BatchSize(settings.batch_size, settings.max_tokens_per_batch)
+    # of batches of another size, places would mean something else
+    here = f"{EPOCHS}:{size.examples}:{size.max_tokens}"
+    if settings.sampling_strategy == "epochs":
+        known = moments.get(here)
+        epochs = Epochs.begin(client.rng) if known is None else Epochs.restore(known)
+        size = replace(size, epochs=epochs)
     batches = settings.steps * settings.gradient_accumulation_steps
     drawn: list[Any] = []
     with seeded_dropout(client):
         for step in range(settings.steps):
-            # the schedule runs over the whole run; in the middle of the step, so that no step has a
-            # rate of zero
+            # the schedule runs over the whole run; in the middle of the step, half a step ahead of
+            # transformers', whose first of few steps has a rate of zero
             progress = (client.round + (step + 0.5) / settings.steps) / client.rounds
             for group in optimiser.param_groups:
                 group["lr"] = group["scale"] * rate(settings, progress)
@@ -218,7 +245,11 @@ def train_locally(
     metrics = {
         name: value if name.startswith("num_") else value / batches for name, value in sums.items()
     }
-    kept = _moments(optimiser, theta) if settings.keep_optimizer else {}
+    kept = {
+        **(_moments(optimiser, theta) if settings.keep_optimizer else {}),
+        **place(moments),
+        **({here: size.epochs.state} if size.epochs else {}),
+    }
     return {name: tensor.detach().cpu() for name, tensor in theta.items()}, kept, metrics
 
 
@@ -244,7 +275,8 @@ def _optimiser(
             weight_decay=settings.weight_decay,
             foreach=True,
         )
-    for address, tensor in moments.items():
+    for address in moments.keys() - place(moments).keys():
+        tensor = moments[address]
         key, name = address.split("/", 1)
         optimiser.state[theta[name]][key] = (
             # PyTorch keeps AdamW's step count on the CPU; copies, for the optimiser changes them in

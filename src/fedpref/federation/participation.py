@@ -19,7 +19,11 @@ class Participation:
     """Who takes part in a round, and with what weight.
 
     A cohort is drawn without replacement. To draw clients by their examples and weight them by
-    examples too would count them twice.
+    examples too would count them twice, and is refused. Of the others, only everybody in every
+    round is without bias: a small cohort's mean with weights by examples is a ratio of two sums
+    (as FedAvg has it), in which small clients count for more than their share, and clients drawn
+    by their examples without replacement come less often than in proportion, so that with equal
+    weights the largest count for less than their share (Li et al. 2020 draw with replacement).
     """
 
     clients_per_round: Count | None = None
@@ -39,6 +43,13 @@ class Participation:
     """Clients that join after training: their names, or so many at random."""
     join_steps: Count = 20
     """Local steps in which newcomers train their private parts."""
+
+    def __post_init__(self) -> None:
+        if self.sampling == "examples" and self.weighting == "examples":
+            raise ValueError(
+                "sampling and weighting by examples would count a client's examples twice; set "
+                "federation.weighting to equal, or federation.sampling to uniform"
+            )
 
     def weights(self, sizes: Mapping[str, int], seed: int) -> list[float]:
         """Return each client's chance to be drawn, up to a factor.

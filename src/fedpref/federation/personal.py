@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from fedpref.federation.local_training import LocalTraining, halves, train_locally
+from fedpref.federation.local_training import LocalTraining, halves, moments_of, train_locally
 from fedpref.federation.verbs import Client, work
 from fedpref.models.own_parts import DOWN, HEAD, HEADS, OWN_ADAPTER, UP, VOCABULARY_HEAD, Parts
 from fedpref.numerics import trees
@@ -75,7 +75,7 @@ class Personal:
             client,
             own,
             first,
-            trees.select(moments, own, "/"),
+            moments_of(moments, own),
             fixed={**received, **fixed},
             rates=rates,
         )
@@ -86,7 +86,7 @@ class Personal:
             client,
             free,
             second,
-            trees.select(moments, free, "/"),
+            moments_of(moments, free),
             fixed={**fixed, **heads},
             rates=rates,
         )

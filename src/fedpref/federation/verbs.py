@@ -133,6 +133,11 @@ class Federation(Protocol):
         """The round's number, from 0."""
         ...
 
+    @property
+    def share(self) -> float:
+        """The active clients' share of the weight of all that train, newcomers not among them."""
+        ...
+
     # mypy takes the last overload's value for a tuple too, and would call the others unreachable
     @overload
     def each(  # type: ignore[overload-overlap]

@@ -126,6 +126,9 @@ class GRPO:
     """How far the ratio of new to old probability may leave one before it is clipped."""
     kl: NonNegative = 0.05
     """The weight of the KL term in the loss."""
+    loss_type: Literal["grpo", "dapo"] = "dapo"
+    """`grpo`: the mean over answers of each answer's mean over its tokens (Shao et al. 2024, eq.
+    3). `dapo`: the mean over all tokens, so that a long answer weighs more (Yu et al. 2025)."""
     needs_critic: ClassVar[bool] = False
 
     def advantages(
@@ -144,7 +147,7 @@ Estimator = PPO | RLOO | GRPO
 def surrogate(
     new: PerToken, advantages: PerToken, sampled: Sampled, settings: Estimator
 ) -> Float[Tensor, ""]:
-    """Return the clipped surrogate's loss, a mean over tokens.
+    """Return the clipped surrogate's loss, a mean over tokens, or over answers as GRPO has it.
 
     GRPO's has the estimate exp(-x) - 1 + x of each token's KL in it, x its log-ratio. At the policy
     that drew the tokens the ratio is one, and the gradient that of -advantage times
@@ -163,6 +166,9 @@ def surrogate(
     if isinstance(settings, GRPO) and settings.kl:
         apart = new - sampled.reference
         gain = gain - settings.kl * (torch.exp(-apart) - 1 + apart)
+    if isinstance(settings, GRPO) and settings.loss_type == "grpo":
+        counts = torch.tensor(sampled.counts, device=gain.device)
+        return -(sampled.summed(gain) / counts).mean()
     return -gain.mean()
 
 

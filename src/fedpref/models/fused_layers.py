@@ -28,12 +28,19 @@ def fuse(model: nn.Module) -> None:
     # the type itself: subclasses of PEFT's layer quantise or scatter
     layers = [layer for layer in modules if type(layer) is Linear and "default" in layer.lora_A]
     for layer in layers:
-        if isinstance(layer.base_layer, nn.Linear | Conv1D):
-            layer.forward = _forward(layer, isinstance(layer.base_layer, Conv1D))
+        base = layer.base_layer
+        # the type itself again: a subclass may quantise in its forward, which would be skipped
+        if type(base) in (nn.Linear, Conv1D) and "forward" not in vars(base) and not _hooks(base):
+            layer.forward = _forward(layer, type(base) is Conv1D)
     for activation in modules:
         # the type itself: a subclass may compute something else
         if type(activation) in (NewGELUActivation, FastGELUActivation):
             activation.forward = partial(nn.functional.gelu, approximate="tanh")
+
+
+def _hooks(module: nn.Module) -> bool:
+    """Return whether anything is called beside a module's forward."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 
 def _forward(layer: Any, transposed: bool) -> Callable[..., Tensor]:
@@ -58,7 +65,7 @@ def _forward(layer: Any, transposed: bool) -> Callable[..., Tensor]:
         output: Tensor = _LoRA.apply(
             x.flatten(0, -2), weight, layer.base_layer.bias, down.weight, up.weight, scaling
         )  # type: ignore[no-untyped-call]
-        return output.view(*x.shape[:-1], -1)
+        return output.view(*x.shape[:-1], len(weight))
 
     return forward
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from fedpref.models.own_parts import NAMES, OWN_ADAPTER, OwnHead
 from fedpref.numerics.trees import Tree
 from fedpref.types import Count, Positive
 
+TOP_K = 50  # of transformers, where a model samples and does not say
 ROWS = 256  # answers drawn at a time
 SPARSE = 0.25  # share of finished answers from which they are taken out of the batch
 
@@ -33,13 +35,50 @@ class Sampling:
     """What logits are divided by."""
 
 
+@dataclass(frozen=True)
+class OwnSampling:
+    """How a model's own generation config has answers drawn, for answers that people read.
+
+    Attributes:
+        max_completion_length: Tokens of an answer at most.
+        settings: The generation config, of transformers.
+    """
+
+    max_completion_length: int
+    settings: Any
+
+    @cached_property
+    def processors(self) -> Any:
+        """What logits go through, of transformers; None where the likeliest token is taken."""
+        from transformers import (
+            LogitsProcessorList,
+            MinPLogitsWarper,
+            TemperatureLogitsWarper,
+            TopKLogitsWarper,
+            TopPLogitsWarper,
+        )
+
+        said = self.settings
+        if said is None or not said.do_sample or said.temperature == 0:
+            return None
+        chain = [TemperatureLogitsWarper(float(said.temperature or 1.0))]
+        # what is left open is what transformers takes
+        if top_k := TOP_K if said.top_k is None else said.top_k:
+            chain.append(TopKLogitsWarper(top_k))
+        if said.top_p is not None and said.top_p < 1:
+            chain.append(TopPLogitsWarper(said.top_p))
+        if said.min_p is not None:
+            chain.append(MinPLogitsWarper(said.min_p))
+        return LogitsProcessorList(chain)
+
+
 @torch.no_grad()
 def generate(
     language: LanguageModel,
     params: Tree | None,
     prompts: Sequence[Sequence[int]],
     samples: int,
-    settings: Sampling,
+    settings: Sampling | OwnSampling,
     rng: torch.Generator,
 ) -> list[tuple[int, ...]]:
     """Draw answers.
@@ -49,7 +88,7 @@ def generate(
         params: An adapter, with own parts if there are any; None for the backbone alone.
         prompts: Tokens of each prompt.
         samples: Answers to each prompt.
-        settings: Length and temperature.
+        settings: Length and temperature, or the model's own settings.
         rng: Random numbers.
 
     Returns:
@@ -121,7 +160,7 @@ def _draw(
     language: LanguageModel,
     prompts: Sequence[Sequence[int]],
     samples: int,
-    settings: Sampling,
+    settings: Sampling | OwnSampling,
     rng: torch.Generator,
 ) -> Int[Tensor, "A T"]:
     """Return answers' tokens [A, T], -1 after their end."""
@@ -148,7 +187,7 @@ def _draw(
     lives = torch.ones_like(remaining, dtype=torch.bool)
     stops = torch.tensor(language.stops, device=device)
     for step in range(settings.max_completion_length):
-        tokens = _sample(logits, settings.temperature, rng)
+        tokens = _sample(logits, settings, rng)
         drawn[remaining[lives], step] = tokens[lives]
         lives &= ~torch.isin(tokens, stops)
         if not lives.any() or step + 1 == settings.max_completion_length:
@@ -198,11 +237,18 @@ def _next(
 
 
 def _sample(
-    logits: Float[Tensor, "A V"], temperature: float, rng: torch.Generator
+    logits: Float[Tensor, "A V"], settings: Sampling | OwnSampling, rng: torch.Generator
 ) -> Int[Tensor, " A"]:
     """Return one token of each row: where a random point falls in the cumulated probabilities."""
+    if isinstance(settings, Sampling):
+        logits = logits / settings.temperature
+    elif settings.processors is None:
+        return logits.argmax(1)
+    else:
+        # these look at logits alone, not at the tokens before
+        logits = settings.processors(torch.empty(0, dtype=torch.long), logits)
     # in float64, or the sum over a vocabulary is off by more than rare tokens' probabilities
-    reached = (logits / temperature).softmax(-1).cumsum(-1, dtype=torch.float64)
+    reached = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
     points = (
         torch.rand(len(logits), 1, dtype=torch.float64, generator=rng).to(logits.device)
         * reached[:, -1:]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,22 +18,26 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
-from jinja2 import TemplateError
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fedpref.data.preferences import Message
 from fedpref.errors import UserError
 from fedpref.models import devices
 from fedpref.models import fused_layers as fusion
 from fedpref.models.attention import (
-    ATTENTION,
     Kernel,
     PackingError,
     by_sequence,
-    kernels,
     packed_attention,
     register,
+)
+from fedpref.models.backbone import (
+    ALL_LINEAR,
+    PREFIX,
+    left_out,
+    load_backbone,
+    side_by_side,
 )
 from fedpref.models.head import even, token_log_probabilities
 from fedpref.models.own_parts import (
@@ -46,11 +51,14 @@ from fedpref.models.own_parts import (
     own_head,
 )
 from fedpref.models.packed import Layout, Row
+from fedpref.models.texts import Texts
+from fedpref.models.trial import Limits, tried
 from fedpref.numerics import trees
 from fedpref.numerics.trees import Tree
-from fedpref.types import Count, Fraction
+from fedpref.types import Count, Date, Fraction
 
 BUILTIN = "builtin"
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a number
 
 
 @dataclass(frozen=True)
@@ -58,7 +66,8 @@ class Model:
     """Which language model, and its adapter; LoRA's names are those of PEFT's LoraConfig."""
 
     path: str = BUILTIN
-    """A Hub id, a local folder, or `builtin`, the small model that comes with fedpref."""
+    """A Hub id, a local folder, or `builtin`, the small model that comes with fedpref. A folder of
+    a LoRA adapter is its base with the adapter merged into it."""
     revision: str | None = None
     """A branch, tag or commit of a Hub id."""
     trust_remote_code: bool = False
@@ -73,8 +82,12 @@ class Model:
     """The adapter's scale times its rank."""
     lora_dropout: Fraction = 0.0
     """Dropout on the adapter's input in training."""
-    lora_target_modules: tuple[str, ...] | str = "all-linear"
-    """Names of the layers that have an adapter, or a regular expression, or `all-linear`."""
+    lora_target_modules: tuple[str, ...] | str = ALL_LINEAR
+    """Names of the layers that have an adapter, or a regular expression, or `all-linear`, which
+    leaves out the vocabulary head, routers, and towers that no text passes through."""
+    template_date: Date = "2024-07-26"
+    """The day that chat templates write as today's, as 2024-07-26: a run's tokens do not depend on
+    the day."""
 
 
 class LanguageModel:
@@ -107,23 +120,9 @@ class LanguageModel:
         path = (
             str(files("fedpref.models") / "builtin") if settings.path == BUILTIN else settings.path
         )
-        options: dict[str, Any] = {
-            "revision": settings.revision,
-            "trust_remote_code": settings.trust_remote_code,
-        }
-        try:
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
-            backbone = transformers.AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype, **options
-            )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise UserError(
-                f"model.path: {settings.path!r} could not be loaded as a causal language model "
-                "of transformers. "
-                "Expected a local folder with config.json, weights and a tokenizer, or a Hub id "
-                "that can be reached "
-                f"(or is in the cache). transformers says: {str(error).splitlines()[0]}"
-            ) from error
+        options = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
+        self.backbone = load_backbone(path, dtype, options, settings.path)
+        self.texts = Texts(self.backbone.tokenizer, self.backbone.model, settings.template_date)
         targets = settings.lora_target_modules
         adapter = LoraConfig(
             task_type="CAUSAL_LM",
@@ -131,16 +130,19 @@ class LanguageModel:
             lora_alpha=settings.lora_alpha,
             lora_dropout=settings.lora_dropout,
             target_modules=targets if isinstance(targets, str) else list(targets),
-            base_model_name_or_path=path,
+            exclude_modules=(
+                left_out(self.backbone.model) or None if targets == ALL_LINEAR else None
+            ),
+            base_model_name_or_path=self.backbone.base,
         )
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter(
-                    "ignore"
-                    # of PEFT about GPT-2's transposed weights, which it handles, and its own
-                    # deprecations
-                )
-                self.model: PeftModel = get_peft_model(backbone, adapter).eval()
+                # of GPT-2's transposed weights, which PEFT handles, and of its own deprecations
+                warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+                warnings.filterwarnings("ignore", category=FutureWarning)
+                # an adapter on the ends of a tied model, which merging unties
+                warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
+                self.model: PeftModel = get_peft_model(self.backbone.model, adapter).eval()
         except (ValueError, re.error) as error:
             raise UserError(
                 f"model.lora_target_modules: {targets!r} does not fit the model: {error}"
@@ -157,7 +159,8 @@ class LanguageModel:
             if ".lora_" in name
         }
         self.kernel: Kernel = by_sequence
-        self.packs = self.has_plain_head = False
+        self.packs = self.has_plain_head = self.is_apart = False
+        self.limits = Limits.of(self.model)
         if self.wanted.type == "cpu":
             self._settle(self.wanted)
 
@@ -176,14 +179,20 @@ class LanguageModel:
         # buffers stay: positions need float32
         for parameter in self.model.parameters() if device.type == "cuda" else ():
             parameter.data = parameter.data.to(self.dtype)
-        problem = self._packing_problem()
-        self.packs = problem is None
-        if problem:
+        trial = tried(self)
+        self.has_plain_head, self.is_apart = trial.has_plain_head, trial.is_apart
+        self.packs, self.kernel = trial.problem is None, trial.kernel
+        if trial.problem:
             warnings.warn(
-                f"{self.name}: the packed form does not fit this model ({problem}); the padded "
-                "one is used.",
+                f"{self.name}: the packed form does not fit this model ({trial.problem}); the "
+                "padded one is used.",
                 stacklevel=3,
             )
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer, of transformers."""
+        return self.backbone.tokenizer
 
     @property
     def description(self) -> str:
@@ -205,22 +214,33 @@ class LanguageModel:
     @property
     def context(self) -> int | None:
         """Tokens that the backbone can take, where its config says so."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return self.limits.context
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of the frozen backbone as it was loaded, and of what it computes on.
+        """A hash of the frozen backbone's weights, its config and what it computes in.
 
-        It is made of all shapes and a sample of each weight.
+        It does not depend on the adapter, nor on the layers where that is.
         """
-        digest = blake2b(digest_size=16)
-        for name, weight in self.model.named_parameters():
-            if ".lora_" not in name:
-                sample = weight.detach().flatten()[:: max(1, weight.numel() // 64)].float().cpu()
-                digest.update(
-                    f"{name} {tuple(weight.shape)} {weight.dtype} {self.wanted.type}".encode()
-                )
-                digest.update(sample.numpy().tobytes())
+        weights = {
+            name.removeprefix(PREFIX).replace(".base_layer", ""): weight.detach()
+            for name, weight in self.model.named_parameters()
+            if ".lora_" not in name
+        }
+        config = self.model.get_base_model().config.to_dict()
+        said = {
+            name: value
+            for name, value in config.items()
+            if name[0] != "_" and name not in ("transformers_version", "dtype", "torch_dtype")
+        }
+        digest = blake2b(json.dumps([said, self.wanted.type], default=str).encode(), digest_size=16)
+        for name, weight in sorted(weights.items()):
+            digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+            # all bits in one sum, and some by their place
+            bits = weight.contiguous().view(BITS[weight.element_size()])
+            digest.update(str(int(bits.sum(dtype=torch.int64))).encode())
+            sample = bits.flatten()[:: max(1, bits.numel() // 64)].cpu()
+            digest.update(sample.numpy().tobytes())
         return digest.hexdigest()
 
     def init(self, rng: torch.Generator) -> Tree:
@@ -326,16 +346,44 @@ class LanguageModel:
             {name: tensor for name, tensor in cast.items() if name not in NAMES}
         )
         own = {name: tensor for name, tensor in cast.items() if name in NAMES}
-        if self.packs:
+        groups = self._groups(rows)
+        if self.packs and groups is None:
             with suppress(PackingError):  # a window of attention that is shorter than these rows
                 layout = Layout.packed(rows, self.device)
                 with packed_attention(layout, self.kernel):
-                    return self._run(adapter, layout, layout.scored[:0])[0], layout, own, None
+                    return self.run(adapter, layout, layout.scored[:0])[0], layout, own, None
         layout = Layout.padded(rows, self.device)
-        states, logits = self._run(
-            adapter, layout, layout.scored[:0] if self.has_plain_head else layout.scored
+        states, logits = self.run(
+            adapter,
+            layout,
+            layout.scored[:0] if self.has_plain_head else layout.scored,
+            groups=groups,
         )
         return states, layout, own, None if self.has_plain_head else logits
+
+    def _groups(self, rows: Sequence[Row]) -> list[list[int]] | None:
+        """Return which answers are computed together, where not all can be; None where they can.
+
+        Raises:
+            UserError: A row is longer than the model takes.
+        """
+        lengths = [len(prompt) + len(answer) for prompt, answers in rows for answer in answers]
+        limits = self.limits
+        if limits.is_strict and limits.context and max(lengths) > limits.context:
+            raise UserError(
+                f"{self.name}: a row has {max(lengths)} tokens, and the model takes "
+                f"{limits.context}. Set task.max_length to {limits.context} or less."
+            )
+        if self.is_apart:
+            return [[i] for i in range(len(lengths))]
+        # of a whole forward pass, positions are those of its longest row
+        short = [i for i, n in enumerate(lengths) if limits.switch is None or n <= limits.switch]
+        long = [i for i in range(len(lengths)) if i not in set(short)]
+        if short and long:
+            return [short, long]
+        # a chunk that is in the mask alone, which the packed form does not read
+        is_beyond = limits.reach is not None and max(lengths) > limits.reach
+        return [list(range(len(lengths)))] if is_beyond else None
 
     def _answers(
         self, states: Float[Tensor, "R T D"], layout: Layout, own: Tree
@@ -352,86 +400,68 @@ class LanguageModel:
             after_bottleneck(hidden.index_select(0, layout.last), own) * own[REWARD]
         ).float().sum(1)
 
-    def _packing_problem(self) -> str | None:
-        """Try the packed form on a few tokens; return what is wrong with it, None if nothing is.
-
-        It is compared with the padded form under the model's own attention. If nothing is wrong,
-        the model keeps the packed form's attention, which elsewhere is transformers' `sdpa`.
-        """
-        if type(self.head) is not nn.Linear:
-            return "its vocabulary head is not a plain linear layer"
-        draw = torch.Generator().manual_seed(0)
-        tokens = torch.randint(self.head.out_features, (16,), generator=draw).tolist()
-        rows: list[Row] = [
-            (tokens[:3], (tokens[3:5], tokens[5:9])),
-            (tokens[9:10], (tokens[10:13], tokens[13:])),
-        ]
-        fresh = self.init(draw)
-        adapter = {
-            name: 0.05 * torch.randn(t.shape, generator=draw).to(self.device, self.dtype)
-            for name, t in fresh.items()
-        }
-        tolerance = 1e-3 if self.dtype == torch.float32 else 0.05
-        backbone = self.model.get_base_model()
-        own = backbone.config._attn_implementation
-        apart = Layout.padded(rows, self.device)
-        layout = Layout.packed(rows, self.device)
-        problem = ""
-        with torch.no_grad():
-            states, logits = self._run(adapter, apart, apart.scored)
-            expected = states.flatten(0, 1)[apart.scored]
-            if (
-                _distance(
-                    nn.functional.linear(expected, self.head.weight, self.head.bias), logits[0]
-                )
-                > tolerance
-            ):
-                return "its logits are not those of its head alone"
-            self.has_plain_head = True
-            for kernel in kernels(self.device, self.dtype):
-                try:
-                    backbone.set_attn_implementation(ATTENTION)
-                    with packed_attention(layout, kernel):
-                        states, _ = self._run(adapter, layout, layout.scored[:0])
-                    distance = _distance(states[0][layout.scored], expected)
-                # whatever a model's own code makes of a form that it was not written for
-                except Exception as error:
-                    problem = str(error) or type(error).__name__
-                else:
-                    if distance <= tolerance:
-                        if problem:
-                            warnings.warn(
-                                f"{self.name}: the fastest attention does not run here "
-                                f"({problem}); {kernel.__name__} is used.",
-                                stacklevel=5,
-                            )
-                        self.kernel = kernel
-                        return None
-                    problem = f"hidden states differ by {distance:.2g} of their size"
-            backbone.set_attn_implementation(own)
-        return problem
-
-    def _run(
-        self, adapter: Tree, layout: Layout, positions: Int[Tensor, " m"]
+    def run(
+        self,
+        adapter: Tree,
+        layout: Layout,
+        positions: Int[Tensor, " m"],
+        *,
+        groups: Sequence[Sequence[int]] | None = None,
+        factor: float = 1.0,
     ) -> tuple[Float[Tensor, "R T D"], Float[Tensor, "1 m V"]]:
         """Return the states that come to the vocabulary head, and its logits at some places alone.
 
-        Places are those of the flattened ids.
+        Args:
+            adapter: The adapter, in the model's arithmetic; empty for the backbone.
+            layout: The tokens.
+            positions: Places of the flattened ids [m].
+            groups: Of a padded layout, the rows of each forward pass; all in one by default.
+            factor: What states are multiplied by before the head.
         """
+        if groups is None or len(groups) == 1:
+            return self._forward(adapter, layout.ids, layout.positions, positions, factor)
+        width = layout.ids.shape[1]
+        lengths = (layout.last % width + 1).tolist()
+        parts, order, places = [], [], []
+        for group in groups:
+            rows = torch.tensor(group, device=self.device)
+            longest = max(lengths[row] for row in group)
+            mine = torch.isin(positions // width, rows).nonzero()[:, 0]
+            of_row = torch.zeros(len(layout.ids), dtype=torch.long, device=self.device)
+            of_row[rows] = torch.arange(len(group), device=self.device)
+            here = positions[mine]
+            states, logits = self._forward(
+                adapter,
+                layout.ids[rows, :longest],
+                layout.positions[rows, :longest],
+                of_row[here // width] * longest + here % width,
+                factor,
+            )
+            parts.append((nn.functional.pad(states, (0, 0, 0, width - longest)), logits))
+            order.append(rows)
+            places.append(mine)
+        states, logits = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts], 1)
+        return states[torch.cat(order).argsort()], logits[:, torch.cat(places).argsort()]
+
+    def _forward(
+        self,
+        adapter: Tree,
+        ids: Int[Tensor, "R T"],
+        position_ids: Int[Tensor, "R T"],
+        positions: Int[Tensor, " m"],
+        factor: float,
+    ) -> tuple[Float[Tensor, "R T D"], Float[Tensor, "1 m V"]]:
         states: list[Tensor] = []
 
         def cut(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
             states.append(inputs[0])
-            return (inputs[0].flatten(0, 1)[positions][None],)
+            chosen = inputs[0].flatten(0, 1)[positions][None]
+            return (chosen if factor == 1.0 else chosen * factor,)
 
         hook = self.head.register_forward_pre_hook(cut)
         try:
             with self.model.disable_adapter() if not adapter else nullcontext():
-                call = {
-                    "input_ids": layout.ids,
-                    "position_ids": layout.positions,
-                    "use_cache": False,
-                }
+                call = {"input_ids": ids, "position_ids": position_ids, "use_cache": False}
                 parameters = {
                     self.parameter_names[name]: tensor for name, tensor in adapter.items()
                 }
@@ -451,9 +481,22 @@ class LanguageModel:
         config = self.model.peft_config["default"]
         # two adapters as one of twice the rank
         times = 2 if any(name.startswith(OWN_ADAPTER) for name in params) else 1
-        replace(config, r=times * config.r, lora_alpha=times * config.lora_alpha).save_pretrained(
-            str(folder)
-        )
+        config = replace(config, r=times * config.r, lora_alpha=times * config.lora_alpha)
+        if self.backbone.merged:
+            # on the same base, as one adapter whose scale is in its factors
+            scale = config.lora_alpha / config.r
+            scaled = {n: t * scale if ".lora_B." in n else t for n, t in adapter.items()}
+            adapter = side_by_side(self.backbone.merged, scaled)
+            layers = {name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in adapter}
+            rank = next(t.shape[0] for name, t in adapter.items() if ".lora_A." in name)
+            config = replace(
+                config,
+                r=rank,
+                lora_alpha=rank,
+                target_modules=sorted(layers),
+                exclude_modules=None,
+            )
+        config.save_pretrained(str(folder))
         self.tokenizer.save_pretrained(str(folder))
         trees.save(adapter, folder / "adapter_model.safetensors")
         if own := trees.select(params, NAMES):
@@ -462,39 +505,15 @@ class LanguageModel:
     # ---- text to tokens
 
     def encode(self, prompt: str, answer: str) -> tuple[list[int], list[int]]:
-        """Return the tokens of a plain prompt and of an answer.
-
-        The prompt has the tokenizer's opening token if there is one, the answer is closed by the
-        end token.
-        """
-        opening = self.tokenizer(prompt)["input_ids"]
-        while opening and opening[-1] == self.tokenizer.eos_token_id:
-            opening = opening[:-1]
-        return opening, self._closed(answer)
+        """Return the tokens of a plain prompt and of an answer; see `Texts.plain`."""
+        opening, (closed,) = self.texts.plain(prompt, [answer])
+        return opening, closed
 
     def encode_chat(
-        self, prompt: Sequence[Mapping[str, str]], answers: Sequence[Sequence[Mapping[str, str]]]
+        self, prompt: Sequence[Message], answers: Sequence[Sequence[Message]]
     ) -> tuple[list[int], list[list[int]]]:
-        """Return the tokens of a conversation and of each answer to it, by the chat template.
-
-        Raises:
-            ValueError: The template refuses the conversation.
-        """
-        try:
-            opening = self.tokenizer.apply_chat_template(
-                list(prompt), tokenize=False, add_generation_prompt=True
-            )
-            whole = [
-                self.tokenizer.apply_chat_template([*prompt, *answer], tokenize=False)
-                for answer in answers
-            ]
-        except TemplateError as error:
-            raise ValueError(str(error)) from error
-        # a template that writes a turn differently once it is answered
-        if not all(text.startswith(opening) for text in whole):
-            opening = os.path.commonprefix([opening, *whole])
-        ids: list[int] = self.tokenizer(opening, add_special_tokens=False)["input_ids"]
-        return ids, [self._closed(text[len(opening) :]) for text in whole]
+        """Return the tokens of a conversation and of each answer to it; see `Texts.chat`."""
+        return self.texts.chat(prompt, answers)
 
     def opens(self, prompt: Sequence[int]) -> int:
         """Return how many of a prompt's first tokens are the tokenizer's opening token.
@@ -505,24 +524,15 @@ class LanguageModel:
             self.tokenizer.bos_token_id is not None and prompt[0] == self.tokenizer.bos_token_id
         )
 
-    def _closed(self, answer: str) -> list[int]:
-        ids: list[int] = self.tokenizer(answer, add_special_tokens=False)["input_ids"]
-        end = self.tokenizer.eos_token_id
-        # a template may close with end token and line break
-        return ids if end is None or end in ids[-2:] else [*ids, end]
-
     @property
     def stops(self) -> list[int]:
         """The tokens that end an answer."""
-        said = self.model.generation_config.eos_token_id if self.model.generation_config else None
-        return sorted(
-            {self.tokenizer.eos_token_id, *(said if isinstance(said, list) else [said])} - {None}
-        )
+        return self.texts.stops
 
     @property
     def chats(self) -> bool:
         """Whether the tokenizer has a chat template."""
-        return self.tokenizer.chat_template is not None
+        return self.texts.chats
 
 
 def _aligned(tensor: Tensor) -> Tensor:
@@ -531,8 +541,3 @@ def _aligned(tensor: Tensor) -> Tensor:
     CPU kernels round differently on unaligned memory, and received tensors may be unaligned.
     """
     return tensor if tensor.data_ptr() % 64 == 0 else tensor.clone()
-
-
-def _distance(computed: Float[Tensor, "n D"], expected: Float[Tensor, "n D"]) -> float:
-    """Return the largest relative difference of a row."""
-    return float(((computed - expected).float().norm(dim=1) / expected.float().norm(dim=1)).max())

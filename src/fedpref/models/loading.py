@@ -51,7 +51,7 @@ def generate(
     *,
     chat: bool,
     max_new_tokens: int = 128,
-    temperature: float = 0.7,
+    temperature: float | None = None,
     seed: int = 0,
 ) -> str:
     """Return an answer, sampled from an exported model.
@@ -61,7 +61,8 @@ def generate(
         prompt: The prompt.
         chat: Lay it out as a user's turn by the chat template; otherwise it is taken as it is.
         max_new_tokens: Length of the answer at most.
-        temperature: Of the sampling; 0 always takes the likeliest token.
+        temperature: Of plain sampling; 0 always takes the likeliest token. By default the model's
+            own generation config decides, with its top-p and the like.
         seed: Of the sampling.
 
     Raises:
@@ -85,9 +86,12 @@ def generate(
         encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
     else:
         encoded = tokenizer(prompt, return_tensors="pt")
-    sampling: dict[str, Any] = (
-        {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    )
+    sampling: dict[str, Any] = {}
+    if temperature is not None:
+        sampling = {"do_sample": bool(temperature)}
+        if temperature:
+            # nothing of the model's own sampling beside it
+            sampling |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
         output = model.generate(

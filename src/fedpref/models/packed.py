@@ -22,6 +22,20 @@ ROW = 128  # and rows
 Row = tuple[Sequence[int], Sequence[Sequence[int]]]  # a prompt's tokens and its answers'
 
 
+class Unscored(int):
+    """A token of an answer that is read but not scored, such as a user's in between."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return f"~{int(self)}"
+
+
+def scored_tokens(tokens: Sequence[int]) -> int:
+    """Return how many of an answer's tokens are scored."""
+    return sum(not isinstance(token, Unscored) for token in tokens)
+
+
 @dataclass(frozen=True)
 class Layout:
     """Tokens as a model takes them, and where the log-probabilities of answers are read off.
@@ -38,7 +52,7 @@ class Layout:
     last: Int[Tensor, " A"]
     """Place of each answer's last token."""
     counts: tuple[int, ...]
-    """Tokens of each answer, in the order of the rows."""
+    """Scored tokens of each answer, in the order of the rows."""
     sequences: tuple[tuple[int, ...], ...] = ()
     """Packed: where each begins, its prompt ends, its answers end, and its padding."""
 
@@ -76,6 +90,9 @@ def _layout(rows: Sequence[Row], widths: Sequence[int], whole: int, device: torc
     last: list[int] = []
     sequences = []
     for (prompt, answers), width in zip(rows, widths, strict=True):
+        if not prompt or not all(map(scored_tokens, answers)):
+            # its first token would be told from the neighbour's last
+            raise ValueError("a prompt has no token, or an answer none that is scored")
         begin = len(ids)
         ids += prompt
         positions += range(len(prompt))
@@ -83,7 +100,12 @@ def _layout(rows: Sequence[Row], widths: Sequence[int], whole: int, device: torc
         for answer in answers:
             # every answer's first token is predicted from the prompt's last, not from the answer
             # before it
-            scored += [begin + len(prompt) - 1, *range(len(ids), len(ids) + len(answer) - 1)]
+            before = [begin + len(prompt) - 1, *range(len(ids), len(ids) + len(answer) - 1)]
+            scored += [
+                place
+                for place, token in zip(before, answer, strict=True)
+                if not isinstance(token, Unscored)
+            ]
             ids += answer
             # as if it followed the prompt alone
             positions += range(len(prompt), len(prompt) + len(answer))
@@ -95,12 +117,18 @@ def _layout(rows: Sequence[Row], widths: Sequence[int], whole: int, device: torc
         sequences.append((*ends, len(ids)))
     # what fills up the row belongs to no sequence, so that attention leaves it out
     rest = -len(ids) % whole
-    targets = [token for _, answers in rows for answer in answers for token in answer]
+    targets = [
+        t
+        for _, answers in rows
+        for answer in answers
+        for t in answer
+        if not isinstance(t, Unscored)
+    ]
     tensors = [
         torch.tensor(values, device=device)
         for values in (ids + [0] * rest, positions + [0] * rest, scored, targets, last)
     ]
-    counts = tuple(len(answer) for _, answers in rows for answer in answers)
+    counts = tuple(scored_tokens(answer) for _, answers in rows for answer in answers)
     return Layout(
         tensors[0][None],
         tensors[1][None],

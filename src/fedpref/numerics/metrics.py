@@ -36,6 +36,14 @@ HEADLINES = {
 }
 
 
+LOW_IS_GOOD = frozenset({"loss", "error", "calibration_error", "kl", "value_error"})
+
+
+def low_is_good(metric: str) -> bool:
+    """Return whether the smallest value of a metric is the best one."""
+    return metric.split("/", 1)[0] in LOW_IS_GOOD
+
+
 def headline(metrics: Container[str]) -> str:
     """Return the metric by which clients are compared, of those that a task measures."""
     return next(metric for metric in HEADLINES if metric in metrics)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 from fedpref.experiments.experiment import Experiment
 from fedpref.experiments.finished import FinishedRun
@@ -20,6 +18,9 @@ from fedpref.experiments.run_directory import (
     NEWCOMERS,
     SAMPLES,
     RunDirectory,
+    client_path,
+    read_json,
+    read_rows,
 )
 from fedpref.numerics.metrics import (
     ACCURACY,
@@ -77,6 +78,8 @@ class Run:
     done: bool
     title: str = field(default="", compare=False)
     """By which it is told from others beside it."""
+    data: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    """How many rows were read, left out, and could not be used."""
 
     @cached_property
     def metric(self) -> str:
@@ -165,11 +168,12 @@ class Run:
     @cached_property
     def samples(self) -> dict[str, list[dict[str, Any]]]:
         """Answers before and after training, by client."""
-        files = sorted((self.path / SAMPLES).glob("*.jsonl"))
-        return {
-            unquote(file.stem): [json.loads(row) for row in file.read_text().splitlines()]
-            for file in files
+        files = {
+            name: client_path(self.path, SAMPLES, name, ".jsonl")
+            for name in sorted(self.clients)
+            if (self.path / SAMPLES).is_dir()
         }
+        return {name: read_rows(file) for name, file in files.items() if file}
 
 
 def _error(row: Mapping[str, float]) -> float:
@@ -184,11 +188,17 @@ def read(path: Path) -> Run:
         for name, line in run.lines.items()
         if line.path.exists()
     }
-    environment = (
-        json.loads((path / ENVIRONMENT).read_text()) if (path / ENVIRONMENT).exists() else {}
-    )
+    environment = read_json(path / ENVIRONMENT) if (path / ENVIRONMENT).exists() else {}
     experiment = run.experiment
     main = drawn.pop(experiment.algorithm.name)
     return Run(
-        path, experiment, run.clients, main, drawn, environment, run.is_finished, experiment.name
+        path,
+        experiment,
+        run.clients,
+        main,
+        drawn,
+        environment,
+        run.is_finished,
+        experiment.name,
+        run.data,
     )

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from urllib.parse import unquote
 
 from rich.table import Table
 from rich.text import Text
 
-from fedpref.experiments.run_directory import CLIENTS, SAMPLES
+from fedpref.errors import printable
+from fedpref.experiments.run_directory import (
+    CLIENTS,
+    SAMPLES,
+    client_path,
+    read_json,
+    read_rows,
+)
 from fedpref.numerics.metrics import (
     ACCURACY,
     ALIGNMENT,
@@ -23,10 +28,13 @@ from fedpref.numerics.metrics import (
     standard_error,
 )
 
+# held-out examples of a client, for a figure of its own: an accuracy's standard error of 16 points
+ENOUGH_HELD_OUT = 10
+
 
 def sizes(path: Path) -> dict[str, dict[str, int]]:
     """Return each client's numbers of examples in a run, `train` and `test`."""
-    clients: dict[str, dict[str, int]] = json.loads((path / CLIENTS).read_text())
+    clients: dict[str, dict[str, int]] = read_json(path / CLIENTS)
     return clients
 
 
@@ -35,7 +43,9 @@ def metric_table(metrics: ClientMetrics) -> Table:
     table, first = Table(), next(iter(metrics.values()))
     if len(metrics) <= 4:
         for name in ("", *metrics):
-            table.add_column(Text(name), justify="right" if name else "left", no_wrap=True)
+            table.add_column(
+                Text(printable(name)), justify="right" if name else "left", no_wrap=True
+            )
         for metric in first:
             table.add_row(metric, *(f"{row[metric]:.4g}" for row in metrics.values()))
         return table
@@ -47,7 +57,7 @@ def metric_table(metrics: ClientMetrics) -> Table:
     for name in ("client", *shown):
         table.add_column(name, justify="left" if name == "client" else "right")
     for client, row in metrics.items():
-        table.add_row(Text(client), *(f"{row[metric]:.4g}" for metric in shown))
+        table.add_row(Text(printable(client)), *(f"{row[metric]:.4g}" for metric in shown))
     return table
 
 
@@ -73,7 +83,7 @@ def client_table(path: Path, evaluations: Mapping[str, ClientMetrics]) -> Table:
         table.add_column(line, justify="right", style="bold" if line == main else "")
     for name in names:
         table.add_row(
-            Text(name),
+            Text(printable(name)),
             str(pairs[name]["train"]),
             str(counts[name]),
             *(shown.text(figures[line].get(name, math.nan)) for line in figures),
@@ -145,12 +155,16 @@ def objective_table(evaluations: Mapping[str, ClientMetrics]) -> Table | None:
 
 def sample_table(path: Path, shown: int = 3) -> Table | None:
     """Return the first client's prompts with answers before and after; None if none are kept."""
-    files = sorted((path / SAMPLES).glob("*.jsonl"))
-    rows = [json.loads(line) for line in files[0].read_text().splitlines()[:shown]] if files else []
+    files = [
+        (name, file)
+        for name in (sorted(sizes(path)) if (path / SAMPLES).is_dir() else ())
+        if (file := client_path(path, SAMPLES, name, ".jsonl"))
+    ]
+    rows = read_rows(files[0][1])[:shown] if files else []
     if not rows:
         return None
     table = Table(
-        title=f"answers to {unquote(files[0].stem)}",
+        title=f"answers to {printable(files[0][0])}",
         title_style="bold",
         title_justify="left",
         show_lines=True,
@@ -196,7 +210,7 @@ def newcomer_table(
             columns.append({name: row[metric] for name, row in metrics.items()})
     for name in columns[0]:
         table.add_row(
-            Text(name),
+            Text(printable(name)),
             str(pairs[name]["train"]),
             str(pairs[name]["test"]),
             *(shown.text(column[name]) for column in columns),
@@ -227,7 +241,7 @@ def size_table(clients: Mapping[str, tuple[int, int, int]], shown: int = 30) -> 
         table.add_column(title, justify="left" if title == "client" else "right")
     ranked = sorted(clients.items(), key=lambda item: (-item[1][0], item[0]))
     for name, (train, test, cut) in ranked[:shown]:
-        table.add_row(Text(name), str(train), str(test), str(cut))
+        table.add_row(Text(printable(name)), str(train), str(test), str(cut))
     if len(ranked) > shown:
         table.add_row(
             f"... and {len(ranked) - shown} smaller ones",

@@ -11,6 +11,7 @@ import numpy as np
 
 from fedpref.data import ClientData, Files, Natural, Row
 from fedpref.data.preferences import Side
+from fedpref.data.unusable import Unusable, summary
 from fedpref.errors import UserError
 from fedpref.experiments.finished import FinishedRun
 from fedpref.experiments.rounds import evaluate as evaluate_client
@@ -46,7 +47,13 @@ def evaluate(
         )
     finished.refuse_opinions()
     known = list(finished.clients)
-    rows = tuple(replace(row, side="test") for row in data.read())
+    read = list(data.read())
+    unusable = [row for row in read if isinstance(row, Unusable)]
+    rows: tuple[Row, ...] = tuple(
+        replace(row, side="test") for row in read if not isinstance(row, Unusable)
+    )
+    if unusable and data.unusable == "refuse":
+        raise UserError(summary(unusable, len(read)))
     if not rows:
         raise UserError(f"{data.path}: there are no rows.")
     groups = {SHARED: rows}

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
 import shlex
 import shutil
 import tempfile
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import quote
 
 import yaml
 
 from fedpref import __version__
-from fedpref.errors import UserError
+from fedpref.errors import UserError, printable
 from fedpref.experiments.experiment import Experiment
 from fedpref.experiments.finished import FinishedRun
+from fedpref.experiments.run_directory import file_name
+from fedpref.models.backbone import merged_adapter
 from fedpref.models.language import BUILTIN
 from fedpref.models.own_parts import DOWN, FILE, REWARD, VOCABULARY_HEAD, head_weight
 from fedpref.numerics import trees
 from fedpref.numerics.metrics import HEADLINES, IMPLICIT, headline
+from fedpref.runs.comparing import Comparison
 
 Form = Literal["peft", "merged", "gguf-ready"]
 MANIFEST = "manifest.json"
@@ -54,8 +57,8 @@ def export(path: Path, form: Form, output: Path, *, client: str | None = None) -
         client: Whose model.
 
     Raises:
-        UserError: The folder is there already, the run is not finished, or a model has a part that
-            the form cannot hold.
+        UserError: The folder is there already, the run is not finished, a model has a part that
+            the form cannot hold, or what was made does not score held-out answers as the run does.
     """
     if output.exists():
         raise UserError(f"{output} exists already. Give another --output, or remove it.")
@@ -67,8 +70,13 @@ def export(path: Path, form: Form, output: Path, *, client: str | None = None) -
         if form == "peft":
             _adapters(run, made, client, measured)
         else:
-            _merged(run.model_folder(client), made, half=form == "gguf-ready")
-            (made / "README.md").write_text(card(measured, experiment, client, form))
+            folder, half = run.model_folder(client), form == "gguf-ready"
+            _merged(folder, made, half=half)
+            compared = _compared(run, folder, client, made, half=half)
+            base = _base(folder)
+            (made / "README.md").write_text(
+                card(measured, experiment, client, form, base=base, compared=compared)
+            )
         made.replace(output)
     return output
 
@@ -78,6 +86,8 @@ def export(path: Path, form: Form, output: Path, *, client: str | None = None) -
 
 def _adapters(run: FinishedRun, output: Path, client: str | None, measured: Measured) -> None:
     """Write every adapter of a run, or one client's, and a manifest."""
+    from peft import PeftModel
+
     path = run.path
     own = [*run.client_folders.items(), *run.joined_folders.items()]
     shared = [(None, path / "adapter")] if (path / "adapter" / ADAPTER).exists() else []
@@ -89,14 +99,29 @@ def _adapters(run: FinishedRun, output: Path, client: str | None, measured: Meas
             f"{path}: there are no adapters here; those of real sites have stayed there."
         )
     entries = []
+    comparison = Comparison(run, folders[0][1], client)
+    base_model = _plain_base(folders[0][1], run)
     for name, folder in folders:
-        target = output / (f"clients/{quote(name, safe=' ')}" if name else SHARED)
+        target = output / (f"clients/{file_name(name)}" if name else SHARED)
         target.mkdir(parents=True)
         for file in folder.iterdir():
             if file.name != FILE:
                 shutil.copyfile(file, target / file.name)
         left_out = sorted(trees.load(folder / FILE)) if (folder / FILE).exists() else []
-        (target / "README.md").write_text(card(measured, run.experiment, name, "peft", left_out))
+        exported = PeftModel.from_pretrained(base_model, str(target)).eval()
+        comparison.check(folder, exported, is_whole=False)
+        base_model = exported.unload()
+        (target / "README.md").write_text(
+            card(
+                measured,
+                run.experiment,
+                name,
+                "peft",
+                left_out,
+                base=_base(folder),
+                compared=comparison.sentence,
+            )
+        )
         rank = int(json.loads((folder / "adapter_config.json").read_text())["r"])
         title = name or (SHARED if SHARED not in dict(own) else f"{SHARED} by all")
         entries.append(
@@ -126,14 +151,45 @@ def _adapters(run: FinishedRun, output: Path, client: str | None, measured: Meas
     )
 
 
+def _base(folder: Path) -> str:
+    """Return the Hub id or folder of the model on which a run's adapter stands."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    return str(config["base_model_name_or_path"])
+
+
+def _plain_base(folder: Path, run: FinishedRun) -> Any:
+    """Load the model on which a run's adapter stands, as anybody would."""
+    import torch
+    import transformers
+
+    config = json.loads((folder / "adapter_config.json").read_text())
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        config["base_model_name_or_path"],
+        revision=config.get("revision"),
+        dtype=torch.float32,
+        trust_remote_code=run.experiment.task.model.trust_remote_code,
+    ).eval()
+
+
 # ---- transformers
+
+
+def _compared(run: FinishedRun, folder: Path, client: str | None, made: Path, *, half: bool) -> str:
+    """Compare a merged model with the run's; return what came of it, in words."""
+    import torch
+    import transformers
+
+    comparison = Comparison(run, folder, client)
+    exported = transformers.AutoModelForCausalLM.from_pretrained(str(made), dtype=torch.float32)
+    dtype = "float16" if half else "float32"
+    comparison.check(folder, exported.eval(), is_whole=True, dtype=dtype)
+    return comparison.sentence
 
 
 def _merged(folder: Path, output: Path, *, half: bool) -> None:
     """Write a folder of transformers with the adapter and the client's own head in its weights."""
     import torch
     import transformers
-    from peft import AutoPeftModelForCausalLM
 
     transformers.utils.logging.disable_progress_bar()
     own = trees.load(folder / FILE) if (folder / FILE).exists() else {}
@@ -143,11 +199,7 @@ def _merged(folder: Path, output: Path, *, half: bool) -> None:
             "transformers has no place. "
             "Export it as peft, without it, or train with algorithm.parts.bottleneck: 0."
         )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of PEFT's use of transformers
-        model = AutoPeftModelForCausalLM.from_pretrained(
-            str(folder), dtype=torch.float32
-        ).merge_and_unload()
+    model = merged_adapter(folder, dtype=torch.float32)
     if VOCABULARY_HEAD & own.keys():
         layer = model.get_output_embeddings()
         weight = head_weight(layer.weight.detach(), own)
@@ -214,7 +266,7 @@ class Measured:
             if IMPLICIT not in rows[client]:
                 named = {title: metric}
             return {
-                name: f"{HEADLINES[metric].text(rows[client][one])} (of {client})"
+                name: f"{HEADLINES[metric].text(rows[client][one])} (of {_escaped(str(client))})"
                 for name, one in named.items()
             }
         if client is None and not self.has_own:
@@ -239,12 +291,17 @@ def card(
     client: str | None,
     form: Form,
     left_out: Sequence[str] = (),
+    *,
+    base: str = "",
+    compared: str = "",
 ) -> str:
     """Return a model card: what Hugging Face reads at its top, and the run in words.
 
     Metrics stand only where this very model was measured.
     """
-    model, data = experiment.task.model.path, experiment.data.location
+    given, data = experiment.task.model.path, experiment.data.location
+    # where an adapter was given as the model, exports stand on its base
+    model = base if base and given != BUILTIN and Path(base) != Path(given) else given
     loss = experiment.task.loss_name or experiment.task.name
     library = "peft" if form == "peft" else "transformers"
     top: dict[str, Any] = {
@@ -273,7 +330,7 @@ def card(
         else f"`{Path(model).name if is_here else model}`"
     )
     lines = [
-        f"# {experiment.name}: {client}" if client else f"# {experiment.name}",
+        f"# {_escaped(experiment.name)}" + (f": {_escaped(client)}" if client else ""),
         f"Trained by {experiment.algorithm.name} with fedpref {__version__}: "
         f"{len(measured.last['clients'])} clients, "
         f"{experiment.rounds} rounds, seed {experiment.seed}."
@@ -288,6 +345,14 @@ def card(
     ]
     if top["license"] == "other":
         lines.append("The licence is that of the base model and of the data; say here which.")
+    if model != given:
+        adapter = Path(given).name if Path(given).exists() else given
+        lines.append(
+            f"Training began with the adapter `{_escaped(adapter)}` merged into the base model; it "
+            "is part of this model."
+        )
+    if compared:
+        lines.append(compared)
     if left_out:
         lines.append(
             f"This folder is not the whole of the client's model: {', '.join(left_out)} "
@@ -296,6 +361,12 @@ def card(
     if form == "gguf-ready":
         lines.append("For llama.cpp: `python convert_hf_to_gguf.py FOLDER --outfile model.gguf`.")
     return f"---\n{yaml.safe_dump(top, sort_keys=False)}---\n\n" + "\n\n".join(lines) + "\n"
+
+
+def _escaped(text: str) -> str:
+    """Return foreign text as Markdown that shows it, on one line, and does nothing else."""
+    plain = html.escape(printable(text).replace("\n", " "), quote=False)
+    return re.sub(r"([\\`*_{}\[\]()#|!~])", r"\\\1", plain)
 
 
 def _table(rows: Mapping[str, str]) -> str:

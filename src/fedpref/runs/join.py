@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,24 @@ class Newcomer:
     path: Path
 
 
+def _as_read(source: Any, data: Files) -> Any:
+    """Return the newcomers' source: their file, with the run's settings where it read files."""
+    if isinstance(source, Opinions):
+        return replace(source, path=data.path, groups="all")
+    if isinstance(source, Files):
+        default = Files(path=data.path)
+        # what is given for the newcomers counts, for the rest they are read as the run's were
+        given = {
+            field.name: value
+            for field in fields(data)
+            if (value := getattr(data, field.name)) != getattr(default, field.name)
+        }
+        if Path(data.path).expanduser().is_file():
+            source = replace(source, test_split=None)  # a file has no splits
+        return replace(source, **{"path": data.path, **given})
+    return replace(data, test_fraction=source.test_fraction, split_by=source.split_by)
+
+
 def personalize(
     run: str | Path,
     data: Files,
@@ -45,7 +64,9 @@ def personalize(
 ) -> dict[str, Newcomer]:
     """Let clients join a run: they take what is shared and make what is private to them.
 
-    What is shared stays as it is. Where the run's data are opinions, `data` is read as its are.
+    What is shared stays as it is. Rows are read as the run's were, if these are of files, survey
+    or the like: by the same columns, and held out by the same rule. Prompts that the run has
+    trained on are held out for nobody.
 
     Args:
         run: The run directory.
@@ -67,12 +88,17 @@ def personalize(
         )
     finished = FinishedRun.at(run).require_done()
     experiment = finished.experiment
-    source: Any = data
-    if isinstance(experiment.data, Opinions):
-        source = replace(experiment.data, path=data.path, groups="all")
     how = Natural(column=column) if column else IID(clients=1)
-    spec = replace(experiment, data=source, partition=how)
-    clients, _ = spec.clients()
+    spec = replace(experiment, data=_as_read(experiment.data, data), partition=how)
+    reading = spec.read(finished.trained_prompts or ()).settled()
+    clients = reading.clients
+    if finished.trained_prompts is None and not isinstance(experiment.data, Opinions):
+        warnings.warn(
+            f"{run}: the run does not say which prompts it has trained on (it is older than "
+            "fedpref 0.2, or its data stayed at sites), so that the newcomers' held-out prompts "
+            "may be among them.",
+            stacklevel=2,
+        )
     if not column:
         clients = (replace(clients[0], name=name or Path(data.path).name.split(".")[0]),)
     if taken := [client.name for client in clients if client.name in finished.clients]:

@@ -16,7 +16,7 @@ from scipy.stats import spearmanr
 from fedpref.engines import Simulation
 from fedpref.engines.workers import one_thread
 from fedpref.errors import UserError
-from fedpref.experiments.experiment import Experiment
+from fedpref.experiments.experiment import Experiment, encoded
 from fedpref.experiments.finished import FinishedRun
 from fedpref.experiments.rounds import evaluate
 from fedpref.federation.aggregation import Product
@@ -169,7 +169,7 @@ def interpolated(
 def _engine(experiment: Experiment, cache: Path) -> Simulation:
     """Return an engine over the clients that an experiment trains with, to evaluate on."""
     task = experiment.build_task()
-    shards = [task.prepare(task.encode(client), cache) for client in experiment.clients()[0]]
+    shards = [task.prepare(shard, cache) for shard in encoded(experiment, task)[1]]
     engine = Simulation(task, shards, seed=experiment.seed, rounds=1)
     newcomers = experiment.federation.joining([shard.name for shard in shards], experiment.seed)
     engine.begin(0, [i for i in engine.clients if i not in newcomers], "evaluate")

@@ -10,7 +10,8 @@ from pathlib import Path
 import yaml
 
 from fedpref import config
-from fedpref.data.preferences import Text, text
+from fedpref.data.parsing import text
+from fedpref.data.preferences import Text
 from fedpref.data.tables import Record, read_table
 from fedpref.engines.workers import one_thread
 from fedpref.errors import UserError

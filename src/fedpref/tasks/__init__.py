@@ -4,11 +4,12 @@ from typing import Annotated
 
 from pydantic import Field
 
+from fedpref.tasks.batches import BatchSize
 from fedpref.tasks.dialogue import DialogueTask
 from fedpref.tasks.feedback import FeedbackTask
 from fedpref.tasks.opinion import OpinionTask
 from fedpref.tasks.preference import PreferenceTask
-from fedpref.tasks.task import BatchSize, Shard, Task
+from fedpref.tasks.task import Shard, Task
 
 AnyTask = Annotated[
     PreferenceTask | FeedbackTask | OpinionTask | DialogueTask, Field(discriminator="name")

@@ -14,9 +14,10 @@ from pydantic import Field
 from torch import Tensor
 
 from fedpref.data.preferences import ClientData, Opinion, Text
+from fedpref.data.unusable import Unusable, kept
 from fedpref.errors import UserError
 from fedpref.losses.policy import GRPO, PPO, RLOO, Sampled, surrogate
-from fedpref.models.generation import Sampling, generate
+from fedpref.models.generation import OwnSampling, Sampling, generate
 from fedpref.models.own_parts import Parts
 from fedpref.models.packed import Row as Packed
 from fedpref.numerics import seeds
@@ -27,8 +28,9 @@ from fedpref.rewards.combine import AdaptiveAlpha
 from fedpref.rewards.imported import Groups
 from fedpref.rewards.reward import OpenGroups, no_groups, plain
 from fedpref.rewards.text import distinct
+from fedpref.tasks.batches import BatchSize
 from fedpref.tasks.language import LanguageLearner, LanguageTask, Tokens
-from fedpref.tasks.task import CRITIC, BatchSize
+from fedpref.tasks.task import CRITIC
 from fedpref.types import Count, WholeNumber
 
 
@@ -179,12 +181,16 @@ class DialogueLearner(LanguageLearner):
 
     # ---- data
 
-    def encode(self, data: ClientData) -> DialogueShard:
-        """Return a client's prompts, each once."""
-        (train, cut), (test, cut_too) = self._prompts(data.train), self._prompts(data.test)
+    def encode(self, data: ClientData, unusable: list[Unusable] | None = None) -> DialogueShard:
+        """Return a client's prompts, each once; see `Task.encode`."""
+        (train, cut), (test, cut_too) = (
+            self._prompts(rows, unusable) for rows in (data.train, data.test)
+        )
         return DialogueShard(data.name, train, test, cut + cut_too)
 
-    def _prompts(self, rows: Sequence[Any]) -> tuple[tuple[Prompted, ...], int]:
+    def _prompts(
+        self, rows: Sequence[Any], unusable: list[Unusable] | None
+    ) -> tuple[tuple[Prompted, ...], int]:
         prompted: dict[Tokens, Prompted] = {}
         cut = 0
         room = self.max_length - self.settings.sampling.max_completion_length
@@ -193,19 +199,20 @@ class DialogueLearner(LanguageLearner):
                 raise UserError(
                     f"{row.where}: the row is a group's opinion; the task 'dialogue' needs prompts."
                 )
-            whole, _ = self.tokens(row.prompt, (), row.where)
-            if len(whole) > room and self.settings.truncation_mode == "refuse":
-                raise UserError(
-                    f"{row.where}: the prompt has {len(whole)} tokens, and task.max_length "
-                    f"{self.max_length} less the "
-                    f"{self.settings.sampling.max_completion_length} of "
-                    f"task.sampling.max_completion_length leaves {room}. "
-                    "Raise task.max_length if the model's context allows it, or set "
-                    "task.truncation_mode to keep_end or keep_start."
-                )
-            tokens = self.cut(whole, room) if len(whole) > room else whole
-            cut += len(whole) > room and tokens not in prompted
-            prompted.setdefault(tokens, Prompted(tokens, row.prompt, row.columns))
+            with kept(unusable):
+                whole, _ = self.tokens(row.prompt, (), row.where)
+                if len(whole) > room and self.settings.truncation_mode == "refuse":
+                    raise Unusable(
+                        "too long",
+                        row.where,
+                        f"the prompt has {len(whole)} tokens, and task.max_length "
+                        f"{self.max_length} less the "
+                        f"{self.settings.sampling.max_completion_length} of "
+                        f"task.sampling.max_completion_length leaves {room}",
+                    )
+                tokens = self.cut(whole, room) if len(whole) > room else whole
+                cut += len(whole) > room and tokens not in prompted
+                prompted.setdefault(tokens, Prompted(tokens, row.prompt, row.columns))
         return tuple(prompted.values()), cut
 
     def prepare(self, shard: DialogueShard, cache: Path) -> DialogueShard:
@@ -235,8 +242,11 @@ class DialogueLearner(LanguageLearner):
                 "algorithm.local.max_tokens_per_batch: batches of prompts are counted, their "
                 "answers' tokens are not known. Set batch_size."
             )
-        order = torch.randperm(len(shard.train), generator=rng).tolist()
-        prompts = [shard.train[i] for i in order[: size.examples]]
+        if size.epochs is None:
+            indices = torch.randperm(len(shard.train), generator=rng).tolist()[: size.examples]
+        else:
+            indices = size.epochs.next([len(one.tokens) for one in shard.train], size)
+        prompts = [shard.train[i] for i in indices]
         samples = self.settings.num_generations
         answers = generate(
             self.language,
@@ -405,8 +415,13 @@ class DialogueLearner(LanguageLearner):
     def samples(self, params: Tree, shard: DialogueShard) -> list[dict[str, Any]]:
         """Return the first held-out prompts with answers of the backbone and of the policy, and
         rewards.
+
+        Answers are drawn by the model's own generation config, not as they are for training.
         """
         prompts, together = shard.test[: self.settings.samples], self.settings.answers_together
+        own = OwnSampling(
+            self.settings.sampling.max_completion_length, self.language.model.generation_config
+        )
         rows: list[dict[str, Any]] = [{"prompt": prompt.text} for prompt in prompts]
         for name, policy in (("before", None), ("after", self._policy(params))):
             rng = seeds.generator(0, f"samples/{shard.name}")
@@ -415,7 +430,7 @@ class DialogueLearner(LanguageLearner):
                 policy,
                 [prompt.tokens for prompt in prompts],
                 together,
-                self.settings.sampling,
+                own,
                 rng,
             )
             asked = [prompt for prompt in prompts for _ in range(together)]

@@ -13,12 +13,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fedpref.data.preferences import Feedback, Preference, Row
+from fedpref.data.preferences import ClientData, Feedback, Preference, Row
+from fedpref.data.unusable import Unusable, kept
 from fedpref.errors import UserError
 from fedpref.losses.feedback import KTO
 from fedpref.models.own_parts import Parts
+from fedpref.models.packed import scored_tokens
 from fedpref.rewards.reward import OpenGroups, no_groups
-from fedpref.tasks.offline import Batch, Example, OfflineLearner, OfflineTask, PerExample
+from fedpref.tasks.language import Tokens
+from fedpref.tasks.offline import (
+    Batch,
+    Example,
+    OfflineLearner,
+    OfflineShard,
+    OfflineTask,
+    PerExample,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +69,40 @@ class FeedbackLearner(OfflineLearner):
     def __init__(self, settings: FeedbackTask) -> None:
         super().__init__(settings, needs_reference=True)
 
-    def examples(self, rows: Sequence[Row]) -> tuple[list[Example], int]:
+    def encode(self, data: ClientData, unusable: list[Unusable] | None = None) -> OfflineShard:
+        """Return a client's rows as tokens; see `Task.encode`.
+
+        Raises:
+            UserError: All training judgements are of one prompt.
+        """
+        (train, cut), (test, cut_too) = (
+            self._judged(rows, unusable) for rows in (data.train, data.test)
+        )
+        if train and len({prompt for prompt, _, _ in train}) == 1:
+            raise UserError(
+                f"client {data.name!r}: all {len(train)} judgements to train on are of one prompt, "
+                "and KTO tells how far the policy has moved by answers to another one. Give each "
+                "client judgements of two prompts or more, or leave it out (partition.min_rows)."
+            )
+        # a single held-out prompt has the training rows' answers beside it
+        beside = [] if len({prompt for prompt, _, _ in test}) > 1 else train
+        return OfflineShard(
+            data.name,
+            tuple(self._paired(train)),
+            tuple(self._paired([*test, *beside])[: len(test)]),
+            truncated=cut + cut_too,
+        )
+
+    def examples(
+        self, rows: Sequence[Row], unusable: list[Unusable] | None = None
+    ) -> tuple[list[Example], int]:
+        judged, cut = self._judged(rows, unusable)
+        return self._paired(judged), cut
+
+    def _judged(
+        self, rows: Sequence[Row], unusable: list[Unusable] | None
+    ) -> tuple[list[tuple[Tokens, Tokens, bool]], int]:
+        """Return prompts, answers and whether these are desirable, and how many rows were cut."""
         judged, cut = [], 0
         for row in rows:
             if isinstance(row, Preference):
@@ -71,20 +114,25 @@ class FeedbackLearner(OfflineLearner):
                     f"{row.where}: the row judges no answer; the task 'feedback' needs "
                     "completion and label, or chosen and rejected."
                 )
-            prompt, answers = self.tokens(row.prompt, texts, row.where)
-            prompt, answers, shortened = self.fit(prompt, answers, row.where)
-            judged += [
-                (prompt, answer, label) for answer, label in zip(answers, labels, strict=True)
-            ]
-            cut += shortened
-        encoded = []
+            with kept(unusable):
+                prompt, answers = self.tokens(row.prompt, texts, row.where)
+                prompt, answers, shortened = self.fit(prompt, answers, row.where)
+                judged += [
+                    (prompt, answer, label) for answer, label in zip(answers, labels, strict=True)
+                ]
+                cut += shortened
+        return judged, cut
+
+    def _paired(self, judged: Sequence[tuple[Tokens, Tokens, bool]]) -> list[Example]:
+        """Return judged answers, each with one to another prompt."""
+        examples = []
         others = next_others([prompt for prompt, _, _ in judged])
         for (prompt, answer, label), index in zip(judged, others, strict=True):
-            other = answer if index is None else judged[index][1]
-            encoded.append(
-                Example(prompt, (answer, other[: self.max_length - len(prompt)]), desirable=label)
-            )
-        return encoded, cut
+            other = answer if index is None else judged[index][1][: self.max_length - len(prompt)]
+            # of an answer that was cut before the assistant's turn nothing is scored
+            second = other if scored_tokens(other) else answer
+            examples.append(Example(prompt, (answer, second), desirable=label))
+        return examples
 
     def measure(
         self, policy: Float[Tensor, "B 2"], explicit: Float[Tensor, "B 2"] | None, batch: Batch

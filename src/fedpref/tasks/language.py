@@ -12,10 +12,12 @@ import torch
 from pydantic import Field
 
 from fedpref.data.preferences import ClientData, Text
+from fedpref.data.unusable import Unusable
 from fedpref.errors import UserError
 from fedpref.models import devices
 from fedpref.models.language import LanguageModel, Model
 from fedpref.models.own_parts import Parts
+from fedpref.models.packed import scored_tokens
 from fedpref.numerics.trees import Tree
 from fedpref.tasks.task import TaskSettings
 
@@ -106,8 +108,8 @@ class LanguageLearner(ABC):
         self.language.export(params, folder)
 
     @abstractmethod
-    def encode(self, data: ClientData) -> Any:
-        """Return a client's rows as tokens."""
+    def encode(self, data: ClientData, unusable: list[Unusable] | None = None) -> Any:
+        """Return a client's rows as tokens; see `Task.encode`."""
 
     def tokens(
         self, prompt: Text, answers: Sequence[Text], where: str
@@ -122,12 +124,7 @@ class LanguageLearner(ABC):
         Raises:
             UserError: The tokenizer has no chat template, or it refuses the conversation.
         """
-        if isinstance(prompt, str):
-            opening, _ = self.language.encode(prompt, "")
-            return tuple(opening), [
-                tuple(self.language.encode(prompt, str(answer))[1]) for answer in answers
-            ]
-        if not self.language.chats:
+        if not isinstance(prompt, str) and not self.language.chats:
             raise UserError(
                 f"{where}: the row is a conversation, but the tokenizer of "
                 f"{self.settings.model.path!r} has no chat "
@@ -135,15 +132,20 @@ class LanguageLearner(ABC):
                 "template."
             )
         try:
-            # conversations, as the prompt is
-            chat, closed = self.language.encode_chat(prompt, answers)  # type: ignore[arg-type]
-        except ValueError as error:
+            if isinstance(prompt, str):
+                opening, closed = self.language.texts.plain(prompt, [str(a) for a in answers])
+            else:
+                # conversations, as the prompt is
+                opening, closed = self.language.texts.chat(prompt, answers)  # type: ignore[arg-type]
+        except UserError as error:
+            reason = str(error).removesuffix(".")
             raise UserError(
-                f"{where}: the chat template of {self.settings.model.path!r} refuses the "
-                f"conversation: {error}. "
-                "Change the row's roles, or give it as plain text."
+                f"{where}: {reason}."
+                if isinstance(prompt, str)
+                else f"{where}: the chat template of {self.settings.model.path!r} refuses the "
+                f"conversation: {reason}. Change the row's messages, or give it as plain text."
             ) from error
-        return tuple(chat), [tuple(answer) for answer in closed]
+        return tuple(opening), [tuple(answer) for answer in closed]
 
     def fit(
         self, prompt: Tokens, answers: Sequence[Tokens], where: str
@@ -154,20 +156,25 @@ class LanguageLearner(ABC):
             The prompt, the answers, and whether anything was cut.
 
         Raises:
-            UserError: Something is longer, and `truncation_mode` refuses that.
+            Unusable: Something is longer, and `truncation_mode` refuses that; or nothing that is
+                scored is left of an answer.
         """
         length = len(prompt) + max(map(len, answers))
         if length <= self.max_length:
             return prompt, list(answers), False
         if self.settings.truncation_mode == "refuse":
-            raise UserError(
-                f"{where}: prompt and longest answer are {length} tokens, task.max_length is "
-                f"{self.max_length}. "
-                "Raise task.max_length if the model's context allows it, or set "
-                "task.truncation_mode to keep_end or keep_start."
+            raise Unusable(
+                "too long",
+                where,
+                f"prompt and longest answer are {length} tokens, task.max_length is "
+                f"{self.max_length}",
             )
         room = self.max_length - min(len(prompt), self.max_length // 2)
         fitted = [answer[:room] for answer in answers]
+        if not all(map(scored_tokens, fitted)):
+            raise Unusable(
+                "too long", where, "nothing of an assistant's turn is left after the cut"
+            )
         return self.cut(prompt, self.max_length - max(map(len, fitted))), fitted, True
 
     def cut(self, prompt: Tokens, space: int) -> Tokens:

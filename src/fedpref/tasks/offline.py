@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
-from itertools import accumulate, takewhile
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -17,20 +16,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fedpref.data.preferences import ClientData, Row
-from fedpref.models.generation import Sampling, generate
+from fedpref.data.unusable import Unusable
+from fedpref.models.generation import OwnSampling, generate
 from fedpref.numerics import seeds, trees
 from fedpref.numerics.metrics import ACCURACY
 from fedpref.numerics.trees import Tree
+from fedpref.tasks.batches import BatchSize, draw_indices
 from fedpref.tasks.language import LanguageLearner, LanguageTask, Tokens
-from fedpref.tasks.task import BatchSize
 from fedpref.types import WholeNumber
 
-POOL = (
-    4  # a batch is drawn from this many times its size, so that its examples are of similar length
-)
 SCORING_BATCH = 16  # examples of a batch where each is seen once
-# of answers that are drawn to be read
-SAMPLING = Sampling(max_completion_length=64, temperature=0.7)
+READ = 64  # tokens of answers that are drawn to be read
 
 PerExample = Float[Tensor, " B"]
 
@@ -111,11 +107,17 @@ class OfflineLearner(LanguageLearner):
         return "reference log-probabilities"
 
     @abstractmethod
-    def examples(self, rows: Sequence[Row]) -> tuple[list[Example], int]:
+    def examples(
+        self, rows: Sequence[Row], unusable: list[Unusable] | None = None
+    ) -> tuple[list[Example], int]:
         """Return a client's rows of one side as examples, and how many of them were cut.
 
+        Args:
+            rows: The rows.
+            unusable: Takes those that cannot be used; without it the first of them is raised.
+
         Raises:
-            UserError: A row cannot be used.
+            UserError: A row is none of this task's, or cannot be used.
         """
 
     @abstractmethod
@@ -132,9 +134,11 @@ class OfflineLearner(LanguageLearner):
 
     # ---- data
 
-    def encode(self, data: ClientData) -> OfflineShard:
-        """Return a client's rows as tokens."""
-        (train, cut), (test, cut_too) = self.examples(data.train), self.examples(data.test)
+    def encode(self, data: ClientData, unusable: list[Unusable] | None = None) -> OfflineShard:
+        """Return a client's rows as tokens; see `Task.encode`."""
+        (train, cut), (test, cut_too) = (
+            self.examples(rows, unusable) for rows in (data.train, data.test)
+        )
         return OfflineShard(data.name, tuple(train), tuple(test), truncated=cut + cut_too)
 
     def prepare(self, shard: OfflineShard, cache: Path) -> OfflineShard:
@@ -174,16 +178,18 @@ class OfflineLearner(LanguageLearner):
         """Draw a batch of examples of similar length.
 
         Each example has the same expected weight in the batch's mean, or in that of its objective;
-        objectives have equal parts of the batch.
+        objectives have equal parts of the batch, and epochs of their own.
         """
         examples: list[Example] = []
         count = len(self.objectives)
         part = BatchSize(
-            max(1, size.examples // count), size.max_tokens and max(1, size.max_tokens // count)
+            max(1, size.examples // count),
+            size.max_tokens and max(1, size.max_tokens // count),
+            size.epochs,
         )
         for m in range(count):
             of_objective, lengths = shard.by_objective[m]
-            examples += [of_objective[i] for i in draw_indices(lengths, part, rng)]
+            examples += [of_objective[i] for i in draw_indices(lengths, part, rng, m)]
         if self.settings.reference == "base" or not self.needs_reference:
             return self._with_base(examples)
         with torch.no_grad():
@@ -251,7 +257,8 @@ class OfflineLearner(LanguageLearner):
         rows: list[dict[str, Any]] = [{"prompt": text} for text in texts]
         for name, policy in (("before", None), ("after", params)):
             rng = seeds.generator(0, f"samples/{shard.name}")
-            answers = generate(self.language, policy, prompts, 1, SAMPLING, rng) if prompts else []
+            own = OwnSampling(READ, self.language.model.generation_config)
+            answers = generate(self.language, policy, prompts, 1, own, rng) if prompts else []
             said = self.language.tokenizer.batch_decode(
                 [list(answer) for answer in answers], skip_special_tokens=True
             )
@@ -284,34 +291,6 @@ class OfflineLearner(LanguageLearner):
             params, [(example.prompt, example.answers) for example in examples], training=training
         )
         return sums.view(-1, 2), None if rewards is None else rewards.view(-1, 2)
-
-
-def draw_indices(lengths: Sequence[int], size: BatchSize, rng: torch.Generator) -> list[int]:
-    """Return indices of a batch.
-
-    A random pool is cut by length into batches, of which one is drawn with a probability
-    proportional to its number of examples.
-    """
-    count = min(size.examples, len(lengths))
-    order = torch.randperm(len(lengths), generator=rng)
-    batches: list[list[int]]
-    if size.max_tokens is None:
-        first_ones: list[int] = order[: count * min(POOL, len(lengths) // count)].tolist()
-        pool = sorted(first_ones, key=lambda i: (lengths[i], i))
-        batches = [pool[first : first + count] for first in range(0, len(pool), count)]
-    else:
-        most = POOL * size.max_tokens
-        # each example has a token at least, so that no more can fit
-        some: list[int] = order[:most].tolist()
-        fitting = sum(1 for _ in takewhile(most.__ge__, accumulate(lengths[i] for i in some)))
-        pool = sorted(some[: max(1, fitting)], key=lambda i: (lengths[i], i))
-        batches = [[]]
-        for i in pool:
-            if batches[-1] and sum(lengths[k] for k in batches[-1]) + lengths[i] > size.max_tokens:
-                batches.append([])
-            batches[-1].append(i)
-    position = int(torch.randint(len(pool), (), generator=rng))
-    return next(batch for batch in batches if pool[position] in batch)
 
 
 def _by_length(examples: Sequence[Example], size: int) -> Iterator[list[int]]:

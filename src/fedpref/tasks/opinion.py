@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from fedpref.data.preferences import ClientData, Feedback, Opinion, Preference, Prompt, Row, key
+from fedpref.data.unusable import Unusable
 from fedpref.errors import UserError
 from fedpref.models import devices
 from fedpref.models.encoder import Encoder
@@ -28,7 +29,8 @@ from fedpref.numerics.metrics import ALIGNMENT
 from fedpref.numerics.trees import Tree
 from fedpref.rewards.reward import OpenGroups, no_groups
 from fedpref.tasks.alignment import alignment, calibration_error, wasserstein_alignment
-from fedpref.tasks.task import BatchSize, TaskSettings
+from fedpref.tasks.batches import BatchSize
+from fedpref.tasks.task import TaskSettings
 from fedpref.types import Count
 
 Texts = tuple[str, ...]
@@ -162,7 +164,7 @@ class OpinionLearner:
 
     # ---- data
 
-    def encode(self, data: ClientData) -> OpinionShard:
+    def encode(self, data: ClientData, unusable: list[Unusable] | None = None) -> OpinionShard:
         """Return a group's rows as questions.
 
         Which of them are an evaluation's context depends on the group's name alone.

@@ -11,9 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fedpref.data.preferences import ClientData, Preference, Row
+from fedpref.data.unusable import Unusable, kept
 from fedpref.errors import UserError
 from fedpref.losses import DPO, Explicit, Hinge, Loss, PairScores
 from fedpref.models.own_parts import Parts
+from fedpref.models.packed import scored_tokens
 from fedpref.numerics.metrics import IMPLICIT
 from fedpref.rewards.reward import OpenGroups, no_groups
 from fedpref.tasks.offline import (
@@ -86,7 +88,9 @@ class PreferenceLearner(OfflineLearner):
     def __init__(self, settings: PreferenceTask) -> None:
         super().__init__(settings, needs_reference=settings.loss.needs_reference)
 
-    def examples(self, rows: Sequence[Row]) -> tuple[list[Example], int]:
+    def examples(
+        self, rows: Sequence[Row], unusable: list[Unusable] | None = None
+    ) -> tuple[list[Example], int]:
         encoded, cut = [], 0
         for row in rows:
             if not isinstance(row, Preference):
@@ -97,24 +101,26 @@ class PreferenceLearner(OfflineLearner):
                     "groups' opinions, "
                     "or give columns chosen and rejected."
                 )
-            prompt, answers = self.tokens(row.prompt, (row.chosen, row.rejected), row.where)
-            prompt, (chosen, rejected), shortened = self.fit(prompt, answers, row.where)
-            if chosen == rejected:
-                raise UserError(
-                    f"{row.where}: the two answers are the same tokens to the model, after "
-                    "truncation if any. Remove the row."
-                )
-            encoded.append(Example(prompt, (chosen, rejected), objective=self._objective(row)))
-            cut += shortened
+            with kept(unusable):
+                prompt, answers = self.tokens(row.prompt, (row.chosen, row.rejected), row.where)
+                prompt, (chosen, rejected), shortened = self.fit(prompt, answers, row.where)
+                if chosen == rejected:
+                    raise Unusable(
+                        "alike",
+                        row.where,
+                        "the two answers are the same tokens to the model, after truncation if any",
+                    )
+                encoded.append(Example(prompt, (chosen, rejected), objective=self._objective(row)))
+                cut += shortened
         return encoded, cut
 
-    def encode(self, data: ClientData) -> OfflineShard:
-        """Return a client's rows as tokens.
+    def encode(self, data: ClientData, unusable: list[Unusable] | None = None) -> OfflineShard:
+        """Return a client's rows as tokens; see `Task.encode`.
 
         Raises:
             UserError: The client has no pairs of an objective.
         """
-        shard = super().encode(data)
+        shard = super().encode(data, unusable)
         for side, examples in (("training", shard.train), ("held-out", shard.test)):
             if len(self.objectives) > 1 and (
                 missing := set(range(len(self.objectives)))
@@ -149,7 +155,7 @@ class PreferenceLearner(OfflineLearner):
         """
         loss, tokens = (
             self.settings.loss,
-            torch.tensor([tuple(map(len, e.answers)) for e in batch.examples]).to(policy),
+            torch.tensor([tuple(map(scored_tokens, e.answers)) for e in batch.examples]).to(policy),
         )
         scores, reference = (
             PairScores(*sums.unbind(1), *tokens.unbind(1)) for sums in (policy, batch.reference)

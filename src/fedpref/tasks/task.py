@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
@@ -13,23 +13,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fedpref.data.preferences import ClientData
+from fedpref.data.unusable import Unusable
 from fedpref.models.language import BUILTIN
 from fedpref.models.own_parts import Parts
 from fedpref.numerics.trees import Tree
 from fedpref.rewards.reward import OpenGroups, RewardSettings, no_groups
+from fedpref.tasks.batches import BatchSize
 
 CRITIC = "critic."  # begins the names of parameters that predict an objective's rewards
-
-
-@dataclass(frozen=True)
-class BatchSize:
-    """The size of a training batch: examples, or tokens in all where `max_tokens` is given.
-
-    There is one example at least.
-    """
-
-    examples: int
-    max_tokens: int | None = None
 
 
 class Shard(Protocol):
@@ -164,11 +155,16 @@ class Task(Protocol):
         """
         ...
 
-    def encode(self, data: ClientData) -> Any:
+    def encode(self, data: ClientData, unusable: list[Unusable] | None = None) -> Any:
         """Return a client's rows as the task reads them.
 
+        Args:
+            data: The rows.
+            unusable: Takes the rows that cannot be used, which the shard then lacks; without it the
+                first of them is raised.
+
         Raises:
-            UserError: A row cannot be used.
+            UserError: A row is none of this task's, or cannot be used.
         """
         ...
 
@@ -188,7 +184,8 @@ class Task(Protocol):
             params: The client's parameters as they are.
             start: Those that it began the round with.
             shard: The client's data.
-            size: How large the batch is.
+            size: How large the batch is, and where in its epochs the client is, for tasks whose
+                examples have epochs.
             rng: Random numbers.
         """
         ...

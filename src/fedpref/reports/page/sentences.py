@@ -171,6 +171,7 @@ def facts(run: Run) -> dict[str, str]:
         + (f" ({spec.data.location})" if spec.data.location else ""),
         "clients": f"{len(trained)} that trained, with {train} training and {test} held-out "
         "examples" + (f"; {later} that did not" if later else ""),
+        "rows": _rows(run.data),
         "rounds": f"{len(run.line.metrics)} of {spec.rounds}"
         + ("" if run.done else " (not finished, or not all that it is compared with)"),
         "seed": str(spec.seed),
@@ -180,6 +181,15 @@ def facts(run: Run) -> dict[str, str]:
         "commit": ", ".join(f"{name} {commit}" for name, commit in here.get("commits", {}).items()),
         "directory": str(run.path),
     }
+
+
+def _rows(data: Mapping[str, Any]) -> str:
+    """Return how many rows were read, and which of them are in no client's data."""
+    if not data:
+        return ""
+    left = [f"{data['left_out']} left out, whose prompt is held out"] if data["left_out"] else []
+    left += [f"{count} unusable ({kind})" for kind, count in data["unusable"].items()]
+    return ", ".join([f"{data['rows']} read", *left])
 
 
 def _first_line(kind: Any) -> str:

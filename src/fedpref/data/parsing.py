@@ -1,0 +1,394 @@
+"""How a row of a file is read: TRL's formats, and others that are plainly meant."""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fedpref.data.preferences import Conversation, Feedback, Message, Preference, Prompt, Text
+from fedpref.data.unusable import Unusable
+from fedpref.errors import UserError
+
+TURN = "\n\nAssistant:"
+GIVEN = ("tools", "chat_template_kwargs")  # columns that the chat template is given, as in TRL
+QUESTIONS = ("instruction", "question", "query", "input", "problem")  # what prompts are also called
+# who speaks, in ShareGPT's format of {"from", "value"}
+SHAREGPT = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "system": "system",
+    "tool": "tool",
+}
+SHP = ("human_ref_A", "human_ref_B")
+LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+
+
+def parse(
+    record: Mapping[str, Any],
+    where: str,
+    *,
+    prompt: str = "prompt",
+    chosen: str = "chosen",
+    rejected: str = "rejected",
+) -> Preference:
+    """Read a row in any of TRL's preference formats.
+
+    Prompts may be explicit, or implicit, what chosen and rejected begin with in common; texts may
+    be plain or conversations. A plain prompt beside answers that are messages is a user's turn, and
+    stands at the head of answers that are whole conversations.
+
+    Args:
+        record: The row, by column.
+        where: File and row, for messages.
+        prompt: The column of prompts.
+        chosen: The column of better answers.
+        rejected: The column of worse answers.
+
+    Raises:
+        Unusable: The row states no preference, or a text is empty.
+        UserError: The row is not in one of these formats; the message names it.
+    """
+    _refuse_missing(record, where, prompt, chosen, rejected)
+    given, rest = _given(record, (prompt, chosen, rejected), where)
+    better, worse = text(record[chosen], chosen, where), text(record[rejected], rejected, where)
+    if better == worse:
+        raise Unusable(
+            "no preference",
+            where,
+            "the two answers are identical, so the row states no preference",
+        )
+    if prompt in record:
+        question = text(record[prompt], prompt, where)
+        question, better, worse = _answers_alone(question, better, worse, where)
+    else:
+        question, better, worse = _split_common(better, worse, where)
+    if len({isinstance(part, str) for part in (question, better, worse)}) > 1:
+        raise UserError(
+            f"{where}: {prompt!r}, {chosen!r} and {rejected!r} must all be text or all be "
+            "conversations."
+        )
+    return Preference(_with(question, given, where), better, worse, where, rest)
+
+
+def parse_feedback(
+    record: Mapping[str, Any], where: str, *, prompt: str, completion: str, label: str
+) -> Feedback:
+    """Read a row in TRL's unpaired format: a prompt, an answer, and whether it is desirable.
+
+    Args:
+        record: The row, by column.
+        where: File and row, for messages.
+        prompt: The column of prompts.
+        completion: The column of answers.
+        label: The column of labels.
+
+    Raises:
+        Unusable: A text is empty.
+        UserError: The row is not in this format; the message names it.
+    """
+    if prompt not in record:
+        raise UserError(
+            f"{where}: no column {prompt!r}; the row has {_columns(record)}. Judgements need "
+            "their prompt apart."
+        )
+    given, rest = _given(record, (prompt, completion, label), where)
+    question, answer = (
+        text(record[prompt], prompt, where),
+        text(record[completion], completion, where),
+    )
+    if isinstance(question, str) and not isinstance(answer, str):
+        question = ({"role": "user", "content": question},)
+    if isinstance(question, str) != isinstance(answer, str):
+        raise UserError(
+            f"{where}: {prompt!r} and {completion!r} must both be text or both be conversations."
+        )
+    if not isinstance(question, str) and answer[: len(question)] == question != answer:
+        answer = answer[len(question) :]
+    desirable = LABELS.get(str(record[label]).strip().lower())
+    if desirable is None:
+        raise UserError(
+            f"{where}, column {label!r}: expected true or false, found {record[label]!r:.60}."
+        )
+    return Feedback(_with(question, given, where), answer, desirable, where, rest)
+
+
+def parse_prompt(record: Mapping[str, Any], where: str, *, prompt: str) -> Prompt:
+    """Read a row in TRL's prompt-only format.
+
+    Raises:
+        Unusable: The prompt is empty.
+        UserError: It is neither text nor a conversation; the message names the row.
+    """
+    given, rest = _given(record, (prompt,), where)
+    return Prompt(_with(text(record[prompt], prompt, where), given, where), where, rest)
+
+
+def repeats_prompt(row: Preference) -> bool:
+    """Return whether both answers of plain text begin with their prompt and go on."""
+    return isinstance(row.prompt, str) and all(
+        str(answer).startswith(row.prompt) and str(answer)[len(row.prompt) :].strip()
+        for answer in (row.chosen, row.rejected)
+    )
+
+
+# ---- texts
+
+
+def text(value: Any, column: str, where: str) -> Text:
+    """Return the text or conversation in a column.
+
+    Conversations may also stand as text, in JSON or as Python writes them, as in CSV.
+
+    Raises:
+        Unusable: There is none.
+        UserError: It is something else, or no text at all.
+    """
+    if value is None or value in ("", [], ()) or _is_nan(value):
+        raise Unusable("empty", where, f"column {column!r} is empty")
+    if isinstance(value, str):
+        if not value.strip():
+            raise Unusable("empty", where, f"column {column!r} holds white space alone")
+        written = _written(value, column, where)
+        if written is None:
+            return _whole(value, column, where)
+        value = written
+    if isinstance(value, list | tuple):
+        return tuple(_message(message, column, where) for message in value)
+    raise UserError(
+        f"{where}, column {column!r}: expected text or a list of messages, found {value!r:.80}. "
+        "Fill it in or remove the row."
+    )
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value)
+
+
+def _whole(value: str, column: str, where: str) -> str:
+    """Return a text; raises UserError where it holds half a character, which no file can hold."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{where}, column {column!r}: character {error.start + 1} is half of one (a lone "
+            "surrogate). Write the text as UTF-8."
+        ) from error
+    return value
+
+
+def _written(value: str, column: str, where: str) -> list[Any] | None:
+    """Return the conversation that stands in a text; None where it is plain text.
+
+    Raises:
+        UserError: It looks like one and cannot be read.
+    """
+    start = value.lstrip()[:200]
+    if not start.startswith("[") or not start[1:].lstrip().startswith("{"):
+        return None
+    if not any(f"{quote}{key}{quote}" in start for key in ("role", "from") for quote in "\"'"):
+        return None
+    read = written_value(value)
+    if isinstance(read, list) and read and all(isinstance(one, Mapping) for one in read):
+        return read
+    raise UserError(
+        f"{where}, column {column!r}: this looks like a conversation written as text, and is "
+        f"neither JSON nor a Python list: {value[:80]!r}. Write it with json.dumps."
+    )
+
+
+def written_value(value: str) -> Any:
+    """Return what stands in a text in JSON or as a Python expression; None where it is neither."""
+    for read in (json.loads, ast.literal_eval):
+        try:
+            return read(value)
+        # the last two of a text that is nested too deep
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+            continue
+    return None
+
+
+def _message(message: Any, column: str, where: str) -> Message:
+    """Return a message as chat templates read it, with everything that it says."""
+    at = f"{where}, column {column!r}"
+    if isinstance(message, Mapping) and "from" in message and "value" in message:
+        role = SHAREGPT.get(str(message["from"]).lower())
+        if role is None:
+            raise UserError(
+                f'{at}: messages of {{"from", "value"}} are ShareGPT\'s, and nobody is called '
+                f"{message['from']!r:.40}; expected one of {', '.join(SHAREGPT)}."
+            )
+        rest = {name: value for name, value in message.items() if name not in ("from", "value")}
+        message = {"role": role, "content": message["value"], **rest}
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise UserError(
+            f'{at}: expected messages {{"role": ..., "content": ...}}, found {message!r:.80}.'
+        )
+    # tables of several kinds of message fill the rest with null
+    said = {str(name): value for name, value in message.items() if value is not None}
+    content = _parts(said.get("content"), at)
+    others = said.keys() - {"role", "content"}
+    if (content is None or not content.strip()) and not others and said["role"] != "system":
+        raise Unusable(
+            "empty", where, f"column {column!r} has a message without text: {said!r:.60}"
+        )
+    if content is not None:
+        said["content"] = _whole(content, column, where)
+    elif "content" in message or said["role"] == "system":
+        said["content"] = None
+    return said
+
+
+def _parts(content: Any, at: str) -> str | None:
+    """Return a content as text; one in parts, as of OpenAI, may have parts of text alone."""
+    if content is None or isinstance(content, str):
+        return content
+    if not isinstance(content, Sequence):
+        raise UserError(f"{at}: expected a content of text, found {content!r:.80}.")
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise UserError(
+                f"{at}: a message has a part of the kind {kind!r:.40}, and only text is read."
+            )
+    return "".join(part["text"] for part in content)
+
+
+# ---- what stands beside
+
+
+def _columns(record: Mapping[str, Any]) -> list[str]:
+    return sorted(map(str, record))
+
+
+def _refuse_missing(
+    record: Mapping[str, Any], where: str, prompt: str, chosen: str, rejected: str
+) -> None:
+    """Raise UserError where a column is not there, with the setting that would read the row."""
+    missing = [column for column in (chosen, rejected) if column not in record]
+    if missing and record.keys() >= set(SHP):
+        raise UserError(
+            f"{where}: these are columns of SHP; data: {{name: shp, path: ...}} reads them."
+        )
+    if missing:
+        raise UserError(
+            f"{where}: no column {missing[0]!r}; the row has {_columns(record)}. "
+            f"Expected TRL's columns {prompt!r} (optional), {chosen!r} and {rejected!r}, or "
+            "set data.chosen_column and the like."
+        )
+    other = [name for name in QUESTIONS if name in record]
+    if prompt == "prompt" and prompt not in record and other:
+        raise UserError(
+            f"{where}: no column 'prompt', but {other[0]!r}. Set data.prompt_column={other[0]} if "
+            "that is the prompt, or data.prompt_column=none if both answers begin with it."
+        )
+
+
+def _given(
+    record: Mapping[str, Any], texts: Sequence[str], where: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what the chat template is given beside messages, and the row's other columns."""
+    rest = {name: value for name, value in record.items() if name not in texts}
+    given: dict[str, Any] = {}
+    tools = rest.get("tools")
+    if isinstance(tools, str) and tools.strip()[:1] in ("[", "{"):
+        tools = written_value(tools)
+        if tools is None:
+            raise UserError(f"{where}, column 'tools': this is no JSON: {rest['tools']!r:.80}.")
+    if isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools):
+        del rest["tools"]
+        if tools:
+            given["tools"] = tools
+    if isinstance(more := rest.get("chat_template_kwargs"), Mapping):
+        del rest["chat_template_kwargs"]
+        given |= {str(name): value for name, value in more.items() if value is not None}
+    return given, rest
+
+
+def _with(question: Text, given: Mapping[str, Any], where: str) -> Text:
+    """Return a prompt with what the chat template is given; raises UserError for plain text."""
+    if not given:
+        return question
+    if isinstance(question, str):
+        raise UserError(
+            f"{where}: the row has {', '.join(given)}, which a chat template writes, and its "
+            "prompt is plain text. Give the prompt as messages, or rename the column."
+        )
+    return Conversation(question, given)
+
+
+# ---- prompts and answers apart
+
+
+def _answers_alone(
+    question: Text, better: Text, worse: Text, where: str
+) -> tuple[Text, Text, Text]:
+    """Return prompt and answers, where answers may be whole conversations that begin with it."""
+    if isinstance(better, str) or isinstance(worse, str):
+        is_dialogue = isinstance(question, str) and question.rstrip().endswith(TURN.strip())
+        row = Preference(question, better, worse, where)
+        if is_dialogue and repeats_prompt(row):
+            return question, better[len(question) :], worse[len(question) :]
+        return question, better, worse
+    asked: tuple[Message, ...] = (
+        ({"role": "user", "content": question},) if isinstance(question, str) else question
+    )
+    if all(
+        answer[: len(asked)] == asked and len(answer) > len(asked) for answer in (better, worse)
+    ):
+        return asked, better[len(asked) :], worse[len(asked) :]
+    if better[0]["role"] in ("assistant", "tool") or worse[0]["role"] in ("assistant", "tool"):
+        return asked, better, worse
+    if isinstance(question, str):
+        # whole conversations, of which the prompt is the first or the last question
+        opening, *answers = _split_common(better, worse, where)
+        said = [m["content"] for m in opening if m["role"] == "user"]  # type: ignore[index]
+        if question.strip() in [str(content).strip() for content in said]:
+            return opening, answers[0], answers[1]
+        raise UserError(
+            f"{where}: the answers are whole conversations that do not ask the row's prompt, "
+            f"{question[:60]!r}. data.prompt_column=none reads the conversations alone."
+        )
+    return asked, better, worse
+
+
+def _split_common(better: Text, worse: Text, where: str) -> tuple[Text, Text, Text]:
+    """Cut off what both answers begin with, and return it as the prompt, with the rest of both.
+
+    It ends with the last assistant turn in hh-rlhf's format, otherwise with the last whole word.
+    """
+    if isinstance(better, str) != isinstance(worse, str):
+        raise UserError(f"{where}: one answer is text, the other a conversation.")
+    if isinstance(better, str) and isinstance(worse, str):
+        common = os.path.commonprefix([better, worse])
+        cut = (
+            common.rfind(TURN) + len(TURN)
+            if TURN in common
+            else common.rfind(" ")
+            if " " in common
+            else 0
+        )
+        if not better[:cut].strip() or not better[cut:].strip() or not worse[cut:].strip():
+            raise UserError(
+                f"{where}: there is no prompt column, and the two answers do not begin with a "
+                "common prompt that both continue. "
+                "Add a column 'prompt', or write the whole conversation into both answers."
+            )
+        return better[:cut], better[cut:], worse[cut:]
+    shared = 0
+    while shared < min(len(better), len(worse)) and better[shared] == worse[shared]:
+        shared += 1
+    if not 0 < shared < min(len(better), len(worse)):
+        raise UserError(
+            f"{where}: there is no prompt column, and the two conversations share no opening "
+            "that both continue."
+        )
+    # both are conversations here
+    turns: tuple[Any, Any] = better, worse
+    return tuple(turns[0][:shared]), tuple(turns[0][shared:]), tuple(turns[1][shared:])

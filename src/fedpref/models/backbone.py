@@ -1,0 +1,286 @@
+"""The frozen model under an adapter: how it is loaded, and which of its layers may have one."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from fedpref.errors import UserError
+from fedpref.models.own_parts import FILE
+from fedpref.numerics.trees import Tree
+
+ALL_LINEAR = "all-linear"
+PREFIX = "base_model.model."  # of PEFT's names
+_SSM = frozenset({"out_proj", "conv1d"})  # which PEFT refuses in the models of `_SSM_TYPES`
+_SSM_TYPES = frozenset({"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"})
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A loaded model of transformers with its tokenizer.
+
+    Attributes:
+        model: The model, in evaluation mode.
+        tokenizer: Its tokenizer.
+        base: The Hub id or folder of the model itself, on which exports stand.
+        merged: The adapter that was merged into it, by PEFT's names and with its scale in it;
+            empty without one. An export holds it beside what was learned.
+    """
+
+    model: Any
+    tokenizer: Any
+    base: str
+    merged: Tree = field(default_factory=dict)
+
+
+def load_backbone(path: str, dtype: Any, options: Mapping[str, Any], setting: str) -> Backbone:
+    """Load a causal language model, or a LoRA adapter with its base, merged.
+
+    Args:
+        path: A Hub id or a local folder, of a model or of a PEFT adapter.
+        dtype: The arithmetic, or "auto".
+        options: `revision` and `trust_remote_code`.
+        setting: What the user wrote, for messages.
+
+    Raises:
+        UserError: It cannot be loaded, or it is not what it says.
+    """
+    import transformers
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    try:
+        if find_adapter_config_file(path, revision=options.get("revision")) is None:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
+            model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
+            backbone = Backbone(model.eval(), tokenizer, path)
+        else:
+            backbone = _with_adapter(path, dtype, options)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        # the rest of transformers' message is advice on its own arguments
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"model.path: {setting!r} could not be loaded as a causal language model of "
+            "transformers. Expected a local folder with config.json, weights and a tokenizer, a "
+            "folder of a LoRA adapter, or a Hub id that can be reached (or is in the cache). "
+            f"transformers says: {reason}"
+        ) from error
+    _refuse_wide_tokenizer(backbone, setting)
+    return backbone
+
+
+def _with_adapter(path: str, dtype: Any, options: Mapping[str, Any]) -> Backbone:
+    """Load an adapter's base, and merge the adapter into it."""
+    import transformers
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+
+    if (Path(path) / FILE).exists():
+        raise UserError(
+            f"model.path: beside the adapter in {path} lie a client's own parts ({FILE}), which "
+            "are no part of an adapter. Export that client's model merged, and give that folder."
+        )
+    config = PeftConfig.from_pretrained(path, revision=options.get("revision"))
+    base, code = config.base_model_name_or_path, options.get("trust_remote_code", False)
+    inner = transformers.AutoModelForCausalLM.from_pretrained(
+        base, dtype=dtype, revision=config.revision, trust_remote_code=code
+    )
+    # what may be asked only before layers are wrapped
+    ends = {
+        name
+        for name, module in inner.named_modules()
+        if module in (inner.get_input_embeddings(), inner.get_output_embeddings())
+    }
+    model = PeftModel.from_pretrained(inner, path, revision=options.get("revision"))
+    learned = get_peft_model_state_dict(model)
+    merged: dict[str, Any] = {}
+    problem = "" if config.peft_type == "LORA" else f"it is of the kind {config.peft_type}"
+    for name, tensor in learned.items():
+        layer, _, factor = name.rpartition(".lora_")
+        if factor not in ("A.weight", "B.weight"):
+            problem = problem or f"it holds {name.removeprefix(PREFIX)}, which is no factor"
+        elif layer.removeprefix(PREFIX) in ends:
+            problem = problem or "it is on the embeddings or the vocabulary head"
+        else:
+            # the scale goes into B, so that any two adapters can stand side by side
+            scale = model.get_submodule(layer).scaling["default"] if factor[0] == "B" else 1.0
+            merged[name] = tensor.detach().float().cpu() * scale
+    if problem or getattr(config, "use_dora", False):
+        raise UserError(
+            f"model.path: the adapter in {path} is more than plain LoRA on inner layers "
+            f"({problem or 'it is DoRA'}), which an exported adapter cannot hold beside what is "
+            "learned here. Merge it first (PEFT's merge_and_unload, then save_pretrained), and "
+            "give the merged folder."
+        )
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
+    except (OSError, ValueError):  # an adapter folder need not hold one
+        tokenizer = transformers.AutoTokenizer.from_pretrained(base, trust_remote_code=code)
+    return Backbone(model.merge_and_unload().eval(), tokenizer, str(base), merged)
+
+
+def side_by_side(first: Tree, second: Tree) -> dict[str, Tensor]:
+    """Return one adapter whose change of every layer is the sum of two adapters' changes.
+
+    Ranks add up; a layer that one of them does not know has zeros there, so that all layers have
+    one rank.
+
+    Args:
+        first: Factors of each layer, [r, in] and [out, r], whose product is the change.
+        second: Factors likewise, of any layers and another rank.
+    """
+    ranks = [
+        max((t.shape[0] for n, t in tree.items() if _is_down(n)), default=0)
+        for tree in (first, second)
+    ]
+    both: dict[str, Tensor] = {}
+    for name in {**first, **second}:
+        axis = 0 if _is_down(name) else 1
+        other = first.get(name, second.get(name))
+        assert other is not None
+        parts = []
+        for tree, rank in zip((first, second), ranks, strict=True):
+            shape = list(other.shape)
+            shape[axis] = rank
+            part = torch.zeros(shape)
+            if name in tree:
+                part.narrow(axis, 0, tree[name].shape[axis]).copy_(tree[name])
+            parts.append(part)
+        both[name] = torch.cat(parts, axis)
+    return both
+
+
+def _is_down(name: str) -> bool:
+    return "_A" in name.rsplit("lora", 1)[-1]
+
+
+def merged_adapter(path: str | Path, **options: Any) -> Any:
+    """Return the base model of a PEFT folder with the adapter merged into its weights.
+
+    Where the adapter changes embeddings or the head of a model that shares them, the two are
+    untied, for otherwise the one's change would be the other's too.
+
+    Args:
+        path: The adapter folder.
+        **options: What else `AutoPeftModelForCausalLM.from_pretrained` is given.
+    """
+    from peft import AutoPeftModelForCausalLM
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of PEFT's use of transformers
+        # it says that a merge would go wrong, which untying prevents
+        warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
+        model = AutoPeftModelForCausalLM.from_pretrained(str(path), **options)
+        _untie_adapted(model)
+        return model.merge_and_unload().eval()
+
+
+def _untie_adapted(model: Any) -> None:
+    """Give embeddings and head weights of their own where an adapter is on either of them."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    inner = model.get_base_model()
+    ends = [inner.get_input_embeddings(), inner.get_output_embeddings()]
+    adapted = [isinstance(end, BaseTunerLayer | ModulesToSaveWrapper) for end in ends]
+    if not any(adapted) or not inner.config.get_text_config().tie_word_embeddings:
+        return
+    head = ends[1].get_base_layer() if isinstance(ends[1], BaseTunerLayer) else ends[1]
+    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    for config in (inner.config, inner.config.get_text_config()):
+        config.tie_word_embeddings = False
+
+
+def _refuse_wide_tokenizer(backbone: Backbone, setting: str) -> None:
+    """Raise UserError where the tokenizer gives tokens that the model has no embedding of.
+
+    Some models never see a few of their tokenizer's added tokens, such as those of images; these
+    are refused where a text has them.
+    """
+    tokenizer, rows = backbone.tokenizer, len(backbone.model.get_input_embeddings().weight)
+    beyond = {token: i for token, i in tokenizer.get_vocab().items() if i >= rows}
+    if not beyond:
+        return
+    template = tokenizer.chat_template or ""
+    used = {tokenizer.bos_token, tokenizer.eos_token}
+    added = tokenizer.get_added_vocab()
+    reached = sorted(
+        token for token in beyond if token in used or token not in added or token in template
+    )
+    if reached:
+        raise UserError(
+            f"model.path: the tokenizer of {setting!r} has tokens that the model has no embedding "
+            f"of: it has {rows} embeddings, and {reached[0]!r} is token {beyond[reached[0]]}. "
+            "Take the tokenizer that belongs to the model, or resize the model's embeddings "
+            "(model.resize_token_embeddings) and save it."
+        )
+    warnings.warn(
+        f"{setting}: the model has no embedding of the tokenizer's {sorted(beyond)[:4]}; a text "
+        "that has one is refused.",
+        stacklevel=4,
+    )
+
+
+def left_out(model: Any) -> list[str]:
+    """Return the linear layers that `all-linear` does not mean.
+
+    These are layers that return more than a tensor, such as routers; those of towers that no text
+    passes through, such as a vision model's; and those that PEFT refuses.
+
+    Raises:
+        UserError: The model does not run on text alone.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    linear = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    }
+    seen: dict[str, bool] = {}
+
+    def hook(name: str) -> Any:
+        def note(module: nn.Module, inputs: Any, output: Any) -> None:
+            seen[name] = isinstance(output, torch.Tensor)
+
+        return note
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in linear.items()]
+    try:
+        with torch.no_grad():
+            model(input_ids=torch.zeros(1, 4, dtype=torch.long), use_cache=False)
+    # whatever a model's own code makes of a plain text
+    except Exception as error:
+        raise UserError(
+            f"model.path: the model does not run on text alone: {type(error).__name__}: {error}"
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    is_ssm = model.config.model_type in _SSM_TYPES
+    return sorted(
+        name
+        for name in linear
+        if not seen.get(name, True)
+        or (name not in seen and _is_in_idle_tower(name, seen))
+        or (is_ssm and name.rsplit(".", 1)[-1] in _SSM)
+    )
+
+
+def _is_in_idle_tower(name: str, seen: Mapping[str, bool]) -> bool:
+    """Return whether no layer is called of a layer's whole part of the model.
+
+    Parts are the model's own and those of its inner model. An expert to which no token happened to
+    be sent is not idle: others of its part are called.
+    """
+    part = name.split(".")
+    return any(
+        not any(other.startswith(".".join(part[:depth]) + ".") for other in seen)
+        for depth in (1, 2)
+        if len(part) > depth
+    )

@@ -1,0 +1,230 @@
+"""What a model is: read from its config, and tried on a few tokens before anything is trained."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from fedpref.errors import UserError
+from fedpref.models.attention import ATTENTION, Kernel, by_sequence, kernels, packed_attention
+from fedpref.models.packed import Layout, Row
+from fedpref.numerics.trees import Tree
+
+if TYPE_CHECKING:
+    from fedpref.models.language import LanguageModel
+
+LONGEST_TRIAL = 256  # tokens: longer windows are told from the config alone
+# an attention's window or chunk; not the chunks of recurrent layers, nor counts of layers
+WINDOW = re.compile(r"(\w+_)?window(_size)?|attention_chunk_size")
+LARGE = 1e4  # logits at which any cap on them shows
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a model's config says of lengths, in tokens.
+
+    Attributes:
+        context: The longest row that the model takes; None where it does not say.
+        reach: The shortest window or chunk of attention; None without one. Longer rows are padded.
+        switch: Rows longer than this have other positions than shorter ones (LongRoPE), and are
+            computed apart; None where positions are a token's own.
+        is_strict: Whether a row longer than the context would be told wrongly or not at all.
+    """
+
+    context: int | None = None
+    reach: int | None = None
+    switch: int | None = None
+    is_strict: bool = False
+
+    @staticmethod
+    def of(model: Any) -> Limits:
+        """Return what is said by a model's config, and by the sizes of its embeddings."""
+        config = model.config.get_text_config()
+        context = getattr(config, "max_position_embeddings", None)
+        said = config.to_dict()
+        windows = [
+            value
+            for name, value in said.items()
+            if WINDOW.fullmatch(name) and type(value) is int and value > 1
+        ]
+        kinds = {
+            str(rope.get("rope_type", rope.get("type"))): rope
+            for rope in _ropes(said.get("rope_parameters") or said.get("rope_scaling"))
+        }
+        long = kinds.get("longrope", {})
+        switch = long.get("original_max_position_embeddings") or (
+            said.get("original_max_position_embeddings") if long else None
+        )
+        tables = [
+            module.num_embeddings
+            for module in model.modules()
+            if isinstance(module, nn.Embedding) and module is not model.get_input_embeddings()
+        ]
+        has_table = context is not None and any(context <= rows <= context + 8 for rows in tables)
+        # dynamic scaling keeps what the longest row before asked for
+        return Limits(context, min(windows, default=None), switch, has_table or "dynamic" in kinds)
+
+
+def _ropes(parameters: Any) -> list[dict[str, Any]]:
+    """Return the settings of rotary positions, which may be given by kind of layer."""
+    if not isinstance(parameters, dict):
+        return []
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    return nested or [parameters]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What was found.
+
+    Attributes:
+        has_plain_head: Logits are those of the vocabulary head alone.
+        problem: Why the packed form does not fit; None where it does.
+        is_apart: A row's states depend on the rows beside it, so that each is computed alone.
+        kernel: The fastest attention that runs here.
+    """
+
+    has_plain_head: bool
+    problem: str | None
+    is_apart: bool = False
+    kernel: Kernel = by_sequence
+
+
+def tried(language: LanguageModel) -> Trial:
+    """Try a model on a few tokens: its head, a fresh adapter, its neighbours, the packed form.
+
+    If the packed form fits, the model keeps its attention, which elsewhere is transformers' `sdpa`.
+
+    Raises:
+        UserError: The adapter cannot be on the layers where it is, or a fresh one changes the
+            model.
+    """
+    draw = torch.Generator().manual_seed(0)
+    fresh = language.init(draw)
+    adapter = {
+        name: 0.05 * torch.randn(tensor.shape, generator=draw).to(language.device, language.dtype)
+        for name, tensor in fresh.items()
+    }
+    tolerance = 1e-3 if language.dtype == torch.float32 else 0.05
+    rows = _rows(language, draw)
+    layout = Layout.padded(rows, language.device)
+    with torch.no_grad():
+        try:
+            states, _ = language.run(adapter, layout, layout.scored[:1])
+        # whatever a layer's own code makes of an adapter around it
+        except Exception as error:
+            raise UserError(
+                "model.lora_target_modules: the model does not run with an adapter on "
+                f"{language.settings.lora_target_modules!r}: {type(error).__name__}: {error}. "
+                "Name the layers that return one tensor, such as q_proj and v_proj."
+            ) from error
+        expected = states.flatten(0, 1)[layout.scored]
+        _refuse_changed(language, fresh, layout, tolerance)
+        alone = language.run(
+            adapter, layout, layout.scored[:1], groups=[[row] for row in range(len(layout.ids))]
+        )[0]
+        is_apart = distance(expected, alone.flatten(0, 1)[layout.scored]) > tolerance
+        if is_apart:
+            return Trial(False, "a row's states depend on the rows beside it", True)
+        if type(language.head) is not nn.Linear:
+            return Trial(False, "its vocabulary head is not a plain linear layer")
+        if not _has_plain_head(language, adapter, layout, expected, tolerance):
+            return Trial(False, "its logits are not those of its head alone")
+        return _packed(language, adapter, rows[:2], tolerance)
+
+
+def _rows(language: LanguageModel, draw: torch.Generator) -> list[Row]:
+    """Return two short rows, and one beyond the model's lengths where these are short."""
+    beyond = [
+        length + 5
+        for length in (language.limits.reach, language.limits.switch)
+        if length and length + 5 <= min(LONGEST_TRIAL, language.limits.context or LONGEST_TRIAL)
+    ]
+    longest = max([16, *beyond])
+    vocabulary = len(language.model.get_input_embeddings().weight)
+    tokens = torch.randint(vocabulary, (longest + 16,), generator=draw).tolist()
+    rows: list[Row] = [
+        (tokens[:3], (tokens[3:5], tokens[5:9])),
+        (tokens[9:10], (tokens[10:13], tokens[13:16])),
+    ]
+    return rows + [(tokens[16:-3], (tokens[-3:],)) for _ in beyond[:1]]
+
+
+def _refuse_changed(language: LanguageModel, fresh: Tree, layout: Layout, tolerance: float) -> None:
+    """Raise UserError where a fresh adapter, which is zero, changes what the model says."""
+    cast = {name: t.to(language.device, language.dtype) for name, t in fresh.items()}
+    with_it, without = (
+        language.run(adapter, layout, layout.scored[:1])[0].flatten(0, 1)[layout.scored]
+        for adapter in (cast, {})
+    )
+    # nothing is added, so that no rounding of the arithmetic excuses a difference
+    if (apart := distance(with_it, without)) > tolerance / 50:
+        raise UserError(
+            f"model.path: {language.name!r} is another model as soon as an adapter is on it, "
+            f"though the adapter is zero (hidden states differ by {apart:.2g} of their size): its "
+            "layers do more than PEFT's adapter layers call. It cannot be trained against itself."
+        )
+
+
+def _has_plain_head(
+    language: LanguageModel,
+    adapter: Tree,
+    layout: Layout,
+    expected: Float[Tensor, "n D"],
+    tolerance: float,
+) -> bool:
+    """Return whether logits are those of the head alone, at the size they have and at large ones.
+
+    A cap bends large logits only, and which are large depends on the text.
+    """
+    logits = nn.functional.linear(expected, language.head.weight, language.head.bias)
+    largest = float(logits.float().abs().max())
+    for factor in (1.0, LARGE / max(largest, 1e-6)):
+        found = language.run(adapter, layout, layout.scored, factor=factor)[1][0]
+        head = nn.functional.linear(expected * factor, language.head.weight, language.head.bias)
+        if not distance(head, found) <= tolerance:
+            return False
+    return True
+
+
+def _packed(language: LanguageModel, adapter: Tree, rows: list[Row], tolerance: float) -> Trial:
+    apart, layout = (form(rows, language.device) for form in (Layout.padded, Layout.packed))
+    longest = max(len(prompt) + max(map(len, answers)) for prompt, answers in rows)
+    if language.limits.reach and language.limits.reach < longest:
+        return Trial(True, f"its attention reaches {language.limits.reach} tokens back")
+    expected = language.run(adapter, apart, apart.scored[:0])[0].flatten(0, 1)[apart.scored]
+    backbone = language.model.get_base_model()
+    own = backbone.config._attn_implementation
+    problem = ""
+    for kernel in kernels(language.device, language.dtype):
+        try:
+            backbone.set_attn_implementation(ATTENTION)
+            with packed_attention(layout, kernel):
+                states, _ = language.run(adapter, layout, layout.scored[:0])
+            difference = distance(states[0][layout.scored], expected)
+        # whatever a model's own code makes of a form that it was not written for
+        except Exception as error:
+            problem = str(error) or type(error).__name__
+        else:
+            if difference <= tolerance:
+                if problem:
+                    warnings.warn(
+                        f"{language.name}: the fastest attention does not run here ({problem}); "
+                        f"{kernel.__name__} is used.",
+                        stacklevel=6,
+                    )
+                return Trial(True, None, kernel=kernel)
+            problem = f"hidden states differ by {difference:.2g} of their size"
+    backbone.set_attn_implementation(own)
+    return Trial(True, problem)
+
+
+def distance(computed: Float[Tensor, "n D"], expected: Float[Tensor, "n D"]) -> float:
+    """Return the largest relative difference of a row."""
+    return float(((computed - expected).float().norm(dim=1) / expected.float().norm(dim=1)).max())

@@ -1,0 +1,130 @@
+"""Whether an export is the run's model: log-probabilities of a few held-out rows, by both."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedpref.data.preferences import Feedback, Preference, Text
+from fedpref.engines.workers import one_thread
+from fedpref.errors import UserError
+from fedpref.experiments.finished import FinishedRun
+from fedpref.models.language import LanguageModel, Model
+from fedpref.models.own_parts import DOWN, FILE, REWARD, UP
+from fedpref.models.packed import Row, Unscored
+from fedpref.numerics import trees
+
+ROWS = 4
+LONGEST = 256  # tokens of a row that are compared
+# shares of a log-probability, beside a hundredth of a nat: other kernels round otherwise, and
+# float16 has eleven bits
+TOLERANCE = {"float32": 1e-3, "float16": 2e-2}
+
+
+class Comparison:
+    """The run's model beside what was exported of it.
+
+    Args:
+        run: The run.
+        folder: A folder of the run with an adapter, whose shape all share.
+        client: Whose held-out rows are taken first.
+
+    Raises:
+        UserError: The base model cannot be loaded.
+    """
+
+    def __init__(self, run: FinishedRun, folder: Path, client: str | None) -> None:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        targets = config["target_modules"]
+        code = run.experiment.task.model.trust_remote_code
+        with one_thread():
+            self.language = LanguageModel(
+                Model(
+                    path=config["base_model_name_or_path"],
+                    revision=config.get("revision"),
+                    trust_remote_code=code,
+                    dtype="float32",
+                    device="cpu",
+                    lora_r=config["r"],
+                    lora_alpha=config["lora_alpha"],
+                    lora_target_modules=targets if isinstance(targets, str) else tuple(targets),
+                )
+            )
+        self.rows = list(_rows(run, client, self.language))
+        self.largest = 0.0
+
+    @property
+    def sentence(self) -> str:
+        """What came of it, for a model card."""
+        count = sum(len(answers) for _, answers in self.rows)
+        return (
+            f"Compared with the run by plain transformers: log-probabilities of {count} answers "
+            f"differ by {self.largest:.1g} nats at most."
+        )
+
+    def check(self, folder: Path, exported: Any, *, is_whole: bool, dtype: str = "float32") -> None:
+        """Compare one exported model with the folder of the run that it was made of.
+
+        Args:
+            folder: The run's folder.
+            exported: The model as plain transformers or PEFT loaded it, in float32.
+            is_whole: Whether the export has the client's own vocabulary head.
+            dtype: What the export's weights were rounded to.
+
+        Raises:
+            UserError: They are not one model.
+        """
+        params = dict(trees.load(folder / "adapter_model.safetensors"))
+        if is_whole and (folder / FILE).exists():
+            own = trees.load(folder / FILE)
+            params |= {n: t for n, t in own.items() if n not in (REWARD, DOWN, UP)}
+        with torch.no_grad():
+            expected = self.language.log_probabilities(params, self.rows).tolist()
+            found = [
+                _plain(exported, prompt, answer)
+                for prompt, answers in self.rows
+                for answer in answers
+            ]
+        for mine, theirs in zip(expected, found, strict=True):
+            if not abs(mine - theirs) <= 0.01 + TOLERANCE[dtype] * abs(mine):
+                raise UserError(
+                    f"{folder}: the export is another model than the run's, and was not kept: an "
+                    f"answer's log-probability is {theirs:.3f} in the place of {mine:.3f}. Please "
+                    "report this with the model's name and the versions of PEFT and transformers."
+                )
+            self.largest = max(self.largest, abs(mine - theirs))
+
+
+def _rows(run: FinishedRun, client: str | None, language: LanguageModel) -> Iterator[Row]:
+    """Yield held-out rows as tokens; where the data are not here, others that are in no data."""
+    pairs: list[tuple[Text, Sequence[Text]]] = []
+    try:
+        clients = run.experiment.read().clients
+    except UserError:  # moved since, or never here: they are with their sites
+        clients = ()
+    for one in sorted(clients, key=lambda one: one.name != client):
+        for row in one.test:
+            if isinstance(row, Preference):
+                pairs.append((row.prompt, (row.chosen, row.rejected)))
+            elif isinstance(row, Feedback):
+                pairs.append((row.prompt, (row.completion,)))
+    pairs = pairs[:ROWS] or [("Which of the two is it?", (" The first.", " It may be either."))]
+    for prompt, answers in pairs:
+        if isinstance(prompt, str):
+            opening, said = language.texts.plain(prompt, [str(answer) for answer in answers])
+        else:
+            opening, said = language.texts.chat(prompt, answers)  # type: ignore[arg-type]
+        yield opening[-LONGEST // 2 :], tuple(tuple(ids[: LONGEST // 2]) for ids in said)
+
+
+def _plain(model: Any, prompt: Sequence[int], answer: Sequence[int]) -> float:
+    """Return an answer's log-probability by the model's own forward pass, without padding."""
+    ids = torch.tensor([[*prompt, *answer]])
+    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, :-1].float()
+    tokens = torch.log_softmax(logits, -1).gather(1, ids[0, 1:, None])[len(prompt) - 1 :, 0]
+    scored = torch.tensor([not isinstance(token, Unscored) for token in answer])
+    return float(tokens[scored].sum())
