@@ -12,14 +12,20 @@ folder, one answer at a time without padding, and the adapter's gradient against
 also a refusal (UserError) where the table of architectures below gives a reason for one. In
 bfloat16 the error of the same arithmetic without fedpref, against float32, stands beside ours.
 
-Templates: the tokens of prompts and answers against those of the text that the template writes.
-Right is also a refusal, or a warning that shows the lost text where a template writes a turn
-otherwise once it is answered, as long as no word of the prompt is lost.
+Templates: the tokens of prompts and answers against those of the text that the template writes,
+the same on any day. Right is also a refusal, or a warning that shows the lost text where a template
+writes a turn otherwise once it is answered, as long as no message of the prompt is lost.
 
 Fuzz: rows, configs, overrides and damaged run directories, through what the commands `check`,
 `report`, `compare`, `resume`, `evaluate` and `generate` call. A leak is an exception other than
 UserError, more than five seconds, a value of the environment in an experiment's own YAML, or such
-a YAML that is not taken back. `--keep` stores what leaked, to be tried on the command line.
+a YAML that is not taken back. `--keep` stores what leaked, to be tried on the command line there:
+
+    cd leaks
+    fedpref check configs-0008.yaml
+    fedpref check base-3.yaml KEY=VALUE    # the lines of overrides-0056.txt
+    fedpref check base-0.yaml data.path=rows-0022.jsonl
+    fedpref report runs-0062               # or compare, resume, evaluate, generate
 """
 
 from __future__ import annotations
@@ -71,19 +77,17 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.configuration import set_hypothesis_home_dir
 from hypothesis.internal.conjecture.engine import ConjectureRunner
-from jinja2 import TemplateError
 from peft import PeftModel
 from transformers.utils import chat_template_utils
 
 from fedpref import config
 from fedpref.cli import showing, training, using
-from fedpref.data import IID, Feedback, Files, Natural, Opinions
+from fedpref.data import IID, Files, Natural, Opinions
 from fedpref.errors import UserError
 from fedpref.experiments.experiment import Experiment
 from fedpref.experiments.finished import FinishedRun
 from fedpref.models.language import LanguageModel, Model
 from fedpref.numerics import seeds
-from fedpref.reports.tables import size_table
 from fedpref.runs.launch import run
 from fedpref.tasks import FeedbackTask, PreferenceTask
 
@@ -144,8 +148,9 @@ def sentence(error: BaseException) -> str:
 Row = tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]
 WINDOW = 20  # of attention, wherever there is one: shorter than most rows
 ORIGINAL = 48  # positions before RoPE is stretched: rows lie on both sides
-# Of an answer's log-probability. Rounding in float32 stays below 2e-6 of it here (the table shows
-# how much); the smallest fault that a model was seen to have, a neighbour's RoPE, was 3e-4.
+# Of an answer's log-probability. Rounding in float32 stays below 2e-6 of it here, and below 3e-5
+# where a layer rounds its input to few bits (BitNet); the smallest fault that a model was seen to
+# have, a neighbour's RoPE, was 3e-4.
 TOLERANCE = 5e-5
 GRADIENT_TOLERANCE = 1e-3  # of the norm of the whole gradient
 SMALL: dict[str, Any] = {
@@ -617,12 +622,12 @@ ANSWERS = {
 DATE = next((f.name for f in fields(Model) if "date" in f.name), None)  # the setting, if any
 
 
-class Tomorrow(datetime):
-    """A clock that is a day and more ahead."""
-
-    @classmethod
-    def now(cls, tz: Any = None) -> datetime:
-        return datetime(2031, 7, 9, 13, 5)
+@contextlib.contextmanager
+def clock(day: datetime) -> Iterator[None]:
+    """Let chat templates take a day for today within a `with`."""
+    with mock.patch.object(chat_template_utils, "datetime") as today:
+        today.now.return_value = day
+        yield
 
 
 def template_files() -> list[Path]:
@@ -667,13 +672,10 @@ class TemplateTrial:
         with self.listening():
             self.learner = PreferenceTask(model=model).build()
         self.tokenizer = self.learner.language.tokenizer
-        self.dated = "strftime_now" in template
-        self.options: dict[str, Any] = {}
-        if self.dated and DATE:
-            value = getattr(self.learner.settings.model, DATE)
-            if value is not None:
-                day = datetime.fromisoformat(str(value))
-                self.options["strftime_now"] = lambda form: day.strftime(form)
+        self.is_dated = "strftime_now" in template
+        self.day = datetime(2024, 7, 26)
+        if DATE:
+            self.day = datetime.fromisoformat(str(getattr(self.learner.settings.model, DATE)))
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -683,12 +685,32 @@ class TemplateTrial:
             yield
         self.warned += "".join(f"{one.message}\n" for one in told)
 
-    def rendered(self, messages: Sequence[Mapping[str, str]], asks: bool) -> str:
-        """Return the text that transformers makes of a conversation."""
-        return str(
-            self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=asks, **self.options
+    def rendered(
+        self, prompt: Sequence[Mapping[str, str]], answers: Sequence[str]
+    ) -> tuple[str, list[str]]:
+        """Return what transformers makes of a prompt that is to be answered, and of the wholes."""
+
+        def write(messages: Sequence[Mapping[str, str]], asks: bool) -> str:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    list(messages), tokenize=False, add_generation_prompt=asks
+                )
             )
+
+        with clock(self.day):
+            return write(prompt, True), [
+                write([*prompt, said("assistant", answer)], False) for answer in answers
+            ]
+
+    def is_straight(self, prompt: Sequence[Mapping[str, str]], answers: Sequence[str]) -> bool:
+        """Return whether transformers writes a conversation whole, and answers after its prompt."""
+        try:
+            opening, whole = self.rendered(prompt, answers)
+        except Exception:  # templates are programs
+            return False
+        return all(message["content"] in opening for message in prompt) and all(
+            text.startswith(opening) and answer in text
+            for answer, text in zip(answers, whole, strict=True)
         )
 
     def encoded(self, text: str) -> list[int]:
@@ -698,7 +720,7 @@ class TemplateTrial:
         return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
     def found(self, prompt: Any, answers: Any) -> tuple[list[int], list[tuple[int, ...]]]:
-        """Return fedpref's tokens, those that are context alone as their complements."""
+        """Return fedpref's tokens of a prompt and of each answer to it."""
         with self.listening():
             ids, closed = self.learner.tokens(
                 prompt, tuple((said("assistant", answer),) for answer in answers), "row 1"
@@ -708,31 +730,22 @@ class TemplateTrial:
     def problem(self, prompt: tuple[dict[str, str], ...], answers: tuple[str, str]) -> str:
         """Return what is wrong with a case, nothing if nothing is; raises UserError if refused."""
         try:
+            with clock(datetime(2031, 12, 9)):
+                another = self.found(prompt, answers)
             ids, closed = self.found(prompt, answers)
-            if self.dated and self.on_another_day(prompt, answers) != (ids, closed):
-                return "the tokens depend on the day"
         except UserError:
             raise
         except Exception as error:
             return f"{sentence(error)} at {origin(error)}"
-        if self.dated and not self.options:
+        if (ids, closed) != another:
+            return "the tokens depend on the day"
+        if self.is_dated and not DATE:  # which day is theirs?
             return ""
         try:
-            opening = self.rendered(prompt, asks=True)
-            whole = [
-                self.rendered([*prompt, said("assistant", answer)], asks=False)
-                for answer in answers
-            ]
-        except (TemplateError, ValueError, TypeError) as error:
+            opening, whole = self.rendered(prompt, answers)
+        except Exception as error:  # templates are programs
             return f"transformers refuses it ({sentence(error)}), fedpref does not"
         return self.difference(prompt, answers, ids, closed, opening, whole)
-
-    def on_another_day(self, prompt: Any, answers: Any) -> tuple[list[int], list[tuple[int, ...]]]:
-        today, chat_template_utils.datetime = chat_template_utils.datetime, Tomorrow
-        try:
-            return self.found(prompt, answers)
-        finally:
-            chat_template_utils.datetime = today
 
     def difference(
         self,
@@ -753,7 +766,8 @@ class TemplateTrial:
                     f"prompt and answer read {self.decoded(together[at : at + 8])!r} for "
                     f"{self.decoded(right[at : at + 8])!r}"
                 )
-            scored = self.decoded([token for token in answer if token >= 0])
+            # what is context alone is a complement, or of a type of its own
+            scored = self.decoded([token for token in answer if type(token) is int and token >= 0])
             if content in text and content not in scored:
                 return f"of the answer {content!r} only {scored!r} is scored"
         asked = self.encoded(opening)
@@ -780,9 +794,14 @@ def measure_templates(match: str, scratch: Path) -> dict[str, float]:
     """Try all templates and print a line for each."""
     found = [file for file in template_files() if match in file.stem]
     if not found:
-        print("templates: none tried, for trl is not installed" if not match else "no template")
+        print(f"no template is tried: trl is not installed, or has none with {match!r} in its name")
+        return {"templates_right_or_refused": 0, "templates_tried": 0}
     right = 0
-    print(f"{'template':28}{'right':>7}{'refused':>9}{'wrong':>7}  the first that is not right")
+    print(
+        f"{'template':28}{'right':>7}{'refused':>9}{'needless':>10}{'wrong':>7}  "
+        "the first that is not right\n"
+        f"{'':28}{'(needless: transformers writes all of it, and answers after the prompt)'}"
+    )
     for file in found:
         counts: Counter[str] = Counter()
         first: dict[str, str] = {}  # that is wrong, that is refused
@@ -795,13 +814,15 @@ def measure_templates(match: str, scratch: Path) -> dict[str, float]:
                     how = "wrong" if problem else "right"
                 except UserError as error:
                     how, problem = "refused", sentence(error)
+                    counts["needless"] += trial is not None and trial.is_straight(prompt, answers)
                 except Exception as error:  # as it is loaded
                     how, problem = "wrong", f"{sentence(error)} at {origin(error)}"
                 counts[how] += 1
                 first.setdefault(how, f"{how}: [{name}; {kind}] {problem}")
         right += not counts["wrong"]
         print(
-            f"{file.stem:28}{counts['right']:7}{counts['refused']:9}{counts['wrong']:7}  "
+            f"{file.stem:28}{counts['right']:7}{counts['refused']:9}{counts['needless']:10}"
+            f"{counts['wrong']:7}  "
             f"{first.get('wrong') or first.get('refused', '')}",
             flush=True,
         )
@@ -1093,13 +1114,16 @@ def as_parquet(rows: Sequence[Mapping[str, Any]]) -> bytes:
 
 
 @st.composite
-def tables(draw: st.DrawFn) -> tuple[str, bytes]:
-    """Draw a file of rows: the end of its name, and its bytes."""
+def tables(draw: st.DrawFn) -> tuple[str, str, bytes]:
+    """Draw a file of rows: the task that it is for, the end of its name, and its bytes."""
     kind = draw(st.sampled_from([".jsonl", ".jsonl", ".json", ".csv", ".parquet"]))
-    packed = draw(st.sampled_from(["", "", ".gz"]))
+    packed = "" if kind == ".parquet" else draw(st.sampled_from(["", "", ".gz"]))
     if draw(rarely):
-        return kind + packed, draw(st.binary(max_size=60))
+        return "preference", kind + packed, draw(st.binary(max_size=60))
     rows = draw(odd_rows())
+    task = (
+        "opinion" if "question" in rows[0] else "feedback" if "label" in rows[0] else "preference"
+    )
     if kind == ".csv":
         content = as_csv(rows)
     elif kind == ".parquet":
@@ -1118,44 +1142,39 @@ def tables(draw: st.DrawFn) -> tuple[str, bytes]:
         content = gzip.compress(content, 1, mtime=0)
         if draw(rarely):
             content = draw(damaged(content))
-    return kind + packed, content
+    return task, kind + packed, content
 
 
 def fuzz_rows(trials: Trials, model: Model, count: int) -> None:
-    """Read files as `fedpref check` does: rows, clients, their tokens, the table of sizes."""
-    learners = {
-        True: FeedbackTask(model=model).build(),
-        False: PreferenceTask(model=model).build(),
-    }
+    """Read files by `fedpref check`."""
+    kinds = (PreferenceTask(model=model), FeedbackTask(model=model))
+    tasks = {one.name: (one, one.build()) for one in kinds}
 
-    def whole(experiment: Experiment) -> None:
-        list(experiment.data.read())
-        clients, _ = experiment.clients()
-        judged = any(isinstance(row, Feedback) for client in clients for row in client.train)
-        sizes = {}
-        for client in clients:
-            assert client.digest
-            shard = learners[judged].encode(client)
-            sizes[client.name] = (len(shard.train), len(shard.test), shard.truncated)
-        training.console.print(size_table(sizes))
+    def check(experiment: Experiment) -> None:
+        file = trials.scratch / "rows.yaml"
+        file.write_text(config.to_yaml(experiment))
+        # loading the model takes longest, and is the same for all
+        learner = tasks[experiment.task.name][1]
+        with mock.patch.object(Experiment, "build_task", return_value=learner):
+            training.check(file)
 
-    def examine(drawn: tuple[tuple[str, bytes], Any, bool]) -> None:
-        (ending, content), how, sided = drawn
+    def examine(drawn: tuple[tuple[str, str, bytes], Any, dict[str, Any]]) -> None:
+        (kind, ending, content), how, options = drawn
         path = trials.scratch / f"rows{ending}"
         path.write_bytes(content)
-        survey = b"question" in content
-        data: Any = (
-            Opinions(path=str(path))
-            if survey
-            else Files(path=str(path), split_column="split" if sided else None)
-        )
-        experiment = Experiment(data=data, partition=how)
-        acts = {"check": lambda: whole(experiment)}
+        survey = kind == "opinion"
+        data: Any = Opinions(path=str(path)) if survey else Files(path=str(path), **options)
+        task = tasks["preference" if survey else kind][0]
+        experiment = Experiment(data=data, partition=how, task=task)
         shown = content.decode("utf-8", "backslashreplace")
+        acts = {"check": lambda: check(experiment)}
         trials.examine("rows", f"{ending} {shown[-100:]!a}", acts, path)
 
     partitions = (IID(clients=1), IID(clients=1), Natural(), Natural(column="group"))
-    trials.generate(count, st.tuples(tables(), st.sampled_from(partitions), rarely), examine)
+    options = ({}, {}, {"unusable": "skip"}, {"unusable": "skip"}, {"split_column": "split"})
+    trials.generate(
+        count, st.tuples(tables(), st.sampled_from(partitions), st.sampled_from(options)), examine
+    )
 
 
 # -- configs and overrides
@@ -1354,39 +1373,30 @@ def yaml_files(draw: st.DrawFn, contents: Sequence[Any]) -> bytes:
     return written
 
 
-def checked(path: Path, overrides: Sequence[str], scratch: Path, model: Mapping[str, Any]) -> None:
-    """Do what `fedpref check` does, the model loaded only where it is not the usual one."""
+def checked(path: Path, overrides: Sequence[str], scratch: Path) -> None:
+    """Do what `fedpref check` does, and look at the experiment's own YAML."""
     experiment = Experiment.load(path, overrides)
     text = config.to_yaml(experiment)
     if shown := [name for name, value in SECRETS.items() if value in text]:
         raise LeakError(f"the value of {shown[0]} stands in the experiment's YAML")
     own = scratch / "own.yaml"
-    own.write_text(text)
+    own.write_text(text, encoding="utf-8")
     try:
         Experiment.load(own)
     except UserError as error:
         raise LeakError(f"the experiment's own YAML is refused: {error}") from error
     location = experiment.data.location
     # a folder of this machine is not to be searched for datasets
-    if location is not None and Path(location).expanduser().is_dir():
-        return
-    clients, _ = experiment.clients()
-    asked = config.dump(experiment.task).get("model")
-    if asked is not None and any(asked[name] != value for name, value in model.items()):
-        task = experiment.build_task()
-        for client in clients[:1]:
-            task.encode(client)
-    experiment.check_clients({client.name: len(client.train) for client in clients})
+    if location is None or not Path(location).expanduser().is_dir():
+        training.check(path, list(overrides))
 
 
 def fuzz_configs(trials: Trials, contents: Sequence[Any], count: int) -> None:
     """Load files as `fedpref check` does."""
-    model = contents[0]["task"]["model"]
-
-    bases = [*contents, *map(whole_config, contents)]
+    known = [*contents, *map(whole_config, contents)]
     usual = {
         line.strip()
-        for base in bases
+        for base in known
         for flow in (None, False)
         for line in yaml.safe_dump(base, default_flow_style=flow).splitlines()
     }
@@ -1394,12 +1404,12 @@ def fuzz_configs(trials: Trials, contents: Sequence[Any], count: int) -> None:
     def examine(written: bytes) -> None:
         path = trials.scratch / "config.yaml"
         path.write_bytes(written)
-        acts = {"check": lambda: checked(path, (), trials.scratch, model)}
+        acts = {"check": lambda: checked(path, (), trials.scratch)}
         text = written.decode("utf-8", "backslashreplace")
         lines = [line.strip() for line in text.splitlines() if line.strip() not in usual]
         trials.examine("configs", ascii("; ".join(lines) or text[-100:]), acts, path)
 
-    trials.generate(count, yaml_files(bases), examine)
+    trials.generate(count, yaml_files(known), examine)
 
 
 @st.composite
@@ -1423,8 +1433,7 @@ def override_lists(draw: st.DrawFn, known: Sequence[Sequence[str]]) -> tuple[int
 
 def fuzz_overrides(trials: Trials, contents: Sequence[Any], count: int) -> None:
     """Load valid files with overrides as `fedpref check` does."""
-    model = contents[0]["task"]["model"]
-    paths = [trials.scratch / f"base-{number}.yaml" for number in range(len(contents))]
+    paths = [Path(f"base-{number}.yaml") for number in range(len(contents))]
     for path, content in zip(paths, contents, strict=True):
         path.write_text(yaml.safe_dump(content))
 
@@ -1432,7 +1441,7 @@ def fuzz_overrides(trials: Trials, contents: Sequence[Any], count: int) -> None:
         number, overrides = drawn
         given_ = trials.scratch / "overrides.txt"
         given_.write_text("\n".join([paths[number].name, *map(ascii, overrides)]))
-        acts = {"check": lambda: checked(paths[number], overrides, trials.scratch, model)}
+        acts = {"check": lambda: checked(paths[number], overrides, trials.scratch)}
         short = [text if len(text) < 90 else f"{text[:60]}...{text[-9:]}" for text in overrides]
         trials.examine("overrides", f"{contents[number]['name']} {short!a}", acts, given_)
 
@@ -1523,11 +1532,10 @@ def measure_fuzz(match: str, scratch: Path, count: int, keep: Path | None) -> di
     """Try inputs of four kinds; print what leaks, and a table."""
     logging.disable(logging.CRITICAL)
     set_hypothesis_home_dir(scratch / "hypothesis")
-    keep = keep.resolve() if keep else None
-    if keep:
-        keep.mkdir(parents=True, exist_ok=True)
-    os.chdir(scratch)  # an empty path is a folder too
-    data, survey = scratch / "pairs.jsonl", scratch / "survey.jsonl"
+    place = keep.resolve() if keep else scratch
+    place.mkdir(parents=True, exist_ok=True)
+    os.chdir(place)  # so that inputs do not hold its name, and an empty path is a folder too
+    data, survey = Path("pairs.jsonl"), Path("survey.jsonl")
     data.write_text("".join(json.dumps(numbered(ROWS[0], i)) + "\n" for i in range(24)))
     questions = [
         {"question": f"{i}?", "options": ["yes", "no"], "selections": {"A": [1, 2], "B": [2, 1]}}
@@ -1536,22 +1544,25 @@ def measure_fuzz(match: str, scratch: Path, count: int, keep: Path | None) -> di
     survey.write_text("".join(json.dumps(row) + "\n" for row in questions))
     tokenizer = transformers.AutoTokenizer.from_pretrained(BUILTIN)
     small = SMALL | {"hidden_size": 16, "num_hidden_layers": 1}
-    tiny = random_model(scratch / "tiny", transformers.LlamaConfig(**small), tokenizer)
+    tiny = random_model(Path("tiny"), transformers.LlamaConfig(**small), tokenizer)
     contents = bases(data, survey, tiny)
     personal = contents[0] | {"algorithm": contents[0]["algorithm"] | {"name": "fedper"}}
     del personal["algorithm"]["parts"]
     os.environ.update(SECRETS)
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, used + ROOM))
-    for number, content in enumerate(contents):
+    memory = Path("/proc/self/statm")
+    if memory.exists():  # on Linux
+        most = int(memory.read_text().split()[0]) * resource.getpagesize() + ROOM
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    for content in contents:  # which are to be right as they are
         (scratch / "usual.yaml").write_text(yaml.safe_dump(content))
-        checked(scratch / "usual.yaml", (), scratch, contents[number]["task"]["model"])
-    trials = Trials(scratch, keep)
+        with contextlib.redirect_stdout(io.StringIO()):
+            checked(scratch / "usual.yaml", (), scratch)
+    trials = Trials(scratch, place if keep else None)
     kinds: dict[str, tuple[float, Callable[[int], None]]] = {
-        "rows": (0.46, lambda n: fuzz_rows(trials, Model(path=tiny, dtype="float32"), n)),
-        "configs": (0.22, lambda n: fuzz_configs(trials, contents, n)),
+        "rows": (0.4, lambda n: fuzz_rows(trials, Model(path=tiny, dtype="float32"), n)),
+        "configs": (0.2, lambda n: fuzz_configs(trials, contents, n)),
         "overrides": (0.18, lambda n: fuzz_overrides(trials, contents, n)),
-        "runs": (0.14, lambda n: fuzz_runs(trials, personal, data, n)),
+        "runs": (0.22, lambda n: fuzz_runs(trials, personal, data, n)),
     }
     seconds = {}
     for kind, (share, fuzz) in kinds.items():

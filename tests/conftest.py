@@ -88,7 +88,7 @@ def make_rows(clients: Sequence[int], seed: int = 0) -> list[dict[str, str]]:
                 draw.choice([w for w in words if w != liked]) for _ in range(draw.randint(2, 9))
             ]
             better = [*others[:1], liked, *others[1:]]
-            prompt = f"Human: Which thing, number {number}.{i}?\n\nAssistant:"
+            prompt = f"Human: Which fish, number {number}.{i}?\n\nAssistant:"
             texts = {
                 "prompt": prompt,
                 "chosen": " " + " ".join(better),

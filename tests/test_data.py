@@ -31,6 +31,7 @@ from fedpref.data import (
 )
 from fedpref.data.parsing import parse
 from fedpref.data.preferences import key
+from fedpref.data.reading import read
 from fedpref.data.splits import held_out
 from fedpref.data.tables import read_table
 from fedpref.errors import UserError
@@ -156,8 +157,9 @@ def test_judgements_are_read_from_files_in_trls_unpaired_format(tmp_path: Path) 
 def test_a_judgement_that_cannot_be_used_is_named(
     record: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
+    source = Files(path=str(write_rows(tmp_path / "rows.jsonl", [record])))
     with pytest.raises(UserError, match=message) as caught:
-        list(Files(path=str(write_rows(tmp_path / "rows.jsonl", [record]))).read())
+        read(source, IID(clients=1), 0)
     assert "rows.jsonl, line 1" in str(caught.value)
 
 

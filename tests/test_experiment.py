@@ -21,6 +21,7 @@ from fedpref.algorithms import Alone, FedDPO, Pooled
 from fedpref.data import ClientData, Preference
 from fedpref.engines import Simulation
 from fedpref.engines.per_client import StoredValues
+from fedpref.experiments.finished import FinishedRun
 from fedpref.experiments.rounds import evaluate, events, new_directory
 from fedpref.experiments.run_directory import RunDirectory
 from fedpref.federation.local_training import LocalTraining, train_locally
@@ -189,6 +190,7 @@ def test_sgd_takes_the_step_of_the_textbook(settings: dict[str, Any], learner: A
         lr_scheduler_type="constant",
         warmup_ratio=0.0,
         max_grad_norm=1e9,
+        sampling_strategy="independent",
     )
     theta, moments, _ = train_locally(client(learner, settings), start, local, {})
     same = client(learner, settings)
@@ -451,9 +453,11 @@ def test_a_clients_name_cannot_leave_the_run_directory(
         experiment(settings, data=data, algorithm={**settings["algorithm"], "name": "alone"}),
         tmp_path / "deep/run",
     )
-    assert {path.name for path in (tmp_path / "deep/run/clients").iterdir()} == {
-        "..%2F..%2Fclient-0",
-        "..%2F..%2Fclient-1",
+    folders = {path.name for path in (tmp_path / "deep/run/clients").iterdir()}
+    assert {name.rsplit("~", 1)[0] for name in folders} == {"client-0", "client-1"}
+    assert FinishedRun.at(tmp_path / "deep/run").client_folders.keys() == {
+        "../../client-0",
+        "../../client-1",
     }
     assert {path.name for path in (tmp_path / "deep").iterdir()} == {"run"}
 
@@ -461,7 +465,9 @@ def test_a_clients_name_cannot_leave_the_run_directory(
 def test_the_pooled_line_sees_all_data_and_as_many_pairs(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    result = run(experiment(settings, baselines=["pooled"]), tmp_path / "run")
+    local = {**settings["algorithm"]["local"], "sampling_strategy": "independent"}
+    algorithm = {**settings["algorithm"], "local": local}
+    result = run(experiment(settings, baselines=["pooled"], algorithm=algorithm), tmp_path / "run")
     ours, pooled = metrics(result.path), metrics(result.path / "baselines/pooled")
     assert [row["num_pairs"] for row in ours] == [row["num_pairs"] for row in pooled]
     assert isinstance(
@@ -561,8 +567,8 @@ def test_what_does_not_fit_in_memory_lies_in_files_while_it_is_needed(
             engine.save({f"own-{room}": state.own}, tmp_path)
             states[room] = state.adapter
         spilled = len(list(tmp_path.glob("fedpref-*.safetensors")))
-        assert spilled == (len(shards) if room == 0 else 0), (
-            "each client's own factors, and no trace of its messages"
+        assert spilled == (2 * len(shards) if room == 0 else 0), (
+            "each client's own factors and place in its data, and no trace of its messages"
         )
         del state
         assert not list(tmp_path.glob("fedpref-*"))

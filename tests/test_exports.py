@@ -11,7 +11,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import pytest
 import torch
@@ -23,7 +22,7 @@ from typer.testing import CliRunner
 from fedpref import Experiment, UserError, cli, config, run
 from fedpref.data import Files
 from fedpref.experiments.rounds import Event
-from fedpref.experiments.run_directory import EVALUATION, METRICS, RunDirectory
+from fedpref.experiments.run_directory import EVALUATION, METRICS, RunDirectory, file_name
 from fedpref.models.generation import merged
 from fedpref.models.loading import load_model
 from fedpref.models.own_parts import Parts
@@ -148,12 +147,15 @@ def test_names_of_clients_stay_names(personal: Path, tmp_path: Path) -> None:
     shutil.copytree(personal, place)
     odd = "o'brien; touch x"
     for old, new in (("client-0", odd), ("client-1", "shared")):
-        (place / "clients" / old).rename(place / "clients" / new)
+        (place / "clients" / old).rename(place / "clients" / file_name(new))
+        for name in ("clients.json", "evaluation.jsonl"):
+            text = (place / name).read_text()
+            (place / name).write_text(text.replace(json.dumps(old), json.dumps(new)))
     manifest = json.loads((export(place, "peft", tmp_path / "out") / MANIFEST).read_text())
     paths = {entry["name"]: entry["path"] for entry in manifest["adapters"]}
     assert paths["shared by all"] == "shared"
     assert paths["shared"] == "clients/shared"
-    assert f"{odd}=clients/{quote(odd, safe=' ')}" in shlex.split(manifest["vllm"])
+    assert f"{odd}=clients/{file_name(odd)}" in shlex.split(manifest["vllm"])
 
 
 def test_a_card_of_the_shared_model_for_one_client_is_about_that_client(
@@ -452,7 +454,7 @@ def test_a_run_keeps_answers_before_and_after_where_they_are_asked_for(
     assert not (tmp_path / "run/baselines/alone/samples").exists()
     assert sorted(samples) == [f"client-{i}" for i in range(4)]
     assert all(
-        len(rows) == 2 and rows[0]["prompt"].startswith("Human: Which thing")
+        len(rows) == 2 and rows[0]["prompt"].startswith("Human: Which fish")
         for rows in samples.values()
     )
     assert any(

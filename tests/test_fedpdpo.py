@@ -218,7 +218,7 @@ def opposed(tmp_path: Path) -> Path:
     rows = make_rows([90])
     other = [
         {
-            "prompt": row["prompt"] + " ",
+            "prompt": row["prompt"],
             "chosen": row["rejected"],
             "rejected": row["chosen"],
             "client": "client-1",
@@ -278,7 +278,13 @@ def test_the_second_phase_leaves_heads_as_the_first_made_them(
     spec = config.parse(Experiment, settings, "test")
     task = spec.task.build()
     shard = task.prepare(task.encode(spec.clients()[0][0]), tmp_path)
-    local = LocalTraining(steps=5, batch_size=4, keep_optimizer=True, warmup_ratio=0.0)
+    local = LocalTraining(
+        steps=5,
+        batch_size=4,
+        keep_optimizer=True,
+        warmup_ratio=0.0,
+        sampling_strategy="independent",
+    )
     method = FedPDPO(
         local=local, personal_steps=2, freeze=freeze, aggregate=Factors(residual=False)
     )

@@ -503,7 +503,7 @@ def test_rewards_are_given_the_prompts_and_what_is_known_of_them(
 def of_client(
     prompts: list[str], completions: list[str], client: list[str], **_: Any
 ) -> list[float]:
-    assert all(prompt.startswith("Human: Which thing") for prompt in prompts)
+    assert all(prompt.startswith("Human: Which fish") for prompt in prompts)
     assert len(prompts) == len(completions)
     return [float(name[-1]) for name in client]
 
@@ -529,7 +529,9 @@ def test_prompts_alone_are_enough_and_each_counts_once(
 
 
 def test_accuracies_are_measured_for_each_objective(pairs: dict[str, Any], tmp_path: Path) -> None:
-    pairs["algorithm"] |= {"name": "firm"}
+    # batches of equal parts: the last one of an epoch may have fewer of an objective
+    local = {**pairs["algorithm"]["local"], "sampling_strategy": "independent"}
+    pairs["algorithm"] |= {"name": "firm", "local": local}
     outcome = run(parsed(pairs), tmp_path / "run")
     task = parsed(pairs).build_task()
     for client in parsed(pairs).clients()[0]:
@@ -577,7 +579,7 @@ def test_what_does_not_fit_is_refused(
 def test_pairs_of_unknown_objectives_and_clients_without_one_are_refused(
     pairs: dict[str, Any], tmp_path: Path
 ) -> None:
-    rows = make_rows([12, 9])
+    rows = make_rows([24, 16])
     for changed, complaint in (
         (
             [*rows, {**rows[0], "prompt": "Human: New?\n\nAssistant:", "kind": "third"}],

@@ -153,7 +153,7 @@ def test_cohorts_are_uniform_without_replacement_and_ordered() -> None:
 
 def test_clients_are_drawn_by_their_examples_or_by_given_weights() -> None:
     sizes = {"a": 10, "b": 30, "c": 0, "d": 60}
-    by_examples = Participation(clients_per_round=1, sampling="examples")
+    by_examples = Participation(clients_per_round=1, sampling="examples", weighting="equal")
     assert by_examples.weights(sizes, 0) == [10.0, 30.0, 0.0, 60.0]
     drawn = [by_examples.cohort([10.0, 30.0, 0.0, 60.0], 0, round)[0][0] for round in range(600)]
     for client, share in ((0, 0.1), (1, 0.3), (3, 0.6)):

@@ -15,7 +15,7 @@ from fedpref import Experiment, UserError, config, run
 from fedpref.cli import app
 from fedpref.data import Files
 from fedpref.experiments.finished import FinishedRun
-from fedpref.experiments.run_directory import EVALUATION, METRICS
+from fedpref.experiments.run_directory import EVALUATION, METRICS, file_name
 from fedpref.numerics import trees
 from fedpref.reports.page.sentences import words
 from fedpref.reports.page.tables import newcomer_rows
@@ -191,7 +191,7 @@ def test_from_the_command_line(settings: dict[str, Any], later: Path, tmp_path: 
     made = export(tmp_path / "run", "peft", tmp_path / "out", client="x y")
     assert (
         f"training examples | {one.joined['x y']['train']} |"
-        in (made / "clients/x y/README.md").read_text()
+        in (made / "clients" / file_name("x y") / "README.md").read_text()
     )
     said = CliRunner().invoke(
         app,

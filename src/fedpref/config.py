@@ -58,7 +58,7 @@ def _read(path: Path) -> Any:
         content = OmegaConf.create(text)
         _refuse_resolvers(OmegaConf.to_container(content))
     except BROKEN as error:
-        raise UserError(f"{path}: not a valid config in YAML: {_words(error)}") from error
+        raise UserError(f"{path}: not valid YAML for a config: {_words(error)}") from error
     return content
 
 

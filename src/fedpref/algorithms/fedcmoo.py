@@ -113,7 +113,7 @@ class FedCMOO(Algorithm[State]):
         return new, report
 
     def weigh(
-        self, gram: Float[Tensor, "M M"], last: Float[Tensor, " M"] | None, clients: int
+        self, gram: Float[Tensor, "M M"], last: Float[Tensor, " M"] | None, clients: int = 1
     ) -> Float[Tensor, " M"]:
         """Return the next weights, from the last ones.
 

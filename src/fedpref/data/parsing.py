@@ -151,10 +151,10 @@ def text(value: Any, column: str, where: str) -> Text:
         UserError: It is something else, or no text at all.
     """
     if value is None or value in ("", [], ()) or _is_nan(value):
-        raise Unusable("empty", where, f"column {column!r} is empty")
+        raise Unusable("empty", where, f"column {column!r}: expected text, found {value!r}")
     if isinstance(value, str):
         if not value.strip():
-            raise Unusable("empty", where, f"column {column!r} holds white space alone")
+            raise Unusable("empty", where, f"column {column!r}: expected text, found {value!r:.20}")
         written = _written(value, column, where)
         if written is None:
             return _whole(value, column, where)
@@ -236,7 +236,7 @@ def _message(message: Any, column: str, where: str) -> Message:
     others = said.keys() - {"role", "content"}
     if (content is None or not content.strip()) and not others and said["role"] != "system":
         raise Unusable(
-            "empty", where, f"column {column!r} has a message without text: {said!r:.60}"
+            "empty", where, f"column {column!r}: expected messages with text, found {said!r:.60}"
         )
     if content is not None:
         said["content"] = _whole(content, column, where)

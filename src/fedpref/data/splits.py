@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 import re
 import unicodedata
 from collections.abc import Iterable
@@ -50,6 +51,12 @@ def identity(prompt: Text, by: SplitBy) -> str:
 def digest(prompt: Text, by: SplitBy) -> str:
     """Return a short hash of what a prompt is told by, for lists of prompts that hold no text."""
     return blake2b(identity(prompt, by).encode(), digest_size=8).hexdigest()
+
+
+def keyed(prompt: Text, by: SplitBy, key: str) -> str:
+    """Return an HMAC of what a prompt is told by, which says nothing to who lacks the key."""
+    code = hmac.new(key.encode(), identity(prompt, by).encode(), "sha256")
+    return code.hexdigest()[:32]
 
 
 def split(

@@ -140,6 +140,7 @@ class Sites:
     ) -> None:
         self.transport, self.patience = transport, patience
         resumes = began is not None if resumes is None else resumes
+        self.notes: list[str] = []
         header = {
             **version(),
             "verb": "open",
@@ -147,6 +148,7 @@ class Sites:
             "run": run,
             "resumes": resumes,
             "is_known": is_known,
+            "held_out": self._held_out(experiment),
         }
         opened = self.ask({site: (dict(header), NO_TENSORS) for site in transport.sites})
         answers = {site: answer for site, answer in opened.items() if not isinstance(answer, str)}
@@ -203,6 +205,33 @@ class Sites:
                     )
                 }
             )
+
+    def _held_out(self, experiment: Mapping[str, Any]) -> list[str]:
+        """Return what tells prompts that are held out at any site, where sides are not by rule.
+
+        It is made with a key that only sites have: here it says nothing but whether two are equal.
+        """
+        told: dict[str, Header] = {}
+        for everything in (False, True):
+            head = {**version(), "verb": "split", "experiment": experiment}
+            asked = {
+                site: ({**head, "everything": everything}, NO_TENSORS)
+                for site in self.transport.sites
+            }
+            answers = self.ask(asked)
+            # who does not answer, or refuses, says so once more when the experiment is opened
+            told = {
+                site: answer[0] for site, answer in answers.items() if isinstance(answer, tuple)
+            }
+            if not any(header.get("held_out") for header in told.values()):
+                return []
+        if keyless := [site for site, header in told.items() if not header.get("is_keyed")]:
+            self.notes.append(
+                f"sites {', '.join(keyless)} have no split_key, by which sites tell prompts: what "
+                "is held out there may be trained on elsewhere, and the other way round."
+            )
+        digests = [digest for header in told.values() for digest in header.get("held_out", ())]
+        return sorted({digest for digest in digests if isinstance(digest, str)})
 
     def ask(
         self, messages: Mapping[str, tuple[Header, Tree]]

@@ -8,7 +8,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,12 +76,26 @@ class Hosted:
 class Host(Protocol):
     """Who decides what a site brings to an experiment."""
 
-    def host(self, experiment: Any, folder: Path) -> Hosted:
+    def held_out(self, experiment: Any, everything: bool) -> tuple[list[str], bool]:
+        """Return what tells prompts that are held out here, and whether sites can compare it.
+
+        Args:
+            experiment: As plain data, from the coordinator.
+            everything: All of them; otherwise those alone that no common rule decides.
+
+        Raises:
+            RefusedError: The site does not consent to the experiment.
+            UserError: The site cannot do it.
+        """
+        ...
+
+    def host(self, experiment: Any, folder: Path, held_out: Collection[str] = ()) -> Hosted:
         """Return what the site brings.
 
         Args:
             experiment: As plain data, from the coordinator.
             folder: Where the site keeps its side of the run.
+            held_out: What tells prompts that are held out anywhere, which are not trained on.
 
         Raises:
             RefusedError: The site does not consent to it.
@@ -111,6 +125,7 @@ class Site:
         self._heard: dict[tuple[int, int, str], bytes] = {}
         self._news = threading.Condition()
         verbs = (
+            self.split,
             self.open,
             self.number,
             self.each,
@@ -138,7 +153,7 @@ class Site:
             if verb not in self._verbs:
                 raise RefusedError(f"there is no verb {str(verb)[:40]!r}")
             # said in `open` alone: what follows comes from the same coordinator
-            if verb == "open":
+            if verb in ("split", "open"):
                 refuse_other_format(header, "the coordinator")
             with one_thread():
                 answer, tensors = self._verbs[verb](finite(tensors), **header)
@@ -172,8 +187,19 @@ class Site:
 
     # ---- verbs
 
+    def split(self, tensors: Tree, experiment: Any, everything: bool) -> Answer:
+        """Say what tells prompts that are held out here, for sites to compare; see `Host`."""
+        held_out, is_keyed = self._host.held_out(experiment, everything)
+        return {"held_out": held_out, "is_keyed": is_keyed}, NO_TENSORS
+
     def open(
-        self, tensors: Tree, experiment: Any, run: str, resumes: bool, is_known: bool
+        self,
+        tensors: Tree,
+        experiment: Any,
+        run: str,
+        resumes: bool,
+        is_known: bool,
+        held_out: Sequence[str] = (),
     ) -> Answer:
         """Begin an experiment, or go on with it, and say which clients there are.
 
@@ -187,7 +213,7 @@ class Site:
                 f"it has kept the clients of a run {run!r} that the coordinator does not know; "
                 "its folder of runs is another"
             )
-        self._hosted, self._run = self._host.host(experiment, folder), folder
+        self._hosted, self._run = self._host.host(experiment, folder, held_out), folder
         folder.mkdir(parents=True, exist_ok=True)
         # of an earlier run of this name
         if not resumes:

@@ -199,12 +199,12 @@ class AtSites:
     @property
     def note(self) -> str:
         """What is to be said of the clients beside their sizes."""
-        late = self._sites.latecomers
-        return (
-            f"\n{', '.join(late[:8])} came after the run had begun; a new run takes them in."
-            if late
-            else ""
-        )
+        late, notes = self._sites.latecomers, list(self._sites.notes)
+        if late:
+            notes.append(
+                f"{', '.join(late[:8])} came after the run had begun; a new run takes them in."
+            )
+        return "".join(f"\n{note}" for note in notes)
 
     def _open(self, line: Experiment, folder: Path, began: About | None = None) -> Sites:
         run = folder.relative_to(self._folder.parent).as_posix()
@@ -221,7 +221,11 @@ class SimulatedSite:
     def __init__(self, number: int, sites: int) -> None:
         self._number, self._sites = number, sites
 
-    def host(self, experiment: Any, folder: Path) -> Hosted:
+    def held_out(self, experiment: Any, everything: bool) -> tuple[list[str], bool]:
+        """Return nothing: all sites are of one file, whose split is one."""
+        return [], True
+
+    def host(self, experiment: Any, folder: Path, held_out: Collection[str] = ()) -> Hosted:
         """Return the clients that the site hosts."""
         spec = config.parse(Experiment, experiment, "the experiment")
         clients, _ = spec.clients()

@@ -30,7 +30,7 @@ def fuse(model: nn.Module) -> None:
     for layer in layers:
         base = layer.base_layer
         # the type itself again: a subclass may quantise in its forward, which would be skipped
-        if type(base) in (nn.Linear, Conv1D) and "forward" not in vars(base) and not _hooks(base):
+        if type(base) in (nn.Linear, Conv1D) and "forward" not in vars(base):
             layer.forward = _forward(layer, type(base) is Conv1D)
     for activation in modules:
         # the type itself: a subclass may compute something else
@@ -54,6 +54,7 @@ def _forward(layer: Any, transposed: bool) -> Callable[..., Tensor]:
         random = dropout.training and not isinstance(dropout, nn.Identity)
         if (
             random
+            or _hooks(layer.base_layer)
             or layer.disable_adapters
             or arguments
             or settings

@@ -23,6 +23,7 @@ from fedpref.models.packed import Unscored
 ASSISTANT = "assistant"
 # what chat templates call those who speak; any other name must stand in the template
 ROLES = frozenset({"system", "developer", "user", ASSISTANT, "tool"})
+CLOCK = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 THOUGHT = "</think>"  # ends what many templates leave out of earlier turns
 ESSENTIAL = frozenset({"tool_calls", "tools"})  # without which a conversation says something else
 
@@ -163,15 +164,18 @@ class Texts:
 
     def _renderer(self, given: Mapping[str, Any]) -> Callable[..., str]:
         """Return a function that writes messages by the template, on the run's own day."""
+        template = self.tokenizer.get_chat_template(tools=given.get("tools"))
+        # the template is given data alone, no function of ours in the place of its clock
+        template = CLOCK.sub(lambda found: repr(self.today.strftime(found[2])), template)
 
         def render(messages: Sequence[Message], asks: bool = False, **changed: Any) -> str:
             try:
                 text: str = self.tokenizer.apply_chat_template(
                     [dict(message) for message in messages],
                     **{
-                        "strftime_now": self.today.strftime,
                         **given,
                         **changed,
+                        "chat_template": template,
                         "tokenize": False,
                         "add_generation_prompt": asks,
                     },

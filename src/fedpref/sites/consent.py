@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from fedpref import config
-from fedpref.data import IID, Partition, Source
+from fedpref.data import IID, ClientData, Partition, Source
+from fedpref.data.splits import keyed
 from fedpref.engines.messages import RefusedError
 from fedpref.engines.site import Hosted
 from fedpref.errors import UserError
@@ -31,6 +32,9 @@ class SiteFile:
 
     data: Source
     """Where the site's rows come from; a relative path starts at the file's folder."""
+    split_key: str | None = None
+    """A file with a secret that all sites have and the coordinator lacks, by which sites whose data
+    say themselves what is held out tell one another which prompts that are; null tells nothing."""
     algorithms: tuple[str, ...]
     """The algorithms that the site takes part in, by name."""
     partition: Partition | None = None
@@ -67,7 +71,20 @@ class SiteFile:
             return str((path.parent / name).resolve()) if (path.parent / name).exists() else name
 
         source = read.data.with_paths(beside)
+        if read.split_key is not None:
+            read = replace(read, split_key=_secret(path.parent / read.split_key))
         return replace(read, data=source, folder=str((path.parent / read.folder).resolve()))
+
+
+def _secret(file: Path) -> str:
+    """Return the key in a file; raises UserError where there is none of 16 characters or more."""
+    try:
+        secret = file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"split_key: {file} cannot be read: {error}") from error
+    if len(secret) < 16:
+        raise UserError(f"split_key: {file} holds {len(secret)} characters; 16 are the least.")
+    return secret
 
 
 def refuse_code(spec: Experiment, functions: Sequence[str]) -> None:
@@ -93,19 +110,44 @@ class Consenting:
     def __init__(self, name: str, file: SiteFile) -> None:
         self._name, self._file = name, file
 
-    def host(self, experiment: Any, folder: Path) -> Hosted:
+    def held_out(self, experiment: Any, everything: bool) -> tuple[list[str], bool]:
+        """Return an HMAC of each held-out prompt, by the sites' common key.
+
+        Prompts that are held out by the rule are so at every site; without `everything` they are
+        left out.
+
+        Raises:
+            RefusedError: The file does not allow the experiment, or the site's data do not fit.
+        """
+        spec = self._spec(experiment)
+        key = self._file.split_key
+        if key is None:
+            return [], False
+        try:
+            clients = spec.read().settled().clients
+        except UserError as error:  # whose text may hold rows
+            raise self._unfit() from error
+        rows = [row for one in clients for row in one.test if everything or row.side == "test"]
+        return sorted({keyed(row.prompt, spec.data.split_by, key) for row in rows}), True
+
+    def _spec(self, experiment: Any) -> Experiment:
+        spec = config.parse(Experiment, experiment, "the experiment")
+        self._consent(spec)
+        partition = self._file.partition or IID(clients=1)
+        task = spec.task.with_models(self._here)
+        return replace(spec, data=self._file.data, partition=partition, task=task)
+
+    def _unfit(self) -> RefusedError:
+        LOG.exception("the site's data or models do not fit the experiment")
+        return RefusedError("its data or models do not fit the experiment; the site's log says why")
+
+    def host(self, experiment: Any, folder: Path, held_out: Collection[str] = ()) -> Hosted:
         """Return the site's own data under the experiment's settings.
 
         Raises:
             RefusedError: The file does not allow it, or the site's data do not fit.
         """
-        spec = config.parse(Experiment, experiment, "the experiment")
-        self._consent(spec)
-        file = self._file
-        partition = file.partition or IID(clients=1)
-        spec = replace(
-            spec, data=file.data, partition=partition, task=spec.task.with_models(self._here)
-        )
+        file, spec = self._file, self._spec(experiment)
         withheld = (NAMES | {OWN_ADAPTER, CRITIC}) - set(file.may_leave)
         limits = {
             "does": self._does(spec),
@@ -116,19 +158,28 @@ class Consenting:
         }
         try:
             clients, _ = spec.clients()
+            if held_out and file.split_key is not None:
+                clients = tuple(self._without(one, spec, set(held_out)) for one in clients)
             if file.partition is None:
                 clients = (replace(clients[0], name=file.client or self._name),)
             site = hosted(spec, dict(enumerate(clients)), folder, **limits)
         except UserError as error:  # whose text may hold rows
-            LOG.exception("the site's data or models do not fit the experiment")
-            raise RefusedError(
-                "its data or models do not fit the experiment; the site's log says why"
-            ) from error
+            raise self._unfit() from error
         unnumbered = {
             name: {key: value for key, value in about.items() if key != "number"}
             for name, about in site.about.items()
         }
         return replace(site, about=unnumbered)
+
+    def _without(self, client: ClientData, spec: Experiment, held_out: set[str]) -> ClientData:
+        """Return a client without training rows whose prompts are held out at any site."""
+        key, by = str(self._file.split_key), spec.data.split_by
+        train = tuple(row for row in client.train if keyed(row.prompt, by, key) not in held_out)
+        if not train:
+            raise UserError(
+                f"client {client.name!r}: all its training prompts are held out at other sites."
+            )
+        return replace(client, train=train)
 
     def _consent(self, spec: Experiment) -> None:
         file = self._file

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,7 @@ import yaml
 from fedpref.errors import UserError
 
 SITE_FILE, LOG = "site.yaml", "fedpref.log"
+SPLIT_KEY = "split.key"  # a secret of all sites, in their kits and in `state`
 PROJECT, STATE = "project.yml", "state"  # of a federation: its participants, and the root's key
 CLASSES = [
     "fedpref.sites.programs.Coordinator",
@@ -40,6 +42,7 @@ TEMPLATE = """# What this site brings to experiments, and what it consents to. T
 data: {name: files, path: preferences.jsonl}
 client: %s # the name that others see; with `partition`, the names are those of its clients
 algorithms: [feddpo, fedpdpo, decdpo]
+split_key: split.key # of all sites, and not of the coordinator: tells which prompts are held out
 max_rounds: 1000
 """
 
@@ -153,6 +156,8 @@ def _provisioned(
             "--force",
         ]
         ran = subprocess.run(command, cwd=scratch, capture_output=True, text=True)
+        known = project_folder / STATE / SPLIT_KEY
+        secret = known.read_text() if known.exists() else secrets.token_hex(32)
         made = project_folder / "prod_00"
         if ran.returncode or not made.is_dir():
             raise UserError(f"provisioning failed: {(ran.stdout + ran.stderr).strip()[-600:]}")
@@ -163,10 +168,17 @@ def _provisioned(
                 (made / participant["name"] / SITE_FILE).write_text(
                     TEMPLATE % json.dumps(participant["name"])
                 )
+                _write_secret(made / participant["name"] / SPLIT_KEY, secret)
+        _write_secret(project_folder / STATE / SPLIT_KEY, secret)
         shutil.move(project_folder / STATE, made / STATE)
         shutil.move(Path(scratch) / PROJECT, made / PROJECT)
         (made / STATE).chmod(0o700)
         yield made
+
+
+def _write_secret(file: Path, secret: str) -> None:
+    file.touch(mode=0o600)
+    file.write_text(secret)
 
 
 def _client(site: str) -> dict[str, Any]:

@@ -232,18 +232,16 @@ class OfflineLearner(LanguageLearner):
         """
         sums: dict[str, float] = {}
         counts = Counter(self.objectives[example.objective] for example in shard.test)
+        accurate = dict.fromkeys(self.objectives, 0.0)  # in their order, whatever comes first
         for examples, metrics in self._held_out(params, shard):
             for name, values in metrics.items():
                 sums[name] = sums.get(name, 0.0) + float(values.sum())
-            for example, value in (
-                zip(examples, metrics[ACCURACY].tolist(), strict=True) if len(counts) > 1 else ()
-            ):
-                objective = self.objectives[example.objective]
-                sums[f"{ACCURACY}/{objective}"] = sums.get(f"{ACCURACY}/{objective}", 0.0) + value
-        means = {
-            name: value / counts.get(name.removeprefix(f"{ACCURACY}/"), len(shard.test))
-            for name, value in sums.items()
-        }
+            for example, value in zip(examples, metrics[ACCURACY].tolist(), strict=True):
+                accurate[self.objectives[example.objective]] += value
+        means = {name: value / len(shard.test) for name, value in sums.items()}
+        if len(counts) > 1:
+            apart = ((name, value) for name, value in accurate.items() if name in counts)
+            means |= {f"{ACCURACY}/{name}": value / counts[name] for name, value in apart}
         return means | {"num_examples": float(len(shard.test))}
 
     def samples(self, params: Tree, shard: OfflineShard) -> list[dict[str, Any]]:
