@@ -223,15 +223,14 @@ class Sites:
             told = {
                 site: answer[0] for site, answer in answers.items() if isinstance(answer, tuple)
             }
-            if not any(header.get("held_out") for header in told.values()):
+            if not any(header["held_out"] for header in told.values()):
                 return []
-        if keyless := [site for site, header in told.items() if not header.get("is_keyed")]:
+        if keyless := [site for site, header in told.items() if not header["is_keyed"]]:
             self.notes.append(
                 f"sites {', '.join(keyless)} have no split_key, by which sites tell prompts: what "
                 "is held out there may be trained on elsewhere, and the other way round."
             )
-        digests = [digest for header in told.values() for digest in header.get("held_out", ())]
-        return sorted({digest for digest in digests if isinstance(digest, str)})
+        return sorted({digest for header in told.values() for digest in header["held_out"]})
 
     def ask(
         self, messages: Mapping[str, tuple[Header, Tree]]

@@ -29,6 +29,13 @@ class About(TypedDict, total=False):
     number: WholeNumber
 
 
+class Split(TypedDict):
+    """What tells the prompts that are held out at a site, and whether it has the sites' key."""
+
+    held_out: list[Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]]
+    is_keyed: bool
+
+
 class Opened(TypedDict):
     """The clients of a site, by name."""
 
@@ -68,6 +75,7 @@ class Names(TypedDict):
 
 
 FORMS: dict[str, TypeAdapter[Any]] = {
+    "split": TypeAdapter(Split),
     "open": TypeAdapter(Opened),
     "each": TypeAdapter(Done),
     "exchange": TypeAdapter(Exchanged),
