@@ -1,0 +1,534 @@
+"""Files as people have them: what is meant is read, what is not is said once, and counted."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from conftest import make_rows, write_rows
+from fedpref import cli, config
+from fedpref.data import IID, SHP, Files, Natural, Preference
+from fedpref.data.partitions import label
+from fedpref.data.preferences import Conversation
+from fedpref.data.reading import read
+from fedpref.data.splits import digest, keyed, question
+from fedpref.data.tables import read_table
+from fedpref.data.unusable import Unusable
+from fedpref.errors import UserError
+from fedpref.experiments.experiment import Experiment, encoded
+from fedpref.experiments.finished import FinishedRun
+from fedpref.experiments.run_directory import file_name
+from fedpref.reports.page.sentences import facts
+from fedpref.reports.run import read as read_run
+from fedpref.runs.join import personalize
+
+PAIR = {"prompt": "Hi?", "chosen": " Yes.", "rejected": " No.", "client": "a"}
+
+
+def user(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+def said(text: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": text}
+
+
+def shared(asked: str, answer: str) -> list[dict[str, str]]:
+    """ShareGPT's form."""
+    return [{"from": "human", "value": asked}, {"from": "gpt", "value": answer}]
+
+
+def one(tmp_path: Path, record: dict[str, Any], **settings: Any) -> Preference:
+    (row,) = Files(path=str(write_rows(tmp_path / "one.jsonl", [record])), **settings).read()
+    if isinstance(row, Unusable):
+        raise row
+    assert isinstance(row, Preference)
+    return row
+
+
+# ---- forms
+
+
+ASKED = [user("Name a fruit.")]
+WHOLE = {
+    "prompt": ASKED,
+    "chosen": [*ASKED, said("Apple")],
+    "rejected": [*ASKED, said("Car")],
+}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {**WHOLE, "chosen": [said("Apple")], "rejected": [said("Car")]},
+        WHOLE,
+        {name: json.dumps(text) for name, text in WHOLE.items()},
+        {name: str(text) for name, text in WHOLE.items()},  # as pandas writes lists into CSV
+        {**WHOLE, "prompt": "Name a fruit."},  # ultrafeedback_binarized
+        {"prompt": "Name a fruit.", "chosen": [said("Apple")], "rejected": [said("Car")]},
+        {name: WHOLE[name] for name in ("chosen", "rejected")},
+        {
+            "chosen": [
+                {"from": "human", "value": "Name a fruit."},
+                {"from": "gpt", "value": "Apple"},
+            ],
+            "rejected": [
+                {"from": "human", "value": "Name a fruit."},
+                {"from": "gpt", "value": "Car"},
+            ],
+        },
+        {
+            **WHOLE,
+            "prompt": [{"role": "user", "content": [{"type": "text", "text": "Name a fruit."}]}],
+        },
+        {
+            name: [{**message, "name": None, "tool_calls": None} for message in text]
+            for name, text in WHOLE.items()
+        },
+    ],
+)
+def test_a_conversation_is_read_in_whatever_form_it_stands(
+    record: dict[str, Any], tmp_path: Path
+) -> None:
+    row = one(tmp_path, record)
+    expected = (tuple(ASKED), (said("Apple"),), (said("Car"),))
+    assert (row.prompt, row.chosen, row.rejected) == expected
+
+
+def test_text_that_only_looks_like_a_list_is_text(tmp_path: Path) -> None:
+    row = one(tmp_path, {"prompt": "[1] Which?", "chosen": " [2]", "rejected": '[{"a": 1}]'})
+    assert (row.prompt, row.chosen, row.rejected) == ("[1] Which?", " [2]", '[{"a": 1}]')
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({**PAIR, "prompt": "[{'role': 'user', 'content': 'Hi?'}\n {'role': "}, "json.dumps"),
+        ({**PAIR, "prompt": [{"from": "narrator", "value": "x"}]}, "ShareGPT's"),
+        ({**PAIR, "prompt": [{"role": "user", "content": [{"type": "image"}]}]}, "'image'"),
+        ({**WHOLE, "prompt": "Which one?"}, "data.prompt_column=none reads"),
+        ({"instruction": "Sort.", "chosen": "a b", "rejected": "a c"}, "prompt_column=instruction"),
+        ({"history": "q", "human_ref_A": "a", "human_ref_B": "b"}, "name: shp"),
+        ({**PAIR, "tools": [{"type": "function"}]}, "Give the prompt as messages"),
+        ({**PAIR, "prompt": "half \ud83d"}, "lone surrogate"),
+        ({**PAIR, "chosen": 7}, "expected text or a list of messages, found 7"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_with_what_to_do(
+    record: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        one(tmp_path, record)
+    assert "line 1" in str(caught.value)
+
+
+def test_a_prompt_at_the_head_of_all_answers_stands_once(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"Q {i}?", "chosen": f"Q {i}? Yes.", "rejected": f"Q {i}? No."} for i in range(4)
+    ]
+    read_rows = list(Files(path=str(write_rows(tmp_path / "a.jsonl", rows))).read())
+    assert [(row.chosen, row.rejected) for row in read_rows if isinstance(row, Preference)] == [
+        (" Yes.", " No.")
+    ] * 4
+    mixed = [*rows, PAIR]
+    with pytest.raises(UserError, match="in 4 of 5 rows both answers begin with their prompt"):
+        list(Files(path=str(write_rows(tmp_path / "b.jsonl", mixed))).read())
+    echo = [rows[0], *({**PAIR, "prompt": f"H {i}"} for i in range(3))]
+    first = next(iter(Files(path=str(write_rows(tmp_path / "c.jsonl", echo))).read()))
+    assert isinstance(first, Preference)
+    assert first.chosen == "Q 0? Yes."  # an answer may repeat the question
+
+
+def test_tools_and_what_messages_say_beside_text_are_kept(tmp_path: Path) -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
+    record = {
+        "prompt": [user("Weather?"), call, {"role": "tool", "name": "f", "content": "22"}],
+        "chosen": [said("22.")],
+        "rejected": [said("No idea.")],
+        "tools": json.dumps([{"type": "function", "function": {"name": "f"}}]),
+        "chat_template_kwargs": {"enable_thinking": False, "unset": None},
+    }
+    row = one(tmp_path, record)
+    assert isinstance(row.prompt, Conversation)
+    assert row.prompt.given == {
+        "tools": [{"type": "function", "function": {"name": "f"}}],
+        "enable_thinking": False,
+    }
+    assert row.prompt[1]["tool_calls"] == call["tool_calls"]
+    assert row.prompt[2]["name"] == "f"
+    assert "tools" not in row.columns
+    other = one(tmp_path, {**record, "tools": []})
+    assert digest(row.prompt, "prompt") != digest(other.prompt, "prompt")
+
+
+def test_headers_with_blanks_and_labels_as_numbers_are_read(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("prompt, chosen, rejected\nHi?,yes,no\n")
+    (row,) = Files(path=str(tmp_path / "a.csv")).read()
+    assert isinstance(row, Preference)
+    (tmp_path / "b.csv").write_text("prompt,prompt \nHi?,yes\n")
+    with pytest.raises(UserError, match="'prompt' twice"):
+        list(read_table(str(tmp_path / "b.csv")))
+    rows = [{"prompt": "Hi?", "completion": " a", "label": value} for value in (1.0, 0.0, "1.0")]
+    judged = Files(path=str(write_rows(tmp_path / "c.jsonl", rows))).read()
+    assert [row.label for row in judged] == [True, False, True]  # type: ignore[union-attr]
+
+
+def scored(a: float, b: float, **more: Any) -> dict[str, Any]:
+    return {
+        "history": "How?",
+        "human_ref_A": "So.",
+        "human_ref_B": "Thus.",
+        "score_A": a,
+        "score_B": b,
+        "domain": "askscience_train",
+        **more,
+    }
+
+
+def test_scored_pairs_prefer_the_higher_score(tmp_path: Path) -> None:
+    rows = [scored(9, 4), scored(2, 5), scored(3, 3), scored(3, 2)]
+    source = SHP(path=str(write_rows(tmp_path / "shp.jsonl", rows)), min_score_ratio=2.0)
+    found = list(source.read())
+    assert [type(row).__name__ for row in found] == ["Preference", "Preference", "Unusable"]
+    first, second, tie = found
+    assert isinstance(first, Preference)
+    assert isinstance(second, Preference)
+    assert (first.prompt, first.chosen) == ("Human: How?\n\nAssistant:", " So.")
+    assert second.chosen == " Thus."
+    assert first.columns["domain"] == "askscience"
+    assert isinstance(tie, Unusable)
+    assert tie.kind == "no preference"
+    with pytest.raises(UserError, match="expected a number"):
+        list(SHP(path=str(write_rows(tmp_path / "x.jsonl", [scored(1, 2, score_A="x")]))).read())
+
+
+# ---- damaged files end in a sentence
+
+
+def deep(path: Path) -> None:
+    path.write_text('{"prompt": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
+
+
+def digits(path: Path) -> None:
+    path.write_text('{"prompt": ' + "7" * 5000 + "}\n")
+
+
+def cut(path: Path) -> None:
+    path.with_suffix(".jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "x"}\n' * 99)[:40])
+
+
+def flipped(path: Path) -> None:
+    content = bytearray(gzip.compress(b'{"prompt": "x"}\n' * 99))
+    content[20] ^= 255
+    path.with_suffix(".jsonl.gz").write_bytes(bytes(content))
+
+
+def latin(path: Path) -> None:
+    path.write_bytes('{"prompt": "café"}\n'.encode("latin-1"))
+
+
+def parquet(path: Path) -> None:
+    file = path.with_suffix(".parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a", "b"]}), file)
+    file.write_bytes(file.read_bytes()[:-20])
+
+
+def bytes_as_text(path: Path) -> None:
+    column = pyarrow.array([b"\xff\xfe"], pyarrow.binary()).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": column}), path.with_suffix(".parquet"))
+
+
+@pytest.mark.parametrize("damage", [deep, digits, cut, flipped, latin, parquet, bytes_as_text])
+def test_a_damaged_file_is_named(damage: Callable[[Path], None], tmp_path: Path) -> None:
+    damage(tmp_path / "rows.jsonl")
+    (path,) = tmp_path.iterdir()
+    with pytest.raises(UserError, match=path.name):
+        read(Files(path=str(path)), IID(clients=1), 0)
+
+
+# ---- clients
+
+
+@pytest.mark.parametrize(
+    ("values", "name"),
+    [
+        ([1, 1.0, "1", "1 ", " 1.0"], "1"),
+        (["café", "cafe\u0301", " café "], "café"),
+        (["a  b", "a b", "a\tb"], "a b"),
+        ([None, "", "  ", float("nan"), "None"], None),
+    ],
+)
+def test_one_client_in_several_spellings_is_one(values: list[Any], name: str | None) -> None:
+    assert {label(value) for value in values} == {name}
+
+
+def test_a_client_that_is_no_name_is_refused(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [{**PAIR, "client": {"id": 1}}])
+    with pytest.raises(UserError, match="expected a name or a number"):
+        read(Files(path=str(path)), Natural(), 0)
+
+
+NAMES = [
+    "..",
+    ".",
+    "a/b",
+    "ä" * 200,
+    "x\x1b[31m",
+    "A",
+    "a",
+    "a~" + "0" * 12,
+    "con",
+    "%2F",
+    "名" * 40,
+]
+
+
+def test_names_never_are_paths_and_no_two_have_one_file() -> None:
+    files = [file_name(name) for name in NAMES]
+    assert len({name.lower() for name in files}) == len(NAMES)
+    assert all(len(name.encode()) < 80 and name[0] not in "." for name in files)
+    assert not any(set("/\\\x1b%") & set(name) for name in files)
+    assert file_name("client-1") == "client-1"
+
+
+def test_a_run_over_clients_of_any_name_can_be_exported(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    names = ["..", "x\x1b[31m", "名" * 40]
+    rows = [{**row, "client": names[int(row["client"][-1])]} for row in make_rows([16, 16, 16])]
+    spec = {
+        **settings,
+        "data": {**settings["data"], "path": str(write_rows(tmp_path / "rows.jsonl", rows))},
+        "algorithm": {**settings["algorithm"], "name": "fedper"},
+    }
+    (tmp_path / "spec.yaml").write_text(yaml.safe_dump(spec))
+    out = tmp_path / "runs/one"
+    ran = CliRunner().invoke(cli.app, ["run", str(tmp_path / "spec.yaml"), "--output", str(out)])
+    assert ran.exit_code == 0, ran.output
+    assert "\x1b[31m" not in ran.output
+    assert {path.name for path in out.parent.iterdir()} == {"one"}
+    exported = CliRunner().invoke(
+        cli.app, ["export", str(out), "--output", str(tmp_path / "export")]
+    )
+    assert exported.exit_code == 0, exported.output
+    manifest = json.loads((tmp_path / "export/manifest.json").read_text())
+    assert {entry["name"] for entry in manifest["adapters"]} >= set(names)
+    folders = [tmp_path / "export" / entry["path"] for entry in manifest["adapters"]]
+    cards = [(folder / "README.md").read_text() for folder in folders]
+    assert all("differ by" in card and "\x1b" not in card for card in cards)
+
+
+# ---- one summary
+
+
+def awkward(tmp_path: Path) -> Path:
+    rows = make_rows([24, 16])
+    long = "word " * 300
+    return write_rows(
+        tmp_path / "rows.jsonl",
+        [
+            *rows,
+            {**rows[0], "rejected": rows[0]["chosen"]},
+            {**rows[1], "chosen": " "},
+            {**rows[2], "chosen": long, "rejected": long + "x"},
+            {**rows[3], "client": None},
+            {**rows[4], "client": float("nan")},
+        ],
+    )
+
+
+def of(settings: dict[str, Any], path: Path, **data: Any) -> Experiment:
+    content = {**settings, "data": {**settings["data"], "path": str(path), **data}}
+    return config.parse(Experiment, content, "test")
+
+
+def test_all_rows_are_read_before_one_message_says_what_cannot_be_used(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    spec = of(settings, awkward(tmp_path))
+    with pytest.raises(UserError, match="5 of 45 rows cannot be used") as caught:
+        encoded(spec, spec.build_task())
+    message = str(caught.value)
+    for part in (
+        "1 state no preference",
+        "1 have an empty prompt or answer",
+        "1 are longer",
+        "task.truncation_mode=keep_end",
+        "2 belong to nobody",
+        "line 44; ",
+        "data.unusable=skip leaves them all out",
+    ):
+        assert part in message
+
+
+def test_what_is_skipped_is_counted_by_check_in_the_run_and_on_its_page(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    content = {
+        **settings,
+        "rounds": 1,
+        "data": {**settings["data"], "path": str(awkward(tmp_path)), "unusable": "skip"},
+    }
+    (tmp_path / "spec.yaml").write_text(yaml.safe_dump(content))
+    checked = CliRunner().invoke(cli.app, ["check", str(tmp_path / "spec.yaml")])
+    assert checked.exit_code == 0, checked.output
+    words = " ".join(checked.output.split())
+    assert "5 of 45 rows cannot be used: 1 no preference, 1 empty" in words
+    assert "have fewer than 10 held-out examples" in words
+    out = tmp_path / "run"
+    ran = CliRunner().invoke(cli.app, ["run", str(tmp_path / "spec.yaml"), "--output", str(out)])
+    assert ran.exit_code == 0, ran.output
+    assert "5 of 45 rows cannot be used" in " ".join(ran.output.split())
+    assert FinishedRun.at(out).data["unusable"] == {
+        "no preference": 1,
+        "empty": 1,
+        "no client": 2,
+        "too long": 1,
+    }
+    assert "2 unusable (no client)" in facts(read_run(out))["rows"]
+
+
+# ---- the split is by what a prompt says
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        "Where is the café?",
+        "  Where is  the café?\n",
+        "Where is the cafe\u0301?",
+        "Human: Where is the café?\n\nAssistant:",
+        "Human: Hello.\n\nAssistant: Hello.\n\nHuman: Where is the café?\n\nAssistant:",
+        (user("Where is the café?"),),
+        ({"role": "system", "content": "Be short."}, user("Where is the café? ")),
+        (user("Hello."), said("Hello."), user("Where is the café?")),
+    ],
+)
+def test_a_question_is_one_in_every_spelling(spelling: Any) -> None:
+    assert question(spelling) == "Where is the café?"
+    assert keyed(spelling, "question", "k" * 16) == keyed(
+        "Where is the café?", "question", "k" * 16
+    )
+    assert keyed(spelling, "question", "k" * 16) != keyed(spelling, "question", "l" * 16)
+
+
+def test_no_question_is_on_both_sides_over_spellings_and_clients(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = []
+    for i in range(60):
+        rows.append({**PAIR, "prompt": f"Question {i}?", "client": "a"})
+        rows.append({**PAIR, "prompt": f" Question  {i}? ", "client": "b"})
+        rows.append(
+            {
+                "prompt": [user(f"Question {i}?")],
+                "chosen": [said("Yes.")],
+                "rejected": [said("No.")],
+                "client": "c",
+            }
+        )
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    reading = read(Files(path=str(path)), Natural(), 0)
+    sides = [
+        {question(row.prompt) for client in reading.clients for row in getattr(client, side)}
+        for side in ("train", "test")
+    ]
+    assert not sides[0] & sides[1]
+    assert len(sides[0] | sides[1]) == 60
+
+
+def test_prompts_that_all_end_in_one_question_can_be_told_by_all_of_their_turns(
+    tmp_path: Path,
+) -> None:
+    rows = [
+        {
+            "prompt": [{"role": "system", "content": f"Text {i}"}, user("Summarise it.")],
+            "chosen": [said("Yes.")],
+            "rejected": [said("No.")],
+        }
+        for i in range(40)
+    ]
+    path = str(write_rows(tmp_path / "rows.jsonl", rows))
+    with pytest.raises(UserError, match=r"no (training|held-out) rows"):
+        read(Files(path=path), IID(clients=1), 0)
+    reading = read(Files(path=path, split_by="prompt"), IID(clients=1), 0)
+    assert reading.clients[0].train
+    assert reading.clients[0].test
+    two = [
+        {**row, "prompt": [*row["prompt"][:1], user(f"Do {i % 8}.")]} for i, row in enumerate(rows)
+    ]
+    noted = read(Files(path=str(write_rows(tmp_path / "b.jsonl", two))), IID(clients=1), 0).notes
+    assert "40 prompts end in 8 different questions" in noted[0]
+
+
+def test_newcomers_are_not_measured_on_what_the_run_has_trained_on(
+    settings: dict[str, Any], rows_file: Path, tmp_path: Path
+) -> None:
+    content = {**settings, "rounds": 1, "algorithm": {**settings["algorithm"], "name": "fedper"}}
+    (tmp_path / "spec.yaml").write_text(yaml.safe_dump(content))
+    out = tmp_path / "run"
+    ran = CliRunner().invoke(cli.app, ["run", str(tmp_path / "spec.yaml"), "--output", str(out)])
+    assert ran.exit_code == 0, ran.output
+    run = FinishedRun.at(out)
+    trained = [row for client in run.experiment.clients()[0] for row in client.train]
+    known = [{**PAIR, "prompt": f" {row.prompt} "} for row in trained]
+
+    def source(path: Path) -> Files:
+        return Files(path=str(path), test_fraction=0.9)  # more than the run has held out
+
+    with pytest.raises(UserError, match="ask what the run has trained on"):
+        personalize(out, source(write_rows(tmp_path / "known.jsonl", known)))
+    new = [{**PAIR, "prompt": f"Something new, {i}?"} for i in range(40)]
+    path = write_rows(tmp_path / "new.jsonl", [*known, *new])
+    joined = personalize(out, source(path))["new"]
+    held_out = read(source(path), IID(clients=1), 0, run.trained_prompts or ())
+    assert joined.test == len(held_out.clients[0].test)
+    assert all("Something new" in str(row.prompt) for row in held_out.clients[0].test)
+
+
+NAMED = ("q", "good", "bad", "client")  # prompt, chosen, rejected, client
+
+
+def test_newcomers_are_read_as_the_runs_rows_were(settings: dict[str, Any], tmp_path: Path) -> None:
+    def renamed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [
+            {
+                "q": row["prompt"],
+                "good": row["chosen"],
+                "bad": row["rejected"],
+                "client": row["client"],
+            }
+            for row in rows
+        ]
+
+    columns = {"prompt_column": "q", "chosen_column": "good", "rejected_column": "bad"}
+    path = write_rows(tmp_path / "rows.jsonl", renamed(make_rows([24, 16])))
+    content = {
+        **settings,
+        "rounds": 1,
+        "algorithm": {**settings["algorithm"], "name": "fedper"},
+        "data": {"name": "files", "path": str(path), **columns, "test_fraction": 0.3},
+    }
+    (tmp_path / "spec.yaml").write_text(yaml.safe_dump(content))
+    out = tmp_path / "run"
+    ran = CliRunner().invoke(cli.app, ["run", str(tmp_path / "spec.yaml"), "--output", str(out)])
+    assert ran.exit_code == 0, ran.output
+    later = renamed(
+        [{**row, "prompt": f"New {i}?", "client": "z"} for i, row in enumerate(make_rows([30]))]
+    )
+    joined = personalize(out, Files(path=str(write_rows(tmp_path / "later.jsonl", later))))
+    assert joined["later"].train + joined["later"].test == 30
+    with (tmp_path / "later.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, NAMED)
+        writer.writeheader()
+        writer.writerows(later)
+    again = personalize(out, Files(path=str(tmp_path / "later.csv")), name="again")
+    assert again["again"].test == joined["later"].test
