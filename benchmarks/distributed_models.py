@@ -12,7 +12,8 @@ from typing import Any
 
 from rich.console import Console
 
-from fedpref.experiments.run_directory import EVALUATION, METRICS, RunDirectory
+from fedpref.experiments.run_directory import RunDirectory
+from fedpref.experiments.run_files import EVALUATION, METRICS
 from fedpref.numerics.metrics import ACCURACY
 from fedpref.reports.progress import show
 from fedpref.runs.sweep import plan, sweep

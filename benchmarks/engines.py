@@ -33,7 +33,8 @@ import yaml
 from engine_rounds import CLASS
 from fedpref import config
 from fedpref.experiments.experiment import Experiment
-from fedpref.experiments.run_directory import METRICS, RunDirectory
+from fedpref.experiments.run_directory import RunDirectory
+from fedpref.experiments.run_files import METRICS
 from fedpref.numerics import trees
 from fedpref.sites import kits
 from fedpref.sites.submitted import SUBMITTED

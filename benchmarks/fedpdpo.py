@@ -30,7 +30,8 @@ from rich.console import Console
 from fedpref import Experiment
 from fedpref.engines import Simulation
 from fedpref.engines.workers import keep_freed_memory, one_thread
-from fedpref.experiments.run_directory import METRICS, RunDirectory
+from fedpref.experiments.run_directory import RunDirectory
+from fedpref.experiments.run_files import METRICS
 from fedpref.numerics import seeds
 from fedpref.reports.comparison import Row, compare, markdown, table
 from fedpref.reports.progress import show

@@ -37,7 +37,8 @@ from fedpref import Experiment
 from fedpref.algorithms import FIRM, FSMGDA, FedCMOO, Scalarized
 from fedpref.engines import Simulation
 from fedpref.engines.workers import keep_freed_memory, one_thread
-from fedpref.experiments.run_directory import EVALUATION, METRICS, RunDirectory
+from fedpref.experiments.run_directory import RunDirectory
+from fedpref.experiments.run_files import EVALUATION, METRICS
 from fedpref.federation.local_training import LocalTraining, train_locally
 from fedpref.federation.objectives import Objectives
 from fedpref.federation.verbs import Client

@@ -41,7 +41,8 @@ from fedpref.data.opinions import TRAINING_COUNTRIES
 from fedpref.engines import Simulation
 from fedpref.engines.workers import one_thread
 from fedpref.experiments.rounds import evaluate
-from fedpref.experiments.run_directory import EVALUATION, RunDirectory
+from fedpref.experiments.run_directory import RunDirectory
+from fedpref.experiments.run_files import EVALUATION
 from fedpref.federation.local_training import LocalTraining
 from fedpref.numerics import seeds
 from fedpref.reports.progress import show

@@ -21,7 +21,8 @@ from pathlib import Path
 import numpy as np
 
 from fedpref import Experiment, run
-from fedpref.experiments.run_directory import EVALUATION, METRICS, RunDirectory
+from fedpref.experiments.run_directory import RunDirectory
+from fedpref.experiments.run_files import EVALUATION, METRICS
 from fedpref.reports.page import REPORT
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs/demo.yaml"

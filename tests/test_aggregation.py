@@ -206,3 +206,19 @@ def test_what_products_cannot_do_is_refused(
     content = {**settings, "algorithm": {"name": "feddpo", "aggregate": aggregate, "local": local}}
     with pytest.raises(UserError, match=sentence):
         config.parse(Experiment, content, "test")
+
+
+def test_nobody_unlearns_what_nobody_trained_where_ranks_differ() -> None:
+    start, fed = adapter(4, 0), engine()
+    method = Product(iterations=30, ranks=(2, 4, 1))
+    merged = start
+    for _ in range(5):
+        merged, metrics = method.merge(fed, merged, fed.each(untrained, merged, method))
+        assert metrics["residual"] < 1e-4
+    assert distance(products(merged), products(start)) < 1e-4
+
+
+@work("test_aggregation.untrained")
+def untrained(client: Client, shared: Tree, method: Product) -> Tree:
+    received, _ = method.received(client, shared)
+    return method.message(client, received, received)

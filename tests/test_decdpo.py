@@ -131,6 +131,28 @@ def test_messages_come_back_in_their_shapes_and_quantised_ones_are_right_on_aver
     assert torch.equal(stage.decode(stage.encode(zero, sender), 1)["a"], zero["a"])
 
 
+def test_compression_contracts_where_it_says_so_and_choco_takes_no_other(
+    settings: dict[str, Any],
+) -> None:
+    draw = torch.Generator().manual_seed(0)
+    tree = {"a": torch.randn(4096, generator=draw)}
+    sender = Sender(0, 0, draw)
+    for compression in (TopK(fraction=0.01), Quantize(bits=2), Quantize(bits=3), Quantize()):
+        stage = compression.stage()
+        lost = trees.subtract(tree, stage.decode(stage.encode(tree, sender), 1))
+        assert (trees.norm(lost) < trees.norm(tree)) == compression.contracts
+        network = {"compression": {"name": compression.name}}
+        if isinstance(compression, Quantize):
+            network["compression"]["bits"] = compression.bits  # type: ignore[assignment]
+        content = {**settings, "algorithm": {"name": "choco"}, "network": network}
+        if compression.contracts:
+            config.parse(Experiment, content, "test")
+            continue
+        with pytest.raises(UserError, match="Take three bits or more"):
+            config.parse(Experiment, content, "test")
+        config.parse(Experiment, {**content, "algorithm": {"name": "decdpo"}}, "test")
+
+
 def test_links_fail_as_often_as_they_are_said_to_and_the_mean_stays() -> None:
     network = Network(Shape("complete"), link_failure=0.3)
     count, failed = 0, 0

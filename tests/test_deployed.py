@@ -22,7 +22,8 @@ import torch
 import yaml
 
 from fedpref import Experiment, UserError, config, run
-from fedpref.experiments.run_directory import METRICS, RunDirectory
+from fedpref.experiments.run_directory import RunDirectory
+from fedpref.experiments.run_files import METRICS
 from fedpref.numerics import trees
 
 pytest.importorskip("nvflare")

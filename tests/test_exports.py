@@ -22,7 +22,8 @@ from typer.testing import CliRunner
 from fedpref import Experiment, UserError, cli, config, run
 from fedpref.data import Files
 from fedpref.experiments.rounds import Event
-from fedpref.experiments.run_directory import EVALUATION, METRICS, RunDirectory, file_name
+from fedpref.experiments.run_directory import RunDirectory, file_name
+from fedpref.experiments.run_files import EVALUATION, METRICS
 from fedpref.models.generation import merged
 from fedpref.models.loading import load_model
 from fedpref.models.own_parts import Parts

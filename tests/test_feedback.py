@@ -82,6 +82,16 @@ def test_an_answer_to_another_prompt_is_cut_without_a_word_and_the_own_one_refus
         learner.encode(ClientData("a", (Feedback("Ho?", " word" * 60, True, "row 7"),), ()))
 
 
+def test_judgements_of_one_prompt_alone_are_refused(learner: FeedbackLearner) -> None:
+    """The KL estimate would be the mean log-ratio of the very answers that are trained."""
+    one = tuple(Feedback("Hi?", f" {word}.", True, word) for word in ("Yes", "No", "Well"))
+    with pytest.raises(UserError, match="all 3 judgements to train on are of one prompt"):
+        learner.encode(ClientData("a", one, ()))
+    two = (*one, Feedback("Ho?", " So.", False, "4"))
+    (held_out,) = learner.encode(ClientData("a", two, one[:1])).test
+    assert held_out.answers[1] == learner.encode(ClientData("a", two, ())).train[3].answers[0]
+
+
 def test_the_loss_is_ktos_on_log_ratios_of_the_model(
     learner: FeedbackLearner, tmp_path: Path
 ) -> None:

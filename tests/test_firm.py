@@ -21,7 +21,8 @@ from fedpref import Experiment, UserError, cli, config, run
 from fedpref.algorithms import FIRM, FSMGDA, FedCMOO, FedDPO, Scalarized
 from fedpref.engines import Simulation
 from fedpref.engines.per_client import stored
-from fedpref.experiments.run_directory import EVALUATION, METRICS, RunDirectory
+from fedpref.experiments.run_directory import RunDirectory
+from fedpref.experiments.run_files import EVALUATION, METRICS
 from fedpref.federation.local_training import LocalTraining
 from fedpref.federation.objectives import Objectives, jacobian, of_last_layers, preferred
 from fedpref.numerics import seeds, trees

@@ -14,7 +14,7 @@ from fedpref.errors import UserError
 from fedpref.federation.local_training import LocalTraining, rate
 from fedpref.federation.participation import Participation, draw
 from fedpref.numerics import seeds, trees
-from fedpref.numerics.metrics import over_clients, standard_error
+from fedpref.numerics.metrics import low_is_good, over_clients, standard_error
 from fedpref.numerics.trees import Tree
 
 
@@ -149,6 +149,19 @@ def test_cohorts_are_uniform_without_replacement_and_ordered() -> None:
     assert all(abs(count - 240) < 4 * math.sqrt(600 * 0.4 * 0.6) for count in seen.values())
     assert draw(weights, None, seeds.generator(0, "cohort")) == tuple(seen)
     assert draw(weights, 9, seeds.generator(0, "cohort")) == tuple(seen)
+
+
+def test_examples_are_not_counted_twice() -> None:
+    with pytest.raises(ValueError, match="count a client's examples twice"):
+        Participation(sampling="examples")
+
+
+@pytest.mark.parametrize("metric", ["loss", "loss/first", "error", "calibration_error", "kl"])
+def test_the_worst_client_of_a_metric_where_low_is_good_is_the_highest(metric: str) -> None:
+    values = {"a": 0.01, "b": 0.3}
+    summary = over_clients(values, {"a": 1, "b": 1}, low_is_good=low_is_good(metric))
+    assert summary["worst"] == summary["worst_decile"] == 0.3
+    assert not low_is_good("rewards/accuracies")
 
 
 def test_clients_are_drawn_by_their_examples_or_by_given_weights() -> None:

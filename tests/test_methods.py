@@ -301,6 +301,52 @@ def test_scaffolds_mean_control_variate_moves_by_the_cohorts_share() -> None:
     assert [of(state.own, i, "x") for i in (0, 1)] == pytest.approx(own, rel=1e-5)
 
 
+class Sized(Bowl):
+    """A quadratic that so many examples stand for."""
+
+    size: int = 1
+
+    def __len__(self) -> int:
+        return self.size
+
+
+@pytest.mark.parametrize("newcomers", [(), (3,)])
+def test_scaffold_converges_to_the_weighted_optimum_of_clients_of_any_size(
+    newcomers: tuple[int, ...],
+) -> None:
+    numbers = [(400, 0.5, 3.0), (100, 1.5, -1.0), (20, 1.0, 4.0), (50, 2.0, 9.0)]
+    shards = []
+    for size, curvature, centre in numbers:
+        shard = Sized(str(size), curvature, centre)
+        object.__setattr__(shard, "size", size)
+        shards.append(shard)
+    training = [i for i in range(4) if i not in newcomers]
+    task: Any = Bowls()
+    engine = Simulation(task, shards, seed=0, rounds=900, newcomers=newcomers)
+    method = Scaffold(local=PLAIN)
+    state = method.init(engine, task.init(torch.Generator()))
+    draw = torch.Generator().manual_seed(1)
+    for round in range(900):
+        chosen = torch.randperm(len(training), generator=draw)[:2].tolist()
+        engine.begin(round, sorted(training[i] for i in chosen))
+        state, _ = method.step(engine, state)
+    weights = {i: numbers[i][0] / sum(numbers[j][0] for j in training) for i in training}
+    pulls = {i: weights[i] * numbers[i][1] for i in training}
+    optimum = sum(pulls[i] * numbers[i][2] for i in training) / sum(pulls.values())
+    assert state.adapter["x"][0].item() == pytest.approx(optimum, abs=1e-4)
+    mean = sum(weights[i] * of(state.own, i, "x") for i in training)
+    assert state.control["x"][0].item() == pytest.approx(mean, abs=1e-4)
+
+
+def test_the_servers_weights_do_not_depend_on_how_many_clients_a_mean_is_of() -> None:
+    """The published constant is for a sum of gradients; of short ones it would hide the answer."""
+    rows = torch.tensor([[6e-4, 0.0], [0.0, 1.6e-3]])
+    method = FedCMOO(weights_learning_rate=0.1)
+    of_sum = method.weigh((20 * rows) @ (20 * rows).T, None, 1)
+    assert method.weigh(rows @ rows.T, None, 20).tolist() == pytest.approx(of_sum.tolist())
+    assert abs(float(method.weigh(rows @ rows.T, None, 1)[0] - of_sum[0])) > 0.05
+
+
 def test_nested_trees_come_apart_again() -> None:
     both = {0: {"a": torch.ones(1)}, 10: {"a": torch.zeros(1), "b/c": torch.ones(2)}}
     nested = trees.nest(both)

@@ -15,7 +15,8 @@ from fedpref import Experiment, UserError, config, run
 from fedpref.cli import app
 from fedpref.data import Files
 from fedpref.experiments.finished import FinishedRun
-from fedpref.experiments.run_directory import EVALUATION, METRICS, file_name
+from fedpref.experiments.run_directory import file_name
+from fedpref.experiments.run_files import EVALUATION, METRICS
 from fedpref.numerics import trees
 from fedpref.reports.page.sentences import words
 from fedpref.reports.page.tables import newcomer_rows

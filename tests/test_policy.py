@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from conftest import REAL_DATA, needs_real_data
 from fedpref import UserError
 from fedpref.losses.policy import GRPO, PPO, RLOO, Sampled, gae, surrogate, whitened
-from fedpref.models.generation import Sampling, generate, merged
+from fedpref.models.generation import OwnSampling, Sampling, generate, merged
 from fedpref.models.language import LanguageModel, Model
 from fedpref.numerics import seeds
 from fedpref.rewards import Classifier, Distinct, Function, Length, Pattern, Sentiment, Toxicity
@@ -134,6 +135,45 @@ def test_a_ratio_beyond_its_bounds_is_not_followed_further() -> None:
     (gradient,) = torch.autograd.grad(surrogate(new, advantages, draws, PPO(epsilon=0.2)), new)
     assert gradient[:2].tolist() == [0.0, 0.0]
     assert gradient[2:].abs().min() > 0.1
+
+
+def test_grpo_and_dapo_have_the_means_that_their_papers_have() -> None:
+    counts = (3, 5, 1, 4)
+    draw = torch.Generator().manual_seed(2)
+    gains = torch.randn(sum(counts), generator=draw, dtype=torch.float64)
+    zero = torch.zeros_like(gains)
+    draws = Sampled(zero, zero, counts, 2)
+    parts = gains.split(counts)
+    by_answer = sum(float(part.mean()) for part in parts) / len(parts)
+    grpo, dapo = (
+        float(surrogate(zero, gains, draws, GRPO(kl=0.0, loss_type=name)))
+        for name in ("grpo", "dapo")
+    )
+    assert grpo == pytest.approx(-by_answer)
+    assert dapo == pytest.approx(-float(gains.mean()))
+    assert abs(grpo - dapo) > 0.01
+
+
+def test_answers_to_be_read_are_drawn_by_the_models_own_settings(tiny: Path) -> None:
+    model = LanguageModel(Model(path=str(tiny), dtype="float32"))
+    prompt = model.encode("Which thing is it?", "")[0]
+
+    def drawn(count: int, **settings: Any) -> list[tuple[int, ...]]:
+        own = OwnSampling(1, transformers.GenerationConfig(**settings))
+        return generate(model, None, [prompt], count, own, seeds.generator(0, "work"))
+
+    ids = torch.tensor([prompt])
+    with torch.no_grad(), model.model.disable_adapter():
+        logits = model.model(input_ids=ids).logits[0, -1]
+    ranked = logits.argsort(descending=True).tolist()
+    assert drawn(3) == [(ranked[0],)] * 3  # transformers' default is the likeliest
+    few = {token for (token,) in drawn(400, do_sample=True, top_k=3)}
+    assert few == set(ranked[:3])
+    shares = (logits / 0.5).softmax(0)[ranked].cumsum(0)
+    inside = ranked[: int((shares < 0.3).sum()) + 1]
+    found = {t for (t,) in drawn(400, do_sample=True, temperature=0.5, top_k=0, top_p=0.3)}
+    assert found <= set(inside)
+    assert len(found) > 1
 
 
 def test_grpo_pays_for_kl_in_the_loss() -> None:

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from conftest import ROOT
 from fedpref import Experiment, UserError, cli, config, run
-from fedpref.experiments.run_directory import EVALUATION, METRICS
+from fedpref.experiments.run_files import EVALUATION, METRICS
 from fedpref.numerics.metrics import ACCURACY
 from fedpref.numerics.topology import rho
 from fedpref.reports import charts

@@ -25,7 +25,8 @@ from fedpref.engines.messages import FORMAT, RefusedError, finite, pack, unpack,
 from fedpref.engines.site import Site
 from fedpref.experiments.clients import SimulatedSite
 from fedpref.experiments.rounds import events
-from fedpref.experiments.run_directory import METRICS, RunDirectory
+from fedpref.experiments.run_directory import RunDirectory
+from fedpref.experiments.run_files import METRICS
 from fedpref.federation.local_training import LocalTraining
 from fedpref.federation.verbs import Client, work
 from fedpref.numerics import trees

@@ -23,7 +23,7 @@ from yaml import YAMLError
 from fedpref.errors import UserError
 
 T = TypeVar("T")
-MOST_NODES = 100_000  # keys and values of a config, its aliases written out
+MOST_NODES = 10_000  # keys and values of a config, its aliases written out
 RESOLVER = re.compile(r"(?<!\\)\$\{[^{}]*:")
 # what YAML and OmegaConf raise for texts that are none, are nested too deep, or refer to nothing
 BROKEN = (

@@ -8,11 +8,14 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
-Count = Annotated[int, Field(ge=1)]
-"""A whole number, one or more."""
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+"""A whole number, one or more; of 31 bits, as lengths and sizes of tensors are."""
 
-WholeNumber = Annotated[int, Field(ge=0)]
-"""A whole number, zero or more."""
+WholeNumber = Annotated[int, Field(ge=0, le=2**63 - 1)]
+"""A whole number, zero or more; of 63 bits, as seeds are."""
+
+Width = Annotated[int, Field(ge=1, le=2**16)]
+"""The width or number of a small network's layers."""
 
 Positive = Annotated[float, Field(gt=0)]
 """A number above zero."""

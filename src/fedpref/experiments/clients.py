@@ -18,7 +18,8 @@ from fedpref.engines.site import Hosted
 from fedpref.engines.workers import can_fork
 from fedpref.errors import UserError
 from fedpref.experiments.experiment import Experiment, encoded
-from fedpref.experiments.run_directory import CLIENTS, DATA, TRAINED, RunDirectory
+from fedpref.experiments.run_directory import RunDirectory
+from fedpref.experiments.run_files import CLIENTS, DATA, TRAINED
 from fedpref.federation.verbs import Client, work
 from fedpref.numerics.topology import Matrix
 from fedpref.numerics.trees import Tree

@@ -18,19 +18,14 @@ from fedpref.errors import UserError
 from fedpref.experiments.experiment import Experiment, lines
 from fedpref.experiments.migration import migrated
 from fedpref.experiments.run_directory import (
-    CLIENTS,
     CONFIG,
-    DATA,
-    EVALUATION,
     FORMAT,
     JOINED,
-    NEWCOMERS,
-    TRAINED,
     RunDirectory,
     client_folder,
     client_path,
-    read_json,
 )
+from fedpref.experiments.run_files import CLIENTS, DATA, EVALUATION, NEWCOMERS, TRAINED, read_json
 from fedpref.federation.algorithm import Algorithm
 from fedpref.numerics import seeds, trees
 from fedpref.numerics.metrics import ClientMetrics
@@ -217,11 +212,21 @@ class FinishedRun:
     @property
     def last_evaluation(self) -> Mapping[str, Any]:
         """The last evaluation of the algorithm's own line; raises UserError if there is none."""
-        rows = self.evaluations()
+        return self.last_of(self.experiment.algorithm.name)
+
+    def last_of(self, line: str) -> dict[str, Any]:
+        """Return a line's last evaluation; raises UserError if there is none."""
+        rows = self.evaluations(line)
         if not rows:
+            missing = self.lines[line].path / EVALUATION
             raise UserError(
-                f"{self.path}: the run has not been evaluated. `fedpref resume {self.path}` "
-                "takes it up."
+                f"{missing}: the run has not been evaluated, or this file has lost its rows. "
+                f"`fedpref resume {self.path}` takes an unfinished run up."
+            )
+        if unknown := sorted(rows[-1]["clients"].keys() - self.clients.keys()):
+            raise UserError(
+                f"{self.path}: {CLIENTS} does not know {unknown[0]!r}, who was evaluated; one of "
+                "the run's files is damaged."
             )
         return rows[-1]
 
@@ -235,7 +240,7 @@ class FinishedRun:
             raise UserError(
                 f"{self.path}: the run is not finished. `fedpref resume {self.path}` finishes it."
             )
-        rows = {name: line.read_rows(EVALUATION)[-1] for name, line in self.lines.items()}
+        rows = {name: self.last_of(name) for name in self.lines}
         newcomers = {
             name: (row["newcomers_before"], row["newcomers"])
             for name, row in rows.items()

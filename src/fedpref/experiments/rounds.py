@@ -21,16 +21,13 @@ from fedpref.experiments.clients import About, AtSites, ClientSource, InProcess
 from fedpref.experiments.environment import described
 from fedpref.experiments.experiment import Experiment, lines, with_whole_paths
 from fedpref.experiments.run_directory import (
-    CLIENTS,
     CONFIG,
-    ENVIRONMENT,
-    EVALUATION,
-    METRICS,
     SAMPLES,
     RunDirectory,
     client_folder,
     file_name,
 )
+from fedpref.experiments.run_files import CLIENTS, ENVIRONMENT, EVALUATION, METRICS
 from fedpref.federation.algorithm import Algorithm
 from fedpref.federation.diagnostics import diagnose
 from fedpref.federation.verbs import Client, work

@@ -20,26 +20,16 @@ from filelock import FileLock, Timeout
 from fedpref import __version__
 from fedpref.engines import Engine
 from fedpref.errors import UserError
+from fedpref.experiments.run_files import EVALUATION, METRICS, read_rows
 from fedpref.numerics import trees
+from fedpref.numerics.trees import Tree
 
-CONFIG, CLIENTS, METRICS, EVALUATION, DONE = (
-    "config.yaml",
-    "clients.json",
-    "metrics.jsonl",
-    "evaluation.jsonl",
-    "done",
-)
+CONFIG, DONE = "config.yaml", "done"
 VERSION = "version.json"  # of the directory's format, and of the fedpref that began it
 FORMAT = (
     2  # 1 had no version.json, kept baselines under references/, and said local and centralised
 )
 JOINED = "newcomers"  # a folder: models of clients that joined when the run was over
-NEWCOMERS = (
-    "newcomers.jsonl"  # clients that joined when the run was over: sizes, metrics before and after
-)
-DATA = "data.json"  # rows that were read, left out, and could not be used
-TRAINED = "trained_prompts.json"  # digests of the prompts that were trained on
-ENVIRONMENT = "environment.json"  # versions, machine, commits
 HAS_OWN = "clients have models of their own\n"
 # names that are their files' names too: they mean the same on every file system
 PLAIN = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}(\.[a-z0-9_-]{1,16})?")
@@ -85,37 +75,13 @@ def client_path(run: Path, kind: str, client: str, suffix: str = "") -> Path | N
     return None
 
 
-def read_json(path: Path) -> Any:
-    """Return what a file of a run holds; raises UserError where that is no JSON object or list."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise _damaged(path, error) from error
-    if not isinstance(content, dict | list):
-        raise _damaged(path, TypeError(f"expected an object or a list, found {content!r:.40}"))
-    return content
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a JSON Lines file; raises UserError where it is damaged."""
-    rows = []
-    try:
-        # line by line, but not at the line separators that JSON may hold
-        for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
-            row = json.loads(line)
-            if not isinstance(row, dict):
-                raise TypeError(f"expected an object, found {row!r:.40}")
-            rows.append(row)
-    except (OSError, ValueError, RecursionError, TypeError) as error:
-        raise _damaged(path, error) from error
-    return rows
-
-
-def _damaged(path: Path, error: Exception) -> UserError:
-    return UserError(
-        f"{path}: this file of the run is damaged: {str(error).splitlines()[0]}. Put back a whole "
-        "copy of it, or begin the run anew."
-    )
+def _shared(state: Any, checkpoint: Path) -> dict[str, Tree]:
+    """Return what is shared of a checkpoint, by field; raises UserError where a file is gone."""
+    files = {field.name: checkpoint / f"{field.name}.safetensors" for field in fields(state)}
+    for name, file in files.items():
+        if isinstance(getattr(state, name), Mapping) and not file.exists():
+            raise UserError(f"{file}: this file of the run's checkpoint is gone.")
+    return {name: trees.load(file) for name, file in files.items() if file.exists()}
 
 
 class RunDirectory:
@@ -291,11 +257,9 @@ class RunDirectory:
         checkpoints = self.checkpoints()
         if not checkpoints:
             return state, 0
-        files = {
-            field.name: checkpoints[-1] / f"{field.name}.safetensors" for field in fields(state)
-        }
-        shared = {name: trees.load(file) for name, file in files.items() if file.exists()}
-        private = engine.load(checkpoints[-1], [name for name in files if name not in shared])
+        shared = _shared(state, checkpoints[-1])
+        names = [field.name for field in fields(state) if field.name not in shared]
+        private = engine.load(checkpoints[-1], names)
         private = {name: getattr(state, name) | value for name, value in private.items()}
         return replace(state, **shared, **private), int(checkpoints[-1].name.removeprefix("round-"))
 
@@ -311,12 +275,7 @@ class RunDirectory:
             raise UserError(
                 f"{self.path}: the run has no checkpoint. `fedpref resume {self.path}` takes it up."
             )
-        files = {
-            field.name: checkpoints[-1] / f"{field.name}.safetensors" for field in fields(state)
-        }
-        return replace(
-            state, **{name: trees.load(file) for name, file in files.items() if file.exists()}
-        )
+        return replace(state, **_shared(state, checkpoints[-1]))
 
     # ---- the end
 

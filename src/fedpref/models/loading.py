@@ -26,7 +26,7 @@ def load_model(folder: str | Path) -> Any:
         A PEFT model, with the client's own head and bottleneck where it has them.
 
     Raises:
-        UserError: There is no exported adapter there.
+        UserError: There is no exported adapter there, or it is damaged, or its base is gone.
     """
     from peft import AutoPeftModelForCausalLM
 
@@ -35,9 +35,17 @@ def load_model(folder: str | Path) -> Any:
             f"{folder}: there is no exported adapter here. Give RUN/adapter, or RUN/clients/NAME "
             "of a finished run."
         )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of PEFT's use of transformers
-        model = AutoPeftModelForCausalLM.from_pretrained(str(folder)).eval()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of PEFT's use of transformers
+            model = AutoPeftModelForCausalLM.from_pretrained(str(folder)).eval()
+    # whatever PEFT and transformers make of a folder that is damaged
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{folder}: the exported model cannot be loaded; its files, or those of its base "
+            f"model, are damaged or gone: {type(error).__name__}: {reason}"
+        ) from error
     if (Path(folder) / FILE).exists():
         model.get_base_model().set_output_embeddings(
             OwnHead(model.get_output_embeddings(), trees.load(Path(folder) / FILE))
@@ -73,7 +81,11 @@ def generate(
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    model, tokenizer = load_model(folder), AutoTokenizer.from_pretrained(str(folder))
+    model = load_model(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    except Exception as error:
+        raise UserError(f"{folder}: the tokenizer cannot be loaded: {error!s:.200}") from error
     if chat and not tokenizer.chat_template:
         raise UserError(
             f"{folder}: the tokenizer has no chat template. Give the prompt as plain text, with "

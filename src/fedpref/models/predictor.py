@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import layer_norm, linear, relu, scaled_dot_product_attention, softplus
 
 from fedpref.numerics.trees import Tree
-from fedpref.types import Count
+from fedpref.types import Width
 
 LOWEST_STD = 0.05  # where it is bounded
 
@@ -31,15 +31,15 @@ class Predictor:
     Parameters are a tree with the names of PyTorch's own modules.
     """
 
-    width: Count = 128
+    width: Width = 128
     """The width of the layers."""
-    layers: Count = 6
+    layers: Width = 6
     """How many layers there are."""
-    heads: Count = 4
+    heads: Width = 4
     """Attention heads of each layer."""
-    feedforward: Count = 128
+    feedforward: Width = 128
     """The width of the feed-forward parts."""
-    embedder_layers: Count = 4
+    embedder_layers: Width = 4
     """Linear layers that turn a point into the layers' width."""
     bounded_std: bool = False
     """Predict a standard deviation of at least 0.05, in place of any."""

@@ -10,7 +10,10 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
+
+from fedpref.errors import UserError
 
 Tree = Mapping[str, Tensor]
 
@@ -107,8 +110,12 @@ def save(tree: Tree, path: Path) -> None:
 
 
 def load(path: Path) -> Tree:
-    """Return the tree that `save` has written."""
-    return dict(safetensors.torch.load_file(path))
+    """Return the tree that `save` has written; raises UserError where the file is damaged."""
+    try:
+        return dict(safetensors.torch.load_file(path))
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        reason = str(error).strip() or type(error).__name__
+        raise UserError(f"{path}: this file of tensors cannot be read: {reason}") from error
 
 
 def _same_names(a: Tree, b: Tree) -> None:

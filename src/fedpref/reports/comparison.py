@@ -9,15 +9,16 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from omegaconf import OmegaConf
 from rich.table import Table
 
 from fedpref.errors import UserError
 from fedpref.experiments.finished import FinishedRun
-from fedpref.experiments.run_directory import CONFIG, METRICS, RunDirectory
+from fedpref.experiments.run_directory import RunDirectory
+from fedpref.experiments.run_files import METRICS
 from fedpref.numerics.metrics import HEADLINES, headline, over_clients
 from fedpref.reports.tables import bytes_text
 
@@ -71,12 +72,12 @@ def compare(paths: Sequence[Path]) -> list[Row]:
             f"{unfinished[0]}: the run is not finished, or there is none. `fedpref resume "
             f"{unfinished[0]}` finishes it."
         )
-    contents = {path: OmegaConf.load(path / CONFIG) for path in paths}
-    is_told_by_name = len(
-        {(str(content.name), content.seed) for content in contents.values()}
-    ) == len(contents)
+    contents = {path: FinishedRun.at(path).experiment for path in paths}
+    is_told_by_name = len({(content.name, content.seed) for content in contents.values()}) == len(
+        contents
+    )
     for path, content in contents.items():
-        runs = groups[str(content.name) if is_told_by_name else path.resolve().name]
+        runs = groups[content.name if is_told_by_name else path.resolve().name]
         if content.seed in runs:
             raise UserError(
                 f"{path} and {runs[content.seed]} have the same name and seed, and their "
@@ -167,7 +168,7 @@ def bootstrap(
 
 
 def _row(line: _Line, first: Matrix | None) -> Row:
-    metrics = [row for path in line.paths for row in RunDirectory(path).read_rows(METRICS)]
+    metrics = [row for path in line.paths for row in _rounds(path)]
     values, crossed = line.values, line.crossed
     names = [str(i) for i in range(values.shape[1])]
     over = [
@@ -190,6 +191,13 @@ def _row(line: _Line, first: Matrix | None) -> Row:
         seconds_per_round=float(np.mean([row["seconds"] for row in metrics])),
         newcomers=_newcomers(line.paths),
     )
+
+
+def _rounds(path: Path) -> list[dict[str, Any]]:
+    rows = RunDirectory(path).read_rows(METRICS)
+    if not rows:
+        raise UserError(f"{path / METRICS}: this file of a finished run has lost its rows.")
+    return rows
 
 
 def _newcomers(paths: Sequence[Path]) -> tuple[float, float] | None:

@@ -9,16 +9,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from fedpref.errors import UserError
 from fedpref.experiments.experiment import Experiment
 from fedpref.experiments.finished import FinishedRun
-from fedpref.experiments.run_directory import (
+from fedpref.experiments.run_directory import SAMPLES, RunDirectory, client_path
+from fedpref.experiments.run_files import (
+    CLIENTS,
     ENVIRONMENT,
     EVALUATION,
     METRICS,
     NEWCOMERS,
-    SAMPLES,
-    RunDirectory,
-    client_path,
     read_json,
     read_rows,
 )
@@ -190,6 +190,18 @@ def read(path: Path) -> Run:
     }
     environment = read_json(path / ENVIRONMENT) if (path / ENVIRONMENT).exists() else {}
     experiment = run.experiment
+    for name, line in drawn.items():
+        if run.lines[name].done and not (line.metrics and line.evaluations):
+            lost = METRICS if not line.metrics else EVALUATION
+            raise UserError(
+                f"{run.lines[name].path / lost}: this file of a finished run has lost its rows."
+            )
+    for line in drawn.values():
+        if line.evaluations and (unknown := line.last.keys() - run.clients.keys()):
+            raise UserError(
+                f"{path}: {CLIENTS} does not know {sorted(unknown)[0]!r}, who was evaluated; one "
+                "of the run's files is damaged."
+            )
     main = drawn.pop(experiment.algorithm.name)
     return Run(
         path,

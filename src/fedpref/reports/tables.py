@@ -10,13 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from fedpref.errors import printable
-from fedpref.experiments.run_directory import (
-    CLIENTS,
-    SAMPLES,
-    client_path,
-    read_json,
-    read_rows,
-)
+from fedpref.experiments.run_directory import SAMPLES, client_path
+from fedpref.experiments.run_files import CLIENTS, read_json, read_rows
 from fedpref.numerics.metrics import (
     ACCURACY,
     ALIGNMENT,

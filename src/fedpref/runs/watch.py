@@ -9,7 +9,7 @@ from typing import Any
 
 from fedpref.experiments.finished import FinishedRun
 from fedpref.experiments.rounds import Event, evaluated
-from fedpref.experiments.run_directory import EVALUATION, METRICS
+from fedpref.experiments.run_files import EVALUATION, METRICS
 
 
 def watched(path: Path, wait: Callable[[], None] = lambda: time.sleep(1.0)) -> Iterator[Event]:

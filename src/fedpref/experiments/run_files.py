@@ -1,0 +1,159 @@
+"""The forms of a run's files: what is read of them is as it was written, or a sentence says not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, NotRequired
+
+from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
+
+from fedpref.errors import UserError
+from fedpref.numerics.metrics import HEADLINES
+from fedpref.types import WholeNumber
+
+CLIENTS, METRICS, EVALUATION = "clients.json", "metrics.jsonl", "evaluation.jsonl"
+# clients that joined when the run was over: sizes, metrics before and after
+NEWCOMERS = "newcomers.jsonl"
+DATA = "data.json"  # rows that were read, left out, and could not be used
+TRAINED = "trained_prompts.json"  # digests of the prompts that were trained on
+ENVIRONMENT = "environment.json"  # versions, machine, commits
+
+_MORE = ConfigDict(extra="allow")
+
+
+def _measured(metrics: dict[str, float]) -> dict[str, float]:
+    if not any(name in metrics for name in HEADLINES) or "num_examples" not in metrics:
+        raise ValueError(f"expected one of {', '.join(HEADLINES)} and num_examples")
+    return metrics
+
+
+def _alike(clients: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    if not clients or len({frozenset(metrics) for metrics in clients.values()}) > 1:
+        raise ValueError("expected the same metrics of every client, and one client at least")
+    return clients
+
+
+def _round(figures: dict[str, float]) -> dict[str, float]:
+    if missing := {"round", "seconds", "bytes_up", "bytes_down"} - figures.keys():
+        raise ValueError(f"expected {', '.join(sorted(missing))} too")
+    return figures
+
+
+Round = Annotated[dict[str, float], AfterValidator(_round)]
+Measured = Annotated[dict[str, float], AfterValidator(_measured)]
+PerClient = Annotated[dict[str, Measured], AfterValidator(_alike)]
+
+
+class About(TypedDict):
+    """What is said of a client."""
+
+    __pydantic_config__ = _MORE  # type: ignore[misc]
+    train: WholeNumber
+    test: WholeNumber
+    digest: str
+
+
+class Evaluation(TypedDict):
+    """An evaluation: each client's metrics, and summaries over them."""
+
+    __pydantic_config__ = _MORE  # type: ignore[misc]
+    round: WholeNumber
+    clients: PerClient
+    summary: dict[str, dict[str, float]]
+    diagnostics: NotRequired[dict[str, float]]
+    newcomers: NotRequired[PerClient]
+    newcomers_before: NotRequired[PerClient]
+
+
+class Joined(TypedDict):
+    """A client that joined when the run was over."""
+
+    __pydantic_config__ = _MORE  # type: ignore[misc]
+    client: str
+    train: WholeNumber
+    test: WholeNumber
+    before: Measured
+    after: Measured
+
+
+class Rows(TypedDict):
+    """How many rows were read, left out, and could not be used by kind."""
+
+    rows: WholeNumber
+    left_out: WholeNumber
+    unusable: dict[str, WholeNumber]
+
+
+class Environment(TypedDict):
+    """Where a run was made."""
+
+    __pydantic_config__ = _MORE  # type: ignore[misc]
+    platform: str
+    processors: WholeNumber
+    versions: NotRequired[dict[str, Any]]
+    commits: NotRequired[dict[str, Any]]
+
+
+class Sample(TypedDict):
+    """A prompt, with an answer before training and one after."""
+
+    __pydantic_config__ = _MORE  # type: ignore[misc]
+    prompt: str | list[dict[str, Any]]
+    before: dict[str, Any]
+    after: dict[str, Any]
+
+
+# of a file as a whole, or of each of its lines
+FORMS: dict[str, TypeAdapter[Any]] = {
+    CLIENTS: TypeAdapter(dict[str, About]),
+    METRICS: TypeAdapter(Round),
+    EVALUATION: TypeAdapter(Evaluation),
+    NEWCOMERS: TypeAdapter(Joined),
+    DATA: TypeAdapter(Rows),
+    TRAINED: TypeAdapter(list[str]),
+    ENVIRONMENT: TypeAdapter(Environment),
+}
+SAMPLES = TypeAdapter(Sample)
+
+
+def read_json(path: Path) -> Any:
+    """Return what a file of a run holds; raises UserError where it is damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        FORMS[path.name].validate_python(content)
+    except (OSError, ValueError, RecursionError) as error:
+        raise _damaged(path, error) from error
+    return content
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a JSON Lines file, without a last one that a crash cut short.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    form = FORMS.get(path.name, SAMPLES)
+    rows = []
+    try:
+        # line by line, but not at the line separators that JSON may hold
+        for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
+            row = json.loads(line)
+            form.validate_python(row)
+            rows.append(row)
+    except (OSError, ValueError, RecursionError) as error:
+        raise _damaged(path, error) from error
+    return rows
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False, include_input=False)[0]
+        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    else:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return UserError(
+        f"{path}: this file of the run is damaged: {reason}. Put back a whole copy of it, or "
+        "begin the run anew."
+    )
