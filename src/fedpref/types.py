@@ -8,11 +8,19 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
-Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
-"""A whole number, one or more; of 31 bits, as lengths and sizes of tensors are."""
 
-WholeNumber = Annotated[int, Field(ge=0, le=2**63 - 1)]
-"""A whole number, zero or more; of 63 bits, as seeds are."""
+def _fits(number: int) -> int:
+    """Return a number that tensors and generators can hold; raises ValueError for others."""
+    if number >= 2**63:
+        raise ValueError("the number has more than 63 bits")
+    return number
+
+
+Count = Annotated[int, Field(ge=1), AfterValidator(_fits)]
+"""A whole number, one or more."""
+
+WholeNumber = Annotated[int, Field(ge=0), AfterValidator(_fits)]
+"""A whole number, zero or more."""
 
 Width = Annotated[int, Field(ge=1, le=2**16)]
 """The width or number of a small network's layers."""
