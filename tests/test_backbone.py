@@ -358,3 +358,23 @@ def test_the_fingerprint_is_of_the_backbone_and_not_of_where_the_adapter_sits(
     )
     path = saved(tmp_path / "other", config)
     assert opened(path).fingerprint != first.fingerprint  # the same weights
+
+
+def test_towers_that_no_text_passes_through_have_no_adapter(tmp_path: Path) -> None:
+    text = {**SMALL, "head_dim": 8, "sliding_window": 200}
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision)
+    model = opened(saved(tmp_path / "vlm", config))
+    names = model.init(seeds.generator(0, "init"))
+    assert names
+    assert not any("vision" in name or "projector" in name for name in names)
+    adapter = {name: t.clone().requires_grad_() for name, t in some(model).items()}
+    model.log_probabilities(adapter, ROWS, training=True).sum().backward()
+    assert all(tensor.grad is not None for tensor in adapter.values())

@@ -17,9 +17,11 @@ import pytest
 import torch
 import yaml
 
+from conftest import write_rows
 from fedpref import Experiment, UserError, config, run
 from fedpref.channel import Sender
 from fedpref.channel.compression import TopK, alike
+from fedpref.data.splits import held_out
 from fedpref.engines import Patience, RemoteEngine, Sites
 from fedpref.engines.messages import FORMAT, RefusedError, finite, pack, unpack, version
 from fedpref.engines.site import Site
@@ -750,3 +752,83 @@ def test_a_kit_is_stopped_with_all_that_it_runs_and_nothing_else_is(
     monkeypatch.setattr(kits, "_end", lambda *told: threading.Timer(0.3, end, told).start())
     kits.stop(Path("kit"), seconds=0.2)
     assert not kits.running(kit)
+
+
+# ---- what is held out anywhere is trained on nowhere
+
+
+@pytest.mark.parametrize("keyed", [True, False])
+def test_sites_with_sides_of_their_own_compare_what_is_held_out(
+    keyed: bool, content: dict[str, Any], tiny: Path, tmp_path: Path
+) -> None:
+    """One question in two spellings, held out by a column at one site and to train on at another;
+    and one that the rule holds out at a third.
+    """
+    prompts = [f"Question {i}?" for i in range(24)]
+    ruled = [i for i, prompt in enumerate(prompts) if held_out(prompt, 0.3)]
+    sides = {
+        "a": lambda i: "test" if i % 4 == 0 else "train",
+        "b": lambda i: "test" if i % 4 == 1 else "train",
+        "c": None,
+    }
+    hosts: dict[str, Any] = {}
+    for name, side in sides.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        rows = [
+            {
+                "prompt": f" {prompt}  " if name == "b" else prompt,
+                "chosen": " yes",
+                "rejected": " no",
+                **({"split": side(i)} if side else {}),
+            }
+            for i, prompt in enumerate(prompts)
+        ]
+        write_rows(folder / "rows.jsonl", rows)
+        (folder / "split.key").write_text("a secret of the sites")
+        data = {"name": "files", "path": "rows.jsonl", "test_fraction": 0.3}
+        site = {
+            "data": {**data, **({"split_column": "split"} if side else {})},
+            "algorithms": ["feddpo"],
+            "models": {content["task"]["model"]["path"]: str(tiny)},
+            **({"split_key": "split.key"} if keyed else {}),
+        }
+        (folder / "site.yaml").write_text(yaml.safe_dump(site))
+        hosts[name] = Site(name, consenting(name, folder / "site.yaml")[0], folder, Nowhere())
+
+    class Three:
+        def __init__(self) -> None:
+            self.sites, self.heard = tuple(hosts), list[bytes]()
+
+        def ask(self, messages: Any, seconds: float) -> dict[str, bytes]:
+            answers = {site: hosts[site].answer(message) for site, message in messages.items()}
+            self.heard += [*messages.values(), *answers.values()]
+            return answers
+
+    transport: Any = Three()
+    sites = Sites(transport, content, "run", Patience())
+    trained, tested = (
+        {
+            i
+            for site in hosts.values()
+            for shard in site._opened.shards.values()
+            for example in getattr(shard, side)
+            for i, prompt in enumerate(prompts)
+            if prompt in shard_text(site, example)
+        }
+        for side in ("train", "test")
+    )
+    assert tested >= {i for i in range(24) if i % 4 < 2} | set(ruled)
+    if keyed:
+        assert not trained & tested
+        assert trained == set(range(24)) - tested
+        assert sites.notes == []
+    else:
+        assert trained & tested
+        assert "sites a, b, c have no split_key" in sites.notes[0]
+    assert not any(b"Question" in message for message in transport.heard)
+
+
+def shard_text(site: Site, example: Any) -> str:
+    text: str = site._opened.task.language.tokenizer.decode(example.prompt)  # type: ignore[attr-defined]
+    return " ".join(text.split())

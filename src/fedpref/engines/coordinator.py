@@ -223,7 +223,7 @@ class Sites:
             told = {
                 site: answer[0] for site, answer in answers.items() if isinstance(answer, tuple)
             }
-            if not any(header["held_out"] for header in told.values()):
+            if not any(header["has_sides"] for header in told.values()):
                 return []
         if keyless := [site for site, header in told.items() if not header["is_keyed"]]:
             self.notes.append(

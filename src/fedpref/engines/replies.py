@@ -30,10 +30,11 @@ class About(TypedDict, total=False):
 
 
 class Split(TypedDict):
-    """What tells the prompts that are held out at a site, and whether it has the sites' key."""
+    """What tells the prompts that are held out at a site; see `site.HeldOut`."""
 
     held_out: list[Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]]
     is_keyed: bool
+    has_sides: bool
 
 
 class Opened(TypedDict):

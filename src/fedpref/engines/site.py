@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, get_type_hints
 
@@ -73,11 +73,26 @@ class Hosted:
     """Bytes of a message."""
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """What a site says of its prompts that are held out.
+
+    Attributes:
+        held_out: A keyed hash of each, for sites to compare.
+        is_keyed: Whether the site has the key.
+        has_sides: Whether its data say themselves what is held out, in place of the common rule.
+    """
+
+    held_out: Sequence[str] = ()
+    is_keyed: bool = True
+    has_sides: bool = False
+
+
 class Host(Protocol):
     """Who decides what a site brings to an experiment."""
 
-    def held_out(self, experiment: Any, everything: bool) -> tuple[list[str], bool]:
-        """Return what tells prompts that are held out here, and whether sites can compare it.
+    def held_out(self, experiment: Any, everything: bool) -> HeldOut:
+        """Return what tells prompts that are held out here.
 
         Args:
             experiment: As plain data, from the coordinator.
@@ -189,8 +204,7 @@ class Site:
 
     def split(self, tensors: Tree, experiment: Any, everything: bool) -> Answer:
         """Say what tells prompts that are held out here, for sites to compare; see `Host`."""
-        held_out, is_keyed = self._host.held_out(experiment, everything)
-        return {"held_out": held_out, "is_keyed": is_keyed}, NO_TENSORS
+        return asdict(self._host.held_out(experiment, everything)), NO_TENSORS
 
     def open(
         self,

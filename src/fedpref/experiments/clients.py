@@ -14,7 +14,7 @@ from fedpref.data import ClientData
 from fedpref.data.splits import SplitBy, digest
 from fedpref.data.unusable import Unusable, summary
 from fedpref.engines import Engine, RemoteEngine, Simulation, Sites, Transport
-from fedpref.engines.site import Hosted
+from fedpref.engines.site import HeldOut, Hosted
 from fedpref.engines.workers import can_fork
 from fedpref.errors import UserError
 from fedpref.experiments.experiment import Experiment, encoded
@@ -222,9 +222,9 @@ class SimulatedSite:
     def __init__(self, number: int, sites: int) -> None:
         self._number, self._sites = number, sites
 
-    def held_out(self, experiment: Any, everything: bool) -> tuple[list[str], bool]:
+    def held_out(self, experiment: Any, everything: bool) -> HeldOut:
         """Return nothing: all sites are of one file, whose split is one."""
-        return [], True
+        return HeldOut()
 
     def host(self, experiment: Any, folder: Path, held_out: Collection[str] = ()) -> Hosted:
         """Return the clients that the site hosts."""

@@ -12,7 +12,7 @@ from fedpref import config
 from fedpref.data import IID, ClientData, Partition, Source
 from fedpref.data.splits import keyed
 from fedpref.engines.messages import RefusedError
-from fedpref.engines.site import Hosted
+from fedpref.engines.site import HeldOut, Hosted
 from fedpref.errors import UserError
 from fedpref.experiments import rounds
 from fedpref.experiments.clients import hosted
@@ -110,7 +110,7 @@ class Consenting:
     def __init__(self, name: str, file: SiteFile) -> None:
         self._name, self._file = name, file
 
-    def held_out(self, experiment: Any, everything: bool) -> tuple[list[str], bool]:
+    def held_out(self, experiment: Any, everything: bool) -> HeldOut:
         """Return an HMAC of each held-out prompt, by the sites' common key.
 
         Prompts that are held out by the rule are so at every site; without `everything` they are
@@ -120,15 +120,16 @@ class Consenting:
             RefusedError: The file does not allow the experiment, or the site's data do not fit.
         """
         spec = self._spec(experiment)
-        key = self._file.split_key
-        if key is None:
-            return [], False
+        key, by = self._file.split_key, spec.data.split_by
         try:
             clients = spec.read().settled().clients
         except UserError as error:  # whose text may hold rows
             raise self._unfit() from error
+        has_sides = any(row.side for one in clients for row in (*one.train, *one.test))
+        if key is None:
+            return HeldOut(is_keyed=False, has_sides=has_sides)
         rows = [row for one in clients for row in one.test if everything or row.side == "test"]
-        return sorted({keyed(row.prompt, spec.data.split_by, key) for row in rows}), True
+        return HeldOut(sorted({keyed(row.prompt, by, key) for row in rows}), True, has_sides)
 
     def _spec(self, experiment: Any) -> Experiment:
         spec = config.parse(Experiment, experiment, "the experiment")
