@@ -29,20 +29,25 @@ def finished(
     """A run directory with just what a comparison reads."""
     path.mkdir(parents=True)
     OmegaConf.save(OmegaConf.create({"name": name, "seed": seed}), path / "config.yaml")
-    rows = {client: {"rewards/accuracies": value} for client, value in accuracies.items()}
-    newcomers = {
-        "newcomers_before": {"n": {"rewards/accuracies": 0.5}},
-        "newcomers": {"n": {"rewards/accuracies": later}},
-    }
+
+    def measured(value: float | None) -> dict[str, float | None]:
+        return {"rewards/accuracies": value, "num_examples": 9.0}
+
+    rows = {client: measured(value) for client, value in accuracies.items()}
+    newcomers = {"newcomers_before": {"n": measured(0.5)}, "newcomers": {"n": measured(later)}}
     (path / "evaluation.jsonl").write_text(
-        json.dumps({"round": 2, "clients": rows, **(newcomers if later else {})}) + "\n"
+        json.dumps({"round": 2, "clients": rows, "summary": {}, **(newcomers if later else {})})
+        + "\n"
     )
     (path / "clients.json").write_text(
-        json.dumps({client: {"digest": data + client} for client in accuracies})
+        json.dumps(
+            {client: {"digest": data + client, "train": 9, "test": 9} for client in accuracies}
+        )
     )
     (path / "metrics.jsonl").write_text(
         "".join(
-            json.dumps({"bytes_up": 10, "bytes_down": 30, "seconds": s}) + "\n" for s in (1.0, 3.0)
+            json.dumps({"round": r, "bytes_up": 10, "bytes_down": 30, "seconds": s}) + "\n"
+            for r, s in ((1, 1.0), (2, 3.0))
         )
     )
     (path / "done").touch()

@@ -119,8 +119,8 @@ def test_merged_folders_load_in_transformers_with_the_same_log_probabilities(
     last = RunDirectory(personal).read_rows(EVALUATION)[-1]["clients"]["client-1"]
     text = (made / "README.md").read_text()
     for name, metric in (
-        ("of the policy", "rewards/accuracies_implicit"),
-        ("with the reward head beside it", "rewards/accuracies"),
+        ("of the policy", "rewards/accuracies"),
+        ("with the reward head beside it", "rewards/accuracies_combined"),
     ):
         assert f"{name} | {100 * last[metric]:.1f} (of client-1)" in text
 

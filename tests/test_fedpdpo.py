@@ -207,7 +207,8 @@ def test_at_the_start_the_loss_is_ln_2_and_the_two_rewards_are_ranked_apart(
     assert measured["rewards/accuracies_explicit"] == 0.5
     moved = task.evaluate({**params, REWARD: torch.randn(params[REWARD].shape)}, shard)
     assert moved["rewards/accuracies_explicit"] != 0.5
-    assert moved["rewards/accuracies_implicit"] == measured["rewards/accuracies_implicit"]
+    assert moved["rewards/accuracies"] == measured["rewards/accuracies"], "the policy's"
+    assert moved["rewards/accuracies_combined"] != measured["rewards/accuracies_combined"]
 
 
 # ---- the algorithm

@@ -532,3 +532,35 @@ def test_newcomers_are_read_as_the_runs_rows_were(settings: dict[str, Any], tmp_
         writer.writerows(later)
     again = personalize(out, Files(path=str(tmp_path / "later.csv")), name="again")
     assert again["again"].test == joined["later"].test
+
+
+# ---- three sides
+
+
+def test_settings_are_chosen_on_rows_that_nobody_trains_on_and_the_test_stays(
+    tmp_path: Path,
+) -> None:
+    rows = [{**PAIR, "prompt": f"Question {i}?"} for i in range(200)]
+    path = str(write_rows(tmp_path / "rows.jsonl", rows))
+
+    def sides(evaluate_on: Any = "test", **settings: Any) -> tuple[set[str], set[str]]:
+        reading = read(Files(path=path, **settings), IID(clients=1), 0, evaluate_on=evaluate_on)
+        (client,) = reading.clients
+        return {str(row.prompt) for row in client.train}, {str(row.prompt) for row in client.test}
+
+    train, test = sides()
+    assert len(train | test) == 200
+    fewer, same = sides(validation_fraction=0.25)
+    assert same == test
+    again, validation = sides("validation", validation_fraction=0.25)
+    assert again == fewer
+    assert validation == train - fewer
+    assert not validation & test
+    assert 25 < len(validation) < 60
+    _, other = sides(split_seed=1)
+    assert other != test
+    assert len(other & test) < 20
+    _, other_validation = sides("validation", split_seed=1, validation_fraction=0.25)
+    assert other_validation != validation
+    with pytest.raises(UserError, match=r"Set data\.validation_fraction"):
+        sides("validation")

@@ -185,6 +185,9 @@ def test_what_has_nothing_to_show_says_so(runs: dict[str, Run], tmp_path: Path) 
     place = tmp_path / "begun"
     shutil.copytree(runs["averaged"].path, place)
     (place / EVALUATION).unlink()
+    with pytest.raises(UserError, match="has lost its rows"):
+        write_report([place], tmp_path / "report.html")
+    (place / "done").unlink()
     with pytest.raises(UserError, match="no evaluation yet"):
         write_report([place], tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()

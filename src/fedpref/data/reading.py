@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from fedpref.data.partitions import Dirichlet, Natural, Partition, named, partition
-from fedpref.data.preferences import ClientData, Row
+from fedpref.data.preferences import ClientData, Row, Side
 from fedpref.data.source import DataSource
-from fedpref.data.splits import digest, identity, split
+from fedpref.data.splits import digest, held_out, identity, split
 from fedpref.data.unusable import Policy, Unusable, counted, summary
 from fedpref.errors import UserError
 
+EvaluateOn = Literal["test", "validation"]
 LAST_TURNS = 2  # prompts to one question, above which they are perhaps told by too little
 
 
@@ -64,7 +66,13 @@ class Reading:
         }
 
 
-def read(source: DataSource, how: Partition, seed: int, trained: Collection[str] = ()) -> Reading:
+def read(
+    source: DataSource,
+    how: Partition,
+    seed: int,
+    trained: Collection[str] = (),
+    evaluate_on: EvaluateOn = "test",
+) -> Reading:
     """Read a source and share its rows out.
 
     Args:
@@ -72,6 +80,8 @@ def read(source: DataSource, how: Partition, seed: int, trained: Collection[str]
         how: How they come to clients.
         seed: Of the partition.
         trained: Digests of prompts that have been trained on, which are held out for nobody.
+        evaluate_on: Which held-out rows clients have: those of the test, or those that are set
+            aside from training to choose settings by. The others are left out.
 
     Raises:
         UserError: There is nothing there, its form is another, or a client is left without rows.
@@ -90,7 +100,8 @@ def read(source: DataSource, how: Partition, seed: int, trained: Collection[str]
         unusable += lacking
     if unusable and not rows:
         raise UserError(summary(unusable, total))
-    placed, left_out = split(rows, source.test_fraction, source.split_by)
+    placed, left_out = split(rows, source.test_fraction, source.split_by, source.split_seed)
+    placed = _chosen(placed, source, evaluate_on)
     moved = [
         side == "test" and bool(trained) and digest(row.prompt, source.split_by) in trained
         for side, row in placed
@@ -119,6 +130,33 @@ def read(source: DataSource, how: Partition, seed: int, trained: Collection[str]
         source.unusable,
         _notes(rows, source),
     )
+
+
+def _chosen(
+    placed: Sequence[tuple[Side, Row]], source: DataSource, evaluate_on: EvaluateOn
+) -> list[tuple[Side, Row]]:
+    """Return rows without those that are held out for the other purpose."""
+    if not source.validation_fraction:
+        if evaluate_on == "validation":
+            raise UserError(
+                "evaluate_on: validation needs rows that are set aside for it. Set "
+                "data.validation_fraction, such as 0.2."
+            )
+        return list(placed)
+    kept: list[tuple[Side, Row]] = []
+    for side, row in placed:
+        # of training rows alone: the test stays as it is, whatever is set aside
+        validates = side == "train" and held_out(
+            identity(row.prompt, source.split_by),
+            source.validation_fraction,
+            source.split_seed,
+            "validation",
+        )
+        if not validates and (side == "train" or evaluate_on == "test"):
+            kept.append((side, row))
+        elif validates and evaluate_on == "validation":
+            kept.append(("test", row))
+    return kept
 
 
 def _notes(rows: Sequence[Row], source: DataSource) -> tuple[str, ...]:

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Self
 
-from fedpref.data.preferences import Row
-from fedpref.data.splits import SplitBy
+from fedpref.data.preferences import Row, Side
+from fedpref.data.splits import SplitBy, held_out
 from fedpref.data.unusable import Policy, Unusable
+from fedpref.types import Fraction, WholeNumber
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,11 @@ class DataSource(ABC):
     """What a prompt is told by where sides are not given: its last question, in whatever spelling,
     or all of its turns."""
 
+    split_seed: WholeNumber = 0
+    """Salts the hash by which prompts are held out: another one gives another split."""
+    validation_fraction: Fraction = 0.0
+    """The share of training prompts that are set aside to choose settings by; see `evaluate_on`."""
+
     @property
     def test_fraction(self) -> float:
         """The share of prompts that are held out, where the source does not say which are."""
@@ -37,6 +43,11 @@ class DataSource(ABC):
     def with_paths(self, renamed: Callable[[str], str]) -> Self:
         """Return the same source with `renamed` applied to its location, if it has one."""
         return self
+
+    def _side_of(self, text: str) -> Side:
+        """Return the side on which a text stands that decides for its rows."""
+        is_held_out = held_out(text, self.test_fraction, self.split_seed)
+        return "test" if is_held_out else "train"
 
     @abstractmethod
     def read(self) -> Iterator[Row | Unusable]:

@@ -21,7 +21,6 @@ from pydantic import Field
 from fedpref.data.parsing import parse, parse_feedback, parse_prompt, repeats_prompt
 from fedpref.data.preferences import Preference, Row, Side, key
 from fedpref.data.source import DataSource, PathSource
-from fedpref.data.splits import held_out
 from fedpref.data.tables import Record, local_table, read_table
 from fedpref.data.unusable import Unusable
 from fedpref.errors import UserError
@@ -289,7 +288,7 @@ class UKPConvArg(PathSource):
         }
         for where, record in self._table("votes"):
             topic = _need(topics, _need(record, "topic", where), where)
-            side: Side = "test" if held_out(topic["title"], self.test_fraction) else "train"
+            side = self._side_of(topic["title"])
             prompt = (
                 f"Human: {topic['title'].strip()}\nArgue for this side: "
                 f"{topic['stance'].strip()}\n\nAssistant:"
@@ -351,7 +350,7 @@ class Persona(PathSource):
                 f'Human: Is the following something you would say?\n\n"{statement}"\n\nAssistant:'
             )
             chosen, rejected = (" Yes", " No") if agrees else (" No", " Yes")
-            side: Side = "test" if held_out(prompt, self.test_fraction) else "train"
+            side = self._side_of(prompt)
             yield Preference(prompt, chosen, rejected, where, {"persona": persona}, side)
 
     def _statements(self) -> Iterator[tuple[str, str, str, bool]]:

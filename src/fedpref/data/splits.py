@@ -34,13 +34,21 @@ def spelled(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
-def held_out(text: str, fraction: float = 0.2) -> bool:
+def held_out(text: str, fraction: float = 0.2, seed: int = 0, purpose: str = "") -> bool:
     """Return whether a text is held out.
 
-    It is a fixed function of the text, so that every seed, every run and every site has the same
-    split.
+    It is a fixed function of the text, so that every run and every site has the same split.
+
+    Args:
+        text: What decides.
+        fraction: The share of texts that are held out.
+        seed: Another one gives another split; 0 is none.
+        purpose: What it is held out for, where not for the test.
     """
-    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest()) < fraction * 2**64
+    salt = f"{seed} {purpose}".encode() if seed or purpose else b""
+    return int.from_bytes(blake2b(text.encode(), digest_size=8, key=salt).digest()) < (
+        fraction * 2**64
+    )
 
 
 def identity(prompt: Text, by: SplitBy) -> str:
@@ -60,7 +68,7 @@ def keyed(prompt: Text, by: SplitBy, key: str) -> str:
 
 
 def split(
-    rows: Iterable[Row], fraction: float, by: SplitBy = "question"
+    rows: Iterable[Row], fraction: float, by: SplitBy = "question", seed: int = 0
 ) -> tuple[list[tuple[Side, Row]], int]:
     """Put each row on a side of the split, as its source says or by its prompt.
 
@@ -71,6 +79,7 @@ def split(
         rows: All clients' rows.
         fraction: The share of prompts that are held out.
         by: What a prompt is told by.
+        seed: Of the split.
 
     Returns:
         The rows that stay, with their sides, and how many were left out.
@@ -80,7 +89,7 @@ def split(
     tested = {
         words
         for row, words in zip(rows, said, strict=True)
-        if row.side == "test" or (row.side is None and held_out(words, fraction))
+        if row.side == "test" or (row.side is None and held_out(words, fraction, seed))
     }
     placed: list[tuple[Side, Row]] = []
     for row, words in zip(rows, said, strict=True):

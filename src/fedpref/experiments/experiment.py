@@ -10,7 +10,7 @@ from typing import Any, Literal
 from fedpref import config
 from fedpref.algorithms import Alone, AnyAlgorithm, FedDPO, Pooled
 from fedpref.data import Builtin, ClientData, Natural, Partition, Source
-from fedpref.data.reading import Reading, read
+from fedpref.data.reading import EvaluateOn, Reading, read
 from fedpref.data.unusable import Unusable
 from fedpref.engines.coordinator import Patience
 from fedpref.errors import UserError
@@ -51,6 +51,9 @@ class Experiment:
     """Rounds between evaluations; 0 evaluates after the last one only."""
     evaluate_on_start: bool = False
     """Evaluate before the first round too."""
+    evaluate_on: EvaluateOn = "test"
+    """Measure on the test's rows, or on those of `data.validation_fraction`, by which settings are
+    chosen; nobody trains on either."""
     diagnostics: tuple[Diagnostic, ...] = ()
     """What to measure with every evaluation beside metrics; clients send for it what a method may
     keep private."""
@@ -191,7 +194,8 @@ class Experiment:
 
     def read(self, trained: Collection[str] = ()) -> Reading:
         """Read the data and share it out; see `data.reading.read`."""
-        return read(self.data, self.partition, seeds.seed(self.seed, "partition"), trained)
+        draws = seeds.seed(self.seed, "partition")
+        return read(self.data, self.partition, draws, trained, self.evaluate_on)
 
     def clients(self) -> tuple[tuple[ClientData, ...], int]:
         """Read the data and share it out.

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from fedpref.errors import UserError
-from fedpref.numerics.metrics import HEADLINES
+from fedpref.numerics.metrics import ACCURACY, COMBINED, HEADLINES
 from fedpref.types import WholeNumber
 
 CLIENTS, METRICS, EVALUATION = "clients.json", "metrics.jsonl", "evaluation.jsonl"
@@ -20,6 +20,7 @@ DATA = "data.json"  # rows that were read, left out, and could not be used
 TRAINED = "trained_prompts.json"  # digests of the prompts that were trained on
 ENVIRONMENT = "environment.json"  # versions, machine, commits
 
+IMPLICIT = f"{ACCURACY}_implicit"  # the policy's, in runs of fedpref 0.1
 _MORE = ConfigDict(extra="allow")
 
 
@@ -139,12 +140,25 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     try:
         # line by line, but not at the line separators that JSON may hold
         for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
-            row = json.loads(line)
+            row = _of_the_policy(json.loads(line))
             form.validate_python(row)
             rows.append(row)
     except (OSError, ValueError, RecursionError) as error:
         raise _damaged(path, error) from error
     return rows
+
+
+def _of_the_policy(row: Any) -> Any:
+    """Return a row in which accuracies are the policy's, as they are written since fedpref 0.2.
+
+    Before, where clients had a reward head, they were those of both together.
+    """
+    if isinstance(row, dict):
+        if IMPLICIT in row and COMBINED not in row:
+            row = {**row, COMBINED: row[ACCURACY], ACCURACY: row[IMPLICIT]}
+            del row[IMPLICIT]
+        return {name: _of_the_policy(part) for name, part in row.items()}
+    return row
 
 
 def _damaged(path: Path, error: Exception) -> UserError:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 ClientMetrics = Mapping[str, Mapping[str, float]]  # client -> metric -> value
 ACCURACY, ALIGNMENT, REWARD = "rewards/accuracies", "alignment", "reward"
-IMPLICIT = f"{ACCURACY}_implicit"  # of the policy alone, where clients have reward heads too
+# where clients have reward heads beside the policy: ranked by both together
+COMBINED = f"{ACCURACY}_combined"
 
 
 @dataclass(frozen=True)

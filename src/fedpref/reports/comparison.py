@@ -19,7 +19,7 @@ from fedpref.errors import UserError
 from fedpref.experiments.finished import FinishedRun
 from fedpref.experiments.run_directory import RunDirectory
 from fedpref.experiments.run_files import METRICS
-from fedpref.numerics.metrics import HEADLINES, headline, over_clients
+from fedpref.numerics.metrics import ACCURACY, COMBINED, HEADLINES, headline, over_clients
 from fedpref.reports.tables import bytes_text
 
 RESAMPLES = 10_000
@@ -50,6 +50,8 @@ class Row:
     seconds_per_round: float
     newcomers: tuple[float, float] | None
     """Clients that never trained: mean as they came, and after they joined."""
+    combined: float | None = None
+    """The mean with clients' reward heads beside their policies, where there are any."""
 
 
 def compare(paths: Sequence[Path]) -> list[Row]:
@@ -190,6 +192,7 @@ def _row(line: _Line, first: Matrix | None) -> Row:
         bytes_per_round=float(np.mean([row["bytes_up"] + row["bytes_down"] for row in metrics])),
         seconds_per_round=float(np.mean([row["seconds"] for row in metrics])),
         newcomers=_newcomers(line.paths),
+        combined=_combined(line.paths),
     )
 
 
@@ -198,6 +201,15 @@ def _rounds(path: Path) -> list[dict[str, Any]]:
     if not rows:
         raise UserError(f"{path / METRICS}: this file of a finished run has lost its rows.")
     return rows
+
+
+def _combined(paths: Sequence[Path]) -> float | None:
+    """Return the mean with clients' reward heads beside their policies; None without any."""
+    last = [FinishedRun.at(path).last_evaluation["clients"] for path in paths]
+    values = [metrics.get(COMBINED) for clients in last for metrics in clients.values()]
+    if not values or None in values:
+        return None
+    return float(HEADLINES[ACCURACY].scale * np.mean(values))
 
 
 def _newcomers(paths: Sequence[Path]) -> tuple[float, float] | None:
@@ -230,6 +242,7 @@ TITLES = (
     "bytes a round",
     "s a round",
     "newcomers",
+    "with reward head",
 )
 
 
@@ -255,6 +268,7 @@ def cells(row: Row) -> tuple[str, ...]:
         ""
         if row.newcomers is None
         else f"{row.newcomers[0]:.{digits}f} to {row.newcomers[1]:.{digits}f}",
+        "" if row.combined is None else f"{row.combined:.{digits}f}",
     )
 
 
@@ -266,22 +280,25 @@ def table(rows: Sequence[Row]) -> Table:
         title_justify="left",
     )
     columns = _columns(rows)
-    for title in TITLES[:columns]:
+    for title in (TITLES[i] for i in columns):
         shown.add_column(title, justify="right" if title else "left", no_wrap=not title)
     for row in rows:
-        shown.add_row(*cells(row)[:columns])
+        shown.add_row(*(cells(row)[i] for i in columns))
     return shown
 
 
 def markdown(rows: Sequence[Row]) -> str:
     """Return the comparison for a document."""
     lines = [TITLES, ("---",) * len(TITLES), *map(cells, rows)]
-    return "".join(f"| {' | '.join(line[: _columns(rows)])} |\n" for line in lines)
+    columns = _columns(rows)
+    return "".join(f"| {' | '.join(line[i] for i in columns)} |\n" for line in lines)
 
 
-def _columns(rows: Sequence[Row]) -> int:
-    """Return the number of columns: all, or all but the newcomers'."""
-    return len(TITLES) if any(row.newcomers for row in rows) else len(TITLES) - 1
+def _columns(rows: Sequence[Row]) -> list[int]:
+    """Return the columns that have something in them."""
+    filled = [any(row.newcomers for row in rows), any(row.combined is not None for row in rows)]
+    first = len(TITLES) - len(filled)
+    return [*range(first), *(first + k for k, has in enumerate(filled) if has)]
 
 
 def csv_text(rows: Sequence[Row]) -> str:
@@ -302,6 +319,7 @@ def csv_text(rows: Sequence[Row]) -> str:
         "seconds_per_round",
         "newcomers_before",
         "newcomers",
+        "with_reward_head",
     ]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -317,6 +335,7 @@ def csv_text(rows: Sequence[Row]) -> str:
                 *(row.gain or ("", "", "")),
                 *rest,
                 *(row.newcomers or ("", "")),
+                "" if row.combined is None else row.combined,
             ]
         )
     return out.getvalue()

@@ -15,6 +15,7 @@ from fedpref.experiments.run_files import CLIENTS, read_json, read_rows
 from fedpref.numerics.metrics import (
     ACCURACY,
     ALIGNMENT,
+    COMBINED,
     HEADLINES,
     ClientMetrics,
     headline,
@@ -93,6 +94,14 @@ def client_table(path: Path, evaluations: Mapping[str, ClientMetrics]) -> Table:
         *(shown.text(summaries[line]["mean"]) for line in figures),
         style="bold",
     )
+    both = {
+        line: [row[COMBINED] for row in rows.values() if COMBINED in row]
+        for line, rows in evaluations.items()
+    }
+    if any(both.values()):
+        table.add_row(
+            "mean with reward heads", "", "", *(shown.text(_mean(both[line])) for line in figures)
+        )
     if metric == ACCURACY:
         table.add_row(
             "standard error (pairs)",

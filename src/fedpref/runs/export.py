@@ -24,7 +24,7 @@ from fedpref.models.backbone import merged_adapter
 from fedpref.models.language import BUILTIN
 from fedpref.models.own_parts import DOWN, FILE, REWARD, VOCABULARY_HEAD, head_weight
 from fedpref.numerics import trees
-from fedpref.numerics.metrics import HEADLINES, IMPLICIT, headline
+from fedpref.numerics.metrics import COMBINED, HEADLINES, headline
 from fedpref.runs.comparing import Comparison
 
 Form = Literal["peft", "merged", "gguf-ready"]
@@ -260,10 +260,10 @@ class Measured:
         title = "held-out " + HEADLINES[metric].caption
         if client in rows and whole:
             named = {
-                f"{title}, of the policy": IMPLICIT,
-                f"{title}, with the reward head beside it": metric,
+                f"{title}, of the policy": metric,
+                f"{title}, with the reward head beside it": COMBINED,
             }
-            if IMPLICIT not in rows[client]:
+            if COMBINED not in rows[client]:
                 named = {title: metric}
             return {
                 name: f"{HEADLINES[metric].text(rows[client][one])} (of {_escaped(str(client))})"

@@ -52,7 +52,12 @@ def _as_read(source: Any, data: Files) -> Any:
         if Path(data.path).expanduser().is_file():
             source = replace(source, test_split=None)  # a file has no splits
         return replace(source, **{"path": data.path, **given})
-    return replace(data, test_fraction=source.test_fraction, split_by=source.split_by)
+    return replace(
+        data,
+        test_fraction=source.test_fraction,
+        split_by=source.split_by,
+        split_seed=source.split_seed,
+    )
 
 
 def personalize(

@@ -16,7 +16,7 @@ from fedpref.errors import UserError
 from fedpref.losses import DPO, Explicit, Hinge, Loss, PairScores
 from fedpref.models.own_parts import Parts
 from fedpref.models.packed import scored_tokens
-from fedpref.numerics.metrics import IMPLICIT
+from fedpref.numerics.metrics import COMBINED
 from fedpref.rewards.reward import OpenGroups, no_groups
 from fedpref.tasks.offline import (
     Batch,
@@ -150,8 +150,8 @@ class PreferenceLearner(OfflineLearner):
     ) -> Mapping[str, PerExample]:
         """Return metrics of each pair under TRL's names; `loss` is differentiable.
 
-        With a reward head, rewards are sums of both, and accuracies are also given of either part
-        alone.
+        These are the policy's, whatever stands beside it. With a reward head, accuracies are also
+        given of the explicit reward alone and of both together.
         """
         loss, tokens = (
             self.settings.loss,
@@ -168,8 +168,8 @@ class PreferenceLearner(OfflineLearner):
         added = self.settings.explicit.alpha * explicit
         losses = self.settings.explicit(loss, chosen - rejected, explicit[:, 0] - explicit[:, 1])
         return {
-            **_metrics(losses, chosen + added[:, 0], rejected + added[:, 1]),
-            IMPLICIT: _accurate(chosen, rejected),
+            **_metrics(losses, chosen, rejected),
+            COMBINED: _accurate(chosen + added[:, 0], rejected + added[:, 1]),
             "rewards/accuracies_explicit": _accurate(explicit[:, 0], explicit[:, 1]),
         }
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from fedpref.experiments.run_directory import CONFIG
 from fedpref.models.language import BUILTIN
-from fedpref.numerics.metrics import ACCURACY
+from fedpref.numerics.metrics import ACCURACY, COMBINED
 from fedpref.reports.comparison import bootstrap
 from fedpref.reports.run import Run
 from fedpref.reports.tables import bytes_text
@@ -130,6 +130,9 @@ def cards(run: Run) -> list[tuple[str, str, str]]:
             f"mean over clients{interval(values, digits)}",
         )
     ]
+    if both_rewards := [row[COMBINED] for row in run.line.last.values() if COMBINED in row]:
+        value = run.shown.scale * sum(both_rewards) / len(both_rewards)
+        tiles.append(("with reward heads", f"{value:.{digits}f}", "ranked by policy and head"))
     gains = {name: gained for name in run.baselines if (gained := run.gains(name))}
     tiles += [
         (f"against {name}", f"{_mean(some):+.{digits}f}", f"points{interval(some, digits, '+')}")
