@@ -210,6 +210,15 @@ def test_a_cap_on_large_logits_is_seen_in_bfloat16(scale: float, tmp_path: Path)
     close(model.log_probabilities(None, ROWS), expected, 0.01)
 
 
+def test_a_deep_model_packs_in_bfloat16(tmp_path: Path) -> None:
+    """Thirty layers round by more than a misfit of two would differ."""
+    config = transformers.LlamaConfig(**{**SMALL, "num_hidden_layers": 30})
+    path = saved(tmp_path / "deep", config, scale=8)
+    model = opened(path, dtype="bfloat16")
+    assert model.packs
+    close(model.log_probabilities(None, ROWS), alone(plain(path, torch.bfloat16)), 0.03)
+
+
 def test_a_layer_that_quantises_in_its_forward_keeps_it(tmp_path: Path) -> None:
     path = saved(tmp_path / "bitnet", transformers.BitNetConfig(**SMALL))
     config = json.loads((path / "config.json").read_text())

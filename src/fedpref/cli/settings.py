@@ -40,6 +40,31 @@ def list_(
 
 
 @app.command()
+def model(
+    name: Annotated[
+        str | None, typer.Argument(help="Which; by default those that there are are listed.")
+    ] = None,
+) -> None:
+    """Fetch a model that experiments may name, once, into a folder of yours.
+
+    Example: fedpref model smollm2
+    """
+    from fedpref.models.named import MODELS, SAYS, cache, fetch
+
+    if name is None:
+        for known, named in MODELS.items():
+            here = (cache() / "models" / known / SAYS).is_file()
+            console.print(f"{known}: {named.says}{', here' if here else ''}", highlight=False)
+        return
+    fetched = fetch(name)
+    if fetched.note:
+        console.print(fetched.note, highlight=False, soft_wrap=True, markup=False)
+    console.print(
+        f"task.model.path={fetched.name} is {fetched.folder}", highlight=False, soft_wrap=True
+    )
+
+
+@app.command()
 def schema(
     output: Annotated[Path | None, typer.Option(help="The file; by default it is printed.")] = None,
 ) -> None:

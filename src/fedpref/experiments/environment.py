@@ -6,18 +6,25 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 PACKAGES = ("fedpref", "torch", "transformers", "peft", "datasets", "numpy", "nvflare")
 
 
-def described() -> str:
+def described(model: Mapping[str, Any] = MappingProxyType({})) -> str:
     """Return the environment as JSON.
 
-    It has `started`, `python`, `platform`, `processors`, `versions` of packages, and `commits` of
-    fedpref and of the working folder, where these are checkouts.
+    Args:
+        model: Where the run's model came from, with its digest, if it goes by a name.
+
+    Returns:
+        It has `started`, `python`, `platform`, `processors`, `versions` of packages, `commits` of
+        fedpref and of the working folder, where these are checkouts, and `model`.
     """
     folders = {"working folder": Path.cwd()}
     # not where it is installed into somebody's checkout
@@ -35,6 +42,7 @@ def described() -> str:
         "platform": platform.platform(terse=True),
         "processors": os.cpu_count(),
         "versions": versions,
+        **({"model": dict(model)} if model else {}),
         "commits": {
             name: commit
             for name, folder in folders.items()

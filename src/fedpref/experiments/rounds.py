@@ -31,6 +31,7 @@ from fedpref.experiments.run_files import CLIENTS, ENVIRONMENT, EVALUATION, METR
 from fedpref.federation.algorithm import Algorithm
 from fedpref.federation.diagnostics import diagnose
 from fedpref.federation.verbs import Client, work
+from fedpref.models.named import about as about_model
 from fedpref.numerics import seeds, trees
 from fedpref.numerics.metrics import HEADLINES, headline, low_is_good, over_clients
 from fedpref.numerics.trees import Tree
@@ -94,7 +95,7 @@ def events(
                     {
                         CONFIG: config.to_yaml(experiment),
                         CLIENTS: about_text,
-                        ENVIRONMENT: described(),
+                        ENVIRONMENT: described(about_model(experiment.task.model.path)),
                         **source.files,
                     }
                 )

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,9 +17,9 @@ from torch import Tensor
 
 from fedpref.errors import UserError
 from fedpref.models import devices
+from fedpref.models.named import BUILTIN, located
 from fedpref.types import Count
 
-BUILTIN = "builtin"
 DEFAULT_LENGTH = 1024  # of a model that does not say how much it can take
 
 
@@ -66,9 +65,7 @@ class TextEncoder:
         self.wanted = devices.wanted(settings.device)
         self.device = torch.device("cpu")
         self.tokenizer: Any
-        path = (
-            str(files("fedpref.models") / "builtin") if settings.path == BUILTIN else settings.path
-        )
+        path = located(settings.path)
         options: dict[str, Any] = {
             "revision": settings.revision,
             "trust_remote_code": settings.trust_remote_code,

@@ -12,7 +12,6 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,6 +39,7 @@ from fedpref.models.backbone import (
     side_by_side,
 )
 from fedpref.models.head import even, token_log_probabilities
+from fedpref.models.named import BUILTIN, MODELS, base_of, converted, located
 from fedpref.models.own_parts import (
     FILE,
     NAMES,
@@ -57,7 +57,6 @@ from fedpref.numerics import trees
 from fedpref.numerics.trees import Tree
 from fedpref.types import Count, Date, Fraction
 
-BUILTIN = "builtin"
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a number
 
 
@@ -66,8 +65,11 @@ class Model:
     """Which language model, and its adapter; LoRA's names are those of PEFT's LoraConfig."""
 
     path: str = BUILTIN
-    """A Hub id, a local folder, or `builtin`, the small model that comes with fedpref. A folder of
-    a LoRA adapter is its base with the adapter merged into it."""
+    """A Hub id, a local folder, `builtin`, the small model that comes with fedpref, or a name that
+    `fedpref model` has fetched. A folder of a LoRA adapter is its base with the adapter merged into
+    it."""
+    gguf_file: str | None = None
+    """A GGUF file in that folder, dequantised once; needs `fedpref[gguf]`."""
     revision: str | None = None
     """A branch, tag or commit of a Hub id."""
     trust_remote_code: bool = False
@@ -117,11 +119,15 @@ class LanguageModel:
         # what a GPU computes in is seen when it is opened
         known = self.wanted.type == "cpu" or settings.dtype != "auto"
         dtype: Any = devices.arithmetic(settings.dtype, self.wanted) if known else "auto"
-        path = (
-            str(files("fedpref.models") / "builtin") if settings.path == BUILTIN else settings.path
-        )
+        path = located(settings.path)
+        if settings.gguf_file is not None:
+            # a GPU's arithmetic may not be known yet; its weights can be cast
+            wanted = str(dtype).removeprefix("torch.") if known else "float32"
+            path = str(converted(path, settings.gguf_file, settings.revision, wanted))
         options = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
         self.backbone = load_backbone(path, dtype, options, settings.path)
+        if settings.path in MODELS:
+            self.backbone = replace(self.backbone, base=base_of(settings.path))
         self.texts = Texts(self.backbone.tokenizer, self.backbone.model, settings.template_date)
         targets = settings.lora_target_modules
         adapter = LoraConfig(

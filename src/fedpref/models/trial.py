@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -129,7 +130,9 @@ def tried(language: LanguageModel) -> Trial:
         alone = language.run(
             adapter, layout, layout.scored[:1], groups=[[row] for row in range(len(layout.ids))]
         )[0]
-        is_apart = distance(expected, alone.flatten(0, 1)[layout.scored]) > tolerance
+        # the mean, for rounding of other shapes moves a state or two in bfloat16; what a row takes
+        # from its neighbours moves them all
+        is_apart = _mean_distance(alone.flatten(0, 1)[layout.scored], expected) > tolerance
         if is_apart:
             return Trial(False, "a row's states depend on the rows beside it", True)
         if type(language.head) is not nn.Linear:
@@ -198,16 +201,25 @@ def _packed(language: LanguageModel, adapter: Tree, rows: list[Row], tolerance: 
     longest = max(len(prompt) + max(map(len, answers)) for prompt, answers in rows)
     if language.limits.reach and language.limits.reach < longest:
         return Trial(True, f"its attention reaches {language.limits.reach} tokens back")
-    expected = language.run(adapter, apart, apart.scored[:0])[0].flatten(0, 1)[apart.scored]
     backbone = language.model.get_base_model()
     own = backbone.config._attn_implementation
+    # also under plain products and softmax, which round otherwise than a fused kernel: in thirty
+    # layers of bfloat16 by more than any tolerance that would still tell a misfit
+    expected = []
+    for implementation in dict.fromkeys((own, "eager")):
+        with suppress(Exception):  # of a model that does not know it
+            backbone.set_attn_implementation(implementation)
+            states, _ = language.run(adapter, apart, apart.scored[:0])
+            expected.append(states.flatten(0, 1)[apart.scored])
+    backbone.set_attn_implementation(own)
     problem = ""
     for kernel in kernels(language.device, language.dtype):
         try:
             backbone.set_attn_implementation(ATTENTION)
             with packed_attention(layout, kernel):
                 states, _ = language.run(adapter, layout, layout.scored[:0])
-            difference = distance(states[0][layout.scored], expected)
+            found = states[0][layout.scored]
+            difference = min(distance(found, form) for form in expected)
         # whatever a model's own code makes of a form that it was not written for
         except Exception as error:
             problem = str(error) or type(error).__name__
@@ -223,6 +235,11 @@ def _packed(language: LanguageModel, adapter: Tree, rows: list[Row], tolerance: 
             problem = f"hidden states differ by {difference:.2g} of their size"
     backbone.set_attn_implementation(own)
     return Trial(True, problem)
+
+
+def _mean_distance(computed: Float[Tensor, "n D"], expected: Float[Tensor, "n D"]) -> float:
+    apart = (computed - expected).float().norm(dim=1) / expected.float().norm(dim=1)
+    return float(apart.mean())
 
 
 def distance(computed: Float[Tensor, "n D"], expected: Float[Tensor, "n D"]) -> float:

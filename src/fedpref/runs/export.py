@@ -21,7 +21,7 @@ from fedpref.experiments.experiment import Experiment
 from fedpref.experiments.finished import FinishedRun
 from fedpref.experiments.run_directory import file_name
 from fedpref.models.backbone import merged_adapter
-from fedpref.models.language import BUILTIN
+from fedpref.models.named import BUILTIN, MODELS
 from fedpref.models.own_parts import DOWN, FILE, REWARD, VOCABULARY_HEAD, head_weight
 from fedpref.numerics import trees
 from fedpref.numerics.metrics import COMBINED, HEADLINES, headline
@@ -300,8 +300,10 @@ def card(
     Metrics stand only where this very model was measured.
     """
     given, data = experiment.task.model.path, experiment.data.location
+    named, file = MODELS.get(given), getattr(experiment.task.model, "gguf_file", None)
     # where an adapter was given as the model, exports stand on its base
-    model = base if base and given != BUILTIN and Path(base) != Path(given) else given
+    has_base = bool(base) and not named and not file and given != BUILTIN
+    model = base if has_base and Path(base) != Path(given) else (named and named.hub) or given
     loss = experiment.task.loss_name or experiment.task.name
     library = "peft" if form == "peft" else "transformers"
     top: dict[str, Any] = {
@@ -316,19 +318,22 @@ def card(
             loss,
             "lora",
         ],
-        "license": "apache-2.0" if model == BUILTIN else "other",
+        "license": "apache-2.0" if model == BUILTIN or named else "other",
     }
-    is_here = model == BUILTIN or Path(model).exists()
+    is_here = model == BUILTIN or Path(model).exists() or (named and not named.hub)
     if is_here:
         del top["base_model"]  # a folder of this machine, which the Hub does not know
     if data and not Path(data).exists():
         top["datasets"] = [data]
     where = f", `{Path(data).name if Path(data).exists() else data}`" if data else ""
-    base = (
-        "the small model that comes with fedpref"
-        if model == BUILTIN
-        else f"`{Path(model).name if is_here else model}`"
-    )
+    if named:
+        said = named.says
+    elif model == BUILTIN:
+        said = "the small model that comes with fedpref"
+    else:
+        said = f"`{Path(model).name if is_here else model}`"
+    if file:
+        said += f", dequantised from `{file}`"
     lines = [
         f"# {_escaped(experiment.name)}" + (f": {_escaped(client)}" if client else ""),
         f"Trained by {experiment.algorithm.name} with fedpref {__version__}: "
@@ -339,13 +344,13 @@ def card(
             if experiment.algorithm.pools_data
             else " No client's rows left it."
         ),
-        f"Data: {experiment.data.name}{where}. Base model: {base}.",
+        f"Data: {experiment.data.name}{where}. Base model: {said}.",
         _table(measured.metrics(client, whole=not left_out) | measured.counts(client)),
         f"```python\n{LOADS[library]}\n```",
     ]
     if top["license"] == "other":
         lines.append("The licence is that of the base model and of the data; say here which.")
-    if model != given:
+    if has_base and model != given:
         adapter = Path(given).name if Path(given).exists() else given
         lines.append(
             f"Training began with the adapter `{_escaped(adapter)}` merged into the base model; it "

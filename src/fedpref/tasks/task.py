@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedpref.data.preferences import ClientData
 from fedpref.data.unusable import Unusable
-from fedpref.models.language import BUILTIN
+from fedpref.models.named import BUILTIN
 from fedpref.models.own_parts import Parts
 from fedpref.numerics.trees import Tree
 from fedpref.rewards.reward import OpenGroups, RewardSettings, no_groups

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fedpref.experiments.run_directory import CONFIG
-from fedpref.models.language import BUILTIN
+from fedpref.models.named import BUILTIN
 from fedpref.numerics.metrics import ACCURACY, COMBINED
 from fedpref.reports.comparison import bootstrap
 from fedpref.reports.run import Run
