@@ -122,7 +122,12 @@ def test_a_row_that_cannot_be_used_is_named(record: dict[str, Any], message: str
 def test_judgements_are_read_from_files_in_trls_unpaired_format(tmp_path: Path) -> None:
     rows = [
         {"prompt": "Hi?", "completion": " Hello.", "label": True, "client": "a"},
-        {"prompt": chat("Hi?"), "completion": chat("Hello.")[:1], "label": False, "client": "b"},
+        {
+            "prompt": chat("Hi?"),
+            "completion": chat("Hi?", "Hello.")[1:],
+            "label": False,
+            "client": "b",
+        },
     ]
     read = list(Files(path=str(write_rows(tmp_path / "rows.jsonl", rows))).read())
     assert read[0] == Feedback("Hi?", " Hello.", True, read[0].where, {"client": "a"})

@@ -141,7 +141,7 @@ def test_a_prompt_at_the_head_of_all_answers_stands_once(tmp_path: Path) -> None
         (" Yes.", " No.")
     ] * 4
     mixed = [*rows, PAIR]
-    with pytest.raises(UserError, match="in 4 of 5 rows both answers begin with their prompt"):
+    with pytest.raises(UserError, match="in 4 of 5 rows the answers begin with their prompt"):
         list(Files(path=str(write_rows(tmp_path / "b.jsonl", mixed))).read())
     echo = [rows[0], *({**PAIR, "prompt": f"H {i}"} for i in range(3))]
     first = next(iter(Files(path=str(write_rows(tmp_path / "c.jsonl", echo))).read()))

@@ -6,13 +6,16 @@ import ast
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 from fedpref.data.preferences import Conversation, Feedback, Message, Preference, Prompt, Text
 from fedpref.data.unusable import Unusable
 from fedpref.errors import UserError
 
+R = TypeVar("R", Preference, Feedback)
 TURN = "\n\nAssistant:"
 GIVEN = ("tools", "chat_template_kwargs")  # columns that the chat template is given, as in TRL
 QUESTIONS = ("instruction", "question", "query", "input", "problem")  # what prompts are also called
@@ -26,7 +29,11 @@ SHAREGPT = {
     "system": "system",
     "tool": "tool",
 }
+BLANKS = (" ", "\n", "\t")
 SHP = ("human_ref_A", "human_ref_B")
+# what a conversation that is written as text begins with, and has
+ARRAY = re.compile(r"array\((\[.*\]),\s*dtype=object\)", re.DOTALL)
+MESSAGE = re.compile(r"""["'](role|from)["']\s*:""")
 LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 
 
@@ -109,8 +116,11 @@ def parse_feedback(
         raise UserError(
             f"{where}: {prompt!r} and {completion!r} must both be text or both be conversations."
         )
-    if not isinstance(question, str) and answer[: len(question)] == question != answer:
-        answer = answer[len(question) :]
+    if not isinstance(question, str) and not isinstance(answer, str):
+        apart = _after(question, answer, where)
+        if apart is not None:
+            opening, answer = apart
+            question = opening if len(opening) > len(question) else question
     desirable = LABELS.get(str(record[label]).strip().lower())
     if desirable is None:
         raise UserError(
@@ -130,12 +140,30 @@ def parse_prompt(record: Mapping[str, Any], where: str, *, prompt: str) -> Promp
     return Prompt(_with(text(record[prompt], prompt, where), given, where), where, rest)
 
 
-def repeats_prompt(row: Preference) -> bool:
-    """Return whether both answers of plain text begin with their prompt and go on."""
-    return isinstance(row.prompt, str) and all(
-        str(answer).startswith(row.prompt) and str(answer)[len(row.prompt) :].strip()
-        for answer in (row.chosen, row.rejected)
+def repeats_prompt(row: Preference | Feedback) -> bool:
+    """Return whether all answers of plain text begin with their prompt and go on."""
+    prompt, answers = row.prompt, _answers(row)
+    return isinstance(prompt, str) and all(
+        isinstance(answer, str) and _rest(prompt, answer).strip() for answer in answers
     )
+
+
+def without_prompt(row: R) -> R:
+    """Return a row of plain text whose answers no longer begin with their prompt."""
+    names = ("completion",) if isinstance(row, Feedback) else ("chosen", "rejected")
+    answers: Any = {name: _rest(str(row.prompt), str(getattr(row, name))) for name in names}
+    made: R = replace(row, **answers)
+    return made
+
+
+def _answers(row: Preference | Feedback) -> tuple[Text, ...]:
+    return (row.completion,) if isinstance(row, Feedback) else (row.chosen, row.rejected)
+
+
+def _rest(prompt: str, answer: str) -> str:
+    """Return what follows the prompt in an answer; nothing where it does not begin with it."""
+    wanted, there = prompt.strip(), answer.lstrip()
+    return there[len(wanted) :] if there.startswith(wanted) else ""
 
 
 # ---- texts
@@ -189,17 +217,26 @@ def _written(value: str, column: str, where: str) -> list[Any] | None:
     Raises:
         UserError: It looks like one and cannot be read.
     """
-    start = value.lstrip()[:200]
-    if not start.startswith("[") or not start[1:].lstrip().startswith("{"):
+    # as numpy writes an array of objects
+    text = ARRAY.sub(r"\1", value.strip())
+    if not text.startswith(("[", "{")) or not MESSAGE.search(text):
         return None
-    if not any(f"{quote}{key}{quote}" in start for key in ("role", "from") for quote in "\"'"):
-        return None
-    read = written_value(value)
-    if isinstance(read, list) and read and all(isinstance(one, Mapping) for one in read):
-        return read
+    read = written_value(text)
+    if isinstance(read, Mapping):
+        read = [read]
+    if isinstance(read, list) and read:
+        return read if all(map(_is_message, read)) else None
     raise UserError(
         f"{where}, column {column!r}: this looks like a conversation written as text, and is "
         f"neither JSON nor a Python list: {value[:80]!r}. Write it with json.dumps."
+    )
+
+
+def _is_message(value: Any) -> bool:
+    """Return whether a value can be nothing but a message."""
+    return isinstance(value, Mapping) and (
+        {"from", "value"} <= value.keys()
+        or ("role" in value and ("content" in value or "tool_calls" in value))
     )
 
 
@@ -232,6 +269,8 @@ def _message(message: Any, column: str, where: str) -> Message:
         )
     # tables of several kinds of message fill the rest with null
     said = {str(name): value for name, value in message.items() if value is not None}
+    if "tool_calls" in said:
+        said["tool_calls"] = _without_nulls(said["tool_calls"])
     content = _parts(said.get("content"), at)
     others = said.keys() - {"role", "content"}
     if (content is None or not content.strip()) and not others and said["role"] != "system":
@@ -243,6 +282,13 @@ def _message(message: Any, column: str, where: str) -> Message:
     elif "content" in message or said["role"] == "system":
         said["content"] = None
     return said
+
+
+def _without_nulls(value: Any) -> Any:
+    """Return a value without entries that are null, with which tables fill what a row lacks."""
+    if isinstance(value, Mapping):
+        return {name: _without_nulls(part) for name, part in value.items() if part is not None}
+    return [_without_nulls(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def _parts(content: Any, at: str) -> str | None:
@@ -304,8 +350,13 @@ def _given(
     if isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools):
         del rest["tools"]
         if tools:
-            given["tools"] = tools
-    if isinstance(more := rest.get("chat_template_kwargs"), Mapping):
+            given["tools"] = _without_nulls(tools)
+    more = rest.get("chat_template_kwargs")
+    if isinstance(more, str) and more.strip().startswith("{"):
+        more = written_value(more)
+        if not isinstance(more, Mapping):
+            raise UserError(f"{where}, column 'chat_template_kwargs': this is no JSON object.")
+    if isinstance(more, Mapping):
         del rest["chat_template_kwargs"]
         given |= {str(name): value for name, value in more.items() if value is not None}
     return given, rest
@@ -334,28 +385,52 @@ def _answers_alone(
         is_dialogue = isinstance(question, str) and question.rstrip().endswith(TURN.strip())
         row = Preference(question, better, worse, where)
         if is_dialogue and repeats_prompt(row):
-            return question, better[len(question) :], worse[len(question) :]
-        return question, better, worse
+            row = without_prompt(row)
+        return row.prompt, row.chosen, row.rejected
     asked: tuple[Message, ...] = (
         ({"role": "user", "content": question},) if isinstance(question, str) else question
     )
-    if all(
-        answer[: len(asked)] == asked and len(answer) > len(asked) for answer in (better, worse)
-    ):
-        return asked, better[len(asked) :], worse[len(asked) :]
-    if better[0]["role"] in ("assistant", "tool") or worse[0]["role"] in ("assistant", "tool"):
-        return asked, better, worse
-    if isinstance(question, str):
-        # whole conversations, of which the prompt is the first or the last question
-        opening, *answers = _split_common(better, worse, where)
-        said = [m["content"] for m in opening if m["role"] == "user"]  # type: ignore[index]
-        if question.strip() in [str(content).strip() for content in said]:
-            return opening, answers[0], answers[1]
+    first, second = (_after(asked, answer, where) for answer in (better, worse))
+    if (first is None) != (second is None):
         raise UserError(
-            f"{where}: the answers are whole conversations that do not ask the row's prompt, "
-            f"{question[:60]!r}. data.prompt_column=none reads the conversations alone."
+            f"{where}: one answer is a whole conversation that begins with the prompt, the other "
+            "is not. Give both in one form."
         )
-    return asked, better, worse
+    if first is None or second is None:
+        return asked, better, worse
+    (opening, chosen), (other, rejected) = first, second
+    if opening != other:
+        raise UserError(f"{where}: the two answers are conversations that begin differently.")
+    # a system prompt may stand in either
+    return (opening if len(opening) > len(asked) else asked), chosen, rejected
+
+
+def _after(
+    asked: Sequence[Message], answer: Sequence[Message], where: str
+) -> tuple[tuple[Message, ...], tuple[Message, ...]] | None:
+    """Return a whole conversation as its prompt and its answer; None for an answer alone.
+
+    Raises:
+        UserError: It begins as a conversation, and asks something else than the prompt.
+    """
+    first = next((m["role"] for m in answer if m["role"] not in ("system", "developer")), "")
+    if first != "user" or asked[-1]["role"] != "user":
+        # after an assistant's turn, an answer may begin with the user's next one
+        begins = tuple(answer[: len(asked)]) == tuple(asked) and len(answer) > len(asked)
+        return (tuple(asked), tuple(answer[len(asked) :])) if begins else None
+    wanted = _plain(asked[-1])
+    last = max((i for i, m in enumerate(answer) if m["role"] == "user" and _plain(m) == wanted),
+               default=-1)  # fmt: skip
+    if last < 0 or last + 1 == len(answer):
+        raise UserError(
+            f"{where}: an answer is a whole conversation that does not ask the row's prompt, "
+            f"{wanted[:60]!r}, and go on. data.prompt_column=none reads conversations alone."
+        )
+    return tuple(answer[: last + 1]), tuple(answer[last + 1 :])
+
+
+def _plain(message: Message) -> str:
+    return " ".join(str(message.get("content") or "").split())
 
 
 def _split_common(better: Text, worse: Text, where: str) -> tuple[Text, Text, Text]:
@@ -370,10 +445,9 @@ def _split_common(better: Text, worse: Text, where: str) -> tuple[Text, Text, Te
         cut = (
             common.rfind(TURN) + len(TURN)
             if TURN in common
-            else common.rfind(" ")
-            if " " in common
-            else 0
+            else max(map(common.rfind, BLANKS), default=-1)
         )
+        cut = max(cut, 0)
         if not better[:cut].strip() or not better[cut:].strip() or not worse[cut:].strip():
             raise UserError(
                 f"{where}: there is no prompt column, and the two answers do not begin with a "

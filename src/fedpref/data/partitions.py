@@ -19,6 +19,8 @@ from fedpref.data.unusable import Unusable
 from fedpref.errors import UserError
 from fedpref.types import Count, NonNegative, Positive, WholeNumber
 
+# how tables write a missing value as text
+MISSING = frozenset({"None", "nan", "NaN", "null", "<NA>", "NaT"})
 Placed = Sequence[tuple[Side, Row]]
 
 
@@ -212,7 +214,7 @@ def label(value: Any) -> str | None:
     name.encode()  # half a character (a lone surrogate) could be written nowhere
     if (number := re.fullmatch(r"(-?\d+)\.0+", name)) is not None:
         name = number[1]
-    return name if name and name != "None" else None
+    return name if name and name not in MISSING else None
 
 
 def named(rows: Iterable[Row], column: str) -> tuple[list[Row], list[Unusable]]:

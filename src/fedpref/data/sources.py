@@ -18,8 +18,14 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import Field
 
-from fedpref.data.parsing import parse, parse_feedback, parse_prompt, repeats_prompt
-from fedpref.data.preferences import Preference, Row, Side, key
+from fedpref.data.parsing import (
+    parse,
+    parse_feedback,
+    parse_prompt,
+    repeats_prompt,
+    without_prompt,
+)
+from fedpref.data.preferences import Feedback, Preference, Row, Side, key
 from fedpref.data.source import DataSource, PathSource
 from fedpref.data.tables import Record, local_table, read_table
 from fedpref.data.unusable import Unusable
@@ -60,21 +66,23 @@ class Files(PathSource):
 
     def read(self) -> Iterator[Row | Unusable]:
         rows = list(self._rows())
-        pairs = [row for row in rows if isinstance(row, Preference) and isinstance(row.prompt, str)]
-        whole = [row for row in pairs if repeats_prompt(row)]
-        # an answer or two may repeat a question; if most do, answers are whole texts
-        if len(whole) * 2 > len(pairs) and len(whole) < len(pairs):
+        plain = [
+            row
+            for row in rows
+            if isinstance(row, Preference | Feedback) and isinstance(row.prompt, str)
+        ]
+        whole = [row for row in plain if repeats_prompt(row)]
+        # an answer or two may repeat a question; if many do, answers are whole texts
+        if len(whole) * 2 >= len(plain) > len(whole):
             raise UserError(
-                f"{whole[0].where}: in {len(whole)} of {len(pairs)} rows both answers begin with "
+                f"{whole[0].where}: in {len(whole)} of {len(plain)} rows the answers begin with "
                 "their prompt, in the others not. If they are whole texts, cut the prompt off all "
                 "of them, or leave the prompts out and set data.prompt_column=none."
             )
+        are_whole = bool(whole) and len(whole) == len(plain)
         for row in rows:
-            if isinstance(row, Preference) and whole and len(whole) == len(pairs):
-                count = len(row.prompt)
-                yield replace(row, chosen=row.chosen[count:], rejected=row.rejected[count:])
-            else:
-                yield row
+            is_plain = isinstance(row, Preference | Feedback) and isinstance(row.prompt, str)
+            yield without_prompt(row) if are_whole and is_plain else row  # type: ignore[type-var]
 
     def _rows(self) -> Iterator[Row | Unusable]:
         splits: list[tuple[str, Side | None]] = [

@@ -9,11 +9,12 @@ from collections.abc import Iterable
 from hashlib import blake2b
 from typing import Literal
 
-from fedpref.data.preferences import Row, Side, Text, key
+from fedpref.data.preferences import Conversation, Row, Side, Text, key
 
 SplitBy = Literal["question", "prompt"]
-# a dialogue in hh-rlhf's plain form, up to the answer
-_DIALOGUE = re.compile(r"(?:.*\n\n)?\s*Human:(.*?)\n\nAssistant:\s*", re.DOTALL)
+_SPEAKER = re.compile(r"^[ \t]*(?:Human|Assistant):", re.MULTILINE)  # of hh-rlhf's plain form
+# of no width: a mark of byte order, and spaces and joiners between words
+_INVISIBLE = dict.fromkeys(map(ord, "\ufeff\u200b\u2060"))
 
 
 def question(prompt: Text) -> str:
@@ -23,15 +24,27 @@ def question(prompt: Text) -> str:
     one space, and a dialogue of "Human:" and "Assistant:" is a conversation.
     """
     if isinstance(prompt, str):
-        dialogue = _DIALOGUE.fullmatch(prompt)
-        return spelled(dialogue[1] if dialogue else prompt)
+        plain = prompt.replace("\r\n", "\n")
+        said = _last_human(plain)
+        return spelled(plain if said is None else said)
     users = [message for message in prompt if message["role"] == "user"] or prompt
     return spelled(str(users[-1].get("content") or key(prompt)))
 
 
+def _last_human(text: str) -> str | None:
+    """Return the last turn of "Human:" in a dialogue up to an answer, or into it; else None."""
+    end = text.rfind("\n\nAssistant:")
+    begin = text.rfind("Human:", 0, max(end, 0))
+    # at the beginning of a line
+    if begin < 0 or text[:begin].rpartition("\n")[2].strip():
+        return None
+    return text[begin + len("Human:") : end]
+
+
 def spelled(text: str) -> str:
     """Return a text with its Unicode composed and its white space made one space."""
-    return " ".join(unicodedata.normalize("NFC", text).split())
+    visible = text.translate(_INVISIBLE)
+    return " ".join(unicodedata.normalize("NFC", visible).split())
 
 
 def held_out(text: str, fraction: float = 0.2, seed: int = 0, purpose: str = "") -> bool:
@@ -53,7 +66,15 @@ def held_out(text: str, fraction: float = 0.2, seed: int = 0, purpose: str = "")
 
 def identity(prompt: Text, by: SplitBy) -> str:
     """Return what a prompt is told by: its question, or all that it says."""
-    return question(prompt) if by == "question" else spelled(key(prompt))
+    if by == "question":
+        return question(prompt)
+    if isinstance(prompt, str):
+        plain = prompt.replace("\r\n", "\n")
+        return spelled(plain if _last_human(plain) is None else _SPEAKER.sub(" ", plain))
+    said = [str(message.get("content") or key((message,))) for message in prompt]
+    # tools belong to what is asked
+    said += [key(Conversation((), prompt.given))] if isinstance(prompt, Conversation) else []
+    return spelled(" ".join(said))
 
 
 def digest(prompt: Text, by: SplitBy) -> str:

@@ -25,6 +25,7 @@ class About(TypedDict, total=False):
     test: WholeNumber
     truncated: WholeNumber
     conversations: WholeNumber
+    unusable: WholeNumber
     digest: str
     number: WholeNumber
 

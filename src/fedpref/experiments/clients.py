@@ -201,6 +201,8 @@ class AtSites:
     def note(self) -> str:
         """What is to be said of the clients beside their sizes."""
         late, notes = self._sites.latecomers, list(self._sites.notes)
+        if lost := sum(about.get("unusable", 0) for about in self.about.values()):
+            notes.append(f"{lost} rows at sites cannot be used; they are left out.")
         if late:
             notes.append(
                 f"{', '.join(late[:8])} came after the run had begun; a new run takes them in."
@@ -229,13 +231,20 @@ class SimulatedSite:
     def host(self, experiment: Any, folder: Path, held_out: Collection[str] = ()) -> Hosted:
         """Return the clients that the site hosts."""
         spec = config.parse(Experiment, experiment, "the experiment")
-        clients, _ = spec.clients()
-        numbers = range(self._number, len(clients), self._sites)
-        return hosted(spec, {number: clients[number] for number in numbers}, folder)
+        reading = spec.read().settled()
+        numbers = range(self._number, len(reading.clients), self._sites)
+        mine = {number: reading.clients[number] for number in numbers}
+        # every site reads the one file; the first says what is nobody's
+        unread = 0 if self._number else len(reading.unusable)
+        return hosted(spec, mine, folder, unread)
 
 
 def hosted(
-    spec: Experiment, clients: Mapping[int, ClientData], folder: Path, **limits: Any
+    spec: Experiment,
+    clients: Mapping[int, ClientData],
+    folder: Path,
+    unread: int = 0,
+    **limits: Any,
 ) -> Hosted:
     """Return clients ready to train.
 
@@ -243,15 +252,24 @@ def hosted(
         spec: The experiment.
         clients: Their rows, by number.
         folder: Keeps what is computed once.
+        unread: Rows of the site that cannot be used, and are nobody's.
         **limits: What may be asked of them; see `Hosted`.
     """
     task = spec.build_task()
     unusable: list[Unusable] = []
-    encoded_ones = [task.encode(client, unusable) for client in clients.values()]
+    encoded_ones, counts = [], []
+    for client in clients.values():
+        before = len(unusable)
+        encoded_ones.append(task.encode(client, unusable))
+        counts.append(len(unusable) - before)
     if unusable and spec.data.unusable == "refuse":
         raise UserError(summary(unusable, sum(len(c.train + c.test) for c in clients.values())))
     shards = [task.prepare(shard, folder / "cache") for shard in encoded_ones]
     said = about(list(clients.values()), shards)
+    # what cannot be read is said with the first client
+    for place, (entry, count) in enumerate(zip(said.values(), counts, strict=True)):
+        if lost := count + (0 if place else unread):
+            entry["unusable"] = lost
     numbered = {
         name: {**entry, "number": number}
         for (name, entry), number in zip(said.items(), clients, strict=True)

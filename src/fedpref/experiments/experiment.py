@@ -229,8 +229,9 @@ def encoded(experiment: Experiment, task: Task) -> tuple[Reading, list[Any]]:
             if not getattr(shard, side):
                 raise UserError(
                     f"client {shard.name!r} has no {'training' if side == 'train' else 'held-out'} "
-                    "rows left, for those that it had cannot be used. Leave it out by "
-                    "partition.min_rows and partition.min_test_rows, or mend its rows."
+                    "rows left, for those that it had cannot be used. Mend them, let "
+                    "task.truncation_mode cut those that are too long, or leave the client out "
+                    "(partition.only, or a file without it)."
                 )
     return reading, shards
 

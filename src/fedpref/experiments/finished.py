@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -337,6 +338,8 @@ class FinishedRun:
             encoded = [task.encode(client, unusable) for client in clients]
             if unusable and spec.data.unusable == "refuse":
                 raise UserError(summary(unusable, sum(len(c.train + c.test) for c in clients)))
+            if unusable:
+                warnings.warn(f"{len(unusable)} rows more cannot be used.", stacklevel=3)
             shards: list[Any] = [task.prepare(shard, cache) for shard in encoded]
             if known is not None:
                 by_name = {shard.name: shard for shard in shards}

@@ -30,6 +30,7 @@ class Backbone:
         model: The model, in evaluation mode.
         tokenizer: Its tokenizer.
         base: The Hub id or folder of the model itself, on which exports stand.
+        revision: Of that Hub id.
         merged: The adapter that was merged into it, by PEFT's names and with its scale in it;
             empty without one. An export holds it beside what was learned.
     """
@@ -37,6 +38,7 @@ class Backbone:
     model: Any
     tokenizer: Any
     base: str
+    revision: str | None = None
     merged: Tree = field(default_factory=dict)
 
 
@@ -59,7 +61,7 @@ def load_backbone(path: str, dtype: Any, options: Mapping[str, Any], setting: st
         if find_adapter_config_file(path, revision=options.get("revision")) is None:
             tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
             model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
-            backbone = Backbone(model.eval(), tokenizer, path)
+            backbone = Backbone(model.eval(), tokenizer, path, options.get("revision"))
         else:
             backbone = _with_adapter(path, dtype, options)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
@@ -87,6 +89,7 @@ def _with_adapter(path: str, dtype: Any, options: Mapping[str, Any]) -> Backbone
         )
     config = PeftConfig.from_pretrained(path, revision=options.get("revision"))
     base, code = config.base_model_name_or_path, options.get("trust_remote_code", False)
+    _refuse_kind(config, base, path)
     inner = transformers.AutoModelForCausalLM.from_pretrained(
         base, dtype=dtype, revision=config.revision, trust_remote_code=code
     )
@@ -96,7 +99,15 @@ def _with_adapter(path: str, dtype: Any, options: Mapping[str, Any]) -> Backbone
         for name, module in inner.named_modules()
         if module in (inner.get_input_embeddings(), inner.get_output_embeddings())
     }
+    before = _sums(inner)
     model = PeftModel.from_pretrained(inner, path, revision=options.get("revision"))
+    after = _sums(model)
+    if any(after.get(name, total) != total for name, total in before.items()):
+        raise UserError(
+            f"model.path: loading the adapter in {path} changes the base's own weights (as PiSSA "
+            "and OLoRA do), which no exported adapter could say. Convert it to plain LoRA "
+            "(PEFT's save_pretrained with path_initial_model_for_weight_conversion), or merge it."
+        )
     learned = get_peft_model_state_dict(model)
     merged: dict[str, Any] = {}
     problem = "" if config.peft_type == "LORA" else f"it is of the kind {config.peft_type}"
@@ -110,18 +121,46 @@ def _with_adapter(path: str, dtype: Any, options: Mapping[str, Any]) -> Backbone
             # the scale goes into B, so that any two adapters can stand side by side
             scale = model.get_submodule(layer).scaling["default"] if factor[0] == "B" else 1.0
             merged[name] = tensor.detach().float().cpu() * scale
-    if problem or getattr(config, "use_dora", False):
-        raise UserError(
-            f"model.path: the adapter in {path} is more than plain LoRA on inner layers "
-            f"({problem or 'it is DoRA'}), which an exported adapter cannot hold beside what is "
-            "learned here. Merge it first (PEFT's merge_and_unload, then save_pretrained), and "
-            "give the merged folder."
-        )
+    if problem:
+        raise _more_than_lora(path, problem)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
     except (OSError, ValueError):  # an adapter folder need not hold one
         tokenizer = transformers.AutoTokenizer.from_pretrained(base, trust_remote_code=code)
-    return Backbone(model.merge_and_unload().eval(), tokenizer, str(base), merged)
+    return Backbone(model.merge_and_unload().eval(), tokenizer, str(base), config.revision, merged)
+
+
+def _refuse_kind(config: Any, base: str, path: str) -> None:
+    """Raise UserError for an adapter that is none that can stand beside another on its base."""
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    kinds = {
+        "use_dora": "it is DoRA",
+        "layer_replication": "it repeats layers",
+        "target_parameters": "it is on parameters of no layer",
+    }
+    for name, what in kinds.items():
+        if getattr(config, name, None):
+            raise _more_than_lora(path, what)
+    if find_adapter_config_file(base, revision=config.revision) is not None:
+        raise _more_than_lora(path, f"its base {base} is an adapter too")
+
+
+def _more_than_lora(path: str, what: str) -> UserError:
+    return UserError(
+        f"model.path: the adapter in {path} is more than plain LoRA on inner layers ({what}), "
+        "which an exported adapter cannot hold beside what is learned here. Merge it first (PEFT's "
+        "merge_and_unload, then save_pretrained), and give the merged folder."
+    )
+
+
+def _sums(model: Any) -> dict[str, float]:
+    """Return a sum of each weight that is no adapter's, by which a change is noticed."""
+    return {
+        name.removeprefix(PREFIX).replace(".base_layer", ""): float(weight.detach().double().sum())
+        for name, weight in model.named_parameters()
+        if "lora_" not in name
+    }
 
 
 def side_by_side(first: Tree, second: Tree) -> dict[str, Tensor]:
@@ -135,12 +174,12 @@ def side_by_side(first: Tree, second: Tree) -> dict[str, Tensor]:
         second: Factors likewise, of any layers and another rank.
     """
     ranks = [
-        max((t.shape[0] for n, t in tree.items() if _is_down(n)), default=0)
+        max((t.shape[0] for n, t in tree.items() if is_down(n)), default=0)
         for tree in (first, second)
     ]
     both: dict[str, Tensor] = {}
     for name in {**first, **second}:
-        axis = 0 if _is_down(name) else 1
+        axis = 0 if is_down(name) else 1
         other = first.get(name, second.get(name))
         assert other is not None
         parts = []
@@ -155,7 +194,8 @@ def side_by_side(first: Tree, second: Tree) -> dict[str, Tensor]:
     return both
 
 
-def _is_down(name: str) -> bool:
+def is_down(name: str) -> bool:
+    """Return whether a factor is A, [r, in], and not B, [out, r]."""
     return "_A" in name.rsplit("lora", 1)[-1]
 
 

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from fedpref.errors import UserError
 from fedpref.models.language import LanguageModel
 from fedpref.models.own_parts import NAMES, OWN_ADAPTER, OwnHead
 from fedpref.numerics.trees import Tree
@@ -99,6 +100,10 @@ def generate(
     # neighbours in length, so that little is padding
     ranked = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     size = max(1, ROWS // samples)
+    switch = language.limits.switch
+    longest = max(map(len, prompts), default=0) + settings.max_completion_length
+    if language.is_apart or (switch is not None and longest > switch):
+        size = 1  # positions are those of the longest row, which others' would follow
     with merged(language, params):
         for first in range(0, len(ranked), size):
             some = ranked[first : first + size]
@@ -180,7 +185,13 @@ def _draw(
         language, cache, ids, (seen.cumsum(1) - 1).clamp(min=0), seen if is_padded else None
     )
     # a prompt has been read once; its samples share what was computed
-    cache.batch_repeat_interleave(samples)
+    if samples > 1:
+        if not hasattr(cache, "batch_repeat_interleave"):
+            raise UserError(
+                f"{language.name}: several answers to a prompt cannot be drawn from this model, "
+                "whose layers keep states that transformers cannot repeat."
+            )
+        cache.batch_repeat_interleave(samples)
     logits, seen = logits.repeat_interleave(samples, 0), seen.repeat_interleave(samples, 0)
     drawn = torch.full((len(logits), settings.max_completion_length), -1, device=device)
     remaining = torch.arange(len(logits), device=device)

@@ -34,6 +34,7 @@ from fedpref.models.attention import (
 from fedpref.models.backbone import (
     ALL_LINEAR,
     PREFIX,
+    is_down,
     left_out,
     load_backbone,
     side_by_side,
@@ -140,6 +141,7 @@ class LanguageModel:
                 left_out(self.backbone.model) or None if targets == ALL_LINEAR else None
             ),
             base_model_name_or_path=self.backbone.base,
+            revision=self.backbone.revision,
         )
         try:
             with warnings.catch_warnings():
@@ -414,6 +416,7 @@ class LanguageModel:
         *,
         groups: Sequence[Sequence[int]] | None = None,
         factor: float = 1.0,
+        own_positions: bool = False,
     ) -> tuple[Float[Tensor, "R T D"], Float[Tensor, "1 m V"]]:
         """Return the states that come to the vocabulary head, and its logits at some places alone.
 
@@ -423,9 +426,11 @@ class LanguageModel:
             positions: Places of the flattened ids [m].
             groups: Of a padded layout, the rows of each forward pass; all in one by default.
             factor: What states are multiplied by before the head.
+            own_positions: Let the model count positions itself.
         """
         if groups is None or len(groups) == 1:
-            return self._forward(adapter, layout.ids, layout.positions, positions, factor)
+            counted = None if own_positions else layout.positions
+            return self._forward(adapter, layout.ids, counted, positions, factor)
         width = layout.ids.shape[1]
         lengths = (layout.last % width + 1).tolist()
         parts, order, places = [], [], []
@@ -453,7 +458,7 @@ class LanguageModel:
         self,
         adapter: Tree,
         ids: Int[Tensor, "R T"],
-        position_ids: Int[Tensor, "R T"],
+        position_ids: Int[Tensor, "R T"] | None,
         positions: Int[Tensor, " m"],
         factor: float,
     ) -> tuple[Float[Tensor, "R T D"], Float[Tensor, "1 m V"]]:
@@ -467,7 +472,9 @@ class LanguageModel:
         hook = self.head.register_forward_pre_hook(cut)
         try:
             with self.model.disable_adapter() if not adapter else nullcontext():
-                call = {"input_ids": ids, "position_ids": position_ids, "use_cache": False}
+                call: dict[str, Any] = {"input_ids": ids, "use_cache": False}
+                if position_ids is not None:
+                    call["position_ids"] = position_ids
                 parameters = {
                     self.parameter_names[name]: tensor for name, tensor in adapter.items()
                 }
@@ -491,10 +498,10 @@ class LanguageModel:
         if self.backbone.merged:
             # on the same base, as one adapter whose scale is in its factors
             scale = config.lora_alpha / config.r
-            scaled = {n: t * scale if ".lora_B." in n else t for n, t in adapter.items()}
+            scaled = {n: t if is_down(n) else t * scale for n, t in adapter.items()}
             adapter = side_by_side(self.backbone.merged, scaled)
             layers = {name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in adapter}
-            rank = next(t.shape[0] for name, t in adapter.items() if ".lora_A." in name)
+            rank = next(t.shape[0] for name, t in adapter.items() if is_down(name))
             config = replace(
                 config,
                 r=rank,

@@ -24,6 +24,7 @@ ASSISTANT = "assistant"
 # what chat templates call those who speak; any other name must stand in the template
 ROLES = frozenset({"system", "developer", "user", ASSISTANT, "tool"})
 CLOCK = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+MARK = "(the answer, 7481)"  # stands for a content where its place is asked for
 THOUGHT = "</think>"  # ends what many templates leave out of earlier turns
 ESSENTIAL = frozenset({"tool_calls", "tools"})  # without which a conversation says something else
 
@@ -86,8 +87,8 @@ class Texts:
     @property
     def _appended(self) -> Tokens:
         """The tokens that the tokenizer itself puts after a text."""
-        empty = self.tokenizer("")["input_ids"]
-        return [token for token in empty if token == self.tokenizer.eos_token_id][:1]
+        ids = self.tokenizer("a")["input_ids"]
+        return ids[-1:] if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id else []
 
     def _closed(self, answer: Tokens) -> Tokens:
         end = self.tokenizer.eos_token_id
@@ -122,6 +123,12 @@ class Texts:
                 writes the prompt otherwise once it is answered.
         """
         render = self._renderer(prompt.given if isinstance(prompt, Conversation) else {})
+        for answer in answers:
+            if answer[-1]["role"] == "user":
+                raise UserError(
+                    "an answer ends with a user's turn, of which nothing is learned; cut it off, "
+                    "or end with the assistant's"
+                )
         firsts = {answer[0]["role"] for answer in answers} or {ASSISTANT}
         opening = render(prompt, firsts == {ASSISTANT})
         whole = [render([*prompt, *answer]) for answer in answers]
@@ -132,7 +139,7 @@ class Texts:
         if len(common) < len(opening):
             # what an answer itself begins with is its own, though the template's text may begin so
             begins = [
-                _found(answer[0].get("content"), text, self._end(prompt, text))[0]
+                self._frame(prompt, answer, 0, text, render)[0]
                 for answer, text in zip(answers, whole, strict=True)
             ]
             cut = min([len(common), *(begin for begin in begins if begin >= 0)])
@@ -151,16 +158,29 @@ class Texts:
             marked = tokens
             if len(answer) > 1 or firsts != {ASSISTANT}:
                 marked = self._marked(prompt, answer, tokens, text, render)
-            closed.append(self._ended(marked[shared:], answer, text))
+            _, closing = self._frame(prompt, answer, len(answer) - 1, text, render)
+            closed.append(self._ended(marked[shared:], closing))
         return self._checked(ids[:shared], closed)
 
     @staticmethod
-    def _end(messages: Sequence[Message], text: str) -> int:
-        """Return where the last of these messages ends in a text."""
-        place = 0
-        for message in messages:
-            place = max(place, _found(message.get("content"), text, place)[1])
-        return place
+    def _frame(
+        prompt: Sequence[Message],
+        answer: Sequence[Message],
+        index: int,
+        text: str,
+        render: Callable[..., str],
+    ) -> tuple[int, str]:
+        """Return where the content of an answer's message begins in a text, and what closes it.
+
+        It is told by another content in its place, for its own may stand anywhere else too. Where
+        that cannot be told, -1 and nothing.
+        """
+        message = answer[index]
+        if not isinstance(message.get("content"), str):
+            return -1, ""
+        marked = [*answer[:index], {**message, "content": MARK}, *answer[index + 1 :]]
+        before, _, after = render([*prompt, *marked]).rpartition(MARK)
+        return (len(before) if before and text.startswith(before) else -1), after
 
     def _renderer(self, given: Mapping[str, Any]) -> Callable[..., str]:
         """Return a function that writes messages by the template, on the run's own day."""
@@ -266,11 +286,10 @@ class Texts:
             reached = last
         return marked
 
-    def _ended(self, answer: Tokens, messages: Sequence[Message], text: str) -> Tokens:
+    def _ended(self, answer: Tokens, closing: str) -> Tokens:
         """Return an answer with an end token, unless the template has closed it."""
-        _, end = _found(messages[-1].get("content"), text, 0, last=True)
-        closing = self._template_ids(text[end:]) if end >= 0 else answer[-8:]
-        if self.tokenizer.eos_token_id is None or set(closing) & set(self.stops):
+        tokens = self._template_ids(closing) if closing else answer[-8:]
+        if self.tokenizer.eos_token_id is None or set(tokens) & set(self.stops):
             return answer
         return [*answer, self.tokenizer.eos_token_id]
 
@@ -303,13 +322,13 @@ def _shared(first: Sequence[int], *others: Sequence[int]) -> int:
     )
 
 
-def _found(content: Any, text: str, place: int, *, last: bool = False) -> tuple[int, int]:
+def _found(content: Any, text: str, place: int) -> tuple[int, int]:
     """Return where a message's content stands in a text, from a place on; (-1, -1) if nowhere.
 
     Templates strip it, write a tool's as JSON, and leave out the thoughts of earlier turns.
     """
     if content is None or (isinstance(content, str) and not content.strip()):
-        return place, place if not last else len(text)
+        return place, place
     forms = [content.strip()]
     if THOUGHT in content:
         forms.append(content.rpartition(THOUGHT)[2].strip())
@@ -317,7 +336,7 @@ def _found(content: Any, text: str, place: int, *, last: bool = False) -> tuple[
         json.dumps(form, ensure_ascii=ascii)[1:-1] for form in forms for ascii in (False, True)
     ]
     for form in forms:
-        begin = text.rfind(form) if last else text.find(form, place)
+        begin = text.find(form, place)
         if begin >= 0:
             return begin, begin + len(form)
     return -1, -1

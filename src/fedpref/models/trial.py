@@ -126,6 +126,7 @@ def tried(language: LanguageModel) -> Trial:
                 "Name the layers that return one tensor, such as q_proj and v_proj."
             ) from error
         expected = states.flatten(0, 1)[layout.scored]
+        _refuse_positions(language, adapter, rows[0], tolerance)
         _refuse_changed(language, fresh, layout, tolerance)
         alone = language.run(
             adapter, layout, layout.scored[:1], groups=[[row] for row in range(len(layout.ids))]
@@ -157,6 +158,20 @@ def _rows(language: LanguageModel, draw: torch.Generator) -> list[Row]:
         (tokens[9:10], (tokens[10:13], tokens[13:16])),
     ]
     return rows + [(tokens[16:-3], (tokens[-3:],)) for _ in beyond[:1]]
+
+
+def _refuse_positions(language: LanguageModel, adapter: Tree, row: Row, tolerance: float) -> None:
+    """Raise UserError where a model counts positions otherwise than from 0, by its own words."""
+    layout = Layout.padded([(row[0], row[1][:1])], language.device)
+    given, own = (
+        language.run(adapter, layout, layout.scored[:1], own_positions=is_own)[0].flatten(0, 1)
+        for is_own in (False, True)
+    )
+    if _mean_distance(given, own) > tolerance:
+        raise UserError(
+            f"model.path: {language.name!r} does not count positions from 0, as decoders do, so "
+            "that its rows would be told wrongly. It cannot be trained here."
+        )
 
 
 def _refuse_changed(language: LanguageModel, fresh: Tree, layout: Layout, tolerance: float) -> None:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fedpref.data.preferences import Feedback, Preference, Text
 from fedpref.engines.workers import one_thread
 from fedpref.errors import UserError
 from fedpref.experiments.finished import FinishedRun
-from fedpref.models.language import LanguageModel, Model
+from fedpref.models.backbone import is_down
+from fedpref.models.language import LanguageModel
 from fedpref.models.own_parts import DOWN, FILE, REWARD, UP
 from fedpref.models.packed import Row, Unscored
 from fedpref.numerics import trees
+from fedpref.numerics.trees import Tree
 
 ROWS = 4
 LONGEST = 256  # tokens of a row that are compared
@@ -30,30 +33,17 @@ class Comparison:
 
     Args:
         run: The run.
-        folder: A folder of the run with an adapter, whose shape all share.
         client: Whose held-out rows are taken first.
 
     Raises:
         UserError: The base model cannot be loaded.
     """
 
-    def __init__(self, run: FinishedRun, folder: Path, client: str | None) -> None:
-        config = json.loads((folder / "adapter_config.json").read_text())
-        targets = config["target_modules"]
-        code = run.experiment.task.model.trust_remote_code
+    def __init__(self, run: FinishedRun, client: str | None) -> None:
+        # the run's own model, not what the export says that it stands on
+        model: Any = replace(run.experiment.task.model, dtype="float32", device="cpu")
         with one_thread():
-            self.language = LanguageModel(
-                Model(
-                    path=config["base_model_name_or_path"],
-                    revision=config.get("revision"),
-                    trust_remote_code=code,
-                    dtype="float32",
-                    device="cpu",
-                    lora_r=config["r"],
-                    lora_alpha=config["lora_alpha"],
-                    lora_target_modules=targets if isinstance(targets, str) else tuple(targets),
-                )
-            )
+            self.language = LanguageModel(model)
         self.rows = list(_rows(run, client, self.language))
         self.largest = 0.0
 
@@ -78,7 +68,7 @@ class Comparison:
         Raises:
             UserError: They are not one model.
         """
-        params = dict(trees.load(folder / "adapter_model.safetensors"))
+        params = _learned_of(self.language, trees.load(folder / "adapter_model.safetensors"))
         if is_whole and (folder / FILE).exists():
             own = trees.load(folder / FILE)
             params |= {n: t for n, t in own.items() if n not in (REWARD, DOWN, UP)}
@@ -97,6 +87,20 @@ class Comparison:
                     "report this with the model's name and the versions of PEFT and transformers."
                 )
             self.largest = max(self.largest, abs(mine - theirs))
+
+
+def _learned_of(language: LanguageModel, adapter: Tree) -> dict[str, Tensor]:
+    """Return what was learned of an exported adapter, as the run's model takes it."""
+    merged, config = language.backbone.merged, language.model.peft_config["default"]
+    if not merged:
+        return dict(adapter)
+    # behind the merged adapter, with the scale in its factors
+    rank = max(tensor.shape[0] for name, tensor in merged.items() if is_down(name))
+    scale = config.lora_alpha / config.r
+    return {
+        name: adapter[name][rank:] if is_down(name) else adapter[name][:, rank:] / scale
+        for name in language.parameter_names
+    }
 
 
 def _rows(run: FinishedRun, client: str | None, language: LanguageModel) -> Iterator[Row]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -54,6 +55,8 @@ def evaluate(
     )
     if unusable and data.unusable == "refuse":
         raise UserError(summary(unusable, len(read)))
+    if unusable:
+        warnings.warn(f"{len(unusable)} of {len(read)} rows cannot be used.", stacklevel=2)
     if not rows:
         raise UserError(f"{data.path}: there are no rows.")
     groups = {SHARED: rows}

@@ -99,7 +99,7 @@ def _adapters(run: FinishedRun, output: Path, client: str | None, measured: Meas
             f"{path}: there are no adapters here; those of real sites have stayed there."
         )
     entries = []
-    comparison = Comparison(run, folders[0][1], client)
+    comparison = Comparison(run, client)
     base_model = _plain_base(folders[0][1], run)
     for name, folder in folders:
         target = output / (f"clients/{file_name(name)}" if name else SHARED)
@@ -179,7 +179,7 @@ def _compared(run: FinishedRun, folder: Path, client: str | None, made: Path, *,
     import torch
     import transformers
 
-    comparison = Comparison(run, folder, client)
+    comparison = Comparison(run, client)
     exported = transformers.AutoModelForCausalLM.from_pretrained(str(made), dtype=torch.float32)
     dtype = "float16" if half else "float32"
     comparison.check(folder, exported.eval(), is_whole=True, dtype=dtype)

@@ -98,6 +98,8 @@ def personalize(
     spec = replace(experiment, data=_as_read(experiment.data, data), partition=how)
     reading = spec.read(finished.trained_prompts or ()).settled()
     clients = reading.clients
+    if reading.skipped:
+        warnings.warn(f"{reading.skipped}.", stacklevel=2)
     if finished.trained_prompts is None and not isinstance(experiment.data, Opinions):
         warnings.warn(
             f"{run}: the run does not say which prompts it has trained on (it is older than "

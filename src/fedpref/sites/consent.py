@@ -158,12 +158,14 @@ class Consenting:
             "limit": file.max_message_mb * 10**6,
         }
         try:
-            clients, _ = spec.clients()
+            reading = spec.read().settled()
+            clients = reading.clients
             if held_out and file.split_key is not None:
                 clients = tuple(self._without(one, spec, set(held_out)) for one in clients)
             if file.partition is None:
                 clients = (replace(clients[0], name=file.client or self._name),)
-            site = hosted(spec, dict(enumerate(clients)), folder, **limits)
+            unread = len(reading.unusable)
+            site = hosted(spec, dict(enumerate(clients)), folder, unread, **limits)
         except UserError as error:  # whose text may hold rows
             raise self._unfit() from error
         unnumbered = {

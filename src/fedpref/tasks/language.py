@@ -145,6 +145,8 @@ class LanguageLearner(ABC):
                 else f"{where}: the chat template of {self.settings.model.path!r} refuses the "
                 f"conversation: {reason}. Change the row's messages, or give it as plain text."
             ) from error
+        if not all(map(scored_tokens, closed)):
+            raise UserError(f"{where}: an answer has no turn of the assistant's to be scored.")
         return tuple(opening), [tuple(answer) for answer in closed]
 
     def fit(
