@@ -159,6 +159,8 @@ def test_adapters_side_by_side_add_up_to_both_changes() -> None:
         ({"target_modules": ["q_proj"], "use_dora": True}, "which is no factor|DoRA"),
         ({"target_modules": ["q_proj", "embed_tokens"]}, "lora_embedding|embeddings"),
         ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "no factor"),
+        ({"target_modules": ["q_proj"], "init_lora_weights": "pissa"}, "base's own weights"),
+        ({"target_modules": ["q_proj"], "layer_replication": [(0, 2), (0, 2)]}, "repeats layers"),
     ],
 )
 def test_an_adapter_that_no_export_could_hold_is_refused(
@@ -168,7 +170,43 @@ def test_an_adapter_that_no_export_could_hold_is_refused(
     get_peft_model(plain(llama), config).save_pretrained(tmp_path / "sft")
     with pytest.raises(UserError, match=what) as caught:
         opened(tmp_path / "sft")
-    assert "Merge it first" in str(caught.value)
+    assert "erge it" in str(caught.value)
+
+
+def test_an_adapter_of_an_adapter_is_refused(llama: Path, tmp_path: Path) -> None:
+    first = opened(llama)
+    first.export(some(first), tmp_path / "first")
+    first.export(some(first), tmp_path / "second")
+    config = json.loads((tmp_path / "second/adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(tmp_path / "first")
+    (tmp_path / "second/adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="is an adapter too"):
+        opened(tmp_path / "second")
+
+
+def test_an_export_names_the_revision_of_its_base(llama: Path, tmp_path: Path) -> None:
+    model = opened(llama, revision="v1")
+    model.export(some(model), tmp_path / "adapter")
+    assert json.loads((tmp_path / "adapter/adapter_config.json").read_text())["revision"] == "v1"
+
+
+def test_an_adapter_on_embeddings_beside_a_merged_one_keeps_its_scale(
+    llama: Path, tmp_path: Path
+) -> None:
+    first = opened(llama, lora_target_modules=("q_proj",))
+    first.export(some(first), tmp_path / "sft")
+    second = opened(tmp_path / "sft", lora_alpha=7, lora_target_modules=("k_proj", "embed_tokens"))
+    adapter = some(second)
+    second.export(adapter, tmp_path / "both")
+    both = PeftModel.from_pretrained(plain(llama), tmp_path / "both").eval()
+    close(second.log_probabilities(adapter, ROWS), alone(both))
+
+
+def test_positions_that_do_not_count_from_zero_are_refused(tmp_path: Path) -> None:
+    small = {name: value for name, value in SMALL.items() if name != "num_key_value_heads"}
+    config = transformers.RobertaConfig(**small, is_decoder=True)
+    with pytest.raises(UserError, match="does not count positions from 0"):
+        opened(saved(tmp_path / "roberta", config))
 
 
 def test_own_parts_beside_an_adapter_are_not_lost(llama: Path, tmp_path: Path) -> None:

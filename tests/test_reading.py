@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from conftest import make_rows, write_rows
 from fedpref import cli, config
-from fedpref.data import IID, SHP, Files, Natural, Preference
+from fedpref.data import IID, SHP, Feedback, Files, Natural, Preference
 from fedpref.data.partitions import label
 from fedpref.data.preferences import Conversation
 from fedpref.data.reading import read
@@ -74,6 +74,13 @@ WHOLE = {
         WHOLE,
         {name: json.dumps(text) for name, text in WHOLE.items()},
         {name: str(text) for name, text in WHOLE.items()},  # as pandas writes lists into CSV
+        {name: f"array({text}, dtype=object)" for name, text in WHOLE.items()},
+        {**WHOLE, "prompt": [{**ASKED[0], "content": " Name  a fruit."}][:1]},
+        {
+            name: json.dumps([dict(reversed(m.items())) for m in text])
+            for name, text in WHOLE.items()
+        },
+        {"prompt": json.dumps(ASKED[0]), "chosen": [said("Apple")], "rejected": [said("Car")]},
         {**WHOLE, "prompt": "Name a fruit."},  # ultrafeedback_binarized
         {"prompt": "Name a fruit.", "chosen": [said("Apple")], "rejected": [said("Car")]},
         {name: WHOLE[name] for name in ("chosen", "rejected")},
@@ -101,8 +108,71 @@ def test_a_conversation_is_read_in_whatever_form_it_stands(
     record: dict[str, Any], tmp_path: Path
 ) -> None:
     row = one(tmp_path, record)
-    expected = (tuple(ASKED), (said("Apple"),), (said("Car"),))
-    assert (row.prompt, row.chosen, row.rejected) == expected
+    assert (row.chosen, row.rejected) == ((said("Apple"),), (said("Car"),))
+    assert question(row.prompt) == "Name a fruit."
+    assert len(row.prompt) == 1
+
+
+SYSTEM = {"role": "system", "content": "Be short."}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "opening"), [([SYSTEM, *ASKED], ASKED), (ASKED, [SYSTEM, *ASKED])]
+)
+def test_a_system_prompt_in_prompt_or_answers_is_kept_once(
+    prompt: Any, opening: Any, tmp_path: Path
+) -> None:
+    answers = {
+        "chosen": [*opening, said("Apple")],
+        "rejected": [*opening, said("Car")],
+    }
+    row = one(tmp_path, {"prompt": prompt, **answers})
+    assert (row.prompt, row.chosen) == ((SYSTEM, *ASKED), (said("Apple"),))
+    judged = {"prompt": prompt, "completion": answers["chosen"], "label": True}
+    (found,) = Files(path=str(write_rows(tmp_path / "judged.jsonl", [judged]))).read()
+    assert isinstance(found, Feedback)
+    assert (found.prompt, found.completion) == ((SYSTEM, *ASKED), (said("Apple"),))
+
+
+def test_data_that_only_have_a_key_called_role_are_text(tmp_path: Path) -> None:
+    text = json.dumps([{"name": "Ann", "role": "admin"}])
+    assert one(tmp_path, {**PAIR, "prompt": text}).prompt == text
+
+
+@pytest.mark.parametrize("head", ["Q {i}? ", "\n\nHuman: Q {i}?\n\nAssistant:"])
+def test_a_prompt_in_another_spelling_at_the_head_of_answers_stands_once(
+    head: str, tmp_path: Path
+) -> None:
+    texts = [head.format(i=i) for i in range(4)]
+    pairs = [
+        {"prompt": f" {t.strip()}", "chosen": f"{t} Yes.", "rejected": f"{t} No."} for t in texts
+    ]
+    judged = [{"prompt": t.strip(), "completion": f"{t} Yes.", "label": True} for t in texts]
+    for row in Files(path=str(write_rows(tmp_path / "a.jsonl", pairs))).read():
+        assert isinstance(row, Preference)
+        assert str(row.chosen).split() == ["Yes."]
+    for one_judged in Files(path=str(write_rows(tmp_path / "b.jsonl", judged))).read():
+        assert isinstance(one_judged, Feedback)
+        assert str(one_judged.completion).split() == ["Yes."]
+
+
+def test_nulls_that_tables_fill_in_are_no_part_of_tools(tmp_path: Path) -> None:
+    call = {"function": {"name": "f", "arguments": {"city": "Rome", "unit": None}}, "id": None}
+    record = {
+        "prompt": [user("Weather?")],
+        "chosen": [{"role": "assistant", "content": None, "tool_calls": [call]}],
+        "rejected": [said("No idea.")],
+        "tools": [{"type": "function", "function": {"name": "f", "description": None}}],
+    }
+    row = one(tmp_path, {**record, "chat_template_kwargs": '{"enable_thinking": false}'})
+    assert row.chosen[0]["tool_calls"] == [  # type: ignore[index]
+        {"function": {"name": "f", "arguments": {"city": "Rome"}}}
+    ]
+    assert isinstance(row.prompt, Conversation)
+    assert row.prompt.given == {
+        "tools": [{"type": "function", "function": {"name": "f"}}],
+        "enable_thinking": False,
+    }
 
 
 def test_text_that_only_looks_like_a_list_is_text(tmp_path: Path) -> None:
@@ -265,7 +335,7 @@ def test_a_damaged_file_is_named(damage: Callable[[Path], None], tmp_path: Path)
         ([1, 1.0, "1", "1 ", " 1.0"], "1"),
         (["café", "cafe\u0301", " café "], "café"),
         (["a  b", "a b", "a\tb"], "a b"),
-        ([None, "", "  ", float("nan"), "None"], None),
+        ([None, "", "  ", float("nan"), "None", "nan", "NaN", "null", "<NA>", "NaT"], None),
     ],
 )
 def test_one_client_in_several_spellings_is_one(values: list[Any], name: str | None) -> None:
@@ -409,6 +479,11 @@ def test_what_is_skipped_is_counted_by_check_in_the_run_and_on_its_page(
         "Where is the cafe\u0301?",
         "Human: Where is the café?\n\nAssistant:",
         "Human: Hello.\n\nAssistant: Hello.\n\nHuman: Where is the café?\n\nAssistant:",
+        "Human: Where is the café?\n\nAssistant: Well,",
+        "Human: Where is the café?\r\n\r\nAssistant:",
+        "Be nice.\nHuman: Where is the café?\n\nAssistant:",
+        "\ufeffWhere is the café?",
+        "Where is the café?\u200b",
         (user("Where is the café?"),),
         ({"role": "system", "content": "Be short."}, user("Where is the café? ")),
         (user("Hello."), said("Hello."), user("Where is the café?")),
@@ -462,6 +537,9 @@ def test_prompts_that_all_end_in_one_question_can_be_told_by_all_of_their_turns(
     reading = read(Files(path=path, split_by="prompt"), IID(clients=1), 0)
     assert reading.clients[0].train
     assert reading.clients[0].test
+    plain = "Human: Hello.\n\nAssistant: Yes?\n\nHuman: Why?\n\nAssistant:"
+    turns = (user("Hello."), said("Yes?"), user("Why?"))
+    assert digest(plain, "prompt") == digest(turns, "prompt") != digest("Why?", "prompt")
     two = [
         {**row, "prompt": [*row["prompt"][:1], user(f"Do {i % 8}.")]} for i, row in enumerate(rows)
     ]

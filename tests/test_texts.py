@@ -272,6 +272,50 @@ def test_tools_that_the_template_does_not_write_are_refused_and_names_warned_of(
         texts(wordy(), TOOLS).chat(asked(name="weather"), [[said("a")]])
 
 
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] or '' }}"
+    "{% for call in m.tool_calls or [] %}{{ call.function | tojson }}{% endfor %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        said("end"),
+        said("i"),
+        said("assistant"),
+        {**said(""), "content": None, "tool_calls": [CALL]},
+    ],
+)
+def test_an_answer_that_stands_elsewhere_too_is_found_where_it_is(answer: Any) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TOKENIZER)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.eos_token = "<|im_end|>"
+    asks = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+    with pytest.warns(UserWarning, match="before an answer the chat template writes '<think>"):
+        opening, (closed,) = texts(tokenizer, asks).chat([USER], [[answer]])
+    assert tokenizer.decode(opening).endswith("<|im_start|>assistant\n")
+    whole = tokenizer.apply_chat_template([USER, answer], tokenize=False)
+    assert opening + closed == tokenizer(whole, add_special_tokens=False)["input_ids"]
+
+
+def test_an_answer_that_ends_with_the_user_is_refused() -> None:
+    for answer in ([USER], [said("Yes."), USER]):
+        with pytest.raises(UserError, match="ends with a user's turn"):
+            texts(wordy(), EACH).chat([USER], [answer])
+
+
+def test_a_tokenizer_that_opens_with_its_end_token_keeps_one_in_a_prompt() -> None:
+    tokenizer = sentencepiece(True)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="</s> $A", pair="</s> $A </s> $B", special_tokens=[("</s>", 2)]
+    )
+    opening, closed = texts(tokenizer).plain("Hi</s>", [" yes", " no"])
+    assert opening.count(2) == 2
+    assert all(ids[-1] == 2 for ids in closed)
+
+
 def test_an_answer_is_closed_once(tiny: Path) -> None:
     tokenizer = sentencepiece(True)
     closing = EACH.replace("<|end|>", "</s>")
