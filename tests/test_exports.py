@@ -125,6 +125,20 @@ def test_merged_folders_load_in_transformers_with_the_same_log_probabilities(
         assert f"{name} | {100 * last[metric]:.1f} (of client-1)" in text
 
 
+@pytest.mark.parametrize("form", ["peft", "merged"])
+def test_an_export_that_is_another_model_than_the_runs_is_not_kept(
+    form: Any, shared: Path, tmp_path: Path
+) -> None:
+    place = tmp_path / "run"
+    shutil.copytree(shared, place)
+    config = place / "adapter/adapter_config.json"
+    content = json.loads(config.read_text())
+    config.write_text(json.dumps({**content, "lora_alpha": 40 * content["lora_alpha"]}))
+    with pytest.raises(UserError, match="another model than the run's, and was not kept"):
+        export(place, form, tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}
+
+
 def test_clients_adapters_say_what_they_leave_out(personal: Path, tmp_path: Path) -> None:
     made = export(personal, "peft", tmp_path / "out")
     entries = {
