@@ -15,10 +15,18 @@ from fedpref.experiments.experiment import Experiment
 from fedpref.federation.local_training import LocalTraining, place, train_locally
 from fedpref.federation.verbs import Client
 from fedpref.numerics import seeds
-from fedpref.tasks.batches import BatchSize, Epochs, draw_indices, planned
+from fedpref.tasks.batches import BatchSize, Epochs, Examples, draw_indices, planned
 
-LENGTHS = [3, 50, 7, 7, 21, 90, 4, 33, 12, 12, 60, 5, 8]
-SIZES = [BatchSize(4), BatchSize(1), BatchSize(99), BatchSize(8, max_tokens=64)]
+LENGTHS = (3, 50, 7, 7, 21, 90, 4, 33, 12, 12, 60, 5, 8)
+KNOWN = Examples(LENGTHS, (0, 1, 2, 0, 3, 4, 2, 0, 1, 5, 5, 6, 2))
+SIZES = [
+    BatchSize(4),
+    BatchSize(1),
+    BatchSize(99),
+    BatchSize(8, max_tokens=64),
+    BatchSize(4, is_by_prompt=True),
+    BatchSize(8, max_tokens=64, is_by_prompt=True),
+]
 
 
 def rng(seed: int = 0) -> torch.Generator:
@@ -27,24 +35,26 @@ def rng(seed: int = 0) -> torch.Generator:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_an_epoch_has_every_example_once(size: BatchSize) -> None:
-    batches = planned(LENGTHS, size, rng())
+    batches = planned(KNOWN, size, rng())
     assert sorted(i for batch in batches for i in batch) == list(range(len(LENGTHS)))
     if size.max_tokens is None:
-        assert all(len(batch) <= size.examples for batch in batches)
+        lengths = {len(batch) for batch in batches}
+        assert max(lengths) <= size.examples
+        assert max(lengths) - min(lengths) <= 1
     else:
         assert all(len(b) == 1 or sum(LENGTHS[i] for i in b) <= 64 for b in batches)
     if len(batches) > 1:
-        assert batches != planned(LENGTHS, size, rng(1))
+        assert batches != planned(KNOWN, size, rng(1))
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_a_place_in_an_epoch_goes_on_where_it_was(size: BatchSize) -> None:
     whole = Epochs.begin(rng())
-    expected = [whole.next(LENGTHS, size) for _ in range(30)]
+    expected = [whole.next(KNOWN, size)[0] for _ in range(30)]
     part = Epochs.begin(rng())
     found = []
     for _ in range(10):
-        found += [part.next(LENGTHS, size) for _ in range(3)]
+        found += [part.next(KNOWN, size)[0] for _ in range(3)]
         part = Epochs.restore(part.state)  # a round ends, a run is resumed
     assert found == expected
     counts = Counter(i for batch in expected for i in batch)
@@ -56,15 +66,47 @@ def test_kinds_of_examples_have_epochs_of_their_own() -> None:
     drawn: dict[int, list[int]] = {0: [], 1: []}
     for _ in range(4):
         for kind, lengths in ((0, LENGTHS[:8]), (1, LENGTHS[:4])):
-            drawn[kind] += draw_indices(lengths, BatchSize(2, epochs=epochs), rng(), kind)
+            size = BatchSize(2, epochs=epochs)
+            drawn[kind] += draw_indices(Examples(lengths), size, rng(), kind)[0]
     assert sorted(drawn[0]) == list(range(8))
     assert sorted(drawn[1]) == sorted([0, 1, 2, 3] * 2)
 
 
 def test_two_epochs_have_different_orders() -> None:
     epochs = Epochs.begin(rng())
-    first, second = ([epochs.next([1] * 32, BatchSize(8)) for _ in range(4)] for _ in range(2))
+    known = Examples((1,) * 32)
+    first, second = ([epochs.next(known, BatchSize(8)) for _ in range(4)] for _ in range(2))
     assert first != second
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("count", [9, 17, 41])
+def test_every_example_has_the_same_weight_whatever_its_length(size: BatchSize, count: int) -> None:
+    draw = torch.Generator().manual_seed(3)
+    lengths = tuple(torch.randint(3, 40, (count,), generator=draw).tolist())
+    prompts = tuple(torch.randint(0, count // 3, (count,), generator=draw).tolist())
+    weights = torch.zeros(count)
+    epochs, rounds = Epochs.begin(rng()), 0
+    while not epochs.places or epochs.places[0][0] < 12:
+        indices, weight = epochs.next(Examples(lengths, prompts), size)
+        weights[indices] += weight / len(indices)
+        rounds += 1
+    weights[indices] -= weight / len(indices)  # the first of the next epoch
+    assert torch.allclose(weights, weights.mean().expand(count), rtol=1e-5)
+    assert float(weights.sum()) == pytest.approx(rounds - 1, rel=1e-5)  # as batches weigh
+
+
+def test_a_small_clients_batches_do_not_stay_the_same() -> None:
+    epochs = Epochs.begin(rng())
+    lengths = tuple(range(20, 52))
+    batches = {frozenset(epochs.next(Examples(lengths), BatchSize(8))[0]) for _ in range(4 * 8)}
+    assert len(batches) > 16
+
+
+def test_examples_of_one_prompt_come_together() -> None:
+    prompts = tuple(i % 10 for i in range(40))
+    batches = planned(Examples((5,) * 40, prompts), BatchSize(4, is_by_prompt=True), rng())
+    assert all(len({prompts[i] for i in batch}) == 1 for batch in batches)
 
 
 class Counting:
@@ -97,11 +139,11 @@ def test_an_update_of_several_batches_covers_distinct_examples(one: tuple[Counti
     assert len(shard.train) >= 16
     _, moments, _ = train_locally(client, start, local, {})
     seen = [i for batch in task.drawn for i in batch]
-    assert len(seen) == len(set(seen)) == 16
+    assert len(seen) == len(set(seen)) > 12
     assert moments.keys() == place(moments).keys() != set()
     # the next round goes on with those that are left
     train_locally(client, start, local, moments)
-    left = len(shard.train) - 16
+    left = len(shard.train) - len(seen)
     following = [i for batch in task.drawn[4:] for i in batch][:left]
     assert not set(following) & set(seen)
     task.drawn.clear()

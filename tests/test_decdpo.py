@@ -145,12 +145,16 @@ def test_compression_contracts_where_it_says_so_and_choco_takes_no_other(
         if isinstance(compression, Quantize):
             network["compression"]["bits"] = compression.bits  # type: ignore[assignment]
         content = {**settings, "algorithm": {"name": "choco"}, "network": network}
+        # read it is, as runs of older versions are
+        spec = config.parse(Experiment, content, "test")
+        sizes = {f"client-{i}": 4 for i in range(3)}
         if compression.contracts:
-            config.parse(Experiment, content, "test")
+            spec.check_clients(sizes)
             continue
         with pytest.raises(UserError, match="Take three bits or more"):
-            config.parse(Experiment, content, "test")
-        config.parse(Experiment, {**content, "algorithm": {"name": "decdpo"}}, "test")
+            spec.check_clients(sizes)
+        other = {**content, "algorithm": {"name": "decdpo"}}
+        config.parse(Experiment, other, "test").check_clients(sizes)
 
 
 def test_links_fail_as_often_as_they_are_said_to_and_the_mean_stays() -> None:

@@ -81,19 +81,59 @@ def test_under_round_start_every_round_starts_at_ln_2(
 
 
 def test_reference_scores_are_computed_once_and_kept_in_the_run_directory(
-    settings: dict[str, Any], tmp_path: Path
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = experiment(settings)
     task = spec.task.build()
     shard = task.encode(spec.clients()[0][0])
-    scored = task.prepare(shard, tmp_path)
+    task.prepare(shard, tmp_path)
+    assert not list(tmp_path.iterdir()), "nothing is computed before it is needed"
+    first = task.draw({}, {}, shard, BatchSize(4), seeds.generator(0, "draw"))
     (file,) = tmp_path.iterdir()
-    trees.save({"scores": trees.load(file)["scores"] - 1.0}, file)
-    again = task.prepare(shard, tmp_path)
-    assert again.train[0].reference[0] == pytest.approx(scored.train[0].reference[0] - 1.0)
-    other = replace(shard, train=shard.train[1:])
-    task.prepare(other, tmp_path)
-    assert len(list(tmp_path.iterdir())) == 2
+    assert file.stat().st_mode & 0o077 == 0
+    # another process, or a run that goes on
+    again = spec.task.build()
+    again.prepare(shard, tmp_path)
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("scored twice")
+
+    monkeypatch.setattr(again.language, "score", refuse)
+    second = again.draw({}, {}, shard, BatchSize(4), seeds.generator(0, "draw"))
+    assert torch.equal(first.reference, second.reference)
+
+
+def test_ahead_all_answers_are_scored_once(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task: Any = replace(experiment(settings).task, reference_scores="ahead").build()
+    shard = task.encode(experiment(settings).clients()[0][0])
+    twice = replace(shard, train=shard.train + shard.train)
+    scored: list[Any] = []
+    usual = task.language.score
+
+    def counting(params: Any, rows: Any, **more: Any) -> Any:
+        scored.extend((tuple(prompt), tuple(answer)) for prompt, some in rows for answer in some)
+        return usual(params, rows, **more)
+
+    monkeypatch.setattr(task.language, "score", counting)
+    task.prepare(twice, tmp_path)
+    wanted = {(e.prompt, a) for e in shard.train + shard.test for a in e.answers}
+    assert len(scored) == len(wanted)
+    assert set(scored) == wanted
+
+
+def test_clients_who_share_a_model_have_each_answer_scored_once(
+    settings: dict[str, Any], learner: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard = learner.encode(experiment(settings).clients()[0][0])
+    adapter = learner.init(seeds.generator(0, "init"))
+    expected = learner.evaluate(adapter, shard)
+    monkeypatch.setattr(learner.language, "score", None)
+    other = replace(shard, name="other", test=shard.test[::-1])
+    assert learner.evaluate(adapter, other) == pytest.approx(expected, rel=1e-6)
+    with pytest.raises(TypeError):
+        learner.evaluate({name: tensor + 1 for name, tensor in adapter.items()}, shard)
 
 
 # ---- equivalences
@@ -619,31 +659,10 @@ def test_ties_count_half(settings: dict[str, Any], learner: Any, tmp_path: Path)
     scores = learner.language.log_probabilities(
         adapter, [(shard.test[0].prompt, shard.test[0].answers)]
     )
-    tied = replace(shard, test=(replace(shard.test[0], reference=tuple(scores.tolist())),))
-    measured = learner.evaluate(adapter, tied)
+    learner._base_scores |= dict(zip(shard.test[0].keys, scores.tolist(), strict=True))
+    measured = learner.evaluate(adapter, shard)
     assert (measured["rewards/accuracies"], measured["rewards/margins"]) == (0.5, 0.0)
     assert measured["loss"] == pytest.approx(math.log(2))
-
-
-def test_a_shard_without_scores_is_not_taken_for_one_with_zeros(
-    settings: dict[str, Any], learner: Any
-) -> None:
-    shard = learner.encode(experiment(settings).clients()[0][0])
-    with pytest.raises(RuntimeError, match="not prepared"):
-        learner.evaluate(learner.init(seeds.generator(0, "init")), shard)
-
-
-def test_two_datasets_with_one_name_do_not_share_scores(
-    settings: dict[str, Any], tmp_path: Path, learner: Any
-) -> None:
-    files = [write_rows(tmp_path / f"{i}.jsonl", make_rows([12], seed=i)) for i in range(2)]
-    specs = [
-        experiment(settings, data={"name": "files", "path": str(file), "test_fraction": 0.3})
-        for file in files
-    ]
-    for spec in specs:
-        learner.prepare(learner.encode(spec.clients()[0][0]), tmp_path / "cache")
-    assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
 def test_losses_without_a_reference_need_no_scores(

@@ -19,7 +19,8 @@ from fedpref.federation.aggregation import Factors
 from fedpref.federation.local_training import LocalTraining, train_locally
 from fedpref.federation.verbs import Client
 from fedpref.losses import DPO, Explicit, Hinge
-from fedpref.models.head import CHUNKS, token_log_probabilities
+from fedpref.models import head
+from fedpref.models.head import token_log_probabilities
 from fedpref.models.language import LanguageModel, Model
 from fedpref.models.own_parts import (
     DOWN,
@@ -130,7 +131,8 @@ def test_parts_compute_what_their_definition_says(parts: Parts, packs: bool, tin
 def test_a_trained_head_has_the_gradients_of_a_full_softmax(
     low_rank: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(CHUNKS, "cpu", 7 * 40)
+    monkeypatch.setattr(head, "ROWS", 7)
+    monkeypatch.setattr(head, "_logits", lambda device: 7 * 40)
     draw = torch.Generator().manual_seed(0)
     hidden, weight, bias = (
         torch.randn(*shape, generator=draw) for shape in ((23, 8), (40, 8), (40,))

@@ -201,17 +201,18 @@ def test_a_kernel_that_fails_gives_way_to_the_next(
     monkeypatch.setattr(
         trial,
         "kernels",
-        lambda device, dtype: (attention.by_variable_length, attention.by_sequence),
+        lambda device, dtype: (attention.by_variable_length, attention.by_part),
     )
     model = exact(tiny)  # on a CPU the first of them raises
     assert model.packs
-    assert model.kernel is attention.by_sequence
+    assert model.kernel is attention.by_part
 
 
 def test_the_head_is_scored_in_chunks_with_the_gradient_of_a_full_softmax(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(head.CHUNKS, "cpu", 7 * 40)
+    monkeypatch.setattr(head, "ROWS", 7)
+    monkeypatch.setattr(head, "_logits", lambda device: 7 * 40)
     draw = torch.Generator().manual_seed(0)
     hidden = torch.randn(23, 8, generator=draw).requires_grad_()
     weight, bias = torch.randn(40, 8, generator=draw), torch.randn(40, generator=draw)

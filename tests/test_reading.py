@@ -16,7 +16,7 @@ import yaml
 from typer.testing import CliRunner
 
 from conftest import make_rows, write_rows
-from fedpref import cli, config
+from fedpref import cli, config, run
 from fedpref.data import IID, SHP, Feedback, Files, Natural, Preference
 from fedpref.data.partitions import label
 from fedpref.data.preferences import Conversation
@@ -25,11 +25,13 @@ from fedpref.data.splits import digest, keyed, question
 from fedpref.data.tables import read_table
 from fedpref.data.unusable import Unusable
 from fedpref.errors import UserError
+from fedpref.experiments.clients import SimulatedSite
 from fedpref.experiments.experiment import Experiment, encoded
 from fedpref.experiments.finished import FinishedRun
 from fedpref.experiments.run_directory import file_name
 from fedpref.reports.page.sentences import facts
 from fedpref.reports.run import read as read_run
+from fedpref.runs.evaluate import evaluate
 from fedpref.runs.join import personalize
 
 PAIR = {"prompt": "Hi?", "chosen": " Yes.", "rejected": " No.", "client": "a"}
@@ -642,3 +644,108 @@ def test_settings_are_chosen_on_rows_that_nobody_trains_on_and_the_test_stays(
     assert other_validation != validation
     with pytest.raises(UserError, match=r"Set data\.validation_fraction"):
         sides("validation")
+
+
+# ---- configs
+
+
+def test_a_config_reads_no_environment_however_it_is_written(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEDPREF_SECRET", "topsecret")
+    for name in (
+        "${oc.env:FEDPREF_SECRET}",
+        "\\\\${oc.env:FEDPREF_SECRET}",
+        "${${seed}:FEDPREF_SECRET}",
+        "${${oc.env:FEDPREF_SECRET}}",
+    ):
+        file = tmp_path / "c.yaml"
+        file.write_text(yaml.safe_dump({**settings, "name": name}))
+        with pytest.raises(UserError, match="is not read into a config"):
+            Experiment.load(file)
+
+
+def test_what_is_written_out_is_not_taken_for_aliases(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    chances = {f"client-{i}": 1.0 for i in range(6000)}
+    federation = {"sampling": "weighted", "sampling_weights": chances, "clients_per_round": 2}
+    spec = config.parse(Experiment, {**settings, "federation": federation}, "test")
+    (tmp_path / "c.yaml").write_text(config.to_yaml(spec))
+    assert Experiment.load(tmp_path / "c.yaml") == spec
+
+
+# ---- clients that are left without rows
+
+
+def too_long(path: Path, name: str) -> Path:
+    """A client of whose rows none can be used."""
+    long = "word " * 300
+    rows = make_rows([20], seed=9)
+    return write_rows(
+        path, [{**row, "client": name, "chosen": long, "rejected": long + "x"} for row in rows]
+    )
+
+
+def test_nobody_joins_and_nothing_is_measured_without_rows(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    content = {**settings, "rounds": 1, "data": {**settings["data"], "unusable": "skip"}}
+    place = tmp_path / "run"
+    ran = run(config.parse(Experiment, content, "test"), place)
+    late = too_long(tmp_path / "late.jsonl", "late")
+    with (
+        pytest.warns(UserWarning, match="cannot be used"),
+        pytest.raises(UserError, match="has no training rows left"),
+    ):
+        personalize(place, Files(path=str(late)))
+    assert not (place / "newcomers.jsonl").exists()
+    assert FinishedRun.at(ran.path).joined == {}
+    with (
+        pytest.warns(UserWarning, match="cannot be used"),
+        pytest.raises(UserError, match="has no held-out rows left"),
+    ):
+        evaluate(place, Files(path=str(late), unusable="skip"))
+    with pytest.raises(UserError, match="20 of 20 rows cannot be used"):
+        evaluate(place, Files(path=str(late)))
+
+
+def test_a_site_whose_client_is_left_without_rows_says_so(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    rows = [json.loads(line) for line in Path(settings["data"]["path"]).read_text().splitlines()]
+    late = too_long(tmp_path / "late.jsonl", "late").read_text()
+    both = tmp_path / "both.jsonl"
+    both.write_text("".join(json.dumps(row) + "\n" for row in rows) + late)
+    content = {**settings, "data": {**settings["data"], "path": str(both), "unusable": "skip"}}
+    with pytest.raises(UserError, match="client 'late' has no training rows left"):
+        SimulatedSite(0, 1).host(content, tmp_path / "site")
+
+
+def test_newcomers_of_a_validated_run_are_tested_on_all_they_hold_out(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    data = {**settings["data"], "validation_fraction": 0.3}
+    content = {**settings, "rounds": 1, "data": data, "evaluate_on": "validation"}
+    run(config.parse(Experiment, content, "test"), tmp_path / "run")
+    late = write_rows(
+        tmp_path / "late.jsonl",
+        [{"prompt": f"Something new {i}?", "chosen": " yes", "rejected": " no"} for i in range(30)],
+    )
+    (one,) = personalize(
+        tmp_path / "run", Files(path=str(late), split_by="prompt"), steps=1
+    ).values()
+    assert one.train + one.test == 30
+
+
+def test_a_run_of_an_older_version_is_read_though_it_could_not_begin_now(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    place = tmp_path / "run"
+    run(config.parse(Experiment, {**settings, "rounds": 1}, "test"), place)
+    written = yaml.safe_load((place / "config.yaml").read_text())
+    written["federation"] |= {"sampling": "examples", "weighting": "examples"}
+    (place / "config.yaml").write_text(yaml.safe_dump(written))
+    assert FinishedRun.at(place).experiment.federation.sampling == "examples"
+    with pytest.raises(UserError, match="count a client's examples twice"):
+        run(Experiment.load(place / "config.yaml"), tmp_path / "other")

@@ -757,16 +757,27 @@ def test_a_kit_is_stopped_with_all_that_it_runs_and_nothing_else_is(
 # ---- what is held out anywhere is trained on nowhere
 
 
-@pytest.mark.parametrize("keyed", [True, False])
-def test_sites_with_sides_of_their_own_compare_what_is_held_out(
-    keyed: bool, content: dict[str, Any], tiny: Path, tmp_path: Path
-) -> None:
-    """One question in two spellings, held out by a column at one site and to train on at another;
-    and one that the rule holds out at a third.
-    """
-    prompts = [f"Question {i}?" for i in range(24)]
-    ruled = [i for i, prompt in enumerate(prompts) if held_out(prompt, 0.3)]
-    sides = {
+QUESTIONS = [f"Question {i}?" for i in range(24)]
+
+
+class ThreeSites:
+    """Sites a and b with sides of their own, c by the rule; one question in two spellings."""
+
+    def __init__(self, hosts: dict[str, Any]) -> None:
+        self.hosts, self.heard = hosts, list[bytes]()
+        self.sites, self.absent = tuple(hosts), set[str]()
+
+    def ask(self, messages: Any, seconds: float) -> dict[str, bytes]:
+        there = {site: message for site, message in messages.items() if site not in self.absent}
+        answers = {site: self.hosts[site].answer(message) for site, message in there.items()}
+        self.heard += [*there.values(), *answers.values()]
+        return answers
+
+
+def three_sites(
+    tmp_path: Path, content: dict[str, Any], tiny: Path, keyed: bool = True, **settings: Any
+) -> Any:
+    sides: dict[str, Any] = {
         "a": lambda i: "test" if i % 4 == 0 else "train",
         "b": lambda i: "test" if i % 4 == 1 else "train",
         "c": None,
@@ -782,11 +793,11 @@ def test_sites_with_sides_of_their_own_compare_what_is_held_out(
                 "rejected": " no",
                 **({"split": side(i)} if side else {}),
             }
-            for i, prompt in enumerate(prompts)
+            for i, prompt in enumerate(QUESTIONS)
         ]
         write_rows(folder / "rows.jsonl", rows)
         (folder / "split.key").write_text("a secret of the sites")
-        data = {"name": "files", "path": "rows.jsonl", "test_fraction": 0.3}
+        data = {"name": "files", "path": "rows.jsonl", "test_fraction": 0.3, **settings}
         site = {
             "data": {**data, **({"split_column": "split"} if side else {})},
             "algorithms": ["feddpo"],
@@ -795,29 +806,29 @@ def test_sites_with_sides_of_their_own_compare_what_is_held_out(
         }
         (folder / "site.yaml").write_text(yaml.safe_dump(site))
         hosts[name] = Site(name, consenting(name, folder / "site.yaml")[0], folder, Nowhere())
+    return ThreeSites(hosts)
 
-    class Three:
-        def __init__(self) -> None:
-            self.sites, self.heard = tuple(hosts), list[bytes]()
 
-        def ask(self, messages: Any, seconds: float) -> dict[str, bytes]:
-            answers = {site: hosts[site].answer(message) for site, message in messages.items()}
-            self.heard += [*messages.values(), *answers.values()]
-            return answers
+def shown(transport: ThreeSites, side: str) -> set[int]:
+    """The questions on a side of any site."""
+    return {
+        i
+        for site in transport.hosts.values()
+        for shard in site._opened.shards.values()
+        for example in getattr(shard, side)
+        for i, prompt in enumerate(QUESTIONS)
+        if prompt in shard_text(site, example)
+    }
 
-    transport: Any = Three()
+
+@pytest.mark.parametrize("keyed", [True, False])
+def test_sites_with_sides_of_their_own_compare_what_is_held_out(
+    keyed: bool, content: dict[str, Any], tiny: Path, tmp_path: Path
+) -> None:
+    ruled = [i for i, prompt in enumerate(QUESTIONS) if held_out(prompt, 0.3)]
+    transport = three_sites(tmp_path, content, tiny, keyed)
     sites = Sites(transport, content, "run", Patience())
-    trained, tested = (
-        {
-            i
-            for site in hosts.values()
-            for shard in site._opened.shards.values()
-            for example in getattr(shard, side)
-            for i, prompt in enumerate(prompts)
-            if prompt in shard_text(site, example)
-        }
-        for side in ("train", "test")
-    )
+    trained, tested = (shown(transport, side) for side in ("train", "test"))
     assert tested >= {i for i in range(24) if i % 4 < 2} | set(ruled)
     if keyed:
         assert not trained & tested
@@ -827,6 +838,40 @@ def test_sites_with_sides_of_their_own_compare_what_is_held_out(
         assert trained & tested
         assert "sites a, b, c have no split_key" in sites.notes[0]
     assert not any(b"Question" in message for message in transport.heard)
+
+
+def test_what_is_held_out_when_a_run_begins_stays_so_without_its_site(
+    content: dict[str, Any], tiny: Path, tmp_path: Path
+) -> None:
+    transport = three_sites(tmp_path, content, tiny)
+    sites = Sites(transport, content, "run", Patience())
+    whole = {name: site._opened.shards for name, site in transport.hosts.items()}
+    transport.absent.add("a")
+    patience = Patience(min_clients=1)
+    settings: dict[str, Any] = {"began": sites.about, "held_out": sites.held_out}
+    again = Sites(transport, content, "run", patience, **settings)
+    assert again.about == sites.about
+    for name in ("b", "c"):
+        assert transport.hosts[name]._opened.shards == whole[name]
+    # a run that begins cannot know what a site holds out that does not answer
+    with pytest.raises(UserError, match="site a: no answer"):
+        Sites(transport, content, "other", patience)
+
+
+def test_what_is_set_aside_by_one_site_is_trained_on_by_none(
+    content: dict[str, Any], tiny: Path, tmp_path: Path
+) -> None:
+    aside = {"validation_fraction": 0.3}
+    chosen = {**content, "evaluate_on": "validation", "data": {**content["data"], **aside}}
+    transport = three_sites(tmp_path, content, tiny, **aside)
+    Sites(transport, chosen, "run", Patience())
+    validated = shown(transport, "test")
+    trained = shown(transport, "train")
+    Sites(transport, content, "other", Patience())
+    tested = shown(transport, "test")
+    assert tested >= {i for i in range(24) if i % 4 < 2}
+    assert validated - tested
+    assert not trained & (validated | tested)
 
 
 def shard_text(site: Site, example: Any) -> str:

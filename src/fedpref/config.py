@@ -23,8 +23,9 @@ from yaml import YAMLError
 from fedpref.errors import UserError
 
 T = TypeVar("T")
-MOST_NODES = 10_000  # keys and values of a config, its aliases written out
-RESOLVER = re.compile(r"(?<!\\)\$\{[^{}]*:")
+MOST_NODES = 10_000  # keys and values of a config that aliases may make
+# `${name:...}`, and `${${...}...}`, which might become one
+RESOLVER = re.compile(r"(?<!\\)(?:\\\\)*\$\{[^{}]*(?::|\$\{)")
 # what YAML and OmegaConf raise for texts that are none, are nested too deep, or refer to nothing
 BROKEN = (
     YAMLError,
@@ -69,19 +70,21 @@ def _words(error: Exception) -> str:
 def _refuse_large(text: str) -> None:
     """Raise ValueError where aliases would make more of a YAML text than anybody has written."""
     sizes: dict[int, int] = {}
+    written = sum(isinstance(event, yaml.NodeEvent) for event in yaml.parse(text, yaml.SafeLoader))
+    most = max(MOST_NODES, 2 * written)
 
     def count(node: yaml.Node) -> int:
         if id(node) not in sizes:
             # an alias of what it stands in has no end
-            sizes[id(node)] = MOST_NODES
+            sizes[id(node)] = most
             parts = node.value if isinstance(node.value, list) else []
             flat = [one for part in parts for one in (part if isinstance(part, tuple) else (part,))]
-            sizes[id(node)] = min(MOST_NODES, 1 + sum(map(count, flat)))
+            sizes[id(node)] = min(most, 1 + sum(map(count, flat)))
         return sizes[id(node)]
 
     root = yaml.compose(text, yaml.SafeLoader)
-    if root is not None and count(root) >= MOST_NODES:
-        raise ValueError(f"with its aliases it has more than {MOST_NODES} values")
+    if root is not None and count(root) >= most:
+        raise ValueError(f"with its aliases it has more than {most} values")
 
 
 def _refuse_resolvers(content: Any) -> None:

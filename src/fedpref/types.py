@@ -52,5 +52,8 @@ def _day(text: str) -> str:
 Date = Annotated[str, AfterValidator(_day)]
 """A day, as 2024-07-26."""
 
+Last = Annotated[str, Field(pattern=r"^last-[1-9]\d*$")]
+"""So many at the end, as `last-8`."""
+
 Text = str | Sequence[Mapping[str, Any]]
 """Plain text, or a conversation: messages with a `role` and a `content`."""

@@ -54,6 +54,21 @@ def resume(
 
 
 @app.command()
+def clean(
+    folders: Annotated[
+        list[Path], typer.Argument(help="Runs, sweeps, or folders of sites.", metavar="FOLDER")
+    ],
+) -> None:
+    """Remove what runs keep to save work, and would compute again: their `cache` folders.
+
+    Example: fedpref clean runs/demo
+    """
+    from fedpref.runs.cleaning import clean as remove
+
+    console.print(f"{remove(folders) / 1e6:,.1f} MB are free.", highlight=False)
+
+
+@app.command()
 def check(config: Config, overrides: Overrides = None) -> None:
     """Validate a config and its data and print the clients; trains and writes nothing.
 
@@ -120,6 +135,7 @@ def sweep(
     Example: fedpref sweep configs/demo.yaml --variant feddpo --variant fedpdpo --seeds 3
     """
     from fedpref.experiments.experiment import Experiment
+    from fedpref.models.trunk import remove_states
     from fedpref.reports.comparison import compare, csv_text, markdown, table
     from fedpref.reports.progress import show
     from fedpref.runs.sweep import plan
@@ -137,6 +153,7 @@ def sweep(
         console.print(f"{path}", style="bold", highlight=False)
         with saying(lambda: f"the same command goes on where it was, in {folder}"):
             show(happenings, console)
+    remove_states(folder / "cache")
     rows = compare(list(runs))
     (folder / "comparison.md").write_text(markdown(rows))
     (folder / "comparison.csv").write_text(csv_text(rows))
@@ -183,6 +200,7 @@ def pareto(
     from dataclasses import asdict
 
     from fedpref.experiments.experiment import Experiment
+    from fedpref.models.trunk import remove_states
     from fedpref.reports.front_figure import draw_front, front_table
     from fedpref.reports.progress import show
     from fedpref.runs import pareto as front
@@ -199,6 +217,7 @@ def pareto(
         console.print(f"{path}", style="bold", highlight=False)
         with saying(lambda: f"the same command goes on where it was, in {folder}"):
             show(happenings, console)
+    remove_states(folder / "cache")
     measured = front.measured(
         objectives, {preference: list(some) for preference, some in runs.items()}
     )

@@ -122,6 +122,7 @@ class Sites:
         began: The clients that a run which goes on has begun with.
         resumes: Whether sites take up what they have kept; None if the run `began`.
         is_known: Whether the coordinator knows the run; otherwise sites begin it anew.
+        held_out: What told held-out prompts when the run began; None asks the sites.
 
     Raises:
         UserError: Too few sites answer, or two have a client of the same name.
@@ -137,10 +138,14 @@ class Sites:
         began: Mapping[str, Mapping[str, Any]] | None = None,
         resumes: bool | None = None,  # None: if it began
         is_known: bool = True,
+        held_out: Sequence[str] | None = None,
     ) -> None:
         self.transport, self.patience = transport, patience
         resumes = began is not None if resumes is None else resumes
         self.notes: list[str] = []
+        self.held_out = (
+            self._held_out(experiment, is_new=began is None) if held_out is None else list(held_out)
+        )
         header = {
             **version(),
             "verb": "open",
@@ -148,7 +153,7 @@ class Sites:
             "run": run,
             "resumes": resumes,
             "is_known": is_known,
-            "held_out": self._held_out(experiment),
+            "held_out": self.held_out,
         }
         opened = self.ask({site: (dict(header), NO_TENSORS) for site in transport.sites})
         answers = {site: answer for site, answer in opened.items() if not isinstance(answer, str)}
@@ -206,7 +211,7 @@ class Sites:
                 }
             )
 
-    def _held_out(self, experiment: Mapping[str, Any]) -> list[str]:
+    def _held_out(self, experiment: Mapping[str, Any], *, is_new: bool) -> list[str]:
         """Return what tells prompts that are held out at any site, where sides are not by rule.
 
         It is made with a key that only sites have: here it says nothing but whether two are equal.
@@ -219,7 +224,15 @@ class Sites:
                 for site in self.transport.sites
             }
             answers = self.ask(asked)
-            # who does not answer, or refuses, says so once more when the experiment is opened
+            silent = [
+                site
+                for site, answer in answers.items()
+                if isinstance(answer, str) and answer.startswith(SILENT)
+            ]
+            if silent and is_new:
+                # it might answer later, and train on what others hold out, or they on its own
+                raise UserError(f"site {silent[0]}: {answers[silent[0]]}")
+            # who refuses says so once more when the experiment is opened
             told = {
                 site: answer[0] for site, answer in answers.items() if isinstance(answer, tuple)
             }

@@ -17,9 +17,9 @@ from fedpref.engines import Engine, RemoteEngine, Simulation, Sites, Transport
 from fedpref.engines.site import HeldOut, Hosted
 from fedpref.engines.workers import can_fork
 from fedpref.errors import UserError
-from fedpref.experiments.experiment import Experiment, encoded
+from fedpref.experiments.experiment import Experiment, encoded, refuse_empty
 from fedpref.experiments.run_directory import RunDirectory
-from fedpref.experiments.run_files import CLIENTS, DATA, TRAINED
+from fedpref.experiments.run_files import CLIENTS, DATA, HELD_OUT, TRAINED, read_json
 from fedpref.federation.verbs import Client, work
 from fedpref.numerics.topology import Matrix
 from fedpref.numerics.trees import Tree
@@ -98,13 +98,14 @@ class InProcess:
         }
 
     def prepare(self, cache: Path) -> Iterator[int]:
-        with closing(self._simulation(self._experiment, self._shards, cache)) as engine:
-            size = 2 * self._workers()
-            for first in range(0, len(self._shards), size):
-                some = engine.clients[first : first + size]
-                engine.begin(0, some, "init")
-                engine.each(prepare)
-                yield some[-1] + 1
+        if self._task.prepares:
+            with closing(self._simulation(self._experiment, self._shards, cache)) as engine:
+                size = 2 * self._workers()
+                for first in range(0, len(self._shards), size):
+                    some = engine.clients[first : first + size]
+                    engine.begin(0, some, "init")
+                    engine.each(prepare)
+                    yield some[-1] + 1
         self._shards = [self._task.prepare(shard, cache) for shard in self._shards]
 
     def sizes(self, line: Experiment) -> Mapping[str, int]:
@@ -177,8 +178,12 @@ class AtSites:
                 "their sites. Leave it out."
             )
         self._transport, self._folder, self._patience = transport, folder, experiment.patience
+        known = folder / HELD_OUT
+        self._held_out = read_json(known) if known.exists() else None
         self._experiment, self._sites = experiment, self._open(experiment, folder)
-        self.files: Mapping[str, str] = {}
+        # the same for every line and job, whichever sites answer then
+        self._held_out = self._sites.held_out
+        self.files: Mapping[str, str] = {HELD_OUT: json.dumps(self._held_out) + "\n"}
         self.about: About = self._sites.about
 
     def prepare(self, cache: Path) -> Iterator[int]:
@@ -214,8 +219,16 @@ class AtSites:
         clients, resumes = self._folder / CLIENTS, bool(RunDirectory(folder).checkpoints())
         if began is None and clients.exists() and resumes:
             began = json.loads(clients.read_text())
-        known = {"resumes": resumes, "is_known": clients.exists()}
-        return Sites(self._transport, config.dump(line), run, self._patience, began=began, **known)
+        return Sites(
+            self._transport,
+            config.dump(line),
+            run,
+            self._patience,
+            began=began,
+            resumes=resumes,
+            is_known=clients.exists(),
+            held_out=self._held_out,
+        )
 
 
 class SimulatedSite:
@@ -264,6 +277,8 @@ def hosted(
         counts.append(len(unusable) - before)
     if unusable and spec.data.unusable == "refuse":
         raise UserError(summary(unusable, sum(len(c.train + c.test) for c in clients.values())))
+    if unusable:
+        refuse_empty(encoded_ones)
     shards = [task.prepare(shard, folder / "cache") for shard in encoded_ones]
     said = about(list(clients.values()), shards)
     # what cannot be read is said with the first client

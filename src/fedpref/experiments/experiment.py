@@ -10,6 +10,7 @@ from typing import Any, Literal
 from fedpref import config
 from fedpref.algorithms import Alone, AnyAlgorithm, FedDPO, Pooled
 from fedpref.data import Builtin, ClientData, Natural, Partition, Source
+from fedpref.data.preferences import Side
 from fedpref.data.reading import EvaluateOn, Reading, read
 from fedpref.data.unusable import Unusable
 from fedpref.engines.coordinator import Patience
@@ -49,6 +50,9 @@ class Experiment:
     """The root of all random draws."""
     evaluate_every: WholeNumber = 0
     """Rounds between evaluations; 0 evaluates after the last one only."""
+    evaluate_pairs: Count | None = None
+    """Held-out pairs of each client in the evaluations before the last, drawn once; null takes
+    all."""
     evaluate_on_start: bool = False
     """Evaluate before the first round too."""
     evaluate_on: EvaluateOn = "test"
@@ -73,8 +77,9 @@ class Experiment:
     """How long sites are waited for."""
     report_to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
     """Trackers that are told what happens; none leaves this machine by default."""
-    baselines: tuple[Literal["alone", "pooled"], ...] = ()
-    """Lines to run beside the algorithm on the same data: each client alone, all data pooled."""
+    baselines: tuple[Literal["alone", "feddpo", "pooled"], ...] = ()
+    """Lines to run beside the algorithm on the same data: each client alone, one model for all by
+    federated averaging, all data pooled."""
 
     def __post_init__(self) -> None:
         self._check_federation()
@@ -94,13 +99,6 @@ class Experiment:
                 f"network: {algorithm.name} needs the same neighbours in every round. Leave out "
                 "link_failure, redraw, one-peer-exponential, federation.clients_per_round, "
                 "federation.deadline and federation.newcomers."
-            )
-        compression = self.network.compression
-        if algorithm.needs_contraction and compression and not compression.contracts:
-            raise UserError(
-                f"network.compression: with {compression.name} of so few bits, {algorithm.name} "
-                "does not converge: what is lost in a round grows. Take three bits or more, or "
-                "top-k."
             )
         if algorithm.weighs_clients and self.federation.weighting != "equal":
             raise UserError(
@@ -158,9 +156,19 @@ class Experiment:
         Raises:
             UserError: It does not fit these clients.
         """
+        # not where a config is read: runs of older versions can still be looked at
+        algorithm = self.algorithm
+        self.federation.check()
+        compression = self.network.compression
+        if algorithm.needs_contraction and compression and not compression.contracts:
+            raise UserError(
+                f"network.compression: with {compression.name} of so few bits, {algorithm.name} "
+                "does not converge: what is lost in a round grows. Take three bits or more, or "
+                "top-k."
+            )
         chances = self.federation.weights(sizes, self.seed)
-        self.algorithm.check_clients(tuple(sizes))
-        if self.algorithm.gossips:
+        algorithm.check_clients(tuple(sizes))
+        if algorithm.gossips:
             taking_part = [client for client, chance in enumerate(chances) if chance > 0]
             self.network.check(list(sizes), taking_part, self.federation.takes_everybody)
 
@@ -224,8 +232,15 @@ def encoded(experiment: Experiment, task: Task) -> tuple[Reading, list[Any]]:
     unusable: list[Unusable] = []
     shards = [task.encode(client, unusable) for client in reading.clients]
     reading = reading.with_more(unusable).settled()
-    for shard in shards if unusable else ():
-        for side in ("train", "test"):
+    if unusable:
+        refuse_empty(shards)
+    return reading, shards
+
+
+def refuse_empty(shards: Sequence[Any], sides: Sequence[Side] = ("train", "test")) -> None:
+    """Raise UserError where a client has no row left on a side, for none can be used."""
+    for shard in shards:
+        for side in sides:
             if not getattr(shard, side):
                 raise UserError(
                     f"client {shard.name!r} has no {'training' if side == 'train' else 'held-out'} "
@@ -233,7 +248,6 @@ def encoded(experiment: Experiment, task: Task) -> tuple[Reading, list[Any]]:
                     "task.truncation_mode cut those that are too long, or leave the client out "
                     "(partition.only, or a file without it)."
                 )
-    return reading, shards
 
 
 def lines(experiment: Experiment, clients: int) -> dict[str, tuple[str, Experiment]]:
@@ -255,19 +269,21 @@ def lines(experiment: Experiment, clients: int) -> dict[str, tuple[str, Experime
     clients -= federation.num_newcomers
     cohort = min(federation.clients_per_round or clients, clients)
     batches = local.gradient_accumulation_steps * cohort
-    algorithms: dict[str, Alone | Pooled] = {
+    algorithms: dict[str, Alone | FedDPO | Pooled] = {
         "alone": Alone(local=local),
+        "feddpo": FedDPO(local=local),
         "pooled": Pooled(local=replace(local, gradient_accumulation_steps=batches)),
     }
     everybody = replace(
         federation, clients_per_round=None, sampling="uniform", sampling_weights={}, deadline=None
     )
     for name in experiment.baselines:
+        line_federation = federation if name == "feddpo" else everybody
         if name != experiment.algorithm.name:
             line = replace(
                 experiment,
                 algorithm=algorithms[name],
-                federation=everybody,
+                federation=line_federation,
                 task=experiment.task.without_samples(),  # answers to read are the algorithm's own
                 baselines=(),
             )

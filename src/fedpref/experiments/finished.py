@@ -16,7 +16,7 @@ from fedpref.data.unusable import Unusable, summary
 from fedpref.engines import Simulation
 from fedpref.engines.workers import keep_freed_memory, one_thread
 from fedpref.errors import UserError
-from fedpref.experiments.experiment import Experiment, lines
+from fedpref.experiments.experiment import Experiment, lines, refuse_empty
 from fedpref.experiments.migration import migrated
 from fedpref.experiments.run_directory import (
     CONFIG,
@@ -340,6 +340,8 @@ class FinishedRun:
                 raise UserError(summary(unusable, sum(len(c.train + c.test) for c in clients)))
             if unusable:
                 warnings.warn(f"{len(unusable)} rows more cannot be used.", stacklevel=3)
+                # who joins also trains
+                refuse_empty(encoded, ("train", "test") if known is None else ("test",))
             shards: list[Any] = [task.prepare(shard, cache) for shard in encoded]
             if known is not None:
                 by_name = {shard.name: shard for shard in shards}

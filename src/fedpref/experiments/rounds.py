@@ -7,10 +7,12 @@ import math
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
+
+import torch
 
 from fedpref import config
 from fedpref.engines import Engine, Transport
@@ -32,6 +34,7 @@ from fedpref.federation.algorithm import Algorithm
 from fedpref.federation.diagnostics import diagnose
 from fedpref.federation.verbs import Client, work
 from fedpref.models.named import about as about_model
+from fedpref.models.trunk import remove_states
 from fedpref.numerics import seeds, trees
 from fedpref.numerics.metrics import HEADLINES, headline, low_is_good, over_clients
 from fedpref.numerics.trees import Tree
@@ -125,6 +128,8 @@ def events(
                 if not under.done:
                     with closing(source.engine(line, under.path)) as engine:
                         yield from _line(name, line, under, task, source.sizes(line), engine)
+            if cache is None:
+                remove_states(folder.path / "cache")
 
 
 def _data(about: About) -> str:
@@ -157,7 +162,8 @@ def _line(
     weights = experiment.federation.weights(sizes, experiment.seed)
     trained = [i for i in engine.clients if i not in newcomers]
     if experiment.evaluate_on_start and not folder.read_rows(EVALUATION):
-        row = {"round": 0, **_evaluate(engine, algorithm.model(state), names, trained)}
+        few = experiment.evaluate_pairs
+        row = {"round": 0, **_evaluate(engine, algorithm.model(state), names, trained, few)}
         folder.append(EVALUATION, row)
         yield evaluated(name, experiment.rounds, row)
     for round in range(first, experiment.rounds):
@@ -185,7 +191,8 @@ def _line(
         told = [Event(name, "round", round + 1, experiment.rounds, figures)]
         last = round + 1 == experiment.rounds
         if last or (experiment.evaluate_every and (round + 1) % experiment.evaluate_every == 0):
-            row = {"round": round + 1, **_evaluate(engine, algorithm.model(state), names, trained)}
+            model, few = algorithm.model(state), None if last else experiment.evaluate_pairs
+            row = {"round": round + 1, **_evaluate(engine, model, names, trained, few)}
             if experiment.diagnostics:
                 engine.begin(round, [i for i in trained if weights[i]], "evaluate")
                 row["diagnostics"] = diagnose(
@@ -255,14 +262,24 @@ def _refuse_divergence(
 
 
 def _evaluate(
-    engine: Engine, model: Sequence[Any], names: Sequence[str], clients: Sequence[int]
+    engine: Engine,
+    model: Sequence[Any],
+    names: Sequence[str],
+    clients: Sequence[int],
+    few: int | None = None,
 ) -> dict[str, Any]:
-    """Return some clients' held-out metrics, and each metric's summary over them."""
+    """Return some clients' held-out metrics, and each metric's summary over them.
+
+    Args:
+        engine: Whose clients they are.
+        model: What they evaluate.
+        names: Of all clients.
+        clients: Which of them.
+        few: Of how many held-out pairs; None for all.
+    """
     engine.begin(engine.round, clients, "evaluate")
-    rows = {
-        names[i]: dict(metrics)
-        for i, metrics in engine.disclose(engine.each(evaluate, *model)).items()
-    }
+    measured = engine.each(evaluate, *model) if few is None else engine.each(glance, few, *model)
+    rows = {names[i]: dict(metrics) for i, metrics in engine.disclose(measured).items()}
     counts = {name: int(row["num_examples"]) for name, row in rows.items()}
     metrics = [metric for metric in next(iter(rows.values())) if not metric.startswith("num_")]
     columns = {metric: {name: row[metric] for name, row in rows.items()} for metric in metrics}
@@ -296,6 +313,16 @@ def evaluate(client: Client, *parts: Tree) -> Mapping[str, float]:
     return client.task.evaluate(trees.merge(*parts), client.shard)
 
 
+@work("evaluation.glance")
+def glance(client: Client, few: int, *parts: Tree) -> Mapping[str, float]:
+    """Return metrics of the client's model on a few held-out examples, the same ones each time."""
+    shard: Any = client.shard  # of any task: its held-out side is `test`
+    rng = seeds.generator(0, f"glance/{shard.name}")
+    drawn = sorted(torch.randperm(len(shard.test), generator=rng)[:few].tolist())
+    thinned = replace(shard, test=tuple(shard.test[i] for i in drawn))
+    return client.task.evaluate(trees.merge(*parts), thinned)
+
+
 @work("evaluation.export", sends=())
 def export(client: Client, kind: Literal["clients", "newcomers"], *parts: Tree) -> Tree:
     """Write the client's model to its folder in the run."""
@@ -315,5 +342,5 @@ def sample(client: Client, *parts: Tree) -> Tree:
     return {}
 
 
-WORKS = (evaluate, export, sample)
+WORKS = (evaluate, glance, export, sample)
 """What an experiment runs on clients beside its algorithm."""

@@ -18,6 +18,8 @@ CLIENTS, METRICS, EVALUATION = "clients.json", "metrics.jsonl", "evaluation.json
 NEWCOMERS = "newcomers.jsonl"
 DATA = "data.json"  # rows that were read, left out, and could not be used
 TRAINED = "trained_prompts.json"  # digests of the prompts that were trained on
+# keyed hashes of what is held out at sites that say so, as they were when the run began
+HELD_OUT = "held_out.json"
 ENVIRONMENT = "environment.json"  # versions, machine, commits
 
 IMPLICIT = f"{ACCURACY}_implicit"  # the policy's, in runs of fedpref 0.1
@@ -114,6 +116,7 @@ FORMS: dict[str, TypeAdapter[Any]] = {
     NEWCOMERS: TypeAdapter(Joined),
     DATA: TypeAdapter(Rows),
     TRAINED: TypeAdapter(list[str]),
+    HELD_OUT: TypeAdapter(list[str]),
     ENVIRONMENT: TypeAdapter(Environment),
 }
 SAMPLES = TypeAdapter(Sample)

@@ -62,6 +62,16 @@ class LocalTraining:
     sampling_strategy: Literal["epochs", "independent"] = "epochs"
     """Batches take every example once before any comes again, over rounds too, or each is drawn by
     itself. Questions of opinions are always drawn by themselves, as published."""
+    batch_by: Literal["length", "prompt"] = "length"
+    """Batches are of examples of similar length, or of those of the same prompts, of which each
+    prompt and each answer is computed once."""
+
+    def __post_init__(self) -> None:
+        if self.batch_by == "prompt" and self.sampling_strategy == "independent":
+            raise ValueError(
+                "local.batch_by: examples of one prompt come together in epochs alone. Set "
+                "local.sampling_strategy to epochs"
+            )
 
 
 def rate(settings: LocalTraining, progress: float) -> float:
@@ -193,9 +203,10 @@ def train_locally(
     params, received = {**beside, **theta}, {**beside, **start}
     optimiser = _optimiser(settings, theta, moments, rates)
     sums: dict[str, float] = {}
-    size = BatchSize(settings.batch_size, settings.max_tokens_per_batch)
+    is_by_prompt = settings.batch_by == "prompt"
+    size = BatchSize(settings.batch_size, settings.max_tokens_per_batch, is_by_prompt=is_by_prompt)
     # of batches of another size, places would mean something else
-    here = f"{EPOCHS}:{size.examples}:{size.max_tokens}"
+    here = f"{EPOCHS}:{size.examples}:{size.max_tokens}:{settings.batch_by}"
     if settings.sampling_strategy == "epochs":
         known = moments.get(here)
         epochs = Epochs.begin(client.rng) if known is None else Epochs.restore(known)

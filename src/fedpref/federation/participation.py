@@ -44,11 +44,12 @@ class Participation:
     join_steps: Count = 20
     """Local steps in which newcomers train their private parts."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise UserError where clients would be counted twice."""
         if self.sampling == "examples" and self.weighting == "examples":
-            raise ValueError(
-                "sampling and weighting by examples would count a client's examples twice; set "
-                "federation.weighting to equal, or federation.sampling to uniform"
+            raise UserError(
+                "federation: sampling and weighting by examples would count a client's examples "
+                "twice. Set federation.weighting to equal, or federation.sampling to uniform."
             )
 
     def weights(self, sizes: Mapping[str, int], seed: int) -> list[float]:

@@ -5,6 +5,7 @@ No model is rewritten.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from fedpref.models.packed import Layout
 
 ATTENTION = "fedpref_packed"
+WIDTH = 32  # a new shape costs a CPU's matrix kernels more than a few tokens
 # query [1, H, N, D], key and value [1, K, N, D], scaling -> [1, N, H, D]
 Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
@@ -96,84 +98,104 @@ class PackingError(Exception):
 def kernels(device: torch.device, dtype: torch.dtype) -> tuple[Kernel, ...]:
     """Return the ways to attend on a device, the fastest first."""
     return (
-        (by_variable_length, by_sequence)
+        (by_variable_length, by_part)
         if device.type == "cuda" and dtype != torch.float32
-        else (by_sequence,)
+        else (by_part,)
     )
 
 
-def by_sequence(layout: Layout) -> Attend:
-    """Return an attention that takes one sequence after the other, each under its own mask."""
-    bounds = [(ends[0], ends[-1]) for ends in layout.sequences]
-    widest = max(end - begin for begin, end in bounds)
-    causal = torch.full((widest, widest), float("-inf"), device=layout.ids.device).triu(1)
-    exact = [_mask(causal, ends) for ends in layout.sequences]
+def by_part(layout: Layout) -> Attend:
+    """Return an attention that takes one prompt or answer after the other.
+
+    Each meets what comes before it and itself, whatever else is in the row, so that its bits do
+    not depend on that.
+    """
+    parts = layout.parts
+    device = layout.ids.device
 
     @cache
-    def of(dtype: torch.dtype) -> list[Float[Tensor, "t t"]]:
-        return [mask.to(dtype) for mask in exact]
+    def masks(dtype: torch.dtype, unit: int) -> list[Float[Tensor, "q k"]]:
+        return [_mask(len(before), len(own), unit, dtype, device) for before, own in parts]
 
     def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        groups = query.shape[1] // key.shape[1]
-        if groups > 1:
-            key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-        masks = of(query.dtype)
         # the fused kernel's backward is slow in bfloat16 on a CPU
         if query.dtype == torch.bfloat16 and not query.is_cuda:
             plain: Any = _Attention.apply
-            mixed: Tensor = plain(query[0], key[0], value[0], scaling, bounds, masks)
+            mixed: Tensor = plain(
+                query[0], key[0], value[0], scaling, parts, masks(query.dtype, WIDTH)
+            )
             return mixed[None].transpose(1, 2)
-        widths = [end - begin for begin, end in bounds]
-        # the row's padding, whose output is zero
-        widths.append(query.shape[2] - sum(widths))
-        rows = zip(*(tensor.split(widths, 2) for tensor in (query, key, value)), strict=True)
+        groups = query.shape[1] // key.shape[1]
+        if groups > 1:
+            key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
         fused = nn.functional.scaled_dot_product_attention
-        mixed_rows = [
-            fused(q, k, v, mask, scale=scaling)
-            for (q, k, v), mask in zip(rows, masks, strict=False)
-        ]
-        return torch.cat([*mixed_rows, torch.zeros_like(query[:, :, : widths[-1]])], 2).transpose(
-            1, 2
-        )
+        widths = [len(own) for _, own in parts]
+        widths.append(query.shape[2] - sum(widths))  # the row's padding, whose output is zero
+        # cut once: the gradient of a slice is as large as the whole
+        *rows, rest = query.split(widths, 2)
+        keys, values = key.split(widths, 2), value.split(widths, 2)
+        openings = [i for i, (before, _) in enumerate(parts) if not before]
+        mixed_parts = []
+        for i, mask in enumerate(masks(query.dtype, 1)):
+            opening = openings[bisect_right(openings, i) - 1]
+            seen = [opening, i] if opening != i else [i]
+            k, v = (torch.cat([tensors[j] for j in seen], 2) for tensors in (keys, values))
+            mixed_parts.append(fused(rows[i], k, v, mask, scale=scaling))
+        return torch.cat([*mixed_parts, torch.zeros_like(rest)], 2).transpose(1, 2)
 
     return attend
 
 
-def _mask(causal: Float[Tensor, "T T"], ends: tuple[int, ...]) -> Float[Tensor, "t t"]:
-    """Return a sequence's mask: 0 where a token (first axis) may look, -inf elsewhere.
+def _slice(places: range) -> slice:
+    return slice(places.start, places.stop)
 
-    A token sees the prompt and its own part, not what comes after it.
+
+def _mask(
+    before: int, own: int, unit: int, dtype: torch.dtype, device: torch.device
+) -> Float[Tensor, "q k"]:
+    """Return a part's mask, 0 where a token (first axis) may look and -inf elsewhere.
+
+    Args:
+        before: How many tokens come before the part.
+        own: How many tokens it has.
+        unit: Both axes are as long as the next multiple of it. What fills up the first sees
+            everything, so that it is a number.
+        dtype: Of the mask.
+        device: Of the mask.
     """
-    _, opening, *rest = (end - ends[0] for end in ends)
-    mask = causal[: rest[-1], : rest[-1]].clone()
-    for end in rest[:-1]:
-        # later answers do not see this one
-        mask[end:, opening:end] = float("-inf")
+    rows, columns = (-(-count // unit) * unit for count in (own, before + own))
+    mask = torch.full((rows, columns), float("-inf"), dtype=dtype, device=device).triu_(before + 1)
+    mask[:, before + own :] = float("-inf")
     return mask
 
 
 class _Attention(torch.autograd.Function):
-    """Softmax attention of H heads within sequences, by plain matrix products."""
+    """Softmax attention of H heads, by plain matrix products for each part of the row.
+
+    Queries of the heads that share a key are rows of one product. Sizes are multiples of `WIDTH`.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         query: Float[Tensor, "H N D"],
-        key: Float[Tensor, "H N D"],
-        value: Float[Tensor, "H N D"],
+        key: Float[Tensor, "K N D"],
+        value: Float[Tensor, "K N D"],
         scaling: float,
-        bounds: Sequence[tuple[int, int]],
-        masks: Sequence[Float[Tensor, "t t"]],
+        parts: Sequence[tuple[range, range]],
+        masks: Sequence[Float[Tensor, "q k"]],
     ) -> Float[Tensor, "H N D"]:
         mixed = torch.zeros_like(query)
         kept = []
-        for (begin, end), mask in zip(bounds, masks, strict=True):
+        for (before, own), mask in zip(parts, masks, strict=True):
+            q, k, v = _padded(query, key, value, before, own, mask)
+            groups = q.shape[1] // len(mask)
             weights = torch.baddbmm(
-                mask, query[:, begin:end], key[:, begin:end].transpose(1, 2), alpha=scaling
+                mask.repeat(groups, 1), q, k.transpose(1, 2), alpha=scaling
             ).softmax(-1)
-            mixed[:, begin:end].baddbmm_(weights, value[:, begin:end])
+            _unpadded(torch.bmm(weights, v), len(query), len(mask), mixed[:, _slice(own)])
             kept.append(weights)
-        ctx.scaling, ctx.bounds = scaling, bounds
+        ctx.scaling, ctx.parts = scaling, parts
         ctx.save_for_backward(query, key, value, *kept)
         return mixed
 
@@ -182,17 +204,64 @@ class _Attention(torch.autograd.Function):
         ctx: Any, upstream: Float[Tensor, "H N D"]
     ) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         query, key, value, *kept = ctx.saved_tensors
-        gradients = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
-        for (begin, end), weights in zip(ctx.bounds, kept, strict=True):
-            part = slice(begin, end)
-            slope = torch.bmm(upstream[:, part], value[:, part].transpose(1, 2))
+        slopes = torch.zeros_like(query)
+        # sums over all answers of a prompt
+        key_slopes, value_slopes = (torch.zeros_like(t, dtype=torch.float32) for t in (key, value))
+        groups = len(query) // len(key)
+        for (before, own), weights in zip(ctx.parts, kept, strict=True):
+            rows = weights.shape[1] // groups
+            q, k, v = _padded(query, key, value, before, own, weights[0, :rows])
+            above = _rows(upstream, own, rows, len(key))
+            slope = torch.bmm(above, v.transpose(1, 2))
             # weights * (slope - sum(slope * weights)) in one kernel, for which there is no public
             # name
             slope = torch._softmax_backward_data(slope, weights, -1, slope.dtype)
-            gradients[0][:, part].baddbmm_(slope, key[:, part], alpha=ctx.scaling)
-            gradients[1][:, part].baddbmm_(slope.transpose(1, 2), query[:, part], alpha=ctx.scaling)
-            gradients[2][:, part].baddbmm_(weights.transpose(1, 2), upstream[:, part])
-        return *gradients, None, None, None
+            _unpadded(
+                torch.bmm(slope, k).mul_(ctx.scaling), len(query), rows, slopes[:, _slice(own)]
+            )
+            for sums, found, factor in (
+                (key_slopes, torch.bmm(slope.transpose(1, 2), q), ctx.scaling),
+                (value_slopes, torch.bmm(weights.transpose(1, 2), above), 1.0),
+            ):
+                end = len(before) + len(own)
+                sums[:, _slice(before)].add_(found[:, : len(before)], alpha=factor)
+                sums[:, _slice(own)].add_(found[:, len(before) : end], alpha=factor)
+        return slopes, key_slopes.to(key.dtype), value_slopes.to(value.dtype), None, None, None
+
+
+def _padded(
+    query: Float[Tensor, "H N D"],
+    key: Float[Tensor, "K N D"],
+    value: Float[Tensor, "K N D"],
+    before: range,
+    own: range,
+    like: Float[Tensor, "q k"],
+) -> tuple[Float[Tensor, "K g D"], Float[Tensor, "K k D"], Float[Tensor, "K k D"]]:
+    """Return a part's queries, and the keys and values that they meet, in the mask's sizes."""
+    rows, columns = like.shape
+    padded = []
+    for tensor in (key, value):
+        met = tensor.new_zeros(len(tensor), columns, tensor.shape[-1])
+        met[:, : len(before)] = tensor[:, _slice(before)]
+        met[:, len(before) : len(before) + len(own)] = tensor[:, _slice(own)]
+        padded.append(met)
+    return _rows(query, own, rows, len(key)), padded[0], padded[1]
+
+
+def _rows(
+    tensor: Float[Tensor, "H N D"], own: range, rows: int, heads: int
+) -> Float[Tensor, "K g D"]:
+    """Return a part's rows of all heads, those that share a key below each other."""
+    wide = tensor.new_zeros(len(tensor), rows, tensor.shape[-1])
+    wide[:, : len(own)] = tensor[:, _slice(own)]
+    return wide.view(heads, -1, tensor.shape[-1])
+
+
+def _unpadded(
+    wide: Float[Tensor, "K g D"], heads: int, rows: int, into: Float[Tensor, "H n D"]
+) -> None:
+    """Write what `_rows` has padded, without the padding."""
+    into.copy_(wide.view(heads, rows, -1)[:, : into.shape[1]])
 
 
 def by_variable_length(layout: Layout) -> Attend:
@@ -205,13 +274,12 @@ def by_variable_length(layout: Layout) -> Attend:
     knows_groups = "enable_gqa" in signature(varlen_attn).parameters  # not before PyTorch 2.12
     positions: list[int] = []
     queries, keys = [0], [0]
-    for begin, opening, *ends in layout.sequences:
-        for first, last in zip((begin, opening, *ends), (opening, *ends), strict=False):
-            if first < last:
-                # an answer's keys are its prompt's, then its own; a prompt's are its own alone
-                positions += [*range(begin, min(first, opening)), *range(first, last)]
-                queries.append(last)
-                keys.append(len(positions))
+    for before, own in layout.parts:
+        if own:
+            # an answer's keys are its prompt's, then its own; a prompt's are its own alone
+            positions += [*before, *own]
+            queries.append(own.stop)
+            keys.append(len(positions))
     device = layout.ids.device
     seen = torch.tensor(positions, device=device)
     starts = [torch.tensor(values, dtype=torch.int32, device=device) for values in (queries, keys)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fedpref.errors import UserError
 from fedpref.models.own_parts import FILE
+from fedpref.models.trunk import row_of_layers
 from fedpref.numerics.trees import Tree
 
 ALL_LINEAR = "all-linear"
@@ -264,6 +265,59 @@ def _refuse_wide_tokenizer(backbone: Backbone, setting: str) -> None:
         "that has one is refused.",
         stacklevel=4,
     )
+
+
+def placed(
+    model: Any, targets: Sequence[str] | str, layers: Sequence[int] | str | None
+) -> dict[str, Any]:
+    """Return where an adapter sits, in the words of PEFT's LoraConfig.
+
+    Args:
+        model: The backbone.
+        targets: Names of layers, a regular expression, or `all-linear`.
+        layers: In which decoder layers alone, by number or as `last-8`; None for all.
+
+    Raises:
+        UserError: The model does not have them.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    left = left_out(model) or None if targets == ALL_LINEAR else None
+    names = targets if isinstance(targets, str) else list(targets)
+    if layers is None:
+        return {"target_modules": names, "exclude_modules": left}
+    if isinstance(names, str) and names != ALL_LINEAR:
+        raise UserError(
+            "model.lora_layers_to_transform: a regular expression in lora_target_modules names "
+            "layers by itself. Give names such as q_proj, or all-linear."
+        )
+    row = row_of_layers(model)
+    count = len(row[1]) if row else 0
+    numbers = (
+        list(range(count - int(layers.removeprefix("last-")), count))
+        if isinstance(layers, str)
+        else sorted(set(layers))
+    )
+    if row is None or min(numbers) < 0 or max(numbers) >= count:
+        raise UserError(
+            f"model.lora_layers_to_transform: {layers!r} does not fit the model, which has "
+            f"{count} layers."
+        )
+    if names == ALL_LINEAR:
+        names = sorted(
+            {
+                name.rsplit(".", 1)[-1]
+                for number in numbers
+                for name, module in row[1][number].named_modules()
+                if isinstance(module, nn.Linear | Conv1D)
+            }
+        )
+    return {
+        "target_modules": names,
+        "exclude_modules": left,
+        "layers_to_transform": numbers,
+        "layers_pattern": row[0].rsplit(".", 1)[-1],
+    }
 
 
 def left_out(model: Any) -> list[str]:

@@ -6,6 +6,7 @@ logits of all tokens.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,9 +14,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 SCORED = 64  # rows come in multiples: a CPU's kernels are compiled anew for each shape, and kept
-# logits computed at a time: 4 MB in float32 stay in a CPU's cache, a GPU needs more to be busy
-# (with 2^20 of them, a step of a 1 B model took twice as long or more)
-CHUNKS = {"cpu": 2**20, "cuda": 2**24}
+# rows whose logits are computed at a time, at least: with fewer, a product is bound by reading the
+# head's weight (with 21 rows of 49,152 it took twice as long)
+ROWS = 128
+# logits that stay in a CPU's cache
+CACHED = 2**20
+# bytes that a row's logits take, in both precisions, and what part of a GPU's memory they may have
+BYTES, SHARE = 10, 1 / 32
 
 
 def token_log_probabilities(
@@ -57,8 +62,17 @@ def even(rows: Float[Tensor, "n D"]) -> Float[Tensor, "m D"]:
 
 
 def _chunks(count: int, vocabulary: int, device: torch.device) -> list[slice]:
-    size = max(1, CHUNKS[device.type] // vocabulary)
+    size = max(ROWS, _logits(device) // vocabulary)
     return [slice(first, first + size) for first in range(0, count, size)]
+
+
+@cache
+def _logits(device: torch.device) -> int:
+    """Return how many logits are computed at a time, where they are of more than `ROWS` rows."""
+    if device.type != "cuda":
+        return CACHED
+    # a GPU is busy with few large launches
+    return int(torch.cuda.get_device_properties(device).total_memory * SHARE / BYTES)
 
 
 class _Head(torch.autograd.Function):

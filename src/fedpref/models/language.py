@@ -7,8 +7,8 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
@@ -27,7 +27,7 @@ from fedpref.models import fused_layers as fusion
 from fedpref.models.attention import (
     Kernel,
     PackingError,
-    by_sequence,
+    by_part,
     packed_attention,
     register,
 )
@@ -35,8 +35,8 @@ from fedpref.models.backbone import (
     ALL_LINEAR,
     PREFIX,
     is_down,
-    left_out,
     load_backbone,
+    placed,
     side_by_side,
 )
 from fedpref.models.head import even, token_log_probabilities
@@ -46,6 +46,7 @@ from fedpref.models.own_parts import (
     NAMES,
     OWN_ADAPTER,
     REWARD,
+    REWARD_MEAN,
     Parts,
     after_bottleneck,
     combined_adapter,
@@ -54,9 +55,10 @@ from fedpref.models.own_parts import (
 from fedpref.models.packed import Layout, Row
 from fedpref.models.texts import Texts
 from fedpref.models.trial import Limits, tried
+from fedpref.models.trunk import SUFFIX, States, Trunk
 from fedpref.numerics import trees
 from fedpref.numerics.trees import Tree
-from fedpref.types import Count, Date, Fraction
+from fedpref.types import Count, Date, Fraction, Last, WholeNumber
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a number
 
@@ -76,7 +78,8 @@ class Model:
     trust_remote_code: bool = False
     """Run code that comes with the model."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """The arithmetic of the frozen backbone; `auto` is bfloat16 where the processor has it."""
+    """The arithmetic of the frozen backbone; `auto` is bfloat16 where that is faster than
+    float32."""
     device: str = "auto"
     """Where is computed: `cpu`, `cuda`, `cuda:1`; `auto` takes CUDA where there is one."""
     lora_r: Count = 8
@@ -88,6 +91,15 @@ class Model:
     lora_target_modules: tuple[str, ...] | str = ALL_LINEAR
     """Names of the layers that have an adapter, or a regular expression, or `all-linear`, which
     leaves out the vocabulary head, routers, and towers that no text passes through."""
+    lora_layers_to_transform: tuple[WholeNumber, ...] | Last | None = None
+    """The decoder layers that have an adapter, by number from 0, or the last ones, as `last-8`;
+    null takes all."""
+    trunk_states: Literal["file", "memory", "none"] = "file"
+    """Where states at the end of the layers below the adapter are kept, once they are computed: in
+    a file beside the run that only you can read and that goes when the run is over, in each
+    process's memory, or nowhere. Answers that are drawn anew are not kept."""
+    trunk_limit_mb: Count = 4096
+    """MB above which no more of these states are kept."""
     template_date: Date = "2024-07-26"
     """The day that chat templates write as today's, as 2024-07-26: a run's tokens do not depend on
     the day."""
@@ -131,15 +143,13 @@ class LanguageModel:
             self.backbone = replace(self.backbone, base=base_of(settings.path))
         self.texts = Texts(self.backbone.tokenizer, self.backbone.model, settings.template_date)
         targets = settings.lora_target_modules
+        where = placed(self.backbone.model, targets, settings.lora_layers_to_transform)
         adapter = LoraConfig(
             task_type="CAUSAL_LM",
             r=settings.lora_r,
             lora_alpha=settings.lora_alpha,
             lora_dropout=settings.lora_dropout,
-            target_modules=targets if isinstance(targets, str) else list(targets),
-            exclude_modules=(
-                left_out(self.backbone.model) or None if targets == ALL_LINEAR else None
-            ),
+            **where,
             base_model_name_or_path=self.backbone.base,
             revision=self.backbone.revision,
         )
@@ -166,7 +176,10 @@ class LanguageModel:
             for name, _ in self.model.named_parameters()
             if ".lora_" in name
         }
-        self.kernel: Kernel = by_sequence
+        adapted = {name.split(".lora_")[0] for name in self.parameter_names.values()}
+        self.trunk = Trunk(self.model, adapted)
+        self.states = States(settings.trunk_limit_mb * 10**6)
+        self.kernel: Kernel = by_part
         self.packs = self.has_plain_head = self.is_apart = False
         self.limits = Limits.of(self.model)
         if self.wanted.type == "cpu":
@@ -190,6 +203,9 @@ class LanguageModel:
         trial = tried(self)
         self.has_plain_head, self.is_apart = trial.has_plain_head, trial.is_apart
         self.packs, self.kernel = trial.problem is None, trial.kernel
+        # where positions depend on a row's length, so do a prompt's states on its answer
+        is_own = self.limits.switch is None and not self.is_apart
+        self.trunk.works = trial.has_trunk and is_own and self.settings.trunk_states != "none"
         if trial.problem:
             warnings.warn(
                 f"{self.name}: the packed form does not fit this model ({trial.problem}); the "
@@ -251,6 +267,13 @@ class LanguageModel:
             digest.update(sample.numpy().tobytes())
         return digest.hexdigest()
 
+    def keep_in(self, folder: Path) -> None:
+        """Keep states of the trunk in a file of a folder, if the settings say so."""
+        if self.trunk.layers and self.settings.trunk_states == "file":
+            self.states.kept.keep_in(
+                folder / f"{self.fingerprint}-{len(self.trunk.layers)}{SUFFIX}"
+            )
+
     def init(self, rng: torch.Generator) -> Tree:
         """Return a fresh adapter in float32 on the CPU, drawn as PEFT does.
 
@@ -304,7 +327,7 @@ class LanguageModel:
             Each answer's summed log-probability [A], in the order of the rows, and its explicit
             reward [A] if the parameters have a reward head.
         """
-        states, layout, own, logits = self._states(params, rows, training)
+        states, layout, own, logits = self._states(params, rows, training, is_given=True)
         if logits is None:
             return self._answers(states, layout, own)
         return layout.per_answer(
@@ -336,9 +359,15 @@ class LanguageModel:
         ), hidden
 
     def _states(
-        self, params: Tree | None, rows: Sequence[Row], training: bool
+        self, params: Tree | None, rows: Sequence[Row], training: bool, *, is_given: bool = False
     ) -> tuple[Float[Tensor, "R T D"], Layout, Tree, Float[Tensor, "1 n V"] | None]:
         """Run the model.
+
+        Args:
+            params: An adapter and own parts; None for the backbone.
+            rows: Prompts' tokens, each with its answers' tokens.
+            training: Draw the adapter's dropout.
+            is_given: These rows come again, so that their states at the trunk's end are kept.
 
         Returns:
             Hidden states, where they lie, own parts in the model's arithmetic, and answers' logits
@@ -355,19 +384,39 @@ class LanguageModel:
         )
         own = {name: tensor for name, tensor in cast.items() if name in NAMES}
         groups = self._groups(rows)
+        is_given = is_given and self.trunk.works and (groups is None or len(groups) == 1)
         if self.packs and groups is None:
             with suppress(PackingError):  # a window of attention that is shorter than these rows
                 layout = Layout.packed(rows, self.device)
-                with packed_attention(layout, self.kernel):
-                    return self.run(adapter, layout, layout.scored[:0])[0], layout, own, None
+                with self._standing(rows, layout, Layout.packed) if is_given else nullcontext():
+                    return self._packed(adapter, layout), layout, own, None
         layout = Layout.padded(rows, self.device)
-        states, logits = self.run(
-            adapter,
-            layout,
-            layout.scored[:0] if self.has_plain_head else layout.scored,
-            groups=groups,
-        )
+        with self._standing(rows, layout, Layout.padded) if is_given else nullcontext():
+            states, logits = self.run(
+                adapter,
+                layout,
+                layout.scored[:0] if self.has_plain_head else layout.scored,
+                groups=groups,
+            )
         return states, layout, own, None if self.has_plain_head else logits
+
+    def _packed(self, adapter: Tree, layout: Layout) -> Float[Tensor, "R T D"]:
+        with packed_attention(layout, self.kernel):
+            return self.run(adapter, layout, layout.scored[:0])[0]
+
+    def _standing(
+        self, rows: Sequence[Row], layout: Layout, form: Callable[..., Layout]
+    ) -> AbstractContextManager[None]:
+        """Let states stand for the trunk, within a `with`; those that are not kept are computed."""
+
+        @torch.no_grad()
+        def ends(some: Sequence[Row]) -> tuple[Float[Tensor, "R T D"], Layout]:
+            where = form(some, self.device)
+            if form is Layout.packed:
+                return self.trunk.ends(lambda: self._packed({}, where)), where
+            return self.trunk.ends(lambda: self.run({}, where, where.scored[:0])), where
+
+        return self.trunk.standing(self.states.of(rows, layout, self.dtype, ends))
 
     def _groups(self, rows: Sequence[Row]) -> list[list[int]] | None:
         """Return which answers are computed together, where not all can be; None where they can.
@@ -402,11 +451,17 @@ class LanguageModel:
         ]
         weight, change = own_head(self.head.weight, own)
         tokens = token_log_probabilities(scored, weight, self.head.bias, layout.targets, change)
-        if REWARD not in own:
-            return layout.per_answer(tokens), None
-        return layout.per_answer(tokens), (
-            after_bottleneck(hidden.index_select(0, layout.last), own) * own[REWARD]
-        ).float().sum(1)
+        sums = layout.per_answer(tokens)
+        if REWARD in own:
+            last = after_bottleneck(hidden.index_select(0, layout.last), own)
+            return sums, (last * own[REWARD]).float().sum(1)
+        if REWARD_MEAN in own:
+            answers = [mine for before, mine in layout.parts if before]
+            places = torch.tensor([place for mine in answers for place in mine], device=self.device)
+            each = after_bottleneck(hidden.index_select(0, places), own)
+            means = [part.float().mean(0) for part in each.split([len(mine) for mine in answers])]
+            return sums, torch.stack(means) @ own[REWARD_MEAN].float()
+        return sums, None
 
     def run(
         self,
@@ -508,6 +563,8 @@ class LanguageModel:
                 lora_alpha=rank,
                 target_modules=sorted(layers),
                 exclude_modules=None,
+                layers_to_transform=None,
+                layers_pattern=None,
             )
         config.save_pretrained(str(folder))
         self.tokenizer.save_pretrained(str(folder))

@@ -20,12 +20,14 @@ from fedpref.numerics.trees import Tree
 from fedpref.types import Count, WholeNumber
 
 HEAD, HEAD_DOWN, HEAD_UP = "head.weight", "head.down", "head.up"
-REWARD = "reward.weight"
+# on an answer's last state, or on the mean of its states
+REWARD, REWARD_MEAN = "reward.weight", "reward_mean.weight"
+REWARDS = frozenset({REWARD, REWARD_MEAN})
 DOWN, UP = "bottleneck.down", "bottleneck.up"
 OWN_ADAPTER = "own."  # begins the names of a second adapter, which is added to the first
 FILE = "own_parts.safetensors"
 VOCABULARY_HEAD = frozenset({HEAD, HEAD_DOWN, HEAD_UP})
-HEADS = VOCABULARY_HEAD | {REWARD}
+HEADS = VOCABULARY_HEAD | REWARDS
 NAMES = HEADS | {DOWN, UP}
 
 
@@ -40,7 +42,10 @@ class Parts:
     bottleneck: WholeNumber = 64
     """The width of a residual adapter on the last hidden state; 0 for none."""
     reward: bool = True
-    """Whether there is an explicit reward, linear in the last hidden state of an answer."""
+    """Whether there is an explicit reward, linear in hidden states of an answer."""
+    reward_pooling: Literal["last", "mean"] = "last"
+    """Which state of an answer the reward head reads: its last token's, as published, or the mean
+    of all of its tokens'."""
     adapter: bool = True
     """Whether there is a second adapter in the layers, shaped as the shared one and added to it."""
 
@@ -76,7 +81,7 @@ class Parts:
             )
             tree[UP] = torch.zeros(width, self.bottleneck)
         if self.reward:
-            tree[REWARD] = torch.zeros(width)
+            tree[REWARD if self.reward_pooling == "last" else REWARD_MEAN] = torch.zeros(width)
         return tree
 
 
@@ -133,7 +138,7 @@ class OwnHead(nn.Linear):
         }
         self.weight = nn.Parameter(head_weight(head.weight.detach(), own), requires_grad=False)
         self.bias = head.bias
-        for name in {DOWN, UP, REWARD} & own.keys():
+        for name in ({DOWN, UP} | REWARDS) & own.keys():
             self.register_buffer(name.replace(".", "_"), own[name])
 
     def after_bottleneck(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
@@ -151,5 +156,10 @@ class OwnHead(nn.Linear):
         return super().forward(self.after_bottleneck(hidden))
 
     def reward(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "..."]:
-        """Return the explicit reward of hidden states."""
-        return self.after_bottleneck(hidden) @ self.get_buffer("reward_weight")
+        """Return the explicit reward of hidden states.
+
+        Of an answer it is that of its last token's state, or the mean over its tokens', as
+        `reward_pooling` was.
+        """
+        (name,) = [name for name, _ in self.named_buffers() if name.startswith("reward")]
+        return self.after_bottleneck(hidden) @ self.get_buffer(name)

@@ -14,10 +14,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-# on a CPU sequences are as wide as the next multiple: a new shape costs its matrix kernels more
-# than a few tokens
-WIDTH = 32
-ROW = 128  # and rows
+# on a CPU rows are as wide as the next multiple: a new shape costs its matrix kernels more than a
+# few tokens
+ROW = 128
 
 Row = tuple[Sequence[int], Sequence[Sequence[int]]]  # a prompt's tokens and its answers'
 
@@ -53,15 +52,16 @@ class Layout:
     """Place of each answer's last token."""
     counts: tuple[int, ...]
     """Scored tokens of each answer, in the order of the rows."""
-    sequences: tuple[tuple[int, ...], ...] = ()
-    """Packed: where each begins, its prompt ends, its answers end, and its padding."""
+    parts: tuple[tuple[range, range], ...] = ()
+    """Of each prompt and each answer, in the order of the rows: the places of what comes before it,
+    and its own."""
 
     @staticmethod
     def packed(rows: Sequence[Row], device: torch.device) -> Layout:
         """Return the layout of all prompts with their answers in one row."""
         # a GPU's kernels take any shape alike
-        width, whole = (1, 1) if device.type == "cuda" else (WIDTH, ROW)
-        return _layout(rows, [_up(_length(row), width) for row in rows], whole, device)
+        whole = 1 if device.type == "cuda" else ROW
+        return _layout(rows, [_length(row) for row in rows], whole, device)
 
     @staticmethod
     def padded(rows: Sequence[Row], device: torch.device) -> Layout:
@@ -76,6 +76,7 @@ class Layout:
             layout.targets,
             layout.last,
             layout.counts,
+            layout.parts,
         )
 
     def per_answer(self, tokens: Float[Tensor, " n"]) -> Float[Tensor, " A"]:
@@ -88,7 +89,7 @@ def _layout(rows: Sequence[Row], widths: Sequence[int], whole: int, device: torc
     positions: list[int] = []
     scored: list[int] = []
     last: list[int] = []
-    sequences = []
+    parts: list[tuple[range, range]] = []
     for (prompt, answers), width in zip(rows, widths, strict=True):
         if not prompt or not all(map(scored_tokens, answers)):
             # its first token would be told from the neighbour's last
@@ -96,7 +97,8 @@ def _layout(rows: Sequence[Row], widths: Sequence[int], whole: int, device: torc
         begin = len(ids)
         ids += prompt
         positions += range(len(prompt))
-        ends = [begin, len(ids)]
+        opening = range(begin, len(ids))
+        parts.append((opening[:0], opening))
         for answer in answers:
             # every answer's first token is predicted from the prompt's last, not from the answer
             # before it
@@ -109,12 +111,11 @@ def _layout(rows: Sequence[Row], widths: Sequence[int], whole: int, device: torc
             ids += answer
             # as if it followed the prompt alone
             positions += range(len(prompt), len(prompt) + len(answer))
-            ends.append(len(ids))
+            parts.append((opening, range(len(ids) - len(answer), len(ids))))
             last.append(len(ids) - 1)
         rest = begin + width - len(ids)
         ids += [0] * rest
         positions += [0] * rest
-        sequences.append((*ends, len(ids)))
     # what fills up the row belongs to no sequence, so that attention leaves it out
     rest = -len(ids) % whole
     targets = [
@@ -136,13 +137,9 @@ def _layout(rows: Sequence[Row], widths: Sequence[int], whole: int, device: torc
         tensors[3],
         tensors[4],
         counts,
-        tuple(sequences),
+        tuple(parts),
     )
 
 
 def _length(row: Row) -> int:
     return len(row[0]) + sum(map(len, row[1]))
-
-
-def _up(count: int, unit: int) -> int:
-    return -(-count // unit) * unit

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import warnings
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,13 +14,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fedpref.errors import UserError
-from fedpref.models.attention import ATTENTION, Kernel, by_sequence, kernels, packed_attention
+from fedpref.models.attention import ATTENTION, Kernel, by_part, kernels, packed_attention
 from fedpref.models.packed import Layout, Row
 from fedpref.numerics.trees import Tree
 
 if TYPE_CHECKING:
     from fedpref.models.language import LanguageModel
 
+LOG = logging.getLogger(__name__)
 LONGEST_TRIAL = 256  # tokens: longer windows are told from the config alone
 # an attention's window or chunk; not the chunks of recurrent layers, nor counts of layers
 WINDOW = re.compile(r"(\w+_)?window(_size)?|attention_chunk_size")
@@ -89,12 +91,14 @@ class Trial:
         problem: Why the packed form does not fit; None where it does.
         is_apart: A row's states depend on the rows beside it, so that each is computed alone.
         kernel: The fastest attention that runs here.
+        has_trunk: States can stand for the layers below the adapter.
     """
 
     has_plain_head: bool
     problem: str | None
     is_apart: bool = False
-    kernel: Kernel = by_sequence
+    kernel: Kernel = by_part
+    has_trunk: bool = False
 
 
 def tried(language: LanguageModel) -> Trial:
@@ -140,7 +144,8 @@ def tried(language: LanguageModel) -> Trial:
             return Trial(False, "its vocabulary head is not a plain linear layer")
         if not _has_plain_head(language, adapter, layout, expected, tolerance):
             return Trial(False, "its logits are not those of its head alone")
-        return _packed(language, adapter, rows[:2], tolerance)
+        trial = _packed(language, adapter, rows[:2], tolerance)
+        return replace(trial, has_trunk=_has_trunk(language, adapter, rows[:2], tolerance))
 
 
 def _rows(language: LanguageModel, draw: torch.Generator) -> list[Row]:
@@ -250,6 +255,27 @@ def _packed(language: LanguageModel, adapter: Tree, rows: list[Row], tolerance: 
             problem = f"hidden states differ by {difference:.2g} of their size"
     backbone.set_attn_implementation(own)
     return Trial(True, problem)
+
+
+def _has_trunk(language: LanguageModel, adapter: Tree, rows: list[Row], tolerance: float) -> bool:
+    """Return whether states at the trunk's end are all that the layers above it read."""
+    trunk = language.trunk
+    if not trunk.layers:
+        return False
+    layout = Layout.padded(rows, language.device)
+
+    def run() -> Tensor:
+        return language.run(adapter, layout, layout.scored[:0])[0]
+
+    expected = run().flatten(0, 1)[layout.scored]
+    try:
+        with trunk.standing(trunk.ends(run)):
+            found = run().flatten(0, 1)[layout.scored]
+    # whatever a model's own code makes of layers that return what they did not compute
+    except Exception as error:
+        LOG.info("%s: its layers below the adapter cannot be left out: %s", language.name, error)
+        return False
+    return distance(found, expected) <= tolerance / 50
 
 
 def _mean_distance(computed: Float[Tensor, "n D"], expected: Float[Tensor, "n D"]) -> float:

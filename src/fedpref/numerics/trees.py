@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from functools import reduce
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,18 @@ def norm(tree: Tree) -> float:
 def size(tree: Tree) -> int:
     """Return the bytes of all tensors together, without names."""
     return sum(tensor.nbytes for tensor in tree.values())
+
+
+def digest(tree: Tree) -> bytes:
+    """Return a hash of a tree's names, shapes and bits."""
+    found = blake2b(digest_size=16)
+    for name, tensor in sorted(tree.items()):
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
+        flat = tensor.detach().cpu().contiguous().flatten()
+        if len(flat):
+            bits: Any = flat.view(torch.uint8).numpy()
+            found.update(bits)
+    return found.digest()
 
 
 def save(tree: Tree, path: Path) -> None:

@@ -16,7 +16,7 @@ from fedpref.errors import UserError
 from fedpref.experiments.finished import FinishedRun
 from fedpref.models.backbone import is_down
 from fedpref.models.language import LanguageModel
-from fedpref.models.own_parts import DOWN, FILE, REWARD, UP
+from fedpref.models.own_parts import DOWN, FILE, REWARDS, UP
 from fedpref.models.packed import Row, Unscored
 from fedpref.numerics import trees
 from fedpref.numerics.trees import Tree
@@ -71,7 +71,7 @@ class Comparison:
         params = _learned_of(self.language, trees.load(folder / "adapter_model.safetensors"))
         if is_whole and (folder / FILE).exists():
             own = trees.load(folder / FILE)
-            params |= {n: t for n, t in own.items() if n not in (REWARD, DOWN, UP)}
+            params |= {n: t for n, t in own.items() if n not in REWARDS | {DOWN, UP}}
         with torch.no_grad():
             expected = self.language.log_probabilities(params, self.rows).tolist()
             found = [

@@ -71,7 +71,8 @@ def evaluate(
             "Those that joined later were measured then."
         )
     task = finished.experiment.task.evaluating(len(rows))
-    spec = replace(finished.experiment, task=task)
+    source = replace(finished.experiment.data, unusable=data.unusable)
+    spec = replace(finished.experiment, task=task, data=source)
     # with several objectives, a task looks for examples of each among the training rows too
     both = len(task.objectives) > 1
     clients = [ClientData(name, some if both else (), some) for name, some in groups.items()]

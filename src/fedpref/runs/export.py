@@ -22,7 +22,7 @@ from fedpref.experiments.finished import FinishedRun
 from fedpref.experiments.run_directory import file_name
 from fedpref.models.backbone import merged_adapter
 from fedpref.models.named import BUILTIN, MODELS
-from fedpref.models.own_parts import DOWN, FILE, REWARD, VOCABULARY_HEAD, head_weight
+from fedpref.models.own_parts import DOWN, FILE, REWARDS, VOCABULARY_HEAD, head_weight
 from fedpref.numerics import trees
 from fedpref.numerics.metrics import COMBINED, HEADLINES, headline
 from fedpref.runs.comparing import Comparison
@@ -213,8 +213,8 @@ def _merged(folder: Path, output: Path, *, half: bool) -> None:
         model.set_output_embeddings(untied)
     model.to(torch.float16 if half else torch.float32).save_pretrained(str(output))
     transformers.AutoTokenizer.from_pretrained(str(folder)).save_pretrained(str(output))
-    if REWARD in own:
-        trees.save({REWARD: own[REWARD]}, output / "reward_head.safetensors")
+    if heads := trees.select(own, REWARDS):
+        trees.save(heads, output / "reward_head.safetensors")
 
 
 # ---- the card

@@ -55,7 +55,6 @@ def _as_read(source: Any, data: Files) -> Any:
     return replace(
         data,
         test_fraction=source.test_fraction,
-        split_by=source.split_by,
         split_seed=source.split_seed,
     )
 
@@ -95,7 +94,14 @@ def personalize(
     finished = FinishedRun.at(run).require_done()
     experiment = finished.experiment
     how = Natural(column=column) if column else IID(clients=1)
-    spec = replace(experiment, data=_as_read(experiment.data, data), partition=how)
+    # told apart as the run's prompts were, or those that it has trained on are not known again;
+    # nothing is chosen by newcomers, for which rows would have to be set aside
+    source = replace(
+        _as_read(experiment.data, data),
+        split_by=experiment.data.split_by,
+        validation_fraction=0.0,
+    )
+    spec = replace(experiment, data=source, partition=how, evaluate_on="test")
     reading = spec.read(finished.trained_prompts or ()).settled()
     clients = reading.clients
     if reading.skipped:

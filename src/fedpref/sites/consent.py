@@ -10,6 +10,7 @@ from typing import Any
 
 from fedpref import config
 from fedpref.data import IID, ClientData, Partition, Source
+from fedpref.data.reading import EvaluateOn
 from fedpref.data.splits import keyed
 from fedpref.engines.messages import RefusedError
 from fedpref.engines.site import HeldOut, Hosted
@@ -121,8 +122,16 @@ class Consenting:
         """
         spec = self._spec(experiment)
         key, by = self._file.split_key, spec.data.split_by
+        # nobody trains on either, whichever this experiment measures on
+        purposes: list[EvaluateOn] = (
+            ["test", "validation"] if spec.data.validation_fraction else ["test"]
+        )
         try:
-            clients = spec.read().settled().clients
+            clients = [
+                one
+                for purpose in purposes
+                for one in replace(spec, evaluate_on=purpose).read().settled().clients
+            ]
         except UserError as error:  # whose text may hold rows
             raise self._unfit() from error
         has_sides = any(row.side for one in clients for row in (*one.train, *one.test))

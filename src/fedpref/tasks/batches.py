@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, takewhile
+from itertools import accumulate, pairwise
 
 import torch
 from jaxtyping import Int
@@ -12,9 +12,9 @@ from torch import Tensor
 
 from fedpref.numerics import seeds
 
-POOL = (
-    4  # a batch is drawn from this many times its size, so that its examples are of similar length
-)
+# a batch is drawn from this many times its size, so that its examples are of similar length
+POOL = 4
+SIMILAR = 0.25  # the relative difference up to which lengths are alike
 
 
 @dataclass(frozen=True)
@@ -24,14 +24,32 @@ class BatchSize:
     There is one example at least.
 
     Attributes:
-        examples: How many.
+        examples: How many at most.
         max_tokens: Fill batches up to so many tokens in place of a number of examples.
         epochs: Where the client is in its data; None draws each batch by itself.
+        is_by_prompt: Examples of one prompt come together, in place of those of similar length.
     """
 
     examples: int
     max_tokens: int | None = None
     epochs: Epochs | None = field(default=None, compare=False)
+    is_by_prompt: bool = False
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What is known of examples when batches of them are drawn.
+
+    Attributes:
+        lengths: Tokens of each.
+        prompts: Which prompt each is about, by number.
+    """
+
+    lengths: Sequence[int]
+    prompts: Sequence[int] = ()
+
+    def __len__(self) -> int:
+        return len(self.lengths)
 
 
 @dataclass
@@ -66,102 +84,119 @@ class Epochs:
         """The place as whole numbers, of which `restore` makes it again."""
         return torch.tensor([self.seed, *(number for place in self.places for number in place)])
 
-    def next(self, lengths: Sequence[int], size: BatchSize, kind: int = 0) -> list[int]:
-        """Return the indices of the next batch, and step on.
+    def next(self, examples: Examples, size: BatchSize, kind: int = 0) -> tuple[list[int], float]:
+        """Return the next batch as `draw_indices` does, and step on.
 
         Args:
-            lengths: Tokens of each example.
-            size: How large the batch is. It must stay the same, as must the examples.
+            examples: The examples. They must stay the same, as must the size.
+            size: How large the batch is.
             kind: Which kind of examples.
         """
         self.places += [(0, 0)] * (kind + 1 - len(self.places))
         epoch, drawn = self.places[kind]
-        plan = self._plan(kind, epoch, lengths, size)
+        plan = self._plan(kind, epoch, examples, size)
         if drawn >= len(plan):
             epoch, drawn = epoch + 1, 0
-            plan = self._plan(kind, epoch, lengths, size)
+            plan = self._plan(kind, epoch, examples, size)
         self.places[kind] = epoch, drawn + 1
-        return plan[drawn]
+        return plan[drawn], len(plan[drawn]) * len(plan) / len(examples)
 
-    def _plan(
-        self, kind: int, epoch: int, lengths: Sequence[int], size: BatchSize
-    ) -> list[list[int]]:
+    def _plan(self, kind: int, epoch: int, examples: Examples, size: BatchSize) -> list[list[int]]:
         if (kind, epoch) not in self._plans:
             rng = seeds.generator(self.seed, "epoch", round=epoch, call=kind)
-            self._plans[kind, epoch] = planned(lengths, size, rng)
+            self._plans[kind, epoch] = planned(examples, size, rng)
         return self._plans[kind, epoch]
 
 
-def planned(lengths: Sequence[int], size: BatchSize, rng: torch.Generator) -> list[list[int]]:
+def planned(examples: Examples, size: BatchSize, rng: torch.Generator) -> list[list[int]]:
     """Return the batches of an epoch: all indices, each once.
 
-    Examples are shuffled, cut into pools, and each pool into batches of similar length, which come
-    in an order that is drawn.
+    Examples are shuffled and cut into pools, and each pool into batches of similar length; or
+    prompts are shuffled, and their examples cut into batches as they come. Batches of a number of
+    examples differ by one at most.
     """
-    order: list[int] = torch.randperm(len(lengths), generator=rng).tolist()
-    batches: list[list[int]] = []
-    while order:
-        pool = order[: _pool(order, lengths, size)]
-        order = order[len(pool) :]
-        some = _cut(pool, lengths, size)
-        batches += [some[i] for i in torch.randperm(len(some), generator=rng).tolist()]
-    return batches
+    order: list[int] = torch.randperm(len(examples), generator=rng).tolist()
+    # close lengths in another order each time, or a small client's batches would stay the same
+    jitter = 1 + SIMILAR * (2 * torch.rand(len(examples), generator=rng, dtype=torch.double) - 1)
+    blurred = [n * by for n, by in zip(examples.lengths, jitter.tolist(), strict=True)]
+    if size.is_by_prompt:
+        first: dict[int, int] = {}
+        for place, i in enumerate(order):
+            first.setdefault(examples.prompts[i], place)
+        order.sort(key=lambda i: first[examples.prompts[i]])
+    plan: list[list[int]] = []
+    if size.max_tokens is not None:
+        for pool in _filled(order, examples.lengths, POOL * size.max_tokens):
+            if not size.is_by_prompt:
+                pool.sort(key=blurred.__getitem__)
+            some = list(_filled(pool, examples.lengths, size.max_tokens))
+            plan += [some[i] for i in _shuffled(len(some), rng)]
+        return plan
+    count = -(-len(order) // size.examples)
+    sizes = [len(order) // count + (i < len(order) % count) for i in _shuffled(count, rng)]
+    ends = [0, *accumulate(sizes)]
+    for low in range(0, count, POOL):
+        high = min(low + POOL, count)
+        pool = order[ends[low] : ends[high]]
+        if not size.is_by_prompt:
+            pool.sort(key=blurred.__getitem__)
+        bounds = [end - ends[low] for end in ends[low : high + 1]]
+        some = [pool[a:b] for a, b in pairwise(bounds)]
+        plan += [some[i] for i in _shuffled(len(some), rng)]
+    return plan
 
 
 def draw_indices(
-    lengths: Sequence[int], size: BatchSize, rng: torch.Generator, kind: int = 0
-) -> list[int]:
-    """Return indices of a batch.
+    examples: Examples, size: BatchSize, rng: torch.Generator, kind: int = 0
+) -> tuple[list[int], float]:
+    """Return indices of a batch, and the weight of its mean.
 
-    Without epochs, a random pool is cut by length into batches, of which one is drawn with a
-    probability proportional to its number of examples.
+    By these weights, each example counts as much as any other over many batches, whatever is
+    beside it. Without epochs, a random pool is cut by length into batches, of which one is drawn
+    with a probability proportional to its number of examples; its weight is one.
 
     Args:
-        lengths: Tokens of each example.
+        examples: What there is.
         size: How large the batch is, and where in its epochs the client is.
         rng: Random numbers, where there are no epochs.
         kind: Which kind of examples; each has epochs of its own.
     """
     if size.epochs is not None:
-        return size.epochs.next(lengths, size, kind)
+        return size.epochs.next(examples, size, kind)
+    lengths = examples.lengths
     # not the whole order as a list: there may be many examples, and this is done in every step
     most = POOL * (size.max_tokens or size.examples)
     order: list[int] = torch.randperm(len(lengths), generator=rng)[:most].tolist()
-    pool = order[: _pool(order, lengths, size)]
-    if size.max_tokens is None:
-        # no smaller batch at the end: whoever is in it would have more weight
-        count = min(size.examples, len(lengths))
-        pool = pool[: count * (len(pool) // count)]
-    batches = _cut(pool, lengths, size)
-    wanted = sorted(pool, key=lambda i: (lengths[i], i))[
-        int(torch.randint(len(pool), (), generator=rng))
-    ]
-    return next(batch for batch in batches if wanted in batch)
+    # no smaller batch at the end: whoever is in it would have more weight
+    count = min(size.examples, len(lengths))
+    pool = (
+        order[: count * (len(order) // count)]
+        if size.max_tokens is None
+        else next(_filled(order, lengths, POOL * size.max_tokens))
+    )
+    pool.sort(key=lambda i: (lengths[i], i))
+    if size.max_tokens is not None:
+        batches = list(_filled(pool, lengths, size.max_tokens))
+    else:
+        batches = [pool[first : first + count] for first in range(0, len(pool), count)]
+    wanted = pool[int(torch.randint(len(pool), (), generator=rng))]
+    return next(batch for batch in batches if wanted in batch), 1.0
 
 
-def _pool(order: Sequence[int], lengths: Sequence[int], size: BatchSize) -> int:
-    """Return how many of the next examples make a pool."""
-    if size.max_tokens is None:
-        return min(len(order), POOL * size.examples)
-    most = POOL * size.max_tokens
-    # each example has a token at least, so that no more can fit
-    fitting = takewhile(most.__ge__, accumulate(lengths[i] for i in order[:most]))
-    return max(1, sum(1 for _ in fitting))
+def _shuffled(count: int, rng: torch.Generator) -> list[int]:
+    order: list[int] = torch.randperm(count, generator=rng).tolist()
+    return order
 
 
-def _cut(pool: Sequence[int], lengths: Sequence[int], size: BatchSize) -> list[list[int]]:
-    """Return a pool as batches of similar length."""
-    ranked = sorted(pool, key=lambda i: (lengths[i], i))
-    if size.max_tokens is None:
-        return [
-            ranked[first : first + size.examples] for first in range(0, len(ranked), size.examples)
-        ]
-    batches: list[list[int]] = [[]]
+def _filled(order: Sequence[int], lengths: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Yield indices in runs of so many tokens at most, or of a single one."""
+    run: list[int] = []
     tokens = 0
-    for i in ranked:
-        if batches[-1] and tokens + lengths[i] > size.max_tokens:
-            batches.append([])
-            tokens = 0
-        batches[-1].append(i)
+    for i in order:
+        if run and tokens + lengths[i] > most:
+            yield run
+            run, tokens = [], 0
+        run.append(i)
         tokens += lengths[i]
-    return batches
+    if run:
+        yield run

@@ -28,7 +28,7 @@ from fedpref.rewards.combine import AdaptiveAlpha
 from fedpref.rewards.imported import Groups
 from fedpref.rewards.reward import OpenGroups, no_groups, plain
 from fedpref.rewards.text import distinct
-from fedpref.tasks.batches import BatchSize
+from fedpref.tasks.batches import BatchSize, Examples
 from fedpref.tasks.language import LanguageLearner, LanguageTask, Tokens
 from fedpref.tasks.task import CRITIC
 from fedpref.types import Count, WholeNumber
@@ -245,7 +245,9 @@ class DialogueLearner(LanguageLearner):
         if size.epochs is None:
             indices = torch.randperm(len(shard.train), generator=rng).tolist()[: size.examples]
         else:
-            indices = size.epochs.next([len(one.tokens) for one in shard.train], size)
+            # batches of prompts differ by one at most, so that their weights hardly do
+            known = Examples(tuple(len(one.tokens) for one in shard.train))
+            indices, _ = size.epochs.next(known, replace(size, is_by_prompt=False))
         prompts = [shard.train[i] for i in indices]
         samples = self.settings.num_generations
         answers = generate(

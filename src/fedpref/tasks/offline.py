@@ -1,10 +1,11 @@
-"""What tasks on given answers share: examples, reference scores, batches of similar length."""
+"""What tasks on given answers share: examples, reference scores, and answers scored once."""
 
 from __future__ import annotations
 
+import struct
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
@@ -18,14 +19,18 @@ from torch import Tensor
 from fedpref.data.preferences import ClientData, Row
 from fedpref.data.unusable import Unusable
 from fedpref.models.generation import OwnSampling, generate
+from fedpref.models.kept import Kept
+from fedpref.models.packed import Row as PackedRow
 from fedpref.numerics import seeds, trees
 from fedpref.numerics.metrics import ACCURACY
 from fedpref.numerics.trees import Tree
-from fedpref.tasks.batches import BatchSize, draw_indices
+from fedpref.tasks.batches import BatchSize, Examples, draw_indices
 from fedpref.tasks.language import LanguageLearner, LanguageTask, Tokens
 from fedpref.types import WholeNumber
 
-SCORING_BATCH = 16  # examples of a batch where each is seen once
+SCORES = "-reference.sqlite"  # ends the names of files of reference scores
+SCORING_BATCH = 32  # answers of a batch where each is scored once
+MEASURED = 16  # examples of a batch of training data that is seen once
 READ = 64  # tokens of answers that are drawn to be read
 
 PerExample = Float[Tensor, " B"]
@@ -37,6 +42,8 @@ class OfflineTask(LanguageTask):
 
     reference: Literal["base", "round-start"] = "base"
     """DPO's reference: the model with its adapter off, or as the client received it this round."""
+    reference_scores: Literal["needed", "ahead"] = "needed"
+    """Score answers under the base reference when they are first drawn, or all before the run."""
     samples: WholeNumber = 0
     """Held-out prompts of each client that are answered before training and after, to be read."""
 
@@ -46,13 +53,10 @@ class OfflineTask(LanguageTask):
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt's tokens, two answers' tokens, and the answers' reference scores once they are
-    known.
-    """
+    """A prompt's tokens and two answers' tokens."""
 
     prompt: Tokens
     answers: tuple[Tokens, Tokens]
-    reference: tuple[float, float] | None = None
     desirable: bool = True
     """What was said of the first answer, where answers are not compared."""
     objective: int = 0
@@ -62,6 +66,16 @@ class Example:
     def tokens(self) -> int:
         """Tokens of the prompt and both answers."""
         return len(self.prompt) + sum(map(len, self.answers))
+
+    @cached_property
+    def keys(self) -> tuple[bytes, bytes]:
+        """What tells each answer after its prompt from all others."""
+        first, second = (
+            # not the tokens' hash: whether one is scored is part of it
+            blake2b(f"{self.prompt} {answer}".encode(), digest_size=16).digest()
+            for answer in self.answers
+        )
+        return first, second
 
 
 @dataclass(frozen=True)
@@ -78,11 +92,21 @@ class OfflineShard:
         return len(self.train)
 
     @cached_property  # asked for in every draw
-    def by_objective(self) -> dict[int, tuple[tuple[Example, ...], tuple[int, ...]]]:
-        """Training examples of each objective, and the tokens of each."""
+    def by_objective(self) -> dict[int, tuple[tuple[Example, ...], Examples]]:
+        """Training examples of each objective, and what is known of each when batches are drawn."""
         objectives = dict.fromkeys(sorted({example.objective for example in self.train}))
         parts = {m: tuple(e for e in self.train if e.objective == m) for m in objectives}
-        return {m: (some, tuple(e.tokens for e in some)) for m, some in parts.items()}
+        numbers: dict[Tokens, int] = {}
+        return {
+            m: (
+                some,
+                Examples(
+                    tuple(e.tokens for e in some),
+                    tuple(numbers.setdefault(e.prompt, len(numbers)) for e in some),
+                ),
+            )
+            for m, some in parts.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -91,6 +115,8 @@ class Batch:
 
     examples: Sequence[Example]
     reference: Float[Tensor, "B 2"]
+    weights: tuple[float, ...] = ()
+    """Of each objective's mean in a sum over batches; one where there are none."""
 
 
 class OfflineLearner(LanguageLearner):
@@ -101,10 +127,15 @@ class OfflineLearner(LanguageLearner):
     def __init__(self, settings: OfflineTask, *, needs_reference: bool) -> None:
         super().__init__(settings)
         self.needs_reference = needs_reference
+        self._references = Kept()
+        self._base_scores: dict[bytes, float] = {}
+        # of the parameters that were evaluated last: clients that share them share answers too
+        self._evaluated: tuple[bytes, dict[bytes, tuple[float, float | None]]] = (b"", {})
 
     @property
     def prepares(self) -> str:
-        return "reference log-probabilities"
+        is_ahead = self.needs_reference and self.settings.reference_scores == "ahead"
+        return "reference log-probabilities" * is_ahead
 
     @abstractmethod
     def examples(
@@ -142,33 +173,16 @@ class OfflineLearner(LanguageLearner):
         return OfflineShard(data.name, tuple(train), tuple(test), truncated=cut + cut_too)
 
     def prepare(self, shard: OfflineShard, cache: Path) -> OfflineShard:
-        """Score a client's examples under the base reference, once.
+        """Let scores under the base reference be kept in a file of `cache`.
 
-        The scores are kept in a file of `cache` that is named after model and data.
+        The file is named after the model. With `reference_scores: ahead` a client's are computed.
         """
-        examples = shard.train + shard.test
-        if not examples or not self.needs_reference:
-            return shard
-        digest = blake2b(self.language.fingerprint.encode(), digest_size=16)
-        for example in examples:
-            digest.update(f"{example.prompt} {example.answers}".encode())
-        file = cache / f"reference-{digest.hexdigest()}.safetensors"
-        if file.exists():
-            scores = trees.load(file)["scores"]
-        else:
-            scores = torch.empty(len(examples), 2, dtype=torch.float64)
-            with torch.no_grad():
-                for indices in _by_length(examples, SCORING_BATCH):
-                    scores[indices] = (
-                        self._score(None, [examples[i] for i in indices])[0].double().cpu()
-                    )
-            cache.mkdir(parents=True, exist_ok=True)
-            trees.save({"scores": scores}, file)
-        scored = tuple(
-            replace(example, reference=(a, b))
-            for example, (a, b) in zip(examples, scores.tolist(), strict=True)
-        )
-        return replace(shard, train=scored[: len(shard.train)], test=scored[len(shard.train) :])
+        self.language.keep_in(cache)
+        if self.needs_reference:
+            self._references.keep_in(cache / f"{self.language.fingerprint}{SCORES}")
+            if self.settings.reference_scores == "ahead":
+                self._base(shard.train + shard.test)
+        return shard
 
     # ---- learning
 
@@ -186,14 +200,18 @@ class OfflineLearner(LanguageLearner):
             max(1, size.examples // count),
             size.max_tokens and max(1, size.max_tokens // count),
             size.epochs,
+            size.is_by_prompt,
         )
+        weights = []
         for m in range(count):
-            of_objective, lengths = shard.by_objective[m]
-            examples += [of_objective[i] for i in draw_indices(lengths, part, rng, m)]
+            of_objective, known = shard.by_objective[m]
+            indices, weight = draw_indices(known, part, rng, m)
+            examples += [of_objective[i] for i in indices]
+            weights.append(weight)
         if self.settings.reference == "base" or not self.needs_reference:
-            return self._with_base(examples)
+            return replace(self._with_base(examples), weights=tuple(weights))
         with torch.no_grad():
-            return Batch(examples, self._score(start, examples)[0])
+            return Batch(examples, self._score(start, examples)[0], tuple(weights))
 
     def losses(self, params: Tree, batch: Batch) -> tuple[Float[Tensor, " M"], Mapping[str, float]]:
         """Return each objective's mean loss over a batch [M], and metrics."""
@@ -203,13 +221,14 @@ class OfflineLearner(LanguageLearner):
             "num_pairs": float(len(batch.examples)),
             "num_tokens": float(sum(example.tokens for example in batch.examples)),
         }
+        weights = batch.weights or (1.0,) * len(self.objectives)
         if len(self.objectives) == 1:
-            return measured["loss"].mean()[None], metrics | counts
+            return weights[0] * measured["loss"].mean()[None], metrics | counts
         whose = torch.tensor(
             [example.objective for example in batch.examples], device=measured["loss"].device
         )
         losses = torch.stack(
-            [measured["loss"][whose == m].mean() for m in range(len(self.objectives))]
+            [w * measured["loss"][whose == m].mean() for m, w in enumerate(weights)]
         )
         apart = {
             f"loss/{name}": loss
@@ -219,7 +238,7 @@ class OfflineLearner(LanguageLearner):
 
     def batches(self, shard: OfflineShard) -> Iterator[tuple[Batch, float]]:
         """Yield all training examples once, against the base reference, with each batch's share."""
-        for indices in _by_length(shard.train, SCORING_BATCH):
+        for indices in _by_length(shard.train, MEASURED):
             yield (
                 self._with_base([shard.train[i] for i in indices]),
                 len(indices) / len(shard.train),
@@ -272,23 +291,95 @@ class OfflineLearner(LanguageLearner):
     def _held_out(
         self, params: Tree, shard: OfflineShard
     ) -> Iterator[tuple[Sequence[Example], Mapping[str, PerExample]]]:
-        for indices in _by_length(shard.test, SCORING_BATCH):
-            examples = [shard.test[i] for i in indices]
-            yield examples, self.measure(*self._score(params, examples), self._with_base(examples))
+        """Yield held-out examples with their metrics; of parameters seen before, from memory."""
+        if not shard.test:
+            return
+        digest = trees.digest(params)
+        if digest != self._evaluated[0]:
+            self._evaluated = digest, {}
+        known = self._evaluated[1]
+        for some in self._answers(shard.test, known.keys()):
+            sums, rewards = self.language.score(params, [row for row, _ in some])
+            explicit = [None] * len(sums) if rewards is None else rewards.tolist()
+            keys = [key for _, keys in some for key in keys]
+            known.update(zip(keys, zip(sums.tolist(), explicit, strict=True), strict=True))
+        found = [[known[key] for key in example.keys] for example in shard.test]
+        policy, reward = (
+            torch.tensor([[one[k] or 0.0 for one in pair] for pair in found], device=self.device)
+            for k in (0, 1)
+        )
+        has_reward = found[0][0][1] is not None
+        batch = self._with_base(shard.test)
+        yield shard.test, self.measure(policy, reward if has_reward else None, batch)
 
     def _with_base(self, examples: Sequence[Example]) -> Batch:
-        if self.needs_reference and any(example.reference is None for example in examples):
-            raise RuntimeError("the shard was not prepared: its examples have no reference scores")
-        known = [example.reference or (0.0, 0.0) for example in examples]
-        return Batch(examples, torch.tensor(known, device=self.language.device))
+        if not self.needs_reference:
+            return Batch(examples, torch.zeros(len(examples), 2, device=self.device))
+        return Batch(examples, torch.tensor(self._base(examples), device=self.device))
+
+    @torch.no_grad()
+    def _base(self, examples: Sequence[Example]) -> list[list[float]]:
+        """Return examples' scores under the base reference, of which the unknown are computed."""
+        known = self._base_scores
+        wanted = {key for example in examples for key in example.keys}
+        kept = self._references.find(wanted - known.keys())
+        known.update((key, struct.unpack("<d", score)[0]) for key, score in kept.items())
+        for some in self._answers(examples, known.keys()):
+            sums, _ = self.language.score(None, [row for row, _ in some])
+            keys = [key for _, keys in some for key in keys]
+            scores = dict(zip(keys, sums.tolist(), strict=True))
+            self._references.add({key: struct.pack("<d", s) for key, s in scores.items()})
+            known.update(scores)
+        return [[known[key] for key in example.keys] for example in examples]
+
+    def _answers(
+        self, examples: Sequence[Example], known: Collection[bytes]
+    ) -> Iterator[list[tuple[PackedRow, list[bytes]]]]:
+        """Yield prompts with the answers that are not known, each once, in batches, and their keys.
+
+        Batches are of similar length.
+        """
+        wanted: dict[Tokens, dict[bytes, Tokens]] = {}
+        for example in examples:
+            for key, answer in zip(example.keys, example.answers, strict=True):
+                if key not in known:
+                    wanted.setdefault(example.prompt, {})[key] = answer
+        rows: list[tuple[PackedRow, list[bytes]]] = []
+        for prompt, answers in wanted.items():
+            keys = list(answers)
+            for first in range(0, len(keys), SCORING_BATCH):
+                some = keys[first : first + SCORING_BATCH]
+                rows.append(((prompt, [answers[key] for key in some]), some))
+        rows.sort(key=lambda row: len(row[0][0]) + max(map(len, row[0][1])))
+        batch: list[tuple[PackedRow, list[bytes]]] = []
+        for row in rows:
+            if batch and sum(len(keys) for _, keys in batch) + len(row[1]) > SCORING_BATCH:
+                yield batch
+                batch = []
+            batch.append(row)
+        if batch:
+            yield batch
 
     def _score(
-        self, params: Tree | None, examples: Sequence[Example], *, training: bool = False
+        self, params: Tree, examples: Sequence[Example], *, training: bool = False
     ) -> tuple[Float[Tensor, "B 2"], Float[Tensor, "B 2"] | None]:
-        sums, rewards = self.language.score(
-            params, [(example.prompt, example.answers) for example in examples], training=training
+        """Score a batch, in which each prompt and each answer to it is computed once."""
+        rows: dict[Tokens, dict[bytes, Tokens]] = {}
+        for example in examples:
+            rows.setdefault(example.prompt, {}).update(
+                zip(example.keys, example.answers, strict=True)
+            )
+        order = [key for answers in rows.values() for key in answers]
+        places = {key: place for place, key in enumerate(order)}
+        index = torch.tensor(
+            [[places[key] for key in example.keys] for example in examples], device=self.device
         )
-        return sums.view(-1, 2), None if rewards is None else rewards.view(-1, 2)
+        sums, rewards = self.language.score(
+            params,
+            [(prompt, list(answers.values())) for prompt, answers in rows.items()],
+            training=training,
+        )
+        return sums[index], None if rewards is None else rewards[index]
 
 
 def _by_length(examples: Sequence[Example], size: int) -> Iterator[list[int]]:
