@@ -4,11 +4,12 @@ CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo deploy-demo test test-slow mutants lint references docs
+.PHONY: help setup demo demo-offline deploy-demo test test-slow mutants lint references docs
 
 help:
 	@echo "make setup   create .venv and install fedpref with everything it needs"
-	@echo "make demo    federated DPO over the shipped clients, on the shipped model"
+	@echo "make demo    a model of each client's own, of SmolLM2-135M (93 MB are fetched once), beside one for all"
+	@echo "make demo-offline   the same on the small shipped model, without a download"
 	@echo "make deploy-demo   a server and three sites on this machine, over mutual TLS"
 	@echo "make test    run the test suite"
 	@echo "make test-slow   what takes minutes: a federation with certificates, every algorithm over simulated sites"
@@ -21,7 +22,12 @@ setup:
 	@$(PYTHON) scripts/bootstrap.py $(CONSTRAINTS)
 
 demo: setup
-	@$(BIN)/fedpref run configs/demo.yaml
+	@if $(BIN)/fedpref model smollm2-q4 > /dev/null 2>&1; then $(BIN)/fedpref run configs/demo.yaml; \
+	else echo "SmolLM2 cannot be fetched here: this is the small shipped model, which writes no sentences."; \
+	$(BIN)/fedpref run configs/demo-offline.yaml; fi
+
+demo-offline: setup
+	@$(BIN)/fedpref run configs/demo-offline.yaml
 
 deploy-demo: setup
 	@$(BIN)/python scripts/deploy_demo.py runs/deploy-demo-$$(date +%Y%m%d-%H%M%S)

@@ -39,7 +39,7 @@ from fedpref.numerics import trees
 from fedpref.sites import kits
 from fedpref.sites.submitted import SUBMITTED
 
-CONFIG = Path(__file__).resolve().parent.parent / "configs/demo.yaml"
+CONFIG = Path(__file__).resolve().parent.parent / "configs/feddpo.yaml"
 SITES = ("clinic", "bank", "school")
 ROUNDS = 6
 SETTINGS = [

@@ -164,7 +164,7 @@ def round_cost(clients: int, rounds: int) -> float:
     seconds: dict[str, list[float]] = {name: [] for name in names}
     settings = ["algorithm.local.steps=6", f"partition.max_clients={clients}"]
     specs = {
-        name: Experiment.load(CONFIGS / "demo.yaml", [f"algorithm={name}", *settings])
+        name: Experiment.load(CONFIGS / "feddpo.yaml", [f"algorithm={name}", *settings])
         for name in names
     }
     task = specs["feddpo"].build_task()

@@ -102,7 +102,7 @@ def draws(rows: int, turns: int) -> dict[str, float]:
         ours, theirs = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
         seconds, batches = raced(
             turns,
-            ours=lambda s=size, g=ours: draw_indices(shard.by_objective[0][1], s, g),
+            ours=lambda s=size, g=ours: draw_indices(shard.by_objective[0][1], s, g)[0],
             ordered=lambda s=size, g=theirs: ordered_draw([e.tokens for e in shard.train], s, g),
         )
         assert batches[0] == batches[1]

@@ -64,7 +64,7 @@ def measure(
     model.save_pretrained(folder)
     del model
     transformers.AutoTokenizer.from_pretrained(BUILTIN).save_pretrained(folder)
-    task = PreferenceTask(model=Model(path=str(folder))).build()
+    task = PreferenceTask(model=Model(path=str(folder)), reference_scores="ahead").build()
     task.move_to(0)
     shard = task.prepare(OfflineShard("client", tuple(pairs(64, 4096)), ()), folder)
     start = task.init(seeds.generator(0, "init"))

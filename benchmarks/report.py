@@ -25,7 +25,7 @@ from fedpref.experiments.run_directory import RunDirectory
 from fedpref.experiments.run_files import EVALUATION, METRICS
 from fedpref.reports.page import REPORT
 
-CONFIG = Path(__file__).resolve().parent.parent / "configs/demo.yaml"
+CONFIG = Path(__file__).resolve().parent.parent / "configs/feddpo.yaml"
 ROUNDS, CLIENTS = 200, 64
 
 

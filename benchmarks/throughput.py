@@ -10,7 +10,11 @@ length and so unlike each other, takes four times as many steps as the others. A
 adapter (rank 8, all linear layers, AdamW) on batches of 8 pairs whose lengths are those of 64 pairs
 of hh-rlhf under the shipped tokenizer; the tokens are random. TRL has the base model as its
 reference, once as it is installed and once with glibc's malloc told to keep freed memory, as
-fedpref does. Gradient checkpointing is off everywhere.
+fedpref does, and in the arithmetic that is faster here. Gradient checkpointing is off everywhere.
+
+`smollm2` is SmolLM2-135M-Instruct, four-bit weights dequantised (`fedpref model smollm2-q4`), on 64
+of the shipped pairs. There fedpref also trains an adapter in the last 8 layers alone, with the
+states below them kept; TRL is timed with the same layers, and with all of them.
 """
 
 from __future__ import annotations
@@ -26,8 +30,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,18 +48,24 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fedpref import run
+from fedpref import UserError, run
+from fedpref.data.preferences import key
 from fedpref.engines import Simulation
 from fedpref.engines.workers import keep_freed_memory, one_thread
 from fedpref.experiments.experiment import Experiment
 from fedpref.federation.local_training import LocalTraining, train_locally
 from fedpref.federation.verbs import Client
+from fedpref.models import devices
 from fedpref.models.language import Model
+from fedpref.models.named import cache, located
 from fedpref.numerics import seeds, trees
 from fedpref.numerics.metrics import ACCURACY, standard_error
 from fedpref.tasks import BatchSize, PreferenceTask
+from fedpref.tasks.batches import planned
 from fedpref.tasks.offline import Example, OfflineShard
 
+SMOLLM2 = "smollm2"
+LAST = 8  # layers of SmolLM2 that have an adapter, where it is not all 30
 BUILTIN = Path(__file__).resolve().parent.parent / "src/fedpref/models/builtin"
 BATCH = 8
 # Tokens of (prompt, chosen, rejected) of 64 random pairs of hh-rlhf's helpful-base and harmless-
@@ -99,6 +110,7 @@ MODELS: dict[str, dict[str, Any] | None] = {
         "n_positions": 1024,
         "vocab_size": 4096,
     },
+    SMOLLM2: None,
 }
 
 
@@ -114,10 +126,28 @@ def pairs(count: int, vocabulary: int) -> list[Example]:
     return [Example(prompt, (chosen, rejected)) for prompt, chosen, rejected in drawn]
 
 
+def texts(model: Path, count: int) -> list[Example]:
+    """Shipped pairs as the model's tokens, of all clients in turn."""
+    task = PreferenceTask(model=Model(path=str(model))).build()
+    shards = [task.encode(client) for client in Experiment().clients()[0]]
+    return [shards[i % len(shards)].train[i // len(shards)] for i in range(count)]
+
+
+def given(model: Path, count: int) -> list[Example]:
+    """The pairs on which a model is raced."""
+    return texts(model, count) if is_smollm2(model) else pairs(count, 4096)
+
+
+def is_smollm2(model: Path) -> bool:
+    return "smollm2" in model.name
+
+
 def make(name: str, folder: Path) -> Path:
     """A model of that name, as a Hugging Face folder."""
     import transformers
 
+    if name == SMOLLM2:
+        return Path(located("smollm2-q4"))
     settings = MODELS[name]
     if settings is None:
         return BUILTIN
@@ -132,21 +162,24 @@ def make(name: str, folder: Path) -> Path:
     return folder / name
 
 
-def prepared(task: Any, count: int) -> OfflineShard:
-    """A client with so many pairs, scored under the reference."""
+def prepared(task: Any, examples: Sequence[Example]) -> OfflineShard:
+    """A client with these pairs, scored under the reference."""
     with tempfile.TemporaryDirectory() as cache:
-        shard: OfflineShard = task.prepare(
-            OfflineShard("client", tuple(pairs(count, 4096)), ()), Path(cache)
-        )
+        shard: OfflineShard = task.prepare(OfflineShard("client", tuple(examples), ()), Path(cache))
     return shard
+
+
+def built(task: PreferenceTask) -> Any:
+    """A task that scores all pairs under the reference before it is timed."""
+    return replace(task, reference_scores="ahead").build()
 
 
 # ---- the tools: each a function that prepares everything and returns one that takes some steps
 
 
-def fedpref(model: Path, size: int) -> Callable[[int], None]:
-    task = PreferenceTask(model=Model(path=str(model))).build()
-    shard = prepared(task, 64)
+def fedpref(model: Path, size: int, **settings: Any) -> Callable[[int], None]:
+    task = built(PreferenceTask(model=Model(path=str(model), **settings)))
+    shard = prepared(task, given(model, 64))
     start = task.init(seeds.generator(0, "init"))
     rounds = iter(range(10_000))
 
@@ -157,18 +190,27 @@ def fedpref(model: Path, size: int) -> Callable[[int], None]:
     return steps
 
 
+def trunk(model: Path, size: int) -> Callable[[int], None]:
+    return fedpref(model, size, lora_layers_to_transform=f"last-{LAST}", trunk_states="memory")
+
+
+def no_trunk(model: Path, size: int) -> Callable[[int], None]:
+    return fedpref(model, size, lora_layers_to_transform=f"last-{LAST}", trunk_states="none")
+
+
 def peft(model: Path, size: int) -> Callable[[int], None]:
     """A careful user's loop: padded batches, all logits, the reference scored once beforehand."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
     from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-    policy = get_peft_model(AutoModelForCausalLM.from_pretrained(model), _lora(LoraConfig))
+    backbone = AutoModelForCausalLM.from_pretrained(model, dtype=_arithmetic(model))
+    policy = get_peft_model(backbone, _lora(LoraConfig))
     collate = DataCollatorForPreference(pad_token_id=0)
     optimiser = torch.optim.AdamW(
         [p for p in policy.parameters() if p.requires_grad], 5e-4, weight_decay=0.0
     )
-    rows = _rows()
+    rows = _rows(model)
     draw = random.Random(1)
     reference = torch.zeros(2, size)  # what a cache would give costs nothing to look up
 
@@ -193,7 +235,7 @@ def peft(model: Path, size: int) -> Callable[[int], None]:
     return steps
 
 
-def trl(model: Path, size: int) -> Callable[[int], None]:
+def trl(model: Path, size: int, tuned: bool = False, **lora: Any) -> Callable[[int], None]:
     import datasets
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -202,7 +244,8 @@ def trl(model: Path, size: int) -> Callable[[int], None]:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    backbone = AutoModelForCausalLM.from_pretrained(model)
+    dtype = {"dtype": _arithmetic(model)} if tuned else {}
+    backbone = AutoModelForCausalLM.from_pretrained(model, **dtype)
     arguments = DPOConfig(
         output_dir=tempfile.mkdtemp(),
         report_to=[],
@@ -218,15 +261,15 @@ def trl(model: Path, size: int) -> Callable[[int], None]:
         max_steps=1,
     )
     trainer = DPOTrainer(
-        model=get_peft_model(backbone, _lora(LoraConfig)),
-        ref_model=AutoModelForCausalLM.from_pretrained(model),
+        model=get_peft_model(backbone, _lora(LoraConfig, **lora)),
+        ref_model=AutoModelForCausalLM.from_pretrained(model, **dtype),
         args=arguments,
         train_dataset=datasets.Dataset.from_list(
             [{"prompt": "a", "chosen": " b", "rejected": " c"}]
         ),
         processing_class=AutoTokenizer.from_pretrained(model),
     )
-    trainer.train_dataset = datasets.Dataset.from_list(_rows())
+    trainer.train_dataset = datasets.Dataset.from_list(_rows(model))
 
     def steps(count: int) -> None:
         trainer.args.max_steps = count
@@ -235,28 +278,56 @@ def trl(model: Path, size: int) -> Callable[[int], None]:
     return steps
 
 
-def _lora(kind: Any) -> Any:
-    return kind(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules="all-linear")
+def trl_tuned(model: Path, size: int) -> Callable[[int], None]:
+    return trl(model, size, tuned=True)
 
 
-def _rows() -> list[dict[str, list[int]]]:
+def trl_same_layers(model: Path, size: int) -> Callable[[int], None]:
+    return trl(model, size, tuned=True, layers_to_transform=list(range(30 - LAST, 30)))
+
+
+def _lora(kind: Any, **settings: Any) -> Any:
+    names: Any = "all-linear"
+    if settings:  # PEFT takes layers beside names alone
+        names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    return kind(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules=names, **settings)
+
+
+def _arithmetic(model: Path) -> torch.dtype:
+    """What is faster here for a model whose weights are in bfloat16; float32 for others."""
+    if not is_smollm2(model):
+        return torch.float32
+    return devices.arithmetic("auto", torch.device("cpu"))
+
+
+def _rows(model: Path) -> list[dict[str, list[int]]]:
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
     return [
-        dict(zip(names, map(list, (p.prompt, *p.answers)), strict=True)) for p in pairs(64, 4096)
+        dict(zip(names, map(list, (p.prompt, *p.answers)), strict=True)) for p in given(model, 64)
     ]
 
 
 TOOLS: dict[str, tuple[Callable[[Path, int], Callable[[int], None]], bool]] = {
     "TRL as installed": (trl, False),
-    "TRL, malloc tuned": (trl, True),
+    "TRL, malloc tuned": (trl_tuned, True),
     "transformers + PEFT, malloc tuned": (peft, True),
     "fedpref": (fedpref, True),
 }
+OF_SMOLLM2 = {
+    **TOOLS,
+    f"TRL tuned, last {LAST} layers": (trl_same_layers, True),
+    f"fedpref, last {LAST} layers": (trunk, True),
+    f"fedpref, last {LAST} layers, nothing kept": (no_trunk, True),
+}
+
+
+def tools(model: Path) -> dict[str, tuple[Callable[[Path, int], Callable[[int], None]], bool]]:
+    return OF_SMOLLM2 if is_smollm2(model) else TOOLS
 
 
 def serve(connection: Any, tool: str, model: Path, size: int) -> None:
     torch.set_num_threads(1)
-    make_steps, tuned = TOOLS[tool]
+    make_steps, tuned = tools(model)[tool]
     if tuned:
         keep_freed_memory()
     steps = make_steps(model, size)
@@ -274,18 +345,18 @@ def race(model: Path, size: int, warm: int, turns: int, count: int) -> dict[str,
     """
     context = multiprocessing.get_context("spawn")
     lanes: dict[str, tuple[Any, Any]] = {}
-    for tool in TOOLS:
+    for tool in tools(model):
         ours, theirs = context.Pipe()
         process = context.Process(target=serve, args=(theirs, tool, model, size), daemon=True)
         process.start()
         lanes[tool] = (ours, process)
     for connection, _ in lanes.values():
         assert connection.recv() == "ready"
-    seconds: dict[str, list[float]] = {tool: [] for tool in TOOLS}
-    memory = dict.fromkeys(TOOLS, 0.0)
+    seconds: dict[str, list[float]] = {tool: [] for tool in lanes}
+    memory = dict.fromkeys(lanes, 0.0)
     for turn in range(-warm, turns):
         for tool, (connection, _) in lanes.items():
-            wanted = count * (4 if tool == "fedpref" else 1)
+            wanted = count * (4 if tool.startswith("fedpref") else 1)
             connection.send(wanted)
             taken, memory[tool] = connection.recv()
             if turn >= 0:
@@ -294,7 +365,7 @@ def race(model: Path, size: int, warm: int, turns: int, count: int) -> dict[str,
         connection.send(0)
         process.join()
     return {
-        tool: {"seconds": statistics.mean(seconds[tool]), "memory": memory[tool]} for tool in TOOLS
+        tool: {"seconds": statistics.mean(seconds[tool]), "memory": memory[tool]} for tool in lanes
     }
 
 
@@ -306,11 +377,13 @@ def gradient_errors() -> dict[str, float]:
     float32 form.
     """
     found = {}
-    shard = None
+    scores: dict[bytes, float] = {}
     dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
     for dtype in dtypes:
-        task = PreferenceTask(model=Model(dtype=dtype)).build()
-        shard = shard or prepared(task, BATCH)  # the same reference for both
+        task = built(PreferenceTask(model=Model(dtype=dtype)))
+        shard = prepared(task, pairs(BATCH, 4096))
+        task._base_scores |= scores  # the same reference for both
+        scores = dict(task._base_scores)
         draw = torch.Generator().manual_seed(0)
         start = {
             name: 0.05 * torch.randn(t.shape, generator=draw)
@@ -340,8 +413,8 @@ def federation(clients: int, workers: int, batch: int, rounds: int) -> dict[str,
     """
     keep_freed_memory()
     experiment = Experiment()
-    task = experiment.task.build()
-    shard = prepared(task, 16)
+    task = built(experiment.task)
+    shard = prepared(task, pairs(16, 4096))
     algorithm = type(experiment.algorithm)(local=LocalTraining(steps=1, batch_size=batch))
     engine = Simulation(task, [shard] * clients, seed=0, rounds=rounds, workers=workers)
     state = algorithm.init(engine, task.init(seeds.generator(0, "init")))
@@ -363,8 +436,8 @@ def loop_share(steps: int) -> float:
     """The part of a round that is neither forward, backward nor optimiser."""
     keep_freed_memory()
     experiment = Experiment()
-    task = experiment.task.build()
-    shard = prepared(task, 16)
+    task = built(experiment.task)
+    shard = prepared(task, pairs(16, 4096))
     inside = 0.0
 
     def timed(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -394,12 +467,14 @@ def loop_share(steps: int) -> float:
     return 1 - inside / total
 
 
-def matrix_rate(device: torch.device = torch.device("cpu")) -> float:
+def matrix_rate(
+    device: torch.device = torch.device("cpu"), dtype: torch.dtype | None = None
+) -> float:
     """What a product of square matrices reaches on the device, in bfloat16 where it is used, in
     FLOP a second.
     """
     gpu, size = device.type == "cuda", 8192 if device.type == "cuda" else 1024
-    dtype = torch.bfloat16 if gpu or torch.cpu._is_avx512_bf16_supported() else torch.float32
+    dtype = dtype or devices.arithmetic("auto", device)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best = 1e9
     for _ in range(20):
@@ -417,10 +492,96 @@ def step_flops(size: int) -> float:
     """
     body = 4 * (4 * 256 * 256 + 3 * 256 * 688)
     lora = 4 * 8 * (4 * 512 + 3 * 944)
-    batch = pairs(64, 4096)
+    return _flops(pairs(64, 4096), size, body, lora, 256 * 4096)
+
+
+def smollm2_flops(model: Path, size: int) -> float:
+    """The same of SmolLM2, with an adapter in all layers."""
+    body = 30 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536)
+    lora = 30 * 8 * (2 * 1152 + 2 * 768 + 3 * 2112)
+    return _flops(given(model, 64), size, body, lora, 576 * 49152)
+
+
+def _flops(batch: Sequence[Example], size: int, body: int, lora: int, head: int) -> float:
     tokens = sum(p.tokens for p in batch) / len(batch) * size
     answers = sum(len(answer) for p in batch for answer in p.answers) / len(batch) * size
-    return tokens * (4 * body + 6 * lora) + answers * 4 * 256 * 4096
+    return tokens * (4 * body + 6 * lora) + answers * 4 * head
+
+
+def scores_saved() -> dict[str, float]:
+    """Answers that were scored when each pair was scored by itself, over those that are."""
+    real = Path(__file__).resolve().parent.parent / "configs/ukpconvarg.yaml"
+    sources = {"shipped": Experiment(), "ukpconvarg": Experiment.load(real)}
+    figures = {}
+    for name, experiment in sources.items():
+        try:
+            clients = experiment.read().clients
+        except UserError:  # the set is not beside this checkout
+            continue
+        rows = [row for client in clients for row in (*client.train, *client.test)]
+        answers = {
+            (key(row.prompt), key(answer)) for row in rows for answer in (row.chosen, row.rejected)
+        }
+        figures[f"scores_saved_{name}"] = 2 * len(rows) / len(answers)
+    return figures
+
+
+def batches_by_prompt(quick: bool) -> dict[str, float]:
+    """How much a batch's gradient varies where its pairs are of the same prompts, over what it does
+    where they are of similar length; and how many tokens are computed, likewise.
+
+    Of the client with most pairs, over an epoch of batches, at an adapter away from zero.
+    """
+    task = built(Experiment().task)
+    shard = task.encode(Experiment().clients()[0][0])
+    shard = replace(shard, train=shard.train[: 80 if quick else None], test=())
+    draw = torch.Generator().manual_seed(0)
+    start = {
+        name: 0.05 * torch.randn(t.shape, generator=draw)
+        for name, t in task.init(seeds.generator(0, "init")).items()
+    }
+    examples, known = shard.by_objective[0]
+    variance, tokens = {}, {}
+    for name in ("length", "prompt"):
+        plan = planned(known, BatchSize(BATCH, is_by_prompt=name == "prompt"), draw)
+        gradients, tokens[name] = [], 0
+        for indices in plan:
+            batch = [examples[i] for i in indices]
+            leaves = {key: tensor.clone().requires_grad_() for key, tensor in start.items()}
+            task.losses(leaves, task._with_base(batch))[0].sum().backward()
+            gradients.append(torch.cat([leaves[key].grad.flatten() for key in sorted(leaves)]))
+            prompts = {example.prompt for example in batch}
+            answers = {(e.prompt, answer) for e in batch for answer in e.answers}
+            tokens[name] += sum(map(len, prompts)) + sum(len(answer) for _, answer in answers)
+        whole = torch.stack(gradients)
+        variance[name] = float((whole - whole.mean(0)).square().sum(1).mean())
+    return {
+        "batch_by_prompt_variance": variance["prompt"] / variance["length"],
+        "batch_by_prompt_tokens": tokens["prompt"] / tokens["length"],
+    }
+
+
+def trunk_accuracy() -> dict[str, float]:
+    """Points of held-out accuracy of FedDPO in the last 8 layers less those of all layers, each at
+    its own rate.
+    """
+    file = Path(__file__).resolve().parent.parent / "configs/demo.yaml"
+    means = {}
+    for layers, rate in ((f"last-{LAST}", 2e-3), ("null", 5e-4)):
+        overrides = [
+            "baselines=[]",
+            "algorithm=feddpo",
+            "rounds=4",
+            "algorithm.local.steps=4",
+            f"algorithm.local.learning_rate={rate}",
+            f"task.model.lora_layers_to_transform={layers}",
+            "task.samples=0",
+        ]
+        with tempfile.TemporaryDirectory() as place:
+            outcome = run(Experiment.load(file, overrides), Path(place) / "run")
+        rows = outcome.evaluations["feddpo"]
+        means[layers] = statistics.mean(row[ACCURACY] for row in rows.values())
+    return {"trunk_accuracy_points": 100 * (means[f"last-{LAST}"] - means["null"])}
 
 
 def first_step() -> dict[str, float]:
@@ -486,7 +647,10 @@ def own_figures(quick: bool) -> list[Callable[[], dict[str, float]]]:
         lambda: {"loop_share": together((loop_share, 2 if quick else 8))[0]},
         first_step,
         gradient_errors,
+        scores_saved,
+        lambda: together((batches_by_prompt, quick))[0],
         *([] if quick else [lambda: together((accuracies,))[0]]),
+        *([] if quick or SMOLLM2 not in present() else [lambda: together((trunk_accuracy,))[0]]),
     ]
 
 
@@ -497,7 +661,7 @@ def accuracies() -> dict[str, float]:
     found, errors = [], []
     for dtype in ("auto", "float32"):
         with tempfile.TemporaryDirectory() as place:
-            file = Path(__file__).resolve().parent.parent / "configs/demo.yaml"
+            file = Path(__file__).resolve().parent.parent / "configs/feddpo.yaml"
             outcome = run(
                 Experiment.load(file, ["baselines=[]", f"task.model.dtype={dtype}"]),
                 Path(place) / "run",
@@ -515,6 +679,23 @@ def accuracies() -> dict[str, float]:
     }
 
 
+def present() -> list[str]:
+    """The models that are here: SmolLM2 has to be fetched."""
+    here = (cache() / "models" / "smollm2-q4").is_dir()
+    return [name for name in MODELS if name != SMOLLM2 or here]
+
+
+def of_smollm2(model: Path, size: int, seconds: Mapping[str, float]) -> dict[str, float]:
+    last = seconds[f"fedpref, last {LAST} layers"]
+    rate = matrix_rate(dtype=devices.arithmetic("auto", torch.device("cpu")))
+    return {
+        "ratio_trl_tuned_smollm2_trunk": seconds["TRL, malloc tuned"] / last,
+        "ratio_trl_tuned_smollm2_same_layers": seconds[f"TRL tuned, last {LAST} layers"] / last,
+        "trunk_speedup": seconds[f"fedpref, last {LAST} layers, nothing kept"] / last,
+        "matmul_share_smollm2": smollm2_flops(model, size) / seconds["fedpref"] / rate,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -524,9 +705,7 @@ def main() -> None:
         action="store_true",
         help="a minute: the shipped model, one cold step of two pairs each, everything at once",
     )
-    parser.add_argument(
-        "--models", nargs="+", choices=MODELS, default=list(MODELS), help="race on these alone"
-    )
+    parser.add_argument("--models", nargs="+", choices=MODELS, help="race on these alone")
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
     console = Console(width=140)
@@ -538,9 +717,11 @@ def main() -> None:
         ThreadPoolExecutor(2 if arguments.quick else 1) as pool,
     ):
         beside = [pool.submit(piece) for piece in own_figures(True)] if arguments.quick else []
-        for name in ["shipped"] if arguments.quick else arguments.models:
-            turns, count = (1, 1) if arguments.quick else (3, 1 if name == "29m" else 4)
-            raced = race(make(name, Path(place)), size, 0 if arguments.quick else 1, turns, count)
+        for name in arguments.models or (["shipped"] if arguments.quick else present()):
+            turns = 1 if arguments.quick else 3
+            count = 1 if arguments.quick or name in ("29m", SMOLLM2) else 4
+            model = make(name, Path(place))
+            raced = race(model, size, 0 if arguments.quick else 1, turns, count)
             console.print(race_table(name, size, raced))
             ours = raced["fedpref"]["seconds"]
             suffix = "" if name == "shipped" else f"_{name}"
@@ -552,6 +733,8 @@ def main() -> None:
             figures[f"pairs_per_cpu_second{suffix}"] = size / ours
             if name == "shipped":
                 figures["matmul_share"] = step_flops(size) / ours / matrix_rate()
+            if name == SMOLLM2:
+                figures |= of_smollm2(model, size, {t: row["seconds"] for t, row in raced.items()})
         for future in beside or [pool.submit(piece) for piece in own_figures(False)]:
             figures |= future.result()
     table = Table(title="figures", title_justify="left")

@@ -19,7 +19,7 @@ import yaml
 from fedpref.experiments.experiment import Experiment
 from fedpref.sites import kits
 
-CONFIG = Path(__file__).resolve().parent.parent / "configs/demo.yaml"
+CONFIG = Path(__file__).resolve().parent.parent / "configs/feddpo.yaml"
 SITES = ("north", "east", "south")
 EXPERIMENTS = {"fedpdpo": ["algorithm.local.steps=6"], "decdpo": ["network.topology=ring"]}
 COMMON = ["rounds=3", "baselines=[]", "patience={seconds: 300, min_sites: 3}"]

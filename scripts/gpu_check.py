@@ -445,9 +445,9 @@ def check_bfloat16(key: str, packed: Scored, plain: Scored, exact: Scored, repor
 Metrics = Mapping[str, Mapping[str, float]]
 
 
-def outcome(overrides: Sequence[str]) -> Mapping[str, Metrics]:
-    """Run the demo's config, changed, and return each line's metrics of each client."""
-    experiment = Experiment.load(ROOT / "configs/demo.yaml", overrides)
+def outcome(config: str, overrides: Sequence[str]) -> Mapping[str, Metrics]:
+    """Run a config, changed, and return each line's metrics of each client."""
+    experiment = Experiment.load(ROOT / "configs" / config, overrides)
     return run(experiment, scratch("run") / "run").evaluations
 
 
@@ -465,7 +465,7 @@ def run_demo(setting: Setting, report: Report) -> None:
     """Run the demo as it is, and check that it ends with numbers."""
     fewer = ["rounds=1", "partition.max_clients=2", *few_rows(8)] if setting.small else []
     begun = time.perf_counter()
-    lines = outcome([*setting.overrides, *fewer])
+    lines = outcome("demo.yaml", [*setting.overrides, *fewer])
     seconds = time.perf_counter() - begun
     values = [
         value for clients in lines.values() for row in clients.values() for value in row.values()
@@ -485,7 +485,9 @@ def compare_devices(setting: Setting, report: Report) -> None:
     sizes = ["rounds=1", *few_rows(8)] if setting.small else ["rounds=3", *few_rows(64)]
     common = ["workers=1", "baselines=[]", "partition.max_clients=4", "task.model.dtype=float32"]
     found = [
-        next(iter(outcome([*common, *sizes, f"task.model.device={device}"]).values()))
+        next(
+            iter(outcome("feddpo.yaml", [*common, *sizes, f"task.model.device={device}"]).values())
+        )
         for device in (setting.device, "cpu")
     ]
     accuracies = [mean(clients, ACCURACY) for clients in found]

@@ -305,7 +305,7 @@ def test_the_demo_runs_in_a_fresh_process(tmp_path: Path) -> None:
         "-m",
         "fedpref",
         "run",
-        str(ROOT / "configs/demo.yaml"),
+        str(ROOT / "configs/feddpo.yaml"),
         *short,
         "--output",
         str(tmp_path / "run"),

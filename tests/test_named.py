@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 from typer.testing import CliRunner
 
 from fedpref import cli, config
@@ -100,7 +101,7 @@ def test_a_gguf_file_is_dequantised_once_to_the_arithmetic_asked_for(
     writer.add_rope_dimension_count(width // heads)
     writer.add_vocab_size(vocabulary)
     writer.add_tokenizer_model("gpt2")
-    letters = list(transformers.convert_slow_tokenizer.bytes_to_unicode().values())
+    letters = list(bytes_to_unicode().values())
     pair = letters[0] + letters[1]
     writer.add_token_list([*letters[: vocabulary - 2], pair, "<|end|>"])
     writer.add_token_merges([f"{letters[0]} {letters[1]}"])

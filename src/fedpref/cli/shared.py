@@ -51,10 +51,12 @@ def follow(happenings: Iterator[Event], folder: RunDirectory, opens: bool = Fals
     """Show a run as it goes, then its table, its page, and where it lies."""
     from fedpref.experiments.finished import FinishedRun
     from fedpref.reports.page import REPORT, write_report
+    from fedpref.reports.paired import sentences
     from fedpref.reports.progress import show
     from fedpref.reports.tables import (
         client_table,
         newcomer_table,
+        next_commands,
         objective_table,
         sample_table,
         sizes,
@@ -70,6 +72,8 @@ def follow(happenings: Iterator[Event], folder: RunDirectory, opens: bool = Fals
         show(happenings, console)
     outcome = FinishedRun(folder).result()
     console.print(client_table(outcome.path, outcome.evaluations))
+    for sentence in sentences(outcome.path):
+        console.print(f"{sentence}.", highlight=False, markup=False)
     if objectives := objective_table(outcome.evaluations):
         console.print(objectives)
     if samples := sample_table(outcome.path):
@@ -82,5 +86,7 @@ def follow(happenings: Iterator[Event], folder: RunDirectory, opens: bool = Fals
         soft_wrap=True,
     )
     console.print(f"run directory: {outcome.path}", highlight=False, soft_wrap=True)
+    for command in next_commands(outcome.path):
+        console.print(command, highlight=False, soft_wrap=True, markup=False)
     if opens:
         typer.launch(str(outcome.path / REPORT))

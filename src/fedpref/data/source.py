@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -48,6 +48,14 @@ class DataSource(ABC):
         """Return the side on which a text stands that decides for its rows."""
         is_held_out = held_out(text, self.test_fraction, self.split_seed)
         return "test" if is_held_out else "train"
+
+    @property
+    def known_accuracies(self) -> Mapping[str, float]:
+        """How often the tastes agree with the held-out preferences that were drawn by them.
+
+        By client, where rows were drawn by tastes that are known; empty elsewhere.
+        """
+        return {}
 
     @abstractmethod
     def read(self) -> Iterator[Row | Unusable]:

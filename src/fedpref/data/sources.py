@@ -6,6 +6,7 @@ empty line between them, and answers begin with a space.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import Counter
@@ -133,6 +134,12 @@ class Builtin(DataSource):
     """The shipped set: twelve clients with known tastes compare answers to everyday requests."""
 
     name: Literal["builtin"] = "builtin"
+
+    @property
+    def known_accuracies(self) -> Mapping[str, float]:
+        text = (files("fedpref.data") / "builtin" / "population.json").read_text(encoding="utf-8")
+        population = json.loads(text)
+        return {name: one["accuracy_of_the_true_taste"] for name, one in population.items()}
 
     def read(self) -> Iterator[Preference]:
         path = str(files("fedpref.data") / "builtin" / "preferences.jsonl.gz")

@@ -24,6 +24,7 @@ from fedpref.experiments.environment import described
 from fedpref.experiments.experiment import Experiment, lines, with_whole_paths
 from fedpref.experiments.run_directory import (
     CONFIG,
+    OUTCOMES,
     SAMPLES,
     RunDirectory,
     client_folder,
@@ -192,7 +193,7 @@ def _line(
         last = round + 1 == experiment.rounds
         if last or (experiment.evaluate_every and (round + 1) % experiment.evaluate_every == 0):
             model, few = algorithm.model(state), None if last else experiment.evaluate_pairs
-            row = {"round": round + 1, **_evaluate(engine, model, names, trained, few)}
+            row = {"round": round + 1, **_evaluate(engine, model, names, trained, few, last)}
             if experiment.diagnostics:
                 engine.begin(round, [i for i in trained if weights[i]], "evaluate")
                 row["diagnostics"] = diagnose(
@@ -214,7 +215,7 @@ def _line(
         if last or (round + 1) % experiment.checkpoint_every == 0:
             folder.checkpoint(round + 1, state, engine)
         yield from told
-    _export(experiment, engine, algorithm.model(state), task, folder)
+    _export(experiment, engine, algorithm.model(state), task, folder, names)
     folder.finish(has_own=not all(isinstance(part, Mapping) for part in algorithm.model(state)))
 
 
@@ -267,6 +268,7 @@ def _evaluate(
     names: Sequence[str],
     clients: Sequence[int],
     few: int | None = None,
+    is_last: bool = False,
 ) -> dict[str, Any]:
     """Return some clients' held-out metrics, and each metric's summary over them.
 
@@ -276,9 +278,11 @@ def _evaluate(
         names: Of all clients.
         clients: Which of them.
         few: Of how many held-out pairs; None for all.
+        is_last: Let clients also keep what came of each of their pairs.
     """
     engine.begin(engine.round, clients, "evaluate")
-    measured = engine.each(evaluate, *model) if few is None else engine.each(glance, few, *model)
+    work = conclude if is_last else evaluate
+    measured = engine.each(work, *model) if few is None else engine.each(glance, few, *model)
     rows = {names[i]: dict(metrics) for i, metrics in engine.disclose(measured).items()}
     counts = {name: int(row["num_examples"]) for name, row in rows.items()}
     metrics = [metric for metric in next(iter(rows.values())) if not metric.startswith("num_")]
@@ -293,7 +297,12 @@ def _evaluate(
 
 
 def _export(
-    experiment: Experiment, engine: Engine, model: Sequence[Any], task: Task, folder: RunDirectory
+    experiment: Experiment,
+    engine: Engine,
+    model: Sequence[Any],
+    task: Task,
+    folder: RunDirectory,
+    names: Sequence[str],
 ) -> None:
     """Write the shared model, clients' own, and the answers that are kept to be read."""
     shared = trees.merge(*(part for part in model if isinstance(part, Mapping)))
@@ -302,15 +311,30 @@ def _export(
     if not all(isinstance(part, Mapping) for part in model):
         engine.begin(engine.round, engine.clients, "evaluate")
         engine.each(export, "clients", *model)
-    if experiment.task.samples:
+    if asked := tuple(name for name in names if experiment.task.asks(name)):
         engine.begin(engine.round, engine.clients, "evaluate")
-        engine.each(sample, *model)
+        engine.each(sample, asked, *model)
 
 
 @work("evaluation.evaluate")
 def evaluate(client: Client, *parts: Tree) -> Mapping[str, float]:
     """Return the held-out metrics of the client's model."""
     return client.task.evaluate(trees.merge(*parts), client.shard)
+
+
+@work("evaluation.conclude")
+def conclude(client: Client, *parts: Tree) -> Mapping[str, float]:
+    """Return the held-out metrics of the client's model, and keep what came of each example.
+
+    That is written to the client's own folder, from which models are compared pair by pair.
+    """
+    params = trees.merge(*parts)
+    if outcomes := client.task.outcomes(params, client.shard):
+        folder = client.folder / OUTCOMES
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / f"{file_name(client.shard.name)}.json"
+        file.write_text(json.dumps(outcomes) + "\n")
+    return client.task.evaluate(params, client.shard)
 
 
 @work("evaluation.glance")
@@ -331,8 +355,10 @@ def export(client: Client, kind: Literal["clients", "newcomers"], *parts: Tree) 
 
 
 @work("evaluation.sample", sends=())
-def sample(client: Client, *parts: Tree) -> Tree:
-    """Write answers to the client's held-out prompts, to be read."""
+def sample(client: Client, asked: tuple[str, ...], *parts: Tree) -> Tree:
+    """Write answers to the client's held-out prompts, to be read, if they are asked for."""
+    if client.shard.name not in asked:
+        return {}
     rows = client.task.samples(trees.merge(*parts), client.shard)
     folder = client.folder / SAMPLES
     folder.mkdir(exist_ok=True)
@@ -342,5 +368,5 @@ def sample(client: Client, *parts: Tree) -> Tree:
     return {}
 
 
-WORKS = (evaluate, glance, export, sample)
+WORKS = (evaluate, conclude, glance, export, sample)
 """What an experiment runs on clients beside its algorithm."""

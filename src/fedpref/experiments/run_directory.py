@@ -36,6 +36,9 @@ PLAIN = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}(\.[a-z0-9_-]{1,16})?")
 # a folder: answers to a client's held-out prompts, before training and after, a file for each
 # client
 SAMPLES = "samples"
+# a folder: of each held-out example a digest of its prompt and whether the model was right, a file
+# for each client
+OUTCOMES = "outcomes"
 
 
 def client_folder(run: Path, kind: str, client: str) -> Path:

@@ -120,13 +120,19 @@ FORMS: dict[str, TypeAdapter[Any]] = {
     ENVIRONMENT: TypeAdapter(Environment),
 }
 SAMPLES = TypeAdapter(Sample)
+OUTCOMES = TypeAdapter(list[tuple[str, float]])  # of a client's held-out examples
 
 
-def read_json(path: Path) -> Any:
-    """Return what a file of a run holds; raises UserError where it is damaged."""
+def read_json(path: Path, form: TypeAdapter[Any] | None = None) -> Any:
+    """Return what a file of a run holds; raises UserError where it is damaged.
+
+    Args:
+        path: The file.
+        form: Its form, where its name does not say it.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        FORMS[path.name].validate_python(content)
+        (form or FORMS[path.name]).validate_python(content)
     except (OSError, ValueError, RecursionError) as error:
         raise _damaged(path, error) from error
     return content

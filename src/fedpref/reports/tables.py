@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 from rich.text import Text
@@ -158,31 +160,68 @@ def objective_table(evaluations: Mapping[str, ClientMetrics]) -> Table | None:
 
 
 def sample_table(path: Path, shown: int = 3) -> Table | None:
-    """Return the first client's prompts with answers before and after; None if none are kept."""
-    files = [
-        (name, file)
+    """Return prompts with answers before and after training; None if none are kept.
+
+    If clients were asked alike and answer with models of their own, it is one prompt, and the two
+    whose answers differ most in length; otherwise the first client's prompts.
+    """
+    kept = {
+        name: rows
         for name in (sorted(sizes(path)) if (path / SAMPLES).is_dir() else ())
-        if (file := client_path(path, SAMPLES, name, ".jsonl"))
-    ]
-    rows = read_rows(files[0][1])[:shown] if files else []
-    if not rows:
+        if (file := client_path(path, SAMPLES, name, ".jsonl")) and (rows := read_rows(file))
+    }
+    if not kept:
         return None
-    table = Table(
-        title=f"answers to {printable(files[0][0])}",
-        title_style="bold",
-        title_justify="left",
-        show_lines=True,
-    )
-    for title in ("prompt", "before", "after"):
-        table.add_column(title, ratio=1)
-    for row in rows:
-        prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
-        answers = [
-            Text("\n".join([row[name]["completion"].strip(), *_rewards(row[name]["rewards"])]))
-            for name in ("before", "after")
-        ]
-        table.add_row(Text(prompt.strip()), *answers)
+    first, *_ = kept
+    alike = {
+        name: row
+        for name, rows in kept.items()
+        for row in rows
+        if row["prompt"] == kept[first][0]["prompt"]
+    }
+    if len({row["after"]["completion"] for row in alike.values()}) > 1:
+        by_length = sorted(alike, key=lambda name: len(alike[name]["after"]["completion"]))
+        return _two_answers(alike, by_length[-1], by_length[0])
+    table = _answers(f"answers to {printable(first)}", ("prompt", "before", "after"))
+    for row in kept[first][:shown]:
+        table.add_row(_asked(row), *(_answer(row[name]) for name in ("before", "after")))
     return table
+
+
+def _two_answers(rows: Mapping[str, Any], long: str, brief: str) -> Table:
+    columns = ("before", *(f"after, by {printable(name)}" for name in (long, brief)))
+    table = _answers(_asked(rows[long]).plain, columns)
+    table.add_row(
+        _answer(rows[long]["before"]), *(_answer(rows[name]["after"]) for name in (long, brief))
+    )
+    return table
+
+
+def _answers(title: str, columns: Sequence[str]) -> Table:
+    table = Table(title=Text(title), title_style="bold", title_justify="left", show_lines=True)
+    for column in columns:
+        table.add_column(Text(column), ratio=1)
+    return table
+
+
+def _asked(row: Mapping[str, Any]) -> Text:
+    prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
+    return Text(str(prompt).strip())
+
+
+def _answer(said: Mapping[str, Any]) -> Text:
+    return Text("\n".join([said["completion"].strip(), *_rewards(said["rewards"])]))
+
+
+def next_commands(path: Path) -> list[str]:
+    """Return commands that a finished run invites to."""
+    names = list(sizes(path))
+    chooses = f" --client {shlex.quote(names[-1])}" if (path / "clients").is_dir() else ""
+    opens = f"open the page:      fedpref report {shlex.quote(str(path))} --open"
+    if not ((path / "adapter").is_dir() or chooses):
+        return [opens]
+    where = shlex.quote(str(path))
+    return [f'let it answer:      fedpref generate {where}{chooses} "How do I ...?"', opens]
 
 
 def _rewards(rewards: Mapping[str, float]) -> list[str]:

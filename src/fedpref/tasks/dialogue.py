@@ -371,6 +371,10 @@ class DialogueLearner(LanguageLearner):
             "could be summed. Leave it out."
         )
 
+    def outcomes(self, params: Tree, shard: DialogueShard) -> list[tuple[str, float]]:
+        """Return nothing: answers are rewarded, not right or wrong."""
+        return []
+
     def choices(self, params: Tree, shard: DialogueShard) -> Float[Tensor, " n"]:
         raise UserError("diagnostics: the task 'dialogue' chooses nothing. Leave it out.")
 

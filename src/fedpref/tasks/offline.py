@@ -31,7 +31,7 @@ from fedpref.types import WholeNumber
 SCORES = "-reference.sqlite"  # ends the names of files of reference scores
 SCORING_BATCH = 32  # answers of a batch where each is scored once
 MEASURED = 16  # examples of a batch of training data that is seen once
-READ = 64  # tokens of answers that are drawn to be read
+READ = 96  # tokens of answers that are drawn to be read
 
 PerExample = Float[Tensor, " B"]
 
@@ -46,6 +46,11 @@ class OfflineTask(LanguageTask):
     """Score answers under the base reference when they are first drawn, or all before the run."""
     samples: WholeNumber = 0
     """Held-out prompts of each client that are answered before training and after, to be read."""
+    sample_clients: tuple[str, ...] = ()
+    """Which clients' models answer them; none named are all."""
+
+    def asks(self, client: str) -> bool:
+        return self.samples > 0 and (not self.sample_clients or client in self.sample_clients)
 
     def without_samples(self) -> Self:
         return replace(self, samples=0)
@@ -263,9 +268,14 @@ class OfflineLearner(LanguageLearner):
             means |= {f"{ACCURACY}/{name}": value / counts[name] for name, value in apart}
         return means | {"num_examples": float(len(shard.test))}
 
+    def outcomes(self, params: Tree, shard: OfflineShard) -> list[tuple[str, float]]:
+        digests = [_digest(example.prompt) for example in shard.test]
+        return list(zip(digests, self.choices(params, shard).tolist(), strict=True))
+
     def samples(self, params: Tree, shard: OfflineShard) -> list[dict[str, Any]]:
         """Return held-out prompts with answers of the backbone and of the client's model."""
-        prompts = list(dict.fromkeys(example.prompt for example in shard.test))[
+        # in an order that clients have in common, so that those who share prompts are asked alike
+        prompts = sorted({example.prompt for example in shard.test}, key=_digest)[
             : self.settings.samples
         ]
         texts = self.language.tokenizer.batch_decode(
@@ -273,7 +283,7 @@ class OfflineLearner(LanguageLearner):
         )
         rows: list[dict[str, Any]] = [{"prompt": text} for text in texts]
         for name, policy in (("before", None), ("after", params)):
-            rng = seeds.generator(0, f"samples/{shard.name}")
+            rng = seeds.generator(0, "samples")  # of chance as of prompts, alike for all
             own = OwnSampling(READ, self.language.model.generation_config)
             answers = generate(self.language, policy, prompts, 1, own, rng) if prompts else []
             said = self.language.tokenizer.batch_decode(
@@ -380,6 +390,10 @@ class OfflineLearner(LanguageLearner):
             training=training,
         )
         return sums[index], None if rewards is None else rewards[index]
+
+
+def _digest(prompt: Tokens) -> str:
+    return blake2b(f"{prompt}".encode(), digest_size=8).hexdigest()
 
 
 def _by_length(examples: Sequence[Example], size: int) -> Iterator[list[int]]:

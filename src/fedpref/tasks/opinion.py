@@ -346,6 +346,10 @@ class OpinionLearner:
             "num_examples": float(len(shard.asked)),
         }
 
+    def outcomes(self, params: Tree, shard: OpinionShard) -> list[tuple[str, float]]:
+        """Return nothing: shares of options are not right or wrong."""
+        return []
+
     def choices(self, params: Tree, shard: OpinionShard) -> Float[Tensor, " n"]:
         """Return the predicted share of every option."""
         return torch.cat(self.predict(params, shard.context, shard.asked)[0])

@@ -71,6 +71,10 @@ class TaskSettings(ABC):
         """Held-out prompts of a client that are answered before training and after, to be read."""
         return 0
 
+    def asks(self, client: str) -> bool:
+        """Return whether a client's answers to `samples` prompts are kept."""
+        return self.samples > 0
+
     @property
     def loss_name(self) -> str | None:
         """The loss's name, where there is a choice of losses."""
@@ -209,6 +213,13 @@ class Task(Protocol):
         """Return what is chosen for each held-out example [n], from 0 to 1, on the CPU.
 
         The order depends on the shard alone.
+        """
+        ...
+
+    def outcomes(self, params: Tree, shard: Any) -> list[tuple[str, float]]:
+        """Return of each held-out example a digest of its prompt and whether the model was right.
+
+        There are none where a task has no examples that are right or wrong.
         """
         ...
 
