@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one seed: the demo itself")
     parser.add_argument("--seeds", type=int, default=3, help="how many, without --quick")
     parser.add_argument("--offline", action="store_true", help="on the shipped model")
+    parser.add_argument("--output", type=Path, help="keep the runs in this folder")
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
     is_offline = arguments.offline
@@ -56,10 +57,10 @@ def main() -> None:
         print(f"{error} The shipped model is taken.")
         is_offline = True
     config = CONFIGS / ("demo-offline.yaml" if is_offline else "demo.yaml")
-    rows = []
-    for seed in range(1 if arguments.quick else arguments.seeds):
-        with tempfile.TemporaryDirectory() as place:
-            rows.append(measured(config, seed, Path(place) / "run"))
+    with tempfile.TemporaryDirectory() as place:
+        folder = arguments.output or Path(place)
+        seeds = range(1 if arguments.quick else arguments.seeds)
+        rows = [measured(config, seed, folder / f"seed-{seed}") for seed in seeds]
     figures = {name: statistics.mean(one[name] for one, _ in rows) for name in rows[0][0]}
     for baseline in ("alone", "feddpo", "pooled"):
         mean = statistics.mean(found[baseline].mean for _, found in rows)

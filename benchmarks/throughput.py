@@ -313,21 +313,26 @@ TOOLS: dict[str, tuple[Callable[[Path, int], Callable[[int], None]], bool]] = {
     "transformers + PEFT, malloc tuned": (peft, True),
     "fedpref": (fedpref, True),
 }
+OURS = "fedpref"
+SHORT, PLAIN = f"fedpref, last {LAST} layers", f"fedpref, last {LAST} layers, nothing kept"
+SAME_LAYERS = f"TRL tuned, last {LAST} layers"
 OF_SMOLLM2 = {
     **TOOLS,
-    f"TRL tuned, last {LAST} layers": (trl_same_layers, True),
-    f"fedpref, last {LAST} layers": (trunk, True),
-    f"fedpref, last {LAST} layers, nothing kept": (no_trunk, True),
+    SAME_LAYERS: (trl_same_layers, True),
+    SHORT: (trunk, True),
+    PLAIN: (no_trunk, True),
 }
-
-
-def tools(model: Path) -> dict[str, tuple[Callable[[Path, int], Callable[[int], None]], bool]]:
-    return OF_SMOLLM2 if is_smollm2(model) else TOOLS
+# who is raced at once: what others keep of SmolLM2's logits takes gigabytes each
+HEATS = (
+    ("TRL as installed", "transformers + PEFT, malloc tuned", OURS),
+    ("TRL, malloc tuned", OURS, SHORT),
+    (SAME_LAYERS, SHORT, PLAIN),
+)
 
 
 def serve(connection: Any, tool: str, model: Path, size: int) -> None:
     torch.set_num_threads(1)
-    make_steps, tuned = tools(model)[tool]
+    make_steps, tuned = OF_SMOLLM2[tool]
     if tuned:
         keep_freed_memory()
     steps = make_steps(model, size)
@@ -339,13 +344,15 @@ def serve(connection: Any, tool: str, model: Path, size: int) -> None:
         connection.send((time.process_time() - begun, memory))
 
 
-def race(model: Path, size: int, warm: int, turns: int, count: int) -> dict[str, dict[str, float]]:
-    """Seconds a step and peak memory of every tool, their turns interleaved; the first turns, which
+def race(
+    tools: Sequence[str], model: Path, size: int, warm: int, turns: int, count: int
+) -> dict[str, dict[str, float]]:
+    """Seconds a step and peak memory of some tools, their turns interleaved; the first turns, which
     warm up, do not count.
     """
     context = multiprocessing.get_context("spawn")
     lanes: dict[str, tuple[Any, Any]] = {}
-    for tool in tools(model):
+    for tool in tools:
         ours, theirs = context.Pipe()
         process = context.Process(target=serve, args=(theirs, tool, model, size), daemon=True)
         process.start()
@@ -561,9 +568,9 @@ def batches_by_prompt(quick: bool) -> dict[str, float]:
     }
 
 
-def trunk_accuracy() -> dict[str, float]:
+def trunk_accuracy(quick: bool) -> dict[str, float]:
     """Points of held-out accuracy of FedDPO in the last 8 layers less those of all layers, each at
-    its own rate.
+    its own rate; `quick` with three clients and six steps.
     """
     file = Path(__file__).resolve().parent.parent / "configs/demo.yaml"
     means = {}
@@ -571,8 +578,8 @@ def trunk_accuracy() -> dict[str, float]:
         overrides = [
             "baselines=[]",
             "algorithm=feddpo",
-            "rounds=4",
-            "algorithm.local.steps=4",
+            *(["rounds=2", "partition.max_clients=3"] if quick else ["rounds=5"]),
+            f"algorithm.local.steps={3 if quick else 4}",
             f"algorithm.local.learning_rate={rate}",
             f"task.model.lora_layers_to_transform={layers}",
             "task.samples=0",
@@ -650,7 +657,7 @@ def own_figures(quick: bool) -> list[Callable[[], dict[str, float]]]:
         scores_saved,
         lambda: together((batches_by_prompt, quick))[0],
         *([] if quick else [lambda: together((accuracies,))[0]]),
-        *([] if quick or SMOLLM2 not in present() else [lambda: together((trunk_accuracy,))[0]]),
+        *([lambda: together((trunk_accuracy, quick))[0]] if SMOLLM2 in present() else []),
     ]
 
 
@@ -685,15 +692,38 @@ def present() -> list[str]:
     return [name for name in MODELS if name != SMOLLM2 or here]
 
 
-def of_smollm2(model: Path, size: int, seconds: Mapping[str, float]) -> dict[str, float]:
-    last = seconds[f"fedpref, last {LAST} layers"]
-    rate = matrix_rate(dtype=devices.arithmetic("auto", torch.device("cpu")))
-    return {
-        "ratio_trl_tuned_smollm2_trunk": seconds["TRL, malloc tuned"] / last,
-        "ratio_trl_tuned_smollm2_same_layers": seconds[f"TRL tuned, last {LAST} layers"] / last,
-        "trunk_speedup": seconds[f"fedpref, last {LAST} layers, nothing kept"] / last,
-        "matmul_share_smollm2": smollm2_flops(model, size) / seconds["fedpref"] / rate,
+def ratio(heats: Sequence[Mapping[str, Mapping[str, float]]], slow: str, fast: str) -> float:
+    """How many times as long one tool takes as another, in the heat that has both."""
+    return next(
+        heat[slow]["seconds"] / heat[fast]["seconds"]
+        for heat in heats
+        if slow in heat and fast in heat
+    )
+
+
+def raced_figures(
+    name: str, model: Path, size: int, heats: Sequence[Mapping[str, Mapping[str, float]]]
+) -> dict[str, float]:
+    """What a race comes to, by name."""
+    suffix = "" if name == "shipped" else f"_{name}"
+    ours = statistics.mean(heat[OURS]["seconds"] for heat in heats if OURS in heat)
+    figures = {
+        f"ratio_trl_installed{suffix}": ratio(heats, "TRL as installed", OURS),
+        f"ratio_trl_tuned{suffix}": ratio(heats, "TRL, malloc tuned", OURS),
+        f"ratio_peft_tuned{suffix}": ratio(heats, "transformers + PEFT, malloc tuned", OURS),
+        f"pairs_per_cpu_second{suffix}": size / ours,
     }
+    if name == "shipped":
+        figures["matmul_share"] = step_flops(size) / ours / matrix_rate()
+    if name == SMOLLM2:
+        rate = matrix_rate(dtype=devices.arithmetic("auto", torch.device("cpu")))
+        figures |= {
+            "ratio_trl_tuned_smollm2_trunk": ratio(heats, "TRL, malloc tuned", SHORT),
+            "ratio_trl_tuned_smollm2_same_layers": ratio(heats, SAME_LAYERS, SHORT),
+            "trunk_speedup": ratio(heats, PLAIN, SHORT),
+            "matmul_share_smollm2": smollm2_flops(model, size) / ours / rate,
+        }
+    return figures
 
 
 def main() -> None:
@@ -703,7 +733,7 @@ def main() -> None:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="a minute: the shipped model, one cold step of two pairs each, everything at once",
+        help="the shipped model and SmolLM2, one cold step of two pairs each, everything at once",
     )
     parser.add_argument("--models", nargs="+", choices=MODELS, help="race on these alone")
     parser.add_argument("--json", type=Path, help="write the figures here")
@@ -717,24 +747,18 @@ def main() -> None:
         ThreadPoolExecutor(2 if arguments.quick else 1) as pool,
     ):
         beside = [pool.submit(piece) for piece in own_figures(True)] if arguments.quick else []
-        for name in arguments.models or (["shipped"] if arguments.quick else present()):
+        raced = [m for m in present() if not arguments.quick or m in ("shipped", SMOLLM2)]
+        for name in arguments.models or raced:
             turns = 1 if arguments.quick else 3
             count = 1 if arguments.quick or name in ("29m", SMOLLM2) else 4
             model = make(name, Path(place))
-            raced = race(model, size, 0 if arguments.quick else 1, turns, count)
-            console.print(race_table(name, size, raced))
-            ours = raced["fedpref"]["seconds"]
-            suffix = "" if name == "shipped" else f"_{name}"
-            figures[f"ratio_trl_installed{suffix}"] = raced["TRL as installed"]["seconds"] / ours
-            figures[f"ratio_trl_tuned{suffix}"] = raced["TRL, malloc tuned"]["seconds"] / ours
-            figures[f"ratio_peft_tuned{suffix}"] = (
-                raced["transformers + PEFT, malloc tuned"]["seconds"] / ours
-            )
-            figures[f"pairs_per_cpu_second{suffix}"] = size / ours
-            if name == "shipped":
-                figures["matmul_share"] = step_flops(size) / ours / matrix_rate()
-            if name == SMOLLM2:
-                figures |= of_smollm2(model, size, {t: row["seconds"] for t, row in raced.items()})
+            heats = [
+                race(tools, model, size, 0 if arguments.quick else 1, turns, count)
+                for tools in (HEATS if name == SMOLLM2 else (tuple(TOOLS),))
+            ]
+            for heat in heats:
+                console.print(race_table(name, model, size, heat))
+            figures |= raced_figures(name, model, size, heats)
         for future in beside or [pool.submit(piece) for piece in own_figures(False)]:
             figures |= future.result()
     table = Table(title="figures", title_justify="left")
@@ -747,10 +771,12 @@ def main() -> None:
         arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 
-def race_table(model: str, size: int, raced: Mapping[str, Mapping[str, float]]) -> Table:
-    lengths = pairs(64, 4096)
+def race_table(
+    name: str, model: Path, size: int, raced: Mapping[str, Mapping[str, float]]
+) -> Table:
+    lengths = given(model, 64)
     tokens = sum(pair.tokens for pair in lengths) / len(lengths) * size
-    table = Table(title=f"{model}: {size} pairs a step", title_justify="left")
+    table = Table(title=f"{name}: {size} pairs a step", title_justify="left")
     for title in (
         "tool",
         "CPU s a step",
@@ -762,7 +788,7 @@ def race_table(model: str, size: int, raced: Mapping[str, Mapping[str, float]]) 
         table.add_column(title, justify="left" if title == "tool" else "right")
     for tool, row in raced.items():
         s, memory = row["seconds"], row["memory"] / 1e9
-        slower = s / raced["fedpref"]["seconds"]
+        slower = s / raced[OURS if OURS in raced else SHORT]["seconds"]
         table.add_row(
             tool,
             f"{s:.3f}",

@@ -13,7 +13,9 @@ from fedpref import Experiment, UserError, config, run
 from fedpref.data import Builtin
 from fedpref.experiments.run_directory import OUTCOMES, SAMPLES
 from fedpref.numerics.metrics import ACCURACY
+from fedpref.reports.page.sentences import cards, words
 from fedpref.reports.paired import gain, gains, outcomes, sentences
+from fedpref.reports.run import read
 from fedpref.reports.tables import next_commands, sample_table
 
 
@@ -78,6 +80,10 @@ def test_a_run_keeps_what_came_of_each_held_out_pair(finished: Path) -> None:
     first, second = sentences(finished)
     assert first.startswith("fedpdpo against alone: ")
     assert "paired over" in second
+    shown = read(finished)
+    error = f"standard error {found['alone'].error:.1f} over {found['alone'].prompts} prompts"
+    assert error in words(shown)
+    assert f"points, {error}" in [note for _, _, note in cards(shown)]
     file = next((finished / OUTCOMES).glob("*.json"))
     file.write_text('[["a", "b"]]')
     with pytest.raises(UserError, match="damaged"):

@@ -89,7 +89,9 @@ def test_what_the_page_says_is_what_the_run_says(runs: dict[str, Run]) -> None:
     up, down = sum(values[c] > alone[c] for c in values), sum(values[c] < alone[c] for c in values)
     assert f"mean held-out pair accuracy is {mean:.1f}" in words(one)
     assert f"{up} clients gain, {down} lose" in words(one)
-    assert "over 4 clients: too few to tell it from none" in words(one)
+    assert f"standard error {one.paired['alone'].error:.1f} over" in words(one)
+    without_pairs = replace(one, done=False)
+    assert "over 4 clients: too few to tell it from none" in words(without_pairs)
     drawn = dict(sections([one], []))
     assert list(drawn) == ["What was learned", "Who gained, who lost", "What it cost"]
     (gain,) = charts.gains([one])

@@ -126,6 +126,16 @@ def test_an_opening_token_written_in_the_prompt_is_not_doubled() -> None:
     assert opening.count(tokenizer.bos_token_id) == 1
 
 
+def test_a_question_is_read_without_what_the_template_writes_around_it() -> None:
+    reader = texts(wordy(), "<|system|>You help.<|end|>" + EACH)
+    asked, _ = reader.chat([USER], [[said("The sun set.")]])
+    assert reader.question(asked) == USER["content"]
+    longer, _ = reader.chat([USER, said("It is night."), USER], [[said("The sun set.")]])
+    assert all(part in reader.question(longer) for part in ("You help.", "It is night."))
+    plain, _ = reader.plain("Why is it dark?", [" It is night."])
+    assert reader.question(plain) == "Why is it dark?"
+
+
 def test_a_prompt_that_is_only_the_end_token_is_a_prompt() -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(TOKENIZER)
     opening, (closed,) = texts(tokenizer).plain("<|end|>", ["Once upon a time."])

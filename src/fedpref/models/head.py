@@ -13,12 +13,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-SCORED = 64  # rows come in multiples: a CPU's kernels are compiled anew for each shape, and kept
+# rows come in multiples: of few, a product takes other ways, and its bits would depend on how many
+# there are; kernels for bfloat16 are compiled anew for each shape on a CPU, and kept
+SCORED = {torch.float32: 16, torch.bfloat16: 64}
 # rows whose logits are computed at a time, at least: with fewer, a product is bound by reading the
 # head's weight (with 21 rows of 49,152 it took twice as long)
 ROWS = 128
-# logits that stay in a CPU's cache
-CACHED = 2**20
+# of the vocabulary at a time on a CPU, and logits that stay in its cache
+BLOCK, CACHED = 2048, 2**19
 # bytes that a row's logits take, in both precisions, and what part of a GPU's memory they may have
 BYTES, SHARE = 10, 1 / 32
 
@@ -57,8 +59,8 @@ def token_log_probabilities(
 
 
 def even(rows: Float[Tensor, "n D"]) -> Float[Tensor, "m D"]:
-    """Return the rows, and zeros up to a multiple of `SCORED`."""
-    return nn.functional.pad(rows, (0, 0, 0, -len(rows) % SCORED))
+    """Return the rows, and zeros up to a multiple that products take well."""
+    return nn.functional.pad(rows, (0, 0, 0, -len(rows) % SCORED.get(rows.dtype, 64)))
 
 
 def _chunks(count: int, vocabulary: int, device: torch.device) -> list[slice]:
@@ -87,16 +89,16 @@ class _Head(torch.autograd.Function):
         targets: Int[Tensor, " n"],
     ) -> Float[Tensor, " n"]:
         wanted = ctx.needs_input_grad[0]
+        block = BLOCK if hidden.device.type == "cpu" else len(weight)
         scores, gradients = [], []
-        for part in _chunks(len(hidden), len(weight), hidden.device):
+        for part in _chunks(len(hidden), min(len(weight), block), hidden.device):
             h, t = hidden[part], targets[part]
-            # float32 inside the softmax alone: over a whole vocabulary bfloat16 loses the small
-            # probabilities
-            tokens = nn.functional.linear(h, weight, bias).log_softmax(-1, torch.float32)
-            scores.append(tokens.gather(1, t[:, None])[:, 0])
-            if wanted:
-                # in place: the log-probabilities of all tokens are not needed again
-                gradients.append(weight[t] - tokens.exp_().to(weight.dtype) @ weight)
+            if len(weight) > block:
+                some, gradient = _in_blocks(h, weight, bias, t, block, wanted)
+            else:
+                some, gradient = _at_once(h, weight, bias, t, wanted)
+            scores.append(some)
+            gradients.append(gradient)
         if wanted:
             ctx.save_for_backward(torch.cat(gradients))
         return torch.cat(scores)
@@ -107,6 +109,63 @@ class _Head(torch.autograd.Function):
         # the upstream gradient is one number a token, so that the rest could be formed in the
         # forward pass
         return gradient * upstream[:, None].to(gradient.dtype), None, None, None
+
+
+def _at_once(
+    hidden: Float[Tensor, "m D"],
+    weight: Float[Tensor, "V D"],
+    bias: Float[Tensor, " V"] | None,
+    targets: Int[Tensor, " m"],
+    wanted: bool,
+) -> tuple[Float[Tensor, " m"], Float[Tensor, "m D"]]:
+    """Return log-probabilities and, if wanted, their gradient."""
+    # float32 inside the softmax alone: over a whole vocabulary bfloat16 loses the small
+    # probabilities
+    tokens = nn.functional.linear(hidden, weight, bias).log_softmax(-1, torch.float32)
+    scores = tokens.gather(1, targets[:, None])[:, 0]
+    if not wanted:
+        return scores, hidden
+    # in place: the log-probabilities of all tokens are not needed again
+    return scores, weight[targets] - tokens.exp_().to(weight.dtype) @ weight
+
+
+def _in_blocks(
+    hidden: Float[Tensor, "m D"],
+    weight: Float[Tensor, "V D"],
+    bias: Float[Tensor, " V"] | None,
+    targets: Int[Tensor, " m"],
+    block: int,
+    wanted: bool,
+) -> tuple[Float[Tensor, " m"], Float[Tensor, "m D"]]:
+    """Return the same, from a block of the vocabulary at a time.
+
+    The softmax is the running one (Milakov and Gimelshein 2018): what was summed is scaled anew
+    when a block has a higher logit. Logits never leave the cache, and W is read once.
+    """
+    rows = len(hidden)
+    highest = hidden.new_full((rows,), -torch.inf, dtype=torch.float32)
+    total, right = torch.zeros_like(highest), torch.zeros_like(highest)
+    # the mean of W's rows under the softmax, times `total`
+    mean = hidden.new_zeros(rows if wanted else 0, hidden.shape[1], dtype=torch.float32)
+    for first in range(0, len(weight), block):
+        some = weight[first : first + block]
+        logits = nn.functional.linear(
+            hidden, some, None if bias is None else bias[first : first + block]
+        ).float()
+        place = targets - first
+        inside = (place >= 0) & (place < len(some))
+        found = logits.gather(1, place.clamp(0, len(some) - 1)[:, None])[:, 0]
+        right = torch.where(inside, found, right)
+        before, highest = highest, torch.maximum(highest, logits.amax(-1))
+        exps = logits.sub_(highest[:, None]).exp_()
+        scale = (before - highest).exp_()
+        total.mul_(scale).add_(exps.sum(-1))
+        if wanted:
+            mean.mul_(scale[:, None]).add_(exps.to(weight.dtype) @ some)
+    scores = right - highest - total.log()
+    if not wanted:
+        return scores, hidden
+    return scores, weight[targets] - (mean / total[:, None]).to(weight.dtype)
 
 
 class _TrainedHead(torch.autograd.Function):

@@ -162,6 +162,22 @@ class Texts:
             closed.append(self._ended(marked[shared:], closing))
         return self._checked(ids[:shared], closed)
 
+    def question(self, prompt: Sequence[int]) -> str:
+        """Return a prompt's tokens as people read them, without what the chat template wrote.
+
+        It is known of a conversation of one message; of others the whole text is returned.
+        """
+        if self.chats:
+            text = self.tokenizer.decode(list(prompt))
+            frame = self._renderer({})([{"role": "user", "content": MARK}], True)
+            before, _, after = frame.partition(MARK)
+            # a conversation of several messages has marks of turns within
+            marks = set(self.tokenizer.get_added_vocab().values())
+            turns = [sum(i in marks for i in ids) for ids in (prompt, self._template_ids(frame))]
+            if text.startswith(before) and text.endswith(after) and turns[0] == turns[1]:
+                return str(text[len(before) : len(text) - len(after)])
+        return str(self.tokenizer.decode(list(prompt), skip_special_tokens=True))
+
     @staticmethod
     def _frame(
         prompt: Sequence[Message],

@@ -40,6 +40,11 @@ class Gain:
         """The gain in standard errors; 0 where nothing differs."""
         return self.mean / self.error if self.error else 0.0
 
+    @property
+    def is_told(self) -> bool:
+        """Whether the gain, or the loss, is more than two standard errors."""
+        return abs(self.mean) > 2 * self.error
+
 
 def outcomes(run: Path, line: str) -> Outcomes:
     """Return what came of each held-out example, by client; empty where it was not kept."""

@@ -30,6 +30,7 @@ from fedpref.numerics.metrics import (
     headline,
     standard_error,
 )
+from fedpref.reports.paired import Gain, gains
 
 # client -> its value of the metric by which clients are compared, in that metric's unit
 Values = dict[str, float]
@@ -121,6 +122,19 @@ class Run:
             name: 2 * self.shown.scale * math.hypot(_error(row), _error(theirs[name]))
             for name, row in mine.items()
         }
+
+    @cached_property
+    def paired(self) -> Mapping[str, Gain]:
+        """What the line has over each baseline on the same held-out pairs, if kept."""
+        return gains(self.path) if self.done and self.metric == ACCURACY else {}
+
+    @cached_property
+    def known_accuracies(self) -> Mapping[str, float]:
+        """What the tastes reach by which clients' held-out pairs were drawn, where it is known."""
+        if self.experiment.evaluate_on != "test":
+            return {}
+        known = self.experiment.data.known_accuracies
+        return {name: known[name] for name in self.line.last if name in known}
 
     def _beside(self, baseline: str) -> tuple[ClientMetrics, ClientMetrics]:
         """Return this line's last metrics and a baseline's, of the clients that have both."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
@@ -132,10 +132,15 @@ class OfflineLearner(LanguageLearner):
     def __init__(self, settings: OfflineTask, *, needs_reference: bool) -> None:
         super().__init__(settings)
         self.needs_reference = needs_reference
+        self._worker = 0
         self._references = Kept()
         self._base_scores: dict[bytes, float] = {}
         # of the parameters that were evaluated last: clients that share them share answers too
         self._evaluated: tuple[bytes, dict[bytes, tuple[float, float | None]]] = (b"", {})
+
+    def move_to(self, worker: int) -> None:
+        super().move_to(worker)
+        self._worker = worker
 
     @property
     def prepares(self) -> str:
@@ -278,10 +283,8 @@ class OfflineLearner(LanguageLearner):
         prompts = sorted({example.prompt for example in shard.test}, key=_digest)[
             : self.settings.samples
         ]
-        texts = self.language.tokenizer.batch_decode(
-            [list(prompt) for prompt in prompts], skip_special_tokens=True
-        )
-        rows: list[dict[str, Any]] = [{"prompt": text} for text in texts]
+        asked = map(self.language.texts.question, prompts)
+        rows: list[dict[str, Any]] = [{"prompt": text} for text in asked]
         for name, policy in (("before", None), ("after", params)):
             rng = seeds.generator(0, "samples")  # of chance as of prompts, alike for all
             own = OwnSampling(READ, self.language.model.generation_config)
@@ -332,22 +335,30 @@ class OfflineLearner(LanguageLearner):
         """Return examples' scores under the base reference, of which the unknown are computed."""
         known = self._base_scores
         wanted = {key for example in examples for key in example.keys}
-        kept = self._references.find(wanted - known.keys())
-        known.update((key, struct.unpack("<d", score)[0]) for key, score in kept.items())
+        known.update(self._kept(wanted - known.keys()))
         for some in self._answers(examples, known.keys()):
-            sums, _ = self.language.score(None, [row for row, _ in some])
             keys = [key for _, keys in some for key in keys]
-            scores = dict(zip(keys, sums.tolist(), strict=True))
-            self._references.add({key: struct.pack("<d", s) for key, s in scores.items()})
+            scores = self._kept(keys)  # another process may have come to them meanwhile
+            if len(scores) < len(keys):
+                sums, _ = self.language.score(None, [row for row, _ in some])
+                scores = dict(zip(keys, sums.tolist(), strict=True))
+                self._references.add({key: struct.pack("<d", s) for key, s in scores.items()})
             known.update(scores)
         return [[known[key] for key in example.keys] for example in examples]
+
+    def _kept(self, keys: Iterable[bytes]) -> dict[bytes, float]:
+        """Return the reference scores that are kept."""
+        found = self._references.find(keys)
+        return {key: struct.unpack("<d", score)[0] for key, score in found.items()}
 
     def _answers(
         self, examples: Sequence[Example], known: Collection[bytes]
     ) -> Iterator[list[tuple[PackedRow, list[bytes]]]]:
         """Yield prompts with the answers that are not known, each once, in batches, and their keys.
 
-        Batches are of similar length.
+        Batches are of similar length, the shortest first, but every second worker begins with
+        the longest: clients who share answers are often at work together, and so do not compute
+        all of them twice.
         """
         wanted: dict[Tokens, dict[bytes, Tokens]] = {}
         for example in examples:
@@ -360,7 +371,9 @@ class OfflineLearner(LanguageLearner):
             for first in range(0, len(keys), SCORING_BATCH):
                 some = keys[first : first + SCORING_BATCH]
                 rows.append(((prompt, [answers[key] for key in some]), some))
-        rows.sort(key=lambda row: len(row[0][0]) + max(map(len, row[0][1])))
+        rows.sort(
+            key=lambda row: len(row[0][0]) + max(map(len, row[0][1])), reverse=self._worker % 2 == 1
+        )
         batch: list[tuple[PackedRow, list[bytes]]] = []
         for row in rows:
             if batch and sum(len(keys) for _, keys in batch) + len(row[1]) > SCORING_BATCH:

@@ -12,6 +12,7 @@ from fedpref.experiments.run_directory import CONFIG
 from fedpref.models.named import BUILTIN
 from fedpref.numerics.metrics import ACCURACY, COMBINED
 from fedpref.reports.comparison import bootstrap
+from fedpref.reports.paired import Gain
 from fedpref.reports.run import Run
 from fedpref.reports.tables import bytes_text
 from fedpref.rewards.reward import plain
@@ -20,8 +21,10 @@ SAMPLES = 12  # answers shown of each run
 ENOUGH = (
     8  # clients, for an interval: with fewer, percentiles are much too narrow (see `bootstrap`)
 )
+NOT_TOLD = ", which cannot be told from none"
 MEANINGS = {
     "alone": "alone is each client's own model, trained on its own data",
+    "feddpo": "feddpo is one shared model, by federated averaging",
     "pooled": "pooled is one model on all data together",
 }
 
@@ -77,11 +80,12 @@ def words(run: Run) -> str:
     ]
     said[0] += f"; their mean held-out {run.shown.title} is {mean:.{digits}f}"
     if gained := run.gains("alone"):
-        gains = (
-            f"against training alone that is {_mean(gained):+.{digits}f} "
-            f"points{interval(gained, digits, '+')}"
-        )
-        said += [gains + _doubt(gained), _counted(gained, run.noise("alone"))]
+        gains = f"against training alone that is {_mean(gained):+.{digits}f} points"
+        if paired := run.paired.get("alone"):
+            said.append(f"{gains}, {_error(paired)}{'' if paired.is_told else NOT_TOLD}")
+        else:
+            said.append(f"{gains}{interval(gained, digits, '+')}{_doubt(gained)}")
+        said.append(_counted(gained, run.noise("alone")))
     if values[best] > values[worst]:
         said.append(
             f"the best client is {best} ({values[best]:.{digits}f}), the worst {worst} "
@@ -95,7 +99,11 @@ def _doubt(gained: Mapping[str, float]) -> str:
     if len(gained) < ENOUGH:
         return f", over {clients(len(gained))}: too few to tell it from none"
     low, high = _bounds(tuple(gained.values()))
-    return ", which cannot be told from none" if low <= 0 <= high else ""
+    return NOT_TOLD if low <= 0 <= high else ""
+
+
+def _error(gain: Gain) -> str:
+    return f"standard error {gain.error:.1f} over {gain.prompts} prompts"
 
 
 def _counted(gained: Mapping[str, float], noise: Mapping[str, float]) -> str:
@@ -135,9 +143,19 @@ def cards(run: Run) -> list[tuple[str, str, str]]:
         tiles.append(("with reward heads", f"{value:.{digits}f}", "ranked by policy and head"))
     gains = {name: gained for name in run.baselines if (gained := run.gains(name))}
     tiles += [
-        (f"against {name}", f"{_mean(some):+.{digits}f}", f"points{interval(some, digits, '+')}")
+        (
+            f"against {name}",
+            f"{_mean(some):+.{digits}f}",
+            f"points, {_error(run.paired[name])}"
+            if name in run.paired
+            else f"points{interval(some, digits, '+')}",
+        )
         for name, some in gains.items()
     ]
+    if run.metric == ACCURACY and (known := run.known_accuracies):
+        tiles.append(
+            ("in reach", f"{100 * _mean(known):.1f}", "what the tastes themselves rank rightly")
+        )
     tiles.append(("worst client", f"{values[worst]:.{digits}f}", worst))
     if both := run.newcomers.get(run.line.name):
         before, after = both
