@@ -48,7 +48,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fedpref import UserError, run
+from fedpref import run
 from fedpref.data.preferences import key
 from fedpref.engines import Simulation
 from fedpref.engines.workers import keep_freed_memory, one_thread
@@ -307,10 +307,11 @@ def _rows(model: Path) -> list[dict[str, list[int]]]:
     ]
 
 
+PEFT = "transformers + PEFT, malloc tuned"
 TOOLS: dict[str, tuple[Callable[[Path, int], Callable[[int], None]], bool]] = {
     "TRL as installed": (trl, False),
     "TRL, malloc tuned": (trl_tuned, True),
-    "transformers + PEFT, malloc tuned": (peft, True),
+    PEFT: (peft, True),
     "fedpref": (fedpref, True),
 }
 OURS = "fedpref"
@@ -324,7 +325,7 @@ OF_SMOLLM2 = {
 }
 # who is raced at once: what others keep of SmolLM2's logits takes gigabytes each
 HEATS = (
-    ("TRL as installed", "transformers + PEFT, malloc tuned", OURS),
+    ("TRL as installed", OURS),
     ("TRL, malloc tuned", OURS, SHORT),
     (SAME_LAYERS, SHORT, PLAIN),
 )
@@ -515,16 +516,15 @@ def _flops(batch: Sequence[Example], size: int, body: int, lora: int, head: int)
     return tokens * (4 * body + 6 * lora) + answers * 4 * head
 
 
-def scores_saved() -> dict[str, float]:
+def scores_saved(data: Path) -> dict[str, float]:
     """Answers that were scored when each pair was scored by itself, over those that are."""
     real = Path(__file__).resolve().parent.parent / "configs/ukpconvarg.yaml"
-    sources = {"shipped": Experiment(), "ukpconvarg": Experiment.load(real)}
+    sources = {"shipped": Experiment()}
+    if data.is_dir():
+        sources["ukpconvarg"] = Experiment.load(real, [f"data.path={data}"])
     figures = {}
     for name, experiment in sources.items():
-        try:
-            clients = experiment.read().clients
-        except UserError:  # the set is not beside this checkout
-            continue
+        clients = experiment.read().clients
         rows = [row for client in clients for row in (*client.train, *client.test)]
         answers = {
             (key(row.prompt), key(answer)) for row in rows for answer in (row.chosen, row.rejected)
@@ -570,7 +570,7 @@ def batches_by_prompt(quick: bool) -> dict[str, float]:
 
 def trunk_accuracy(quick: bool) -> dict[str, float]:
     """Points of held-out accuracy of FedDPO in the last 8 layers less those of all layers, each at
-    its own rate; `quick` with three clients and six steps.
+    its own rate; `quick` with two clients and six steps.
     """
     file = Path(__file__).resolve().parent.parent / "configs/demo.yaml"
     means = {}
@@ -578,7 +578,7 @@ def trunk_accuracy(quick: bool) -> dict[str, float]:
         overrides = [
             "baselines=[]",
             "algorithm=feddpo",
-            *(["rounds=2", "partition.max_clients=3"] if quick else ["rounds=5"]),
+            *(["rounds=2", "partition.max_clients=2"] if quick else ["rounds=5"]),
             f"algorithm.local.steps={3 if quick else 4}",
             f"algorithm.local.learning_rate={rate}",
             f"task.model.lora_layers_to_transform={layers}",
@@ -646,7 +646,7 @@ def memory(turns: int) -> float:
     return float(many["memory"] / few["memory"])
 
 
-def own_figures(quick: bool) -> list[Callable[[], dict[str, float]]]:
+def own_figures(quick: bool, data: Path) -> list[Callable[[], dict[str, float]]]:
     """What only fedpref is asked, piece by piece."""
     return [
         lambda: {"memory_64_over_4": memory(1 if quick else 2)},
@@ -654,7 +654,7 @@ def own_figures(quick: bool) -> list[Callable[[], dict[str, float]]]:
         lambda: {"loop_share": together((loop_share, 2 if quick else 8))[0]},
         first_step,
         gradient_errors,
-        scores_saved,
+        lambda: scores_saved(data),
         lambda: together((batches_by_prompt, quick))[0],
         *([] if quick else [lambda: together((accuracies,))[0]]),
         *([lambda: together((trunk_accuracy, quick))[0]] if SMOLLM2 in present() else []),
@@ -710,11 +710,12 @@ def raced_figures(
     figures = {
         f"ratio_trl_installed{suffix}": ratio(heats, "TRL as installed", OURS),
         f"ratio_trl_tuned{suffix}": ratio(heats, "TRL, malloc tuned", OURS),
-        f"ratio_peft_tuned{suffix}": ratio(heats, "transformers + PEFT, malloc tuned", OURS),
         f"pairs_per_cpu_second{suffix}": size / ours,
     }
     if name == "shipped":
         figures["matmul_share"] = step_flops(size) / ours / matrix_rate()
+    if name != SMOLLM2:
+        figures[f"ratio_peft_tuned{suffix}"] = ratio(heats, PEFT, OURS)
     if name == SMOLLM2:
         rate = matrix_rate(dtype=devices.arithmetic("auto", torch.device("cpu")))
         figures |= {
@@ -736,6 +737,12 @@ def main() -> None:
         help="the shipped model and SmolLM2, one cold step of two pairs each, everything at once",
     )
     parser.add_argument("--models", nargs="+", choices=MODELS, help="race on these alone")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=Path(__file__).resolve().parent.parent.parent / "shared/data",
+        help="the folder of ukpconvarg (docs/data.md)",
+    )
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
     console = Console(width=140)
@@ -746,7 +753,8 @@ def main() -> None:
         tempfile.TemporaryDirectory() as place,
         ThreadPoolExecutor(2 if arguments.quick else 1) as pool,
     ):
-        beside = [pool.submit(piece) for piece in own_figures(True)] if arguments.quick else []
+        pieces = own_figures(arguments.quick, arguments.data)
+        beside = [pool.submit(piece) for piece in pieces] if arguments.quick else []
         raced = [m for m in present() if not arguments.quick or m in ("shipped", SMOLLM2)]
         for name in arguments.models or raced:
             turns = 1 if arguments.quick else 3
@@ -759,7 +767,7 @@ def main() -> None:
             for heat in heats:
                 console.print(race_table(name, model, size, heat))
             figures |= raced_figures(name, model, size, heats)
-        for future in beside or [pool.submit(piece) for piece in own_figures(False)]:
+        for future in beside or [pool.submit(piece) for piece in pieces]:
             figures |= future.result()
     table = Table(title="figures", title_justify="left")
     table.add_column("name")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from conftest import make_rows, write_rows
 from fedpref import Experiment, UserError, config, run
 from fedpref.data import Builtin
 from fedpref.experiments.run_directory import OUTCOMES, SAMPLES
@@ -30,25 +31,52 @@ def test_a_gain_is_the_mean_over_clients_and_its_error_is_that_of_prompts() -> N
     assert found is not None
     values = np.array(list(won.values())) - 0.5
     assert found.mean == pytest.approx(100 * values.mean())
-    assert found.error == pytest.approx(100 * values.std() / np.sqrt(40), rel=0.05)
+    assert found.error == pytest.approx(100 * values.std(ddof=1) / np.sqrt(40))
     assert found.prompts == 40
-    assert found.in_errors == pytest.approx(found.mean / found.error)
+    assert found.is_told == (found.mean > 2 * found.error)
     nothing = gain(ours, ours)
     assert nothing is not None
-    assert (nothing.mean, nothing.error, nothing.in_errors) == (0, 0, 0)
+    assert (nothing.mean, nothing.error, nothing.is_told) == (0, 0, False)
     assert gain(ours, {"a": theirs["a"][1:], "b": theirs["b"]}) is None
     assert gain(ours, {}) is None
+    few = {name: rows[:20] for name, rows in ours.items()}
+    assert gain(few, {name: rows[:20] for name, rows in theirs.items()}) is None, "four prompts"
+
+
+def test_the_error_of_a_gain_is_right_where_clients_share_some_prompts() -> None:
+    rng = np.random.default_rng(2)
+
+    def drawn() -> float:
+        effects = dict(zip(range(30), rng.normal(size=30), strict=True))
+        ours = {
+            name: [(str(p), effects[p] + rng.normal()) for p in prompts for _ in range(pairs)]
+            for name, prompts, pairs in (
+                ("a", range(10), 3),
+                ("b", range(5, 20), 2),
+                ("c", range(30), 1),
+            )
+        }
+        found = gain(ours, {name: [(p, 0.0) for p, _ in rows] for name, rows in ours.items()})
+        assert found is not None
+        errors.append(found.error)
+        return found.mean
+
+    errors: list[float] = []
+    means = [drawn() for _ in range(400)]
+    assert np.sqrt(np.mean(np.square(errors))) == pytest.approx(np.std(means), rel=0.1)
 
 
 @pytest.fixture
 def finished(settings: dict[str, Any], tmp_path: Path) -> Path:
+    rows = write_rows(tmp_path / "rows.jsonl", make_rows([30, 28, 26]))
     task = {**settings["task"], "samples": 1, "sample_clients": ["client-0", "client-1"]}
     content = {
         **settings,
+        "data": {"name": "files", "path": str(rows), "test_fraction": 0.5},
         "task": task,
         "rounds": 2,
         "evaluate_every": 1,
-        "evaluate_pairs": 2,
+        "evaluate_pairs": 8,
         "baselines": ["alone", "feddpo"],
         "algorithm": {
             **settings["algorithm"],
@@ -63,11 +91,11 @@ def finished(settings: dict[str, Any], tmp_path: Path) -> Path:
 
 def test_a_run_keeps_what_came_of_each_held_out_pair(finished: Path) -> None:
     rows = [json.loads(line) for line in (finished / "evaluation.jsonl").open()]
-    assert {m["num_examples"] for m in rows[0]["clients"].values()} == {2.0}, "a glance"
+    assert {m["num_examples"] for m in rows[0]["clients"].values()} == {8.0}, "a glance"
     kept = outcomes(finished, "fedpdpo")
     for name, metrics in rows[-1]["clients"].items():
         values = [value for _, value in kept[name]]
-        assert len(values) == metrics["num_examples"] > 2
+        assert len(values) == metrics["num_examples"] > 8
         assert sum(values) / len(values) == pytest.approx(metrics[ACCURACY])
     found = gains(finished)
     assert found.keys() == {"alone", "feddpo"}
@@ -98,6 +126,50 @@ def test_those_who_are_named_are_asked_alike(finished: Path) -> None:
     commands = next_commands(finished)
     assert f"fedpref generate {finished} --client" in commands[0]
     assert f"fedpref report {finished} --open" in commands[1]
+
+
+def test_a_glance_is_at_enough_examples_and_some_tasks_have_none(
+    settings: dict[str, Any],
+) -> None:
+    with pytest.raises(UserError, match="evaluate_pairs"):
+        config.parse(Experiment, {**settings, "evaluate_pairs": 7}, "test")
+    opinion = {**settings, "evaluate_pairs": 8, "task": {"name": "opinion"}}
+    with pytest.raises(UserError, match="evaluate_pairs: the task opinion"):
+        config.parse(Experiment, {**opinion, "algorithm": {"name": "pluralllm"}}, "test")
+
+
+def test_a_glance_at_one_of_two_objectives_is_no_figure_of_the_other(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    rows = make_rows([40, 40])
+    for i, row in enumerate(rows):
+        row["kind"] = "first" if i % 20 else "second"
+    objectives = {"objective_column": "kind", "objective_names": ["first", "second"]}
+    content = {
+        **settings,
+        "data": {
+            "name": "files",
+            "path": str(write_rows(tmp_path / "rows.jsonl", rows)),
+            "test_fraction": 0.5,
+        },
+        "task": {**settings["task"], **objectives},
+        "algorithm": {"name": "firm", "local": settings["algorithm"]["local"]},
+        "evaluate_on_start": True,
+        "evaluate_pairs": 8,
+        "baselines": [],
+    }
+    run(config.parse(Experiment, content, "test"), tmp_path / "run")
+    first, *_ = [json.loads(line) for line in (tmp_path / "run/evaluation.jsonl").open()]
+    told = {name for row in first["clients"].values() for name in row if "num_" not in name}
+    assert first["summary"].keys() == told
+
+
+def test_a_client_that_is_not_there_cannot_be_asked(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    task = {**settings["task"], "samples": 1, "sample_clients": ["clinet-0"]}
+    with pytest.raises(UserError, match="sample_clients: there is no client 'clinet-0'"):
+        run(config.parse(Experiment, {**settings, "task": task}, "test"), tmp_path / "run")
 
 
 def test_the_shipped_tastes_are_known_by_client() -> None:

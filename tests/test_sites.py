@@ -234,6 +234,8 @@ def site_file(content: dict[str, Any], rows_file: Path, tmp_path: Path) -> Path:
         ({"diagnostics": ["disagreement"]}, "no diagnostics"),
         ({"task": {"model": {"path": "evil/model"}}}, "the model 'evil/model' is none of those"),
         ({"task": {"model": {"trust_remote_code": True}}}, "no code that comes with a model"),
+        ({"task": {"model": {"gguf_file": "/etc/secret.gguf"}}}, "what a model's name means"),
+        ({"task": {"model": {"revision": "refs/pr/9"}}}, "what a model's name means"),
         (
             {"task": {**DIALOGUE, "rewards": {"x": {"name": "classifier", "path": "/etc"}}}},
             "the model ./etc. is none of those",

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from fedpref import Experiment, config, run
 from fedpref.errors import UserError
+from fedpref.experiments.run_directory import RunDirectory
 from fedpref.models.kept import Kept
 from fedpref.models.language import LanguageModel, Model
 from fedpref.models.own_parts import Parts
@@ -94,6 +95,14 @@ def test_the_bits_of_a_score_do_not_depend_on_what_is_beside_it(
         for answer in answers
     ]
     assert torch.equal(together, torch.cat(alone))
+    for pooling in ("mean", "last"):
+        parts = Parts(head=None, bottleneck=4, adapter=False, reward_pooling=pooling)
+        own = language.fresh(parts, seeds.generator(0, "parts"))
+        own = {n: torch.randn(t.shape, generator=seeds.generator(0, n)) for n, t in own.items()}
+        _, rewards = language.score(own, ROWS)
+        each = [language.score(own, [(p, (a,))])[1] for p, answers in ROWS for a in answers]
+        assert rewards is not None
+        assert rewards.tolist() == [float(one) for one in each if one is not None]
     # a fresh adapter is the reference, in whatever batch
     fresh = language.init(seeds.generator(0, "init"))
     assert torch.equal(
@@ -240,6 +249,38 @@ def test_a_run_has_the_same_bits_with_and_without_kept_states_and_leaves_none(
     assert clean([tmp_path / "file"]) == 0 or not list((tmp_path / "file/cache").iterdir())
     with pytest.raises(UserError, match="no such folder"):
         clean([tmp_path / "nowhere"])
+
+
+def test_only_what_was_kept_is_cleaned_and_not_under_a_run_at_work(tmp_path: Path) -> None:
+    own = tmp_path / "elsewhere-trunk.sqlite"
+    own.write_text("mine")
+    for place in ("sweep/cache", "project/src/cache", "run/clients/cache"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "adapter_model.safetensors").write_text("a model")
+    kept = tmp_path / "sweep/cache" / f"a{SUFFIX}"
+    kept.write_text("states")
+    (tmp_path / "sweep/cache" / f"link{SUFFIX}").symlink_to(own)
+    at_work = RunDirectory(tmp_path / "sweep/feddpo/seed-0")
+    at_work.create({})
+    with at_work.alone(), pytest.raises(UserError, match="a process is at work"):
+        clean([tmp_path])
+    assert kept.exists()
+    assert clean([tmp_path]) == len("states")
+    assert own.exists()
+    assert len(list(tmp_path.rglob("adapter_model.safetensors"))) == 3
+
+
+def test_a_file_that_is_removed_costs_work_and_nothing_else(tmp_path: Path) -> None:
+    kept = Kept(limit=10_000_000)
+    kept.keep_in(tmp_path / "kept.sqlite")
+    kept.add({b"a": b"1"})
+    (tmp_path / "kept.sqlite").unlink()
+    assert kept.find([b"a"]) == {}
+    kept.add({b"b": b"2"})
+    assert kept.find([b"b"]) == {b"b": b"2"}
+    other = Kept()
+    other.keep_in(tmp_path / "kept.sqlite")
+    assert other.find([b"b"]) == {b"b": b"2"}, "made anew in its place"
 
 
 def test_a_reward_head_on_the_mean_state(models: Callable[..., Path]) -> None:

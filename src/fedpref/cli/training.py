@@ -217,12 +217,12 @@ def pareto(
         console.print(f"{path}", style="bold", highlight=False)
         with saying(lambda: f"the same command goes on where it was, in {folder}"):
             show(happenings, console)
-    remove_states(folder / "cache")
     measured = front.measured(
         objectives, {preference: list(some) for preference, some in runs.items()}
     )
     if interpolate:
         measured += front.interpolated(objectives, runs, interpolate, folder / "cache")
+    remove_states(folder / "cache")
     measured.sort(key=lambda point: point.preference)
     above = given or front.reference_of(measured)
     measures = front.front_metrics(measured, above)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from fedpref import config
 from fedpref.algorithms import Alone, AnyAlgorithm, FedDPO, Pooled
@@ -24,6 +26,8 @@ from fedpref.numerics import seeds
 from fedpref.numerics.topology import GraphFile
 from fedpref.tasks import AnyTask, PreferenceTask, Task
 from fedpref.types import Count, WholeNumber
+
+FEWEST = 8  # examples that are evaluated apart from the others
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Experiment:
     """The root of all random draws."""
     evaluate_every: WholeNumber = 0
     """Rounds between evaluations; 0 evaluates after the last one only."""
-    evaluate_pairs: Count | None = None
+    evaluate_pairs: Annotated[int, Field(ge=FEWEST)] | None = None
     """Held-out pairs of each client in the evaluations before the last, drawn once; null takes
     all."""
     evaluate_on_start: bool = False
@@ -127,6 +131,11 @@ class Experiment:
                 f"task.estimator: ppo needs critics, which {who} does not keep. Take rloo or grpo; "
                 "or firm, scalarized, fsmgda or fedcmoo as the algorithm, and no baselines."
             )
+        if self.evaluate_pairs is not None and not task.can_be_thinned:
+            raise UserError(
+                f"evaluate_pairs: the task {task.name} evaluates all that it holds out. Leave it "
+                "out."
+            )
         algorithm.check_task(task)
 
     def _check_aggregate(self) -> None:
@@ -159,6 +168,7 @@ class Experiment:
         # not where a config is read: runs of older versions can still be looked at
         algorithm = self.algorithm
         self.federation.check()
+        self.task.check_clients(sizes)
         compression = self.network.compression
         if algorithm.needs_contraction and compression and not compression.contracts:
             raise UserError(

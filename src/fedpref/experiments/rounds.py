@@ -21,7 +21,7 @@ from fedpref.engines.workers import keep_freed_memory, one_thread
 from fedpref.errors import UserError
 from fedpref.experiments.clients import About, AtSites, ClientSource, InProcess
 from fedpref.experiments.environment import described
-from fedpref.experiments.experiment import Experiment, lines, with_whole_paths
+from fedpref.experiments.experiment import FEWEST, Experiment, lines, with_whole_paths
 from fedpref.experiments.run_directory import (
     CONFIG,
     OUTCOMES,
@@ -285,8 +285,11 @@ def _evaluate(
     measured = engine.each(work, *model) if few is None else engine.each(glance, few, *model)
     rows = {names[i]: dict(metrics) for i, metrics in engine.disclose(measured).items()}
     counts = {name: int(row["num_examples"]) for name, row in rows.items()}
-    metrics = [metric for metric in next(iter(rows.values())) if not metric.startswith("num_")]
-    columns = {metric: {name: row[metric] for name, row in rows.items()} for metric in metrics}
+    columns: dict[str, dict[str, float]] = {}
+    for name, row in rows.items():
+        for metric, value in row.items():
+            if not metric.startswith("num_"):
+                columns.setdefault(metric, {})[name] = value
     return {
         "clients": rows,
         "summary": {
@@ -311,9 +314,9 @@ def _export(
     if not all(isinstance(part, Mapping) for part in model):
         engine.begin(engine.round, engine.clients, "evaluate")
         engine.each(export, "clients", *model)
-    if asked := tuple(name for name in names if experiment.task.asks(name)):
+    if any(map(experiment.task.asks, names)):
         engine.begin(engine.round, engine.clients, "evaluate")
-        engine.each(sample, asked, *model)
+        engine.each(sample, *model)
 
 
 @work("evaluation.evaluate")
@@ -339,9 +342,14 @@ def conclude(client: Client, *parts: Tree) -> Mapping[str, float]:
 
 @work("evaluation.glance")
 def glance(client: Client, few: int, *parts: Tree) -> Mapping[str, float]:
-    """Return metrics of the client's model on a few held-out examples, the same ones each time."""
+    """Return metrics of the client's model on a few held-out examples, the same ones each time.
+
+    They are never so few that a figure is one example's own, and those of one number are not among
+    those of the next, or the difference would be.
+    """
     shard: Any = client.shard  # of any task: its held-out side is `test`
-    rng = seeds.generator(0, f"glance/{shard.name}")
+    few = max(few, FEWEST)
+    rng = seeds.generator(0, f"glance/{few}/{shard.name}")
     drawn = sorted(torch.randperm(len(shard.test), generator=rng)[:few].tolist())
     thinned = replace(shard, test=tuple(shard.test[i] for i in drawn))
     return client.task.evaluate(trees.merge(*parts), thinned)
@@ -355,11 +363,11 @@ def export(client: Client, kind: Literal["clients", "newcomers"], *parts: Tree) 
 
 
 @work("evaluation.sample", sends=())
-def sample(client: Client, asked: tuple[str, ...], *parts: Tree) -> Tree:
+def sample(client: Client, *parts: Tree) -> Tree:
     """Write answers to the client's held-out prompts, to be read, if they are asked for."""
-    if client.shard.name not in asked:
-        return {}
     rows = client.task.samples(trees.merge(*parts), client.shard)
+    if not rows:
+        return {}
     folder = client.folder / SAMPLES
     folder.mkdir(exist_ok=True)
     (folder / f"{file_name(client.shard.name)}.jsonl").write_text(

@@ -10,7 +10,6 @@ from pathlib import Path
 
 LOG = logging.getLogger(__name__)
 WAITS = 60.0  # seconds for another process that writes
-MAPPED = 2**36  # bytes of a file that are read through memory, where it has so many
 
 
 class Kept:
@@ -56,26 +55,29 @@ class Kept:
         """Keep values, unless that would be more than the limit."""
         connection = self._open()
         size = sum(map(len, values.values()))
-        taken = self._file.stat().st_size if connection and self._file else self._size
-        if self._limit is not None and taken + size > self._limit:
-            return
-        if connection:
+        if connection and self._file:
             try:
+                if self._limit is not None and self._file.stat().st_size + size > self._limit:
+                    return
                 with connection:
                     connection.executemany(
                         "INSERT OR IGNORE INTO kept VALUES (?, ?)", list(values.items())
                     )
-            except sqlite3.Error as error:
+            except (OSError, sqlite3.Error) as error:
                 self._give_up(error)
             else:
                 return
-        self._memory.update(values)
-        self._size += size
+        if self._limit is None or self._size + size <= self._limit:
+            self._memory.update(values)
+            self._size += size
 
     def _open(self) -> sqlite3.Connection | None:
-        # a connection of the process that this one was forked from is not this one's
-        if self._file is None or (self._connection and self._owner == os.getpid()):
+        # a connection of the process that this one was forked from is not this one's, and a file
+        # may have been removed, to be made anew
+        is_own = self._connection is not None and self._owner == os.getpid()
+        if self._file is None or (is_own and self._file.exists()):
             return self._connection
+        self._close()
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             self._file.touch(mode=0o600)  # it tells of a client's own texts
@@ -84,7 +86,6 @@ class Kept:
             self._owner = os.getpid()
             # a power cut may cost the file, and with it work, but nothing that counts
             self._connection.execute("PRAGMA synchronous = OFF")
-            self._connection.execute(f"PRAGMA mmap_size = {MAPPED}")
             self._connection.execute(
                 "CREATE TABLE IF NOT EXISTS kept (key BLOB PRIMARY KEY, value BLOB)"
             )

@@ -96,8 +96,9 @@ class Model:
     null takes all."""
     trunk_states: Literal["file", "memory", "none"] = "file"
     """Where states at the end of the layers below the adapter are kept, once they are computed: in
-    a file beside the run that only you can read and that goes when the run is over, in each
-    process's memory, or nowhere. Answers that are drawn anew are not kept."""
+    a file beside the run that only you can read and that goes when the run is over (at a site by
+    `fedpref clean`), in each process's memory, or nowhere. Answers that are drawn anew are not
+    kept."""
     trunk_limit_mb: Count = 4096
     """MB above which no more of these states are kept."""
     template_date: Date = "2024-07-26"
@@ -453,14 +454,14 @@ class LanguageModel:
         tokens = token_log_probabilities(scored, weight, self.head.bias, layout.targets, change)
         sums = layout.per_answer(tokens)
         if REWARD in own:
-            last = after_bottleneck(hidden.index_select(0, layout.last), own)
-            return sums, (last * own[REWARD]).float().sum(1)
+            last = after_bottleneck(even(hidden.index_select(0, layout.last)), own)
+            return sums, (last[: len(layout.last)] * own[REWARD]).float().sum(1)
         if REWARD_MEAN in own:
             answers = [mine for before, mine in layout.parts if before]
             places = torch.tensor([place for mine in answers for place in mine], device=self.device)
-            each = after_bottleneck(hidden.index_select(0, places), own)
+            each = after_bottleneck(even(hidden.index_select(0, places)), own)[: len(places)]
             means = [part.float().mean(0) for part in each.split([len(mine) for mine in answers])]
-            return sums, torch.stack(means) @ own[REWARD_MEAN].float()
+            return sums, (torch.stack(means) * own[REWARD_MEAN].float()).sum(1)
         return sums, None
 
     def run(

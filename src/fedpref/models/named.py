@@ -158,7 +158,7 @@ def fetch(name: str) -> Fetched:
             return replace(other, note=f"{error} {other.name} is there in its place.")
         (made / SAYS).write_text(json.dumps({"name": name, "says": named.says, **said}) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
-        made.replace(folder)
+        _put(made, folder)
     return Fetched(name, folder)
 
 
@@ -258,6 +258,8 @@ def converted(path: str, file: str, revision: str | None, dtype: str) -> Path:
     Raises:
         UserError: There is no such file, or it cannot be read.
     """
+    if Path(file).is_absolute() or ".." in Path(file).parts:
+        raise UserError(f"model.gguf_file: {file!r} is no file of the folder or Hub id model.path.")
     local = Path(path).expanduser() / file
     if not local.is_file():
         from transformers.utils.hub import cached_file
@@ -273,5 +275,14 @@ def converted(path: str, file: str, revision: str | None, dtype: str) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as scratch:
             convert(local, Path(scratch) / "model", dtype)
-            (Path(scratch) / "model").replace(folder)
+            _put(Path(scratch) / "model", folder)
     return folder
+
+
+def _put(made: Path, folder: Path) -> None:
+    """Move what was made to its place, unless another process was there first."""
+    try:
+        made.replace(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
+from fedpref.experiments.experiment import Experiment
 from fedpref.experiments.finished import FinishedRun
 from fedpref.experiments.run_directory import OUTCOMES, client_path
 from fedpref.experiments.run_files import OUTCOMES as FORM
 from fedpref.experiments.run_files import read_json
 
-RESAMPLES = 2000
+FEWEST = 5  # prompts of a client, below which an error would be far too small
 
 # of each held-out example: a digest of its prompt, and whether the model was right
 Outcomes = Mapping[str, list[tuple[str, float]]]
@@ -25,7 +26,7 @@ class Gain:
 
     Attributes:
         mean: Over clients, in points of accuracy.
-        error: Its standard error, by a bootstrap over prompts.
+        error: Its standard error, of prompts drawn anew.
         prompts: Held-out prompts.
         clients: Each client's gain, in points.
     """
@@ -36,14 +37,9 @@ class Gain:
     clients: Mapping[str, float]
 
     @property
-    def in_errors(self) -> float:
-        """The gain in standard errors; 0 where nothing differs."""
-        return self.mean / self.error if self.error else 0.0
-
-    @property
     def is_told(self) -> bool:
         """Whether the gain, or the loss, is more than two standard errors."""
-        return abs(self.mean) > 2 * self.error
+        return abs(self.mean) > 2 * self.error > 0
 
 
 def outcomes(run: Path, line: str) -> Outcomes:
@@ -55,10 +51,15 @@ def outcomes(run: Path, line: str) -> Outcomes:
 
 
 def gain(ours: Outcomes, theirs: Outcomes) -> Gain | None:
-    """Return what one line has over another on the same examples; None where these differ.
+    """Return what one line has over another on the same examples.
 
-    Clients count alike. Prompts are drawn again, with all pairs and all clients that have them:
-    pairs of one prompt share its answers, and are not so many pieces of evidence.
+    Clients count alike. The error is that of a bootstrap that draws prompts anew, with all pairs
+    and all clients that have them, in its closed form: pairs of one prompt share its answers, and
+    are not so many pieces of evidence. (The sandwich estimator with clusters, Liang and Zeger 1986,
+    each client's part for the number of its own prompts.)
+
+    Returns:
+        The gain; None where the examples differ, or a client has too few prompts for an error.
     """
     names = [name for name in ours if name in theirs]
     if not names or any(
@@ -66,24 +67,22 @@ def gain(ours: Outcomes, theirs: Outcomes) -> Gain | None:
         for name in names
     ):
         return None
-    numbers: dict[str, int] = {}
-    places, apart = [], []
+    parts: defaultdict[str, float] = defaultdict(float)  # of each prompt in the mean's error
+    each = {}
     for name in names:
-        places.append(np.array([numbers.setdefault(p, len(numbers)) for p, _ in ours[name]]))
-        apart.append(
-            np.array([a - b for (_, a), (_, b) in zip(ours[name], theirs[name], strict=True)])
-        )
-    rng = np.random.default_rng(0)
-    drawn = rng.multinomial(
-        len(numbers), np.full(len(numbers), 1 / len(numbers)), size=RESAMPLES
-    ).astype(float)
-    sums = np.zeros(RESAMPLES)
-    for place, difference in zip(places, apart, strict=True):
-        weights = drawn[:, place]
-        sums += weights @ difference / np.maximum(weights.sum(1), 1)
-    each = {name: 100 * float(d.mean()) for name, d in zip(names, apart, strict=True)}
-    mean = sum(each.values()) / len(each)
-    return Gain(mean, 100 * float(sums.std(ddof=1)) / len(names), len(numbers), each)
+        found: defaultdict[str, list[float]] = defaultdict(list)
+        for (prompt, a), (_, b) in zip(ours[name], theirs[name], strict=True):
+            found[prompt].append(a - b)
+        if len(found) < FEWEST:
+            return None
+        pairs = len(ours[name])
+        mean = sum(map(sum, found.values())) / pairs
+        each[name] = 100 * mean
+        scale = math.sqrt(len(found) / (len(found) - 1)) / pairs / len(names)
+        for prompt, values in found.items():
+            parts[prompt] += scale * (sum(values) - len(values) * mean)
+    error = math.sqrt(sum(part**2 for part in parts.values()))
+    return Gain(sum(each.values()) / len(each), 100 * error, len(parts), each)
 
 
 def gains(run: Path) -> dict[str, Gain]:
@@ -108,11 +107,18 @@ def sentences(run: Path) -> list[str]:
             f"(paired over {one.prompts} prompts); {up} clients gain, {len(lost)} lose"
             + (f": {', '.join(lost)}" if lost else "")
         )
-    known = finished.experiment.data.known_accuracies
-    here = [known[name] for name in finished.clients if name in known]
-    if here and finished.experiment.evaluate_on == "test":
+    known = known_accuracies(finished.experiment, list(finished.clients))
+    if known:
         said.append(
-            f"the tastes by which these preferences were drawn agree with "
-            f"{100 * sum(here) / len(here):.1f} % of them: more cannot be reached"
+            "the tastes by which these preferences were drawn rank "
+            f"{100 * sum(known.values()) / len(known):.1f} % of them rightly themselves"
         )
     return said
+
+
+def known_accuracies(experiment: Experiment, clients: Sequence[str]) -> dict[str, float]:
+    """Return what the tastes reach by which clients' held-out pairs were drawn, if it is known."""
+    if experiment.task.name != "preference" or experiment.evaluate_on != "test":
+        return {}
+    known = experiment.data.known_accuracies
+    return {name: known[name] for name in clients if name in known}

@@ -30,7 +30,7 @@ from fedpref.numerics.metrics import (
     headline,
     standard_error,
 )
-from fedpref.reports.paired import Gain, gains
+from fedpref.reports.paired import Gain, gains, known_accuracies
 
 # client -> its value of the metric by which clients are compared, in that metric's unit
 Values = dict[str, float]
@@ -131,10 +131,7 @@ class Run:
     @cached_property
     def known_accuracies(self) -> Mapping[str, float]:
         """What the tastes reach by which clients' held-out pairs were drawn, where it is known."""
-        if self.experiment.evaluate_on != "test":
-            return {}
-        known = self.experiment.data.known_accuracies
-        return {name: known[name] for name in self.line.last if name in known}
+        return known_accuracies(self.experiment, list(self.line.last))
 
     def _beside(self, baseline: str) -> tuple[ClientMetrics, ClientMetrics]:
         """Return this line's last metrics and a baseline's, of the clients that have both."""

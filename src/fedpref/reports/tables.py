@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedpref.errors import printable
+from fedpref.experiments.finished import FinishedRun
 from fedpref.experiments.run_directory import SAMPLES, client_path
 from fedpref.experiments.run_files import CLIENTS, read_json, read_rows
 from fedpref.numerics.metrics import (
@@ -218,7 +219,8 @@ def next_commands(path: Path) -> list[str]:
     names = list(sizes(path))
     chooses = f" --client {shlex.quote(names[-1])}" if (path / "clients").is_dir() else ""
     opens = f"open the page:      fedpref report {shlex.quote(str(path))} --open"
-    if not ((path / "adapter").is_dir() or chooses):
+    answers = FinishedRun.at(path).experiment.task.name != "opinion"
+    if not answers or not ((path / "adapter").is_dir() or chooses):
         return [opens]
     where = shlex.quote(str(path))
     return [f'let it answer:      fedpref generate {where}{chooses} "How do I ...?"', opens]

@@ -97,6 +97,11 @@ def refuse_code(spec: Experiment, functions: Sequence[str]) -> None:
     """
     if spec.task.runs_remote_code:
         raise UserError("no code that comes with a model is run here")
+    if spec.task.names_model_files:
+        raise UserError(
+            "what a model's name means is for the participant to say, and so are its revision and "
+            "the file of it (task.model.gguf_file)"
+        )
     for name, reward in spec.task.reward_settings().items():
         if reward.code is not None and reward.code not in functions:
             raise UserError(

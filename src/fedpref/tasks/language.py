@@ -52,6 +52,10 @@ class LanguageTask(TaskSettings):
     def runs_remote_code(self) -> bool:
         return self.model.trust_remote_code
 
+    @property
+    def names_model_files(self) -> bool:
+        return self.model.gguf_file is not None or self.model.revision is not None
+
     def _check_names(self) -> None:
         """Raise ValueError where objectives cannot be told apart in metrics."""
         names = self.objectives

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fedpref.data.preferences import ClientData, Row
 from fedpref.data.unusable import Unusable
+from fedpref.errors import UserError
 from fedpref.models.generation import OwnSampling, generate
 from fedpref.models.kept import Kept
 from fedpref.models.packed import Row as PackedRow
@@ -51,6 +52,13 @@ class OfflineTask(LanguageTask):
 
     def asks(self, client: str) -> bool:
         return self.samples > 0 and (not self.sample_clients or client in self.sample_clients)
+
+    def check_clients(self, names: Collection[str]) -> None:
+        if unknown := sorted(set(self.sample_clients) - set(names)):
+            raise UserError(
+                f"task.sample_clients: there is no client {unknown[0]!r}; there are "
+                f"{', '.join(sorted(names)[:12])}."
+            )
 
     def without_samples(self) -> Self:
         return replace(self, samples=0)
@@ -278,7 +286,12 @@ class OfflineLearner(LanguageLearner):
         return list(zip(digests, self.choices(params, shard).tolist(), strict=True))
 
     def samples(self, params: Tree, shard: OfflineShard) -> list[dict[str, Any]]:
-        """Return held-out prompts with answers of the backbone and of the client's model."""
+        """Return held-out prompts with answers of the backbone and of the client's model.
+
+        There are none of a client that is not asked.
+        """
+        if not self.settings.asks(shard.name):
+            return []
         # in an order that clients have in common, so that those who share prompts are asked alike
         prompts = sorted({example.prompt for example in shard.test}, key=_digest)[
             : self.settings.samples

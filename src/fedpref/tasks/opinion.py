@@ -36,6 +36,8 @@ from fedpref.types import Count
 Texts = tuple[str, ...]
 FILE, CONFIG = "predictor.safetensors", "predictor.json"
 
+EMBEDDINGS = "embeddings-"  # begins the names of folders of texts' vectors
+
 
 @dataclass(frozen=True, kw_only=True)
 class OpinionTask(TaskSettings):
@@ -48,6 +50,7 @@ class OpinionTask(TaskSettings):
 
     name: Literal["opinion"] = "opinion"
     measures_examples: ClassVar[bool] = True
+    can_be_thinned: ClassVar[bool] = False
     objectives: ClassVar[tuple[str, ...]] = ("loss",)
     model: Encoder = Encoder()
     """The model that turns texts into vectors."""
@@ -205,7 +208,7 @@ class OpinionLearner:
             for question in shard.train + shard.test
             if question.digest not in self.known
         }
-        folder = cache / f"embeddings-{self.encoder.fingerprint}"
+        folder = cache / f"{EMBEDDINGS}{self.encoder.fingerprint}"
         for digest in [digest for digest in wanted if (folder / f"{digest}.safetensors").exists()]:
             self.known[digest] = trees.load(folder / f"{digest}.safetensors")["embeddings"]
             del wanted[digest]

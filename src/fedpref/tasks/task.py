@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
@@ -67,6 +67,16 @@ class TaskSettings(ABC):
         return False
 
     @property
+    def names_model_files(self) -> bool:
+        """Whether more is said of a model than its name."""
+        return False
+
+    @property
+    def can_be_thinned(self) -> bool:
+        """Whether a few of a client's held-out examples can be evaluated alone."""
+        return True
+
+    @property
     def samples(self) -> int:
         """Held-out prompts of a client that are answered before training and after, to be read."""
         return 0
@@ -74,6 +84,9 @@ class TaskSettings(ABC):
     def asks(self, client: str) -> bool:
         """Return whether a client's answers to `samples` prompts are kept."""
         return self.samples > 0
+
+    def check_clients(self, names: Collection[str]) -> None:  # noqa: B027  # most name none
+        """Raise UserError if the task names clients that are not there."""
 
     @property
     def loss_name(self) -> str | None:

@@ -153,9 +153,8 @@ def cards(run: Run) -> list[tuple[str, str, str]]:
         for name, some in gains.items()
     ]
     if run.metric == ACCURACY and (known := run.known_accuracies):
-        tiles.append(
-            ("in reach", f"{100 * _mean(known):.1f}", "what the tastes themselves rank rightly")
-        )
+        reached = f"{100 * _mean(known):.1f}"
+        tiles.append(("by their tastes", reached, "what the tastes themselves rank rightly"))
     tiles.append(("worst client", f"{values[worst]:.{digits}f}", worst))
     if both := run.newcomers.get(run.line.name):
         before, after = both
