@@ -57,7 +57,7 @@ class OfflineTask(LanguageTask):
         if unknown := sorted(set(self.sample_clients) - set(names)):
             raise UserError(
                 f"task.sample_clients: there is no client {unknown[0]!r}; there are "
-                f"{', '.join(sorted(names)[:12])}."
+                f"{', '.join(sorted(names)[:12])}. Leave it out (task.sample_clients=[] asks all)."
             )
 
     def without_samples(self) -> Self:
