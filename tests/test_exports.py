@@ -469,8 +469,7 @@ def test_a_run_keeps_answers_before_and_after_where_they_are_asked_for(
     assert not (tmp_path / "run/baselines/alone/samples").exists()
     assert sorted(samples) == [f"client-{i}" for i in range(4)]
     assert all(
-        len(rows) == 2 and rows[0]["prompt"].startswith("Which fish")
-        for rows in samples.values()
+        len(rows) == 2 and rows[0]["prompt"].startswith("Which fish") for rows in samples.values()
     )
     assert any(
         row["before"]["completion"] != row["after"]["completion"]
