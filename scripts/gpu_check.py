@@ -458,7 +458,7 @@ def mean(clients: Metrics, metric: str) -> float:
 
 def few_rows(number: int) -> list[str]:
     """What a config must say so that clients have so many rows, and nothing to be read."""
-    return [f"partition.max_rows={number}", "task.samples=0"]
+    return [f"partition.max_rows={number}", "task.samples=0", "task.sample_clients=[]"]
 
 
 def run_demo(setting: Setting, report: Report) -> None:

@@ -675,6 +675,12 @@ def test_what_is_written_out_is_not_taken_for_aliases(
     assert Experiment.load(tmp_path / "c.yaml") == spec
 
 
+def test_a_config_that_is_nested_without_end_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("name: " + "[" * 50_000 + "]" * 50_000)
+    with pytest.raises(UserError, match="nested more than 100 deep"):
+        Experiment.load(tmp_path / "c.yaml")
+
+
 # ---- clients that are left without rows
 
 

@@ -24,6 +24,7 @@ from fedpref.errors import UserError
 
 T = TypeVar("T")
 MOST_NODES = 10_000  # keys and values of a config that aliases may make
+DEEPEST = 100  # lists and mappings in one another
 # `${name:...}`, and `${${...}...}`, which might become one
 RESOLVER = re.compile(r"(?<!\\)(?:\\\\)*\$\{[^{}]*(?::|\$\{)")
 # what YAML and OmegaConf raise for texts that are none, are nested too deep, or refer to nothing
@@ -68,9 +69,18 @@ def _words(error: Exception) -> str:
 
 
 def _refuse_large(text: str) -> None:
-    """Raise ValueError where aliases would make more of a YAML text than anybody has written."""
+    """Raise ValueError for what nobody has written: aliases that make more of a text, deep nesting.
+
+    The reader's time grows with the square of the depth, so that it is looked at as it comes.
+    """
     sizes: dict[int, int] = {}
-    written = sum(isinstance(event, yaml.NodeEvent) for event in yaml.parse(text, yaml.SafeLoader))
+    written = depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        written += isinstance(event, yaml.NodeEvent)
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST:
+            raise ValueError(f"values are nested more than {DEEPEST} deep")
     most = max(MOST_NODES, 2 * written)
 
     def count(node: yaml.Node) -> int:
