@@ -66,17 +66,17 @@ def long_run(folder: Path) -> Path:
     return path
 
 
-def seconds_of(*command: str) -> float:
-    """The median of five runs."""
+def seconds_of(turns: int, *command: str) -> float:
+    """The median of some runs."""
     found = []
-    for _ in range(5):
+    for _ in range(turns):
         begun = time.perf_counter()
         subprocess.run([sys.executable, "-m", "fedpref", *command], check=True, capture_output=True)
         found.append(time.perf_counter() - begun)
     return statistics.median(found)
 
 
-def opening(page: Path) -> float | None:
+def opening(turns: int, page: Path) -> float | None:
     """Seconds until a browser has drawn every chart."""
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if not chromium:
@@ -86,7 +86,7 @@ def opening(page: Path) -> float | None:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         found = []
-        for _ in range(5):
+        for _ in range(turns):
             opened = browser.new_page()
             begun = time.perf_counter()
             opened.goto(page.resolve().as_uri())
@@ -104,22 +104,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--quick", action="store_true", help="once each, in place of five times")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument(
         "--run", type=Path, help="a run, such as the demo's, whose page is opened too"
     )
     arguments = parser.parse_args()
+    turns = 1 if arguments.quick else 5
     with tempfile.TemporaryDirectory() as scratch:
         path = long_run(Path(scratch))
-        found: dict[str, float | None] = {"report_seconds_200_64": seconds_of("report", str(path))}
+        found: dict[str, float | None] = {
+            "report_seconds_200_64": seconds_of(turns, "report", str(path))
+        }
         found["report_mb"] = (path / REPORT).stat().st_size / 1e6
-        found["open_seconds"] = opening(path / REPORT)
+        found["open_seconds"] = opening(turns, path / REPORT)
     if arguments.run:
         found |= {
             "run_mb": (arguments.run / REPORT).stat().st_size / 1e6,
-            "run_open_seconds": opening(arguments.run / REPORT),
+            "run_open_seconds": opening(turns, arguments.run / REPORT),
         }
-    found["help_seconds"] = seconds_of("--help")
+    found["help_seconds"] = seconds_of(turns, "--help")
     print(json.dumps(found, indent=1))
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")

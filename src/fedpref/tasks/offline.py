@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import warnings
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -18,7 +19,6 @@ from torch import Tensor
 
 from fedpref.data.preferences import ClientData, Row
 from fedpref.data.unusable import Unusable
-from fedpref.errors import UserError
 from fedpref.models.generation import OwnSampling, generate
 from fedpref.models.kept import Kept
 from fedpref.models.packed import Row as PackedRow
@@ -55,9 +55,10 @@ class OfflineTask(LanguageTask):
 
     def check_clients(self, names: Collection[str]) -> None:
         if unknown := sorted(set(self.sample_clients) - set(names)):
-            raise UserError(
-                f"task.sample_clients: there is no client {unknown[0]!r}; there are "
-                f"{', '.join(sorted(names)[:12])}. Leave it out (task.sample_clients=[] asks all)."
+            warnings.warn(
+                f"task.sample_clients: there is no client {unknown[0]!r}, so that none answers "
+                f"for it; there are {', '.join(sorted(names)[:12])}.",
+                stacklevel=3,
             )
 
     def without_samples(self) -> Self:

@@ -86,7 +86,7 @@ class TaskSettings(ABC):
         return self.samples > 0
 
     def check_clients(self, names: Collection[str]) -> None:  # noqa: B027  # most name none
-        """Raise UserError if the task names clients that are not there."""
+        """Say so if the task names clients that are not there."""
 
     @property
     def loss_name(self) -> str | None:
