@@ -6,7 +6,7 @@ fedpref, interleaved.
 
 Every tool runs in a process of its own, on one thread, and takes some steps in turn; figures are
 means over the turns of process CPU seconds a step. fedpref, whose batches are each of similar
-length and so unlike each other, takes four times as many steps as the others. All train a LoRA
+length and so unlike each other, takes four times as many steps as the others (`--quick`: twice). All train a LoRA
 adapter (rank 8, all linear layers, AdamW) on batches of 8 pairs whose lengths are those of 64 pairs
 of hh-rlhf under the shipped tokenizer; the tokens are random. TRL has the base model as its
 reference, once as it is installed and once with glibc's malloc told to keep freed memory, as
@@ -364,7 +364,8 @@ def race(
     memory = dict.fromkeys(lanes, 0.0)
     for turn in range(-warm, turns):
         for tool, (connection, _) in lanes.items():
-            wanted = count * (4 if tool.startswith("fedpref") else 1)
+            more = 4 if warm else 2  # batches of a short race are few anyway
+            wanted = count * (more if tool.startswith("fedpref") else 1)
             connection.send(wanted)
             taken, memory[tool] = connection.recv()
             if turn >= 0:
