@@ -7,8 +7,8 @@ fedpref, interleaved.
 Every tool runs in a process of its own, on one thread, and takes some steps in turn; figures are
 means over the turns of process CPU seconds a step. fedpref, whose batches are each of similar
 length and so unlike each other, takes four times as many steps as the others (`--quick`: twice).
-All train a LoRA adapter (rank 8, all linear layers, AdamW) on batches of 8 pairs whose lengths are those of 64 pairs
-of hh-rlhf under the shipped tokenizer; the tokens are random. TRL has the base model as its
+All train a LoRA adapter (rank 8, all linear layers, AdamW) on batches of 8 pairs whose lengths are
+those of 64 pairs of hh-rlhf under the shipped tokenizer; the tokens are random. TRL has the base model as its
 reference, once as it is installed and once with glibc's malloc told to keep freed memory, as
 fedpref does, and in the arithmetic that is faster here. Gradient checkpointing is off everywhere.
 
