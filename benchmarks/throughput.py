@@ -8,9 +8,10 @@ Every tool runs in a process of its own, on one thread, and takes some steps in 
 means over the turns of process CPU seconds a step. fedpref, whose batches are each of similar
 length and so unlike each other, takes four times as many steps as the others (`--quick`: twice).
 All train a LoRA adapter (rank 8, all linear layers, AdamW) on batches of 8 pairs whose lengths are
-those of 64 pairs of hh-rlhf under the shipped tokenizer; the tokens are random. TRL has the base model as its
-reference, once as it is installed and once with glibc's malloc told to keep freed memory, as
-fedpref does, and in the arithmetic that is faster here. Gradient checkpointing is off everywhere.
+those of 64 pairs of hh-rlhf under the shipped tokenizer; the tokens are random. TRL has the base
+model as its reference, once as it is installed and once with glibc's malloc told to keep freed
+memory, as fedpref does, and in the arithmetic that is faster here. Gradient checkpointing is off
+everywhere.
 
 `smollm2` is SmolLM2-135M-Instruct, four-bit weights dequantised (`fedpref model smollm2-q4`), on 64
 of the shipped pairs. There fedpref also trains an adapter in the last 8 layers alone, with the
