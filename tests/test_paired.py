@@ -172,6 +172,22 @@ def test_a_client_that_is_not_there_is_said_not_to_be(
         run(config.parse(Experiment, {**settings, "task": task}, "test"), tmp_path / "run")
 
 
+def test_names_of_clients_reach_a_terminal_escaped(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    rows = [{**row, "client": f"evil\x1b[31m{row['client']}"} for row in make_rows([20, 20])]
+    task = {**settings["task"], "samples": 1, "sample_clients": ["nobody"]}
+    data = {"name": "files", "path": str(write_rows(tmp_path / "r.jsonl", rows))}
+    content = {**settings, "task": task, "data": {**data, "test_fraction": 0.5}}
+    content |= {"baselines": ["alone"], "algorithm": {**settings["algorithm"], "name": "fedpdpo"}}
+    with pytest.warns(UserWarning, match="nobody") as said:
+        run(config.parse(Experiment, content, "test"), tmp_path / "run")
+    texts = [str(one.message) for one in said if "nobody" in str(one.message)]
+    texts += [*sentences(tmp_path / "run"), *next_commands(tmp_path / "run")]
+    assert len(texts) > 3
+    assert not any("\x1b" in text for text in texts)
+
+
 def test_the_shipped_tastes_are_known_by_client() -> None:
     known = Builtin().known_accuracies
     assert len(known) == 12

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedpref.errors import printable
 from fedpref.experiments.experiment import Experiment
 from fedpref.experiments.finished import FinishedRun
 from fedpref.experiments.run_directory import OUTCOMES, client_path
@@ -100,7 +101,7 @@ def sentences(run: Path) -> list[str]:
     main = next(iter(finished.lines))
     said = []
     for other, one in gains(run).items():
-        lost = [name for name, value in one.clients.items() if value < 0]
+        lost = [printable(name) for name, value in one.clients.items() if value < 0]
         up = sum(value > 0 for value in one.clients.values())
         said.append(
             f"{main} against {other}: {one.mean:+.1f} points, standard error {one.error:.1f} "

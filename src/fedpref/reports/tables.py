@@ -217,7 +217,9 @@ def _answer(said: Mapping[str, Any]) -> Text:
 def next_commands(path: Path) -> list[str]:
     """Return commands that a finished run invites to."""
     names = list(sizes(path))
-    chooses = f" --client {shlex.quote(names[-1])}" if (path / "clients").is_dir() else ""
+    chooses = (
+        f" --client {printable(shlex.quote(names[-1]))}" if (path / "clients").is_dir() else ""
+    )
     opens = f"open the page:      fedpref report {shlex.quote(str(path))} --open"
     answers = FinishedRun.at(path).experiment.task.name != "opinion"
     if not answers or not ((path / "adapter").is_dir() or chooses):

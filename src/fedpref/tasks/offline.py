@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fedpref.data.preferences import ClientData, Row
 from fedpref.data.unusable import Unusable
+from fedpref.errors import printable
 from fedpref.models.generation import OwnSampling, generate
 from fedpref.models.kept import Kept
 from fedpref.models.packed import Row as PackedRow
@@ -57,7 +58,7 @@ class OfflineTask(LanguageTask):
         if unknown := sorted(set(self.sample_clients) - set(names)):
             warnings.warn(
                 f"task.sample_clients: there is no client {unknown[0]!r}, so that none answers "
-                f"for it; there are {', '.join(sorted(names)[:12])}.",
+                f"for it; there are {', '.join(map(printable, sorted(names)[:12]))}.",
                 stacklevel=3,
             )
 
