@@ -20,14 +20,15 @@ from layers import LAYERS  # noqa: E402  # the one list of layers, which documen
 # the three at the root are below all layers
 ORDER = [
     "errors",
-    "config",
     "types",
+    "config",
     *LAYERS,
     "__main__",
 ]
 MATHEMATICS = {"losses", "numerics", "channel"}
 ALLOWED_IN_MATHEMATICS = {
     "__future__",
+    "abc",
     "collections",
     "dataclasses",
     "functools",

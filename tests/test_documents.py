@@ -17,6 +17,7 @@ import yaml
 from conftest import ROOT
 from fedpref import Experiment, cli, config
 from fedpref.algorithms import AnyAlgorithm
+from fedpref.reports.settings import OPEN
 
 DOCS = sorted([*(ROOT / "docs").rglob("*.md"), ROOT / "README.md"])
 COMMANDS: Any = typer.main.get_command(cli.app)
@@ -26,7 +27,7 @@ def blocks(file: Path, *languages: str) -> list[str]:
     return [
         text
         for language, text in re.findall(r"^```(\w*)\n(.*?)^```", file.read_text(), re.M | re.S)
-        if language in languages
+        if language in languages and not re.match(r"# \w+\.\w+\n", text)  # a file, run elsewhere
     ]
 
 
@@ -104,9 +105,10 @@ def test_every_document_is_in_the_table_of_contents() -> None:
 
 
 def test_functions_that_documents_name_are_there() -> None:
+    groups = {choice.group for choice in OPEN.values()}  # of entry points
     names = {
         name for file in DOCS for name in re.findall(r"`(fedpref(?:\.\w+)+)`", file.read_text())
-    }
+    } - groups
     assert len(names) > 30
     for name in names:
         assert pkgutil.resolve_name(name), name

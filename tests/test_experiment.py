@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import tempfile
 import time
 from collections import Counter
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from fedpref import Experiment, UserError, config, resume, run
 from fedpref.algorithms import Alone, FedDPO, Pooled
 from fedpref.data import ClientData, Preference
 from fedpref.engines import Simulation
+from fedpref.engines.forks import forked
 from fedpref.engines.per_client import StoredValues
 from fedpref.experiments.finished import FinishedRun
 from fedpref.experiments.rounds import evaluate, events, new_directory
@@ -552,12 +555,38 @@ def test_any_number_of_workers_ends_with_the_same_bits(
 ) -> None:
     task = {**settings["task"], "model": {**settings["task"]["model"], "lora_dropout": 0.1}}
     results = [
-        run(experiment(settings, task=task, workers=count), tmp_path / str(count))
+        run(
+            experiment(settings, task=task, workers=count, baselines=["pooled"]),
+            tmp_path / str(count),
+        )
         for count in (1, 2, 3)
     ]
     for result in results[1:]:
         assert_same_adapter(results[0].path, result.path)
+        # one client trains here, and idle workers share its batches
+        assert_same_adapter(*(one.path / "baselines/pooled" for one in (results[0], result)))
         assert result.evaluations == results[0].evaluations
+
+
+def test_jobs_are_shared_out_among_forks(tmp_path: Path) -> None:
+    def job(number: int) -> tuple[int, int]:
+        if number == 21:
+            raise UserError("row 21")
+        return number, os.getpid()
+
+    def jobs(count: int) -> list[Any]:
+        return [partial(job, number) for number in range(count)]
+
+    done = list(forked(2, jobs(20)))
+    assert [number for number, _ in done] == list(range(20))
+    assert len({process for _, process in done}) > 2, "a fork lives for some of the jobs"
+    assert os.getpid() in {process for _, process in done}
+    with pytest.raises(UserError, match="row 21"):
+        list(forked(2, jobs(22)))
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        list(forked(2, [list, lambda: 1 / 0]))
+    with pytest.raises(RuntimeError, match="died"):
+        list(forked(2, [list, lambda: os._exit(1)]))
 
 
 @work("test_experiment.names")

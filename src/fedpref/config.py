@@ -7,9 +7,12 @@ import difflib
 import inspect
 import re
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import fields, is_dataclass
 from functools import cache
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -21,6 +24,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from yaml import YAMLError
 
 from fedpref.errors import UserError
+from fedpref.types import Open
 
 T = TypeVar("T")
 MOST_NODES = 10_000  # keys and values of a config that aliases may make
@@ -39,6 +43,7 @@ BROKEN = (
     RecursionError,
     OSError,
 )
+CLASS = re.compile(r"[\w.]+:[\w.]+")  # module:Class
 STRICT = ConfigDict(extra="forbid")
 
 
@@ -156,22 +161,103 @@ def load(
 def _of_name(kind: Any, override: str) -> str:
     """Return the override `loss=ipo` as `loss.name=ipo`, where there is a choice of kinds."""
     path, value = override.split("=", 1)
-    options: list[Any] = [kind]
+    hints: list[Any] = [kind]
     for key in path.split("."):
-        hints = [
-            hint
-            for each in options
-            if is_dataclass(each) and (hint := get_type_hints(each).get(key))
-        ]
         options = [option for hint in hints for option in kinds(hint)]
-    return f"{path}.name={value}" if named(options, value) else override
+        hints = [hint for each in options if (hint := _hints(each).get(key))]
+    options = [option for hint in hints for option in kinds(hint)]
+    is_name = named(options, value) or any(
+        choice and _isown_class(choice, value) for choice in map(opened, hints)
+    )
+    return f"{path}.name={value}" if is_name else override
+
+
+def _hints(kind: Any) -> dict[str, Any]:
+    """Return the types of a dataclass's fields, with what is noted at them."""
+    return get_type_hints(kind, include_extras=True) if is_dataclass(kind) else {}
 
 
 def kinds(hint: Any) -> tuple[Any, ...]:
     """Return what may stand where a type is hinted: the members of a union, or the one type."""
-    if get_origin(hint) is Annotated:
+    while get_origin(hint) is Annotated:
         hint = get_args(hint)[0]
     return get_args(hint) or (hint,)
+
+
+def opened(hint: Any) -> Open | None:
+    """Return the mark of a choice to which kinds of one's own may be added; None elsewhere."""
+    marks = getattr(hint, "__metadata__", ())
+    return next((mark for mark in marks if isinstance(mark, Open)), None)
+
+
+def _isown_class(choice: Open, name: Any) -> bool:
+    return isinstance(name, str) and bool(CLASS.fullmatch(name) or name in choice.installed)
+
+
+# names of code that a config of somebody else may import; None where it is one's own config
+_CONSENTED: ContextVar[Collection[str] | None] = ContextVar("consented", default=None)
+
+
+@contextmanager
+def of_somebody_else(names: Collection[str]) -> Iterator[None]:
+    """Within it, configs come from others: they import nothing but code of these names."""
+    token = _CONSENTED.set(frozenset(names))
+    try:
+        yield
+    finally:
+        _CONSENTED.reset(token)
+
+
+def own_class(choice: Open, name: str, where: str) -> Any:
+    """Return the class of one's own that goes by a name, seen to fit.
+
+    Raises:
+        UserError: It cannot be imported, nobody has consented to it, or it does not fit.
+    """
+    consented = _CONSENTED.get()
+    if consented is not None and name not in consented:
+        raise UserError(f"{where}: the code {name!r} is none of what is consented to here")
+    point = choice.installed.get(name)
+    module, _, path = (point.value if point else name).partition(":")
+    try:
+        kind: Any = import_module(module)
+        for part in path.split("."):
+            kind = getattr(kind, part)
+    except Exception as error:  # whatever a module of somebody's own does when it is imported
+        raise UserError(
+            f"{where}: {name!r} cannot be imported ({type(error).__name__}: {error}). Expected "
+            "module:Class, of a module in this folder or on the Python path."
+        ) from error
+    fit(choice, kind, f"{where}: {name}")
+    return kind
+
+
+def fit(choice: Open, kind: Any, where: str) -> None:
+    """Raise UserError where a class of one's own lacks what an open choice asks of it."""
+    base = choice.base
+    said = ""
+    if not isinstance(kind, type):
+        said = "it is no class"
+    elif kind.__module__ == "__main__":
+        said = (
+            "it is defined in the script or notebook itself, where nobody finds it who reads the "
+            "run; put it into a module"
+        )
+    elif not issubclass(kind, base):
+        said = f"it is not derived from {base.__module__}.{base.__name__}"
+    elif missing := sorted(getattr(kind, "__abstractmethods__", ())):
+        said = f"it lacks {', '.join(missing)}"
+    elif "__dataclass_params__" not in vars(kind) or not vars(kind)["__dataclass_params__"].frozen:
+        said = "it is no frozen dataclass: write @dataclass(frozen=True, kw_only=True) above it"
+    elif not isinstance(vars(kind).get("name"), str):
+        said = 'it has no name for tables, such as `name: Literal["mine"] = "mine"`'
+    else:
+        try:
+            _adapter(kind)
+        except Exception as error:  # of hints that do not resolve, or that pydantic cannot read
+            said = f"its fields cannot be read from a config ({str(error).splitlines()[0]})"
+    if said:
+        raise UserError(f"{where} does not fit: {said}.")
 
 
 def named(options: Sequence[Any], name: Any) -> Any | None:
@@ -189,13 +275,11 @@ def _forget_other_kinds(kind: Any, content: Any, wanted: Any) -> None:
     """Drop the file's keys that only a former kind has, where an override names another kind."""
     if not (is_dataclass(kind) and OmegaConf.is_dict(content) and OmegaConf.is_dict(wanted)):
         return
-    hints = get_type_hints(kind)
+    hints = _hints(kind)
     for key in wanted:
         if key in hints and OmegaConf.is_dict(content.get(key)) and OmegaConf.is_dict(wanted[key]):
-            options = kinds(hints[key])
-            chosen: Any = (
-                named(options, wanted[key].get("name", content[key].get("name"))) or options[0]
-            )
+            name = wanted[key].get("name", content[key].get("name"))
+            chosen: Any = _chosen(hints[key], name, key)
             if "name" in wanted[key] and is_dataclass(chosen):
                 known = {field.name for field in fields(chosen)}
                 for former in [entry for entry in content[key] if entry not in known]:
@@ -215,7 +299,7 @@ def parse(kind: type[T], content: dict[Any, Any], where: str) -> T:
         UserError: The content does not fit; all mistakes are named together.
     """
     try:
-        parsed: T = _adapter(kind).validate_python(_with_names(kind, content))
+        parsed: T = _adapter(kind).validate_python(_with_names(kind, content, where))
         return parsed
     except ValidationError as error:
         raise UserError(
@@ -225,33 +309,64 @@ def parse(kind: type[T], content: dict[Any, Any], where: str) -> T:
         ) from error
 
 
-def _with_names(kind: Any, content: Any) -> Any:
+def _with_names(kind: Any, content: Any, where: str) -> Any:
     """Return the content with choices written out, as `{name: dpo}` for `dpo`.
 
-    Where no name is given, the default kind is meant if its keys fit.
+    Where no name is given, the default kind is meant if its keys fit. What is of a kind of one's
+    own is made already.
     """
     if not (is_dataclass(kind) and isinstance(content, dict)):
         return content
-    hints = get_type_hints(kind)
     filled = dict(content)
+    hints = _hints(kind)
     for field in fields(kind):
-        value = filled.get(field.name)
-        options = [option for option in kinds(hints[field.name]) if is_dataclass(option)]
-        if isinstance(value, str) and any("name" in vars(option) for option in options):
-            value = {"name": value}
-        if not isinstance(value, dict) or not options:
-            continue
-        usual = type(field.default)
-        if (
-            "name" not in value
-            and usual in options
-            and value.keys() <= (known := {f.name for f in fields(usual)})
-            and "name" in known
-        ):
-            value = {"name": field.default.name, **value}
-        chosen = named(options, value.get("name")) or options[0]
-        filled[field.name] = _with_names(chosen, value)
+        hint, value, here = hints[field.name], filled.get(field.name), f"{where}: {field.name}"
+        if get_origin(hint) is dict and isinstance(value, dict):
+            of_values = get_args(hint)[1]
+            filled[field.name] = {
+                key: _filled(of_values, part, None, f"{here}.{key}") for key, part in value.items()
+            }
+        elif field.name in filled:
+            filled[field.name] = _filled(hint, value, field.default, here)
     return filled
+
+
+def _filled(hint: Any, value: Any, default: Any, where: str) -> Any:
+    options = [option for option in kinds(hint) if is_dataclass(option)]
+    if isinstance(value, str) and any("name" in vars(option) for option in options):
+        value = {"name": value}
+    if not isinstance(value, dict) or not options:
+        return value
+    usual = type(default)
+    if (
+        "name" not in value
+        and usual in options
+        and value.keys() <= (known := {f.name for f in fields(usual)})
+        and "name" in known
+    ):
+        value = {"name": default.name, **value}
+    choice, chosen = opened(hint), _chosen(hint, value.get("name"), where)
+    if choice and chosen not in options:
+        own = {key: part for key, part in value.items() if key != "name"}
+        return parse(chosen, own, where)
+    return _with_names(chosen, value, where)
+
+
+def _chosen(hint: Any, name: Any, where: str) -> Any:
+    """Return the dataclass that a name chooses; the first where it chooses none."""
+    options = [option for option in kinds(hint) if is_dataclass(option)]
+    if known := named(options, name):
+        return known
+    choice = opened(hint)
+    if choice and _isown_class(choice, name):
+        kind = own_class(choice, name, where)
+        if named(options, kind.name):
+            raise UserError(
+                f"{where}: {name} does not fit: its name is {kind.name!r}, which fedpref's own "
+                "has; give it another."
+            )
+        return kind
+    return options[0] if options else None
 
 
 def schema(kind: Any) -> dict[str, Any]:

@@ -1,12 +1,22 @@
-"""Bounds of settings, once for all dataclasses that are read from a config."""
+"""Bounds of settings, once for all dataclasses that are read from a config; open choices."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import date
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field
+from pydantic import (
+    AfterValidator,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    TypeAdapter,
+)
+from pydantic_core import CoreSchema, core_schema
 
 
 def _fits(number: int) -> int:
@@ -57,3 +67,67 @@ Last = Annotated[str, Field(pattern=r"^last-[1-9]\d*$")]
 
 Text = str | Sequence[Mapping[str, Any]]
 """Plain text, or a conversation: messages with a `role` and a `content`."""
+
+
+@cache
+def _installed(group: str) -> Mapping[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=group)}
+
+
+@dataclass(frozen=True)
+class Open:
+    """Marks a choice of kinds to which anyone can add: `Annotated[..., Open(group, base)]`.
+
+    A kind of one's own is named by an entry point of the group, or as `module:Class`.
+
+    Attributes:
+        group: Of entry points, such as `fedpref.algorithms`.
+        base: The class that a kind of one's own must be derived from.
+    """
+
+    group: str
+    base: type
+
+    @property
+    def installed(self) -> Mapping[str, EntryPoint]:
+        """The entry points of installed packages, by name."""
+        return _installed(self.group)
+
+    def named(self, kind: type) -> str:
+        """Return what a config calls a kind of one's own."""
+        path = f"{kind.__module__}:{kind.__qualname__}"
+        return next((n for n, point in self.installed.items() if point.value == path), path)
+
+    def has(self, value: Any) -> bool:
+        """Return whether a value is of a kind of one's own."""
+        return isinstance(value, self.base) and not type(value).__module__.startswith("fedpref.")
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        """Let values of kinds of one's own pass, which `config.parse` has made already."""
+
+        def validated(value: Any, known: Callable[[Any], Any]) -> Any:
+            return value if self.has(value) else known(value)
+
+        def dumped(value: Any, known: Callable[[Any], Any]) -> Any:
+            return self.dump(value) if self.has(value) else known(value)
+
+        return core_schema.no_info_wrap_validator_function(
+            validated,
+            handler(source),
+            serialization=core_schema.wrap_serializer_function_ser_schema(dumped),
+        )
+
+    def dump(self, value: Any) -> dict[str, Any]:
+        """Return a value of a kind of one's own as plain data, under the name of its kind."""
+        plain: dict[str, Any] = TypeAdapter(type(value)).dump_python(value, mode="json")
+        return {**plain, "name": self.named(type(value))}
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        """Add that any other name is a kind of one's own, of which an editor knows nothing."""
+        names = [{"pattern": r"^[\w.]+:[\w.]+$"}, *({"const": name} for name in self.installed)]
+        own = {"type": "object", "required": ["name"], "properties": {"name": {"anyOf": names}}}
+        return {"anyOf": [handler(schema), own]}

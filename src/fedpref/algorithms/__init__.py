@@ -28,6 +28,8 @@ from fedpref.algorithms.pluralllm import PluralLLM
 from fedpref.algorithms.pooled import Pooled
 from fedpref.algorithms.scaffold import Scaffold
 from fedpref.algorithms.scalarized import Scalarized
+from fedpref.federation.algorithm import Algorithm
+from fedpref.types import Open
 
 Federated = (
     FedDPO
@@ -48,7 +50,9 @@ Decentralized = DecDPO | DecPDPO | StaleDecDPO | GradientTracking | ChocoDPO
 MultiObjective = FIRM | Scalarized | FSMGDA | FedCMOO
 Baseline = Alone | Pooled
 AnyAlgorithm = Annotated[
-    Federated | Decentralized | MultiObjective | Baseline, Field(discriminator="name")
+    Federated | Decentralized | MultiObjective | Baseline,
+    Field(discriminator="name"),
+    Open("fedpref.algorithms", Algorithm),
 ]
 
 __all__ = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -46,6 +47,9 @@ def main() -> None:
 
     So is what the system refuses.
     """
+    # modules of one's own lie in the folder where one works; last, so that they hide nothing
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)
     try:
         app()
     except BrokenPipeError:

@@ -22,13 +22,21 @@ def list_(
 
     Example: fedpref list feddpo
     """
-    from fedpref.reports.settings import kind_table, kinds_table, named_kinds, setting_table
+    from fedpref.reports.settings import (
+        kind_table,
+        kinds_table,
+        named_kinds,
+        own_kind,
+        setting_table,
+    )
 
     groups = named_kinds()
     if what is None or what in groups:
         console.print(kinds_table(groups if what is None else {what: groups[what]}))
         return
     chosen = {kind for group in groups.values() for kind in group if what in kind.names}
+    if not chosen and (own := own_kind(what)):
+        chosen = {own}
     if not chosen:
         raise UserError(
             f"{what!r} is neither a kind nor a name. Kinds are {', '.join(groups)}; `fedpref "

@@ -14,12 +14,15 @@ from fedpref.data.preferences import (
     Prompt,
     Row,
 )
+from fedpref.data.source import DataSource
 from fedpref.data.sources import HH, SHP, Builtin, Files, MovieReviews, Persona, UKPConvArg
 from fedpref.data.splits import held_out, split
+from fedpref.types import Open
 
 Source = Annotated[
     Files | Builtin | HH | SHP | UKPConvArg | Persona | MovieReviews | Opinions | Polis,
     Field(discriminator="name"),
+    Open("fedpref.data", DataSource),
 ]
 
 __all__ = [
@@ -29,6 +32,7 @@ __all__ = [
     "Builtin",
     "BySize",
     "ClientData",
+    "DataSource",
     "Dirichlet",
     "Feedback",
     "Files",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -17,15 +18,33 @@ from fedpref.data.preferences import ClientData, Row, Side
 from fedpref.data.splits import spelled
 from fedpref.data.unusable import Unusable
 from fedpref.errors import UserError
-from fedpref.types import Count, NonNegative, Positive, WholeNumber
+from fedpref.types import Count, NonNegative, Open, Positive, WholeNumber
 
 # how tables write a missing value as text
 MISSING = frozenset({"None", "nan", "NaN", "null", "<NA>", "NaT"})
 Placed = Sequence[tuple[Side, Row]]
 
 
+class Partitioning(ABC):
+    """How rows come to clients: a frozen dataclass of settings."""
+
+    name: str
+
+    @abstractmethod
+    def assign(self, rows: Placed, rng: np.random.Generator) -> dict[str, Placed]:
+        """Return each client's rows, by the client's name.
+
+        Args:
+            rows: All rows, each with its side: `train`, `test` or `validation`.
+            rng: Random numbers of the experiment's seed.
+
+        Raises:
+            UserError: The rows cannot be shared out so.
+        """
+
+
 @dataclass(frozen=True, kw_only=True)
-class Natural:
+class Natural(Partitioning):
     """One client for each value of a column, or several that share its rows out at random."""
 
     name: Literal["natural"] = "natural"
@@ -45,7 +64,6 @@ class Natural:
     """Rows of each client at most, evenly spread, of both sides in their proportion."""
 
     def assign(self, rows: Placed, rng: np.random.Generator) -> dict[str, Placed]:
-        """Return each client's rows, by name."""
         groups = _by_column(rows, self.column)
         only = {label(value) for value in self.only}
         if unknown := sorted(str(value) for value in only if value not in groups):
@@ -83,7 +101,7 @@ class Natural:
 
 
 @dataclass(frozen=True, kw_only=True)
-class IID:
+class IID(Partitioning):
     """Equal shares at random, the same number of rows for each client."""
 
     name: Literal["iid"] = "iid"
@@ -93,13 +111,12 @@ class IID:
     """Rows of each client at most, of both sides in their proportion."""
 
     def assign(self, rows: Placed, rng: np.random.Generator) -> dict[str, Placed]:
-        """Return each client's rows, by name."""
         groups = _cut(rows, np.full((2, self.clients), 1 / self.clients), rng)
         return {name: _thinned(group, self.max_rows) for name, group in groups.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dirichlet:
+class Dirichlet(Partitioning):
     """Each value of a label column is shared out by a symmetric Dirichlet draw (Hsu et al. 2019).
 
     A small `alpha` gives clients of few labels, a large one IID clients. Held-out rows follow the
@@ -115,7 +132,6 @@ class Dirichlet:
     """The distribution's concentration: small gives clients of few labels, large IID ones."""
 
     def assign(self, rows: Placed, rng: np.random.Generator) -> dict[str, Placed]:
-        """Return each client's rows, by name."""
         merged: dict[str, list[tuple[Side, Row]]] = defaultdict(list)
         for _, group in sorted(_by_column(rows, self.column).items()):
             shares = rng.dirichlet(np.full(self.clients, self.alpha))
@@ -125,7 +141,7 @@ class Dirichlet:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BySize:
+class BySize(Partitioning):
     """Rows at random, in sizes that fall off as a power law: client k gets a share of k^-exponent.
 
     Clients are counted from 1. Held-out rows are shared equally, so that every client is measured
@@ -139,14 +155,17 @@ class BySize:
     """How fast sizes fall off; 0 makes all alike."""
 
     def assign(self, rows: Placed, rng: np.random.Generator) -> dict[str, Placed]:
-        """Return each client's rows, by name."""
         shares = np.arange(1, self.clients + 1, dtype=float) ** -self.exponent
         return _cut(
             rows, np.stack([shares / shares.sum(), np.full(self.clients, 1 / self.clients)]), rng
         )
 
 
-Partition = Annotated[Natural | IID | Dirichlet | BySize, Field(discriminator="name")]
+Partition = Annotated[
+    Natural | IID | Dirichlet | BySize,
+    Field(discriminator="name"),
+    Open("fedpref.partitions", Partitioning),
+]
 
 
 def partition(rows: Placed, how: Partition, seed: int) -> tuple[ClientData, ...]:

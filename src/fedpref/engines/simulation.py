@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,9 +18,10 @@ from fedpref.engines.engine import (
     told,
     weighted_report,
 )
+from fedpref.engines.forks import forked
 from fedpref.engines.per_client import StoredValues, gather, stored
 from fedpref.engines.workers import Workers
-from fedpref.federation.verbs import WORK, Client, PerClient, registered
+from fedpref.federation.verbs import WORK, Client, PerClient, in_turn, registered
 from fedpref.numerics import seeds, trees
 from fedpref.numerics.trees import Tree
 from fedpref.tasks.task import Shard, Task
@@ -70,6 +72,7 @@ class Simulation:
         self._examples = {i: float(len(shard)) for i, shard in enumerate(shards)}
         self.clients = tuple(range(len(shards)))
         self._workers = Workers(workers, self._job, task.move_to) if workers > 1 else None
+        self._processes = workers
         if not self._workers:
             task.move_to(0)
         self.begin(0, self.clients, "init")
@@ -91,7 +94,9 @@ class Simulation:
         # sent to each worker once; a client's own arguments go with its job
         common = {k: arg for k, arg in enumerate(args) if not isinstance(arg, StoredValues)}
         columns = {k: arg for k, arg in enumerate(args) if isinstance(arg, StoredValues)}
-        shared = (registered(work).name, self._purpose, self.round, self._calls, common)
+        # workers for which there is no client help the others
+        each = max(1, self._processes // max(1, len(self.active)))
+        shared = (registered(work).name, self._purpose, self.round, self._calls, each, common)
         own = ((i, {k: column[i] for k, column in columns.items()}) for i in self.active)
         run = self._workers.run if self._workers else self._run_here
         return gather(run(shared, own), self._room)
@@ -100,17 +105,23 @@ class Simulation:
         return ((i, self._job(i, shared, values)) for i, values in own)
 
     def _job(
-        self, i: int, shared: tuple[str, str, int, int, Mapping[int, Any]], own: Mapping[int, Any]
+        self,
+        i: int,
+        shared: tuple[str, str, int, int, int, Mapping[int, Any]],
+        own: Mapping[int, Any],
     ) -> Any:
         """Do one client's part of `each`, in whichever process.
 
         Arguments are numbered: `shared` has those in common, `own` the client's.
         """
-        work, purpose, round, call, common = shared
+        work, purpose, round, call, processes, common = shared
         # by address, not by turn: whoever computes it, and in whatever order, draws the same
         # numbers
         rng = seeds.generator(self._seed, purpose, round=round, call=call, client=i)
-        client = Client(i, self._task, self._shards[i], rng, round, self._rounds, self._folder)
+        spread = partial(forked, processes) if processes > 1 else in_turn
+        client = Client(
+            i, self._task, self._shards[i], rng, round, self._rounds, self._folder, spread
+        )
         args = {**common, **own}
         return WORK[work](client, *(args[k] for k in sorted(args)))
 

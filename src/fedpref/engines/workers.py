@@ -93,14 +93,14 @@ class Workers:
 
         A worker that is free takes the next client.
         """
-        message = _pack(("shared", shared))
+        message = pack(("shared", shared))
         clients = iter(own)
         busy: dict[Any, int] = {}
         failure: Exception | None = None
 
         def send(connection: Connection, client: int, arguments: Any) -> None:
             busy[connection] = client
-            connection.send_bytes(_pack(("own", client, arguments)))
+            connection.send_bytes(pack(("own", client, arguments)))
 
         for connection, (client, arguments) in zip(self._connections, clients, strict=False):
             connection.send_bytes(message)
@@ -164,7 +164,7 @@ def _serve(
             answer = ("refused", str(error))
         except Exception:
             answer = ("failed", traceback.format_exc())
-        connection.send_bytes(_pack(answer))
+        connection.send_bytes(pack(answer))
 
 
 class _Pickler(pickle.Pickler):
@@ -185,7 +185,8 @@ def _tensor(content: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.T
     return torch.from_numpy(content).view(dtype).view(shape)
 
 
-def _pack(value: Any) -> bytes:
+def pack(value: Any) -> bytes:
+    """Return a value as bytes, for another process of our own."""
     buffer = io.BytesIO()
     _Pickler(buffer, protocol=5).dump(value)
     return buffer.getvalue()

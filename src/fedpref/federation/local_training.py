@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from fedpref.errors import UserError
 from fedpref.federation.objectives import Objectives
-from fedpref.federation.verbs import Client
+from fedpref.federation.verbs import Client, in_turn
 from fedpref.numerics import trees
 from fedpref.numerics.trees import Tree
 from fedpref.tasks.batches import BatchSize, Epochs
@@ -116,8 +117,12 @@ def joining(settings: LocalTraining, steps: int) -> LocalTraining:
 
 
 @contextmanager
-def seeded_dropout(client: Client) -> Iterator[None]:
-    """Within it, dropout draws from the client's own stream, whatever else has been drawn."""
+def seeded_dropout(client: Client) -> Iterator[Callable[[int], None]]:
+    """Within it, dropout draws from the client's own stream, whatever else has been drawn.
+
+    Yields:
+        A function that begins the stream of a batch, by its number, whichever process computes it.
+    """
     device = client.task.device
     is_cuda = device.type == "cuda"
     index = torch.cuda.current_device() if is_cuda and device.index is None else device.index
@@ -125,8 +130,13 @@ def seeded_dropout(client: Client) -> Iterator[None]:
     with torch.random.fork_rng(devices=[index] if is_cuda else []):
         # not torch.manual_seed, which keeps a traceback of every call for devices that are not in
         # use yet
-        generator.manual_seed(int(torch.randint(2**62, (), generator=client.rng)))
-        yield
+        seed = int(torch.randint(2**62, (), generator=client.rng))
+        generator.manual_seed(seed)
+
+        def begin(number: int) -> None:
+            generator.manual_seed(seed + number)
+
+        yield begin
 
 
 EPOCHS = "epochs"  # begins names among moments, of a client's place in its data
@@ -211,9 +221,23 @@ def train_locally(
         known = moments.get(here)
         epochs = Epochs.begin(client.rng) if known is None else Epochs.restore(known)
         size = replace(size, epochs=epochs)
-    batches = settings.steps * settings.gradient_accumulation_steps
     drawn: list[Any] = []
-    with seeded_dropout(client):
+    accumulated = settings.gradient_accumulation_steps
+    with seeded_dropout(client) as begin_batch:
+
+        def learn(step: int, number: int) -> tuple[Mapping[str, float], list[Tensor | None]]:
+            """Return a batch's metrics and gradients."""
+            begin_batch(step * accumulated + number)
+            optimiser.zero_grad()
+            losses, metrics = client.task.losses(params, drawn[number])
+            if objectives is None or len(losses) == 1:
+                (losses.mean() / accumulated).backward()
+            else:
+                weights = objectives.backward(losses, theta, accumulated)
+                names = (f"weights/{name}" for name in client.task.objectives)
+                metrics = {**metrics, **dict(zip(names, weights, strict=True))}
+            return metrics, [tensor.grad for tensor in theta.values()]
+
         for step in range(settings.steps):
             # the schedule runs over the whole run; in the middle of the step, half a step ahead of
             # transformers', whose first of few steps has a rate of zero
@@ -222,21 +246,22 @@ def train_locally(
                 group["lr"] = group["scale"] * rate(settings, progress)
             if step % settings.num_iterations == 0:
                 drawn.clear()
-            for number in range(settings.gradient_accumulation_steps):
-                # with num_iterations, later steps use again what was drawn
-                if number == len(drawn):
-                    drawn.append(client.task.draw(params, received, client.shard, size, client.rng))
-                losses, metrics = client.task.losses(params, drawn[number])
-                if objectives is None or len(losses) == 1:
-                    (losses.mean() / settings.gradient_accumulation_steps).backward()
-                else:
-                    weights = objectives.backward(
-                        losses, theta, settings.gradient_accumulation_steps
-                    )
-                    names = (f"weights/{name}" for name in client.task.objectives)
-                    metrics = {**metrics, **dict(zip(names, weights, strict=True))}
+            # with num_iterations, later steps use again what was drawn
+            while len(drawn) < accumulated:
+                drawn.append(client.task.draw(params, received, client.shard, size, client.rng))
+            batches = [partial(learn, step, number) for number in range(accumulated)]
+            # what objectives remember from one batch to the next must not be lost
+            learned = client.spread(batches) if objectives is None else in_turn(batches)
+            total: list[Tensor | None] = [None] * len(theta)
+            for metrics, gradients in learned:
                 for name, value in metrics.items():
                     sums[name] = sums.get(name, 0.0) + value
+                total = [
+                    g if t is None else t if g is None else t + g
+                    for t, g in zip(total, gradients, strict=True)
+                ]
+            for tensor, gradient in zip(theta.values(), total, strict=True):
+                tensor.grad = gradient
             if correct:
                 with torch.no_grad():
                     correct(
@@ -248,13 +273,12 @@ def train_locally(
                         },
                     )
             norm = torch.nn.utils.clip_grad_norm_(theta.values(), settings.max_grad_norm)
-            sums["grad_norm"] = (
-                sums.get("grad_norm", 0.0) + float(norm) * settings.gradient_accumulation_steps
-            )
+            sums["grad_norm"] = sums.get("grad_norm", 0.0) + float(norm) * accumulated
             optimiser.step()
             optimiser.zero_grad()
     metrics = {
-        name: value if name.startswith("num_") else value / batches for name, value in sums.items()
+        name: value if name.startswith("num_") else value / (settings.steps * accumulated)
+        for name, value in sums.items()
     }
     kept = {
         **(_moments(optimiser, theta) if settings.keep_optimizer else {}),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar, overload
@@ -92,6 +92,11 @@ class PerClient(Protocol[T]):
         ...
 
 
+def in_turn(functions: Sequence[Callable[[], Any]]) -> Iterator[Any]:
+    """Yield what each function returns, called in this process."""
+    return (function() for function in functions)
+
+
 @dataclass(frozen=True)
 class Client:
     """What a piece of work sees of the client that it runs on.
@@ -104,6 +109,9 @@ class Client:
         round: The round's number, from 0.
         rounds: The number of rounds of the whole run.
         folder: Where what the client keeps in files is written.
+        spread: Calls functions that do not depend on each other, and yields what they return, in
+            their order; in several processes where these would else be idle, so that what a
+            function changes may be lost.
     """
 
     id: int
@@ -113,6 +121,7 @@ class Client:
     round: int
     rounds: int
     folder: Path = Path()
+    spread: Callable[[Sequence[Callable[[], Any]]], Iterator[Any]] = in_turn
 
 
 class Federation(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -11,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from fedpref.types import NonNegative, Positive
+from fedpref.types import NonNegative, Open, Positive
 
 Smoothing = Annotated[float, Field(ge=0, lt=0.5)]
 PerPair = Float[Tensor, " B"]
@@ -31,8 +32,32 @@ class PairScores:
         return self.chosen / self.chosen_tokens, self.rejected / self.rejected_tokens
 
 
+class PreferenceLoss(ABC):
+    """A loss of preference pairs: a frozen dataclass of its settings, with a name for tables."""
+
+    name: str
+    needs_reference: ClassVar[bool] = True
+    """Whether it reads log-probabilities under the reference, which are zeros where it does not."""
+
+    @abstractmethod
+    def __call__(self, policy: PairScores, reference: PairScores) -> PerPair:
+        """Return each pair's loss [B].
+
+        Args:
+            policy: Log-probabilities under the policy, of B pairs.
+            reference: The same under the reference.
+        """
+
+    @abstractmethod
+    def rewards(self, policy: PairScores, reference: PairScores) -> tuple[PerPair, PerPair]:
+        """Return the implicit rewards of the chosen and of the rejected answers, [B] each.
+
+        A pair counts as right where the first is larger.
+        """
+
+
 @dataclass(frozen=True, kw_only=True)
-class DPO:
+class DPO(PreferenceLoss):
     """Direct preference optimisation: -log sigmoid(beta margin over the reference).
 
     Source: Rafailov et al. 2023, eq. 7.
@@ -46,15 +71,8 @@ class DPO:
     smoothing: Literal["conservative", "robust"] = "conservative"
     """What label smoothing means: the conservative loss, or the robust one, whose expectation under
     such labels is that of clean ones."""
-    needs_reference: ClassVar[bool] = True
 
     def __call__(self, policy: PairScores, reference: PairScores) -> PerPair:
-        """Return each pair's loss [B].
-
-        Args:
-            policy: Log-probabilities under the policy, of B pairs.
-            reference: The same under the reference.
-        """
         chosen, rejected = self.rewards(policy, reference)
         return self.of_margin(chosen - rejected)
 
@@ -67,12 +85,11 @@ class DPO:
         return ((1 - e) * kept - e * flipped) / (1 - 2 * e)
 
     def rewards(self, policy: PairScores, reference: PairScores) -> tuple[PerPair, PerPair]:
-        """Return the implicit rewards of the chosen and of the rejected answers, [B] each."""
         return _over_reference(self.beta, policy, reference)
 
 
 @dataclass(frozen=True, kw_only=True)
-class IPO:
+class IPO(PreferenceLoss):
     """Identity preference optimisation: the margin over the reference is regressed on 1 / (2 beta).
 
     Log-probabilities are means over tokens, as in TRL. Source: Azar et al. 2023, eq. 17.
@@ -81,7 +98,6 @@ class IPO:
     name: Literal["ipo"] = "ipo"
     beta: Positive = 0.1
     """The margin is regressed on 1 / (2 beta)."""
-    needs_reference: ClassVar[bool] = True
 
     def __call__(self, policy: PairScores, reference: PairScores) -> PerPair:
         chosen, rejected = self.rewards(policy, reference)
@@ -96,7 +112,7 @@ class IPO:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hinge:
+class Hinge(PreferenceLoss):
     """The hinge on the same margin as DPO's: max(0, 1 - beta margin).
 
     Source: SLiC (Zhao et al. 2023), with a reference as in RSO.
@@ -105,7 +121,6 @@ class Hinge:
     name: Literal["hinge"] = "hinge"
     beta: Positive = 0.1
     """What the margin is multiplied by."""
-    needs_reference: ClassVar[bool] = True
 
     def __call__(self, policy: PairScores, reference: PairScores) -> PerPair:
         chosen, rejected = self.rewards(policy, reference)
@@ -120,7 +135,7 @@ class Hinge:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SimPO:
+class SimPO(PreferenceLoss):
     """SimPO: a loss without a reference, on mean log-probabilities of tokens, with a target margin.
 
     Source: Meng et al. 2024, eq. 6.
@@ -143,7 +158,7 @@ class SimPO:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ORPO:
+class ORPO(PreferenceLoss):
     """No reference: the likelihood of the chosen answer plus `beta` times a log odds ratio.
 
     Source: Hong et al. 2024, eq. 6 and 7.
@@ -164,7 +179,11 @@ class ORPO:
         return self.beta * chosen, self.beta * rejected
 
 
-Loss = Annotated[DPO | IPO | Hinge | SimPO | ORPO, Field(discriminator="name")]
+Loss = Annotated[
+    DPO | IPO | Hinge | SimPO | ORPO,
+    Field(discriminator="name"),
+    Open("fedpref.losses", PreferenceLoss),
+]
 
 
 def _over_reference(

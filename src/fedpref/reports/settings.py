@@ -17,6 +17,7 @@ from fedpref.algorithms.fedopt import Adaptive, Momentum
 from fedpref.channel import Compression
 from fedpref.data import Partition, Source
 from fedpref.engines.coordinator import Patience
+from fedpref.errors import UserError
 from fedpref.experiments.experiment import Experiment
 from fedpref.federation.aggregation import Aggregate
 from fedpref.federation.local_training import LocalTraining
@@ -34,6 +35,7 @@ from fedpref.numerics.topology import AnyTopology
 from fedpref.rewards import Combine, Reward
 from fedpref.sites.consent import SiteFile
 from fedpref.tasks import AnyTask
+from fedpref.types import Open
 
 GROUPS: Mapping[str, tuple[str, Sequence[Any]]] = {
     "experiment": ("the whole of a YAML file", (Experiment,)),
@@ -65,6 +67,18 @@ GROUPS: Mapping[str, tuple[str, Sequence[Any]]] = {
     "site": ("a site's own file, site.yaml", (SiteFile,)),
 }
 """Kinds of settings: name -> where they stand, and the dataclasses."""
+OPEN: Mapping[str, Open] = {
+    group: choice
+    for group, hint in {
+        "algorithms": AnyAlgorithm,
+        "losses": Loss,
+        "rewards": Reward,
+        "data": Source,
+        "partitions": Partition,
+    }.items()
+    if (choice := config.opened(hint))
+}
+"""Kinds to which one's own may be added."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +147,25 @@ def kinds_table(groups: Mapping[str, Sequence[Kind]]) -> Table:
         table.add_row(f"[bold]{group}[/bold]", Text(GROUPS[group][0], style="dim"))
         for kind in kinds:
             table.add_row(f"  {kind.title}", Text(kind.sentence))
+        for name, point in OPEN[group].installed.items() if group in OPEN else ():
+            table.add_row(f"  {name}", Text(f"Installed: {point.value}."))
     return table
+
+
+def own_kind(name: str) -> Kind | None:
+    """Return a kind of one's own by its name, of whichever choice it fits; None if it is none.
+
+    Raises:
+        UserError: It cannot be imported, or fits no choice.
+    """
+    choices = [c for c in OPEN.values() if ":" in name or name in c.installed]
+    for choice in choices:
+        try:
+            return Kind(config.own_class(choice, name, name), (name,))
+        except UserError:
+            if choice is choices[-1]:
+                raise
+    return None
 
 
 def kind_table(kind: Kind) -> Text:
@@ -229,7 +261,8 @@ def _type(hint: Any) -> str:
         least = [item for e in extras if isinstance(e, FieldInfo) for item in e.metadata]
         if any(isinstance(item, MinLen) for item in least):
             bounds.append("not empty")
-        return f"{_type(base)} {' and '.join(bounds)}".strip()
+        own = " or `module:Class`" if config.opened(hint) else ""
+        return f"{_type(base)} {' and '.join(bounds)}".strip() + own
     if hint in _WORDS:
         return _WORDS[hint]
     origin, args = get_origin(hint), get_args(hint)

@@ -9,10 +9,12 @@ from fedpref.rewards.imported import Function, Groups
 from fedpref.rewards.models import Classifier, Sentiment, Toxicity
 from fedpref.rewards.reward import RewardFunction, RewardSettings
 from fedpref.rewards.text import Distinct, Length, Pattern
+from fedpref.types import Open
 
 Reward = Annotated[
     Length | Distinct | Pattern | Sentiment | Toxicity | Classifier | Groups | Function,
     Field(discriminator="name"),
+    Open("fedpref.rewards", RewardSettings),
 ]
 
 __all__ = [

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from fedpref import config
 from fedpref.errors import UserError
 from fedpref.experiments.experiment import Experiment, with_whole_paths
 from fedpref.experiments.finished import FinishedRun
@@ -19,17 +20,19 @@ from fedpref.runs.launch import happenings
 def parse_variant(text: str) -> tuple[str, list[str]]:
     """Return a variant's name and overrides, from `NAME` or `NAME: key=value key=value`.
 
-    A name alone is that of an algorithm.
+    A name alone is that of an algorithm; one of your own, `module:Class`, goes by its class.
     """
     name, colon, rest = text.partition(":")
+    if config.CLASS.fullmatch(text):
+        return rest, [f"algorithm={text}"]
     name = name.strip()
-    if not name or "/" in name:
+    if not name or "/" in name or "=" in name:
         raise UserError(f"--variant {text!r}: expected NAME, or NAME: key=value key=value.")
     return name, rest.split() if colon else [f"algorithm.name={name}"]
 
 
 def plan(
-    config: Path,
+    file: Path,
     variants: Sequence[str],
     seeds: Sequence[int],
     overrides: Sequence[str],
@@ -44,7 +47,7 @@ def plan(
     for name, own in map(parse_variant, variants):
         for seed in seeds:
             experiment = Experiment.load(
-                config, [*overrides, *own, f"seed={seed}", f"name={name}", "baselines=[]"]
+                file, [*overrides, *own, f"seed={seed}", f"name={name}", "baselines=[]"]
             )
             path = output / name / f"seed-{seed}"
             if path in experiments:

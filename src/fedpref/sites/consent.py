@@ -37,7 +37,8 @@ class SiteFile:
     """A file with a secret that all sites have and the coordinator lacks, by which sites whose data
     say themselves what is held out tell one another which prompts that are; null tells nothing."""
     algorithms: tuple[str, ...]
-    """The algorithms that the site takes part in, by name."""
+    """The algorithms that the site takes part in, by name; those of a module of your own as
+    `module:Class`."""
     partition: Partition | None = None
     """Which clients the site hosts; null is one client with all rows."""
     client: str | None = None
@@ -46,7 +47,8 @@ class SiteFile:
     """Models that experiments, and their rewards, may name: what they call it, and the folder or
     name here."""
     functions: tuple[str, ...] = ()
-    """`module:function` that experiments may name as rewards."""
+    """`module:function` that experiments may name as rewards, and `module:Class` of losses and
+    rewards."""
     max_rounds: Count = 1000
     """The longest experiment that the site takes part in."""
     max_message_mb: Count = 512
@@ -146,7 +148,11 @@ class Consenting:
         return HeldOut(sorted({keyed(row.prompt, by, key) for row in rows}), True, has_sides)
 
     def _spec(self, experiment: Any) -> Experiment:
-        spec = config.parse(Experiment, experiment, "the experiment")
+        try:
+            with config.of_somebody_else((*self._file.algorithms, *self._file.functions)):
+                spec = config.parse(Experiment, experiment, "the experiment")
+        except UserError as error:
+            raise RefusedError(str(error)) from error
         self._consent(spec)
         partition = self._file.partition or IID(clients=1)
         task = spec.task.with_models(self._here)
@@ -200,10 +206,11 @@ class Consenting:
 
     def _consent(self, spec: Experiment) -> None:
         file = self._file
-        if spec.algorithm.name not in file.algorithms:
+        # an algorithm of somebody's own is consented to as module:Class, not as it calls itself
+        algorithm = config.dump(spec)["algorithm"]["name"]
+        if algorithm not in file.algorithms:
             raise RefusedError(
-                f"this site takes no part in {spec.algorithm.name}; it does in "
-                f"{', '.join(file.algorithms)}"
+                f"this site takes no part in {algorithm}; it does in {', '.join(file.algorithms)}"
             )
         if spec.rounds > file.max_rounds:
             raise RefusedError(

@@ -116,9 +116,13 @@ class Coordinator:
             raise
 
     def _rounds(self, folder: RunDirectory, tell: Callable[[Mapping[str, Any]], None]) -> None:
-        spec = config.parse(Experiment, json.loads(self.experiment), "the experiment")
-        if TELLS not in os.environ:
-            refuse_code(spec, os.environ.get(FUNCTIONS, "").split(","))
+        content, functions = json.loads(self.experiment), os.environ.get(FUNCTIONS, "").split(",")
+        if TELLS in os.environ:
+            spec = config.parse(Experiment, content, "the experiment")
+        else:
+            with config.of_somebody_else(functions):
+                spec = config.parse(Experiment, content, "the experiment")
+            refuse_code(spec, functions)
         done = 0
         with closing(events(spec, folder, transport=Collab())) as happenings:
             for event in happenings:

@@ -49,6 +49,8 @@ def simulated(experiment: Experiment, folder: RunDirectory) -> Iterator[Event]:
             RUNS: str(path.parent),
             TELLS: str(scratch / TOLD),
             "OMP_NUM_THREADS": "1",
+            # modules of one's own are found as they are here
+            "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)),
         }
         environment.pop(SITE, None)
         while True:
