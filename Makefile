@@ -4,7 +4,7 @@ CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-offline deploy-demo test test-slow mutants lint references docs
+.PHONY: help setup demo demo-offline deploy-demo test test-slow mutants lint references docs release
 
 help:
 	@echo "make setup   create .venv and install fedpref with everything it needs"
@@ -17,17 +17,16 @@ help:
 	@echo "make references  write settings, commands and layers into the documents, from the code"
 	@echo "make docs    build the documents into build/site"
 	@echo "make lint    ruff and mypy --strict"
+	@echo "make release URL=https://...   wheel and source distribution of the last commit, checked; URL: where its files can be read"
 
 setup:
 	@$(PYTHON) scripts/bootstrap.py $(CONSTRAINTS)
 
 demo: setup
-	@if $(BIN)/fedpref model smollm2-q4 > /dev/null 2>&1; then $(BIN)/fedpref run configs/demo.yaml; \
-	else echo "SmolLM2 cannot be fetched here: this is the small shipped model, which writes no sentences."; \
-	$(BIN)/fedpref run configs/demo-offline.yaml; fi
+	@$(BIN)/fedpref demo
 
 demo-offline: setup
-	@$(BIN)/fedpref run configs/demo-offline.yaml
+	@$(BIN)/fedpref demo --offline
 
 deploy-demo: setup
 	@$(BIN)/python scripts/deploy_demo.py runs/deploy-demo-$$(date +%Y%m%d-%H%M%S)
@@ -49,3 +48,7 @@ docs: setup
 
 lint: setup
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+release: setup
+	@test -n "$(URL)" || { echo "make release URL=https://HOST/PROJECT/blob/VERSION: where this version's files can be read"; exit 2; }
+	@$(BIN)/python scripts/release.py --url "$(URL)"

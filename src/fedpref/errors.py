@@ -1,11 +1,27 @@
 """The one error that a user can cause, and how foreign text is shown."""
 
+from importlib.util import find_spec
+
 
 class UserError(Exception):
     """A mistake in a config, in data or in a command.
 
     The message says what is wrong, where, and what to do.
     """
+
+
+def require(what: str, extra: str, *modules: str) -> None:
+    """Raise UserError where modules that few need are not installed.
+
+    Args:
+        what: What needs them, as a sentence begins.
+        extra: The extra of fedpref that brings them.
+        *modules: Their names.
+    """
+    if missing := [module for module in modules if find_spec(module) is None]:
+        raise UserError(
+            f"{what} needs {', '.join(missing)}: pip install 'fedpref[{extra}]'."
+        )
 
 
 def printable(text: str) -> str:

@@ -28,7 +28,7 @@ from fedpref.federation.critics import (
 from fedpref.federation.local_training import LocalTraining
 from fedpref.federation.objectives import Objectives, of_last_layers, preferred
 from fedpref.federation.verbs import Client, Federation, PerClient, work
-from fedpref.numerics.min_norm import MinNorm
+from fedpref.numerics.min_norm import MinNorm, require_solver
 from fedpref.numerics.trees import Tree
 from fedpref.tasks.task import TaskSettings
 from fedpref.types import Count, Fraction
@@ -106,6 +106,7 @@ class FIRM(Algorithm[State]):
     keeps_critics: ClassVar[bool] = True
 
     def check_task(self, task: TaskSettings) -> None:
+        require_solver()
         preferred(self.preference, task.objectives)
         for client, preference in self.preferences.items():
             preferred(preference, task.objectives, f"algorithm.preferences.{client}")

@@ -19,7 +19,7 @@ from fedpref.federation.local_training import LocalTraining, train_locally
 from fedpref.federation.objectives import Objectives, preferred
 from fedpref.federation.verbs import Client, Federation, work
 from fedpref.numerics import trees
-from fedpref.numerics.min_norm import MinNorm
+from fedpref.numerics.min_norm import MinNorm, require_solver
 from fedpref.numerics.trees import Tree
 from fedpref.tasks.task import CRITIC, TaskSettings
 from fedpref.types import Positive
@@ -78,6 +78,7 @@ class FSMGDA(Algorithm[CriticState]):
     keeps_critics: ClassVar[bool] = True
 
     def check_task(self, task: TaskSettings) -> None:
+        require_solver()
         preferred(self.preference, task.objectives)
 
     def init(self, fed: Federation, start: Tree) -> CriticState:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from fedpref.cli.shared import app, console
 from fedpref.errors import UserError
@@ -18,10 +19,11 @@ def list_(
         typer.Argument(help="A kind, as in losses, or a name, as in feddpo; by default all."),
     ] = None,
 ) -> None:
-    """List what there is: algorithms, losses, tasks, data; or the settings of one of them.
+    """List what there is: algorithms, losses, tasks, data, configs; or the settings of one of them.
 
     Example: fedpref list feddpo
     """
+    from fedpref.experiments.packaged import packaged_configs
     from fedpref.reports.settings import (
         kind_table,
         kinds_table,
@@ -30,6 +32,10 @@ def list_(
         setting_table,
     )
 
+    if what == "configs":
+        for name, about in packaged_configs().items():
+            console.print(f"[bold]{name}[/bold]: {escape(about)}", highlight=False, soft_wrap=True)
+        return
     groups = named_kinds()
     if what is None or what in groups:
         console.print(kinds_table(groups if what is None else {what: groups[what]}))
@@ -39,8 +45,8 @@ def list_(
         chosen = {own}
     if not chosen:
         raise UserError(
-            f"{what!r} is neither a kind nor a name. Kinds are {', '.join(groups)}; `fedpref "
-            "list` shows all names."
+            f"{what!r} is neither a kind nor a name. Kinds are configs, {', '.join(groups)}; "
+            "`fedpref list` shows all names."
         )
     for kind in sorted(chosen, key=lambda kind: kind.title):
         console.print(kind_table(kind))

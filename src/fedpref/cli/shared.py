@@ -25,7 +25,10 @@ app = typer.Typer(
 # a file has room for whole tables
 console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)
 Config = Annotated[
-    Path, typer.Argument(help="A YAML file; configs/ has examples.", metavar="CONFIG")
+    Path,
+    typer.Argument(
+        help="A YAML file, or a name of `fedpref list configs`, as in demo.", metavar="CONFIG"
+    ),
 ]
 Overrides = Annotated[
     list[str] | None,

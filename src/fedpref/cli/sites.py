@@ -38,7 +38,7 @@ def submit(
 ) -> None:
     """Run an experiment over sites that have been started, each with its own data.
 
-    Example: fedpref submit configs/fedpdpo.yaml --admin federation/admin@example.org
+    Example: fedpref submit fedpdpo --admin federation/admin@example.org
     """
     from fedpref.experiments.experiment import Experiment
     from fedpref.experiments.rounds import new_directory

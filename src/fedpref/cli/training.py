@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from fedpref.cli.shared import Config, Open, Overrides, app, console, follow, saying
+from fedpref.errors import UserError
 
 
 @app.command()
@@ -21,7 +23,7 @@ def run(
 ) -> None:
     """Run an experiment, with a table and a report at the end.
 
-    Example: fedpref run configs/demo.yaml rounds=10 --open
+    Example: fedpref run demo rounds=10 --open
     """
     from fedpref.experiments.experiment import Experiment
     from fedpref.experiments.rounds import new_directory
@@ -31,6 +33,103 @@ def run(
     folder = new_directory(experiment, output)
     folder.refuse_existing()
     follow(happenings(experiment, folder), folder, opens)
+
+
+@app.command()
+def demo(
+    overrides: Overrides = None,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="On the small model that comes with fedpref.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option(help="The run directory; by default runs/demo-TIME.")
+    ] = None,
+    opens: Open = False,
+) -> None:
+    """Give each of twelve clients a model of its own, beside one for all, and compare them.
+
+    The model is SmolLM2-135M, of which 93 MB are fetched once; where it cannot be fetched, the
+    small one that comes with fedpref is taken.
+
+    Example: fedpref demo --offline
+    """
+    from fedpref.models.named import fetch
+
+    name = "demo-offline"
+    if not offline:
+        try:
+            fetch("smollm2-q4")
+            name = "demo"
+        except UserError as error:
+            console.print(
+                f"{error}\nThis is the small model that comes with fedpref, which writes no "
+                "sentences.",
+                highlight=False,
+                markup=False,
+            )
+    run(Path(name), overrides, output, opens)
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(help="Where the config goes.")] = Path(),
+    data: Annotated[
+        str | None,
+        typer.Option(help="Your rows: a JSONL, CSV or Parquet file, a dataset folder or a Hub id."),
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="The column of prompts.")] = None,
+    chosen: Annotated[str | None, typer.Option(help="The column of better answers.")] = None,
+    rejected: Annotated[str | None, typer.Option(help="The column of worse answers.")] = None,
+    client: Annotated[
+        str | None, typer.Option(help="The column that says whose a row is; none shares them out.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A Hub id, a folder, builtin, or a name of `fedpref model`.")
+    ] = None,
+    algorithm: Annotated[
+        str | None, typer.Option(help="A name of `fedpref list algorithms`.")
+    ] = None,
+) -> None:
+    """Write a config for rows of your own; what is not given is asked, on a terminal.
+
+    The rows are read, and what cannot be used is left out or cut, as the config says. No file is
+    overwritten.
+
+    Example: fedpref init clinics --data pairs.jsonl --client clinic --model smollm2-q4
+    """
+    from fedpref.experiments.starter import Wanted, columns_of, starter
+
+    file = folder / "experiment.yaml"
+    if file.exists():
+        raise UserError(f"{file} is there already, and is left as it is. Give another folder.")
+    asks = sys.stdin.isatty()
+    if data is None and asks:
+        data = typer.prompt("Your rows (a JSONL, CSV or Parquet file, a folder or a Hub id)")
+    if data is None:
+        raise UserError("--data is missing: a JSONL, CSV or Parquet file, a folder or a Hub id.")
+    if asks and client is None:
+        known = ", ".join(columns_of(data))
+        client = typer.prompt(f"Which column says whose a row is ({known})", default="none")
+    if asks and model is None:
+        model = typer.prompt("The model", default="smollm2-q4")
+    if asks and algorithm is None:
+        algorithm = typer.prompt("The algorithm", default="fedpdpo")
+    columns = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    text, note = starter(
+        Wanted(
+            name=folder.resolve().name or "experiment",
+            data=data,
+            columns={role: name for role, name in columns.items() if name},
+            client=None if client == "none" else client,
+            model=model or "builtin",
+            algorithm=algorithm or "fedpdpo",
+        )
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(text, encoding="utf-8")
+    for line in (f"written: {file}", note, f"fedpref check {file}", f"fedpref run {file}"):
+        if line:
+            console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 @app.command()
@@ -72,7 +171,7 @@ def clean(
 def check(config: Config, overrides: Overrides = None) -> None:
     """Validate a config and its data and print the clients; trains and writes nothing.
 
-    Example: fedpref check configs/demo.yaml partition.max_clients=4
+    Example: fedpref check demo partition.max_clients=4
     """
     from fedpref.errors import printable
     from fedpref.experiments.experiment import Experiment, encoded
@@ -132,7 +231,7 @@ def sweep(
 
     Begin it again and it goes on where it was.
 
-    Example: fedpref sweep configs/demo.yaml --variant feddpo --variant fedpdpo --seeds 3
+    Example: fedpref sweep demo --variant feddpo --variant fedpdpo --seeds 3
     """
     from fedpref.experiments.experiment import Experiment
     from fedpref.models.trunk import remove_states
@@ -194,7 +293,7 @@ def pareto(
 ) -> None:
     """Sweep the preference over objectives: the front of trade-offs, its hypervolume, and a figure.
 
-    Example: fedpref pareto configs/firm.yaml --points 5
+    Example: fedpref pareto firm --points 5
     """
     import json
     from dataclasses import asdict

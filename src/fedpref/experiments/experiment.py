@@ -18,11 +18,13 @@ from fedpref.data.unusable import Unusable
 from fedpref.engines.coordinator import Patience
 from fedpref.errors import UserError
 from fedpref.experiments.migration import refuse_former_names
+from fedpref.experiments.packaged import config_file
 from fedpref.federation.aggregation import Factors, Product
 from fedpref.federation.diagnostics import Diagnostic
 from fedpref.federation.network import Network
 from fedpref.federation.participation import Participation
 from fedpref.numerics import seeds
+from fedpref.numerics.min_norm import require_solver
 from fedpref.numerics.topology import GraphFile
 from fedpref.tasks import AnyTask, PreferenceTask, Task
 from fedpref.types import Count, WholeNumber
@@ -74,7 +76,7 @@ class Experiment:
     """MB of a value that all clients hold which stay in memory; the rest lies in files of
     TMPDIR."""
     engine: Literal["simulation", "flare"] = "simulation"
-    """All clients in this process and its workers, or at sites on NVIDIA FLARE (docs/sites.md)."""
+    """All clients in this process and its workers, or at sites on NVIDIA FLARE."""
     sites: Count = 2
     """How many sites are simulated, where the engine is flare and nothing is submitted."""
     patience: Patience = Patience()
@@ -125,6 +127,8 @@ class Experiment:
                 "diagnostics: pareto-stationarity is about several objectives, and the task has "
                 "one. Leave it out."
             )
+        if len(of_examples) < len(self.diagnostics):
+            require_solver()
         if task.needs_critics and not (algorithm.keeps_critics and not self.baselines):
             who = algorithm.name if not algorithm.keeps_critics else " and ".join(self.baselines)
             raise UserError(
@@ -187,13 +191,13 @@ class Experiment:
         """Read an experiment.
 
         Args:
-            path: A YAML file.
+            path: A YAML file, or the name of a config that comes with fedpref.
             overrides: Settings that replace the file's, as in `task.loss.beta=0.2`.
 
         Raises:
             UserError: Whatever does not fit, all mistakes together.
         """
-        return config.load(Experiment, Path(path), overrides, check=refuse_former_names)
+        return config.load(Experiment, config_file(path), overrides, check=refuse_former_names)
 
     def build_task(self) -> Task:
         """Load the model and return the task at work.

@@ -72,7 +72,7 @@ class Model:
     `fedpref model` has fetched. A folder of a LoRA adapter is its base with the adapter merged into
     it."""
     gguf_file: str | None = None
-    """A GGUF file in that folder, dequantised once; needs `fedpref[gguf]`."""
+    """A GGUF file in that folder, dequantised once."""
     revision: str | None = None
     """A branch, tag or commit of a Hub id."""
     trust_remote_code: bool = False

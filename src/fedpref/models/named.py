@@ -234,7 +234,7 @@ def convert(file: Path, folder: Path, dtype: str = "bfloat16") -> None:
         )
     except ImportError as error:
         raise UserError(
-            f"{file.name}: GGUF files need the package gguf: pip install fedpref[gguf]."
+            f"{file.name}: GGUF files need the package gguf: pip install gguf."
         ) from error
     # whatever the readers make of a file that is none
     except Exception as error:

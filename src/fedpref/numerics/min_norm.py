@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
-from scipy.optimize import nnls
 from torch import Tensor
 
+from fedpref.errors import require
 from fedpref.types import NonNegative
 
 Gram = Float[Tensor, "M M"]
@@ -72,6 +72,11 @@ class MinNorm:
         return torch.from_numpy(w).to(preference)
 
 
+def require_solver() -> None:
+    """Raise UserError where the solver of min-norm problems is not installed."""
+    require("the min-norm solver", "firm", "scipy")
+
+
 def _least(q: Matrix, regulariser: Matrix) -> NDArray[np.float64]:
     """Return the weights in the simplex of least w' (q + regulariser) w, by an active-set method.
 
@@ -79,6 +84,8 @@ def _least(q: Matrix, regulariser: Matrix) -> NDArray[np.float64]:
     for its sum: among the multiples t w of some weights the best t leaves a / (1 + a), which grows
     with a = |A w|^2.
     """
+    from scipy.optimize import nnls  # heavy, and needed by multi-objective methods alone
+
     # not Cholesky: gradients that depend on one another make the matrix singular
     values, vectors = np.linalg.eigh(q + regulariser)
     # so that the one in the sum's row weighs the same for gradients of any length

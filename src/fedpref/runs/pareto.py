@@ -11,11 +11,10 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import spearmanr
 
 from fedpref.engines import Simulation
 from fedpref.engines.workers import one_thread
-from fedpref.errors import UserError
+from fedpref.errors import UserError, require
 from fedpref.experiments.experiment import Experiment, encoded
 from fedpref.experiments.finished import FinishedRun
 from fedpref.experiments.rounds import evaluate
@@ -74,12 +73,13 @@ def plan_front(
     Raises:
         UserError: The experiment has no objectives to choose between.
     """
+    require("a front", "firm", "scipy", "moocore", "matplotlib")
     experiment = Experiment.load(config, overrides)
     objectives = experiment.task.objectives
     if len(objectives) < 2:
         raise UserError(
             f"{config}: the task has one objective, there is nothing to trade. Give "
-            "it several (docs/algorithms/firm.md)."
+            "it several, as `fedpref run firm` has."
         )
     if experiment.algorithm.preference is None:
         raise UserError(
@@ -230,6 +230,8 @@ def follows(points: Sequence[Point]) -> float:
     It is Spearman's correlation of the two, the mean over objectives. An objective that is the same
     everywhere follows nothing.
     """
+    from scipy.stats import spearmanr
+
     shares, values = (
         np.array([getattr(point, name) for point in points]) for name in ("preference", "values")
     )

@@ -37,7 +37,7 @@ KILL_SECONDS = (
 # seconds that a server waits at a job's end for sites that have died
 PROMPT = {"NVFLARE_CLIENT_OUTCOME_WAIT_TIMEOUT": "15"}
 TEMPLATE = """# What this site brings to experiments, and what it consents to. This file stays here.
-# All keys: docs/sites.md.
+# All keys: `fedpref list site`.
 # rows with prompt, chosen, rejected; the path is as seen from this file
 data: {name: files, path: preferences.jsonl}
 client: %s # the name that others see; with `partition`, the names are those of its clients

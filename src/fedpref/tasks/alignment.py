@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import numpy as np
 from jaxtyping import Float
-from scipy.spatial.distance import jensenshannon
-from torch import Tensor
+from torch import Tensor, xlogy
 
 
 def alignment(p: Float[Tensor, " n"], y: Float[Tensor, " n"]) -> float:
@@ -15,8 +13,12 @@ def alignment(p: Float[Tensor, " n"], y: Float[Tensor, " n"]) -> float:
         p: Predicted shares [n].
         y: True shares [n].
     """
-    distance = float(jensenshannon(p.double().numpy(), y.double().numpy()))
-    return 1 - (0.0 if np.isnan(distance) else distance)
+    predicted, true = (shares.double() / shares.double().sum() for shares in (p, y))
+    middle = (predicted + true) / 2
+    # x log(x / middle), which is zero where x is
+    divergence = sum((xlogy(x, x) - xlogy(x, middle)).sum() for x in (predicted, true)) / 2
+    # rounding may bring it below zero
+    return 1 - float(divergence.clamp(min=0).sqrt())
 
 
 def wasserstein_alignment(p: Float[Tensor, " n"], y: Float[Tensor, " n"]) -> float:

@@ -1,0 +1,48 @@
+"""The configs that come with fedpref, by name."""
+
+from __future__ import annotations
+
+import difflib
+from importlib.resources import files
+from pathlib import Path
+
+from fedpref.errors import UserError
+
+FOLDER = Path(str(files("fedpref"))) / "configs"
+
+
+def packaged_configs() -> dict[str, str]:
+    """Return what each config that comes with fedpref is about, by name."""
+    return {file.stem: _about(file) for file in sorted(FOLDER.glob("*.yaml"))}
+
+
+def _about(file: Path) -> str:
+    """Return the first sentence of the comment at the top of a config."""
+    lines = file.read_text(encoding="utf-8").splitlines()
+    comment = lines[: next((i for i, line in enumerate(lines) if not line.startswith("#")), 0)]
+    text = " ".join(line.removeprefix("#").strip() for line in comment)
+    return f"{text.split('. ')[0].rstrip('.')}."
+
+
+def config_file(config: str | Path) -> Path:
+    """Return the file that a config's path or name means.
+
+    A file that is there comes first, then a config of this name that comes with fedpref.
+
+    Raises:
+        UserError: There is neither.
+    """
+    path = Path(config).expanduser()
+    if path.is_file():
+        return path
+    names = packaged_configs()
+    # configs/demo.yaml of a checkout is demo elsewhere
+    name = path.stem if path.parent in (Path(), Path("configs")) else ""
+    if name in names and path.suffix in ("", ".yaml"):
+        return FOLDER / f"{name}.yaml"
+    near = difflib.get_close_matches(path.stem, names, 1, 0.7)
+    hint = f"Did you mean {near[0]!r}? " if near else ""
+    raise UserError(
+        f"{config}: there is no such config file, and none that comes with fedpref has this name. "
+        f"{hint}`fedpref list configs` shows them, `fedpref init` writes one for your data."
+    )
