@@ -47,7 +47,9 @@ def build(url: str, output: Path) -> list[Path]:
             [sys.executable, "-m", "build", "--outdir", str(output), str(tree)], check=True
         )
     made = sorted(output.glob("fedpref-*"))
-    subprocess.run([sys.executable, "-m", "twine", "check", "--strict", *map(str, made)], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "twine", "check", "--strict", *map(str, made)], check=True
+    )
     return made
 
 

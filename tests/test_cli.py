@@ -364,3 +364,89 @@ def test_a_sweep_ends_with_a_comparison_that_can_be_had_again(
         code, output = fedpref("generate", out / "own" / "seed-0", "Hi?", *wrong)
         assert code == 2
         assert "client-0" in output
+
+
+# ---- what comes with the package
+
+
+def test_a_config_goes_by_its_name_or_by_its_place_in_a_checkout(fedpref: Command) -> None:
+    whole = ["partition.max_clients=2", "partition.max_rows=20"]
+    for name in ("feddpo", "configs/feddpo.yaml"):
+        code, text = fedpref("check", name, *whole)
+        assert (code, f"{name} is valid" in text) == (0, True)
+    code, text = fedpref("check", "fedpo")
+    assert (code, "Did you mean 'feddpo'?" in text, "fedpref init" in text) == (2, True, True)
+    code, text = fedpref("list", "configs")
+    assert (code, "demo-offline: The demo without any download" in text) == (0, True)
+    # a file of one's own comes first
+    Path("feddpo").write_text("rounds: nonsense\n")
+    code, text = fedpref("check", "feddpo")
+    assert (code, "rounds" in text) == (2, True)
+
+
+def test_the_demo_is_the_offline_one_where_nothing_can_be_fetched(
+    fedpref: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("FEDPREF_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    small = ["partition.max_clients=2", "partition.max_rows=20", "rounds=1", "baselines=[]"]
+    code, text = fedpref("demo", *small, "task.sample_clients=[]", "--output", "out")
+    assert code == 0, text
+    assert "cannot be fetched by pip" in text
+    assert Experiment.load("out/config.yaml").name == "demo-offline"
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "says"),
+    [
+        ([{"question": "q", "winner": "w", "loser": "l"}], (), ["chosen_column: winner"]),
+        (
+            [{"prompt": "q", "a": "good", "b": "bad"}],
+            ("--chosen", "a", "--rejected", "b"),
+            ["chosen_column: a", "rejected_column: b"],
+        ),
+        ([{"prompt": "q", "completion": "c", "label": True}], (), ["name: feedback"]),
+    ],
+)
+def test_init_writes_a_config_that_check_accepts(
+    rows: list[dict[str, Any]], options: tuple[str, ...], says: list[str], fedpref: Command
+) -> None:
+    def row(number: int) -> dict[str, Any]:
+        return {
+            k: f"{v} {number}" if isinstance(v, str) else number % 2 == 0
+            for k, v in rows[0].items()
+        }
+
+    content = [row(number) | {"who": f"client {number % 2}"} for number in range(60)]
+    # two that state nothing or say nothing, one that is too long, one client with a single row
+    texts = [key for key in rows[0] if isinstance(rows[0][key], str)]
+    content.append(content[0] | dict.fromkeys(texts[1:], ""))
+    content.append(content[1] | {texts[0]: "long " * 2000})
+    content.append(content[2] | {"who": "client 3"})
+    Path("rows.jsonl").write_text("".join(json.dumps(one) + "\n" for one in content))
+    code, text = fedpref("init", "mine", "--data", "rows.jsonl", "--client", "who", *options)
+    assert code == 0, text
+    written = Path("mine/experiment.yaml").read_text()
+    for part in (*says, "unusable: skip # rows", "truncation_mode: keep_end # 1 rows"):
+        assert part in written, written
+    code, text = fedpref("check", "mine/experiment.yaml")
+    assert (code, "is valid" in text) == (0, True), text
+    code, text = fedpref("init", "mine", "--data", "rows.jsonl")
+    assert (code, "is there already" in text) == (2, True)
+    assert Path("mine/experiment.yaml").read_text() == written
+
+
+def test_init_names_what_is_missing(fedpref: Command) -> None:
+    Path("rows.jsonl").write_text('{"prompt": "q", "first": "a", "second": "b"}\n')
+    for options, says in (
+        ((), "--data is missing"),
+        (("--data", "rows.jsonl"), "which column holds the chosen answers? Give --chosen"),
+        (("--data", "rows.jsonl", "--client", "who"), "there is no column 'who'"),
+        (("--data", "nowhere.jsonl"), "there is no file or folder"),
+    ):
+        code, text = fedpref("init", "mine", *options)
+        assert (code, says in text) == (2, True), text
+        assert not Path("mine").exists()
+    Path("rows.jsonl").write_text('{"prompt": "q", "chosen": "a", "rejected": "b"}\n')
+    code, text = fedpref("init", "mine", "--data", "rows.jsonl", "--algorithm", "fedavg")
+    assert (code, "Did you mean 'feddpo'?" in text) == (2, True), text

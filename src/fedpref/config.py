@@ -43,6 +43,7 @@ BROKEN = (
     RecursionError,
     OSError,
 )
+NEAR = 0.7  # how alike names must be, from 0 to 1, for one to be suggested
 CLASS = re.compile(r"[\w.]+:[\w.]+")  # module:Class
 STRICT = ConfigDict(extra="forbid")
 
@@ -468,15 +469,17 @@ def _sentence(kind: Any, problem: Any, where: str) -> str:
     )
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         known = [field.name for field in fields(owner)] if is_dataclass(owner) else []
-        near = difflib.get_close_matches(location[-1], known, 1, 0.5)
+        near = difflib.get_close_matches(location[-1], known, 1, NEAR)
         hint = f"Did you mean {near[0]!r}?" if near else f"Known keys: {', '.join(known)}."
         return f"{where}: unknown key {'.'.join([*path, location[-1]])!r}. {hint}"
     key = ".".join(path) or "the config"
     if problem["type"] == "union_tag_invalid":
         context = problem["ctx"]
-        near = difflib.get_close_matches(
-            context["tag"], context["expected_tags"].replace("'", "").split(", "), 1, 0.5
-        )
+        expected = context["expected_tags"].replace("'", "").split(", ")
+        choice = opened(_hint_at(kind, path))
+        also = dict(choice.also) if choice else {}
+        near = difflib.get_close_matches(context["tag"], [*expected, *also], 1, NEAR)
+        near = [also.get(name, name) for name in near]
         hint = f" Did you mean {near[0]!r}?" if near else ""
         return (
             f"{where}: {key}.name is {context['tag']!r}; expected one of "
@@ -490,6 +493,15 @@ def _sentence(kind: Any, problem: Any, where: str) -> str:
         f"{where}: {key}: {problem['msg'][0].lower()}{problem['msg'][1:]}; found "
         f"{problem['input']!r}."
     )
+
+
+def _hint_at(kind: Any, path: Sequence[str]) -> Any:
+    """Return the type that is hinted where keys lead, with what is noted at it."""
+    hint = kind
+    for key in path:
+        options = [hints[key] for option in kinds(hint) if key in (hints := _hints(option))]
+        hint = options[0] if options else Any
+    return hint
 
 
 def _follow(kind: Any, location: list[str]) -> tuple[Any, list[str]]:

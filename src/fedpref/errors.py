@@ -19,9 +19,7 @@ def require(what: str, extra: str, *modules: str) -> None:
         *modules: Their names.
     """
     if missing := [module for module in modules if find_spec(module) is None]:
-        raise UserError(
-            f"{what} needs {', '.join(missing)}: pip install 'fedpref[{extra}]'."
-        )
+        raise UserError(f"{what} needs {', '.join(missing)}: pip install 'fedpref[{extra}]'.")
 
 
 def printable(text: str) -> str:

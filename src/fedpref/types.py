@@ -83,10 +83,12 @@ class Open:
     Attributes:
         group: Of entry points, such as `fedpref.algorithms`.
         base: The class that a kind of one's own must be derived from.
+        also: What kinds are called elsewhere, and what they are called here.
     """
 
     group: str
     base: type
+    also: tuple[tuple[str, str], ...] = ()
 
     @property
     def installed(self) -> Mapping[str, EntryPoint]:

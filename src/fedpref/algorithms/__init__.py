@@ -52,7 +52,20 @@ Baseline = Alone | Pooled
 AnyAlgorithm = Annotated[
     Federated | Decentralized | MultiObjective | Baseline,
     Field(discriminator="name"),
-    Open("fedpref.algorithms", Algorithm),
+    Open(
+        "fedpref.algorithms",
+        Algorithm,
+        also=(
+            ("fedavg", "feddpo"),
+            ("fedadam", "fedopt"),
+            ("fedyogi", "fedopt"),
+            ("local", "alone"),
+            ("centralised", "pooled"),
+            ("centralized", "pooled"),
+            ("gossip", "decdpo"),
+            ("mgda", "firm"),
+        ),
+    ),
 ]
 
 __all__ = [

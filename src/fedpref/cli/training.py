@@ -113,7 +113,7 @@ def init(
     if asks and model is None:
         model = typer.prompt("The model", default="smollm2-q4")
     if asks and algorithm is None:
-        algorithm = typer.prompt("The algorithm", default="fedpdpo")
+        algorithm = typer.prompt("The algorithm (`fedpref list algorithms`)", default="fedpdpo")
     columns = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
     text, note = starter(
         Wanted(
@@ -122,7 +122,7 @@ def init(
             columns={role: name for role, name in columns.items() if name},
             client=None if client == "none" else client,
             model=model or "builtin",
-            algorithm=algorithm or "fedpdpo",
+            algorithm=algorithm,
         )
     )
     folder.mkdir(parents=True, exist_ok=True)

@@ -124,9 +124,9 @@ class Opinions(PathSource):
 class Polis(PathSource):
     """Conversations on Polis: who agrees with, disagrees with, or passes on which statement.
 
-    The exports are at github.com/compdemocracy/openData; the documents on data give the columns. Groups are
-    a conversation's opinion groups, as Polis found them. People whom Polis put in no group are left
-    out.
+    The exports are at github.com/compdemocracy/openData; the documents on data give the columns.
+    Groups are a conversation's opinion groups, as Polis found them. People whom Polis put in no
+    group are left out.
     """
 
     name: Literal["polis"] = "polis"
@@ -184,8 +184,8 @@ class Polis(PathSource):
         table = local_table(self.path, f"polis_{what}")
         if table is None:
             raise UserError(
-                f"data.path: there is no polis_{what} in {self.path!r}. the documents' page on data gives the "
-                "three files."
+                f"data.path: there is no polis_{what} in {self.path!r}. The documents' page on "
+                "data gives the three files."
             )
         for where, record in read_table(str(table)):
             if missing := [column for column in columns if column not in record]:

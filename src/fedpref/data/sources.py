@@ -287,8 +287,8 @@ class UKPConvArg(PathSource):
 
     Source: github.com/UKPLab/acl2016-convincing-arguments (CC-BY-4.0); there is no official Hub
     copy. The folder holds ukpconvarg_votes, ukpconvarg_arguments and ukpconvarg_topics as JSON
-    Lines (the documents on data give the columns). Held out are whole debates with both their stances.
-    Columns: `worker`, `debate`.
+    Lines (the documents on data give the columns). Held out are whole debates with both their
+    stances. Columns: `worker`, `debate`.
     """
 
     name: Literal["ukpconvarg"] = "ukpconvarg"
@@ -486,7 +486,8 @@ def _need(record: Mapping[Any, Any], column: Any, where: str) -> Any:
     """Return what stands in a column, or under an id, that the set must have."""
     if record.get(column) is None:
         raise UserError(
-            f"{where}: {column!r} is missing; the documents' page on data gives the columns of this set."
+            f"{where}: {column!r} is missing; the documents' page on data gives the columns of "
+            "this set."
         )
     return record[column]
 

@@ -41,8 +41,8 @@ def config_file(config: str | Path) -> Path:
     if name in names and path.suffix in ("", ".yaml"):
         return FOLDER / f"{name}.yaml"
     near = difflib.get_close_matches(path.stem, names, 1, 0.7)
-    hint = f"Did you mean {near[0]!r}? " if near else ""
-    raise UserError(
-        f"{config}: there is no such config file, and none that comes with fedpref has this name. "
-        f"{hint}`fedpref list configs` shows them, `fedpref init` writes one for your data."
-    )
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    if not path.suffix:
+        hint += " `fedpref list configs` shows those that come with fedpref, `fedpref init` writes "
+        hint += "one for your data."
+    raise UserError(f"{config}: there is no such config file.{hint}")

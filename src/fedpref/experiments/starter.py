@@ -42,7 +42,7 @@ class Wanted:
         columns: What the columns `prompt`, `chosen` and `rejected` are called, as far as known.
         client: The column that says whose a row is; None if there is none.
         model: The model's path.
-        algorithm: By name.
+        algorithm: By name; by default fedpdpo, or feddpo for judgements of single answers.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Wanted:
     columns: Mapping[str, str] = field(default_factory=dict)
     client: str | None = None
     model: str = "builtin"
-    algorithm: str = "fedpdpo"
+    algorithm: str | None = None
 
 
 def columns_of(data: str) -> list[str]:
@@ -86,7 +86,8 @@ def completed(wanted: Wanted) -> Wanted:
                     f"of {', '.join(known)}."
                 )
     client = wanted.client or ("client" if "client" in known else None)
-    return replace(wanted, columns=columns, client=client)
+    algorithm = wanted.algorithm or ("fedpdpo" if columns else "feddpo")
+    return replace(wanted, columns=columns, client=client, algorithm=algorithm)
 
 
 def starter(wanted: Wanted) -> tuple[str, str]:
@@ -146,7 +147,7 @@ def _unusable(content: dict[str, Any], said: dict[str, str]) -> tuple[Sequence[U
 
     Clients that have too few rows for it are left out, if some have enough.
     """
-    experiment = config.parse(Experiment, content, "the config")
+    experiment = config.parse(Experiment, content, "init")
     try:
         task, note = experiment.build_task(), ""
     except UserError as error:

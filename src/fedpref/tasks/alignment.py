@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from jaxtyping import Float
 from torch import Tensor, xlogy
 
@@ -16,9 +18,9 @@ def alignment(p: Float[Tensor, " n"], y: Float[Tensor, " n"]) -> float:
     predicted, true = (shares.double() / shares.double().sum() for shares in (p, y))
     middle = (predicted + true) / 2
     # x log(x / middle), which is zero where x is
-    divergence = sum((xlogy(x, x) - xlogy(x, middle)).sum() for x in (predicted, true)) / 2
+    divergences = [float((xlogy(x, x) - xlogy(x, middle)).sum()) for x in (predicted, true)]
     # rounding may bring it below zero
-    return 1 - float(divergence.clamp(min=0).sqrt())
+    return 1 - math.sqrt(max(0.0, sum(divergences) / 2))
 
 
 def wasserstein_alignment(p: Float[Tensor, " n"], y: Float[Tensor, " n"]) -> float:

@@ -1,0 +1,101 @@
+"""The wheel: what somebody has who typed `pip install`, without a checkout."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT, make_rows, write_rows
+
+
+def called(*command: str | Path, cwd: Path, **environment: str) -> str:
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("wheel")
+    tree = place / "tree"
+    tree.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree / name)
+    shutil.copytree(
+        ROOT / "src", tree / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info")
+    )
+    # with the setuptools that is here: an environment of its own would be fetched
+    called(
+        *(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", place, tree),
+        cwd=place,
+    )
+    (made,) = place.glob("*.whl")
+    return made
+
+
+def test_the_wheel_is_whole(wheel: Path, tmp_path: Path) -> None:
+    installed, empty = tmp_path / "installed", tmp_path / "empty"
+    empty.mkdir()
+    called(
+        *(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"),
+        *("--target", installed, wheel),
+        cwd=empty,
+    )
+
+    def fedpref(*arguments: str) -> str:
+        return called(
+            sys.executable, "-m", "fedpref", *arguments, cwd=empty, PYTHONPATH=str(installed)
+        )
+
+    where = called(
+        *(sys.executable, "-c", "import fedpref; print(fedpref.__file__)"),
+        cwd=empty,
+        PYTHONPATH=str(installed),
+    )
+    assert Path(where.strip()).is_relative_to(installed)
+    named = re.findall(r"^([a-z0-9-]+): ", fedpref("list", "configs"), re.M)
+    assert sorted(named) == sorted(file.stem for file in (ROOT / "configs").glob("*.yaml"))
+    write_rows(empty / "rows.jsonl", make_rows([20, 20]))
+    fedpref("init", "mine", "--data", "rows.jsonl")
+    fedpref("run", "mine/experiment.yaml", "rounds=1", "baselines=[]", "--output", "out")
+    assert "Plotly" in (empty / "out/report.html").read_text()
+
+
+@pytest.mark.slow
+def test_from_an_installed_wheel_to_a_finished_demo(tmp_path: Path) -> None:
+    release, empty = tmp_path / "release", tmp_path / "empty"
+    empty.mkdir()
+    script = ROOT / "scripts/release.py"
+    called(sys.executable, script, "--url", "https://example.org/x", "--output", release, cwd=empty)
+    (wheel,) = release.glob("*.whl")
+    assert len(list(release.glob("*.tar.gz"))) == 1
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = tmp_path / "venv/bin/python"
+    called(
+        *(python, "-m", "pip", "install", "--quiet", "-c", ROOT / "constraints.txt", wheel),
+        cwd=empty,
+    )
+    extra = "scipy", "matplotlib", "moocore", "nvflare"
+    code = f"from importlib.util import find_spec; print([m for m in {extra} if find_spec(m)])"
+    assert called(python, "-c", code, cwd=empty).strip() == "[]"
+    called(tmp_path / "venv/bin/fedpref", "demo", "--offline", "--output", "out", cwd=empty)
+    rows = (empty / "out/evaluation.jsonl").read_text().splitlines()
+    assert len(json.loads(rows[-1])["clients"]) == 12
+    refused = subprocess.run(
+        [tmp_path / "venv/bin/fedpref", "check", "firm"], cwd=empty, capture_output=True, text=True
+    )
+    assert (refused.returncode, "fedpref[firm]" in refused.stderr) == (2, True)
