@@ -5,6 +5,7 @@ and nothing left behind.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -450,3 +451,39 @@ def test_init_names_what_is_missing(fedpref: Command) -> None:
     Path("rows.jsonl").write_text('{"prompt": "q", "chosen": "a", "rejected": "b"}\n')
     code, text = fedpref("init", "mine", "--data", "rows.jsonl", "--algorithm", "fedavg")
     assert (code, "Did you mean 'feddpo'?" in text) == (2, True), text
+
+
+def test_a_hub_that_cannot_be_reached_is_said_at_once(tmp_path: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if "proxy" not in k.lower()}
+    environment |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    environment.pop("HF_HUB_OFFLINE", None)
+    for setting in (["task.model.path=some/model"], ["data.name=files", "data.path=some/rows"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "fedpref", "check", "feddpo", *setting],
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 2
+        assert "http://127.0.0.1:9 cannot be reached" in done.stderr
+        assert "error: " in done.stderr
+        assert "Retrying" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("algorithm=fedavg", "Did you mean 'feddpo'?"),
+        ("algorithm=", "expected keys and values, or a name; found None"),
+        ("algorithm.local.step=3", "Did you mean 'steps'?"),
+    ],
+)
+def test_what_is_nearly_right_is_suggested(setting: str, says: str, fedpref: Command) -> None:
+    code, text = fedpref("check", "feddpo", setting)
+    assert (code, says in text) == (2, True), text
+
+
+@pytest.mark.parametrize("setting", ["nonsense=1", "algorithm.name=trimmed"])
+def test_what_is_far_from_anything_suggests_nothing(setting: str, fedpref: Command) -> None:
+    code, text = fedpref("check", "feddpo", setting)
+    assert (code, "Did you mean" in text) == (2, False), text

@@ -485,6 +485,8 @@ def _sentence(kind: Any, problem: Any, where: str) -> str:
             f"{where}: {key}.name is {context['tag']!r}; expected one of "
             f"{context['expected_tags']}.{hint}"
         )
+    if problem["type"] in ("dataclass_type", "model_attributes_type", "dict_type"):
+        return f"{where}: {key}: expected keys and values, or a name; found {problem['input']!r}."
     if problem["type"] == "union_tag_not_found":
         return f"{where}: {key} needs a name; `fedpref list` shows them."
     if problem["type"] in ("missing", "missing_argument"):

@@ -59,7 +59,6 @@ AnyAlgorithm = Annotated[
             ("fedavg", "feddpo"),
             ("fedadam", "fedopt"),
             ("fedyogi", "fedopt"),
-            ("local", "alone"),
             ("centralised", "pooled"),
             ("centralized", "pooled"),
             ("gossip", "decdpo"),

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from fedpref.data.hub import look_for_hub
 from fedpref.errors import UserError
 
 Record = tuple[str, Mapping[str, Any]]  # "file, row 3" and the row
@@ -139,6 +140,7 @@ def _first_line(error: Exception) -> str:
 def _read_dataset(path: str, split: str, hub: Mapping[str, Any]) -> Iterator[Record]:
     import datasets
 
+    look_for_hub(path)
     datasets.disable_progress_bars()
     try:
         if (Path(path) / "state.json").exists() or (Path(path) / "dataset_dict.json").exists():

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from fedpref.data.hub import look_for_hub
 from fedpref.errors import UserError
 from fedpref.models.own_parts import FILE
 from fedpref.models.trunk import row_of_layers
@@ -58,6 +59,7 @@ def load_backbone(path: str, dtype: Any, options: Mapping[str, Any], setting: st
     import transformers
     from transformers.utils.peft_utils import find_adapter_config_file
 
+    look_for_hub(path)
     try:
         if find_adapter_config_file(path, revision=options.get("revision")) is None:
             tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)

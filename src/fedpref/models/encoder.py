@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fedpref.data.hub import look_for_hub
 from fedpref.errors import UserError
 from fedpref.models import devices
 from fedpref.models.named import BUILTIN, located
@@ -181,6 +182,7 @@ class TextEncoder:
 def _language_model(path: str, options: dict[str, Any]) -> tuple[Any, Any]:
     import transformers
 
+    look_for_hub(path)
     transformers.utils.logging.disable_progress_bar()
     return transformers.AutoModel.from_pretrained(
         path, **options
@@ -188,6 +190,7 @@ def _language_model(path: str, options: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def _sentences(path: str, options: dict[str, Any]) -> tuple[Any, None]:
+    look_for_hub(path)
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError as error:

@@ -20,6 +20,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from fedpref.data.hub import look_for_hub
 from fedpref.errors import UserError
 
 BUILTIN = "builtin"
@@ -165,6 +166,7 @@ def fetch(name: str) -> Fetched:
 def _from_hub(hub: str, folder: Path) -> dict[str, str]:
     from huggingface_hub import snapshot_download
 
+    look_for_hub(hub)
     try:
         snapshot_download(
             hub, local_dir=folder, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]
@@ -264,6 +266,7 @@ def converted(path: str, file: str, revision: str | None, dtype: str) -> Path:
     if not local.is_file():
         from transformers.utils.hub import cached_file
 
+        look_for_hub(path)
         try:
             local = Path(str(cached_file(path, file, revision=revision)))
         except (OSError, ValueError) as error:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fedpref.data.hub import look_for_hub
 from fedpref.errors import UserError
 from fedpref.rewards.reward import OpenGroups, RewardFunction, RewardSettings, no_groups, plain
 from fedpref.types import Count, Text
@@ -116,6 +117,7 @@ class Classifier(RewardSettings):
     def build(self, open_groups: OpenGroups = no_groups) -> RewardFunction:
         import transformers
 
+        look_for_hub(self.path)
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(
                 self.path, revision=self.revision, truncation_side="left"
