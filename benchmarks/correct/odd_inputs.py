@@ -42,14 +42,13 @@ from correct.shared import (
     said,
     sentence,
 )
-from fedpref import config
+from fedpref import config, run
 from fedpref.cli import showing, training, using
 from fedpref.data import IID, Files, Natural, Opinions
 from fedpref.errors import UserError
 from fedpref.experiments.experiment import Experiment
 from fedpref.experiments.finished import FinishedRun
 from fedpref.models.language import Model
-from fedpref.runs.launch import run
 from fedpref.tasks import FeedbackTask, PreferenceTask
 
 SECONDS = 5.0  # of one input, or of one command on a damaged run

@@ -8,16 +8,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fedpref.errors import UserError
     from fedpref.experiments.experiment import Experiment
-    from fedpref.experiments.finished import FinishedRun, Result
+    from fedpref.experiments.finished import FinishedRun
+    from fedpref.experiments.rounds import Event
     from fedpref.federation.algorithm import Algorithm
     from fedpref.federation.verbs import Client, Federation, PerClient, work
     from fedpref.models.loading import load_model
-    from fedpref.runs.launch import resume, run
+    from fedpref.reports.python import Result, resume, run
 
 __version__ = "0.2.0.dev0"
 __all__ = [
     "Algorithm",
     "Client",
+    "Event",
     "Experiment",
     "Federation",
     "FinishedRun",
@@ -32,15 +34,16 @@ __all__ = [
 _HOMES = {
     "Algorithm": "federation.algorithm",
     "Client": "federation.verbs",
+    "Event": "experiments.rounds",
     "Experiment": "experiments.experiment",
     "Federation": "federation.verbs",
     "FinishedRun": "experiments.finished",
     "PerClient": "federation.verbs",
-    "Result": "experiments.finished",
+    "Result": "reports.python",
     "UserError": "errors",
     "load_model": "models.loading",
-    "resume": "runs.launch",
-    "run": "runs.launch",
+    "resume": "reports.python",
+    "run": "reports.python",
     "work": "federation.verbs",
 }
 

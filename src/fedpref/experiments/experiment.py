@@ -199,6 +199,19 @@ class Experiment:
         """
         return config.load(Experiment, config_file(path), overrides, check=refuse_former_names)
 
+    @staticmethod
+    def of(content: Mapping[str, Any]) -> Experiment:
+        """Return the experiment that keys and values say, as those of a YAML file.
+
+        Args:
+            content: The keys and values; what is absent has its default.
+
+        Raises:
+            UserError: Whatever does not fit, all mistakes together.
+        """
+        refuse_former_names(dict(content), "the experiment")
+        return config.parse(Experiment, dict(content), "the experiment")
+
     def build_task(self) -> Task:
         """Load the model and return the task at work.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from fedpref.experiments.run_directory import (
     CONFIG,
     FORMAT,
     JOINED,
+    ROWS,
     RunDirectory,
     client_folder,
     client_path,
@@ -44,7 +45,7 @@ _FORMER_FOLDERS = {
 
 
 @dataclass(frozen=True)
-class Result:
+class Outcome:
     """Where a run lies, and its last evaluation.
 
     Attributes:
@@ -111,7 +112,14 @@ class FinishedRun:
     def experiment(self) -> Experiment:
         """The experiment as it was resolved when the run began."""
         if self.folder.format == FORMAT:
-            return Experiment.load(self.path / CONFIG)
+            experiment = Experiment.load(self.path / CONFIG)
+            rows = self.path / ROWS
+            # the run may have been moved since, and its rows with it
+            return (
+                replace(experiment, data=experiment.data.with_paths(lambda _: str(rows.resolve())))
+                if rows.exists()
+                else experiment
+            )
         content = migrated(config.read(self.path / CONFIG))
         return config.parse(Experiment, content, str(self.path / CONFIG))
 
@@ -231,7 +239,7 @@ class FinishedRun:
             )
         return rows[-1]
 
-    def result(self) -> Result:
+    def result(self) -> Outcome:
         """Return what a finished run came to.
 
         Raises:
@@ -247,7 +255,7 @@ class FinishedRun:
             for name, row in rows.items()
             if "newcomers" in row
         }
-        return Result(self.path, {name: row["clients"] for name, row in rows.items()}, newcomers)
+        return Outcome(self.path, {name: row["clients"] for name, row in rows.items()}, newcomers)
 
     # ---- its models
 

@@ -94,7 +94,7 @@ def events(
             about_text = json.dumps(source.about, indent=1) + "\n"
             experiment.check_clients({name: about["train"] for name, about in source.about.items()})
             planned = lines(experiment, len(source.about))
-            if not folder.path.exists():
+            if not folder.has_begun:
                 folder.create(
                     {
                         CONFIG: config.to_yaml(experiment),

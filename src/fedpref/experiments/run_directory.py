@@ -25,6 +25,7 @@ from fedpref.numerics import trees
 from fedpref.numerics.trees import Tree
 
 CONFIG, DONE = "config.yaml", "done"
+ROWS = "rows.jsonl"  # rows that were given in memory
 VERSION = "version.json"  # of the directory's format, and of the fedpref that began it
 FORMAT = (
     2  # 1 had no version.json, kept baselines under references/, and said local and centralised
@@ -103,15 +104,28 @@ class RunDirectory:
                 f"resume {self.path}`, or remove it."
             )
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether the directory has its first files."""
+        return (self.path / CONFIG).exists()
+
     def create(self, files: Mapping[str, str]) -> None:
-        """Make the directory with its first files, all at once."""
-        self.refuse_existing()
+        """Make the directory with its first files, all at once.
+
+        Rows may lie there already, which were given in memory.
+        """
+        rows = self.path / ROWS
+        if not rows.exists() or self.has_begun:
+            self.refuse_existing()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         beside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         beside.mkdir()
         version = {"format": FORMAT, "fedpref": __version__}
         for name, text in {**files, VERSION: json.dumps(version) + "\n"}.items():
             (beside / name).write_text(text)
+        if rows.exists():
+            rows.replace(beside / ROWS)
+            self.path.rmdir()
         beside.replace(self.path)
 
     @property

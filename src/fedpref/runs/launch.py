@@ -8,8 +8,7 @@ from pathlib import Path
 from fedpref import config
 from fedpref.errors import UserError
 from fedpref.experiments.experiment import Experiment
-from fedpref.experiments.finished import FinishedRun, Result
-from fedpref.experiments.rounds import Event, events, new_directory
+from fedpref.experiments.rounds import Event, events
 from fedpref.experiments.run_directory import RunDirectory
 from fedpref.runs.trackers import tracked
 
@@ -57,35 +56,3 @@ def _happenings(
     if kit := admin or admin_of(folder):
         return submitted(experiment, kit, folder)
     return simulated(experiment, folder)
-
-
-def run(experiment: Experiment, output: str | Path | None = None) -> Result:
-    """Run an experiment from the beginning and return what came of it.
-
-    Args:
-        experiment: The experiment.
-        output: The new run directory; by default runs/NAME-TIME.
-
-    Raises:
-        UserError: The directory is there already, or the experiment does not fit its data or model.
-    """
-    folder = new_directory(experiment, output)
-    folder.refuse_existing()
-    for _ in happenings(experiment, folder):
-        pass
-    return FinishedRun(folder).result()
-
-
-def resume(path: str | Path) -> Result:
-    """Resume a run where it was left; it ends with the bits it would have ended with.
-
-    Args:
-        path: The run directory.
-
-    Raises:
-        UserError: There is no run, or one that cannot go on.
-    """
-    run = FinishedRun.at(path)
-    for _ in happenings(run.experiment, run.folder):
-        pass
-    return FinishedRun(run.folder).result()

@@ -1,0 +1,159 @@
+"""What one calls from Python: rows in memory, objects, events, and a result that shows itself."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pandas
+import pytest
+
+import fedpref
+from conftest import make_rows, write_rows
+from fedpref import Event, Experiment, UserError, config, resume, run
+from fedpref.algorithms import FedPDPO
+from fedpref.data import Files
+from fedpref.federation.local_training import LocalTraining
+from fedpref.models.language import Model
+from fedpref.reports import python
+
+ROWS = make_rows([12, 10])
+LOCAL = LocalTraining(steps=2, batch_size=2)
+
+
+@pytest.fixture
+def small(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Settings of a short run on the tiny model, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return {"model": settings["task"]["model"]["path"], "rounds": 1}
+
+
+def split(rows: list[dict[str, Any]]) -> datasets.DatasetDict:
+    parts = {"train": rows[::2], "test": rows[1::2]}
+    return datasets.DatasetDict(
+        {name: datasets.Dataset.from_list(part) for name, part in parts.items()}
+    )
+
+
+def test_rows_in_memory_come_to_what_the_same_file_comes_to(small: dict[str, Any]) -> None:
+    file = write_rows(Path("rows.jsonl"), ROWS)
+    settings = small | {"algorithm": {"name": "feddpo", "local": {"steps": 1, "batch_size": 2}}}
+    expected = run(data=file, output="file", **settings)
+    for name, data in (
+        ("list", ROWS),
+        ("frame", pandas.DataFrame(ROWS)),
+        ("dataset", datasets.Dataset.from_list(ROWS)),
+        ("source", Files(path=str(file))),
+    ):
+        result = run(data=data, output=name, **settings)
+        assert result.evaluations == expected.evaluations, name
+    splits = run(data=split(ROWS), output="splits", **settings)
+    counts = fedpref.FinishedRun.at("splits").clients.values()
+    assert sum(about["train"] for about in counts) == 11
+    assert splits.evaluations.keys() == {"feddpo"}
+
+
+def test_a_run_of_rows_in_memory_is_whole_and_can_be_moved(small: dict[str, Any]) -> None:
+    seen: list[Event] = []
+
+    class Stop(Exception):  # noqa: N818
+        pass
+
+    def stop(event: Event) -> None:
+        seen.append(event)
+        if event.kind == "round":
+            raise Stop
+
+    with pytest.raises(Stop):
+        run(data=ROWS, output="first", on_event=stop, algorithm=FedPDPO(local=LOCAL), **small)
+    assert [event.kind for event in seen] == ["begin", "round"]
+    shutil.move("first", "moved")
+    result = resume("moved", progress=True)
+    assert result.evaluations.keys() == {"fedpdpo"}
+    assert [json.loads(line) for line in Path("moved/rows.jsonl").open()] == ROWS
+
+
+def test_settings_are_plain_values_or_objects(small: dict[str, Any]) -> None:
+    model = Model(path=small["model"], lora_r=2)
+    algorithm = FedPDPO(local=LOCAL, adapter_rate=0.25)
+    result = run(
+        {"name": "mine", "seed": 3},
+        data=ROWS,
+        model=model,
+        algorithm=algorithm,
+        rounds=1,
+        baselines=["alone"],
+        output="out",
+    )
+    spec = fedpref.FinishedRun.at(result.path).experiment
+    assert (spec.name, spec.seed, spec.rounds, spec.baselines) == ("mine", 3, 1, ("alone",))
+    assert spec.algorithm == algorithm
+    assert spec.task.model == model  # type: ignore[union-attr]
+    assert config.dump(Experiment.of(config.dump(spec))) == config.dump(spec)
+
+
+def test_a_result_shows_itself(small: dict[str, Any]) -> None:
+    result = run(
+        data=ROWS, output="out", algorithm=FedPDPO(local=LOCAL), baselines=["alone"], **small
+    )
+    table = result.table()
+    assert set(table["line"]) == {"fedpdpo", "alone"}
+    assert len(table) == 4
+    row = table[(table["line"] == "fedpdpo") & (table["client"] == "client-0")].iloc[0]
+    assert row["rewards/accuracies"] == pytest.approx(
+        result.evaluations["fedpdpo"]["client-0"]["rewards/accuracies"]
+    )
+    assert row["train"] + row["test"] == 12
+    page = result._repr_html_()
+    assert "<td>client-0</td>" in page
+    assert "fedpdpo" in page
+    assert result.report("page.html").read_text().startswith("<!DOCTYPE html>")
+    assert list(result.models) == ["client-0", "client-1"]
+    from transformers import AutoTokenizer
+
+    model = result.models["client-0"]
+    encoded = AutoTokenizer.from_pretrained(small["model"])("one", return_tensors="pt")
+    assert model.generate(**encoded, max_new_tokens=2).shape[1] > encoded["input_ids"].shape[1]
+    with pytest.raises(KeyError, match="nobody"):
+        result.models["nobody"]
+    assert python.Result.at("out") == replace(result)
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        ([], "there is no row"),
+        ([1], "row 1: expected a dict"),
+        ([{"prompt": "q", "chosen": {1}, "rejected": "b"}], "row 1: cannot be written as JSON"),
+        ([{"prompt": "q"}], "client"),
+        (3, "expected a list of dicts"),
+    ],
+)
+def test_rows_that_are_none_leave_nothing_behind(
+    data: Any, says: str, small: dict[str, Any]
+) -> None:
+    with pytest.raises(UserError, match=says):
+        run(data=data, output="out", **small)
+    assert not list(Path().iterdir())
+
+
+def test_too_many_rows_are_not_copied(
+    small: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(python, "MOST_MB", 1e-4)
+
+    with pytest.raises(UserError, match="Write them to a file"):
+        run(data=ROWS, output="out", **small)
+    assert not Path("out").exists()
+
+
+def test_mistakes_are_found_before_anything_is_written(small: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="unknown key 'round'"):
+        run(data=ROWS, output="out", round=3, **small)
+    with pytest.raises(UserError, match="no such config file"):
+        run("nothing", output="out")
+    assert not Path("out").exists()
