@@ -19,6 +19,7 @@ import matplotlib.pyplot as plt
 from fedpref import Experiment, run
 from fedpref.reports import charts
 from fedpref.reports import method_charts as methods
+from fedpref.reports.figures import draw_lines
 from fedpref.reports.run import Run, read
 
 WANTED: dict[str, tuple[list[str], list[Any]]] = {  # a config: overrides, charts
@@ -31,31 +32,11 @@ WANTED: dict[str, tuple[list[str], list[Any]]] = {  # a config: overrides, chart
     "firm": (["evaluate_every=1"], [methods.objectives]),
     "pluralllm": ([], [charts.learning, charts.held_out]),
 }
-DASHES = {"dot": ":", "dash": "--"}
 
 
 def drawn(chart: charts.Chart, axes: Any) -> None:
     """One chart, its lines and bands."""
-    low: Sequence[float] = ()
-    for trace in chart.data:
-        line = trace.get("line", {})
-        if "fill" in trace:
-            axes.fill_between(trace["x"], trace["y"], low, color=trace["fillcolor"], linewidth=0)
-        elif line.get("width") == 0:
-            low = trace["y"]
-        else:
-            faint = trace.get("opacity", 1.0)
-            label = trace["name"] if trace.get("showlegend", True) else None
-            style = DASHES.get(line.get("dash"), "-")
-            axes.plot(
-                trace["x"],
-                trace["y"],
-                style,
-                color=line["color"],
-                alpha=faint,
-                label=label,
-                lw=0.7 if faint < 1 else 1.6,
-            )
+    draw_lines(chart, axes)
     axes.set(
         title=chart.title,
         xlabel=chart.layout["xaxis"]["title"]["text"],

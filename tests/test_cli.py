@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from conftest import ROOT, make_rows, write_rows
-from fedpref import Experiment, __version__, cli, config
+from fedpref import Experiment, FinishedRun, __version__, cli, config
 from fedpref.cli import shared
 from fedpref.experiments.rounds import Event
 from fedpref.experiments.run_directory import RunDirectory
@@ -487,3 +487,97 @@ def test_what_is_nearly_right_is_suggested(setting: str, says: str, fedpref: Com
 def test_what_is_far_from_anything_suggests_nothing(setting: str, fedpref: Command) -> None:
     code, text = fedpref("check", "feddpo", setting)
     assert (code, "Did you mean" in text) == (2, False), text
+
+
+# ---- sweeps
+
+
+def test_a_sweep_is_taken_by_what_takes_runs(fedpref: Command, file: Path) -> None:
+    code, text = fedpref(
+        *("sweep", file, "rounds=2", "evaluate_every=1", "--seeds", 2, "--output", "swept"),
+        *("--grid", "algorithm.local.learning_rate=1e-3,1e-2"),
+        *("--grid", "algorithm=feddpo,fedper"),
+    )
+    assert code == 0, text
+    names = sorted(path.name for path in Path("swept").iterdir() if path.is_dir())
+    variants = [
+        f"learning_rate={rate},algorithm={name}"
+        for rate in ("1e-2", "1e-3")
+        for name in ("feddpo", "fedper")
+    ]
+    assert [name for name in names if name != "cache"] == variants
+    specs = {name: Experiment.load(f"swept/{name}/seed-1/config.yaml") for name in variants}
+    assert {spec.algorithm.local.learning_rate for spec in specs.values()} == {1e-3, 1e-2}
+    assert (Path("swept") / "table.tex").read_text().count(r"\\") == 5
+    code, compared = fedpref("compare", "swept", "--csv")
+    assert (code, len(compared.splitlines())) == (0, 5)
+    page = Path("swept/report.html").read_text()
+    for part in (*variants, "Variants by seeds", "Who gained, who lost", "lowest to the highest"):
+        assert part in page
+    code, text = fedpref("figures", "swept", "--to", "drawn")
+    assert code == 0, text
+    for name in ("held-out", "training", "gains", "clients"):
+        assert (Path("drawn") / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+        assert "<svg" in (Path("drawn") / f"{name}.svg").read_text()
+    assert all(variant in (Path("drawn") / "gains.svg").read_text() for variant in variants[1:2])
+    for name in ("table.tex", "table.csv"):
+        assert (Path("drawn") / name).exists()
+    again = {path.name: path.read_bytes() for path in Path("drawn").iterdir()}
+    fedpref("figures", "swept", "--to", "drawn")
+    assert {path.name: path.read_bytes() for path in Path("drawn").iterdir()} == again
+    code, text = fedpref("export", "swept", "--output", "exported")
+    assert code == 0, text
+    assert len(list(Path("exported").glob("*/seed-*/manifest.json"))) == 8
+    code, text = fedpref("watch", "swept")
+    assert (code, text.count("round 2/2")) == (0, 8)
+    # one run is done anew, from the sweep's own file
+    shutil.rmtree(Path("swept") / variants[0] / "seed-1")
+    code, text = fedpref("resume", "swept")
+    assert (code, text.count("begin")) == (0, 0), text
+    assert fedpref("compare", "swept", "--csv")[1].split(",s")[0] == compared.split(",s")[0]
+
+
+def test_a_variant_is_chosen_on_validation_and_measured_on_the_test(
+    fedpref: Command, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    rows = write_rows(tmp_path / "many.jsonl", make_rows([40, 40]))
+    whole = {**settings, "data": {"name": "files", "path": str(rows)}, "rounds": 1}
+    OmegaConf.save(OmegaConf.create(whole), "mine.yaml")
+    code, text = fedpref(
+        *("sweep", "mine.yaml", "--seeds", 1, "--select", "loss", "--output", "swept"),
+        *("--grid", "algorithm.local.learning_rate=1e-6,1e-2"),
+    )
+    assert code == 0, text
+    losses = {}
+    for rate in ("1e-6", "1e-2"):
+        run = FinishedRun.at(f"swept/learning_rate={rate}/seed-0")
+        assert run.experiment.evaluate_on == "validation"
+        clients = run.last_evaluation["clients"].values()
+        losses[rate] = sum(row["loss"] for row in clients) / len(clients)
+    best = min(losses, key=losses.__getitem__)
+    assert f"by loss on validation prompts: learning_rate={best}" in text
+    chosen = FinishedRun.at("swept/selected/seed-0").experiment
+    assert chosen.evaluate_on == "test"
+    assert chosen.algorithm.local.learning_rate == float(best)
+    code, text = fedpref("sweep", "mine.yaml", "--select", "luck")
+    assert (code, "expected one of rewards/accuracies" in text) == (2, True)
+
+
+def test_a_run_alone_is_compared_with_its_own_baselines(fedpref: Command, file: Path) -> None:
+    fedpref("run", file, "rounds=1", "baselines=[alone,pooled]", "--output", "out")
+    code, text = fedpref("compare", "out", "--csv")
+    assert (code, [line.split(",")[0] for line in text.splitlines()]) == (
+        0,
+        ["name", "feddpo", "alone", "pooled"],
+    )
+    code, text = fedpref("compare", "out", "--latex")
+    assert (code, r"\toprule" in text, "95 \\%" in text) == (0, True, True)
+    code, text = fedpref("figures", "out", "--to", "drawn")
+    assert code == 0, text
+    assert {path.name for path in Path("drawn").iterdir()} >= {"gains.svg", "table.tex"}
+
+
+@pytest.mark.parametrize("grid", ["rounds", "rounds=1", "=1,2"])
+def test_a_grid_that_is_none_is_refused(grid: str, fedpref: Command, file: Path) -> None:
+    code, text = fedpref("sweep", file, "--grid", grid)
+    assert (code, "expected KEY=VALUE,VALUE" in text) == (2, True), text

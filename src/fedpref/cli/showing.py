@@ -16,30 +16,42 @@ def compare(
     runs: Annotated[
         list[Path],
         typer.Argument(
-            help="Finished runs; the first one's name is what others are compared with.",
+            help="Finished runs or sweeps; the first one's name is what others are compared with.",
             metavar="RUN",
         ),
     ],
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
     csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
+    latex: Annotated[bool, typer.Option("--latex", help="Print LaTeX, for booktabs.")] = False,
 ) -> None:
     """Compare runs: means, gains with intervals over clients and seeds, worst clients, cost.
+
+    One run alone is compared with its own baselines.
 
     Example: fedpref compare runs/feddpo runs/fedpdpo
     """
     from fedpref.reports import comparison
 
     rows = comparison.compare(runs)
-    if markdown or csv:
-        print(comparison.markdown(rows) if markdown else comparison.csv_text(rows), end="")
-    else:
+    forms = (
+        (markdown, comparison.markdown),
+        (csv, comparison.csv_text),
+        (latex, comparison.latex),
+    )
+    wanted = [form for is_wanted, form in forms if is_wanted]
+    for form in wanted:
+        print(form(rows), end="")
+    if not wanted:
         console.print(comparison.table(rows))
 
 
 @app.command()
 def watch(
     path: Annotated[
-        Path, typer.Argument(help="The directory of a run that goes on elsewhere.", metavar="RUN")
+        Path,
+        typer.Argument(
+            help="The directory of a run or sweep that goes on elsewhere.", metavar="RUN"
+        ),
     ],
 ) -> None:
     """Show a run that goes on elsewhere, from its directory, with the time that is left.
@@ -49,9 +61,13 @@ def watch(
     Example: fedpref watch runs/demo
     """
     from fedpref.reports.progress import show
+    from fedpref.runs.sweep import members
     from fedpref.runs.watch import watched
 
-    show(watched(path), console)
+    for run in members(path):
+        if run != path:
+            console.print(f"{run}", style="bold", highlight=False)
+        show(watched(run), console)
     console.print(
         f"the run is finished; `fedpref report {path}` writes its page",
         highlight=False,
@@ -64,7 +80,7 @@ def report(
     runs: Annotated[
         list[Path],
         typer.Argument(
-            help="Runs, or folders of fronts that `fedpref pareto` made.", metavar="RUN"
+            help="Runs, sweeps, or folders of fronts that `fedpref pareto` made.", metavar="RUN"
         ),
     ],
     output: Annotated[
@@ -85,6 +101,21 @@ def report(
     console.print(f"report: {file}", highlight=False, soft_wrap=True)
     if opens:
         typer.launch(str(file))
+
+
+@app.command()
+def figures(
+    runs: Annotated[list[Path], typer.Argument(help="Finished runs or sweeps.", metavar="RUN")],
+    to: Annotated[Path, typer.Option("--to", help="The folder; figures there are replaced.")],
+) -> None:
+    """Write figures as SVG and PDF, and the comparison as LaTeX (booktabs) and CSV.
+
+    Example: fedpref figures runs/demo --to figures
+    """
+    from fedpref.reports.figures import write_figures
+
+    for file in write_figures(runs, to):
+        console.print(str(file), highlight=False, soft_wrap=True)
 
 
 @app.command()

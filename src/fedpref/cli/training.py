@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fedpref.cli.shared import Config, Open, Overrides, app, console, follow, saying
 from fedpref.errors import UserError
+
+if TYPE_CHECKING:
+    from fedpref.experiments.experiment import Experiment
 
 
 @app.command()
@@ -138,13 +142,16 @@ def resume(
         Path, typer.Argument(help="The directory of a run that was interrupted.", metavar="RUN")
     ],
 ) -> None:
-    """Take an interrupted run up again; it ends as if nothing had happened.
+    """Take an interrupted run or sweep up again; it ends as if nothing had happened.
 
     Example: fedpref resume runs/demo
     """
     from fedpref.experiments.finished import FinishedRun
     from fedpref.runs.launch import happenings
+    from fedpref.runs.sweep import is_sweep
 
+    if is_sweep(path):
+        return swept(path)
     run = FinishedRun.at(path)
     if run.is_finished:
         console.print(f"{path}: the run is finished.", highlight=False, soft_wrap=True)
@@ -219,7 +226,21 @@ def sweep(
             help='An algorithm, or "NAME: key=value key=value"; give it for each line of the table.'
         ),
     ] = None,
+    grid: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="KEY=VALUE,VALUE: each value is a variant; of several, each combination."
+        ),
+    ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds 0, 1, ... of every variant.")] = 3,
+    select: Annotated[
+        str | None,
+        typer.Option(
+            help="A metric by which the best variant is chosen on validation prompts; it alone is "
+            "then measured on the test's, as in rewards/accuracies.",
+            metavar="METRIC",
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -229,16 +250,14 @@ def sweep(
 ) -> None:
     """Run variants of one experiment by seeds, on one split, and compare them.
 
-    Begin it again and it goes on where it was.
+    Begin it again and it goes on where it was. Its folder is taken by compare, report, figures,
+    watch, resume and export.
 
     Example: fedpref sweep demo --variant feddpo --variant fedpdpo --seeds 3
     """
     from fedpref.experiments.experiment import Experiment
-    from fedpref.models.trunk import remove_states
-    from fedpref.reports.comparison import compare, csv_text, markdown, table
-    from fedpref.reports.progress import show
-    from fedpref.runs.sweep import plan
-    from fedpref.runs.sweep import sweep as runs_to_do
+    from fedpref.runs.sweep import plan, with_grid, write_plan
+    from fedpref.runs.sweep import selecting as selecting_by
 
     spec = Experiment.load(config, overrides or ())
     if spec.baselines:
@@ -247,21 +266,53 @@ def sweep(
             f"--variant {spec.baselines[0]}"
         )
     folder = output or Path(f"runs/{spec.name}-sweep")
-    runs = plan(config, variant or ["feddpo", "fedpdpo"], range(seeds), overrides or (), folder)
-    for path, happenings in runs_to_do(runs, folder / "cache"):
-        console.print(f"{path}", style="bold", highlight=False)
-        with saying(lambda: f"the same command goes on where it was, in {folder}"):
-            show(happenings, console)
-    remove_states(folder / "cache")
-    rows = compare(list(runs))
-    (folder / "comparison.md").write_text(markdown(rows))
-    (folder / "comparison.csv").write_text(csv_text(rows))
+    variants = variant or ([] if grid else ["feddpo", "fedpdpo"])
+    if grid:
+        variants = with_grid(variants, grid)
+    on_validation = selecting_by(spec, select) if select else []
+    runs = plan(config, variants, range(seeds), [*(overrides or ()), *on_validation], folder)
+    write_plan(runs, folder, select)
+    swept(folder)
+
+
+def swept(folder: Path) -> None:
+    """Do what is left of a sweep, and show what it came to."""
+    from fedpref.models.trunk import remove_states
+    from fedpref.reports.comparison import compare, csv_text, latex, markdown, table
+    from fedpref.reports.page import REPORT, write_report
+    from fedpref.reports.progress import show
+    from fedpref.runs.sweep import chosen, planned, selection
+    from fedpref.runs.sweep import sweep as runs_to_do
+
+    def follow_all(runs: Mapping[Path, Experiment]) -> None:
+        for path, happenings in runs_to_do(runs, folder / "cache"):
+            console.print(f"{path}", style="bold", highlight=False)
+            with saying(lambda: f"`fedpref resume {folder}` goes on where it was"):
+                show(happenings, console)
+        remove_states(folder / "cache")
+
+    follow_all(planned(folder))
+    rows = compare([folder])
+    for name, text in (
+        ("comparison.md", markdown(rows)),
+        ("comparison.csv", csv_text(rows)),
+        ("table.tex", latex(rows)),
+    ):
+        (folder / name).write_text(text)
     console.print(table(rows))
     console.print(
-        f"the table as Markdown and CSV: {folder}/comparison.md, comparison.csv",
+        f"the table as Markdown, CSV and LaTeX: {folder}/comparison.md, comparison.csv, table.tex",
+        f"report: {write_report([folder], folder / REPORT)}",
+        sep="\n",
         highlight=False,
         soft_wrap=True,
     )
+    if metric := selection(folder):
+        name, runs = chosen(folder, metric)
+        console.print(f"by {metric} on validation prompts: {name}", highlight=False, markup=False)
+        follow_all(runs)
+        console.print(table(compare(list(runs))))
+        console.print("on the test's prompts, which nothing was chosen by.", highlight=False)
 
 
 @app.command()

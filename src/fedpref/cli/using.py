@@ -106,7 +106,9 @@ def evaluate(
 
 @app.command()
 def export(
-    path: Annotated[Path, typer.Argument(help="The directory of a finished run.", metavar="RUN")],
+    path: Annotated[
+        Path, typer.Argument(help="A finished run, or a sweep of them.", metavar="RUN")
+    ],
     form: Annotated[str, typer.Option("--format", help="peft, merged or gguf-ready.")] = "peft",
     output: Annotated[
         Path | None, typer.Option(help="The new folder; by default RUN-FORMAT beside the run.")
@@ -126,11 +128,16 @@ def export(
 
     from fedpref.runs.export import MANIFEST, Form
     from fedpref.runs.export import export as write
+    from fedpref.runs.sweep import is_sweep, members
 
     if form not in get_args(Form):
         raise UserError(f"--format {form!r}: there are {', '.join(get_args(Form))}.")
     # checked above
     goal = output or path.with_name(f"{path.name}-{form}")
+    if is_sweep(path):
+        for run in members(path):
+            export(run, form, goal / run.relative_to(path), client)
+        return
     made = write(path, cast(Form, form), goal, client=client)
     console.print(f"{form}: {made}", highlight=False, soft_wrap=True)
     if form == "peft" and any(

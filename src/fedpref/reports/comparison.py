@@ -21,6 +21,7 @@ from fedpref.experiments.run_directory import RunDirectory
 from fedpref.experiments.run_files import METRICS
 from fedpref.numerics.metrics import ACCURACY, COMBINED, HEADLINES, headline, over_clients
 from fedpref.reports.tables import bytes_text
+from fedpref.runs.sweep import members
 
 RESAMPLES = 10_000
 PIECE = 2**20  # draws of a bootstrap that are held at a time
@@ -55,7 +56,7 @@ class Row:
 
 
 def compare(paths: Sequence[Path]) -> list[Row]:
-    """Compare runs, grouped by their name.
+    """Compare runs, grouped by their name; a run alone is compared with its own baselines.
 
     Groups come in the order in which names first appear; the others are compared with the first.
     Where two runs have one name and one seed, runs go by the names of their directories. For each
@@ -63,32 +64,26 @@ def compare(paths: Sequence[Path]) -> list[Row]:
     where clients are cut at random: then a client of one seed is nobody in another.
 
     Args:
-        paths: Run directories.
+        paths: Run directories, and folders of sweeps for all of their runs.
 
     Raises:
         UserError: Runs are unfinished, or were not made on the same seeds and data.
     """
-    groups: dict[str, dict[int, Path]] = defaultdict(dict)
+    paths = [run for path in paths for run in members(path)]
     if unfinished := [path for path in paths if not RunDirectory(path).done]:
         raise UserError(
             f"{unfinished[0]}: the run is not finished, or there is none. `fedpref resume "
             f"{unfinished[0]}` finishes it."
         )
-    contents = {path: FinishedRun.at(path).experiment for path in paths}
-    is_told_by_name = len({(content.name, content.seed) for content in contents.values()}) == len(
-        contents
-    )
-    for path, content in contents.items():
-        runs = groups[content.name if is_told_by_name else path.resolve().name]
-        if content.seed in runs:
-            raise UserError(
-                f"{path} and {runs[content.seed]} have the same name and seed, and their "
-                "directories have too. Rename one."
-            )
-        runs[content.seed] = path
-    lines = [
-        _line(name, {seed: runs[seed] for seed in sorted(runs)}) for name, runs in groups.items()
-    ]
+    if len(paths) == 1:
+        run = FinishedRun.at(paths[0])
+        done = [name for name, line in run.lines.items() if line.done]
+        lines = [_line(name, {run.experiment.seed: _Member(run, name)}) for name in done]
+    else:
+        lines = [
+            _line(name, {seed: _Member(run) for seed, run in runs.items()})
+            for name, runs in grouped(paths).items()
+        ]
     first = lines[0]
     for line in lines:
         if line.seeds != first.seeds:
@@ -103,12 +98,57 @@ def compare(paths: Sequence[Path]) -> list[Row]:
     return [_row(line, None if line is first else first.values) for line in lines]
 
 
+def grouped(paths: Sequence[Path]) -> dict[str, dict[int, FinishedRun]]:
+    """Return runs by their name and, in order, by their seed.
+
+    Raises:
+        UserError: Two runs cannot be told apart.
+    """
+    groups: dict[str, dict[int, FinishedRun]] = defaultdict(dict)
+    runs = [FinishedRun.at(path) for path in paths]
+    told = {(run.experiment.name, run.experiment.seed) for run in runs}
+    for run in runs:
+        name = run.experiment.name if len(told) == len(runs) else run.path.resolve().name
+        seed = run.experiment.seed
+        if seed in groups[name]:
+            raise UserError(
+                f"{run.path} and {groups[name][seed].path} have the same name and seed, and their "
+                "directories have too. Rename one."
+            )
+        groups[name][seed] = run
+    return {name: {seed: some[seed] for seed in sorted(some)} for name, some in groups.items()}
+
+
+@dataclass(frozen=True)
+class _Member:
+    """A run's own line, or one of its baselines."""
+
+    run: FinishedRun
+    line: str | None = None
+
+    @property
+    def last(self) -> Mapping[str, Any]:
+        """The last evaluation."""
+        return self.run.last_of(self.line or self.run.experiment.algorithm.name)
+
+    @property
+    def rounds(self) -> list[dict[str, Any]]:
+        """What was measured in each round."""
+        folder = self.run.lines[self.line] if self.line else self.run.folder
+        rows = folder.read_rows(METRICS)
+        if not rows:
+            raise UserError(
+                f"{folder.path / METRICS}: this file of a finished run has lost its rows."
+            )
+        return rows
+
+
 @dataclass(frozen=True)
 class _Line:
     name: str
     metric: str
     seeds: list[int]
-    paths: list[Path]
+    members: list[_Member]
     data: list[dict[str, str]]
     """For each seed: client -> digest of its data, of the clients that trained."""
     values: Matrix
@@ -120,24 +160,22 @@ class _Line:
         return all(data == self.data[0] for data in self.data)
 
 
-def _line(name: str, runs: Mapping[int, Path]) -> _Line:
-    paths = list(runs.values())
-    finished = [FinishedRun.at(path) for path in paths]
-    tables = [run.last_evaluation["clients"] for run in finished]
+def _line(name: str, runs: Mapping[int, _Member]) -> _Line:
+    tables = [member.last["clients"] for member in runs.values()]
     if len({len(metrics) for metrics in tables}) > 1:
         raise UserError(
             f"{name}: its runs have different numbers of clients; compare runs on one split."
         )
     data = [
-        {client: run.clients[client]["digest"] for client in sorted(metrics)}
-        for run, metrics in zip(finished, tables, strict=True)
+        {client: member.run.clients[client]["digest"] for client in sorted(metrics)}
+        for member, metrics in zip(runs.values(), tables, strict=True)
     ]
     metric = headline(next(iter(tables[0].values())))
     scale = HEADLINES[metric].scale
     values = np.array(
         [[scale * metrics[client][metric] for client in sorted(metrics)] for metrics in tables]
     )
-    return _Line(name, metric, list(runs), paths, data, values)
+    return _Line(name, metric, list(runs), list(runs.values()), data, values)
 
 
 def bootstrap(
@@ -170,7 +208,7 @@ def bootstrap(
 
 
 def _row(line: _Line, first: Matrix | None) -> Row:
-    metrics = [row for path in line.paths for row in _rounds(path)]
+    metrics = [row for member in line.members for row in member.rounds]
     values, crossed = line.values, line.crossed
     names = [str(i) for i in range(values.shape[1])]
     over = [
@@ -191,33 +229,26 @@ def _row(line: _Line, first: Matrix | None) -> Row:
         jain=float(np.mean([summary.get("jain", math.nan) for summary in over])),
         bytes_per_round=float(np.mean([row["bytes_up"] + row["bytes_down"] for row in metrics])),
         seconds_per_round=float(np.mean([row["seconds"] for row in metrics])),
-        newcomers=_newcomers(line.paths),
-        combined=_combined(line.paths),
+        newcomers=_newcomers(line.members),
+        combined=_combined(line.members),
     )
 
 
-def _rounds(path: Path) -> list[dict[str, Any]]:
-    rows = RunDirectory(path).read_rows(METRICS)
-    if not rows:
-        raise UserError(f"{path / METRICS}: this file of a finished run has lost its rows.")
-    return rows
-
-
-def _combined(paths: Sequence[Path]) -> float | None:
+def _combined(members: Sequence[_Member]) -> float | None:
     """Return the mean with clients' reward heads beside their policies; None without any."""
-    last = [FinishedRun.at(path).last_evaluation["clients"] for path in paths]
+    last = [member.last["clients"] for member in members]
     values = [metrics.get(COMBINED) for clients in last for metrics in clients.values()]
     if not values or None in values:
         return None
     return float(HEADLINES[ACCURACY].scale * np.mean(values))
 
 
-def _newcomers(paths: Sequence[Path]) -> tuple[float, float] | None:
+def _newcomers(members: Sequence[_Member]) -> tuple[float, float] | None:
     """Return mean values of clients that never trained, as they came and after they joined.
 
     None where there are no such clients.
     """
-    last = [FinishedRun.at(path).last_evaluation for path in paths]
+    last = [member.last for member in members]
     if not all("newcomers" in row for row in last):
         return None
     metric = headline(next(iter(last[0]["newcomers"].values())))
@@ -292,6 +323,38 @@ def markdown(rows: Sequence[Row]) -> str:
     lines = [TITLES, ("---",) * len(TITLES), *map(cells, rows)]
     columns = _columns(rows)
     return "".join(f"| {' | '.join(line[i] for i in columns)} |\n" for line in lines)
+
+
+def latex(rows: Sequence[Row]) -> str:
+    """Return the comparison as a LaTeX table, which needs the package booktabs."""
+    columns = _columns(rows)
+    titles = [_of_latex(TITLES[i]) for i in columns]
+    body = [" & ".join(_of_latex(cells(row)[i]) for i in columns) for row in rows]
+    caption = f"Held-out {HEADLINES[rows[0].metric].caption}; gains over {rows[0].name}."
+    return "\n".join(
+        [
+            r"% \usepackage{booktabs}",
+            r"\begin{table}",
+            r"\centering",
+            rf"\caption{{{_of_latex(caption)}}}",
+            rf"\begin{{tabular}}{{l{'r' * (len(columns) - 1)}}}",
+            r"\toprule",
+            rf"{' & '.join(titles)} \\",
+            r"\midrule",
+            *(rf"{line} \\" for line in body),
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{table}",
+            "",
+        ]
+    )
+
+
+def _of_latex(text: str) -> str:
+    """Return a text as LaTeX prints it."""
+    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    special |= {mark: f"\\{mark}" for mark in "&%$#_{}"}
+    return "".join(special.get(mark, mark) for mark in text)
 
 
 def _columns(rows: Sequence[Row]) -> list[int]:

@@ -5,8 +5,13 @@ What is done already is not done again.
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 from fedpref import config
 from fedpref.errors import UserError
@@ -14,7 +19,136 @@ from fedpref.experiments.experiment import Experiment, with_whole_paths
 from fedpref.experiments.finished import FinishedRun
 from fedpref.experiments.rounds import Event
 from fedpref.experiments.run_directory import CONFIG, RunDirectory
+from fedpref.numerics.metrics import COMBINED, HEADLINES, low_is_good
 from fedpref.runs.launch import happenings
+
+SWEEP = "sweep.json"  # in a sweep's folder: the experiment of each of its runs
+SELECTED = "selected"  # in a sweep's folder: the variant that was chosen, on the test's rows
+SELECTABLE = (*HEADLINES, COMBINED, "rewards/margins", "loss")
+VALIDATION = 0.2  # of training prompts, by which a variant is chosen where nothing else is said
+
+
+def members(path: Path) -> list[Path]:
+    """Return the runs of a sweep's folder, or the path itself if it is none.
+
+    What was chosen among them is no member: it is a variant once more, on other rows.
+    """
+    if not (path / SWEEP).is_file():
+        return [path]
+    return [path / name for name in _written(path)]
+
+
+def is_sweep(path: Path) -> bool:
+    """Return whether a folder is a sweep's."""
+    return (path / SWEEP).is_file()
+
+
+def _written(folder: Path) -> Mapping[str, Any]:
+    try:
+        runs: Mapping[str, Any] = json.loads((folder / SWEEP).read_text())["runs"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder / SWEEP}: this file is damaged; the sweep's own command writes it anew."
+        ) from error
+    return runs
+
+
+def planned(folder: Path) -> Mapping[Path, Experiment]:
+    """Return the experiments of a sweep that was begun, by run directory."""
+    return {
+        folder / name: config.parse(Experiment, content, f"{folder / SWEEP}: {name}")
+        for name, content in _written(folder).items()
+    }
+
+
+def write_plan(runs: Mapping[Path, Experiment], folder: Path, select: str | None = None) -> None:
+    """Write what a sweep consists of into its folder, so that it can be resumed and looked at.
+
+    Args:
+        runs: The experiment of each run directory.
+        folder: The sweep's.
+        select: The metric by which a variant is chosen, if one is.
+    """
+    content = {
+        str(path.relative_to(folder)): config.dump(with_whole_paths(experiment))
+        for path, experiment in runs.items()
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    beside = folder / f".{SWEEP}.part"
+    beside.write_text(json.dumps({"select": select, "runs": content}, indent=1) + "\n")
+    beside.replace(folder / SWEEP)
+
+
+def selecting(spec: Experiment, metric: str) -> list[str]:
+    """Return the settings by which variants are measured on validation prompts.
+
+    Raises:
+        UserError: The metric is none by which a variant could be chosen.
+    """
+    if metric not in SELECTABLE:
+        raise UserError(f"--select {metric!r}: expected one of {', '.join(SELECTABLE)}.")
+    fraction = spec.data.validation_fraction or VALIDATION
+    return ["evaluate_on=validation", f"data.validation_fraction={fraction}"]
+
+
+def selection(folder: Path) -> str | None:
+    """Return the metric by which a sweep's variant is chosen; None where none is."""
+    metric = json.loads((folder / SWEEP).read_text()).get("select")
+    return None if metric is None else str(metric)
+
+
+def chosen(folder: Path, metric: str) -> tuple[str, Mapping[Path, Experiment]]:
+    """Return the best variant of a finished sweep, and its runs on the test's rows.
+
+    The best has the best mean over clients and seeds. Its runs go into `selected`.
+
+    Raises:
+        UserError: The runs do not measure the metric.
+    """
+    means: dict[str, list[float]] = {}
+    for path in members(folder):
+        run = FinishedRun.at(path).require_done()
+        clients = run.last_evaluation["clients"].values()
+        if any(metric not in row for row in clients):
+            raise UserError(f"--select {metric}: {path} does not measure it.")
+        values = [row[metric] for row in clients]
+        means.setdefault(run.experiment.name, []).append(sum(values) / len(values))
+    averages = {name: sum(values) / len(values) for name, values in means.items()}
+    best = (min if low_is_good(metric) else max)(averages, key=averages.__getitem__)
+    runs = {
+        folder / SELECTED / path.name: replace(experiment, evaluate_on="test")
+        for path, experiment in planned(folder).items()
+        if experiment.name == best
+    }
+    return best, runs
+
+
+def with_grid(variants: Sequence[str], grid: Sequence[str]) -> list[str]:
+    """Return each variant with each combination of a grid's values, as variants.
+
+    Args:
+        variants: `NAME` or `NAME: key=value ...`; none of them is the experiment as it is.
+        grid: `key=a,b,c` each.
+
+    Raises:
+        UserError: A grid is none.
+    """
+    axes = []
+    for text in grid:
+        key, equals, values = text.partition("=")
+        # commas within brackets belong to a value
+        parts = re.findall(r"(?:\[[^\]]*\]|\{[^}]*\}|[^,])+", values)
+        if not equals or not key or len(parts) < 2:
+            raise UserError(f"--grid {text!r}: expected KEY=VALUE,VALUE, two values at least.")
+        axes.append([(key, value) for value in parts])
+    made = []
+    for name, own in map(parse_variant, variants) if variants else [("", [])]:
+        for chosen in product(*axes):
+            said = ",".join(f"{key.rpartition('.')[2]}={value}" for key, value in chosen)
+            title = " ".join(filter(None, (name, said.replace("/", "-"))))
+            settings = " ".join([*own, *(f"{key}={value}" for key, value in chosen)])
+            made.append(f"{title}: {settings}")
+    return made
 
 
 def parse_variant(text: str) -> tuple[str, list[str]]:
@@ -26,7 +160,7 @@ def parse_variant(text: str) -> tuple[str, list[str]]:
     if config.CLASS.fullmatch(text):
         return rest, [f"algorithm={text}"]
     name = name.strip()
-    if not name or "/" in name or "=" in name:
+    if not name or "/" in name or ("=" in name and not colon):
         raise UserError(f"--variant {text!r}: expected NAME, or NAME: key=value key=value.")
     return name, rest.split() if colon else [f"algorithm.name={name}"]
 

@@ -14,11 +14,14 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from fedpref.errors import UserError
-from fedpref.reports import charts
+from fedpref.reports import charts, group_charts
 from fedpref.reports import method_charts as methods
-from fedpref.reports.page.sentences import ENOUGH, MEANINGS, told
+from fedpref.reports.comparison import TITLES, Row, cells, compare
+from fedpref.reports.groups import Group, groups_of
+from fedpref.reports.page.sentences import ENOUGH, MEANINGS, facts, told
 from fedpref.reports.page.tables import client_rows, fairness, joined, newcomer_rows, objective_rows
 from fedpref.reports.run import Run, read
+from fedpref.runs.sweep import is_sweep, members
 
 REPORT = "report.html"
 FRONT = "front.json"  # what `fedpref pareto` leaves in its folder
@@ -34,6 +37,9 @@ def write_report(paths: Sequence[Path], output: Path) -> Path:
     Raises:
         UserError: There is nothing to show.
     """
+    if paths and all(map(is_sweep, paths)):
+        return _written(page((), groups=groups_of(paths), rows=_rows(paths)), output)
+    paths = [run for path in paths for run in members(path)]
     fronts = [json.loads((path / FRONT).read_text()) for path in paths if (path / FRONT).exists()]
     runs = told_apart([read(path) for path in paths if not (path / FRONT).exists()])
     if started := [run for run in runs if not run.line.last]:
@@ -45,9 +51,20 @@ def write_report(paths: Sequence[Path], output: Path) -> Path:
         raise UserError(
             "runs of different tasks are compared by different metrics; give reports of their own."
         )
+    return _written(page(runs, fronts), output)
+
+
+def _rows(paths: Sequence[Path]) -> list[Row]:
+    """Return the comparison of sweeps, which there is once all of their runs are done."""
+    try:
+        return compare(paths)
+    except UserError:
+        return []
+
+
+def _written(text: str, output: Path) -> Path:
     if output.is_dir():
         raise UserError(f"--output {output}: this is a folder. Name a file.")
-    text = page(runs, fronts)
     output.parent.mkdir(parents=True, exist_ok=True)
     beside = output.with_name(f".{output.name}.part")
     beside.write_text(text)
@@ -68,21 +85,39 @@ def told_apart(runs: Sequence[Run]) -> list[Run]:
     return list(runs)
 
 
-def page(runs: Sequence[Run], fronts: Sequence[Mapping[str, Any]] = ()) -> str:
-    """Return the page as text."""
+def page(
+    runs: Sequence[Run],
+    fronts: Sequence[Mapping[str, Any]] = (),
+    groups: Sequence[Group] = (),
+    rows: Sequence[Row] = (),
+) -> str:
+    """Return the page as text.
+
+    Args:
+        runs: Runs, each with its own lines.
+        fronts: Fronts of trade-offs.
+        groups: In place of runs, variants by seeds.
+        rows: The comparison of these.
+    """
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     room = files("fedpref.reports.page")
-    drawn = sections(runs, fronts)
+    drawn = sections(runs, fronts) + group_sections(groups)
     measures, spreads = fairness(runs)
     return environment.from_string((room / "page.html").read_text()).render(
-        title=", ".join(run.title for run in runs) or "front of trade-offs",
+        title=", ".join(run.title for run in runs)
+        or ", ".join(group.name for group in groups)
+        or "front of trade-offs",
         style=Markup((room / "page.css").read_text()),
         script=Markup((room / "page.js").read_text()),
         plotly=Markup((room / "plotly-basic.min.js").read_text()),
         runs=[told(run) for run in runs],
         sections=drawn,
+        groups=[facts(group.run) | {"variant": group.name} for group in groups],
+        compared=[cells(row) for row in rows],
+        compared_titles=TITLES,
+        compared_caption=f"Held-out {groups[0].shown.caption}" if groups else "",
         charts=Markup(_json([chart.content for _, some in drawn for chart in some])),
         fairness=spreads,
         fairness_titles=measures,
@@ -102,6 +137,20 @@ def page(runs: Sequence[Run], fronts: Sequence[Mapping[str, Any]] = ()) -> str:
         ],
         enough=ENOUGH,
     )
+
+
+def group_sections(groups: Sequence[Group]) -> list[tuple[str, list[charts.Chart]]]:
+    """Return titles and charts of variants by seeds."""
+    if not groups:
+        return []
+    drawn = [
+        ("What was learned", [*group_charts.held_out(groups), *group_charts.learning(groups)]),
+        (
+            "Who gained, who lost",
+            [*group_charts.gains(groups), *group_charts.by_client(groups)],
+        ),
+    ]
+    return [(title, some) for title, some in drawn if some]
 
 
 def _json(content: Any) -> str:
