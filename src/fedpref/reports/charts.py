@@ -24,6 +24,7 @@ COLOURS = (
     "#8A6FD1",
     "#7F7F7F",
 )
+GAIN, LOSS, PALE = COLOURS[0], COLOURS[1], "59"  # pale: where luck would do
 DOTTED = {"dash": "dot", "width": 1, "color": "#888888"}
 DASHES = ("solid", "dash", "dot")
 FEW = 24  # clients whose names fit beside bars
@@ -225,13 +226,32 @@ def held_out(runs: Sequence[Run]) -> Iterator[Chart]:
                     **faint,
                     "showlegend": not k,
                     "name": c if k else "each client",
-                    "text": c,
+                    "hovertext": c,
+                    "hoverinfo": "text+y",
                 }
                 for k, c in enumerate(clients)
             ]
+            data.append(_named(rounds[-1], dict(zip(clients, table[-1].tolist(), strict=True))))
     caption = "The mean over clients; the band holds the middle half of them"
     caption += f"; thin lines are the clients of {runs[0].line.name}." if alone else "."
     yield Chart(f"Held-out {shown.title} over rounds", caption, data, axes("round", shown.caption))
+
+
+def _named(round: int, values: Mapping[str, float]) -> dict[str, Any]:
+    """Return the names of the best client and the worst, at the ends of their lines."""
+    ends = sorted((value, name) for name, value in values.items() if math.isfinite(value))
+    ends = ends[:: max(1, len(ends) - 1)]
+    return {
+        "type": "scatter",
+        "mode": "text",
+        "x": [round] * len(ends),
+        "y": [value for value, _ in ends],
+        "text": [name if len(name) <= LONG else name[: LONG - 1] + "…" for _, name in ends],
+        "textposition": ["bottom left", "top left"][: len(ends)],
+        "textfont": {"size": 11},
+        "hoverinfo": "skip",
+        "showlegend": False,
+    }
 
 
 # ---- who gained, who lost
@@ -252,6 +272,13 @@ def gains(runs: Sequence[Run]) -> Iterator[Chart]:
                 "marker": filled(number),
             }
             data.append({**bars, "x": list(gained.values()), "y": list(gained)})
+            if len(runs) == 1:
+                colours = [
+                    (GAIN if value > 0 else LOSS)
+                    + ("" if abs(value) > noise.get(name, 0) else PALE)
+                    for name, value in gained.items()
+                ]
+                data[-1]["marker"] = {"color": colours}
             if noise:
                 spread = [noise[name] for name in gained]
                 data[-1]["error_x"] = {
@@ -270,7 +297,8 @@ def gains(runs: Sequence[Run]) -> Iterator[Chart]:
             "by taking part, to the left it loses."
         )
         if "error_x" in data[0]:
-            caption += " Thin lines: two standard errors, of held-out pairs."
+            caption += " Thin lines: two standard errors, of held-out pairs"
+            caption += "; pale where that is more than the gain." if len(runs) == 1 else "."
         yield Chart("Who gained by taking part, and who lost", caption, data, layout)
 
 
@@ -314,7 +342,8 @@ def traffic(runs: Sequence[Run]) -> Iterator[Chart]:
         for dash, way in enumerate(("up", "down")):
             megabytes = [value / 1e6 for value in run.line.column(f"bytes_{way}")]
             data.append(lined(with_prefix(prefix, way), rounds, megabytes, number, 2 * dash))
-    if data:
+    # the same in every round is a number, not a chart
+    if any(len(set(trace["y"])) > 1 for trace in data):
         caption = (
             "Tensors sent in each round, over all clients: up to the coordinator, or to "
             "neighbours; down from the coordinator."
@@ -353,6 +382,8 @@ def traffic(runs: Sequence[Run]) -> Iterator[Chart]:
 
 def times(runs: Sequence[Run]) -> Iterator[Chart]:
     """Yield a chart of the seconds of a round, by its verbs."""
+    if len(runs) == 1:
+        return  # one bar says what its number says
     seconds: dict[str, list[float]] = {part: [] for part in (*PARTS, "rest")}
     for run in runs:
         rows = run.line.metrics

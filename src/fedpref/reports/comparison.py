@@ -310,7 +310,7 @@ def table(rows: Sequence[Row]) -> Table:
         title_style="bold",
         title_justify="left",
     )
-    columns = _columns(rows)
+    columns = columns_of(rows)
     for title in (TITLES[i] for i in columns):
         shown.add_column(title, justify="right" if title else "left", no_wrap=not title)
     for row in rows:
@@ -321,13 +321,13 @@ def table(rows: Sequence[Row]) -> Table:
 def markdown(rows: Sequence[Row]) -> str:
     """Return the comparison for a document."""
     lines = [TITLES, ("---",) * len(TITLES), *map(cells, rows)]
-    columns = _columns(rows)
+    columns = columns_of(rows)
     return "".join(f"| {' | '.join(line[i] for i in columns)} |\n" for line in lines)
 
 
 def latex(rows: Sequence[Row]) -> str:
     """Return the comparison as a LaTeX table, which needs the package booktabs."""
-    columns = _columns(rows)
+    columns = columns_of(rows)
     titles = [_of_latex(TITLES[i]) for i in columns]
     body = [" & ".join(_of_latex(cells(row)[i]) for i in columns) for row in rows]
     caption = f"Held-out {HEADLINES[rows[0].metric].caption}; gains over {rows[0].name}."
@@ -357,7 +357,7 @@ def _of_latex(text: str) -> str:
     return "".join(special.get(mark, mark) for mark in text)
 
 
-def _columns(rows: Sequence[Row]) -> list[int]:
+def columns_of(rows: Sequence[Row]) -> list[int]:
     """Return the columns that have something in them."""
     filled = [any(row.newcomers for row in rows), any(row.combined is not None for row in rows)]
     first = len(TITLES) - len(filled)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.resources import files
@@ -16,7 +17,7 @@ from markupsafe import Markup
 from fedpref.errors import UserError
 from fedpref.reports import charts, group_charts
 from fedpref.reports import method_charts as methods
-from fedpref.reports.comparison import TITLES, Row, cells, compare
+from fedpref.reports.comparison import TITLES, Row, cells, columns_of, compare
 from fedpref.reports.groups import Group, groups_of
 from fedpref.reports.page.sentences import ENOUGH, MEANINGS, facts, told
 from fedpref.reports.page.tables import client_rows, fairness, joined, newcomer_rows, objective_rows
@@ -105,6 +106,16 @@ def page(
     room = files("fedpref.reports.page")
     drawn = sections(runs, fronts) + group_sections(groups)
     measures, spreads = fairness(runs)
+    environment.filters["anchor"] = _anchor
+    columns = columns_of(rows)
+    contents = [
+        *(["Variants by seeds"] if groups else []),
+        *(title for title, _ in drawn),
+        *(["Clients, and how evenly they fare"] if runs else []),
+    ]
+    listed = [(_anchor(title), title) for title in contents]
+    listed += [("answers1", "Answers")] if any(run.samples for run in runs[:1]) else []
+    listed += [("ran1", "What ran")] if runs else []
     return environment.from_string((room / "page.html").read_text()).render(
         title=", ".join(run.title for run in runs)
         or ", ".join(group.name for group in groups)
@@ -115,8 +126,9 @@ def page(
         runs=[told(run) for run in runs],
         sections=drawn,
         groups=[facts(group.run) | {"variant": group.name} for group in groups],
-        compared=[cells(row) for row in rows],
-        compared_titles=TITLES,
+        contents=listed,
+        compared=[[cells(row)[i] for i in columns] for row in rows],
+        compared_titles=[TITLES[i] for i in columns],
         compared_caption=f"Held-out {groups[0].shown.caption}" if groups else "",
         charts=Markup(_json([chart.content for _, some in drawn for chart in some])),
         fairness=spreads,
@@ -144,13 +156,15 @@ def group_sections(groups: Sequence[Group]) -> list[tuple[str, list[charts.Chart
     if not groups:
         return []
     drawn = [
+        ("Who gained, who lost", [*group_charts.gains(groups), *group_charts.by_client(groups)]),
         ("What was learned", [*group_charts.held_out(groups), *group_charts.learning(groups)]),
-        (
-            "Who gained, who lost",
-            [*group_charts.gains(groups), *group_charts.by_client(groups)],
-        ),
     ]
     return [(title, some) for title, some in drawn if some]
+
+
+def _anchor(title: str) -> str:
+    """Return what a link within the page calls a section."""
+    return "-".join(re.findall(r"[a-z0-9]+", title.lower()))
 
 
 def _json(content: Any) -> str:

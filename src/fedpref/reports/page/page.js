@@ -33,7 +33,7 @@ function layoutOf(chart, place) {
 function draw() {
   charts.forEach((chart, number) => {
     const place = document.getElementById(`chart-${number}`);
-    Plotly.react(place, chart.data, layoutOf(chart, place), { responsive: true, displaylogo: false, displayModeBar: false });
+    Plotly.react(place, chart.data, layoutOf(chart, place), { responsive: true, displaylogo: false, modeBarButtons: [["toImage"]], toImageButtonOptions: { format: "svg" } });
   });
 }
 

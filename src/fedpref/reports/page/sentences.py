@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -107,21 +107,27 @@ def _error(gain: Gain) -> str:
 
 
 def _counted(gained: Mapping[str, float], noise: Mapping[str, float]) -> str:
-    """Return how many clients gain and lose, and how many of them beyond noise."""
-    up, down = (
-        sum(value > 0 for value in gained.values()),
-        sum(value < 0 for value in gained.values()),
-    )
-    kept = f", {len(gained) - up - down} stay" if up + down < len(gained) else ""
-    text = (
-        f"{clients(up)} gain{'s' if up == 1 else ''}, {down} lose{'s' if down == 1 else ''}{kept}"
-    )
+    """Return which clients surely gain and lose, or how many where luck cannot be told."""
     if not noise:
-        return text
-    up, down = (sum(way * value > noise[name] for name, value in gained.items()) for way in (1, -1))
-    return (
-        f"{text} ({up} and {down} of them by more than two standard errors of their held-out pairs)"
-    )
+        up, down = (sum(way * value > 0 for value in gained.values()) for way in (1, -1))
+        return f"{clients(up)} gain{'s' if up == 1 else ''}, {down} lose{'s' if down == 1 else ''}"
+    surely = surely_told(gained, noise)
+    texts = [
+        f"surely {word}: {_listed(surely[way])}" for word, way in (("better", 1), ("worse", -1))
+    ]
+    rest = len(gained) - sum(map(len, surely.values()))
+    return ", ".join([*texts, *([f"for {rest} it may be luck"] if rest else [])])
+
+
+def surely_told(gained: Mapping[str, float], noise: Mapping[str, float]) -> dict[int, list[str]]:
+    """Return who gains (1) and who loses (-1) by more than two standard errors of its pairs."""
+    ranked = sorted(gained, key=lambda name: -abs(gained[name]))
+    return {way: [n for n in ranked if way * gained[n] > noise[n]] for way in (1, -1)}
+
+
+def _listed(names: Sequence[str], most: int = 6) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more if names else "none"
 
 
 def cards(run: Run) -> list[tuple[str, str, str]]:
@@ -131,12 +137,20 @@ def cards(run: Run) -> list[tuple[str, str, str]]:
     up, down, seconds = (
         sum(run.line.column(name)) for name in ("bytes_up", "bytes_down", "seconds")
     )
+    trained = [run.clients[name]["train"] for name in values]
+    held = sum(run.clients[name]["test"] for name in values)
     tiles = [
+        (
+            "who took part",
+            str(len(values)),
+            f"{'client' if len(values) == 1 else 'clients'} with {min(trained):,} to "
+            f"{max(trained):,} examples to train on, {held:,} held out together",
+        ),
         (
             f"held-out {run.shown.caption}",
             f"{mean:.{digits}f}",
             f"mean over clients{interval(values, digits)}",
-        )
+        ),
     ]
     if both_rewards := [row[COMBINED] for row in run.line.last.values() if COMBINED in row]:
         value = run.shown.scale * sum(both_rewards) / len(both_rewards)
@@ -160,19 +174,18 @@ def cards(run: Run) -> list[tuple[str, str, str]]:
         before, after = both
         note = f"{clients(len(after))}, mean; {_mean(before):.{digits}f} as they came"
         tiles.append(("newcomers", f"{_mean(after):.{digits}f}", note))
-    each = (up + down) / max(1.0, sum(run.line.column("clients")))
-    cost = (
-        f"{bytes_text(up / rounds)} up and {bytes_text(down / rounds)} down a round; "
-        f"{bytes_text(each)} a client and round"
-    )
-    if run.metric == ACCURACY and len(values) >= ENOUGH and _bounds(tuple(values.values()))[0] > 50:
-        cost += f"; {bytes_text((up + down) / (mean - 50))} for each point above a guess"
+    if (alone := gains.get("alone")) and (noise := run.noise("alone")):
+        surely = surely_told(alone, noise)
+        tiles.append(
+            (
+                "surely better, surely worse",
+                f"{len(surely[1])}, {len(surely[-1])}",
+                "clients against alone, beyond two standard errors; for the rest it may be luck",
+            )
+        )
     time = f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min"
-    note = (
-        f"{seconds / rounds:.1f} s a round; preparing, evaluating and what it is compared "
-        "with come on top"
-    )
-    return [*tiles, ("sent", bytes_text(up + down), cost), ("time in rounds", time, note)]
+    cost = f"in rounds; {bytes_text(up / rounds)} up and {bytes_text(down / rounds)} down in each"
+    return [*tiles, ("what it cost", time, cost)]
 
 
 def facts(run: Run) -> dict[str, str]:
