@@ -457,17 +457,16 @@ def test_a_hub_that_cannot_be_reached_is_said_at_once(tmp_path: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if "proxy" not in k.lower()}
     environment |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
     environment.pop("HF_HUB_OFFLINE", None)
-    for setting in (["task.model.path=some/model"], ["data.name=files", "data.path=some/rows"]):
-        done = subprocess.run(
-            [sys.executable, "-m", "fedpref", "check", "feddpo", *setting],
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 2
-        assert "http://127.0.0.1:9 cannot be reached" in done.stderr
-        assert "error: " in done.stderr
-        assert "Retrying" not in done.stderr
+    done = subprocess.run(
+        [sys.executable, "-m", "fedpref", "check", "feddpo", "task.model.path=some/model"],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert "http://127.0.0.1:9 cannot be reached" in done.stderr
+    assert "error: " in done.stderr
+    assert "Retrying" not in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -496,21 +495,16 @@ def test_a_sweep_is_taken_by_what_takes_runs(fedpref: Command, file: Path) -> No
     code, text = fedpref(
         *("sweep", file, "rounds=2", "evaluate_every=1", "--seeds", 2, "--output", "swept"),
         *("--grid", "algorithm.local.learning_rate=1e-3,1e-2"),
-        *("--grid", "algorithm=feddpo,fedper"),
     )
     assert code == 0, text
     names = sorted(path.name for path in Path("swept").iterdir() if path.is_dir())
-    variants = [
-        f"learning_rate={rate},algorithm={name}"
-        for rate in ("1e-2", "1e-3")
-        for name in ("feddpo", "fedper")
-    ]
+    variants = ["learning_rate=1e-2", "learning_rate=1e-3"]
     assert [name for name in names if name != "cache"] == variants
     specs = {name: Experiment.load(f"swept/{name}/seed-1/config.yaml") for name in variants}
     assert {spec.algorithm.local.learning_rate for spec in specs.values()} == {1e-3, 1e-2}
-    assert (Path("swept") / "table.tex").read_text().count(r"\\") == 5
+    assert (Path("swept") / "table.tex").read_text().count(r"\\") == 3
     code, compared = fedpref("compare", "swept", "--csv")
-    assert (code, len(compared.splitlines())) == (0, 5)
+    assert (code, len(compared.splitlines())) == (0, 3)
     page = Path("swept/report.html").read_text()
     for part in (*variants, "Variants by seeds", "Who gained, who lost", "lowest to the highest"):
         assert part in page
@@ -519,7 +513,7 @@ def test_a_sweep_is_taken_by_what_takes_runs(fedpref: Command, file: Path) -> No
     for name in ("held-out", "training", "gains", "clients"):
         assert (Path("drawn") / f"{name}.pdf").read_bytes().startswith(b"%PDF")
         assert "<svg" in (Path("drawn") / f"{name}.svg").read_text()
-    assert all(variant in (Path("drawn") / "gains.svg").read_text() for variant in variants[1:2])
+    assert variants[1] in (Path("drawn") / "clients.svg").read_text()
     for name in ("table.tex", "table.csv"):
         assert (Path("drawn") / name).exists()
     again = {path.name: path.read_bytes() for path in Path("drawn").iterdir()}
@@ -527,9 +521,9 @@ def test_a_sweep_is_taken_by_what_takes_runs(fedpref: Command, file: Path) -> No
     assert {path.name: path.read_bytes() for path in Path("drawn").iterdir()} == again
     code, text = fedpref("export", "swept", "--output", "exported")
     assert code == 0, text
-    assert len(list(Path("exported").glob("*/seed-*/manifest.json"))) == 8
+    assert len(list(Path("exported").glob("*/seed-*/manifest.json"))) == 4
     code, text = fedpref("watch", "swept")
-    assert (code, text.count("round 2/2")) == (0, 8)
+    assert (code, text.count("round 2/2")) == (0, 4)
     # one run is done anew, from the sweep's own file
     shutil.rmtree(Path("swept") / variants[0] / "seed-1")
     code, text = fedpref("resume", "swept")

@@ -9,12 +9,14 @@ import pytest
 import torch
 
 from fedpref.channel import Chain, Sender, Stage
+from fedpref.channel.compression import alike
 from fedpref.engines.engine import weighted_report
 from fedpref.errors import UserError
 from fedpref.federation.local_training import LocalTraining, rate
 from fedpref.federation.participation import Participation, draw
 from fedpref.numerics import seeds, trees
-from fedpref.numerics.metrics import low_is_good, over_clients, standard_error
+from fedpref.numerics.metrics import low_is_good, of_objectives, over_clients, standard_error
+from fedpref.numerics.min_norm import require_solver
 from fedpref.numerics.trees import Tree
 
 
@@ -239,3 +241,37 @@ def test_learning_rates_warm_up_and_decay_over_the_run() -> None:
     assert [rate(line, p) for p in (0.0, 0.25, 1.0)] == pytest.approx([2.0, 1.5, 0.0])
     wave = LocalTraining(learning_rate=2.0, lr_scheduler_type="cosine", warmup_ratio=0.5)
     assert [rate(wave, p) for p in (0.5, 0.75, 1.0)] == pytest.approx([2.0, 1.0, 0.0])
+
+
+# ---- what the mathematics says of what it is not given
+
+
+def test_messages_are_alike_by_names_types_and_shapes() -> None:
+    tree = {"a": torch.ones(2, 3)}
+    assert alike(tree, {"a": torch.zeros(2, 3)})
+    for other in ({"b": torch.ones(2, 3)}, {"a": torch.ones(3, 2)}, {"a": torch.ones(2, 3).half()}):
+        assert not alike(tree, other)
+
+
+def test_rewards_are_shown_with_what_tells_whether_they_were_worth_it() -> None:
+    assert of_objectives(["loss", "kl", "reward", "rewards/a", "distinct_1", "other"]) == [
+        "rewards/a",
+        "kl",
+        "distinct_1",
+    ]
+    assert of_objectives(["loss", "rewards/accuracies", "rewards/accuracies/a"]) == [
+        "rewards/accuracies/a"
+    ]
+
+
+def test_a_damaged_file_of_tensors_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "broken").write_bytes(b"no tensors")
+    with pytest.raises(UserError, match="this file of tensors cannot be read"):
+        trees.load(tmp_path / "broken")
+
+
+def test_what_few_need_says_how_it_is_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    require_solver()
+    monkeypatch.setattr("fedpref.errors.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"needs scipy: pip install 'fedpref\[firm\]'"):
+        require_solver()

@@ -13,14 +13,13 @@ import transformers
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from typer.testing import CliRunner
 
-from fedpref import cli, config
+from fedpref import cli, config, run
 from fedpref.errors import UserError
 from fedpref.experiments.experiment import Experiment
 from fedpref.experiments.run_files import ENVIRONMENT, read_json
 from fedpref.models.language import LanguageModel, Model
 from fedpref.models.named import MODELS, SAYS, about, base_of, cache, fetch, located
 from fedpref.runs.export import export
-from fedpref.runs.launch import run
 
 NAME = "smollm2-q4"
 REAL = cache() / "models" / NAME

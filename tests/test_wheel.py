@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT, make_rows, write_rows
+from conftest import ROOT
 
 
 def called(*command: str | Path, cwd: Path, **environment: str) -> str:
@@ -69,9 +69,8 @@ def test_the_wheel_is_whole(wheel: Path, tmp_path: Path) -> None:
     assert Path(where.strip()).is_relative_to(installed)
     named = re.findall(r"^([a-z0-9-]+): ", fedpref("list", "configs"), re.M)
     assert sorted(named) == sorted(file.stem for file in (ROOT / "configs").glob("*.yaml"))
-    write_rows(empty / "rows.jsonl", make_rows([20, 20]))
-    fedpref("init", "mine", "--data", "rows.jsonl")
-    fedpref("run", "mine/experiment.yaml", "rounds=1", "baselines=[]", "--output", "out")
+    whole = ["partition.max_clients=2", "partition.max_rows=20", "baselines=[]"]
+    fedpref("run", "feddpo", *whole, "rounds=1", "algorithm.local.steps=1", "--output", "out")
     assert "Plotly" in (empty / "out/report.html").read_text()
 
 

@@ -32,7 +32,7 @@ def compare(
     """
     from fedpref.reports import comparison
 
-    rows = comparison.compare(runs)
+    rows = comparison.compare_all(runs)
     forms = (
         (markdown, comparison.markdown),
         (csv, comparison.csv_text),

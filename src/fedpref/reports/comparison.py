@@ -21,7 +21,7 @@ from fedpref.experiments.run_directory import RunDirectory
 from fedpref.experiments.run_files import METRICS
 from fedpref.numerics.metrics import ACCURACY, COMBINED, HEADLINES, headline, over_clients
 from fedpref.reports.tables import bytes_text
-from fedpref.runs.sweep import members
+from fedpref.runs.sweep import is_sweep, members
 
 RESAMPLES = 10_000
 PIECE = 2**20  # draws of a bootstrap that are held at a time
@@ -56,7 +56,7 @@ class Row:
 
 
 def compare(paths: Sequence[Path]) -> list[Row]:
-    """Compare runs, grouped by their name; a run alone is compared with its own baselines.
+    """Compare runs, grouped by their name.
 
     Groups come in the order in which names first appear; the others are compared with the first.
     Where two runs have one name and one seed, runs go by the names of their directories. For each
@@ -75,15 +75,24 @@ def compare(paths: Sequence[Path]) -> list[Row]:
             f"{unfinished[0]}: the run is not finished, or there is none. `fedpref resume "
             f"{unfinished[0]}` finishes it."
         )
-    if len(paths) == 1:
-        run = FinishedRun.at(paths[0])
-        done = [name for name, line in run.lines.items() if line.done]
-        lines = [_line(name, {run.experiment.seed: _Member(run, name)}) for name in done]
-    else:
-        lines = [
+    return _compared(
+        [
             _line(name, {seed: _Member(run) for seed, run in runs.items()})
             for name, runs in grouped(paths).items()
         ]
+    )
+
+
+def compare_all(paths: Sequence[Path]) -> list[Row]:
+    """Compare runs as `compare` does, or a run alone with its own baselines; raises UserError."""
+    if len(paths) > 1 or is_sweep(paths[0]):
+        return compare(paths)
+    run = FinishedRun.at(paths[0]).require_done()
+    done = [name for name, line in run.lines.items() if line.done]
+    return _compared([_line(name, {run.experiment.seed: _Member(run, name)}) for name in done])
+
+
+def _compared(lines: Sequence[_Line]) -> list[Row]:
     first = lines[0]
     for line in lines:
         if line.seeds != first.seeds:

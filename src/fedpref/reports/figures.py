@@ -10,7 +10,7 @@ from typing import Any
 from fedpref.errors import UserError, require
 from fedpref.reports import group_charts
 from fedpref.reports.charts import Chart
-from fedpref.reports.comparison import compare, csv_text, latex
+from fedpref.reports.comparison import compare_all, csv_text, latex
 from fedpref.reports.groups import groups_of
 
 FORMATS = ("svg", "pdf")
@@ -31,7 +31,7 @@ def write_figures(paths: Sequence[Path], folder: Path) -> list[Path]:
         UserError: Runs are unfinished, or cannot be compared; matplotlib is not installed.
     """
     require("a figure", "figures", "matplotlib")
-    rows, groups = compare(paths), groups_of(paths)
+    rows, groups = compare_all(paths), groups_of(paths)
     drawn = {
         "held-out": group_charts.held_out(groups),
         "training": group_charts.learning(groups),
