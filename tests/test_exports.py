@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 import transformers
@@ -25,7 +26,9 @@ from fedpref.experiments.rounds import Event
 from fedpref.experiments.run_directory import RunDirectory, file_name
 from fedpref.experiments.run_files import EVALUATION, METRICS
 from fedpref.models.generation import merged
+from fedpref.models.gguf_files import write_model
 from fedpref.models.loading import load_model
+from fedpref.models.named import convert
 from fedpref.models.own_parts import Parts
 from fedpref.reports.run import read
 from fedpref.runs.evaluate import SHARED, evaluate
@@ -125,6 +128,64 @@ def test_merged_folders_load_in_transformers_with_the_same_log_probabilities(
         assert f"{name} | {100 * last[metric]:.1f} (of client-1)" in text
 
 
+def dequantised(file: Path) -> dict[str, torch.Tensor]:
+    return {
+        tensor.name: torch.from_numpy(
+            gguf.dequantize(tensor.data, tensor.tensor_type).reshape(tensor.shape[::-1].tolist())
+        )
+        for tensor in gguf.GGUFReader(file).tensors
+    }
+
+
+def test_gguf_files_are_read_as_the_same_model(
+    shared: Path, personal: Path, tiny: Path, tmp_path: Path
+) -> None:
+    for path, client, source in (
+        (shared, None, shared / "adapter"),
+        (personal, "client-1", personal / "clients/client-1"),
+    ):
+        made = export(path, "gguf", tmp_path / path.parent.name, client=client)
+        expected = log_probabilities(load_model(source), source)
+        for kind, tolerance in (("f16", 3e-2), ("q8_0", 0.3)):
+            convert(made / f"model-{kind}.gguf", made / kind, "float32")
+            model = transformers.AutoModelForCausalLM.from_pretrained(str(made / kind))
+            found = log_probabilities(model, made / kind)
+            torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
+        assert front_matter(made)["library_name"] == "gguf"
+        assert (made / "Modelfile").read_text().startswith("FROM ./model-q8_0.gguf\n")
+    assert gguf.GGUFReader(made / "model-f16.gguf").fields["general.name"].contents() == (
+        "experiment-client-1"
+    )
+    # the adapter's product is what merging has added, queries and keys in llama.cpp's order
+    base = transformers.AutoModelForCausalLM.from_pretrained(str(tiny), dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(tiny))
+    write_model(base, tokenizer, tmp_path / "base.gguf", "f16", "base")
+    before, after = (
+        dequantised(file)
+        for file in (tmp_path / "base.gguf", tmp_path / shared.parent.name / "model-f16.gguf")
+    )
+    file = tmp_path / shared.parent.name / "adapter-f16.gguf"
+    factors, fields = dequantised(file), gguf.GGUFReader(file).fields
+    names = {name.removesuffix(".lora_a") for name in factors if name.endswith(".lora_a")}
+    assert len(names) == 7 * base.config.num_hidden_layers
+    for name in names:
+        up, down = factors[f"{name}.lora_b"], factors[f"{name}.lora_a"]
+        product = fields["adapter.lora.alpha"].contents() / len(down) * up @ down
+        torch.testing.assert_close(product, after[name] - before[name], atol=2e-3, rtol=0)
+    assert max(float((after[name] - before[name]).abs().max()) for name in names) > 5e-3
+
+
+def test_other_architectures_are_not_written_as_gguf(
+    models: Any, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    content = {**settings, "rounds": 1, "workers": 1}
+    content["task"] = {**settings["task"], "model": {"path": str(models("gpt2")), "lora_r": 2}}
+    path = run(config.parse(Experiment, content, "test"), tmp_path / "run").path
+    with pytest.raises(UserError, match="architecture 'gpt2' is not written as GGUF"):
+        export(path, "gguf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("form", ["peft", "merged"])
 def test_an_export_that_is_another_model_than_the_runs_is_not_kept(
     form: Any, shared: Path, tmp_path: Path
@@ -212,8 +273,8 @@ def test_what_a_form_cannot_hold_is_refused_and_nothing_is_written(
         export(shared, "peft", tmp_path / "there")
     assert not (tmp_path / "out").exists()
     assert sorted(place.name for place in tmp_path.iterdir()) == ["run", "there"]
-    assert "--format 'gguf'" in str(
-        CliRunner().invoke(cli.app, ["export", str(shared), "--format", "gguf"]).exception
+    assert "--format 'onnx'" in str(
+        CliRunner().invoke(cli.app, ["export", str(shared), "--format", "onnx"]).exception
     )
 
 

@@ -109,7 +109,9 @@ def export(
     path: Annotated[
         Path, typer.Argument(help="A finished run, or a sweep of them.", metavar="RUN")
     ],
-    form: Annotated[str, typer.Option("--format", help="peft, merged or gguf-ready.")] = "peft",
+    form: Annotated[
+        str, typer.Option("--format", help="peft, merged, gguf-ready or gguf.")
+    ] = "peft",
     output: Annotated[
         Path | None, typer.Option(help="The new folder; by default RUN-FORMAT beside the run.")
     ] = None,

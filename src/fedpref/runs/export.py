@@ -21,13 +21,21 @@ from fedpref.experiments.experiment import Experiment
 from fedpref.experiments.finished import FinishedRun
 from fedpref.experiments.run_directory import file_name
 from fedpref.models.backbone import merged_adapter
-from fedpref.models.named import BUILTIN, MODELS
+from fedpref.models.gguf_files import (
+    F16,
+    Q8_0,
+    modelfile,
+    refuse_other,
+    write_adapter,
+    write_model,
+)
+from fedpref.models.named import BUILTIN, MODELS, convert
 from fedpref.models.own_parts import DOWN, FILE, REWARDS, VOCABULARY_HEAD, head_weight
 from fedpref.numerics import trees
 from fedpref.numerics.metrics import COMBINED, HEADLINES, headline
 from fedpref.runs.comparing import Comparison
 
-Form = Literal["peft", "merged", "gguf-ready"]
+Form = Literal["peft", "merged", "gguf-ready", "gguf"]
 MANIFEST = "manifest.json"
 ADAPTER = "adapter_model.safetensors"
 SHARED = "shared"
@@ -53,6 +61,8 @@ def export(path: Path, form: Form, output: Path, *, client: str | None = None) -
         form: `peft`: the shared adapter and each client's, a PEFT folder each, with a manifest of
             them all. `merged`: the shared model, or the one of `client`, as a folder of
             transformers. `gguf-ready`: the same in float16, as llama.cpp's conversion reads it.
+            `gguf`: the same as GGUF files in f16 and q8_0, with the adapter alone as another and an
+            Ollama Modelfile; of Llama's architecture.
         output: The new folder.
         client: Whose model.
 
@@ -70,9 +80,12 @@ def export(path: Path, form: Form, output: Path, *, client: str | None = None) -
         if form == "peft":
             _adapters(run, made, client, measured)
         else:
-            folder, half = run.model_folder(client), form == "gguf-ready"
-            _merged(folder, made, half=half)
-            compared = _compared(run, folder, client, made, half=half)
+            folder, half = run.model_folder(client), form != "merged"
+            if form == "gguf":
+                compared = _gguf(run, folder, client, made, experiment.name)
+            else:
+                _merged(folder, made, half=half)
+                compared = _compared(run, folder, client, made, half=half)
             base = _base(folder)
             (made / "README.md").write_text(
                 card(measured, experiment, client, form, base=base, compared=compared)
@@ -183,6 +196,32 @@ def _compared(run: FinishedRun, folder: Path, client: str | None, made: Path, *,
     exported = transformers.AutoModelForCausalLM.from_pretrained(str(made), dtype=torch.float32)
     dtype = "float16" if half else "float32"
     comparison.check(folder, exported.eval(), is_whole=True, dtype=dtype)
+    return comparison.sentence
+
+
+def _gguf(run: FinishedRun, folder: Path, client: str | None, output: Path, name: str) -> str:
+    """Write the merged model and the adapter as GGUF files; return how near they come, in words."""
+    import torch
+    import transformers
+
+    refuse_other(transformers.AutoConfig.from_pretrained(_base(folder)))
+    output.mkdir(parents=True)
+    title = f"{name}-{client}" if client else name
+    with tempfile.TemporaryDirectory(dir=output.parent) as scratch:
+        plain = Path(scratch) / "merged"
+        _merged(folder, plain, half=False)
+        model = transformers.AutoModelForCausalLM.from_pretrained(str(plain), dtype=torch.float32)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(plain))
+        for kind in (F16, Q8_0):
+            write_model(model, tokenizer, output / f"model-{kind}.gguf", kind, title)
+        write_adapter(folder, model.config, output / f"adapter-{F16}.gguf", title)
+        (output / "Modelfile").write_text(modelfile(f"model-{Q8_0}.gguf", tokenizer.chat_template))
+        # as somebody reads it who has the file alone
+        comparison = Comparison(run, client)
+        read = Path(scratch) / "read"
+        convert(output / f"model-{F16}.gguf", read, "float32")
+        exported = transformers.AutoModelForCausalLM.from_pretrained(str(read), dtype=torch.float32)
+        comparison.check(folder, exported.eval(), is_whole=True, dtype="float16")
     return comparison.sentence
 
 
@@ -307,7 +346,7 @@ def card(
     loss = experiment.task.loss_name or experiment.task.name
     library = "peft" if form == "peft" else "transformers"
     top: dict[str, Any] = {
-        "library_name": library,
+        "library_name": "gguf" if form == "gguf" else library,
         "pipeline_tag": "text-generation",
         "base_model": model,
         "tags": [
@@ -346,7 +385,7 @@ def card(
         ),
         f"Data: {experiment.data.name}{where}. Base model: {said}.",
         _table(measured.metrics(client, whole=not left_out) | measured.counts(client)),
-        f"```python\n{LOADS[library]}\n```",
+        *([] if form == "gguf" else [f"```python\n{LOADS[library]}\n```"]),
     ]
     if top["license"] == "other":
         lines.append("The licence is that of the base model and of the data; say here which.")
@@ -362,6 +401,11 @@ def card(
         lines.append(
             f"This folder is not the whole of the client's model: {', '.join(left_out)} "
             "have no place in a PEFT adapter."
+        )
+    if form == "gguf":
+        lines.append(
+            "`llama-cli -m model-q8_0.gguf`, or `ollama create NAME -f Modelfile` in this folder. "
+            "adapter-f16.gguf is the adapter alone, for `--lora` on the base model."
         )
     if form == "gguf-ready":
         lines.append("For llama.cpp: `python convert_hf_to_gguf.py FOLDER --outfile model.gguf`.")
