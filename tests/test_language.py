@@ -20,6 +20,8 @@ from fedpref.errors import UserError
 from fedpref.models import attention, head, trial
 from fedpref.models.head import token_log_probabilities
 from fedpref.models.language import LanguageModel, Model
+from fedpref.models.loading import load_model
+from fedpref.models.own_parts import OWN_ADAPTER
 from fedpref.models.packed import Row
 from fedpref.numerics import seeds
 from fedpref.numerics.trees import Tree
@@ -346,3 +348,71 @@ def test_a_model_that_cannot_be_loaded_or_adapted_is_a_sentence(tiny: Path, tmp_
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="no CUDA GPU"):
             LanguageModel(Model(path=str(tiny), device="cuda"))
+
+
+# ---- what large models need
+
+
+@pytest.mark.parametrize("placed", [None, "last-1"])
+def test_checkpointing_changes_no_gradient_and_keeps_less(
+    placed: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [([5, 6, 7], [[8, 9, 10, 11], [12, 13]]), ([14, 15], [[16, 17, 18]])]
+    found, kept = [], []
+    for checkpointing in (False, True):
+        language = LanguageModel(
+            Model(
+                path=str(tiny),
+                lora_r=4,
+                dtype="float32",
+                lora_layers_to_transform=placed,
+                gradient_checkpointing=checkpointing,
+            )
+        )
+        adapter = {
+            name: (tensor + 0.05 * torch.randn(tensor.shape, generator=generator)).requires_grad_()
+            for generator in [torch.Generator().manual_seed(0)]
+            for name, tensor in language.init(torch.Generator().manual_seed(1)).items()
+        }
+        saved: list[int] = []
+
+        def pack(tensor: torch.Tensor, sizes: list[int] = saved) -> torch.Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            sums, _ = language.score(adapter, rows, training=True)
+        sums.square().sum().backward()
+        found.append((sums.detach(), {name: p.grad for name, p in adapter.items()}))
+        kept.append(sum(saved))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+    assert all(gradient is not None for gradient in found[1][1].values())
+    assert kept[1] < kept[0] / 1.5
+
+
+def test_the_scale_by_the_root_of_the_rank_is_pefts(tiny: Path, tmp_path: Path) -> None:
+    language = LanguageModel(
+        Model(path=str(tiny), lora_r=4, lora_alpha=8, dtype="float32", use_rslora=True)
+    )
+    adapter = {
+        name: torch.randn(tensor.shape, generator=torch.Generator().manual_seed(2)) / 10
+        for name, tensor in language.init(torch.Generator()).items()
+    }
+    rows = [([5, 6, 7], [[8, 9, 10, 11]])]
+    layer = next(m for m in language.model.modules() if hasattr(m, "lora_A"))
+    assert layer.scaling["default"] == 8 / 4**0.5  # type: ignore[index]
+    own = {f"{OWN_ADAPTER}{name}": tensor for name, tensor in adapter.items()}
+    for params, name in ((adapter, "one"), (adapter | own, "both")):
+        language.export(params, tmp_path / name)
+        model = load_model(tmp_path / name)
+        with torch.no_grad():
+            expected, _ = language.score(params, rows)
+            logits = model(torch.tensor([[*rows[0][0], *rows[0][1][0]]])).logits.log_softmax(-1)
+        places = torch.tensor(rows[0][1][0])
+        theirs = logits[0, 2:6].gather(1, places[:, None]).sum()
+        torch.testing.assert_close(expected[0].float(), theirs, atol=1e-3, rtol=0)
+
+
+def test_whole_modules_are_not_trained() -> None:
+    with pytest.raises(ValueError, match=r"algorithm\.parts\.head"):
+        Model(modules_to_save=("lm_head",))

@@ -39,6 +39,7 @@ from fedpref.models.backbone import (
     placed,
     side_by_side,
 )
+from fedpref.models.checkpointing import checkpoint_layers
 from fedpref.models.head import even, token_log_probabilities
 from fedpref.models.named import BUILTIN, MODELS, base_of, converted, located
 from fedpref.models.own_parts import (
@@ -55,7 +56,7 @@ from fedpref.models.own_parts import (
 from fedpref.models.packed import Layout, Row
 from fedpref.models.texts import Texts
 from fedpref.models.trial import Limits, tried
-from fedpref.models.trunk import SUFFIX, States, Trunk
+from fedpref.models.trunk import SUFFIX, States, Trunk, row_of_layers
 from fedpref.numerics import trees
 from fedpref.numerics.trees import Tree
 from fedpref.types import Count, Date, Fraction, Last, WholeNumber
@@ -88,12 +89,20 @@ class Model:
     """The adapter's scale times its rank."""
     lora_dropout: Fraction = 0.0
     """Dropout on the adapter's input in training."""
+    use_rslora: bool = False
+    """Divide `lora_alpha` by the root of the rank, in place of the rank."""
     lora_target_modules: tuple[str, ...] | str = ALL_LINEAR
     """Names of the layers that have an adapter, or a regular expression, or `all-linear`, which
     leaves out the vocabulary head, routers, and towers that no text passes through."""
     lora_layers_to_transform: tuple[WholeNumber, ...] | Last | None = None
     """The decoder layers that have an adapter, by number from 0, or the last ones, as `last-8`;
     null takes all."""
+    modules_to_save: tuple[str, ...] = ()
+    """Refused: whole modules beside the adapter would be sent whole. What is a client's own stands
+    in `algorithm.parts`."""
+    gradient_checkpointing: bool = False
+    """Keep each layer's input alone for the backward pass, and compute the rest again: less memory,
+    a third more time."""
     trunk_states: Literal["file", "memory", "none"] = "file"
     """Where states at the end of the layers below the adapter are kept, once they are computed: in
     a file beside the run that only you can read and that goes when the run is over (at a site by
@@ -104,6 +113,14 @@ class Model:
     template_date: Date = "2024-07-26"
     """The day that chat templates write as today's, as 2024-07-26: a run's tokens do not depend on
     the day."""
+
+    def __post_init__(self) -> None:
+        if self.modules_to_save:
+            raise ValueError(
+                "modules_to_save: only adapters are trained and sent, so that a round is small and "
+                "the backbone serves all clients; a vocabulary head of each client's own is "
+                "algorithm.parts.head of fedpdpo, embeddings stay as they are"
+            )
 
 
 class LanguageModel:
@@ -149,6 +166,7 @@ class LanguageModel:
             task_type="CAUSAL_LM",
             r=settings.lora_r,
             lora_alpha=settings.lora_alpha,
+            use_rslora=settings.use_rslora,
             lora_dropout=settings.lora_dropout,
             **where,
             base_model_name_or_path=self.backbone.base,
@@ -179,6 +197,8 @@ class LanguageModel:
         }
         adapted = {name.split(".lora_")[0] for name in self.parameter_names.values()}
         self.trunk = Trunk(self.model, adapted)
+        if settings.gradient_checkpointing and (row := row_of_layers(self.model)):
+            checkpoint_layers(list(row[1])[len(self.trunk.layers) :])
         self.states = States(settings.trunk_limit_mb * 10**6)
         self.kernel: Kernel = by_part
         self.packs = self.has_plain_head = self.is_apart = False
@@ -550,10 +570,13 @@ class LanguageModel:
         config = self.model.peft_config["default"]
         # two adapters as one of twice the rank
         times = 2 if any(name.startswith(OWN_ADAPTER) for name in params) else 1
-        config = replace(config, r=times * config.r, lora_alpha=times * config.lora_alpha)
+        scale = scale_of(config)
+        if times == 2:
+            config = replace(config, r=2 * config.r, lora_alpha=2 * config.lora_alpha)
+            if config.use_rslora:  # whose scale falls with the root of the rank
+                config = replace(config, lora_alpha=scale * config.r, use_rslora=False)
         if self.backbone.merged:
             # on the same base, as one adapter whose scale is in its factors
-            scale = config.lora_alpha / config.r
             scaled = {n: t if is_down(n) else t * scale for n, t in adapter.items()}
             adapter = side_by_side(self.backbone.merged, scaled)
             layers = {name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in adapter}
@@ -562,6 +585,7 @@ class LanguageModel:
                 config,
                 r=rank,
                 lora_alpha=rank,
+                use_rslora=False,
                 target_modules=sorted(layers),
                 exclude_modules=None,
                 layers_to_transform=None,
@@ -604,6 +628,11 @@ class LanguageModel:
     def chats(self) -> bool:
         """Whether the tokenizer has a chat template."""
         return self.texts.chats
+
+
+def scale_of(config: Any) -> float:
+    """Return what an adapter's product is multiplied by, by PEFT's config of it."""
+    return float(config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r))
 
 
 def _aligned(tensor: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from fedpref.engines.workers import one_thread
 from fedpref.errors import UserError
 from fedpref.experiments.finished import FinishedRun
 from fedpref.models.backbone import is_down
-from fedpref.models.language import LanguageModel
+from fedpref.models.language import LanguageModel, scale_of
 from fedpref.models.own_parts import DOWN, FILE, REWARDS, UP
 from fedpref.models.packed import Row, Unscored
 from fedpref.numerics import trees
@@ -96,7 +96,7 @@ def _learned_of(language: LanguageModel, adapter: Tree) -> dict[str, Tensor]:
         return dict(adapter)
     # behind the merged adapter, with the scale in its factors
     rank = max(tensor.shape[0] for name, tensor in merged.items() if is_down(name))
-    scale = config.lora_alpha / config.r
+    scale = scale_of(config)
     return {
         name: adapter[name][rank:] if is_down(name) else adapter[name][:, rank:] / scale
         for name in language.parameter_names
