@@ -537,3 +537,23 @@ def test_a_run_keeps_answers_before_and_after_where_they_are_asked_for(
         for rows in samples.values()
         for row in rows
     )
+
+
+@pytest.mark.slow
+def test_llama_cpp_gives_the_same_log_probabilities(shared: Path, tiny: Path) -> None:
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    made = export(shared, "gguf", shared.parent / "for-llama-cpp")
+    expected = log_probabilities(load_model(shared / "adapter"), shared / "adapter")[0]
+    base = transformers.AutoModelForCausalLM.from_pretrained(str(tiny), dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(tiny))
+    write_model(base, tokenizer, made / "base.gguf", "f16", "base")
+    ids = tokenizer(TEXT)["input_ids"]
+    for options in (
+        {"model_path": str(made / "model-f16.gguf")},
+        {"model_path": str(made / "base.gguf"), "lora_path": str(made / "adapter-f16.gguf")},
+    ):
+        model = llama_cpp.Llama(n_ctx=64, logits_all=True, verbose=False, **options)
+        assert model.tokenize(TEXT.encode(), add_bos=False, special=True) == ids
+        model.eval(ids)
+        found = torch.tensor(model.scores[: len(ids)]).log_softmax(-1)
+        torch.testing.assert_close(found, expected, atol=5e-2, rtol=0)
