@@ -7,7 +7,7 @@ The wheel is built from this checkout and installed without its dependencies bes
 here. In an empty folder, `fedpref demo --offline` runs to its end; `help_seconds` is `fedpref
 --help`. Megabytes are those of the files of all packages that `pip install fedpref` and `pip
 install "fedpref[all]"` bring, as they are installed here, without torch's CUDA where torch has
-none. With `--data FOLDER`, 1,200 rows of UltraFeedback are given to `fedpref check` as they are,
+none. Where `--data FOLDER` has them, 1,200 rows of UltraFeedback are given to `fedpref check` as they are,
 each refusal's own advice is followed, and the checks are counted until one passes.
 `--quick` is the same, for there is nothing to leave out.
 """
@@ -30,6 +30,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
+ROWS = "ultrafeedback_sample.jsonl.gz"
 MOST_CHECKS = 12
 ADVICE = re.compile(r"((?:data|task|partition)\.[a-z_]+=[a-z0-9_]+)")
 
@@ -100,7 +101,7 @@ def megabytes(site: Path, *extras: str) -> float:
 
 def attempts(site: Path, folder: Path, data: Path) -> int:
     """Checks that 1,200 rows of UltraFeedback need, each with the advice of the last."""
-    rows = [json.loads(line) for line in gzip.open(data / "ultrafeedback_sample.jsonl.gz")]
+    rows = [json.loads(line) for line in gzip.open(data / ROWS)]
     content = [
         json.dumps({k: row[k] for k in ("prompt", "chosen", "rejected")} | {"hospital": i % 8})
         for i, row in enumerate(rows)
@@ -139,7 +140,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="the same")
-    parser.add_argument("--data", type=Path, help="the folder of ultrafeedback_sample.jsonl.gz")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=ROOT.parent / "shared/data",
+        help="the folder of ultrafeedback_sample.jsonl.gz",
+    )
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
     figures: dict[str, float] = {}
@@ -157,7 +163,7 @@ def main() -> None:
             print(f"the page was not measured: {str(error).splitlines()[0]}")
         figures["install_mb_minimal"] = megabytes(site)
         figures["install_mb_all"] = megabytes(site, "all")
-        if arguments.data:
+        if (arguments.data / ROWS).exists():
             figures["attempts_ultrafeedback"] = attempts(site, empty, arguments.data)
     for name, value in figures.items():
         print(f"{name:34s} {value:.4g}")

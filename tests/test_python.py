@@ -111,6 +111,13 @@ def test_a_result_shows_itself(small: dict[str, Any]) -> None:
     page = result._repr_html_()
     assert "<td>client-0</td>" in page
     assert "fedpdpo" in page
+    rounds = result.rounds("alone")
+    assert list(rounds["round"]) == [1]
+    assert rounds["loss"][0] > 0
+    with pytest.raises(UserError, match="its lines are fedpdpo, alone"):
+        result.rounds("pooled")
+    both = fedpref.report([result, "out"], "both.html")
+    assert "fedpdpo" in both.read_text()
     assert result.report("page.html").read_text().startswith("<!DOCTYPE html>")
     assert list(result.models) == ["client-0", "client-1"]
     from transformers import AutoTokenizer

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from fedpref.federation.algorithm import Algorithm
     from fedpref.federation.verbs import Client, Federation, PerClient, work
     from fedpref.models.loading import load_model
-    from fedpref.reports.python import Result, resume, run
+    from fedpref.reports.python import Result, report, resume, run
 
 __version__ = "0.2.0.dev0"
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "Result",
     "UserError",
     "load_model",
+    "report",
     "resume",
     "run",
     "work",
@@ -42,6 +43,7 @@ _HOMES = {
     "Result": "reports.python",
     "UserError": "errors",
     "load_model": "models.loading",
+    "report": "reports.python",
     "resume": "reports.python",
     "run": "reports.python",
     "work": "federation.verbs",

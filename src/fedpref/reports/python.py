@@ -20,6 +20,7 @@ from fedpref.experiments.experiment import Experiment
 from fedpref.experiments.finished import FinishedRun
 from fedpref.experiments.rounds import Event, new_directory
 from fedpref.experiments.run_directory import ROWS, RunDirectory
+from fedpref.experiments.run_files import METRICS
 from fedpref.models.loading import load_model
 from fedpref.numerics.metrics import HEADLINES, ClientMetrics, headline
 from fedpref.reports.page import REPORT, write_report
@@ -80,6 +81,25 @@ class Result:
                 for name, metrics in clients.items()
             ]
         )
+
+    def rounds(self, line: str | None = None) -> DataFrame:
+        """Return what was measured in each round of training, a row a round.
+
+        Args:
+            line: Of which line; by default the algorithm's own.
+
+        Raises:
+            UserError: The run has no line of this name.
+        """
+        import pandas
+
+        run = FinishedRun.at(self.path)
+        name = line or run.experiment.algorithm.name
+        if name not in run.lines:
+            raise UserError(
+                f"{self.path}: the run has no line {name!r}; its lines are {', '.join(run.lines)}."
+            )
+        return pandas.DataFrame(run.lines[name].read_rows(METRICS))
 
     def report(self, output: str | Path | None = None) -> Path:
         """Write the run's page, one HTML file, and return where it is.
@@ -221,6 +241,20 @@ def resume(
     """
     run = FinishedRun.at(path)
     return _followed(run.experiment, run.folder, on_event, progress)
+
+
+def report(runs: Sequence[Result | str | Path], output: str | Path) -> Path:
+    """Write one page about several runs, or a sweep, and return where it is.
+
+    Args:
+        runs: Results, run directories, or folders of sweeps.
+        output: The HTML file.
+
+    Raises:
+        UserError: There is nothing to show.
+    """
+    paths = [run.path if isinstance(run, Result) else Path(run) for run in runs]
+    return write_report(paths, Path(output))
 
 
 def _followed(
