@@ -7,8 +7,8 @@ The wheel is built from this checkout and installed without its dependencies bes
 here. In an empty folder, `fedpref demo --offline` runs to its end; `help_seconds` is `fedpref
 --help`. Megabytes are those of the files of all packages that `pip install fedpref` and `pip
 install "fedpref[all]"` bring, as they are installed here, without torch's CUDA where torch has
-none. Where `--data FOLDER` has them, 1,200 rows of UltraFeedback are given to `fedpref check` as they are,
-each refusal's own advice is followed, and the checks are counted until one passes.
+none. Where `--data FOLDER` has them, 1,200 rows of UltraFeedback are given to `fedpref check` as
+they are, each refusal's own advice is followed, and the checks are counted until one passes.
 `--quick` is the same, for there is nothing to leave out.
 """
 
