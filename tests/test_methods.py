@@ -310,7 +310,7 @@ class Sized(Bowl):
         return self.size
 
 
-@pytest.mark.parametrize("newcomers", [(), (3,)])
+@pytest.mark.parametrize("newcomers", [pytest.param((), marks=pytest.mark.slow), (3,)])
 def test_scaffold_converges_to_the_weighted_optimum_of_clients_of_any_size(
     newcomers: tuple[int, ...],
 ) -> None:

@@ -25,6 +25,8 @@ def called(*command: str | Path, cwd: Path, **environment: str) -> str:
         text=True,
     )
     assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    if "run" in command:
+        assert done.stderr == ""
     return done.stdout
 
 
@@ -70,6 +72,7 @@ def test_the_wheel_is_whole(wheel: Path, tmp_path: Path) -> None:
     named = re.findall(r"^([a-z0-9-]+): ", fedpref("list", "configs"), re.M)
     assert sorted(named) == sorted(file.stem for file in (ROOT / "configs").glob("*.yaml"))
     whole = ["partition.max_clients=2", "partition.max_rows=20", "baselines=[]"]
+    # nothing but what fedpref itself says
     fedpref("run", "feddpo", *whole, "rounds=1", "algorithm.local.steps=1", "--output", "out")
     assert "Plotly" in (empty / "out/report.html").read_text()
 
