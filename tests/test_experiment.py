@@ -521,7 +521,7 @@ def test_the_pooled_line_sees_all_data_and_as_many_pairs(
 # ---- resuming
 
 
-@pytest.mark.parametrize("after", [1, 6, 9, 13])
+@pytest.mark.parametrize("after", [1, 6, pytest.param(9, marks=pytest.mark.slow), 13])
 def test_a_run_left_anywhere_ends_with_the_same_bits(
     after: int, settings: dict[str, Any], tmp_path: Path
 ) -> None:
