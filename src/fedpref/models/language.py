@@ -102,7 +102,7 @@ class Model:
     in `algorithm.parts`."""
     gradient_checkpointing: bool = False
     """Keep each layer's input alone for the backward pass, and compute the rest again: less memory,
-    a third more time."""
+    more time."""
     trunk_states: Literal["file", "memory", "none"] = "file"
     """Where states at the end of the layers below the adapter are kept, once they are computed: in
     a file beside the run that only you can read and that goes when the run is over (at a site by

@@ -110,6 +110,23 @@ def lined(
     return {"type": "scatter", "mode": mode, "name": name, "x": list(x), "y": list(y), "line": line}
 
 
+def band(
+    name: str, x: Sequence[Any], low: Sequence[Any], high: Sequence[Any], number: int
+) -> list[dict[str, Any]]:
+    """Return the two traces of a pale band, which goes with the line of its name."""
+    edge = {
+        "type": "scatter",
+        "mode": "lines",
+        "line": {"width": 0},
+        "hoverinfo": "skip",
+        "showlegend": False,
+        "legendgroup": name,
+        "x": list(x),
+    }
+    fill = {"fill": "tonexty", "fillcolor": colour(number) + "26"}
+    return [{**edge, "y": list(high)}, {**edge, "y": list(low), **fill}]
+
+
 def every_line(runs: Sequence[Run]) -> Iterator[tuple[str, Run, Line, int]]:
     """Yield (title, run, line, colour index) for all lines of all runs that were evaluated.
 
@@ -191,23 +208,8 @@ def held_out(runs: Sequence[Run]) -> Iterator[Chart]:
             ]
         )
         low, high = np.nanpercentile(table, [25, 75], axis=1)
-        band = {
-            "type": "scatter",
-            "mode": "lines",
-            "line": {"width": 0},
-            "hoverinfo": "skip",
-            "showlegend": False,
-            "legendgroup": name,
-        }
         data += [
-            {**band, "x": rounds, "y": high.tolist()},
-            {
-                **band,
-                "x": rounds,
-                "y": low.tolist(),
-                "fill": "tonexty",
-                "fillcolor": colour(number) + "26",
-            },
+            *band(name, rounds, low.tolist(), high.tolist(), number),
             {
                 **lined(name, rounds, np.nanmean(table, axis=1).tolist(), number),
                 "legendgroup": name,

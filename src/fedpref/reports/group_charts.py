@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fedpref.numerics.metrics import ACCURACY
-from fedpref.reports.charts import LEARNING, Chart, axes, colour, filled, lined, names_on
+from fedpref.reports.charts import LEARNING, Chart, axes, band, filled, lined, names_on
 from fedpref.reports.groups import Group, Matrix
 
 BAND = "The mean over seeds; the band is from the lowest to the highest seed."
@@ -17,22 +17,7 @@ def over_rounds(
 ) -> Iterator[dict[str, Any]]:
     """Yield the traces of a group: the band over its seeds, if it has several, and the mean."""
     if len(values) > 1:
-        edge = {
-            "type": "scatter",
-            "mode": "lines",
-            "line": {"width": 0},
-            "hoverinfo": "skip",
-            "showlegend": False,
-            "legendgroup": name,
-            "x": list(rounds),
-        }
-        yield {**edge, "y": values.max(0).tolist()}
-        yield {
-            **edge,
-            "y": values.min(0).tolist(),
-            "fill": "tonexty",
-            "fillcolor": colour(number) + "26",
-        }
+        yield from band(name, rounds, values.min(0).tolist(), values.max(0).tolist(), number)
     yield {**lined(name, rounds, values.mean(0).tolist(), number), "legendgroup": name}
 
 
