@@ -126,3 +126,9 @@ def test_every_algorithm_is_described() -> None:
 )
 def test_every_command_has_an_example(name: str, command: Any) -> None:
     assert f"Example: {name}" in command.help, name
+
+
+def test_no_line_of_code_is_cut() -> None:
+    settings = (ROOT / "mkdocs.yml").read_text()
+    (style,) = re.findall(r"^extra_css: \[(.+)\]$", settings, re.M)
+    assert re.search(r"pre > code \{\s*white-space: pre-wrap;", (ROOT / "docs" / style).read_text())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from transformers.activations import NewGELUActivation
 from conftest import ARCHITECTURES
 from fedpref.errors import UserError
 from fedpref.models import attention, head, trial
+from fedpref.models.generation import merged
 from fedpref.models.head import token_log_probabilities
 from fedpref.models.language import LanguageModel, Model
 from fedpref.models.loading import load_model
@@ -416,3 +418,72 @@ def test_the_scale_by_the_root_of_the_rank_is_pefts(tiny: Path, tmp_path: Path) 
 def test_whole_modules_are_not_trained() -> None:
     with pytest.raises(ValueError, match=r"algorithm\.parts\.head"):
         Model(modules_to_save=("lm_head",))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantised_base_is_that_of_transformers(
+    bits: int, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    # their four bits replace the weights by a form that layers of this width do not have
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
+    language = LanguageModel(
+        Model(path=str(tiny), lora_r=4, dtype="float32", **{f"load_in_{bits}bit": True})
+    )
+    assert f"in {bits} bits" in language.description
+    adapter = {
+        name: (torch.randn(tensor.shape, generator=torch.Generator().manual_seed(2)) / 10)
+        for name, tensor in language.init(torch.Generator()).items()
+    }
+    language.export(adapter, tmp_path / "adapter")
+    config = transformers.BitsAndBytesConfig(
+        load_in_8bit=bits == 8,
+        load_in_4bit=bits == 4,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+    )
+    base = transformers.AutoModelForCausalLM.from_pretrained(
+        tiny, quantization_config=config, device_map={"": "cpu"}, dtype=torch.float32
+    )
+    theirs = PeftModel.from_pretrained(base, str(tmp_path / "adapter"), is_trainable=True).eval()
+    logits = theirs(torch.tensor([[5, 6, 7, 8, 9, 10, 11]])).logits.log_softmax(-1)
+    expected = logits[0, 2:6].gather(1, torch.tensor([[8], [9], [10], [11]])).sum()
+    expected.backward()
+    wanted = {
+        name.replace(".default", ""): parameter.grad
+        for name, parameter in theirs.named_parameters()
+        if parameter.grad is not None
+    }
+    for tensor in adapter.values():
+        tensor.requires_grad_()
+    sums, _ = language.score(adapter, [([5, 6, 7], [[8, 9, 10, 11]])], training=True)
+    sums.sum().backward()
+    torch.testing.assert_close(sums[0], expected, atol=2e-2 if bits == 8 else 1e-4, rtol=0)
+    assert wanted.keys() == adapter.keys()
+    for name, tensor in adapter.items():
+        torch.testing.assert_close(
+            tensor.grad, wanted[name], atol=0.1 if bits == 8 else 1e-4, rtol=0.05
+        )
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad(), merged(language, {n: t.detach() for n, t in adapter.items()}):
+        drawn = language.model(ids).logits
+    torch.testing.assert_close(
+        drawn.log_softmax(-1), logits[:, :4].detach(), atol=0.1 if bits == 8 else 1e-4, rtol=0
+    )
+    plain = LanguageModel(Model(path=str(tiny), dtype="float32"))
+    assert language.fingerprint != plain.fingerprint
+
+
+def test_what_cannot_be_quantised_is_said(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match="exclude one another"):
+        Model(load_in_4bit=True, load_in_8bit=True)
+    language = exact(tiny)
+    language.export(language.init(torch.Generator()), tmp_path)
+    if find_spec("bitsandbytes"):
+        with pytest.raises(UserError, match="Merge it first"):
+            LanguageModel(Model(path=str(tmp_path), load_in_4bit=True))
+    monkeypatch.setattr("fedpref.errors.find_spec", lambda module: None)
+    with pytest.raises(UserError, match=r"pip install 'fedpref\[quantized\]'"):
+        LanguageModel(Model(path=str(tiny), load_in_8bit=True))

@@ -44,7 +44,13 @@ class Backbone:
     merged: Tree = field(default_factory=dict)
 
 
-def load_backbone(path: str, dtype: Any, options: Mapping[str, Any], setting: str) -> Backbone:
+def load_backbone(
+    path: str,
+    dtype: Any,
+    options: Mapping[str, Any],
+    setting: str,
+    quantization: Mapping[str, Any],
+) -> Backbone:
     """Load a causal language model, or a LoRA adapter with its base, merged.
 
     Args:
@@ -52,9 +58,11 @@ def load_backbone(path: str, dtype: Any, options: Mapping[str, Any], setting: st
         dtype: The arithmetic, or "auto".
         options: `revision` and `trust_remote_code`.
         setting: What the user wrote, for messages.
+        quantization: What loads its weights in fewer bits; empty leaves them as they are.
 
     Raises:
-        UserError: It cannot be loaded, or it is not what it says.
+        UserError: It cannot be loaded, or it is not what it says, or it is an adapter, which
+            would be merged into rounded weights.
     """
     import transformers
     from transformers.utils.peft_utils import find_adapter_config_file
@@ -63,8 +71,16 @@ def load_backbone(path: str, dtype: Any, options: Mapping[str, Any], setting: st
     try:
         if find_adapter_config_file(path, revision=options.get("revision")) is None:
             tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
-            model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, **options, **quantization
+            )
             backbone = Backbone(model.eval(), tokenizer, path, options.get("revision"))
+        elif quantization:
+            raise UserError(
+                f"model.path: {setting!r} is an adapter, which would be merged into rounded "
+                "weights. Merge it first (PEFT's merge_and_unload, then save_pretrained), or leave "
+                "out load_in_4bit and load_in_8bit."
+            )
         else:
             backbone = _with_adapter(path, dtype, options)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:

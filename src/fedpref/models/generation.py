@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -119,7 +119,8 @@ def generate(
 def merged(language: LanguageModel, params: Tree | None) -> Iterator[None]:
     """Put adapters into the model's weights, and own parts at its head, within a `with`.
 
-    The weights need their memory a second time; they and the head are put back afterwards.
+    The weights need their memory a second time; they and the head are put back afterwards. Beside
+    quantised weights adapters stay factors, for a sum would be rounded.
     """
     given, model = params or {}, language.model.get_base_model()
     first = next(iter(language.parameter_names))
@@ -130,10 +131,16 @@ def merged(language: LanguageModel, params: Tree | None) -> Iterator[None]:
     ]
     after = {name: tensor for name, tensor in given.items() if name in NAMES}
     kept: dict[Any, Tensor] = {}
+    hooks: list[Any] = []
     with language.model.disable_adapter():
         try:
             for adapter in adapters:
-                for layer, change in _changes(language, adapter):
+                for adapted in _filled(language, adapter):
+                    layer = adapted.get_base_layer()
+                    if not layer.weight.is_floating_point():
+                        hooks.append(layer.register_forward_hook(_addition(adapted)))
+                        continue
+                    change = adapted.get_delta_weight("default").float()
                     # the weight before the first adapter, if two change the same layer
                     kept.setdefault(layer, layer.weight)
                     layer.weight = nn.Parameter(
@@ -143,14 +150,16 @@ def merged(language: LanguageModel, params: Tree | None) -> Iterator[None]:
                 model.set_output_embeddings(OwnHead(language.head, after))
             yield
         finally:
+            for hook in hooks:
+                hook.remove()
             for layer, weight in kept.items():
                 layer.weight = weight
             if after:
                 model.set_output_embeddings(language.head)
 
 
-def _changes(language: LanguageModel, adapter: Tree) -> Iterator[tuple[Any, Tensor]]:
-    """Yield layers, and what an adapter adds to their weights."""
+def _filled(language: LanguageModel, adapter: Tree) -> Iterator[Any]:
+    """Yield PEFT's layers, which hold the adapter's values until the next call."""
     parameters = dict(language.model.named_parameters())
     for name, full_name in language.parameter_names.items():
         there = parameters[full_name].data
@@ -158,7 +167,19 @@ def _changes(language: LanguageModel, adapter: Tree) -> Iterator[tuple[Any, Tens
         there.zero_()[tuple(map(slice, adapter[name].shape))] = adapter[name]
     for layer in language.model.modules():
         if hasattr(layer, "get_delta_weight") and layer.active_adapters:
-            yield layer.get_base_layer(), layer.get_delta_weight("default").float()
+            yield layer
+
+
+def _addition(layer: Any) -> Callable[[Any, tuple[Tensor, ...], Tensor], Tensor]:
+    """Return a hook that adds what the adapter in a layer of PEFT makes of an input."""
+    down, up = (part["default"].weight.clone() for part in (layer.lora_A, layer.lora_B))
+    up *= layer.scaling["default"]
+
+    def add(_: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        added: Tensor = inputs[0].to(down.dtype) @ down.T @ up.T
+        return output + added.to(output.dtype)
+
+    return add
 
 
 def _draw(

@@ -22,7 +22,7 @@ from torch.func import functional_call
 
 from fedpref.data.preferences import Message
 from fedpref.errors import UserError
-from fedpref.models import devices
+from fedpref.models import devices, quantized
 from fedpref.models import fused_layers as fusion
 from fedpref.models.attention import (
     Kernel,
@@ -100,6 +100,11 @@ class Model:
     modules_to_save: tuple[str, ...] = ()
     """Refused: whole modules beside the adapter would be sent whole. What is a client's own stands
     in `algorithm.parts`."""
+    load_in_4bit: bool = False
+    """Hold the frozen backbone in four bits (NF4), by bitsandbytes (`fedpref[quantized]`)."""
+    load_in_8bit: bool = False
+    """Hold it in eight bits (LLM.int8) instead. A few large states decide the rounding of all that
+    are computed with them, so that each answer is computed by itself."""
     gradient_checkpointing: bool = False
     """Keep each layer's input alone for the backward pass, and compute the rest again: less memory,
     more time."""
@@ -114,7 +119,14 @@ class Model:
     """The day that chat templates write as today's, as 2024-07-26: a run's tokens do not depend on
     the day."""
 
+    @property
+    def bits(self) -> int | None:
+        """The bits of a frozen weight where it is quantised."""
+        return 4 if self.load_in_4bit else 8 if self.load_in_8bit else None
+
     def __post_init__(self) -> None:
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError("load_in_4bit and load_in_8bit exclude one another")
         if self.modules_to_save:
             raise ValueError(
                 "modules_to_save: only adapters are trained and sent, so that a round is small and "
@@ -156,7 +168,10 @@ class LanguageModel:
             wanted = str(dtype).removeprefix("torch.") if known else "float32"
             path = str(converted(path, settings.gguf_file, settings.revision, wanted))
         options = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
-        self.backbone = load_backbone(path, dtype, options, settings.path)
+        bits = quantized.options(settings.bits, dtype) if settings.bits else {}
+        self.backbone = load_backbone(path, dtype, options, settings.path, bits)
+        if settings.bits:
+            quantized.settle(self.backbone.model, self.backbone.model.dtype)
         if settings.path in MODELS:
             self.backbone = replace(self.backbone, base=base_of(settings.path))
         self.texts = Texts(self.backbone.tokenizer, self.backbone.model, settings.template_date)
@@ -220,7 +235,10 @@ class LanguageModel:
         self.model.to(device)
         # buffers stay: positions need float32
         for parameter in self.model.parameters() if device.type == "cuda" else ():
-            parameter.data = parameter.data.to(self.dtype)
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(self.dtype)
+        if self.settings.bits:
+            quantized.settle(self.model, self.dtype)
         trial = tried(self)
         self.has_plain_head, self.is_apart = trial.has_plain_head, trial.is_apart
         self.packs, self.kernel = trial.problem is None, trial.kernel
@@ -244,9 +262,10 @@ class LanguageModel:
         """Sizes, arithmetic, device and form, in words."""
         counts = [0, 0]
         for name, parameter in self.model.named_parameters():
-            counts[".lora_" in name] += parameter.numel()
+            counts[".lora_" in name] += quantized.size(parameter)
+        bits = f" in {self.settings.bits} bits" if self.settings.bits else ""
         sizes = (
-            f"model {self.name}: {counts[0] / 1e6:,.1f} M frozen parameters, "
+            f"model {self.name}: {counts[0] / 1e6:,.1f} M frozen parameters{bits}, "
             f"{counts[1] / 1e6:,.2f} M in the adapter"
         )
         if self.device.type != self.wanted.type:
@@ -272,6 +291,10 @@ class LanguageModel:
             for name, weight in self.model.named_parameters()
             if ".lora_" not in name
         }
+        if self.settings.bits:
+            for name, module in self.model.named_modules():
+                for kind, scale in quantized.scales(module).items():
+                    weights[f"{name.removeprefix(PREFIX)} {kind}"] = scale
         config = self.model.get_base_model().config.to_dict()
         said = {
             name: value

@@ -6,7 +6,9 @@ name.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -231,9 +233,11 @@ def convert(file: Path, folder: Path, dtype: str = "bfloat16") -> None:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             str(file.parent), gguf_file=file.name
         )
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            str(file.parent), dtype=getattr(torch, dtype), **options
-        )
+        # its bar asks nobody whether it may be drawn
+        with contextlib.redirect_stderr(io.StringIO()):
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                str(file.parent), dtype=getattr(torch, dtype), **options
+            )
     except ImportError as error:
         raise UserError(
             f"{file.name}: GGUF files need the package gguf: pip install gguf."

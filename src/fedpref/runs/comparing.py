@@ -42,6 +42,8 @@ class Comparison:
     def __init__(self, run: FinishedRun, client: str | None) -> None:
         # the run's own model, not what the export says that it stands on
         model: Any = replace(run.experiment.task.model, dtype="float32", device="cpu")
+        if model.bits:  # exports stand on weights that are not rounded
+            model = replace(model, load_in_4bit=False, load_in_8bit=False)
         with one_thread():
             self.language = LanguageModel(model)
         self.rows = list(_rows(run, client, self.language))

@@ -227,10 +227,6 @@ def _gguf(run: FinishedRun, folder: Path, client: str | None, output: Path, name
 
 def _merged(folder: Path, output: Path, *, half: bool) -> None:
     """Write a folder of transformers with the adapter and the client's own head in its weights."""
-    import torch
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
     own = trees.load(folder / FILE) if (folder / FILE).exists() else {}
     if DOWN in own:
         raise UserError(
@@ -238,6 +234,10 @@ def _merged(folder: Path, output: Path, *, half: bool) -> None:
             "transformers has no place. "
             "Export it as peft, without it, or train with algorithm.parts.bottleneck: 0."
         )
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
     model = merged_adapter(folder, dtype=torch.float32)
     if VOCABULARY_HEAD & own.keys():
         layer = model.get_output_embeddings()
@@ -394,6 +394,11 @@ def card(
         lines.append(
             f"Training began with the adapter `{_escaped(adapter)}` merged into the base model; it "
             "is part of this model."
+        )
+    if bits := getattr(experiment.task.model, "bits", None):
+        lines.append(
+            f"It was trained, and the metrics above were measured, on the base model rounded to "
+            f"{bits} bits (bitsandbytes); here it stands on weights that are not rounded."
         )
     if compared:
         lines.append(compared)
