@@ -21,7 +21,12 @@ class State:
     moments: PerClient[Tree]
 
 
-@work("alone.train", sends=())
+@work(
+    "alone.train",
+    sends=(),
+    keeps={0: "theta", 1: "moments"},
+    reads=("theta", "moments"),
+)
 def train(
     client: Client, theta: Tree, moments: Tree, local: LocalTraining
 ) -> tuple[Tree, Tree, Mapping[str, float]]:

@@ -33,13 +33,23 @@ class State:
     moments: PerClient[Tree]
 
 
-@work("choco.news")
+@work(
+    "choco.news",
+    sends=(),
+    tells=(0,),
+    keeps={0: "news"},
+    reads=("theta", "public"),
+)
 def news(client: Client, theta: Tree, public: Tree) -> Tree:
     """Return what is new since the client last told."""
     return trees.subtract(theta, public)
 
 
-@work("choco.follow")
+@work(
+    "choco.follow",
+    sends=(),
+    keeps={0: "theta", 1: "public", 2: "pull"},
+)
 def follow(
     client: Client,
     theta: Tree,

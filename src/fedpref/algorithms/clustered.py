@@ -47,7 +47,7 @@ def suitable(client: Client, adapters: Tree, clusters: int, local: LocalTraining
     return min(range(clusters), key=losses.__getitem__)
 
 
-@work("clustered.train")
+@work("clustered.train", keeps={1: "choice", 2: "moments"}, reads=("moments",))
 def train(
     client: Client, adapters: Tree, moments: Tree, clusters: int, local: LocalTraining
 ) -> tuple[Tree, Tree, Tree, Mapping[str, float]]:
@@ -67,13 +67,13 @@ def train(
     return {**zeros, **shares, **changed}, number_tree, place(moments), metrics
 
 
-@work("clustered.choose", sends=())
+@work("clustered.choose", sends=(), keeps={0: "chosen"})
 def choose(client: Client, adapters: Tree, choice: Tree) -> Tree:
     """Return the adapter of the number that the client chose."""
     return trees.part(adapters, int(choice[SHARE]))
 
 
-@work("clustered.find", sends=())
+@work("clustered.find", sends=(), keeps={0: "chosen"})
 def find(client: Client, adapters: Tree, clusters: int, local: LocalTraining) -> Tree:
     """Return the adapter that suits a client which comes later."""
     return trees.part(adapters, suitable(client, adapters, clusters, local))

@@ -28,7 +28,7 @@ class State:
     moments: PerClient[Tree]
 
 
-@work("decdpo.begin")
+@work("decdpo.begin", sends=(), tells=(0,), keeps={0: "theta"})
 def begin(client: Client, start: Tree, aggregate: Aggregate) -> Tree:
     """Return what the client trains of the adapter that everybody starts from."""
     return aggregate.received(client, start)[0]

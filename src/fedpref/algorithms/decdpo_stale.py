@@ -25,7 +25,7 @@ class State:
     moments: PerClient[Tree]
 
 
-@work("decdpo-stale.nothing_past", sends=())
+@work("decdpo-stale.nothing_past")
 def nothing_past(client: Client, start: Tree, staleness: int) -> Tree:
     """Return the past of a client that has none: the starting adapter, for every age."""
     copies = {
@@ -35,7 +35,13 @@ def nothing_past(client: Client, start: Tree, staleness: int) -> Tree:
     return trees.nest(copies)
 
 
-@work("decdpo-stale.adapt", sends=(0, 1))
+@work(
+    "decdpo-stale.adapt",
+    sends=(),
+    tells=(0, 1),
+    keeps={0: "theta", 1: "theta", 2: "moments"},
+    reads=("theta", "past", "moments"),
+)
 def adapt(
     client: Client, theta: Tree, past: Tree, moments: Tree, method: StaleDecDPO
 ) -> tuple[Tree, Tree, Tree, Mapping[str, float]]:
@@ -46,7 +52,13 @@ def adapt(
     return theta, told, moments, {**metrics, "age": float(age)}
 
 
-@work("decdpo-stale.combine")
+@work(
+    "decdpo-stale.combine",
+    sends=(),
+    tells=(0,),
+    keeps={0: "theta", 1: "past"},
+    reads={"theta": "theta", "past": "past", "told": "theta", "mixed": "theta"},
+)
 def combine(
     client: Client, theta: Tree, past: Tree, told: Tree, mixed: Tree, staleness: int
 ) -> tuple[Tree, Tree]:

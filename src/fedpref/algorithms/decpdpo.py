@@ -27,7 +27,13 @@ class State:
     moments: PerClient[Tree]
 
 
-@work("decpdpo.train")
+@work(
+    "decpdpo.train",
+    sends=(),
+    tells=(0,),
+    keeps={0: "theta", 1: "own", 2: "moments"},
+    reads=("theta", "own", "moments"),
+)
 def train(
     client: Client, fixed: Tree, theta: Tree, own: Tree, moments: Tree, method: DecPDPO
 ) -> tuple[Tree, Tree, Tree, Mapping[str, float]]:

@@ -26,7 +26,7 @@ from fedpref.numerics.trees import Tree
 from fedpref.types import NonNegative
 
 
-@work("ditto.train_near", sends=())
+@work("ditto.train_near", sends=(), keeps={0: "own"})
 def train_near(
     client: Client, adapter: Tree, own: Tree, personal: LocalTraining, strength: float
 ) -> Tree:
@@ -39,11 +39,11 @@ def near(
 ) -> tuple[Tree, Tree]:
     """Return the own adapter after its steps, and the client's place in its data."""
     pull = pull_towards(adapter, strength, client)
-    theta, kept, _ = train_locally(client, own, personal, place(kept), pull)
+    theta, kept, _ = train_locally(client, own, personal, place(kept), pull, leaves=False)
     return theta, place(kept)
 
 
-@work("ditto.train")
+@work("ditto.train", keeps={1: "own", 2: "moments"}, reads=("own", "moments"))
 def train(
     client: Client, adapter: Tree, own: Tree, moments: Tree, method: Ditto
 ) -> tuple[Tree, Tree, Tree, Mapping[str, float]]:

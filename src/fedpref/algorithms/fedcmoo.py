@@ -19,7 +19,7 @@ from fedpref.federation.common import no_moments
 from fedpref.federation.critics import about_means, critics, train_beside_critics
 from fedpref.federation.local_training import LocalTraining, seeded_dropout
 from fedpref.federation.objectives import Objectives, jacobian
-from fedpref.federation.verbs import Client, Federation, PerClient, work
+from fedpref.federation.verbs import Client, Federation, PerClient, WithheldError, work
 from fedpref.numerics import trees
 from fedpref.numerics.min_norm import projected_descent
 from fedpref.numerics.trees import Tree
@@ -40,18 +40,23 @@ class State:
     moments: PerClient[Tree]
 
 
-@work("fedcmoo.sketch")
+@work("fedcmoo.sketch", reads=("own",))
 def sketch(client: Client, adapter: Tree, own: Tree, method: FedCMOO) -> Tree:
     """Return the objectives' gradients on a batch, each summed up in groups with random signs.
 
     Together these are as many numbers as the adapter has.
     """
     task, local = client.task, method.local
-    params = trees.to({**adapter, **own}, task.device)
+    params = trees.to(trees.apart(adapter, own), task.device)
     theta = {name: params[name].clone().requires_grad_() for name in adapter}
     size = BatchSize(local.batch_size, local.max_tokens_per_batch)
     with seeded_dropout(client):
         batch = task.draw(params, params, client.shard, size, client.rng)
+        if len(size.seen) < client.least_examples:
+            raise WithheldError(
+                f"the sketch of {len(size.seen)} examples does not leave; {client.least_examples} "
+                "are the least here"
+            )
         losses, _ = task.losses({**params, **theta}, batch)
         rows = jacobian(losses, theta).cpu()
     width = rows.shape[1]
@@ -60,7 +65,7 @@ def sketch(client: Client, adapter: Tree, own: Tree, method: FedCMOO) -> Tree:
     return {"sketch": signed.view(len(rows), groups, -1).sum(2)}
 
 
-@work("fedcmoo.train")
+@work("fedcmoo.train", keeps={1: "own", 2: "moments"}, reads=("own", "moments"))
 def train(
     client: Client, adapter: Tree, own: Tree, weights: Tree, moments: Tree, method: FedCMOO
 ) -> tuple[Tree, Tree, Tree, Mapping[str, float]]:

@@ -21,13 +21,13 @@ from fedpref.numerics import trees
 from fedpref.numerics.trees import Tree
 
 
-@work("feddpa.train")
+@work("feddpa.train", keeps={1: "own", 2: "moments"}, reads=("own", "moments"))
 def train(
     client: Client, adapter: Tree, own: Tree, moments: Tree, method: FedDPA
 ) -> tuple[Tree, Tree, Tree, Mapping[str, float]]:
     """Return the client's message for the aggregate, its own adapter, moments, and metrics."""
     received, fixed = method.aggregate.received(client, adapter)
-    both = {**received, **own}
+    both = trees.apart(received, own)
     theta, moments, metrics = train_locally(client, both, method.local, moments, fixed=fixed)
     message = method.aggregate.message(client, received, trees.select(theta, received))
     return message, trees.select(theta, own), moments, metrics

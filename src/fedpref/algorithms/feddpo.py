@@ -18,7 +18,7 @@ from fedpref.federation.verbs import Client, Federation, work
 from fedpref.numerics.trees import Tree
 
 
-@work("feddpo.train")
+@work("feddpo.train", keeps={1: "moments"}, reads=("moments",))
 def train(
     client: Client, adapter: Tree, moments: Tree, method: FedDPO
 ) -> tuple[Tree, Tree, Mapping[str, float]]:

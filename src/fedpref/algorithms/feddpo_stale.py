@@ -26,7 +26,7 @@ class State:
     moments: PerClient[Tree]
 
 
-@work("feddpo-stale.train")
+@work("feddpo-stale.train", keeps={1: "moments"}, reads=("moments",))
 def train(
     client: Client, adapters: Tree, moments: Tree, method: StaleFedDPO
 ) -> tuple[Tree, Tree, Mapping[str, float]]:

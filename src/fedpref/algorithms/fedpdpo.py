@@ -28,7 +28,7 @@ def begin_alike(client: Client, parts: Parts) -> Tree:
     return client.task.parts(parts, seeds.generator(0, "parts"))
 
 
-@work("fedpdpo.train")
+@work("fedpdpo.train", keeps={1: "own", 2: "moments"}, reads=("own", "moments"))
 def train(
     client: Client, adapter: Tree, own: Tree, moments: Tree, method: FedPDPO
 ) -> tuple[Tree, Tree, Tree, Mapping[str, float]]:

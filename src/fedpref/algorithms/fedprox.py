@@ -19,7 +19,7 @@ from fedpref.numerics.trees import Tree
 from fedpref.types import NonNegative
 
 
-@work("fedprox.train")
+@work("fedprox.train", keeps={1: "moments"}, reads=("moments",))
 def train(
     client: Client, adapter: Tree, moments: Tree, method: FedProx
 ) -> tuple[Tree, Tree, Mapping[str, float]]:

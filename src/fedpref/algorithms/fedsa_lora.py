@@ -18,12 +18,12 @@ from fedpref.numerics import trees
 from fedpref.numerics.trees import Tree
 
 
-@work("fedsa-lora.train")
+@work("fedsa-lora.train", keeps={1: "own", 2: "moments"}, reads=("own", "moments"))
 def train(
     client: Client, shared: Tree, own: Tree, moments: Tree, local: LocalTraining
 ) -> tuple[Tree, Tree, Tree, Mapping[str, float]]:
     """Return the change of the shared factors, the client's own factors, moments, and metrics."""
-    theta, moments, metrics = train_locally(client, {**shared, **own}, local, moments)
+    theta, moments, metrics = train_locally(client, trees.apart(shared, own), local, moments)
     change = trees.subtract(trees.select(theta, shared), shared)
     return change, trees.select(theta, own), moments, metrics
 

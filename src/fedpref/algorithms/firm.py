@@ -44,7 +44,11 @@ class State:
     moments: PerClient[Tree]
 
 
-@work("firm.train")
+@work(
+    "firm.train",
+    keeps={1: "own", 2: "weights", 3: "moments"},
+    reads=("own", "weights", "moments"),
+)
 def train(
     client: Client, adapter: Tree, own: Tree, weights: Tree, moments: Tree, method: FIRM
 ) -> tuple[Tree, Tree, Tree, Tree, Mapping[str, float]]:

@@ -25,7 +25,7 @@ from fedpref.tasks.task import CRITIC, TaskSettings
 from fedpref.types import Positive
 
 
-@work("fsmgda.train")
+@work("fsmgda.train", keeps={1: "own", 2: "moments"}, reads=("own", "moments"))
 def train(
     client: Client, adapter: Tree, own: Tree, moments: Tree, method: FSMGDA
 ) -> tuple[Tree, Tree, Tree, Mapping[str, float]]:
@@ -39,7 +39,7 @@ def train(
         alone = Objectives(torch.nn.functional.one_hot(torch.tensor(m), len(names)))
         theta, kept[m], metrics = train_locally(
             client,
-            {**adapter, **own},
+            trees.apart(adapter, own),
             method.local,
             trees.part(moments, m),
             objectives=alone,

@@ -29,7 +29,13 @@ class State:
     moments: PerClient[Tree]
 
 
-@work("gradient-tracking.train", sends=(0, 1))
+@work(
+    "gradient-tracking.train",
+    sends=(),
+    tells=(0, 1),
+    keeps={0: "theta", 1: "seen", 2: "moments"},
+    reads=("theta", "correction", "moments"),
+)
 def train(
     client: Client, theta: Tree, correction: Tree, moments: Tree, local: LocalTraining
 ) -> tuple[Tree, Tree, Tree, Mapping[str, float]]:
@@ -47,7 +53,7 @@ def train(
     return theta, trees.to(seen, torch.device("cpu")), moments, metrics
 
 
-@work("gradient-tracking.track", sends=())
+@work("gradient-tracking.track", sends=(), keeps={0: "correction"})
 def track(client: Client, correction: Tree, seen: Tree, mixed: Tree) -> Tree:
     """Return the next correction: what sets the client's gradient apart from its neighbours'."""
     return trees.add(correction, trees.subtract(mixed, seen))

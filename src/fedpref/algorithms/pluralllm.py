@@ -22,7 +22,7 @@ from fedpref.numerics.trees import Tree
 WEIGHT = "weight/"
 
 
-@work("pluralllm.train")
+@work("pluralllm.train", keeps={1: "moments"}, reads=("moments",))
 def train(
     client: Client, predictor: Tree, moments: Tree, method: PluralLLM
 ) -> tuple[Tree, Tree, Mapping[str, float]]:

@@ -30,13 +30,13 @@ class State:
     moments: PerClient[Tree]
 
 
-@work("scaffold.begin", sends=())
+@work("scaffold.begin")
 def begin(client: Client, start: Tree) -> Tree:
     """Return a control variate of zero."""
     return trees.scale(start, 0.0)
 
 
-@work("scaffold.train", sends=(0, 1))
+@work("scaffold.train", sends=(0, 1, 2), keeps={3: "moments"}, reads=("moments",))
 def train(
     client: Client, adapter: Tree, control: Tree, own: Tree, moments: Tree, local: LocalTraining
 ) -> tuple[Tree, Tree, Tree, Tree, Mapping[str, float]]:
@@ -59,14 +59,15 @@ def train(
 class Scaffold(Algorithm[State]):
     """FedDPO whose clients follow their gradient - own control variate + mean control variate.
 
-    Shared: the adapter and the mean control variate. Private: pairs, own control variates,
-    optimiser moments. Averaged: changes of the LoRA factors and of the control variates, twice
-    FedDPO's bytes up and down. A client's new control variate is the mean of its own gradients
-    over the round. Under plain SGD with a constant rate that is the paper's option II, which reads
-    the same mean off the change of the parameters; under AdamW, whose changes are no gradients, it
-    still is right, and it is what AdamW is then fed. Deviation: the paper's clients weigh alike;
-    here the mean control variate is the mean of all clients' own by whatever weights the means
-    have, also where some of the clients are drawn, so that the weighted optimum stays fixed.
+    Shared: the adapter and the mean control variate. Private: pairs, optimiser moments; own control
+    variates stay where they are, but are the sums of what is sent of them. Averaged: changes of the
+    LoRA factors and of the control variates, twice FedDPO's bytes up and down. A client's new
+    control variate is the mean of its own gradients over the round. Under plain SGD with a constant
+    rate that is the paper's option II, which reads the same mean off the change of the parameters;
+    under AdamW, whose changes are no gradients, it still is right, and it is what AdamW is then
+    fed. Deviation: the paper's clients weigh alike; here the mean control variate is the mean of
+    all clients' own by whatever weights the means have, also where some of the clients are drawn,
+    so that the weighted optimum stays fixed.
     """
 
     name: Literal["scaffold"] = "scaffold"

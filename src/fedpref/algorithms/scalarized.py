@@ -25,7 +25,7 @@ from fedpref.numerics.trees import Tree
 from fedpref.tasks.task import TaskSettings
 
 
-@work("scalarized.train")
+@work("scalarized.train", keeps={1: "own", 2: "moments"}, reads=("own", "moments"))
 def train(
     client: Client, adapter: Tree, own: Tree, moments: Tree, method: Scalarized
 ) -> tuple[Tree, Tree, Tree, Mapping[str, float]]:

@@ -18,6 +18,7 @@ from fedpref.engines.engine import (
     Mixing,
     Purpose,
     Traffic,
+    clipped,
     everybody,
     share_of,
     told,
@@ -35,12 +36,18 @@ from fedpref.engines.messages import (
     unpack,
     version,
 )
-from fedpref.engines.replies import answered
-from fedpref.errors import UserError
+from fedpref.engines.replies import (
+    LARGEST_NUMBER,
+    LONGEST_REASON,
+    answered,
+    majority,
+    usable_metrics,
+)
+from fedpref.errors import UserError, printable
 from fedpref.federation.verbs import PerClient, registered
 from fedpref.numerics import trees
 from fedpref.numerics.trees import Tree
-from fedpref.types import Count, Positive
+from fedpref.types import Count, Portion, Positive
 
 SILENT = "no answer"  # what is said of a site that is not there
 NOWHERE = ""  # the site of a client whose site has never answered
@@ -105,6 +112,11 @@ class Patience:
     """Clients of a round that must stay to its end; null asks for all of its cohort."""
     max_message_mb: Count = 2048
     """The largest answer of a site that is taken, in MB."""
+    max_site_clients: Count | None = None
+    """The most clients that one site may have; null is any number."""
+    max_site_share: Portion | None = None
+    """The largest share of the weight in means that one site's clients may have together; null is
+    any."""
 
 
 class Sites:
@@ -156,6 +168,10 @@ class Sites:
             "held_out": self.held_out,
         }
         opened = self.ask({site: (dict(header), NO_TENSORS) for site in transport.sites})
+        if (most := patience.max_site_clients) is not None:
+            for site, answer in opened.items():
+                if not isinstance(answer, str) and len(answer[0]["about"]) > most:
+                    opened[site] = f"{len(answer[0]['about'])} clients are more than the {most}"
         answers = {site: answer for site, answer in opened.items() if not isinstance(answer, str)}
         reasons = {site: answer for site, answer in opened.items() if isinstance(answer, str)}
         silent = [site for site, reason in reasons.items() if reason.startswith(SILENT)]
@@ -171,16 +187,28 @@ class Sites:
         ]
         # by the number that clients had, then by name, so that the order does not depend on who
         # answers first
-        offers.sort(key=lambda offer: offer[:2])
-        names = [name for _, name, _, _ in offers]
-        if twice := [name for name, count in Counter(names).items() if count > 1]:
-            raise UserError(
-                f"two sites have a client called {twice[0]!r}. Let one of them give it another "
-                "name in its site.yaml."
+        offers.sort(key=lambda offer: offer[:3])
+        shared = {
+            name for name, count in Counter(name for _, name, *_ in offers).items() if count > 1
+        }
+        if shared:
+            self.notes.append(
+                f"several sites have clients called {', '.join(sorted(shared)[:5])}; each is "
+                "called by its site too."
             )
+        known = began or {}
+        # as its site calls it, and as everybody else does
+        called = {
+            (site, name): (
+                f"{name}@{site}"
+                if name in shared or (name not in known and f"{name}@{site}" in known)
+                else name
+            )
+            for _, name, site, _ in offers
+        }
         said = {
-            name: {key: value for key, value in about.items() if key != "number"}
-            for _, name, _, about in offers
+            called[site, name]: {key: value for key, value in about.items() if key != "number"}
+            for _, name, site, about in offers
         }
         self.about = (
             said
@@ -188,7 +216,8 @@ class Sites:
             else {name: said.get(name, about) for name, about in began.items()}
         )
         self.latecomers = [name for name in said if name not in self.about]
-        by_name = {name: site for _, name, site, _ in offers}
+        by_name = {called[site, name]: site for _, name, site, _ in offers}
+        own_name = {called[site, name]: name for _, name, site, _ in offers}
         self.site_of = {
             number: by_name.get(name, NOWHERE) for number, name in enumerate(self.about)
         }
@@ -203,7 +232,7 @@ class Sites:
                     site: (
                         {
                             "verb": "number",
-                            "ids": {order[number]: number for number in numbers},
+                            "ids": {own_name[order[number]]: number for number in numbers},
                             "sites": by_site,
                         },
                         NO_TENSORS,
@@ -245,37 +274,69 @@ class Sites:
             )
         return sorted({digest for header in told.values() for digest in header["held_out"]})
 
+    @staticmethod
+    def refusals(
+        transport: Transport, experiments: Mapping[str, Mapping[str, Any]], patience: Patience
+    ) -> dict[str, str]:
+        """Return why sites take no part in some of several experiments, before any is begun.
+
+        Args:
+            transport: The way to the sites.
+            experiments: As plain data, by what they are called.
+            patience: How long sites are waited for.
+
+        Returns:
+            By site, for those that refuse one; a site that does not answer says so later.
+        """
+        header = {**version(), "verb": "consent", "experiments": list(experiments.values())}
+        asked = {site: (dict(header), NO_TENSORS) for site in transport.sites}
+        refused = {}
+        for site, answer in asked_of(transport, asked, patience).items():
+            if isinstance(answer, str):
+                if not answer.startswith(SILENT):
+                    refused[site] = answer
+                continue
+            said = zip(experiments, answer[0]["reasons"], strict=True)
+            if reasons := [f"{name}: {printable(reason)}" for name, reason in said if reason]:
+                refused[site] = "; ".join(reasons)
+        return refused
+
     def ask(
         self, messages: Mapping[str, tuple[Header, Tree]]
     ) -> dict[str, tuple[Header, Tree] | str]:
         """Return each site's answer, or why there is none."""
-        # packed once for each tree, not for each site: most messages carry the same adapter
-        bodies = {
-            key: body(tensors)
-            for key, tensors in {id(tensors): tensors for _, tensors in messages.values()}.items()
-        }
-        packed = {
-            site: framed(header, bodies[id(tensors)])
-            for site, (header, tensors) in messages.items()
-        }
-        answers = self.transport.ask(packed, self.patience.seconds)
-        replies: dict[str, tuple[Header, Tree] | str] = {}
-        for site in messages:
-            if site not in answers:
-                replies[site] = f"{SILENT} in {self.patience.seconds:g} seconds"
+        return asked_of(self.transport, messages, self.patience)
+
+
+def asked_of(
+    transport: Transport, messages: Mapping[str, tuple[Header, Tree]], patience: Patience
+) -> dict[str, tuple[Header, Tree] | str]:
+    """Return each site's answer, or why there is none."""
+    # packed once for each tree, not for each site: most messages carry the same adapter
+    bodies = {
+        key: body(tensors)
+        for key, tensors in {id(tensors): tensors for _, tensors in messages.values()}.items()
+    }
+    packed = {
+        site: framed(header, bodies[id(tensors)]) for site, (header, tensors) in messages.items()
+    }
+    answers = transport.ask(packed, patience.seconds)
+    replies: dict[str, tuple[Header, Tree] | str] = {}
+    for site in messages:
+        if site not in answers:
+            replies[site] = f"{SILENT} in {patience.seconds:g} seconds"
+            continue
+        try:
+            header, tensors = unpack(answers[site], patience.max_message_mb * 10**6)
+            refuse_other_format(header, f"site {site}")
+            if refused := header.get("refused"):
+                replies[site] = printable(str(refused)[:LONGEST_REASON])
                 continue
-            try:
-                header, tensors = unpack(answers[site], self.patience.max_message_mb * 10**6)
-                refuse_other_format(header, f"site {site}")
-                refused = header.get("refused")
-                replies[site] = (
-                    str(refused)
-                    if refused
-                    else (answered(messages[site][0]["verb"], header), tensors)
-                )
-            except RefusedError as error:
-                replies[site] = str(error)
-        return replies
+            asked = messages[site][0]
+            replies[site] = (answered(asked["verb"], header, asked), tensors)
+        except RefusedError as error:
+            replies[site] = str(error)
+    return replies
 
 
 class RemoteEngine:
@@ -293,8 +354,9 @@ class RemoteEngine:
         newcomers: Collection[int] = (),
         links: Chain = Chain(),
         mixing: Mixing = everybody,
+        clip: float | None = None,
     ) -> None:
-        self._sites, self._links, self._mixing = sites, links, mixing
+        self._sites, self._links, self._mixing, self._clip = sites, links, mixing, clip
         self._examples = {
             number: float(about["train"]) for number, about in enumerate(sites.about.values())
         }
@@ -303,6 +365,8 @@ class RemoteEngine:
         self._weights = (
             self._examples if weighting == "examples" else dict.fromkeys(self.clients, 1.0)
         )
+        if (most := sites.patience.max_site_share) is not None:
+            self._weights = bounded_by_site(self._weights, sites.site_of, most)
         self._freed: list[tuple[int, str]] = []
         self._last = 0
         self._lost = {NOWHERE}  # sites that did not answer
@@ -314,6 +378,7 @@ class RemoteEngine:
         self.traffic, self._calls = Traffic(), 0
         self._gone: dict[int, str] = {}
         self._unheard: dict[int, str] = {}
+        self.lengths: dict[int, float] = {}
         self._cohort = len(self.active)
         self._leave_out(
             {i: "its site is not there" for i in cohort if self._sites.site_of[i] in self._lost}
@@ -352,7 +417,10 @@ class RemoteEngine:
             self._leave_out(
                 {i: reason for i, reason in header["failed"].items() if i in self.active}
             )
-        count = next(answers[self._sites.site_of[i]][0]["parts"] for i in self.active)
+        # whoever says otherwise than the work's declaration, or than most, is at fault
+        said = [answers[self._sites.site_of[i]][0]["parts"] for i in self.active]
+        declared = registered(work).results
+        count = majority(said) if declared is None else None if declared == 1 else declared
         self._leave_out(
             {
                 i: "its result has other parts"
@@ -382,7 +450,7 @@ class RemoteEngine:
             messages = {i: trees.part(answers[self._sites.site_of[i]][1], i) for i in self.active}
             # whoever sends other names or shapes than most is at fault; no template of them is
             # known here
-            usual = Counter(map(shape, messages.values())).most_common(1)[0][0]
+            usual = majority(map(shape, messages.values()))
             self._leave_out(
                 {
                     i: reason
@@ -393,6 +461,11 @@ class RemoteEngine:
             if self.active == present:
                 break
         self.traffic += Traffic(bytes_up=sum(trees.size(message) for message in messages.values()))
+        if self._clip is not None and self._purpose == "train":
+            for i in self.active:
+                messages[i], self.lengths[i] = clipped(
+                    messages[i], self._weights[i] / total, self._clip
+                )
         # in client order, whoever answered first, so that the sum has the same bits anywhere
         return trees.total(messages[i] for i in self.active)
 
@@ -438,7 +511,7 @@ class RemoteEngine:
         return weighted_report(self.disclose(metrics), self._examples)
 
     def disclose(
-        self, metrics: PerClient[Mapping[str, float]]
+        self, metrics: PerClient[Mapping[str, float]], needs: Collection[str] = ()
     ) -> Mapping[int, Mapping[str, float]]:
         names = self._present(metrics)
         asked: dict[str, tuple[Header, Tree]] = {
@@ -448,7 +521,9 @@ class RemoteEngine:
         answers = self._ask(asked)
         rows = {i: row for header, _ in answers.values() for i, row in header["metrics"].items()}
         self._leave_out({i: "it reported nothing" for i in self.active if i not in rows})
-        return {i: rows[i] for i in self.active}
+        usable, unfit = usable_metrics({i: rows[i] for i in self.active}, needs)
+        self._leave_out(unfit)
+        return usable
 
     def save(self, values: Mapping[str, PerClient[Tree]], folder: Path) -> None:
         names = {field: _names(value) for field, value in values.items()}
@@ -482,14 +557,25 @@ class RemoteEngine:
         present: dict[str, dict[int, Name]] = {field: {} for field in names}
         for site, answer in answers.items():
             if isinstance(answer, str):
-                raise UserError(
-                    f"{folder.name}: site {site} does not take up what its clients keep: {answer}"
-                )
-            for field, clients in answer[0]["present"].items():
-                present[field] |= {i: self._name(i, f"{name}.{field}") for i in clients}
+                if self._sites.patience.min_clients is None:
+                    raise UserError(
+                        f"{folder.name}: site {site} does not take up what its clients keep: "
+                        f"{answer}"
+                    )
+                self._lost.add(site)
+                continue
+            here = self._by_site(self.clients)[site]
+            for field in names:
+                present[field] |= {
+                    i: self._name(i, f"{name}.{field}")
+                    for i in answer[0]["present"].get(field, ())
+                    if i in here
+                }
         for field, kept in self._kept.items():
             if lost := [
-                i for i in kept if self._sites.site_of[i] in answers and i not in present[field]
+                i
+                for i in kept
+                if self._sites.site_of[i] in answers.keys() - self._lost and i not in present[field]
             ]:
                 clients = [list(self._sites.about)[i] for i in lost]
                 raise UserError(
@@ -504,7 +590,12 @@ class RemoteEngine:
         answers = self._ask(
             {site: ({"verb": "names"}, NO_TENSORS) for site in self._by_site(self.clients)}
         )
-        return {i: names for header, _ in answers.values() for i, names in header["names"].items()}
+        return {
+            i: names
+            for header, _ in answers.values()
+            for i, names in header["names"].items()
+            if i in self.clients
+        }
 
     def close(self) -> None:
         """Do nothing: sites stay as they are."""
@@ -579,7 +670,45 @@ def _unusable(message: Tree, usual: Any) -> str:
         finite(message)
     except RefusedError as error:
         return str(error)
-    return ""
+    if any(not tensor.is_floating_point() for tensor in message.values()):
+        return "it holds tensors of other than real numbers"
+    parts = [tensor.double().abs().max() for tensor in message.values() if tensor.numel()]
+    largest = max(map(float, parts), default=0.0)
+    return f"it holds the number {largest:g}" if largest > LARGEST_NUMBER else ""
+
+
+def bounded_by_site(
+    weights: Mapping[int, float], site_of: Mapping[int, str], most: float
+) -> dict[int, float]:
+    """Return clients' weights, less where a site's clients would have more than a share of all.
+
+    Args:
+        weights: By client.
+        site_of: Each client's site.
+        most: The share; where there are too few sites for it, all have equal ones.
+    """
+    totals: Counter[str] = Counter()
+    for client, weight in weights.items():
+        totals[site_of[client]] += weight  # type: ignore[assignment]
+    most = max(most, 1 / len(totals))
+    bounded: set[str] = set()
+    while True:
+        free = sum(total for site, total in totals.items() if site not in bounded)
+        # what those at the bound have together is `most` each of the new total
+        left = 1 - most * len(bounded)
+        whole = free / left if left > 1e-9 else 0.0
+        over = {
+            site
+            for site, total in totals.items()
+            if site not in bounded and total > most * whole * (1 + 1e-12)
+        }
+        if not over:
+            break
+        bounded |= over
+    factors = {site: (most * whole if whole else 1.0) / totals[site] for site in bounded}
+    return {
+        client: weight * factors.get(site_of[client], 1.0) for client, weight in weights.items()
+    }
 
 
 def _names(values: Any) -> dict[int, Name]:

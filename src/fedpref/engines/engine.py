@@ -83,6 +83,18 @@ def mixed(value: Tree, told: Tree | None, heard: Iterable[tuple[Tree, float]]) -
     return mean if told is None else trees.add(value, trees.subtract(mean, told))
 
 
+def clipped(message: Tree, share: float, most: float) -> tuple[Tree, float]:
+    """Return a client's share of a mean, shortened where its value is too long, and the length.
+
+    Args:
+        message: The value times the client's share.
+        share: Its weight in the mean.
+        most: The largest norm that a value may have.
+    """
+    length = trees.norm(message) / share if share else 0.0
+    return (trees.scale(message, most / length) if length > most else message), length
+
+
 class Engine(Federation, Protocol):
     """A federation that can be driven."""
 
@@ -99,11 +111,20 @@ class Engine(Federation, Protocol):
         """
         ...
 
+    @property
+    def lengths(self) -> Mapping[int, float]:
+        """The norm of what each client sent in the phase, before it was clipped; empty without."""
+        ...
+
     def disclose(
-        self, metrics: PerClient[Mapping[str, float]]
+        self, metrics: PerClient[Mapping[str, float]], needs: Collection[str] = ()
     ) -> Mapping[int, Mapping[str, float]]:
         """Return each active client's scalars: for the table of an evaluation, never for an
         algorithm.
+
+        Args:
+            metrics: What clients measured.
+            needs: Metrics that every client must have.
         """
         ...
 

@@ -21,7 +21,8 @@ Header = dict[str, Any]
 NO_TENSORS: Tree = {}
 
 
-FORMAT = 2  # of messages; those of format 1 did not say so
+FORMAT = 3  # of messages; 1 did not say so, 2 had no labels of values and no `consent`
+MOST_HEADER = 32 * 10**6  # bytes of a header, which takes some ten times as much when it is read
 
 
 class RefusedError(Exception):
@@ -69,6 +70,8 @@ def unpack(message: bytes, limit: int | None = None) -> tuple[Header, Tree]:
         raise RefusedError(f"a message of {len(message)} bytes is above the limit of {limit}")
     try:
         start = 8 + int.from_bytes(message[:8], "big")
+        if start > MOST_HEADER:
+            raise RefusedError(f"a header of {start} bytes is above the limit of {MOST_HEADER}")
         header = json.loads(message[8:start])
         tensors = safetensors.torch.load(message[start:]) if len(message) > start else {}
     except (ValueError, RecursionError, SafetensorError) as error:

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import tempfile
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
+from filelock import FileLock, Timeout
 from torch import Tensor
 
+from fedpref.federation.leaving import Audience, Kept, Label
 from fedpref.federation.verbs import PerClient
 from fedpref.numerics import trees
 from fedpref.numerics.trees import Tree
 
 T = TypeVar("T")
+SPILLED, LOCK = "fedpref-spilled-", "lock"  # a folder of the machine's temporary ones
 
 
 class StoredValues(Generic[T]):
@@ -26,34 +33,56 @@ class StoredValues(Generic[T]):
         values: Clients and their values.
     """
 
-    def __init__(self, room: int, values: Iterable[tuple[int, Any]] = ()) -> None:
-        self._values: dict[int, Any] = {}
+    def __init__(self, room: int, values: Iterable[tuple[int, Kept]] = ()) -> None:
+        self._values: dict[int, Kept] = {}
         self._room = self._left = room
-        for client, value in values:
-            self.put(client, value)
+        for client, kept in values:
+            self.put(client, kept)
 
-    def put(self, client: int, value: Any) -> None:
+    def put(self, client: int, kept: Kept) -> None:
         """Keep the value of a client that has none yet: in memory if there is room, in a file
         otherwise.
         """
+        value = kept.value
         size = (
             trees.size(value)
             if isinstance(value, Mapping)
             and all(isinstance(part, Tensor) for part in value.values())
             else 0
         )
-        self._values[client] = value if size <= self._left else _File(value)
-        self._left -= size if size <= self._left else 0
+        if size > self._left:
+            kept.value, size = _File(value), 0
+        self._values[client] = kept
+        self._left -= size
 
     def __or__(self, newer: PerClient[T]) -> StoredValues[T]:
         return StoredValues(self._room, (self._values | stored(newer)._values).items())
 
     def __getitem__(self, client: int) -> T:
-        value: Any = self._values[client]
+        value: Any = self._values[client].value
         return cast(T, value.read() if isinstance(value, _File) else value)
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._values)
+
+    def label(self, client: int) -> Label:
+        """Return what is said of a client's value."""
+        return self._values[client].label
+
+    def leaving(self, client: int, audience: Audience) -> T:
+        """Return a value that somebody is to get.
+
+        Raises:
+            WithheldError: It is not for them.
+        """
+        kept = self._values[client]
+        kept.label.refuse(audience, client)
+        return self[client]
+
+    @property
+    def kept(self) -> Mapping[int, Kept]:
+        """The values as they are kept, by client; a spilled one is a file that reads itself."""
+        return self._values
 
 
 def stored(value: PerClient[T]) -> StoredValues[T]:
@@ -63,11 +92,20 @@ def stored(value: PerClient[T]) -> StoredValues[T]:
     return value
 
 
-def gather(results: Iterable[tuple[int, Any]], room: int) -> Any:
+def gather(
+    results: Iterable[tuple[int, Any]],
+    room: int,
+    label: Callable[[int, Sequence[Any]], Sequence[Label]],
+) -> Any:
     """Return what clients return, as it comes in.
 
     It is a `StoredValues`, or a tuple of them where clients return tuples, each with `room` bytes
     in memory.
+
+    Args:
+        results: Clients, and what they returned.
+        room: Bytes of each result that stay in memory.
+        label: Returns the labels of what a client returned.
     """
     columns: list[StoredValues[Any]] = []
     is_tuple = False
@@ -75,16 +113,16 @@ def gather(results: Iterable[tuple[int, Any]], room: int) -> Any:
         is_tuple = isinstance(result, tuple)
         parts = result if is_tuple else (result,)
         columns = columns or [StoredValues(room) for _ in parts]
-        for column, part in zip(columns, parts, strict=True):
-            column.put(client, part)
+        for column, part, said in zip(columns, parts, label(client, parts), strict=True):
+            column.put(client, Kept(part, said))
     return tuple(columns) if is_tuple else columns[0]
 
 
 class _File:
-    """A tree in a file, which goes when nothing refers to it."""
+    """A tree in a file, which goes when nothing refers to it, at the latest with the process."""
 
     def __init__(self, tree: Tree) -> None:
-        handle, name = tempfile.mkstemp(".safetensors", "fedpref-")
+        handle, name = tempfile.mkstemp(".safetensors", dir=_spilled(os.getpid()))
         os.close(handle)
         self._path = Path(name)
         weakref.finalize(self, _remove, self._path, os.getpid())
@@ -97,3 +135,23 @@ class _File:
 def _remove(path: Path, owner: int) -> None:
     if os.getpid() == owner:  # not a process that was forked from it
         path.unlink(missing_ok=True)
+
+
+@cache
+def _spilled(owner: int) -> Path:
+    """Return the folder of a process's spilled trees; those of processes that died are removed."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{SPILLED}*"):
+        if (folder / LOCK).exists():
+            with suppress(Timeout, OSError), FileLock(folder / LOCK, blocking=False):
+                shutil.rmtree(folder, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=SPILLED))
+    lock = FileLock(folder / LOCK, blocking=False)
+    lock.acquire()  # until the process is gone, however it goes
+
+    def clear() -> None:
+        if os.getpid() == owner:
+            lock.release()
+            shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(clear)
+    return folder

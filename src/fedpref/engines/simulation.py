@@ -12,6 +12,7 @@ from fedpref.engines.engine import (
     Mixing,
     Purpose,
     Traffic,
+    clipped,
     everybody,
     mixed,
     share_of,
@@ -20,7 +21,9 @@ from fedpref.engines.engine import (
 )
 from fedpref.engines.forks import forked
 from fedpref.engines.per_client import StoredValues, gather, stored
+from fedpref.engines.store import Store
 from fedpref.engines.workers import Workers
+from fedpref.federation.leaving import Audience, Kept, Label, labels
 from fedpref.federation.verbs import WORK, Client, PerClient, in_turn, registered
 from fedpref.numerics import seeds, trees
 from fedpref.numerics.trees import Tree
@@ -43,6 +46,7 @@ class Simulation:
         workers: Processes; 1 computes in this one.
         spill_above_mb: MB of a value that stay in memory; the rest goes to files.
         folder: Where what clients keep in files goes.
+        clip: The largest norm of what a client sends for a mean; longer ones are shortened.
     """
 
     def __init__(
@@ -60,6 +64,7 @@ class Simulation:
         workers: int = 1,
         spill_above_mb: int = 512,
         folder: Path = Path(),
+        clip: float | None = None,
     ) -> None:
         self._task, self._shards = task, tuple(shards)
         self._seed, self._rounds, self._channel, self._folder = seed, rounds, channel, folder
@@ -68,7 +73,8 @@ class Simulation:
             i: float(len(shard)) if weighting == "examples" else 1.0
             for i, shard in enumerate(shards)
         }
-        self._newcomers = frozenset(newcomers)
+        self._newcomers, self._clip = frozenset(newcomers), clip
+        self._store: Store | None = None
         self._examples = {i: float(len(shard)) for i, shard in enumerate(shards)}
         self.clients = tuple(range(len(shards)))
         self._workers = Workers(workers, self._job, task.move_to) if workers > 1 else None
@@ -81,6 +87,7 @@ class Simulation:
         self.round, self._purpose = round, purpose
         self.active = tuple(cohort)
         self.traffic, self._calls = Traffic(), 0
+        self.lengths: dict[int, float] = {}
 
     @property
     def share(self) -> float:
@@ -99,7 +106,12 @@ class Simulation:
         shared = (registered(work).name, self._purpose, self.round, self._calls, each, common)
         own = ((i, {k: column[i] for k, column in columns.items()}) for i in self.active)
         run = self._workers.run if self._workers else self._run_here
-        return gather(run(shared, own), self._room)
+
+        def label(client: int, results: Sequence[Any]) -> Sequence[Label]:
+            given = {k: column.label(client) for k, column in columns.items()}
+            return labels(registered(work), given, results)
+
+        return gather(run(shared, own), self._room, label)
 
     def _run_here(self, shared: Any, own: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
         return ((i, self._job(i, shared, values)) for i, values in own)
@@ -120,7 +132,14 @@ class Simulation:
         rng = seeds.generator(self._seed, purpose, round=round, call=call, client=i)
         spread = partial(forked, processes) if processes > 1 else in_turn
         client = Client(
-            i, self._task, self._shards[i], rng, round, self._rounds, self._folder, spread
+            i,
+            self._task,
+            self._shards[i],
+            rng,
+            round,
+            self._rounds,
+            self._folder,
+            spread=spread,
         )
         args = {**common, **own}
         return WORK[work](client, *(args[k] for k in sorted(args)))
@@ -144,10 +163,14 @@ class Simulation:
                 rng = seeds.generator(
                     self._seed, "channel", round=self.round, call=self._calls, client=i
                 )
+                value = column.leaving(i, Audience.COORDINATOR)
                 message = self._channel.encode(
-                    trees.scale(column[i], self._weights[i] / total), Sender(i, self.round, rng)
+                    trees.scale(value, self._weights[i] / total), Sender(i, self.round, rng)
                 )
                 self.traffic += Traffic(bytes_up=trees.size(message))
+                if self._clip is not None and self._purpose == "train":
+                    share = self._weights[i] / total
+                    message, self.lengths[i] = clipped(message, share, self._clip)
                 yield message
 
         # in client order, whichever worker was first, so that the sum has the same bits anywhere
@@ -157,18 +180,21 @@ class Simulation:
         self._calls += 1
         weights = self._mixing(self.round, self.active)
         told_by, sizes, arrived = stored(values), {}, StoredValues[Tree](self._room)
+        labelled = {i: told_by.label(i).mixed for i in self.active}
         for i in self.active:
             rng = seeds.generator(
                 self._seed, "channel", round=self.round, call=self._calls, client=i
             )
-            message = self._links.encode(told_by[i], Sender(i, self.round, rng))
+            value = told_by.leaving(i, Audience.NEIGHBOURS)
+            message = self._links.encode(value, Sender(i, self.round, rng))
             sizes[i] = trees.size(message)
-            arrived.put(i, self._links.decode(message, 1))
+            arrived.put(i, Kept(self._links.decode(message, 1), labelled[i]))
         self.traffic += told(sizes, weights)
 
-        def mixture(i: int) -> Tree:
+        def mixture(i: int) -> Kept:
             heard = ((arrived[j], float(weights[i, j])) for j in self.active if weights[i, j])
-            return mixed(told_by[i], arrived[i] if self._links.stages else None, heard)
+            value = mixed(told_by[i], arrived[i] if self._links.stages else None, heard)
+            return Kept(value, labelled[i])
 
         return arrived, StoredValues(self._room, ((i, mixture(i)) for i in self.active))
 
@@ -176,21 +202,25 @@ class Simulation:
         return weighted_report(self.disclose(metrics), self._examples)
 
     def disclose(
-        self, metrics: PerClient[Mapping[str, float]]
+        self, metrics: PerClient[Mapping[str, float]], needs: Collection[str] = ()
     ) -> Mapping[int, Mapping[str, float]]:
-        return {i: stored(metrics)[i] for i in self.active}
+        column = stored(metrics)
+        return {i: column.leaving(i, Audience.COORDINATOR) for i in self.active}
 
     def save(self, values: Mapping[str, PerClient[Tree]], folder: Path) -> None:
-        for name, value in values.items():
-            (folder / name).mkdir(parents=True, exist_ok=True)
-            for i in stored(value):
-                trees.save(stored(value)[i], folder / name / f"{i}.safetensors")
+        kept = {field: stored(value).kept for field, value in values.items()}
+        self._store_in(folder.parent.parent).save(folder, folder.name, kept)
 
     def load(self, folder: Path, names: Sequence[str]) -> Mapping[str, PerClient[Tree]]:
-        return {name: self._load(folder / name) for name in names}
+        store = self._store_in(folder.parent)
+        store.tidy()
+        return {
+            field: StoredValues(self._room, kept.items())
+            for field, kept in store.load(folder, names).items()
+        }
 
-    def _load(self, folder: Path) -> PerClient[Tree]:
-        files = ((i, folder / f"{i}.safetensors") for i in self.clients)
-        return StoredValues(
-            self._room, ((i, trees.load(path)) for i, path in files if path.exists())
-        )
+    def _store_in(self, folder: Path) -> Store:
+        """Return the store of a folder of checkpoints, which is one for the engine's life."""
+        if self._store is None:
+            self._store = Store(folder)
+        return self._store

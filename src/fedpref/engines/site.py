@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import logging
-import re
 import shutil
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol, get_type_hints
+from typing import Any, Protocol, TypeVar, get_type_hints
 
 from pydantic import TypeAdapter
 from torch import Tensor
@@ -30,19 +30,23 @@ from fedpref.engines.messages import (
     unpack,
     version,
 )
+from fedpref.engines.requests import beneath, freed, parsed
+from fedpref.engines.store import Store
+from fedpref.engines.values import Bounds, Values, size
 from fedpref.engines.workers import one_thread
 from fedpref.errors import UserError
-from fedpref.federation.verbs import WORK, Client
-from fedpref.numerics import seeds, trees
+from fedpref.federation.leaving import Audience, Kept, is_metrics, labels
+from fedpref.federation.verbs import WORK, Client, WithheldError, Work
+from fedpref.numerics import files, seeds, trees
 from fedpref.numerics.trees import Tree
 from fedpref.tasks.task import Task
 
-RUN = re.compile(r"\w[\w.-]{0,99}(/\w[\w.-]{0,99}){0,3}")
 CHECKPOINTS, AHEAD = 2, 4  # that are kept, and messages of a site that may lie here unread
-# what may be told has another name in a checkpoint
-TELLABLE, PRIVATE = ".told.safetensors", ".safetensors"
+OPENINGS = "openings"  # in a run's folder: how often it was opened
+ASIDE = 3  # former states of a run that are kept when it is begun anew
 LOG = logging.getLogger("fedpref")
 Answer = tuple[Header, Tree]
+T = TypeVar("T")
 
 
 def _failed(error: Exception) -> str:
@@ -65,12 +69,11 @@ class Hosted:
     seed: int
     rounds: int
     links: Chain = Chain()
-    does: Callable[[str], bool] = lambda work: True
-    """Whether a piece of work may be asked for."""
+    does: Callable[[str, str], bool] = lambda work, purpose: True
+    """Whether a piece of work may be asked for, in a phase of that purpose."""
     gives: Callable[[str], bool] = lambda name: True
     """Whether a tensor of this name may leave."""
-    limit: int | None = None
-    """Bytes of a message."""
+    bounds: Bounds = Bounds()
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,14 @@ class HeldOut:
 
 class Host(Protocol):
     """Who decides what a site brings to an experiment."""
+
+    def consent(self, experiment: Any) -> None:
+        """Raise RefusedError where the site takes no part in an experiment.
+
+        Args:
+            experiment: As plain data, from the coordinator.
+        """
+        ...
 
     def held_out(self, experiment: Any, everything: bool) -> HeldOut:
         """Return what tells prompts that are held out here.
@@ -128,19 +139,26 @@ class Peers(Protocol):
 
 
 class Site:
-    """Clients' values lie here by name; what the coordinator no longer refers to is freed."""
+    """Clients' values lie here by name; what the coordinator no longer refers to is freed.
+
+    A message is parsed by `requests` before a verb sees it. Whether a value leaves is said by
+    its label alone; see `fedpref.federation.leaving`.
+    """
 
     def __init__(self, name: str, host: Host, folder: Path, peers: Peers) -> None:
         self.name, self._host, self._folder, self._peers = name, host, folder, peers
         self._hosted: Hosted | None = None
         self._names: dict[int, str] = {}  # of clients, by their ids
-        self._values: dict[int, dict[str, Any]] = {}
-        self._told: set[tuple[int, str]] = set()  # values that may leave: clients and names
+        self._values = Values()
         self._site_of: dict[int, str] = {}  # every client's site
         self._heard: dict[tuple[int, int, str], bytes] = {}
         self._news = threading.Condition()
+        # by purpose and round: calls and clients, and seconds
+        self._done: dict[tuple[str, int], Counter[tuple[int, int]]] = {}
+        self._spent: Counter[tuple[str, int]] = Counter()
         verbs = (
             self.split,
+            self.consent,
             self.open,
             self.number,
             self.each,
@@ -160,20 +178,18 @@ class Site:
         nothing.
         """
         try:
-            header, tensors = unpack(message, self._hosted.limit if self._hosted else None)
-            for client, name in header.pop("free", ()):
-                self._values.get(client, {}).pop(name, None)
-                self._told.discard((client, name))
+            header, tensors = unpack(message, self._hosted.bounds.message if self._hosted else None)
+            for client, name in freed(header.pop("free", [])):
+                self._values.drop(client, name)
             verb = header.pop("verb", None)
-            if verb not in self._verbs:
-                raise RefusedError(f"there is no verb {str(verb)[:40]!r}")
-            # said in `open` alone: what follows comes from the same coordinator
-            if verb in ("split", "open"):
+            # said in these alone: what follows comes from the same coordinator
+            if verb in ("split", "consent", "open"):
                 refuse_other_format(header, "the coordinator")
+            asked = parsed(verb, header)
             with one_thread():
-                answer, tensors = self._verbs[verb](finite(tensors), **header)
+                answer, tensors = self._verbs[verb](finite(tensors), **asked)
             return pack(version() | answer, tensors)
-        except (RefusedError, UserError) as error:
+        except (RefusedError, WithheldError, UserError) as error:
             return pack(version() | {"refused": str(error)})
         except Exception as error:
             return pack(version() | {"refused": _failed(error)})
@@ -184,7 +200,7 @@ class Site:
         What nobody waits for is dropped.
         """
         if sender not in self._site_of.values() or len(message) > (
-            self._opened.limit or sys.maxsize
+            self._opened.bounds.message or sys.maxsize
         ):
             return
         try:
@@ -206,6 +222,17 @@ class Site:
         """Say what tells prompts that are held out here, for sites to compare; see `Host`."""
         return asdict(self._host.held_out(experiment, everything)), NO_TENSORS
 
+    def consent(self, tensors: Tree, experiments: Sequence[Any]) -> Answer:
+        """Say of each experiment why the site takes no part in it; nothing is begun."""
+        reasons = []
+        for experiment in experiments:
+            try:
+                self._host.consent(experiment)
+                reasons.append("")
+            except RefusedError as error:
+                reasons.append(str(error))
+        return {"reasons": reasons}, NO_TENSORS
+
     def open(
         self,
         tensors: Tree,
@@ -213,29 +240,32 @@ class Site:
         run: str,
         resumes: bool,
         is_known: bool,
-        held_out: Sequence[str] = (),
+        held_out: Sequence[str],
     ) -> Answer:
         """Begin an experiment, or go on with it, and say which clients there are.
 
-        A run is begun anew only if the coordinator knows it.
+        A run is begun anew only if the coordinator knows it; what its clients kept before is set
+        aside.
         """
-        if not RUN.fullmatch(run):
-            raise RefusedError(f"a run cannot be called {run[:40]!r}")
-        folder = self._folder / run
+        folder = beneath(self._folder, run)
         if not is_known and list(folder.glob("checkpoints/round-*")):
             raise RefusedError(
                 f"it has kept the clients of a run {run!r} that the coordinator does not know; "
                 "its folder of runs is another"
             )
-        self._hosted, self._run = self._host.host(experiment, folder, held_out), folder
+        hosted = self._host.host(experiment, folder, held_out)
         folder.mkdir(parents=True, exist_ok=True)
-        # of an earlier run of this name
+        _count_opening(folder, hosted.bounds.openings)
         if not resumes:
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        self._values.clear()
-        self._told.clear()
+            _set_aside(folder)
+        self._hosted, self._run = hosted, folder
+        self._store = Store(folder / "checkpoints")
+        self._store.tidy()
+        self._values, self._names, self._site_of = Values(), {}, {}
         self._heard.clear()
-        return {"about": self._hosted.about}, NO_TENSORS
+        self._done.clear()
+        self._spent.clear()
+        return {"about": hosted.about}, NO_TENSORS
 
     def number(
         self, tensors: Tree, ids: Mapping[str, int], sites: Mapping[str, Sequence[int]]
@@ -243,8 +273,12 @@ class Site:
         """Learn the numbers of the clients here, and at which sites all others are."""
         if not ids.keys() <= self._opened.shards.keys():
             raise RefusedError("ids of clients that are not those here")
+        everybody = [number for numbers in sites.values() for number in numbers]
+        here = set(sites.get(self.name, ()))
+        if len(set(everybody)) < len(everybody) or set(ids.values()) != here:
+            raise RefusedError("ids of clients that do not fit those of the sites")
         self._names = {number: name for name, number in ids.items()}
-        self._values = {number: {} for number in self._names}
+        self._values = Values(self._names, self._opened.bounds.memory)
         self._site_of = {number: site for site, numbers in sites.items() for number in numbers}
         return {}, NO_TENSORS
 
@@ -262,39 +296,34 @@ class Site:
         """Do registered work for some clients and keep what comes of it."""
         hosted = self._opened
         function = WORK.get(work)
-        if function is None or not hosted.does(work):
-            raise RefusedError(f"{work[:80]!r} is no work that is done here")
-        if not 0 <= round <= hosted.rounds:
+        if function is None or not hosted.does(work, purpose):
+            raise RefusedError(f"{work!r} is no work that is done here to {purpose}")
+        if round > hosted.rounds:
             raise RefusedError(f"round {round} is none of the {hosted.rounds} of the experiment")
-        # arguments are read by the types that the work declares; nothing is unpickled
-        hints = [
-            hint for key, hint in get_type_hints(function.function).items() if key != "return"
-        ][1:]
-        hints += hints[-1:] * (len(args) - len(hints))  # a work's *parts
-        common = {k: trees.part(tensors, k) for k, arg in enumerate(args) if "tree" in arg}
-        try:
-            common |= {
-                k: TypeAdapter(hint).validate_python(arg["plain"])
-                for k, (arg, hint) in enumerate(zip(args, hints, strict=True))
-                if "plain" in arg
-            }
-        except ValueError as error:  # pydantic's among them
-            raise RefusedError(f"arguments of {work!r} that do not fit: {error}") from error
+        self._values.refuse_taken(clients, name)
+        common = self._arguments(function, tensors, args)
+        self._refuse_repeated(purpose, round, call, clients)
+        begun = time.monotonic()
         parts: int | None = None
         failed = {}
         for i in clients:
-            given = {
-                **common,
-                **{
-                    k: self._value(i, arg["own"][str(i)])
-                    for k, arg in enumerate(args)
-                    if "own" in arg
-                },
+            own = {
+                k: self._values.get(i, _said_for(i, arg["own"]))
+                for k, arg in enumerate(args)
+                if "own" in arg
             }
-            # the same address as in a simulation, therefore the same numbers
-            rng = seeds.generator(hosted.seed, purpose, round=round, call=call, client=i)
+            given = {**common, **{k: kept.value for k, kept in own.items()}}
             client = Client(
-                i, hosted.task, hosted.shards[self._names[i]], rng, round, hosted.rounds, self._run
+                i,
+                hosted.task,
+                hosted.shards[self._names[i]],
+                # the same address as in a simulation, therefore the same numbers
+                seeds.generator(hosted.seed, purpose, round=round, call=call, client=i),
+                round,
+                hosted.rounds,
+                self._run,
+                hosted.bounds.examples,
+                hosted.bounds.evaluated,
             )
             try:
                 result = function(client, *(given[k] for k in sorted(given)))
@@ -304,30 +333,84 @@ class Site:
                 for part in values:
                     if all(isinstance(value, Tensor) for value in part.values()):
                         finite(part)
-            except RefusedError as error:
+                said = labels(function, {k: kept.label for k, kept in own.items()}, values)
+                for k, (part, label) in enumerate(zip(values, said, strict=True)):
+                    self._values.put(i, f"{name}.{k}", Kept(part, label))
+            except (RefusedError, WithheldError) as error:
                 failed[i] = str(error)
                 continue
             except Exception as error:
                 failed[i] = _failed(error)
                 continue
             parts = len(result) if isinstance(result, tuple) else None
-            self._values[i] |= {f"{name}.{k}": part for k, part in enumerate(values)}
-            self._told |= {(i, f"{name}.{k}") for k in function.sends}
+        self._spent[purpose, round] += time.monotonic() - begun  # type: ignore[assignment]
         return {"parts": parts, "failed": failed}, NO_TENSORS
 
+    def _arguments(
+        self, work: Work[..., Any], tensors: Tree, args: Sequence[Mapping[str, Any]]
+    ) -> dict[int, Any]:
+        """Return the arguments that all clients have in common, by place.
+
+        They are read by the types that the work declares; nothing is unpickled.
+
+        Raises:
+            RefusedError: They do not fit, or ask for more than the site consents to.
+        """
+        hints = [hint for key, hint in get_type_hints(work.function).items() if key != "return"][1:]
+        hints += hints[-1:] * (len(args) - len(hints))  # a work's *parts
+        common: dict[int, Any] = {
+            k: trees.part(tensors, arg["tree"]) for k, arg in enumerate(args) if "tree" in arg
+        }
+        try:
+            for k, (arg, hint) in enumerate(zip(args, hints, strict=True)):
+                if "plain" in arg:
+                    common[k] = TypeAdapter(hint).validate_python(arg["plain"])
+                    self._opened.bounds.check(common[k])
+        except ValueError as error:  # pydantic's among them
+            raise RefusedError(f"arguments of {work.name!r} that do not fit: {error}") from error
+        return common
+
+    def _refuse_repeated(self, purpose: str, round: int, call: int, clients: Sequence[int]) -> None:
+        """Raise RefusedError where draws would be repeated, or a phase takes too much.
+
+        The same draw under other parameters says more of the rows in it than another draw does.
+        Evaluations draw nothing.
+        """
+        bounds, phase = self._opened.bounds, (purpose, round)
+        done = self._done.setdefault(phase, Counter())
+        addresses = [(call, client) for client in clients]
+        is_repeated = len(set(addresses)) < len(addresses) or any(done[a] for a in addresses)
+        if is_repeated and purpose != "evaluate":
+            raise RefusedError(f"call {call} of round {round} was made already")
+        done.update(addresses)
+        most = max(Counter(client for _, client in done.elements()).values(), default=0)
+        if bounds.calls is not None and most > bounds.calls:
+            raise RefusedError(
+                f"{most} calls in a phase of round {round} are more than the {bounds.calls} that "
+                "this site consents to"
+            )
+        if bounds.seconds is not None and self._spent[phase] > bounds.seconds:
+            raise RefusedError(
+                f"a phase of round {round} has taken the {bounds.seconds:g} seconds that this "
+                "site consents to"
+            )
+
     def contribute(
-        self, tensors: Tree, own: Mapping[str, str], shares: Mapping[str, float]
+        self, tensors: Tree, own: Mapping[int, str], shares: Mapping[int, float]
     ) -> Answer:
         """Send each client's share of a sum."""
         return {}, trees.nest(
-            {i: trees.scale(self._leaving(int(i), name), shares[i]) for i, name in own.items()}
+            {
+                i: trees.scale(self._leaving(i, name, Audience.COORDINATOR), _said_for(i, shares))
+                for i, name in own.items()
+            }
         )
 
     def exchange(
         self,
         tensors: Tree,
-        own: Mapping[str, str],
-        weights: Mapping[str, Mapping[str, float]],
+        own: Mapping[int, str],
+        weights: Mapping[int, Mapping[int, float]],
         round: int,
         call: int,
         name: str,
@@ -337,24 +420,29 @@ class Site:
 
         A neighbour that does not answer in time is replaced by the receiver's own value.
         """
-        links, told = self._opened.links, dict[int, Tree]()
-        for i, key in ((int(client), key) for client, key in own.items()):
+        self._values.refuse_taken(own, name)
+        rows = {i: _said_for(i, weights) for i in own}
+        if not {j for row in weights.values() for j in row} <= self._site_of.keys():
+            raise RefusedError("weights of clients that are nowhere")
+        bounds, links, told = self._opened.bounds, self._opened.links, dict[int, Tree]()
+        for i, key in own.items():
             rng = seeds.generator(self._opened.seed, "channel", round=round, call=call, client=i)
-            told[i] = links.encode(self._leaving(i, key), Sender(i, round, rng))
-        rows = {int(i): {int(j): weight for j, weight in row.items()} for i, row in weights.items()}
-        self._send(told, rows, round, call)
+            value = self._leaving(i, key, Audience.NEIGHBOURS)
+            told[i] = links.encode(value, Sender(i, round, rng))
+        self._send(told, weights, round, call)
         arrived = {i: links.decode(message, 1) for i, message in told.items()}
         awaited = {self._site_of[j] for i in told for j in rows[i] if j not in told} - {self.name}
-        arrived |= self._arrived(self._hear(awaited, round, call, wait), next(iter(told.values())))
+        longest = wait if bounds.seconds is None else min(wait, bounds.seconds)
+        messages = self._hear(awaited, round, call, longest)
+        arrived |= self._arrived(messages, next(iter(told.values())))
         for i in told:
             # who was not heard is taken to say what the hearer says, so that weights still sum to
             # one
             heard = ((arrived.get(j, arrived[i]), weight) for j, weight in rows[i].items())
-            self._values[i][f"{name}.0"] = arrived[i]
-            self._values[i][f"{name}.1"] = mixed(
-                self._value(i, own[str(i)]), arrived[i] if links.stages else None, heard
-            )
-            self._told |= {(i, f"{name}.0"), (i, f"{name}.1")}
+            kept = self._values.get(i, own[i])
+            mixture = mixed(kept.value, arrived[i] if links.stages else None, heard)
+            for k, value in enumerate((arrived[i], mixture)):
+                self._values.put(i, f"{name}.{k}", Kept(value, kept.label.mixed))
         unheard = {j for i in told for j in rows[i]} - arrived.keys()
         return {
             "sizes": {i: trees.size(message) for i, message in told.items()},
@@ -382,7 +470,7 @@ class Site:
         heard: dict[int, Tree] = {}
         for site, message in messages.items():
             with suppress(RefusedError):
-                _, theirs = unpack(message, self._opened.limit)
+                _, theirs = unpack(message, self._opened.bounds.message)
                 for j in (j for j, other in self._site_of.items() if other == site):
                     with suppress(Exception):  # whatever the neighbour has made up
                         tree = trees.part(theirs, j)
@@ -410,63 +498,76 @@ class Site:
             }
         return metrics
 
-    def report(self, tensors: Tree, own: Mapping[str, str]) -> Answer:
-        """Send clients' scalars."""
+    def report(self, tensors: Tree, own: Mapping[int, str]) -> Answer:
+        """Send clients' metrics."""
         metrics = {}
         for i, name in own.items():
-            value = self._value(int(i), name)
-            if not isinstance(value, Mapping) or not all(
-                isinstance(number, int | float) for number in value.values()
-            ):
+            kept = self._values.get(i, name)
+            kept.label.refuse(Audience.COORDINATOR, i)
+            if not is_metrics(kept.value):
                 raise RefusedError("what is no mapping of names to numbers is not reported")
-            metrics[i] = dict(value)
+            metrics[i] = dict(kept.value)
         return {"metrics": metrics}, NO_TENSORS
 
-    def save(self, tensors: Tree, own: Mapping[str, Mapping[str, str]], checkpoint: str) -> Answer:
-        """Keep clients' values in files, all of them or none; older checkpoints go but for the
-        last.
+    def save(self, tensors: Tree, own: Mapping[str, Mapping[int, str]], checkpoint: str) -> Answer:
+        """Keep clients' values in files, all of them or none.
+
+        Checkpoints of earlier rounds go but for the last.
         """
-        if not all(RUN.fullmatch(f"{checkpoint}/{field}") for field in own):
-            raise RefusedError("invalid file names")
-        folder = self._run / "checkpoints"
-        unfinished = folder / ".unfinished"
+        kept = {
+            field: {i: self._values.get(i, name) for i, name in names.items()}
+            for field, names in own.items()
+        }
+        self._refuse_full(sum(size(one.value) for some in kept.values() for one in some.values()))
+        folder = beneath(self._run, "checkpoints")
+        unfinished, place = folder / ".unfinished", beneath(folder, checkpoint)
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-        for field, names in own.items():
-            (unfinished / field).mkdir()
-            for i, name in names.items():
-                end = TELLABLE if (int(i), name) in self._told else PRIVATE
-                trees.save(self._value(int(i), name), unfinished / field / f"{int(i)}{end}")
-        shutil.rmtree(folder / checkpoint, ignore_errors=True)
-        unfinished.replace(folder / checkpoint)
-        for old in sorted(folder.glob("round-*"))[:-CHECKPOINTS]:
+        self._store.save(unfinished, checkpoint, kept)
+        # the same round once more, for a coordinator that was killed before it had its own
+        shutil.rmtree(place, ignore_errors=True)
+        unfinished.replace(place)
+        files.sync(folder)
+        earlier = sorted(old for old in folder.glob("round-*") if old.name < checkpoint)
+        for old in earlier[: 1 - CHECKPOINTS]:
             shutil.rmtree(old)
         return {}, NO_TENSORS
+
+    def _refuse_full(self, more: int) -> None:
+        """Raise RefusedError where the site's runs would take more room than it lends."""
+        if (room := self._opened.bounds.disk) is None:
+            return
+        taken = sum(
+            file.stat().st_size
+            for file in self._folder.rglob("*")
+            if file.is_file() and not file.is_symlink()
+        )
+        if taken + more > room:
+            raise RefusedError(
+                f"the site's runs take {taken / 1e6:,.0f} MB of the {room / 1e6:,.0f} MB that it "
+                "lends"
+            )
 
     def load(self, tensors: Tree, checkpoint: str, fields: Sequence[str], name: str) -> Answer:
         """Take up each client's values of the newest checkpoint that has it and is not newer than
         this.
         """
+        self._values.refuse_taken(self._names, name)
         present: dict[str, list[int]] = {field: [] for field in fields}
-        kept = sorted(
-            folder
-            for folder in (self._run / "checkpoints").glob("round-*")
-            if folder.name <= checkpoint
-        )
-        for i in self._names:
-            with_it = [folder for folder in kept if list(folder.glob(f"*/{i}.*"))]
-            for field in fields if with_it else ():
-                for file in (with_it[-1] / field).glob(f"{i}.*"):
-                    self._values[i][f"{name}.{field}"] = trees.load(file)
-                    self._told |= (
-                        {(i, f"{name}.{field}")} if file.name.endswith(TELLABLE) else set()
-                    )
+        missing = set(self._names)
+        kept = beneath(self._run, "checkpoints").glob("round-*")
+        for folder in sorted((one for one in kept if one.name <= checkpoint), reverse=True):
+            there = missing & self._store.clients(folder)
+            missing -= there
+            for field, values in self._store.load(folder, fields, there).items():
+                for i, value in values.items():
+                    self._values.put(i, f"{name}.{field}", value)
                     present[field].append(i)
-        return {"present": present}, NO_TENSORS
+        return {"present": {field: sorted(some) for field, some in present.items()}}, NO_TENSORS
 
     def names(self, tensors: Tree) -> Answer:
         """Send the names of the values that lie here."""
-        return {"names": {i: sorted(values) for i, values in self._values.items()}}, NO_TENSORS
+        return {"names": self._values.names()}, NO_TENSORS
 
     # ---- what they need
 
@@ -476,16 +577,49 @@ class Site:
             raise RefusedError("no experiment is open here")
         return self._hosted
 
-    def _value(self, client: int, name: str) -> Any:
-        if name not in self._values.get(client, {}):
-            raise RefusedError(f"client {client} has no value {name[:40]!r} here")
-        return self._values[client][name]
-
-    def _leaving(self, client: int, name: str) -> Tree:
-        """Return a value that may leave the site; raises RefusedError for one that may not."""
-        tree: Tree = self._value(client, name)
-        if (client, name) not in self._told:
-            raise RefusedError(f"the value {name[:40]!r} of client {client} is its own")
-        if kept := [key for key in tree if not self._opened.gives(key)]:
-            raise RefusedError(f"{kept[0]!r} does not leave this site")
+    def _leaving(self, client: int, name: str, audience: Audience) -> Tree:
+        """Return a value that leaves the site; raises an error for one that may not."""
+        kept = self._values.get(client, name)
+        kept.label.refuse(audience, client)
+        tree: Tree = kept.value
+        if tree and is_metrics(tree):
+            raise RefusedError("metrics are reported, not averaged")
+        if withheld := [key for key in tree if not self._opened.gives(key)]:
+            raise RefusedError(f"{withheld[0]!r} does not leave this site")
         return tree
+
+
+def _said_for(client: int, by_client: Mapping[int, T]) -> T:
+    if client not in by_client:
+        raise RefusedError(f"nothing is said for client {client}")
+    return by_client[client]
+
+
+def _count_opening(folder: Path, most: int | None) -> None:
+    """Count how often a run was opened; raises RefusedError above a number."""
+    file = folder / OPENINGS
+    try:
+        count = int(file.read_text()) + 1
+    except (OSError, ValueError):
+        count = 1
+    if most is not None and count > most:
+        raise RefusedError(f"the run was opened {most} times, which is what this site consents to")
+    files.write(file, str(count))
+
+
+def _set_aside(folder: Path) -> None:
+    """Keep what the clients of a run had beside it, where the run is begun anew.
+
+    Raises:
+        RefusedError: There are so many that somebody at the site should look.
+    """
+    if not (folder / "checkpoints").exists():
+        return
+    for number in range(1, ASIDE + 1):
+        if not (beside := folder / f"checkpoints.{number}").exists():
+            (folder / "checkpoints").replace(beside)
+            return
+    raise RefusedError(
+        f"the run was begun anew {ASIDE} times, and what its clients had is kept beside it; "
+        "somebody at the site must remove that first"
+    )

@@ -17,7 +17,7 @@ from fedpref.engines import Engine, RemoteEngine, Simulation, Sites, Transport
 from fedpref.engines.site import HeldOut, Hosted
 from fedpref.engines.workers import can_fork
 from fedpref.errors import UserError
-from fedpref.experiments.experiment import Experiment, encoded, refuse_empty
+from fedpref.experiments.experiment import Experiment, encoded, lines, refuse_empty
 from fedpref.experiments.run_directory import RunDirectory
 from fedpref.experiments.run_files import CLIENTS, DATA, HELD_OUT, TRAINED, read_json
 from fedpref.federation.verbs import Client, work
@@ -131,6 +131,7 @@ class InProcess:
             workers=min(self._workers(), len(shards)),
             spill_above_mb=line.spill_above_mb,
             folder=folder,
+            clip=line.federation.clip,
         )
 
     def _workers(self) -> int:
@@ -178,6 +179,20 @@ class AtSites:
                 "their sites. Leave it out."
             )
         self._transport, self._folder, self._patience = transport, folder, experiment.patience
+        count = 1 + experiment.federation.num_newcomers
+        planned = {name: line for name, (_, line) in lines(experiment, count).items()}
+        refused = Sites.refusals(
+            transport,
+            {name: config.dump(line) for name, line in planned.items()},
+            experiment.patience,
+        )
+        self._refused = "; ".join(f"site {site}: {reason}" for site, reason in refused.items())
+        if refused and (
+            experiment.patience.min_clients is None or refused.keys() == set(transport.sites)
+        ):
+            raise UserError(f"{self._refused}. Nothing was begun.")
+        # who takes no part in one line takes part in none, or lines would be of other clients
+        self._transport = Among(transport, [s for s in transport.sites if s not in refused])
         known = folder / HELD_OUT
         self._held_out = read_json(known) if known.exists() else None
         self._experiment, self._sites = experiment, self._open(experiment, folder)
@@ -200,12 +215,15 @@ class AtSites:
             newcomers=line.federation.joining(list(sites.about), line.seed),
             links=line.network.links,
             mixing=mixing(line, list(sites.about)),
+            clip=line.federation.clip,
         )
 
     @property
     def note(self) -> str:
         """What is to be said of the clients beside their sizes."""
         late, notes = self._sites.latecomers, list(self._sites.notes)
+        if self._refused:
+            notes.append(f"{self._refused}; they take no part.")
         if lost := sum(about.get("unusable", 0) for about in self.about.values()):
             notes.append(f"{lost} rows at sites cannot be used; they are left out.")
         if late:
@@ -231,11 +249,24 @@ class AtSites:
         )
 
 
+class Among:
+    """A transport to some of its sites."""
+
+    def __init__(self, transport: Transport, sites: Sequence[str]) -> None:
+        self._transport, self.sites = transport, sites
+
+    def ask(self, messages: Mapping[str, bytes], seconds: float) -> Mapping[str, bytes]:
+        return self._transport.ask(messages, seconds)
+
+
 class SimulatedSite:
     """A simulated site: hosts every `sites`-th client of the experiment, starting at `number`."""
 
     def __init__(self, number: int, sites: int) -> None:
         self._number, self._sites = number, sites
+
+    def consent(self, experiment: Any) -> None:
+        """Take part in everything."""
 
     def held_out(self, experiment: Any, everything: bool) -> HeldOut:
         """Return nothing: all sites are of one file, whose split is one."""

@@ -20,8 +20,8 @@ from fedpref.experiments.experiment import Experiment, lines, refuse_empty
 from fedpref.experiments.migration import migrated
 from fedpref.experiments.run_directory import (
     CONFIG,
-    FORMAT,
     JOINED,
+    RESUMABLE,
     ROWS,
     RunDirectory,
     client_folder,
@@ -111,7 +111,7 @@ class FinishedRun:
     @cached_property
     def experiment(self) -> Experiment:
         """The experiment as it was resolved when the run began."""
-        if self.folder.format == FORMAT:
+        if self.folder.format >= RESUMABLE:
             experiment = Experiment.load(self.path / CONFIG)
             rows = self.path / ROWS
             # the run may have been moved since, and its rows with it

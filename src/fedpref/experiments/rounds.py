@@ -33,7 +33,7 @@ from fedpref.experiments.run_directory import (
 from fedpref.experiments.run_files import CLIENTS, ENVIRONMENT, EVALUATION, METRICS
 from fedpref.federation.algorithm import Algorithm
 from fedpref.federation.diagnostics import diagnose
-from fedpref.federation.verbs import Client, work
+from fedpref.federation.verbs import ANYTHING, Client, work
 from fedpref.models.named import about as about_model
 from fedpref.models.trunk import remove_states
 from fedpref.numerics import seeds, trees
@@ -176,6 +176,7 @@ def _line(
         figures = {
             **metrics,
             **engine.traffic.metrics(),
+            **_lengths(engine.lengths, experiment.federation.clip),
             "seconds": time.perf_counter() - begun,
             **parts,
         }
@@ -183,10 +184,10 @@ def _line(
         folder.append(
             METRICS,
             {
+                **figures,
                 "round": round + 1,
                 "clients": len(engine.active),
                 "late": late + len(engine.left_out),
-                **figures,
             },
         )
         told = [Event(name, "round", round + 1, experiment.rounds, figures)]
@@ -217,6 +218,14 @@ def _line(
         yield from told
     _export(experiment, engine, algorithm.model(state), task, folder, names)
     folder.finish(has_own=not all(isinstance(part, Mapping) for part in algorithm.model(state)))
+
+
+def _lengths(lengths: Mapping[int, float], clip: float | None) -> dict[str, float]:
+    """Return the longest update of a round, and the share of those that were clipped."""
+    if clip is None or not lengths:
+        return {}
+    over = sum(length > clip for length in lengths.values())
+    return {"update_norm_max": max(lengths.values()), "clipped": over / len(lengths)}
 
 
 def evaluated(line: str, total: int, row: Mapping[str, Any]) -> Event:
@@ -283,7 +292,7 @@ def _evaluate(
     engine.begin(engine.round, clients, "evaluate")
     work = conclude if is_last else evaluate
     measured = engine.each(work, *model) if few is None else engine.each(glance, few, *model)
-    rows = {names[i]: dict(metrics) for i, metrics in engine.disclose(measured).items()}
+    rows = {names[i]: dict(metrics) for i, metrics in engine.disclose(measured, NEEDED).items()}
     counts = {name: int(row["num_examples"]) for name, row in rows.items()}
     columns: dict[str, dict[str, float]] = {}
     for name, row in rows.items():
@@ -319,13 +328,13 @@ def _export(
         engine.each(sample, *model)
 
 
-@work("evaluation.evaluate")
+@work("evaluation.evaluate", reads={"parts": ANYTHING})
 def evaluate(client: Client, *parts: Tree) -> Mapping[str, float]:
     """Return the held-out metrics of the client's model."""
     return client.task.evaluate(trees.merge(*parts), client.shard)
 
 
-@work("evaluation.conclude")
+@work("evaluation.conclude", reads={"parts": ANYTHING})
 def conclude(client: Client, *parts: Tree) -> Mapping[str, float]:
     """Return the held-out metrics of the client's model, and keep what came of each example.
 
@@ -340,7 +349,7 @@ def conclude(client: Client, *parts: Tree) -> Mapping[str, float]:
     return client.task.evaluate(params, client.shard)
 
 
-@work("evaluation.glance")
+@work("evaluation.glance", reads={"parts": ANYTHING})
 def glance(client: Client, few: int, *parts: Tree) -> Mapping[str, float]:
     """Return metrics of the client's model on a few held-out examples, the same ones each time.
 
@@ -348,7 +357,7 @@ def glance(client: Client, few: int, *parts: Tree) -> Mapping[str, float]:
     those of the next, or the difference would be.
     """
     shard: Any = client.shard  # of any task: its held-out side is `test`
-    few = max(few, FEWEST)
+    few = max(few, FEWEST, client.least_evaluated)
     rng = seeds.generator(0, f"glance/{few}/{shard.name}")
     drawn = sorted(torch.randperm(len(shard.test), generator=rng)[:few].tolist())
     thinned = replace(shard, test=tuple(shard.test[i] for i in drawn))
@@ -376,5 +385,6 @@ def sample(client: Client, *parts: Tree) -> Tree:
     return {}
 
 
+NEEDED = ("num_examples",)  # of every evaluation
 WORKS = (evaluate, conclude, glance, export, sample)
 """What an experiment runs on clients beside its algorithm."""

@@ -21,15 +21,15 @@ from fedpref import __version__
 from fedpref.engines import Engine
 from fedpref.errors import UserError
 from fedpref.experiments.run_files import EVALUATION, METRICS, read_rows
-from fedpref.numerics import trees
+from fedpref.numerics import files, trees
 from fedpref.numerics.trees import Tree
 
 CONFIG, DONE = "config.yaml", "done"
 ROWS = "rows.jsonl"  # rows that were given in memory
 VERSION = "version.json"  # of the directory's format, and of the fedpref that began it
-FORMAT = (
-    2  # 1 had no version.json, kept baselines under references/, and said local and centralised
-)
+# 1 had no version.json, kept baselines under references/, and said local and centralised; 2 wrote
+# all values of clients in every checkpoint
+FORMAT, RESUMABLE = 3, 2
 JOINED = "newcomers"  # a folder: models of clients that joined when the run was over
 HAS_OWN = "clients have models of their own\n"
 # names that are their files' names too: they mean the same on every file system
@@ -165,7 +165,7 @@ class RunDirectory:
     def refuse_other_format(self) -> None:
         """Raise UserError where a run that is to go on is not of this format."""
         self.refuse_newer()
-        if self.format < FORMAT:
+        if self.format < RESUMABLE:
             raise UserError(
                 f"{self.path}: the run is of format {self.format}, by fedpref "
                 f"{self.version['fedpref']}, which is older; it cannot go "
@@ -174,10 +174,8 @@ class RunDirectory:
             )
 
     def write(self, name: str, text: str) -> None:
-        """Write a small file, whole or not at all."""
-        beside = self.path / f".{name}.{os.getpid()}"
-        beside.write_text(text)
-        beside.replace(self.path / name)
+        """Write a small file, whole or not at all; raises UserError where that cannot be."""
+        files.write(self.path / name, text)
 
     def read_rows(self, name: str) -> list[dict[str, Any]]:
         """Return the rows of a JSON Lines file, without a last one that a crash cut short.
@@ -237,7 +235,10 @@ class RunDirectory:
     def checkpoint(self, rounds: int, state: Any, engine: Engine) -> None:
         """Keep the state after so many rounds: shared trees here, private ones by their clients.
 
-        Older checkpoints go.
+        Checkpoints older than the last one go.
+
+        Raises:
+            UserError: It cannot be written; the last one is as it was.
         """
         if not is_dataclass(state):
             raise TypeError(f"an algorithm's state must be a dataclass, not {type(state).__name__}")
@@ -249,13 +250,15 @@ class RunDirectory:
         values = {field.name: getattr(state, field.name) for field in fields(state)}
         for name, value in values.items():
             if isinstance(value, Mapping):
-                trees.save(value, beside / f"{name}.safetensors")
+                trees.save(value, beside / f"{name}.safetensors", lasting=True)
         engine.save(
             {name: value for name, value in values.items() if not isinstance(value, Mapping)},
             beside,
         )
-        older = list(folder.glob("round-*"))
+        # the one before stays, so that one is whole whatever happens
+        older = self.checkpoints()[:-1]
         beside.replace(folder / beside.name)
+        files.sync(folder)
         for path in older:
             shutil.rmtree(path)
 

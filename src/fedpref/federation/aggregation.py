@@ -302,7 +302,7 @@ def left_product(theta: Tree, left: Tree, residual: bool, round: int) -> Tree:
     }
 
 
-@work("product.sketch")
+@work("product.sketch", sends=(), tells=(0,), keeps={0: "sketch"}, reads=("theta",))
 def sketch(client: Client, theta: Tree, method: Product) -> Tree:
     """Return each product between random matrices."""
     message: dict[str, Tensor] = {}
@@ -311,7 +311,13 @@ def sketch(client: Client, theta: Tree, method: Product) -> Tree:
     return message
 
 
-@work("product.from_sketch")
+@work(
+    "product.from_sketch",
+    sends=(),
+    tells=(0,),
+    keeps={0: "theta"},
+    reads={"theta": "theta", "mixed": "sketch"},
+)
 def from_sketch(client: Client, theta: Tree, mixed: Tree, method: Product) -> Tree:
     """Return the factors, at the client's rank, of the product that a mixed sketch stands for."""
     adapter: dict[str, Tensor] = {}

@@ -29,19 +29,25 @@ class PersonalState:
     moments: PerClient[Tree]
 
 
-@work("common.no_moments", sends=())
+@work("common.no_moments")
 def no_moments(client: Client) -> Tree:
     """Return the moments of an optimiser that has not begun: none."""
     return {}
 
 
-@work("common.own_copy", sends=())
+@work("common.own_copy")
 def own_copy(client: Client, tree: Tree) -> Tree:
     """Return the tree that everybody was sent, which from now on is the client's own."""
     return tree
 
 
-@work("common.train_own")
+@work(
+    "common.train_own",
+    sends=(),
+    tells=(0,),
+    keeps={0: "theta", 1: "moments"},
+    reads=("theta", "moments"),
+)
 def train_own(
     client: Client, fixed: Tree, theta: Tree, moments: Tree, local: LocalTraining
 ) -> tuple[Tree, Tree, Mapping[str, float]]:
@@ -60,10 +66,10 @@ def train_own(
     return train_locally(client, theta, local, moments, fixed=fixed)
 
 
-@work("common.personalize", sends=())
+@work("common.personalize", sends=(), keeps={0: "own"})
 def personalize(client: Client, shared: Tree, own: Tree, local: LocalTraining) -> Tree:
     """Return the client's own parts, trained beside what is shared."""
-    return train_locally(client, own, local, {}, fixed=shared)[0]
+    return train_locally(client, own, local, {}, fixed=shared, leaves=False)[0]
 
 
 def drawn_age(client: Client, staleness: int) -> int:

@@ -9,7 +9,7 @@ from fedpref.federation.verbs import Client, Federation, PerClient, work
 from fedpref.numerics.trees import Tree
 
 
-@work("consensus.projected")
+@work("consensus.projected", reads=("theta",))
 def projected(client: Client, theta: Tree, aggregate: Aggregate) -> Tree:
     """Return random sums of the adapter's entries, and their squares."""
     shadow = aggregate.shadow(theta, client.round).double()

@@ -26,7 +26,7 @@ class CriticState:
     moments: PerClient[Tree]
 
 
-@work("critics.begin", sends=())
+@work("critics.begin", sends=(), keeps={0: "own"})
 def critics(client: Client) -> Tree:
     """Return a client's critics as they begin; none if the task has none."""
     return client.task.parts(NO_PARTS, client.rng)
@@ -58,7 +58,7 @@ def train_beside_critics(
     """
     received, fixed = aggregate.received(client, adapter)
     theta, moments, metrics = train_locally(
-        client, {**received, **own}, local, moments, fixed=fixed, objectives=objectives
+        client, trees.apart(received, own), local, moments, fixed=fixed, objectives=objectives
     )
     trained = trees.select(theta, received)
     squared = {"drift/theta": trees.norm(trees.subtract(trained, received)) ** 2}

@@ -13,7 +13,7 @@ import torch
 
 from fedpref.federation.local_training import seeded_dropout
 from fedpref.federation.objectives import jacobian
-from fedpref.federation.verbs import Client, Federation, work
+from fedpref.federation.verbs import ANYTHING, Client, Federation, work
 from fedpref.models.own_parts import NO_PARTS
 from fedpref.numerics import trees
 from fedpref.numerics.min_norm import stationarity
@@ -61,13 +61,13 @@ def diagnose(
     return metrics
 
 
-@work("diagnostics.trained")
+@work("diagnostics.trained", reads={"parts": ANYTHING})
 def trained(client: Client, names: tuple[str, ...], *parts: Tree) -> Tree:
     """Return the parameters of these names of the client's model."""
     return trees.select(trees.merge(*parts), names)
 
 
-@work("diagnostics.pooled")
+@work("diagnostics.pooled", reads={"parts": ANYTHING})
 def pooled(client: Client, mean: Tree, *parts: Tree) -> Tree:
     """Return the gradient of the client's mean loss over its training examples, and the loss."""
     task, device = client.task, client.task.device
@@ -89,7 +89,7 @@ def pooled(client: Client, mean: Tree, *parts: Tree) -> Tree:
     }
 
 
-@work("diagnostics.slopes")
+@work("diagnostics.slopes", reads={"parts": ANYTHING})
 def slopes(client: Client, mean: Tree, *parts: Tree) -> Tree:
     """Return each objective's gradient on one batch, with fresh critics where it has any."""
     task, device = client.task, client.task.device
@@ -103,7 +103,7 @@ def slopes(client: Client, mean: Tree, *parts: Tree) -> Tree:
         return {ROWS: jacobian(losses, theta).cpu()}
 
 
-@work("diagnostics.disagreement")
+@work("diagnostics.disagreement", sends=(), reads={"parts": ANYTHING})
 def disagreement(client: Client, mean: Tree, *parts: Tree) -> Mapping[str, float]:
     """Return the share of held-out examples on which client and mean model differ."""
     own = trees.merge(*parts)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fedpref.errors import UserError
 from fedpref.federation.objectives import Objectives
-from fedpref.federation.verbs import Client, in_turn
+from fedpref.federation.verbs import Client, WithheldError, in_turn
 from fedpref.numerics import trees
 from fedpref.numerics.trees import Tree
 from fedpref.tasks.batches import BatchSize, Epochs
@@ -183,6 +183,7 @@ def train_locally(
     objectives: Objectives | None = None,
     fixed: Tree = MappingProxyType({}),
     rates: Mapping[str, float] = MappingProxyType({}),
+    leaves: bool = True,
 ) -> tuple[Tree, Tree, Mapping[str, float]]:
     """Take a round's updates on the client's own data.
 
@@ -196,11 +197,16 @@ def train_locally(
         objectives: How several losses are weighed; without it they are averaged.
         fixed: Parameters that the model also has, and that stay.
         rates: Factors of the learning rate, by parameter; all others have 1.
+        leaves: Whether anything of the parameters may leave the client.
 
     Returns:
         On the CPU: the new parameters; the optimiser's moments, where they are kept, with the
         client's place in its data; metrics, which are means over all batches, and sums of those
-        named `num_`.
+        named `num_`. Of fewer distinct examples than the client lets anything leave of, there are
+        no metrics.
+
+    Raises:
+        WithheldError: Something would leave that is of fewer distinct examples than that.
     """
     if not start:
         return {}, {}, {}
@@ -280,6 +286,13 @@ def train_locally(
         name: value if name.startswith("num_") else value / (settings.steps * accumulated)
         for name, value in sums.items()
     }
+    if len(size.seen) < client.least_examples:
+        if leaves:
+            raise WithheldError(
+                f"an update of {len(size.seen)} distinct examples does not leave; "
+                f"{client.least_examples} are the least here"
+            )
+        metrics = {}
     kept = {
         **(_moments(optimiser, theta) if settings.keep_optimizer else {}),
         **place(moments),

@@ -34,6 +34,9 @@ class Participation:
     """Chances by client, for `weighted`."""
     weighting: Literal["examples", "equal"] = "examples"
     """What determines a client's weight in means."""
+    clip: Positive | None = None
+    """The largest norm of what a client sends for a mean; longer ones are shortened to it. Null
+    takes them as they are."""
     deadline: Positive | None = None
     """How long a round waits, as a multiple of the median client's time; later clients are left
     out. Null waits for all."""

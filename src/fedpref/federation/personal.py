@@ -66,7 +66,7 @@ class Personal:
         rates = self.rates(own)
         if self.phases == "joint" or not own:
             theta, moments, metrics = train_locally(
-                client, {**received, **own}, self.local, moments, fixed=fixed, rates=rates
+                client, trees.apart(received, own), self.local, moments, fixed=fixed, rates=rates
             )
             return trees.select(theta, received), trees.select(theta, own), moments, metrics
         first, second = halves(self.local, self.personal_steps)
@@ -78,9 +78,12 @@ class Personal:
             moments_of(moments, own),
             fixed={**received, **fixed},
             rates=rates,
+            leaves=False,
         )
         heads = trees.select(own, HEADS if self.freeze == "heads" else VOCABULARY_HEAD)
-        free = {**received, **{name: tensor for name, tensor in own.items() if name not in heads}}
+        free = trees.apart(
+            received, {name: tensor for name, tensor in own.items() if name not in heads}
+        )
         moments = {**moments, **kept}
         theta, kept, metrics = train_locally(
             client,
@@ -108,13 +111,13 @@ class Personal:
         )
 
 
-@work("personal.begin", sends=())
+@work("personal.begin", sends=(), keeps={0: "own"})
 def begin(client: Client, parts: Parts) -> Tree:
     """Return a client's own parts as they begin."""
     return client.task.parts(parts, client.rng)
 
 
-@work("personal.settle", sends=())
+@work("personal.settle", sends=(), keeps={0: "own"})
 def settle(
     client: Client, shared: Tree, own: Tree, settings: LocalTraining, method: Personal
 ) -> Tree:
@@ -127,4 +130,6 @@ def settle(
         settings: The local steps that it may take.
         method: The learning rates of own parts.
     """
-    return train_locally(client, own, settings, {}, fixed=shared, rates=method.rates(own))[0]
+    return train_locally(
+        client, own, settings, {}, fixed=shared, rates=method.rates(own), leaves=False
+    )[0]

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Generic, ParamSpec, Protocol, TypeVar, overload
+from types import MappingProxyType
+from typing import (
+    Any,
+    Generic,
+    ParamSpec,
+    Protocol,
+    TypeVar,
+    get_args,
+    get_origin,
+    get_type_hints,
+    overload,
+)
 
 import torch
 
@@ -22,6 +35,9 @@ D = TypeVar("D")
 E = TypeVar("E")
 
 
+ANYTHING = "*"  # a kind that work reads: whatever it is given
+
+
 @dataclass(frozen=True, eq=False)
 class Work(Generic[P, R]):
     """A function `(client, *args)` that clients run, and that they find by its name.
@@ -32,29 +48,63 @@ class Work(Generic[P, R]):
     name: str
     function: Callable[P, R]
     sends: tuple[int, ...]
+    tells: tuple[int, ...]
+    keeps: Mapping[int, str]
+    reads: Mapping[str, str]
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         return self.function(*args, **kwargs)
+
+    @cached_property
+    def results(self) -> int | None:
+        """How many values the function returns, as it declares; None where it does not."""
+        hint = get_type_hints(self.function).get("return")
+        if get_origin(hint) is not tuple:
+            return None if hint is None else 1
+        kinds = get_args(hint)
+        return None if Ellipsis in kinds else len(kinds)
+
+    @cached_property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of what follows the client in its arguments."""
+        return tuple(inspect.signature(self.function).parameters)[1:]
 
 
 WORK: dict[str, Work[Any, Any]] = {}
 
 
-def work(name: str, *, sends: tuple[int, ...] = (0,)) -> Callable[[Callable[P, R]], Work[P, R]]:
+def work(
+    name: str,
+    *,
+    sends: tuple[int, ...] = (0,),
+    tells: tuple[int, ...] = (),
+    keeps: Mapping[int, str] = MappingProxyType({}),
+    reads: Sequence[str] | Mapping[str, str] = (),
+) -> Callable[[Callable[P, R]], Work[P, R]]:
     """Register a module-level function `(client, *args)` as work that clients may be asked for.
+
+    What it declares of its results is the whole of what may leave a client; see
+    `fedpref.federation.leaving`.
 
     Args:
         name: What the work is called on the wire, as in `feddpo.train`. It outlives the module's
             path, so that a file can move and sites still know the work.
-        sends: Which of the values that the function returns may leave the client; all others stay,
-            whoever asks for them.
+        sends: Which of the values that the function returns the coordinator may get.
+        tells: Which of them neighbours in gossip may get, and the coordinator may not.
+        keeps: What kind of value a result is, by its place: a word that other work reads it by.
+            What is neither sent nor told stays with its client, whoever asks for it.
+        reads: Arguments that may be private though what is made of them is sent or told, by name:
+            with the kind that is read there, or as a list of names that are their kinds too.
+            Without it, what is made of a private value is private.
 
     Returns:
         A decorator that turns the function into `Work`.
 
     Raises:
-        TypeError: The function is not at the top of a module, or the name is taken.
+        TypeError: The function is not at the top of a module, the name is taken, or an argument
+            that is read is none of the function's.
     """
+    kinds = reads if isinstance(reads, Mapping) else {argument: argument for argument in reads}
 
     def register(function: Callable[P, R]) -> Work[P, R]:
         where = f"{function.__module__}.{function.__qualname__}"
@@ -71,7 +121,10 @@ def work(name: str, *, sends: tuple[int, ...] = (0,)) -> Callable[[Callable[P, R
             raise TypeError(
                 f"{where}: {known.function.__module__} has registered work called {name!r} already"
             )
-        WORK[name] = made = Work(name, function, sends)
+        made = Work(name, function, sends, tells, keeps, kinds)
+        if unknown := sorted(kinds.keys() - set(made.parameters)):
+            raise TypeError(f"{where}: it reads {unknown[0]!r}, which is none of its arguments")
+        WORK[name] = made
         return made
 
     return register
@@ -82,6 +135,10 @@ def registered(function: Any) -> Work[..., Any]:
     if not isinstance(function, Work):
         raise TypeError(f"{function!r} is not registered: decorate it with @work(name)")
     return function
+
+
+class WithheldError(Exception):
+    """A client does not give what was asked for; the reason holds nothing of its data."""
 
 
 class PerClient(Protocol[T]):
@@ -109,6 +166,8 @@ class Client:
         round: The round's number, from 0.
         rounds: The number of rounds of the whole run.
         folder: Where what the client keeps in files is written.
+        least_examples: Distinct examples behind an update that leaves it, at least.
+        least_evaluated: Held-out examples behind its metrics, at least.
         spread: Calls functions that do not depend on each other, and yields what they return, in
             their order; in several processes where these would else be idle, so that what a
             function changes may be lost.
@@ -121,6 +180,8 @@ class Client:
     round: int
     rounds: int
     folder: Path = Path()
+    least_examples: int = 0
+    least_evaluated: int = 0
     spread: Callable[[Sequence[Callable[[], Any]]], Iterator[Any]] = in_turn
 
 

@@ -276,6 +276,13 @@ class LanguageModel:
         )
 
     @property
+    def adapted_ends(self) -> frozenset[str]:
+        """Which ends of the model have an adapter: `embeddings`, `head`."""
+        has_embeddings = any(".lora_embedding_" in name for name in self.parameter_names)
+        ends = {"embeddings": has_embeddings, "head": hasattr(self.head, "lora_A")}
+        return frozenset(end for end, is_adapted in ends.items() if is_adapted)
+
+    @property
     def context(self) -> int | None:
         """Tokens that the backbone can take, where its config says so."""
         return self.limits.context

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from functools import reduce
 from hashlib import blake2b
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fedpref.errors import UserError
+from fedpref.numerics import files
 
 Tree = Mapping[str, Tensor]
 
@@ -76,6 +78,19 @@ def merge(*trees: Tree) -> Tree:
     return {name: tensor for tree in trees for name, tensor in tree.items()}
 
 
+def apart(*trees: Tree) -> Tree:
+    """Return all tensors in one tree; raises ValueError where a name is in several.
+
+    What is shared and what is private are taken apart by their names, so that one must not pass
+    for the other.
+    """
+    whole = merge(*trees)
+    if len(whole) < sum(map(len, trees)):
+        twice = next(name for name in whole if sum(name in tree for tree in trees) > 1)
+        raise ValueError(f"two trees have a tensor {twice!r}")
+    return whole
+
+
 def total(trees: Iterable[Tree]) -> Tree:
     """Return the sum of trees, added from left to right.
 
@@ -113,13 +128,30 @@ def digest(tree: Tree) -> bytes:
     return found.digest()
 
 
-def save(tree: Tree, path: Path) -> None:
-    """Write a safetensors file, whole or not at all."""
+def save(tree: Tree, path: Path, *, lasting: bool = False) -> None:
+    """Write a safetensors file, whole or not at all.
+
+    Args:
+        tree: What is written.
+        path: The file.
+        lasting: Wait until it is on the disk, and read it back.
+
+    Raises:
+        UserError: It cannot be written, as on a full disk, or is not read back as it was.
+    """
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    safetensors.torch.save_file(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in tree.items()}, beside
-    )
-    beside.replace(path)
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tree.items()}
+    try:
+        safetensors.torch.save_file(whole, beside)
+        if lasting:
+            files.sync(beside)
+            if digest(load(beside)) != digest(whole):
+                raise OSError("what was read back is something else")
+        beside.replace(path)
+    except (SafetensorError, OSError) as error:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise files.unwritten(path, error) from error
 
 
 def load(path: Path) -> Tree:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fedpref import config
 from fedpref.data import IID, ClientData, Partition, Source
@@ -14,17 +14,122 @@ from fedpref.data.reading import EvaluateOn
 from fedpref.data.splits import keyed
 from fedpref.engines.messages import RefusedError
 from fedpref.engines.site import HeldOut, Hosted
+from fedpref.engines.values import Bounds
 from fedpref.errors import UserError
 from fedpref.experiments import rounds
 from fedpref.experiments.clients import hosted
 from fedpref.experiments.experiment import Experiment
 from fedpref.experiments.migration import refuse_former_names
 from fedpref.federation import diagnostics
+from fedpref.federation.local_training import LocalTraining, halves
+from fedpref.federation.personal import Personal
+from fedpref.models.language import Model
 from fedpref.models.own_parts import NAMES, OWN_ADAPTER
 from fedpref.tasks.task import CRITIC
-from fedpref.types import Count
+from fedpref.types import Count, Positive, WholeNumber
 
 LOG = logging.getLogger("fedpref")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What an experiment may ask of a site; whoever asks for more is refused."""
+
+    least_examples: WholeNumber = 8
+    """Distinct examples behind an update that leaves a client, and its training examples, at
+    least."""
+    least_batch: Count = 4
+    """Examples in a training batch, at least; a batch by tokens alone is refused above 1."""
+    least_evaluated: WholeNumber = 10
+    """Held-out examples behind a client's metrics, at least."""
+    embeddings: bool = False
+    """Whether adapters may be on the embeddings, from whose gradients a row's words can be read."""
+    head: bool = False
+    """Whether adapters may be on the vocabulary head, from whose gradients they can be read too."""
+    max_lora_r: Count = 64
+    """The highest rank of an adapter: the gradient of a first layer's spans at most so many
+    words."""
+    max_steps: Count = 1000
+    """Batches of a client in one call."""
+    max_calls: Count = 32
+    """Calls for a client in one phase of a round."""
+    max_seconds: Positive = 7200.0
+    """Seconds of one phase of a round, after which no more is begun."""
+    max_openings: Count = 1000
+    """How often a run may be opened, as after each job of a long one."""
+    max_memory_mb: Count = 8192
+    """MB of clients' values that lie in memory."""
+    max_disk_mb: Count = 51200
+    """MB of the folder of runs, with all that is kept for them."""
+
+    def refuse(self, experiment: Experiment) -> None:
+        """Raise RefusedError for an experiment that asks for more."""
+        self.check(experiment.algorithm)
+        for model in _parts(experiment.task, Model):
+            if model.lora_r > self.max_lora_r:
+                raise RefusedError(
+                    f"adapters of rank {model.lora_r} are above limits.max_lora_r, "
+                    f"{self.max_lora_r}"
+                )
+        local, algorithm = experiment.algorithm.local, experiment.algorithm
+        if isinstance(algorithm, Personal) and algorithm.phases == "alternate":
+            local = halves(local, algorithm.personal_steps)[1]
+        drawn = local.steps * local.gradient_accumulation_steps * local.batch_size
+        if drawn < self.least_examples:
+            raise RefusedError(
+                f"updates of {drawn} examples are below limits.least_examples, "
+                f"{self.least_examples}"
+            )
+
+    def check(self, value: Any) -> None:
+        """Raise RefusedError for settings of training, anywhere in a value, that ask for more."""
+        for local in _parts(value, LocalTraining):
+            if local.batch_size < self.least_batch or (
+                local.max_tokens_per_batch and self.least_batch > 1
+            ):
+                size = local.batch_size if not local.max_tokens_per_batch else "some tokens"
+                raise RefusedError(
+                    f"batches of {size} are below limits.least_batch, {self.least_batch}"
+                )
+            if (batches := local.steps * local.gradient_accumulation_steps) > self.max_steps:
+                raise RefusedError(
+                    f"{batches} batches a round are above limits.max_steps, {self.max_steps}"
+                )
+
+    def refuse_small(self, about: Mapping[str, Mapping[str, Any]]) -> None:
+        """Raise RefusedError where a client has fewer examples than anything may be told of."""
+        for client, known in about.items():
+            for side, least, key in (
+                ("train", self.least_examples, "least_examples"),
+                ("test", self.least_evaluated, "least_evaluated"),
+            ):
+                if 0 < known[side] < least:
+                    said = "training" if side == "train" else "held-out"
+                    raise RefusedError(
+                        f"client {client!r} has fewer {said} examples than limits.{key}, {least}"
+                    )
+
+    def refuse_ends(self, ends: Collection[str]) -> None:
+        """Raise RefusedError for adapters on ends of the model that the site keeps them from."""
+        allowed = {"embeddings": self.embeddings, "head": self.head}
+        if refused := [end for end in sorted(ends) if not allowed[end]]:
+            raise RefusedError(f"adapters on the {refused[0]} need limits.{refused[0]}: true")
+
+
+def _parts(value: Any, kind: type[T]) -> Iterator[T]:
+    """Yield all that is of a kind in settings, whatever holds it."""
+    if isinstance(value, kind):
+        yield value
+    if is_dataclass(value) and not isinstance(value, type):
+        for one in fields(value):
+            yield from _parts(getattr(value, one.name), kind)
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from _parts(part, kind)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _parts(part, kind)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +158,8 @@ class SiteFile:
     """The longest experiment that the site takes part in."""
     max_message_mb: Count = 512
     """The largest message that is taken, in MB."""
+    limits: Limits = Limits()
+    """What an experiment may ask for."""
     may_leave: tuple[str, ...] = ()
     """Names of private parts that may be averaged all the same, such as bottleneck.down."""
     diagnostics: bool = False
@@ -118,6 +225,10 @@ class Consenting:
     def __init__(self, name: str, file: SiteFile) -> None:
         self._name, self._file = name, file
 
+    def consent(self, experiment: Any) -> None:
+        """Raise RefusedError for an experiment that the file does not allow."""
+        self._spec(experiment)
+
     def held_out(self, experiment: Any, everything: bool) -> HeldOut:
         """Return an HMAC of each held-out prompt, by the sites' common key.
 
@@ -175,7 +286,17 @@ class Consenting:
             "gives": lambda name: (
                 not any(part.startswith(tuple(withheld)) for part in name.split("/"))
             ),
-            "limit": file.max_message_mb * 10**6,
+            "bounds": Bounds(
+                message=file.max_message_mb * 10**6,
+                memory=file.limits.max_memory_mb * 10**6,
+                disk=file.limits.max_disk_mb * 10**6,
+                calls=file.limits.max_calls,
+                seconds=file.limits.max_seconds,
+                openings=file.limits.max_openings,
+                examples=file.limits.least_examples,
+                evaluated=file.limits.least_evaluated,
+                check=file.limits.check,
+            ),
         }
         try:
             reading = spec.read().settled()
@@ -188,6 +309,8 @@ class Consenting:
             site = hosted(spec, dict(enumerate(clients)), folder, unread, **limits)
         except UserError as error:  # whose text may hold rows
             raise self._unfit() from error
+        file.limits.refuse_ends(site.task.adapted_ends)
+        file.limits.refuse_small(site.about)
         unnumbered = {
             name: {key: value for key, value in about.items() if key != "number"}
             for name, about in site.about.items()
@@ -220,24 +343,24 @@ class Consenting:
         if spec.diagnostics and not file.diagnostics:
             raise RefusedError("this site lets no diagnostics be measured")
         refuse_code(spec, file.functions)
+        file.limits.refuse(spec)
 
     def _here(self, model: str) -> str:
         if model not in self._file.models:
             raise RefusedError(f"the model {model!r} is none of those that this site consents to")
         return self._file.models[model]
 
-    def _does(self, spec: Experiment) -> Callable[[str], bool]:
-        """Return whether a piece of work may be asked for.
+    def _does(self, spec: Experiment) -> Callable[[str, str], bool]:
+        """Return whether a piece of work may be asked for, in a phase of a purpose.
 
-        Allowed are the algorithm's own works, evaluation, and diagnostics if consented to.
+        Allowed are the algorithm's own works, and in evaluations what measures, with diagnostics
+        if they are consented to.
         """
-        works = [
-            *spec.algorithm.works,
-            *rounds.WORKS,
-            *(diagnostics.WORKS if spec.diagnostics else ()),
-        ]
-        names = {work.name for work in works}
-        return names.__contains__
+        measures = {
+            work.name for work in (*rounds.WORKS, *(diagnostics.WORKS if spec.diagnostics else ()))
+        }
+        trains = {work.name for work in spec.algorithm.works}
+        return lambda work, purpose: work in (measures if purpose == "evaluate" else trains)
 
 
 def consenting(name: str, path: Path) -> tuple[Consenting, Path]:

@@ -20,7 +20,8 @@ from typing import Any
 from nvflare.collab import CollabRecipe, collab
 
 from fedpref import config
-from fedpref.engines.site import RUN, Host, Site
+from fedpref.engines.requests import run_name
+from fedpref.engines.site import Host, Site
 from fedpref.errors import UserError
 from fedpref.experiments.clients import SimulatedSite
 from fedpref.experiments.experiment import Experiment, with_whole_paths
@@ -155,11 +156,12 @@ def _hand_over(folder: RunDirectory) -> None:
 
 def check_name(run: str) -> None:
     """Raise UserError for a run's name that sites would not take."""
-    if not RUN.fullmatch(run):
+    try:
+        run_name(run)
+    except ValueError as error:
         raise UserError(
-            f"a run cannot be called {run[:40]!r}: letters, digits, dots, hyphens and "
-            "underscores only. Give another --output."
-        )
+            f"a run cannot be called {run[:40]!r}: {error}. Give another --output."
+        ) from error
 
 
 def job(experiment: Experiment, run: str, *, simulated: int = 0) -> Any:

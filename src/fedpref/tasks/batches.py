@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 
@@ -28,12 +28,18 @@ class BatchSize:
         max_tokens: Fill batches up to so many tokens in place of a number of examples.
         epochs: Where the client is in its data; None draws each batch by itself.
         is_by_prompt: Examples of one prompt come together, in place of those of similar length.
+        seen: Which examples have been drawn, by their kind and number.
     """
 
     examples: int
     max_tokens: int | None = None
     epochs: Epochs | None = field(default=None, compare=False)
     is_by_prompt: bool = False
+    seen: set[tuple[int, int]] = field(default_factory=set, compare=False)
+
+    def note(self, indices: Iterable[int], kind: int = 0) -> None:
+        """Keep in mind which examples were drawn."""
+        self.seen.update((kind, index) for index in indices)
 
 
 @dataclass(frozen=True)
@@ -162,7 +168,15 @@ def draw_indices(
         kind: Which kind of examples; each has epochs of its own.
     """
     if size.epochs is not None:
-        return size.epochs.next(examples, size, kind)
+        indices, weight = size.epochs.next(examples, size, kind)
+    else:
+        indices, weight = _drawn_anew(examples, size, rng), 1.0
+    size.note(indices, kind)
+    return indices, weight
+
+
+def _drawn_anew(examples: Examples, size: BatchSize, rng: torch.Generator) -> list[int]:
+    """Return a batch that does not depend on those before it; see `draw_indices`."""
     lengths = examples.lengths
     # not the whole order as a list: there may be many examples, and this is done in every step
     most = POOL * (size.max_tokens or size.examples)
@@ -180,7 +194,7 @@ def draw_indices(
     else:
         batches = [pool[first : first + count] for first in range(0, len(pool), count)]
     wanted = pool[int(torch.randint(len(pool), (), generator=rng))]
-    return next(batch for batch in batches if wanted in batch), 1.0
+    return next(batch for batch in batches if wanted in batch)
 
 
 def _shuffled(count: int, rng: torch.Generator) -> list[int]:

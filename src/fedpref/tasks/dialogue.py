@@ -248,6 +248,7 @@ class DialogueLearner(LanguageLearner):
             # batches of prompts differ by one at most, so that their weights hardly do
             known = Examples(tuple(len(one.tokens) for one in shard.train))
             indices, _ = size.epochs.next(known, replace(size, is_by_prompt=False))
+        size.note(indices)
         prompts = [shard.train[i] for i in indices]
         samples = self.settings.num_generations
         answers = generate(

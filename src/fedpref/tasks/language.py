@@ -99,6 +99,10 @@ class LanguageLearner(ABC):
     def devices(self) -> int:
         return devices.count(self.language.wanted)
 
+    @property
+    def adapted_ends(self) -> frozenset[str]:
+        return self.language.adapted_ends
+
     def move_to(self, worker: int) -> None:
         self.language.move_to(worker)
 

@@ -221,6 +221,7 @@ class OfflineLearner(LanguageLearner):
             size.max_tokens and max(1, size.max_tokens // count),
             size.epochs,
             size.is_by_prompt,
+            size.seen,
         )
         weights = []
         for m in range(count):

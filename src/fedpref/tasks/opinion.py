@@ -162,6 +162,8 @@ class OpinionLearner:
     def devices(self) -> int:
         return devices.count(self.encoder.wanted)
 
+    adapted_ends: ClassVar[frozenset[str]] = frozenset()
+
     def move_to(self, worker: int) -> None:
         self.encoder.move_to(worker)
 
@@ -266,6 +268,7 @@ class OpinionLearner:
             order = torch.randperm(len(questions), generator=rng).tolist()
             context = _between(self.settings.context_questions, len(order) - 1, rng)
             targets = _between(self.settings.target_questions, len(order) - context, rng)
+            size.note(order[: context + targets], turn[number % len(turn)])
             tasks.append(
                 (
                     [questions[i] for i in order[:context]],

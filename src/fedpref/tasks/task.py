@@ -153,6 +153,14 @@ class Task(Protocol):
         """The number of workers on this machine that have a processor, or a GPU, of their own."""
         ...
 
+    @property
+    def adapted_ends(self) -> frozenset[str]:
+        """Which ends of a language model are trained, whose gradients tell words of a row.
+
+        `embeddings`, `head`.
+        """
+        ...
+
     def move_to(self, worker: int) -> None:
         """Move to the device of a worker, before anything is computed.
 

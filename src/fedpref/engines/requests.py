@@ -1,0 +1,229 @@
+"""What a coordinator may ask of a site: every name, number and path, parsed once.
+
+A verb sees nothing that is not of one of these types; paths are made of them alone.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+)
+from typing_extensions import TypedDict
+
+from fedpref.engines.messages import Header, RefusedError
+
+LONGEST = 200  # bytes of a part of a run's name, which is a folder's
+_DIGITS = re.compile(r"0|[1-9][0-9]{0,8}")
+_FORM = ConfigDict(extra="forbid", strict=True)
+
+
+def _whole(value: Any) -> Any:
+    """Return a whole number; as a key of JSON's it is written in digits."""
+    if isinstance(value, str) and _DIGITS.fullmatch(value):
+        return int(value)
+    return value
+
+
+def run_name(name: str) -> str:
+    """Return a run's name, up to four folders, none of them hidden; raises ValueError."""
+    parts = name.split("/")
+    if len(parts) > 4 or not all(re.fullmatch(r"\w[\w.-]{0,99}", part) for part in parts):
+        raise ValueError("a run is called by up to four words of letters, digits, '.', '_' and '-'")
+    if any(len(part.encode()) > LONGEST for part in parts):
+        raise ValueError(f"a part of a run's name is longer than {LONGEST} bytes")
+    return name
+
+
+Number = Annotated[int, BeforeValidator(_whole), Field(strict=True, ge=0, lt=10**9)]
+ClientId = Number
+Run = Annotated[str, AfterValidator(run_name)]
+Checkpoint = Annotated[str, Field(pattern=r"^round-[0-9]{6,9}$")]
+StateField = Annotated[str, Field(pattern=r"^[a-z_][a-z0-9_]{0,63}$")]
+CallName = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,8}$")]
+ValueName = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,8}\.([0-9]{1,2}|[a-z_][a-z0-9_]{0,63})$")]
+WorkName = Annotated[str, Field(pattern=r"^[\w.:-]{1,120}$")]
+SiteName = Annotated[str, Field(min_length=1, max_length=LONGEST)]
+ClientName = Annotated[str, Field(max_length=1000)]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+Purpose = Literal["init", "train", "join", "evaluate"]
+Weight = Annotated[float, Field(allow_inf_nan=False, ge=-1e3, le=1e3)]
+Share = Annotated[float, Field(allow_inf_nan=False, ge=0, le=1)]
+Seconds = Annotated[float, Field(allow_inf_nan=False, ge=0, le=86400)]
+
+
+class Own(TypedDict):
+    """An argument that is each client's own, by name."""
+
+    __pydantic_config__ = _FORM  # type: ignore[misc]
+    own: dict[ClientId, ValueName]
+
+
+class Everybody(TypedDict):
+    """An argument that is a tree of the message's, by its number."""
+
+    __pydantic_config__ = _FORM  # type: ignore[misc]
+    tree: Annotated[int, Field(ge=0, lt=64)]
+
+
+class Plain(TypedDict):
+    """An argument that is plain data; the work's types say what it may be."""
+
+    __pydantic_config__ = _FORM  # type: ignore[misc]
+    plain: Any
+
+
+class Split(TypedDict):
+    """Say what tells prompts that are held out."""
+
+    __pydantic_config__ = _FORM  # type: ignore[misc]
+    experiment: dict[str, Any]
+    everything: bool
+
+
+class Consent(TypedDict):
+    """Say whether the site takes part in these experiments; nothing is begun."""
+
+    __pydantic_config__ = _FORM  # type: ignore[misc]
+    experiments: Annotated[list[dict[str, Any]], Field(max_length=64)]
+
+
+class Open(TypedDict):
+    """Begin an experiment, or go on with it."""
+
+    __pydantic_config__ = _FORM  # type: ignore[misc]
+    experiment: dict[str, Any]
+    run: Run
+    resumes: bool
+    is_known: bool
+    held_out: list[Digest]
+
+
+class Numbered(TypedDict):
+    """Learn the numbers of clients."""
+
+    __pydantic_config__ = _FORM  # type: ignore[misc]
+    ids: dict[ClientName, ClientId]
+    sites: dict[SiteName, list[ClientId]]
+
+
+class Each(TypedDict):
+    """Do work for some clients."""
+
+    __pydantic_config__ = _FORM  # type: ignore[misc]
+    work: WorkName
+    args: Annotated[list[Own | Everybody | Plain], Field(max_length=32)]
+    clients: list[ClientId]
+    purpose: Purpose
+    round: Number
+    call: Number
+    name: CallName
+
+
+class Contribute(TypedDict):
+    """Send each client's share of a sum."""
+
+    __pydantic_config__ = _FORM  # type: ignore[misc]
+    own: dict[ClientId, ValueName]
+    shares: dict[ClientId, Share]
+
+
+class Exchange(TypedDict):
+    """Tell neighbours, hear them, and mix."""
+
+    __pydantic_config__ = _FORM  # type: ignore[misc]
+    own: Annotated[dict[ClientId, ValueName], Field(min_length=1)]
+    weights: dict[ClientId, dict[ClientId, Weight]]
+    round: Number
+    call: Number
+    name: CallName
+    wait: Seconds
+
+
+class Report(TypedDict):
+    """Send clients' metrics."""
+
+    __pydantic_config__ = _FORM  # type: ignore[misc]
+    own: dict[ClientId, ValueName]
+
+
+class Save(TypedDict):
+    """Keep clients' values in files."""
+
+    __pydantic_config__ = _FORM  # type: ignore[misc]
+    own: dict[StateField, dict[ClientId, ValueName]]
+    checkpoint: Checkpoint
+
+
+class Load(TypedDict):
+    """Take up clients' values."""
+
+    __pydantic_config__ = _FORM  # type: ignore[misc]
+    checkpoint: Checkpoint
+    fields: Annotated[list[StateField], Field(max_length=64)]
+    name: CallName
+
+
+class Names(TypedDict):
+    """Send the names of values."""
+
+    __pydantic_config__ = _FORM  # type: ignore[misc]
+
+
+FORMS: dict[str, TypeAdapter[Any]] = {
+    "split": TypeAdapter(Split),
+    "consent": TypeAdapter(Consent),
+    "open": TypeAdapter(Open),
+    "number": TypeAdapter(Numbered),
+    "each": TypeAdapter(Each),
+    "contribute": TypeAdapter(Contribute),
+    "exchange": TypeAdapter(Exchange),
+    "report": TypeAdapter(Report),
+    "save": TypeAdapter(Save),
+    "load": TypeAdapter(Load),
+    "names": TypeAdapter(Names),
+}
+FREED: TypeAdapter[list[tuple[int, str]]] = TypeAdapter(list[tuple[ClientId, ValueName]])
+
+
+def parsed(verb: Any, header: Header) -> dict[str, Any]:
+    """Return what is asked, of the verb's types; raises RefusedError where it is malformed."""
+    form = FORMS.get(verb) if isinstance(verb, str) else None
+    if form is None:
+        raise RefusedError(f"there is no verb {str(verb)[:40]!r}")
+    asked: dict[str, Any] = _checked(form, header, f"what is asked by {verb!r}")
+    return asked
+
+
+def freed(entries: Any) -> list[tuple[int, str]]:
+    """Return clients and names of values that are no longer wanted."""
+    if not isinstance(entries, list):
+        raise RefusedError("'free' is malformed: it is no list")
+    some = [tuple(entry) if isinstance(entry, list) else entry for entry in entries]
+    wanted: list[tuple[int, str]] = _checked(FREED, some, "'free'")
+    return wanted
+
+
+def _checked(form: TypeAdapter[Any], content: Any, what: str) -> Any:
+    try:
+        return form.validate_python(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part)[:40] for part in first["loc"])
+        raise RefusedError(f"{what} is malformed: {where}: {first['msg']}") from error
+
+
+def beneath(folder: Path, *parts: str) -> Path:
+    """Return a path under a folder; raises RefusedError for one that leads out of it."""
+    path = folder.joinpath(*parts)
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise RefusedError("a path leads out of the site's folder")
+    return path

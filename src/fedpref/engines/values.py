@@ -1,0 +1,86 @@
+"""Clients' values at a site, by name, and what a site lets be asked of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from fedpref.engines.messages import RefusedError
+from fedpref.federation.leaving import Kept
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a site lets be asked of it, whatever the experiment says; None is no bound.
+
+    Attributes:
+        message: Bytes of a message.
+        memory: Bytes of the values that lie here for a coordinator.
+        disk: Bytes of the site's folder of runs.
+        calls: Calls of work for a client in one phase of a round.
+        seconds: Of work in one phase of a round, after which no more is begun.
+        openings: How often a run may be opened.
+        examples: Distinct examples behind an update that leaves a client, at least.
+        evaluated: Held-out examples behind its metrics, at least.
+        check: Raises RefusedError for plain arguments of work that ask for too much.
+    """
+
+    message: int | None = None
+    memory: int | None = None
+    disk: int | None = None
+    calls: int | None = None
+    seconds: float | None = None
+    openings: int | None = None
+    examples: int = 0
+    evaluated: int = 0
+    check: Callable[[Any], None] = lambda value: None
+
+
+class Values:
+    """Clients' values by name: none is written twice, and all together have a bound."""
+
+    def __init__(self, numbers: Iterable[int] = (), room: int | None = None) -> None:
+        self._values: dict[int, dict[str, Kept]] = {number: {} for number in numbers}
+        self._room, self._bytes = room, 0
+
+    def refuse_taken(self, clients: Iterable[int], name: str) -> None:
+        """Raise RefusedError where clients have values of a call's name, or are not here."""
+        for client in clients:
+            if client not in self._values:
+                raise RefusedError(f"client {client} is none of those here")
+            if any(taken.split(".", 1)[0] == name for taken in self._values[client]):
+                raise RefusedError(f"client {client} has values called {name!r} already")
+
+    def put(self, client: int, name: str, kept: Kept) -> None:
+        """Keep a value; raises RefusedError where there is no room."""
+        more = size(kept.value)
+        if self._room is not None and self._bytes + more > self._room:
+            raise RefusedError(
+                f"the values here would take more than the {self._room / 1e6:,.0f} MB that this "
+                "site lends"
+            )
+        self._bytes += more
+        self._values[client][name] = kept
+
+    def drop(self, client: int, name: str) -> None:
+        """Forget a value, if it is there."""
+        if kept := self._values.get(client, {}).pop(name, None):
+            self._bytes -= size(kept.value)
+
+    def get(self, client: int, name: str) -> Kept:
+        """Return a value; raises RefusedError where there is none."""
+        if name not in self._values.get(client, {}):
+            raise RefusedError(f"client {client} has no value {name!r} here")
+        return self._values[client][name]
+
+    def names(self) -> dict[int, list[str]]:
+        """Return the names of all values, by client."""
+        return {client: sorted(values) for client, values in self._values.items()}
+
+
+def size(value: Any) -> int:
+    """Return the bytes of a tree; of metrics, which are few, none."""
+    return sum(part.nbytes for part in value.values() if isinstance(part, Tensor))

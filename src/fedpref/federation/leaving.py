@@ -1,0 +1,118 @@
+"""What may leave a client: a property of the value, from the work that made it to its last copy.
+
+The whole rule. A value on a client has an audience, and where that is not everybody a kind.
+
+1. What a coordinator sends to everybody has no secret in it. Work makes values from such
+   arguments, from the client's own values, and from its data.
+2. A result's audience is what the work declares of it: `sends`, the coordinator; `tells`,
+   neighbours in gossip; nothing, nobody. Metrics, which are plain numbers by name, are for the
+   coordinator.
+3. It is no wider than that of any argument, unless the work `reads` this argument, and the
+   argument's value is of the kind that is read there. What an argument narrows has no kind.
+4. What neighbours told, and what is mixed with it, is for neighbours at most.
+5. Copies keep both: under another name, in a checkpoint, after a restart. A name that is taken is
+   not written to.
+
+So a private value reaches the coordinator through work alone that says, in its declaration, that it
+sends what it computes from a value of this kind in this place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
+
+from fedpref.federation.verbs import ANYTHING, WithheldError, Work
+
+
+class Audience(IntEnum):
+    """Who may get a value; who is later in the list has all that those before him have."""
+
+    NOBODY = 0
+    NEIGHBOURS = 1
+    COORDINATOR = 2
+
+
+@dataclass(frozen=True)
+class Label:
+    """Who may get a value, and what kind of value it is.
+
+    Attributes:
+        audience: Who may get it.
+        kind: Of what kind it is, by which work reads it; empty where none is known.
+    """
+
+    audience: Audience = Audience.COORDINATOR
+    kind: str = ""
+
+    @property
+    def mixed(self) -> Label:
+        """The label of what came of a value and of neighbours' values of the same kind."""
+        return Label(min(self.audience, Audience.NEIGHBOURS), self.kind)
+
+    def refuse(self, audience: Audience, client: int) -> None:
+        """Raise WithheldError where somebody is to get a value that is not for them."""
+        if self.audience < audience:
+            kind = f" of the kind {self.kind!r}" if self.kind else ""
+            whose = "its own" if self.audience == Audience.NOBODY else "for its neighbours"
+            raise WithheldError(
+                f"a value{kind} of client {client} is {whose}: the work that made it does not "
+                "declare that it may be sent, or was given a private value that it does not "
+                "declare to read"
+            )
+
+
+OPEN = Label()  # of what a coordinator sent
+
+
+@dataclass(eq=False)
+class Kept:
+    """A value on a client, with its label."""
+
+    value: Any
+    label: Label = field(default=OPEN)
+
+
+def is_metrics(value: Any) -> bool:
+    """Return whether a value is plain numbers by name."""
+    return isinstance(value, Mapping) and all(
+        isinstance(number, int | float) for number in value.values()
+    )
+
+
+def labels(
+    work: Work[..., Any], arguments: Mapping[int, Label], results: Sequence[Any]
+) -> Sequence[Label]:
+    """Return the labels of what work returned.
+
+    Args:
+        work: What was done.
+        arguments: By place behind the client, the labels of those that are the client's own.
+        results: What it returned.
+    """
+    unread = [
+        label.audience for place, label in arguments.items() if not _reads(work, place, label)
+    ]
+    narrowest = min(unread, default=Audience.COORDINATOR)
+    made = []
+    for k, result in enumerate(results):
+        declared = (
+            Audience.COORDINATOR
+            if k in work.sends or (result and is_metrics(result))
+            else Audience.NEIGHBOURS
+            if k in work.tells
+            else Audience.NOBODY
+        )
+        is_narrowed = narrowest < declared
+        kind = "" if is_narrowed else work.keeps.get(k, "")
+        made.append(Label(min(declared, narrowest), kind))
+    return made
+
+
+def _reads(work: Work[..., Any], place: int, label: Label) -> bool:
+    """Return whether results may be told as declared, whatever of this value is in them."""
+    name = work.parameters[min(place, len(work.parameters) - 1)]  # the last may be *parts
+    read = work.reads.get(name)
+    return read is not None and (read == ANYTHING or read == label.kind)
