@@ -76,6 +76,15 @@ def make_model(folder: Path, architecture: str = "llama", seed: int = 0) -> Path
     return folder
 
 
+def kept_values(run: Path, rounds: int, field: str) -> dict[int, Any]:
+    """What clients keep of a field in a checkpoint of a run, by client."""
+    from fedpref.engines.store import Store
+
+    store = Store(run / "checkpoints")
+    loaded = store.load(run / f"checkpoints/round-{rounds:06d}", [field])
+    return {client: kept.value for client, kept in loaded[field].items()}
+
+
 def make_rows(clients: Sequence[int], seed: int = 0) -> list[dict[str, str]]:
     """Rows for clients of these sizes: each client prefers answers that hold a word of its own."""
     draw = random.Random(seed)

@@ -25,12 +25,12 @@ def is_private(name: str) -> bool:
     return ".lora_B." in name
 
 
-@work("tests-personal.begin")
+@work("tests-personal.begin", sends=(), keeps={0: "private"})
 def begin(client: Client, start: Tree) -> Tree:
     return {name: tensor for name, tensor in start.items() if is_private(name)}
 
 
-@work("tests-personal.train")
+@work("tests-personal.train", keeps={1: "private"}, reads=("private",))
 def train(
     client: Client, shared: Tree, private: Tree, local: LocalTraining
 ) -> tuple[Tree, Tree, Mapping[str, float]]:

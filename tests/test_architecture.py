@@ -30,6 +30,7 @@ ALLOWED_IN_MATHEMATICS = {
     "__future__",
     "abc",
     "collections",
+    "contextlib",
     "dataclasses",
     "functools",
     "hashlib",

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from fedpref.algorithms import (
 )
 from fedpref.algorithms.fedopt import Adaptive
 from fedpref.engines import RemoteEngine, Simulation
+from fedpref.engines.store import Store
 from fedpref.experiments.experiment import Experiment
 from fedpref.experiments.rounds import evaluate
 from fedpref.experiments.run_directory import RunDirectory
@@ -48,7 +50,7 @@ from fedpref.federation.aggregation import FrozenA, Product
 from fedpref.federation.local_training import LocalTraining
 from fedpref.federation.participation import draw
 from fedpref.models.own_parts import Parts
-from fedpref.numerics import seeds, trees
+from fedpref.numerics import seeds
 from fedpref.numerics.trees import Tree
 from process_engine import Processes, process_engine, sent_up, shares
 
@@ -171,6 +173,9 @@ def drive(
     return Drive(engine, state, metrics)
 
 
+CHECKPOINTS = count(1)
+
+
 def contents(engine: Any, state: Any, folder: Path) -> dict[str, Tree]:
     """All values of a state, those on clients by way of their files."""
     values = {field.name: getattr(state, field.name) for field in fields(state)}
@@ -178,14 +183,14 @@ def contents(engine: Any, state: Any, folder: Path) -> dict[str, Tree]:
         name: value for name, value in values.items() if isinstance(value, dict)
     }
     private = {name: value for name, value in values.items() if name not in found}
+    folder = folder / f"round-{next(CHECKPOINTS):06d}"
     engine.save(private, folder)
     written = [folder]
     if isinstance(engine, RemoteEngine):
         written = list(engine.processes.folder.glob(f"*/{engine.run}/checkpoints/{folder.name}"))
-    for path in sorted(
-        path for name in private for place in written for path in (place / name).iterdir()
-    ):
-        found[f"{path.parent.name}/{path.name.split('.')[0]}"] = trees.load(path)
+    for place in written:
+        for name, kept in Store(place.parent).load(place, list(private)).items():
+            found |= {f"{name}/{client}": one.value for client, one in kept.items()}
     return found
 
 

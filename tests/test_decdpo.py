@@ -69,10 +69,7 @@ START = {"a": torch.zeros(40, 30), "b": torch.zeros(500)}
 
 def stacked(fed: Any, values: Any) -> np.ndarray[Any, Any]:
     return np.stack(
-        [
-            torch.cat([t.flatten() for t in values._values[i].values()]).double().numpy()
-            for i in fed.active
-        ]
+        [torch.cat([t.flatten() for t in values[i].values()]).double().numpy() for i in fed.active]
     )
 
 
@@ -285,10 +282,7 @@ def factors(client: Client, ranks: tuple[int, ...], apart: float) -> Tree:
 
 def products(fed: Any, values: Any) -> np.ndarray[Any, Any]:
     return np.stack(
-        [
-            (values._values[i]["x.lora_B.w"] @ values._values[i]["x.lora_A.w"]).double().numpy()
-            for i in fed.active
-        ]
+        [(values[i]["x.lora_B.w"] @ values[i]["x.lora_A.w"]).double().numpy() for i in fed.active]
     )
 
 
@@ -312,10 +306,10 @@ def test_mixed_products_are_near_the_best_of_their_rank(ranks: tuple[int, ...]) 
     for i, found in enumerate(products(fed, mixed)):
         u, s, v = np.linalg.svd(mean[i])
         rank = ranks[i % len(ranks)]
-        assert mixed._values[i]["x.lora_A.w"].shape == (rank, 50)
+        assert mixed[i]["x.lora_A.w"].shape == (rank, 50)
         best = np.linalg.norm(mean[i] - u[:, :rank] * s[:rank] @ v[:rank])
         assert np.linalg.norm(mean[i] - found) < 1.25 * best
-    size = trees.size(theta._values[0])
+    size = trees.size(theta[0])
     assert fed.traffic.bytes_up < 12 * 4 * size
 
 
@@ -331,7 +325,7 @@ def bowls(algorithm: Any, rounds: int, keep: float) -> list[float]:
     for round in range(rounds):
         fed.begin(round, (0, 1))
         state, _ = algorithm.step(fed, state)
-    return [float(state.theta._values[i]["x"][0]) for i in (0, 1)]
+    return [float(state.theta[i]["x"][0]) for i in (0, 1)]
 
 
 def test_decdpo_ends_where_its_linear_recursion_does() -> None:
@@ -366,9 +360,9 @@ def test_stale_neighbours_move_no_mean(staleness: int) -> None:
         fed.begin(round, fed.clients)
         state, metrics = algorithm.step(fed, state)
         ages.add(metrics["age"])
-        mean = np.mean([float(state.theta._values[i]["x"][0]) for i in range(6)])
+        mean = np.mean([float(state.theta[i]["x"][0]) for i in range(6)])
         assert mean == pytest.approx(2.5 - 0.5 * 0.9 ** (round + 1), abs=1e-5)
-    apart = max(abs(float(state.theta._values[i]["x"][0]) - mean) for i in range(6))
+    apart = max(abs(float(state.theta[i]["x"][0]) - mean) for i in range(6))
     # the centres reach that far, and clients stay between them however late they hear
     assert apart < 2.5
     assert max(ages) <= staleness
@@ -381,8 +375,7 @@ def test_stale_neighbours_move_no_mean(staleness: int) -> None:
             fed.begin(round, fed.clients)
             other, _ = plain.step(fed, other)
         assert all(
-            torch.allclose(state.theta._values[i]["x"], other.theta._values[i]["x"], atol=1e-5)
-            for i in range(6)
+            torch.allclose(state.theta[i]["x"], other.theta[i]["x"], atol=1e-5) for i in range(6)
         )
 
 

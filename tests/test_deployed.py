@@ -41,6 +41,7 @@ pytestmark = pytest.mark.slow
 HERE = Path(__file__).resolve().parent
 ADMIN, SITES = "admin@example.org", ("clinic", "bank", "school")
 CLIENTS = {"clinic": ["client-0"], "bank": ["client-1"], "school": ["client-2"]}
+LIMITS = {"least_examples": 1, "least_batch": 1, "least_evaluated": 1}
 SHORT = {"steps": 2, "batch_size": 3, "learning_rate": 0.01}
 
 
@@ -91,6 +92,7 @@ def federation(
         text = {
             "data": content["data"],
             "algorithms": ["fedpdpo", "decdpo"],
+            "limits": LIMITS,
             "models": {model: model},
         }
         text["partition"] = {"name": "natural", "only": CLIENTS[site]}
@@ -191,14 +193,12 @@ def test_who_relays_gossip_cannot_read_it(content: dict[str, Any], federation: F
     here, there = here_and_there(decentralised, federation, "gossip")
     assert (here / "evaluation.jsonl").read_bytes() == (there / "evaluation.jsonl").read_bytes()
     relayed = captured(federation, "relayed")
-    theta = sum(
-        trees.size(trees.load(file)) for file in (here / "checkpoints").rglob("theta/0.safetensors")
-    )
+    theta = sum(trees.size(trees.load(file)) for file in (here / "checkpoints").rglob("theta/0.*"))
     assert len(relayed) > 3 * 2 * theta, "adapters went through it"
     assert b"lora_A" not in relayed
     mixed = [
         piece
-        for file in (here / "checkpoints").rglob("theta/*.safetensors")
+        for file in (here / "checkpoints").rglob("theta/*")
         for t in trees.load(file).values()
         for piece in pieces(t)
     ]
@@ -276,7 +276,12 @@ def test_a_site_is_added_and_one_is_expelled(
     kit = kits.add(federation.folder / "federation", "library")
     before = {site: (federation.kits[site] / "startup/client.crt").read_bytes() for site in SITES}
     model = content["task"]["model"]["path"]
-    text = {"data": content["data"], "algorithms": ["fedpdpo"], "models": {model: model}}
+    text = {
+        "data": content["data"],
+        "algorithms": ["fedpdpo"],
+        "limits": LIMITS,
+        "models": {model: model},
+    }
     (kit / kits.SITE_FILE).write_text(
         yaml.safe_dump({**text, "partition": {"name": "natural", "only": ["client-3"]}})
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import os
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -21,9 +23,11 @@ from conftest import make_rows, write_rows
 from fedpref import Experiment, UserError, config, resume, run
 from fedpref.algorithms import Alone, FedDPO, Pooled
 from fedpref.data import ClientData, Preference
-from fedpref.engines import Simulation
+from fedpref.engines import Simulation, per_client
 from fedpref.engines.forks import forked
 from fedpref.engines.per_client import StoredValues
+from fedpref.engines.store import Store
+from fedpref.engines.values import Kept
 from fedpref.experiments.finished import FinishedRun
 from fedpref.experiments.rounds import evaluate, events, new_directory
 from fedpref.experiments.run_directory import RunDirectory
@@ -172,9 +176,7 @@ def test_one_round_of_federation_is_the_mean_of_training_alone(
     state = alone.step(fed, states[1])[0]
     sizes = [len(shard) if weighting == "examples" else 1 for shard in shards]
     weights = [size / sum(sizes) for size in sizes]
-    expected = trees.total(
-        trees.scale(state.theta._values[i], weight) for i, weight in enumerate(weights)
-    )
+    expected = trees.total(trees.scale(state.theta[i], weight) for i, weight in enumerate(weights))
     for name, value in averaged.items():
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)
 
@@ -585,7 +587,7 @@ def test_jobs_are_shared_out_among_forks(tmp_path: Path) -> None:
         list(forked(2, jobs(22)))
     with pytest.raises(RuntimeError, match="ZeroDivisionError"):
         list(forked(2, [list, lambda: 1 / 0]))
-    with pytest.raises(RuntimeError, match="died"):
+    with pytest.raises(UserError, match="has died"):
         list(forked(2, [list, lambda: os._exit(1)]))
 
 
@@ -609,9 +611,35 @@ def test_memory_holds_as_many_values_as_there_is_room_for(
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     tree = {"x": torch.ones(100)}  # 400 bytes
-    values = StoredValues[Any](1000, ((i, tree) for i in range(4)))
-    assert len(list(tmp_path.glob("fedpref-*"))) == 2, "the first two are in memory"
+    per_client._spilled.cache_clear()
+    values = StoredValues[Any](1000, ((i, Kept(tree)) for i in range(4)))
+    assert len(list(tmp_path.glob(SPILLED))) == 2, "the first two are in memory"
     assert all(torch.equal(values[i]["x"], tree["x"]) for i in values)
+
+
+SPILLED = "fedpref-spilled-*/*.safetensors"
+
+
+def test_what_was_spilled_goes_with_the_process_or_when_the_next_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    program = (
+        "import os, signal, tempfile, torch; tempfile.tempdir = {folder!r}\n"
+        "from fedpref.engines.per_client import StoredValues\n"
+        "from fedpref.engines.values import Kept\n"
+        "values = StoredValues(0, [(0, Kept({{'x': torch.ones(9)}}))])\n"
+        "{end}"
+    )
+    for end, left in (("", 0), ("os.kill(os.getpid(), signal.SIGKILL)", 1)):
+        text = program.format(folder=str(tmp_path), end=end)
+        subprocess.run([sys.executable, "-c", text])
+        assert len(list(tmp_path.glob(SPILLED))) == left
+    per_client._spilled.cache_clear()
+    values = StoredValues[Any](0, [(0, Kept({"x": torch.zeros(9)}))])
+    (file,) = tmp_path.glob(SPILLED)
+    assert not trees.load(file)["x"].any(), "the killed process's are gone, and this one's are not"
+    del values
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -623,8 +651,9 @@ def test_what_does_not_fit_in_memory_lies_in_files_while_it_is_needed(
     shards = [task.encode(client) for client in spec.clients()[0]]
     shards = [task.prepare(shard, tmp_path / "cache") for shard in shards]
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    per_client._spilled.cache_clear()
     algorithm: Any = spec.algorithm
-    states = {}
+    states, kept = {}, {}
     for room in (1024, 0):
         with closing(
             Simulation(task, shards, seed=0, rounds=2, workers=workers, spill_above_mb=room)
@@ -633,19 +662,19 @@ def test_what_does_not_fit_in_memory_lies_in_files_while_it_is_needed(
             for number in range(2):
                 engine.begin(number, engine.clients[number:])
                 state, _ = algorithm.step(engine, state)
-            engine.save({f"own-{room}": state.own}, tmp_path)
+            engine.save({"own": state.own}, tmp_path / f"{room}/.round-000002")
+            kept[room] = Store(tmp_path / f"{room}").load(
+                tmp_path / f"{room}/.round-000002", ["own"]
+            )["own"]
             states[room] = state.adapter
-        spilled = len(list(tmp_path.glob("fedpref-*.safetensors")))
+        spilled = len(list(tmp_path.glob(SPILLED)))
         assert spilled == (2 * len(shards) if room == 0 else 0), (
             "each client's own factors and place in its data, and no trace of its messages"
         )
         del state
-        assert not list(tmp_path.glob("fedpref-*"))
+        assert not list(tmp_path.glob(SPILLED))
     for i in range(len(shards)):
-        a, b = (
-            {**states[room], **trees.load(tmp_path / f"own-{room}/{i}.safetensors")}
-            for room in (0, 1024)
-        )
+        a, b = ({**states[room], **kept[room][i].value} for room in (0, 1024))
         assert a.keys() == b.keys()
         assert all(torch.equal(a[name], b[name]) for name in a)
 

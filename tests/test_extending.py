@@ -180,7 +180,9 @@ def test_a_site_imports_nothing_that_it_has_not_consented_to(folder: Path) -> No
     write_rows(folder / "rows.jsonl", make_rows([8]))
 
     def site(**consent: Any) -> Consenting:
-        content = {"data": {"name": "files", "path": "rows.jsonl"}, **consent}
+        limits = {"least_examples": 1, "least_batch": 1, "least_evaluated": 1}
+        data = {"name": "files", "path": "rows.jsonl"}
+        content = {"data": data, "limits": limits, **consent}
         (folder / "site.yaml").write_text(yaml.dump(content))
         return Consenting("clinic", SiteFile.load(folder / "site.yaml"))
 
@@ -197,6 +199,6 @@ def test_a_site_imports_nothing_that_it_has_not_consented_to(folder: Path) -> No
     with pytest.raises(RefusedError, match="none of what is consented to"):
         site(algorithms=["feddpo", "server-momentum"]).host(mine, folder / "cache")
     hosted = site(algorithms=["my_parts:ServerMomentum"]).host(mine, folder / "cache")
-    assert hosted.does("server-momentum.train")
+    assert hosted.does("server-momentum.train", "train")
     with pytest.raises(UserError):
         config.parse(Experiment, {"algorithm": {"name": "nothing:Part"}}, "mine")

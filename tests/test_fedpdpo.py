@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import make_rows, write_rows
+from conftest import kept_values, make_rows, write_rows
 from fedpref import Experiment, UserError, config, run
 from fedpref.algorithms import FedPDPO
 from fedpref.algorithms.fedpdpo import train
@@ -358,7 +358,7 @@ def test_a_shared_bottleneck_is_averaged_and_nobodys_own(
     ).path
     last = path / "checkpoints" / "round-000003"
     assert trees.load(last / "adapter.safetensors").keys() & NAMES == {DOWN, UP}
-    assert not {DOWN, UP} & trees.load(last / "own" / "0.safetensors").keys()
+    assert not {DOWN, UP} & kept_values(path, 3, "own")[0].keys()
     assert trees.norm({UP: trees.load(last / "adapter.safetensors")[UP]}) > 0
     load_model(path / "clients" / "client-0")
     load_model(path / "adapter")
@@ -411,7 +411,7 @@ def test_a_clients_folder_loads_as_a_model_that_gives_its_log_probabilities(
         )
         path = run(spec, tmp_path / str(number)).path
         state = {**trees.load(path / "checkpoints" / "round-000002" / "adapter.safetensors")}
-        own = trees.load(path / "checkpoints" / "round-000002" / "own" / "1.safetensors")
+        own = kept_values(path, 2, "own")[1]
         task = spec.task.build()
         expected = task.language.log_probabilities({**state, **own}, ROWS)
         model = load_model(path / "clients" / "client-1")

@@ -165,7 +165,7 @@ def test_scaffold_removes_the_drift_floor(cohorts: Sequence[Sequence[int]]) -> N
 def test_scaffolds_control_variates_are_the_papers_option_two_under_plain_sgd() -> None:
     _, state = run(Scaffold(local=PLAIN), 1)
     # after the first round, which is uncorrected
-    own = [state.own._values[i]["x"][0].item() for i in range(2)]
+    own = [state.own[i]["x"][0].item() for i in range(2)]
     assert own == pytest.approx(
         [-local_change(2.0, *numbers) / (PLAIN.steps * PLAIN.learning_rate) for numbers in CLIENTS],
         rel=1e-5,

@@ -231,9 +231,9 @@ def test_a_run_of_another_format_does_not_go_on(former: Path, tmp_path: Path) ->
         resume(former)
     folder = RunDirectory(tmp_path / "newer")
     folder.create({"config.yaml": ""})
-    assert folder.format == 2
-    (folder.path / "version.json").write_text(json.dumps({"format": 3, "fedpref": "9.9"}))
-    with pytest.raises(UserError, match=r"format 3, by fedpref 9\.9; this fedpref .* is older"):
+    assert folder.format == 3
+    (folder.path / "version.json").write_text(json.dumps({"format": 4, "fedpref": "9.9"}))
+    with pytest.raises(UserError, match=r"format 4, by fedpref 9\.9; this fedpref .* is older"):
         FinishedRun.at(folder.path)
     for text in ("", "{}", "[1]", '{"format": "x", "fedpref": "1"}'):
         (folder.path / "version.json").write_text(text)

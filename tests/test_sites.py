@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 
-from conftest import write_rows
+from conftest import kept_values, write_rows
 from fedpref import Experiment, UserError, config, run
 from fedpref.channel import Sender
 from fedpref.channel.compression import TopK, alike
@@ -25,10 +25,12 @@ from fedpref.data.splits import held_out
 from fedpref.engines import Patience, RemoteEngine, Sites
 from fedpref.engines.messages import FORMAT, RefusedError, finite, pack, unpack, version
 from fedpref.engines.site import Site
+from fedpref.engines.values import Kept
 from fedpref.experiments.clients import SimulatedSite
 from fedpref.experiments.rounds import events
 from fedpref.experiments.run_directory import RunDirectory
 from fedpref.experiments.run_files import METRICS
+from fedpref.federation.leaving import Audience, Label
 from fedpref.federation.local_training import LocalTraining
 from fedpref.federation.verbs import Client, work
 from fedpref.numerics import trees
@@ -38,6 +40,8 @@ from fedpref.sites.consent import Consenting, SiteFile, consenting
 from fedpref.sites.submitted import LOG, POLL, pause
 from process_engine import Processes, process_engine, shares
 
+PURPOSES = ("init", "train", "join", "evaluate")
+LIMITS = {"least_examples": 1, "least_batch": 1, "least_evaluated": 1}
 LOCAL = LocalTraining(steps=1, batch_size=3, learning_rate=0.01)
 
 
@@ -103,6 +107,7 @@ def test_numbers_that_are_not_finite_and_messages_that_are_too_long_are_refused(
         unpack(pack({}, {"a": torch.zeros(100)}), 100)
 
 
+OPEN = {"verb": "open", "resumes": False, "is_known": True, "held_out": []}
 DIALOGUE = {"name": "dialogue", "estimator": "rloo"}
 
 # ---- a site
@@ -113,7 +118,7 @@ def site(content: dict[str, Any], tmp_path: Path) -> Site:
     opened = Site("site-0", SimulatedSite(0, 1), tmp_path, Nowhere())
     about = said(
         opened,
-        {"verb": "open", "experiment": content, "run": "run", "resumes": False, "is_known": True},
+        {**OPEN, "experiment": content, "run": "run"},
     )["about"]
     said(
         opened,
@@ -164,18 +169,12 @@ def asked(**other: Any) -> dict[str, Any]:
             "client 9 has no value",
         ),
         (
-            {"verb": "open", "experiment": {}, "run": "../up", "resumes": False, "is_known": True},
-            "cannot be called",
+            {**OPEN, "experiment": {}, "run": "../up"},
+            "a run is called by",
         ),
-        ({"verb": "save", "own": {"x": {}}, "checkpoint": ".."}, "invalid file names"),
+        ({"verb": "save", "own": {}, "checkpoint": ".."}, "checkpoint: String should match"),
         (
-            {
-                "verb": "open",
-                "experiment": {"rouns": 3},
-                "run": "x",
-                "resumes": False,
-                "is_known": True,
-            },
+            {**OPEN, "experiment": {"rouns": 3}, "run": "x"},
             "Did you mean 'rounds'",
         ),
     ],
@@ -217,6 +216,7 @@ def site_file(content: dict[str, Any], rows_file: Path, tmp_path: Path) -> Path:
         "algorithms": ["feddpo"],
         "client": "clinic",
         "max_rounds": 4,
+        "limits": LIMITS,
     }
     path.write_text(
         yaml.safe_dump(
@@ -278,7 +278,9 @@ def test_a_site_brings_its_own_data_and_no_private_part_leaves_it(
         ("own.lora_A", False),
     ):
         assert found.gives(name) == leaves
-    assert found.does("fedpdpo.train")
+    assert found.does("fedpdpo.train", "train")
+    assert not found.does("fedpdpo.train", "evaluate"), "an evaluation trains nothing"
+    assert found.does("evaluation.evaluate", "evaluate")
     strange = (
         "clients.prepare",
         "test_sites.broken",
@@ -286,30 +288,26 @@ def test_a_site_brings_its_own_data_and_no_private_part_leaves_it(
         "fedprox.train",
         "ditto.train",
     )
-    assert not any(map(found.does, strange))
+    assert not any(found.does(work, purpose) for work in strange for purpose in PURPOSES)
     opened = Site("site", Consenting("site", file), tmp_path, Nowhere())
     said(
         opened,
-        {
-            "verb": "open",
-            "experiment": config.dump(spec),
-            "run": "run",
-            "resumes": False,
-            "is_known": True,
-        },
+        {**OPEN, "experiment": config.dump(spec), "run": "run"},
     )
     said(opened, {"verb": "number", "ids": {"clinic": 0}, "sites": {"site": [0]}})
     for name in ("head.weight", "exp_avg/head.weight", "own.lora_A"):
-        opened._values[0]["1"], opened._told = {name: torch.ones(1)}, {(0, "1")}
-        answer = said(opened, {"verb": "contribute", "own": {"0": "1"}, "shares": {"0": 1.0}})
+        opened._values.drop(0, "1.0")
+        opened._values.put(0, "1.0", Kept({name: torch.ones(1)}))
+        answer = said(opened, {"verb": "contribute", "own": {"0": "1.0"}, "shares": {"0": 1.0}})
         assert answer["refused"] == f"{name!r} does not leave this site"
-    opened._values[0]["1"], opened._told = {"base.lora_A.weight": torch.ones(1)}, set()
-    answer = said(opened, {"verb": "contribute", "own": {"0": "1"}, "shares": {"0": 1.0}})
+    private = Kept({"base.lora_A.weight": torch.ones(1)}, Label(Audience.NOBODY, "own"))
+    opened._values.put(0, "2.0", private)
+    answer = said(opened, {"verb": "contribute", "own": {"0": "2.0"}, "shares": {"0": 1.0}})
     assert "is its own" in answer["refused"], "what no work sends stays, whatever its name"
-    opened._values[0]["2"] = {"text": "Human: secret"}
+    opened._values.put(0, "3.0", Kept({"text": "Human: secret"}))
     assert (
         "no mapping of names to numbers"
-        in said(opened, {"verb": "report", "own": {"0": "2"}})["refused"]
+        in said(opened, {"verb": "report", "own": {"0": "3.0"}})["refused"]
     )
 
 
@@ -321,11 +319,11 @@ def test_consent_to_an_algorithm_is_to_its_own_work(
         name: Consenting("site", file).host({**content, "algorithm": {"name": name}}, tmp_path).does
         for name in file.algorithms
     }
-    assert works["choco"]("choco.follow")
-    assert not works["choco"]("fedpdpo.train")
-    assert not works["choco"]("feddpo.train"), "this experiment is not feddpo"
-    assert works["feddpo"]("feddpo.train")
-    assert not works["feddpo"]("choco.follow")
+    assert works["choco"]("choco.follow", "train")
+    assert not works["choco"]("fedpdpo.train", "train")
+    assert not works["choco"]("feddpo.train", "train"), "this experiment is not feddpo"
+    assert works["feddpo"]("feddpo.train", "train")
+    assert not works["feddpo"]("choco.follow", "train")
 
 
 @pytest.mark.parametrize("length", [0, 1, LOG, 10 * LOG, 5_000_000])
@@ -393,7 +391,7 @@ def test_a_run_survives_a_site_that_is_killed_and_resumes_with_it(
     }
     assert kept["site-1"][-1].name == "round-000001"
     assert kept["site-0"][-1].name == "round-000003"
-    before = {file.name: trees.load(file) for file in kept["site-1"][-1].glob("*/1.safetensors")}
+    before = kept_values(tmp_path / "sites/site-1/run", 1, "own")
     second = Processes(shares(3), tmp_path / "sites", ["fedpref.experiments.rounds"])
     try:
         for _ in events(spec, folder, transport=second):
@@ -415,7 +413,7 @@ def test_a_site_that_has_lost_what_its_clients_keep_is_told(
     for event in events(spec, folder, transport=processes):
         if event.kind == "round":
             break
-    for file in (processes.folder / "site-1").glob("loses/checkpoints/*/*/1.safetensors"):
+    for file in (processes.folder / "site-1").glob("loses/checkpoints/values/*/1.*"):
         file.unlink()
     with pytest.raises(UserError, match="site-1 no longer has what its clients"):
         list(events(spec, folder, transport=processes))
@@ -554,7 +552,7 @@ class Direct:
         )
 
 
-@work("test_sites.advance", sends=(0,))
+@work("test_sites.advance", keeps={1: "own"}, reads=("own",))
 def advance(client: Client, own: Tree, how: str) -> tuple[Tree, Tree]:
     """A message, and a private value that counts rounds."""
     message = {"x": torch.full((2,), float(client.id))}
@@ -563,7 +561,7 @@ def advance(client: Client, own: Tree, how: str) -> tuple[Tree, Tree]:
     }
 
 
-@work("test_sites.fresh", sends=())
+@work("test_sites.fresh", sends=(), keeps={0: "own"})
 def fresh(client: Client) -> Tree:
     return {"n": torch.zeros(1)}
 
@@ -574,20 +572,21 @@ def told(client: Client) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(
-    ("format", "older"), [(None, "the coordinator"), (1, "the coordinator"), (3, "this side")]
+    ("format", "older"),
+    [(None, "the coordinator"), (1, "the coordinator"), (FORMAT + 1, "this side")],
 )
 def test_a_message_of_another_format_is_refused_with_who_is_older(
     format: int | None, older: str, content: dict[str, Any], tmp_path: Path
 ) -> None:
     site = Site("site-0", SimulatedSite(0, 1), tmp_path, Nowhere())
-    header = {"verb": "open", "experiment": content, "run": "r", "resumes": False, "is_known": True}
+    header = {**OPEN, "experiment": content, "run": "r"}
     theirs = {} if format is None else {"format": format, "fedpref": "9.9"}
     answer, _ = unpack(site.answer(pack({**header, **theirs})))
     assert f"{older} is older" in answer["refused"]
     assert answer["format"] == FORMAT, "the answer says its own format, so that both sides know"
 
 
-@pytest.mark.parametrize(("format", "older"), [(1, "site site-1"), (3, "this side")])
+@pytest.mark.parametrize(("format", "older"), [(1, "site site-1"), (FORMAT + 1, "this side")])
 def test_an_answer_of_another_format_leaves_its_site_out(
     format: int, older: str, content: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -658,11 +657,12 @@ def test_who_is_left_out_keeps_the_private_state_from_before(
         [2 * engine._examples[2] / (engine._examples[0] + engine._examples[2])] * 2
     )
     engine.save({"own": own}, tmp_path / "round-000002")
-    files = {
-        file.name: trees.load(file)["n"].item()
-        for file in tmp_path.glob("site-*/run/checkpoints/round-000002/own/*")
+    kept = {
+        client: tree["n"].item()
+        for site in tmp_path.glob("site-*/run")
+        for client, tree in kept_values(site, 2, "own").items()
     }
-    assert files == {"0.safetensors": 2.0, "1.safetensors": 0.0, "2.safetensors": 2.0}
+    assert kept == {0: 2.0, 1: 0.0, 2: 2.0}
 
 
 def test_what_a_site_keeps_is_not_begun_anew_in_silence(
@@ -679,17 +679,26 @@ def test_what_a_site_keeps_is_not_begun_anew_in_silence(
         "those of an absent site too"
     )
     direct.absent = set()
-    for file in (tmp_path / "site-1").rglob("1.safetensors"):
+    for file in (tmp_path / "site-1").rglob("values/*/1.*"):
         file.unlink()
+    last = tmp_path / "a/round-000002"
+
+    def taken_up(patience: Patience) -> tuple[Sites, Any]:
+        sites = Sites(direct, content, "run", patience, began=about)
+        return sites, RemoteEngine(sites).load(last, ["own"])["own"]
+
     with pytest.raises(UserError, match="site-1 no longer has"):
-        opened(direct, content, began=about).load(tmp_path / "a/round-000002", ["own"])
+        taken_up(Patience())
+    sites, own = taken_up(QUORUM)
+    assert sorted(own.names) == [0, 2], "where fewer are enough, the others go on"
+    assert any("site-1 no longer has" in note for note in sites.notes)
     with pytest.raises(UserError, match="that the coordinator does not know"):
         opened(direct, content, is_known=False)
     assert list((tmp_path / "site-0/run/checkpoints").glob("round-*")), "and nothing is cleared"
-    for file in (tmp_path / "site-0").rglob("0.safetensors"):
+    for file in (tmp_path / "site-0").rglob("values/*/0.*"):
         file.write_bytes(b"broken")
     with pytest.raises(UserError, match="site-0 does not take up what its clients keep"):
-        opened(direct, content, began=about).load(tmp_path / "a/round-000002", ["own"])
+        taken_up(Patience())
 
 
 def test_a_site_that_comes_later_takes_no_part_and_ends_nothing(
@@ -803,6 +812,7 @@ def three_sites(
         site = {
             "data": {**data, **({"split_column": "split"} if side else {})},
             "algorithms": ["feddpo"],
+            "limits": LIMITS,
             "models": {content["task"]["model"]["path"]: str(tiny)},
             **({"split_key": "split.key"} if keyed else {}),
         }

@@ -533,7 +533,10 @@ class RemoteEngine:
                 field: {i: some[i].text for i in clients if i in some}
                 for field, some in names.items()
             }
-            asked[site] = ({"verb": "save", "own": own, "checkpoint": folder.name}, NO_TENSORS)
+            asked[site] = (
+                {"verb": "save", "own": own, "checkpoint": folder.name.removeprefix(".")},
+                NO_TENSORS,
+            )
         answers = self._ask(asked) if values else {}
         for field, some in names.items():
             self._kept.setdefault(field, set()).update(
@@ -557,12 +560,7 @@ class RemoteEngine:
         present: dict[str, dict[int, Name]] = {field: {} for field in names}
         for site, answer in answers.items():
             if isinstance(answer, str):
-                if self._sites.patience.min_clients is None:
-                    raise UserError(
-                        f"{folder.name}: site {site} does not take up what its clients keep: "
-                        f"{answer}"
-                    )
-                self._lost.add(site)
+                self._lose(site, f"does not take up what its clients keep: {answer}")
                 continue
             here = self._by_site(self.clients)[site]
             for field in names:
@@ -572,16 +570,15 @@ class RemoteEngine:
                     if i in here
                 }
         for field, kept in self._kept.items():
-            if lost := [
-                i
-                for i in kept
-                if self._sites.site_of[i] in answers.keys() - self._lost and i not in present[field]
-            ]:
-                clients = [list(self._sites.about)[i] for i in lost]
-                raise UserError(
-                    f"{folder.name}: site {self._sites.site_of[lost[0]]} no longer has what its "
-                    f"clients {clients[:5]} keep "
-                    f"({field}). Restore its folder, or start anew."
+            lost = [i for i in kept if self._is_there(i) and i not in present[field]]
+            for site in {self._sites.site_of[i] for i in lost}:
+                clients = [
+                    list(self._sites.about)[i] for i in lost if self._sites.site_of[i] == site
+                ]
+                self._lose(
+                    site,
+                    f"no longer has what its clients {clients[:5]} keep ({field}). Restore its "
+                    "folder, or start anew",
                 )
         return {field: Remote(some) for field, some in present.items()}
 
@@ -601,6 +598,16 @@ class RemoteEngine:
         """Do nothing: sites stay as they are."""
 
     # ---- what they need
+
+    def _is_there(self, client: int) -> bool:
+        return self._sites.site_of[client] not in self._lost
+
+    def _lose(self, site: str, reason: str) -> None:
+        """Go on without a site, if fewer clients are enough; raises UserError otherwise."""
+        if self._sites.patience.min_clients is None:
+            raise UserError(f"site {site} {reason}.")
+        self._lost.add(site)
+        self._sites.notes.append(f"site {site} {reason}; it is left out.")
 
     def _by_site(self, clients: Iterable[int] | None = None) -> dict[str, list[int]]:
         by_site: dict[str, list[int]] = {}

@@ -129,7 +129,12 @@ class Engine(Federation, Protocol):
         ...
 
     def save(self, values: Mapping[str, PerClient[Tree]], folder: Path) -> None:
-        """Let every client write its values, by name, to files of its own."""
+        """Let every client write its values, by name, to files of its own.
+
+        Args:
+            values: By field of the state.
+            folder: The checkpoint, among others of the run; hidden while it is not whole.
+        """
         ...
 
     def load(self, folder: Path, names: Sequence[str]) -> Mapping[str, PerClient[Tree]]:

@@ -15,6 +15,12 @@ T = TypeVar("T")
 WAVE = 8  # jobs of a process, whose results it has in memory at once
 
 
+DIED = (
+    "a worker process has died, perhaps for want of memory. Take fewer `workers`, or smaller "
+    "batches, and resume the run."
+)
+
+
 def forked(processes: int, jobs: Sequence[Callable[[], T]]) -> Iterator[T]:
     """Yield what each of some jobs returns, in their order.
 
@@ -26,8 +32,8 @@ def forked(processes: int, jobs: Sequence[Callable[[], T]]) -> Iterator[T]:
         jobs: Functions without arguments, of about equal cost.
 
     Raises:
-        UserError: A job has raised it.
-        RuntimeError: A job has failed otherwise, or its process has died.
+        UserError: A job has raised it, or its process has died.
+        RuntimeError: A job has failed otherwise.
     """
     size = processes * WAVE
     for first in range(0, len(jobs), size):
@@ -46,7 +52,7 @@ def _wave(processes: int, jobs: Sequence[Callable[[], T]]) -> list[T]:
             with os.fdopen(end, "rb") as pipe:
                 content = pipe.read()
             os.waitpid(child, 0)
-            kind, value = pickle.loads(content) if content else ("failed", "its process has died")
+            kind, value = pickle.loads(content) if content else ("refused", DIED)
             if kind == "results":
                 results[share::count] = value
             else:

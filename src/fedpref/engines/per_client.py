@@ -16,7 +16,8 @@ from typing import Any, Generic, TypeVar, cast
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from fedpref.federation.leaving import Audience, Kept, Label
+from fedpref.engines.values import Kept
+from fedpref.federation.leaving import Audience, Label
 from fedpref.federation.verbs import PerClient
 from fedpref.numerics import trees
 from fedpref.numerics.trees import Tree

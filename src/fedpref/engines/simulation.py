@@ -22,8 +22,9 @@ from fedpref.engines.engine import (
 from fedpref.engines.forks import forked
 from fedpref.engines.per_client import StoredValues, gather, stored
 from fedpref.engines.store import Store
+from fedpref.engines.values import Kept
 from fedpref.engines.workers import Workers
-from fedpref.federation.leaving import Audience, Kept, Label, labels
+from fedpref.federation.leaving import Audience, Label, labels
 from fedpref.federation.verbs import WORK, Client, PerClient, in_turn, registered
 from fedpref.numerics import seeds, trees
 from fedpref.numerics.trees import Tree
@@ -209,7 +210,7 @@ class Simulation:
 
     def save(self, values: Mapping[str, PerClient[Tree]], folder: Path) -> None:
         kept = {field: stored(value).kept for field, value in values.items()}
-        self._store_in(folder.parent.parent).save(folder, folder.name, kept)
+        self._store_in(folder.parent).save(folder, folder.name.removeprefix("."), kept)
 
     def load(self, folder: Path, names: Sequence[str]) -> Mapping[str, PerClient[Tree]]:
         store = self._store_in(folder.parent)
@@ -220,7 +221,7 @@ class Simulation:
         }
 
     def _store_in(self, folder: Path) -> Store:
-        """Return the store of a folder of checkpoints, which is one for the engine's life."""
-        if self._store is None:
+        """Return the store of a folder of checkpoints, the same as long as that is."""
+        if self._store is None or self._store.folder != folder:
             self._store = Store(folder)
         return self._store

@@ -32,10 +32,10 @@ from fedpref.engines.messages import (
 )
 from fedpref.engines.requests import beneath, freed, parsed
 from fedpref.engines.store import Store
-from fedpref.engines.values import Bounds, Values, size
+from fedpref.engines.values import Bounds, Kept, Values, size
 from fedpref.engines.workers import one_thread
 from fedpref.errors import UserError
-from fedpref.federation.leaving import Audience, Kept, is_metrics, labels
+from fedpref.federation.leaving import Audience, is_metrics, labels
 from fedpref.federation.verbs import WORK, Client, WithheldError, Work
 from fedpref.numerics import files, seeds, trees
 from fedpref.numerics.trees import Tree
@@ -302,16 +302,19 @@ class Site:
             raise RefusedError(f"round {round} is none of the {hosted.rounds} of the experiment")
         self._values.refuse_taken(clients, name)
         common = self._arguments(function, tensors, args)
-        self._refuse_repeated(purpose, round, call, clients)
-        begun = time.monotonic()
-        parts: int | None = None
-        failed = {}
-        for i in clients:
-            own = {
+        owned = {
+            i: {
                 k: self._values.get(i, _said_for(i, arg["own"]))
                 for k, arg in enumerate(args)
                 if "own" in arg
             }
+            for i in clients
+        }
+        self._refuse_repeated(purpose, round, call, clients)
+        begun = time.monotonic()
+        parts: int | None = None
+        failed = {}
+        for i, own in owned.items():
             given = {**common, **{k: kept.value for k, kept in own.items()}}
             client = Client(
                 i,
@@ -559,7 +562,7 @@ class Site:
         for folder in sorted((one for one in kept if one.name <= checkpoint), reverse=True):
             there = missing & self._store.clients(folder)
             missing -= there
-            for field, values in self._store.load(folder, fields, there).items():
+            for field, values in self._store.load(folder, fields, there, missing_ok=True).items():
                 for i, value in values.items():
                     self._values.put(i, f"{name}.{field}", value)
                     present[field].append(i)

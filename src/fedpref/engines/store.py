@@ -15,8 +15,9 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedpref.engines.values import Kept
 from fedpref.errors import UserError
-from fedpref.federation.leaving import Audience, Kept, Label
+from fedpref.federation.leaving import Audience, Label
 from fedpref.numerics import files, trees
 from fedpref.numerics.trees import Tree
 
@@ -29,7 +30,7 @@ class Store:
     """The values of one engine's clients; `folder` is that of all checkpoints."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
         self._entries: dict[tuple[str, int], tuple[weakref.ref[Kept], Entry]] = {}
         self._replaced: list[Path] = []  # files that the last checkpoint no longer names
 
@@ -61,7 +62,7 @@ class Store:
             file.unlink(missing_ok=True)
         before = {self._entries[key][1][0] for key in made if key in self._entries} - {None}
         now = {entry[0] for _, entry in made.values()}
-        self._replaced = [self._folder / VALUES / file for file in before - now]
+        self._replaced = [self.folder / VALUES / file for file in before - now]
         self._entries |= made
 
     def _written(self, field: str, client: int, kept: Kept, name: str) -> Entry:
@@ -69,20 +70,20 @@ class Store:
         tree: Tree = kept.value if isinstance(kept.value, Mapping) else kept.value.read()
         file = None
         if tree:
-            (self._folder / VALUES / field).mkdir(parents=True, exist_ok=True)
+            (self.folder / VALUES / field).mkdir(parents=True, exist_ok=True)
             file = f"{field}/{client}.{name}.safetensors"
-            trees.save(tree, self._folder / VALUES / file, lasting=True)
+            trees.save(tree, self.folder / VALUES / file, lasting=True)
         return [file, int(kept.label.audience), kept.label.kind]
 
     def tidy(self) -> None:
         """Remove files that no checkpoint names, as a process leaves them that is killed."""
         named = {
             entry[0]
-            for checkpoint in self._folder.glob("round-*")
+            for checkpoint in self.folder.glob("round-*")
             for some in _index(checkpoint).values()
             for entry in some.values()
         }
-        for file in (self._folder / VALUES).glob("*/*"):
+        for file in (self.folder / VALUES).glob("*/*"):
             if f"{file.parent.name}/{file.name}" not in named:
                 file.unlink(missing_ok=True)
 
@@ -91,7 +92,12 @@ class Store:
         return {int(client) for some in _index(checkpoint).values() for client in some}
 
     def load(
-        self, checkpoint: Path, fields: Sequence[str], clients: Collection[int] | None = None
+        self,
+        checkpoint: Path,
+        fields: Sequence[str],
+        clients: Collection[int] | None = None,
+        *,
+        missing_ok: bool = False,
     ) -> dict[str, dict[int, Kept]]:
         """Return what a checkpoint holds of some fields, by field and client.
 
@@ -99,9 +105,10 @@ class Store:
             checkpoint: Its folder.
             fields: Of the algorithm's state.
             clients: Those that are wanted; None for all.
+            missing_ok: Pass over values whose file is gone.
 
         Raises:
-            UserError: A file is damaged or gone.
+            UserError: A file is damaged, or gone.
         """
         if not (checkpoint / INDEX).exists():
             return {field: _of_format_2(checkpoint / field) for field in fields}
@@ -112,7 +119,9 @@ class Store:
                 if clients is not None and int(client) not in clients:
                     continue
                 file, audience, kind = entry
-                tree = trees.load(self._folder / VALUES / file) if file else {}
+                if missing_ok and file and not (self.folder / VALUES / file).exists():
+                    continue
+                tree = trees.load(self.folder / VALUES / file) if file else {}
                 kept = Kept(tree, Label(Audience(audience), kind))
                 loaded[field][int(client)] = kept
                 self._entries[field, int(client)] = weakref.ref(kept), entry

@@ -9,7 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from fedpref.engines.messages import RefusedError
-from fedpref.federation.leaving import Kept
+from fedpref.federation.leaving import Label
+
+OPEN = Label()  # of what a coordinator sent
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,13 @@ class Bounds:
     examples: int = 0
     evaluated: int = 0
     check: Callable[[Any], None] = lambda value: None
+
+
+class Kept:
+    """A value on a client, with its label; the same one as long as the value is."""
+
+    def __init__(self, value: Any, label: Label = OPEN) -> None:
+        self.value, self.label = value, label
 
 
 class Values:

@@ -103,18 +103,18 @@ class Workers:
             connection.send_bytes(pack(("own", client, arguments)))
 
         for connection, (client, arguments) in zip(self._connections, clients, strict=False):
-            connection.send_bytes(message)
-            send(connection, client, arguments)
+            try:
+                connection.send_bytes(message)
+                send(connection, client, arguments)
+            except OSError as error:
+                raise _died(client) from error
         while busy:
             for connection in cast("list[Connection]", wait(list(busy))):
                 client = busy.pop(connection)
                 try:
                     kind, value = pickle.loads(connection.recv_bytes())  # from our own fork
-                except EOFError:
-                    raise RuntimeError(
-                        f"the worker process of client {client} has died, perhaps for want of "
-                        "memory"
-                    ) from None
+                except (EOFError, OSError) as error:
+                    raise _died(client) from error
                 if kind != "result":
                     failure = (
                         UserError(value)
@@ -124,7 +124,10 @@ class Workers:
                 # after a failure no more is begun, but workers that are busy are heard, so that
                 # none is left writing
                 if failure is None and (following := next(clients, None)) is not None:
-                    send(connection, *following)
+                    try:
+                        send(connection, *following)
+                    except OSError as error:
+                        raise _died(following[0]) from error
                 if failure is None:
                     yield client, value
         if failure:
@@ -137,6 +140,13 @@ class Workers:
         for process in self._processes:
             process.terminate()
             process.join()
+
+
+def _died(client: int) -> UserError:
+    return UserError(
+        f"the worker process of client {client} has died, perhaps for want of memory. Take fewer "
+        "`workers`, or smaller batches, and resume the run; its last checkpoint is whole."
+    )
 
 
 def _serve(

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
@@ -15,12 +14,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from filelock import FileLock, Timeout
-
 from fedpref import __version__
 from fedpref.engines import Engine
 from fedpref.errors import UserError
 from fedpref.experiments.run_files import EVALUATION, METRICS, read_rows
+from fedpref.experiments.run_lock import RunLock
 from fedpref.numerics import files, trees
 from fedpref.numerics.trees import Tree
 
@@ -81,11 +79,11 @@ def client_path(run: Path, kind: str, client: str, suffix: str = "") -> Path | N
 
 def _shared(state: Any, checkpoint: Path) -> dict[str, Tree]:
     """Return what is shared of a checkpoint, by field; raises UserError where a file is gone."""
-    files = {field.name: checkpoint / f"{field.name}.safetensors" for field in fields(state)}
-    for name, file in files.items():
+    paths = {one.name: checkpoint / f"{one.name}.safetensors" for one in fields(state)}
+    for name, file in paths.items():
         if isinstance(getattr(state, name), Mapping) and not file.exists():
             raise UserError(f"{file}: this file of the run's checkpoint is gone.")
-    return {name: trees.load(file) for name, file in files.items() if file.exists()}
+    return {name: trees.load(file) for name, file in paths.items() if file.exists()}
 
 
 class RunDirectory:
@@ -109,7 +107,7 @@ class RunDirectory:
         """Whether the directory has its first files."""
         return (self.path / CONFIG).exists()
 
-    def create(self, files: Mapping[str, str]) -> None:
+    def create(self, contents: Mapping[str, str]) -> None:
         """Make the directory with its first files, all at once.
 
         Rows may lie there already, which were given in memory.
@@ -121,12 +119,17 @@ class RunDirectory:
         beside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         beside.mkdir()
         version = {"format": FORMAT, "fedpref": __version__}
-        for name, text in {**files, VERSION: json.dumps(version) + "\n"}.items():
-            (beside / name).write_text(text)
+        for name, text in {**contents, VERSION: json.dumps(version) + "\n"}.items():
+            files.write(beside / name, text)
         if rows.exists():
             rows.replace(beside / ROWS)
             self.path.rmdir()
-        beside.replace(self.path)
+        try:
+            beside.replace(self.path)
+        except OSError:  # made meanwhile, where locks do not reach
+            shutil.rmtree(beside)
+            self.refuse_existing()
+            raise
 
     @property
     def version(self) -> Mapping[str, Any]:
@@ -187,9 +190,15 @@ class RunDirectory:
         return read_rows(path) if path.exists() else []
 
     def append(self, name: str, row: Mapping[str, Any]) -> None:
-        """Add a row to a JSON Lines file."""
-        with (self.path / name).open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        """Add a row to a JSON Lines file; raises UserError where that cannot be."""
+        path = self.path / name
+        try:
+            with path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise files.unwritten(path, error) from error
 
     def cut_rows_after(self, rounds: int) -> None:
         """Remove the rows of later rounds: a resumed run does them again."""
@@ -201,34 +210,17 @@ class RunDirectory:
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Hold the run within a `with`; raises UserError while another process writes to it."""
-        lock = self._lock()
-        try:
-            lock.acquire()
-        except Timeout as error:
-            raise UserError(
-                f"{self.path}: another process is at work on this run. Wait for it, or stop it."
-            ) from error
+        lock = RunLock(self.path)
+        lock.acquire()
         try:
             yield
         finally:
-            Path(lock.lock_file).unlink(missing_ok=True)
             lock.release()
 
     @property
     def is_held(self) -> bool:
-        """Whether a process of this machine writes to this run."""
-        lock = self._lock()
-        if not Path(lock.lock_file).exists():
-            return False
-        try:
-            with lock:
-                return False
-        except Timeout:
-            return True
-
-    def _lock(self) -> FileLock:
-        digest = hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:24]
-        return FileLock(Path(tempfile.gettempdir()) / f"fedpref-{digest}.lock", blocking=False)
+        """Whether another process writes to this run."""
+        return RunLock(self.path).is_held
 
     # ---- checkpoints
 
@@ -243,21 +235,22 @@ class RunDirectory:
         if not is_dataclass(state):
             raise TypeError(f"an algorithm's state must be a dataclass, not {type(state).__name__}")
         folder = self.path / "checkpoints"
-        unfinished = folder / ".unfinished"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        beside = unfinished / f"round-{rounds:06d}"
+        for unfinished in folder.glob(".round-*"):
+            shutil.rmtree(unfinished)
+        name = f"round-{rounds:06d}"
+        beside = folder / f".{name}"
         beside.mkdir(parents=True)
-        values = {field.name: getattr(state, field.name) for field in fields(state)}
-        for name, value in values.items():
+        values = {one.name: getattr(state, one.name) for one in fields(state)}
+        for field, value in values.items():
             if isinstance(value, Mapping):
-                trees.save(value, beside / f"{name}.safetensors", lasting=True)
+                trees.save(value, beside / f"{field}.safetensors", lasting=True)
         engine.save(
-            {name: value for name, value in values.items() if not isinstance(value, Mapping)},
+            {field: value for field, value in values.items() if not isinstance(value, Mapping)},
             beside,
         )
         # the one before stays, so that one is whole whatever happens
         older = self.checkpoints()[:-1]
-        beside.replace(folder / beside.name)
+        beside.replace(folder / name)
         files.sync(folder)
         for path in older:
             shutil.rmtree(path)

@@ -42,37 +42,26 @@ class Label:
     Attributes:
         audience: Who may get it.
         kind: Of what kind it is, by which work reads it; empty where none is known.
+        reason: Why it is for nobody else.
     """
 
     audience: Audience = Audience.COORDINATOR
     kind: str = ""
+    reason: str = field(default="", compare=False)
 
     @property
     def mixed(self) -> Label:
         """The label of what came of a value and of neighbours' values of the same kind."""
-        return Label(min(self.audience, Audience.NEIGHBOURS), self.kind)
+        if self.audience < Audience.COORDINATOR:
+            return self
+        return Label(Audience.NEIGHBOURS, self.kind, "neighbours' values are in it")
 
     def refuse(self, audience: Audience, client: int) -> None:
         """Raise WithheldError where somebody is to get a value that is not for them."""
         if self.audience < audience:
-            kind = f" of the kind {self.kind!r}" if self.kind else ""
-            whose = "its own" if self.audience == Audience.NOBODY else "for its neighbours"
-            raise WithheldError(
-                f"a value{kind} of client {client} is {whose}: the work that made it does not "
-                "declare that it may be sent, or was given a private value that it does not "
-                "declare to read"
-            )
-
-
-OPEN = Label()  # of what a coordinator sent
-
-
-@dataclass(eq=False)
-class Kept:
-    """A value on a client, with its label."""
-
-    value: Any
-    label: Label = field(default=OPEN)
+            whose = "its own" if self.audience == Audience.NOBODY else "for its neighbours alone"
+            why = f": {self.reason}" if self.reason else ""
+            raise WithheldError(f"a value of client {client} is {whose}{why}.")
 
 
 def is_metrics(value: Any) -> bool:
@@ -92,10 +81,13 @@ def labels(
         arguments: By place behind the client, the labels of those that are the client's own.
         results: What it returned.
     """
-    unread = [
-        label.audience for place, label in arguments.items() if not _reads(work, place, label)
-    ]
-    narrowest = min(unread, default=Audience.COORDINATOR)
+    unread = {
+        _name(work, place): label
+        for place, label in arguments.items()
+        if work.reads.get(_name(work, place)) not in (ANYTHING, label.kind or None)
+    }
+    by = min(unread, key=lambda name: unread[name].audience, default="")
+    narrowest = unread[by].audience if by else Audience.COORDINATOR
     made = []
     for k, result in enumerate(results):
         declared = (
@@ -105,14 +97,15 @@ def labels(
             if k in work.tells
             else Audience.NOBODY
         )
-        is_narrowed = narrowest < declared
-        kind = "" if is_narrowed else work.keeps.get(k, "")
-        made.append(Label(min(declared, narrowest), kind))
+        if narrowest < declared:
+            reason = f"{work.name!r} does not declare that it reads a private {by!r}"
+            made.append(Label(narrowest, "", reason))
+        else:
+            reason = f"{work.name!r} does not declare that it sends its result {k}"
+            made.append(Label(declared, work.keeps.get(k, ""), reason))
     return made
 
 
-def _reads(work: Work[..., Any], place: int, label: Label) -> bool:
-    """Return whether results may be told as declared, whatever of this value is in them."""
-    name = work.parameters[min(place, len(work.parameters) - 1)]  # the last may be *parts
-    read = work.reads.get(name)
-    return read is not None and (read == ANYTHING or read == label.kind)
+def _name(work: Work[..., Any], place: int) -> str:
+    """Return the name of an argument by its place behind the client."""
+    return work.parameters[min(place, len(work.parameters) - 1)]  # the last may be *parts

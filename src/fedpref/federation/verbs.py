@@ -22,6 +22,7 @@ from typing import (
 
 import torch
 
+from fedpref.errors import UserError
 from fedpref.numerics.trees import Tree
 from fedpref.tasks.task import Shard, Task
 
@@ -137,7 +138,7 @@ def registered(function: Any) -> Work[..., Any]:
     return function
 
 
-class WithheldError(Exception):
+class WithheldError(UserError):
     """A client does not give what was asked for; the reason holds nothing of its data."""
 
 

@@ -33,7 +33,7 @@ from fedpref.models.predictor import Predictor
 from fedpref.numerics.min_norm import MinNorm
 from fedpref.numerics.topology import AnyTopology
 from fedpref.rewards import Combine, Reward
-from fedpref.sites.consent import SiteFile
+from fedpref.sites.consent import Limits, SiteFile
 from fedpref.tasks import AnyTask
 from fedpref.types import Open
 
@@ -64,7 +64,7 @@ GROUPS: Mapping[str, tuple[str, Sequence[Any]]] = {
     "topologies": ("network.topology", config.kinds(AnyTopology)),
     "compressions": ("network.compression", config.kinds(Compression)),
     "patience": ("patience: how long sites are waited for", (Patience,)),
-    "site": ("a site's own file, site.yaml", (SiteFile,)),
+    "site": ("a site's own file, site.yaml", (SiteFile, Limits)),
 }
 """Kinds of settings: name -> where they stand, and the dataclasses."""
 OPEN: Mapping[str, Open] = {

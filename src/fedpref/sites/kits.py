@@ -41,7 +41,8 @@ TEMPLATE = """# What this site brings to experiments, and what it consents to. T
 # rows with prompt, chosen, rejected; the path is as seen from this file
 data: {name: files, path: preferences.jsonl}
 client: %s # the name that others see; with `partition`, the names are those of its clients
-algorithms: [feddpo, fedpdpo, decdpo]
+algorithms: [feddpo, fedpdpo, decdpo, alone] # `alone` is what experiments are compared with
+limits: {} # what they may ask for; without more: updates of 8 examples at least, batches of 4
 split_key: split.key # of all sites, and not of the coordinator: tells which prompts are held out
 max_rounds: 1000
 """
