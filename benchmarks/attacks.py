@@ -368,6 +368,12 @@ def small_site(folder: Path, algorithm: Mapping[str, Any]) -> Iterator[Site]:
         yield Site("site", host, runs, Nowhere())
 
 
+def numbers(site: Site) -> dict[str, Any]:
+    """What clients of an open site are told of their numbers."""
+    ids = {name: number for number, name in enumerate(site._opened.shards)}
+    return {"ids": ids, "sites": {"site": list(ids.values())}}
+
+
 def files_outside(folder: Path, place: Path) -> set[str]:
     return {str(f) for f in folder.rglob("*") if not f.is_relative_to(place)}
 
@@ -375,7 +381,7 @@ def files_outside(folder: Path, place: Path) -> set[str]:
 def fuzz(folder: Path, count: int, seed: int = 0) -> dict[str, float]:
     """Hostile messages: exceptions out of the site, and files outside its folder."""
     draw, leaked = random.Random(seed), 0
-    algorithm = {"name": "feddpo", "local": LOCAL}
+    algorithm = {"name": "ditto", "local": LOCAL}
     spec = config.dump(config.parse(Experiment, settings(folder, algorithm=algorithm), "x"))
     messages = valid_messages(spec)
     # opening loads the model: rarely, so that most messages meet a site at work
@@ -384,10 +390,11 @@ def fuzz(folder: Path, count: int, seed: int = 0) -> dict[str, float]:
         runs = site._folder
         for number in range(count):
             if number % 500 == 0:
-                for message in (messages[0], messages[3]):
-                    said(site, message)
-                for message in messages[4:6]:
-                    said(site, message, {"0/w": torch.ones(3)})
+                for message in (messages[0], messages[3], *messages[4:6]):
+                    more = numbers(site) if message["verb"] == "number" else {}
+                    tensors = {"0/w": torch.ones(3)} if message["verb"] == "each" else {}
+                    answer = said(site, {**message, **more}, tensors)[0]
+                    assert "refused" not in answer, answer
                 before = files_outside(folder, runs)
             some = messages if draw.random() < 0.01 else cheap
             try:
@@ -437,6 +444,7 @@ class Target:
     spec: Experiment
     private: dict[str, str]  # field -> a value's name
     trees: dict[str, Tree]  # field -> what the attacker wants
+    start: Tree  # what everybody starts from
     calls: int = 1000
 
     def fresh(self) -> int:
@@ -485,7 +493,8 @@ def target(
                 else field in wanted
             )
         ]
-        yield Target(site, spec, names, {field: dict(kept[field].value) for field in private})
+        wanted_trees = {field: dict(kept[field].value) for field in private}
+        yield Target(site, spec, names, wanted_trees, start)
         del values, state  # or the site would be told to free them
 
 
@@ -537,7 +546,11 @@ def attempts(
 
 
 def got(goal: Target, name: str, parts: int | None) -> set[str]:
-    """Fields whose private tensors are among what the site gives of a call's values."""
+    """Fields whose private tensors are among what the site gives of a call's values.
+
+    One has come if what was given, either way round, is nearer to it than a twentieth of what is
+    private of it: its distance from what everybody starts from, or from nothing.
+    """
     taken = set()
     for k in range(parts or 1):
         header, tensors = said(
@@ -546,15 +559,21 @@ def got(goal: Target, name: str, parts: int | None) -> set[str]:
         if "refused" in header:
             continue
         for field, tree in goal.trees.items():
-            for tensor in tree.values():
-                if not tensor.is_floating_point() or float(tensor.abs().max()) < 1e-6:
+            for key, tensor in tree.items():
+                if not tensor.is_floating_point():
+                    continue
+                known = goal.start.get(key)
+                is_known = known is not None and known.shape == tensor.shape
+                secret = float(tensor.norm())
+                if is_known:
+                    secret = min(secret, float((tensor - known).norm()))
+                if secret < 1e-6:
                     continue
                 for one in tensors.values():
-                    if one.shape == tensor.shape and (
-                        torch.allclose(one.float(), tensor.float(), rtol=1e-3, atol=1e-7)
-                        or torch.allclose(-one.float(), tensor.float(), rtol=1e-3, atol=1e-7)
-                    ):
-                        taken.add(field)
+                    if one.shape == tensor.shape and one.is_floating_point():
+                        apart = min(float((sign * one - tensor).norm()) for sign in (1, -1))
+                        if apart < 0.05 * secret:
+                            taken.add(field)
     return taken
 
 
@@ -1189,7 +1208,7 @@ def main() -> None:
             folder = Path(scratch) / name
             folder.mkdir()
             make_model(folder / "model")
-            make_rows(folder / "rows.jsonl", [24, 16, 12, 9])
+            make_rows(folder / "rows.jsonl", [40, 32, 28, 24])
             begun = time.monotonic()
             figures |= part(folder)
             print(f"{name}: {time.monotonic() - begun:.0f} s", flush=True)

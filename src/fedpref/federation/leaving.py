@@ -84,7 +84,7 @@ def labels(
     unread = {
         _name(work, place): label
         for place, label in arguments.items()
-        if work.reads.get(_name(work, place)) not in (ANYTHING, label.kind or None)
+        if not _reads(work, _name(work, place), label.kind)
     }
     by = min(unread, key=lambda name: unread[name].audience, default="")
     narrowest = unread[by].audience if by else Audience.COORDINATOR
@@ -104,6 +104,12 @@ def labels(
             reason = f"{work.name!r} does not declare that it sends its result {k}"
             made.append(Label(declared, work.keeps.get(k, ""), reason))
     return made
+
+
+def _reads(work: Work[..., Any], name: str, kind: str) -> bool:
+    """Return whether work reads an argument of a kind; one of no kind is read by none."""
+    read = work.reads.get(name)
+    return read == ANYTHING or (read is not None and read == kind != "")
 
 
 def _name(work: Work[..., Any], place: int) -> str:
