@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import sys
@@ -42,6 +43,7 @@ from fedpref.numerics.trees import Tree
 from fedpref.tasks.task import Task
 
 CHECKPOINTS, AHEAD = 2, 4  # that are kept, and messages of a site that may lie here unread
+CLIENTS = "numbers.json"  # in a run's folder: which client has which number
 OPENINGS = "openings"  # in a run's folder: how often it was opened
 ASIDE = 3  # former states of a run that are kept when it is begun anew
 LOG = logging.getLogger("fedpref")
@@ -278,6 +280,7 @@ class Site:
         if len(set(everybody)) < len(everybody) or set(ids.values()) != here:
             raise RefusedError("ids of clients that do not fit those of the sites")
         self._names = {number: name for name, number in ids.items()}
+        files.write(self._run / CLIENTS, json.dumps(dict(ids)))
         self._values = Values(self._names, self._opened.bounds.memory)
         self._site_of = {number: site for site, numbers in sites.items() for number in numbers}
         return {}, NO_TENSORS

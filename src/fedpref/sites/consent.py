@@ -269,6 +269,15 @@ class Consenting:
         task = spec.task.with_models(self._here)
         return replace(spec, data=self._file.data, partition=partition, task=task)
 
+    def read(self, experiment: Any) -> Sequence[ClientData]:
+        """Return the site's clients as an experiment would have them; raises UserError."""
+        spec = config.parse(Experiment, experiment, "the experiment")
+        partition = self._file.partition or IID(clients=1)
+        clients = replace(spec, data=self._file.data, partition=partition).read().settled().clients
+        if self._file.partition is None:
+            clients = (replace(clients[0], name=self._file.client or self._name),)
+        return clients
+
     def _unfit(self) -> RefusedError:
         LOG.exception("the site's data or models do not fit the experiment")
         return RefusedError("its data or models do not fit the experiment; the site's log says why")

@@ -19,8 +19,12 @@ import psutil
 import yaml
 
 from fedpref.errors import UserError
+from fedpref.numerics import files
 
-SITE_FILE, LOG = "site.yaml", "fedpref.log"
+SITE_FILE, LOG, README = "site.yaml", "fedpref.log", "readme.txt"
+LONGEST_LOG = 20 * 10**6  # bytes, above which the log of the last start is set aside
+VALID_DAYS = 3650  # of a root
+CERTIFICATES = "cert.json"  # in `state`: all certificates, by participant
 SPLIT_KEY = "split.key"  # a secret of all sites, in their kits and in `state`
 PROJECT, STATE = "project.yml", "state"  # of a federation: its participants, and the root's key
 CLASSES = [
@@ -36,6 +40,27 @@ KILL_SECONDS = (
 )
 # seconds that a server waits at a job's end for sites that have died
 PROMPT = {"NVFLARE_CLIENT_OUTCOME_WAIT_TIMEOUT": "15"}
+SITE_README = """This folder is a site of a fedpref federation.
+It holds the site's private key: nobody else may read it.
+
+1. pip install "fedpref[flare]"
+2. Edit site.yaml: where the rows are, and what the site consents to.
+3. fedpref site check THIS-FOLDER
+4. fedpref site start THIS-FOLDER        (as a service: --foreground)
+
+`fedpref site status` and `fedpref site stop` do what they say. Logs: fedpref.log and log.txt.
+Back up site.yaml, split.key and the folder of runs (fedpref/); startup/ can be made anew.
+start.sh and the like are the engine's own: `fedpref site start` sets what they leave out.
+"""
+OTHER_README = """This folder is the server's, or who submits', in a fedpref federation.
+It holds a private key: nobody else may read it.
+
+The server:  pip install "fedpref[flare]"; fedpref site start THIS-FOLDER --runs RUNS
+Submitting:  fedpref submit CONFIG --admin THIS-FOLDER
+Who is there: fedpref federation status --admin THIS-FOLDER
+
+start.sh and the like are the engine's own: `fedpref site start` sets what they leave out.
+"""
 TEMPLATE = """# What this site brings to experiments, and what it consents to. This file stays here.
 # All keys: `fedpref list site`.
 # rows with prompt, chosen, rejected; the path is as seen from this file
@@ -49,7 +74,13 @@ max_rounds: 1000
 
 
 def provision(
-    folder: Path, name: str, server: str, port: int, sites: Sequence[str], admin: str
+    folder: Path,
+    name: str,
+    server: str,
+    port: int,
+    sites: Sequence[str],
+    admin: str,
+    valid_days: int = VALID_DAYS,
 ) -> dict[str, Path]:
     """Make certificates and a kit for each participant, by FLARE's provisioning.
 
@@ -63,6 +94,8 @@ def provision(
         port: The one port that must be open there.
         sites: Names of the sites.
         admin: Who submits experiments, as an address.
+        valid_days: How long the root is valid; participants' certificates are so for 360 days, and
+            never longer than the root's.
 
     Returns:
         Each participant's kit.
@@ -94,7 +127,7 @@ def provision(
             "path": "nvflare.lighter.impl.static_file.StaticFileBuilder",
             "args": {"config_folder": "config"},
         },
-        {"path": "nvflare.lighter.impl.cert.CertBuilder"},
+        {"path": "nvflare.lighter.impl.cert.CertBuilder", "args": {"root_valid_days": valid_days}},
         {"path": "nvflare.lighter.impl.signature.SignatureBuilder"},
     ]
     project = {
@@ -132,6 +165,59 @@ def add(folder: Path, site: str) -> Path:
     return folder / site
 
 
+def renew(folder: Path, names: Sequence[str], valid_days: int | None = None) -> dict[str, Path]:
+    """Make new certificates, of participants or of the root and with it of everybody.
+
+    Args:
+        folder: The federation.
+        names: Whose; empty for all.
+        valid_days: Make a new root, which is valid so long; None keeps the root.
+
+    Returns:
+        By participant, the folder that takes the place of `startup` in its kit.
+
+    Raises:
+        UserError: There is no federation, or no such participant.
+    """
+    if not (folder / PROJECT).exists():
+        raise UserError(
+            f"{folder}: there is no federation here (no {PROJECT}). Give the folder that "
+            "`fedpref federation init` made."
+        )
+    project = yaml.safe_load((folder / PROJECT).read_text())
+    everybody = [participant["name"] for participant in project["participants"]]
+    if unknown := sorted(set(names) - set(everybody)):
+        raise UserError(
+            f"{folder}: there is no participant called {unknown[0]!r}; there are "
+            f"{', '.join(everybody)}."
+        )
+    chosen = everybody if valid_days is not None or not names else list(names)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".") as scratch:
+        state = Path(scratch) / STATE
+        shutil.copytree(folder / STATE, state)
+        known = state / CERTIFICATES
+        if valid_days is not None:
+            known.unlink(missing_ok=True)
+            for builder in project["builders"]:
+                if builder["path"].endswith("CertBuilder"):
+                    builder["args"] = {"root_valid_days": valid_days}
+        else:
+            content = json.loads(known.read_text())
+            files.write(known, json.dumps({k: v for k, v in content.items() if k not in chosen}))
+        renewed = {}
+        with _provisioned(project, folder, state) as made:
+            for name in chosen:
+                renewed[name] = folder / name / "startup"
+                shutil.rmtree(renewed[name], ignore_errors=True)
+                renewed[name].parent.mkdir(exist_ok=True)
+                (made / name / "startup").replace(renewed[name])
+            for name in (PROJECT, STATE):
+                if (folder / name).is_dir():
+                    shutil.rmtree(folder / name)
+                (made / name).replace(folder / name)
+    return renewed
+
+
 @contextmanager
 def _provisioned(
     project: Mapping[str, Any], beside: Path, state: Path | None = None
@@ -164,6 +250,12 @@ def _provisioned(
             raise UserError(f"provisioning failed: {(ran.stdout + ran.stderr).strip()[-600:]}")
         for kit in made.iterdir():
             _restrict(kit / "local")
+            if (kit / README).exists():
+                is_site = any(
+                    one["name"] == kit.name and one["type"] == "client"
+                    for one in project["participants"]
+                )
+                (kit / README).write_text(SITE_README if is_site else OTHER_README)
         for participant in project["participants"]:
             if participant["type"] == "client":
                 (made / participant["name"] / SITE_FILE).write_text(
@@ -210,19 +302,23 @@ def _restrict(local: Path) -> None:
             if isinstance(role, dict):
                 role |= {"byoc": "none", "shell_commands": "none"}
                 if role.get("submit_job") == "any":
-                    role["get_job_log"] = (
-                        "n:submitter"  # in which the coordinator tells what happens
-                    )
+                    # in which the coordinator tells what happens
+                    role["get_job_log"] = "n:submitter"
+                    role["report_version"] = "any"  # for `fedpref federation status`
         (local / "authorization.json").write_text(json.dumps(content, indent=1))
 
 
 # ---- a kit at work
 
 
-def start(kit: Path, variables: Mapping[str, str]) -> None:
-    """Start a kit's participant, in the background, with some environment variables.
+def start(kit: Path, variables: Mapping[str, str], *, foreground: bool = False) -> None:
+    """Start a kit's participant, with some environment variables; it starts anew where it dies.
 
-    It goes on when the caller ends, and starts anew where it dies.
+    Args:
+        kit: Its folder.
+        variables: What its processes find in their environment.
+        foreground: Wait for its end, and stop it when this process is told to end; otherwise it
+            goes on in the background, also when the caller ends.
 
     Raises:
         UserError: The folder is no kit, or the participant is running already.
@@ -237,16 +333,39 @@ def start(kit: Path, variables: Mapping[str, str]) -> None:
         (kit / left).unlink(missing_ok=True)
     _keep_apart(kit)
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", **PROMPT, **variables}
+    if foreground:
+        _wait_for(kit, subprocess.Popen(["bash", str(program)], env=environment, cwd=kit))
+        return
+    if (kit / LOG).exists() and (kit / LOG).stat().st_size > LONGEST_LOG:
+        (kit / LOG).replace(kit / f"{LOG}.1")
     with (kit / LOG).open("a") as log:
         subprocess.Popen(
             ["bash", str(program)],
             stdout=log,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", **PROMPT, **variables},
+            env=environment,
             cwd=kit,
             start_new_session=True,
         )
+
+
+def _wait_for(kit: Path, process: subprocess.Popen[bytes]) -> None:
+    """Wait for a participant's end, which SIGTERM and Ctrl-C bring about."""
+
+    def end(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        if status := process.wait():
+            raise UserError(f"{kit}: its program ended with status {status}.")
+    except KeyboardInterrupt:
+        stop(kit)
+        process.wait()
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _keep_apart(kit: Path) -> None:

@@ -10,8 +10,9 @@ import time
 import uuid
 from collections.abc import Callable, Generator, Iterator
 from contextlib import redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from nvflare.fuel.flare_api.flare_api import Session, new_secure_session
 from nvflare.recipe import ProdEnv
@@ -132,16 +133,89 @@ def pause(length: int) -> float:
     return POLL * max(1.0, length / LOG)
 
 
-def set_admitted(site: str, admin: Path, admits: bool) -> None:
+def set_admitted(site: str, admin: Path, admits: bool, *, absent: bool = False) -> None:
     """Let a site take part in a federation, or no longer.
 
     The server turns an expelled site away, whatever certificate it has.
+
+    Args:
+        site: Its name.
+        admin: The kit of who submits.
+        admits: Whether it may take part.
+        absent: Do so although no site of that name is connected.
+
+    Raises:
+        UserError: The server cannot be reached, or no such site is there to be expelled.
     """
-    session: Session = _asked(lambda: new_secure_session(admin.name, str(admin), timeout=LOGIN))
+    session: Session = _session(admin)
     try:
+        there = {one.name for one in _asked(session.get_connected_client_list)}
+        if not admits and not absent and site not in there:
+            raise UserError(
+                f"no site called {site!r} is connected; there are {', '.join(sorted(there))}. Give "
+                "--absent to turn away one that is not."
+            )
         _asked(lambda: (session.enable_client if admits else session.disable_client)(site))
     finally:
         session.close()
+
+
+@dataclass(frozen=True)
+class Connected:
+    """A site as the server knows it.
+
+    Attributes:
+        name: Its name.
+        seconds: Since it was last heard.
+        version: The version of its FLARE.
+    """
+
+    name: str
+    seconds: float
+    version: str
+
+
+def connected(admin: Path) -> tuple[list[Connected], str]:
+    """Return who is connected to a server, and its last job in words.
+
+    Raises:
+        UserError: The server cannot be reached.
+    """
+    session: Session = _session(admin)
+    try:
+        clients = _asked(session.get_connected_client_list)
+        versions: Any = _asked(lambda: session.report_version("all"))
+        jobs: Any = _asked(lambda: session.list_jobs(limit=1, reverse=True))
+        last = "there was no job yet"
+        if jobs:
+            job_id, name = jobs[0].get("job_id", ""), jobs[0].get("job_name", "")
+            log = _asked(lambda: session.get_job_logs(job_id))["logs"].get("server", "")
+            said = [json.loads(line.split(SAYS, 1)[1]) for line in log.splitlines() if SAYS in line]
+            done = [one for one in said if one.get("kind") == "round"]
+            rounds = f", round {done[-1]['done']} of {done[-1]['total']}" if done else ""
+            last = f"last job: {name}, {jobs[0].get('status', '')}{rounds}"
+        now = time.time()
+        found = [
+            Connected(
+                one.name,
+                now - (one.last_connect_time or now),
+                str(versions.get(one.name, {}).get("version", "")),
+            )
+            for one in clients
+        ]
+        return sorted(found, key=lambda one: one.name), last
+    finally:
+        session.close()
+
+
+def _session(admin: Path) -> Session:
+    if not (admin / "startup").is_dir():
+        raise UserError(
+            f"{admin}: this is no kit. Give by --admin the folder of who submits, which `fedpref "
+            "federation init` made."
+        )
+    session: Session = _asked(lambda: new_secure_session(admin.name, str(admin), timeout=LOGIN))
+    return session
 
 
 def _asked(call: Callable[[], T], again: str = "") -> T:
