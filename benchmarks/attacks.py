@@ -650,7 +650,7 @@ def steal(
 def private_trees(folder: Path, quick: bool) -> dict[str, float]:
     """All algorithms; then some without labels, where private trees must come."""
     tried, wanted, came = 0, dict[str, set[str]](), 0
-    singles, triples = (4, 6) if quick else (40, 2000)
+    singles, triples = (4, 6) if quick else (40, 2000 // len(ALGORITHMS) + 1)
     for number, name in enumerate(ALGORITHMS):
         made, private, taken = steal(folder, name, singles, triples, number)
         tried, came, wanted[name] = tried + made, came + len(taken), private

@@ -267,3 +267,25 @@ def test_local_training_keeps_nothing_behind() -> None:
     kept = len(torch.cuda._queued_calls)
     run(FedDPO(local=PLAIN), 5)
     assert len(torch.cuda._queued_calls) == kept
+
+
+@pytest.mark.parametrize(
+    "moments",
+    [
+        {"exp_avg/x": torch.zeros(1)},
+        {"exp_avg/x": torch.zeros(2, dtype=torch.float64)},
+        {"step/x": torch.zeros(2)},
+        {"exp_avg/y": torch.zeros(2)},
+        {"lr/x": torch.zeros(2)},
+        {"x": torch.zeros(2)},
+    ],
+)
+def test_moments_that_do_not_fit_are_refused_before_a_kernel_reads_them(moments: Tree) -> None:
+    task: Any = Bowls()
+    client = Client(0, task, Bowl("0", *CLIENTS[0]), torch.Generator(), 0, 1)
+    start = task.init(torch.Generator())
+    local = LocalTraining(steps=1, keep_optimizer=True)
+    with pytest.raises(ValueError, match="is no moment of what is trained"):
+        train_locally(client, start, local, moments)
+    _, kept, _ = train_locally(client, start, local, {})
+    assert train_locally(client, start, local, kept)[0]["x"].shape == (2,)

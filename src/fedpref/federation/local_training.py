@@ -139,6 +139,7 @@ def seeded_dropout(client: Client) -> Iterator[Callable[[int], None]]:
         yield begin
 
 
+MOMENTS = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")  # what optimisers keep
 EPOCHS = "epochs"  # begins names among moments, of a client's place in its data
 
 
@@ -325,7 +326,11 @@ def _optimiser(
         )
     for address in moments.keys() - place(moments).keys():
         tensor = moments[address]
-        key, name = address.split("/", 1)
+        key, _, name = address.partition("/")
+        # the fused kernel trusts shapes, and what comes from elsewhere may have others
+        shape = torch.Size() if key == "step" else theta[name].shape if name in theta else None
+        if tensor.shape != shape or tensor.dtype != torch.float32 or key not in MOMENTS:
+            raise ValueError(f"{address!r} is no moment of what is trained")
         optimiser.state[theta[name]][key] = (
             # PyTorch keeps AdamW's step count on the CPU; copies, for the optimiser changes them in
             # place
