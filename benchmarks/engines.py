@@ -6,10 +6,11 @@
 `rounds`: seconds of a round without training, in which a tree travels to clients and back, or to
 neighbours on a ring: in process, over simulated sites, over sites with certificates, and by Flower,
 deployed (`--flower PYTHON`, an interpreter that has it). `overhead`: rounds with ten local steps of
-the shipped model; the share in excess of the run in process is the overhead. `kills`: in each of so
-many runs a site's processes are killed at a random moment, in each of others the server's. A run
-has survived if it ends, by itself or by `fedpref resume`, with all its rounds, each once, and every
-site has kept what is private to its clients.
+the shipped model; the share in excess of the run in process is the overhead. `checkpoints`: rounds
+with ten of 2,000 clients, each followed by a checkpoint, against their work alone. `kills`: in each
+of so many runs a site's processes are killed at a random moment, in each of others the server's. A
+run has survived if it ends, by itself or by `fedpref resume`, with all its rounds, each once, and
+every site has kept what is private to its clients.
 """
 
 from __future__ import annotations
@@ -26,16 +27,19 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import yaml
 
+from attacks import make_model, make_rows
 from engine_rounds import CLASS
 from fedpref import config
+from fedpref.engines.store import Store
 from fedpref.experiments.experiment import Experiment
+from fedpref.experiments.rounds import events
 from fedpref.experiments.run_directory import RunDirectory
 from fedpref.experiments.run_files import METRICS
-from fedpref.numerics import trees
 from fedpref.sites import kits
 from fedpref.sites.submitted import SUBMITTED
 
@@ -186,6 +190,43 @@ def small_clients(count: int) -> Iterator[list[str]]:
         ]
 
 
+def checkpoints(folder: Path, clients: int, rounds: int) -> dict[str, float]:
+    """What a round with ten of many clients takes, all included, against its work alone.
+
+    The rounds of a run that keeps a checkpoint after each, but the first, in which everybody's
+    state is new.
+    """
+    make_model(folder / "model")
+    make_rows(folder / "rows.jsonl", [10] * clients)
+    found: dict[str, float] = {}
+    for name in ("scaffold", "feddpo"):
+        content = {
+            "data": {"name": "files", "path": str(folder / "rows.jsonl"), "test_fraction": 0.2},
+            "partition": {"name": "natural", "column": "client", "min_test_rows": 1},
+            "task": {
+                "name": "preference",
+                "model": {"path": str(folder / "model"), "lora_r": 4, "dtype": "float32"},
+            },
+            "algorithm": {"name": name, "local": {"steps": 2, "batch_size": 4}},
+            "federation": {"clients_per_round": 10},
+            "rounds": rounds + 1,
+            "evaluate_every": 0,
+            "workers": 1,
+        }
+        run = RunDirectory(folder / name)
+        happened = events(config.parse(Experiment, content, name), run)
+        ends = [time.perf_counter() for event in happened if event.kind == "round"]
+        # between the ends of rounds lie a checkpoint and the next round's work; the last round is
+        # followed by an evaluation
+        passed = [b - a for a, b in pairwise(ends)]
+        work = [row["seconds"] for row in run.read_rows(METRICS)][1:]
+        found[f"seconds_per_round_10_of_{clients}_{name}"] = statistics.median(passed)
+        found[f"seconds_of_work_10_of_{clients}_{name}"] = statistics.median(work)
+        found[f"checkpoint_share_{name}"] = 1 - statistics.median(work) / statistics.median(passed)
+    shares = [value for key, value in found.items() if key.startswith("checkpoint_share")]
+    return {**found, "checkpoint_share": max(shares)}
+
+
 def _key(engine: str, clients: int, sites: int, mb: float, gossip: bool) -> str:
     name = f"round_seconds_{engine.replace('-', '_')}_{clients}_{mb}"
     return name + ("_ring" if gossip else "") + ("" if sites == 2 else f"_on_{sites}_sites")
@@ -264,7 +305,8 @@ def survived(run: Path, made: dict[str, Path]) -> bool:
         last = sorted((place / "checkpoints").glob("round-*"))[-1:]
         if not last:
             return False
-        heads = [trees.load(file) for file in (last[0] / "own").iterdir()]
+        stored = Store(place / "checkpoints").load(last[0], ["own"])["own"]
+        heads = [kept_there.value for kept_there in stored.values()]
         if not all(head and any(bool(tensor.any()) for tensor in head.values()) for head in heads):
             return False  # a head that was begun anew would be zero but for its last steps
         found += len(heads)
@@ -350,8 +392,8 @@ def main() -> None:
     parser.add_argument(
         "--parts",
         nargs="+",
-        choices=["rounds", "overhead", "kills"],
-        default=["rounds", "overhead", "kills"],
+        choices=["rounds", "overhead", "checkpoints", "kills"],
+        default=["rounds", "overhead", "checkpoints", "kills"],
     )
     parser.add_argument("--turns", type=int, default=2, help="of engines")
     parser.add_argument("--flower", help="an interpreter that has flwr")
@@ -361,6 +403,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one kill of each, small adapters")
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
+    # servers and sites that were started end with this
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     chance = random.Random(0)
     counts = (1, 1) if arguments.quick else (arguments.sites, arguments.server)
     found: dict[str, float] = {}
@@ -377,6 +421,9 @@ def main() -> None:
             folder,
         ):
             found |= overhead(made, folder)
+    if "checkpoints" in arguments.parts:
+        with tempfile.TemporaryDirectory() as scratch:
+            found |= checkpoints(Path(scratch), 2000, 4 if arguments.quick else 12)
     if "kills" in arguments.parts:
         with started(arguments.port + 1, SITES, ["partition={name: natural, max_clients: 6}"]) as (
             made,

@@ -16,7 +16,7 @@ from torch import Tensor
 from fedpref.algorithms import FedDPO, FedOpt, FedProx, Scaffold, StaleFedDPO
 from fedpref.algorithms.fedopt import Adaptive, Momentum
 from fedpref.engines import Simulation
-from fedpref.federation.local_training import LocalTraining
+from fedpref.federation.local_training import LocalTraining, train_locally
 from fedpref.federation.verbs import Client, work
 from fedpref.numerics import seeds
 from fedpref.numerics.trees import Tree

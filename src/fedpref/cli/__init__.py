@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -50,6 +51,8 @@ def main() -> None:
     # modules of one's own lie in the folder where one works; last, so that they hide nothing
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.append(here)
+    # what was begun for a run, workers and simulated sites, ends with it
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         app()
     except BrokenPipeError:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import suppress
@@ -111,12 +112,20 @@ def _told(scratch: Path, process: Any) -> Generator[Event, None, str]:
 
 def main(scratch: Path, run: str) -> None:
     """Run one job, in a process of its own, which FLARE's simulator takes for itself."""
+    threading.Thread(target=_go_with, args=(os.getppid(),), daemon=True).start()
     experiment = config.parse(
         Experiment, json.loads((scratch / EXPERIMENT).read_text()), "the experiment"
     )
     simulate(
         job(experiment, run, simulated=experiment.sites), experiment.sites, scratch / "workspace"
     )
+
+
+def _go_with(parent: int) -> None:
+    """End this process and its sites' when its parent is gone, however that ended."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os.killpg(os.getpgid(0), signal.SIGKILL)
 
 
 def simulate(recipe: Any, sites: int, workspace: Path, classes: Sequence[str] = CLASSES) -> None:
