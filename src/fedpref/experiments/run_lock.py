@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from fedpref.errors import UserError
@@ -21,9 +22,11 @@ class RunLock:
         path = run.resolve()
         self._run, self._file = run, path.with_name(f".{path.name}.lock")
         self._descriptor: int | None = None
+        self._made: list[Path] = []  # folders above, innermost first
 
     def acquire(self) -> None:
         """Take the lock; raises UserError while another process has it."""
+        self._made = [folder for folder in self._file.parents if not folder.exists()]
         self._file.parent.mkdir(parents=True, exist_ok=True)
         if not self._taken():
             raise UserError(
@@ -37,6 +40,9 @@ class RunLock:
         self._file.unlink(missing_ok=True)
         os.close(self._descriptor)
         self._descriptor = None
+        for folder in self._made:  # of a run that was refused before it had files
+            with suppress(OSError):
+                folder.rmdir()
 
     @property
     def is_held(self) -> bool:
