@@ -100,7 +100,7 @@ class Remote:
 
 @dataclass(frozen=True)
 class Patience:
-    """How long sites are waited for, and how few clients are enough."""
+    """How long sites are waited for, how few clients are enough, and what one site may bring."""
 
     seconds: Positive = 600.0
     """How long an answer is waited for; longer than the longest local training."""
