@@ -6,6 +6,7 @@ import logging
 import random
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,13 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import attacks
+from fedpref import Experiment, config
 from fedpref.engines.messages import RefusedError, unpack, version
 from fedpref.engines.requests import FORMS, beneath, parsed
 from fedpref.engines.site import Site
-from fedpref.engines.values import Kept, Values
+from fedpref.engines.values import OVERHEAD, Kept, Values
+from fedpref.experiments.rounds import events
+from fedpref.experiments.run_directory import RunDirectory
 from fedpref.federation.leaving import Audience, Label, labels
 from fedpref.federation.verbs import ANYTHING, Client, WithheldError, Work
 from fedpref.numerics.trees import Tree
@@ -94,7 +98,7 @@ def test_what_is_mixed_is_for_neighbours_at_most(some: list[Label]) -> None:
 
 
 def test_a_name_that_is_taken_is_not_written_to_and_values_have_a_bound() -> None:
-    values = Values([0, 1], room=100)
+    values = Values([0, 1], room=2 * OVERHEAD + 100)
     values.put(0, "3.0", Kept(TREE))
     for clients in ([0], [1, 0]):
         with pytest.raises(RefusedError, match="has values called '3' already"):
@@ -216,12 +220,107 @@ def test_no_private_tree_comes_by_works_in_any_order(name: str, world: Path) -> 
     assert taken == set()
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in SOME else pytest.mark.slow)
+        for name in attacks.ALGORITHMS
+    ],
+)
+def test_a_site_takes_part_in_all_that_an_algorithm_asks(
+    name: str, world: Path, tmp_path: Path
+) -> None:
+    more = {
+        key: value for key, value in attacks.ALGORITHMS[name].items() if key != "keep_optimizer"
+    }
+    content = {"name": name, "local": {"steps": 2, "batch_size": 4}, **more}
+    gossips = name in ("choco",)
+    spec = config.parse(
+        Experiment,
+        attacks.settings(
+            world,
+            algorithm=content,
+            rounds=2,
+            evaluate_every=1,
+            evaluate_pairs=8,
+            federation={} if gossips else {"newcomers": 1, "join_steps": 2},
+        ),
+        name,
+    )
+    with attacks.small_site(world, content) as taking_part:
+        folder = RunDirectory(tmp_path / "run")
+        for _ in events(spec, folder, transport=attacks.Direct({"site": taking_part})):
+            pass
+    assert folder.done
+    assert [row["late"] for row in folder.read_rows("metrics.jsonl")] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("fedsa-lora", {"learning_rate": 1.0}),
+        ("feddpo", {"weight_decay": 1e3}),
+        ("ditto", {"batch_size": 8}),
+    ],
+)
+def test_settings_are_those_that_the_site_has_consented_to(
+    name: str, changed: dict[str, Any], world: Path
+) -> None:
+    with attacks.target(world, name, {}) as goal:
+        algorithm: Any = goal.spec.algorithm
+        local = replace(algorithm.local, **changed)
+        own = [{"own": {"0": value}} for value in goal.private.values()]
+        method = local if name == "fedsa-lora" else replace(algorithm, local=local)
+        header = {
+            "verb": "each",
+            "work": f"{name}.train",
+            "args": [{"tree": 0}, *own, {"plain": config.dump(method)}],
+            "clients": [0],
+            "purpose": "train",
+            "round": 5,
+            "call": 1,
+            "name": "9999",
+        }
+        refused = attacks.said(goal.site, header)[0]["refused"]
+        assert "none of the experiment's settings" in refused
+
+
+def test_what_work_reads_does_not_come_with_a_message(world: Path) -> None:
+    with attacks.target(world, "feddpo", {}) as goal:
+        header = {
+            "verb": "each",
+            "work": "feddpo.train",
+            "args": [{"tree": 0}, {"tree": 1}, {"plain": config.dump(goal.spec.algorithm)}],
+            "clients": [0],
+            "purpose": "train",
+            "round": 5,
+            "call": 1,
+            "name": "9999",
+        }
+        place = {"1/epochs:4:None:length": torch.tensor([123, 0, 0])}
+        answer = attacks.said(goal.site, header, place)[0]
+        assert "not of the kind that is read there" in answer["refused"]
+
+
+def test_a_run_is_not_taken_up_under_other_settings(world: Path) -> None:
+    local = {"steps": 2, "batch_size": 4}
+    with attacks.small_site(world, {"name": "feddpo", "local": local}) as opened:
+        message = attacks.valid_messages({})[0]
+        for steps, resumes, is_refused in ((2, False, False), (3, True, True), (2, True, False)):
+            spec = attacks.settings(
+                world, algorithm={"name": "feddpo", "local": {**local, "steps": steps}}
+            )
+            answer = attacks.said(opened, {**message, "experiment": spec, "resumes": resumes})[0]
+            assert ("begun with another experiment" in str(answer.get("refused"))) == is_refused
+
+
 def test_without_labels_the_same_attack_takes_them(
     world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
         "fedpref.engines.site.labels", lambda work, arguments, results: [Label()] * len(results)
     )
+    monkeypatch.setattr("fedpref.engines.site.fits", lambda work, place, label: True)
     _, private, taken = attacks.steal(world, "fedsa-lora", 2, 0, seed=1, wanted=["own", "moments"])
     assert taken == private == {"own", "moments"}
 

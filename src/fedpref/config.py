@@ -7,7 +7,7 @@ import difflib
 import inspect
 import re
 import textwrap
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import fields, is_dataclass
@@ -46,6 +46,20 @@ BROKEN = (
 NEAR = 0.7  # how alike names must be, from 0 to 1, for one to be suggested
 CLASS = re.compile(r"[\w.]+:[\w.]+")  # module:Class
 STRICT = ConfigDict(extra="forbid")
+
+
+def parts(value: Any) -> Iterator[Any]:
+    """Yield a value of settings, and all that it consists of, inner ones after outer ones."""
+    yield value
+    inner: Iterable[Any] = ()
+    if is_dataclass(value) and not isinstance(value, type):
+        inner = (getattr(value, field.name) for field in fields(value))
+    elif isinstance(value, Mapping):
+        inner = value.values()
+    elif isinstance(value, list | tuple):
+        inner = value
+    for part in inner:
+        yield from parts(part)
 
 
 def read(path: Path) -> Any:

@@ -49,6 +49,14 @@ def news(client: Client, theta: Tree, public: Tree) -> Tree:
     "choco.follow",
     sends=(),
     keeps={0: "theta", 1: "public", 2: "pull"},
+    reads={
+        "theta": "theta",
+        "public": "public",
+        "pull": "pull",
+        "told": "news",
+        "sent": "news",
+        "mixed": "news",
+    },
 )
 def follow(
     client: Client,

@@ -67,7 +67,7 @@ def train(
     return {**zeros, **shares, **changed}, number_tree, place(moments), metrics
 
 
-@work("clustered.choose", sends=(), keeps={0: "chosen"})
+@work("clustered.choose", sends=(), keeps={0: "chosen"}, reads={"choice": "choice"})
 def choose(client: Client, adapters: Tree, choice: Tree) -> Tree:
     """Return the adapter of the number that the client chose."""
     return trees.part(adapters, int(choice[SHARE]))

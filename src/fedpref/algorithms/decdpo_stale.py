@@ -25,7 +25,7 @@ class State:
     moments: PerClient[Tree]
 
 
-@work("decdpo-stale.nothing_past")
+@work("decdpo-stale.nothing_past", keeps={0: "past"})
 def nothing_past(client: Client, start: Tree, staleness: int) -> Tree:
     """Return the past of a client that has none: the starting adapter, for every age."""
     copies = {

@@ -26,7 +26,7 @@ from fedpref.numerics.trees import Tree
 from fedpref.types import NonNegative
 
 
-@work("ditto.train_near", sends=(), keeps={0: "own"})
+@work("ditto.train_near", sends=(), keeps={0: "own"}, reads=("own",))
 def train_near(
     client: Client, adapter: Tree, own: Tree, personal: LocalTraining, strength: float
 ) -> Tree:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -103,14 +103,21 @@ class FedOpt(Algorithm[State]):
 
     works = (train, no_moments)
 
+    @property
+    def _program(self) -> FedDPO:
+        """Return FedDPO, whose work clients do."""
+        return FedDPO(local=self.local, aggregate=Factors(residual=False))
+
+    def given(self, join_steps: int) -> tuple[Any, ...]:
+        return (self._program, *super().given(join_steps))
+
     def init(self, fed: Federation, start: Tree) -> State:
         floor = self.server.tau**2
         second = {name: torch.full_like(tensor, floor) for name, tensor in start.items()}
         return State(start, fed.each(no_moments), trees.scale(start, 0.0), second)
 
     def step(self, fed: Federation, state: State) -> tuple[State, Mapping[str, float]]:
-        local = FedDPO(local=self.local, aggregate=Factors(residual=False))
-        delta, moments, metrics = fed.each(train, state.adapter, state.moments, local)
+        delta, moments, metrics = fed.each(train, state.adapter, state.moments, self._program)
         first, second, change = self.server(state.first, state.second, fed.mean(delta))
         adapter = trees.add(state.adapter, change)
         return State(adapter, state.moments | moments, first, second), fed.report(metrics)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from fedpref.errors import UserError
 from fedpref.federation import aggregation
@@ -66,11 +66,19 @@ class FedPDPO(Personal, Algorithm[PersonalState]):
                 "aggregate: factors or frozen-a."
             )
 
+    @property
+    def _shared_parts(self) -> Parts:
+        """Return the parts that are shared beside the adapter."""
+        return Parts(head=None, bottleneck=self.parts.bottleneck, reward=False, adapter=False)
+
+    def given(self, join_steps: int) -> tuple[Any, ...]:
+        own = replace(self.parts, bottleneck=0)
+        return (self._shared_parts, own, self.as_personal, *super().given(join_steps))
+
     def init(self, fed: Federation, start: Tree) -> PersonalState:
         own = self.parts
         if self.share_bottleneck and own.bottleneck:
-            shared = Parts(head=None, bottleneck=own.bottleneck, reward=False, adapter=False)
-            start = {**start, **fed.mean(fed.each(begin_alike, shared))}
+            start = {**start, **fed.mean(fed.each(begin_alike, self._shared_parts))}
             own = replace(own, bottleneck=0)
         return PersonalState(start, fed.each(begin, own), fed.each(no_moments))
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from fedpref.algorithms.fedpdpo import FedPDPO
 from fedpref.federation.aggregation import Aggregate, Factors
@@ -50,6 +50,9 @@ class FedPer(Algorithm[PersonalState]):
     @property
     def parts(self) -> Parts:
         return Parts(head=self.head, bottleneck=0, reward=False, adapter=False)
+
+    def given(self, join_steps: int) -> tuple[Any, ...]:
+        return self._as_fedpdpo().given(join_steps)
 
     def init(self, fed: Federation, start: Tree) -> PersonalState:
         return self._as_fedpdpo().init(fed, start)

@@ -23,6 +23,8 @@ def train(
     client: Client, shared: Tree, own: Tree, moments: Tree, local: LocalTraining
 ) -> tuple[Tree, Tree, Tree, Mapping[str, float]]:
     """Return the change of the shared factors, the client's own factors, moments, and metrics."""
+    if stray := shared.keys() - factor(shared, "A").keys():
+        raise ValueError(f"{sorted(stray)[0]!r} is no factor that is shared")
     theta, moments, metrics = train_locally(client, trees.apart(shared, own), local, moments)
     change = trees.subtract(trees.select(theta, shared), shared)
     return change, trees.select(theta, own), moments, metrics

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from fedpref.algorithms.feddpo import FedDPO
 from fedpref.federation.aggregation import FrozenA
@@ -32,6 +32,9 @@ class FFA(Algorithm[AdapterState]):
 
     works = FedDPO.works
     adapts: ClassVar[bool] = True
+
+    def given(self, join_steps: int) -> tuple[Any, ...]:
+        return self._as_feddpo().given(join_steps)
 
     def init(self, fed: Federation, start: Tree) -> AdapterState:
         return self._as_feddpo().init(fed, start)

@@ -17,7 +17,7 @@ from fedpref.errors import UserError
 from fedpref.federation import aggregation
 from fedpref.federation.aggregation import Aggregate, Factors
 from fedpref.federation.algorithm import Algorithm
-from fedpref.federation.common import no_moments
+from fedpref.federation.common import no_moments, own_copy
 from fedpref.federation.critics import (
     Preference,
     about_means,
@@ -106,7 +106,7 @@ class FIRM(Algorithm[State]):
     aggregate: Aggregate = Factors()
     """How clients' adapters become one."""
 
-    works = (train, critics, no_moments, *aggregation.WORKS)
+    works = (train, critics, own_copy, no_moments, *aggregation.WORKS)
     keeps_critics: ClassVar[bool] = True
 
     def check_task(self, task: TaskSettings) -> None:
@@ -123,7 +123,7 @@ class FIRM(Algorithm[State]):
             )
 
     def init(self, fed: Federation, start: Tree) -> State:
-        return State(start, fed.each(critics), fed.each(no_moments), fed.each(no_moments))
+        return State(start, fed.each(critics), fed.each(own_copy, {}), fed.each(no_moments))
 
     def step(self, fed: Federation, state: State) -> tuple[State, Mapping[str, float]]:
         messages, own, weights, moments, metrics = fed.each(

@@ -53,7 +53,12 @@ def train(
     return theta, trees.to(seen, torch.device("cpu")), moments, metrics
 
 
-@work("gradient-tracking.track", sends=(), keeps={0: "correction"})
+@work(
+    "gradient-tracking.track",
+    sends=(),
+    keeps={0: "correction"},
+    reads={"correction": "correction", "seen": "seen", "mixed": "seen"},
+)
 def track(client: Client, correction: Tree, seen: Tree, mixed: Tree) -> Tree:
     """Return the next correction: what sets the client's gradient apart from its neighbours'."""
     return trees.add(correction, trees.subtract(mixed, seen))

@@ -28,6 +28,7 @@ from fedpref.engines.messages import (
     NO_TENSORS,
     Header,
     RefusedError,
+    Shape,
     body,
     finite,
     framed,
@@ -368,6 +369,7 @@ class RemoteEngine:
         if (most := sites.patience.max_site_share) is not None:
             self._weights = bounded_by_site(self._weights, sites.site_of, most)
         self._freed: list[tuple[int, str]] = []
+        self._sent: set[str] = set()  # names of tensors that clients were sent
         self._last = 0
         self._lost = {NOWHERE}  # sites that did not answer
         self._kept: dict[str, set[int]] = {}  # by field, clients of which sites have kept a value
@@ -400,6 +402,7 @@ class RemoteEngine:
                 self._present(arg)
         tensors = trees.nest({k: arg for k, arg in enumerate(args) if isinstance(arg, Mapping)})
         self.traffic += Traffic(bytes_down=trees.size(tensors) * len(self.active))
+        self._sent |= {name.split("/", 1)[1] for name in tensors}
         head = {
             "verb": "each",
             "work": registered(work).name,
@@ -450,7 +453,7 @@ class RemoteEngine:
             messages = {i: trees.part(answers[self._sites.site_of[i]][1], i) for i in self.active}
             # whoever sends other names or shapes than most is at fault; no template of them is
             # known here
-            usual = majority(map(shape, messages.values()))
+            usual = self._usual(map(shape, messages.values()))
             self._leave_out(
                 {
                     i: reason
@@ -468,6 +471,15 @@ class RemoteEngine:
                 )
         # in client order, whoever answered first, so that the sum has the same bits anywhere
         return trees.total(messages[i] for i in self.active)
+
+    def _usual(self, shapes: Iterable[Shape]) -> Shape:
+        """Return the form that most messages have; of several, the one nearest to what was sent."""
+        counts = Counter(shapes)
+
+        def rank(one: Shape) -> tuple[int, int]:
+            return counts[one], sum(name in self._sent for name, *_ in one)
+
+        return max(counts, key=rank)
 
     def mix(self, values: PerClient[Tree]) -> tuple[PerClient[Tree], PerClient[Tree]]:
         self._calls += 1
@@ -511,7 +523,10 @@ class RemoteEngine:
         return weighted_report(self.disclose(metrics), self._examples)
 
     def disclose(
-        self, metrics: PerClient[Mapping[str, float]], needs: Collection[str] = ()
+        self,
+        metrics: PerClient[Mapping[str, float]],
+        needs: Collection[str] = (),
+        one_of: Collection[str] = (),
     ) -> Mapping[int, Mapping[str, float]]:
         names = self._present(metrics)
         asked: dict[str, tuple[Header, Tree]] = {
@@ -521,7 +536,7 @@ class RemoteEngine:
         answers = self._ask(asked)
         rows = {i: row for header, _ in answers.values() for i, row in header["metrics"].items()}
         self._leave_out({i: "it reported nothing" for i in self.active if i not in rows})
-        usable, unfit = usable_metrics({i: rows[i] for i in self.active}, needs)
+        usable, unfit = usable_metrics({i: rows[i] for i in self.active}, needs, one_of)
         self._leave_out(unfit)
         return usable
 

@@ -117,7 +117,10 @@ class Engine(Federation, Protocol):
         ...
 
     def disclose(
-        self, metrics: PerClient[Mapping[str, float]], needs: Collection[str] = ()
+        self,
+        metrics: PerClient[Mapping[str, float]],
+        needs: Collection[str] = (),
+        one_of: Collection[str] = (),
     ) -> Mapping[int, Mapping[str, float]]:
         """Return each active client's scalars: for the table of an evaluation, never for an
         algorithm.
@@ -125,6 +128,7 @@ class Engine(Federation, Protocol):
         Args:
             metrics: What clients measured.
             needs: Metrics that every client must have.
+            one_of: Metrics of which every client must have one.
         """
         ...
 

@@ -118,7 +118,10 @@ def finite(tree: Tree) -> Tree:
     return tree
 
 
-def shape(tree: Tree) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
+Shape = tuple[tuple[str, str, tuple[int, ...]], ...]
+
+
+def shape(tree: Tree) -> Shape:
     """Return names, types and sizes, by which trees are compared without their numbers."""
     return tuple(
         (name, str(tensor.dtype), tuple(tensor.shape)) for name, tensor in sorted(tree.items())

@@ -165,7 +165,9 @@ def _asked_about(verb: str, asked: Header) -> set[int]:
 
 
 def usable_metrics(
-    rows: Mapping[int, Mapping[str, float]], needs: Collection[str]
+    rows: Mapping[int, Mapping[str, float]],
+    needs: Collection[str],
+    one_of: Collection[str] = (),
 ) -> tuple[dict[int, dict[str, float]], dict[int, str]]:
     """Return the metrics that can be put together, and why some clients' cannot.
 
@@ -175,16 +177,23 @@ def usable_metrics(
     Args:
         rows: By client.
         needs: Names that every row must have.
+        one_of: Names of which every row must have one.
     """
-    count = Counter(name for row in rows.values() for name in row)
-    common = {name for name, times in count.items() if 2 * times > len(rows)}
     usable: dict[int, dict[str, float]] = {}
     unfit: dict[int, str] = {}
     for client, row in rows.items():
-        if missing := sorted((common | set(needs)) - row.keys()):
+        if missing := sorted(set(needs) - row.keys()):
             unfit[client] = f"it did not report {missing[0]!r}"
-        elif wrong := [name for name in common if not _in_range(name, row[name])]:
+        elif one_of and not set(one_of) & row.keys():
+            unfit[client] = f"it reported none of {sorted(one_of)}"
+        elif wrong := [name for name, value in row.items() if not _in_range(name, value)]:
             unfit[client] = f"{wrong[0]!r} is {row[wrong[0]]:g}, which it cannot be"
+    fit = {client: row for client, row in rows.items() if client not in unfit}
+    count = Counter(name for row in fit.values() for name in row)
+    common = {name for name, times in count.items() if 2 * times > len(fit)}
+    for client, row in fit.items():
+        if missing := sorted(common - row.keys()):
+            unfit[client] = f"it did not report {missing[0]!r}"
         else:
             usable[client] = {name: value for name, value in row.items() if name in common}
     return usable, unfit

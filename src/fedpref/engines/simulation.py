@@ -203,7 +203,10 @@ class Simulation:
         return weighted_report(self.disclose(metrics), self._examples)
 
     def disclose(
-        self, metrics: PerClient[Mapping[str, float]], needs: Collection[str] = ()
+        self,
+        metrics: PerClient[Mapping[str, float]],
+        needs: Collection[str] = (),
+        one_of: Collection[str] = (),
     ) -> Mapping[int, Mapping[str, float]]:
         column = stored(metrics)
         return {i: column.leaving(i, Audience.COORDINATOR) for i in self.active}

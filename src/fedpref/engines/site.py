@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import shutil
@@ -36,7 +37,7 @@ from fedpref.engines.store import Store
 from fedpref.engines.values import Bounds, Kept, Values, size
 from fedpref.engines.workers import one_thread
 from fedpref.errors import UserError
-from fedpref.federation.leaving import Audience, is_metrics, labels
+from fedpref.federation.leaving import Audience, fits, is_metrics, labels
 from fedpref.federation.verbs import WORK, Client, WithheldError, Work
 from fedpref.numerics import files, seeds, trees
 from fedpref.numerics.trees import Tree
@@ -44,6 +45,7 @@ from fedpref.tasks.task import Task
 
 CHECKPOINTS, AHEAD = 2, 4  # that are kept, and messages of a site that may lie here unread
 CLIENTS = "numbers.json"  # in a run's folder: which client has which number
+EXPERIMENT = "experiment.sha256"  # in a run's folder: of its settings
 OPENINGS = "openings"  # in a run's folder: how often it was opened
 ASIDE = 3  # former states of a run that are kept when it is begun anew
 LOG = logging.getLogger("fedpref")
@@ -257,6 +259,7 @@ class Site:
             )
         hosted = self._host.host(experiment, folder, held_out)
         folder.mkdir(parents=True, exist_ok=True)
+        _bind(folder, experiment, resumes)
         _count_opening(folder, hosted.bounds.openings)
         if not resumes:
             _set_aside(folder)
@@ -304,7 +307,7 @@ class Site:
         if round > hosted.rounds:
             raise RefusedError(f"round {round} is none of the {hosted.rounds} of the experiment")
         self._values.refuse_taken(clients, name)
-        common = self._arguments(function, tensors, args)
+        common = self._arguments(function, tensors, args, purpose)
         owned = {
             i: {
                 k: self._values.get(i, _said_for(i, arg["own"]))
@@ -313,6 +316,12 @@ class Site:
             }
             for i in clients
         }
+        for own in owned.values():
+            given = {k: own[k].label if k in own else None for k in range(len(args))}
+            if strange := [k for k, label in given.items() if not fits(function, k, label)]:
+                raise RefusedError(
+                    f"argument {strange[0]} of {work!r} is not of the kind that is read there"
+                )
         self._refuse_repeated(purpose, round, call, clients)
         begun = time.monotonic()
         parts: int | None = None
@@ -353,7 +362,11 @@ class Site:
         return {"parts": parts, "failed": failed}, NO_TENSORS
 
     def _arguments(
-        self, work: Work[..., Any], tensors: Tree, args: Sequence[Mapping[str, Any]]
+        self,
+        work: Work[..., Any],
+        tensors: Tree,
+        args: Sequence[Mapping[str, Any]],
+        purpose: str,
     ) -> dict[int, Any]:
         """Return the arguments that all clients have in common, by place.
 
@@ -362,6 +375,8 @@ class Site:
         Raises:
             RefusedError: They do not fit, or ask for more than the site consents to.
         """
+        if empty := [name for name, tensor in tensors.items() if not tensor.numel()]:
+            raise RefusedError(f"the tensor {empty[0][:80]!r} is empty")
         hints = [hint for key, hint in get_type_hints(work.function).items() if key != "return"][1:]
         hints += hints[-1:] * (len(args) - len(hints))  # a work's *parts
         common: dict[int, Any] = {
@@ -371,7 +386,7 @@ class Site:
             for k, (arg, hint) in enumerate(zip(args, hints, strict=True)):
                 if "plain" in arg:
                     common[k] = TypeAdapter(hint).validate_python(arg["plain"])
-                    self._opened.bounds.check(common[k])
+                    self._opened.bounds.check(common[k], purpose)
         except ValueError as error:  # pydantic's among them
             raise RefusedError(f"arguments of {work.name!r} that do not fit: {error}") from error
         return common
@@ -599,6 +614,22 @@ def _said_for(client: int, by_client: Mapping[int, T]) -> T:
     if client not in by_client:
         raise RefusedError(f"nothing is said for client {client}")
     return by_client[client]
+
+
+def _bind(folder: Path, experiment: Mapping[str, Any], resumes: bool) -> None:
+    """Bind a run to its experiment.
+
+    What its clients keep must not be worked on by the settings of another.
+
+    Raises:
+        RefusedError: The run was begun with another experiment.
+    """
+    said = {key: value for key, value in experiment.items() if key != "patience"}
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+    file = folder / EXPERIMENT
+    if resumes and file.exists() and file.read_text() != digest:
+        raise RefusedError("the run was begun with another experiment; begin a new one")
+    files.write(file, digest)
 
 
 def _count_opening(folder: Path, most: int | None) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from fedpref.engines.messages import RefusedError
 from fedpref.federation.leaving import Label
 
+OVERHEAD = 500  # bytes of a tensor beside its numbers, about
 OPEN = Label()  # of what a coordinator sent
 
 
@@ -27,7 +28,8 @@ class Bounds:
         openings: How often a run may be opened.
         examples: Distinct examples behind an update that leaves a client, at least.
         evaluated: Held-out examples behind its metrics, at least.
-        check: Raises RefusedError for plain arguments of work that ask for too much.
+        check: Raises RefusedError for a plain argument of work, in a phase of a purpose, that the
+            experiment does not have.
     """
 
     message: int | None = None
@@ -38,7 +40,7 @@ class Bounds:
     openings: int | None = None
     examples: int = 0
     evaluated: int = 0
-    check: Callable[[Any], None] = lambda value: None
+    check: Callable[[Any, str], None] = lambda value, purpose: None
 
 
 class Kept:
@@ -91,5 +93,5 @@ class Values:
 
 
 def size(value: Any) -> int:
-    """Return the bytes of a tree; of metrics, which are few, none."""
-    return sum(part.nbytes for part in value.values() if isinstance(part, Tensor))
+    """Return about the bytes that a tree takes, its names among them; metrics take none."""
+    return sum(part.nbytes + OVERHEAD for part in value.values() if isinstance(part, Tensor))

@@ -292,7 +292,10 @@ def _evaluate(
     engine.begin(engine.round, clients, "evaluate")
     work = conclude if is_last else evaluate
     measured = engine.each(work, *model) if few is None else engine.each(glance, few, *model)
-    rows = {names[i]: dict(metrics) for i, metrics in engine.disclose(measured, NEEDED).items()}
+    rows = {
+        names[i]: dict(metrics)
+        for i, metrics in engine.disclose(measured, NEEDED, HEADLINES).items()
+    }
     counts = {name: int(row["num_examples"]) for name, row in rows.items()}
     columns: dict[str, dict[str, float]] = {}
     for name, row in rows.items():

@@ -8,8 +8,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, Generic, TypeVar
 
-from fedpref.federation.aggregation import Aggregate
-from fedpref.federation.local_training import LocalTraining
+from fedpref import config
+from fedpref.federation.aggregation import Aggregate, Factors
+from fedpref.federation.local_training import LocalTraining, joining
 from fedpref.federation.verbs import Federation, PerClient, Work
 from fedpref.models.own_parts import Parts
 from fedpref.numerics.trees import Tree
@@ -85,6 +86,17 @@ class Algorithm(ABC, Generic[S]):
     def weighs_clients(self) -> bool:
         """Whether the algorithm weighs clients itself, so that `federation.weighting` must not."""
         return False
+
+    def given(self, join_steps: int) -> tuple[Any, ...]:
+        """Return the plain data that its works may be given; a site takes no other.
+
+        By default these are the algorithm itself, all that its settings consist of, and the local
+        settings with which clients join.
+        """
+        # also what is no field: the only choice there is, and what consensus errors are of
+        known = [*config.parts((self, self.parts, self.aggregate, Factors()))]
+        known += [joining(local, join_steps) for local in known if isinstance(local, LocalTraining)]
+        return tuple(known)
 
     def check_task(self, task: TaskSettings) -> None:
         """Raise UserError where the algorithm does not fit the task or its objectives."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from fedpref.federation.local_training import LocalTraining, train_locally
-from fedpref.federation.verbs import Client, PerClient, work
+from fedpref.federation.verbs import COPY, MOMENTS, Client, PerClient, work
 from fedpref.numerics.trees import Tree
 
 
@@ -29,13 +29,13 @@ class PersonalState:
     moments: PerClient[Tree]
 
 
-@work("common.no_moments")
+@work("common.no_moments", keeps={0: MOMENTS})
 def no_moments(client: Client) -> Tree:
     """Return the moments of an optimiser that has not begun: none."""
     return {}
 
 
-@work("common.own_copy")
+@work("common.own_copy", keeps={0: COPY})
 def own_copy(client: Client, tree: Tree) -> Tree:
     """Return the tree that everybody was sent, which from now on is the client's own."""
     return tree
@@ -66,7 +66,7 @@ def train_own(
     return train_locally(client, theta, local, moments, fixed=fixed)
 
 
-@work("common.personalize", sends=(), keeps={0: "own"})
+@work("common.personalize", sends=(), keeps={0: "own"}, reads=("own",))
 def personalize(client: Client, shared: Tree, own: Tree, local: LocalTraining) -> Tree:
     """Return the client's own parts, trained beside what is shared."""
     return train_locally(client, own, local, {}, fixed=shared, leaves=False)[0]

@@ -11,8 +11,11 @@ from fedpref.numerics.trees import Tree
 
 @work("consensus.projected", reads=("theta",))
 def projected(client: Client, theta: Tree, aggregate: Aggregate) -> Tree:
-    """Return random sums of the adapter's entries, and their squares."""
-    shadow = aggregate.shadow(theta, client.round).double()
+    """Return random sums of the adapter's entries, and their squares.
+
+    They are the same sums in every round, or an adapter that stays could be solved for.
+    """
+    shadow = aggregate.shadow(theta, 0).double()
     return {"value": shadow, "square": shadow.square()}
 
 

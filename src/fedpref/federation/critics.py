@@ -79,8 +79,8 @@ def about_means(report: Mapping[str, float], moved: float | None) -> Mapping[str
         squares = (v**2 for name, v in report.items() if name.startswith("weights/"))
         drifts["drift/weights"] -= sum(squares)
     if moved is None:
-        del drifts["drift/theta"]
-    else:
+        drifts.pop("drift/theta", None)
+    elif "drift/theta" in drifts:
         drifts["drift/theta"] -= moved**2
     # an estimate of zero can be slightly negative
     return {k: max(0.0, v) if k.startswith("drift/") else v for k, v in drifts.items()}

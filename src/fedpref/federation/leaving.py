@@ -8,10 +8,14 @@ The whole rule. A value on a client has an audience, and where that is not every
    neighbours in gossip; nothing, nobody. Metrics, which are plain numbers by name, are for the
    coordinator.
 3. It is no wider than that of any argument, unless the work `reads` this argument, and the
-   argument's value is of the kind that is read there. What an argument narrows has no kind.
+   argument's value is of the kind that is read there. Nor has a result a kind into which such an
+   argument went that is not read: what is one kind of value does not become another.
 4. What neighbours told, and what is mixed with it, is for neighbours at most.
 5. Copies keep both: under another name, in a checkpoint, after a restart. A name that is taken is
    not written to.
+
+6. What work reads is a client's own, of the kind that is read there, or as everybody began with it;
+   it does not come with a message.
 
 So a private value reaches the coordinator through work alone that says, in its declaration, that it
 sends what it computes from a value of this kind in this place.
@@ -24,7 +28,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
 
-from fedpref.federation.verbs import ANYTHING, WithheldError, Work
+from fedpref.federation.verbs import ANYTHING, COPY, MOMENTS, WithheldError, Work
 
 
 class Audience(IntEnum):
@@ -102,8 +106,26 @@ def labels(
             made.append(Label(narrowest, "", reason))
         else:
             reason = f"{work.name!r} does not declare that it sends its result {k}"
-            made.append(Label(declared, work.keeps.get(k, ""), reason))
+            kind = work.keeps.get(k, "") if narrowest == Audience.COORDINATOR else ""
+            made.append(Label(declared, kind, reason))
     return made
+
+
+def fits(work: Work[..., Any], place: int, label: Label | None) -> bool:
+    """Return whether a value may stand in the place of an argument.
+
+    Args:
+        work: What is to be done.
+        place: Of the argument, behind the client.
+        label: The value's; None for one that came with a message.
+    """
+    read = work.reads.get(_name(work, place))
+    if read is None or read == ANYTHING:
+        return True
+    if label is None:
+        return False
+    # a copy of what everybody was sent may stand for any kind but moments, which begin empty
+    return label.kind == read or (label.kind == COPY and read != MOMENTS)
 
 
 def _reads(work: Work[..., Any], name: str, kind: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from fedpref.federation.local_training import LocalTraining, halves, moments_of, train_locally
@@ -41,6 +41,11 @@ class Personal:
     def __post_init__(self) -> None:
         if self.phases == "alternate":
             halves(self.local, self.personal_steps)
+
+    @property
+    def as_personal(self) -> Personal:
+        """The settings as work of any such algorithm takes them."""
+        return Personal(**{one.name: getattr(self, one.name) for one in fields(Personal)})
 
     def rates(self, own: Tree) -> Mapping[str, float]:
         """Return factors of the learning rate, by parameter."""
@@ -117,7 +122,7 @@ def begin(client: Client, parts: Parts) -> Tree:
     return client.task.parts(parts, client.rng)
 
 
-@work("personal.settle", sends=(), keeps={0: "own"})
+@work("personal.settle", sends=(), keeps={0: "own"}, reads=("own",))
 def settle(
     client: Client, shared: Tree, own: Tree, settings: LocalTraining, method: Personal
 ) -> Tree:

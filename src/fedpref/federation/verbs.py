@@ -37,6 +37,7 @@ E = TypeVar("E")
 
 
 ANYTHING = "*"  # a kind that work reads: whatever it is given
+COPY, MOMENTS = "copy", "moments"  # kinds: what everybody was sent; what optimisers keep
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,6 +30,7 @@ from fedpref.types import Count, Positive, WholeNumber
 
 LOG = logging.getLogger("fedpref")
 T = TypeVar("T")
+MOST_CYCLES = 4  # of a learning rate in a run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +93,11 @@ class Limits:
                 raise RefusedError(
                     f"batches of {size} are below limits.least_batch, {self.least_batch}"
                 )
+            if local.num_cycles > MOST_CYCLES:
+                raise RefusedError(
+                    f"a learning rate of {local.num_cycles:g} cycles is above the {MOST_CYCLES} at "
+                    "most: some batches would count for nothing"
+                )
             if (batches := local.steps * local.gradient_accumulation_steps) > self.max_steps:
                 raise RefusedError(
                     f"{batches} batches a round are above limits.max_steps, {self.max_steps}"
@@ -119,17 +125,7 @@ class Limits:
 
 def _parts(value: Any, kind: type[T]) -> Iterator[T]:
     """Yield all that is of a kind in settings, whatever holds it."""
-    if isinstance(value, kind):
-        yield value
-    if is_dataclass(value) and not isinstance(value, type):
-        for one in fields(value):
-            yield from _parts(getattr(value, one.name), kind)
-    elif isinstance(value, Mapping):
-        for part in value.values():
-            yield from _parts(part, kind)
-    elif isinstance(value, list | tuple):
-        for part in value:
-            yield from _parts(part, kind)
+    return (part for part in config.parts(value) if isinstance(part, kind))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,7 +300,7 @@ class Consenting:
                 openings=file.limits.max_openings,
                 examples=file.limits.least_examples,
                 evaluated=file.limits.least_evaluated,
-                check=file.limits.check,
+                check=self._known(spec),
             ),
         }
         try:
@@ -358,6 +354,26 @@ class Consenting:
         if model not in self._file.models:
             raise RefusedError(f"the model {model!r} is none of those that this site consents to")
         return self._file.models[model]
+
+    @staticmethod
+    def _known(spec: Experiment) -> Callable[[Any, str], None]:
+        """Return a check that a plain argument of work is one that the experiment has.
+
+        Otherwise a coordinator would consent for the site to other settings.
+        """
+        trains = spec.algorithm.given(spec.federation.join_steps)
+        measures = (spec.evaluate_pairs, "clients", "newcomers")
+
+        def check(value: Any, purpose: str) -> None:
+            known = measures if purpose == "evaluate" else trains
+            are_names = isinstance(value, tuple) and all(isinstance(name, str) for name in value)
+            if isinstance(value, bool) or (are_names and spec.diagnostics):
+                return
+            # by kind too: True is 1, and 1.0 as well
+            if not any(type(one) is type(value) and one == value for one in known):
+                raise RefusedError("an argument of work that is none of the experiment's settings")
+
+        return check
 
     def _does(self, spec: Experiment) -> Callable[[str, str], bool]:
         """Return whether a piece of work may be asked for, in a phase of a purpose.
