@@ -259,10 +259,14 @@ class Site:
             )
         hosted = self._host.host(experiment, folder, held_out)
         folder.mkdir(parents=True, exist_ok=True)
-        _bind(folder, experiment, resumes)
+        digest = _digest(experiment)
+        bound = folder / EXPERIMENT
+        if resumes and bound.exists() and bound.read_text() != digest:
+            raise RefusedError("the run was begun with another experiment; begin a new one")
         _count_opening(folder, hosted.bounds.openings)
         if not resumes:
             _set_aside(folder)
+        files.write(bound, digest)
         self._hosted, self._run = hosted, folder
         self._store = Store(folder / "checkpoints")
         self._store.tidy()
@@ -616,20 +620,13 @@ def _said_for(client: int, by_client: Mapping[int, T]) -> T:
     return by_client[client]
 
 
-def _bind(folder: Path, experiment: Mapping[str, Any], resumes: bool) -> None:
-    """Bind a run to its experiment.
+def _digest(experiment: Mapping[str, Any]) -> str:
+    """Return a digest of an experiment, to which a run is bound.
 
-    What its clients keep must not be worked on by the settings of another.
-
-    Raises:
-        RefusedError: The run was begun with another experiment.
+    What its clients keep must not be worked on under the settings of another.
     """
     said = {key: value for key, value in experiment.items() if key != "patience"}
-    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
-    file = folder / EXPERIMENT
-    if resumes and file.exists() and file.read_text() != digest:
-        raise RefusedError("the run was begun with another experiment; begin a new one")
-    files.write(file, digest)
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def _count_opening(folder: Path, most: int | None) -> None:
