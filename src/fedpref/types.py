@@ -32,6 +32,9 @@ Count = Annotated[int, Field(ge=1), AfterValidator(_fits)]
 WholeNumber = Annotated[int, Field(ge=0), AfterValidator(_fits)]
 """A whole number, zero or more."""
 
+Age = Annotated[int, Field(ge=0, le=64)]
+"""Rounds by which an adapter may be late, each of which is kept."""
+
 Width = Annotated[int, Field(ge=1, le=2**16)]
 """The width or number of a small network's layers."""
 

@@ -90,7 +90,7 @@ class Clustered(Algorithm[State]):
     """
 
     name: Literal["clustered"] = "clustered"
-    clusters: Annotated[int, Field(ge=2)] = 2
+    clusters: Annotated[int, Field(ge=2, le=64)] = 2
     """How many adapters there are."""
     local: LocalTraining = LocalTraining()
     """How a client trains within a round."""

@@ -13,7 +13,7 @@ from fedpref.federation.local_training import LocalTraining, train_locally
 from fedpref.federation.verbs import Client, Federation, PerClient, work
 from fedpref.numerics import trees
 from fedpref.numerics.trees import Tree
-from fedpref.types import WholeNumber
+from fedpref.types import Age
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class StaleDecDPO(Algorithm[State]):
     """
 
     name: Literal["decdpo-stale"] = "decdpo-stale"
-    staleness: WholeNumber = 2
+    staleness: Age = 2
     """How many rounds old may be what a client tells."""
     local: LocalTraining = LocalTraining()
     """How a client trains within a round."""

@@ -15,7 +15,7 @@ from fedpref.federation.local_training import LocalTraining, train_locally
 from fedpref.federation.verbs import Client, Federation, PerClient, work
 from fedpref.numerics import trees
 from fedpref.numerics.trees import Tree
-from fedpref.types import WholeNumber
+from fedpref.types import Age
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class StaleFedDPO(Algorithm[State]):
     """
 
     name: Literal["feddpo-stale"] = "feddpo-stale"
-    staleness: WholeNumber = 2
+    staleness: Age = 2
     """How many rounds old an adapter may be."""
     send: Literal["weights", "changes"] = "weights"
     """Average the clients' adapters, as the paper's program does, or add their mean change."""
