@@ -751,6 +751,18 @@ def reconstruct(folder: Path, calls: int, *, limited: bool, targets: Any) -> tup
         words = (
             inner.layers[0].input_layernorm(language.model.get_input_embeddings().weight).detach()
         )
+        empty = {
+            "verb": "each",
+            "work": "common.no_moments",
+            "args": [],
+            "clients": [0],
+            "purpose": "init",
+            "round": 0,
+            "call": 1,
+            "name": "900000",
+        }
+        assert "refused" not in said(site, empty)[0]
+        moments = {"own": {"0": "900000.0"}}
         read = []
         for call in range(1, calls + 1):
             said(
@@ -763,7 +775,7 @@ def reconstruct(folder: Path, calls: int, *, limited: bool, targets: Any) -> tup
                     "round": call % 900,
                     "call": call,
                     "name": str(call),
-                    "args": [{"tree": 0}, {"tree": 1}, {"plain": spec["algorithm"]}],
+                    "args": [{"tree": 0}, moments, {"plain": spec["algorithm"]}],
                 },
                 trees.nest({0: adapter}),
             )
@@ -789,6 +801,8 @@ def reconstruct(folder: Path, calls: int, *, limited: bool, targets: Any) -> tup
                 # far nearer than the others, which lie beyond a half
                 is_in = (left < 0.3) & (words.norm(dim=1) > 1e-6)
                 read.append(frozenset(is_in.nonzero()[:, 0].tolist()))
+    # or the attack would fail for want of anything to read
+    assert len(read) == calls, f"{len(read)} of {calls} updates were had"
     exact = 0
     for example in truth:
         real = frozenset(example.prompt) | {t for answer in example.answers for t in answer}
