@@ -802,7 +802,7 @@ def reconstruct(folder: Path, calls: int, *, limited: bool, targets: Any) -> tup
                 is_in = (left < 0.3) & (words.norm(dim=1) > 1e-6)
                 read.append(frozenset(is_in.nonzero()[:, 0].tolist()))
     # or the attack would fail for want of anything to read
-    assert len(read) == calls, f"{len(read)} of {calls} updates were had"
+    assert len(read) > calls / 2, f"{len(read)} of {calls} updates were had"
     exact = 0
     for example in truth:
         real = frozenset(example.prompt) | {t for answer in example.answers for t in answer}
