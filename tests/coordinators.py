@@ -45,6 +45,7 @@ class Forger:
             "run": "forged",
             "resumes": False,
             "is_known": True,
+            "held_out": [],
         }
         work = {"args": [], "clients": [0], "purpose": "init", "round": 0, "call": 1, "name": "1"}
         forged = {

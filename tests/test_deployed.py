@@ -222,7 +222,7 @@ def test_a_forged_work_name_is_refused(content: dict[str, Any], federation: Fede
         assert "'os.system' is no work that is done here" in said["shell"][site]["refused"]
         assert "there is no verb '__init__'" in said["verb"][site]["refused"]
         assert "takes no part in fedprox" in said["unwanted"][site]["refused"]
-        assert "cannot be called" in said["place"][site]["refused"]
+        assert "a run is called by" in said["place"][site]["refused"]
     assert not list(federation.kits["clinic"].parent.glob("outside"))
 
 
