@@ -1,7 +1,8 @@
 """Engines carry out the verbs of a federation."""
 
-from fedpref.engines.coordinator import Patience, RemoteEngine, Sites, Transport
+from fedpref.engines.coordinator import RemoteEngine
 from fedpref.engines.engine import Engine, Traffic
 from fedpref.engines.simulation import Simulation
+from fedpref.engines.sites import Patience, Sites, Transport
 
 __all__ = ["Engine", "Patience", "RemoteEngine", "Simulation", "Sites", "Traffic", "Transport"]

@@ -15,7 +15,7 @@ from fedpref.data import Builtin, ClientData, Natural, Partition, Source
 from fedpref.data.preferences import Side
 from fedpref.data.reading import EvaluateOn, Reading, read
 from fedpref.data.unusable import Unusable
-from fedpref.engines.coordinator import Patience
+from fedpref.engines.sites import Patience
 from fedpref.errors import UserError
 from fedpref.experiments.migration import refuse_former_names
 from fedpref.experiments.packaged import config_file

@@ -16,7 +16,7 @@ from fedpref.algorithms import AnyAlgorithm
 from fedpref.algorithms.fedopt import Adaptive, Momentum
 from fedpref.channel import Compression
 from fedpref.data import Partition, Source
-from fedpref.engines.coordinator import Patience
+from fedpref.engines.sites import Patience
 from fedpref.errors import UserError
 from fedpref.experiments.experiment import Experiment
 from fedpref.federation.aggregation import Aggregate
