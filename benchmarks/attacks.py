@@ -40,8 +40,9 @@ import yaml
 from fedpref import Experiment, config
 from fedpref.engines import Patience, RemoteEngine, Sites
 from fedpref.engines import site as site_module
+from fedpref.engines.host import Hosted
 from fedpref.engines.messages import pack, unpack, version
-from fedpref.engines.site import Hosted, Site
+from fedpref.engines.site import Site
 from fedpref.experiments.clients import SimulatedSite
 from fedpref.experiments.rounds import events
 from fedpref.experiments.run_directory import RunDirectory

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from fedpref.engines import Patience, RemoteEngine, Sites
+from fedpref.engines.host import Host
 from fedpref.engines.messages import unpack
-from fedpref.engines.site import Host, Site
+from fedpref.engines.site import Site
 from fedpref.experiments.clients import SimulatedSite
 
 NUMBERS = count()

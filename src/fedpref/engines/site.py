@@ -10,18 +10,19 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from fedpref.channel import Chain, Sender
+from fedpref.channel import Sender
 from fedpref.channel.compression import alike
 from fedpref.engines.engine import mixed
+from fedpref.engines.host import Host, Hosted, Peers
 from fedpref.engines.messages import (
     NO_TENSORS,
     Header,
@@ -34,14 +35,13 @@ from fedpref.engines.messages import (
 )
 from fedpref.engines.requests import beneath, freed, parsed
 from fedpref.engines.store import Store
-from fedpref.engines.values import Bounds, Kept, Values, size
+from fedpref.engines.values import Kept, Values, size
 from fedpref.engines.workers import one_thread
 from fedpref.errors import UserError
 from fedpref.federation.leaving import Audience, fits, is_metrics, labels
 from fedpref.federation.verbs import WORK, Client, WithheldError, Work
 from fedpref.numerics import files, seeds, trees
 from fedpref.numerics.trees import Tree
-from fedpref.tasks.task import Task
 
 CHECKPOINTS, AHEAD = 2, 4  # that are kept, and messages of a site that may lie here unread
 CLIENTS = "numbers.json"  # in a run's folder: which client has which number
@@ -57,89 +57,6 @@ def _failed(error: Exception) -> str:
     """Return what others are told of an error: no text of it, which may hold somebody's data."""
     LOG.exception("what the coordinator asked for failed")
     return f"it failed ({type(error).__name__}); the site's log says more"
-
-
-@dataclass(frozen=True)
-class Hosted:
-    """What a site brings to an experiment: the task, its clients' data, and what may be asked of
-    them.
-    """
-
-    task: Task
-    shards: Mapping[str, Any]
-    """Client's name -> shard."""
-    about: Mapping[str, Mapping[str, Any]]
-    """Client's name -> sizes, a digest, its number where all sites count alike."""
-    seed: int
-    rounds: int
-    links: Chain = Chain()
-    does: Callable[[str, str], bool] = lambda work, purpose: True
-    """Whether a piece of work may be asked for, in a phase of that purpose."""
-    gives: Callable[[str], bool] = lambda name: True
-    """Whether a tensor of this name may leave."""
-    bounds: Bounds = Bounds()
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """What a site says of its prompts that are held out.
-
-    Attributes:
-        held_out: A keyed hash of each, for sites to compare.
-        is_keyed: Whether the site has the key.
-        has_sides: Whether its data say themselves what is held out, in place of the common rule.
-    """
-
-    held_out: Sequence[str] = ()
-    is_keyed: bool = True
-    has_sides: bool = False
-
-
-class Host(Protocol):
-    """Who decides what a site brings to an experiment."""
-
-    def consent(self, experiment: Any) -> None:
-        """Raise RefusedError where the site takes no part in an experiment.
-
-        Args:
-            experiment: As plain data, from the coordinator.
-        """
-        ...
-
-    def held_out(self, experiment: Any, everything: bool) -> HeldOut:
-        """Return what tells prompts that are held out here.
-
-        Args:
-            experiment: As plain data, from the coordinator.
-            everything: All of them; otherwise those alone that no common rule decides.
-
-        Raises:
-            RefusedError: The site does not consent to the experiment.
-            UserError: The site cannot do it.
-        """
-        ...
-
-    def host(self, experiment: Any, folder: Path, held_out: Collection[str] = ()) -> Hosted:
-        """Return what the site brings.
-
-        Args:
-            experiment: As plain data, from the coordinator.
-            folder: Where the site keeps its side of the run.
-            held_out: What tells prompts that are held out anywhere, which are not trained on.
-
-        Raises:
-            RefusedError: The site does not consent to it.
-            UserError: The site cannot do it.
-        """
-        ...
-
-
-class Peers(Protocol):
-    """A site's way to other sites."""
-
-    def tell(self, site: str, message: bytes) -> None:
-        """Send a message, without waiting for an answer."""
-        ...
 
 
 class Site:

@@ -1,9 +1,8 @@
-"""Clients' values at a site, by name, and what a site lets be asked of it."""
+"""Clients' values, each with what may be done with it; at a site, by name."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -13,34 +12,6 @@ from fedpref.federation.leaving import Label
 
 OVERHEAD = 500  # bytes of a tensor beside its numbers, about
 OPEN = Label()  # of what a coordinator sent
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """What a site lets be asked of it, whatever the experiment says; None is no bound.
-
-    Attributes:
-        message: Bytes of a message.
-        memory: Bytes of the values that lie here for a coordinator.
-        disk: Bytes of the site's folder of runs.
-        calls: Calls of work for a client in one phase of a round.
-        seconds: Of work in one phase of a round, after which no more is begun.
-        openings: How often a run may be opened.
-        examples: Distinct examples behind an update that leaves a client, at least.
-        evaluated: Held-out examples behind its metrics, at least.
-        check: Raises RefusedError for a plain argument of work, in a phase of a purpose, that the
-            experiment does not have.
-    """
-
-    message: int | None = None
-    memory: int | None = None
-    disk: int | None = None
-    calls: int | None = None
-    seconds: float | None = None
-    openings: int | None = None
-    examples: int = 0
-    evaluated: int = 0
-    check: Callable[[Any, str], None] = lambda value, purpose: None
 
 
 class Kept:

@@ -14,7 +14,7 @@ from fedpref.data import ClientData
 from fedpref.data.splits import SplitBy, digest
 from fedpref.data.unusable import Unusable, summary
 from fedpref.engines import Engine, RemoteEngine, Simulation, Sites, Transport
-from fedpref.engines.site import HeldOut, Hosted
+from fedpref.engines.host import HeldOut, Hosted
 from fedpref.engines.workers import can_fork
 from fedpref.errors import UserError
 from fedpref.experiments.experiment import Experiment, encoded, lines, refuse_empty

@@ -12,9 +12,8 @@ from fedpref import config
 from fedpref.data import IID, ClientData, Partition, Source
 from fedpref.data.reading import EvaluateOn
 from fedpref.data.splits import keyed
+from fedpref.engines.host import Bounds, HeldOut, Hosted
 from fedpref.engines.messages import RefusedError
-from fedpref.engines.site import HeldOut, Hosted
-from fedpref.engines.values import Bounds
 from fedpref.errors import UserError
 from fedpref.experiments import rounds
 from fedpref.experiments.clients import hosted

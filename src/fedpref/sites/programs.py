@@ -20,8 +20,9 @@ from typing import Any
 from nvflare.collab import CollabRecipe, collab
 
 from fedpref import config
+from fedpref.engines.host import Host
 from fedpref.engines.requests import run_name
-from fedpref.engines.site import Host, Site
+from fedpref.engines.site import Site
 from fedpref.errors import UserError
 from fedpref.experiments.clients import SimulatedSite
 from fedpref.experiments.experiment import Experiment, with_whole_paths
