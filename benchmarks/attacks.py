@@ -33,6 +33,7 @@ from typing import Any, get_type_hints
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import safetensors.torch
 import torch
 import transformers
 import yaml
@@ -41,7 +42,7 @@ from fedpref import Experiment, config
 from fedpref.engines import Patience, RemoteEngine, Sites
 from fedpref.engines import site as site_module
 from fedpref.engines.host import Hosted
-from fedpref.engines.messages import pack, unpack, version
+from fedpref.engines.messages import HEADER, pack, unpack, version
 from fedpref.engines.site import Site
 from fedpref.experiments.clients import SimulatedSite
 from fedpref.experiments.rounds import events
@@ -155,6 +156,12 @@ def settings(folder: Path, **more: Any) -> dict[str, Any]:
     }
 
 
+def forged(header: Any, tensors: Mapping[str, torch.Tensor]) -> bytes:
+    """Return a message of whatever safetensors can write, types that do not travel among it."""
+    whole = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
+    return safetensors.torch.save(whole, {HEADER: json.dumps(header)})
+
+
 class Direct:
     """Sites in this process, of which one may change what it answers."""
 
@@ -198,7 +205,7 @@ class Direct:
             return answer
         header, tensors = unpack(answer)
         changed = self.change[asked["verb"]](asked, dict(header), dict(tensors))
-        return changed if isinstance(changed, bytes) else pack(*changed)
+        return changed if isinstance(changed, bytes) else forged(*changed)
 
 
 def said(site: Site, header: Mapping[str, Any], tensors: Tree | None = None) -> Any:
@@ -336,9 +343,9 @@ def hostile(messages: Sequence[Mapping[str, Any]], draw: random.Random) -> bytes
         tensors[name] = torch.zeros(draw.choice([0, 1, 5]), dtype=kind)
         if kind == torch.float32 and draw.random() < 0.3:
             tensors[name] = torch.full((2,), draw.choice([float("nan"), float("inf"), 3e38]))
-    content = pack(
-        {**version(), **header} if isinstance(header, dict) and opens(header) else header, tensors
-    )
+    if isinstance(header, dict) and opens(header):
+        header = {**version(), **header}
+    content = forged(header, tensors)
     if draw.random() < 0.15:
         at = draw.randrange(len(content))
         content = (
@@ -989,7 +996,7 @@ BAD: dict[str, dict[str, Change]] = {
         for name, content in {
             "nothing": b"",
             "FF": b"\xff" * 8,
-            "deep": (20_000).to_bytes(8, "big") + b"[" * 20_000,
+            "deep": (20_000).to_bytes(8, "little") + b"[" * 20_000,
             "lying length": pack({}) + (10**9).to_bytes(8, "little") + b"{}",
         }.items()
     },

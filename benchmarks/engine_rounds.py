@@ -1,7 +1,7 @@
 """Rounds without training: trees of a given size travel from the coordinator to clients and back,
 or from clients to their neighbours.
 
-    python benchmarks/engine_rounds.py simulation|flare-simulated|flare CELLS.json
+    python benchmarks/engine_rounds.py simulation|flare-simulated|flare|bare CELLS.json
 
 CELLS.json has the experiment whose clients are taken and the rounds to time; seconds of each round
 are written to its `results`. The program is a FLARE job's too, and then needs this folder on the
@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from nvflare.collab import collab
 from nvflare.recipe import ProdEnv
 
 from fedpref import config
-from fedpref.algorithms.decdpo import begin
+from fedpref.algorithms import decdpo, scaffold
 from fedpref.engines import Patience, RemoteEngine, Simulation, Sites
 from fedpref.experiments.experiment import Experiment
 from fedpref.federation.aggregation import Factors
@@ -35,7 +36,7 @@ from fedpref.sites.kits import CLASSES
 from fedpref.sites.programs import Collab, recipe
 from fedpref.sites.simulated import simulate
 
-CLASS = "engine_rounds.Rounds"
+CLASSES_HERE = ["engine_rounds.Rounds", "engine_rounds.Bare", "engine_rounds.BareSite"]
 PATIENCE = Patience(seconds=600)
 
 
@@ -48,21 +49,27 @@ def timed(engine: Any, cell: dict[str, Any]) -> list[float]:
     start = {
         "theta": torch.randn(int(cell["mb"] * 1e6 / 4), generator=torch.Generator().manual_seed(0))
     }
-    told, found = engine.each(begin, start, Factors()), []
+    # works without training: one tells its neighbours a tree, the other sends one
+    told, found = engine.each(decdpo.begin, start, Factors()) if cell["gossip"] else None, []
     for round in range(cell["rounds"]):
         engine.begin(round, engine.clients)
         before = time.perf_counter()
         if cell["gossip"]:
             _, told = engine.mix(told)
         else:
-            start = engine.mean(engine.each(begin, start, Factors()))
+            engine.mean(engine.each(scaffold.begin, start))
         found.append(time.perf_counter() - before)
     return found
 
 
-def all_timed(engine: Callable[[], Any], file: Path) -> None:
+def all_timed(engine: Callable[[dict[str, Any]], Any], file: Path) -> None:
+    """Write the seconds of all cells' rounds; an engine is made for each experiment."""
     content = json.loads(file.read_text())
-    content["results"] = [timed(engine(), cell) for cell in content["cells"]]
+    content["results"] = []
+    for cell in content["cells"]:
+        experiment = dict(content["experiment"])
+        experiment["algorithm"] = {"name": "decdpo" if cell["gossip"] else "scaffold"}
+        content["results"].append(timed(engine(experiment), cell))
     file.write_text(json.dumps(content))
 
 
@@ -74,9 +81,55 @@ class Rounds:
 
     @collab.main
     def main(self) -> None:
-        experiment = json.loads(Path(self.file).read_text())["experiment"]
-        sites = Sites(Collab(), experiment, "rounds", PATIENCE)
-        all_timed(lambda: RemoteEngine(sites, mixing=ring), Path(self.file))
+        numbers = count()
+
+        def engine(experiment: dict[str, Any]) -> RemoteEngine:
+            sites = Sites(Collab(), experiment, f"rounds-{next(numbers)}", PATIENCE)
+            return RemoteEngine(sites, mixing=ring)
+
+        all_timed(engine, Path(self.file))
+
+
+class BareSite:
+    """What a site is to FLARE alone: it sends back what it was sent, as its clients' update."""
+
+    @collab.publish
+    def send_back(self, value: Any) -> Any:
+        return value
+
+
+class Bare:
+    """Rounds of federated averaging that FLARE alone carries, the tensors by its own means.
+
+    Each message goes to a site and back, once as a tensor and once as bytes; tensors are averaged.
+    """
+
+    def __init__(self, file: str) -> None:
+        self.file = file
+
+    @collab.main
+    def main(self) -> None:
+        content = json.loads(Path(self.file).read_text())
+        content["results"] = [self._timed(cell) for cell in content["cells"]]
+        Path(self.file).write_text(json.dumps(content))
+
+    @staticmethod
+    def _timed(cell: dict[str, Any]) -> dict[str, list[float]]:
+        found: dict[str, list[float]] = {"tensor": [], "bytes": []}
+        sites = sorted(site.name for site in collab.clients)
+        start = torch.randn(int(cell["mb"] * 1e6 / 4), generator=torch.Generator().manual_seed(0))
+        packed = start.numpy().tobytes()
+        for _ in range(cell["rounds"]):
+            for kind, value in (("tensor", start), ("bytes", packed)):
+                before = time.perf_counter()
+                asked = collab.get_clients(sites)(blocking=False, timeout=600)
+                answers = [answer for _, answer in asked.send_back(value)]
+                if kind == "tensor":
+                    start = torch.stack([torch.as_tensor(a) for a in answers]).mean(0)
+                found[kind].append(time.perf_counter() - before)
+                if [len(answer) for answer in answers] != [len(value)] * len(sites):
+                    raise RuntimeError(f"what came back is of another size: {answers}")
+        return found
 
 
 def main() -> None:
@@ -87,20 +140,22 @@ def main() -> None:
         task = experiment.build_task()
         shards = [task.encode(client) for client in experiment.clients()[0]]
         all_timed(
-            lambda: Simulation(task, shards, seed=0, rounds=1000, mixing=ring, workers=2), file
+            lambda _: Simulation(task, shards, seed=0, rounds=1000, mixing=ring, workers=2), file
         )
         return
 
-    from engine_rounds import Rounds  # by the name under which the server finds it
+    # by the names under which server and sites find them
+    from engine_rounds import Bare, BareSite, Rounds
 
     job = recipe(
         "rounds",
-        Rounds(str(file)),
+        Bare(str(file)) if engine == "bare" else Rounds(str(file)),
         content["sites"],
         600.0,
         simulated=content["sites"] if engine == "flare-simulated" else 0,
+        site=BareSite() if engine == "bare" else None,
     )
-    if engine == "flare":
+    if engine != "flare-simulated":
         admin = Path(content["admin"])
         with redirect_stdout(io.StringIO()):
             job.execute(
@@ -108,7 +163,7 @@ def main() -> None:
             ).get_result()
     else:
         with tempfile.TemporaryDirectory() as scratch:
-            simulate(job, content["sites"], Path(scratch), [*CLASSES, CLASS])
+            simulate(job, content["sites"], Path(scratch), [*CLASSES, *CLASSES_HERE])
 
 
 if __name__ == "__main__":

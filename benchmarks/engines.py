@@ -4,8 +4,9 @@
     python benchmarks/engines.py --parts rounds --quick
 
 `rounds`: seconds of a round without training, in which a tree travels to clients and back, or to
-neighbours on a ring: in process, over simulated sites, over sites with certificates, and by Flower,
-deployed (`--flower PYTHON`, an interpreter that has it). `overhead`: rounds with ten local steps of
+neighbours on a ring: in process, over simulated sites, over sites with certificates, by what these
+stand on alone (FLARE carries tensors, or bytes, and nothing is checked), and by Flower, deployed
+(`--flower PYTHON`, an interpreter that has it). `overhead`: rounds with ten local steps of
 the shipped model; the share in excess of the run in process is the overhead. `checkpoints`: rounds
 with ten of 2,000 clients, each followed by a checkpoint, against their work alone. `kills`: in each
 of so many runs a site's processes are killed at a random moment, in each of others the server's. A
@@ -33,7 +34,7 @@ from pathlib import Path
 import yaml
 
 from attacks import make_model, make_rows
-from engine_rounds import CLASS
+from engine_rounds import CLASSES_HERE
 from fedpref import config
 from fedpref.engines.store import Store
 from fedpref.experiments.experiment import Experiment
@@ -78,7 +79,7 @@ def federation(
     for kit in made.values():  # the program of rounds without training is no experiment
         if (resources := kit / "local/resources.json").exists():
             content = json.loads(resources.read_text())
-            content["class_allow_list"].append(CLASS)
+            content["class_allow_list"] += CLASSES_HERE
             resources.write_text(json.dumps(content))
     for k, site in enumerate(sites):
         content = config.dump(chosen)
@@ -86,7 +87,7 @@ def federation(
         content = {
             "data": content["data"],
             "partition": partition,
-            "algorithms": ["feddpo", "fedpdpo", "decdpo"],
+            "algorithms": ["feddpo", "fedpdpo", "decdpo", "scaffold"],
         }
         (made[site] / kits.SITE_FILE).write_text(yaml.safe_dump(content))
     return made
@@ -106,7 +107,7 @@ CELLS = [  # clients, sites, MB of a client's tree, gossip on a ring
     (8, 8, 4, True),
 ]
 PROGRAM = ("rounds=1000", "algorithm.name=decdpo", "baselines=[]")
-ENGINES = ("simulation", "flare-simulated", "flare")
+ENGINES = ("simulation", "flare-simulated", "flare", "bare")
 HERE = Path(__file__).resolve().parent
 
 
@@ -115,7 +116,7 @@ def without_training(port: int, turns: int, flower: str | None, quick: bool) -> 
     engines take turns.
     """
     seconds: dict[str, list[float]] = {}
-    cells = [cell for cell in CELLS if not quick or (cell[2] == 4 and cell[1] == 2)]
+    cells = [cell for cell in CELLS if not quick or cell[:2] == (2, 2)]
     for sites, clients in sorted({(sites, clients) for clients, sites, _, _ in cells}):
         chosen = [cell for cell in cells if cell[:2] == (clients, sites)]
         names = [f"site-{k + 1}" for k in range(sites)]
@@ -128,6 +129,8 @@ def without_training(port: int, turns: int, flower: str | None, quick: bool) -> 
             }
             for _ in range(turns):
                 for engine in ENGINES:
+                    if engine == "bare" and clients != sites:
+                        continue  # FLARE alone has no clients in its sites
                     file = place / "cells.json"
                     file.write_text(json.dumps(content))
                     ran = subprocess.run(
@@ -145,11 +148,13 @@ def without_training(port: int, turns: int, flower: str | None, quick: bool) -> 
                     results = json.loads(file.read_text()).get("results")
                     assert results, ran.stdout[-3000:] + ran.stderr[-3000:]
                     for cell, rounds in zip(chosen, results, strict=True):
-                        seconds.setdefault(_key(engine, *cell), []).extend(rounds[1:])
-                        print(
-                            f"{_key(engine, *cell):60s} {statistics.median(rounds[1:]):.2f} s",
-                            flush=True,
-                        )
+                        if engine == "bare" and cell[3]:
+                            continue
+                        kinds = rounds if engine == "bare" else {"": rounds}
+                        for kind, taken in kinds.items():
+                            key = _key(" ".join((engine, kind)).strip(), *cell)
+                            seconds.setdefault(key, []).extend(taken[1:])
+                            print(f"{key:60s} {statistics.median(taken[1:]):.2f} s", flush=True)
                 if flower and (sites, clients) == (2, 2):
                     ran = subprocess.run(
                         [flower, str(HERE / "flower_rounds.py"), "--mb", "4"],
@@ -162,6 +167,11 @@ def without_training(port: int, turns: int, flower: str | None, quick: bool) -> 
                     )
                     print(f"flower {ran.stdout.strip()}", flush=True)
     found = {key: statistics.median(rounds) for key, rounds in seconds.items()}
+    for mb in (4, 50):
+        # as tensors or as bytes, whichever FLARE carries faster
+        bare = min(found[_key(f"bare {kind}", 2, 2, mb, False)] for kind in ("tensor", "bytes"))
+        ours = found[_key("flare", 2, 2, mb, False)]
+        found[f"ratio_{mb}mb_over_bare_flare"] = ours / bare
     if flower:
         found["ratio_flower_over_flare_4mb"] = (
             found[_key("flower", *CELLS[0])] / found[_key("flare", *CELLS[0])]
@@ -171,13 +181,13 @@ def without_training(port: int, turns: int, flower: str | None, quick: bool) -> 
 
 @contextmanager
 def small_clients(count: int) -> Iterator[list[str]]:
-    """Settings of an experiment on clients of two shipped pairs each, of which one is held out."""
-    test, *train = {
-        str(pair.prompt): pair for pair in Experiment.load(CONFIG).clients()[0][0].train
-    }.values()
+    """Settings of an experiment on clients with as few shipped pairs as a site's limits take."""
+    pairs = {str(pair.prompt): pair for pair in Experiment.load(CONFIG).clients()[0][0].train}
+    test, train = list(pairs.values())[:10], list(pairs.values())[10:]
     with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
         for k in range(count):
-            for split, pair in (("train", train[k % len(train)]), ("test", test)):
+            own = [("train", train[(8 * k + j) % len(train)]) for j in range(8)]
+            for split, pair in (*own, *(("test", pair) for pair in test)):
                 sides = {side: getattr(pair, side) for side in ("prompt", "chosen", "rejected")}
                 file.write(json.dumps({**sides, "client": f"client-{k}", "split": split}) + "\n")
         file.flush()
@@ -228,7 +238,7 @@ def checkpoints(folder: Path, clients: int, rounds: int) -> dict[str, float]:
 
 
 def _key(engine: str, clients: int, sites: int, mb: float, gossip: bool) -> str:
-    name = f"round_seconds_{engine.replace('-', '_')}_{clients}_{mb}"
+    name = f"round_seconds_{engine.replace('-', '_').replace(' ', '_')}_{clients}_{mb}"
     return name + ("_ring" if gossip else "") + ("" if sites == 2 else f"_on_{sites}_sites")
 
 

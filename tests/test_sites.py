@@ -8,22 +8,24 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 import yaml
+from safetensors import safe_open
 
 from conftest import kept_values, write_rows
 from fedpref import Experiment, UserError, config, run
 from fedpref.channel import Sender
 from fedpref.channel.compression import TopK, alike
 from fedpref.data.splits import held_out
-from fedpref.engines import Patience, RemoteEngine, Sites
-from fedpref.engines.messages import FORMAT, RefusedError, finite, pack, unpack, version
+from fedpref.engines import Patience, RemoteEngine, Sites, coordinator
+from fedpref.engines.messages import FORMAT, HEADER, RefusedError, finite, pack, unpack, version
 from fedpref.engines.site import Site
 from fedpref.engines.values import Kept
 from fedpref.experiments.clients import SimulatedSite
@@ -90,6 +92,18 @@ def test_messages_come_back_as_they_went() -> None:
     assert torch.equal(trees.part(found, 1)["a"], trees.part(found, 2)["a"])
     _, found = unpack(pack({}, trees.nest({1: tree, 2: tree})))
     assert torch.equal(trees.part(found, 1)["a"], trees.part(found, 2)["a"]), "which shared memory"
+
+
+def test_a_message_is_a_file_of_safetensors(tmp_path: Path) -> None:
+    tree = {"a": torch.randn(3, 2).T, "b": torch.ones((), dtype=torch.bfloat16), "c": torch.ones(0)}
+    (tmp_path / "message").write_bytes(pack({"n": "\u00e4"}, tree))
+    with safe_open(tmp_path / "message", "pt") as file:
+        assert json.loads(file.metadata()[HEADER]) == {"n": "\u00e4"}
+        assert set(file.keys()) == set(tree)
+        assert all(torch.equal(file.get_tensor(name), tree[name]) for name in tree)
+    theirs = safetensors.torch.save({"a": torch.ones(2, dtype=torch.complex64)}, {HEADER: "{}"})
+    with pytest.raises(RefusedError, match="of a type that does not travel"):
+        unpack(theirs)
 
 
 @pytest.mark.parametrize(
@@ -571,6 +585,47 @@ def told(client: Client) -> dict[str, float]:
     return {"loss": 1.0}
 
 
+@work("test_sites.uneven")
+def uneven(client: Client, how: str) -> Tree:
+    """Sums that depend on their order; the last client may have something else to say."""
+    rng = torch.Generator().manual_seed(client.id)
+    numbers = torch.randn(1000, generator=rng) * 10 ** (client.id % 7)
+    return {"y" if how == "names" and client.id == 2 else "x": numbers}
+
+
+@pytest.mark.parametrize("how", ["alike", "names"])
+def test_a_mean_needs_no_more_room_for_more_clients(
+    how: str, content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clients are asked in groups; neither bits nor who is left out depends on these."""
+    found = []
+    for name, group in (("whole", coordinator.GROUP), ("alone", 1)):
+        monkeypatch.setattr(coordinator, "GROUP", group)
+        monkeypatch.setattr(coordinator, "FIRST_GROUP", 4 if name == "whole" else 1)
+        direct = Direct(tmp_path / name)
+        engine = opened(direct, content)
+        values = engine.each(uneven, how)
+        asked = []
+        monkeypatch.setattr(direct, "_answer", _counted(direct, asked))
+        mean = engine.mean(values)
+        assert max(asked) == (2 if name == "whole" else 1)
+        found.append((mean["x"], engine.traffic, engine.left_out, engine.active))
+    (x, *rest), (y, *other) = found
+    assert torch.equal(x, y)
+    assert rest == other
+    assert len(rest[1]) == (how == "names")
+
+
+def _counted(direct: Direct, asked: list[int]) -> Callable[[str, bytes], bytes]:
+    answer = direct._answer
+
+    def counted(site: str, message: bytes) -> bytes:
+        asked.append(len(unpack(message)[0]["own"]))
+        return answer(site, message)
+
+    return counted
+
+
 @pytest.mark.parametrize(
     ("format", "older"),
     [(None, "the coordinator"), (1, "the coordinator"), (FORMAT + 1, "this side")],
@@ -614,7 +669,7 @@ def opened(direct: Direct, content: dict[str, Any], run: str = "run", **more: An
         {"metrics": [1]},
         b"junk",
         pack({"metrics": {}})[:-2],
-        (9000).to_bytes(8, "big") + b"[" * 9000,
+        (9000).to_bytes(8, "little") + b"[" * 9000,
     ],
 )
 def test_a_site_that_answers_what_is_none_is_left_out_and_ends_nothing(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -26,9 +27,7 @@ from fedpref.engines.engine import (
 from fedpref.engines.messages import (
     NO_TENSORS,
     Header,
-    RefusedError,
     Shape,
-    finite,
     shape,
 )
 from fedpref.engines.replies import (
@@ -43,6 +42,8 @@ from fedpref.numerics import trees
 from fedpref.numerics.trees import Tree
 
 KEPT = "kept.json"  # in a checkpoint: by field, whose values sites have kept
+GROUP = 256 * 10**6  # bytes of clients' messages that lie here at once, or one client's
+FIRST_GROUP = 4  # clients, before it is known how large a message is
 
 
 class Name:
@@ -102,6 +103,7 @@ class RemoteEngine:
         self._freed: list[tuple[int, str]] = []
         self._sent: set[str] = set()  # names of tensors that clients were sent
         self._last = 0
+        self._largest = 0  # bytes of a client's message so far
         self._lost = {NOWHERE}  # sites that did not answer
         self._kept: dict[str, set[int]] = {}  # by field, clients of which sites have kept a value
         self.begin(0, self.clients, "init")
@@ -171,37 +173,65 @@ class RemoteEngine:
     def mean(self, values: PerClient[Tree]) -> Tree:
         self._calls += 1
         names = self._present(values)
-        while True:  # until all whose shares were asked for are in
-            # weights are shares of who is left, so that a client which fell out does not shrink the
-            # mean
-            total = sum(self._weights[i] for i in self.active)
-            asked, present = {}, self.active
-            for site, clients in self._by_site().items():
+        # again where a client fell out, whose share the others then take over
+        while (total := self._sum(names)) is None:
+            pass
+        return total
+
+    def _sum(self, names: Mapping[int, Name]) -> Tree | None:
+        """Return the weighted mean of clients' values; None if one of them fell out.
+
+        Clients are asked in groups, and each message is added as soon as it is there, in the
+        clients' order, whoever answered first: the sum has the same bits anywhere, and memory does
+        not grow with clients.
+        """
+        present, sent = self.active, 0
+        # shares of who is left, so that a client which fell out does not shrink the mean
+        weight = sum(self._weights[i] for i in present)
+        sums: dict[Shape, Tree] = {}
+        forms: dict[int, Shape] = {}
+        waiting = list(present)
+        while waiting:
+            count = max(1, GROUP // self._largest) if self._largest else FIRST_GROUP
+            group, waiting = waiting[:count], waiting[count:]
+            asked: dict[str, tuple[Header, Tree]] = {}
+            for site, clients in self._by_site(group).items():
                 own = {i: names[i].text for i in clients}
-                shares = {i: self._weights[i] / total for i in clients}
+                shares = {i: self._weights[i] / weight for i in clients}
                 asked[site] = ({"verb": "contribute", "own": own, "shares": shares}, NO_TENSORS)
             answers = self._ask(asked)
-            messages = {i: trees.part(answers[self._sites.site_of[i]][1], i) for i in self.active}
-            # whoever sends other names or shapes than most is at fault; no template of them is
-            # known here
-            usual = self._usual(map(shape, messages.values()))
-            self._leave_out(
-                {
-                    i: reason
-                    for i, message in messages.items()
-                    if (reason := _unusable(message, usual))
-                }
-            )
-            if self.active == present:
-                break
-        self.traffic += Traffic(bytes_up=sum(trees.size(message) for message in messages.values()))
-        if self._clip is not None and self._purpose == "train":
-            for i in self.active:
-                messages[i], self.lengths[i] = clipped(
-                    messages[i], self._weights[i] / total, self._clip
+            for i in (i for i in group if i in self.active):
+                message = trees.part(answers[self._sites.site_of[i]][1], i)
+                if reason := _unusable(message):
+                    self._leave_out({i: reason})
+                    continue
+                sent += trees.size(message)
+                self._largest = max(self._largest, trees.size(message))
+                if self._clip is not None and self._purpose == "train":
+                    message, self.lengths[i] = clipped(
+                        message, self._weights[i] / weight, self._clip
+                    )
+                forms[i] = shape(message)
+                sums[forms[i]] = (
+                    trees.add_to(sums[forms[i]], message) if forms[i] in sums else message
                 )
-        # in client order, whoever answered first, so that the sum has the same bits anywhere
-        return trees.total(messages[i] for i in self.active)
+            del answers
+            if not set(present) <= set(self.active):
+                return None
+        # whoever sends other names or shapes than most is at fault; no template of them is known
+        # here
+        usual = self._usual(forms.values())
+        self._leave_out(
+            {
+                i: "names or sizes of tensors are not those of the others"
+                for i, form in forms.items()
+                if form != usual
+            }
+        )
+        if self.active != present:
+            return None
+        self.traffic += Traffic(bytes_up=sent)
+        return sums[usual]
 
     def _usual(self, shapes: Iterable[Shape]) -> Shape:
         """Return the form that most messages have; of several, the one nearest to what was sent."""
@@ -415,19 +445,17 @@ def _described(arg: Any, number: int, clients: Sequence[int]) -> Header:
     return {"plain": TypeAdapter(type(arg)).dump_python(arg, mode="json")}
 
 
-def _unusable(message: Tree, usual: Any) -> str:
-    """Return why a message cannot be summed with the others; empty if it can."""
-    if shape(message) != usual:
-        return "names or sizes of tensors are not those of the others"
-    try:
-        finite(message)
-    except RefusedError as error:
-        return str(error)
-    if any(not tensor.is_floating_point() for tensor in message.values()):
-        return "it holds tensors of other than real numbers"
-    parts = [tensor.double().abs().max() for tensor in message.values() if tensor.numel()]
-    largest = max(map(float, parts), default=0.0)
-    return f"it holds the number {largest:g}" if largest > LARGEST_NUMBER else ""
+def _unusable(message: Tree) -> str:
+    """Return why a message cannot be summed with others; empty if it can."""
+    for name, tensor in message.items():
+        if not tensor.is_floating_point():
+            return "it holds tensors of other than real numbers"
+        for extreme in map(float, tensor.aminmax() if tensor.numel() else ()):
+            if not math.isfinite(extreme):
+                return f"the tensor {name!r} holds a number that is not finite"
+            if abs(extreme) > LARGEST_NUMBER:
+                return f"it holds the number {extreme:g}"
+    return ""
 
 
 def bounded_by_site(

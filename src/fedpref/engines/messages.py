@@ -1,4 +1,4 @@
-"""Messages between a coordinator and sites: a JSON header and a safetensors body.
+"""Messages between a coordinator and sites: safetensors, with a JSON header among the metadata.
 
 Whoever receives a message checks it.
 """
@@ -11,8 +11,6 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
-from torch import Tensor
 
 from fedpref import __version__
 from fedpref.numerics.trees import Tree
@@ -21,7 +19,22 @@ Header = dict[str, Any]
 NO_TENSORS: Tree = {}
 
 
-FORMAT = 3  # of messages; 1 did not say so, 2 had no labels of values and no `consent`
+# of messages; 1 did not say so, 2 had no labels of values and no `consent`, in 3 the header stood
+# before the safetensors
+FORMAT = 4
+HEADER = "fedpref"  # among the metadata
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 MOST_HEADER = 32 * 10**6  # bytes of a header, which takes some ten times as much when it is read
 
 
@@ -30,30 +43,22 @@ class RefusedError(Exception):
 
 
 def pack(header: Mapping[str, Any], tensors: Tree = NO_TENSORS) -> bytes:
-    """Return a message of a header and tensors."""
-    return framed(header, body(tensors))
-
-
-def framed(header: Mapping[str, Any], body: bytes) -> bytes:
-    """Return a message of tensors that are bytes already, as they are for several receivers."""
-    head = json.dumps(header).encode()
-    return len(head).to_bytes(8, "big") + head + body
-
-
-def body(tensors: Tree) -> bytes:
-    """Return tensors as they travel."""
-    return safetensors.torch.save(_apart(tensors)) if tensors else b""
-
-
-def _apart(tensors: Tree) -> dict[str, Tensor]:
-    """Return the tensors, no two of which share memory, as clients' that begin alike do."""
-    whole_tensors, seen = dict[str, Tensor](), set[int]()
+    """Return a message of a header and tensors, whose numbers are copied once."""
+    index: dict[str, Any] = {"__metadata__": {HEADER: json.dumps(header)}}
+    buffers: list[memoryview] = []
+    end = 0
     for name, tensor in tensors.items():
-        whole = tensor.detach().cpu().contiguous()
-        address = whole.untyped_storage().data_ptr()
-        whole_tensors[name] = whole.clone() if address in seen else whole
-        seen.add(address)
-    return whole_tensors
+        flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        start, end = end, end + len(flat)
+        index[name] = {
+            "dtype": DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+        buffers.append(flat.data)
+    head = json.dumps(index).encode()
+    head += b" " * (-len(head) % 8)  # numbers begin at a multiple of their size
+    return b"".join([len(head).to_bytes(8, "little"), head, *buffers])
 
 
 def unpack(message: bytes, limit: int | None = None) -> tuple[Header, Tree]:
@@ -68,17 +73,35 @@ def unpack(message: bytes, limit: int | None = None) -> tuple[Header, Tree]:
     """
     if limit is not None and len(message) > limit:
         raise RefusedError(f"a message of {len(message)} bytes is above the limit of {limit}")
+    header = head_of(message)
     try:
-        start = 8 + int.from_bytes(message[:8], "big")
-        if start > MOST_HEADER:
-            raise RefusedError(f"a header of {start} bytes is above the limit of {MOST_HEADER}")
-        header = json.loads(message[8:start])
-        tensors = safetensors.torch.load(message[start:]) if len(message) > start else {}
-    except (ValueError, RecursionError, SafetensorError) as error:
+        tensors = safetensors.torch.load(message)
+    except Exception as error:  # of several kinds, for what somebody has made up
+        raise RefusedError(f"not a fedpref message: {error}") from error
+    if strange := [name for name, tensor in tensors.items() if tensor.dtype not in DTYPES]:
+        raise RefusedError(f"the tensor {strange[0][:80]!r} is of a type that does not travel")
+    return header, tensors
+
+
+def head_of(message: bytes) -> Header:
+    """Return a message's header; its tensors are not read.
+
+    Raises:
+        RefusedError: It is not a fedpref message.
+    """
+    end = 8 + int.from_bytes(message[:8], "little")
+    if end > MOST_HEADER:
+        raise RefusedError(
+            f"not a fedpref message, or its header of {end} bytes is above the limit of "
+            f"{MOST_HEADER}"
+        )
+    try:
+        header = json.loads(json.loads(message[8:end])["__metadata__"][HEADER])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise RefusedError(f"not a fedpref message: {error}") from error
     if not isinstance(header, dict):
         raise RefusedError(f"not a fedpref message, its header is no mapping: {str(header)[:40]!r}")
-    return header, tensors
+    return header
 
 
 def version() -> Header:

@@ -28,6 +28,7 @@ from fedpref.engines.messages import (
     Header,
     RefusedError,
     finite,
+    head_of,
     pack,
     refuse_other_format,
     unpack,
@@ -126,7 +127,7 @@ class Site:
             return
         try:
             # the header alone; tensors are read by the exchange that waits for them
-            header, _ = unpack(message[: 8 + int.from_bytes(message[:8], "big")])
+            header = head_of(message)
             address = (int(header["round"]), int(header["call"]), sender)
         except (RefusedError, KeyError, TypeError, ValueError, OverflowError):
             return  # the exchange counts the sender as missing

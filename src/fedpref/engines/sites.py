@@ -11,8 +11,7 @@ from fedpref.engines.messages import (
     NO_TENSORS,
     Header,
     RefusedError,
-    body,
-    framed,
+    pack,
     refuse_other_format,
     unpack,
     version,
@@ -261,22 +260,16 @@ def asked_of(
     transport: Transport, messages: Mapping[str, tuple[Header, Tree]], patience: Patience
 ) -> dict[str, tuple[Header, Tree] | str]:
     """Return each site's answer, or why there is none."""
-    # packed once for each tree, not for each site: most messages carry the same adapter
-    bodies = {
-        key: body(tensors)
-        for key, tensors in {id(tensors): tensors for _, tensors in messages.values()}.items()
-    }
-    packed = {
-        site: framed(header, bodies[id(tensors)]) for site, (header, tensors) in messages.items()
-    }
-    answers = transport.ask(packed, patience.seconds)
+    packed = {site: pack(header, tensors) for site, (header, tensors) in messages.items()}
+    answers = dict(transport.ask(packed, patience.seconds))
+    del packed
     replies: dict[str, tuple[Header, Tree] | str] = {}
     for site in messages:
         if site not in answers:
             replies[site] = f"{SILENT} in {patience.seconds:g} seconds"
             continue
         try:
-            header, tensors = unpack(answers[site], patience.max_message_mb * 10**6)
+            header, tensors = unpack(answers.pop(site), patience.max_message_mb * 10**6)
             refuse_other_format(header, f"site {site}")
             if refused := header.get("refused"):
                 replies[site] = printable(str(refused)[:LONGEST_REASON])

@@ -27,6 +27,12 @@ def add(a: Tree, b: Tree) -> Tree:
     return {name: a[name] + b[name] for name in a}
 
 
+def add_to(total: Tree, tree: Tree) -> Tree:
+    """Return total + tree, which takes the place of total; ValueError where the names differ."""
+    _same_names(total, tree)
+    return {name: total[name].add_(tree[name]) for name in total}
+
+
 def subtract(a: Tree, b: Tree) -> Tree:
     """Return a - b, name by name; raises ValueError where the names differ."""
     _same_names(a, b)

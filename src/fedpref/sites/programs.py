@@ -176,7 +176,13 @@ def job(experiment: Experiment, run: str, *, simulated: int = 0) -> Any:
 
 
 def recipe(
-    name: str, coordinator: Any, min_sites: int, seconds: float, *, simulated: int = 0
+    name: str,
+    coordinator: Any,
+    min_sites: int,
+    seconds: float,
+    *,
+    simulated: int = 0,
+    site: Any = None,
 ) -> Any:
     """Return a job of a coordinator's program over sites.
 
@@ -186,11 +192,12 @@ def recipe(
         min_sites: How many sites must have come for it to begin.
         seconds: How long is waited.
         simulated: How many sites are simulated; 0 for real ones.
+        site: The program of the sites' processes; None is that of `Site`.
     """
     made = _Recipe(
         job_name=name,
         server=coordinator,
-        client=Sited(simulated),
+        client=Sited(simulated) if site is None else site,
         min_clients=min_sites,
         sync_task_timeout=seconds,
     )
