@@ -5,28 +5,24 @@
 
 Each pair gives the same result, which is checked: pairing judged answers with answers to other
 prompts (against a search), drawing a batch (against reading all lengths and ordering all examples),
-a bootstrap interval (against all its draws at once), and a log that is fetched while it grows
-(against fetching it at each poll; in bytes, nothing is fetched here).
+and a log that is fetched while it grows (against fetching it at each poll; in bytes, nothing is
+fetched here).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import random
 import statistics
 import time
-import tracemalloc
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from fedpref.reports.comparison import RESAMPLES, bootstrap
 from fedpref.sites.submitted import POLL, pause
 from fedpref.tasks.batches import POOL, BatchSize, draw_indices
 from fedpref.tasks.feedback import next_others
@@ -114,40 +110,6 @@ def draws(rows: int, turns: int) -> dict[str, float]:
     return figures
 
 
-def whole_bootstrap(values: np.ndarray[Any, np.dtype[np.float64]]) -> tuple[float, float]:
-    """The interval of clients crossed with seeds, from all draws at once."""
-    rng = np.random.default_rng(0)
-    seeds, clients = values.shape
-    rows = rng.integers(seeds, size=(RESAMPLES, seeds, 1))
-    columns = rng.integers(clients, size=(RESAMPLES, 1, clients))
-    low, high = np.percentile(values[rows, columns].mean((1, 2)), [2.5, 97.5])
-    return float(low), float(high)
-
-
-def peak_mb(form: Callable[[], Any]) -> float:
-    """The most memory that is held at a time."""
-    tracemalloc.start()
-    form()
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    return peak / 1e6
-
-
-def intervals(clients: int, turns: int) -> dict[str, float]:
-    """A bootstrap over five seeds and many clients."""
-    values = np.random.default_rng(3).normal(size=(5, clients))
-    forms = {"ours": lambda: bootstrap(values), "whole": lambda: whole_bootstrap(values)}
-    seconds, (ours, theirs) = raced(turns, **forms)
-    assert all(math.isclose(a, b, rel_tol=1e-12) for a, b in zip(ours, theirs, strict=True))
-    memory = {name: peak_mb(form) for name, form in forms.items()}
-    return {
-        "bootstrap_seconds": seconds["ours"],
-        "bootstrap_ratio": seconds["whole"] / seconds["ours"],
-        "bootstrap_mb": memory["ours"],
-        "bootstrap_memory_ratio": memory["whole"] / memory["ours"],
-    }
-
-
 def log_bytes(hours: float, grows: float = 500.0) -> dict[str, float]:
     """Bytes fetched in so many hours of a log that grows by `grows` a second, whole each time."""
     fetched, at = 0.0, 0.0
@@ -172,7 +134,6 @@ def main() -> None:
     figures = {
         **pairing(4_000 if quick else 32_000),
         **draws(40_000 if quick else 160_000, 5 if quick else 20),
-        **intervals(1_000 if quick else 3_000, 1 if quick else 3),
         **log_bytes(3.0),
     }
     print(json.dumps(figures, indent=1))

@@ -314,6 +314,23 @@ def test_the_second_phase_leaves_heads_as_the_first_made_them(
     assert metrics["num_pairs"] == 5 * 4  # of both phases
 
 
+def test_a_first_phase_of_too_few_examples_for_metrics_is_counted_nowhere(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    spec = config.parse(Experiment, settings, "test")
+    task = spec.task.build()
+    shard = task.prepare(task.encode(spec.clients()[0][0]), tmp_path)
+    local = LocalTraining(steps=3, batch_size=4, sampling_strategy="independent")
+    client = Client(
+        0, task, shard, seeds.generator(0, "train"), 0, 4, least_examples=5
+    )  # one batch has four
+    own = task.parts(Parts(), seeds.generator(0, "work"))
+    adapter = task.init(seeds.generator(0, "init"))
+    *_, metrics = train(client, adapter, own, {}, FedPDPO(local=local, personal_steps=1))
+    assert metrics["num_pairs"] == 2 * 4
+    assert not [name for name in metrics if name.startswith("personal/")]
+
+
 def test_own_parts_learn_at_rates_of_their_own(settings: dict[str, Any], tmp_path: Path) -> None:
     spec = config.parse(Experiment, settings, "test")
     task = spec.task.build()

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from conftest import ROOT
 from fedpref import Experiment, UserError, cli, config, run
 from fedpref.experiments.run_files import EVALUATION, METRICS
+from fedpref.numerics.intervals import interval
 from fedpref.numerics.metrics import ACCURACY
 from fedpref.numerics.topology import rho
 from fedpref.reports import charts
@@ -96,7 +97,8 @@ def test_what_the_page_says_is_what_the_run_says(runs: dict[str, Run]) -> None:
     assert told["who took part"][0] == "4"
     assert told["surely better, surely worse"][0] == "0, 0"
     assert not one.paired, "clients have too few prompts for a standard error"
-    assert "over 4 clients: too few to tell it from none" in words(one)
+    low, high = interval(np.array([list(one.gains("alone").values())]))
+    assert f"points [{low:+.1f}, {high:+.1f}], which cannot be told from none" in words(one)
     drawn = dict(sections([one], []))
     assert list(drawn) == ["What was learned", "Who gained, who lost", "What it cost"]
     (gain,) = charts.gains([one])

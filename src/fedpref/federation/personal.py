@@ -99,9 +99,11 @@ class Personal:
             rates=rates,
         )
         # counts of both phases; all other metrics are those of the second, the first's are beside
-        # them
+        # them, if it was of enough examples for any
         sums = {
-            name: value + before[name] for name, value in metrics.items() if name.startswith("num_")
+            name: value + before.get(name, 0.0)
+            for name, value in metrics.items()
+            if name.startswith("num_")
         }
         metrics = {
             **metrics,

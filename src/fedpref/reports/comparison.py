@@ -12,20 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from rich.table import Table
 
 from fedpref.errors import UserError
 from fedpref.experiments.finished import FinishedRun
 from fedpref.experiments.run_directory import RunDirectory
 from fedpref.experiments.run_files import METRICS
+from fedpref.numerics.intervals import Matrix, interval
 from fedpref.numerics.metrics import ACCURACY, COMBINED, HEADLINES, headline, over_clients
 from fedpref.reports.tables import bytes_text
 from fedpref.runs.sweep import is_sweep, members
-
-RESAMPLES = 10_000
-PIECE = 2**20  # draws of a bootstrap that are held at a time
-Matrix = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -187,35 +183,6 @@ def _line(name: str, runs: Mapping[int, _Member]) -> _Line:
     return _Line(name, metric, list(runs), list(runs.values()), data, values)
 
 
-def bootstrap(
-    values: Matrix, *, crossed: bool = True, resamples: int = RESAMPLES
-) -> tuple[float, float]:
-    """Return the 95 % interval of a mean, by percentiles; (nan, nan) for a single value.
-
-    With few clients percentiles are too narrow (three clients and seeds: 75 % instead of 95).
-
-    Args:
-        values: Resampled by seeds and by clients [seeds, clients].
-        crossed: The clients are the same with every seed, and are resampled once for all seeds;
-            otherwise anew within each.
-        resamples: How many.
-    """
-    if values.size == 1:
-        return math.nan, math.nan
-    rng = np.random.default_rng(0)
-    seeds, clients = values.shape
-    rows = rng.integers(seeds, size=(resamples, seeds))
-    means = np.empty(resamples)
-    # in pieces, for all draws together would be resamples x seeds x clients numbers
-    step = max(1, PIECE // (seeds * clients))
-    for first in range(0, resamples, step):
-        piece = rows[first : first + step]
-        columns = rng.integers(clients, size=(len(piece), 1 if crossed else seeds, clients))
-        means[first : first + step] = values[piece[:, :, None], columns].mean((1, 2))
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
-
-
 def _row(line: _Line, first: Matrix | None) -> Row:
     metrics = [row for member in line.members for row in member.rounds]
     values, crossed = line.values, line.crossed
@@ -229,10 +196,10 @@ def _row(line: _Line, first: Matrix | None) -> Row:
         line.metric,
         seeds=len(line.seeds),
         mean=float(values.mean()),
-        interval=bootstrap(values, crossed=crossed),
+        interval=interval(values, crossed=crossed),
         gain=None
         if first is None
-        else (float((values - first).mean()), *bootstrap(values - first, crossed=crossed)),
+        else (float((values - first).mean()), *interval(values - first, crossed=crossed)),
         worst=float(np.mean([summary["worst"] for summary in over])),
         worst_decile=float(np.mean([summary["worst_decile"] for summary in over])),
         jain=float(np.mean([summary.get("jain", math.nan) for summary in over])),

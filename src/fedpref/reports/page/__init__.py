@@ -15,11 +15,12 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from fedpref.errors import UserError
+from fedpref.numerics.intervals import FEWEST
 from fedpref.reports import charts, group_charts
 from fedpref.reports import method_charts as methods
 from fedpref.reports.comparison import TITLES, Row, cells, columns_of, compare
 from fedpref.reports.groups import Group, groups_of
-from fedpref.reports.page.sentences import ENOUGH, MEANINGS, facts, told
+from fedpref.reports.page.sentences import MEANINGS, facts, told
 from fedpref.reports.page.tables import client_rows, fairness, joined, newcomer_rows, objective_rows
 from fedpref.reports.run import Run, read
 from fedpref.runs.sweep import is_sweep, members
@@ -147,7 +148,7 @@ def page(
         meanings=[
             text for name, text in MEANINGS.items() if any(name in run.baselines for run in runs)
         ],
-        enough=ENOUGH,
+        enough=FEWEST,
     )
 
 

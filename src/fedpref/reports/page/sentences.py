@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import Any
 
 import numpy as np
 
 from fedpref.experiments.run_directory import CONFIG
 from fedpref.models.named import BUILTIN
+from fedpref.numerics.intervals import interval, why_none
 from fedpref.numerics.metrics import ACCURACY, COMBINED
-from fedpref.reports.comparison import bootstrap
 from fedpref.reports.paired import Gain
 from fedpref.reports.run import Run
 from fedpref.reports.tables import bytes_text
 from fedpref.rewards.reward import plain
 
 SAMPLES = 12  # answers shown of each run
-ENOUGH = (
-    8  # clients, for an interval: with fewer, percentiles are much too narrow (see `bootstrap`)
-)
 NOT_TOLD = ", which cannot be told from none"
 MEANINGS = {
     "alone": "alone is each client's own model, trained on its own data",
@@ -29,17 +26,16 @@ MEANINGS = {
 }
 
 
-def interval(values: Mapping[str, float], digits: int, sign: str = "") -> str:
-    """Return the 95 % interval of a mean over clients, in brackets; nothing for too few."""
-    if len(values) < ENOUGH:
-        return ""
-    low, high = _bounds(tuple(values.values()))
+def with_interval(values: Mapping[str, float], digits: int, sign: str = "") -> str:
+    """Return the 95 % interval of a mean over clients, in brackets, or why there is none."""
+    low, high = _bounds(values)
+    if math.isnan(low):
+        return f" ({reason})" if (reason := why_none(1, len(values))) else ""
     return f" [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
 
 
-@cache
-def _bounds(values: tuple[float, ...]) -> tuple[float, float]:
-    return bootstrap(np.array([values]))
+def _bounds(values: Mapping[str, float]) -> tuple[float, float]:
+    return interval(np.array([list(values.values())]))
 
 
 def told(run: Run) -> dict[str, Any]:
@@ -84,7 +80,7 @@ def words(run: Run) -> str:
         if paired := run.paired.get("alone"):
             said.append(f"{gains}, {_error(paired)}{'' if paired.is_told else NOT_TOLD}")
         else:
-            said.append(f"{gains}{interval(gained, digits, '+')}{_doubt(gained)}")
+            said.append(f"{gains}{with_interval(gained, digits, '+')}{_doubt(gained)}")
         said.append(_counted(gained, run.noise("alone")))
     if values[best] > values[worst]:
         said.append(
@@ -96,10 +92,8 @@ def words(run: Run) -> str:
 
 def _doubt(gained: Mapping[str, float]) -> str:
     """Return what is to be said where a mean gain may be none."""
-    if len(gained) < ENOUGH:
-        return f", over {clients(len(gained))}: too few to tell it from none"
-    low, high = _bounds(tuple(gained.values()))
-    return NOT_TOLD if low <= 0 <= high else ""
+    low, high = _bounds(gained)
+    return "" if low > 0 or high < 0 else NOT_TOLD
 
 
 def _error(gain: Gain) -> str:
@@ -149,7 +143,7 @@ def cards(run: Run) -> list[tuple[str, str, str]]:
         (
             f"held-out {run.shown.caption}",
             f"{mean:.{digits}f}",
-            f"mean over clients{interval(values, digits)}",
+            f"mean over clients{with_interval(values, digits)}",
         ),
     ]
     if both_rewards := [row[COMBINED] for row in run.line.last.values() if COMBINED in row]:
@@ -162,7 +156,7 @@ def cards(run: Run) -> list[tuple[str, str, str]]:
             f"{_mean(some):+.{digits}f}",
             f"points, {_error(run.paired[name])}"
             if name in run.paired
-            else f"points{interval(some, digits, '+')}",
+            else f"points{with_interval(some, digits, '+')}",
         )
         for name, some in gains.items()
     ]
