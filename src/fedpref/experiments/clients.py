@@ -18,12 +18,14 @@ from fedpref.engines.host import HeldOut, Hosted
 from fedpref.engines.workers import can_fork
 from fedpref.errors import UserError
 from fedpref.experiments.experiment import Experiment, encoded, lines, refuse_empty
+from fedpref.experiments.free_baselines import FREE, run_free
 from fedpref.experiments.run_directory import RunDirectory
 from fedpref.experiments.run_files import CLIENTS, DATA, HELD_OUT, TRAINED, read_json
 from fedpref.federation.verbs import Client, work
 from fedpref.numerics.topology import Matrix
 from fedpref.numerics.trees import Tree
 from fedpref.tasks import Task
+from fedpref.tasks.offline import OfflineLearner
 
 # client -> its numbers of examples, and a digest of its rows
 About = Mapping[str, Mapping[str, Any]]
@@ -57,6 +59,10 @@ class ClientSource(Protocol):
 
     def engine(self, line: Experiment, folder: Path) -> Engine:
         """Return an engine over all clients; `folder` is the line's run directory."""
+        ...
+
+    def free(self, folder: RunDirectory) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """Write the lines of baselines that cost nothing; yield each with its evaluation."""
         ...
 
 
@@ -113,6 +119,14 @@ class InProcess:
 
     def engine(self, line: Experiment, folder: Path) -> Simulation:
         return self._simulation(line, self._shards_of(line), folder)
+
+    def free(self, folder: RunDirectory) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        spec, task = self._experiment, self._task
+        names = [shard.name for shard in self._shards]
+        newcomers = spec.federation.joining(names, spec.seed)
+        if any(name in FREE for name in spec.baselines) and isinstance(task, OfflineLearner):
+            trained = [shard for k, shard in enumerate(self._shards) if k not in newcomers]
+            yield from run_free(spec.baselines, task, trained, folder, spec.rounds)
 
     def _shards_of(self, line: Experiment) -> Sequence[Any]:
         newcomers = line.federation.joining([shard.name for shard in self._shards], line.seed)
@@ -173,9 +187,9 @@ class AtSites:
     """The data of sites, which stay there."""
 
     def __init__(self, experiment: Experiment, transport: Transport, folder: Path) -> None:
-        if "pooled" in experiment.baselines:
+        if needy := [name for name in experiment.baselines if name == "pooled" or name in FREE]:
             raise UserError(
-                "baselines: pooled needs all data in one place, and they stay at "
+                f"baselines: {needy[0]} needs all data in one place, and they stay at "
                 "their sites. Leave it out."
             )
         self._transport, self._folder, self._patience = transport, folder, experiment.patience
@@ -206,6 +220,9 @@ class AtSites:
 
     def sizes(self, line: Experiment) -> Mapping[str, int]:
         return {name: int(entry["train"]) for name, entry in self.about.items()}
+
+    def free(self, folder: RunDirectory) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        return iter(())  # they need all data in one place
 
     def engine(self, line: Experiment, folder: Path) -> RemoteEngine:
         sites = self._sites if line == self._experiment else self._open(line, folder, self.about)

@@ -17,6 +17,7 @@ from fedpref.data.reading import EvaluateOn, Reading, read
 from fedpref.data.unusable import Unusable
 from fedpref.engines.sites import Patience
 from fedpref.errors import UserError
+from fedpref.experiments.free_baselines import FREE
 from fedpref.experiments.migration import refuse_former_names
 from fedpref.experiments.packaged import config_file
 from fedpref.federation.aggregation import Factors, Product
@@ -83,9 +84,11 @@ class Experiment:
     """How long sites are waited for."""
     report_to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
     """Trackers that are told what happens; none leaves this machine by default."""
-    baselines: tuple[Literal["alone", "feddpo", "pooled"], ...] = ()
+    baselines: tuple[Literal["alone", "feddpo", "pooled", "words", "probe", "length"], ...] = ()
     """Lines to run beside the algorithm on the same data: each client alone, one model for all by
-    federated averaging, all data pooled."""
+    federated averaging, all data pooled; and those that train no language model: Bradley-Terry
+    regressions on word counts or on the untrained model's hidden states, each client's own, one for
+    all, and one for all with clients' own slopes; and the longer answer."""
 
     def __post_init__(self) -> None:
         self._check_federation()
@@ -134,6 +137,13 @@ class Experiment:
             raise UserError(
                 f"task.estimator: ppo needs critics, which {who} does not keep. Take rloo or grpo; "
                 "or firm, scalarized, fsmgda or fedcmoo as the algorithm, and no baselines."
+            )
+        if (
+            free := [name for name in self.baselines if name in FREE]
+        ) and task.name != "preference":
+            raise UserError(
+                f"baselines: {free[0]} ranks pairs of answers, which the task {task.name} does not "
+                "have. Leave it out."
             )
         if self.evaluate_pairs is not None and not task.can_be_thinned:
             raise UserError(
@@ -304,7 +314,7 @@ def lines(experiment: Experiment, clients: int) -> dict[str, tuple[str, Experime
     everybody = replace(
         federation, clients_per_round=None, sampling="uniform", sampling_weights={}, deadline=None
     )
-    for name in experiment.baselines:
+    for name in (name for name in experiment.baselines if name not in FREE):
         line_federation = federation if name == "feddpo" else everybody
         if name != experiment.algorithm.name:
             line = replace(

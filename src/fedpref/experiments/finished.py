@@ -17,6 +17,7 @@ from fedpref.engines import Simulation
 from fedpref.engines.workers import keep_freed_memory, one_thread
 from fedpref.errors import UserError
 from fedpref.experiments.experiment import Experiment, lines, refuse_empty
+from fedpref.experiments.free_baselines import free_lines
 from fedpref.experiments.migration import migrated
 from fedpref.experiments.run_directory import (
     CONFIG,
@@ -133,7 +134,8 @@ class FinishedRun:
             if sub and not path.exists() and (former := self.path / _FORMER_FOLDERS[sub]).exists():
                 path = former
             folders[name] = RunDirectory(path)
-        return folders
+        free = free_lines(self.experiment.baselines)
+        return folders | {name: RunDirectory(self.path / sub) for name, sub in free.items()}
 
     @property
     def has_begun(self) -> bool:

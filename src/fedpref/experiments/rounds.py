@@ -129,6 +129,8 @@ def events(
                 if not under.done:
                     with closing(source.engine(line, under.path)) as engine:
                         yield from _line(name, line, under, task, source.sizes(line), engine)
+            for name, row in source.free(folder):
+                yield evaluated(name, experiment.rounds, row)
             if cache is None:
                 remove_states(folder.path / "cache")
 

@@ -507,12 +507,17 @@ class LanguageModel:
             last = after_bottleneck(even(hidden.index_select(0, layout.last)), own)
             return sums, (last[: len(layout.last)] * own[REWARD]).float().sum(1)
         if REWARD_MEAN in own:
-            answers = [mine for before, mine in layout.parts if before]
-            places = torch.tensor([place for mine in answers for place in mine], device=self.device)
-            each = after_bottleneck(even(hidden.index_select(0, places)), own)[: len(places)]
-            means = [part.float().mean(0) for part in each.split([len(mine) for mine in answers])]
-            return sums, (torch.stack(means) * own[REWARD_MEAN].float()).sum(1)
+            return sums, (_means(hidden, layout, own) * own[REWARD_MEAN].float()).sum(1)
         return sums, None
+
+    def mean_states(self, rows: Sequence[Row]) -> Float[Tensor, "A D"]:
+        """Return the backbone's mean hidden state over each answer's own tokens [A, D].
+
+        Args:
+            rows: Prompts' tokens, each with its answers' tokens.
+        """
+        states, layout, _, _ = self._states(None, rows, training=False)
+        return _means(states.flatten(0, 1), layout, {})
 
     def run(
         self,
@@ -658,6 +663,14 @@ class LanguageModel:
     def chats(self) -> bool:
         """Whether the tokenizer has a chat template."""
         return self.texts.chats
+
+
+def _means(hidden: Float[Tensor, "n D"], layout: Layout, own: Tree) -> Float[Tensor, "A D"]:
+    """Return the mean state over each answer's own tokens, behind a bottleneck if there is one."""
+    answers = [mine for before, mine in layout.parts if before]
+    places = torch.tensor([place for mine in answers for place in mine], device=hidden.device)
+    each = after_bottleneck(even(hidden.index_select(0, places)), own)[: len(places)]
+    return torch.stack([part.float().mean(0) for part in each.split([len(a) for a in answers])])
 
 
 def scale_of(config: Any) -> float:

@@ -285,8 +285,31 @@ class OfflineLearner(LanguageLearner):
         return means | {"num_examples": float(len(shard.test))}
 
     def outcomes(self, params: Tree, shard: OfflineShard) -> list[tuple[str, float]]:
+        return self.told(shard, self.choices(params, shard).tolist())
+
+    @staticmethod
+    def told(shard: OfflineShard, right: Sequence[float]) -> list[tuple[str, float]]:
+        """Return what came of each held-out example, with a digest of its prompt."""
         digests = [_digest(example.prompt) for example in shard.test]
-        return list(zip(digests, self.choices(params, shard).tolist(), strict=True))
+        return list(zip(digests, right, strict=True))
+
+    def texts(self, example: Example) -> tuple[str, str, str]:
+        """Return the texts of an example's prompt and two answers."""
+        question, decode = self.language.texts.question, self.language.tokenizer.decode
+        first, second = (decode(list(a), skip_special_tokens=True) for a in example.answers)
+        return question(example.prompt), first, second
+
+    @torch.no_grad()
+    def states(self, examples: Sequence[Example]) -> dict[bytes, Float[Tensor, " D"]]:
+        """Return the backbone's mean hidden state over each answer's tokens, by the answer's key.
+
+        The states are those that the model's head reads.
+        """
+        found: dict[bytes, Float[Tensor, " D"]] = {}
+        for some in self._answers(examples, ()):
+            means = self.language.mean_states([row for row, _ in some]).float().cpu()
+            found.update(zip((key for _, keys in some for key in keys), means, strict=True))
+        return found
 
     def samples(self, params: Tree, shard: OfflineShard) -> list[dict[str, Any]]:
         """Return held-out prompts with answers of the backbone and of the client's model.
