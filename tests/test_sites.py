@@ -454,14 +454,15 @@ def test_a_run_over_sites_is_the_run_in_one_process(
             assert (tmp_path / "here" / file).read_bytes() == (
                 tmp_path / "there" / file
             ).read_bytes(), file
-    with pytest.raises(UserError, match="needs all data in one place"):
-        list(
-            events(
-                replace(spec, baselines=("pooled",)),
-                RunDirectory(tmp_path / "pooled"),
-                transport=processes,
+    for baseline in ("pooled", "words"):
+        with pytest.raises(UserError, match=f"{baseline} needs all data in one place"):
+            list(
+                events(
+                    replace(spec, baselines=(baseline,)),  # type: ignore[arg-type]
+                    RunDirectory(tmp_path / baseline),
+                    transport=processes,
+                )
             )
-        )
 
 
 @pytest.mark.slow

@@ -1,0 +1,98 @@
+"""Baselines that cost nothing stand beside a run's other lines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedpref import Experiment, UserError, config, run
+from fedpref.experiments.finished import FinishedRun
+from fedpref.experiments.free_baselines import KINDS
+from fedpref.experiments.rounds import events
+from fedpref.experiments.run_directory import RunDirectory
+from fedpref.numerics.metrics import ACCURACY
+from fedpref.reports.comparison import compare_all
+from fedpref.reports.paired import gains
+from fedpref.reports.run import read
+
+FREE = [*(f"{name}-{kind}" for name in ("words", "probe") for kind in KINDS), "length"]
+
+
+@pytest.fixture
+def spec(settings: dict[str, Any]) -> Experiment:
+    baselines = ["words", "alone", "probe", "length"]
+    return config.parse(Experiment, {**settings, "baselines": baselines}, "test")
+
+
+def test_they_are_lines_of_a_run_beside_the_others(spec: Experiment, tmp_path: Path) -> None:
+    outcome = run(spec, tmp_path / "run")
+    finished = FinishedRun.at(outcome.path)
+    assert list(finished.lines) == [spec.algorithm.name, "alone", *FREE]
+    rows = compare_all([outcome.path])
+    assert [row.name for row in rows] == list(finished.lines)
+    assert all(row.bytes_per_round == 0 for row in rows[2:])
+    shown = read(outcome.path)
+    task = spec.task.build()
+    shards = {shard.name: shard for shard in map(task.encode, spec.clients()[0])}
+    for line in FREE:
+        row = finished.last_of(line)
+        assert row["round"] == spec.rounds
+        assert {name: int(one["num_examples"]) for name, one in row["clients"].items()} == {
+            name: len(shard.test) for name, shard in shards.items()
+        }
+        assert shown.gains(line).keys() == shards.keys()
+    # the longer answer, by hand
+    for client in spec.clients()[0]:
+        right = [
+            (len(row.chosen) > len(row.rejected)) + (len(row.chosen) == len(row.rejected)) / 2
+            for row in client.test
+        ]
+        found = finished.last_of("length")["clients"][client.name][ACCURACY]
+        assert found == pytest.approx(sum(right) / len(right))
+
+
+def test_pairs_are_told_apart_so_that_gains_have_errors(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    many = {**settings, "baselines": ["length"], "rounds": 1}
+    path = run(config.parse(Experiment, many, "test"), tmp_path / "run").path
+    for one in gains(path).values():
+        assert one.error > 0
+
+
+def test_a_run_that_stopped_before_them_makes_them_when_it_is_resumed(
+    spec: Experiment, tmp_path: Path
+) -> None:
+    folder = RunDirectory(tmp_path / "run")
+    for event in events(spec, folder):
+        if event.line == "words-alone":
+            break
+    assert not FinishedRun.at(folder.path).is_finished
+    said = [event.line for event in events(spec, folder) if event.kind == "evaluate"]
+    assert said[-7:] == FREE, "words are fitted again, since not all their lines were done"
+    assert FinishedRun.at(folder.path).is_finished
+    rows = FinishedRun.at(folder.path).evaluations("words-alone")
+    assert len(rows) == 1
+
+
+def test_states_are_means_over_an_answers_own_tokens(spec: Experiment) -> None:
+    task = spec.task.build()
+    shard = task.encode(spec.clients()[0][0])
+    found = task.states(shard.test[:3])
+    example = shard.test[0]
+    prompt, answer = list(example.prompt), list(example.answers[0])
+    model = task.language.backbone.model
+    with torch.no_grad():
+        hidden = model(torch.tensor([prompt + answer]), output_hidden_states=True).hidden_states
+    theirs = hidden[-1][0, len(prompt) :].mean(0)
+    assert torch.allclose(found[example.keys[0]], theirs, atol=1e-4)
+
+
+def test_they_need_pairs(settings: dict[str, Any]) -> None:
+    changed = {**settings, "baselines": ["words"]}
+    changed["task"] = {**settings["task"], "name": "feedback", "loss": {"name": "kto"}}
+    with pytest.raises(UserError, match="words ranks pairs of answers"):
+        config.parse(Experiment, changed, "test")
