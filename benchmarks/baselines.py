@@ -5,8 +5,8 @@
 
 Each file `NAME.jsonl.gz` of the folder with rows of prompt, chosen and rejected is a set, its
 clients those of the column `client` (`aspect` of ASSET) with 20 rows or more. Held-out accuracies
-in per cent, means over clients, by five folds of prompts (`--quick`: one fold, at most thirty
-clients of at most 200 rows): Bradley-Terry regressions on word counts and lengths and on the
+in per cent, means over clients, by five folds of prompts (`--quick`: one fold, at most twenty
+clients of at most 100 rows): Bradley-Terry regressions on word counts and lengths and on the
 untrained shipped model's mean hidden states, one for each client alone, one for all pooled, and
 pooled with personal slopes; and the longer answer. With each an interval over clients. `--models`
 adds language models that train the shipped model's adapter, each client alone and pooled, on one
@@ -38,7 +38,7 @@ from fedpref.numerics.intervals import interval
 from fedpref.numerics.metrics import ACCURACY
 
 FOLDS, FEWEST = 5, 20  # rows of a client that is measured
-MOST_CLIENTS, MOST_ROWS = 30, 200  # of the quick form
+MOST_CLIENTS, MOST_ROWS = 20, 100  # of the quick form
 BATCH, CONTEXT = 16, 384  # answers at a time, and tokens of a prompt with its answer
 CLIENT = {"asset_simplification_pairs": "aspect"}  # the column, where it is not `client`
 Clients = dict[str, list[Pair]]
@@ -82,7 +82,7 @@ class States:
         for first in range(0, len(new), BATCH):
             some, rows = new[first : first + BATCH], []
             for prompt, answer in some:
-                opening, said = self.model.encode(prompt, answer)
+                opening, said = self.model.encode(prompt if prompt.strip() else ".", answer)
                 said = said[: CONTEXT // 2]
                 rows.append((tuple(opening[-(CONTEXT - len(said)) :]), [tuple(said)]))
             states = self.model.mean_states(rows).float()

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
 
 COVERAGE = 0.95
 FEWEST = 3  # clients, or seeds: with two an interval is twelve standard errors to either side
-VISIBLE = 1 / 3  # chance of as much variance between seeds, or clients, where these do not matter
-TERMS = 60  # of a continued fraction; for a and b up to hundreds 40 are enough
+VISIBLE = 0.3  # chance of as much variance between seeds, or clients, where these do not matter
+TERMS = 40  # of a continued fraction, enough for a and b up to a thousand
 Matrix = NDArray[np.float64]
 
 
@@ -93,7 +94,7 @@ def student(free: float, coverage: float = COVERAGE) -> float:
         coverage: Its chance.
     """
     # Newton's method from below, where the chance outside falls ever more slowly: never too far
-    value, step = 0.1, 1.0
+    value, step = NormalDist().inv_cdf((1 + coverage) / 2), 1.0  # heavier tails have a larger one
     scale = math.lgamma((free + 1) / 2) - math.lgamma(free / 2) - math.log(free * math.pi) / 2
     while step > 1e-11 * value:
         density = math.exp(scale - (free + 1) / 2 * math.log1p(value**2 / free))
