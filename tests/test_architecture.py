@@ -39,6 +39,7 @@ ALLOWED_IN_MATHEMATICS = {
     "math",
     "os",
     "pathlib",
+    "statistics",
 }
 # pydantic: bounds of hyper-parameters
 ALLOWED_IN_MATHEMATICS |= {

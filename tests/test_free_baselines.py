@@ -15,10 +15,15 @@ from fedpref.experiments.rounds import events
 from fedpref.experiments.run_directory import RunDirectory
 from fedpref.numerics.metrics import ACCURACY
 from fedpref.reports.comparison import compare_all
+from fedpref.reports.page.sentences import words
 from fedpref.reports.paired import gains
 from fedpref.reports.run import read
 
 FREE = [*(f"{name}-{kind}" for name in ("words", "probe") for kind in KINDS), "length"]
+
+
+def over(values: dict[str, float]) -> float:
+    return sum(values.values()) / len(values)
 
 
 @pytest.fixture
@@ -44,6 +49,11 @@ def test_they_are_lines_of_a_run_beside_the_others(spec: Experiment, tmp_path: P
             name: len(shard.test) for name, shard in shards.items()
         }
         assert shown.gains(line).keys() == shards.keys()
+    said, own = words(shown), over(shown.values())
+    ahead = {line: over(shown.values(shown.baselines[line])) for line in FREE}
+    best = max(ahead, key=ahead.__getitem__)
+    expected = f"{best}, which trains no language model, ranks {ahead[best]:.1f}, more than that"
+    assert (expected in said) == (ahead[best] > own)
     # the longer answer, by hand
     for client in spec.clients()[0]:
         right = [

@@ -30,6 +30,7 @@ FREE = {
     "length": ("length",),
 }
 """By what `baselines` calls them, the lines that they are."""
+FREE_LINES = frozenset(line for lines in FREE.values() for line in lines)
 Margins = Mapping[str, Float[Tensor, " m"]]  # of held-out pairs, by client
 
 

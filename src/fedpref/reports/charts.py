@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from markupsafe import escape
 
+from fedpref.experiments.free_baselines import FREE_LINES
 from fedpref.numerics.metrics import ACCURACY
 from fedpref.reports.run import Line, Run
 
@@ -305,12 +306,14 @@ def gains(runs: Sequence[Run]) -> Iterator[Chart]:
 
 
 def by_client(runs: Sequence[Run]) -> Iterator[Chart]:
-    """Yield a chart of every client under every line."""
+    """Yield a chart of every client under every line that trains; the table has all."""
     first = runs[0]
     sizes = {name: run.clients[name]["train"] for run in reversed(runs) for name in run.line.last}
     names = sorted(sizes, key=lambda name: (-sizes[name], name))
     data = []
     for title, run, line, number in every_line(runs):
+        if line.name in FREE_LINES:
+            continue
         values = run.values(line)
         bars = {
             "type": "bar",

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from fedpref.errors import printable
 from fedpref.experiments.finished import FinishedRun
+from fedpref.experiments.free_baselines import FREE_LINES
 from fedpref.experiments.run_directory import SAMPLES, client_path
 from fedpref.experiments.run_files import CLIENTS, read_json, read_rows
 from fedpref.numerics.metrics import (
@@ -79,7 +80,9 @@ def client_table(path: Path, evaluations: Mapping[str, ClientMetrics]) -> Table:
     table.add_column("held-out\nexamples", justify="right")
     main = next(iter(figures))
     for line in figures:
-        table.add_column(line, justify="right", style="bold" if line == main else "")
+        # words-personal is as wide as the page has room for, in two lines
+        title = line.replace("-", "-\n") if line in FREE_LINES else line
+        table.add_column(title, justify="right", style="bold" if line == main else "")
     for name in names:
         table.add_row(
             Text(printable(name)),

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from fedpref.experiments.free_baselines import FREE_LINES
 from fedpref.experiments.run_directory import CONFIG
 from fedpref.models.named import BUILTIN
 from fedpref.numerics.intervals import interval, why_none
@@ -23,6 +24,10 @@ MEANINGS = {
     "alone": "alone is each client's own model, trained on its own data",
     "feddpo": "feddpo is one shared model, by federated averaging",
     "pooled": "pooled is one model on all data together",
+    "words-alone": "words are regressions on word counts and lengths",
+    "probe-alone": "probes are regressions on the untrained model's hidden states",
+    "words-personal": "personal is the pooled regression with each client's own slopes",
+    "length": "length is the longer answer",
 }
 
 
@@ -82,12 +87,30 @@ def words(run: Run) -> str:
         else:
             said.append(f"{gains}{with_interval(gained, digits, '+')}{_doubt(gained)}")
         said.append(_counted(gained, run.noise("alone")))
+    if better := _better_for_nothing(run, mean):
+        said.append(better)
     if values[best] > values[worst]:
         said.append(
             f"the best client is {best} ({values[best]:.{digits}f}), the worst {worst} "
             f"({values[worst]:.{digits}f})"
         )
     return "; ".join(said) + "."
+
+
+def _better_for_nothing(run: Run, mean: float) -> str:
+    """Return which line that costs nothing is ahead of the run's own, and by how much."""
+    free = {
+        name: _mean(run.values(line))
+        for name, line in run.baselines.items()
+        if name in FREE_LINES and line.last
+    }
+    ahead = max(free, key=free.__getitem__, default="")
+    if not ahead or free[ahead] <= mean:
+        return ""
+    return (
+        f"{ahead}, which trains no language model, ranks {free[ahead]:.{run.shown.digits}f}, more "
+        "than that"
+    )
 
 
 def _doubt(gained: Mapping[str, float]) -> str:
