@@ -128,8 +128,9 @@ def _content(wanted: Wanted) -> dict[str, Any]:
     if wanted.model in LAYERS:
         model["lora_layers_to_transform"] = LAYERS[wanted.model]
     task: dict[str, Any] = {"model": model}
+    baselines = ["alone", "pooled", "words", "length"]
     if not wanted.columns:
-        task = {"name": "feedback", **task}
+        task, baselines = {"name": "feedback", **task}, ["alone", "pooled"]
     local_steps = {"steps": 5, "batch_size": 4, "learning_rate": RATES.get(wanted.model, 1e-4)}
     return {
         "name": wanted.name,
@@ -138,7 +139,7 @@ def _content(wanted: Wanted) -> dict[str, Any]:
         "task": task,
         "algorithm": {"name": wanted.algorithm, "local": local_steps},
         "rounds": 5,
-        "baselines": ["alone", "pooled"],
+        "baselines": baselines,
     }
 
 
@@ -194,7 +195,7 @@ def _text(wanted: Wanted, content: Mapping[str, Any], said: Mapping[str, str]) -
         f"  local: {_flow(algorithm['local'])}{_beside('a client in a round')}",
         f"rounds: {content['rounds']}",
         f"baselines: [{', '.join(content['baselines'])}]"
-        + _beside("what to compare with: each client by itself, all data in one place"),
+        + _beside("each client by itself, all data in one place, what costs nothing"),
     ]
     return "\n".join(lines) + "\n"
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpref.experiments.finished import FinishedRun
+from fedpref.experiments.free_baselines import FREE_LINES
 from fedpref.experiments.rounds import Event, evaluated
 from fedpref.experiments.run_files import EVALUATION, METRICS
 
@@ -26,7 +27,7 @@ def watched(path: Path, wait: Callable[[], None] = lambda: time.sleep(1.0)) -> I
         experiment.algorithm.name, "begin", 0, experiment.rounds, {}, f"{path}: {experiment.name}"
     )
     for name, under in run.lines.items():
-        seen = {METRICS: 0, EVALUATION: 0}
+        seen = {EVALUATION: 0} if name in FREE_LINES else {METRICS: 0, EVALUATION: 0}
         while True:
             is_done = under.done
             rows = {kind: under.read_rows(kind)[count:] for kind, count in seen.items()}
