@@ -79,3 +79,12 @@ def test_trees_that_must_be_apart_share_no_name() -> None:
     assert trees.apart(one, other) == {**one, **other}
     with pytest.raises(ValueError, match="two trees have a tensor 'a'"):
         trees.apart(one, other, {"a": torch.zeros(1)})
+
+
+def test_a_sum_that_is_added_to_is_the_sum_to_the_same_bits() -> None:
+    one, other = ({"a": torch.randn(50), "b": torch.randn(3)} for _ in range(2))
+    expected = trees.add(one, other)
+    total = trees.add_to({name: tensor.clone() for name, tensor in one.items()}, other)
+    assert trees.digest(total) == trees.digest(expected)
+    with pytest.raises(ValueError, match="'b'"):
+        trees.add_to(total, {"a": other["a"]})
