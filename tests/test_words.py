@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -17,8 +18,9 @@ def test_words_are_in_lower_case_and_marks_stand_alone() -> None:
 
 
 def test_a_conversation_is_what_its_messages_say() -> None:
-    chat = ({"role": "user", "content": "hi"}, {"role": "assistant", "content": None})
-    row = Preference(chat, "a", ({"role": "assistant", "content": "bb"},), "x:1")  # type: ignore[arg-type]
+    chat: Any = ({"role": "user", "content": "hi"}, {"role": "assistant", "content": None})
+    said: Any = ({"role": "assistant", "content": "bb"},)
+    row = Preference(chat, "a", said, "x:1")
     assert Pair.of(row) == Pair("hi\n", "a", "bb")
     assert longer(Pair.of(row)) == -1
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -31,8 +30,8 @@ from fedpref.engines.messages import (
     shape,
 )
 from fedpref.engines.replies import (
-    LARGEST_NUMBER,
     majority,
+    unusable,
     usable_metrics,
 )
 from fedpref.engines.sites import NOWHERE, SILENT, Sites
@@ -202,7 +201,7 @@ class RemoteEngine:
             answers = self._ask(asked)
             for i in (i for i in group if i in self.active):
                 message = trees.part(answers[self._sites.site_of[i]][1], i)
-                if reason := _unusable(message):
+                if reason := unusable(message):
                     self._leave_out({i: reason})
                     continue
                 sent += trees.size(message)
@@ -443,19 +442,6 @@ def _described(arg: Any, number: int, clients: Sequence[int]) -> Header:
     if isinstance(arg, Mapping):
         return {"tree": number}
     return {"plain": TypeAdapter(type(arg)).dump_python(arg, mode="json")}
-
-
-def _unusable(message: Tree) -> str:
-    """Return why a message cannot be summed with others; empty if it can."""
-    for name, tensor in message.items():
-        if not tensor.is_floating_point():
-            return "it holds tensors of other than real numbers"
-        for extreme in map(float, tensor.aminmax() if tensor.numel() else ()):
-            if not math.isfinite(extreme):
-                return f"the tensor {name!r} holds a number that is not finite"
-            if abs(extreme) > LARGEST_NUMBER:
-                return f"it holds the number {extreme:g}"
-    return ""
 
 
 def bounded_by_site(

@@ -5,6 +5,7 @@ A site speaks for the clients that it was asked about, and for no other's.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from typing import Annotated, Any, NotRequired
@@ -13,6 +14,7 @@ from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from fedpref.engines.messages import Header, RefusedError
+from fedpref.numerics.trees import Tree
 
 MOST = 10**9  # of whatever is counted
 LONGEST_NAME, LONGEST_REASON = 200, 500  # characters
@@ -207,6 +209,19 @@ def _in_range(name: str, value: float) -> bool:
     if "accuracies" in name.split("/")[-1] or "/accuracies" in name:
         return 0 <= value <= 1
     return abs(value) <= LARGEST_METRIC
+
+
+def unusable(message: Tree) -> str:
+    """Return why a message cannot be summed with others; empty if it can."""
+    for name, tensor in message.items():
+        if not tensor.is_floating_point():
+            return "it holds tensors of other than real numbers"
+        for extreme in map(float, tensor.aminmax() if tensor.numel() else ()):
+            if not math.isfinite(extreme):
+                return f"the tensor {name!r} holds a number that is not finite"
+            if abs(extreme) > LARGEST_NUMBER:
+                return f"it holds the number {extreme:g}"
+    return ""
 
 
 def majority(values: Iterable[Any]) -> Any:
