@@ -40,7 +40,7 @@ from fedpref.algorithms import PluralLLM
 from fedpref.data.opinions import TRAINING_COUNTRIES
 from fedpref.engines import Simulation
 from fedpref.engines.workers import one_thread
-from fedpref.experiments.rounds import evaluate
+from fedpref.experiments.evaluations import evaluate
 from fedpref.experiments.run_directory import RunDirectory
 from fedpref.experiments.run_files import EVALUATION
 from fedpref.federation.local_training import LocalTraining

@@ -43,8 +43,8 @@ from fedpref.algorithms import (
 from fedpref.algorithms.fedopt import Adaptive
 from fedpref.engines import RemoteEngine, Simulation
 from fedpref.engines.store import Store
+from fedpref.experiments.evaluations import evaluate
 from fedpref.experiments.experiment import Experiment
-from fedpref.experiments.rounds import evaluate
 from fedpref.experiments.run_directory import RunDirectory
 from fedpref.federation.aggregation import FrozenA, Product
 from fedpref.federation.local_training import LocalTraining

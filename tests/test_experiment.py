@@ -28,8 +28,9 @@ from fedpref.engines.forks import forked
 from fedpref.engines.per_client import StoredValues
 from fedpref.engines.store import Store
 from fedpref.engines.values import Kept
+from fedpref.experiments.evaluations import evaluate
 from fedpref.experiments.finished import FinishedRun
-from fedpref.experiments.rounds import evaluate, events, new_directory
+from fedpref.experiments.rounds import events, new_directory
 from fedpref.experiments.run_directory import RunDirectory
 from fedpref.federation.local_training import LocalTraining, train_locally
 from fedpref.federation.verbs import work

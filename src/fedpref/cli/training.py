@@ -232,7 +232,15 @@ def sweep(
             help="KEY=VALUE,VALUE: each value is a variant; of several, each combination."
         ),
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Seeds 0, 1, ... of every variant.")] = 3,
+    seeds: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Seeds 0, 1, ... of every variant, each with a split of its own."
+        ),
+    ] = 3,
+    same_split: Annotated[
+        bool, typer.Option("--same-split", help="One split for all seeds, the config's.")
+    ] = False,
     select: Annotated[
         str | None,
         typer.Option(
@@ -248,7 +256,7 @@ def sweep(
         ),
     ] = None,
 ) -> None:
-    """Run variants of one experiment by seeds, on one split, and compare them.
+    """Run variants of one experiment by seeds, and compare them.
 
     Begin it again and it goes on where it was. Its folder is taken by compare, report, figures,
     watch, resume and export.
@@ -270,7 +278,8 @@ def sweep(
     if grid:
         variants = with_grid(variants, grid)
     on_validation = selecting_by(spec, select) if select else []
-    runs = plan(config, variants, range(seeds), [*(overrides or ()), *on_validation], folder)
+    settings = [*(overrides or ()), *on_validation]
+    runs = plan(config, variants, range(seeds), settings, folder, redraws=not same_split)
     write_plan(runs, folder, select)
     swept(folder)
 
@@ -309,7 +318,10 @@ def swept(folder: Path) -> None:
     )
     if metric := selection(folder):
         name, runs = chosen(folder, metric)
-        console.print(f"by {metric} on validation prompts: {name}", highlight=False, markup=False)
+        count = len({one.name for one in planned(folder).values()})
+        said = f"by {metric} on validation prompts: {name}, of {count} variants"
+        luck = "; being the best of them, its figure above is too good" if count > 1 else ""
+        console.print(f"{said}{luck}.", highlight=False, soft_wrap=True, markup=False)
         follow_all(runs)
         console.print(table(compare(list(runs))))
         console.print("on the test's prompts, which nothing was chosen by.", highlight=False)

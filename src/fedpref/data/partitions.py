@@ -23,6 +23,13 @@ from fedpref.types import Count, NonNegative, Open, Positive, WholeNumber
 # how tables write a missing value as text
 MISSING = frozenset({"None", "nan", "NaN", "null", "<NA>", "NaT"})
 Placed = Sequence[tuple[Side, Row]]
+SIDES: tuple[Side, ...] = ("train", "test", "validation")
+# what the rows of a side are called, and how there may be some
+_REMEDIES = {
+    "train": ("training", "lower test_fraction or data.validation_fraction"),
+    "test": ("held-out", "raise test_fraction"),
+    "validation": ("validation", "raise data.validation_fraction"),
+}
 
 
 class Partitioning(ABC):
@@ -182,13 +189,13 @@ def partition(rows: Placed, how: Partition, seed: int) -> tuple[ClientData, ...]
     groups = how.assign(rows, np.random.default_rng(seed))
     clients = []
     for name, group in groups.items():
-        train = tuple(row for side, row in group if side == "train")
-        test = tuple(row for side, row in group if side == "test")
-        clients.append(ClientData(name, train, test))
-    for lacking, share in (("training", "lower"), ("held-out", "raise")):
-        poor = [c.name for c in clients if not (c.train if lacking == "training" else c.test)]
-        if poor:
-            remedy = (
+        sides = ([row for placed, row in group if placed == side] for side in SIDES)
+        clients.append(ClientData(name, *map(tuple, sides)))
+    validates = any(side == "validation" for side, _ in rows)
+    for side, (lacking, remedy) in _REMEDIES.items():
+        poor = [c.name for c in clients if not getattr(c, side)]
+        if poor and (side != "validation" or validates):
+            leaving = (
                 "set partition.min_rows and partition.min_test_rows"
                 if isinstance(how, Natural)
                 else "take fewer clients"
@@ -196,8 +203,8 @@ def partition(rows: Placed, how: Partition, seed: int) -> tuple[ClientData, ...]
             raise UserError(
                 f"partition: {len(poor)} of {len(clients)} clients have no {lacking} rows "
                 f"({', '.join(poor[:5])}"
-                f"{', ...' if len(poor) > 5 else ''}). Give them more, {share} test_fraction, "
-                f"or, to leave them out, {remedy}."
+                f"{', ...' if len(poor) > 5 else ''}). Give them more, {remedy}, "
+                f"or, to leave them out, {leaving}."
             )
     return tuple(clients)
 
@@ -206,11 +213,11 @@ def _thinned(rows: Placed, count: int | None) -> Placed:
     """Return `count` rows at most, evenly spread over each side, in the sides' proportion."""
     if count is None or count >= len(rows):
         return rows
-    sides = [[row for row in rows if row[0] == side] for side in ("train", "test")]
-    held_out = round(count * len(sides[1]) / len(rows))
+    sides = [[row for row in rows if row[0] == side] for side in SIDES]
+    held_out = [round(count * len(side) / len(rows)) for side in sides[1:]]
     return [
         part[i * len(part) // size]
-        for part, size in zip(sides, (count - held_out, held_out), strict=True)
+        for part, size in zip(sides, (count - sum(held_out), *held_out), strict=True)
         for i in range(size)
     ]
 
@@ -281,7 +288,7 @@ def _cut(rows: Placed, shares: NDArray[np.float64], rng: np.random.Generator) ->
     """
     names = _names(shares.shape[1])
     parts: dict[str, list[tuple[Side, Row]]] = {name: [] for name in names}
-    for side, proportions in zip(("train", "test"), shares, strict=True):
+    for side, proportions in zip(SIDES, (*shares, shares[1]), strict=True):
         members = [row for row in rows if row[0] == side]
         order = rng.permutation(len(members))
         bounds = np.round(np.cumsum(proportions) * len(members)).astype(int)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 Message = Mapping[str, Any]  # "role", "content", and what else chat templates read of it
 Text = str | tuple[Message, ...]  # plain, or a conversation
-Side = Literal["train", "test"]
+Side = Literal["train", "test", "validation"]
 
 
 class Conversation(tuple[Message, ...]):
@@ -109,19 +109,26 @@ class ClientData:
     name: str
     train: tuple[Row, ...]
     test: tuple[Row, ...]
+    validation: tuple[Row, ...] = ()
+    """Held out to choose by, where anything is chosen while the test's rows are left unread."""
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """All rows."""
+        return self.train + self.test + self.validation
 
     @property
     def digest(self) -> str:
         """A hash of all texts, by which a run recognises its data."""
         hasher = blake2b(digest_size=16)
-        for row in self.train + self.test:
+        for row in self.rows:
             hasher.update("\0".join((key(row.prompt), *row.said)).encode())
         return hasher.hexdigest()
 
     @property
     def conversations(self) -> int:
         """The number of rows whose prompts are conversations, not plain text."""
-        return sum(not isinstance(row.prompt, str) for row in self.train + self.test)
+        return sum(not isinstance(row.prompt, str) for row in self.rows)
 
 
 def key(text: Text) -> str:

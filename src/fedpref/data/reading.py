@@ -9,11 +9,13 @@ from typing import Literal
 from fedpref.data.partitions import Dirichlet, Natural, Partition, named, partition
 from fedpref.data.preferences import ClientData, Row, Side
 from fedpref.data.source import DataSource
-from fedpref.data.splits import digest, held_out, identity, split
+from fedpref.data.splits import digest, identity, place, split
 from fedpref.data.unusable import Policy, Unusable, counted, summary
 from fedpref.errors import UserError
 
 EvaluateOn = Literal["test", "validation"]
+Purpose = EvaluateOn  # what rows are held out for
+NAMES: dict[Purpose, str] = {"test": "held-out", "validation": "validation"}
 LAST_TURNS = 2  # prompts to one question, above which they are perhaps told by too little
 
 
@@ -80,8 +82,8 @@ def read(
         how: How they come to clients.
         seed: Of the partition.
         trained: Digests of prompts that have been trained on, which are held out for nobody.
-        evaluate_on: Which held-out rows clients have: those of the test, or those that are set
-            aside from training to choose settings by. The others are left out.
+        evaluate_on: Which rows are held out as the test's: its own, or those that are set aside
+            from training to choose settings by, so that nothing reads the test's.
 
     Raises:
         UserError: There is nothing there, its form is another, or a client is left without rows.
@@ -100,8 +102,13 @@ def read(
         unusable += lacking
     if unusable and not rows:
         raise UserError(summary(unusable, total))
-    placed, left_out = split(rows, source.test_fraction, source.split_by, source.split_seed)
-    placed = _chosen(placed, source, evaluate_on)
+    if evaluate_on == "validation" and not source.validation_fraction:
+        raise UserError(
+            "evaluate_on: validation needs rows that are set aside for it. Set "
+            "data.validation_fraction, such as 0.2."
+        )
+    also = _also(rows, source, how) if isinstance(how, Natural) and not trained else Also()
+    placed, left_out = _sides(rows, source, also)
     moved = [
         side == "test" and bool(trained) and digest(row.prompt, source.split_by) in trained
         for side, row in placed
@@ -121,6 +128,8 @@ def read(
                 "on, so that they can only be trained on."
             ) from None
         raise
+    if evaluate_on == "validation":
+        clients = tuple(replace(one, test=one.validation, validation=()) for one in clients)
     return Reading(
         clients,
         total,
@@ -128,35 +137,89 @@ def read(
         sum(moved),
         tuple(unusable),
         source.unusable,
-        _notes(rows, source),
+        (*_notes(rows, source), *also.notes),
     )
 
 
-def _chosen(
-    placed: Sequence[tuple[Side, Row]], source: DataSource, evaluate_on: EvaluateOn
-) -> list[tuple[Side, Row]]:
-    """Return rows without those that are held out for the other purpose."""
-    if not source.validation_fraction:
-        if evaluate_on == "validation":
-            raise UserError(
-                "evaluate_on: validation needs rows that are set aside for it. Set "
-                "data.validation_fraction, such as 0.2."
+@dataclass(frozen=True)
+class Also:
+    """Prompts, by `identity`, that are held out for clients of whom the rule holds out nothing.
+
+    Attributes:
+        test: For the test.
+        validation: To choose by.
+        notes: Whose they are, in sentences.
+    """
+
+    test: frozenset[str] = frozenset()
+    validation: frozenset[str] = frozenset()
+    notes: tuple[str, ...] = ()
+
+
+def _also(rows: Sequence[Row], source: DataSource, how: Natural) -> Also:
+    """Return what else is held out, so that no client of several prompts is without held-out rows.
+
+    Of such a client it is the prompt whose hash is the lowest, which a larger fraction would hold
+    out first.
+    """
+    also = Also()
+    wanted: list[Purpose] = ["test", "validation"] if source.validation_fraction else ["test"]
+    for purpose in wanted:
+        placed, _ = _sides(rows, source, also)
+        sides: dict[str, dict[str, set[str]]] = {}
+        for side, row in placed:
+            mine = sides.setdefault(str(row.columns[how.column]), {})
+            # what the source itself puts on a side stays there
+            kind = side if row.side is None or side != "train" else "fixed"
+            mine.setdefault(kind, set()).add(identity(row.prompt, source.split_by))
+        lacking = {
+            client: min(mine["train"], key=lambda text: _place(text, source, purpose))
+            for client, mine in sorted(sides.items())
+            if purpose not in mine and len(mine.get("train", ())) > 1
+        }
+        if lacking:
+            note = (
+                f"{len(lacking)} clients have no {NAMES[purpose]} rows by the rule; of each the "
+                f"prompt that comes next in it is held out: {', '.join(list(lacking)[:8])}"
+                f"{', ...' if len(lacking) > 8 else ''}."
             )
-        return list(placed)
-    kept: list[tuple[Side, Row]] = []
-    for side, row in placed:
-        # of training rows alone: the test stays as it is, whatever is set aside
-        validates = side == "train" and held_out(
-            identity(row.prompt, source.split_by),
-            source.validation_fraction,
-            source.split_seed,
-            "validation",
-        )
-        if not validates and (side == "train" or evaluate_on == "test"):
-            kept.append((side, row))
-        elif validates and evaluate_on == "validation":
-            kept.append(("test", row))
-    return kept
+            held = {purpose: frozenset(lacking.values())}
+            also = replace(also, **held, notes=(*also.notes, note))
+    return also
+
+
+def _sides(
+    rows: Sequence[Row], source: DataSource, also: Also
+) -> tuple[list[tuple[Side, Row]], int]:
+    """Return rows with their sides, and how many were left out."""
+    by, seed = source.split_by, source.split_seed
+    placed, left_out = split(rows, source.test_fraction, by, seed, also.test)
+    if not source.validation_fraction:
+        return placed, left_out
+    # of training rows alone: the test stays as it is, whatever is set aside
+    return [
+        ("validation" if side == "train" and _validates(row, source, also) else side, row)
+        for side, row in placed
+    ], left_out
+
+
+def _validates(row: Row, source: DataSource, also: Also) -> bool:
+    text = identity(row.prompt, source.split_by)
+    below = _place(text, source, "validation") < source.validation_fraction
+    return below or text in also.validation
+
+
+def _place(text: str, source: DataSource, purpose: Purpose) -> float:
+    return place(text, source.split_seed, "" if purpose == "test" else purpose)
+
+
+def by_rule(row: Row, source: DataSource) -> bool:
+    """Return whether a row is held out by the rule that all sites share, for either purpose."""
+    text = identity(row.prompt, source.split_by)
+    return (
+        _place(text, source, "test") < source.test_fraction
+        or _place(text, source, "validation") < source.validation_fraction
+    )
 
 
 def _notes(rows: Sequence[Row], source: DataSource) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hmac
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from hashlib import blake2b
 from typing import Literal
 
@@ -47,21 +47,24 @@ def spelled(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", visible).split())
 
 
-def held_out(text: str, fraction: float = 0.2, seed: int = 0, purpose: str = "") -> bool:
-    """Return whether a text is held out.
-
-    It is a fixed function of the text, so that every run and every site has the same split.
+def place(text: str, seed: int = 0, purpose: str = "") -> float:
+    """Return where a text stands between 0 and 1, by its hash; what stands low is held out.
 
     Args:
-        text: What decides.
-        fraction: The share of texts that are held out.
-        seed: Another one gives another split; 0 is none.
+        text: The text.
+        seed: Another one gives other places; 0 is none.
         purpose: What it is held out for, where not for the test.
     """
     salt = f"{seed} {purpose}".encode() if seed or purpose else b""
-    return int.from_bytes(blake2b(text.encode(), digest_size=8, key=salt).digest()) < (
-        fraction * 2**64
-    )
+    return int.from_bytes(blake2b(text.encode(), digest_size=8, key=salt).digest()) / 2**64
+
+
+def held_out(text: str, fraction: float = 0.2, seed: int = 0, purpose: str = "") -> bool:
+    """Return whether a text is held out; see `place`.
+
+    It is a fixed function of the text, so that every run and every site has the same split.
+    """
+    return place(text, seed, purpose) < fraction
 
 
 def identity(prompt: Text, by: SplitBy) -> str:
@@ -89,7 +92,11 @@ def keyed(prompt: Text, by: SplitBy, key: str) -> str:
 
 
 def split(
-    rows: Iterable[Row], fraction: float, by: SplitBy = "question", seed: int = 0
+    rows: Iterable[Row],
+    fraction: float,
+    by: SplitBy = "question",
+    seed: int = 0,
+    also: Collection[str] = (),
 ) -> tuple[list[tuple[Side, Row]], int]:
     """Put each row on a side of the split, as its source says or by its prompt.
 
@@ -101,6 +108,7 @@ def split(
         fraction: The share of prompts that are held out.
         by: What a prompt is told by.
         seed: Of the split.
+        also: What else is held out, by `identity`.
 
     Returns:
         The rows that stay, with their sides, and how many were left out.
@@ -110,7 +118,8 @@ def split(
     tested = {
         words
         for row, words in zip(rows, said, strict=True)
-        if row.side == "test" or (row.side is None and held_out(words, fraction, seed))
+        if row.side == "test"
+        or (row.side is None and (held_out(words, fraction, seed) or words in also))
     }
     placed: list[tuple[Side, Row]] = []
     for row, words in zip(rows, said, strict=True):

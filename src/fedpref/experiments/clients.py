@@ -72,6 +72,7 @@ def about(clients: Sequence[ClientData], shards: Sequence[Any]) -> dict[str, dic
         shard.name: {
             "train": len(shard.train),
             "test": len(shard.test),
+            **({"validation": len(shard.validation)} if shard.validation else {}),
             "truncated": shard.truncated,
             "conversations": client.conversations,
             "digest": client.digest,
@@ -324,9 +325,9 @@ def hosted(
         encoded_ones.append(task.encode(client, unusable))
         counts.append(len(unusable) - before)
     if unusable and spec.data.unusable == "refuse":
-        raise UserError(summary(unusable, sum(len(c.train + c.test) for c in clients.values())))
+        raise UserError(summary(unusable, sum(len(c.rows) for c in clients.values())))
     if unusable:
-        refuse_empty(encoded_ones)
+        refuse_empty(encoded_ones, spec.sides)
     shards = [task.prepare(shard, folder / "cache") for shard in encoded_ones]
     said = about(list(clients.values()), shards)
     # what cannot be read is said with the first client

@@ -17,6 +17,7 @@ from fedpref.data.reading import EvaluateOn, Reading, read
 from fedpref.data.unusable import Unusable
 from fedpref.engines.sites import Patience
 from fedpref.errors import UserError
+from fedpref.experiments.choosing import Keep, Standing, Stop
 from fedpref.experiments.free_baselines import FREE
 from fedpref.experiments.migration import refuse_former_names
 from fedpref.experiments.packaged import config_file
@@ -63,8 +64,14 @@ class Experiment:
     evaluate_on_start: bool = False
     """Evaluate before the first round too."""
     evaluate_on: EvaluateOn = "test"
-    """Measure on the test's rows, or on those of `data.validation_fraction`, by which settings are
-    chosen; nobody trains on either."""
+    """What the last evaluation is on: the test's rows, or those of `data.validation_fraction`, by
+    which settings are chosen. Where such are set aside, evaluations before it are on them in either
+    case, and the test's rows are read once."""
+    stop: Stop | None = None
+    """Stop a line when evaluations on validation rows get no better."""
+    keep: Keep = "last"
+    """Which round's model stands in the end: the last one's, or that of the best evaluation on
+    validation rows."""
     diagnostics: tuple[Diagnostic, ...] = ()
     """What to measure with every evaluation beside metrics; clients send for it what a method may
     keep private."""
@@ -92,6 +99,7 @@ class Experiment:
 
     def __post_init__(self) -> None:
         self._check_federation()
+        self._check_choice()
         self._check_task()
         self._check_aggregate()
 
@@ -114,6 +122,63 @@ class Experiment:
                 "algorithm.weights: they would be multiplied by those of federation.weighting. "
                 "Set that to equal."
             )
+
+    def _check_choice(self) -> None:
+        if self.stop is None and self.keep == "last":
+            return
+        who = "keep: best" if self.stop is None else "stop"
+        if not self.data.validation_fraction:
+            raise UserError(
+                f"{who}: nothing is decided by the test's rows. Set aside others by "
+                "data.validation_fraction, such as 0.2."
+            )
+        if not self.evaluate_every:
+            raise UserError(
+                f"{who}: there is nothing to look at without evaluate_every, such as 1."
+            )
+
+    @property
+    def validates(self) -> bool:
+        """Whether evaluations before the last are on rows that are set aside for them."""
+        return self.evaluate_on == "test" and self.data.validation_fraction > 0
+
+    @property
+    def reading(self) -> str:
+        """How often the test's rows are read, in a sentence; empty where nothing is evaluated
+        before the end.
+        """
+        if self.evaluate_on == "validation":
+            return "Measured on validation rows alone; the test's are not read."
+        if self.validates:
+            return "The test's rows are read once, at the end; what comes before is on others."
+        if self.evaluate_every or self.evaluate_on_start:
+            return (
+                "The test's rows are read at every evaluation: choose nothing by these figures, or "
+                "set data.validation_fraction."
+            )
+        return ""
+
+    @property
+    def looks(self) -> Literal["glance", "validate"]:
+        """What evaluations before the last are made for."""
+        return "validate" if self.validates else "glance"
+
+    def evaluates_on(self, purpose: str) -> EvaluateOn:
+        """Return what an evaluation of a purpose is on."""
+        return "validation" if purpose == "validate" else self.evaluate_on
+
+    def looks_after(self, rounds: int) -> bool:
+        """Return whether there is an evaluation after so many rounds beside the last one.
+
+        After the last round there is one where it may decide something, or is on other rows.
+        """
+        if not self.evaluate_every or rounds < self.rounds:
+            return self.evaluate_every > 0 and rounds % self.evaluate_every == 0
+        return self.validates or self.stop is not None or self.keep == "best"
+
+    def stops(self, stands: Standing) -> bool:
+        """Return whether a line is over, for its evaluations got no better."""
+        return self.stop is not None and stands.since >= self.stop.patience
 
     def _check_task(self) -> None:
         task, algorithm = self.task, self.algorithm
@@ -237,6 +302,11 @@ class Experiment:
             task.parts(parts, seeds.generator(self.seed, "check"))
         return task
 
+    @property
+    def sides(self) -> tuple[Side, ...]:
+        """The sides of the split of which every client needs rows."""
+        return ("train", "test", "validation") if self.validates else ("train", "test")
+
     def read(self, trained: Collection[str] = ()) -> Reading:
         """Read the data and share it out; see `data.reading.read`."""
         draws = seeds.seed(self.seed, "partition")
@@ -270,18 +340,19 @@ def encoded(experiment: Experiment, task: Task) -> tuple[Reading, list[Any]]:
     shards = [task.encode(client, unusable) for client in reading.clients]
     reading = reading.with_more(unusable).settled()
     if unusable:
-        refuse_empty(shards)
+        refuse_empty(shards, experiment.sides)
     return reading, shards
 
 
 def refuse_empty(shards: Sequence[Any], sides: Sequence[Side] = ("train", "test")) -> None:
     """Raise UserError where a client has no row left on a side, for none can be used."""
+    called = {"train": "training", "test": "held-out", "validation": "validation"}
     for shard in shards:
         for side in sides:
             if not getattr(shard, side):
                 raise UserError(
-                    f"client {shard.name!r} has no {'training' if side == 'train' else 'held-out'} "
-                    "rows left, for those that it had cannot be used. Mend them, let "
+                    f"client {shard.name!r} has no {called[side]} rows left, for those that "
+                    "it had cannot be used. Mend them, let "
                     "task.truncation_mode cut those that are too long, or leave the client out "
                     "(partition.only, or a file without it)."
                 )

@@ -7,39 +7,32 @@ import math
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
-
-import torch
 
 from fedpref import config
 from fedpref.engines import Engine, Transport
 from fedpref.engines.timing import Clock
 from fedpref.engines.workers import keep_freed_memory, one_thread
 from fedpref.errors import UserError
+from fedpref.experiments.choosing import is_for_choosing, standing
 from fedpref.experiments.clients import About, AtSites, ClientSource, InProcess
 from fedpref.experiments.environment import described
-from fedpref.experiments.experiment import FEWEST, Experiment, lines, with_whole_paths
-from fedpref.experiments.run_directory import (
-    CONFIG,
-    OUTCOMES,
-    SAMPLES,
-    RunDirectory,
-    client_folder,
-    file_name,
-)
+from fedpref.experiments.evaluations import Purpose, export_models, measured
+from fedpref.experiments.experiment import Experiment, lines, with_whole_paths
+from fedpref.experiments.run_directory import CONFIG, RunDirectory
 from fedpref.experiments.run_files import CLIENTS, ENVIRONMENT, EVALUATION, METRICS
 from fedpref.federation.algorithm import Algorithm
 from fedpref.federation.diagnostics import diagnose
-from fedpref.federation.verbs import ANYTHING, Client, work
 from fedpref.models.named import about as about_model
 from fedpref.models.trunk import remove_states
 from fedpref.numerics import seeds, trees
-from fedpref.numerics.metrics import HEADLINES, headline, low_is_good, over_clients
-from fedpref.numerics.trees import Tree
+from fedpref.numerics.metrics import HEADLINES, headline
 from fedpref.tasks import Task
+
+Row = dict[str, Any]  # of an evaluation
 
 
 @dataclass(frozen=True)
@@ -110,7 +103,8 @@ def events(
                     f"{folder.path}: the data is not what the run began with; its clients, sizes "
                     f"and digests stand in {CLIENTS}."
                 )
-            note = f"{task.description}\n{_data(source.about)}{source.note}"
+            said = (task.description, _data(source.about) + source.note, experiment.reading)
+            note = "\n".join(filter(None, said))
             yield Event(experiment.algorithm.name, "begin", 0, experiment.rounds, {}, note)
             for done in source.prepare(cache or folder.path / "cache"):
                 if task.prepares:
@@ -140,9 +134,11 @@ def _data(about: About) -> str:
     train, test, cut = (
         sum(sizes[name] for sizes in about.values()) for name in ("train", "test", "truncated")
     )
+    chosen = sum(sizes.get("validation", 0) for sizes in about.values())
+    apart = f", {chosen} to choose by" if chosen else ""
     return (
-        f"{len(about)} clients, {train} training and {test} held-out examples, {cut} rows "
-        f"truncated ({cut / (train + test):.1%})"
+        f"{len(about)} clients, {train} training and {test} held-out examples{apart}, {cut} rows "
+        f"truncated ({cut / (train + test + chosen):.1%})"
     )
 
 
@@ -157,19 +153,34 @@ def _line(
     """Run one line of an experiment, or what is left of it, and yield what happens."""
     algorithm: Algorithm[Any] = experiment.algorithm
     start = task.init(seeds.generator(experiment.seed, "init"))
-    state = algorithm.init(engine, start)
-    state, first = folder.restore(state, engine)
+    fresh = algorithm.init(engine, start)
+    state, first = folder.restore(fresh, engine)
     folder.cut_rows_after(first)
     names = list(sizes)
     newcomers = experiment.federation.joining(names, experiment.seed)
     weights = experiment.federation.weights(sizes, experiment.seed)
     trained = [i for i in engine.clients if i not in newcomers]
+
+    def looked(rounds: int, state: Any, purpose: Purpose) -> Row:
+        row: Row = {"round": rounds, "on": experiment.evaluates_on(purpose)}
+        if purpose == "conclude":
+            row["final"] = True
+        return row | measured(
+            engine, algorithm.model(state), names, trained, purpose, experiment.evaluate_pairs
+        )
+
     if experiment.evaluate_on_start and not folder.read_rows(EVALUATION):
-        few = experiment.evaluate_pairs
-        row = {"round": 0, **_evaluate(engine, algorithm.model(state), names, trained, few)}
+        row = looked(0, state, experiment.looks)
         folder.append(EVALUATION, row)
         yield evaluated(name, experiment.rounds, row)
-    for round in range(first, experiment.rounds):
+    metric = experiment.stop.metric if experiment.stop else None
+    rows = folder.read_rows(EVALUATION)
+    best: Any = None
+    if experiment.keep == "best" and standing(rows, metric).best is not None:
+        best = folder.restore_best(fresh, engine) if first else state
+    last = first == experiment.rounds or any(row.get("final") for row in rows)
+    round = first
+    while not last:
         cohort, late = experiment.federation.cohort(weights, experiment.seed, round)
         engine.begin(round, cohort)
         begun, clock = time.perf_counter(), Clock(engine)
@@ -194,32 +205,59 @@ def _line(
         )
         told = [Event(name, "round", round + 1, experiment.rounds, figures)]
         last = round + 1 == experiment.rounds
-        if last or (experiment.evaluate_every and (round + 1) % experiment.evaluate_every == 0):
-            model, few = algorithm.model(state), None if last else experiment.evaluate_pairs
-            row = {"round": round + 1, **_evaluate(engine, model, names, trained, few, last)}
+        looks: list[tuple[Row, Any]] = []
+        if experiment.looks_after(round + 1):
+            row = looked(round + 1, state, experiment.looks)
+            looks.append((row, state))
+            stands = standing([*folder.read_rows(EVALUATION), row], metric)
+            if experiment.keep == "best" and stands.best == round + 1:
+                best = state
+            last = last or experiment.stops(stands)
+        if last:
+            state = state if best is None else best
+            row = looked(round + 1, state, "conclude")
+            if best is not None:
+                row["kept"] = stands.best
+            looks.append((row, state))
+        for row, seen in looks:
             if experiment.diagnostics:
                 engine.begin(round, [i for i in trained if weights[i]], "evaluate")
                 row["diagnostics"] = diagnose(
-                    engine, algorithm.model(state), tuple(start), experiment.diagnostics
+                    engine, algorithm.model(seen), tuple(start), experiment.diagnostics
                 )
-            if last and newcomers:
-                row["newcomers_before"] = _evaluate(
-                    engine, algorithm.model(state), names, newcomers
-                )["clients"]
-                engine.begin(round, newcomers, "join")
-                state = algorithm.join(engine, state, experiment.federation.join_steps)
-                row["newcomers"] = _evaluate(engine, algorithm.model(state), names, newcomers)[
-                    "clients"
-                ]
-            for measured in (*row["clients"].values(), *row.get("newcomers", {}).values()):
-                _refuse_divergence(name, round, experiment, folder, measured)
+            if row.get("final") and newcomers:
+                state = _join(engine, algorithm, experiment, state, names, newcomers, row)
+            for values in (*row["clients"].values(), *row.get("newcomers", {}).values()):
+                _refuse_divergence(name, round, experiment, folder, values)
             folder.append(EVALUATION, row)
             told.append(evaluated(name, experiment.rounds, row))
         if last or (round + 1) % experiment.checkpoint_every == 0:
-            folder.checkpoint(round + 1, state, engine)
+            folder.checkpoint(round + 1, state, engine, best)
+        round += 1
         yield from told
-    _export(experiment, engine, algorithm.model(state), task, folder, names)
+    export_models(experiment, engine, algorithm.model(state), task, folder, names)
     folder.finish(has_own=not all(isinstance(part, Mapping) for part in algorithm.model(state)))
+
+
+def _join(
+    engine: Engine,
+    algorithm: Algorithm[Any],
+    experiment: Experiment,
+    state: Any,
+    names: Sequence[str],
+    newcomers: Sequence[int],
+    row: Row,
+) -> Any:
+    """Let newcomers join, and write into a row how they fare before and after.
+
+    Returns:
+        The state with them.
+    """
+    row["newcomers_before"] = measured(engine, algorithm.model(state), names, newcomers)["clients"]
+    engine.begin(engine.round, newcomers, "join")
+    state = algorithm.join(engine, state, experiment.federation.join_steps)
+    row["newcomers"] = measured(engine, algorithm.model(state), names, newcomers)["clients"]
+    return state
 
 
 def _lengths(lengths: Mapping[int, float], clip: float | None) -> dict[str, float]:
@@ -233,13 +271,19 @@ def _lengths(lengths: Mapping[int, float], clip: float | None) -> dict[str, floa
 def evaluated(line: str, total: int, row: Mapping[str, Any]) -> Event:
     """Return the event that a row of an evaluation is."""
     metric = headline(row["summary"])
+    title = HEADLINES[metric].title
+    note = f"{title} on validation rows" if is_for_choosing(row) else title
+    if row.get("final") and row["round"] < total:
+        note = f"{title} (stopped: no better on validation rows)"
+    if "kept" in row:
+        note += f" of round {row['kept']}"
     return Event(
         line,
         "evaluate",
         row["round"],
         total,
         {**row["summary"][metric], **row.get("diagnostics", {})},
-        HEADLINES[metric].title,
+        note,
     )
 
 
@@ -271,125 +315,3 @@ def _refuse_divergence(
             "Start anew with algorithm.local.learning_rate below "
             f"{experiment.algorithm.local.learning_rate}."
         )
-
-
-def _evaluate(
-    engine: Engine,
-    model: Sequence[Any],
-    names: Sequence[str],
-    clients: Sequence[int],
-    few: int | None = None,
-    is_last: bool = False,
-) -> dict[str, Any]:
-    """Return some clients' held-out metrics, and each metric's summary over them.
-
-    Args:
-        engine: Whose clients they are.
-        model: What they evaluate.
-        names: Of all clients.
-        clients: Which of them.
-        few: Of how many held-out pairs; None for all.
-        is_last: Let clients also keep what came of each of their pairs.
-    """
-    engine.begin(engine.round, clients, "evaluate")
-    work = conclude if is_last else evaluate
-    measured = engine.each(work, *model) if few is None else engine.each(glance, few, *model)
-    rows = {
-        names[i]: dict(metrics)
-        for i, metrics in engine.disclose(measured, NEEDED, HEADLINES).items()
-    }
-    counts = {name: int(row["num_examples"]) for name, row in rows.items()}
-    columns: dict[str, dict[str, float]] = {}
-    for name, row in rows.items():
-        for metric, value in row.items():
-            if not metric.startswith("num_"):
-                columns.setdefault(metric, {})[name] = value
-    return {
-        "clients": rows,
-        "summary": {
-            m: over_clients(values, counts, low_is_good=low_is_good(m))
-            for m, values in columns.items()
-        },
-    }
-
-
-def _export(
-    experiment: Experiment,
-    engine: Engine,
-    model: Sequence[Any],
-    task: Task,
-    folder: RunDirectory,
-    names: Sequence[str],
-) -> None:
-    """Write the shared model, clients' own, and the answers that are kept to be read."""
-    shared = trees.merge(*(part for part in model if isinstance(part, Mapping)))
-    if shared:
-        task.export(shared, folder.path / "adapter")
-    if not all(isinstance(part, Mapping) for part in model):
-        engine.begin(engine.round, engine.clients, "evaluate")
-        engine.each(export, "clients", *model)
-    if any(map(experiment.task.asks, names)):
-        engine.begin(engine.round, engine.clients, "evaluate")
-        engine.each(sample, *model)
-
-
-@work("evaluation.evaluate", reads={"parts": ANYTHING})
-def evaluate(client: Client, *parts: Tree) -> Mapping[str, float]:
-    """Return the held-out metrics of the client's model."""
-    return client.task.evaluate(trees.merge(*parts), client.shard)
-
-
-@work("evaluation.conclude", reads={"parts": ANYTHING})
-def conclude(client: Client, *parts: Tree) -> Mapping[str, float]:
-    """Return the held-out metrics of the client's model, and keep what came of each example.
-
-    That is written to the client's own folder, from which models are compared pair by pair.
-    """
-    params = trees.merge(*parts)
-    if outcomes := client.task.outcomes(params, client.shard):
-        folder = client.folder / OUTCOMES
-        folder.mkdir(parents=True, exist_ok=True)
-        file = folder / f"{file_name(client.shard.name)}.json"
-        file.write_text(json.dumps(outcomes) + "\n")
-    return client.task.evaluate(params, client.shard)
-
-
-@work("evaluation.glance", reads={"parts": ANYTHING})
-def glance(client: Client, few: int, *parts: Tree) -> Mapping[str, float]:
-    """Return metrics of the client's model on a few held-out examples, the same ones each time.
-
-    They are never so few that a figure is one example's own, and those of one number are not among
-    those of the next, or the difference would be.
-    """
-    shard: Any = client.shard  # of any task: its held-out side is `test`
-    few = max(few, FEWEST, client.least_evaluated)
-    rng = seeds.generator(0, f"glance/{few}/{shard.name}")
-    drawn = sorted(torch.randperm(len(shard.test), generator=rng)[:few].tolist())
-    thinned = replace(shard, test=tuple(shard.test[i] for i in drawn))
-    return client.task.evaluate(trees.merge(*parts), thinned)
-
-
-@work("evaluation.export", sends=())
-def export(client: Client, kind: Literal["clients", "newcomers"], *parts: Tree) -> Tree:
-    """Write the client's model to its folder in the run."""
-    client.task.export(trees.merge(*parts), client_folder(client.folder, kind, client.shard.name))
-    return {}
-
-
-@work("evaluation.sample", sends=())
-def sample(client: Client, *parts: Tree) -> Tree:
-    """Write answers to the client's held-out prompts, to be read, if they are asked for."""
-    rows = client.task.samples(trees.merge(*parts), client.shard)
-    if not rows:
-        return {}
-    folder = client.folder / SAMPLES
-    folder.mkdir(exist_ok=True)
-    (folder / f"{file_name(client.shard.name)}.jsonl").write_text(
-        "".join(json.dumps(row) + "\n" for row in rows)
-    )
-    return {}
-
-
-NEEDED = ("num_examples",)  # of every evaluation
-WORKS = (evaluate, conclude, glance, export, sample)
-"""What an experiment runs on clients beside its algorithm."""

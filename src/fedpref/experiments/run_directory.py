@@ -38,6 +38,7 @@ SAMPLES = "samples"
 # a folder: of each held-out example a digest of its prompt and whether the model was right, a file
 # for each client
 OUTCOMES = "outcomes"
+BEST = "best_"  # begins the names of a checkpoint's files of the best state so far
 
 
 def client_folder(run: Path, kind: str, client: str) -> Path:
@@ -77,9 +78,18 @@ def client_path(run: Path, kind: str, client: str, suffix: str = "") -> Path | N
     return None
 
 
-def _shared(state: Any, checkpoint: Path) -> dict[str, Tree]:
+def _restored(state: Any, engine: Engine, checkpoint: Path, prefix: str = "") -> Any:
+    """Return a checkpoint's state, whose fields' names there begin with a prefix."""
+    shared = _shared(state, checkpoint, prefix)
+    names = [one.name for one in fields(state) if one.name not in shared]
+    private = engine.load(checkpoint, [f"{prefix}{name}" for name in names])
+    own = {name: getattr(state, name) | private[f"{prefix}{name}"] for name in names}
+    return replace(state, **shared, **own)
+
+
+def _shared(state: Any, checkpoint: Path, prefix: str = "") -> dict[str, Tree]:
     """Return what is shared of a checkpoint, by field; raises UserError where a file is gone."""
-    paths = {one.name: checkpoint / f"{one.name}.safetensors" for one in fields(state)}
+    paths = {one.name: checkpoint / f"{prefix}{one.name}.safetensors" for one in fields(state)}
     for name, file in paths.items():
         if isinstance(getattr(state, name), Mapping) and not file.exists():
             raise UserError(f"{file}: this file of the run's checkpoint is gone.")
@@ -224,10 +234,16 @@ class RunDirectory:
 
     # ---- checkpoints
 
-    def checkpoint(self, rounds: int, state: Any, engine: Engine) -> None:
+    def checkpoint(self, rounds: int, state: Any, engine: Engine, best: Any = None) -> None:
         """Keep the state after so many rounds: shared trees here, private ones by their clients.
 
         Checkpoints older than the last one go.
+
+        Args:
+            rounds: How many.
+            state: The algorithm's.
+            engine: Whose clients keep the private values.
+            best: The best state so far, which is kept beside it.
 
         Raises:
             UserError: It cannot be written; the last one is as it was.
@@ -241,6 +257,8 @@ class RunDirectory:
         beside = folder / f".{name}"
         beside.mkdir(parents=True)
         values = {one.name: getattr(state, one.name) for one in fields(state)}
+        if best is not None:
+            values |= {f"{BEST}{one.name}": getattr(best, one.name) for one in fields(best)}
         for field, value in values.items():
             if isinstance(value, Mapping):
                 trees.save(value, beside / f"{field}.safetensors", lasting=True)
@@ -270,11 +288,12 @@ class RunDirectory:
         checkpoints = self.checkpoints()
         if not checkpoints:
             return state, 0
-        shared = _shared(state, checkpoints[-1])
-        names = [field.name for field in fields(state) if field.name not in shared]
-        private = engine.load(checkpoints[-1], names)
-        private = {name: getattr(state, name) | value for name, value in private.items()}
-        return replace(state, **shared, **private), int(checkpoints[-1].name.removeprefix("round-"))
+        rounds = int(checkpoints[-1].name.removeprefix("round-"))
+        return _restored(state, engine, checkpoints[-1]), rounds
+
+    def restore_best(self, state: Any, engine: Engine) -> Any:
+        """Return the best state that the newest checkpoint was told of; see `restore`."""
+        return _restored(state, engine, self.checkpoints()[-1], BEST)
 
     def restore_shared(self, state: Any) -> Any:
         """Return the state with the newest checkpoint's shared trees; clients' values stay as they

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, NotRequired
+from typing import Annotated, Any, Literal, NotRequired
 
 from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
@@ -63,6 +63,9 @@ class Evaluation(TypedDict):
 
     __pydantic_config__ = _MORE  # type: ignore[misc]
     round: WholeNumber
+    on: NotRequired[Literal["test", "validation"]]
+    final: NotRequired[bool]
+    kept: NotRequired[WholeNumber]
     clients: PerClient
     summary: dict[str, dict[str, float]]
     diagnostics: NotRequired[dict[str, float]]

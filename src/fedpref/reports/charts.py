@@ -194,18 +194,18 @@ def held_out(runs: Sequence[Run]) -> Iterator[Chart]:
 
     They show each client, the mean, and the quartiles.
     """
-    if max(len(line.evaluations) for _, _, line, _ in every_line(runs)) < 2:
+    if max(len(line.course) for _, _, line, _ in every_line(runs)) < 2:
         return
     shown, data = runs[0].shown, []
     alone = len(runs) == 1
     for name, run, line, number in every_line(runs):
-        rounds = [row["round"] for row in line.evaluations]
+        rounds = [row["round"] for row in line.course]
         clients = sorted(line.last)
         nobody = {run.metric: math.nan}  # a client that was left out of an evaluation
         table = np.array(
             [
                 [shown.scale * row["clients"].get(c, nobody)[run.metric] for c in clients]
-                for row in line.evaluations
+                for row in line.course
             ]
         )
         low, high = np.nanpercentile(table, [25, 75], axis=1)
@@ -237,6 +237,7 @@ def held_out(runs: Sequence[Run]) -> Iterator[Chart]:
             data.append(_named(rounds[-1], dict(zip(clients, table[-1].tolist(), strict=True))))
     caption = "The mean over clients; the band holds the middle half of them"
     caption += f"; thin lines are the clients of {runs[0].line.name}." if alone else "."
+    caption += " On rows that are set aside to choose by." * runs[0].line.chooses
     yield Chart(f"Held-out {shown.title} over rounds", caption, data, axes("round", shown.caption))
 
 
@@ -358,25 +359,24 @@ def traffic(runs: Sequence[Run]) -> Iterator[Chart]:
         yield Chart("Data sent", caption, data, layout)
     data = []
     for prefix, run, number in main_lines(runs):
-        if len(run.line.evaluations) < 2:
+        if len(run.line.course) < 2:
             continue
         sent = np.cumsum([row["bytes_up"] + row["bytes_down"] for row in run.line.metrics]) / 1e6
         at = {0: 0.0} | {
             row["round"]: float(total) for row, total in zip(run.line.metrics, sent, strict=True)
         }
-        means = [
-            run.shown.scale * row["summary"][run.metric]["mean"] for row in run.line.evaluations
-        ]
+        means = [run.shown.scale * row["summary"][run.metric]["mean"] for row in run.line.course]
         data.append(
             lined(
                 prefix or run.title,
-                [at[row["round"]] for row in run.line.evaluations],
+                [at[row["round"]] for row in run.line.course],
                 means,
                 number,
             )
         )
     if data:
         caption = "The mean over clients against all that was sent until then, up and down."
+        caption += " On rows that are set aside to choose by." * runs[0].line.chooses
         yield Chart(
             f"Held-out {runs[0].shown.title} for data sent",
             caption,

@@ -48,7 +48,7 @@ class Group:
         tables = [
             {
                 int(row["round"]): np.mean([one[self.metric] for one in row["clients"].values()])
-                for row in line.evaluations
+                for row in line.course
             }
             for line in self.lines
         ]

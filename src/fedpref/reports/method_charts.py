@@ -158,12 +158,12 @@ def objectives(runs: Sequence[Run]) -> Iterator[Chart]:
             for name in of_objectives(next(iter(line.last.values())))
             if name.startswith("rewards/")
         ]
-        if len(metrics) < 2 or len(line.evaluations) < 2:
+        if len(metrics) < 2 or len(line.course) < 2:
             continue
         for k, metric in enumerate(metrics):
             name = with_prefix(title if several else "", metric.rsplit("/", 1)[1])
-            rounds = [row["round"] for row in line.evaluations]
-            means = [row["summary"][metric]["mean"] for row in line.evaluations]
+            rounds = [row["round"] for row in line.course]
+            means = [row["summary"][metric]["mean"] for row in line.course]
             reached.append(drawn(name, rounds, means, number, k))
     for prefix, run, number in main_lines(runs):
         for k, name in enumerate(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpref.errors import UserError
+from fedpref.experiments.choosing import is_for_choosing
 from fedpref.experiments.experiment import Experiment
 from fedpref.experiments.finished import FinishedRun
 from fedpref.experiments.run_directory import SAMPLES, RunDirectory, client_path
@@ -50,6 +51,16 @@ class Line:
     metrics: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
 
+    @property
+    def chooses(self) -> bool:
+        """Whether evaluations before the last are on other rows than it, to choose by."""
+        return any(map(is_for_choosing, self.evaluations))
+
+    @property
+    def course(self) -> list[dict[str, Any]]:
+        """Evaluations on the same rows, round after round: those to choose by, where there are."""
+        return [row for row in self.evaluations if is_for_choosing(row)] or self.evaluations
+
     def column(self, name: str) -> list[float]:
         """Return a metric of every round that has it."""
         return [row[name] for row in self.metrics if name in row]
@@ -58,6 +69,15 @@ class Line:
     def rounds(self) -> int:
         """The round after which the last evaluation was made."""
         return int(self.evaluations[-1]["round"]) if self.evaluations else 0
+
+    def is_beside(self, other: Line) -> bool:
+        """Return whether both have ended, each as it should, or been evaluated after as many
+        rounds.
+        """
+        both = [line.evaluations[-1] for line in (self, other) if line.evaluations]
+        if len(both) < 2:
+            return False
+        return all(row.get("final") for row in both) or self.rounds == other.rounds
 
     @property
     def last(self) -> ClientMetrics:
@@ -136,7 +156,7 @@ class Run:
     def _beside(self, baseline: str) -> tuple[ClientMetrics, ClientMetrics]:
         """Return this line's last metrics and a baseline's, of the clients that have both."""
         other = self.baselines.get(baseline)
-        if other is None or other.rounds != self.line.rounds:
+        if other is None or not other.is_beside(self.line):
             return {}, {}
         both = [name for name in self.line.last if name in other.last]
         return {name: self.line.last[name] for name in both}, {

@@ -18,6 +18,7 @@ from fedpref.channel import Compression
 from fedpref.data import Partition, Source
 from fedpref.engines.sites import Patience
 from fedpref.errors import UserError
+from fedpref.experiments.choosing import Stop
 from fedpref.experiments.experiment import Experiment
 from fedpref.federation.aggregation import Aggregate
 from fedpref.federation.local_training import LocalTraining
@@ -64,6 +65,7 @@ GROUPS: Mapping[str, tuple[str, Sequence[Any]]] = {
     "topologies": ("network.topology", config.kinds(AnyTopology)),
     "compressions": ("network.compression", config.kinds(Compression)),
     "patience": ("patience: how long sites are waited for", (Patience,)),
+    "stop": ("stop: when a line is over", (Stop,)),
     "site": ("a site's own file, site.yaml", (SiteFile, Limits)),
 }
 """Kinds of settings: name -> where they stand, and the dataclasses."""

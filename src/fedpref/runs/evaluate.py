@@ -14,8 +14,8 @@ from fedpref.data import ClientData, Files, Natural, Row
 from fedpref.data.preferences import Side
 from fedpref.data.unusable import Unusable, summary
 from fedpref.errors import UserError
+from fedpref.experiments.evaluations import evaluate as evaluate_client
 from fedpref.experiments.finished import FinishedRun
-from fedpref.experiments.rounds import evaluate as evaluate_client
 
 SHARED = "shared"
 

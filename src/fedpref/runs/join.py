@@ -11,8 +11,8 @@ from typing import Any
 
 from fedpref.data import IID, Files, Natural, Opinions
 from fedpref.errors import UserError
+from fedpref.experiments.evaluations import evaluate, export
 from fedpref.experiments.finished import FinishedRun
-from fedpref.experiments.rounds import evaluate, export
 from fedpref.experiments.run_directory import JOINED
 from fedpref.experiments.run_files import NEWCOMERS
 from fedpref.federation.algorithm import Algorithm

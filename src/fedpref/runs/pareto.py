@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from fedpref.engines import Simulation
 from fedpref.engines.workers import one_thread
 from fedpref.errors import UserError, require
+from fedpref.experiments.evaluations import evaluate
 from fedpref.experiments.experiment import Experiment, encoded
 from fedpref.experiments.finished import FinishedRun
-from fedpref.experiments.rounds import evaluate
 from fedpref.federation.aggregation import Product
 from fedpref.numerics import trees
 from fedpref.numerics.metrics import ACCURACY, REWARD, of_objectives
@@ -97,7 +97,12 @@ def plan_front(
     for preference in preferences(len(objectives), points):
         shares = ",".join(f"{share:.4g}" for share in preference)
         runs[preference] = plan(
-            config, [f"{shares}: algorithm.preference=[{shares}]"], seeds, overrides, output
+            config,
+            [f"{shares}: algorithm.preference=[{shares}]"],
+            seeds,
+            overrides,
+            output,
+            redraws=False,
         )
     return objectives, runs
 

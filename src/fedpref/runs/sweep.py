@@ -171,17 +171,30 @@ def plan(
     seeds: Sequence[int],
     overrides: Sequence[str],
     output: Path,
+    *,
+    redraws: bool = True,
 ) -> Mapping[Path, Experiment]:
     """Return the experiment of each run directory, OUTPUT/VARIANT/seed-SEED.
+
+    Args:
+        file: The experiment that all are variants of, as `Experiment.load` takes it.
+        variants: See `parse_variant`.
+        seeds: Of each variant.
+        overrides: Settings of all of them.
+        output: Where they go.
+        redraws: Each seed has a split of its own, the same for all variants, unless settings say
+            which (`data.split_seed`).
 
     Raises:
         UserError: One does not fit; before the first begins.
     """
     experiments: dict[Path, Experiment] = {}
     for name, own in map(parse_variant, variants):
+        is_said = any(text.startswith("data.split_seed=") for text in (*overrides, *own))
         for seed in seeds:
+            split = [f"data.split_seed={seed}"] if redraws and not is_said else []
             experiment = Experiment.load(
-                file, [*overrides, *own, f"seed={seed}", f"name={name}", "baselines=[]"]
+                file, [*split, *overrides, *own, f"seed={seed}", f"name={name}", "baselines=[]"]
             )
             path = output / name / f"seed-{seed}"
             if path in experiments:
@@ -205,7 +218,7 @@ def sweep(runs: Mapping[Path, Experiment], cache: Path) -> Iterator[tuple[Path, 
         ):
             raise UserError(
                 f"{path}: there is a run of other settings here. Choose another "
-                "--output, or remove it."
+                "--output, or remove it; a sweep goes on by `fedpref resume`."
             )
         if not folder.done:
             yield path, happenings(experiment, folder, cache)

@@ -10,12 +10,12 @@ from typing import Any, TypeVar
 
 from fedpref import config
 from fedpref.data import IID, ClientData, Partition, Source
-from fedpref.data.reading import EvaluateOn
+from fedpref.data.reading import by_rule
 from fedpref.data.splits import keyed
 from fedpref.engines.host import Bounds, HeldOut, Hosted
 from fedpref.engines.messages import RefusedError
 from fedpref.errors import UserError
-from fedpref.experiments import rounds
+from fedpref.experiments import evaluations
 from fedpref.experiments.clients import hosted
 from fedpref.experiments.experiment import Experiment
 from fedpref.experiments.migration import refuse_former_names
@@ -108,9 +108,10 @@ class Limits:
             for side, least, key in (
                 ("train", self.least_examples, "least_examples"),
                 ("test", self.least_evaluated, "least_evaluated"),
+                ("validation", self.least_evaluated, "least_evaluated"),
             ):
-                if 0 < known[side] < least:
-                    said = "training" if side == "train" else "held-out"
+                if 0 < known.get(side, 0) < least:
+                    said = {"train": "training", "test": "held-out"}.get(side, side)
                     raise RefusedError(
                         f"client {client!r} has fewer {said} examples than limits.{key}, {least}"
                     )
@@ -235,22 +236,20 @@ class Consenting:
         """
         spec = self._spec(experiment)
         key, by = self._file.split_key, spec.data.split_by
-        # nobody trains on either, whichever this experiment measures on
-        purposes: list[EvaluateOn] = (
-            ["test", "validation"] if spec.data.validation_fraction else ["test"]
-        )
         try:
-            clients = [
-                one
-                for purpose in purposes
-                for one in replace(spec, evaluate_on=purpose).read().settled().clients
-            ]
+            # nobody trains on either side, whichever this experiment measures on
+            clients = replace(spec, evaluate_on="test").read().settled().clients
         except UserError as error:  # whose text may hold rows
             raise self._unfit() from error
-        has_sides = any(row.side for one in clients for row in (*one.train, *one.test))
+        has_sides = any(row.side for one in clients for row in one.rows)
         if key is None:
             return HeldOut(is_keyed=False, has_sides=has_sides)
-        rows = [row for one in clients for row in one.test if everything or row.side == "test"]
+        rows = [
+            row
+            for one in clients
+            for row in (*one.test, *one.validation)
+            if everything or row.side == "test" or not by_rule(row, spec.data)
+        ]
         return HeldOut(sorted({keyed(row.prompt, by, key) for row in rows}), True, has_sides)
 
     def _spec(self, experiment: Any) -> Experiment:
@@ -260,6 +259,11 @@ class Consenting:
         except UserError as error:
             raise RefusedError(str(error)) from error
         self._consent(spec)
+        if spec.validates and not self._file.data.validation_fraction:
+            raise RefusedError(
+                "the experiment looks at rows that are set aside to choose by, and this site sets "
+                "none aside (data.validation_fraction in its file)"
+            )
         partition = self._file.partition or IID(clients=1)
         task = spec.task.with_models(self._here)
         return replace(spec, data=self._file.data, partition=partition, task=task)
@@ -361,7 +365,7 @@ class Consenting:
         Otherwise a coordinator would consent for the site to other settings.
         """
         trains = spec.algorithm.given(spec.federation.join_steps)
-        measures = (spec.evaluate_pairs, "clients", "newcomers")
+        measures = (spec.evaluate_pairs or 0, "clients", "newcomers")
 
         def check(value: Any, purpose: str) -> None:
             known = measures if purpose == "evaluate" else trains
@@ -381,7 +385,8 @@ class Consenting:
         if they are consented to.
         """
         measures = {
-            work.name for work in (*rounds.WORKS, *(diagnostics.WORKS if spec.diagnostics else ()))
+            work.name
+            for work in (*evaluations.WORKS, *(diagnostics.WORKS if spec.diagnostics else ()))
         }
         trains = {work.name for work in spec.algorithm.works}
         return lambda work, purpose: work in (measures if purpose == "evaluate" else trains)

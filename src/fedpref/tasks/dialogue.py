@@ -137,9 +137,13 @@ class DialogueShard:
     train: tuple[Prompted, ...]
     test: tuple[Prompted, ...]
     truncated: int = 0
+    validation: tuple[Prompted, ...] = ()
 
     def __len__(self) -> int:
         return len(self.train)
+
+    def validating(self) -> DialogueShard:
+        return replace(self, test=self.validation)
 
 
 @dataclass
@@ -183,10 +187,10 @@ class DialogueLearner(LanguageLearner):
 
     def encode(self, data: ClientData, unusable: list[Unusable] | None = None) -> DialogueShard:
         """Return a client's prompts, each once; see `Task.encode`."""
-        (train, cut), (test, cut_too) = (
-            self._prompts(rows, unusable) for rows in (data.train, data.test)
-        )
-        return DialogueShard(data.name, train, test, cut + cut_too)
+        (train, _), (test, _), (validation, _) = sides = [
+            self._prompts(rows, unusable) for rows in (data.train, data.test, data.validation)
+        ]
+        return DialogueShard(data.name, train, test, sum(cut for _, cut in sides), validation)
 
     def _prompts(
         self, rows: Sequence[Any], unusable: list[Unusable] | None

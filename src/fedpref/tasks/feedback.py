@@ -30,6 +30,8 @@ from fedpref.tasks.offline import (
     PerExample,
 )
 
+Judged = list[tuple[Tokens, Tokens, bool]]  # prompts, answers, and whether these are desirable
+
 
 @dataclass(frozen=True, kw_only=True)
 class FeedbackTask(OfflineTask):
@@ -75,22 +77,27 @@ class FeedbackLearner(OfflineLearner):
         Raises:
             UserError: All training judgements are of one prompt.
         """
-        (train, cut), (test, cut_too) = (
-            self._judged(rows, unusable) for rows in (data.train, data.test)
-        )
+        (train, _), (test, _), (validation, _) = sides = [
+            self._judged(rows, unusable) for rows in (data.train, data.test, data.validation)
+        ]
         if train and len({prompt for prompt, _, _ in train}) == 1:
             raise UserError(
                 f"client {data.name!r}: all {len(train)} judgements to train on are of one prompt, "
                 "and KTO tells how far the policy has moved by answers to another one. Give each "
                 "client judgements of two prompts or more, or leave it out (partition.min_rows)."
             )
-        # a single held-out prompt has the training rows' answers beside it
-        beside = [] if len({prompt for prompt, _, _ in test}) > 1 else train
+
+        def beside(held_out: Judged) -> tuple[Example, ...]:
+            # a single held-out prompt has the training rows' answers beside it
+            others = [] if len({prompt for prompt, _, _ in held_out}) > 1 else train
+            return tuple(self._paired([*held_out, *others])[: len(held_out)])
+
         return OfflineShard(
             data.name,
             tuple(self._paired(train)),
-            tuple(self._paired([*test, *beside])[: len(test)]),
-            truncated=cut + cut_too,
+            beside(test),
+            sum(cut for _, cut in sides),
+            beside(validation),
         )
 
     def examples(
@@ -99,10 +106,8 @@ class FeedbackLearner(OfflineLearner):
         judged, cut = self._judged(rows, unusable)
         return self._paired(judged), cut
 
-    def _judged(
-        self, rows: Sequence[Row], unusable: list[Unusable] | None
-    ) -> tuple[list[tuple[Tokens, Tokens, bool]], int]:
-        """Return prompts, answers and whether these are desirable, and how many rows were cut."""
+    def _judged(self, rows: Sequence[Row], unusable: list[Unusable] | None) -> tuple[Judged, int]:
+        """Return judged answers, and how many rows were cut."""
         judged, cut = [], 0
         for row in rows:
             if isinstance(row, Preference):

@@ -102,9 +102,13 @@ class OfflineShard:
     test: tuple[Example, ...]
     truncated: int = 0
     """Rows of which something was cut off."""
+    validation: tuple[Example, ...] = ()
 
     def __len__(self) -> int:
         return len(self.train)
+
+    def validating(self) -> OfflineShard:
+        return replace(self, test=self.validation)
 
     @cached_property  # asked for in every draw
     def by_objective(self) -> dict[int, tuple[tuple[Example, ...], Examples]]:
@@ -187,10 +191,16 @@ class OfflineLearner(LanguageLearner):
 
     def encode(self, data: ClientData, unusable: list[Unusable] | None = None) -> OfflineShard:
         """Return a client's rows as tokens; see `Task.encode`."""
-        (train, cut), (test, cut_too) = (
-            self.examples(rows, unusable) for rows in (data.train, data.test)
+        (train, *_), (test, *_), (validation, *_) = sides = [
+            self.examples(rows, unusable) for rows in (data.train, data.test, data.validation)
+        ]
+        return OfflineShard(
+            data.name,
+            tuple(train),
+            tuple(test),
+            sum(cut for _, cut in sides),
+            tuple(validation),
         )
-        return OfflineShard(data.name, tuple(train), tuple(test), truncated=cut + cut_too)
 
     def prepare(self, shard: OfflineShard, cache: Path) -> OfflineShard:
         """Let scores under the base reference be kept in a file of `cache`.
@@ -201,7 +211,7 @@ class OfflineLearner(LanguageLearner):
         if self.needs_reference:
             self._references.keep_in(cache / f"{self.language.fingerprint}{SCORES}")
             if self.settings.reference_scores == "ahead":
-                self._base(shard.train + shard.test)
+                self._base(shard.train + shard.test + shard.validation)
         return shard
 
     # ---- learning

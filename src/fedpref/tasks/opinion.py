@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
@@ -108,9 +108,13 @@ class OpinionShard:
     context: tuple[Question, ...]
     asked: tuple[Question, ...]
     truncated: int = 0
+    validation: tuple[Question, ...] = ()
 
     def __len__(self) -> int:
         return len(self.train)
+
+    def validating(self) -> OpinionShard:
+        return replace(self, test=self.validation, asked=self.validation)
 
 
 @dataclass(frozen=True)
@@ -177,7 +181,9 @@ class OpinionLearner:
         Raises:
             UserError: The group has too few questions.
         """
-        train, test = _questions(data.name, data.train), _questions(data.name, data.test)
+        train, test, validation = (
+            _questions(data.name, rows) for rows in (data.train, data.test, data.validation)
+        )
         if len(train) < 2:
             raise UserError(
                 f"{data.name}: one question of a group is shown while another is asked, but it "
@@ -189,7 +195,8 @@ class OpinionLearner:
         ).tolist()
         count = self.settings.evaluation_context
         context, others = (tuple(train[i] for i in part) for part in (order[:count], order[count:]))
-        cut = sum(any(map(self.encoder.cuts, question.texts)) for question in train + test)
+        everything = train + test + validation
+        cut = sum(any(map(self.encoder.cuts, question.texts)) for question in everything)
         return OpinionShard(
             data.name,
             train,
@@ -197,6 +204,7 @@ class OpinionLearner:
             context,
             test if self.settings.evaluate_on == "held-out" else test + others,
             cut,
+            validation,
         )
 
     def prepare(self, shard: OpinionShard, cache: Path) -> OpinionShard:
@@ -207,7 +215,7 @@ class OpinionLearner:
         """
         wanted = {
             question.digest: question
-            for question in shard.train + shard.test
+            for question in shard.train + shard.test + shard.validation
             if question.digest not in self.known
         }
         folder = cache / f"{EMBEDDINGS}{self.encoder.fingerprint}"

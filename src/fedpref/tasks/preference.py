@@ -121,7 +121,10 @@ class PreferenceLearner(OfflineLearner):
             UserError: The client has no pairs of an objective.
         """
         shard = super().encode(data, unusable)
-        for side, examples in (("training", shard.train), ("held-out", shard.test)):
+        sides = {"training": shard.train, "held-out": shard.test, "validation": shard.validation}
+        for side, examples in sides.items():
+            if side == "validation" and not data.validation:
+                continue
             if len(self.objectives) > 1 and (
                 missing := set(range(len(self.objectives)))
                 - {example.objective for example in examples}

@@ -33,6 +33,10 @@ class Shard(Protocol):
         """Return the number of training examples: the client's weight in a mean by examples."""
         ...
 
+    def validating(self) -> Self:
+        """Return the shard whose held-out examples are those that are set aside to choose by."""
+        ...
+
 
 class TaskSettings(ABC):
     """The settings of a learning problem, a frozen dataclass; `build` makes the problem itself.

@@ -222,8 +222,8 @@ def facts(run: Run) -> dict[str, str]:
         "clients": f"{len(trained)} that trained, with {train} training and {test} held-out "
         "examples" + (f"; {later} that did not" if later else ""),
         "rows": _rows(run.data),
-        "rounds": f"{len(run.line.metrics)} of {spec.rounds}"
-        + ("" if run.done else " (not finished, or not all that it is compared with)"),
+        "rounds": _rounds(run),
+        "measured": spec.reading,
         "seed": str(spec.seed),
         "started": here.get("started", ""),
         "machine": f"{here['platform']}, {here['processors']} processors" if here else "",
@@ -231,6 +231,18 @@ def facts(run: Run) -> dict[str, str]:
         "commit": ", ".join(f"{name} {commit}" for name, commit in here.get("commits", {}).items()),
         "directory": str(run.path),
     }
+
+
+def _rounds(run: Run) -> str:
+    """Return how many rounds there were, why no more, and which round's model stands."""
+    last = run.line.evaluations[-1] if run.line.evaluations else {}
+    done = len(run.line.metrics)
+    said = f"{done} of {run.experiment.rounds}"
+    if last.get("final") and done < run.experiment.rounds:
+        said += ", stopped as evaluations on validation rows got no better"
+    if "kept" in last:
+        said += f"; the model is that of round {last['kept']}, the best of them"
+    return said + ("" if run.done else " (not finished, or not all that it is compared with)")
 
 
 def _rows(data: Mapping[str, Any]) -> str:

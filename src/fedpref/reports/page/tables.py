@@ -110,7 +110,8 @@ def objective_rows(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
 def _course(line: Line, metric: str) -> str:
     means = [
         f"{row['summary'][metric]['mean']:.3f}"
-        for row in line.evaluations
+        # from one to the next they are compared on the same rows alone
+        for row in (line.evaluations[-1:] if line.chooses else line.evaluations)
         if metric in row["summary"]
     ]
     return " → ".join([means[0], means[-1]] if len(means) > 1 else means)

@@ -1,0 +1,191 @@
+"""Rows that are set aside to choose by: where they come from, and what they decide."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import make_rows, write_rows
+from fedpref import Experiment, UserError, config, resume, run
+from fedpref.data import Files, Natural
+from fedpref.data.reading import by_rule, read
+from fedpref.experiments.choosing import Standing, standing
+from fedpref.experiments.finished import FinishedRun
+from fedpref.experiments.rounds import events, new_directory
+from fedpref.experiments.run_directory import RunDirectory
+from fedpref.numerics import trees
+from fedpref.runs.sweep import plan
+
+METRIC = "rewards/accuracies"
+
+
+def spec_of(settings: dict[str, Any], **changes: Any) -> Experiment:
+    local = {**settings["algorithm"]["local"], "keep_optimizer": True}
+    content = {
+        **settings,
+        "data": {**settings["data"], "validation_fraction": 0.3},
+        "algorithm": {"name": "fedpdpo", "parts": {"head": None, "bottleneck": 0}, "local": local},
+        "evaluate_every": 1,
+        "rounds": 6,
+    }
+    return config.parse(Experiment, {**content, **changes}, "test")
+
+
+def row(round: int, value: float, on: str = "validation", **more: Any) -> dict[str, Any]:
+    summary = {METRIC: {"mean": value}, "loss": {"mean": value}}
+    return {"round": round, "on": on, "summary": summary, **more}
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return RunDirectory(path).read_rows("evaluation.jsonl")
+
+
+def models(path: Path) -> dict[str, trees.Tree]:
+    files = sorted(path.rglob("adapter_model.safetensors"))
+    return {str(file.relative_to(path)): trees.load(file) for file in files}
+
+
+# ---- the rows
+
+
+def test_the_earliest_of_the_best_stands_and_only_validation_counts() -> None:
+    rows = [row(1, 0.5), row(2, 0.7), row(3, 0.7), row(4, 0.9, on="test"), row(5, 0.6)]
+    assert standing(rows, None) == Standing(best=2, since=2)
+    assert standing(rows, "loss") == Standing(best=1, since=3), "a small loss is good"
+    assert standing([row(3, 0.9, final=True)], None) == Standing(), "what came of it is no choice"
+    with pytest.raises(UserError, match=r"stop.metric: evaluations do not measure 'accuracy'"):
+        standing(rows, "accuracy")
+
+
+def test_no_prompt_is_on_two_sides_and_the_test_stays_whatever_is_set_aside(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", make_rows([40, 30, 20]))
+    plain = read(Files(path=str(path)), Natural(), 0)
+    apart = read(Files(path=str(path), validation_fraction=0.3), Natural(), 0)
+    chosen = read(Files(path=str(path), validation_fraction=0.3), Natural(), 0, (), "validation")
+    for before, both, alone in zip(plain.clients, apart.clients, chosen.clients, strict=True):
+        assert before.test == both.test
+        assert set(map(id, both.validation)).isdisjoint(map(id, both.train))
+        assert len(before.train) == len(both.train) + len(both.validation)
+        assert {r.prompt for r in both.validation}.isdisjoint(r.prompt for r in both.train)
+        assert (alone.train, alone.test) == (both.train, both.validation)
+        assert 0.1 < len(both.validation) / len(before.train) < 0.5
+
+
+def test_no_client_of_two_prompts_is_without_held_out_rows(tmp_path: Path) -> None:
+    # of five prompts the rule holds out none for a third of such clients
+    path = write_rows(tmp_path / "rows.jsonl", make_rows([5] * 8))
+    source = Files(path=str(path), validation_fraction=0.1, split_seed=1)
+    reading = read(source, Natural(), 0)
+    assert all(one.train and one.test and one.validation for one in reading.clients)
+    assert "clients have no held-out rows by the rule" in reading.notes[0]
+    assert "clients have no validation rows by the rule" in reading.notes[1]
+    forced = [
+        one.name
+        for one in reading.clients
+        if not any(by_rule(r, source) for r in (*one.test, *one.validation))
+    ]
+    assert forced
+    assert all(name in reading.notes[0] for name in forced)
+    # who has held-out rows by the rule keeps just these
+    mixed = write_rows(tmp_path / "mixed.jsonl", make_rows([60, 5]))
+    large = next(c for c in read(Files(path=str(mixed)), Natural(), 0).clients if len(c.rows) > 5)
+    assert all(by_rule(r, Files(path=str(mixed))) for r in large.test)
+
+
+def test_a_client_of_one_prompt_is_named(tmp_path: Path) -> None:
+    texts = {"chosen": " a", "rejected": " b", "client": "tiny"}
+    rows = [*make_rows([30]), {"prompt": "one that the rule trains on 1", **texts}]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(
+        UserError, match=r"1 of 2 clients have no (held-out|training) rows \(tiny\)"
+    ):
+        read(Files(path=str(path)), Natural(), 0)
+
+
+# ---- what they decide
+
+
+def test_nothing_is_decided_by_the_tests_rows(settings: dict[str, Any]) -> None:
+    for changes, said in (
+        ({"data": settings["data"], "keep": "best"}, "keep: best: nothing is decided by the test"),
+        ({"data": settings["data"], "stop": {}}, "stop: nothing is decided by the test"),
+        ({"evaluate_every": 0, "stop": {}}, "stop: there is nothing to look at"),
+    ):
+        with pytest.raises(UserError, match=said):
+            spec_of(settings, **changes)
+
+
+def test_the_tests_rows_are_read_once_and_the_best_rounds_model_stands(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    spec = spec_of(settings, keep="best", stop={"metric": "loss", "patience": 1})
+    run(spec, tmp_path / "run")
+    rows = rows_of(tmp_path / "run")
+    assert [r["on"] for r in rows] == ["validation"] * (len(rows) - 1) + ["test"]
+    looks, final = rows[:-1], rows[-1]
+    losses = [r["summary"]["loss"]["mean"] for r in looks]
+    assert final["kept"] == 1 + losses.index(min(losses))
+    stopped = next((n for n in range(1, len(losses)) if min(losses[:n]) <= losses[n]), None)
+    assert final["round"] == (6 if stopped is None else stopped + 1) == len(looks)
+    # the run of as many rounds as were kept has the same models, and measures the same
+    short = spec_of(settings, rounds=6)
+    happenings = events(short, new_directory(short, tmp_path / "short"))
+    while len(RunDirectory(tmp_path / "short").read_rows("metrics.jsonl")) < final["kept"]:
+        next(happenings)
+    happenings.close()
+    kept = RunDirectory(tmp_path / "short").checkpoints()[-1]
+    best = RunDirectory(tmp_path / "run").checkpoints()[-1]
+    assert kept.name == f"round-{final['kept']:06d}"
+    for file in kept.glob("*.safetensors"):
+        one, other = trees.load(file), trees.load(best / file.name)
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    assert FinishedRun.at(tmp_path / "run").last_evaluation == final
+
+
+@pytest.mark.parametrize("after", [2, 5, 8])
+def test_a_run_that_chooses_ends_with_the_same_bits_wherever_it_was_left(
+    after: int, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    spec = spec_of(settings, keep="best", stop={"metric": "loss", "patience": 2})
+    run(spec, tmp_path / "whole")
+    happenings = events(spec, new_directory(spec, tmp_path / "broken"))
+    for _ in range(after):
+        next(happenings)
+    happenings.close()
+    resume(tmp_path / "broken")
+    assert rows_of(tmp_path / "whole") == rows_of(tmp_path / "broken")
+    whole, broken = models(tmp_path / "whole"), models(tmp_path / "broken")
+    assert whole.keys() == broken.keys()
+    assert any("clients" in name for name in whole)
+    for name, tree in whole.items():
+        assert all(torch.equal(tree[part], broken[name][part]) for part in tree)
+
+
+def test_a_line_that_has_stopped_does_not_go_on(settings: dict[str, Any], tmp_path: Path) -> None:
+    spec = spec_of(settings, stop={"metric": "rewards/margins", "patience": 1}, rounds=40)
+    run(spec, tmp_path / "run")
+    rows = rows_of(tmp_path / "run")
+    assert rows[-1]["round"] < 40
+    # killed after its last checkpoint, before it was done
+    (tmp_path / "run/done").unlink()
+    resume(tmp_path / "run")
+    assert rows_of(tmp_path / "run") == rows
+    assert (tmp_path / "run/done").exists()
+
+
+def test_each_seed_of_a_sweep_has_a_split_of_its_own(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(config.to_yaml(config.parse(Experiment, settings, "test")))
+
+    def splits(*overrides: str, **options: Any) -> list[int]:
+        runs = plan(file, ["feddpo", "fedprox"], range(3), overrides, tmp_path, **options)
+        return [one.data.split_seed for one in runs.values()]
+
+    assert splits() == [0, 1, 2, 0, 1, 2]
+    assert splits("data.split_seed=7") == [7] * 6
+    assert splits(redraws=False) == [0] * 6
