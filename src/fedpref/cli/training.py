@@ -234,9 +234,7 @@ def sweep(
     ] = None,
     seeds: Annotated[
         int,
-        typer.Option(
-            min=1, help="Seeds 0, 1, ... of every variant, each with a split of its own."
-        ),
+        typer.Option(min=1, help="Seeds 0, 1, ... of every variant, each with a split of its own."),
     ] = 3,
     same_split: Annotated[
         bool, typer.Option("--same-split", help="One split for all seeds, the config's.")
