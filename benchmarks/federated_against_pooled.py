@@ -111,7 +111,7 @@ def main() -> None:
             f"{100 * mean[line]:.1f} ± {100 * mean[f'{line}_standard_error']:.1f}"
             for line in ("feddpo", "pooled", "alone")
         ]
-        least = [f"{100 * mean[f'{line}_least_data']:.1f}" for line in ("feddpo", "local")]
+        least = [f"{100 * mean[f'{line}_least_data']:.1f}" for line in ("feddpo", "alone")]
         table.add_row(name, f"{mean['clients']:.0f}", *both, *least, f"{mean['seconds']:.0f}")
     Console(width=140).print(table)
     if arguments.json:

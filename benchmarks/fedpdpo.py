@@ -88,7 +88,7 @@ LINES = {
         "joint": "algorithm=fedpdpo algorithm.phases=joint",
     },
     "personal": {
-        "local": "algorithm=local",
+        "alone": "algorithm=alone",
         "pooled": "algorithm=pooled algorithm.local.gradient_accumulation_steps={clients}",
         "fedsa-lora": "algorithm=fedsa-lora",
         "fedper": "algorithm=fedper",

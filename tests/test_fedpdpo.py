@@ -15,6 +15,7 @@ from conftest import kept_values, make_rows, write_rows
 from fedpref import Experiment, UserError, config, run
 from fedpref.algorithms import FedPDPO
 from fedpref.algorithms.fedpdpo import train
+from fedpref.experiments.finished import FinishedRun
 from fedpref.federation.aggregation import Factors
 from fedpref.federation.local_training import LocalTraining, train_locally
 from fedpref.federation.verbs import Client
@@ -187,7 +188,7 @@ def test_a_shift_of_all_rewards_by_the_prompt_changes_neither_loss_nor_gradient(
     results = []
     for shift in (torch.zeros(5, 1), torch.randn(5, 1)):
         leaves = policy.clone().requires_grad_(), explicit.clone().requires_grad_()
-        loss = task.measure(leaves[0], leaves[1] + shift, batch)["loss"].sum()
+        loss = task.measure(leaves[0], leaves[1] + shift, batch)["loss_joint"].sum()
         results.append((loss, *torch.autograd.grad(loss, leaves)))
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other)
@@ -204,8 +205,9 @@ def test_at_the_start_the_loss_is_ln_2_and_the_two_rewards_are_ranked_apart(
         **task.parts(Parts(), seeds.generator(0, "work")),
     }
     measured = task.evaluate(params, shard)
+    assert measured["loss"] == pytest.approx(math.log(2), abs=1e-4), "DPO's, of the policy"
     # the sum's and the reward head's own
-    assert measured["loss"] == pytest.approx(1.2 * math.log(2), abs=1e-4)
+    assert measured["loss_joint"] == pytest.approx(1.2 * math.log(2), abs=1e-4)
     assert measured["rewards/accuracies_explicit"] == 0.5
     moved = task.evaluate({**params, REWARD: torch.randn(params[REWARD].shape)}, shard)
     assert moved["rewards/accuracies_explicit"] != 0.5
@@ -451,3 +453,31 @@ def test_a_clients_folder_loads_as_a_model_that_gives_its_log_probabilities(
             )
             > 1e-2
         )
+
+
+def test_baselines_with_parts_are_what_the_method_is_without_the_others(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    local = settings["algorithm"]["local"]
+    parts = {"head": None, "bottleneck": 0, "reward": True, "adapter": True}
+    method = {"name": "fedpdpo", "parts": parts, "phases": "joint", "local": local}
+    names = ["alone-parts", "feddpo-reward", "reward-head"]
+    spec = config.parse(Experiment, {**settings, "algorithm": method, "baselines": names}, "test")
+    evaluations = run(spec, tmp_path / "run").evaluations
+    assert [*evaluations] == ["fedpdpo", *names]
+    only = evaluations["reward-head"].values()
+    assert all(row["rewards/accuracies"] == 0.5 for row in only), "its policy is untrained"
+    assert any(row["rewards/accuracies_explicit"] != 0.5 for row in only)
+    shared = FinishedRun.at(tmp_path / "run").lines["feddpo-reward"]
+    own = trees.load(next((shared.path / "clients").glob("*/own_parts.safetensors")))
+    assert own.keys() == {REWARD}, "one adapter for all, and a head of each client's own"
+    # alone with parts is the method with one client; an own adapter would begin at random
+    method = {**method, "parts": {**parts, "adapter": False}}
+    one = {**settings, "partition": {"name": "natural", "only": ["client-1"]}, "algorithm": method}
+    ours, alone = (
+        run(config.parse(Experiment, {**one, **changes}, "test"), tmp_path / name).evaluations
+        for name, changes in (("ours", {}), ("alone", {"baselines": ["alone-parts"]}))
+    )
+    assert ours["fedpdpo"] == alone["alone-parts"]
+    with pytest.raises(UserError, match="baselines: reward-head is about parts of a client's own"):
+        config.parse(Experiment, {**settings, "baselines": ["reward-head"]}, "test")

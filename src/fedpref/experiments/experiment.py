@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from fedpref import config
-from fedpref.algorithms import Alone, AnyAlgorithm, FedDPO, Pooled
+from fedpref.algorithms import Alone, AnyAlgorithm, FedDPO, FedPDPO, Pooled
 from fedpref.data import Builtin, ClientData, Natural, Partition, Source
 from fedpref.data.preferences import Side
 from fedpref.data.reading import EvaluateOn, Reading, read
@@ -25,6 +25,8 @@ from fedpref.federation.aggregation import Factors, Product
 from fedpref.federation.diagnostics import Diagnostic
 from fedpref.federation.network import Network
 from fedpref.federation.participation import Participation
+from fedpref.federation.personal import Personal
+from fedpref.models.own_parts import NO_PARTS
 from fedpref.numerics import seeds
 from fedpref.numerics.min_norm import require_solver
 from fedpref.numerics.topology import GraphFile
@@ -32,6 +34,19 @@ from fedpref.tasks import AnyTask, PreferenceTask, Task
 from fedpref.types import Count, WholeNumber
 
 FEWEST = 8  # examples that are evaluated apart from the others
+
+
+Baseline = Literal[
+    "alone",
+    "feddpo",
+    "pooled",
+    "alone-parts",
+    "feddpo-reward",
+    "reward-head",
+    "words",
+    "probe",
+    "length",
+]
 
 
 @dataclass(frozen=True)
@@ -91,9 +106,11 @@ class Experiment:
     """How long sites are waited for."""
     report_to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
     """Trackers that are told what happens; none leaves this machine by default."""
-    baselines: tuple[Literal["alone", "feddpo", "pooled", "words", "probe", "length"], ...] = ()
+    baselines: tuple[Baseline, ...] = ()
     """Lines to run beside the algorithm on the same data: each client alone, one model for all by
-    federated averaging, all data pooled; and those that train no language model: Bradley-Terry
+    federated averaging, all data pooled; for algorithms with parts of a client's own, each client
+    alone with the same parts, one model for all with a reward head of each client's own, and such
+    a head alone on the untrained model; and those that train no language model: Bradley-Terry
     regressions on word counts or on the untrained model's hidden states, each client's own, one for
     all, and one for all with clients' own slopes; and the longer answer."""
 
@@ -210,6 +227,10 @@ class Experiment:
                 f"baselines: {free[0]} ranks pairs of answers, which the task {task.name} does not "
                 "have. Leave it out."
             )
+        for name in self.baselines:
+            line = _baseline(self, name, 1)
+            if line is not None and line.parts and line.parts != NO_PARTS:
+                task.check(line.parts)
         if self.evaluate_pairs is not None and not task.can_be_thinned:
             raise UserError(
                 f"evaluate_pairs: the task {task.name} evaluates all that it holds out. Leave it "
@@ -373,30 +394,65 @@ def lines(experiment: Experiment, clients: int) -> dict[str, tuple[str, Experime
         name -> (subfolder of the run directory, the line as an experiment).
     """
     planned: dict[str, tuple[str, Experiment]] = {experiment.algorithm.name: ("", experiment)}
-    local, federation = experiment.algorithm.local, experiment.federation
+    federation = experiment.federation
     clients -= federation.num_newcomers
     cohort = min(federation.clients_per_round or clients, clients)
-    batches = local.gradient_accumulation_steps * cohort
-    algorithms: dict[str, Alone | FedDPO | Pooled] = {
-        "alone": Alone(local=local),
-        "feddpo": FedDPO(local=local),
-        "pooled": Pooled(local=replace(local, gradient_accumulation_steps=batches)),
-    }
     everybody = replace(
         federation, clients_per_round=None, sampling="uniform", sampling_weights={}, deadline=None
     )
-    for name in (name for name in experiment.baselines if name not in FREE):
-        line_federation = federation if name == "feddpo" else everybody
-        if name != experiment.algorithm.name:
+    for name in experiment.baselines:
+        algorithm = _baseline(experiment, name, cohort)
+        line_federation = federation if name in FEDERATED else everybody
+        if algorithm is not None and name != experiment.algorithm.name:
             line = replace(
                 experiment,
-                algorithm=algorithms[name],
+                algorithm=algorithm,
                 federation=line_federation,
                 task=experiment.task.without_samples(),  # answers to read are the algorithm's own
                 baselines=(),
             )
             planned[name] = (f"baselines/{name}", line)
     return planned
+
+
+FEDERATED = ("feddpo", "feddpo-reward")  # baselines in which cohorts take part
+
+
+def _baseline(experiment: Experiment, name: Baseline, cohort: int) -> AnyAlgorithm | None:
+    """Return the algorithm of a baseline; None for one that costs nothing.
+
+    Args:
+        experiment: Whose baseline.
+        name: Its name.
+        cohort: How many clients train in a round.
+
+    Raises:
+        UserError: It is about parts of a client's own, and the algorithm has none.
+    """
+    algorithm, local = experiment.algorithm, experiment.algorithm.local
+    batches = local.gradient_accumulation_steps * cohort
+    plain: dict[str, AnyAlgorithm] = {
+        "alone": Alone(local=local),
+        "feddpo": FedDPO(local=local),
+        "pooled": Pooled(local=replace(local, gradient_accumulation_steps=batches)),
+    }
+    if name in plain or name in FREE:
+        return plain.get(name)
+    own = algorithm.parts
+    if own is None or own == NO_PARTS:
+        raise UserError(
+            f"baselines: {name} is about parts of a client's own, of which {algorithm.name} has "
+            "none. Leave it out."
+        )
+    # trained as the algorithm trains its own, where it says how
+    named = {one.name for one in fields(Personal)} - {"name", "parts", "local"}
+    how = {key: getattr(algorithm, key) for key in named if hasattr(algorithm, key)}
+    reward = replace(NO_PARTS, reward=True, reward_pooling=own.reward_pooling)
+    if name == "alone-parts":
+        return Alone(local=local, parts=own, **how)
+    if name == "reward-head":
+        return Alone(local=local, parts=reward, only_parts=True)
+    return FedPDPO(local=local, parts=reward, **how)
 
 
 def with_whole_paths(experiment: Experiment) -> Experiment:

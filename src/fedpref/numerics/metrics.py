@@ -37,7 +37,7 @@ HEADLINES = {
 }
 
 
-LOW_IS_GOOD = frozenset({"loss", "error", "calibration_error", "kl", "value_error"})
+LOW_IS_GOOD = frozenset({"loss", "loss_joint", "error", "calibration_error", "kl", "value_error"})
 
 
 def low_is_good(metric: str) -> bool:

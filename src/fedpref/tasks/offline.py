@@ -33,6 +33,8 @@ from fedpref.types import WholeNumber
 SCORES = "-reference.sqlite"  # ends the names of files of reference scores
 SCORING_BATCH = 32  # answers of a batch where each is scored once
 MEASURED = 16  # examples of a batch of training data that is seen once
+# what is minimised, where that is more than the loss by which methods are compared
+MINIMISED = "loss_joint"
 READ = 96  # tokens of answers that are drawn to be read
 
 PerExample = Float[Tensor, " B"]
@@ -179,7 +181,7 @@ class OfflineLearner(LanguageLearner):
     def measure(
         self, policy: Float[Tensor, "B 2"], explicit: Float[Tensor, "B 2"] | None, batch: Batch
     ) -> Mapping[str, PerExample]:
-        """Return metrics of each example; `loss` is differentiable.
+        """Return metrics of each example; `loss`, or what is minimised, is differentiable.
 
         Args:
             policy: Log-probabilities of both answers [B, 2].
@@ -253,14 +255,11 @@ class OfflineLearner(LanguageLearner):
             "num_tokens": float(sum(example.tokens for example in batch.examples)),
         }
         weights = batch.weights or (1.0,) * len(self.objectives)
+        loss = measured.get(MINIMISED, measured["loss"])
         if len(self.objectives) == 1:
-            return weights[0] * measured["loss"].mean()[None], metrics | counts
-        whose = torch.tensor(
-            [example.objective for example in batch.examples], device=measured["loss"].device
-        )
-        losses = torch.stack(
-            [w * measured["loss"][whose == m].mean() for m, w in enumerate(weights)]
-        )
+            return weights[0] * loss.mean()[None], metrics | counts
+        whose = torch.tensor([example.objective for example in batch.examples], device=loss.device)
+        losses = torch.stack([w * loss[whose == m].mean() for m, w in enumerate(weights)])
         apart = {
             f"loss/{name}": loss
             for name, loss in zip(self.objectives, losses.tolist(), strict=True)

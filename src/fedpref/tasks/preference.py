@@ -19,6 +19,7 @@ from fedpref.models.packed import scored_tokens
 from fedpref.numerics.metrics import COMBINED
 from fedpref.rewards.reward import OpenGroups, no_groups
 from fedpref.tasks.offline import (
+    MINIMISED,
     Batch,
     Example,
     OfflineLearner,
@@ -153,8 +154,8 @@ class PreferenceLearner(OfflineLearner):
     ) -> Mapping[str, PerExample]:
         """Return metrics of each pair under TRL's names; `loss` is differentiable.
 
-        These are the policy's, whatever stands beside it. With a reward head, accuracies are also
-        given of the explicit reward alone and of both together.
+        These are the policy's, whatever stands beside it. With a reward head, what is minimised is
+        also given, and accuracies of the explicit reward alone and of both together.
         """
         loss, tokens = (
             self.settings.loss,
@@ -169,9 +170,10 @@ class PreferenceLearner(OfflineLearner):
         if not isinstance(loss, DPO | Hinge):
             raise TypeError(f"{loss.name} has no margin to which an explicit reward could be added")
         added = self.settings.explicit.alpha * explicit
-        losses = self.settings.explicit(loss, chosen - rejected, explicit[:, 0] - explicit[:, 1])
+        margins = chosen - rejected, explicit[:, 0] - explicit[:, 1]
         return {
-            **_metrics(losses, chosen, rejected),
+            **_metrics(loss(scores, reference), chosen, rejected),
+            MINIMISED: self.settings.explicit(loss, *margins),
             COMBINED: _accurate(chosen + added[:, 0], rejected + added[:, 1]),
             "rewards/accuracies_explicit": _accurate(explicit[:, 0], explicit[:, 1]),
         }
