@@ -7,6 +7,10 @@ Effects of seeds, of clients and of both together are drawn from normal distribu
 10 seeds, 6, 12 and 50 clients, and whichever of the three varies most; the share of intervals that
 hold the mean should be 0.95. Beside `fedpref.numerics.intervals` stands the percentile bootstrap.
 `--skewed` draws from a shifted exponential distribution instead, which no claim is made about.
+
+Then how evenly clients fare (`fedpref.numerics.fairness`): clients of 80 pairs each, whose own
+accuracies differ by 0 to 15 points, and the share of intervals that hold the worst client's, the
+mean of the worst tenth's, the standard deviation, and the share of clients that lose.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedpref.numerics.fairness import fairness
 from fedpref.numerics.intervals import interval
 
 SEEDS, CLIENTS = (3, 5, 10), (6, 12, 50)
@@ -37,6 +42,8 @@ SPREADS = (  # standard deviations of seeds, of clients, and of both together
     (1, 3, 3),
     (0.5, 0.5, 3),
 )
+BETWEEN = (0.0, 0.02, 0.05, 0.1, 0.15)  # standard deviations of clients' own accuracies
+PAIRS = 80
 RESAMPLES = 400
 Matrix = NDArray[np.float64]
 
@@ -77,6 +84,33 @@ def held(
     }
 
 
+def held_by_clients(clients: int, between: float, times: int) -> dict[str, float]:
+    """The share of intervals that hold what they are about, for clients of 80 pairs each."""
+    rng = np.random.default_rng([clients, round(100 * between)])
+    held = dict.fromkeys(("worst", "worst_decile", "std", "harmed"), 0)
+    tenth = -(-clients // 10)
+    for _ in range(times):
+        own = np.clip(0.6 + between * rng.normal(size=clients), 0.02, 0.98)
+        share = rng.binomial(PAIRS, own) / PAIRS
+        smoothed = (share * PAIRS + 0.5) / (PAIRS + 1)
+        of_pairs = np.sqrt(smoothed * (1 - smoothed) / PAIRS)
+        gained = own - 0.6 + 0.04 * rng.normal(size=clients)
+        truths = {
+            "worst": own.min(),
+            "worst_decile": np.sort(own)[:tenth].mean(),
+            "std": own.std(ddof=1),
+            "harmed": (own < 0.6).mean(),
+        }
+        found = fairness(list(share), list(of_pairs))
+        gains = fairness(list(gained), [0.04] * clients)
+        if found is None or gains is None:
+            raise RuntimeError("there is an interval for three clients or more")
+        for name, truth in truths.items():
+            low, high = getattr(gains if name == "harmed" else found, name)
+            held[name] += low <= truth <= high
+    return {name: count / times for name, count in held.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -99,6 +133,13 @@ def main() -> None:
     ):
         if values := [shares[form] for shares in found.values() if form in shares]:
             figures |= {names[0]: min(values), names[1]: max(values)}
+    even: list[float] = []
+    for clients, between in product(CLIENTS, BETWEEN):
+        shares = held_by_clients(clients, between, arguments.times // 8)
+        even += shares.values()
+        texts = (f"{name} {share:.3f}" for name, share in shares.items())
+        print(f"{clients} clients, {100 * between:.0f} points apart".ljust(50), *texts, flush=True)
+    figures |= {"fairness_lowest": min(even), "fairness_highest": max(even)}
     print(json.dumps(figures, indent=1))
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1) + "\n")

@@ -397,6 +397,7 @@ def test_a_run_leaves_everything_a_report_needs(settings: dict[str, Any], tmp_pa
         "weighted_mean",
         "worst",
         "worst_decile",
+        "std",
         "gap",
         "jain",
         "cov",

@@ -78,7 +78,7 @@ def test_summaries_over_clients_have_their_closed_forms() -> None:
     values, counts = {"a": 1.0, "b": 0.5, "c": 0.0}, {"a": 10, "b": 30, "c": 10}
     summary = over_clients(values, counts)
     fairness = {"jain": 2.25 / (3 * 1.25), "cov": math.sqrt(1 / 6) / 0.5, "gap": 1.0}
-    fairness["fairness"] = 1 / (1 + fairness["cov"])
+    fairness |= {"fairness": 1 / (1 + fairness["cov"]), "std": 0.5}
     assert summary == pytest.approx(
         {"mean": 0.5, "weighted_mean": 0.5, "worst": 0.0, "worst_decile": 0.0, **fairness}
     )

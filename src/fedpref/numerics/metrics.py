@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -84,7 +85,8 @@ def over_clients(
 
     Returns:
         `mean`; `weighted_mean`; `worst`, the worst client; `worst_decile`, the mean of the worst
-        tenth, one client at least; `gap`, best less worst; and where no value is negative `jain`,
+        tenth, one client at least; `gap`, best less worst; `std`, the standard deviation over
+        clients, of which the luck of few examples is a part; and where no value is negative `jain`,
         (sum x)^2 / (N sum x^2), which is 1 when all fare alike and 1/N when one has everything
         (Jain et al. 1984), `cov`, the standard deviation as a share of the mean, and `fairness`, 1
         / (1 + cov) (arXiv 2604.04261).
@@ -99,6 +101,7 @@ def over_clients(
         "worst": ranked[0],
         "worst_decile": sum(worst) / len(worst),
         "gap": max(ranked) - min(ranked),
+        "std": statistics.stdev(ranked) if len(ranked) > 1 else 0.0,
     }
     if min(ranked) >= 0:
         summary["jain"] = sum(ranked) ** 2 / (len(ranked) * squares) if squares else 1.0

@@ -8,6 +8,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from fedpref.errors import UserError
 from fedpref.experiments.finished import FinishedRun
 from fedpref.experiments.run_directory import RunDirectory
 from fedpref.experiments.run_files import METRICS
+from fedpref.numerics.fairness import Fairness, fairness
 from fedpref.numerics.intervals import Matrix, interval
 from fedpref.numerics.metrics import ACCURACY, COMBINED, HEADLINES, headline, over_clients
+from fedpref.reports.paired import Outcomes, errors, gain, outcomes
 from fedpref.reports.tables import bytes_text
 from fedpref.runs.sweep import is_sweep, members
 
@@ -49,6 +52,13 @@ class Row:
     """Clients that never trained: mean as they came, and after they joined."""
     combined: float | None = None
     """The mean with clients' reward heads beside their policies, where there are any."""
+    std: float = math.nan
+    """The standard deviation over clients."""
+    even: Fairness | None = None
+    """Intervals of the worst client, the worst decile and the standard deviation, where pairs were
+    kept."""
+    harmed: tuple[float, float] | None = None
+    """The interval of the share of clients that lose against the first line, luck taken out."""
 
 
 def compare(paths: Sequence[Path]) -> list[Row]:
@@ -100,7 +110,7 @@ def _compared(lines: Sequence[_Line]) -> list[Row]:
                 f"{line.name}: its clients or their data are not those of {first.name}; compare "
                 "runs on one split."
             )
-    return [_row(line, None if line is first else first.values) for line in lines]
+    return [_row(line, None if line is first else first) for line in lines]
 
 
 def grouped(paths: Sequence[Path]) -> dict[str, dict[int, FinishedRun]]:
@@ -135,6 +145,12 @@ class _Member:
     def last(self) -> Mapping[str, Any]:
         """The last evaluation."""
         return self.run.last_of(self.line or self.run.experiment.algorithm.name)
+
+    @cached_property
+    def outcomes(self) -> Outcomes:
+        """What came of each held-out example, of the clients that trained."""
+        found = outcomes(self.run.path, self.line or self.run.experiment.algorithm.name)
+        return {name: found[name] for name in self.last["clients"] if name in found}
 
     @property
     def rounds(self) -> list[dict[str, Any]]:
@@ -183,9 +199,10 @@ def _line(name: str, runs: Mapping[int, _Member]) -> _Line:
     return _Line(name, metric, list(runs), list(runs.values()), data, values)
 
 
-def _row(line: _Line, first: Matrix | None) -> Row:
+def _row(line: _Line, against: _Line | None) -> Row:
     metrics = [row for member in line.members for row in member.rounds]
     values, crossed = line.values, line.crossed
+    first = None if against is None else against.values
     names = [str(i) for i in range(values.shape[1])]
     over = [
         over_clients(dict(zip(names, of_seed.tolist(), strict=True)), dict.fromkeys(names, 1))
@@ -207,7 +224,38 @@ def _row(line: _Line, first: Matrix | None) -> Row:
         seconds_per_round=float(np.mean([row["seconds"] for row in metrics])),
         newcomers=_newcomers(line.members),
         combined=_combined(line.members),
+        std=float(np.mean([summary["std"] for summary in over])),
+        even=_even(line),
+        harmed=None if against is None else _harmed(line, against),
     )
+
+
+def _even(line: _Line) -> Fairness | None:
+    """Return how evenly clients fare; None unless they are the same with every seed.
+
+    Seeds are not taken as more examples: under each most held-out prompts are the same.
+    """
+    known = [errors(member.outcomes) for member in line.members]
+    if line.metric != ACCURACY or not line.crossed or not all(known):
+        return None
+    squares = np.array([[of_seed[name] ** 2 for name in sorted(of_seed)] for of_seed in known])
+    return fairness(line.values.mean(0).tolist(), np.sqrt(squares.mean(0)).tolist())
+
+
+def _harmed(line: _Line, against: _Line) -> tuple[float, float] | None:
+    """Return the share of clients that lose against another line, as `Gain.harmed` does."""
+    if line.metric != ACCURACY or not line.crossed:
+        return None
+    pairs = zip(line.members, against.members, strict=True)
+    found = [gain(ours.outcomes, theirs.outcomes) for ours, theirs in pairs]
+    gains = [one for one in found if one]
+    if len(gains) < len(found):
+        return None
+    names = sorted(gains[0].clients)
+    values = np.array([[one.clients[name] for name in names] for one in gains])
+    squares = np.array([[one.errors[name] ** 2 for name in names] for one in gains])
+    even = fairness(values.mean(0).tolist(), np.sqrt(squares.mean(0)).tolist())
+    return even.harmed if even else None
 
 
 def _combined(members: Sequence[_Member]) -> float | None:
@@ -245,12 +293,17 @@ TITLES = (
     "gain [95 %]",
     "worst client",
     "worst decile",
+    "sd over clients",
     "Jain",
+    "worse off, %",
     "bytes a round",
     "s a round",
     "newcomers",
     "with reward head",
 )
+
+
+NONE = (math.nan, math.nan)
 
 
 def _with_interval(digits: int, mean: float, low: float, high: float, sign: str = "") -> str:
@@ -267,9 +320,11 @@ def cells(row: Row) -> tuple[str, ...]:
         str(row.seeds),
         _with_interval(digits, row.mean, *row.interval),
         "" if row.gain is None else _with_interval(digits, *row.gain, sign="+"),
-        f"{row.worst:.{digits}f}",
-        f"{row.worst_decile:.{digits}f}",
+        _with_interval(digits, row.worst, *(row.even.worst if row.even else NONE)),
+        _with_interval(digits, row.worst_decile, *(row.even.worst_decile if row.even else NONE)),
+        _with_interval(digits, row.std, *(row.even.std if row.even else NONE)),
         "" if math.isnan(row.jain) else f"{row.jain:.4f}",
+        "" if row.harmed is None else " to ".join(f"{100 * bound:.0f}" for bound in row.harmed),
         bytes_text(row.bytes_per_round),
         f"{row.seconds_per_round:.1f}",
         ""
@@ -335,9 +390,8 @@ def _of_latex(text: str) -> str:
 
 def columns_of(rows: Sequence[Row]) -> list[int]:
     """Return the columns that have something in them."""
-    filled = [any(row.newcomers for row in rows), any(row.combined is not None for row in rows)]
-    first = len(TITLES) - len(filled)
-    return [*range(first), *(first + k for k, has in enumerate(filled) if has)]
+    texts = [cells(row) for row in rows]
+    return [i for i in range(len(TITLES)) if not i or any(text[i] for text in texts)]
 
 
 def csv_text(rows: Sequence[Row]) -> str:
@@ -352,8 +406,17 @@ def csv_text(rows: Sequence[Row]) -> str:
         "gain_low",
         "gain_high",
         "worst",
+        "worst_low",
+        "worst_high",
         "worst_decile",
+        "worst_decile_low",
+        "worst_decile_high",
+        "std",
+        "std_low",
+        "std_high",
         "jain",
+        "harmed_low",
+        "harmed_high",
         "bytes_per_round",
         "seconds_per_round",
         "newcomers_before",
@@ -364,7 +427,16 @@ def csv_text(rows: Sequence[Row]) -> str:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(names)
     for row in rows:
-        rest = (row.worst, row.worst_decile, row.jain, row.bytes_per_round, row.seconds_per_round)
+        even = [
+            [value, *(getattr(row.even, name) if row.even else ("", ""))]
+            for name, value in (
+                ("worst", row.worst),
+                ("worst_decile", row.worst_decile),
+                ("std", row.std),
+            )
+        ]
+        rest = [value for some in even for value in some]
+        rest += [row.jain, *(row.harmed or ("", "")), row.bytes_per_round, row.seconds_per_round]
         writer.writerow(
             [
                 row.name,

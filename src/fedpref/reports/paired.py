@@ -14,6 +14,7 @@ from fedpref.experiments.finished import FinishedRun
 from fedpref.experiments.run_directory import OUTCOMES, client_path
 from fedpref.experiments.run_files import OUTCOMES as FORM
 from fedpref.experiments.run_files import read_json
+from fedpref.numerics.fairness import fairness
 
 FEWEST = 5  # prompts of a client, below which an error would be far too small
 
@@ -30,12 +31,20 @@ class Gain:
         error: Its standard error, of prompts drawn anew.
         prompts: Held-out prompts.
         clients: Each client's gain, in points.
+        errors: The standard errors of these.
     """
 
     mean: float
     error: float
     prompts: int
     clients: Mapping[str, float]
+    errors: Mapping[str, float]
+
+    @property
+    def harmed(self) -> tuple[float, float] | None:
+        """The 95 % interval of the share of clients that lose, luck taken out; None for a few."""
+        found = fairness([*self.clients.values()], [self.errors[name] for name in self.clients])
+        return found.harmed if found else None
 
     @property
     def is_told(self) -> bool:
@@ -69,21 +78,52 @@ def gain(ours: Outcomes, theirs: Outcomes) -> Gain | None:
     ):
         return None
     parts: defaultdict[str, float] = defaultdict(float)  # of each prompt in the mean's error
-    each = {}
+    each, errors = {}, {}
     for name in names:
         found: defaultdict[str, list[float]] = defaultdict(list)
         for (prompt, a), (_, b) in zip(ours[name], theirs[name], strict=True):
             found[prompt].append(a - b)
         if len(found) < FEWEST:
             return None
-        pairs = len(ours[name])
-        mean = sum(map(sum, found.values())) / pairs
+        mean, own = _by_prompts(found)
         each[name] = 100 * mean
-        scale = math.sqrt(len(found) / (len(found) - 1)) / pairs / len(names)
-        for prompt, values in found.items():
-            parts[prompt] += scale * (sum(values) - len(values) * mean)
-    error = math.sqrt(sum(part**2 for part in parts.values()))
-    return Gain(sum(each.values()) / len(each), 100 * error, len(parts), each)
+        # as if half a pair more were won and half a pair lost: no gain is certain of few pairs
+        least = 1 / math.sqrt(len(ours[name]) * (len(ours[name]) + 1))
+        errors[name] = 100 * max(least, math.hypot(*own.values()))
+        for prompt, part in own.items():
+            parts[prompt] += part / len(names)
+    error = math.hypot(*parts.values())
+    return Gain(sum(each.values()) / len(each), 100 * error, len(parts), each, errors)
+
+
+def _by_prompts(found: Mapping[str, Sequence[float]]) -> tuple[float, dict[str, float]]:
+    """Return the mean of values by prompt, and each prompt's part in its standard error."""
+    count = sum(map(len, found.values()))
+    mean = sum(map(sum, found.values())) / count
+    scale = math.sqrt(len(found) / (len(found) - 1)) / count
+    return mean, {
+        prompt: scale * (sum(values) - len(values) * mean) for prompt, values in found.items()
+    }
+
+
+def errors(found: Outcomes) -> dict[str, float]:
+    """Return the standard error of each client's accuracy, in points, of prompts drawn anew.
+
+    It is no smaller than that of as many pairs of prompts of their own, half a pair of each kind
+    added, for a client with all pairs right is not certain. Empty where somebody has too few
+    prompts for an error.
+    """
+    known = {}
+    for name, pairs in found.items():
+        grouped: defaultdict[str, list[float]] = defaultdict(list)
+        for prompt, right in pairs:
+            grouped[prompt].append(right)
+        if len(grouped) < FEWEST:
+            return {}
+        share = (sum(right for _, right in pairs) + 0.5) / (len(pairs) + 1)
+        binomial = math.sqrt(share * (1 - share) / len(pairs))
+        known[name] = 100 * max(binomial, math.hypot(*_by_prompts(grouped)[1].values()))
+    return known
 
 
 def gains(run: Path) -> dict[str, Gain]:
@@ -107,6 +147,7 @@ def sentences(run: Path) -> list[str]:
             f"{main} against {other}: {one.mean:+.1f} points, standard error {one.error:.1f} "
             f"(paired over {one.prompts} prompts); {up} clients gain, {len(lost)} lose"
             + (f": {', '.join(lost)}" if lost else "")
+            + (f"; luck taken out, {_share(one.harmed)} of clients lose" if one.harmed else "")
         )
     known = known_accuracies(finished.experiment, list(finished.clients))
     if known:
@@ -115,6 +156,11 @@ def sentences(run: Path) -> list[str]:
             f"{100 * sum(known.values()) / len(known):.1f} % of them rightly themselves"
         )
     return said
+
+
+def _share(bounds: tuple[float, float]) -> str:
+    low, high = (round(100 * bound) for bound in bounds)
+    return f"{low} %" if low == high else f"{low} to {high} %"
 
 
 def known_accuracies(experiment: Experiment, clients: Sequence[str]) -> dict[str, float]:

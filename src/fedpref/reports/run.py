@@ -31,7 +31,7 @@ from fedpref.numerics.metrics import (
     headline,
     standard_error,
 )
-from fedpref.reports.paired import Gain, gains, known_accuracies
+from fedpref.reports.paired import Gain, errors, gains, known_accuracies, outcomes
 
 # client -> its value of the metric by which clients are compared, in that metric's unit
 Values = dict[str, float]
@@ -147,6 +147,10 @@ class Run:
     def paired(self) -> Mapping[str, Gain]:
         """What the line has over each baseline on the same held-out pairs, if kept."""
         return gains(self.path) if self.done and self.metric == ACCURACY else {}
+
+    def errors(self, line: Line) -> Mapping[str, float]:
+        """Return standard errors of clients' accuracies under a line, where pairs were kept."""
+        return errors(outcomes(self.path, line.name)) if self.metric == ACCURACY else {}
 
     @cached_property
     def known_accuracies(self) -> Mapping[str, float]:

@@ -200,6 +200,10 @@ def cards(run: Run) -> list[tuple[str, str, str]]:
                 "clients against alone, beyond two standard errors; for the rest it may be luck",
             )
         )
+    if (paired := run.paired.get("alone")) and paired.harmed:
+        low, high = (round(100 * bound) for bound in paired.harmed)
+        note = "of clients against alone, with the luck of few pairs taken out"
+        tiles.append(("worse off", f"{low} to {high} %", note))
     time = f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min"
     cost = f"in rounds; {bytes_text(up / rounds)} up and {bytes_text(down / rounds)} down in each"
     return [*tiles, ("what it cost", time, cost)]

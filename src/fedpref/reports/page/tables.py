@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedpref.numerics.fairness import fairness as even_of
 from fedpref.numerics.metrics import of_objectives, over_clients
 from fedpref.reports.charts import every_line, main_lines
 from fedpref.reports.run import Line, Run
@@ -15,6 +17,7 @@ FAIRNESS = {
     "worst": "worst client",
     "worst_decile": "worst decile",
     "gap": "gap",
+    "std": "standard deviation",
     "jain": "Jain index",
 }
 # of a table: whose, clients' values, the sign they are written with
@@ -32,11 +35,19 @@ def fairness(runs: Sequence[Run]) -> tuple[list[str], list[tuple[str, list[str]]
 
 def _spread(run: Run, line: Line) -> dict[str, str]:
     counts = {client: int(row["num_examples"]) for client, row in line.last.items()}
-    summary = over_clients(run.values(line), counts)
-    return {
+    values = run.values(line)
+    summary = over_clients(values, counts)
+    texts = {
         key: f"{value:.{4 if key == 'jain' else run.shown.digits}f}"
         for key, value in summary.items()
     }
+    known = run.errors(line)
+    even = even_of([*values.values()], [known.get(name, math.nan) for name in values])
+    for key in ("worst", "worst_decile", "std"):
+        if even:
+            low, high = getattr(even, key)
+            texts[key] += f" [{low:.{run.shown.digits}f}, {high:.{run.shown.digits}f}]"
+    return texts
 
 
 def client_rows(runs: Sequence[Run]) -> list[tuple[str, str, str, list[str]]]:
