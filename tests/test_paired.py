@@ -14,8 +14,9 @@ from fedpref import Experiment, UserError, config, run
 from fedpref.data import Builtin
 from fedpref.experiments.run_directory import OUTCOMES, SAMPLES
 from fedpref.numerics.metrics import ACCURACY
+from fedpref.reports.page import write_report
 from fedpref.reports.page.sentences import cards, words
-from fedpref.reports.paired import gain, gains, outcomes, sentences
+from fedpref.reports.paired import gain, gains, outcomes, sentences, stated
 from fedpref.reports.run import read
 from fedpref.reports.tables import next_commands, sample_table
 
@@ -97,6 +98,20 @@ def test_a_run_keeps_what_came_of_each_held_out_pair(finished: Path) -> None:
         values = [value for _, value in kept[name]]
         assert len(values) == metrics["num_examples"] > 8
         assert sum(values) / len(values) == pytest.approx(metrics[ACCURACY])
+    sure = stated(finished, "fedpdpo")
+    for name, metrics in rows[-1]["clients"].items():
+        assert all(0.5 <= one <= 1 for one, _ in sure[name])
+        assert [right for _, right in sure[name]] == [right for _, right in kept[name]]
+        bins: dict[int, float] = {}
+        for one, right in sure[name]:
+            bin = min(int(10 * one), 9)
+            bins[bin] = bins.get(bin, 0.0) + one - right
+        error = sum(map(abs, bins.values())) / len(sure[name])
+        assert metrics["calibration_error"] == pytest.approx(error, abs=1e-6)
+    assert (
+        "Is it as sure as it may be?"
+        in write_report([finished], finished / "page.html").read_text()
+    )
     found = gains(finished)
     assert found.keys() == {"alone", "feddpo"}
     alone = json.loads((finished / "baselines/alone/evaluation.jsonl").open().readlines()[-1])

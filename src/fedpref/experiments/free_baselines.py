@@ -19,6 +19,7 @@ from fedpref.experiments.run_directory import CONFIG, OUTCOMES, RunDirectory, fi
 from fedpref.experiments.run_files import EVALUATION, METRICS
 from fedpref.numerics.bradley_terry import Differences, margins
 from fedpref.numerics.metrics import ACCURACY, over_clients
+from fedpref.tasks.alignment import calibration_error
 
 if TYPE_CHECKING:
     from fedpref.tasks.offline import Example, OfflineLearner, OfflineShard
@@ -83,10 +84,16 @@ def _evaluated(
     for shard in shards:
         margin = found[shard.name]
         right = (margin > 0).double() + (margin == 0).double() / 2
-        pairs = task.told(shard, right.tolist())
+        # the longer answer states no probability, a regression does
+        states = under.path.name not in FREE["length"]
+        stated = torch.sigmoid(margin.double()) if states else torch.zeros(0)
+        pairs = task.told(shard, right.tolist(), stated.tolist())
         file = under.path / OUTCOMES / f"{file_name(shard.name)}.json"
         file.write_text(json.dumps(pairs) + "\n")
         rows[shard.name] = {ACCURACY: float(right.mean()), "num_examples": len(shard.test)}
+        if states:
+            sure = torch.maximum(stated, 1 - stated)
+            rows[shard.name]["calibration_error"] = calibration_error(sure, right)
     values = {name: row[ACCURACY] for name, row in rows.items()}
     counts = {name: int(row["num_examples"]) for name, row in rows.items()}
     return {"clients": rows, "summary": {ACCURACY: over_clients(values, counts)}}

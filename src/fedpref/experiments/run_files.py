@@ -123,7 +123,8 @@ FORMS: dict[str, TypeAdapter[Any]] = {
     ENVIRONMENT: TypeAdapter(Environment),
 }
 SAMPLES = TypeAdapter(Sample)
-OUTCOMES = TypeAdapter(list[tuple[str, float]])  # of a client's held-out examples
+# of a client's held-out examples
+OUTCOMES = TypeAdapter(list[tuple[str, float] | tuple[str, float, float]])
 
 
 def read_json(path: Path, form: TypeAdapter[Any] | None = None) -> Any:

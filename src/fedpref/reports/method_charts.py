@@ -21,6 +21,7 @@ from fedpref.reports.charts import (
     main_lines,
     with_prefix,
 )
+from fedpref.reports.paired import stated
 from fedpref.reports.run import Run
 
 ROUNDING = 1e-12  # of the largest: what is below is rounding
@@ -231,6 +232,58 @@ def front(content: Mapping[str, Any]) -> Chart:
     return Chart("The front of trade-offs", caption, data, axes(names[0], names[1]))
 
 
+def reliability(runs: Sequence[Run]) -> Iterator[Chart]:
+    """Yield a chart of how often pairs are ranked rightly, by how sure a line is of them."""
+    data: list[dict[str, Any]] = []
+    for name, run, line, number in every_line(runs):
+        known = stated(run.path, line.name) if run.done else {}
+        if not known:
+            continue
+        together = [pair for some in known.values() for pair in some]
+        x, y, text = _binned(together)
+        data.append({**lined(name, x, y, number), "text": text, "hoverinfo": "text+name"})
+        if len(runs) == 1 and line is run.line:
+            for k, (client, some) in enumerate(known.items()):
+                x, y, text = _binned(some)
+                data.append(
+                    {
+                        **lined(client if k else "each client", x, y, 0),
+                        "opacity": 0.35,
+                        "mode": "lines",
+                        "line": {"color": "#7F7F7F"},
+                        "legendgroup": "clients",
+                        "showlegend": not k,
+                        "text": [f"{client}: {one}" for one in text],
+                        "hoverinfo": "text",
+                    }
+                )
+    if data:
+        even = {"type": "line", "x0": 0.5, "y0": 0.5, "x1": 1, "y1": 1, "line": DOTTED}
+        caption = (
+            "Pairs by the probability that a line gives to the answer it prefers (sigmoid of the "
+            "reward margin), and the share of them that it ranks rightly; on the dotted line it is "
+            "as often right as it says, below it too sure. Hover for the number of pairs."
+        )
+        layout = axes("stated probability", "share ranked rightly", shapes=[even])
+        yield Chart("Is it as sure as it may be?", caption, data, layout)
+
+
+def _binned(
+    pairs: Sequence[tuple[float, float]],
+) -> tuple[list[float], list[float], list[str]]:
+    """Return mean probability, share right and a text, of pairs in bins of a tenth."""
+    bins: dict[int, list[tuple[float, float]]] = {}
+    for sure, right in pairs:
+        bins.setdefault(min(int(10 * sure), 9), []).append((sure, right))
+    x, y, text = [], [], []
+    for _, some in sorted(bins.items()):
+        sure, right = (sum(values) / len(some) for values in zip(*some, strict=True))
+        x.append(sure)
+        y.append(right)
+        text.append(f"{100 * sure:.0f} % sure, {100 * right:.0f} % right, {len(some)} pairs")
+    return x, y, text
+
+
 def calibration(runs: Sequence[Run]) -> Iterator[Chart]:
     """Yield a chart of how far predicted shares are from the truth, and how often intervals hold
     it.
@@ -238,7 +291,7 @@ def calibration(runs: Sequence[Run]) -> Iterator[Chart]:
     data = []
     for prefix, run, number in main_lines(runs):
         rows = run.line.last
-        if not all("calibration_error" in row for row in rows.values()):
+        if not all({"calibration_error", "coverage"} <= row.keys() for row in rows.values()):
             continue
         x, y = ([row[name] for row in rows.values()] for name in ("calibration_error", "coverage"))
         marks = {

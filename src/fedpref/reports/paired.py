@@ -57,7 +57,24 @@ def outcomes(run: Path, line: str) -> Outcomes:
     finished = FinishedRun.at(run)
     folder = finished.lines[line].path
     found = {name: client_path(folder, OUTCOMES, name, ".json") for name in finished.clients}
-    return {name: read_json(file, FORM) for name, file in found.items() if file}
+    rows = {name: read_json(file, FORM) for name, file in found.items() if file}
+    return {name: [(row[0], row[1]) for row in some] for name, some in rows.items()}
+
+
+def stated(run: Path, line: str) -> dict[str, list[tuple[float, float]]]:
+    """Return how sure a line was of each held-out pair, from 0.5 to 1, and whether it was right.
+
+    By client; empty where no probabilities were kept.
+    """
+    finished = FinishedRun.at(run)
+    folder = finished.lines[line].path
+    found = {name: client_path(folder, OUTCOMES, name, ".json") for name in finished.clients}
+    rows = {name: read_json(file, FORM) for name, file in found.items() if file}
+    return {
+        name: [(max(row[2], 1 - row[2]), row[1]) for row in some]
+        for name, some in rows.items()
+        if all(len(row) > 2 for row in some)
+    }
 
 
 def gain(ours: Outcomes, theirs: Outcomes) -> Gain | None:

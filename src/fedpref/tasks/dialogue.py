@@ -30,7 +30,7 @@ from fedpref.rewards.reward import OpenGroups, no_groups, plain
 from fedpref.rewards.text import distinct
 from fedpref.tasks.batches import BatchSize, Examples
 from fedpref.tasks.language import LanguageLearner, LanguageTask, Tokens
-from fedpref.tasks.task import CRITIC
+from fedpref.tasks.task import CRITIC, Outcome
 from fedpref.types import Count, WholeNumber
 
 
@@ -376,7 +376,7 @@ class DialogueLearner(LanguageLearner):
             "could be summed. Leave it out."
         )
 
-    def outcomes(self, params: Tree, shard: DialogueShard) -> list[tuple[str, float]]:
+    def outcomes(self, params: Tree, shard: DialogueShard) -> list[Outcome]:
         """Return nothing: answers are rewarded, not right or wrong."""
         return []
 

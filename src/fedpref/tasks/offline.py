@@ -28,6 +28,7 @@ from fedpref.numerics.metrics import ACCURACY
 from fedpref.numerics.trees import Tree
 from fedpref.tasks.batches import BatchSize, Examples, draw_indices
 from fedpref.tasks.language import LanguageLearner, LanguageTask, Tokens
+from fedpref.tasks.task import Outcome
 from fedpref.types import WholeNumber
 
 SCORES = "-reference.sqlite"  # ends the names of files of reference scores
@@ -293,13 +294,23 @@ class OfflineLearner(LanguageLearner):
             means |= {f"{ACCURACY}/{name}": value / counts[name] for name, value in apart}
         return means | {"num_examples": float(len(shard.test))}
 
-    def outcomes(self, params: Tree, shard: OfflineShard) -> list[tuple[str, float]]:
+    def outcomes(self, params: Tree, shard: OfflineShard) -> list[Outcome]:
         return self.told(shard, self.choices(params, shard).tolist())
 
     @staticmethod
-    def told(shard: OfflineShard, right: Sequence[float]) -> list[tuple[str, float]]:
-        """Return what came of each held-out example, with a digest of its prompt."""
+    def told(
+        shard: OfflineShard, right: Sequence[float], stated: Sequence[float] = ()
+    ) -> list[Outcome]:
+        """Return what came of each held-out example, with a digest of its prompt.
+
+        Args:
+            shard: Whose examples.
+            right: Whether the model was right, of each.
+            stated: The probability that it gave to what is preferred, if it states any.
+        """
         digests = [_digest(example.prompt) for example in shard.test]
+        if stated:
+            return list(zip(digests, right, stated, strict=True))
         return list(zip(digests, right, strict=True))
 
     def texts(self, example: Example) -> tuple[str, str, str]:

@@ -30,7 +30,7 @@ from fedpref.numerics.trees import Tree
 from fedpref.rewards.reward import OpenGroups, no_groups
 from fedpref.tasks.alignment import alignment, calibration_error, wasserstein_alignment
 from fedpref.tasks.batches import BatchSize
-from fedpref.tasks.task import TaskSettings
+from fedpref.tasks.task import Outcome, TaskSettings
 from fedpref.types import Count
 
 Texts = tuple[str, ...]
@@ -360,7 +360,7 @@ class OpinionLearner:
             "num_examples": float(len(shard.asked)),
         }
 
-    def outcomes(self, params: Tree, shard: OpinionShard) -> list[tuple[str, float]]:
+    def outcomes(self, params: Tree, shard: OpinionShard) -> list[Outcome]:
         """Return nothing: shares of options are not right or wrong."""
         return []
 

@@ -17,7 +17,9 @@ from fedpref.losses import DPO, Explicit, Hinge, Loss, PairScores
 from fedpref.models.own_parts import Parts
 from fedpref.models.packed import scored_tokens
 from fedpref.numerics.metrics import COMBINED
+from fedpref.numerics.trees import Tree
 from fedpref.rewards.reward import OpenGroups, no_groups
+from fedpref.tasks.alignment import calibration_error
 from fedpref.tasks.offline import (
     MINIMISED,
     Batch,
@@ -27,6 +29,7 @@ from fedpref.tasks.offline import (
     OfflineTask,
     PerExample,
 )
+from fedpref.tasks.task import Outcome
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +151,30 @@ class PreferenceLearner(OfflineLearner):
                 f"{row.columns.get(column)!r}."
             )
         return self.objectives.index(row.columns[column])
+
+    def evaluate(self, params: Tree, shard: OfflineShard) -> Mapping[str, float]:
+        """Return means over the shard's held-out pairs, as `OfflineLearner.evaluate` does.
+
+        Under DPO, whose margin states a probability, `calibration_error` is how far that is from
+        how often the policy is right.
+        """
+        means = super().evaluate(params, shard)
+        if not (stated := self._stated(params, shard)).numel():
+            return means
+        right = (stated > 0.5).double() + (stated == 0.5).double() / 2
+        error = calibration_error(torch.maximum(stated, 1 - stated), right)
+        return {**means, "calibration_error": error}
+
+    def outcomes(self, params: Tree, shard: OfflineShard) -> list[Outcome]:
+        right = self.choices(params, shard).tolist()
+        return self.told(shard, right, self._stated(params, shard).tolist())
+
+    def _stated(self, params: Tree, shard: OfflineShard) -> Float[Tensor, " n"]:
+        """Return the probability that the policy gives to each preferred answer; empty if none."""
+        if not isinstance(self.settings.loss, DPO) or not shard.test:
+            return torch.zeros(0)
+        margins = [row["rewards/margins"].double() for _, row in self._held_out(params, shard)]
+        return torch.sigmoid(torch.cat(margins)).cpu()
 
     def measure(
         self, policy: Float[Tensor, "B 2"], explicit: Float[Tensor, "B 2"] | None, batch: Batch

@@ -20,6 +20,7 @@ from fedpref.numerics.trees import Tree
 from fedpref.rewards.reward import OpenGroups, RewardSettings, no_groups
 from fedpref.tasks.batches import BatchSize
 
+Outcome = tuple[str, float] | tuple[str, float, float]
 CRITIC = "critic."  # begins the names of parameters that predict an objective's rewards
 
 
@@ -241,9 +242,10 @@ class Task(Protocol):
         """
         ...
 
-    def outcomes(self, params: Tree, shard: Any) -> list[tuple[str, float]]:
+    def outcomes(self, params: Tree, shard: Any) -> list[Outcome]:
         """Return of each held-out example a digest of its prompt and whether the model was right.
 
+        Where a model states probabilities, the one that it gave to what is preferred is the third.
         There are none where a task has no examples that are right or wrong.
         """
         ...

@@ -191,7 +191,12 @@ def sections(
         drawn += [
             (
                 "What was learned",
-                [*charts.held_out(runs), *charts.learning(runs), *methods.calibration(runs)],
+                [
+                    *charts.held_out(runs),
+                    *charts.learning(runs),
+                    *methods.calibration(runs),
+                    *methods.reliability(runs),
+                ],
             ),
             ("Who gained, who lost" if gained else "Clients", [*gained, *charts.by_client(runs)]),
             ("Objectives", [*methods.objectives(runs)]),
