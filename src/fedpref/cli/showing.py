@@ -20,6 +20,21 @@ def compare(
             metavar="RUN",
         ),
     ],
+    at: Annotated[
+        str | None,
+        typer.Option(
+            help="Compare where lines were first at one value of a metric, as in kl=2, or of "
+            "rounds, pairs, seconds or mb; between evaluations in proportion.",
+            metavar="NAME=VALUE",
+        ),
+    ] = None,
+    to: Annotated[
+        str | None,
+        typer.Option(
+            help="Also say what it took to reach a mean, in the table's unit, as in 65.",
+            metavar="VALUE",
+        ),
+    ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
     csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
     latex: Annotated[bool, typer.Option("--latex", help="Print LaTeX, for booktabs.")] = False,
@@ -32,7 +47,8 @@ def compare(
     """
     from fedpref.reports import comparison
 
-    rows = comparison.compare_all(runs)
+    terms = comparison.Terms(at, to)
+    rows = comparison.compare_all(runs, terms)
     forms = (
         (markdown, comparison.markdown),
         (csv, comparison.csv_text),
@@ -43,6 +59,8 @@ def compare(
         print(form(rows), end="")
     if not wanted:
         console.print(comparison.table(rows))
+        for note in comparison.notes(rows, terms):
+            console.print(note, highlight=False, soft_wrap=True, markup=False)
 
 
 @app.command()

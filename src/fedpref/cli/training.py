@@ -285,7 +285,7 @@ def sweep(
 def swept(folder: Path) -> None:
     """Do what is left of a sweep, and show what it came to."""
     from fedpref.models.trunk import remove_states
-    from fedpref.reports.comparison import compare, csv_text, latex, markdown, table
+    from fedpref.reports.comparison import compare, csv_text, latex, markdown, notes, table
     from fedpref.reports.page import REPORT, write_report
     from fedpref.reports.progress import show
     from fedpref.runs.sweep import chosen, planned, selection
@@ -306,7 +306,7 @@ def swept(folder: Path) -> None:
         ("table.tex", latex(rows)),
     ):
         (folder / name).write_text(text)
-    console.print(table(rows))
+    console.print(table(rows), *notes(rows), sep="\n", highlight=False, soft_wrap=True)
     console.print(
         f"the table as Markdown, CSV and LaTeX: {folder}/comparison.md, comparison.csv, table.tex",
         f"report: {write_report([folder], folder / REPORT)}",

@@ -17,12 +17,15 @@ from rich.table import Table
 
 from fedpref.errors import UserError
 from fedpref.experiments.finished import FinishedRun
+from fedpref.experiments.free_baselines import FREE_LINES
 from fedpref.experiments.run_directory import RunDirectory
 from fedpref.experiments.run_files import METRICS
 from fedpref.numerics.fairness import Fairness, fairness
 from fedpref.numerics.intervals import Matrix, interval
 from fedpref.numerics.metrics import ACCURACY, COMBINED, HEADLINES, headline, over_clients
+from fedpref.reports.equal_terms import CLOSE, Course, at, cost_of, course, parse, scaled, seen
 from fedpref.reports.paired import Outcomes, errors, gain, outcomes
+from fedpref.reports.run import Line
 from fedpref.reports.tables import bytes_text
 from fedpref.runs.sweep import is_sweep, members
 
@@ -59,9 +62,32 @@ class Row:
     kept."""
     harmed: tuple[float, float] | None = None
     """The interval of the share of clients that lose against the first line, luck taken out."""
+    seen: float = math.nan
+    """Examples that all clients were trained on, a mean over seeds; nan where none are counted."""
+    steps: float = math.nan
+    """Local steps of a client that trains in every round."""
+    cost: Mapping[str, float] | None = None
+    """What it took to reach the figure that was asked for: `rounds`, `seconds`, `mb`, `pairs`; nan
+    where a run never did."""
 
 
-def compare(paths: Sequence[Path]) -> list[Row]:
+@dataclass(frozen=True)
+class Terms:
+    """On what terms lines are compared: by default as each ended.
+
+    Attributes:
+        at: What is made equal, as in `kl=2`: values are those where its mean was first there.
+        to: A figure of the table; rows say what it took to reach it.
+    """
+
+    at: str | None = None
+    to: str | None = None
+
+
+AS_ENDED = Terms()
+
+
+def compare(paths: Sequence[Path], terms: Terms = AS_ENDED) -> list[Row]:
     """Compare runs, grouped by their name.
 
     Groups come in the order in which names first appear; the others are compared with the first.
@@ -71,9 +97,11 @@ def compare(paths: Sequence[Path]) -> list[Row]:
 
     Args:
         paths: Run directories, and folders of sweeps for all of their runs.
+        terms: On what terms.
 
     Raises:
-        UserError: Runs are unfinished, or were not made on the same seeds and data.
+        UserError: Runs are unfinished, were not made on the same seeds and data, or cannot be
+            compared on these terms.
     """
     paths = [run for path in paths for run in members(path)]
     if unfinished := [path for path in paths if not RunDirectory(path).done]:
@@ -83,22 +111,26 @@ def compare(paths: Sequence[Path]) -> list[Row]:
         )
     return _compared(
         [
-            _line(name, {seed: _Member(run) for seed, run in runs.items()})
+            _line(name, {seed: _Member(run) for seed, run in runs.items()}, terms)
             for name, runs in grouped(paths).items()
-        ]
+        ],
+        terms,
     )
 
 
-def compare_all(paths: Sequence[Path]) -> list[Row]:
+def compare_all(paths: Sequence[Path], terms: Terms = AS_ENDED) -> list[Row]:
     """Compare runs as `compare` does, or a run alone with its own baselines; raises UserError."""
     if len(paths) > 1 or is_sweep(paths[0]):
-        return compare(paths)
+        return compare(paths, terms)
     run = FinishedRun.at(paths[0]).require_done()
-    done = [name for name, line in run.lines.items() if line.done]
-    return _compared([_line(name, {run.experiment.seed: _Member(run, name)}) for name in done])
+    trained = [name for name in run.lines if terms == AS_ENDED or name not in FREE_LINES]
+    done = [name for name in trained if run.lines[name].done]
+    return _compared(
+        [_line(name, {run.experiment.seed: _Member(run, name)}, terms) for name in done], terms
+    )
 
 
-def _compared(lines: Sequence[_Line]) -> list[Row]:
+def _compared(lines: Sequence[_Line], terms: Terms) -> list[Row]:
     first = lines[0]
     for line in lines:
         if line.seeds != first.seeds:
@@ -110,7 +142,7 @@ def _compared(lines: Sequence[_Line]) -> list[Row]:
                 f"{line.name}: its clients or their data are not those of {first.name}; compare "
                 "runs on one split."
             )
-    return [_row(line, None if line is first else first) for line in lines]
+    return [_row(line, None if line is first else first, terms) for line in lines]
 
 
 def grouped(paths: Sequence[Path]) -> dict[str, dict[int, FinishedRun]]:
@@ -153,6 +185,19 @@ class _Member:
         return {name: found[name] for name in self.last["clients"] if name in found}
 
     @property
+    def course(self) -> Course:
+        """How the line went."""
+        name = self.line or self.run.experiment.algorithm.name
+        return course(Line(name, [], self.run.evaluations(name)).course, self.rounds)
+
+    @property
+    def steps(self) -> float:
+        """Local steps of a client that trains in every round; nan where none are taken."""
+        if self.line in FREE_LINES:
+            return math.nan
+        return float(self.run.experiment.algorithm.local.steps * len(self.rounds))
+
+    @property
     def rounds(self) -> list[dict[str, Any]]:
         """What was measured in each round."""
         folder = self.run.lines[self.line] if self.line else self.run.folder
@@ -181,8 +226,18 @@ class _Line:
         return all(data == self.data[0] for data in self.data)
 
 
-def _line(name: str, runs: Mapping[int, _Member]) -> _Line:
+def _line(name: str, runs: Mapping[int, _Member], terms: Terms) -> _Line:
     tables = [member.last["clients"] for member in runs.values()]
+    if terms.at is not None:
+        metric = headline(next(iter(tables[0].values())))
+        made_equal = parse(terms.at)
+        tables = [
+            {
+                client: {metric: value}
+                for client, value in at(name, member.course, *made_equal, metric).items()
+            }
+            for member in runs.values()
+        ]
     if len({len(metrics) for metrics in tables}) > 1:
         raise UserError(
             f"{name}: its runs have different numbers of clients; compare runs on one split."
@@ -199,7 +254,7 @@ def _line(name: str, runs: Mapping[int, _Member]) -> _Line:
     return _Line(name, metric, list(runs), list(runs.values()), data, values)
 
 
-def _row(line: _Line, against: _Line | None) -> Row:
+def _row(line: _Line, against: _Line | None, terms: Terms) -> Row:
     metrics = [row for member in line.members for row in member.rounds]
     values, crossed = line.values, line.crossed
     first = None if against is None else against.values
@@ -223,11 +278,22 @@ def _row(line: _Line, against: _Line | None) -> Row:
         bytes_per_round=float(np.mean([row["bytes_up"] + row["bytes_down"] for row in metrics])),
         seconds_per_round=float(np.mean([row["seconds"] for row in metrics])),
         newcomers=_newcomers(line.members),
-        combined=_combined(line.members),
+        combined=None if terms.at else _combined(line.members),
         std=float(np.mean([summary["std"] for summary in over])),
-        even=_even(line),
-        harmed=None if against is None else _harmed(line, against),
+        # pairs were kept of the end alone
+        even=None if terms.at else _even(line),
+        harmed=None if terms.at or against is None else _harmed(line, against),
+        seen=float(np.mean([seen(member.rounds) for member in line.members])),
+        steps=float(np.mean([member.steps for member in line.members])),
+        cost=None if terms.to is None else _cost(line, terms.to),
     )
+
+
+def _cost(line: _Line, figure: str) -> dict[str, float]:
+    """Return the means over seeds of what it took to reach a figure."""
+    value = scaled(line.metric, figure)
+    found = [cost_of(member.course, line.metric, value) or NEVER for member in line.members]
+    return {name: float(np.mean([one[name] for one in found])) for name in NEVER}
 
 
 def _even(line: _Line) -> Fairness | None:
@@ -300,7 +366,9 @@ TITLES = (
     "s a round",
     "newcomers",
     "with reward head",
+    "to the figure",
 )
+NEVER = dict.fromkeys(("rounds", "seconds", "mb", "pairs"), math.nan)
 
 
 NONE = (math.nan, math.nan)
@@ -331,7 +399,42 @@ def cells(row: Row) -> tuple[str, ...]:
         if row.newcomers is None
         else f"{row.newcomers[0]:.{digits}f} to {row.newcomers[1]:.{digits}f}",
         "" if row.combined is None else f"{row.combined:.{digits}f}",
+        "" if row.cost is None else _spent(row.cost),
     )
+
+
+def _spent(cost: Mapping[str, float]) -> str:
+    if math.isnan(cost["rounds"]):
+        return "never"
+    sent = bytes_text(1e6 * cost["mb"])
+    return f"{cost['rounds']:.1f} rounds, {cost['seconds']:.0f} s, {sent}"
+
+
+def notes(rows: Sequence[Row], terms: Terms = AS_ENDED) -> list[str]:
+    """Return, in sentences, on what terms lines are compared, and which were not on equal ones."""
+    if terms.at:
+        return [f"Values are those where {terms.at} first, between evaluations in proportion."]
+    first, said = rows[0], []
+    for row in rows[1:]:
+        unequal = [
+            f"{name} {own:,.0f} to {theirs:,.0f}"
+            for name, own, theirs in (
+                ("examples seen", row.seen, first.seen),
+                ("local steps", row.steps, first.steps),
+            )
+            if abs(own - theirs) > CLOSE * theirs
+        ]
+        if unequal:
+            said.append(
+                f"{row.name} and {first.name} were not on equal terms: {', '.join(unequal)}. "
+                "--at pairs=N compares lines after as many."
+            )
+    if len(rows) > 2:
+        said.append(
+            f"Of {len(rows)} lines the best is flattered by luck; what was chosen by this table "
+            "needs rows that it was not chosen by."
+        )
+    return said
 
 
 def table(rows: Sequence[Row]) -> Table:
@@ -422,6 +525,9 @@ def csv_text(rows: Sequence[Row]) -> str:
         "newcomers_before",
         "newcomers",
         "with_reward_head",
+        "seen",
+        "steps",
+        *(f"to_figure_{name}" for name in NEVER),
     ]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -447,6 +553,9 @@ def csv_text(rows: Sequence[Row]) -> str:
                 *rest,
                 *(row.newcomers or ("", "")),
                 "" if row.combined is None else row.combined,
+                row.seen,
+                row.steps,
+                *(row.cost.values() if row.cost else [""] * len(NEVER)),
             ]
         )
     return out.getvalue()

@@ -232,6 +232,25 @@ def front(content: Mapping[str, Any]) -> Chart:
     return Chart("The front of trade-offs", caption, data, axes(names[0], names[1]))
 
 
+def for_kl(runs: Sequence[Run]) -> Iterator[Chart]:
+    """Yield a chart of what a line has reached for how far it has moved, where that is measured."""
+    data = []
+    for name, run, line, number in every_line(runs):
+        rows = [row["summary"] for row in line.course if "kl" in row["summary"]]
+        if len(rows) > 1:
+            x = [row["kl"]["mean"] for row in rows]
+            y = [run.shown.scale * row[run.metric]["mean"] for row in rows]
+            text = [f"round {row['round']}" for row in line.course if "kl" in row["summary"]]
+            data.append({**lined(name, x, y, number), "text": text})
+    if data:
+        caption = (
+            "Means over clients at each evaluation, against the KL divergence from the reference: "
+            "of two lines the better one is above at the same KL, not the one that ends higher."
+        )
+        layout = axes("KL to the reference", runs[0].shown.caption)
+        yield Chart(f"Held-out {runs[0].shown.title} for KL", caption, data, layout)
+
+
 def reliability(runs: Sequence[Run]) -> Iterator[Chart]:
     """Yield a chart of how often pairs are ranked rightly, by how sure a line is of them."""
     data: list[dict[str, Any]] = []

@@ -196,6 +196,7 @@ def sections(
                     *charts.learning(runs),
                     *methods.calibration(runs),
                     *methods.reliability(runs),
+                    *methods.for_kl(runs),
                 ],
             ),
             ("Who gained, who lost" if gained else "Clients", [*gained, *charts.by_client(runs)]),
