@@ -57,6 +57,7 @@ def follow(happenings: Iterator[Event], folder: RunDirectory, opens: bool = Fals
     from fedpref.reports.paired import sentences
     from fedpref.reports.progress import show
     from fedpref.reports.tables import (
+        answer_table,
         client_table,
         newcomer_table,
         next_commands,
@@ -79,6 +80,8 @@ def follow(happenings: Iterator[Event], folder: RunDirectory, opens: bool = Fals
         console.print(f"{sentence}.", highlight=False, markup=False)
     if objectives := objective_table(outcome.evaluations):
         console.print(objectives)
+    if answers := answer_table(outcome.evaluations):
+        console.print(answers)
     if samples := sample_table(outcome.path):
         console.print(samples)
     if outcome.newcomers:

@@ -99,7 +99,8 @@ def evaluate(client: Client, *parts: Tree) -> Mapping[str, float]:
 
 @work("evaluation.conclude", reads={"parts": ANYTHING})
 def conclude(client: Client, *parts: Tree) -> Mapping[str, float]:
-    """Return the held-out metrics of the client's model, and keep what came of each example.
+    """Return the held-out metrics of the client's model and of answers that it gives, and keep what
+    came of each example.
 
     That is written to the client's own folder, from which models are compared pair by pair.
     """
@@ -109,7 +110,10 @@ def conclude(client: Client, *parts: Tree) -> Mapping[str, float]:
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / f"{file_name(client.shard.name)}.json"
         file.write_text(json.dumps(outcomes) + "\n")
-    return client.task.evaluate(params, client.shard)
+    return {
+        **client.task.evaluate(params, client.shard),
+        **client.task.generated(params, client.shard),
+    }
 
 
 @work("evaluation.glance", reads={"parts": ANYTHING})

@@ -38,12 +38,14 @@ HEADLINES = {
 }
 
 
+LOW_OF_ANSWERS = frozenset({"kl", "perplexity"})
 LOW_IS_GOOD = frozenset({"loss", "loss_joint", "error", "calibration_error", "kl", "value_error"})
 
 
 def low_is_good(metric: str) -> bool:
     """Return whether the smallest value of a metric is the best one."""
-    return metric.split("/", 1)[0] in LOW_IS_GOOD
+    kind, _, name = metric.partition("/")
+    return kind in LOW_IS_GOOD or (kind == "generation" and name.split("_")[0] in LOW_OF_ANSWERS)
 
 
 def headline(metrics: Container[str]) -> str:

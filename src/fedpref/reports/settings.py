@@ -36,6 +36,7 @@ from fedpref.numerics.topology import AnyTopology
 from fedpref.rewards import Combine, Reward
 from fedpref.sites.consent import Limits, SiteFile
 from fedpref.tasks import AnyTask
+from fedpref.tasks.generation_metrics import Generation
 from fedpref.types import Open
 
 GROUPS: Mapping[str, tuple[str, Sequence[Any]]] = {
@@ -54,9 +55,10 @@ GROUPS: Mapping[str, tuple[str, Sequence[Any]]] = {
     "losses": ("task.loss", (*config.kinds(Loss), KTO)),
     "explicit": ("task.explicit: the reward beside DPO's implicit one", (Explicit,)),
     "predictors": ("task.predictor of the task opinion", (Predictor,)),
-    "rewards": ("task.rewards of the task dialogue", config.kinds(Reward)),
+    "rewards": ("task.rewards of the task dialogue, task.generation.rewards", config.kinds(Reward)),
     "combinations": ("task.rewards.NAME.combine of the reward groups", config.kinds(Combine)),
     "estimators": ("task.estimator of the task dialogue", (PPO, RLOO, GRPO)),
+    "generation": ("task.generation: what a model's own answers are like", (Generation,)),
     "sampling": ("task.sampling of the task dialogue", (Sampling,)),
     "data": ("data", config.kinds(Source)),
     "partitions": ("partition", config.kinds(Partition)),

@@ -27,6 +27,7 @@ from fedpref.numerics.metrics import (
     over_clients,
     standard_error,
 )
+from fedpref.tasks.generation_metrics import before_and_after
 
 # held-out examples of a client, for a figure of its own: an accuracy's standard error of 16 points
 ENOUGH_HELD_OUT = 10
@@ -139,6 +140,32 @@ def client_table(path: Path, evaluations: Mapping[str, ClientMetrics]) -> Table:
         )
     if all("jain" in summaries[line] for line in figures):
         table.add_row("Jain index", "", "", *(f"{summaries[line]['jain']:.4f}" for line in figures))
+    return table
+
+
+def answer_table(evaluations: Mapping[str, ClientMetrics]) -> Table | None:
+    """Return figures of models' own answers, before training and after, under each line; None where
+    none were measured.
+    """
+    found = {
+        line: [before_and_after(row) for row in rows.values()] for line, rows in evaluations.items()
+    }
+    names = list(dict.fromkeys(name for rows in found.values() for row in rows for name in row))
+    if not names:
+        return None
+    title = "answers to held-out prompts: means over clients, before training and after"
+    table = Table(title=title, title_style="bold", title_justify="left")
+    table.add_column("")
+    for line in evaluations:
+        table.add_column(line, justify="right")
+    for name in names:
+        cells = []
+        for rows in found.values():
+            pairs = [row[name] for row in rows if name in row]
+            before = [value for value, _ in pairs if value is not None]
+            then = f"{_mean(before):.3g} → " if before else ""
+            cells.append(f"{then}{_mean([value for _, value in pairs]):.3g}" if pairs else "")
+        table.add_row(name, *cells)
     return table
 
 

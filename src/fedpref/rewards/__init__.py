@@ -8,11 +8,12 @@ from fedpref.rewards.combine import AdaptiveAlpha, Combine, Maximum, Mean, Minim
 from fedpref.rewards.imported import Function, Groups
 from fedpref.rewards.models import Classifier, Sentiment, Toxicity
 from fedpref.rewards.reward import RewardFunction, RewardSettings
+from fedpref.rewards.taste import Taste
 from fedpref.rewards.text import Distinct, Length, Pattern
 from fedpref.types import Open
 
 Reward = Annotated[
-    Length | Distinct | Pattern | Sentiment | Toxicity | Classifier | Groups | Function,
+    Length | Distinct | Pattern | Sentiment | Taste | Toxicity | Classifier | Groups | Function,
     Field(discriminator="name"),
     Open("fedpref.rewards", RewardSettings),
 ]
@@ -33,5 +34,6 @@ __all__ = [
     "RewardFunction",
     "RewardSettings",
     "Sentiment",
+    "Taste",
     "Toxicity",
 ]

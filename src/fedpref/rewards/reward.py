@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol, Self
 
 from fedpref.errors import UserError
@@ -53,6 +54,42 @@ class RewardSettings(ABC):
     def code(self) -> str | None:
         """`module:function` of code that it imports, which others must consent to."""
         return None
+
+
+def called(
+    reward: RewardFunction,
+    what: str,
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    columns: Mapping[str, Sequence[Any]],
+) -> list[float]:
+    """Return the rewards of completions.
+
+    Args:
+        reward: The function.
+        what: The setting that it is of, for messages.
+        prompts: Of each completion.
+        completions: The completions.
+        columns: What else is known of each.
+
+    Raises:
+        UserError: It does not keep to its signature.
+    """
+    try:
+        values = [
+            float(value) for value in reward(prompts=prompts, completions=completions, **columns)
+        ]
+    except TypeError as error:
+        raise UserError(
+            f"{what}: it was called with prompts, completions and the columns {sorted(columns)}, "
+            f"and should return a number for each completion: {error}."
+        ) from error
+    if len(values) != len(completions) or not all(map(math.isfinite, values)):
+        raise UserError(
+            f"{what}: expected {len(completions)} numbers, one of each completion, found "
+            f"{str(values)[:80]}."
+        )
+    return values
 
 
 def plain(text: Text) -> str:

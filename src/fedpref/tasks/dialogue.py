@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,7 +25,7 @@ from fedpref.numerics.trees import Tree
 from fedpref.rewards import Reward
 from fedpref.rewards.combine import AdaptiveAlpha
 from fedpref.rewards.imported import Groups
-from fedpref.rewards.reward import OpenGroups, no_groups, plain
+from fedpref.rewards.reward import OpenGroups, called, no_groups, plain
 from fedpref.rewards.text import distinct
 from fedpref.tasks.batches import BatchSize, Examples
 from fedpref.tasks.language import LanguageLearner, LanguageTask, Tokens
@@ -285,24 +284,10 @@ class DialogueLearner(LanguageLearner):
         ]
         known = prompts[0].columns.keys() - {"prompts", "completions"}
         columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in sorted(known)}
-        rewards = []
-        for name, reward in self.rewards.items():
-            try:
-                values = [
-                    float(value) for value in reward(prompts=asked, completions=texts, **columns)
-                ]
-            except TypeError as error:
-                raise UserError(
-                    f"task.rewards.{name}: it was called with prompts, completions and the "
-                    f"columns {sorted(known)}, and should return a "
-                    f"number for each completion: {error}."
-                ) from error
-            if len(values) != len(texts) or not all(map(math.isfinite, values)):
-                raise UserError(
-                    f"task.rewards.{name}: expected {len(texts)} numbers, one of each "
-                    f"completion, found {str(values)[:80]}."
-                )
-            rewards.append(values)
+        rewards = [
+            called(reward, f"task.rewards.{name}", asked, texts, columns)
+            for name, reward in self.rewards.items()
+        ]
         return torch.tensor(rewards)
 
     def texts(self, prompts: Sequence[Prompted], answers: Sequence[Tokens]) -> list[Any]:
@@ -379,6 +364,10 @@ class DialogueLearner(LanguageLearner):
     def outcomes(self, params: Tree, shard: DialogueShard) -> list[Outcome]:
         """Return nothing: answers are rewarded, not right or wrong."""
         return []
+
+    def generated(self, params: Tree, shard: DialogueShard) -> Mapping[str, float]:
+        """Return nothing: an evaluation is of answers already."""
+        return {}
 
     def choices(self, params: Tree, shard: DialogueShard) -> Float[Tensor, " n"]:
         raise UserError("diagnostics: the task 'dialogue' chooses nothing. Leave it out.")

@@ -56,7 +56,7 @@ class FeedbackTask(OfflineTask):
         return self.loss.name
 
     def build(self, open_groups: OpenGroups = no_groups) -> FeedbackLearner:
-        return FeedbackLearner(self)
+        return FeedbackLearner(self, open_groups)
 
 
 class FeedbackLearner(OfflineLearner):
@@ -68,8 +68,8 @@ class FeedbackLearner(OfflineLearner):
 
     settings: FeedbackTask
 
-    def __init__(self, settings: FeedbackTask) -> None:
-        super().__init__(settings, needs_reference=True)
+    def __init__(self, settings: FeedbackTask, open_groups: OpenGroups = no_groups) -> None:
+        super().__init__(settings, open_groups, needs_reference=True)
 
     def encode(self, data: ClientData, unusable: list[Unusable] | None = None) -> OfflineShard:
         """Return a client's rows as tokens; see `Task.encode`.

@@ -6,7 +6,7 @@ import struct
 import warnings
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
@@ -26,7 +26,9 @@ from fedpref.models.packed import Row as PackedRow
 from fedpref.numerics import seeds, trees
 from fedpref.numerics.metrics import ACCURACY
 from fedpref.numerics.trees import Tree
+from fedpref.rewards.reward import OpenGroups, RewardSettings
 from fedpref.tasks.batches import BatchSize, Examples, draw_indices
+from fedpref.tasks.generation_metrics import Generation, Generations
 from fedpref.tasks.language import LanguageLearner, LanguageTask, Tokens
 from fedpref.tasks.task import Outcome
 from fedpref.types import WholeNumber
@@ -53,6 +55,27 @@ class OfflineTask(LanguageTask):
     """Held-out prompts of each client that are answered before training and after, to be read."""
     sample_clients: tuple[str, ...] = ()
     """Which clients' models answer them; none named are all."""
+    generation: Generation | None = None
+    """What a model's own answers are measured by in the last evaluation, before training and after;
+    null measures none."""
+
+    def reward_settings(self) -> Mapping[str, RewardSettings]:
+        if self.generation is None:
+            return {}
+        judge = {"judge": self.generation.judge} if self.generation.judge else {}
+        return {**self.generation.rewards, **judge}
+
+    def with_models(self, renamed: Callable[[str], str]) -> Self:
+        same = super().with_models(renamed)
+        if self.generation is None:
+            return same
+        made: Any = {
+            name: reward.with_paths(renamed) for name, reward in self.generation.rewards.items()
+        }
+        judge: Any = self.generation.judge and self.generation.judge.with_paths(renamed)
+        text = self.generation.neutral and renamed(self.generation.neutral)
+        answers = replace(self.generation, rewards=made, judge=judge, neutral=text)
+        return replace(same, generation=answers)
 
     def asks(self, client: str) -> bool:
         return self.samples > 0 and (not self.sample_clients or client in self.sample_clients)
@@ -146,8 +169,13 @@ class OfflineLearner(LanguageLearner):
 
     settings: OfflineTask
 
-    def __init__(self, settings: OfflineTask, *, needs_reference: bool) -> None:
+    def __init__(
+        self, settings: OfflineTask, open_groups: OpenGroups, *, needs_reference: bool
+    ) -> None:
         super().__init__(settings)
+        self._generations = settings.generation and Generations(
+            settings.generation, self.language, open_groups
+        )
         self.needs_reference = needs_reference
         self._worker = 0
         self._references = Kept()
@@ -338,10 +366,7 @@ class OfflineLearner(LanguageLearner):
         """
         if not self.settings.asks(shard.name):
             return []
-        # in an order that clients have in common, so that those who share prompts are asked alike
-        prompts = sorted({example.prompt for example in shard.test}, key=_digest)[
-            : self.settings.samples
-        ]
+        prompts = self._asked(shard)[: self.settings.samples]
         asked = map(self.language.texts.question, prompts)
         rows: list[dict[str, Any]] = [{"prompt": text} for text in asked]
         for name, policy in (("before", None), ("after", params)):
@@ -354,6 +379,18 @@ class OfflineLearner(LanguageLearner):
             for row, text in zip(rows, said, strict=True):
                 row[name] = {"completion": text, "rewards": {}}
         return rows
+
+    def generated(self, params: Tree, shard: OfflineShard) -> Mapping[str, float]:
+        """Return metrics of answers to held-out prompts; see `Generations.measure`."""
+        if not self._generations:
+            return {}
+        prompts = self._asked(shard)[: self._generations.settings.prompts]
+        return self._generations.measure(params, shard.name, prompts)
+
+    @staticmethod
+    def _asked(shard: OfflineShard) -> list[Tokens]:
+        """Return held-out prompts, in an order that clients who share them have in common."""
+        return sorted({example.prompt for example in shard.test}, key=_digest)
 
     def choices(self, params: Tree, shard: OfflineShard) -> Float[Tensor, " n"]:
         """Return whether the preferred answer is chosen, of each held-out example [n]."""

@@ -364,6 +364,10 @@ class OpinionLearner:
         """Return nothing: shares of options are not right or wrong."""
         return []
 
+    def generated(self, params: Tree, shard: OpinionShard) -> Mapping[str, float]:
+        """Return nothing: a predictor answers nothing."""
+        return {}
+
     def choices(self, params: Tree, shard: OpinionShard) -> Float[Tensor, " n"]:
         """Return the predicted share of every option."""
         return torch.cat(self.predict(params, shard.context, shard.asked)[0])

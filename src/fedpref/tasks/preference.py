@@ -81,7 +81,7 @@ class PreferenceTask(OfflineTask):
         return self.loss.name
 
     def build(self, open_groups: OpenGroups = no_groups) -> PreferenceLearner:
-        return PreferenceLearner(self)
+        return PreferenceLearner(self, open_groups)
 
 
 class PreferenceLearner(OfflineLearner):
@@ -89,8 +89,8 @@ class PreferenceLearner(OfflineLearner):
 
     settings: PreferenceTask
 
-    def __init__(self, settings: PreferenceTask) -> None:
-        super().__init__(settings, needs_reference=settings.loss.needs_reference)
+    def __init__(self, settings: PreferenceTask, open_groups: OpenGroups = no_groups) -> None:
+        super().__init__(settings, open_groups, needs_reference=settings.loss.needs_reference)
 
     def examples(
         self, rows: Sequence[Row], unusable: list[Unusable] | None = None

@@ -235,6 +235,10 @@ class Task(Protocol):
         """Return metrics on the shard's held-out examples, whose number is `num_examples`."""
         ...
 
+    def generated(self, params: Tree, shard: Any) -> Mapping[str, float]:
+        """Return metrics of answers that the model gives when training is over, if asked for."""
+        ...
+
     def choices(self, params: Tree, shard: Any) -> Float[Tensor, " n"]:
         """Return what is chosen for each held-out example [n], from 0 to 1, on the CPU.
 

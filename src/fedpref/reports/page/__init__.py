@@ -21,7 +21,14 @@ from fedpref.reports import method_charts as methods
 from fedpref.reports.comparison import TITLES, Row, cells, columns_of, compare
 from fedpref.reports.groups import Group, groups_of
 from fedpref.reports.page.sentences import MEANINGS, facts, told
-from fedpref.reports.page.tables import client_rows, fairness, joined, newcomer_rows, objective_rows
+from fedpref.reports.page.tables import (
+    answer_rows,
+    client_rows,
+    fairness,
+    joined,
+    newcomer_rows,
+    objective_rows,
+)
 from fedpref.reports.run import Run, read
 from fedpref.runs.sweep import is_sweep, members
 
@@ -145,6 +152,7 @@ def page(
         newcomers=newcomer_rows(runs),
         newcomer_lines=[title for title, _ in joined(runs)],
         objectives=objective_rows(runs),
+        answers=answer_rows(runs),
         meanings=[
             text for name, text in MEANINGS.items() if any(name in run.baselines for run in runs)
         ],

@@ -6,10 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from fedpref.numerics.fairness import fairness as even_of
+from fedpref.numerics.intervals import interval
 from fedpref.numerics.metrics import of_objectives, over_clients
 from fedpref.reports.charts import every_line, main_lines
 from fedpref.reports.run import Line, Run
+from fedpref.tasks.generation_metrics import before_and_after
 
 FAIRNESS = {
     "mean": "mean",
@@ -102,6 +106,40 @@ def newcomer_rows(runs: Sequence[Run]) -> list[tuple[str, str, str, list[str]]]:
     columns = [column for _, column in joined(runs)]
     known = {name: run.sizes[name] for run, values, _ in columns for name in values}
     return [(name, *_sizes(known[name]), _cells(columns, name)) for name in sorted(known)]
+
+
+def answer_rows(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """Return a row for each figure of models' own answers: before training, after, the difference.
+
+    Each is a mean over clients, the difference with its interval.
+    """
+    lines = [line.last for _, _, line, _ in every_line(runs)]
+    tables = [[before_and_after(row) for row in clients.values()] for clients in lines]
+    names = list(dict.fromkeys(name for table in tables for row in table for name in row))
+    return [
+        (name, [_moved([row.get(name) for row in table]) for table in tables]) for name in names
+    ]
+
+
+def _moved(pairs: Sequence[tuple[float | None, float] | None]) -> str:
+    known = [pair for pair in pairs if pair is not None]
+    if not known:
+        return ""
+    after = [value for _, value in known]
+    mean = sum(after) / len(after)
+    before = [value for value, _ in known if value is not None]
+    if len(before) < len(after):
+        return f"{mean:.3g}{_bracketed(after)}"
+    apart = [value - then for value, then in zip(after, before, strict=True)]
+    return (
+        f"{sum(before) / len(before):.3g} → {mean:.3g} "
+        f"({sum(apart) / len(apart):+.2g}{_bracketed(apart, '+')})"
+    )
+
+
+def _bracketed(values: Sequence[float], sign: str = "") -> str:
+    low, high = interval(np.array([values]))
+    return "" if math.isnan(low) else f" [{low:{sign}.2g}, {high:{sign}.2g}]"
 
 
 def objective_rows(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
