@@ -14,28 +14,58 @@ from fedpref.data.preferences import (
     Prompt,
     Row,
 )
+from fedpref.data.public import (
+    HHH,
+    ChatbotArena,
+    Domains,
+    HelpSteer2,
+    Prism,
+    SafeRLHF,
+    Summaries,
+    WebGPT,
+)
 from fedpref.data.source import DataSource
 from fedpref.data.sources import HH, SHP, Builtin, Files, MovieReviews, Persona, UKPConvArg
 from fedpref.data.splits import held_out, split
 from fedpref.types import Open
 
 Source = Annotated[
-    Files | Builtin | HH | SHP | UKPConvArg | Persona | MovieReviews | Opinions | Polis,
+    Files
+    | Builtin
+    | HH
+    | HHH
+    | SHP
+    | UKPConvArg
+    | Persona
+    | MovieReviews
+    | Summaries
+    | WebGPT
+    | SafeRLHF
+    | HelpSteer2
+    | Prism
+    | ChatbotArena
+    | Domains
+    | Opinions
+    | Polis,
     Field(discriminator="name"),
     Open("fedpref.data", DataSource),
 ]
 
 __all__ = [
     "HH",
+    "HHH",
     "IID",
     "SHP",
     "Builtin",
     "BySize",
+    "ChatbotArena",
     "ClientData",
     "DataSource",
     "Dirichlet",
+    "Domains",
     "Feedback",
     "Files",
+    "HelpSteer2",
     "MovieReviews",
     "Natural",
     "Opinion",
@@ -44,10 +74,14 @@ __all__ = [
     "Persona",
     "Polis",
     "Preference",
+    "Prism",
     "Prompt",
     "Row",
+    "SafeRLHF",
     "Source",
+    "Summaries",
     "UKPConvArg",
+    "WebGPT",
     "held_out",
     "partition",
     "split",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -107,7 +108,10 @@ def read(
             "evaluate_on: validation needs rows that are set aside for it. Set "
             "data.validation_fraction, such as 0.2."
         )
-    also = _also(rows, source, how) if isinstance(how, Natural) and not trained else Also()
+    # who is left out for want of held-out rows is not to be given any
+    also = Also()
+    if isinstance(how, Natural) and not how.min_test_rows and not trained:
+        also = _also(rows, source, how)
     placed, left_out = _sides(rows, source, also)
     moved = [
         side == "test" and bool(trained) and digest(row.prompt, source.split_by) in trained
@@ -163,6 +167,7 @@ def _also(rows: Sequence[Row], source: DataSource, how: Natural) -> Also:
     out first.
     """
     also = Also()
+    counts = Counter(str(row.columns[how.column]) for row in rows)
     wanted: list[Purpose] = ["test", "validation"] if source.validation_fraction else ["test"]
     for purpose in wanted:
         placed, _ = _sides(rows, source, also)
@@ -175,7 +180,10 @@ def _also(rows: Sequence[Row], source: DataSource, how: Natural) -> Also:
         lacking = {
             client: min(mine["train"], key=lambda text: _place(text, source, purpose))
             for client, mine in sorted(sides.items())
-            if purpose not in mine and len(mine.get("train", ())) > 1
+            if purpose not in mine
+            and len(mine.get("train", ())) > 1
+            and counts[client] >= how.min_rows
+            and (not how.only or client in map(str, how.only))
         }
         if lacking:
             note = (

@@ -11,7 +11,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from itertools import islice
 from pathlib import Path
@@ -64,6 +64,8 @@ class Files(PathSource):
     """A column that says "train" or "test"."""
     test_fraction: OpenFraction = 0.2
     """The share of prompts that are held out, where nothing else says."""
+    only: dict[str, tuple[str | int | bool, ...]] = field(default_factory=dict)
+    """Read only rows whose column has one of these values, by column."""
 
     def read(self) -> Iterator[Row | Unusable]:
         rows = list(self._rows())
@@ -93,6 +95,8 @@ class Files(PathSource):
             splits.append((self.test_split, "test"))
         for split, given in splits:
             for where, record in read_table(self.path, split=split, name=self.config):
+                if not self._is_wanted(record, where):
+                    continue
                 try:
                     row = self._row(record, where)
                 except Unusable as error:
@@ -102,6 +106,18 @@ class Files(PathSource):
                     yield replace(row, side=_side(record, self.split_column, where))
                 else:
                     yield replace(row, side=given)
+
+    def _is_wanted(self, record: Mapping[str, Any], where: str) -> bool:
+        for column, values in self.only.items():
+            if column not in record:
+                raise UserError(
+                    f"data.only: {where} has no column {column!r}; its columns are "
+                    f"{', '.join(map(str, record))}."
+                )
+            # CSV has texts alone
+            if str(record[column]) not in map(str, values):
+                return False
+        return True
 
     def _row(self, record: Mapping[str, Any], where: str) -> Row:
         if {
@@ -173,15 +189,15 @@ class HH(PathSource):
             counts: Counter[Side | None] = Counter()
             for side, where, record in self._records(objective):
                 counts[side] += 1
-                if _need(record, "chosen", where) != _need(record, "rejected", where) and (
+                if need(record, "chosen", where) != need(record, "rejected", where) and (
                     self.max_rows is None or counts[side] <= self.max_rows
                 ):
                     row = parse(record, where)  # the original has a few rows with identical answers
                     yield replace(
                         row,
                         prompt=key(row.prompt).strip(),
-                        chosen=_spaced(row.chosen),
-                        rejected=_spaced(row.rejected),
+                        chosen=spaced(row.chosen),
+                        rejected=spaced(row.rejected),
                         columns={"objective": objective},
                         side=side,
                     )
@@ -254,8 +270,8 @@ class SHP(PathSource):
         ]
         # the higher score's answer is the better one, as SHP's own labels have it
         better, worse = names if scores[0] >= scores[1] else reversed(names)
-        texts = {"chosen": _need(record, better, where), "rejected": _need(record, worse, where)}
-        prompt = f"Human: {str(_need(record, self.prompt_column, where)).strip()}\n\nAssistant:"
+        texts = {"chosen": need(record, better, where), "rejected": need(record, worse, where)}
+        prompt = f"Human: {str(need(record, self.prompt_column, where)).strip()}\n\nAssistant:"
         row = parse({"prompt": prompt, **texts}, where)
         if scores[0] == scores[1]:
             raise Unusable("no preference", where, f"both answers score {scores[0]:g}")
@@ -266,12 +282,12 @@ class SHP(PathSource):
         if "domain" in rest:
             domain = str(rest["domain"])
             rest["domain"] = re.sub(r"_(train|validation|test)$", "", domain)
-        chosen, rejected = _spaced(row.chosen), _spaced(row.rejected)
+        chosen, rejected = spaced(row.chosen), spaced(row.rejected)
         return replace(row, chosen=chosen, rejected=rejected, columns=rest)
 
     def _score(self, record: Mapping[str, Any], column: str, where: str) -> float:
         try:
-            score = float(_need(record, column, where))
+            score = float(need(record, column, where))
         except (TypeError, ValueError) as error:
             raise UserError(
                 f"{where}, column {column!r}: expected a number, found {record[column]!r:.60}."
@@ -296,20 +312,20 @@ class UKPConvArg(PathSource):
     """The share of debates that are held out."""
 
     def read(self) -> Iterator[Preference]:
-        topics = {_need(record, "id", where): record for where, record in self._table("topics")}
+        topics = {need(record, "id", where): record for where, record in self._table("topics")}
         arguments = {
-            _need(record, "arg", where): _need(record, "text", where)
+            need(record, "arg", where): need(record, "text", where)
             for where, record in self._table("arguments")
         }
         for where, record in self._table("votes"):
-            topic = _need(topics, _need(record, "topic", where), where)
+            topic = need(topics, need(record, "topic", where), where)
             side = self._side_of(topic["title"])
             prompt = (
                 f"Human: {topic['title'].strip()}\nArgue for this side: "
                 f"{topic['stance'].strip()}\n\nAssistant:"
             )
             first, second = (
-                _spaced(_need(arguments, _need(record, name, where), where).strip())
+                spaced(need(arguments, need(record, name, where), where).strip())
                 for name in ("a", "b")
             )
             for worker, choice, *_ in record["votes"]:
@@ -373,13 +389,13 @@ class Persona(PathSource):
         if table:
             personas: set[str] = set()
             for where, record in read_table(str(table)):
-                personas.add(_need(record, "persona", where))
+                personas.add(need(record, "persona", where))
                 if record["persona"] in self.personas:
                     yield (
                         where,
                         record["persona"],
-                        _need(record, "statement", where),
-                        str(_need(record, "persona_agrees", where)) == "1",
+                        need(record, "statement", where),
+                        str(need(record, "persona_agrees", where)) == "1",
                     )
             if unknown := sorted(set(self.personas) - personas):
                 raise UserError(
@@ -392,8 +408,8 @@ class Persona(PathSource):
                 yield (
                     where,
                     persona,
-                    _need(record, "statement", where),
-                    _need(record, "answer_matching_behavior", where).strip() == "Yes",
+                    need(record, "statement", where),
+                    need(record, "answer_matching_behavior", where).strip() == "Yes",
                 )
 
 
@@ -482,7 +498,7 @@ def _side(record: Mapping[str, Any], column: str, where: str) -> Side:
     return cast(Side, value)
 
 
-def _need(record: Mapping[Any, Any], column: Any, where: str) -> Any:
+def need(record: Mapping[Any, Any], column: Any, where: str) -> Any:
     """Return what stands in a column, or under an id, that the set must have."""
     if record.get(column) is None:
         raise UserError(
@@ -492,7 +508,8 @@ def _need(record: Mapping[Any, Any], column: Any, where: str) -> Any:
     return record[column]
 
 
-def _spaced(text: Any) -> str:
+def spaced(text: Any) -> str:
+    """Return an answer as it stands behind "Assistant:": with a space before it."""
     return f" {str(text).lstrip()}"
 
 
