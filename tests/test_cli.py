@@ -262,9 +262,9 @@ def test_a_bad_setting_is_named(command: str, message: str, fedpref: Command, fi
 
 
 def test_a_bad_file_or_directory_is_named(fedpref: Command, file: Path, tmp_path: Path) -> None:
-    assert fedpref("run", "absent.yaml") == (
+    assert fedpref("run", "nowhere.yaml") == (
         2,
-        "error: absent.yaml: there is no such config file.\n",
+        "error: nowhere.yaml: there is no such config file.\n",
     )
     (tmp_path / "broken.yaml").write_text("a: [1")
     code, text = fedpref("run", tmp_path / "broken.yaml")

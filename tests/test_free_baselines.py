@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from conftest import write_rows
 from fedpref import Experiment, UserError, config, run
 from fedpref.experiments.finished import FinishedRun
 from fedpref.experiments.free_baselines import KINDS
@@ -18,6 +19,7 @@ from fedpref.reports.comparison import compare_all
 from fedpref.reports.page.sentences import words
 from fedpref.reports.paired import gains
 from fedpref.reports.run import read
+from fedpref.tasks.alignment import alignment
 
 FREE = [*(f"{name}-{kind}" for name in ("words", "probe") for kind in KINDS), "length"]
 
@@ -52,7 +54,7 @@ def test_they_are_lines_of_a_run_beside_the_others(spec: Experiment, tmp_path: P
     said, own = words(shown), over(shown.values())
     ahead = {line: over(shown.values(shown.baselines[line])) for line in FREE}
     best = max(ahead, key=ahead.__getitem__)
-    expected = f"{best}, which trains no language model, ranks {ahead[best]:.1f}, more than that"
+    expected = f"{best}, which trains no language model, reaches {ahead[best]:.1f}, more than that"
     assert (expected in said) == (ahead[best] > own)
     # the longer answer, by hand
     for client in spec.clients()[0]:
@@ -106,3 +108,37 @@ def test_they_need_pairs(settings: dict[str, Any]) -> None:
     changed["task"] = {**settings["task"], "name": "feedback", "loss": {"name": "kto"}}
     with pytest.raises(UserError, match="words ranks pairs of answers"):
         config.parse(Experiment, changed, "test")
+
+
+def test_what_others_answer_is_a_baseline_of_opinions(tmp_path: Path) -> None:
+    questions = [f"Is the number {k} a good one?" for k in range(20)]
+    shares = {"a": [0.8, 0.2], "b": [0.6, 0.4], "c": [0.1, 0.9]}
+    rows = [
+        {"question": text, "options": ["yes", "no"], "group": group, "shares": some}
+        for text in questions
+        for group, some in shares.items()
+    ]
+    content = {
+        "data": {"name": "opinions", "path": str(write_rows(tmp_path / "rows.jsonl", rows))},
+        "partition": {"name": "natural", "column": "group"},
+        "task": {"name": "opinion"},
+        "algorithm": {"name": "pluralllm", "local": {"steps": 1}},
+        "rounds": 1,
+        "workers": 1,
+        "baselines": ["majority"],
+    }
+    spec = config.parse(Experiment, content, "test")
+    found = run(spec, tmp_path / "run").evaluations
+    assert [*found] == ["pluralllm", "majority", "equal-shares"]
+    others = {"a": [0.35, 0.65], "b": [0.45, 0.55], "c": [0.7, 0.3]}
+    for group, predicted in others.items():
+        expected = alignment(torch.tensor(predicted), torch.tensor(shares[group]))
+        assert found["majority"][group]["alignment"] == pytest.approx(expected, abs=1e-6)
+        even = alignment(torch.tensor([0.5, 0.5]), torch.tensor(shares[group]))
+        assert found["equal-shares"][group]["alignment"] == pytest.approx(even, abs=1e-6)
+        assert found["pluralllm"][group]["uniform"] == pytest.approx(even, abs=1e-6)
+    with pytest.raises(UserError, match="words ranks pairs of answers, which the task opinion"):
+        config.parse(Experiment, {**content, "baselines": ["words"]}, "test")
+    pairs = {"baselines": ["majority"]}
+    with pytest.raises(UserError, match="majority predicts groups' opinions"):
+        config.parse(Experiment, pairs, "test")

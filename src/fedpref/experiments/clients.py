@@ -25,7 +25,6 @@ from fedpref.federation.verbs import Client, work
 from fedpref.numerics.topology import Matrix
 from fedpref.numerics.trees import Tree
 from fedpref.tasks import Task
-from fedpref.tasks.offline import OfflineLearner
 
 # client -> its numbers of examples, and a digest of its rows
 About = Mapping[str, Mapping[str, Any]]
@@ -125,7 +124,7 @@ class InProcess:
         spec, task = self._experiment, self._task
         names = [shard.name for shard in self._shards]
         newcomers = spec.federation.joining(names, spec.seed)
-        if any(name in FREE for name in spec.baselines) and isinstance(task, OfflineLearner):
+        if any(name in FREE for name in spec.baselines):
             trained = [shard for k, shard in enumerate(self._shards) if k not in newcomers]
             yield from run_free(spec.baselines, task, trained, folder, spec.rounds)
 

@@ -46,6 +46,7 @@ Baseline = Literal[
     "words",
     "probe",
     "length",
+    "majority",
 ]
 
 
@@ -112,7 +113,8 @@ class Experiment:
     alone with the same parts, one model for all with a reward head of each client's own, and such
     a head alone on the untrained model; and those that train no language model: Bradley-Terry
     regressions on word counts or on the untrained model's hidden states, each client's own, one for
-    all, and one for all with clients' own slopes; and the longer answer."""
+    all, and one for all with clients' own slopes; and the longer answer. Of opinions, what other
+    groups answered to the same question, and equal shares."""
 
     def __post_init__(self) -> None:
         self._check_federation()
@@ -220,16 +222,15 @@ class Experiment:
                 f"task.estimator: ppo needs critics, which {who} does not keep. Take rloo or grpo; "
                 "or firm, scalarized, fsmgda or fedcmoo as the algorithm, and no baselines."
             )
-        if (
-            free := [name for name in self.baselines if name in FREE]
-        ) and task.name != "preference":
+        wanted = {"preference": {*FREE} - {"majority"}, "opinion": {"majority"}}
+        for name in {*self.baselines} & FREE.keys() - wanted.get(task.name, set()):
+            what = "predicts groups' opinions" if name == "majority" else "ranks pairs of answers"
             raise UserError(
-                f"baselines: {free[0]} ranks pairs of answers, which the task {task.name} does not "
-                "have. Leave it out."
+                f"baselines: {name} {what}, which the task {task.name} does not have. Leave it out."
             )
         for name in self.baselines:
             line = _baseline(self, name, 1)
-            if line is not None and line.parts and line.parts != NO_PARTS:
+            if line is not None and line.parts:
                 task.check(line.parts)
         if self.evaluate_pairs is not None and not task.can_be_thinned:
             raise UserError(
@@ -439,7 +440,7 @@ def _baseline(experiment: Experiment, name: Baseline, cohort: int) -> AnyAlgorit
     if name in plain or name in FREE:
         return plain.get(name)
     own = algorithm.parts
-    if own is None or own == NO_PARTS:
+    if not own:
         raise UserError(
             f"baselines: {name} is about parts of a client's own, of which {algorithm.name} has "
             "none. Leave it out."

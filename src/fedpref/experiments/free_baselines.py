@@ -1,4 +1,5 @@
-"""Baselines that cost nothing: what words, length or the untrained model's states say of pairs.
+"""Baselines that cost nothing: what words, length or the untrained model's states say of pairs,
+and what others' answers say of a group's opinions.
 
 A method that ranks held-out pairs no better than these has shown nothing by its accuracy.
 """
@@ -18,17 +19,19 @@ from fedpref.data import words
 from fedpref.experiments.run_directory import CONFIG, OUTCOMES, RunDirectory, file_name
 from fedpref.experiments.run_files import EVALUATION, METRICS
 from fedpref.numerics.bradley_terry import Differences, margins
-from fedpref.numerics.metrics import ACCURACY, over_clients
+from fedpref.numerics.metrics import ACCURACY, ALIGNMENT, over_clients
 from fedpref.tasks.alignment import calibration_error
 
 if TYPE_CHECKING:
     from fedpref.tasks.offline import Example, OfflineLearner, OfflineShard
+    from fedpref.tasks.opinion import OpinionLearner, OpinionShard
 
 KINDS = ("alone", "pooled", "personal")
 FREE = {
     "words": tuple(f"words-{kind}" for kind in KINDS),
     "probe": tuple(f"probe-{kind}" for kind in KINDS),
     "length": ("length",),
+    "majority": ("majority", "equal-shares"),
 }
 """By what `baselines` calls them, the lines that they are."""
 FREE_LINES = frozenset(line for lines in FREE.values() for line in lines)
@@ -42,8 +45,8 @@ def free_lines(baselines: Sequence[str]) -> dict[str, str]:
 
 def run_free(
     baselines: Sequence[str],
-    task: OfflineLearner,
-    shards: Sequence[OfflineShard],
+    task: Any,
+    shards: Sequence[Any],
     folder: RunDirectory,
     rounds: int,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -51,7 +54,7 @@ def run_free(
 
     Args:
         baselines: As an experiment has them; all others are left alone.
-        task: Ranks pairs.
+        task: Of pairs of answers, or of opinions.
         shards: Of the clients that train.
         folder: The run's.
         rounds: Of the other lines, beside whose last these stand.
@@ -61,13 +64,17 @@ def run_free(
         if all(under.done for under in lines):
             continue
         begun = time.perf_counter()
-        ranked = _RANKED[name](task, shards)
+        of_opinions = name == "majority"
+        ranked: list[Any] = (
+            [*_by_majority(shards)] if of_opinions else [*_RANKED[name](task, shards)]
+        )
         seconds = (time.perf_counter() - begun) / len(lines)
         for under, found in zip(lines, ranked, strict=True):
             line = under.path.name
             if not under.has_begun:
                 under.create({CONFIG: (folder.path / CONFIG).read_text()})
-            row = {"round": rounds, **_evaluated(under, task, shards, found)}
+            evaluate = _judged if of_opinions else _evaluated
+            row = {"round": rounds, "final": True, **evaluate(under, task, shards, found)}
             under.cut_rows_after(0)
             figures = {"round": rounds, "seconds": seconds, "bytes_up": 0, "bytes_down": 0}
             under.append(METRICS, figures)
@@ -94,9 +101,24 @@ def _evaluated(
         if states:
             sure = torch.maximum(stated, 1 - stated)
             rows[shard.name]["calibration_error"] = calibration_error(sure, right)
-    values = {name: row[ACCURACY] for name, row in rows.items()}
+    return _summarised(rows, ACCURACY)
+
+
+def _judged(
+    under: RunDirectory,
+    task: OpinionLearner,
+    shards: Sequence[OpinionShard],
+    found: Mapping[str, Sequence[Tensor]],
+) -> dict[str, Any]:
+    """Return an evaluation of predicted shares."""
+    rows = {shard.name: task.judged(found[shard.name], shard) for shard in shards}
+    return _summarised(rows, ALIGNMENT)
+
+
+def _summarised(rows: dict[str, dict[str, float]], metric: str) -> dict[str, Any]:
+    values = {name: row[metric] for name, row in rows.items()}
     counts = {name: int(row["num_examples"]) for name, row in rows.items()}
-    return {"clients": rows, "summary": {ACCURACY: over_clients(values, counts)}}
+    return {"clients": rows, "summary": {metric: over_clients(values, counts)}}
 
 
 # ---- how they rank
@@ -122,6 +144,30 @@ def _by_length(task: OfflineLearner, shards: Sequence[OfflineShard]) -> list[Mar
             for shard in shards
         }
     ]
+
+
+def _by_majority(shards: Sequence[OpinionShard]) -> list[dict[str, list[Tensor]]]:
+    """Return what is predicted of each question that a group is asked: what others answered to it.
+
+    The first is the mean of the other groups' answers, their held-out ones too, which no predictor
+    is given, and equal shares where nobody else was asked; the second is equal shares.
+    """
+    answers: dict[str, dict[str, Tensor]] = {}
+    for shard in shards:
+        for question in (*shard.train, *shard.test):
+            answers.setdefault(question.digest, {})[shard.name] = torch.tensor(question.shares)
+    majority: dict[str, list[Tensor]] = {}
+    equal: dict[str, list[Tensor]] = {}
+    for shard in shards:
+        for question in shard.asked:
+            count = len(question.shares)
+            even = torch.full((count,), 1 / count)
+            others = [x for name, x in answers[question.digest].items() if name != shard.name]
+            majority.setdefault(shard.name, []).append(
+                torch.stack(others).mean(0) if others else even
+            )
+            equal.setdefault(shard.name, []).append(even)
+    return [majority, equal]
 
 
 _RANKED = {"words": _by_words, "probe": _by_states, "length": _by_length}

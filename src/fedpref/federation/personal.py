@@ -121,7 +121,7 @@ class Personal:
 @work("personal.begin", sends=(), keeps={0: "own"})
 def begin(client: Client, parts: Parts) -> Tree:
     """Return a client's own parts as they begin."""
-    return client.task.parts(parts, client.rng)
+    return client.task.parts(parts, client.rng) if parts else {}
 
 
 @work("personal.settle", sends=(), keeps={0: "own"}, reads=("own",))

@@ -49,6 +49,10 @@ class Parts:
     adapter: bool = True
     """Whether there is a second adapter in the layers, shaped as the shared one and added to it."""
 
+    def __bool__(self) -> bool:
+        """Return whether there is any."""
+        return self.after or self.adapter
+
     @property
     def after(self) -> bool:
         """Whether a part acts on the hidden states that come to the vocabulary head."""

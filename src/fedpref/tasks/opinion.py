@@ -344,19 +344,31 @@ class OpinionLearner:
         of all options together; `uniform` is the alignment of equal shares.
         """
         predicted, stds = self.predict(params, shard.context, shard.asked)
+        inside = [
+            float(((p - torch.tensor(question.shares)).abs() <= std).float().mean())
+            for p, std, question in zip(predicted, stds, shard.asked, strict=True)
+        ]
+        return {**self.judged(predicted, shard), "coverage": float(np.mean(inside))}
+
+    @staticmethod
+    def judged(predicted: Sequence[Float[Tensor, " n"]], shard: OpinionShard) -> dict[str, float]:
+        """Return how near predicted shares come to those of the questions that are asked.
+
+        Args:
+            predicted: Of each question.
+            shard: Whose questions.
+        """
         truth = [torch.tensor(question.shares) for question in shard.asked]
         measured: dict[str, list[float]] = defaultdict(list)
-        for p, std, y in zip(predicted, stds, truth, strict=True):
+        for p, y in zip(predicted, truth, strict=True):
             measured[ALIGNMENT].append(alignment(p, y))
             measured["alignment_wasserstein"].append(wasserstein_alignment(p, y))
             likeliest = y == y.max()
             measured["accuracy"].append(float(likeliest[p.argmax()]) / float(likeliest.sum()))
             measured["error"].append(float((p - y).abs().mean()))
-            measured["coverage"].append(float(((p - y).abs() <= std).float().mean()))
             measured["uniform"].append(alignment(torch.full_like(y, 1 / len(y)), y))
-        means = {name: float(np.mean(values)) for name, values in measured.items()}
-        return means | {
-            "calibration_error": calibration_error(torch.cat(predicted), torch.cat(truth)),
+        return {name: float(np.mean(values)) for name, values in measured.items()} | {
+            "calibration_error": calibration_error(torch.cat([*predicted]), torch.cat(truth)),
             "num_examples": float(len(shard.asked)),
         }
 

@@ -28,6 +28,8 @@ MEANINGS = {
     "probe-alone": "probes are regressions on the untrained model's hidden states",
     "words-personal": "personal is the pooled regression with each client's own slopes",
     "length": "length is the longer answer",
+    "majority": "majority is the mean of what the other groups answered to the same question, "
+    "held-out answers too",
 }
 
 
@@ -108,8 +110,8 @@ def _better_for_nothing(run: Run, mean: float) -> str:
     if not ahead or free[ahead] <= mean:
         return ""
     return (
-        f"{ahead}, which trains no language model, ranks {free[ahead]:.{run.shown.digits}f}, more "
-        "than that"
+        f"{ahead}, which trains no language model, reaches "
+        f"{free[ahead]:.{run.shown.digits}f}, more than that"
     )
 
 
