@@ -12,6 +12,7 @@ from torch import Tensor
 PENALTIES = tuple(10.0**power for power in (-2, -1, 0, 1, 2, 3))
 FOLDS = 5
 FEW = 1000  # features, of which principal axes are soon found
+SPARSE = 0.1  # share of features that are not zero, below which the others are not multiplied
 Matrix = Float[Tensor, "n D"]
 
 
@@ -51,23 +52,24 @@ def fit(
     weight = torch.tensor(penalties, dtype=x.dtype)
     # in these units the loss is about as curved along each feature, whatever the penalty
     unit = (z.square().sum(0)[:, None] / 4 + weight).rsqrt()
-    v = torch.zeros_like(unit, requires_grad=True)
+    # most words are in no pair
+    is_sparse = int(z.count_nonzero()) < SPARSE * z.numel()
+    rows, columns = (m.to_sparse() if is_sparse else m for m in (z, z.T.contiguous()))
+    v = torch.zeros_like(unit)
+    v.grad = torch.zeros_like(unit)
     optimiser = torch.optim.LBFGS(
         [v], max_iter=100, tolerance_change=1e-7, line_search_fn="strong_wolfe"
     )
     start = 0.0 if offset is None else offset[:, None]
 
-    @torch.enable_grad()
     def loss() -> Tensor:
-        optimiser.zero_grad()
         w = unit * v
-        lost = _lost(start + z @ w).sum(0) + weight / 2 * w.square().sum(0)
-        total = lost.sum()
-        total.backward()
-        return total
+        margin = start + rows @ w
+        v.grad = unit * (weight * w - columns @ torch.sigmoid(-margin))
+        return (_lost(margin).sum(0) + weight / 2 * w.square().sum(0)).sum()
 
     optimiser.step(loss)
-    w = (unit * v).detach()
+    w = unit * v
     return w if basis is None else basis @ w
 
 
