@@ -150,13 +150,14 @@ def answer_table(evaluations: Mapping[str, ClientMetrics]) -> Table | None:
     found = {
         line: [before_and_after(row) for row in rows.values()] for line, rows in evaluations.items()
     }
+    found = {line: rows for line, rows in found.items() if any(rows)}
     names = list(dict.fromkeys(name for rows in found.values() for row in rows for name in row))
     if not names:
         return None
     title = "answers to held-out prompts: means over clients, before training and after"
     table = Table(title=title, title_style="bold", title_justify="left")
     table.add_column("")
-    for line in evaluations:
+    for line in found:
         table.add_column(line, justify="right")
     for name in names:
         cells = []
