@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from math import log, log1p
+from math import log, log1p, sqrt
 from typing import NamedTuple
 
 import torch
@@ -54,8 +54,9 @@ def differences(
     """Return each client's training and held-out pairs as differences of features.
 
     Features are log(1 + count) of each word of all clients' training answers, the 4,000 most
-    frequent that come twice, and the log of the length; where answers have three words at most,
-    also each word of the prompt together with the answer.
+    frequent that come twice, and the log of the length, in a unit in which its differences are as
+    long as those of all words together; where answers have three words at most, also each word of
+    the prompt together with the answer.
 
     Args:
         train: Training pairs, by client.
@@ -78,7 +79,19 @@ def differences(
                 row[-1] += sign * log(1 + len(answer))
         return found
 
-    return {name: (matrix(train[name]), matrix(test[name])) for name in train}
+    found = {name: (matrix(train[name]), matrix(test[name])) for name in train}
+    # a penalty on the length would else be that on one word of thousands, and longer is better or
+    # worse in most sets
+    squares = [x.square() for x, _ in found.values()]
+    of_words, of_length = (
+        sum(float(some) for some in parts)
+        for parts in ([x[:, :-1].sum() for x in squares], [x[:, -1].sum() for x in squares])
+    )
+    if of_length > 0:
+        for some in found.values():
+            for rows in some:
+                rows[:, -1] *= sqrt(of_words / of_length)
+    return found
 
 
 def _features(prompt: str, answer: str) -> Counter[str]:
