@@ -77,6 +77,7 @@ class Ditto(Algorithm[PersonalState]):
     """How clients' adapters become one."""
 
     works = (train, train_near, own_copy, no_moments)
+    sends_one_change = True
 
     def init(self, fed: Federation, start: Tree) -> PersonalState:
         return PersonalState(start, fed.each(own_copy, start), fed.each(no_moments))

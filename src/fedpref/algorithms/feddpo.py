@@ -46,6 +46,7 @@ class FedDPO(Algorithm[AdapterState]):
     """How clients' adapters become one."""
 
     works = (train, no_moments, *aggregation.WORKS)
+    sends_one_change = True
 
     def init(self, fed: Federation, start: Tree) -> AdapterState:
         return AdapterState(start, fed.each(no_moments))

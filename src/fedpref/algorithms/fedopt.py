@@ -102,6 +102,7 @@ class FedOpt(Algorithm[State]):
     """How a client trains within a round."""
 
     works = (train, no_moments)
+    sends_one_change = True
 
     @property
     def _program(self) -> FedDPO:

@@ -57,6 +57,7 @@ class FedPDPO(Personal, Algorithm[PersonalState]):
     """How clients' adapters become one."""
 
     works = (train, begin, begin_alike, settle, no_moments, *aggregation.WORKS)
+    sends_one_change = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

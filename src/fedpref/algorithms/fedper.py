@@ -43,6 +43,7 @@ class FedPer(Algorithm[PersonalState]):
     """The learning rate of a full head, as a multiple of the others'."""
 
     works = FedPDPO.works
+    sends_one_change = True
 
     def __post_init__(self) -> None:
         self._as_fedpdpo()  # which checks the phases

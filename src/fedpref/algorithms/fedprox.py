@@ -50,6 +50,7 @@ class FedProx(Algorithm[AdapterState]):
     """How clients' adapters become one."""
 
     works = (train, no_moments, *aggregation.WORKS)
+    sends_one_change = True
 
     def init(self, fed: Federation, start: Tree) -> AdapterState:
         return AdapterState(start, fed.each(no_moments))

@@ -31,6 +31,7 @@ class FFA(Algorithm[AdapterState]):
     """How a client trains within a round."""
 
     works = FedDPO.works
+    sends_one_change = True
     adapts: ClassVar[bool] = True
 
     def given(self, join_steps: int) -> tuple[Any, ...]:

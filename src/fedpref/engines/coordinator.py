@@ -29,6 +29,7 @@ from fedpref.engines.messages import (
     Shape,
     shape,
 )
+from fedpref.engines.private_sums import PrivateSums
 from fedpref.engines.replies import (
     majority,
     unusable,
@@ -121,6 +122,10 @@ class RemoteEngine:
     @property
     def share(self) -> float:
         return share_of(self._weights, self._examples, self.active, self._newcomers)
+
+    @property
+    def private(self) -> PrivateSums | None:
+        return None
 
     @property
     def left_out(self) -> Mapping[int, str]:

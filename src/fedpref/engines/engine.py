@@ -11,6 +11,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from fedpref.engines.private_sums import PrivateSums
 from fedpref.federation.verbs import Federation, PerClient
 from fedpref.numerics import trees
 from fedpref.numerics.trees import Tree
@@ -109,6 +110,11 @@ class Engine(Federation, Protocol):
         Calls and traffic are counted from zero, and random draws are the purpose's own. An engine
         starts in round 0, for everybody, to `init`.
         """
+        ...
+
+    @property
+    def private(self) -> PrivateSums | None:
+        """What keeps the engine's sums private, if they are."""
         ...
 
     @property

@@ -97,6 +97,7 @@ def gather(
     results: Iterable[tuple[int, Any]],
     room: int,
     label: Callable[[int, Sequence[Any]], Sequence[Label]],
+    declared: int | None = None,
 ) -> Any:
     """Return what clients return, as it comes in.
 
@@ -107,15 +108,17 @@ def gather(
         results: Clients, and what they returned.
         room: Bytes of each result that stay in memory.
         label: Returns the labels of what a client returned.
+        declared: How many values each returns, if that is known, for the case that nobody does.
     """
     columns: list[StoredValues[Any]] = []
-    is_tuple = False
+    is_tuple = (declared or 1) > 1
     for client, result in results:
         is_tuple = isinstance(result, tuple)
         parts = result if is_tuple else (result,)
         columns = columns or [StoredValues(room) for _ in parts]
         for column, part, said in zip(columns, parts, label(client, parts), strict=True):
             column.put(client, Kept(part, said))
+    columns = columns or [StoredValues(room) for _ in range(declared or 1)]
     return tuple(columns) if is_tuple else columns[0]
 
 

@@ -21,6 +21,7 @@ from fedpref.engines.engine import (
 )
 from fedpref.engines.forks import forked
 from fedpref.engines.per_client import StoredValues, gather, stored
+from fedpref.engines.private_sums import PrivateSums
 from fedpref.engines.store import Store
 from fedpref.engines.values import Kept
 from fedpref.engines.workers import Workers
@@ -66,7 +67,9 @@ class Simulation:
         spill_above_mb: int = 512,
         folder: Path = Path(),
         clip: float | None = None,
+        private: PrivateSums | None = None,
     ) -> None:
+        self.private = private
         self._task, self._shards = task, tuple(shards)
         self._seed, self._rounds, self._channel, self._folder = seed, rounds, channel, folder
         self._links, self._mixing, self._room = links, mixing, spill_above_mb * 10**6
@@ -112,7 +115,7 @@ class Simulation:
             given = {k: column.label(client) for k, column in columns.items()}
             return labels(registered(work), given, results)
 
-        return gather(run(shared, own), self._room, label)
+        return gather(run(shared, own), self._room, label, registered(work).results)
 
     def _run_here(self, shared: Any, own: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
         return ((i, self._job(i, shared, values)) for i, values in own)
@@ -156,8 +159,10 @@ class Simulation:
 
     def mean(self, values: PerClient[Tree]) -> Tree:
         self._calls += 1
-        total = sum(self._weights[i] for i in self.active)
         column = stored(values)
+        if self.private is not None:
+            return self._private_mean(self.private, column)
+        total = sum(self._weights[i] for i in self.active)
 
         def messages() -> Iterator[Tree]:
             for i in self.active:
@@ -176,6 +181,20 @@ class Simulation:
 
         # in client order, whichever worker was first, so that the sum has the same bits anywhere
         return self._channel.decode(trees.total(messages()), len(self.active))
+
+    def _private_mean(self, private: PrivateSums, column: StoredValues[Tree]) -> Tree:
+        """Return the mean of clients' changes with noise, whoever came."""
+        if self._purpose != "train":
+            raise ValueError(f"no sum is private in the phase to {self._purpose}")
+
+        def messages() -> Iterator[Tree]:
+            for i in self.active:
+                value = column.leaving(i, Audience.COORDINATOR)
+                message = private.encode(value, i, self.round, self._calls)
+                self.traffic += Traffic(bytes_up=trees.size(message))
+                yield message
+
+        return private.release(messages(), self.round, self._calls)
 
     def mix(self, values: PerClient[Tree]) -> tuple[PerClient[Tree], PerClient[Tree]]:
         self._calls += 1

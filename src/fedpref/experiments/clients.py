@@ -15,10 +15,12 @@ from fedpref.data.splits import SplitBy, digest
 from fedpref.data.unusable import Unusable, summary
 from fedpref.engines import Engine, RemoteEngine, Simulation, Sites, Transport
 from fedpref.engines.host import HeldOut, Hosted
+from fedpref.engines.private_sums import PrivateSums
 from fedpref.engines.workers import can_fork
 from fedpref.errors import UserError
 from fedpref.experiments.experiment import Experiment, encoded, lines, refuse_empty
 from fedpref.experiments.free_baselines import FREE, run_free
+from fedpref.experiments.private import private_sums
 from fedpref.experiments.run_directory import RunDirectory
 from fedpref.experiments.run_files import CLIENTS, DATA, HELD_OUT, TRAINED, read_json
 from fedpref.federation.verbs import Client, work
@@ -118,7 +120,9 @@ class InProcess:
         return {shard.name: len(shard) for shard in self._shards_of(line)}
 
     def engine(self, line: Experiment, folder: Path) -> Simulation:
-        return self._simulation(line, self._shards_of(line), folder)
+        newcomers = line.federation.num_newcomers
+        private = private_sums(line, self._task, len(self._shards) - newcomers, folder)
+        return self._simulation(line, self._shards_of(line), folder, private)
 
     def free(self, folder: RunDirectory) -> Iterator[tuple[str, Mapping[str, Any]]]:
         spec, task = self._experiment, self._task
@@ -132,11 +136,18 @@ class InProcess:
         newcomers = line.federation.joining([shard.name for shard in self._shards], line.seed)
         return pooled(self._shards, newcomers) if line.algorithm.pools_data else self._shards
 
-    def _simulation(self, line: Experiment, shards: Sequence[Any], folder: Path) -> Simulation:
+    def _simulation(
+        self,
+        line: Experiment,
+        shards: Sequence[Any],
+        folder: Path,
+        private: PrivateSums | None = None,
+    ) -> Simulation:
         return Simulation(
             self._task,
             shards,
-            seed=line.seed,
+            # what a private run draws nobody can draw again
+            seed=private.secret.number("draws") if private else line.seed,
             rounds=line.rounds,
             weighting=line.federation.weighting,
             newcomers=line.federation.joining([shard.name for shard in shards], line.seed),
@@ -146,6 +157,7 @@ class InProcess:
             spill_above_mb=line.spill_above_mb,
             folder=folder,
             clip=line.federation.clip,
+            private=private,
         )
 
     def _workers(self) -> int:

@@ -21,6 +21,7 @@ from fedpref.experiments.choosing import Keep, Standing, Stop
 from fedpref.experiments.free_baselines import FREE
 from fedpref.experiments.migration import refuse_former_names
 from fedpref.experiments.packaged import config_file
+from fedpref.experiments.private import guarantee_of, refuse_unaccounted
 from fedpref.federation.aggregation import Factors, Product
 from fedpref.federation.diagnostics import Diagnostic
 from fedpref.federation.network import Network
@@ -30,6 +31,7 @@ from fedpref.models.own_parts import NO_PARTS
 from fedpref.numerics import seeds
 from fedpref.numerics.min_norm import require_solver
 from fedpref.numerics.topology import GraphFile
+from fedpref.privacy import Privacy
 from fedpref.tasks import AnyTask, PreferenceTask, Task
 from fedpref.types import Count, WholeNumber
 
@@ -88,6 +90,8 @@ class Experiment:
     keep: Keep = "last"
     """Which round's model stands in the end: the last one's, or that of the best evaluation on
     validation rows."""
+    privacy: Privacy | None = None
+    """Differential privacy of what is shared; null promises none."""
     diagnostics: tuple[Diagnostic, ...] = ()
     """What to measure with every evaluation beside metrics; clients send for it what a method may
     keep private."""
@@ -119,6 +123,7 @@ class Experiment:
     def __post_init__(self) -> None:
         self._check_federation()
         self._check_choice()
+        refuse_unaccounted(self)
         self._check_task()
         self._check_aggregate()
 
@@ -270,6 +275,7 @@ class Experiment:
         algorithm = self.algorithm
         self.federation.check()
         self.task.check_clients(sizes)
+        guarantee_of(self, len(sizes) - self.federation.num_newcomers)
         compression = self.network.compression
         if algorithm.needs_contraction and compression and not compression.contracts:
             raise UserError(
@@ -398,6 +404,8 @@ def lines(experiment: Experiment, clients: int) -> dict[str, tuple[str, Experime
     federation = experiment.federation
     clients -= federation.num_newcomers
     cohort = min(federation.clients_per_round or clients, clients)
+    if experiment.privacy is not None:
+        federation = replace(federation, sampling="uniform", clients_per_round=None)
     everybody = replace(
         federation, clients_per_round=None, sampling="uniform", sampling_weights={}, deadline=None
     )
@@ -411,6 +419,7 @@ def lines(experiment: Experiment, clients: int) -> dict[str, tuple[str, Experime
                 federation=line_federation,
                 task=experiment.task.without_samples(),  # answers to read are the algorithm's own
                 baselines=(),
+                privacy=None,  # they share nothing
             )
             planned[name] = (f"baselines/{name}", line)
     return planned

@@ -22,6 +22,7 @@ from fedpref.experiments.clients import About, AtSites, ClientSource, InProcess
 from fedpref.experiments.environment import described
 from fedpref.experiments.evaluations import Purpose, export_models, measured
 from fedpref.experiments.experiment import Experiment, lines, with_whole_paths
+from fedpref.experiments.private import FOLDER, in_words
 from fedpref.experiments.run_directory import CONFIG, RunDirectory
 from fedpref.experiments.run_files import CLIENTS, ENVIRONMENT, EVALUATION, METRICS
 from fedpref.federation.algorithm import Algorithm
@@ -103,7 +104,12 @@ def events(
                     f"{folder.path}: the data is not what the run began with; its clients, sizes "
                     f"and digests stand in {CLIENTS}."
                 )
-            said = (task.description, _data(source.about) + source.note, experiment.reading)
+            said = (
+                task.description,
+                _data(source.about) + source.note,
+                experiment.reading,
+                in_words(experiment, task, len(source.about)),
+            )
             note = "\n".join(filter(None, said))
             yield Event(experiment.algorithm.name, "begin", 0, experiment.rounds, {}, note)
             for done in source.prepare(cache or folder.path / "cache"):
@@ -180,8 +186,16 @@ def _line(
         best = folder.restore_best(fresh, engine) if first else state
     last = first == experiment.rounds or any(row.get("final") for row in rows)
     round = first
+    if engine.private and not last and not engine.private.affords(first):
+        raise UserError(
+            f"{name}: round {first + 1} is not within the budget of privacy.epsilon, "
+            f"{experiment.privacy and experiment.privacy.epsilon:g}; "
+            f"{engine.private.epsilon:.3g} is spent. The last checkpoint's model stands."
+        )
     while not last:
-        cohort, late = experiment.federation.cohort(weights, experiment.seed, round)
+        # a private run's cohorts are nobody's to draw again
+        root = engine.private.secret.number("cohorts") if engine.private else experiment.seed
+        cohort, late = experiment.federation.cohort(weights, root, round)
         engine.begin(round, cohort)
         begun, clock = time.perf_counter(), Clock(engine)
         state, metrics = algorithm.step(clock, state)
@@ -190,6 +204,7 @@ def _line(
             **metrics,
             **engine.traffic.metrics(),
             **_lengths(engine.lengths, experiment.federation.clip),
+            **({"epsilon": engine.private.epsilon} if engine.private else {}),
             "seconds": time.perf_counter() - begun,
             **parts,
         }
@@ -205,6 +220,8 @@ def _line(
         )
         told = [Event(name, "round", round + 1, experiment.rounds, figures)]
         last = round + 1 == experiment.rounds
+        if engine.private and not engine.private.affords(round + 1):
+            last = True  # its budget is spent
         looks: list[tuple[Row, Any]] = []
         if experiment.looks_after(round + 1):
             row = looked(round + 1, state, experiment.looks)
@@ -218,6 +235,8 @@ def _line(
             row = looked(round + 1, state, "conclude")
             if best is not None:
                 row["kept"] = stands.best
+            if engine.private and round + 1 < experiment.rounds:
+                row["spent"] = True
             looks.append((row, state))
         for row, seen in looks:
             if experiment.diagnostics:
@@ -236,6 +255,8 @@ def _line(
         round += 1
         yield from told
     export_models(experiment, engine, algorithm.model(state), task, folder, names)
+    if engine.private:
+        engine.private.secret.forget(folder.path / FOLDER)
     folder.finish(has_own=not all(isinstance(part, Mapping) for part in algorithm.model(state)))
 
 
@@ -274,7 +295,8 @@ def evaluated(line: str, total: int, row: Mapping[str, Any]) -> Event:
     title = HEADLINES[metric].title
     note = f"{title} on validation rows" if is_for_choosing(row) else title
     if row.get("final") and row["round"] < total:
-        note = f"{title} (stopped: no better on validation rows)"
+        why = "its budget is spent" if row.get("spent") else "no better on validation rows"
+        note = f"{title} (stopped: {why})"
     if "kept" in row:
         note += f" of round {row['kept']}"
     return Event(

@@ -66,6 +66,7 @@ class Evaluation(TypedDict):
     on: NotRequired[Literal["test", "validation"]]
     final: NotRequired[bool]
     kept: NotRequired[WholeNumber]
+    spent: NotRequired[bool]
     clients: PerClient
     summary: dict[str, dict[str, float]]
     diagnostics: NotRequired[dict[str, float]]

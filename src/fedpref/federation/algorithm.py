@@ -44,6 +44,9 @@ class Algorithm(ABC, Generic[S]):
     """It works on the factors of a LoRA adapter, whatever aggregates them."""
     keeps_critics: ClassVar[bool] = False
     """Clients keep critics beside the adapter, as PPO needs them."""
+    sends_one_change: ClassVar[bool] = False
+    """A round's only sum is of clients' changes of the shared adapter, as a guarantee of privacy
+    counts it."""
 
     def __init_subclass__(cls, **settings: Any) -> None:
         super().__init_subclass__(**settings)

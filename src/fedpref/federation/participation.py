@@ -28,8 +28,9 @@ class Participation:
 
     clients_per_round: Count | None = None
     """Clients that are drawn for each round; null takes everybody."""
-    sampling: Literal["uniform", "examples", "weighted"] = "uniform"
-    """What determines a client's chance of being drawn."""
+    sampling: Literal["uniform", "examples", "weighted", "poisson"] = "uniform"
+    """What determines a client's chance of being drawn; with `poisson`, for private runs, each
+    takes part by a draw of its own, so that `clients_per_round` is the expected number."""
     sampling_weights: Mapping[str, NonNegative] = field(default_factory=dict)
     """Chances by client, for `weighted`."""
     weighting: Literal["examples", "equal"] = "examples"
@@ -126,6 +127,10 @@ class Participation:
             )
         return chosen
 
+    def chance(self, able: int) -> float:
+        """Return each client's chance to take part in a round, of so many that can."""
+        return min(1.0, (self.clients_per_round or able) / able)
+
     def cohort(
         self, weights: Sequence[float], seed: int, round: int
     ) -> tuple[tuple[int, ...], int]:
@@ -139,7 +144,14 @@ class Participation:
             The clients in the order of their numbers, and how many more were drawn but miss the
             deadline.
         """
-        drawn = draw(weights, self.clients_per_round, seeds.generator(seed, "cohort", round=round))
+        rng = seeds.generator(seed, "cohort", round=round)
+        if self.sampling == "poisson":
+            able = [client for client, weight in enumerate(weights) if weight > 0]
+            # in float64, as the accountant has it
+            draws = torch.rand(len(able), generator=rng, dtype=torch.float64).tolist()
+            chance = self.chance(len(able))
+            return tuple(c for c, one in zip(able, draws, strict=True) if one < chance), 0
+        drawn = draw(weights, self.clients_per_round, rng)
         if self.deadline is None:
             return drawn, 0
         times = {}

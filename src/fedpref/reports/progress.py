@@ -111,4 +111,5 @@ def _figures(event: Event) -> str:
         for name, unit in UNITS.items()
         if name in figures
     )
-    return f"{shown}  {sent}  {speed}"
+    spent = f"  epsilon {figures['epsilon']:.3g}" if "epsilon" in figures else ""
+    return f"{shown}{spent}  {sent}  {speed}"

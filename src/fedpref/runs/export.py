@@ -20,6 +20,7 @@ from fedpref.errors import UserError, printable
 from fedpref.experiments.experiment import Experiment
 from fedpref.experiments.finished import FinishedRun
 from fedpref.experiments.run_directory import file_name
+from fedpref.experiments.run_files import METRICS
 from fedpref.models.backbone import merged_adapter
 from fedpref.models.gguf_files import (
     F16,
@@ -268,6 +269,7 @@ class Measured:
         last: The last evaluation.
         joined: Clients that joined when the run was over.
         has_own: Whether clients have models of their own.
+        epsilon: What has been spent of privacy; None without a promise.
     """
 
     known: Mapping[str, Mapping[str, int]]
@@ -275,12 +277,18 @@ class Measured:
     joined: Mapping[str, Mapping[str, Any]]
     has_own: bool
     """Clients have models of their own."""
+    epsilon: float | None = None
 
     @staticmethod
     def read(run: FinishedRun) -> Measured:
         """Return what is measured of a finished run."""
+        rounds = run.folder.read_rows(METRICS)
         return Measured(
-            {**run.clients, **run.joined}, run.last_evaluation, run.joined, run.folder.has_own
+            {**run.clients, **run.joined},
+            run.last_evaluation,
+            run.joined,
+            run.folder.has_own,
+            rounds[-1].get("epsilon") if rounds else None,
         )
 
     def metrics(self, client: str | None, *, whole: bool) -> dict[str, str]:
@@ -322,6 +330,33 @@ class Measured:
             for side, title in titles.items()
             if names
         }
+
+
+def _drawn(experiment: Experiment, measured: Measured) -> str:
+    """Return what else a run is told by: nothing that would help to take its noise away."""
+    if experiment.privacy:
+        return ""
+    return f", {len(measured.last['clients'])} clients, seed {experiment.seed}"
+
+
+def _promised(experiment: Experiment, epsilon: float | None, client: str | None) -> str:
+    """Return what is promised of privacy, in a card, which then holds no figure of clients."""
+    privacy = experiment.privacy
+    if privacy is None or epsilon is None:
+        return ""
+    whose = (
+        "It has parts of one client's own, which are that client's and outside the promise: it is "
+        "kept towards all others."
+        if client
+        else "Figures of clients are outside the promise and not given here."
+    )
+    sampling = "Poisson cohorts" if experiment.federation.sampling == "poisson" else "all clients"
+    return (
+        f"Differential privacy: epsilon {epsilon:.3g} at delta {privacy.delta:g}, for one "
+        f"{privacy.unit} that is there or not, against who gets this model; the coordinator is "
+        f"trusted. Gaussian noise on sums of changes clipped to {privacy.clip.norm:g}, {sampling}, "
+        f"accounted for by privacy loss distributions (dp-accounting). {whose}"
+    )
 
 
 def card(
@@ -376,15 +411,16 @@ def card(
     lines = [
         f"# {_escaped(experiment.name)}" + (f": {_escaped(client)}" if client else ""),
         f"Trained by {experiment.algorithm.name} with fedpref {__version__}: "
-        f"{len(measured.last['clients'])} clients, "
-        f"{experiment.rounds} rounds, seed {experiment.seed}."
+        f"{experiment.rounds} rounds{_drawn(experiment, measured)}."
         + (
             " All clients' rows were in one place."
             if experiment.algorithm.pools_data
             else " No client's rows left it."
         ),
         f"Data: {experiment.data.name}{where}. Base model: {said}.",
-        _table(measured.metrics(client, whole=not left_out) | measured.counts(client)),
+        _promised(experiment, measured.epsilon, client)
+        if experiment.privacy
+        else _table(measured.metrics(client, whole=not left_out) | measured.counts(client)),
         *([] if form == "gguf" else [f"```python\n{LOADS[library]}\n```"]),
     ]
     if top["license"] == "other":

@@ -230,6 +230,7 @@ def facts(run: Run) -> dict[str, str]:
         "rows": _rows(run.data),
         "rounds": _rounds(run),
         "measured": spec.reading,
+        "privacy": _promised(run),
         "seed": str(spec.seed),
         "started": here.get("started", ""),
         "machine": f"{here['platform']}, {here['processors']} processors" if here else "",
@@ -239,13 +240,26 @@ def facts(run: Run) -> dict[str, str]:
     }
 
 
+def _promised(run: Run) -> str:
+    """Return what is promised of privacy, and what of it is spent; empty without a promise."""
+    privacy, spent = run.experiment.privacy, run.line.column("epsilon")
+    if privacy is None or not spent:
+        return ""
+    return (
+        f"epsilon {spent[-1]:.3g} at delta {privacy.delta:g}, of one {privacy.unit} that is there "
+        "or not, against who gets the model; this page, and all figures of a run, are the "
+        "coordinator's and outside the promise"
+    )
+
+
 def _rounds(run: Run) -> str:
     """Return how many rounds there were, why no more, and which round's model stands."""
     last = run.line.evaluations[-1] if run.line.evaluations else {}
     done = len(run.line.metrics)
     said = f"{done} of {run.experiment.rounds}"
     if last.get("final") and done < run.experiment.rounds:
-        said += ", stopped as evaluations on validation rows got no better"
+        why = "evaluations on validation rows got no better"
+        said += f", stopped as {'its budget was spent' if last.get('spent') else why}"
     if "kept" in last:
         said += f"; the model is that of round {last['kept']}, the best of them"
     return said + ("" if run.done else " (not finished, or not all that it is compared with)")

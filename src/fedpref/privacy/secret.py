@@ -1,0 +1,113 @@
+"""The secret of a trust domain: who has it can take the noise away, and who has not cannot."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedpref.errors import UserError
+
+BYTES = 32
+FILE = ".secret"
+
+
+class Secret:
+    """32 bytes, from which all that a guarantee rests on is drawn by address.
+
+    A stream is SHAKE-256 of the secret and the address (FIPS 202): without the secret it cannot be
+    told from random bits, however much else is known.
+    """
+
+    def __init__(self, key: bytes) -> None:
+        if len(key) != BYTES:
+            raise ValueError(f"a secret has {BYTES} bytes, not {len(key)}")
+        self._key = key
+
+    def __repr__(self) -> str:
+        return "Secret(...)"
+
+    @staticmethod
+    def of(folder: Path) -> Secret:
+        """Return a folder's secret, which only its owner may read; a new one where there is none.
+
+        Raises:
+            UserError: The file is no secret, or others may read it.
+        """
+        file = folder / FILE
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        except FileExistsError:
+            return Secret._read(file)
+        except OSError as error:
+            raise UserError(f"{file}: the run's secret cannot be written: {error}") from error
+        with os.fdopen(descriptor, "wb") as opened:
+            opened.write(secrets.token_bytes(BYTES))
+            opened.flush()
+            os.fsync(opened.fileno())
+        return Secret._read(file)
+
+    @staticmethod
+    def forget(folder: Path) -> None:
+        """Remove a folder's secret: who keeps it keeps the noise."""
+        (folder / FILE).unlink(missing_ok=True)
+
+    @staticmethod
+    def _read(file: Path) -> Secret:
+        try:
+            mode, key = file.stat().st_mode, file.read_bytes()
+        except OSError as error:
+            raise UserError(f"{file}: the run's secret cannot be read: {error}") from error
+        if mode & 0o077:
+            raise UserError(
+                f"{file}: others may read the run's secret, and could take its noise away. "
+                f"`chmod 600 {file}` if nobody has; otherwise begin the run anew."
+            )
+        if len(key) != BYTES:
+            raise UserError(
+                f"{file}: expected {BYTES} bytes, found {len(key)}. The run cannot go on with the "
+                "noise that it had; begin it anew."
+            )
+        return Secret(key)
+
+    def words(
+        self,
+        count: int,
+        purpose: str,
+        *,
+        round: int = 0,
+        call: int = 0,
+        client: int = -1,
+        attempt: int = 0,
+    ) -> NDArray[np.uint64]:
+        """Return 64-bit words of an address's stream [count].
+
+        Args:
+            count: How many.
+            purpose: What they are for.
+            round: From 0.
+            call: The number of the verb within the round.
+            client: The client's number; -1 for the coordinator.
+            attempt: Of the same draw, where what it is added to has changed.
+        """
+        address = f"{purpose}/{round}/{call}/{client}/{attempt}".encode()
+        stream = hashlib.shake_256(self._key + address).digest(8 * count)
+        return np.frombuffer(stream, "<u8")
+
+    def key_of(self, purpose: str) -> bytes:
+        """Return a key of 32 bytes for a purpose, from which the secret cannot be found."""
+        return self.words(4, f"key/{purpose}").tobytes()
+
+    def number(self, purpose: str, *, round: int = 0) -> int:
+        """Return a 63-bit number, such as the root of a private run's draws."""
+        return int(self.words(1, purpose, round=round)[0]) >> 1
+
+    def generator(self, purpose: str, *, round: int = 0) -> torch.Generator:
+        """Return a CPU generator whose draws nobody can repeat without the secret."""
+        return torch.Generator().manual_seed(self.number(purpose, round=round))

@@ -1,0 +1,445 @@
+"""Private sums: noise that is noise, norms that are bounded, a ledger that forgets nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+
+from conftest import make_rows, write_rows
+from fedpref import Experiment, UserError, config, resume, run
+from fedpref.channel.lattice import Lattice
+from fedpref.channel.noise import RoundedGaussian
+from fedpref.engines.private_sums import PrivateSums
+from fedpref.experiments.rounds import events, new_directory
+from fedpref.experiments.run_directory import RunDirectory
+from fedpref.numerics import trees
+from fedpref.numerics.trees import Tree
+from fedpref.privacy import Guarantee, Ledger, Secret
+from fedpref.privacy.audit import audit_sums, lower_bound
+from fedpref.runs.export import export
+
+KEY = bytes(range(32))
+
+
+def sums(folder: Path, dimensions: int = 50, **changes: Any) -> PrivateSums:
+    given: dict[str, Any] = {
+        "secret": Secret(KEY),
+        "ledger": Ledger.at(folder),
+        "guarantee": Guarantee(1.0, 1.0, 1e-3),
+        "budget": None,
+        "clip": 1.0,
+        "expected": 10.0,
+        "template": {"change": torch.zeros(dimensions)},
+    }
+    return PrivateSums(**{**given, **changes})
+
+
+def change(dimensions: int = 50, length: float = 1.0, seed: int = 0) -> Tree:
+    flat = torch.randn(dimensions, generator=torch.Generator().manual_seed(seed))
+    return {"change": length * flat / flat.norm()}
+
+
+# ---- noise
+
+
+def test_the_sampler_has_the_cells_of_a_gaussian() -> None:
+    noise = RoundedGaussian(40)
+    words = Secret(KEY).words(400_000, "noise")
+    drawn = noise.draw(words)
+    edges = np.arange(-140, 141, 7)
+    counts = np.histogram(drawn, bins=np.concatenate([[-10_000], edges - 0.5, [10_000]]))[0]
+    cells = np.concatenate([[-np.inf], edges - 0.5, [np.inf]]) / 40
+    expected = len(drawn) * np.diff(scipy.stats.norm.cdf(cells))
+    assert scipy.stats.chisquare(counts, expected).pvalue > 1e-3
+    assert abs(drawn.std() / 40 - 1) < 0.005
+    # the extreme words are the extreme cells, and the middle one is nothing
+    ends = noise.draw(np.array([0, 2**63, 2**64 - 1], np.uint64))
+    assert ends[0] < -8.5 * 40
+    assert ends[1] in (-1, 0, 1)
+    assert ends[2] > 8.5 * 40
+    assert noise.distance < 1e-14
+
+
+def test_a_secret_is_its_owners_alone_and_gives_the_same_draws_again(tmp_path: Path) -> None:
+    secret = Secret.of(tmp_path / "run")
+    file = tmp_path / "run/.secret"
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    again = Secret.of(tmp_path / "run")
+    assert np.array_equal(secret.words(4, "noise"), again.words(4, "noise"))
+    addresses: list[dict[str, int]] = [{}, {"round": 1}, {"call": 1}, {"client": 3}, {"attempt": 1}]
+    drawn = {tuple(secret.words(2, "noise", **one).tolist()) for one in addresses}
+    assert len(drawn) == 5
+    assert "32" not in repr(secret)
+    assert file.read_bytes().hex() not in repr(secret)
+    file.chmod(0o640)
+    with pytest.raises(UserError, match="others may read the run's secret"):
+        Secret.of(tmp_path / "run")
+    file.chmod(0o600)
+    file.write_bytes(b"short")
+    with pytest.raises(UserError, match="expected 32 bytes, found 5"):
+        Secret.of(tmp_path / "run")
+    secret.forget(tmp_path / "run")
+    assert not file.exists()
+    with pytest.raises(ValueError, match="32 bytes"):
+        Secret(b"short")
+
+
+# ---- the lattice
+
+
+@pytest.mark.parametrize("dimensions", [1, 50, 20_000])
+@pytest.mark.parametrize("length", [0.0, 0.3, 1.0, 7.0])
+def test_the_integer_norm_never_exceeds_what_noise_is_for(dimensions: int, length: float) -> None:
+    lattice = Lattice.of(1.0, 2.0, dimensions)
+    assert lattice.most * 2.0 == lattice.deviation
+    rng = torch.Generator().manual_seed(1)
+    for seed in range(5):
+        tree = change(dimensions, length, seed)
+        message = lattice.encode(tree, rng)
+        assert message["change"].dtype == torch.int32
+        assert float(message["change"].double().norm()) <= lattice.most
+        meant = tree["change"].double() * min(1.0, 1 / length if length else 1.0)
+        assert float((message["change"] * lattice.unit - meant).abs().max()) <= lattice.unit
+
+
+def test_what_cannot_be_rounded_within_its_norm_goes_towards_zero() -> None:
+    lattice = dataclasses.replace(Lattice.of(1.0, 1.0, 4), most=1.0, unit=0.3)
+    message = lattice.encode({"change": torch.full((4,), 0.5)}, torch.Generator().manual_seed(0))
+    assert message["change"].tolist() == [1, 1, 1, 1]
+
+
+def test_a_lattice_is_fine_or_there_is_none() -> None:
+    assert Lattice.of(1.0, 1.0, 10**6).unit < Lattice.of(1.0, 1.0, 10).unit * 2
+    with pytest.raises(ValueError, match="no lattice is fine enough"):
+        Lattice.of(1.0, 1e5, 10**6)
+    with pytest.raises(ValueError, match="not finite"):
+        Lattice.of(1.0, 1.0, 3).encode({"a": torch.tensor([math.inf])}, torch.Generator())
+
+
+def test_a_sum_is_the_mean_but_for_the_noise_that_was_asked_for(tmp_path: Path) -> None:
+    private = sums(tmp_path, 5000)
+    trees_sent = [change(5000, 0.8, seed) for seed in range(4)]
+    messages = [private.encode(tree, i, 0, 1) for i, tree in enumerate(trees_sent)]
+    mean = private.release(messages, 0, 1)["change"]
+    expected = sum(tree["change"] for tree in trees_sent) / 10
+    noise = (mean - expected) * 10
+    longest = private.lattice.most * private.lattice.unit
+    assert float(noise.std()) == pytest.approx(1.0 * longest, rel=0.05)
+    assert longest == pytest.approx(1.0, rel=0.011)
+    assert scipy.stats.kstest(noise.numpy() / float(noise.std()), "norm").pvalue > 1e-3
+
+
+def test_an_empty_round_moves_by_noise_alone(tmp_path: Path) -> None:
+    mean = sums(tmp_path, 5000).release([], 0, 1)["change"]
+    assert float(mean.std()) == pytest.approx(0.1, rel=0.06)
+
+
+def test_a_sum_of_other_tensors_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="other tensors"):
+        sums(tmp_path).encode({"other": torch.zeros(50)}, 0, 0, 1)
+
+
+# ---- the accountant and the ledger
+
+
+@pytest.mark.parametrize(
+    ("multiplier", "chance", "count", "delta", "epsilon"),
+    [
+        (1.0, 0.1, 100, 1e-3, 4.785),
+        (1.0, 0.05, 100, 1e-4, 2.870),
+        (0.8, 0.01, 1000, 1e-5, 3.141),
+        (5.0, 1.0, 30, 1e-3, 3.515),
+    ],
+)
+def test_epsilon_agrees_with_another_accountant_within_a_hundredth(
+    multiplier: float, chance: float, count: int, delta: float, epsilon: float
+) -> None:
+    ours = Guarantee(multiplier, chance, delta).epsilon(count)
+    assert ours == pytest.approx(epsilon, rel=0.01)
+    if chance == 1:  # a closed form (Balle and Wang 2018)
+        mu = math.sqrt(count) / multiplier
+        cdf = scipy.stats.norm.cdf
+        left = cdf(-ours / mu + mu / 2) - math.exp(ours) * cdf(-ours / mu - mu / 2)
+        assert left == pytest.approx(delta, rel=0.01)
+    else:
+        prv = pytest.importorskip("prv_accountant")
+        mechanism = prv.PoissonSubsampledGaussianMechanism(
+            noise_multiplier=multiplier, sampling_probability=chance
+        )
+        accountant = prv.PRVAccountant(
+            prvs=mechanism, max_self_compositions=count, eps_error=0.01, delta_error=delta / 1000
+        )
+        _, estimate, _ = accountant.compute_epsilon(delta=delta, num_self_compositions=[count])
+        assert ours == pytest.approx(float(estimate), rel=0.01)
+
+
+def test_the_least_noise_that_keeps_a_budget_keeps_it() -> None:
+    for epsilon, chance in ((8.0, 1.0), (1.0, 0.1), (50.0, 0.02)):
+        found = Guarantee.of(epsilon, 1e-3, chance, 20)
+        assert found.epsilon(20) <= epsilon
+        less = dataclasses.replace(found, noise_multiplier=0.98 * found.noise_multiplier)
+        assert less.epsilon(20) > epsilon or found.noise_multiplier == pytest.approx(0.2)
+    assert found.epsilon(0) == 0.0
+    with pytest.raises(UserError, match="no noise keeps 5 sums within"):
+        Guarantee.of(1e-6, 1e-9, 1.0, 5)
+    with pytest.raises(UserError, match="less than what inexact noise takes"):
+        Guarantee(1.0, 1.0, 1e-9).epsilon(1, 1e-8)
+
+
+def test_the_same_sum_is_free_and_another_is_charged_with_fresh_noise(tmp_path: Path) -> None:
+    private = sums(tmp_path)
+    first = private.release([private.encode(change(), 0, 3, 2)], 3, 2)
+    # as a run that was killed does it again, in another process
+    again = sums(tmp_path)
+    same = again.release([again.encode(change(), 0, 3, 2)], 3, 2)
+    assert torch.equal(first["change"], same["change"])
+    assert again.ledger.charged == 1
+    other = again.release([again.encode(change(seed=1), 0, 3, 2)], 3, 2)
+    assert again.ledger.charged == 2
+    assert [one["attempt"] for one in Ledger.at(tmp_path).entries] == [0, 1]
+    # what is left of the noise when the sums are taken away is not the same
+    noises = []
+    for released, seed in ((first, 0), (other, 1)):
+        summed = private.encode(change(seed=seed), 0, 3, 2)["change"] * private.lattice.unit / 10
+        noises.append(released["change"] - summed)
+    assert float((noises[0] - noises[1]).norm()) > 0.5 * float(noises[0].norm())
+    assert again.epsilon > private.epsilon
+
+
+def test_a_budget_is_kept_and_a_charged_round_can_be_done_again(tmp_path: Path) -> None:
+    guarantee = Guarantee(2.0, 1.0, 1e-3)
+    private = sums(tmp_path, guarantee=guarantee, budget=guarantee.epsilon(2))
+    for round in (0, 1):
+        assert private.affords(round)
+        private.release([], round, 1)
+    assert not private.affords(2)
+    assert private.affords(1), "what is spent is spent"
+
+
+def test_a_ledger_that_a_crash_cut_short_is_whole_and_a_damaged_one_ends_the_run(
+    tmp_path: Path,
+) -> None:
+    private = sums(tmp_path)
+    private.release([], 0, 1)
+    private.release([], 1, 1)
+    file = tmp_path / "ledger.jsonl"
+    whole = file.read_text()
+    file.write_text(whole + '{"round": 2, "ca')
+    assert Ledger.at(tmp_path).charged == 2
+    assert file.read_text() == whole
+    file.write_text("nothing\n" + whole)
+    with pytest.raises(UserError, match="line 1: the ledger is damaged"):
+        Ledger.at(tmp_path)
+    (tmp_path / "blocked").write_text("")
+    with pytest.raises(UserError, match="cannot be written down, so that nothing is"):
+        Ledger(tmp_path / "blocked/ledger.jsonl").charge(0, 1, "d")
+
+
+# ---- runs
+
+
+def private_spec(settings: dict[str, Any], tmp_path: Path, **changes: Any) -> Experiment:
+    rows = write_rows(tmp_path / "rows.jsonl", make_rows([12] * 8))
+    content = {
+        **settings,
+        "data": {"name": "files", "path": str(rows), "test_fraction": 0.3},
+        "algorithm": {
+            "name": "feddpo",
+            "aggregate": {"name": "frozen-a"},
+            "local": settings["algorithm"]["local"],
+        },
+        "federation": {"weighting": "equal", "sampling": "poisson", "clients_per_round": 2},
+        "privacy": {"epsilon": 8.0, "delta": 0.01, "clip": {"name": "fixed", "norm": 0.1}},
+        "rounds": 5,
+    }
+    return config.parse(Experiment, {**content, **changes}, "test")
+
+
+def test_a_private_run_ends_within_its_budget_and_forgets_its_secret(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    spec = private_spec(settings, tmp_path, baselines=["alone"])
+    path = run(spec, tmp_path / "run").path
+    rows = RunDirectory(path).read_rows("metrics.jsonl")
+    spent = [row["epsilon"] for row in rows]
+    assert spent == sorted(spent)
+    assert spent[-1] <= 8.0
+    assert spent[-1] == pytest.approx(8.0, rel=0.01), "no more noise than the budget asks for"
+    assert Ledger.at(path / "privacy").charged == 5
+    assert not (path / "privacy/.secret").exists()
+    assert "epsilon" not in RunDirectory(path / "baselines/alone").read_rows("metrics.jsonl")[0]
+    export(path, tmp_path / "model")
+    card = (tmp_path / "model/README.md").read_text()
+    assert "Differential privacy: epsilon" in card
+    assert "seed" not in card
+    assert "held-out" not in card
+    assert "clients," not in card, "how many there are is not said"
+
+
+@pytest.mark.parametrize("after", [2, 4, 6])
+def test_a_private_run_that_was_left_ends_with_the_same_bits_for_nothing(
+    after: int, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    spec = private_spec(settings, tmp_path)
+    happenings = events(spec, new_directory(spec, tmp_path / "broken"))
+    for _ in range(after):
+        next(happenings)
+    happenings.close()
+    # the same secret, as if nothing had happened
+    (tmp_path / "whole/privacy").mkdir(parents=True)
+    key = (tmp_path / "broken/privacy/.secret").read_bytes()
+    whole = new_directory(spec, tmp_path / "whole-run")
+    begun = events(spec, whole)
+    next(begun)
+    begun.close()
+    (tmp_path / "whole-run/privacy").mkdir()
+    descriptor = os.open(tmp_path / "whole-run/privacy/.secret", os.O_WRONLY | os.O_CREAT, 0o600)
+    os.write(descriptor, key)
+    os.close(descriptor)
+    resume(tmp_path / "whole-run")
+    resume(tmp_path / "broken")
+    one, other = (
+        trees.load(tmp_path / name / "adapter/adapter_model.safetensors")
+        for name in ("whole-run", "broken")
+    )
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert Ledger.at(tmp_path / "broken/privacy").charged == 5
+
+
+def test_two_private_runs_of_one_config_share_nothing_that_is_drawn(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    spec = private_spec(settings, tmp_path)
+    one, other = (run(spec, tmp_path / name).path for name in ("one", "other"))
+    tensors = [trees.load(path / "adapter/adapter_model.safetensors") for path in (one, other)]
+    moved = [name for name in tensors[0] if not torch.equal(tensors[0][name], tensors[1][name])]
+    assert moved
+    assert all("lora_B" in name for name in moved), "A stays where it was drawn"
+    # nothing in the run directory helps to compute the noise: it is in no file of it
+    for file in one.rglob("*"):
+        assert file.name != ".secret"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"engine": "flare"}, "private sums over sites are not there yet"),
+        ({"algorithm": {"name": "scaffold"}}, "scaffold sends more, or other, than one sum"),
+        (
+            {"algorithm": {"name": "feddpo", "aggregate": {"name": "product"}}},
+            "products of factors have no bounded norm",
+        ),
+        ({"algorithm": {"name": "feddpo", "aggregate": {"residual": True}}}, "clip does not bound"),
+        ({"federation": {}}, "federation.weighting"),
+        ({"federation": {"weighting": "equal", "clients_per_round": 2}}, "cohorts of a fixed size"),
+        ({"federation": {"weighting": "equal", "clip": 1.0}}, "privacy.clip bounds changes"),
+        ({"federation": {"weighting": "equal", "deadline": 2.0}}, "whoever is drawn takes part"),
+        ({"diagnostics": ["disagreement"]}, "sums without noise"),
+        ({"baselines": ["feddpo"]}, "feddpo would be published without a promise"),
+        ({"privacy": {}}, "give epsilon, from which the noise is computed, or noise_multiplier"),
+        ({"privacy": None}, "poisson is for private runs"),
+    ],
+)
+def test_what_a_promise_does_not_cover_is_refused(
+    changes: dict[str, Any], message: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        private_spec(settings, tmp_path, **changes)
+
+
+def test_a_delta_that_would_publish_a_client_is_refused(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    spec = private_spec(settings, tmp_path, privacy={"epsilon": 8.0, "delta": 0.2})
+    with pytest.raises(UserError, match="more than one over the 8 clients"):
+        run(spec, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+# ---- the audit
+
+
+AUDIT = {"canaries": 400, "dimensions": 6000, "rounds": 10, "clip": 1.0, "delta": 1e-5}
+TRUE = Guarantee(6.6, 1.0, 1e-5)
+
+
+def bound(folder: Path, mutant: str = "", seed: int = 0) -> float:
+    """The lower bound of the whole path of sums, or of one with a mistake in it."""
+    private = sums(
+        folder,
+        6000,
+        guarantee=TRUE,
+        expected=200.0,
+        secret=Secret(seed.to_bytes(32, "big")),
+    )
+    if mutant == "noise divided by the cohort":
+        private.lattice = dataclasses.replace(private.lattice, most=private.lattice.most)
+        private._noise = RoundedGaussian(private.lattice.deviation // 14)
+    if mutant == "no clip":
+        private.lattice = dataclasses.replace(private.lattice, clip=1e9, most=1e12)
+
+    def release(round: int, present: Sequence[tuple[int, Tree]]) -> Tree:
+        if mutant == "clip after noise":
+            total = torch.stack([tree["change"] for _, tree in present]).sum(0)
+            words = private.secret.words(6000, "noise", round=round)
+            noise = torch.from_numpy(RoundedGaussian(4096).draw(words)) / 4096 * 6.6
+            return {"change": ((total + noise) / max(1.0, float(total.norm()) / 200)).double()}
+        if mutant == "clip of the share":  # x / n is always short enough
+            present = [(i, {"change": tree["change"] / 200}) for i, tree in present]
+            messages = [private.encode(tree, i, round, 1) for i, tree in present]
+            mean = private.release(messages, round, 1)["change"]
+            noise = mean - sum(m["change"] for m in messages) * private.lattice.unit / 200
+            # undone by whoever thinks that the clip was of x: noise too small by the cohort
+            return {"change": sum(t["change"] for _, t in present) * 200 / 200 + noise / 200}
+        messages = [private.encode(tree, i, round, 1) for i, tree in present]
+        released = private.release(messages, round, 1)["change"]
+        if mutant == "noise from the seed":  # which an attacker has, and takes away
+            words = private.secret.words(6000, "noise", round=round, call=1)
+            noise = torch.from_numpy(private._noise.draw(words))
+            released = released - noise * private.lattice.unit / 200
+        return {"change": released}
+
+    longer = 5.0 if mutant in ("no clip", "clip after noise") else 1.0
+    return audit_sums(release, seed=seed, length=longer, **AUDIT).epsilon  # type: ignore[arg-type]
+
+
+def test_the_channel_audit_stays_below_half_of_epsilon(tmp_path: Path) -> None:
+    epsilon = TRUE.epsilon(10)
+    assert epsilon == pytest.approx(1.9, rel=0.01)
+    for seed in (1, 2):
+        assert bound(tmp_path / str(seed), seed=seed) < epsilon / 2
+
+
+@pytest.mark.parametrize(
+    "mutant",
+    [
+        "noise divided by the cohort",
+        "no clip",
+        "clip after noise",
+        "clip of the share",
+        "noise from the seed",
+    ],
+)
+def test_the_channel_audit_convicts_a_mistake(mutant: str, tmp_path: Path) -> None:
+    assert bound(tmp_path, mutant) > TRUE.epsilon(10)
+
+
+def test_a_bound_needs_guesses_that_are_right() -> None:
+    rng = np.random.default_rng(0)
+    was_in = rng.random(500) < 0.5
+    assert lower_bound(rng.normal(size=500), was_in, 1e-5).epsilon < 0.5
+    all_right = lower_bound(was_in.astype(float), was_in, 1e-5)
+    assert all_right.right == all_right.guesses
+    assert 3.5 < all_right.epsilon < 5.2
+    assert json.dumps(dataclasses.asdict(all_right))
