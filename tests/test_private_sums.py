@@ -279,8 +279,8 @@ def test_a_private_run_ends_within_its_budget_and_forgets_its_secret(
     assert Ledger.at(path / "privacy").charged == 5
     assert not (path / "privacy/.secret").exists()
     assert "epsilon" not in RunDirectory(path / "baselines/alone").read_rows("metrics.jsonl")[0]
-    export(path, tmp_path / "model")
-    card = (tmp_path / "model/README.md").read_text()
+    export(path, "peft", tmp_path / "model")
+    card = (tmp_path / "model/shared/README.md").read_text()
     assert "Differential privacy: epsilon" in card
     assert "seed" not in card
     assert "held-out" not in card
