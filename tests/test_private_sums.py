@@ -443,3 +443,27 @@ def test_a_bound_needs_guesses_that_are_right() -> None:
     assert all_right.right == all_right.guesses
     assert 3.5 < all_right.epsilon < 5.2
     assert json.dumps(dataclasses.asdict(all_right))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["feddpo", "fedprox", "fedopt", "ffa-lora", "ditto", "fedper", "feddpa", "fedpdpo"],
+)
+def test_every_algorithm_that_may_runs_privately(
+    name: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    spec = private_spec(
+        settings,
+        tmp_path,
+        algorithm={
+            "name": name,
+            "local": settings["algorithm"]["local"],
+            **({} if name in ("ffa-lora", "fedopt") else {"aggregate": {"name": "frozen-a"}}),
+        },
+        privacy={"noise_multiplier": 2.0, "delta": 0.01},
+        rounds=2,
+    )
+    path = run(spec, tmp_path / "run").path
+    spent = [row["epsilon"] for row in RunDirectory(path).read_rows("metrics.jsonl")]
+    assert 0 < spent[0] < spent[1]
+    assert Ledger.at(path / "privacy").charged == 2

@@ -37,6 +37,9 @@ class FFA(Algorithm[AdapterState]):
     def given(self, join_steps: int) -> tuple[Any, ...]:
         return self._as_feddpo().given(join_steps)
 
+    def sent(self, start: Tree) -> Tree:
+        return FrozenA().split(start)[0]
+
     def init(self, fed: Federation, start: Tree) -> AdapterState:
         return self._as_feddpo().init(fed, start)
 

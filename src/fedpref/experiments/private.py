@@ -138,9 +138,7 @@ def private_sums(spec: Experiment, task: Task, clients: int, folder: Path) -> Pr
 
 def template(spec: Experiment, task: Task) -> Tree:
     """Return a tree of the names and shapes that clients send."""
-    start = task.init(seeds.generator(spec.seed, "init"))
-    aggregate = spec.algorithm.aggregate
-    return aggregate.split(start)[0] if aggregate else start
+    return spec.algorithm.sent(task.init(seeds.generator(spec.seed, "init")))
 
 
 def in_words(spec: Experiment, task: Task, clients: int) -> str:

@@ -75,6 +75,14 @@ class Algorithm(ABC, Generic[S]):
         """How adapters become one; None where the algorithm leaves no choice."""
         return None
 
+    def sent(self, start: Tree) -> Tree:
+        """Return the part of the parameters whose changes a round's only sum is of.
+
+        Args:
+            start: The task's fresh parameters.
+        """
+        return self.aggregate.split(start)[0] if self.aggregate else start
+
     @property
     def parts(self) -> Parts | None:
         """What of the model is each client's own; None where nothing is."""
