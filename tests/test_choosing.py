@@ -145,7 +145,10 @@ def test_the_tests_rows_are_read_once_and_the_best_rounds_model_stands(
     assert FinishedRun.at(tmp_path / "run").last_evaluation == final
 
 
-@pytest.mark.parametrize("after", [2, 5, 8])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("after", [pytest.param(2, marks=SLOW), 5, pytest.param(8, marks=SLOW)])
 def test_a_run_that_chooses_ends_with_the_same_bits_wherever_it_was_left(
     after: int, settings: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -165,10 +168,10 @@ def test_a_run_that_chooses_ends_with_the_same_bits_wherever_it_was_left(
 
 
 def test_a_line_that_has_stopped_does_not_go_on(settings: dict[str, Any], tmp_path: Path) -> None:
-    spec = spec_of(settings, stop={"metric": "rewards/margins", "patience": 1}, rounds=40)
+    spec = spec_of(settings, stop={"metric": "rewards/margins", "patience": 1}, rounds=12)
     run(spec, tmp_path / "run")
     rows = rows_of(tmp_path / "run")
-    assert rows[-1]["round"] < 40
+    assert rows[-1]["round"] < 12
     # killed after its last checkpoint, before it was done
     (tmp_path / "run/done").unlink()
     resume(tmp_path / "run")

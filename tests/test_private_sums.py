@@ -287,7 +287,10 @@ def test_a_private_run_ends_within_its_budget_and_forgets_its_secret(
     assert "clients," not in card, "how many there are is not said"
 
 
-@pytest.mark.parametrize("after", [2, 4, 6])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("after", [pytest.param(2, marks=SLOW), 4, pytest.param(6, marks=SLOW)])
 def test_a_private_run_that_was_left_ends_with_the_same_bits_for_nothing(
     after: int, settings: dict[str, Any], tmp_path: Path
 ) -> None:
