@@ -168,7 +168,7 @@ def test_a_run_that_chooses_ends_with_the_same_bits_wherever_it_was_left(
 
 
 def test_a_line_that_has_stopped_does_not_go_on(settings: dict[str, Any], tmp_path: Path) -> None:
-    spec = spec_of(settings, stop={"metric": "rewards/margins", "patience": 1}, rounds=12)
+    spec = spec_of(settings, stop={"metric": METRIC, "patience": 1}, rounds=12)
     run(spec, tmp_path / "run")
     rows = rows_of(tmp_path / "run")
     assert rows[-1]["round"] < 12
