@@ -119,7 +119,7 @@ def audited(mutant: str, seed: int, folder: Path) -> float:
         private.lattice = dataclasses.replace(private.lattice, clip=1e9, most=1e12)
 
     def noise(round: int) -> torch.Tensor:
-        words = private.secret.words(DIMENSIONS, "noise", round=round, call=1)
+        words = private.secret.words(2 * DIMENSIONS, "noise", round=round, call=1)
         return torch.from_numpy(RoundedGaussian(private.lattice.deviation).draw(words)) * unit
 
     def release(round: int, present: Sequence[tuple[int, Tree]]) -> Tree:
@@ -216,7 +216,7 @@ def private(epsilon: float | None, rank: int, seed: int, **changes: Any) -> Expe
 
 def kills(scratch: Path, count: int) -> dict[str, float]:
     """SIGKILLs of a private run at moments spread over it; each is resumed to its end."""
-    few = {"name": "natural", "max_clients": 3, "max_rows": 40}
+    few = {"name": "natural", "only": ["bank", "school", "clinic"], "max_rows": 40}
     spec = private(8.0, 1, 0, rounds=5, partition=few, workers=1)
     context = multiprocessing.get_context("spawn")
     begun = time.perf_counter()

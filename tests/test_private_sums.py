@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import mpmath
 import numpy as np
 import pytest
 import scipy.stats
@@ -19,7 +20,7 @@ import torch
 from conftest import make_rows, write_rows
 from fedpref import Experiment, UserError, config, resume, run
 from fedpref.channel.lattice import Lattice
-from fedpref.channel.noise import RoundedGaussian
+from fedpref.channel.noise import DISTANCE, RoundedGaussian
 from fedpref.engines.private_sums import PrivateSums
 from fedpref.experiments.rounds import events, new_directory
 from fedpref.experiments.run_directory import RunDirectory
@@ -55,7 +56,7 @@ def change(dimensions: int = 50, length: float = 1.0, seed: int = 0) -> Tree:
 
 def test_the_sampler_has_the_cells_of_a_gaussian() -> None:
     noise = RoundedGaussian(40)
-    words = Secret(KEY).words(400_000, "noise")
+    words = Secret(KEY).words(2 * 400_000, "noise")
     drawn = noise.draw(words)
     edges = np.arange(-140, 141, 7)
     counts = np.histogram(drawn, bins=np.concatenate([[-10_000], edges - 0.5, [10_000]]))[0]
@@ -64,11 +65,32 @@ def test_the_sampler_has_the_cells_of_a_gaussian() -> None:
     assert scipy.stats.chisquare(counts, expected).pvalue > 1e-3
     assert abs(drawn.std() / 40 - 1) < 0.005
     # the extreme words are the extreme cells, and the middle one is nothing
-    ends = noise.draw(np.array([0, 2**63, 2**64 - 1], np.uint64))
+    last = 2**64 - 1
+    ends = noise.draw(np.array([0, 0, 2**63, 2**63, last, last], np.uint64))
     assert ends[0] < -8.5 * 40
-    assert ends[1] in (-1, 0, 1)
+    assert abs(ends[1]) <= noise._within.shape[1] + 1, "within the middle block"
     assert ends[2] > 8.5 * 40
-    assert noise.distance < 1e-14
+    assert RoundedGaussian(2**12).distance < RoundedGaussian(2**14).distance < DISTANCE
+    # cell by cell, against erfc in 200 bits
+    with mpmath.workprec(200):
+        apart = sum(abs(mine - exact) for mine, exact in cells_of(noise)) / 2
+    assert apart < noise.distance
+
+
+def cells_of(noise: RoundedGaussian) -> list[tuple[Any, Any]]:
+    """The chance of each cell as the tables have it, and as it is."""
+    found = []
+    blocks = [0, *map(int, noise._blocks), 2**64]
+    width = noise._within.shape[1] + 1
+    for block, row in enumerate(noise._within):
+        bounds = [0, *map(int, row), 2**64]
+        for k in range(width):
+            mine = mpmath.mpf(blocks[block + 1] - blocks[block]) / 2**64
+            mine *= mpmath.mpf(bounds[k + 1] - bounds[k]) / 2**64
+            cell = block * width + k - noise._half
+            edges = [(cell + side * mpmath.mpf("0.5")) / noise.deviation for side in (1, -1)]
+            found.append((mine, mpmath.ncdf(edges[0]) - mpmath.ncdf(edges[1])))
+    return found
 
 
 def test_a_secret_is_its_owners_alone_and_gives_the_same_draws_again(tmp_path: Path) -> None:
@@ -123,8 +145,8 @@ def test_a_lattice_is_fine_or_there_is_none() -> None:
     assert Lattice.of(1.0, 1.0, 10**6).unit < Lattice.of(1.0, 1.0, 10).unit * 2
     with pytest.raises(ValueError, match="no lattice is fine enough"):
         Lattice.of(1.0, 1e5, 10**6)
-    with pytest.raises(ValueError, match="not finite"):
-        Lattice.of(1.0, 1.0, 3).encode({"a": torch.tensor([math.inf])}, torch.Generator())
+    nothing = Lattice.of(1.0, 1.0, 3).encode({"a": torch.tensor([math.inf])}, torch.Generator())
+    assert nothing["a"].tolist() == [0], "a run that stopped would tell of it"
 
 
 def test_a_sum_is_the_mean_but_for_the_noise_that_was_asked_for(tmp_path: Path) -> None:
@@ -193,8 +215,13 @@ def test_the_least_noise_that_keeps_a_budget_keeps_it() -> None:
     assert found.epsilon(0) == 0.0
     with pytest.raises(UserError, match="no noise keeps 5 sums within"):
         Guarantee.of(1e-6, 1e-9, 1.0, 5)
-    with pytest.raises(UserError, match="less than what inexact noise takes"):
-        Guarantee(1.0, 1.0, 1e-9).epsilon(1, 1e-8)
+    exact, near = Guarantee(1.0, 1.0, 1e-5), Guarantee(1.0, 1.0, 1e-5, inexact=1e-9)
+    # (1 + exp(epsilon)) times the distance is what is taken of delta
+    left = 1e-5 - (1 + math.exp(near.epsilon(2))) * 2e-9
+    assert near.epsilon(2) == pytest.approx(Guarantee(1.0, 1.0, left).epsilon(2), rel=1e-6)
+    assert near.epsilon(2) > exact.epsilon(2)
+    with pytest.raises(UserError, match="less than what noise that is not exact takes"):
+        Guarantee(1.0, 1.0, 1e-9, inexact=1e-8).epsilon(1)
 
 
 def test_the_same_sum_is_free_and_another_is_charged_with_fresh_noise(tmp_path: Path) -> None:
@@ -225,6 +252,23 @@ def test_a_budget_is_kept_and_a_charged_round_can_be_done_again(tmp_path: Path) 
         private.release([], round, 1)
     assert not private.affords(2)
     assert private.affords(1), "what is spent is spent"
+    private.release([], 1, 1)
+    other = [private.encode(change(), 0, 1, 1)]
+    with pytest.raises(UserError, match="would be charged beyond the budget"):
+        private.release(other, 1, 1)
+    assert private.ledger.charged == 2
+
+
+def test_cohorts_are_drawn_by_words_of_the_secret(tmp_path: Path) -> None:
+    private = sums(tmp_path, guarantee=Guarantee(1.0, 0.25, 1e-3))
+    drawn = [private.cohort(range(40), round) for round in range(200)]
+    sizes = [len(one) for one in drawn]
+    assert np.mean(sizes) == pytest.approx(10, abs=0.8)
+    assert np.var(sizes) == pytest.approx(7.5, rel=0.4), "each by a draw of its own"
+    assert drawn == [private.cohort(range(40), round) for round in range(200)]
+    other = sums(tmp_path, guarantee=Guarantee(1.0, 0.25, 1e-3), secret=Secret(bytes(32)))
+    assert drawn[0] != other.cohort(range(40), 0)
+    assert sums(tmp_path).cohort([3, 5], 0) == (3, 5), "everybody"
 
 
 def test_a_ledger_that_a_crash_cut_short_is_whole_and_a_damaged_one_ends_the_run(
@@ -241,6 +285,10 @@ def test_a_ledger_that_a_crash_cut_short_is_whole_and_a_damaged_one_ends_the_run
     file.write_text("nothing\n" + whole)
     with pytest.raises(UserError, match="line 1: the ledger is damaged"):
         Ledger.at(tmp_path)
+    file.write_text(whole)
+    Ledger.at(tmp_path).require(2)
+    with pytest.raises(UserError, match="2 rounds are written down, and 3 have been done"):
+        Ledger.at(tmp_path).require(3)
     (tmp_path / "blocked").write_text("")
     with pytest.raises(UserError, match="cannot be written down, so that nothing is"):
         Ledger(tmp_path / "blocked/ledger.jsonl").charge(0, 1, "d")
@@ -348,6 +396,12 @@ def test_two_private_runs_of_one_config_share_nothing_that_is_drawn(
         ({"federation": {"weighting": "equal", "clients_per_round": 2}}, "cohorts of a fixed size"),
         ({"federation": {"weighting": "equal", "clip": 1.0}}, "privacy.clip bounds changes"),
         ({"federation": {"weighting": "equal", "deadline": 2.0}}, "whoever is drawn takes part"),
+        (
+            {"federation": {"weighting": "equal", "newcomers": 1}},
+            "who joins may not hang on how many there are",
+        ),
+        ({"partition": {"name": "iid", "clients": 4}}, "whose rows are whose may not hang on"),
+        ({"partition": {"name": "natural", "max_clients": 4}}, "whose rows are whose may not"),
         ({"diagnostics": ["disagreement"]}, "sums without noise"),
         ({"baselines": ["feddpo"]}, "feddpo would be published without a promise"),
         ({"privacy": {}}, "give epsilon, from which the noise is computed, or noise_multiplier"),
@@ -359,6 +413,28 @@ def test_what_a_promise_does_not_cover_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=message):
         private_spec(settings, tmp_path, **changes)
+
+
+def test_no_clients_rows_decide_which_of_anothers_are_trained_on(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    texts = {"chosen": " a", "rejected": " b"}
+    rows = [{"prompt": f"Question {k}?", **texts, "client": "large"} for k in range(30)]
+    alone = write_rows(tmp_path / "alone.jsonl", rows)
+    # of two prompts that "large" trains on, one is held out for "small", who would have none else
+    spec = private_spec(settings, tmp_path, data={"name": "files", "path": str(alone)})
+    trained = [row.prompt for row in spec.clients()[0][0].train]
+    more = [{"prompt": prompt, **texts, "client": "small"} for prompt in trained[:4]]
+    both = write_rows(tmp_path / "both.jsonl", [*rows, *more])
+    data = {"name": "files", "path": str(both)}
+    with pytest.raises(UserError, match="no held-out rows"):
+        private_spec(settings, tmp_path, data=data).clients()
+    where = {"prompt": next(row.prompt for row in spec.clients()[0][0].test)}
+    held = write_rows(tmp_path / "held.jsonl", [*rows, *more, {**more[0], **where}])
+    data = {"name": "files", "path": str(held)}
+    clients, left_out = private_spec(settings, tmp_path, data=data).clients()
+    assert left_out == 0
+    assert [row.prompt for row in clients[0].train] == trained
 
 
 def test_a_delta_that_would_publish_a_client_is_refused(
@@ -395,7 +471,7 @@ def bound(folder: Path, mutant: str = "", seed: int = 0) -> float:
     def release(round: int, present: Sequence[tuple[int, Tree]]) -> Tree:
         if mutant == "clip after noise":
             total = torch.stack([tree["change"] for _, tree in present]).sum(0)
-            words = private.secret.words(6000, "noise", round=round)
+            words = private.secret.words(12_000, "noise", round=round)
             noise = torch.from_numpy(RoundedGaussian(4096).draw(words)) / 4096 * 6.6
             return {"change": ((total + noise) / max(1.0, float(total.norm()) / 200)).double()}
         if mutant == "clip of the share":  # x / n is always short enough
@@ -408,7 +484,7 @@ def bound(folder: Path, mutant: str = "", seed: int = 0) -> float:
         messages = [private.encode(tree, i, round, 1) for i, tree in present]
         released = private.release(messages, round, 1)["change"]
         if mutant == "noise from the seed":  # which an attacker has, and takes away
-            words = private.secret.words(6000, "noise", round=round, call=1)
+            words = private.secret.words(12_000, "noise", round=round, call=1)
             noise = torch.from_numpy(private._noise.draw(words))
             released = released - noise * private.lattice.unit / 200
         return {"change": released}

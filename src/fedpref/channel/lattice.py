@@ -63,13 +63,14 @@ class Lattice:
     def encode(self, tree: Tree, rng: torch.Generator) -> Tree:
         """Return a tree clipped and rounded at random, as integers.
 
-        A vector that comes out too long is rounded anew; after 16 tries towards zero.
+        A vector that comes out too long is rounded anew; after 16 tries towards zero. One that is
+        not finite is nothing: whoever stopped for it would tell that somebody sent it.
         """
         names = sorted(tree)
         flat = torch.cat([tree[name].detach().flatten().double() for name in names])
         length = float(flat.norm())
         if not math.isfinite(length):
-            raise ValueError("what is not finite cannot be clipped")
+            flat, length = torch.zeros_like(flat), 0.0
         scaled = flat * (min(1.0, self.clip / length) if length else 0.0) / self.unit
         rounded = self._rounded(scaled, rng)
         parts = rounded.int().split([tree[name].numel() for name in names])

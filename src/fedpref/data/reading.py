@@ -75,6 +75,8 @@ def read(
     seed: int,
     trained: Collection[str] = (),
     evaluate_on: EvaluateOn = "test",
+    *,
+    apart: bool = False,
 ) -> Reading:
     """Read a source and share its rows out.
 
@@ -85,6 +87,8 @@ def read(
         trained: Digests of prompts that have been trained on, which are held out for nobody.
         evaluate_on: Which rows are held out as the test's: its own, or those that are set aside
             from training to choose settings by, so that nothing reads the test's.
+        apart: Let no client's rows decide which of another's are trained on; then a prompt may be
+            held out for one and trained on by another.
 
     Raises:
         UserError: There is nothing there, its form is another, or a client is left without rows.
@@ -110,9 +114,19 @@ def read(
         )
     # who is left out for want of held-out rows is not to be given any
     also = Also()
-    if isinstance(how, Natural) and not how.min_test_rows and not trained:
-        also = _also(rows, source, how)
-    placed, left_out = _sides(rows, source, also)
+    if apart and isinstance(how, Natural):
+        placed: list[tuple[Side, Row]] = []
+        left_out = 0
+        mine: dict[str, list[Row]] = {}
+        for row in rows:
+            mine.setdefault(str(row.columns[how.column]), []).append(row)
+        for some in mine.values():
+            here, lost = _sides(some, source, also)
+            placed, left_out = [*placed, *here], left_out + lost
+    else:
+        if isinstance(how, Natural) and not how.min_test_rows and not trained:
+            also = _also(rows, source, how)
+        placed, left_out = _sides(rows, source, also)
     moved = [
         side == "test" and bool(trained) and digest(row.prompt, source.split_by) in trained
         for side, row in placed

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from fedpref.channel.lattice import Lattice
-from fedpref.channel.noise import RoundedGaussian
+from fedpref.channel.noise import WORDS, RoundedGaussian
+from fedpref.errors import UserError
 from fedpref.numerics.trees import Tree
 from fedpref.privacy import Guarantee, Ledger, Secret
 
@@ -65,23 +66,38 @@ class PrivateSums:
         digest = hashlib.blake2b(key=self.secret.key_of("digest"), digest_size=16)
         for _, tensor in sorted(total.items()):
             digest.update(tensor.contiguous().numpy().tobytes())
-        attempt = self.ledger.charge(round, call, digest.hexdigest())
-        words = self.secret.words(self.dimensions, "noise", round=round, call=call, attempt=attempt)
+        said = digest.hexdigest()
+        if self.ledger.known(round, call, said) is None and not self._fits(self.ledger.charged + 1):
+            raise UserError(
+                f"privacy.epsilon: round {round + 1} is done again and its sum is another one, "
+                "which would be charged beyond the budget. The last checkpoint's model stands."
+            )
+        attempt = self.ledger.charge(round, call, said)
+        words = self.secret.words(
+            WORDS * self.dimensions, "noise", round=round, call=call, attempt=attempt
+        )
         noise = torch.from_numpy(self._noise.draw(words))
         return self.lattice.decode(total, noise, self.expected)
 
     @property
     def epsilon(self) -> float:
         """What has been spent."""
-        return self._epsilon(self.ledger.charged)
+        return self.guarantee.epsilon(self.ledger.charged)
 
     def affords(self, round: int) -> bool:
-        """Return whether a round is within the budget; one that has been charged is."""
-        if self.budget is None or any(one["round"] == round for one in self.ledger.entries):
-            return True
-        # a guarantee that was computed for so many sums is just within it
-        return self._epsilon(self.ledger.charged + 1) <= self.budget * (1 + 1e-9)
+        """Return whether a round may be begun: it is within the budget, or charged already.
 
-    def _epsilon(self, sums: int) -> float:
-        inexact = sums * self.dimensions * self._noise.distance
-        return self.guarantee.epsilon(sums, inexact)
+        A charged one whose sum comes out otherwise is refused by `release`.
+        """
+        is_charged = any(one["round"] == round for one in self.ledger.entries)
+        return is_charged or self._fits(self.ledger.charged + 1)
+
+    def _fits(self, sums: int) -> bool:
+        # a guarantee that was computed for so many sums is just within it
+        return self.budget is None or self.guarantee.epsilon(sums) <= self.budget * (1 + 1e-9)
+
+    def cohort(self, able: Sequence[int], round: int) -> tuple[int, ...]:
+        """Return the clients of a round, each by a word of the secret's."""
+        words = self.secret.words(len(able), "cohort", round=round)
+        most = self.guarantee.sampling_probability * 2**64
+        return tuple(c for c, word in zip(able, words.tolist(), strict=True) if word < most)

@@ -338,7 +338,8 @@ class Experiment:
     def read(self, trained: Collection[str] = ()) -> Reading:
         """Read the data and share it out; see `data.reading.read`."""
         draws = seeds.seed(self.seed, "partition")
-        return read(self.data, self.partition, draws, trained, self.evaluate_on)
+        apart = self.privacy is not None
+        return read(self.data, self.partition, draws, trained, self.evaluate_on, apart=apart)
 
     def clients(self) -> tuple[tuple[ClientData, ...], int]:
         """Read the data and share it out.

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedpref.channel.noise import DISTANCE
+from fedpref.data import Natural
 from fedpref.engines.private_sums import PrivateSums
 from fedpref.errors import UserError
 from fedpref.federation.aggregation import Factors, Product
@@ -73,6 +75,17 @@ def refuse_unaccounted(spec: Experiment) -> None:
             federation.deadline is not None,
             "federation.deadline: whoever is drawn takes part. Leave it out",
         ),
+        (
+            isinstance(federation.newcomers, int) and federation.newcomers > 0,
+            "federation.newcomers: who joins may not hang on how many there are. Name them",
+        ),
+        (
+            not isinstance(spec.partition, Natural)
+            or spec.partition.max_clients is not None
+            or spec.partition.clients_per_value > 1,
+            "partition: whose rows are whose may not hang on others. Take natural, without "
+            "max_clients and clients_per_value",
+        ),
         (bool(spec.diagnostics), "diagnostics: they are sums without noise. Leave them out"),
         (
             spec.stop is not None or spec.keep == "best",
@@ -89,12 +102,13 @@ def refuse_unaccounted(spec: Experiment) -> None:
             raise UserError(f"privacy, {reason}.")
 
 
-def guarantee_of(spec: Experiment, clients: int) -> Guarantee | None:
+def guarantee_of(spec: Experiment, clients: int, dimensions: int = 0) -> Guarantee | None:
     """Return what a round's noisy sum costs; None without privacy.
 
     Args:
         spec: The experiment.
         clients: How many train.
+        dimensions: Of what each sends; 0 where that is not known yet.
 
     Raises:
         UserError: No noise keeps all rounds within the budget; delta is too large for so few.
@@ -106,10 +120,11 @@ def guarantee_of(spec: Experiment, clients: int) -> Guarantee | None:
             f"privacy.delta: {privacy.delta:g} is more than one over the {clients} clients, of "
             "which it would let one be published whole. Take a smaller one."
         )
-    chance = spec.federation.chance(clients)
+    chance, inexact = spec.federation.chance(clients), dimensions * DISTANCE
     if privacy.noise_multiplier is not None:
-        return Guarantee(privacy.noise_multiplier, chance, privacy.delta)
-    return Guarantee.of(float(privacy.epsilon or 0), privacy.delta, chance, spec.rounds)
+        return Guarantee(privacy.noise_multiplier, chance, privacy.delta, inexact)
+    budget = float(privacy.epsilon or 0)
+    return Guarantee.of(budget, privacy.delta, chance, spec.rounds, inexact)
 
 
 def private_sums(spec: Experiment, task: Task, clients: int, folder: Path) -> PrivateSums | None:
@@ -121,8 +136,11 @@ def private_sums(spec: Experiment, task: Task, clients: int, folder: Path) -> Pr
         clients: How many train.
         folder: The line's directory, which has its secret and its ledger.
     """
-    guarantee = guarantee_of(spec, clients)
-    if guarantee is None or spec.privacy is None:
+    if spec.privacy is None:
+        return None
+    sent = template(spec, task)
+    guarantee = guarantee_of(spec, clients, _numbers(sent))
+    if guarantee is None:
         return None
     room = folder / FOLDER
     return PrivateSums(
@@ -132,8 +150,12 @@ def private_sums(spec: Experiment, task: Task, clients: int, folder: Path) -> Pr
         spec.privacy.epsilon,
         spec.privacy.clip.norm,
         clients * guarantee.sampling_probability,
-        template(spec, task),
+        sent,
     )
+
+
+def _numbers(tree: Tree) -> int:
+    return sum(tensor.numel() for tensor in tree.values())
 
 
 def template(spec: Experiment, task: Task) -> Tree:
@@ -150,10 +172,10 @@ def in_words(spec: Experiment, task: Task, clients: int) -> str:
         clients: How many there are, newcomers among them.
     """
     clients -= spec.federation.num_newcomers
-    guarantee = guarantee_of(spec, clients)
+    dimensions = _numbers(template(spec, task)) if spec.privacy else 0
+    guarantee = guarantee_of(spec, clients, dimensions)
     if guarantee is None or spec.privacy is None:
         return ""
-    dimensions = sum(tensor.numel() for tensor in template(spec, task).values())
     epsilon, expected = guarantee.epsilon(spec.rounds), clients * guarantee.sampling_probability
     noise = guarantee.noise_multiplier * dimensions**0.5 / expected
     chance = "everybody in every round"

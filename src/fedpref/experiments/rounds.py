@@ -186,6 +186,8 @@ def _line(
         best = folder.restore_best(fresh, engine) if first else state
     last = first == experiment.rounds or any(row.get("final") for row in rows)
     round = first
+    if engine.private:
+        engine.private.ledger.require(first)
     if engine.private and not last and not engine.private.affords(first):
         raise UserError(
             f"{name}: round {first + 1} is not within the budget of privacy.epsilon, "
@@ -193,9 +195,11 @@ def _line(
             f"{engine.private.epsilon:.3g} is spent. The last checkpoint's model stands."
         )
     while not last:
-        # a private run's cohorts are nobody's to draw again
-        root = engine.private.secret.number("cohorts") if engine.private else experiment.seed
-        cohort, late = experiment.federation.cohort(weights, root, round)
+        if engine.private:  # its cohorts are nobody's to draw again
+            able = [i for i in trained if weights[i] > 0]
+            cohort, late = engine.private.cohort(able, round), 0
+        else:
+            cohort, late = experiment.federation.cohort(weights, experiment.seed, round)
         engine.begin(round, cohort)
         begun, clock = time.perf_counter(), Clock(engine)
         state, metrics = algorithm.step(clock, state)
@@ -208,7 +212,9 @@ def _line(
             "seconds": time.perf_counter() - begun,
             **parts,
         }
-        _refuse_divergence(name, round, experiment, folder, {**metrics, **_norms(state)})
+        # a private run may not stop for what one client has measured
+        measures = {} if engine.private else metrics
+        _refuse_divergence(name, round, experiment, folder, {**measures, **_norms(state)})
         folder.append(
             METRICS,
             {
@@ -247,7 +253,9 @@ def _line(
             if row.get("final") and newcomers:
                 state = _join(engine, algorithm, experiment, state, names, newcomers, row)
             for values in (*row["clients"].values(), *row.get("newcomers", {}).values()):
-                _refuse_divergence(name, round, experiment, folder, values)
+                _refuse_divergence(
+                    name, round, experiment, folder, {} if engine.private else values
+                )
             folder.append(EVALUATION, row)
             told.append(evaluated(name, experiment.rounds, row))
         if last or (round + 1) % experiment.checkpoint_every == 0:

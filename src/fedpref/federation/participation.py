@@ -144,14 +144,7 @@ class Participation:
             The clients in the order of their numbers, and how many more were drawn but miss the
             deadline.
         """
-        rng = seeds.generator(seed, "cohort", round=round)
-        if self.sampling == "poisson":
-            able = [client for client, weight in enumerate(weights) if weight > 0]
-            # in float64, as the accountant has it
-            draws = torch.rand(len(able), generator=rng, dtype=torch.float64).tolist()
-            chance = self.chance(len(able))
-            return tuple(c for c, one in zip(able, draws, strict=True) if one < chance), 0
-        drawn = draw(weights, self.clients_per_round, rng)
+        drawn = draw(weights, self.clients_per_round, seeds.generator(seed, "cohort", round=round))
         if self.deadline is None:
             return drawn, 0
         times = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,56 +13,73 @@ from fedpref.errors import UserError
 STEP = 1e-3  # of privacy losses; rounded so that epsilon is never too small
 NEAR = 1e-3  # of a noise multiplier that is looked for
 LEAST, MOST = 0.2, 1e4  # noise multipliers that are tried
+TURNS = 20  # until what inexact noise takes of delta and epsilon fit each other
 
 
 @dataclass(frozen=True)
 class Guarantee:
     """Sums of clipped values with Gaussian noise, of cohorts that nobody outside knows.
 
-    Neighbouring data sets differ by one unit that is there or not.
+    Neighbouring data sets differ by one of the listed units, which has its data or sends nothing;
+    how many are listed is known.
 
     Attributes:
         noise_multiplier: The noise's standard deviation, in clips.
         sampling_probability: Each unit's chance to be in a sum; 1 is everybody.
         delta: The chance of more loss than epsilon.
+        inexact: How far one sum's noise is from the exact one, at most (total variation).
     """
 
     noise_multiplier: float
     sampling_probability: float
     delta: float
+    inexact: float = 0.0
 
-    def epsilon(self, sums: int, more_delta: float = 0.0) -> float:
+    def epsilon(self, sums: int) -> float:
         """Return epsilon after so many sums.
 
-        Args:
-            sums: How many.
-            more_delta: What else of delta is spent, as on inexact noise.
+        Noise that is not exact takes (1 + exp(epsilon)) times its distance of delta.
 
         Raises:
             UserError: Nothing of delta is left.
         """
         if sums == 0:
             return 0.0
-        if (left := self.delta - more_delta) <= 0:
-            raise UserError(
-                f"privacy.delta: {self.delta:g} is less than what inexact noise takes of it, "
-                f"{more_delta:.1e}. Take a larger one, or fewer rounds."
-            )
-        return _epsilon(self.noise_multiplier, self.sampling_probability, sums, left)
+        spent, left = 0.0, self.delta
+        for _ in range(TURNS):
+            left = self.delta - (1 + math.exp(spent)) * sums * self.inexact
+            if left <= 0:
+                raise UserError(
+                    f"privacy.delta: {self.delta:g} is less than what noise that is not exact "
+                    f"takes of it in {sums} sums. Take a larger one, fewer rounds or fewer numbers."
+                )
+            now = _epsilon(self.noise_multiplier, self.sampling_probability, sums, left)
+            if now <= spent * (1 + 1e-12):
+                return now
+            spent = now
+        return math.inf
 
     @staticmethod
-    def of(epsilon: float, delta: float, sampling_probability: float, sums: int) -> Guarantee:
+    def of(
+        epsilon: float, delta: float, sampling_probability: float, sums: int, inexact: float = 0.0
+    ) -> Guarantee:
         """Return the guarantee of the least noise that keeps so many sums within an epsilon.
 
         Raises:
             UserError: No noise that is tried does.
         """
 
-        def spent(multiplier: float) -> float:
-            return _epsilon(multiplier, sampling_probability, sums, delta)
+        def with_noise(multiplier: float) -> Guarantee:
+            return Guarantee(multiplier, sampling_probability, delta, inexact)
+
+        def fits(multiplier: float) -> bool:
+            try:
+                return with_noise(multiplier).epsilon(sums) <= epsilon
+            except UserError:  # so much epsilon that nothing of delta is left
+                return False
 
         high = 1.0
-        while spent(high) > epsilon:
+        while not fits(high):
             high *= 2
             if high > MOST:
                 raise UserError(
@@ -69,15 +87,15 @@ class Guarantee:
                     f"{delta:g}. Take fewer rounds or a larger epsilon."
                 )
         low = high / 2
-        while low > LEAST and spent(low) <= epsilon:
+        while low > LEAST and fits(low):
             high, low = low, low / 2
         low = max(low, LEAST)
-        if spent(low) <= epsilon:
-            high = low
+        if fits(low):
+            return with_noise(low)
         while high - low > NEAR * low:
             middle = (low + high) / 2
-            low, high = (middle, high) if spent(middle) > epsilon else (low, middle)
-        return Guarantee(high, sampling_probability, delta)
+            low, high = (low, middle) if fits(middle) else (middle, high)
+        return with_noise(high)
 
 
 @lru_cache(maxsize=4096)

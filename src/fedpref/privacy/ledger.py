@@ -12,6 +12,7 @@ from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
 from fedpref.errors import UserError
+from fedpref.numerics import files
 from fedpref.types import WholeNumber
 
 FILE = "ledger.jsonl"
@@ -47,26 +48,44 @@ class Ledger:
         """
         path = folder / FILE
         ledger = Ledger(path)
-        lines = path.read_text().split("\n") if path.exists() else []
-        for number, line in enumerate(lines, 1):
+        if not path.exists():
+            return ledger
+        content = path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        for number, line in enumerate(whole.splitlines(), 1):
             try:
-                if line:
-                    ledger.entries.append(_FORM.validate_python(json.loads(line)))
+                ledger.entries.append(_FORM.validate_python(json.loads(line)))
             except ValueError as error:
-                if number == len(lines):  # without an end of line
-                    break
                 raise UserError(
                     f"{path}, line {number}: the ledger is damaged, and what has been spent is not "
                     "known. The run cannot go on."
                 ) from error
-        if lines and lines[-1]:  # what comes next begins a line of its own
-            path.write_text("".join(json.dumps(entry) + "\n" for entry in ledger.entries))
+        if len(whole) < len(content):  # what comes next begins a line of its own
+            with path.open("r+b") as file:
+                file.truncate(len(whole))
+                os.fsync(file.fileno())
         return ledger
+
+    def require(self, rounds: int) -> None:
+        """Raise UserError where fewer rounds stand here than have been done."""
+        known = len({one["round"] for one in self.entries})
+        if known < rounds:
+            raise UserError(
+                f"{self.path}: {known} rounds are written down, and {rounds} have been done; what "
+                "has been spent is not known. The run cannot go on."
+            )
 
     @property
     def charged(self) -> int:
         """How many sums have been charged."""
         return len(self.entries)
+
+    def known(self, round: int, call: int, digest: str) -> int | None:
+        """Return the attempt of a sum that is written down already; None for another."""
+        for one in self.entries:
+            if (one["round"], one["call"], one["digest"]) == (round, call, digest):
+                return one["attempt"]
+        return None
 
     def charge(self, round: int, call: int, digest: str) -> int:
         """Write a sum down, and return its attempt, which addresses its noise.
@@ -83,17 +102,19 @@ class Ledger:
         Raises:
             UserError: It cannot be written.
         """
+        if (attempt := self.known(round, call, digest)) is not None:
+            return attempt
         here = [one for one in self.entries if (one["round"], one["call"]) == (round, call)]
-        for one in here:
-            if one["digest"] == digest:
-                return one["attempt"]
         entry = Entry(round=round, call=call, attempt=len(here), digest=digest)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            is_new = not self.path.exists()
             with self.path.open("a") as file:
                 file.write(json.dumps(entry) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
+            if is_new:
+                files.sync(self.path.parent)
         except OSError as error:
             raise UserError(
                 f"{self.path}: what is spent cannot be written down, so that nothing is: {error}"
