@@ -114,6 +114,7 @@ def page(
     room = files("fedpref.reports.page")
     drawn = sections(runs, fronts) + group_sections(groups)
     measures, spreads = fairness(runs)
+    answering, answers = answer_rows(runs)
     environment.filters["anchor"] = _anchor
     columns = columns_of(rows)
     contents = [
@@ -152,7 +153,8 @@ def page(
         newcomers=newcomer_rows(runs),
         newcomer_lines=[title for title, _ in joined(runs)],
         objectives=objective_rows(runs),
-        answers=answer_rows(runs),
+        answers=answers,
+        answer_lines=answering,
         meanings=[
             text for name, text in MEANINGS.items() if any(name in run.baselines for run in runs)
         ],

@@ -108,15 +108,19 @@ def newcomer_rows(runs: Sequence[Run]) -> list[tuple[str, str, str, list[str]]]:
     return [(name, *_sizes(known[name]), _cells(columns, name)) for name in sorted(known)]
 
 
-def answer_rows(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """Return a row for each figure of models' own answers: before training, after, the difference.
+def answer_rows(runs: Sequence[Run]) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """Return lines that answered, and a row for each figure of their answers.
 
-    Each is a mean over clients, the difference with its interval.
+    A cell has a mean over clients before training, after, and the difference with its interval.
     """
-    lines = [line.last for _, _, line, _ in every_line(runs)]
-    tables = [[before_and_after(row) for row in clients.values()] for clients in lines]
+    found = {
+        title: [before_and_after(row) for row in line.last.values()]
+        for title, _, line, _ in every_line(runs)
+    }
+    found = {title: rows for title, rows in found.items() if any(rows)}
+    tables = [*found.values()]
     names = list(dict.fromkeys(name for table in tables for row in table for name in row))
-    return [
+    return [*found], [
         (name, [_moved([row.get(name) for row in table]) for table in tables]) for name in names
     ]
 
