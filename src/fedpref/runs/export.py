@@ -436,7 +436,7 @@ def card(
             f"It was trained, and the metrics above were measured, on the base model rounded to "
             f"{bits} bits (bitsandbytes); here it stands on weights that are not rounded."
         )
-    if compared:
+    if compared and not experiment.privacy:
         lines.append(compared)
     if left_out:
         lines.append(
