@@ -213,6 +213,8 @@ def test_the_least_noise_that_keeps_a_budget_keeps_it() -> None:
         less = dataclasses.replace(found, noise_multiplier=0.98 * found.noise_multiplier)
         assert less.epsilon(20) > epsilon or found.noise_multiplier == pytest.approx(0.2)
     assert found.epsilon(0) == 0.0
+    with pytest.raises(UserError, match="takes more than 1e-05 of it at epsilon 20"):
+        Guarantee.of(20.0, 1e-5, 1.0, 10, inexact=1e-12)
     with pytest.raises(UserError, match="no noise keeps 5 sums within"):
         Guarantee.of(1e-6, 1e-9, 1.0, 5)
     exact, near = Guarantee(1.0, 1.0, 1e-5), Guarantee(1.0, 1.0, 1e-5, inexact=1e-9)
@@ -308,7 +310,7 @@ def private_spec(settings: dict[str, Any], tmp_path: Path, **changes: Any) -> Ex
             "local": settings["algorithm"]["local"],
         },
         "federation": {"weighting": "equal", "sampling": "poisson", "clients_per_round": 2},
-        "privacy": {"epsilon": 8.0, "delta": 0.01, "clip": {"name": "fixed", "norm": 0.1}},
+        "privacy": {"noise_multiplier": 2.0, "delta": 0.01},
         "rounds": 5,
     }
     return config.parse(Experiment, {**content, **changes}, "test")
@@ -317,7 +319,11 @@ def private_spec(settings: dict[str, Any], tmp_path: Path, **changes: Any) -> Ex
 def test_a_private_run_ends_within_its_budget_and_forgets_its_secret(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    spec = private_spec(settings, tmp_path, baselines=["alone"])
+    privacy = {"epsilon": 8.0, "delta": 0.01, "clip": {"name": "fixed", "norm": 0.1}}
+    everybody = {"weighting": "equal"}
+    spec = private_spec(
+        settings, tmp_path, baselines=["alone"], privacy=privacy, federation=everybody
+    )
     path = run(spec, tmp_path / "run").path
     rows = RunDirectory(path).read_rows("metrics.jsonl")
     spent = [row["epsilon"] for row in rows]
@@ -496,8 +502,7 @@ def bound(folder: Path, mutant: str = "", seed: int = 0) -> float:
 def test_the_channel_audit_stays_below_half_of_epsilon(tmp_path: Path) -> None:
     epsilon = TRUE.epsilon(10)
     assert epsilon == pytest.approx(1.9, rel=0.01)
-    for seed in (1, 2):
-        assert bound(tmp_path / str(seed), seed=seed) < epsilon / 2
+    assert bound(tmp_path, seed=1) < epsilon / 2
 
 
 @pytest.mark.parametrize(
@@ -505,8 +510,8 @@ def test_the_channel_audit_stays_below_half_of_epsilon(tmp_path: Path) -> None:
     [
         "noise divided by the cohort",
         "no clip",
-        "clip after noise",
-        "clip of the share",
+        pytest.param("clip after noise", marks=SLOW),
+        pytest.param("clip of the share", marks=SLOW),
         "noise from the seed",
     ],
 )

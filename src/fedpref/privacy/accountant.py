@@ -11,7 +11,7 @@ from typing import Any
 from fedpref.errors import UserError
 
 STEP = 1e-3  # of privacy losses; rounded so that epsilon is never too small
-NEAR = 1e-3  # of a noise multiplier that is looked for
+NEAR = 2e-3  # of a noise multiplier that is looked for
 LEAST, MOST = 0.2, 1e4  # noise multipliers that are tried
 TURNS = 20  # until what inexact noise takes of delta and epsilon fit each other
 
@@ -72,11 +72,17 @@ class Guarantee:
         def with_noise(multiplier: float) -> Guarantee:
             return Guarantee(multiplier, sampling_probability, delta, inexact)
 
+        # what is left of delta if the whole of epsilon is spent
+        left = delta - (1 + math.exp(epsilon)) * sums * inexact
+        if left <= 0:
+            raise UserError(
+                f"privacy.delta: noise that is not exact takes more than {delta:g} of it at "
+                f"epsilon {epsilon:g}, in {sums} sums. Take a larger one, fewer rounds or fewer "
+                "numbers."
+            )
+
         def fits(multiplier: float) -> bool:
-            try:
-                return with_noise(multiplier).epsilon(sums) <= epsilon
-            except UserError:  # so much epsilon that nothing of delta is left
-                return False
+            return _epsilon(multiplier, sampling_probability, sums, left) <= epsilon
 
         high = 1.0
         while not fits(high):
