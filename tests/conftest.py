@@ -161,3 +161,13 @@ def settings(tiny: Path, rows_file: Path) -> dict[str, Any]:
 def _one_thread() -> None:
     """Small models run fastest so; and sums must not depend on who runs the tests."""
     torch.set_num_threads(1)
+
+
+def leave(spec: Any, path: Path, after: int) -> None:
+    """Begin a run, and leave it after so many of its events."""
+    from fedpref.experiments.rounds import events, new_directory
+
+    happenings = events(spec, new_directory(spec, path))
+    for _ in range(after):
+        next(happenings)
+    happenings.close()

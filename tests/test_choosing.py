@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import make_rows, write_rows
+from conftest import leave, make_rows, write_rows
 from fedpref import Experiment, UserError, config, resume, run
 from fedpref.data import Files, Natural
 from fedpref.data.reading import by_rule, read
@@ -154,10 +154,7 @@ def test_a_run_that_chooses_ends_with_the_same_bits_wherever_it_was_left(
 ) -> None:
     spec = spec_of(settings, keep="best", stop={"metric": "loss", "patience": 2})
     run(spec, tmp_path / "whole")
-    happenings = events(spec, new_directory(spec, tmp_path / "broken"))
-    for _ in range(after):
-        next(happenings)
-    happenings.close()
+    leave(spec, tmp_path / "broken", after)
     resume(tmp_path / "broken")
     assert rows_of(tmp_path / "whole") == rows_of(tmp_path / "broken")
     whole, broken = models(tmp_path / "whole"), models(tmp_path / "broken")

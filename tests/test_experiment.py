@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import make_rows, write_rows
+from conftest import leave, make_rows, write_rows
 from fedpref import Experiment, UserError, config, resume, run
 from fedpref.algorithms import Alone, FedDPO, Pooled
 from fedpref.data import ClientData, Preference
@@ -537,10 +537,7 @@ def test_a_run_left_anywhere_ends_with_the_same_bits(
         algorithm={"name": "feddpo", "local": local},
     )
     run(spec, tmp_path / "whole")
-    happenings = events(spec, new_directory(spec, tmp_path / "broken"))
-    for _ in range(after):
-        next(happenings)
-    happenings.close()
+    leave(spec, tmp_path / "broken", after)
     resume(tmp_path / "broken")
     assert_same_adapter(tmp_path / "whole", tmp_path / "broken")
     for name in ("metrics.jsonl", "baselines/alone/metrics.jsonl", "evaluation.jsonl"):

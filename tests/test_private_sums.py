@@ -17,7 +17,7 @@ import pytest
 import scipy.stats
 import torch
 
-from conftest import make_rows, write_rows
+from conftest import leave, make_rows, write_rows
 from fedpref import Experiment, UserError, config, resume, run
 from fedpref.channel.lattice import Lattice
 from fedpref.channel.noise import DISTANCE, RoundedGaussian
@@ -349,10 +349,7 @@ def test_a_private_run_that_was_left_ends_with_the_same_bits_for_nothing(
     after: int, settings: dict[str, Any], tmp_path: Path
 ) -> None:
     spec = private_spec(settings, tmp_path)
-    happenings = events(spec, new_directory(spec, tmp_path / "broken"))
-    for _ in range(after):
-        next(happenings)
-    happenings.close()
+    leave(spec, tmp_path / "broken", after)
     # the same secret, as if nothing had happened
     (tmp_path / "whole/privacy").mkdir(parents=True)
     key = (tmp_path / "broken/privacy/.secret").read_bytes()

@@ -122,7 +122,8 @@ def read(
             mine.setdefault(str(row.columns[how.column]), []).append(row)
         for some in mine.values():
             here, lost = _sides(some, source, also)
-            placed, left_out = [*placed, *here], left_out + lost
+            placed += here
+            left_out += lost
     else:
         if isinstance(how, Natural) and not how.min_test_rows and not trained:
             also = _also(rows, source, how)

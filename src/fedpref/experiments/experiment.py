@@ -405,8 +405,6 @@ def lines(experiment: Experiment, clients: int) -> dict[str, tuple[str, Experime
     federation = experiment.federation
     clients -= federation.num_newcomers
     cohort = min(federation.clients_per_round or clients, clients)
-    if experiment.privacy is not None:
-        federation = replace(federation, sampling="uniform", clients_per_round=None)
     everybody = replace(
         federation, clients_per_round=None, sampling="uniform", sampling_weights={}, deadline=None
     )

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fedpref.errors import printable
 from fedpref.experiments.experiment import Experiment
@@ -54,11 +55,7 @@ class Gain:
 
 def outcomes(run: Path, line: str) -> Outcomes:
     """Return what came of each held-out example, by client; empty where it was not kept."""
-    finished = FinishedRun.at(run)
-    folder = finished.lines[line].path
-    found = {name: client_path(folder, OUTCOMES, name, ".json") for name in finished.clients}
-    rows = {name: read_json(file, FORM) for name, file in found.items() if file}
-    return {name: [(row[0], row[1]) for row in some] for name, some in rows.items()}
+    return {name: [(row[0], row[1]) for row in some] for name, some in _kept(run, line).items()}
 
 
 def stated(run: Path, line: str) -> dict[str, list[tuple[float, float]]]:
@@ -66,15 +63,19 @@ def stated(run: Path, line: str) -> dict[str, list[tuple[float, float]]]:
 
     By client; empty where no probabilities were kept.
     """
+    return {
+        name: [(max(row[2], 1 - row[2]), row[1]) for row in some]
+        for name, some in _kept(run, line).items()
+        if all(len(row) > 2 for row in some)
+    }
+
+
+def _kept(run: Path, line: str) -> dict[str, list[Any]]:
+    """Return what clients kept of their held-out examples under a line."""
     finished = FinishedRun.at(run)
     folder = finished.lines[line].path
     found = {name: client_path(folder, OUTCOMES, name, ".json") for name in finished.clients}
-    rows = {name: read_json(file, FORM) for name, file in found.items() if file}
-    return {
-        name: [(max(row[2], 1 - row[2]), row[1]) for row in some]
-        for name, some in rows.items()
-        if all(len(row) > 2 for row in some)
-    }
+    return {name: read_json(file, FORM) for name, file in found.items() if file}
 
 
 def gain(ours: Outcomes, theirs: Outcomes) -> Gain | None:
