@@ -258,6 +258,15 @@ def site_file(content: dict[str, Any], rows_file: Path, tmp_path: Path) -> Path:
             {"task": {**DIALOGUE, "rewards": {"x": {"name": "function", "path": "os:system"}}}},
             "'os:system'",
         ),
+        (
+            {"task": {"generation": {"judge": {"name": "function", "path": "os:system"}}}},
+            "'os:system'",
+        ),
+        ({"task": {"generation": {"neutral": "/etc/passwd"}}}, "'/etc/passwd' is none of those"),
+        (
+            {"data": {"name": "builtin", "validation_fraction": 0.2}, "evaluate_every": 1},
+            "this site sets none aside",
+        ),
     ],
 )
 def test_a_site_takes_part_in_what_its_file_allows(
@@ -267,6 +276,20 @@ def test_a_site_takes_part_in_what_its_file_allows(
     assert folder == tmp_path / "fedpref"
     with pytest.raises((RefusedError, UserError), match=reason):
         host.host({**content, **changed}, tmp_path)
+
+
+def test_a_site_sets_rows_aside_to_choose_by_as_its_own_file_says(
+    content: dict[str, Any], site_file: Path, tmp_path: Path
+) -> None:
+    text = yaml.safe_load(site_file.read_text())
+    text["data"]["validation_fraction"] = 0.3
+    site_file.write_text(yaml.safe_dump(text))
+    spec = {**content, "data": {"name": "builtin", "validation_fraction": 0.1}, "rounds": 2}
+    found = consenting("site", site_file)[0].host(spec, tmp_path / "run")
+    (about,) = found.about.values()
+    (shard,) = found.shards.values()
+    assert about["validation"] == len(shard.validation) > 0.15 * about["train"]
+    assert shard.validating().test == shard.validation
 
 
 def test_a_site_brings_its_own_data_and_no_private_part_leaves_it(
