@@ -40,7 +40,7 @@ from fedpref.numerics import trees
 from fedpref.numerics.intervals import interval
 from fedpref.numerics.metrics import ACCURACY
 from fedpref.numerics.trees import Tree
-from fedpref.privacy import Guarantee, Ledger, Secret
+from fedpref.privacy import FixedClip, Guarantee, Ledger, Secret
 from fedpref.privacy.audit import audit_sums, lower_bound
 
 # noise multiplier, chance, sums, delta
@@ -110,7 +110,7 @@ def audited(mutant: str, seed: int, folder: Path) -> float:
         Ledger.at(folder),
         AUDITED,
         None,
-        1.0,
+        FixedClip(norm=1.0),
         COHORT,
         {"change": torch.zeros(DIMENSIONS)},
     )

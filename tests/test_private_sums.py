@@ -26,7 +26,7 @@ from fedpref.experiments.rounds import events, new_directory
 from fedpref.experiments.run_directory import RunDirectory
 from fedpref.numerics import trees
 from fedpref.numerics.trees import Tree
-from fedpref.privacy import Guarantee, Ledger, Secret
+from fedpref.privacy import FixedClip, Guarantee, Ledger, QuantileClip, Secret
 from fedpref.privacy.audit import audit_sums, lower_bound
 from fedpref.runs.export import export
 
@@ -39,7 +39,7 @@ def sums(folder: Path, dimensions: int = 50, **changes: Any) -> PrivateSums:
         "ledger": Ledger.at(folder),
         "guarantee": Guarantee(1.0, 1.0, 1e-3),
         "budget": None,
-        "clip": 1.0,
+        "clip": FixedClip(norm=1.0),
         "expected": 10.0,
         "template": {"change": torch.zeros(dimensions)},
     }
@@ -262,13 +262,15 @@ def test_a_budget_is_kept_and_a_charged_round_can_be_done_again(tmp_path: Path) 
 
 
 def test_cohorts_are_drawn_by_words_of_the_secret(tmp_path: Path) -> None:
-    private = sums(tmp_path, guarantee=Guarantee(1.0, 0.25, 1e-3))
+    private = sums(tmp_path, guarantee=Guarantee(1.0, 0.25, 1e-3), chance=0.25)
     drawn = [private.cohort(range(40), round) for round in range(200)]
     sizes = [len(one) for one in drawn]
     assert np.mean(sizes) == pytest.approx(10, abs=0.8)
     assert np.var(sizes) == pytest.approx(7.5, rel=0.4), "each by a draw of its own"
     assert drawn == [private.cohort(range(40), round) for round in range(200)]
-    other = sums(tmp_path, guarantee=Guarantee(1.0, 0.25, 1e-3), secret=Secret(bytes(32)))
+    other = sums(
+        tmp_path, guarantee=Guarantee(1.0, 0.25, 1e-3), chance=0.25, secret=Secret(bytes(32))
+    )
     assert drawn[0] != other.cohort(range(40), 0)
     assert sums(tmp_path).cohort([3, 5], 0) == (3, 5), "everybody"
 
@@ -287,13 +289,9 @@ def test_a_ledger_that_a_crash_cut_short_is_whole_and_a_damaged_one_ends_the_run
     file.write_text("nothing\n" + whole)
     with pytest.raises(UserError, match="line 1: the ledger is damaged"):
         Ledger.at(tmp_path)
-    file.write_text(whole)
-    Ledger.at(tmp_path).require(2)
-    with pytest.raises(UserError, match="2 rounds are written down, and 3 have been done"):
-        Ledger.at(tmp_path).require(3)
     (tmp_path / "blocked").write_text("")
     with pytest.raises(UserError, match="cannot be written down, so that nothing is"):
-        Ledger(tmp_path / "blocked/ledger.jsonl").charge(0, 1, "d")
+        Ledger(tmp_path / "blocked/ledger.jsonl").charge(0, 1, "d", (1.0, 1.0))
 
 
 # ---- runs
@@ -389,7 +387,19 @@ def test_two_private_runs_of_one_config_share_nothing_that_is_drawn(
     ("changes", "message"),
     [
         ({"engine": "flare"}, "private sums over sites are not there yet"),
-        ({"algorithm": {"name": "scaffold"}}, "scaffold sends more, or other, than one sum"),
+        ({"algorithm": {"name": "clustered"}}, "clustered shares more, or other, than means"),
+        ({"algorithm": {"name": "decdpo"}}, "decdpo lets clients tell neighbours what they have"),
+        (
+            {
+                "algorithm": {"name": "scaffold"},
+                "privacy": {"noise_multiplier": 2.0, "delta": 0.01, "clip": {"name": "quantile"}},
+            },
+            "scaffold has 2 sums in a round",
+        ),
+        (
+            {"privacy": {"noise_multiplier": 2.0, "delta": 0.01, "against": "everybody"}},
+            "of clients the coordinator sees changes",
+        ),
         (
             {"algorithm": {"name": "feddpo", "aggregate": {"name": "product"}}},
             "products of factors have no bounded norm",
@@ -408,7 +418,7 @@ def test_two_private_runs_of_one_config_share_nothing_that_is_drawn(
         ({"diagnostics": ["disagreement"]}, "sums without noise"),
         ({"baselines": ["feddpo"]}, "feddpo would be published without a promise"),
         ({"privacy": {}}, "give epsilon, from which the noise is computed, or noise_multiplier"),
-        ({"privacy": None}, "poisson is for private runs"),
+        ({"privacy": None}, "poisson is for runs that are private in clients"),
     ],
 )
 def test_what_a_promise_does_not_cover_is_refused(
@@ -526,9 +536,26 @@ def test_a_bound_needs_guesses_that_are_right() -> None:
     assert json.dumps(dataclasses.asdict(all_right))
 
 
+NO_AGGREGATE = ("ffa-lora", "fedopt", "fedsa-lora", "feddpo-stale", "scaffold")
+
+
 @pytest.mark.parametrize(
     "name",
-    ["feddpo", "fedprox", "fedopt", "ffa-lora", "ditto", "fedper", "feddpa", "fedpdpo"],
+    [
+        "feddpo",
+        "fedprox",
+        "fedopt",
+        "ffa-lora",
+        "ditto",
+        "fedper",
+        "feddpa",
+        "fedpdpo",
+        "fedsa-lora",
+        "feddpo-stale",
+        "scaffold",
+        "firm",
+        "scalarized",
+    ],
 )
 def test_every_algorithm_that_may_runs_privately(
     name: str, settings: dict[str, Any], tmp_path: Path
@@ -539,7 +566,7 @@ def test_every_algorithm_that_may_runs_privately(
         algorithm={
             "name": name,
             "local": settings["algorithm"]["local"],
-            **({} if name in ("ffa-lora", "fedopt") else {"aggregate": {"name": "frozen-a"}}),
+            **({} if name in NO_AGGREGATE else {"aggregate": {"name": "frozen-a"}}),
         },
         privacy={"noise_multiplier": 2.0, "delta": 0.01},
         rounds=2,
@@ -547,4 +574,84 @@ def test_every_algorithm_that_may_runs_privately(
     path = run(spec, tmp_path / "run").path
     spent = [row["epsilon"] for row in RunDirectory(path).read_rows("metrics.jsonl")]
     assert 0 < spent[0] < spent[1]
-    assert Ledger.at(path / "privacy").charged == 2
+    ledger = Ledger.at(path / "privacy")
+    assert ledger.charged == (4 if name == "scaffold" else 2)
+    # two sums of one cohort cost what one sum with less noise costs
+    assert ledger.rounds == [(2.0, 0.25), (2.0, 0.25)]
+
+
+def test_several_sums_of_a_round_cost_together_what_was_planned(tmp_path: Path) -> None:
+    private = sums(tmp_path, sums=2)
+    assert private.noise_multiplier == pytest.approx(math.sqrt(2))
+    for call in (1, 2):
+        private.release([private.encode(change(seed=call), 0, 0, call)], 0, call)
+    assert private.ledger.charged == 2
+    assert private.epsilon == pytest.approx(private.guarantee.epsilon(1))
+    # the same value again is free, another one is not
+    private.release([private.encode(change(seed=1), 0, 0, 1)], 0, 1)
+    assert private.ledger.charged == 2
+    private.release([private.encode(change(seed=9), 0, 0, 1)], 0, 1)
+    assert private.epsilon > private.guarantee.epsilon(1)
+
+
+def test_who_takes_part_in_few_rounds_has_paid_for_no_more(tmp_path: Path) -> None:
+    private = sums(tmp_path, most=2, budget=None)
+    for round in range(4):
+        private.release([private.encode(change(seed=round), 0, round, 1)], round, 1)
+    assert private.ledger.charged == 4
+    assert private.epsilon == pytest.approx(private.guarantee.epsilon(2))
+
+
+# ---- a clip that follows a quantile
+
+
+def test_a_clip_follows_the_quantile_it_is_told(tmp_path: Path) -> None:
+    clip = QuantileClip(quantile=0.5, start=8.0, rate=0.5, count_noise=0.02)
+    private = sums(tmp_path, clip=clip, expected=200.0)
+    lengths = np.linspace(0.5, 1.5, 200)
+    for round in range(25):
+        messages = (
+            private.encode(change(length=float(length), seed=i), i, round, 1)
+            for i, length in enumerate(lengths)
+        )
+        mean = private.release(messages, round, 1)
+        assert set(mean) == {"change"}, "the number beside it is nobody's"
+    assert private.norm == pytest.approx(1.0, abs=0.1)
+    assert private.figures["clip_norm"] == private.norm
+    assert private.figures["clipped"] == pytest.approx(0.5, abs=0.15)
+    again = sums(tmp_path, clip=clip, expected=200.0)
+    again.resume(private.figures)
+    assert again.lattice == private.lattice
+
+
+def test_a_count_beside_a_change_costs_a_little_noise_on_it(tmp_path: Path) -> None:
+    # 20 clients: noise of one client on the count takes some of what the change has
+    private = sums(tmp_path, clip=QuantileClip(count_noise=0.05), expected=20.0)
+    on_change = private.lattice.deviation * private.lattice.unit
+    # (z^-2 - (2 * 1)^-2)^-1/2 of one
+    assert on_change == pytest.approx((1 - 0.25) ** -0.5, rel=0.02)
+    longest = private.lattice.most * private.lattice.unit
+    assert on_change / longest == pytest.approx(1.0), "of the whole, as the accountant has it"
+    for length in (0.3, 5.0):
+        message = private.encode(change(length=length), 0, 0, 1)
+        squares = sum(float(t.double().square().sum()) for t in message.values())
+        assert squares**0.5 <= private.lattice.most
+    with pytest.raises(UserError, match="is less noise than 1 clips leave"):
+        sums(tmp_path, clip=QuantileClip(count_noise=0.01), expected=20.0)
+
+
+def test_a_run_whose_clip_follows_goes_on_where_it_was(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    privacy = {"noise_multiplier": 0.5, "delta": 0.01, "clip": {"name": "quantile", "start": 5.0}}
+    privacy["clip"] |= {"count_noise": 0.3}  # type: ignore[operator]
+    spec = private_spec(settings, tmp_path, privacy=privacy, federation={"weighting": "equal"})
+    leave(spec, tmp_path / "run", 4)
+    before = RunDirectory(tmp_path / "run").read_rows("metrics.jsonl")
+    path = resume(tmp_path / "run").path
+    rows = RunDirectory(path).read_rows("metrics.jsonl")
+    norms = [row["clip_norm"] for row in rows]
+    assert rows[: len(before)] == before
+    assert norms[0] != 5.0
+    assert len(set(norms)) == 5
+    assert Ledger.at(path / "privacy").charged == 5, "nothing was charged twice"

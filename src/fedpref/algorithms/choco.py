@@ -110,6 +110,7 @@ class ChocoDPO(Algorithm[State]):
     """How a client trains within a round."""
 
     works = (train_own, news, follow, own_copy, no_moments, projected)
+    sends_local_steps = True
     gossips: ClassVar[bool] = True
     needs_fixed_network: ClassVar[bool] = True
     needs_contraction: ClassVar[bool] = True

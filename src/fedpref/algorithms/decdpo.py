@@ -53,6 +53,7 @@ class DecDPO(Algorithm[State]):
     """What of adapters is mixed."""
 
     works = (train_own, begin, no_moments, projected, *aggregation.WORKS)
+    sends_local_steps = True
     gossips: ClassVar[bool] = True
 
     def init(self, fed: Federation, start: Tree) -> State:

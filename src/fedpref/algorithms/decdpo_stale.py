@@ -89,6 +89,7 @@ class StaleDecDPO(Algorithm[State]):
     """How a client trains within a round."""
 
     works = (adapt, combine, nothing_past, own_copy, no_moments, projected)
+    sends_local_steps = True
     gossips: ClassVar[bool] = True
 
     def init(self, fed: Federation, start: Tree) -> State:

@@ -56,6 +56,7 @@ class DecPDPO(Personal, Algorithm[State]):
     """What of adapters is mixed."""
 
     works = (train, begin_adapter, begin, no_moments, projected, *aggregation.WORKS)
+    sends_local_steps = True
     gossips: ClassVar[bool] = True
 
     def init(self, fed: Federation, start: Tree) -> State:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -39,7 +39,10 @@ def near(
 ) -> tuple[Tree, Tree]:
     """Return the own adapter after its steps, and the client's place in its data."""
     pull = pull_towards(adapter, strength, client)
-    theta, kept, _ = train_locally(client, own, personal, place(kept), pull, leaves=False)
+    # the shared adapter never sees it
+    theta, kept, _ = train_locally(
+        client, own, personal, place(kept), pull, leaves=False, feeds=False
+    )
     return theta, place(kept)
 
 
@@ -77,7 +80,8 @@ class Ditto(Algorithm[PersonalState]):
     """How clients' adapters become one."""
 
     works = (train, train_near, own_copy, no_moments)
-    sends_one_change = True
+    sums: ClassVar[int] = 1
+    sends_local_steps = True
 
     def init(self, fed: Federation, start: Tree) -> PersonalState:
         return PersonalState(start, fed.each(own_copy, start), fed.each(no_moments))

@@ -49,7 +49,8 @@ class FedDPA(Algorithm[PersonalState]):
     """How clients' shared adapters become one."""
 
     works = (train, begin, personalize, no_moments, *aggregation.WORKS)
-    sends_one_change = True
+    sums: ClassVar[int] = 1
+    sends_local_steps = True
     parts: ClassVar[Parts] = Parts(head=None, bottleneck=0, reward=False)
 
     def init(self, fed: Federation, start: Tree) -> PersonalState:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from fedpref.federation.algorithm import Algorithm
 from fedpref.federation.common import drawn_age, no_moments
@@ -57,6 +57,8 @@ class StaleFedDPO(Algorithm[State]):
     """How a client trains within a round."""
 
     works = (train, no_moments)
+    sums: ClassVar[int] = 1
+    sends_local_steps = True
 
     def init(self, fed: Federation, start: Tree) -> State:
         copies = {

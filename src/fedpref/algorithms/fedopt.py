@@ -102,7 +102,8 @@ class FedOpt(Algorithm[State]):
     """How a client trains within a round."""
 
     works = (train, no_moments)
-    sends_one_change = True
+    sums: ClassVar[int] = 1
+    sends_local_steps = True
 
     @property
     def _program(self) -> FedDPO:

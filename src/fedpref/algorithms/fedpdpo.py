@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from fedpref.errors import UserError
 from fedpref.federation import aggregation
@@ -57,7 +57,8 @@ class FedPDPO(Personal, Algorithm[PersonalState]):
     """How clients' adapters become one."""
 
     works = (train, begin, begin_alike, settle, no_moments, *aggregation.WORKS)
-    sends_one_change = True
+    sums: ClassVar[int] = 1
+    sends_local_steps = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from fedpref.algorithms.fedpdpo import FedPDPO
 from fedpref.federation.aggregation import Aggregate, Factors
@@ -43,7 +43,8 @@ class FedPer(Algorithm[PersonalState]):
     """The learning rate of a full head, as a multiple of the others'."""
 
     works = FedPDPO.works
-    sends_one_change = True
+    sums: ClassVar[int] = 1
+    sends_local_steps = True
 
     def __post_init__(self) -> None:
         self._as_fedpdpo()  # which checks the phases

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from fedpref.federation import aggregation
 from fedpref.federation.aggregation import Aggregate, Factors
@@ -50,7 +50,8 @@ class FedProx(Algorithm[AdapterState]):
     """How clients' adapters become one."""
 
     works = (train, no_moments, *aggregation.WORKS)
-    sends_one_change = True
+    sums: ClassVar[int] = 1
+    sends_local_steps = True
 
     def init(self, fed: Federation, start: Tree) -> AdapterState:
         return AdapterState(start, fed.each(no_moments))

@@ -42,7 +42,12 @@ class FedSA(Algorithm[PersonalState]):
     """How a client trains within a round."""
 
     works = (train, own_copy, no_moments, personalize)
+    sums: ClassVar[int] = 1
+    sends_local_steps = True
     adapts: ClassVar[bool] = True
+
+    def sent(self, start: Tree) -> Tree:
+        return factor(start, "A")
 
     def init(self, fed: Federation, start: Tree) -> PersonalState:
         own = fed.each(own_copy, factor(start, "B"))

@@ -31,7 +31,8 @@ class FFA(Algorithm[AdapterState]):
     """How a client trains within a round."""
 
     works = FedDPO.works
-    sends_one_change = True
+    sums: ClassVar[int] = 1
+    sends_local_steps = True
     adapts: ClassVar[bool] = True
 
     def given(self, join_steps: int) -> tuple[Any, ...]:

@@ -107,6 +107,8 @@ class FIRM(Algorithm[State]):
     """How clients' adapters become one."""
 
     works = (train, critics, own_copy, no_moments, *aggregation.WORKS)
+    sums: ClassVar[int] = 1
+    sends_local_steps = True
     keeps_critics: ClassVar[bool] = True
 
     def check_task(self, task: TaskSettings) -> None:

@@ -80,6 +80,7 @@ class GradientTracking(Algorithm[State]):
     """How a client trains within a round."""
 
     works = (train, track, own_copy, no_moments, projected)
+    sends_local_steps = True
     gossips: ClassVar[bool] = True
 
     def init(self, fed: Federation, start: Tree) -> State:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -64,6 +64,8 @@ class PluralLLM(Algorithm[AdapterState]):
     """
 
     works = (train, no_moments)
+    sums: ClassVar[int] = 1
+    sends_local_steps = True
 
     @property
     def weighs_clients(self) -> bool:

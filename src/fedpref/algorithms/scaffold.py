@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -77,6 +77,8 @@ class Scaffold(Algorithm[State]):
     """How a client trains within a round."""
 
     works = (train, begin, no_moments)
+    sums: ClassVar[int] = 2
+    sends_local_steps = True
 
     def init(self, fed: Federation, start: Tree) -> State:
         own = fed.each(begin, start)

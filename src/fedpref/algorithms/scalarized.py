@@ -53,6 +53,8 @@ class Scalarized(Algorithm[CriticState]):
     """How clients' adapters become one."""
 
     works = (train, critics, no_moments, *aggregation.WORKS)
+    sums: ClassVar[int] = 1
+    sends_local_steps = True
     keeps_critics: ClassVar[bool] = True
 
     def check_task(self, task: TaskSettings) -> None:

@@ -17,6 +17,7 @@ from fedpref.numerics.trees import Tree
 
 TRIES = 16
 FINE = 0.01  # how much longer rounding may make a vector
+COARSE = 0.25  # how much longer rounding may make a sum, if there is no finer lattice
 DEVIATIONS = tuple(2**power for power in (12, 14, 16, 18))  # of noise, in units of the lattice
 
 
@@ -55,10 +56,36 @@ class Lattice:
             room = most**2 - dimensions / 4 - math.sqrt(dimensions) / 2
             if room > 1 and (fit := (math.sqrt(1 + 4 * room) - 1) / 2) > most / (1 + FINE):
                 return Lattice(clip, clip / fit, most, deviation)
-        raise ValueError(
-            f"no lattice is fine enough for {dimensions:,} numbers under noise of "
-            f"{noise_multiplier:g} clips"
-        )
+        raise ValueError(_too_coarse(dimensions, noise_multiplier))
+
+    @staticmethod
+    def of_sums(clip: float, noise_multiplier: float, dimensions: int) -> Lattice:
+        """Return a lattice for a sum of clipped vectors that is rounded once.
+
+        Of two sums that differ by a vector, the rounded ones differ by its length and the rounding
+        of both.
+
+        Args:
+            clip: The largest norm of a vector.
+            noise_multiplier: The noise's standard deviation, in what a vector can change at most.
+            dimensions: Of the sum.
+
+        Raises:
+            ValueError: There is none.
+        """
+        # half a unit a number, twice; and what floating point makes of a clipped norm
+        apart = math.sqrt(dimensions) + 2
+        fits = ((deviation, deviation / noise_multiplier) for deviation in DEVIATIONS)
+        best = [(deviation, most) for deviation, most in fits if apart <= COARSE * most]
+        if not best:
+            raise ValueError(_too_coarse(dimensions, noise_multiplier))
+        fine = [one for one in best if apart <= FINE * one[1]]
+        deviation, most = fine[0] if fine else best[-1]
+        return Lattice(clip, clip / (most - apart), most, deviation)
+
+    def round(self, total: Float[Tensor, " n"]) -> Int[Tensor, " n"]:
+        """Return a sum as integers, each the nearest."""
+        return (total.double() / self.unit).round().long()
 
     def encode(self, tree: Tree, rng: torch.Generator) -> Tree:
         """Return a tree clipped and rounded at random, as integers.
@@ -97,3 +124,10 @@ class Lattice:
         mean = (flat.double() * (self.unit / expected)).float()
         parts = mean.split([total[name].numel() for name in names])
         return {name: part.view(total[name].shape) for name, part in zip(names, parts, strict=True)}
+
+
+def _too_coarse(dimensions: int, noise_multiplier: float) -> str:
+    return (
+        f"no lattice is fine enough for {dimensions:,} numbers under noise of "
+        f"{noise_multiplier:g} clips"
+    )

@@ -30,7 +30,8 @@ class RoundedGaussian:
     def draw(self, words: NDArray[np.uint64]) -> NDArray[np.int64]:
         """Return a number for every two 64-bit words [2 n]: one finds a block, one a cell of it."""
         first, second = words[::WORDS], words[1::WORDS]
-        blocks = np.searchsorted(self._blocks, first, side="right")
+        # of 16 bits, which are sorted in two passes; there are a few thousand blocks
+        blocks = np.searchsorted(self._blocks, first, side="right").astype(np.uint16)
         width = self._within.shape[1] + 1
         cells = np.empty(len(first), np.int64)
         order = np.argsort(blocks, kind="stable")

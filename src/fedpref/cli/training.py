@@ -212,7 +212,7 @@ def check(config: Config, overrides: Overrides = None) -> None:
             f"accuracy has a standard error of up to {error:.0f} points. Raise "
             "data.test_fraction, or set partition.min_test_rows."
         )
-    said.append(in_words(experiment, task, len(shards)))
+    said.append(in_words(experiment, task, shards))
     for text in filter(None, said):
         console.print(text, highlight=False, soft_wrap=True, markup=False)
     console.print(f"{config} is valid: {experiment.algorithm.name}, {experiment.rounds} rounds.")

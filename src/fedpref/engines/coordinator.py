@@ -29,6 +29,7 @@ from fedpref.engines.messages import (
     Shape,
     shape,
 )
+from fedpref.engines.private_examples import PrivateExamples
 from fedpref.engines.private_sums import PrivateSums
 from fedpref.engines.replies import (
     majority,
@@ -125,6 +126,10 @@ class RemoteEngine:
 
     @property
     def private(self) -> PrivateSums | None:
+        return None
+
+    @property
+    def examples(self) -> PrivateExamples | None:
         return None
 
     @property

@@ -11,6 +11,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from fedpref.engines.private_examples import PrivateExamples
 from fedpref.engines.private_sums import PrivateSums
 from fedpref.federation.verbs import Federation, PerClient
 from fedpref.numerics import trees
@@ -115,6 +116,11 @@ class Engine(Federation, Protocol):
     @property
     def private(self) -> PrivateSums | None:
         """What keeps the engine's sums private, if they are."""
+        ...
+
+    @property
+    def examples(self) -> PrivateExamples | None:
+        """What keeps the units of clients' data private, if they are."""
         ...
 
     @property

@@ -21,6 +21,7 @@ from fedpref.engines.engine import (
 )
 from fedpref.engines.forks import forked
 from fedpref.engines.per_client import StoredValues, gather, stored
+from fedpref.engines.private_examples import PrivateExamples
 from fedpref.engines.private_sums import PrivateSums
 from fedpref.engines.store import Store
 from fedpref.engines.values import Kept
@@ -49,6 +50,8 @@ class Simulation:
         spill_above_mb: MB of a value that stay in memory; the rest goes to files.
         folder: Where what clients keep in files goes.
         clip: The largest norm of what a client sends for a mean; longer ones are shortened.
+        private: What keeps sums private, if they are.
+        examples: What keeps the units of clients' data private, if they are.
     """
 
     def __init__(
@@ -68,8 +71,9 @@ class Simulation:
         folder: Path = Path(),
         clip: float | None = None,
         private: PrivateSums | None = None,
+        examples: PrivateExamples | None = None,
     ) -> None:
-        self.private = private
+        self.private, self.examples = private, examples
         self._task, self._shards = task, tuple(shards)
         self._seed, self._rounds, self._channel, self._folder = seed, rounds, channel, folder
         self._links, self._mixing, self._room = links, mixing, spill_above_mb * 10**6
@@ -95,6 +99,8 @@ class Simulation:
 
     @property
     def share(self) -> float:
+        if self.private is not None:  # whoever came
+            return self.private.chance
         return share_of(self._weights, self._examples, self.active, self._newcomers)
 
     def each(self, work: Callable[..., Any], *args: Any) -> Any:
@@ -135,6 +141,8 @@ class Simulation:
         # numbers
         rng = seeds.generator(self._seed, purpose, round=round, call=call, client=i)
         spread = partial(forked, processes) if processes > 1 else in_turn
+        is_private = self.examples is not None and purpose == "train"
+        private = self.examples.of(i, round, call) if self.examples and is_private else None
         client = Client(
             i,
             self._task,
@@ -143,10 +151,14 @@ class Simulation:
             round,
             self._rounds,
             self._folder,
+            private=private,
             spread=spread,
         )
         args = {**common, **own}
-        return WORK[work](client, *(args[k] for k in sorted(args)))
+        result = WORK[work](client, *(args[k] for k in sorted(args)))
+        if private is not None:
+            private.settle()
+        return result
 
     @property
     def left_out(self) -> Mapping[int, str]:

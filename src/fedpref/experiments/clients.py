@@ -15,12 +15,13 @@ from fedpref.data.splits import SplitBy, digest
 from fedpref.data.unusable import Unusable, summary
 from fedpref.engines import Engine, RemoteEngine, Simulation, Sites, Transport
 from fedpref.engines.host import HeldOut, Hosted
+from fedpref.engines.private_examples import PrivateExamples
 from fedpref.engines.private_sums import PrivateSums
 from fedpref.engines.workers import can_fork
 from fedpref.errors import UserError
 from fedpref.experiments.experiment import Experiment, encoded, lines, refuse_empty
 from fedpref.experiments.free_baselines import FREE, run_free
-from fedpref.experiments.private import private_sums
+from fedpref.experiments.private import in_words, private_examples, private_sums
 from fedpref.experiments.run_directory import RunDirectory
 from fedpref.experiments.run_files import CLIENTS, DATA, HELD_OUT, TRAINED, read_json
 from fedpref.federation.verbs import Client, work
@@ -60,6 +61,10 @@ class ClientSource(Protocol):
 
     def engine(self, line: Experiment, folder: Path) -> Engine:
         """Return an engine over all clients; `folder` is the line's run directory."""
+        ...
+
+    def in_words(self) -> str:
+        """Return what is promised of privacy, and what it costs; empty without a promise."""
         ...
 
     def free(self, folder: RunDirectory) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -120,9 +125,15 @@ class InProcess:
         return {shard.name: len(shard) for shard in self._shards_of(line)}
 
     def engine(self, line: Experiment, folder: Path) -> Simulation:
-        newcomers = line.federation.num_newcomers
-        private = private_sums(line, self._task, len(self._shards) - newcomers, folder)
-        return self._simulation(line, self._shards_of(line), folder, private)
+        shards = self._shards_of(line)
+        late = line.federation.joining([shard.name for shard in shards], line.seed)
+        training = {i: shard for i, shard in enumerate(shards) if i not in late}
+        private = private_sums(line, self._task, len(training), folder)
+        examples = private_examples(line, self._task, training, folder)
+        return self._simulation(line, shards, folder, private, examples)
+
+    def in_words(self) -> str:
+        return in_words(self._experiment, self._task, self._shards)
 
     def free(self, folder: RunDirectory) -> Iterator[tuple[str, Mapping[str, Any]]]:
         spec, task = self._experiment, self._task
@@ -142,12 +153,14 @@ class InProcess:
         shards: Sequence[Any],
         folder: Path,
         private: PrivateSums | None = None,
+        examples: PrivateExamples | None = None,
     ) -> Simulation:
+        promise = private or examples
         return Simulation(
             self._task,
             shards,
             # what a private run draws nobody can draw again
-            seed=private.secret.number("draws") if private else line.seed,
+            seed=promise.secret.number("draws") if promise else line.seed,
             rounds=line.rounds,
             weighting=line.federation.weighting,
             newcomers=line.federation.joining([shard.name for shard in shards], line.seed),
@@ -158,6 +171,7 @@ class InProcess:
             folder=folder,
             clip=line.federation.clip,
             private=private,
+            examples=examples,
         )
 
     def _workers(self) -> int:
@@ -229,6 +243,9 @@ class AtSites:
 
     def prepare(self, cache: Path) -> Iterator[int]:
         yield len(self.about)  # sites have, as the experiment was opened
+
+    def in_words(self) -> str:
+        return ""
 
     def sizes(self, line: Experiment) -> Mapping[str, int]:
         return {name: int(entry["train"]) for name, entry in self.about.items()}

@@ -90,8 +90,9 @@ class Experiment:
     keep: Keep = "last"
     """Which round's model stands in the end: the last one's, or that of the best evaluation on
     validation rows."""
-    privacy: Privacy | None = None
-    """Differential privacy of what is shared; null promises none."""
+    privacy: Privacy | tuple[Privacy, Privacy] | None = None
+    """Differential privacy of what is shared: one promise, or one of clients and one of what each
+    has; null promises none."""
     diagnostics: tuple[Diagnostic, ...] = ()
     """What to measure with every evaluation beside metrics; clients send for it what a method may
     keep private."""
@@ -160,6 +161,23 @@ class Experiment:
             raise UserError(
                 f"{who}: there is nothing to look at without evaluate_every, such as 1."
             )
+
+    @property
+    def promises(self) -> tuple[Privacy, ...]:
+        """What is promised of privacy."""
+        if self.privacy is None:
+            return ()
+        return (self.privacy,) if isinstance(self.privacy, Privacy) else self.privacy
+
+    @property
+    def of_clients(self) -> Privacy | None:
+        """The promise of clients, if there is one."""
+        return next((promise for promise in self.promises if promise.is_of_clients), None)
+
+    @property
+    def of_units(self) -> Privacy | None:
+        """The promise of what a client has, if there is one."""
+        return next((promise for promise in self.promises if not promise.is_of_clients), None)
 
     @property
     def validates(self) -> bool:
@@ -338,7 +356,7 @@ class Experiment:
     def read(self, trained: Collection[str] = ()) -> Reading:
         """Read the data and share it out; see `data.reading.read`."""
         draws = seeds.seed(self.seed, "partition")
-        apart = self.privacy is not None
+        apart = self.of_clients is not None
         return read(self.data, self.partition, draws, trained, self.evaluate_on, apart=apart)
 
     def clients(self) -> tuple[tuple[ClientData, ...], int]:
@@ -406,7 +424,12 @@ def lines(experiment: Experiment, clients: int) -> dict[str, tuple[str, Experime
     clients -= federation.num_newcomers
     cohort = min(federation.clients_per_round or clients, clients)
     everybody = replace(
-        federation, clients_per_round=None, sampling="uniform", sampling_weights={}, deadline=None
+        federation,
+        clients_per_round=None,
+        sampling="uniform",
+        sampling_weights={},
+        deadline=None,
+        max_participations=None,
     )
     for name in experiment.baselines:
         algorithm = _baseline(experiment, name, cohort)

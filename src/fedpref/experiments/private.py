@@ -2,48 +2,82 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fedpref.channel.noise import DISTANCE
 from fedpref.data import Natural
+from fedpref.engines.private_examples import PrivateExamples
 from fedpref.engines.private_sums import PrivateSums
 from fedpref.errors import UserError
+from fedpref.experiments.run_files import METRICS
 from fedpref.federation.aggregation import Factors, Product
+from fedpref.federation.algorithm import Algorithm
 from fedpref.numerics import seeds
 from fedpref.numerics.trees import Tree
-from fedpref.privacy import Guarantee, Ledger, Secret
+from fedpref.privacy import Column, FixedClip, Guarantee, Ledger, Privacy, Secret
+from fedpref.privacy.settings import unit_in_words
 
 if TYPE_CHECKING:
     from fedpref.experiments.experiment import Experiment
+    from fedpref.experiments.run_directory import RunDirectory
     from fedpref.tasks import Task
 
-FOLDER = "privacy"  # in a line's directory: its ledger, and while it runs its secret
+FOLDER = "privacy"  # in a line's directory: its ledgers, and while it runs its secret
 LOCAL = frozenset({"alone", "alone-parts", "reward-head"})  # baselines that share nothing
+Reasons = Iterable[tuple[bool, str]]
+Promise = PrivateSums | PrivateExamples
+SPENDS = (PrivateSums.spends, PrivateExamples.spends)  # a round's figures of what has been spent
 
 
 def refuse_unaccounted(spec: Experiment) -> None:
-    """Raise UserError where an experiment would share what its promise does not cover."""
-    federation, algorithm, aggregate = spec.federation, spec.algorithm, spec.algorithm.aggregate
-    if spec.privacy is None:
-        if federation.sampling == "poisson":
-            raise UserError(
-                "federation.sampling: poisson is for private runs, for a round may have no "
-                "client at all. Take uniform, or set privacy."
-            )
-        return
+    """Raise UserError where an experiment would share what its promises do not cover."""
+    if spec.federation.sampling == "poisson" and spec.of_clients is None:
+        raise UserError(
+            "federation.sampling: poisson is for runs that are private in clients, for a round may "
+            "have no client at all. Take uniform, or set privacy with unit: client."
+        )
+    promises = spec.promises
+    if len(promises) > 1 and (len(promises) > 2 or len({p.is_of_clients for p in promises}) < 2):
+        raise UserError(
+            "privacy: of several promises one is of clients and one of what a client has, two in "
+            "all."
+        )
+    for promise in promises:
+        reasons = _of_clients(spec) if promise.is_of_clients else _of_units(spec, promise)
+        for is_so, reason in (*_of_all(spec), *reasons):
+            if is_so:
+                raise UserError(f"privacy, {reason}.")
+
+
+def _of_all(spec: Experiment) -> Reasons:
     published = sorted({*spec.baselines} - LOCAL)
+    return (
+        (bool(spec.diagnostics), "diagnostics: they are sums without noise. Leave them out"),
+        (
+            bool(published),
+            f"baselines: {', '.join(published)} would be published without a promise. Take alone, "
+            "alone-parts or reward-head, which share nothing",
+        ),
+    )
+
+
+def _of_clients(spec: Experiment) -> Reasons:
+    federation, algorithm, aggregate = spec.federation, spec.algorithm, spec.algorithm.aggregate
     is_part = federation.clients_per_round is not None
-    reasons = (
+    return (
         (
             spec.engine != "simulation",
             "engine: private sums over sites are not there yet. Take simulation",
         ),
         (
-            not algorithm.sends_one_change,
-            f"algorithm: {algorithm.name} sends more, or other, than one sum of changes a round, "
-            "which is not accounted for yet. Take feddpo, fedprox, fedopt, ffa-lora, ditto, "
-            "fedper, feddpa or fedpdpo",
+            not algorithm.sums,
+            f"algorithm: {algorithm.name} {_sends(algorithm)}, which is not accounted for. Take "
+            "feddpo, fedpdpo or another one that shares means of changes alone; or a unit of what "
+            "a client has",
         ),
         (
             isinstance(aggregate, Product),
@@ -59,6 +93,10 @@ def refuse_unaccounted(spec: Experiment) -> None:
             "algorithm.share_bottleneck: its beginning is averaged without noise. Set it to false",
         ),
         (
+            algorithm.weighs_clients,
+            "algorithm.weights: by points a mean tells how many a client has. Set it to federation",
+        ),
+        (
             federation.weighting != "equal",
             "federation.weighting: by examples a mean tells how many a client has. Set it to equal",
         ),
@@ -66,6 +104,13 @@ def refuse_unaccounted(spec: Experiment) -> None:
             is_part and federation.sampling != "poisson",
             "federation.sampling: cohorts of a fixed size cannot usefully be accounted for. Take "
             "poisson, or everybody (clients_per_round: null)",
+        ),
+        (
+            algorithm.sums > 1
+            and spec.of_clients is not None
+            and not isinstance(spec.of_clients.clip, FixedClip),
+            f"clip: {algorithm.name} has {algorithm.sums} sums in a round, and a quantile is of "
+            "one. Take fixed",
         ),
         (
             federation.clip is not None,
@@ -86,24 +131,61 @@ def refuse_unaccounted(spec: Experiment) -> None:
             "partition: whose rows are whose may not hang on others. Take natural, without "
             "max_clients and clients_per_value",
         ),
-        (bool(spec.diagnostics), "diagnostics: they are sums without noise. Leave them out"),
         (
             spec.stop is not None or spec.keep == "best",
             "stop and keep: what they choose by is not private. Leave them out",
         ),
+    )
+
+
+def _sends(algorithm: Algorithm[Any]) -> str:
+    if algorithm.gossips:
+        return "lets clients tell neighbours what they have before it has noise"
+    return "shares more, or other, than means of changes of one shape"
+
+
+def _of_units(spec: Experiment, promise: Privacy) -> Reasons:
+    algorithm, task, local = spec.algorithm, spec.task, spec.algorithm.local
+    kind = "column" if isinstance(promise.unit, Column) else promise.unit
+    known = ", ".join(sorted(task.units))
+    why = f"it has {known}" if known else "its losses are not sums over them"
+    return (
         (
-            bool(published),
-            f"baselines: {', '.join(published)} would be published without a promise. Take alone, "
-            "alone-parts or reward-head, which share nothing",
+            spec.engine != "simulation",
+            "engine: private steps at sites are not there yet. Take simulation",
+        ),
+        (
+            kind not in task.units,
+            f"unit: the task {task.name} cannot tell one {kind} from another: {why}",
+        ),
+        (
+            not algorithm.sends_local_steps,
+            f"algorithm: {algorithm.name} sends more than what comes of private local steps, or "
+            "chooses by raw rows",
+        ),
+        (
+            task.needs_critics,
+            "task.estimator: critics are trained on raw rewards and feed the policy. Take rloo or "
+            "grpo",
+        ),
+        (
+            local.num_iterations > 1,
+            "algorithm.local.num_iterations: each update on what was drawn is a query of its own. "
+            "Set it to 1",
+        ),
+        (
+            local.max_tokens_per_batch is not None,
+            "algorithm.local.max_tokens_per_batch: how many rows fill it hangs on them. Set "
+            "batch_size",
         ),
     )
-    for is_so, reason in reasons:
-        if is_so:
-            raise UserError(f"privacy, {reason}.")
+
+
+# ---- of clients
 
 
 def guarantee_of(spec: Experiment, clients: int, dimensions: int = 0) -> Guarantee | None:
-    """Return what a round's noisy sum costs; None without privacy.
+    """Return what a round's noisy sum costs; None without privacy of clients.
 
     Args:
         spec: The experiment.
@@ -113,22 +195,37 @@ def guarantee_of(spec: Experiment, clients: int, dimensions: int = 0) -> Guarant
     Raises:
         UserError: No noise keeps all rounds within the budget; delta is too large for so few.
     """
-    if (privacy := spec.privacy) is None:
+    if (privacy := spec.of_clients) is None:
         return None
-    if privacy.delta > 1 / clients:
-        raise UserError(
-            f"privacy.delta: {privacy.delta:g} is more than one over the {clients} clients, of "
-            "which it would let one be published whole. Take a smaller one."
-        )
-    chance, inexact = spec.federation.chance(clients), dimensions * DISTANCE
+    _refuse_large(privacy, clients, "clients")
+    inexact, most = dimensions * DISTANCE, spec.federation.max_participations
+    if most is None:
+        return _guarantee(privacy, spec.federation.chance(clients), spec.rounds, inexact)
+    # whether a client is still drawn hangs on whether it was: chance hides nothing of it
+    return _guarantee(privacy, 1.0, min(most, spec.rounds), inexact)
+
+
+def rounds_of_client(spec: Experiment) -> int:
+    """Return how many rounds a client takes part in at most."""
+    return min(spec.rounds, spec.federation.max_participations or spec.rounds)
+
+
+def _guarantee(privacy: Privacy, chance: float, sums: int, inexact: float) -> Guarantee:
     if privacy.noise_multiplier is not None:
         return Guarantee(privacy.noise_multiplier, chance, privacy.delta, inexact)
-    budget = float(privacy.epsilon or 0)
-    return Guarantee.of(budget, privacy.delta, chance, spec.rounds, inexact)
+    return Guarantee.of(float(privacy.epsilon or 0), privacy.delta, chance, sums, inexact)
+
+
+def _refuse_large(privacy: Privacy, units: int, what: str) -> None:
+    if privacy.delta > 1 / units:
+        raise UserError(
+            f"privacy.delta: {privacy.delta:g} is more than one over the {units} {what}, of "
+            "which it would let one be published whole. Take a smaller one."
+        )
 
 
 def private_sums(spec: Experiment, task: Task, clients: int, folder: Path) -> PrivateSums | None:
-    """Return what keeps a line's sums private; None without privacy.
+    """Return what keeps a line's sums private; None without privacy of clients.
 
     Args:
         spec: The line.
@@ -136,21 +233,24 @@ def private_sums(spec: Experiment, task: Task, clients: int, folder: Path) -> Pr
         clients: How many train.
         folder: The line's directory, which has its secret and its ledger.
     """
-    if spec.privacy is None:
+    if spec.of_clients is None:
         return None
     sent = template(spec, task)
     guarantee = guarantee_of(spec, clients, _numbers(sent))
     if guarantee is None:
         return None
-    room = folder / FOLDER
+    room, chance = folder / FOLDER, spec.federation.chance(clients)
     return PrivateSums(
         Secret.of(room),
         Ledger.at(room),
         guarantee,
-        spec.privacy.epsilon,
-        spec.privacy.clip.norm,
-        clients * guarantee.sampling_probability,
+        spec.of_clients.epsilon,
+        spec.of_clients.clip,
+        clients * chance,
         sent,
+        chance=chance,
+        sums=spec.algorithm.sums,
+        most=spec.federation.max_participations,
     )
 
 
@@ -163,33 +263,219 @@ def template(spec: Experiment, task: Task) -> Tree:
     return spec.algorithm.sent(task.init(seeds.generator(spec.seed, "init")))
 
 
-def in_words(spec: Experiment, task: Task, clients: int) -> str:
+# ---- of what a client has
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much a client has.
+
+    Attributes:
+        examples: To train on.
+        units: That these are of.
+        chance: Of each unit to be in a batch.
+    """
+
+    examples: int
+    units: int
+    chance: float
+
+
+def sizes_of(spec: Experiment, task: Task, shards: Mapping[int, Any]) -> dict[int, Sizes]:
+    """Return how much each client has; none without privacy of what it has."""
+    if (promise := spec.of_units) is None:
+        return {}
+    batch = _batch(spec)
+    return {
+        i: Sizes(
+            len(shard),
+            len(set(task.units(shard, promise.unit))),
+            task.private_batch(shard, batch)[0],
+        )
+        for i, shard in shards.items()
+        if len(shard)
+    }
+
+
+def _batch(spec: Experiment) -> int:
+    local = spec.algorithm.local
+    return local.batch_size * local.gradient_accumulation_steps
+
+
+def guarantees_of(spec: Experiment, task: Task, sizes: Mapping[int, Sizes]) -> dict[int, Guarantee]:
+    """Return what a private step of each client costs.
+
+    Each has noise of its own, so that all have the same epsilon if they take part in every round.
+
+    Raises:
+        UserError: No noise keeps a client within the budget; delta is too large for one.
+    """
+    if (promise := spec.of_units) is None:
+        return {}
+    steps = spec.algorithm.noisy_steps * rounds_of_client(spec)
+    inexact = _trained(spec, task) * DISTANCE
+    found = {}
+    for i, size in sizes.items():
+        _refuse_large(promise, size.units, f"units of client {i}")
+        found[i] = _guarantee(promise, size.chance, steps, inexact)
+    return found
+
+
+def _trained(spec: Experiment, task: Task) -> int:
+    """Return how many numbers have noise in a step, at most."""
+    numbers = _numbers(template(spec, task))
+    if spec.algorithm.parts:
+        numbers += _numbers(task.parts(spec.algorithm.parts, seeds.generator(spec.seed, "check")))
+    return numbers * len(task.objectives)
+
+
+def private_examples(
+    spec: Experiment, task: Task, shards: Mapping[int, Any], folder: Path
+) -> PrivateExamples | None:
+    """Return what keeps a line's local steps private; None without a promise of that.
+
+    Args:
+        spec: The line.
+        task: At work.
+        shards: Of the clients that train.
+        folder: The line's directory, which has its secret and its ledgers.
+    """
+    if (promise := spec.of_units) is None:
+        return None
+    room = folder / FOLDER
+    return PrivateExamples(
+        Secret.of(room),
+        room,
+        guarantees_of(spec, task, sizes_of(spec, task, shards)),
+        promise.unit,
+        promise.norm,
+        _batch(spec),
+        promise.epsilon,
+        spec.algorithm.noisy_steps,
+    )
+
+
+def refuse_lost(promises: Iterable[Promise], folder: RunDirectory, rounds: int) -> None:
+    """Raise UserError where ledgers say less than the rounds that have been done have cost.
+
+    Args:
+        promises: Of a line.
+        folder: The line's directory.
+        rounds: How many have been done.
+    """
+    if not rounds:
+        return
+    last = folder.read_rows(METRICS)[-1]
+    for promise in promises:
+        # what a round has cost stands beside its figures
+        promise.resume(last)
+        if promise.epsilon < last.get(promise.spends, math.inf) * (1 - 1e-6):
+            raise UserError(
+                f"{folder.path / FOLDER}: its ledgers say less than the {rounds} rounds that have "
+                "been done; what has been spent is not known. The run cannot go on."
+            )
+
+
+# ---- in words
+
+
+def promised(spec: Experiment, spent: Mapping[str, float]) -> str:
+    """Return what was promised of a run and what of it is spent; empty without a promise.
+
+    Args:
+        spec: The experiment.
+        spent: Epsilon, by the name of its figure.
+    """
+    said = []
+    if (promise := spec.of_clients) and (epsilon := spent.get(PrivateSums.spends)) is not None:
+        sampling = "Poisson cohorts" if spec.federation.sampling == "poisson" else "all clients"
+        said.append(
+            f"epsilon {epsilon:.3g} at delta {promise.delta:g}, of one client that is there or "
+            "not, against who gets the model, with the coordinator trusted (Gaussian noise on "
+            f"sums of clipped changes, {sampling})"
+        )
+    if (promise := spec.of_units) and (epsilon := spent.get(PrivateExamples.spends)) is not None:
+        said.append(
+            f"epsilon {epsilon:.3g} at delta {promise.delta:g}, of one "
+            f"{unit_in_words(promise.unit)} that is there or not, against everybody but that "
+            f"client (Gaussian noise on sums of gradients clipped to {promise.norm:g}, "
+            "Poisson batches)"
+        )
+    if not said:
+        return ""
+    return "; ".join(said) + ", accounted for by privacy loss distributions (dp-accounting)"
+
+
+def in_words(spec: Experiment, task: Task, shards: Sequence[Any]) -> str:
     """Return what is promised, and what that costs, in sentences; empty without a promise.
 
     Args:
         spec: The experiment.
         task: At work.
-        clients: How many there are, newcomers among them.
+        shards: Of all clients, newcomers among them.
     """
-    clients -= spec.federation.num_newcomers
-    dimensions = _numbers(template(spec, task)) if spec.privacy else 0
+    late = spec.federation.joining([shard.name for shard in shards], spec.seed)
+    some = {i: shard for i, shard in enumerate(shards) if i not in late}
+    said = (_clients_in_words(spec, task, len(some)), _units_in_words(spec, task, some))
+    return "\n".join(filter(None, said))
+
+
+def _clients_in_words(spec: Experiment, task: Task, clients: int) -> str:
+    dimensions = _numbers(template(spec, task)) if spec.of_clients else 0
     guarantee = guarantee_of(spec, clients, dimensions)
-    if guarantee is None or spec.privacy is None:
+    if guarantee is None or spec.of_clients is None:
         return ""
-    epsilon, expected = guarantee.epsilon(spec.rounds), clients * guarantee.sampling_probability
+    epsilon = guarantee.epsilon(rounds_of_client(spec))
+    expected = clients * spec.federation.chance(clients)
     noise = guarantee.noise_multiplier * dimensions**0.5 / expected
     chance = "everybody in every round"
-    if guarantee.sampling_probability < 1:
+    if expected < clients:
         chance = f"{expected:.3g} of {clients} clients expected in a round"
-    worth = (
-        "Little can be learned through that: take aggregate: frozen-a, a small rank, fewer rounds "
-        "or more clients."
-        if noise > 10 / spec.rounds**0.5
-        else ""
-    )
     return (
-        f"privacy: epsilon {epsilon:.3g} at delta {spec.privacy.delta:g} after {spec.rounds} "
+        f"privacy: epsilon {epsilon:.3g} at delta {spec.of_clients.delta:g} after {spec.rounds} "
         f"rounds, of one client that is there or not, against who gets the model; noise of "
         f"{guarantee.noise_multiplier:.3g} clips, {chance}. On {dimensions:,} numbers the noise of "
-        f"a round's mean is {noise:.3g} times as long as the longest mean can be. {worth}"
+        f"a round's mean is {noise:.3g} times as long as the longest mean can be. "
+        f"{_worth(noise, spec.rounds, 'clients')}"
     ).strip()
+
+
+def _units_in_words(spec: Experiment, task: Task, shards: Mapping[int, Any]) -> str:
+    if (promise := spec.of_units) is None:
+        return ""
+    sizes = sizes_of(spec, task, shards)
+    guarantees = guarantees_of(spec, task, sizes)
+    steps = spec.algorithm.noisy_steps * rounds_of_client(spec)
+    dimensions = _numbers(template(spec, task))
+    # a mean over the clients has their noise, each its own
+    shares = [
+        one.noise_multiplier / (one.sampling_probability * sizes[i].units)
+        for i, one in guarantees.items()
+    ]
+    together = dimensions**0.5 * sum(share**2 for share in shares) ** 0.5 / len(shares)
+    least, most = min(sizes.values(), key=_examples), max(sizes.values(), key=_examples)
+    noises = [one.noise_multiplier for one in guarantees.values()]
+    spent = max(one.epsilon(steps) for one in set(guarantees.values()))
+    own = dimensions**0.5 * max(shares)
+    return (
+        f"privacy: epsilon {spent:.3g} at delta {promise.delta:g} after {steps} local steps, of "
+        f"one {unit_in_words(promise.unit)} that is there or not, against everybody but that "
+        f"client; clients of {least.examples} to {most.examples} examples have noise of "
+        f"{min(noises):.3g} to {max(noises):.3g} clips. On {dimensions:,} numbers the noise of a "
+        f"step's mean gradient is up to {own:.3g} times as long as the longest mean can be, and "
+        f"over all clients together {together:.3g} times. "
+        f"{_worth(together, steps, 'rows')}"
+    ).strip()
+
+
+def _examples(size: Sizes) -> int:
+    return size.examples
+
+
+def _worth(noise: float, times: int, more: str) -> str:
+    if noise <= 10 / times**0.5:
+        return ""
+    return (
+        "Little can be learned through that: take aggregate: frozen-a, a small rank, fewer rounds "
+        f"or more {more}."
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, fields
@@ -22,7 +23,7 @@ from fedpref.experiments.clients import About, AtSites, ClientSource, InProcess
 from fedpref.experiments.environment import described
 from fedpref.experiments.evaluations import Purpose, export_models, measured
 from fedpref.experiments.experiment import Experiment, lines, with_whole_paths
-from fedpref.experiments.private import FOLDER, in_words
+from fedpref.experiments.private import FOLDER, refuse_lost
 from fedpref.experiments.run_directory import CONFIG, RunDirectory
 from fedpref.experiments.run_files import CLIENTS, ENVIRONMENT, EVALUATION, METRICS
 from fedpref.federation.algorithm import Algorithm
@@ -31,9 +32,12 @@ from fedpref.models.named import about as about_model
 from fedpref.models.trunk import remove_states
 from fedpref.numerics import seeds, trees
 from fedpref.numerics.metrics import HEADLINES, headline
+from fedpref.privacy import Secret
 from fedpref.tasks import Task
 
 Row = dict[str, Any]  # of an evaluation
+# why a line ended before its last round, by what stands in the last row
+ENDED = {"spent": "its budget is spent", "nobody": "nobody may take part any more"}
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,7 @@ def events(
                 task.description,
                 _data(source.about) + source.note,
                 experiment.reading,
-                in_words(experiment, task, len(source.about)),
+                source.in_words(),
             )
             note = "\n".join(filter(None, said))
             yield Event(experiment.algorithm.name, "begin", 0, experiment.rounds, {}, note)
@@ -186,20 +190,18 @@ def _line(
         best = folder.restore_best(fresh, engine) if first else state
     last = first == experiment.rounds or any(row.get("final") for row in rows)
     round = first
-    if engine.private:
-        engine.private.ledger.require(first)
-    if engine.private and not last and not engine.private.affords(first):
+    promises = [one for one in (engine.private, engine.examples) if one is not None]
+    if promises:
+        refuse_lost(promises, folder, first)
+    if not last and (short := [one for one in promises if not one.affords(first)]):
         raise UserError(
             f"{name}: round {first + 1} is not within the budget of privacy.epsilon, "
-            f"{experiment.privacy and experiment.privacy.epsilon:g}; "
-            f"{engine.private.epsilon:.3g} is spent. The last checkpoint's model stands."
+            f"{short[0].budget:g}; {short[0].epsilon:.3g} is spent. The last checkpoint's model "
+            "stands."
         )
+    cohorts = Cohorts(experiment, weights, engine)
     while not last:
-        if engine.private:  # its cohorts are nobody's to draw again
-            able = [i for i in trained if weights[i] > 0]
-            cohort, late = engine.private.cohort(able, round), 0
-        else:
-            cohort, late = experiment.federation.cohort(weights, experiment.seed, round)
+        cohort, late = cohorts.of(round)
         engine.begin(round, cohort)
         begun, clock = time.perf_counter(), Clock(engine)
         state, metrics = algorithm.step(clock, state)
@@ -208,12 +210,12 @@ def _line(
             **metrics,
             **engine.traffic.metrics(),
             **_lengths(engine.lengths, experiment.federation.clip),
-            **({"epsilon": engine.private.epsilon} if engine.private else {}),
+            **{figure: value for one in promises for figure, value in one.figures.items()},
             "seconds": time.perf_counter() - begun,
             **parts,
         }
         # a private run may not stop for what one client has measured
-        measures = {} if engine.private else metrics
+        measures = {} if promises else metrics
         _refuse_divergence(name, round, experiment, folder, {**measures, **_norms(state)})
         folder.append(
             METRICS,
@@ -225,9 +227,11 @@ def _line(
             },
         )
         told = [Event(name, "round", round + 1, experiment.rounds, figures)]
-        last = round + 1 == experiment.rounds
-        if engine.private and not engine.private.affords(round + 1):
-            last = True  # its budget is spent
+        last, ended = round + 1 == experiment.rounds, ""
+        if not last and not cohorts.able(round + 1):
+            last, ended = True, "nobody"
+        elif not last and not all(one.affords(round + 1) for one in promises):
+            last, ended = True, "spent"
         looks: list[tuple[Row, Any]] = []
         if experiment.looks_after(round + 1):
             row = looked(round + 1, state, experiment.looks)
@@ -241,8 +245,8 @@ def _line(
             row = looked(round + 1, state, "conclude")
             if best is not None:
                 row["kept"] = stands.best
-            if engine.private and round + 1 < experiment.rounds:
-                row["spent"] = True
+            if ended:
+                row["ended"] = ended
             looks.append((row, state))
         for row, seen in looks:
             if experiment.diagnostics:
@@ -253,9 +257,7 @@ def _line(
             if row.get("final") and newcomers:
                 state = _join(engine, algorithm, experiment, state, names, newcomers, row)
             for values in (*row["clients"].values(), *row.get("newcomers", {}).values()):
-                _refuse_divergence(
-                    name, round, experiment, folder, {} if engine.private else values
-                )
+                _refuse_divergence(name, round, experiment, folder, {} if promises else values)
             folder.append(EVALUATION, row)
             told.append(evaluated(name, experiment.rounds, row))
         if last or (round + 1) % experiment.checkpoint_every == 0:
@@ -263,9 +265,39 @@ def _line(
         round += 1
         yield from told
     export_models(experiment, engine, algorithm.model(state), task, folder, names)
-    if engine.private:
-        engine.private.secret.forget(folder.path / FOLDER)
+    if promises:
+        Secret.forget(folder.path / FOLDER)
     folder.finish(has_own=not all(isinstance(part, Mapping) for part in algorithm.model(state)))
+
+
+class Cohorts:
+    """Who takes part in each round, nobody oftener than may be."""
+
+    def __init__(self, experiment: Experiment, weights: Sequence[float], engine: Engine) -> None:
+        self._experiment, self._weights, self._engine = experiment, weights, engine
+        self._taken: Counter[int] = Counter()
+        self._known = 0  # rounds that are counted
+
+    def able(self, round: int) -> list[int]:
+        """Return the clients that can be drawn for a round."""
+        while self._known < round:
+            self._taken.update(self.of(self._known)[0])
+            self._known += 1
+        most = self._experiment.federation.max_participations
+        return [
+            i
+            for i, weight in enumerate(self._weights)
+            if weight > 0 and (most is None or self._taken[i] < most)
+        ]
+
+    def of(self, round: int) -> tuple[tuple[int, ...], int]:
+        """Return the clients of a round, and how many more were drawn but are late."""
+        able = self.able(round)
+        if self._engine.private:  # its cohorts are nobody's to draw again
+            return self._engine.private.cohort(able, round), 0
+        pool = set(able)
+        weights = [weight if i in pool else 0.0 for i, weight in enumerate(self._weights)]
+        return self._experiment.federation.cohort(weights, self._experiment.seed, round)
 
 
 def _join(
@@ -303,7 +335,7 @@ def evaluated(line: str, total: int, row: Mapping[str, Any]) -> Event:
     title = HEADLINES[metric].title
     note = f"{title} on validation rows" if is_for_choosing(row) else title
     if row.get("final") and row["round"] < total:
-        why = "its budget is spent" if row.get("spent") else "no better on validation rows"
+        why = ENDED.get(row.get("ended", ""), "no better on validation rows")
         note = f"{title} (stopped: {why})"
     if "kept" in row:
         note += f" of round {row['kept']}"

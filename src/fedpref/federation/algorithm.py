@@ -44,9 +44,13 @@ class Algorithm(ABC, Generic[S]):
     """It works on the factors of a LoRA adapter, whatever aggregates them."""
     keeps_critics: ClassVar[bool] = False
     """Clients keep critics beside the adapter, as PPO needs them."""
-    sends_one_change: ClassVar[bool] = False
-    """A round's only sum is of clients' changes of the shared adapter, as a guarantee of privacy
-    counts it."""
+    sums: ClassVar[int] = 0
+    """How many sums of clients' changes a round has, each of trees like `sent`, where these are all
+    that clients send: a guarantee of privacy counts them. Zero is an algorithm of which that is not
+    known."""
+    sends_local_steps: ClassVar[bool] = False
+    """All that clients send or tell comes of the steps of `train_locally` alone, so that private
+    steps make it private."""
 
     def __init_subclass__(cls, **settings: Any) -> None:
         super().__init_subclass__(**settings)
@@ -75,8 +79,13 @@ class Algorithm(ABC, Generic[S]):
         """How adapters become one; None where the algorithm leaves no choice."""
         return None
 
+    @property
+    def noisy_steps(self) -> int:
+        """The steps of a round that a client takes on its data and that reach others."""
+        return self.local.steps
+
     def sent(self, start: Tree) -> Tree:
-        """Return the part of the parameters whose changes a round's only sum is of.
+        """Return the part of the parameters whose changes a round's sums are of.
 
         Args:
             start: The task's fresh parameters.

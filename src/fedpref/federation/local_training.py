@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fedpref.errors import UserError
 from fedpref.federation.objectives import Objectives
+from fedpref.federation.private_steps import PrivateSteps
 from fedpref.federation.verbs import Client, WithheldError, in_turn
 from fedpref.numerics import trees
 from fedpref.numerics.trees import Tree
@@ -185,6 +186,7 @@ def train_locally(
     fixed: Tree = MappingProxyType({}),
     rates: Mapping[str, float] = MappingProxyType({}),
     leaves: bool = True,
+    feeds: bool = True,
 ) -> tuple[Tree, Tree, Mapping[str, float]]:
     """Take a round's updates on the client's own data.
 
@@ -199,12 +201,14 @@ def train_locally(
         fixed: Parameters that the model also has, and that stay.
         rates: Factors of the learning rate, by parameter; all others have 1.
         leaves: Whether anything of the parameters may leave the client.
+        feeds: Whether what leaves it later depends on them. If not, private runs train them as
+            others do.
 
     Returns:
         On the CPU: the new parameters; the optimiser's moments, where they are kept, with the
         client's place in its data; metrics, which are means over all batches, and sums of those
         named `num_`. Of fewer distinct examples than the client lets anything leave of, there are
-        no metrics.
+        no metrics, and of private steps there are none but of what has noise.
 
     Raises:
         WithheldError: Something would leave that is of fewer distinct examples than that.
@@ -220,6 +224,7 @@ def train_locally(
     params, received = {**beside, **theta}, {**beside, **start}
     optimiser = _optimiser(settings, theta, moments, rates)
     sums: dict[str, float] = {}
+    private = client.private if feeds else None
     is_by_prompt = settings.batch_by == "prompt"
     size = BatchSize(settings.batch_size, settings.max_tokens_per_batch, is_by_prompt=is_by_prompt)
     # of batches of another size, places would mean something else
@@ -245,12 +250,8 @@ def train_locally(
                 metrics = {**metrics, **dict(zip(names, weights, strict=True))}
             return metrics, [tensor.grad for tensor in theta.values()]
 
-        for step in range(settings.steps):
-            # the schedule runs over the whole run; in the middle of the step, half a step ahead of
-            # transformers', whose first of few steps has a rate of zero
-            progress = (client.round + (step + 0.5) / settings.steps) / client.rounds
-            for group in optimiser.param_groups:
-                group["lr"] = group["scale"] * rate(settings, progress)
+        def learn_all(step: int) -> None:
+            """Let parameters have the gradients of a step's batches."""
             if step % settings.num_iterations == 0:
                 drawn.clear()
             # with num_iterations, later steps use again what was drawn
@@ -269,6 +270,33 @@ def train_locally(
                 ]
             for tensor, gradient in zip(theta.values(), total, strict=True):
                 tensor.grad = gradient
+
+        def learn_privately(step: int, private: PrivateSteps) -> None:
+            """Let parameters have a noisy gradient; of a batch nothing else is told."""
+            begin_batch(step)
+            noisy = private.gradient(
+                client.task, client.shard, params, received, list(theta), client.rng
+            ).to(device)
+            flat, weights = noisy.mean(0), []
+            if objectives is not None and len(noisy) > 1:
+                flat, weights = objectives.combined(noisy, theta)
+            parts = flat.split([tensor.numel() for tensor in theta.values()])
+            for tensor, part in zip(theta.values(), parts, strict=True):
+                tensor.grad = part.view_as(tensor)
+            for name, weight in zip(client.task.objectives, weights, strict=False):
+                name = f"weights/{name}"
+                sums[name] = sums.get(name, 0.0) + weight * accumulated
+
+        for step in range(settings.steps):
+            # the schedule runs over the whole run; in the middle of the step, half a step ahead of
+            # transformers', whose first of few steps has a rate of zero
+            progress = (client.round + (step + 0.5) / settings.steps) / client.rounds
+            for group in optimiser.param_groups:
+                group["lr"] = group["scale"] * rate(settings, progress)
+            if private is None:
+                learn_all(step)
+            else:
+                learn_privately(step, private)
             if correct:
                 with torch.no_grad():
                     correct(
@@ -287,10 +315,12 @@ def train_locally(
         name: value if name.startswith("num_") else value / (settings.steps * accumulated)
         for name, value in sums.items()
     }
-    if len(size.seen) < client.least_examples:
+    # whom a private batch has is nobody's to know
+    seen = len(size.seen) if private is None else len(client.shard)
+    if seen < client.least_examples:
         if leaves:
             raise WithheldError(
-                f"an update of {len(size.seen)} distinct examples does not leave; "
+                f"an update of {seen} distinct examples does not leave; "
                 f"{client.least_examples} are the least here"
             )
         metrics = {}

@@ -87,6 +87,25 @@ class Objectives:
             theta[name].grad = share if (known := theta[name].grad) is None else known + share
         return list(weights.tolist())
 
+    def combined(
+        self, gradients: Float[Tensor, "M P"], theta: Tree
+    ) -> tuple[Float[Tensor, " P"], list[float]]:
+        """Return the weighted sum of objectives' gradients, and the weights.
+
+        Args:
+            gradients: Of each objective, all parameters in the order of `theta`.
+            theta: The parameters.
+        """
+        if isinstance(self.weigh, Tensor):
+            weights = self.weigh.to(gradients)
+        else:
+            sizes = [tensor.numel() for tensor in theta.values()]
+            seen = [self.watched is None or self.watched(name) for name in theta]
+            parts = zip(gradients.split(sizes, 1), seen, strict=True)
+            shared = torch.cat([part for part, is_seen in parts if is_seen], 1)
+            weights = self.weigh(shared @ shared.T).to(gradients)
+        return weights @ gradients, list(weights.tolist())
+
 
 def jacobian(losses: Float[Tensor, " M"], theta: Tree) -> Float[Tensor, "M P"]:
     """Return each loss's gradient [M, P], all parameters in the order of their names.

@@ -31,6 +31,9 @@ class Participation:
     sampling: Literal["uniform", "examples", "weighted", "poisson"] = "uniform"
     """What determines a client's chance of being drawn; with `poisson`, for private runs, each
     takes part by a draw of its own, so that `clients_per_round` is the expected number."""
+    max_participations: Count | None = None
+    """Rounds that a client takes part in at most, and is then drawn no more; a run ends when nobody
+    is left. Null sets no bound."""
     sampling_weights: Mapping[str, NonNegative] = field(default_factory=dict)
     """Chances by client, for `weighted`."""
     weighting: Literal["examples", "equal"] = "examples"
@@ -95,7 +98,8 @@ class Participation:
     @property
     def takes_everybody(self) -> bool:
         """Whether all clients take part in every round."""
-        return self.clients_per_round is None and self.deadline is None and not self.newcomers
+        is_whole = self.clients_per_round is None and self.max_participations is None
+        return is_whole and self.deadline is None and not self.newcomers
 
     @property
     def num_newcomers(self) -> int:

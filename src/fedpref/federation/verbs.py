@@ -23,6 +23,7 @@ from typing import (
 import torch
 
 from fedpref.errors import UserError
+from fedpref.federation.private_steps import PrivateSteps
 from fedpref.numerics.trees import Tree
 from fedpref.tasks.task import Shard, Task
 
@@ -170,6 +171,7 @@ class Client:
         folder: Where what the client keeps in files is written.
         least_examples: Distinct examples behind an update that leaves it, at least.
         least_evaluated: Held-out examples behind its metrics, at least.
+        private: What makes its local steps private; None without a promise.
         spread: Calls functions that do not depend on each other, and yields what they return, in
             their order; in several processes where these would else be idle, so that what a
             function changes may be lost.
@@ -184,6 +186,7 @@ class Client:
     folder: Path = Path()
     least_examples: int = 0
     least_evaluated: int = 0
+    private: PrivateSteps | None = None
     spread: Callable[[Sequence[Callable[[], Any]]], Iterator[Any]] = in_turn
 
 

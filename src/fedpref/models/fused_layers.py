@@ -5,13 +5,36 @@ PEFT and transformers compute these in pieces; on a small model the pieces cost 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+Spans = tuple[tuple[int, int], ...]
+# where each unit's tokens begin and end, while gradients are taken apart by units
+_SPANS: ContextVar[tuple[int, Spans] | None] = ContextVar("spans", default=None)
+
+
+@contextmanager
+def taken_apart(tokens: int, spans: Spans) -> Iterator[None]:
+    """Let adapters come as a copy for each unit of a row's tokens, within a `with`.
+
+    Each copy's gradient is that of its unit's tokens alone.
+
+    Args:
+        tokens: Of the whole row.
+        spans: Where each unit's begin and end.
+    """
+    token = _SPANS.set((tokens, spans))
+    try:
+        yield
+    finally:
+        _SPANS.reset(token)
 
 
 def fuse(model: nn.Module) -> None:
@@ -63,16 +86,35 @@ def _forward(layer: Any, transposed: bool) -> Callable[..., Tensor]:
             return usual(x, *arguments, **settings)
         weight = layer.base_layer.weight.T if transposed else layer.base_layer.weight
         scaling = layer.scaling["default"]
+        flat = x.flatten(0, -2)
         output: Tensor = _LoRA.apply(
-            x.flatten(0, -2), weight, layer.base_layer.bias, down.weight, up.weight, scaling
+            flat,
+            weight,
+            layer.base_layer.bias,
+            down.weight,
+            up.weight,
+            scaling,
+            _spans(flat) if down.weight.dim() + up.weight.dim() > 4 else None,
         )  # type: ignore[no-untyped-call]
         return output.view(*x.shape[:-1], len(weight))
 
     return forward
 
 
+def _spans(flat: Float[Tensor, "n i"]) -> Spans:
+    tokens, spans = _SPANS.get() or (0, ())
+    if len(flat) != tokens:
+        # a layer that sees some of the tokens, as an expert does
+        raise ValueError(f"a layer has {len(flat)} rows, and the tokens are {tokens}")
+    return spans
+
+
 class _LoRA(torch.autograd.Function):
-    """x W' + b + s (x A') B' of a frozen W and b, with its gradient."""
+    """x W' + b + s (x A') B' of a frozen W and b, with its gradient.
+
+    A and B may be given as equal copies, one for each span of rows; each copy's gradient is then
+    that of its span.
+    """
 
     @staticmethod
     def forward(
@@ -80,21 +122,32 @@ class _LoRA(torch.autograd.Function):
         x: Float[Tensor, "n i"],
         weight: Float[Tensor, "o i"],
         bias: Float[Tensor, " o"] | None,
-        down: Float[Tensor, "r i"],
-        up: Float[Tensor, "o r"],
+        down: Float[Tensor, "r i"] | Float[Tensor, "U r i"],
+        up: Float[Tensor, "o r"] | Float[Tensor, "U o r"],
         scaling: float,
+        spans: Spans | None,
     ) -> Float[Tensor, "n o"]:
+        down, up = (one[0] if one.dim() == 3 else one for one in (down, up))
         inner = x @ down.T
         ctx.save_for_backward(x, weight, down, up, inner)
-        ctx.scaling = scaling
+        ctx.scaling, ctx.spans = scaling, spans
         # in place: the frozen layer's output is of no use by itself
         return nn.functional.linear(x, weight, bias).addmm_(inner, up.T, alpha=scaling)
 
     @staticmethod
     def backward(
         ctx: Any, upstream: Float[Tensor, "n o"]
-    ) -> tuple[Tensor, None, None, Tensor, Tensor, None]:
+    ) -> tuple[Tensor, None, None, Tensor | None, Tensor | None, None, None]:
         x, weight, down, up, inner = ctx.saved_tensors
         slope = (upstream @ up).mul_(ctx.scaling)
         gradient = (upstream @ weight).addmm_(slope, down)
-        return gradient, None, None, slope.T @ x, (upstream.T @ inner).mul_(ctx.scaling), None
+        if ctx.spans is None:
+            own = slope.T @ x, (upstream.T @ inner).mul_(ctx.scaling)
+            return gradient, None, None, *own, None, None
+        downs = ups = None
+        if ctx.needs_input_grad[3]:
+            downs = torch.stack([slope[a:b].T @ x[a:b] for a, b in ctx.spans])
+        if ctx.needs_input_grad[4]:
+            ups = torch.stack([upstream[a:b].T @ inner[a:b] for a, b in ctx.spans])
+            ups.mul_(ctx.scaling)
+        return gradient, None, None, downs, ups, None, None

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,7 +56,7 @@ from fedpref.models.own_parts import (
 )
 from fedpref.models.packed import Layout, Row
 from fedpref.models.texts import Texts
-from fedpref.models.trial import Limits, tried
+from fedpref.models.trial import Limits, gradients_come_apart, tried
 from fedpref.models.trunk import SUFFIX, States, Trunk, row_of_layers
 from fedpref.numerics import trees
 from fedpref.numerics.trees import Tree
@@ -239,6 +240,7 @@ class LanguageModel:
                 parameter.data = parameter.data.to(self.dtype)
         if self.settings.bits:
             quantized.settle(self.model, self.dtype)
+        self.__dict__.pop("has_apart", None)
         trial = tried(self)
         self.has_plain_head, self.is_apart = trial.has_plain_head, trial.is_apart
         self.packs, self.kernel = trial.problem is None, trial.kernel
@@ -363,7 +365,12 @@ class LanguageModel:
         return self.score(params, rows, training=training)[0]
 
     def score(
-        self, params: Tree | None, rows: Sequence[Row], *, training: bool = False
+        self,
+        params: Tree | None,
+        rows: Sequence[Row],
+        *,
+        training: bool = False,
+        units: Sequence[int] = (),
     ) -> tuple[Float[Tensor, " A"], Float[Tensor, " A"] | None]:
         """Score answers.
 
@@ -373,17 +380,45 @@ class LanguageModel:
             rows: Prompts' tokens, each with its answers' tokens.
             training: Draw the adapter's dropout. The backbone's stays off, since DPO compares
                 log-probabilities.
+            units: Of how many rows each unit is, whose gradients come apart: the adapter is then
+                given by `copies`, one for each unit.
 
         Returns:
             Each answer's summed log-probability [A], in the order of the rows, and its explicit
             reward [A] if the parameters have a reward head.
         """
-        states, layout, own, logits = self._states(params, rows, training, is_given=True)
+        states, layout, own, logits = self._states(
+            params, rows, training, is_given=True, units=units
+        )
         if logits is None:
             return self._answers(states, layout, own)
         return layout.per_answer(
             -nn.functional.cross_entropy(logits[0].float(), layout.targets, reduction="none")
         ), None
+
+    def copies(self, params: Tree, count: int) -> dict[str, Tensor]:
+        """Return leaves of which each has a copy of a parameter for each unit, without memory.
+
+        Args:
+            params: Of an adapter.
+            count: How many units.
+        """
+        cast = {n: _aligned(t.detach().to(self.device, self.dtype)) for n, t in params.items()}
+        return {
+            name: tensor.expand(count, *tensor.shape).requires_grad_()
+            for name, tensor in cast.items()
+        }
+
+    def takes_apart(self, rows: Sequence[Row]) -> bool:
+        """Return whether units' gradients come out of one pass over these rows."""
+        return self.has_apart and self._groups(rows) is None
+
+    @cached_property
+    def has_apart(self) -> bool:
+        """Whether units' gradients come out of one pass at all; tried once on a few tokens."""
+        if self.settings.lora_dropout or self.settings.gradient_checkpointing or self.is_apart:
+            return False
+        return gradients_come_apart(self)
 
     def tokens(
         self,
@@ -410,7 +445,13 @@ class LanguageModel:
         ), hidden
 
     def _states(
-        self, params: Tree | None, rows: Sequence[Row], training: bool, *, is_given: bool = False
+        self,
+        params: Tree | None,
+        rows: Sequence[Row],
+        training: bool,
+        *,
+        is_given: bool = False,
+        units: Sequence[int] = (),
     ) -> tuple[Float[Tensor, "R T D"], Layout, Tree, Float[Tensor, "1 n V"] | None]:
         """Run the model.
 
@@ -419,6 +460,7 @@ class LanguageModel:
             rows: Prompts' tokens, each with its answers' tokens.
             training: Draw the adapter's dropout.
             is_given: These rows come again, so that their states at the trunk's end are kept.
+            units: Of how many rows each unit is, whose gradients come apart; of none, nobody's.
 
         Returns:
             Hidden states, where they lie, own parts in the model's arithmetic, and answers' logits
@@ -439,10 +481,16 @@ class LanguageModel:
         if self.packs and groups is None:
             with suppress(PackingError):  # a window of attention that is shorter than these rows
                 layout = Layout.packed(rows, self.device)
-                with self._standing(rows, layout, Layout.packed) if is_given else nullcontext():
+                with (
+                    self._standing(rows, layout, Layout.packed) if is_given else nullcontext(),
+                    _apart(rows, layout, units),
+                ):
                     return self._packed(adapter, layout), layout, own, None
         layout = Layout.padded(rows, self.device)
-        with self._standing(rows, layout, Layout.padded) if is_given else nullcontext():
+        with (
+            self._standing(rows, layout, Layout.padded) if is_given else nullcontext(),
+            _apart(rows, layout, units),
+        ):
             states, logits = self.run(
                 adapter,
                 layout,
@@ -671,6 +719,24 @@ def _means(hidden: Float[Tensor, "n D"], layout: Layout, own: Tree) -> Float[Ten
     places = torch.tensor([place for mine in answers for place in mine], device=hidden.device)
     each = after_bottleneck(even(hidden.index_select(0, places)), own)[: len(places)]
     return torch.stack([part.float().mean(0) for part in each.split([len(a) for a in answers])])
+
+
+def _apart(
+    rows: Sequence[Row], layout: Layout, units: Sequence[int]
+) -> AbstractContextManager[None]:
+    """Let copies of an adapter have the gradients of their units, within a `with`."""
+    if not units:
+        return nullcontext()
+    # a prompt and its answers each; a row of the padded form has its prompt once more
+    padded = len(layout.parts) == 2 * sum(len(answers) for _, answers in rows)
+    parts = [2 * len(answers) if padded else 1 + len(answers) for _, answers in rows]
+    ends = [0, *accumulate(parts)]
+    bounds = [0, *accumulate(units)]
+    spans = tuple(
+        (layout.parts[ends[a]][1].start, layout.parts[ends[b] - 1][1].stop)
+        for a, b in pairwise(bounds)
+    )
+    return fusion.taken_apart(layout.ids.numel(), spans)
 
 
 def scale_of(config: Any) -> float:

@@ -95,17 +95,25 @@ NO_PARTS = Parts(head=None, bottleneck=0, reward=False, adapter=False)
 def combined_adapter(adapter: Tree) -> dict[str, Tensor]:
     """Return one adapter of twice the rank for the sum of an adapter and a client's own.
 
-    Without a second adapter it is the adapter itself.
+    Without a second adapter it is the adapter itself. Either may be given as copies, along a first
+    dimension.
     """
     return {
-        name: torch.cat(
-            [tensor, adapter[OWN_ADAPTER + name]], 0 if "_A" in name.rsplit("lora", 1)[-1] else 1
+        name: _beside(
+            tensor, adapter[OWN_ADAPTER + name], -2 if "_A" in name.rsplit("lora", 1)[-1] else -1
         )
         if OWN_ADAPTER + name in adapter
         else tensor
         for name, tensor in adapter.items()
         if not name.startswith(OWN_ADAPTER)
     }
+
+
+def _beside(first: Tensor, second: Tensor, dim: int) -> Tensor:
+    copies = max((one.shape[0] for one in (first, second) if one.dim() == 3), default=None)
+    if copies is not None:
+        first, second = (one.expand(copies, *one.shape[-2:]) for one in (first, second))
+    return torch.cat([first, second], dim)
 
 
 def after_bottleneck(hidden: Float[Tensor, "n D"], parts: Tree) -> Float[Tensor, "n D"]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -146,6 +147,37 @@ def tried(language: LanguageModel) -> Trial:
             return Trial(False, "its logits are not those of its head alone")
         trial = _packed(language, adapter, rows[:2], tolerance)
         return replace(trial, has_trunk=_has_trunk(language, adapter, rows[:2], tolerance))
+
+
+def gradients_come_apart(language: LanguageModel) -> bool:
+    """Return whether one pass gives each unit's gradient as a pass over its rows alone does."""
+    draw = torch.Generator().manual_seed(0)
+    adapter = {
+        name: 0.05 * torch.randn(tensor.shape, generator=draw).to(language.device, language.dtype)
+        for name, tensor in language.init(draw).items()
+    }
+    rows = _rows(language, draw)[:2]
+    tolerance = 1e-3 if language.dtype == torch.float32 else 0.1
+    copies = language.copies(adapter, 2)
+    try:
+        sums, _ = language.score(copies, rows, units=(1, 1))
+        apart = torch.autograd.grad(sums.sum(), list(copies.values()))
+    # whatever a layer's own code makes of several adapters at once
+    except Exception as error:
+        LOG.info("%s: gradients do not come apart: %s", language.name, error)
+        return False
+    for k, row in enumerate(rows):
+        leaves = {name: tensor.detach().requires_grad_() for name, tensor in adapter.items()}
+        sums, _ = language.score(leaves, [row])
+        alone = torch.autograd.grad(sums.sum(), list(leaves.values()))
+        found, expected = (_joined([one[k] for one in apart]), _joined(alone))
+        if not float((found - expected).norm() / expected.norm()) <= tolerance:
+            return False
+    return True
+
+
+def _joined(gradients: Sequence[Tensor]) -> Float[Tensor, " n"]:
+    return torch.cat([one.flatten().float() for one in gradients])
 
 
 def _rows(language: LanguageModel, draw: torch.Generator) -> list[Row]:

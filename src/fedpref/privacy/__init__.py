@@ -1,8 +1,18 @@
 """Differential privacy: what is promised, the secret behind its noise, and what has been spent."""
 
-from fedpref.privacy.accountant import Guarantee
+from fedpref.privacy.accountant import Guarantee, epsilon_of
 from fedpref.privacy.ledger import Ledger
 from fedpref.privacy.secret import Secret
-from fedpref.privacy.settings import FixedClip, Privacy
+from fedpref.privacy.settings import Column, FixedClip, Privacy, QuantileClip, Unit
 
-__all__ = ["FixedClip", "Guarantee", "Ledger", "Privacy", "Secret"]
+__all__ = [
+    "Column",
+    "FixedClip",
+    "Guarantee",
+    "Ledger",
+    "Privacy",
+    "QuantileClip",
+    "Secret",
+    "Unit",
+    "epsilon_of",
+]

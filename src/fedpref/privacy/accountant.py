@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -11,9 +12,45 @@ from typing import Any
 from fedpref.errors import UserError
 
 STEP = 1e-3  # of privacy losses; rounded so that epsilon is never too small
-NEAR = 2e-3  # of a noise multiplier that is looked for
+NEAR = 2e-3  # of a noise multiplier that is looked for, or of its epsilon
 LEAST, MOST = 0.2, 1e4  # noise multipliers that are tried
 TURNS = 20  # until what inexact noise takes of delta and epsilon fit each other
+
+
+Events = Mapping[tuple[float, float], int]
+"""Noise multiplier and sampling probability of noisy sums, and how many there were of each."""
+
+
+def epsilon_of(events: Events, delta: float, inexact: float = 0.0) -> float:
+    """Return epsilon after noisy sums of several kinds.
+
+    Noise that is not exact takes (1 + exp(epsilon)) times its distance of delta.
+
+    Args:
+        events: What there was.
+        delta: The chance of more loss than epsilon.
+        inexact: How far one sum's noise is from the exact one, at most (total variation).
+
+    Raises:
+        UserError: Nothing of delta is left.
+    """
+    sums = sum(events.values())
+    if sums == 0:
+        return 0.0
+    kinds = tuple(sorted((*kind, count) for kind, count in events.items() if count))
+    spent, left = 0.0, delta
+    for _ in range(TURNS):
+        left = delta - (1 + math.exp(spent)) * sums * inexact
+        if left <= 0:
+            raise UserError(
+                f"privacy.delta: {delta:g} is less than what noise that is not exact "
+                f"takes of it in {sums} sums. Take a larger one, fewer rounds or fewer numbers."
+            )
+        now = _epsilon(kinds, left)
+        if now <= spent * (1 + 1e-12):
+            return now
+        spent = now
+    return math.inf
 
 
 @dataclass(frozen=True)
@@ -36,28 +73,13 @@ class Guarantee:
     inexact: float = 0.0
 
     def epsilon(self, sums: int) -> float:
-        """Return epsilon after so many sums.
+        """Return epsilon after so many sums; see `epsilon_of`."""
+        return epsilon_of({self.kind: sums}, self.delta, self.inexact)
 
-        Noise that is not exact takes (1 + exp(epsilon)) times its distance of delta.
-
-        Raises:
-            UserError: Nothing of delta is left.
-        """
-        if sums == 0:
-            return 0.0
-        spent, left = 0.0, self.delta
-        for _ in range(TURNS):
-            left = self.delta - (1 + math.exp(spent)) * sums * self.inexact
-            if left <= 0:
-                raise UserError(
-                    f"privacy.delta: {self.delta:g} is less than what noise that is not exact "
-                    f"takes of it in {sums} sums. Take a larger one, fewer rounds or fewer numbers."
-                )
-            now = _epsilon(self.noise_multiplier, self.sampling_probability, sums, left)
-            if now <= spent * (1 + 1e-12):
-                return now
-            spent = now
-        return math.inf
+    @property
+    def kind(self) -> tuple[float, float]:
+        """What `epsilon_of` counts one of its sums by."""
+        return self.noise_multiplier, self.sampling_probability
 
     @staticmethod
     def of(
@@ -81,39 +103,46 @@ class Guarantee:
                 "numbers."
             )
 
-        def fits(multiplier: float) -> bool:
-            return _epsilon(multiplier, sampling_probability, sums, left) <= epsilon
+        def spent(multiplier: float) -> float:
+            return _epsilon(((multiplier, sampling_probability, sums),), left)
 
         high = 1.0
-        while not fits(high):
+        while (least := spent(high)) > epsilon:
             high *= 2
             if high > MOST:
                 raise UserError(
                     f"privacy.epsilon: no noise keeps {sums} sums within {epsilon:g} at delta "
                     f"{delta:g}. Take fewer rounds or a larger epsilon."
                 )
-        low = high / 2
-        while low > LEAST and fits(low):
-            high, low = low, low / 2
-        low = max(low, LEAST)
-        if fits(low):
-            return with_noise(low)
-        while high - low > NEAR * low:
-            middle = (low + high) / 2
-            low, high = (low, middle) if fits(middle) else (middle, high)
+        low = max(high / 2, LEAST)
+        while (most := spent(low)) <= epsilon:
+            high, least = low, most
+            if low == LEAST:
+                return with_noise(LEAST)
+            low = max(low / 2, LEAST)
+        # more noise, less epsilon: nearly a line in logarithms, and each look takes a tenth of a
+        # second
+        while least < epsilon * (1 - NEAR) and high - low > NEAR * low:
+            share = math.log(most / epsilon) / math.log(most / least)
+            middle = low * (high / low) ** min(max(share, 0.05), 0.95) * (1 + NEAR / 10)
+            if (now := spent(middle)) <= epsilon:
+                high, least = middle, now
+            else:
+                low, most = middle, now
         return with_noise(high)
 
 
 @lru_cache(maxsize=4096)
-def _epsilon(multiplier: float, probability: float, sums: int, delta: float) -> float:
+def _epsilon(kinds: tuple[tuple[float, float, int], ...], delta: float) -> float:
     accounting, pld = _dp_accounting()
-    event = accounting.GaussianDpEvent(multiplier)
-    if probability < 1:
-        event = accounting.PoissonSampledDpEvent(probability, event)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         accountant = pld.PLDAccountant(value_discretization_interval=STEP)
-        accountant.compose(accounting.SelfComposedDpEvent(event, sums))
+        for multiplier, probability, sums in kinds:
+            event = accounting.GaussianDpEvent(multiplier)
+            if probability < 1:
+                event = accounting.PoissonSampledDpEvent(probability, event)
+            accountant.compose(accounting.SelfComposedDpEvent(event, sums))
         return float(accountant.get_epsilon(delta))
 
 

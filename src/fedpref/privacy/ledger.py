@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -13,18 +14,21 @@ from typing_extensions import TypedDict
 
 from fedpref.errors import UserError
 from fedpref.numerics import files
-from fedpref.types import WholeNumber
+from fedpref.types import Count, Portion, Positive, WholeNumber
 
 FILE = "ledger.jsonl"
 
 
 class Entry(TypedDict):
-    """One noisy sum."""
+    """One noisy sum, or those of a client's local steps in one call of its work."""
 
     round: WholeNumber
     call: WholeNumber
     attempt: WholeNumber
-    digest: Annotated[str, "of the sum before noise, keyed by the secret"]
+    sums: Count
+    noise_multiplier: Positive
+    sampling_probability: Portion
+    digest: Annotated[str, "of the sums before noise, keyed by the secret"]
 
 
 _FORM = TypeAdapter(Entry)
@@ -38,15 +42,19 @@ class Ledger:
     entries: list[Entry] = field(default_factory=list)
 
     @staticmethod
-    def at(folder: Path) -> Ledger:
+    def at(folder: Path, name: str = FILE) -> Ledger:
         """Return a folder's ledger, with what stands in it.
 
         A last line that a crash cut short was never acted upon.
 
+        Args:
+            folder: Where it lies.
+            name: The file's name.
+
         Raises:
             UserError: The file is damaged.
         """
-        path = folder / FILE
+        path = folder / name
         ledger = Ledger(path)
         if not path.exists():
             return ledger
@@ -66,19 +74,33 @@ class Ledger:
                 os.fsync(file.fileno())
         return ledger
 
-    def require(self, rounds: int) -> None:
-        """Raise UserError where fewer rounds stand here than have been done."""
-        known = len({one["round"] for one in self.entries})
-        if known < rounds:
-            raise UserError(
-                f"{self.path}: {known} rounds are written down, and {rounds} have been done; what "
-                "has been spent is not known. The run cannot go on."
-            )
+    @property
+    def events(self) -> Counter[tuple[float, float]]:
+        """How many sums have been charged, by noise multiplier and sampling probability."""
+        found: Counter[tuple[float, float]] = Counter()
+        for one in self.entries:
+            found[one["noise_multiplier"], one["sampling_probability"]] += one["sums"]
+        return found
 
     @property
     def charged(self) -> int:
         """How many sums have been charged."""
-        return len(self.entries)
+        return self.events.total()
+
+    @property
+    def rounds(self) -> list[tuple[float, float]]:
+        """What each round has cost: noise multiplier and sampling probability.
+
+        All sums of a round are of one cohort, so that together they are one sum with less noise.
+        """
+        precise: Counter[tuple[int, float]] = Counter()  # 1 / z^2, of Gaussian noise additive
+        for one in self.entries:
+            address = one["round"], one["sampling_probability"]
+            precise[address] += one["sums"] / one["noise_multiplier"] ** 2  # type: ignore[assignment]
+        # of ten digits: sums that were planned as one must cost as one, whatever rounding makes
+        return [
+            (float(f"{total**-0.5:.10g}"), chance) for (_, chance), total in sorted(precise.items())
+        ]
 
     def known(self, round: int, call: int, digest: str) -> int | None:
         """Return the attempt of a sum that is written down already; None for another."""
@@ -87,7 +109,9 @@ class Ledger:
                 return one["attempt"]
         return None
 
-    def charge(self, round: int, call: int, digest: str) -> int:
+    def charge(
+        self, round: int, call: int, digest: str, kind: tuple[float, float], sums: int = 1
+    ) -> int:
         """Write a sum down, and return its attempt, which addresses its noise.
 
         The same sum once more, as a run that was killed does it again, is free and has the same
@@ -98,14 +122,15 @@ class Ledger:
             round: From 0.
             call: The number of the verb within the round.
             digest: Of the sum, before noise.
+            kind: The noise multiplier and the sampling probability.
+            sums: How many sums these are, where they are several.
 
         Raises:
             UserError: It cannot be written.
         """
         if (attempt := self.known(round, call, digest)) is not None:
             return attempt
-        here = [one for one in self.entries if (one["round"], one["call"]) == (round, call)]
-        entry = Entry(round=round, call=call, attempt=len(here), digest=digest)
+        entry = self._entry(round, call, digest, kind, sums)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             is_new = not self.path.exists()
@@ -121,3 +146,21 @@ class Ledger:
             ) from error
         self.entries.append(entry)
         return entry["attempt"]
+
+    def with_one(self, round: int, call: int, kind: tuple[float, float]) -> Ledger:
+        """Return the ledger as it would be with a sum more, which is written nowhere."""
+        return Ledger(self.path, [*self.entries, self._entry(round, call, "", kind, 1)])
+
+    def _entry(
+        self, round: int, call: int, digest: str, kind: tuple[float, float], sums: int
+    ) -> Entry:
+        here = [one for one in self.entries if (one["round"], one["call"]) == (round, call)]
+        return Entry(
+            round=round,
+            call=call,
+            attempt=len(here),
+            sums=sums,
+            noise_multiplier=kind[0],
+            sampling_probability=kind[1],
+            digest=digest,
+        )

@@ -8,41 +8,95 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from fedpref.errors import UserError
-from fedpref.types import Positive
+from fedpref.types import NonNegative, OpenFraction, Positive
 
 
 @dataclass(frozen=True, kw_only=True)
 class FixedClip:
-    """The same largest norm of a client's change in every round."""
+    """The same largest norm in every round."""
 
     name: Literal["fixed"] = "fixed"
     norm: Positive = 0.5
-    """The largest norm; longer changes are shortened to it."""
+    """The largest norm, of a client's change or of a unit's gradient; longer ones are shortened to
+    it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantileClip:
+    """A largest norm of clients' changes that follows a quantile of them, found with noise.
+
+    Each client adds one number to its change: whether it was short enough. Source: Andrew et al.
+    2021, "Differentially Private Learning with Adaptive Clipping".
+    """
+
+    name: Literal["quantile"] = "quantile"
+    quantile: OpenFraction = 0.5
+    """The share of changes that is to be left as it is."""
+    start: Positive = 1.0
+    """The largest norm in the first round."""
+    rate: Positive = 0.2
+    """How fast it follows: the step of its logarithm for a share that is off by one."""
+    count_noise: NonNegative = 0.05
+    """The noise's standard deviation on the number of clients that were short enough, as a share
+    of the expected number."""
+
+
+Clip = Annotated[FixedClip | QuantileClip, Field(discriminator="name")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """Rows that agree in a column are one unit."""
+
+    column: str
+    """The column's name, such as one of annotators."""
+
+
+Unit = Literal["client", "example", "prompt", "question"] | Column
+"""Whose presence is hidden."""
+
+
+def unit_in_words(unit: Unit) -> str:
+    """Return what one unit is, as in "of one pair that is there or not"."""
+    if isinstance(unit, Column):
+        return f"group of a client's rows with one {unit.column}"
+    return {
+        "client": "client",
+        "example": "training example of a client",
+        "prompt": "prompt of a client with all of its pairs",
+        "question": "question of a group",
+    }[unit]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Privacy:
     """Differential privacy of what clients send.
 
-    Each client's change is clipped, rounded to a lattice and summed as integers; noise is added to
-    the sum, which is divided by the expected number of clients. Cohorts are Poisson or everybody,
-    weights equal; noise and cohorts come from a secret of the run.
+    Of clients: each client's change is clipped, rounded to a lattice and summed as integers; noise
+    is added to the sum, which is divided by the expected number of clients. Cohorts are Poisson or
+    everybody, weights equal; noise and cohorts come from a secret of the run.
+
+    Of what a client has (examples, prompts, questions, groups of rows): every local step is of a
+    Poisson batch, in which each unit's gradient is clipped, and noise is added to the sum.
     """
 
-    unit: Literal["client"] = "client"
-    """Whose presence is hidden: a client with all that it has."""
-    against: Literal["model-users"] = "model-users"
-    """From whom: who gets the shared adapter, in every round or at the end. The coordinator is
-    trusted, and so is who reads the run directory."""
+    unit: Unit = "client"
+    """Whose presence is hidden: a client with all that it has; or, within each client, one example,
+    one prompt with all of its examples, a question of a predictor's, or rows that agree in a
+    column (`column: NAME`)."""
+    against: Literal["model-users", "everybody"] | None = None
+    """From whom. Of clients `model-users`, who get the shared adapter, in every round or at the
+    end: the coordinator is trusted, and so is who reads the run directory. Of what a client has
+    `everybody` but the client, for noise is added before anything leaves it. Null is what fits."""
     epsilon: Positive | None = None
     """The budget, which the run stops at; the noise is computed from it. Give this or
     `noise_multiplier`."""
     noise_multiplier: Positive | None = None
     """The noise's standard deviation in clips; epsilon is computed from it."""
-    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
-    """The chance of more loss than epsilon; at most one over the number of clients."""
-    clip: FixedClip = FixedClip()
-    """How long a client's change may be."""
+    delta: OpenFraction = 1e-5
+    """The chance of more loss than epsilon; at most one over the number of units."""
+    clip: Clip = FixedClip()
+    """How long a client's change, or a unit's gradient, may be."""
 
     def __post_init__(self) -> None:
         if (self.epsilon is None) == (self.noise_multiplier is None):
@@ -50,3 +104,25 @@ class Privacy:
                 "privacy: give epsilon, from which the noise is computed, or noise_multiplier, "
                 "from which epsilon is; one of the two."
             )
+        fits = "model-users" if self.is_of_clients else "everybody"
+        if self.against not in (None, fits):
+            raise UserError(
+                "privacy.against: of clients the coordinator sees changes before they have noise, "
+                "and the promise is towards model-users; of what a client has it is towards "
+                f"everybody. Set it to {fits}, or leave it out."
+            )
+        if not self.is_of_clients and not isinstance(self.clip, FixedClip):
+            raise UserError(
+                "privacy.clip: a quantile is of clients' changes; of what a client has it would "
+                "cost a query of its own in every step. Take fixed."
+            )
+
+    @property
+    def is_of_clients(self) -> bool:
+        """Whether a unit is a whole client."""
+        return self.unit == "client"
+
+    @property
+    def norm(self) -> float:
+        """The largest norm, in the first round where it follows a quantile."""
+        return self.clip.norm if isinstance(self.clip, FixedClip) else self.clip.start

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
+from fedpref.engines.private_examples import PrivateExamples
+from fedpref.engines.private_sums import PrivateSums
 from fedpref.numerics.metrics import ACCURACY
 from fedpref.reports.tables import bytes_text
 
@@ -31,6 +33,10 @@ DIAGNOSTICS = {
     "disagreement": "disagreement",
 }
 RECENT = 10  # rounds by which the time that is left is judged
+
+
+# what a round has spent of privacy: of clients, and of what each has
+SPENT = {PrivateSums.spends: "epsilon", PrivateExamples.spends: "epsilon of units"}
 
 
 def show(happenings: Iterator[Event], console: Console) -> None:
@@ -111,5 +117,7 @@ def _figures(event: Event) -> str:
         for name, unit in UNITS.items()
         if name in figures
     )
-    spent = f"  epsilon {figures['epsilon']:.3g}" if "epsilon" in figures else ""
+    spent = "".join(
+        f"  {title} {figures[name]:.3g}" for name, title in SPENT.items() if name in figures
+    )
     return f"{shown}{spent}  {sent}  {speed}"

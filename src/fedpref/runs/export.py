@@ -9,7 +9,7 @@ import shlex
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from fedpref import __version__
 from fedpref.errors import UserError, printable
 from fedpref.experiments.experiment import Experiment
 from fedpref.experiments.finished import FinishedRun
+from fedpref.experiments.private import SPENDS, promised
 from fedpref.experiments.run_directory import file_name
 from fedpref.experiments.run_files import METRICS
 from fedpref.models.backbone import merged_adapter
@@ -269,7 +270,7 @@ class Measured:
         last: The last evaluation.
         joined: Clients that joined when the run was over.
         has_own: Whether clients have models of their own.
-        epsilon: What has been spent of privacy; None without a promise.
+        spent: What has been spent of privacy, by the name of its figure.
     """
 
     known: Mapping[str, Mapping[str, int]]
@@ -277,18 +278,18 @@ class Measured:
     joined: Mapping[str, Mapping[str, Any]]
     has_own: bool
     """Clients have models of their own."""
-    epsilon: float | None = None
+    spent: Mapping[str, float] = field(default_factory=dict)
 
     @staticmethod
     def read(run: FinishedRun) -> Measured:
         """Return what is measured of a finished run."""
-        rounds = run.folder.read_rows(METRICS)
+        last: dict[str, Any] = next(reversed(run.folder.read_rows(METRICS)), {})
         return Measured(
             {**run.clients, **run.joined},
             run.last_evaluation,
             run.joined,
             run.folder.has_own,
-            rounds[-1].get("epsilon") if rounds else None,
+            {name: last[name] for name in SPENDS if name in last},
         )
 
     def metrics(self, client: str | None, *, whole: bool) -> dict[str, str]:
@@ -339,24 +340,16 @@ def _drawn(experiment: Experiment, measured: Measured) -> str:
     return f", {len(measured.last['clients'])} clients, seed {experiment.seed}"
 
 
-def _promised(experiment: Experiment, epsilon: float | None, client: str | None) -> str:
+def _promised(experiment: Experiment, spent: Mapping[str, float], client: str | None) -> str:
     """Return what is promised of privacy, in a card, which then holds no figure of clients."""
-    privacy = experiment.privacy
-    if privacy is None or epsilon is None:
-        return ""
     whose = (
         "It has parts of one client's own, which are that client's and outside the promise: it is "
         "kept towards all others."
         if client
         else "Figures of clients are outside the promise and not given here."
     )
-    sampling = "Poisson cohorts" if experiment.federation.sampling == "poisson" else "all clients"
-    return (
-        f"Differential privacy: epsilon {epsilon:.3g} at delta {privacy.delta:g}, for one "
-        f"{privacy.unit} that is there or not, against who gets this model; the coordinator is "
-        f"trusted. Gaussian noise on sums of changes clipped to {privacy.clip.norm:g}, {sampling}, "
-        f"accounted for by privacy loss distributions (dp-accounting). {whose}"
-    )
+    said = promised(experiment, spent)
+    return f"Differential privacy: {said}. {whose}" if said else ""
 
 
 def card(
@@ -418,7 +411,7 @@ def card(
             else " No client's rows left it."
         ),
         f"Data: {experiment.data.name}{where}. Base model: {said}.",
-        _promised(experiment, measured.epsilon, client)
+        _promised(experiment, measured.spent, client)
         if experiment.privacy
         else _table(measured.metrics(client, whole=not left_out) | measured.counts(client)),
         *([] if form == "gguf" else [f"```python\n{LOADS[library]}\n```"]),

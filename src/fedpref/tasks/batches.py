@@ -2,19 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from fedpref.errors import UserError
 from fedpref.numerics import seeds
+from fedpref.privacy import Column
 
 # a batch is drawn from this many times its size, so that its examples are of similar length
 POOL = 4
 SIMILAR = 0.25  # the relative difference up to which lengths are alike
+
+GRAIN = 16  # sizes between one power of two and the next that private batches are told apart by
+
+
+def chance_of(examples: int, batch: int) -> float:
+    """Return the chance of each example to be in a private batch.
+
+    Of sizes that are nearly the same it is the same, so that few kinds of noise are computed.
+
+    Args:
+        examples: How many there are.
+        batch: How many a batch has, expected.
+    """
+    grain = 2 ** max(0, examples.bit_length() - GRAIN.bit_length())
+    return min(1.0, batch / (examples // grain * grain)) if examples else 1.0
+
+
+def numbered(values: Sequence[Hashable]) -> list[int]:
+    """Return a number from 0 for each value, the same for those that are alike."""
+    numbers: dict[Hashable, int] = {}
+    return [numbers.setdefault(value, len(numbers)) for value in values]
+
+
+def numbered_by(unit: Column, columns: Sequence[Mapping[str, Any]], client: str) -> list[int]:
+    """Return a number for each row, the same for those that agree in a column.
+
+    Args:
+        unit: Which column.
+        columns: Of each row.
+        client: Its name, for messages.
+
+    Raises:
+        UserError: Rows have no such column.
+    """
+    if missing := sum(unit.column not in row for row in columns):
+        raise UserError(
+            f"privacy.unit.column: {missing} training rows of client {client!r} have no column "
+            f"{unit.column!r}."
+        )
+    return numbered([str(row[unit.column]) for row in columns])
 
 
 @dataclass(frozen=True)

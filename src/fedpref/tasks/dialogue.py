@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from jaxtyping import Float
@@ -19,23 +20,26 @@ from fedpref.losses.policy import GRPO, PPO, RLOO, Sampled, surrogate
 from fedpref.models.generation import OwnSampling, Sampling, generate
 from fedpref.models.own_parts import Parts
 from fedpref.models.packed import Row as Packed
-from fedpref.numerics import seeds
+from fedpref.numerics import seeds, trees
 from fedpref.numerics.metrics import REWARD
 from fedpref.numerics.trees import Tree
+from fedpref.privacy import Column, Unit
 from fedpref.rewards import Reward
 from fedpref.rewards.combine import AdaptiveAlpha
 from fedpref.rewards.imported import Groups
 from fedpref.rewards.reward import OpenGroups, called, no_groups, plain
 from fedpref.rewards.text import distinct
-from fedpref.tasks.batches import BatchSize, Examples
+from fedpref.tasks.batches import BatchSize, Examples, chance_of, numbered_by
 from fedpref.tasks.language import LanguageLearner, LanguageTask, Tokens
-from fedpref.tasks.task import CRITIC, Outcome
+from fedpref.tasks.task import CRITIC, Apart, Outcome
 from fedpref.types import Count, WholeNumber
 
 
 @dataclass(frozen=True, kw_only=True)
 class DialogueTask(LanguageTask):
     """Prompts, and rewards of the answers that the policy gives; each reward is an objective."""
+
+    units: ClassVar[frozenset[str]] = frozenset({"prompt", "column"})
 
     name: Literal["dialogue"] = "dialogue"
     rewards: dict[str, Reward] = field(default_factory=dict)
@@ -252,7 +256,12 @@ class DialogueLearner(LanguageLearner):
             known = Examples(tuple(len(one.tokens) for one in shard.train))
             indices, _ = size.epochs.next(known, replace(size, is_by_prompt=False))
         size.note(indices)
-        prompts = [shard.train[i] for i in indices]
+        return self._rollouts(params, [shard.train[i] for i in indices], rng)
+
+    def _rollouts(
+        self, params: Tree, prompts: Sequence[Prompted], rng: torch.Generator
+    ) -> Rollouts:
+        """Return answers to prompts, by the policy as it is, with their rewards."""
         samples = self.settings.num_generations
         answers = generate(
             self.language,
@@ -271,6 +280,55 @@ class DialogueLearner(LanguageLearner):
         with torch.no_grad():
             reference = self._tokens(None, rows)[0]
         return Rollouts(rows, rewards.to(self.device), reference)
+
+    def units(self, shard: DialogueShard, unit: Unit) -> list[int]:
+        """Return which unit each training prompt belongs to; see `Task.units`."""
+        if isinstance(unit, Column):
+            return numbered_by(unit, [prompt.columns for prompt in shard.train], shard.name)
+        return list(range(len(shard.train)))
+
+    def private_batch(self, shard: DialogueShard, batch: int) -> tuple[float, list[float]]:
+        chance = chance_of(len(shard), batch)
+        return chance, [chance * len(shard)] * len(self.objectives)
+
+    def gradients_apart(
+        self,
+        params: Tree,
+        start: Tree,
+        shard: DialogueShard,
+        units: Sequence[Sequence[int]],
+        batch: int,
+        wanted: Collection[str],
+        rng: torch.Generator,
+    ) -> Iterator[Apart]:
+        """Yield units' gradients, one by one; see `Task.gradients_apart`.
+
+        Answers of all prompts are drawn together; each prompt's losses are of its own answers.
+        """
+        indices = [i for unit in units for i in unit]
+        drawn = self._rollouts(params, [shard.train[i] for i in indices], rng)
+        samples, done = self.settings.num_generations, 0
+        leaves = {n: t.detach().requires_grad_() for n, t in trees.select(params, wanted).items()}
+        # of each answer's reference log-probabilities, where they end
+        ends = [0, *accumulate(sum(map(len, answers)) for _, answers in drawn.rows)]
+        for unit in units:
+            total = {n: t.new_zeros(len(self.objectives), *t.shape) for n, t in leaves.items()}
+            for k in range(done, done + len(unit)):
+                one = Rollouts(
+                    drawn.rows[k : k + 1],
+                    drawn.rewards[:, k * samples : (k + 1) * samples],
+                    drawn.reference[ends[k] : ends[k + 1]],
+                )
+                losses, _ = self.losses({**params, **leaves}, one)
+                for m, loss in enumerate(losses):
+                    found = torch.autograd.grad(
+                        loss, list(leaves.values()), retain_graph=m + 1 < len(losses)
+                    )
+                    for name, gradient in zip(leaves, found, strict=True):
+                        total[name][m] += gradient
+            done += len(unit)
+            count = len(self.objectives)
+            yield Apart(total, [0] * count, range(count))
 
     def judge(self, prompts: Sequence[Prompted], texts: Sequence[Any]) -> Float[Tensor, "M A"]:
         """Return each objective's rewards [M, A], on the CPU.

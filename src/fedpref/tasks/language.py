@@ -88,6 +88,10 @@ class LanguageLearner(ABC):
         return self.settings.objectives
 
     @property
+    def pieces_of_unit(self) -> int:
+        return self.settings.pieces_of_unit
+
+    @property
     def description(self) -> str:
         return self.language.description
 

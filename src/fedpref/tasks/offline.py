@@ -6,8 +6,15 @@ import struct
 import warnings
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import (
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
@@ -22,15 +29,24 @@ from fedpref.data.unusable import Unusable
 from fedpref.errors import printable
 from fedpref.models.generation import OwnSampling, generate
 from fedpref.models.kept import Kept
+from fedpref.models.own_parts import NAMES
 from fedpref.models.packed import Row as PackedRow
 from fedpref.numerics import seeds, trees
 from fedpref.numerics.metrics import ACCURACY
 from fedpref.numerics.trees import Tree
+from fedpref.privacy import Column, Unit
 from fedpref.rewards.reward import OpenGroups, RewardSettings
-from fedpref.tasks.batches import BatchSize, Examples, draw_indices
+from fedpref.tasks.batches import (
+    BatchSize,
+    Examples,
+    chance_of,
+    draw_indices,
+    numbered,
+    numbered_by,
+)
 from fedpref.tasks.generation_metrics import Generation, Generations
 from fedpref.tasks.language import LanguageLearner, LanguageTask, Tokens
-from fedpref.tasks.task import Outcome
+from fedpref.tasks.task import Apart, Outcome
 from fedpref.types import WholeNumber
 
 SCORES = "-reference.sqlite"  # ends the names of files of reference scores
@@ -102,6 +118,8 @@ class Example:
     """What was said of the first answer, where answers are not compared."""
     objective: int = 0
     """Of the task's, where there are several."""
+    columns: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    """What else stands in its row."""
 
     @property
     def tokens(self) -> int:
@@ -295,6 +313,111 @@ class OfflineLearner(LanguageLearner):
         }
         return losses, metrics | apart | counts
 
+    def units(self, shard: OfflineShard, unit: Unit) -> list[int]:
+        """Return which unit each training example belongs to; see `Task.units`."""
+        if isinstance(unit, Column):
+            return numbered_by(unit, [one.columns for one in shard.train], shard.name)
+        if unit == "prompt":
+            return numbered([one.prompt for one in shard.train])
+        return list(range(len(shard.train)))
+
+    def private_batch(self, shard: OfflineShard, batch: int) -> tuple[float, list[float]]:
+        chance = chance_of(len(shard), batch)
+        counts = Counter(example.objective for example in shard.train)
+        return chance, [chance * max(1, counts[m]) for m in range(len(self.objectives))]
+
+    def gradients_apart(
+        self,
+        params: Tree,
+        start: Tree,
+        shard: OfflineShard,
+        units: Sequence[Sequence[int]],
+        batch: int,
+        wanted: Collection[str],
+        rng: torch.Generator,
+    ) -> Iterator[Apart]:
+        """Yield units' gradients, of about 16 examples at a time; see `Task.gradients_apart`."""
+        held: list[tuple[int, int, list[Example]]] = []  # unit, objective, its examples
+        size = 0
+        for place, indices in enumerate(units):
+            pieces: dict[int, list[Example]] = {}
+            for i in indices:
+                pieces.setdefault(shard.train[i].objective, []).append(shard.train[i])
+            if held and size + len(indices) > MEASURED:
+                yield self._pieces(params, start, held, wanted)
+                held, size = [], 0
+            held += [(place, m, some) for m, some in sorted(pieces.items())]
+            size += len(indices)
+        if held:
+            yield self._pieces(params, start, held, wanted)
+
+    def _pieces(
+        self,
+        params: Tree,
+        start: Tree,
+        held: Sequence[tuple[int, int, list[Example]]],
+        wanted: Collection[str],
+    ) -> Apart:
+        """Return the gradients of pieces of units: in one pass, or one by one."""
+        is_small = sum(len(some) for _, _, some in held) <= MEASURED
+        is_adapter = not set(wanted) & NAMES
+        rows: list[PackedRow] = [
+            (prompt, list(answers.values()))
+            for _, _, some in held
+            for prompt, answers in _rows(some).items()
+        ]
+        if is_small and is_adapter and self.language.takes_apart(rows):
+            gradients = self._in_one_pass(params, start, [some for _, _, some in held], wanted)
+        else:
+            alone = [self._alone(params, start, some, wanted) for _, _, some in held]
+            gradients = {name: torch.stack([one[name] for one in alone]) for name in wanted}
+        return Apart(gradients, [u for u, _, _ in held], [m for _, m, _ in held])
+
+    def _in_one_pass(
+        self,
+        params: Tree,
+        start: Tree,
+        pieces: Sequence[Sequence[Example]],
+        wanted: Collection[str],
+    ) -> Tree:
+        copies = self.language.copies(trees.select(params, wanted), len(pieces))
+        examples = [example for some in pieces for example in some]
+        losses = self._losses({**params, **copies}, start, examples, pieces)
+        found = torch.autograd.grad(losses.sum(), list(copies.values()))
+        return dict(zip(copies, found, strict=True))
+
+    def _alone(
+        self, params: Tree, start: Tree, examples: Sequence[Example], wanted: Collection[str]
+    ) -> Tree:
+        """Return the gradient of examples' summed losses, of a few at a time."""
+        leaves = {n: t.detach().requires_grad_() for n, t in trees.select(params, wanted).items()}
+        total = {name: torch.zeros_like(tensor) for name, tensor in leaves.items()}
+        for first in range(0, len(examples), MEASURED):
+            some = examples[first : first + MEASURED]
+            losses = self._losses({**params, **leaves}, start, some)
+            found = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True)
+            for name, gradient in zip(leaves, found, strict=True):
+                if gradient is not None:
+                    total[name] += gradient
+        return total
+
+    def _losses(
+        self,
+        params: Tree,
+        start: Tree,
+        examples: Sequence[Example],
+        pieces: Sequence[Sequence[Example]] = (),
+    ) -> PerExample:
+        """Return what is minimised of each example; copies of parameters are the pieces'."""
+        if self.settings.reference == "base" or not self.needs_reference:
+            batch = self._with_base(examples)
+        else:
+            with torch.no_grad():
+                batch = Batch(examples, self._score(start, examples)[0])
+        scored = self._score(params, examples, training=True, pieces=pieces)
+        measured = self.measure(*scored, batch)
+        return measured.get(MINIMISED, measured["loss"])
+
     def batches(self, shard: OfflineShard) -> Iterator[tuple[Batch, float]]:
         """Yield all training examples once, against the base reference, with each batch's share."""
         for indices in _by_length(shard.train, MEASURED):
@@ -480,25 +603,41 @@ class OfflineLearner(LanguageLearner):
             yield batch
 
     def _score(
-        self, params: Tree, examples: Sequence[Example], *, training: bool = False
+        self,
+        params: Tree,
+        examples: Sequence[Example],
+        *,
+        training: bool = False,
+        pieces: Sequence[Sequence[Example]] = (),
     ) -> tuple[Float[Tensor, "B 2"], Float[Tensor, "B 2"] | None]:
-        """Score a batch, in which each prompt and each answer to it is computed once."""
-        rows: dict[Tokens, dict[bytes, Tokens]] = {}
-        for example in examples:
-            rows.setdefault(example.prompt, {}).update(
-                zip(example.keys, example.answers, strict=True)
-            )
-        order = [key for answers in rows.values() for key in answers]
-        places = {key: place for place, key in enumerate(order)}
-        index = torch.tensor(
-            [[places[key] for key in example.keys] for example in examples], device=self.device
-        )
+        """Score a batch, in which each prompt and each answer to it is computed once.
+
+        Of several pieces, whose gradients come apart, each has what it needs for itself.
+        """
+        rows: list[PackedRow] = []
+        index: list[list[int]] = []
+        units: list[int] = []
+        for some in pieces or [examples]:
+            own = _rows(some)
+            begun = sum(len(answers) for _, answers in rows)
+            order = [key for keys in own.values() for key in keys]
+            places = {key: begun + place for place, key in enumerate(order)}
+            index += [[places[key] for key in example.keys] for example in some]
+            rows += [(prompt, list(answers.values())) for prompt, answers in own.items()]
+            units.append(len(own))
         sums, rewards = self.language.score(
-            params,
-            [(prompt, list(answers.values())) for prompt, answers in rows.items()],
-            training=training,
+            params, rows, training=training, units=units if pieces else ()
         )
-        return sums[index], None if rewards is None else rewards[index]
+        at = torch.tensor(index, device=self.device)
+        return sums[at], None if rewards is None else rewards[at]
+
+
+def _rows(examples: Iterable[Example]) -> dict[Tokens, dict[bytes, Tokens]]:
+    """Return examples' answers by their prompts, each once."""
+    rows: dict[Tokens, dict[bytes, Tokens]] = {}
+    for example in examples:
+        rows.setdefault(example.prompt, {}).update(zip(example.keys, example.answers, strict=True))
+    return rows
 
 
 def _digest(prompt: Tokens) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
@@ -27,10 +27,11 @@ from fedpref.models.predictor import Predictor, gaussian_loss, softmax_within
 from fedpref.numerics import seeds, trees
 from fedpref.numerics.metrics import ALIGNMENT
 from fedpref.numerics.trees import Tree
+from fedpref.privacy import Unit
 from fedpref.rewards.reward import OpenGroups, no_groups
 from fedpref.tasks.alignment import alignment, calibration_error, wasserstein_alignment
-from fedpref.tasks.batches import BatchSize
-from fedpref.tasks.task import Outcome, TaskSettings
+from fedpref.tasks.batches import BatchSize, chance_of
+from fedpref.tasks.task import Apart, Outcome, TaskSettings
 from fedpref.types import Count
 
 Texts = tuple[str, ...]
@@ -47,6 +48,9 @@ class OpinionTask(TaskSettings):
     group's questions at random as context, as many others as targets. Preference pairs are
     questions with two options, and the shares of comparisons that each of them won.
     """
+
+    units: ClassVar[frozenset[str]] = frozenset({"question"})
+    pieces_of_unit: ClassVar[int] = 2
 
     name: Literal["opinion"] = "opinion"
     measures_examples: ClassVar[bool] = True
@@ -153,6 +157,10 @@ class OpinionLearner:
             f"predictor: {count / 1e6:,.2f} M parameters over embeddings of {inputs} "
             f"dimensions by {self.settings.model.path}"
         )
+
+    @property
+    def pieces_of_unit(self) -> int:
+        return self.settings.pieces_of_unit
 
     @property
     def prepares(self) -> str:
@@ -284,6 +292,54 @@ class OpinionLearner:
                 )
             )
         return self._batch(tasks)
+
+    def units(self, shard: OpinionShard, unit: Unit) -> list[int]:
+        """Return which unit each training question is; see `Task.units`."""
+        return list(range(len(shard.train)))
+
+    def private_batch(self, shard: OpinionShard, batch: int) -> tuple[float, list[float]]:
+        """Return the chance of a question to be in a batch, and the number of tasks of that."""
+        settings = self.settings
+        bounds = (*settings.context_questions, *settings.target_questions)
+        # a task has so many questions in the middle, if there are as many
+        size = min(len(shard.train), sum(bounds) // 2)
+        return chance_of(len(shard.train), max(1, batch * size)), [float(batch)]
+
+    def gradients_apart(
+        self,
+        params: Tree,
+        start: Tree,
+        shard: OpinionShard,
+        units: Sequence[Sequence[int]],
+        batch: int,
+        wanted: Collection[str],
+        rng: torch.Generator,
+    ) -> Iterator[Apart]:
+        """Yield the gradients of tasks that share no question; see `Task.gradients_apart`.
+
+        A question shown changes what is learned of those asked, so that no question has a gradient
+        of its own. Each question of the batch is in one of its tasks, by a draw of its own, and
+        what is clipped is the task's gradient: a question that is there or not changes one of
+        them, from one short vector to another.
+        """
+        leaves = {n: t.detach().requires_grad_() for n, t in trees.select(params, wanted).items()}
+        settings = self.settings
+        tasks: dict[tuple[str, int], list[Question]] = defaultdict(list)
+        for (i,) in units:
+            question = shard.train[i]
+            tasks[question.group, int(torch.randint(batch, (), generator=rng))].append(question)
+        for questions in tasks.values():
+            if len(questions) < 2:
+                continue  # nothing can be shown while it is asked
+            order = torch.randperm(len(questions), generator=rng).tolist()
+            context = _between(settings.context_questions, len(order) - 1, rng)
+            targets = _between(settings.target_questions, len(order) - context, rng)
+            shown, asked = order[:context], order[context : context + targets]
+            one = self._batch([([questions[i] for i in shown], [questions[i] for i in asked])])
+            losses, _ = self.losses({**params, **leaves}, one)
+            found = torch.autograd.grad(losses[0], list(leaves.values()))
+            gradients = {n: g[None] for n, g in zip(leaves, found, strict=True)}
+            yield Apart(gradients, [0], [0])
 
     def losses(self, params: Tree, batch: Batch) -> tuple[Float[Tensor, 1], Mapping[str, float]]:
         raw, std = self.settings.predictor(

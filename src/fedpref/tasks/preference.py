@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -35,6 +35,8 @@ from fedpref.tasks.task import Outcome
 @dataclass(frozen=True, kw_only=True)
 class PreferenceTask(OfflineTask):
     """Preference pairs under one of the DPO family's losses."""
+
+    units: ClassVar[frozenset[str]] = frozenset({"example", "prompt", "column"})
 
     name: Literal["preference"] = "preference"
     loss: Loss = DPO()
@@ -114,7 +116,10 @@ class PreferenceLearner(OfflineLearner):
                         row.where,
                         "the two answers are the same tokens to the model, after truncation if any",
                     )
-                encoded.append(Example(prompt, (chosen, rejected), objective=self._objective(row)))
+                objective = self._objective(row)
+                encoded.append(
+                    Example(prompt, (chosen, rejected), objective=objective, columns=row.columns)
+                )
                 cut += shortened
         return encoded, cut
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
@@ -17,11 +17,27 @@ from fedpref.data.unusable import Unusable
 from fedpref.models.named import BUILTIN
 from fedpref.models.own_parts import Parts
 from fedpref.numerics.trees import Tree
+from fedpref.privacy import Unit
 from fedpref.rewards.reward import OpenGroups, RewardSettings, no_groups
 from fedpref.tasks.batches import BatchSize
 
 Outcome = tuple[str, float] | tuple[str, float, float]
 CRITIC = "critic."  # begins the names of parameters that predict an objective's rewards
+
+
+@dataclass(frozen=True)
+class Apart:
+    """Gradients of S pieces of units, a piece being what a unit has of one objective.
+
+    Attributes:
+        gradients: By parameter [S, ...].
+        units: Which pieces are shortened together, by number: those of a unit are here all.
+        objectives: The number of each piece's objective.
+    """
+
+    gradients: Tree
+    units: Sequence[int]
+    objectives: Sequence[int]
 
 
 class Shard(Protocol):
@@ -50,6 +66,12 @@ class TaskSettings(ABC):
 
     adapts: ClassVar[bool] = False
     """It trains a LoRA adapter of a model, whose factors algorithms may treat apart."""
+
+    units: ClassVar[frozenset[str]] = frozenset()
+    """Whose gradients it can take apart, as privacy of what a client has needs it: `example`,
+    `prompt`, `question`, `column`."""
+    pieces_of_unit: ClassVar[int] = 1
+    """In how many of the gradients that are clipped a unit may be, or what stands in its place."""
 
     @property
     @abstractmethod
@@ -144,6 +166,11 @@ class Task(Protocol):
         ...
 
     @property
+    def pieces_of_unit(self) -> int:
+        """See `TaskSettings.pieces_of_unit`."""
+        ...
+
+    @property
     def prepares(self) -> str:
         """What `prepare` computes, in words; empty for nothing."""
         ...
@@ -224,6 +251,51 @@ class Task(Protocol):
         """Return one differentiable loss for each objective [M], and metrics of the batch.
 
         Metrics named `num_` are counts.
+        """
+        ...
+
+    def units(self, shard: Any, unit: Unit) -> Sequence[int]:
+        """Return which unit each training example belongs to, by number from 0.
+
+        Raises:
+            UserError: The task has no such units.
+        """
+        ...
+
+    def private_batch(self, shard: Any, batch: int) -> tuple[float, Sequence[float]]:
+        """Return the chance of each unit to be in a private batch, and what sums are divided by.
+
+        Args:
+            shard: The client's data.
+            batch: The size of a batch, as in settings.
+
+        Returns:
+            The chance; for each objective the expected number of what its sum is of.
+        """
+        ...
+
+    def gradients_apart(
+        self,
+        params: Tree,
+        start: Tree,
+        shard: Any,
+        units: Sequence[Sequence[int]],
+        batch: int,
+        wanted: Collection[str],
+        rng: torch.Generator,
+    ) -> Iterator[Apart]:
+        """Yield the gradients of the summed losses of some units' training examples.
+
+        Each unit's hang on its own examples alone, whichever others are asked for.
+
+        Args:
+            params: The client's parameters as they are.
+            start: Those that it began the round with.
+            shard: The client's data.
+            units: The numbers of each unit's examples.
+            batch: The size of a batch, as in settings.
+            wanted: The parameters whose gradients are asked for.
+            rng: Random numbers.
         """
         ...
 

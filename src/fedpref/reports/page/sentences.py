@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 
 from fedpref.experiments.free_baselines import FREE_LINES
+from fedpref.experiments.private import SPENDS, promised
+from fedpref.experiments.rounds import ENDED
 from fedpref.experiments.run_directory import CONFIG
 from fedpref.models.named import BUILTIN
 from fedpref.numerics.intervals import interval, why_none
@@ -242,14 +244,11 @@ def facts(run: Run) -> dict[str, str]:
 
 def _promised(run: Run) -> str:
     """Return what is promised of privacy, and what of it is spent; empty without a promise."""
-    privacy, spent = run.experiment.privacy, run.line.column("epsilon")
-    if privacy is None or not spent:
+    spent = {name: column[-1] for name in SPENDS if (column := run.line.column(name))}
+    said = promised(run.experiment, spent)
+    if not said:
         return ""
-    return (
-        f"epsilon {spent[-1]:.3g} at delta {privacy.delta:g}, of one {privacy.unit} that is there "
-        "or not, against who gets the model; this page, and all figures of a run, are the "
-        "coordinator's and outside the promise"
-    )
+    return f"{said}; this page, and all figures of a run, are the coordinator's and outside it"
 
 
 def _rounds(run: Run) -> str:
@@ -258,8 +257,8 @@ def _rounds(run: Run) -> str:
     done = len(run.line.metrics)
     said = f"{done} of {run.experiment.rounds}"
     if last.get("final") and done < run.experiment.rounds:
-        why = "evaluations on validation rows got no better"
-        said += f", stopped as {'its budget was spent' if last.get('spent') else why}"
+        why = ENDED.get(last.get("ended", ""), "evaluations on validation rows got no better")
+        said += f", stopped: {why}"
     if "kept" in last:
         said += f"; the model is that of round {last['kept']}, the best of them"
     return said + ("" if run.done else " (not finished, or not all that it is compared with)")
