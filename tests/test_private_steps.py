@@ -5,23 +5,27 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from typer.testing import CliRunner
 
 from conftest import leave, make_rows, write_rows
-from fedpref import Experiment, UserError, config, resume, run
+from fedpref import Experiment, UserError, cli, config, resume, run
 from fedpref.channel.lattice import Lattice
 from fedpref.engines.private_examples import LEDGERS
 from fedpref.experiments.experiment import encoded
 from fedpref.experiments.run_directory import RunDirectory
-from fedpref.federation.private_steps import PrivateSteps, _add_clipped
+from fedpref.federation import private_steps
+from fedpref.federation.private_steps import PrivateSteps, add_clipped
 from fedpref.numerics import seeds, trees
 from fedpref.numerics.trees import Tree
 from fedpref.privacy import Column, Guarantee, Ledger, Secret
+from fedpref.runs import auditing
 from fedpref.tasks.batches import chance_of, numbered_by
 from fedpref.tasks.task import Apart
 
@@ -210,7 +214,7 @@ def test_one_unit_moves_a_sum_by_at_most_the_clip(
         for part in task.gradients_apart(
             theta, theta, some, list(members.values()), 8, sorted(theta), rng
         ):
-            _add_clipped(total, part, sorted(theta), clip)
+            add_clipped(total, part, sorted(theta), clip)
         return total
 
     apart_by = float((clipped_sum(shard, 0) - clipped_sum(without, 1)).norm())
@@ -221,7 +225,7 @@ def test_one_unit_moves_a_sum_by_at_most_the_clip(
 def test_pieces_of_a_unit_are_shortened_together_and_nonsense_is_nothing() -> None:
     gradients = {"a": torch.tensor([[3.0], [4.0], [0.1], [torch.nan]])}
     total = torch.zeros(2, 1, dtype=torch.float64)
-    _add_clipped(total, Apart(gradients, [0, 0, 1, 2], [0, 1, 0, 1]), ["a"], 1.0)
+    add_clipped(total, Apart(gradients, [0, 0, 1, 2], [0, 1, 0, 1]), ["a"], 1.0)
     assert total[:, 0].tolist() == pytest.approx([0.6 + 0.1, 0.8])
 
 
@@ -560,3 +564,66 @@ def test_questions_of_a_predictor_are_units_of_disjoint_tasks(tiny: Path, tmp_pa
     wrong = {**content, "privacy": {"unit": "example", "noise_multiplier": 1.0}}
     with pytest.raises(UserError, match="cannot tell one example from another"):
         config.parse(Experiment, wrong, "test")
+
+
+# ---- the audit
+
+
+@pytest.mark.parametrize("mutant", ["", "no clip", "too little noise"])
+def test_the_audit_of_pairs_stays_below_epsilon_and_convicts_a_mistake(
+    mutant: str,
+    settings: Settings,
+    rows: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    local = {"steps": 2, "batch_size": 200, "learning_rate": 0.01}
+    privacy = {
+        "unit": "example",
+        "epsilon": 2.0,
+        "delta": 1e-5,
+        "clip": {"name": "fixed", "norm": 0.1},
+    }
+    algorithm = {"name": "feddpo", "local": local, "aggregate": {"name": "frozen-a"}}
+    spec = spec_of(settings, rows, privacy=privacy, algorithm=algorithm, rounds=2)
+    if mutant == "no clip":
+
+        def unclipped(total: Tensor, part: Apart, names: Sequence[str], clip: float) -> None:
+            add_clipped(total, part, names, 1e9)
+
+        monkeypatch.setattr(private_steps, "add_clipped", unclipped)
+        monkeypatch.setattr(auditing, "add_clipped", unclipped)
+    if mutant == "too little noise":
+        honest = private_steps._sampler
+        monkeypatch.setattr(
+            private_steps,
+            "_sampler",
+            lambda clip, noise, numbers: honest(clip, noise / 14, numbers),
+        )
+    (found,) = auditing.audit(spec, 100)
+    assert found.epsilon == pytest.approx(2.0, rel=0.01)
+    assert found.highest > found.epsilon
+    if mutant:
+        assert not found.holds
+    else:
+        assert found.bound.epsilon < found.epsilon / 2
+
+
+def test_a_config_is_audited_from_the_command_line(
+    settings: Settings, rows: Path, tmp_path: Path
+) -> None:
+    both = [
+        {"unit": "client", "epsilon": 2.0, "delta": 1e-5},
+        {"unit": "example", "epsilon": 2.0, "delta": 1e-5},
+    ]
+    local = {"steps": 1, "batch_size": 8, "learning_rate": 0.01}
+    algorithm = {"name": "feddpo", "local": local, "aggregate": {"name": "frozen-a"}}
+    changes = {"algorithm": algorithm, "federation": {"weighting": "equal"}, "rounds": 1}
+    spec = spec_of(settings, rows, privacy=both, **changes)
+    (tmp_path / "spec.yaml").write_text(config.to_yaml(spec))
+    arguments = ["audit", str(tmp_path / "spec.yaml"), "--canaries", "40"]
+    said = CliRunner().invoke(cli.app, arguments)
+    assert said.exit_code == 0, said.output
+    assert said.output.count("within the promise") == 2
+    plain = replace(spec, privacy=None)
+    with pytest.raises(UserError, match="no promise to audit"):
+        next(auditing.audit(plain))

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 REACH = 9.6  # standard deviations; what is beyond has a chance of 1e-21
 BITS = 320  # of the arithmetic of a table
 WORDS = 2  # 64-bit words of a draw
+FIRST = 16  # bits of a word that mostly say its block
 DISTANCE = 3e-16
 """How far a draw's distribution is from the exact one, at most (total variation), for standard
 deviations from 2^12 to 2^18: bounds are rounded to 2^-64, of a draw's block and within it."""
@@ -26,12 +27,18 @@ class RoundedGaussian:
     def __init__(self, deviation: int) -> None:
         self.deviation = deviation
         self._blocks, self._within, self._half = _table(deviation)
+        # the first and the last block that words of each beginning may be in
+        begins = np.arange(2**FIRST, dtype=np.uint64) << np.uint64(64 - FIRST)
+        ends = begins + np.uint64(2 ** (64 - FIRST) - 1)
+        self._low, self._high = (
+            np.searchsorted(self._blocks, words, side="right") for words in (begins, ends)
+        )
 
     def draw(self, words: NDArray[np.uint64]) -> NDArray[np.int64]:
         """Return a number for every two 64-bit words [2 n]: one finds a block, one a cell of it."""
         first, second = words[::WORDS], words[1::WORDS]
         # of 16 bits, which are sorted in two passes; there are a few thousand blocks
-        blocks = np.searchsorted(self._blocks, first, side="right").astype(np.uint16)
+        blocks = self._block_of(first).astype(np.uint16)
         width = self._within.shape[1] + 1
         cells = np.empty(len(first), np.int64)
         order = np.argsort(blocks, kind="stable")
@@ -41,6 +48,14 @@ class RoundedGaussian:
             inside = np.searchsorted(self._within[block], second[here], side="right")
             cells[here] = block * width + inside
         return cells - self._half
+
+    def _block_of(self, words: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """Return the block of each word; few need more than a look at how it begins."""
+        begun = words >> np.uint64(64 - FIRST)
+        blocks: NDArray[np.int64] = self._low[begun]
+        (open_ones,) = np.nonzero(blocks != self._high[begun])
+        blocks[open_ones] = np.searchsorted(self._blocks, words[open_ones], side="right")
+        return blocks
 
     @property
     def distance(self) -> float:

@@ -175,6 +175,44 @@ def clean(
 
 
 @app.command()
+def audit(
+    config: Config,
+    overrides: Overrides = None,
+    canaries: Annotated[
+        int | None,
+        typer.Option(min=20, help="How many; by default 400 of clients, 100 of what one has."),
+    ] = None,
+) -> None:
+    """Try to break a config's privacy with canaries, and hold what that shows beside epsilon.
+
+    Ends with status 1 if more is shown than is promised. Keeps nothing of what it trains.
+
+    Example: fedpref audit private.yaml --canaries 200
+    """
+    from fedpref.experiments.experiment import Experiment
+    from fedpref.privacy.settings import unit_in_words
+    from fedpref.runs.auditing import audit as audited
+
+    holds = True
+    for found in audited(Experiment.load(config, overrides or ()), canaries):
+        verdict = "within the promise" if found.holds else "MORE THAN IS PROMISED"
+        guesses = f" ({found.bound.right} of {found.bound.guesses} guesses right)"
+        console.print(
+            f"of one {unit_in_words(found.promise.unit)}: epsilon {found.epsilon:.3g} at delta "
+            f"{found.promise.delta:g} by the accountant; {found.canaries} canaries show at least "
+            f"{found.bound.epsilon:.3g} at 95 % confidence"
+            f"{guesses if found.bound.guesses else ''}: {verdict}. So many canaries could show "
+            f"{found.highest:.3g}.",
+            highlight=False,
+            soft_wrap=True,
+            markup=False,
+        )
+        holds = holds and found.holds
+    if not holds:
+        raise typer.Exit(1)
+
+
+@app.command()
 def check(config: Config, overrides: Overrides = None) -> None:
     """Validate a config and its data and print the clients; trains and writes nothing.
 

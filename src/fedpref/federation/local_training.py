@@ -277,7 +277,8 @@ def train_locally(
             noisy = private.gradient(
                 client.task, client.shard, params, received, list(theta), client.rng
             ).to(device)
-            flat, weights = noisy.mean(0), []
+            flat = noisy.mean(0)
+            weights: list[float] = []
             if objectives is not None and len(noisy) > 1:
                 flat, weights = objectives.combined(noisy, theta)
             parts = flat.split([tensor.numel() for tensor in theta.values()])

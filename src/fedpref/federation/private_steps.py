@@ -8,7 +8,7 @@ Differential Privacy".
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -65,7 +65,7 @@ class PrivateSteps:
         shard: Any,
         params: Tree,
         start: Tree,
-        names: Collection[str],
+        names: Sequence[str],
         rng: torch.Generator,
     ) -> Float[Tensor, "M P"]:
         """Return the noisy gradient of each objective, all parameters in the order of `names`.
@@ -80,17 +80,16 @@ class PrivateSteps:
             names: Which of them are trained.
             rng: Random numbers that no promise rests on.
         """
+        _, expected = task.private_batch(shard, self._batch)
+        total = torch.zeros(len(expected), sum(params[name].numel() for name in names))
+        total = total.double()
         if self._units is None:
             self._units = _members(task.units(shard, self._unit))
-        chosen = self._drawn(self._units)
-        _, expected = task.private_batch(shard, self._batch)
-        sizes = [params[name].numel() for name in names]
-        total = torch.zeros(len(expected), sum(sizes), dtype=torch.float64)
-        if chosen:  # of an empty batch nothing is computed, and noise alone is added
+        if chosen := self._drawn(self._units):  # of an empty batch there is noise alone
             for apart in task.gradients_apart(
                 params, start, shard, chosen, self._batch, names, rng
             ):
-                _add_clipped(total, apart, list(names), self._clip)
+                add_clipped(total, apart, names, self._clip)
         # what one unit can change, in itself and in what stands in its place
         most = self._clip * task.pieces_of_unit
         noisy = self._with_noise(total.flatten(), most).view_as(total)
@@ -149,7 +148,7 @@ def _members(unit_of: Sequence[int]) -> list[list[int]]:
     return [members[unit] for unit in sorted(members)]
 
 
-def _add_clipped(
+def add_clipped(
     total: Float[Tensor, "M P"], apart: Apart, names: Sequence[str], clip: float
 ) -> None:
     """Add units' gradients to a sum of each objective, each unit's pieces shortened together.

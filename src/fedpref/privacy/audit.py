@@ -19,7 +19,7 @@ CONFIDENCE = 0.95
 GUESSES = (20, 50, 100, 200, 400)
 HIGHEST = 20.0  # epsilon
 Release = Callable[[int, Sequence[tuple[int, Tree]]], Tree]
-"""(round, clients that came and their changes) -> the mean that is released."""
+"""(round, clients that came and their changes) -> the sum, or a mean, that is released."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,12 @@ class Bound:
     epsilon: float
     guesses: int
     right: int
+
+
+def highest(canaries: int, delta: float) -> float:
+    """Return the bound of an attacker who is always right: no audit of so many can show more."""
+    was_in = np.arange(canaries) % 2 == 0
+    return lower_bound(was_in.astype(float), was_in, delta).epsilon
 
 
 def lower_bound(scores: NDArray[np.float64], was_in: NDArray[np.bool_], delta: float) -> Bound:
@@ -96,6 +102,26 @@ def _binomial(count: int, share: float) -> NDArray[np.float64]:
     return chances
 
 
+def evidence(
+    inner: NDArray[np.float64], squared: NDArray[np.float64], chance: float, deviation: float
+) -> NDArray[np.float64]:
+    """Return how much a noisy sum speaks for each canary's being in the run, a log-likelihood
+    ratio.
+
+    Args:
+        inner: Inner products of canaries with the sum, less what others have added to it [m].
+        squared: Their squared lengths [m].
+        chance: Of a canary that is in the run to be in the sum.
+        deviation: The standard deviation of the noise.
+    """
+    power = (inner - squared / 2) / deviation**2
+    if chance == 1:
+        return power
+    power = np.minimum(power, 700.0)  # beyond that exp overflows
+    told: NDArray[np.float64] = np.log1p(chance * np.expm1(power))
+    return told
+
+
 def audit_sums(
     release: Release,
     *,
@@ -106,14 +132,17 @@ def audit_sums(
     delta: float,
     seed: int = 0,
     length: float = 1.0,
+    chance: float = 1.0,
+    deviation: float = 1.0,
+    cohort: Callable[[Sequence[int], int], Sequence[int]] | None = None,
 ) -> Bound:
     """Audit a way of summing by clients whose changes are random directions.
 
-    A canary is in the whole run with a chance of a half, and then in every round's sum; its score
-    is the inner product of its direction with all that was released.
+    A canary is in the whole run with a chance of a half, and then in every round's sum that it is
+    drawn for; its score is what all that was released speaks for it.
 
     Args:
-        release: The whole way of a sum: clip, lattice, noise, division.
+        release: The whole way of a sum: clip, lattice, noise; it returns the sum.
         canaries: How many.
         dimensions: Of a change; well above the number of canaries, so that they hardly meet.
         rounds: How many sums are released.
@@ -121,16 +150,20 @@ def audit_sums(
         delta: Of the guarantee.
         seed: Of canaries, coins and directions.
         length: Of a change before it is clipped, in clips.
+        chance: Of a canary to be drawn for a round.
+        deviation: The standard deviation of the noise.
+        cohort: Draws a round's clients of those that are in the run; by default all.
     """
     rng = np.random.default_rng(seed)
     directions = rng.normal(size=(canaries, dimensions)).astype(np.float32)
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
     was_in = rng.random(canaries) < 0.5
-    present = [
-        (i, {"change": torch.from_numpy(clip * length * directions[i])})
-        for i in np.flatnonzero(was_in).tolist()
-    ]
-    total = np.zeros(dimensions)
+    inside = np.flatnonzero(was_in).tolist()
+    scores, squared = np.zeros(canaries), np.full(canaries, clip**2)
     for round in range(rounds):
-        total += release(round, present)["change"].numpy()
-    return lower_bound(directions @ total, was_in, delta)
+        drawn = inside if cohort is None else cohort(inside, round)
+        present = [(i, {"change": torch.from_numpy(clip * length * directions[i])}) for i in drawn]
+        total = release(round, present)["change"].double().numpy()
+        inner = clip * (directions @ total)
+        scores += evidence(inner, squared, chance, deviation)
+    return lower_bound(scores, was_in, delta)
