@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import weakref
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -29,7 +29,7 @@ from fedpref.engines.messages import (
     Shape,
     shape,
 )
-from fedpref.engines.private_examples import PrivateExamples
+from fedpref.engines.private_examples import ToldExamples
 from fedpref.engines.private_sums import PrivateSums
 from fedpref.engines.replies import (
     majority,
@@ -89,7 +89,10 @@ class RemoteEngine:
         links: Chain = Chain(),
         mixing: Mixing = everybody,
         clip: float | None = None,
+        private: PrivateSums | None = None,
+        examples: ToldExamples | None = None,
     ) -> None:
+        self.private, self.examples = private, examples
         self._sites, self._links, self._mixing, self._clip = sites, links, mixing, clip
         self._examples = {
             number: float(about["train"]) for number, about in enumerate(sites.about.values())
@@ -122,15 +125,9 @@ class RemoteEngine:
 
     @property
     def share(self) -> float:
+        if self.private is not None:  # whoever came
+            return self.private.chance
         return share_of(self._weights, self._examples, self.active, self._newcomers)
-
-    @property
-    def private(self) -> PrivateSums | None:
-        return None
-
-    @property
-    def examples(self) -> PrivateExamples | None:
-        return None
 
     @property
     def left_out(self) -> Mapping[int, str]:
@@ -162,6 +159,8 @@ class RemoteEngine:
             self._leave_out(
                 {i: reason for i, reason in header["failed"].items() if i in self.active}
             )
+            if self.examples is not None:
+                self.examples.hear(header.get("spent", {}))
         # whoever says otherwise than the work's declaration, or than most, is at fault
         said = [answers[self._sites.site_of[i]][0]["parts"] for i in self.active]
         declared = registered(work).results
@@ -182,6 +181,8 @@ class RemoteEngine:
     def mean(self, values: PerClient[Tree]) -> Tree:
         self._calls += 1
         names = self._present(values)
+        if self.private is not None:
+            return self._private_sum(self.private, names)
         # again where a client fell out, whose share the others then take over
         while (total := self._sum(names)) is None:
             pass
@@ -207,7 +208,7 @@ class RemoteEngine:
             for site, clients in self._by_site(group).items():
                 own = {i: names[i].text for i in clients}
                 shares = {i: self._weights[i] / weight for i in clients}
-                asked[site] = ({"verb": "contribute", "own": own, "shares": shares}, NO_TENSORS)
+                asked[site] = (_contribute(own, shares), NO_TENSORS)
             answers = self._ask(asked)
             for i in (i for i in group if i in self.active):
                 message = trees.part(answers[self._sites.site_of[i]][1], i)
@@ -241,6 +242,38 @@ class RemoteEngine:
             return None
         self.traffic += Traffic(bytes_up=sent)
         return sums[usual]
+
+    def _private_sum(self, private: PrivateSums, names: Mapping[int, Name]) -> Tree:
+        """Return the mean of clients' changes with noise, whoever came.
+
+        Nobody is asked again for what another did not send: the divisor does not hang on it, and
+        two sums over almost the same clients would tell them apart.
+        """
+        if self._purpose != "train":
+            raise ValueError(f"no sum is private in the phase to {self._purpose}")
+        noisy = {"round": self.round, "call": self._calls, "norm": private.norm}
+
+        def messages() -> Iterator[Tree]:
+            waiting = list(self.active)
+            while waiting:
+                count = max(1, GROUP // self._largest) if self._largest else FIRST_GROUP
+                group, waiting = waiting[:count], waiting[count:]
+                answers = self._ask(
+                    {
+                        site: (_contribute({i: names[i].text for i in some}, {}, noisy), NO_TENSORS)
+                        for site, some in self._by_site(group).items()
+                    }
+                )
+                for i in (i for i in group if i in self.active):
+                    message = trees.part(answers[self._sites.site_of[i]][1], i)
+                    if not private.fits(message):
+                        self._leave_out({i: "what it sent is no change as it was promised"})
+                        continue
+                    self._largest = max(self._largest, trees.size(message))
+                    self.traffic += Traffic(bytes_up=trees.size(message))
+                    yield message
+
+        return private.release(messages(), self.round, self._calls)
 
     def _usual(self, shapes: Iterable[Shape]) -> Shape:
         """Return the form that most messages have; of several, the one nearest to what was sent."""
@@ -444,6 +477,13 @@ class RemoteEngine:
         name = Name(text)
         weakref.finalize(name, self._freed.append, (client, text))
         return name
+
+
+def _contribute(
+    own: Mapping[int, str], shares: Mapping[int, float], noisy: Header | None = None
+) -> Header:
+    header = {"verb": "contribute", "own": own, "shares": shares}
+    return {**header, "noisy": noisy} if noisy else header
 
 
 def _described(arg: Any, number: int, clients: Sequence[int]) -> Header:

@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpref.engines.private_examples import PrivateExamples
+from fedpref.engines.private_examples import PrivateExamples, ToldExamples
 from fedpref.engines.private_sums import PrivateSums
 from fedpref.federation.verbs import Federation, PerClient
 from fedpref.numerics import trees
@@ -119,7 +119,7 @@ class Engine(Federation, Protocol):
         ...
 
     @property
-    def examples(self) -> PrivateExamples | None:
+    def examples(self) -> PrivateExamples | ToldExamples | None:
         """What keeps the units of clients' data private, if they are."""
         ...
 

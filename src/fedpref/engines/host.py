@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fedpref.channel import Chain
+from fedpref.engines.site_privacy import SitePrivacy
 from fedpref.tasks.task import Task
 
 
@@ -58,6 +59,9 @@ class Hosted:
     gives: Callable[[str], bool] = lambda name: True
     """Whether a tensor of this name may leave."""
     bounds: Bounds = Bounds()
+    privacy: Callable[[Mapping[int, str], int, Path], SitePrivacy | None] = lambda *_: None
+    """(names of the clients here by number, how many clients there are, the folder of all runs)
+    -> what is promised of them."""
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import ClassVar
 
 from fedpref.federation.private_steps import PrivateSteps
 from fedpref.privacy import Guarantee, Ledger, Secret, Unit, epsilon_of
 
-LEDGERS = "clients"  # a folder of ledgers, named after clients' numbers
+LEDGERS = "clients"  # a folder of ledgers, a file for each client
+
+
+def ledger_file(client: str) -> str:
+    """Return the name of a client's ledger; the client's own may be anything."""
+    return f"{blake2b(client.encode(), digest_size=8).hexdigest()}.jsonl"
 
 
 @dataclass(frozen=True)
@@ -21,6 +27,7 @@ class PrivateExamples:
     Attributes:
         secret: What batches and noise are drawn from.
         folder: Where clients' ledgers lie.
+        names: Of clients, by number.
         guarantees: What a private step of each client costs.
         unit: Whose presence is hidden.
         clip: The largest norm of a unit's gradient.
@@ -34,6 +41,7 @@ class PrivateExamples:
 
     secret: Secret
     folder: Path
+    names: Mapping[int, str]
     guarantees: Mapping[int, Guarantee]
     unit: Unit
     clip: float
@@ -58,7 +66,11 @@ class PrivateExamples:
     @property
     def epsilon(self) -> float:
         """What has been spent of the client that has spent most."""
-        return max((self._spent(i, Counter()) for i in self.guarantees), default=0.0)
+        return max(map(self.spent, self.guarantees), default=0.0)
+
+    def spent(self, client: int) -> float:
+        """Return what has been spent of a client."""
+        return self._with(client, Counter())
 
     @property
     def figures(self) -> dict[str, float]:
@@ -72,18 +84,54 @@ class PrivateExamples:
         """Return whether a round is within every client's budget, or charged already."""
         if self.budget is None:
             return True
-        for i, guarantee in self.guarantees.items():
-            if any(one["round"] == round for one in self._ledger(i).entries):
-                continue
-            more = Counter({guarantee.kind: self.steps})
-            # noise that was computed for so many steps is just enough
-            if self._spent(i, more) > self.budget * (1 + 1e-9):
-                return False
-        return True
+        return all(self.has_left(i, round, self.budget) for i in self.guarantees)
 
-    def _spent(self, client: int, more: Counter[tuple[float, float]]) -> float:
+    def has_left(self, client: int, round: int, budget: float, *others: Ledger) -> bool:
+        """Return whether a round of a client is within a budget, or charged already.
+
+        Args:
+            client: Whose.
+            round: From 0.
+            budget: Epsilon, at most.
+            *others: What has been spent of the client elsewhere.
+        """
+        if any(one["round"] == round for one in self._ledger(client).entries):
+            return True
+        more = Counter({self.guarantees[client].kind: self.steps})
+        for other in others:
+            more += other.events
+        # noise that was computed for so many steps is just enough
+        return self._with(client, more) <= budget * (1 + 1e-9)
+
+    def _with(self, client: int, more: Counter[tuple[float, float]]) -> float:
         guarantee = self.guarantees[client]
         return epsilon_of(self._ledger(client).events + more, guarantee.delta, guarantee.inexact)
 
     def _ledger(self, client: int) -> Ledger:
-        return Ledger.at(self.folder / LEDGERS, f"{client:06}.jsonl")
+        return Ledger.at(self.folder / LEDGERS, ledger_file(self.names[client]))
+
+
+class ToldExamples:
+    """What sites say that their clients' private steps have spent; they keep it themselves."""
+
+    spends: ClassVar[str] = PrivateExamples.spends
+
+    def __init__(self, budget: float | None) -> None:
+        self.budget, self.epsilon = budget, 0.0
+
+    def hear(self, spent: Mapping[int, float]) -> None:
+        """Take what sites say of their clients."""
+        self.epsilon = max([self.epsilon, *spent.values()])
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """What a round's row says of what has been spent."""
+        return {self.spends: self.epsilon}
+
+    def resume(self, row: Mapping[str, float]) -> None:
+        """Go on after the round whose row this is."""
+        self.epsilon = max(self.epsilon, row.get(self.spends, 0.0))
+
+    def affords(self, round: int) -> bool:
+        """Return true: whoever has spent its budget takes no part, as its site says."""
+        return True

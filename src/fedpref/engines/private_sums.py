@@ -108,6 +108,22 @@ class PrivateSums:
             value = {**value, SHORT: torch.tensor([side * self._share * self.norm])}
         return self.lattice.encode(value, rng)
 
+    @property
+    def planned(self) -> Tree:
+        """A tree as messages are, of which names and shapes count."""
+        beside: dict[str, Tensor] = {SHORT: torch.zeros(1)} if self._share else {}
+        return {**self.template, **beside}
+
+    def fits(self, message: Tree) -> bool:
+        """Return whether a message is one that `encode` could have made."""
+        form = {name: tuple(one.shape) for name, one in self.planned.items()}
+        if {name: tuple(one.shape) for name, one in message.items()} != form:
+            return False
+        if any(one.dtype != torch.int32 for one in message.values()):
+            return False
+        squares = sum(float(one.double().square().sum()) for one in message.values())
+        return bool(squares**0.5 <= self.lattice.most)
+
     def release(self, messages: Iterable[Tree], round: int, call: int) -> Tree:
         """Return the mean with noise; it is charged before it is there.
 
@@ -116,16 +132,14 @@ class PrivateSums:
             round: From 0.
             call: The number of the verb within the round.
         """
-        beside: dict[str, Tensor] = {SHORT: torch.zeros(1)} if self._share else {}
-        planned = {**self.template, **beside}
-        total = {name: torch.zeros_like(one).long() for name, one in planned.items()}
+        total = {name: torch.zeros_like(one).long() for name, one in self.planned.items()}
         for message in messages:
             for name, tensor in message.items():
                 total[name] += tensor
         digest = hashlib.blake2b(key=self.secret.key_of("digest"), digest_size=16)
         for _, tensor in sorted(total.items()):
             digest.update(tensor.contiguous().numpy().tobytes())
-        said, kind = digest.hexdigest(), self._kind(self.noise_multiplier)
+        said, kind = digest.hexdigest(), self.kind
         known = self.ledger.known(round, call, said)
         if known is None and not self._fits(round, call):
             raise UserError(
@@ -162,6 +176,11 @@ class PrivateSums:
         if CLIP in row:
             self.norm = row[CLIP]
             self._settle()
+
+    @property
+    def kind(self) -> tuple[float, float]:
+        """What a ledger counts one of its sums by."""
+        return self._kind(self.noise_multiplier)
 
     def _kind(self, noise_multiplier: float) -> tuple[float, float]:
         return noise_multiplier, self.guarantee.sampling_probability

@@ -78,10 +78,15 @@ class Consented(TypedDict):
 
 
 class Done(TypedDict):
-    """The number of parts of a work's result, None if it is no tuple; who failed, and why."""
+    """The number of parts of a work's result, None if it is no tuple; who failed, and why; what
+    private steps have spent of whom.
+    """
 
     parts: Annotated[int, Field(ge=1, le=64)] | None
     failed: dict[Id, Reason]
+    spent: NotRequired[
+        dict[Id, Annotated[float, Field(allow_inf_nan=False, ge=0, le=LARGEST_METRIC)]]
+    ]
 
 
 class Exchanged(TypedDict):
@@ -148,7 +153,7 @@ def answered(verb: str, header: Header, asked: Header) -> Header:
 
 def _spoken_of(verb: str, reply: Header) -> set[int]:
     if verb == "each":
-        return set(reply["failed"])
+        return {*reply["failed"], *reply.get("spent", ())}
     if verb == "report":
         return set(reply["metrics"])
     if verb == "exchange":

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NotRequired
 
 from pydantic import (
     AfterValidator,
@@ -128,12 +128,22 @@ class Each(TypedDict):
     name: CallName
 
 
+class Noisy(TypedDict):
+    """A sum that noise is added to: where it stands, and the largest norm of what is sent."""
+
+    __pydantic_config__ = _FORM  # type: ignore[misc]
+    round: Number
+    call: Number
+    norm: Annotated[float, Field(allow_inf_nan=False, gt=0, le=1e9)]
+
+
 class Contribute(TypedDict):
-    """Send each client's share of a sum."""
+    """Send each client's share of a sum; for one with noise, its change as integers."""
 
     __pydantic_config__ = _FORM  # type: ignore[misc]
     own: dict[ClientId, ValueName]
     shares: dict[ClientId, Share]
+    noisy: NotRequired[Noisy]
 
 
 class Exchange(TypedDict):

@@ -34,12 +34,14 @@ from fedpref.engines.messages import (
     unpack,
     version,
 )
-from fedpref.engines.requests import beneath, freed, parsed
+from fedpref.engines.requests import Noisy, beneath, freed, parsed
+from fedpref.engines.site_privacy import SitePrivacy
 from fedpref.engines.store import Store
 from fedpref.engines.values import Kept, Values, size
 from fedpref.engines.workers import one_thread
 from fedpref.errors import UserError
 from fedpref.federation.leaving import Audience, fits, is_metrics, labels
+from fedpref.federation.private_steps import PrivateSteps
 from fedpref.federation.verbs import WORK, Client, WithheldError, Work
 from fedpref.numerics import files, seeds, trees
 from fedpref.numerics.trees import Tree
@@ -72,6 +74,7 @@ class Site:
         self._hosted: Hosted | None = None
         self._names: dict[int, str] = {}  # of clients, by their ids
         self._values = Values()
+        self._privacy: SitePrivacy | None = None
         self._site_of: dict[int, str] = {}  # every client's site
         self._heard: dict[tuple[int, int, str], bytes] = {}
         self._news = threading.Condition()
@@ -189,6 +192,7 @@ class Site:
         self._store = Store(folder / "checkpoints")
         self._store.tidy()
         self._values, self._names, self._site_of = Values(), {}, {}
+        self._privacy = None
         self._heard.clear()
         self._done.clear()
         self._spent.clear()
@@ -208,6 +212,7 @@ class Site:
         files.write(self._run / CLIENTS, json.dumps(dict(ids)))
         self._values = Values(self._names, self._opened.bounds.memory)
         self._site_of = {number: site for site, numbers in sites.items() for number in numbers}
+        self._privacy = self._opened.privacy(self._names, len(everybody), self._folder)
         return {}, NO_TENSORS
 
     def each(
@@ -247,9 +252,15 @@ class Site:
         self._refuse_repeated(purpose, round, call, clients)
         begun = time.monotonic()
         parts: int | None = None
-        failed = {}
+        failed: dict[int, str] = {}
+        spent: dict[int, float] = {}
         for i, own in owned.items():
             given = {**common, **{k: kept.value for k, kept in own.items()}}
+            try:
+                private = self._steps(i, purpose, round, call)
+            except RefusedError as error:
+                failed[i] = str(error)
+                continue
             client = Client(
                 i,
                 hosted.task,
@@ -261,9 +272,13 @@ class Site:
                 self._run,
                 hosted.bounds.examples,
                 hosted.bounds.evaluated,
+                private,
             )
             try:
                 result = function(client, *(given[k] for k in sorted(given)))
+                if private is not None and self._privacy is not None:
+                    private.settle()
+                    spent[i] = self._privacy.spent(i)
                 values = result if isinstance(result, tuple) else (result,)
                 # checked before it is kept, so that a client which diverges keeps the state from
                 # before
@@ -281,7 +296,14 @@ class Site:
                 continue
             parts = len(result) if isinstance(result, tuple) else None
         self._spent[purpose, round] += time.monotonic() - begun  # type: ignore[assignment]
-        return {"parts": parts, "failed": failed}, NO_TENSORS
+        answer = {"parts": parts, "failed": failed}
+        return {**answer, "spent": spent} if spent else answer, NO_TENSORS
+
+    def _steps(self, client: int, purpose: str, round: int, call: int) -> PrivateSteps | None:
+        """Return what makes a client's local steps private; None where nothing is promised."""
+        if self._privacy is None or purpose != "train":
+            return None
+        return self._privacy.steps(client, round, call)
 
     def _arguments(
         self,
@@ -339,14 +361,29 @@ class Site:
             )
 
     def contribute(
-        self, tensors: Tree, own: Mapping[int, str], shares: Mapping[int, float]
+        self,
+        tensors: Tree,
+        own: Mapping[int, str],
+        shares: Mapping[int, float],
+        noisy: Noisy | None = None,
     ) -> Answer:
-        """Send each client's share of a sum."""
+        """Send each client's share of a sum, or its change for one that noise is added to.
+
+        What is promised of sums is kept whatever is asked for.
+        """
+        is_promised = self._privacy is not None and self._privacy.sums is not None
+        if (noisy is not None) != is_promised:
+            raise RefusedError("the experiment's promise is not that of the sum that is asked for")
+        values = {i: self._leaving(i, name, Audience.COORDINATOR) for i, name in own.items()}
+        if self._privacy is not None and noisy is not None:
+            return {}, trees.nest(
+                {
+                    i: self._privacy.message(i, value, noisy["round"], noisy["call"], noisy["norm"])
+                    for i, value in values.items()
+                }
+            )
         return {}, trees.nest(
-            {
-                i: trees.scale(self._leaving(i, name, Audience.COORDINATOR), _said_for(i, shares))
-                for i, name in own.items()
-            }
+            {i: trees.scale(value, _said_for(i, shares)) for i, value in values.items()}
         )
 
     def exchange(

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from fedpref import config
@@ -21,12 +22,21 @@ from fedpref.engines.workers import can_fork
 from fedpref.errors import UserError
 from fedpref.experiments.experiment import Experiment, encoded, lines, refuse_empty
 from fedpref.experiments.free_baselines import FREE, run_free
-from fedpref.experiments.private import in_words, private_examples, private_sums
+from fedpref.experiments.private import (
+    FOLDER,
+    in_words,
+    in_words_of_sites,
+    private_examples,
+    private_sums,
+    site_privacy,
+    told_examples,
+)
 from fedpref.experiments.run_directory import RunDirectory
 from fedpref.experiments.run_files import CLIENTS, DATA, HELD_OUT, TRAINED, read_json
 from fedpref.federation.verbs import Client, work
 from fedpref.numerics.topology import Matrix
 from fedpref.numerics.trees import Tree
+from fedpref.privacy import Secret
 from fedpref.tasks import Task
 
 # client -> its numbers of examples, and a digest of its rows
@@ -212,7 +222,9 @@ def prepare(client: Client) -> Tree:
 class AtSites:
     """The data of sites, which stay there."""
 
-    def __init__(self, experiment: Experiment, transport: Transport, folder: Path) -> None:
+    def __init__(
+        self, experiment: Experiment, transport: Transport, folder: Path, task: Task
+    ) -> None:
         if needy := [name for name in experiment.baselines if name == "pooled" or name in FREE]:
             raise UserError(
                 f"baselines: {needy[0]} needs all data in one place, and they stay at "
@@ -235,6 +247,7 @@ class AtSites:
         self._transport = Among(transport, [s for s in transport.sites if s not in refused])
         known = folder / HELD_OUT
         self._held_out = read_json(known) if known.exists() else None
+        self._task = task
         self._experiment, self._sites = experiment, self._open(experiment, folder)
         # the same for every line and job, whichever sites answer then
         self._held_out = self._sites.held_out
@@ -245,7 +258,7 @@ class AtSites:
         yield len(self.about)  # sites have, as the experiment was opened
 
     def in_words(self) -> str:
-        return ""
+        return in_words_of_sites(self._experiment, self._task, len(self.about))
 
     def sizes(self, line: Experiment) -> Mapping[str, int]:
         return {name: int(entry["train"]) for name, entry in self.about.items()}
@@ -255,6 +268,7 @@ class AtSites:
 
     def engine(self, line: Experiment, folder: Path) -> RemoteEngine:
         sites = self._sites if line == self._experiment else self._open(line, folder, self.about)
+        late = line.federation.num_newcomers
         return RemoteEngine(
             sites,
             weighting=line.federation.weighting,
@@ -262,6 +276,8 @@ class AtSites:
             links=line.network.links,
             mixing=mixing(line, list(sites.about)),
             clip=line.federation.clip,
+            private=private_sums(line, self._task, len(sites.about) - late, folder),
+            examples=told_examples(line),
         )
 
     @property
@@ -334,6 +350,7 @@ def hosted(
     clients: Mapping[int, ClientData],
     folder: Path,
     unread: int = 0,
+    max_epsilon: Mapping[str, float] = MappingProxyType({}),
     **limits: Any,
 ) -> Hosted:
     """Return clients ready to train.
@@ -343,6 +360,7 @@ def hosted(
         clients: Their rows, by number.
         folder: Keeps what is computed once.
         unread: Rows of the site that cannot be used, and are nobody's.
+        max_epsilon: What may be spent of a client over all runs at the site; see `SitePrivacy`.
         **limits: What may be asked of them; see `Hosted`.
     """
     task = spec.build_task()
@@ -366,13 +384,22 @@ def hosted(
         name: {**entry, "number": number}
         for (name, entry), number in zip(said.items(), clients, strict=True)
     }
+    seed = spec.seed
+    if spec.promises:
+        secret = Secret.of(folder / FOLDER)
+        # what a private run draws nobody can draw again
+        seed = secret.number("draws")
+        for entry in numbered.values():  # a digest confirms a guess of the rows
+            entry["digest"] = secret.digest(entry["digest"])
     task.move_to(0)
+    by_name = {shard.name: shard for shard in shards}
     return Hosted(
         task,
-        {shard.name: shard for shard in shards},
+        by_name,
         numbered,
-        seed=spec.seed,
+        seed=seed,
         rounds=spec.rounds,
         links=spec.network.links,
+        privacy=site_privacy(spec, task, by_name, folder, max_epsilon),
         **limits,
     )

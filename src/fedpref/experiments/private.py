@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedpref.channel.noise import DISTANCE
 from fedpref.data import Natural
-from fedpref.engines.private_examples import PrivateExamples
+from fedpref.engines.private_examples import PrivateExamples, ToldExamples
 from fedpref.engines.private_sums import PrivateSums
+from fedpref.engines.site_privacy import SitePrivacy
 from fedpref.errors import UserError
 from fedpref.experiments.run_files import METRICS
 from fedpref.federation.aggregation import Factors, Product
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 FOLDER = "privacy"  # in a line's directory: its ledgers, and while it runs its secret
 LOCAL = frozenset({"alone", "alone-parts", "reward-head"})  # baselines that share nothing
 Reasons = Iterable[tuple[bool, str]]
-Promise = PrivateSums | PrivateExamples
+Promise = PrivateSums | PrivateExamples | ToldExamples
 SPENDS = (PrivateSums.spends, PrivateExamples.spends)  # a round's figures of what has been spent
 
 
@@ -69,10 +70,6 @@ def _of_clients(spec: Experiment) -> Reasons:
     federation, algorithm, aggregate = spec.federation, spec.algorithm, spec.algorithm.aggregate
     is_part = federation.clients_per_round is not None
     return (
-        (
-            spec.engine != "simulation",
-            "engine: private sums over sites are not there yet. Take simulation",
-        ),
         (
             not algorithm.sums,
             f"algorithm: {algorithm.name} {_sends(algorithm)}, which is not accounted for. Take "
@@ -150,10 +147,6 @@ def _of_units(spec: Experiment, promise: Privacy) -> Reasons:
     known = ", ".join(sorted(task.units))
     why = f"it has {known}" if known else "its losses are not sums over them"
     return (
-        (
-            spec.engine != "simulation",
-            "engine: private steps at sites are not there yet. Take simulation",
-        ),
         (
             kind not in task.units,
             f"unit: the task {task.name} cannot tell one {kind} from another: {why}",
@@ -346,6 +339,7 @@ def private_examples(
     return PrivateExamples(
         Secret.of(room),
         room,
+        {i: shard.name for i, shard in shards.items()},
         guarantees_of(spec, task, sizes_of(spec, task, shards)),
         promise.unit,
         promise.norm,
@@ -353,6 +347,46 @@ def private_examples(
         promise.epsilon,
         spec.algorithm.noisy_steps,
     )
+
+
+def site_privacy(
+    spec: Experiment,
+    task: Task,
+    shards: Mapping[str, Any],
+    folder: Path,
+    limits: Mapping[str, float],
+) -> Callable[[Mapping[int, str], int, Path], SitePrivacy | None]:
+    """Return a function to what a site keeps its clients private by; see `Hosted.privacy`.
+
+    Args:
+        spec: The experiment.
+        task: At work.
+        shards: Of the site's clients, by name.
+        folder: The run's at the site.
+        limits: Of the site; see `SitePrivacy`.
+    """
+
+    def settled(names: Mapping[int, str], clients: int, root: Path) -> SitePrivacy | None:
+        if not spec.promises:
+            return None
+        late = spec.federation.newcomers
+        named = () if isinstance(late, int) else late
+        some = {i: shards[name] for i, name in names.items() if name not in named}
+        return SitePrivacy(
+            folder / FOLDER,
+            names,
+            private_sums(spec, task, clients - spec.federation.num_newcomers, folder),
+            private_examples(spec, task, some, folder),
+            limits,
+            root,
+        )
+
+    return settled
+
+
+def told_examples(spec: Experiment) -> ToldExamples | None:
+    """Return what hears of sites' private steps; None without a promise of that."""
+    return ToldExamples(spec.of_units.epsilon) if spec.of_units else None
 
 
 def refuse_lost(promises: Iterable[Promise], folder: RunDirectory, rounds: int) -> None:
@@ -404,6 +438,25 @@ def promised(spec: Experiment, spent: Mapping[str, float]) -> str:
     if not said:
         return ""
     return "; ".join(said) + ", accounted for by privacy loss distributions (dp-accounting)"
+
+
+def in_words_of_sites(spec: Experiment, task: Task, clients: int) -> str:
+    """Return what is promised where clients are at sites, which find their own noise.
+
+    Args:
+        spec: The experiment.
+        task: At work.
+        clients: How many there are, newcomers among them.
+    """
+    said = _clients_in_words(spec, task, clients - spec.federation.num_newcomers)
+    if (promise := spec.of_units) is None:
+        return said
+    how = f"epsilon {promise.epsilon:g}" if promise.epsilon else "epsilon as its noise makes it"
+    return (
+        f"{said}\nprivacy: {how} at delta {promise.delta:g}, of one "
+        f"{unit_in_words(promise.unit)}, against everybody but that client; each site finds the "
+        "noise of its clients, and keeps count."
+    ).strip()
 
 
 def in_words(spec: Experiment, task: Task, shards: Sequence[Any]) -> str:

@@ -87,7 +87,7 @@ def events(
             source: ClientSource = (
                 InProcess(experiment, task)
                 if transport is None
-                else AtSites(experiment, transport, folder.path)
+                else AtSites(experiment, transport, folder.path, task)
             )
             about_text = json.dumps(source.about, indent=1) + "\n"
             experiment.check_clients({name: about["train"] for name, about in source.about.items()})

@@ -104,6 +104,12 @@ class Secret:
         """Return a key of 32 bytes for a purpose, from which the secret cannot be found."""
         return self.words(4, f"key/{purpose}").tobytes()
 
+    def digest(self, text: str) -> str:
+        """Return a digest of a text that nobody can compute who has not the secret."""
+        return hashlib.blake2b(
+            text.encode(), key=self.key_of("digests"), digest_size=16
+        ).hexdigest()
+
     def number(self, purpose: str, *, round: int = 0) -> int:
         """Return a 63-bit number, such as the root of a private run's draws."""
         return int(self.words(1, purpose, round=round)[0]) >> 1

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from fedpref import config
 from fedpref.data import IID, ClientData, Partition, Source
@@ -63,9 +63,26 @@ class Limits:
     max_disk_mb: Count = 51200
     """MB of the folder of runs, with all that is kept for them."""
 
+    max_epsilon: Mapping[Literal["client", "unit"], Positive] = field(default_factory=dict)
+    """Epsilon that may be spent, over all runs whose folders lie here: of a client (`client`), and
+    of what one has (`unit`: an example, a prompt). An experiment without such a promise is
+    refused."""
+
     def refuse(self, experiment: Experiment) -> None:
         """Raise RefusedError for an experiment that asks for more."""
         self.check(experiment.algorithm)
+        made = {"client": experiment.of_clients, "unit": experiment.of_units}
+        for level, most in self.max_epsilon.items():
+            promise = made[level]
+            if promise is None:
+                what = "of clients" if level == "client" else "of what a client has"
+                raise RefusedError(
+                    f"it promises no privacy {what}, which limits.max_epsilon asks for"
+                )
+            if promise.epsilon is not None and promise.epsilon > most:
+                raise RefusedError(
+                    f"its epsilon of {promise.epsilon:g} is above limits.max_epsilon, {most:g}"
+                )
         for model in _parts(experiment.task, Model):
             if model.lora_r > self.max_lora_r:
                 raise RefusedError(
@@ -314,7 +331,14 @@ class Consenting:
             if file.partition is None:
                 clients = (replace(clients[0], name=file.client or self._name),)
             unread = len(reading.unusable)
-            site = hosted(spec, dict(enumerate(clients)), folder, unread, **limits)
+            site = hosted(
+                spec,
+                dict(enumerate(clients)),
+                folder,
+                unread,
+                max_epsilon={str(level): most for level, most in file.limits.max_epsilon.items()},
+                **limits,
+            )
         except UserError as error:  # whose text may hold rows
             raise self._unfit() from error
         file.limits.refuse_ends(site.task.adapted_ends)

@@ -1,0 +1,239 @@
+"""Promises of privacy over sites: the same bits as in one process, ledgers and limits of theirs."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import make_rows, write_rows
+from fedpref import Experiment, config
+from fedpref.engines.messages import NO_TENSORS, RefusedError, pack, unpack, version
+from fedpref.engines.private_examples import ledger_file
+from fedpref.engines.site import Site
+from fedpref.engines.site_privacy import SUMS
+from fedpref.experiments.clients import SimulatedSite
+from fedpref.experiments.rounds import events, new_directory
+from fedpref.experiments.run_directory import RunDirectory
+from fedpref.numerics import trees
+from fedpref.privacy import Ledger, Secret
+from fedpref.sites.consent import Limits, consenting
+
+KEY = bytes(range(32))
+CLIENTS = {"unit": "client", "noise_multiplier": 1.0, "delta": 0.01}
+QUANTILE = {"clip": {"name": "quantile", "start": 0.5, "count_noise": 0.6}}
+EXAMPLES = {"unit": "example", "noise_multiplier": 1.5, "delta": 0.02}
+
+
+class Here:
+    """Sites in this process."""
+
+    def __init__(self, folder: Path, hosts: list[Any] | None = None) -> None:
+        hosts = hosts or [SimulatedSite(k, 2) for k in range(2)]
+        self.all = {
+            f"site-{k}": Site(f"site-{k}", host, folder / f"site-{k}", self)
+            for k, host in enumerate(hosts)
+        }
+        self.up: list[bytes] = []
+
+    @property
+    def sites(self) -> list[str]:
+        return list(self.all)
+
+    def tell(self, site: str, message: bytes) -> None:
+        self.all[site].hear(next(name for name in self.all if name != site), message)
+
+    def ask(self, messages: Any, seconds: float) -> dict[str, bytes]:
+        found = {site: self.all[site].answer(message) for site, message in messages.items()}
+        self.up += found.values()
+        return found
+
+
+@pytest.fixture
+def content(settings: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    rows = write_rows(tmp_path / "rows.jsonl", make_rows([14, 12, 13, 12]))
+    return deepcopy(
+        {
+            **settings,
+            "data": {"name": "files", "path": str(rows), "test_fraction": 0.3},
+            "algorithm": {**settings["algorithm"], "aggregate": {"name": "frozen-a"}},
+            "federation": {"weighting": "equal"},
+        }
+    )
+
+
+def parsed(content: dict[str, Any], **changes: Any) -> Experiment:
+    return config.parse(Experiment, {**content, **changes}, "test")
+
+
+def run_to(spec: Experiment, folder: Path, transport: Any = None) -> RunDirectory:
+    directory = new_directory(spec, folder)
+    for _ in events(spec, directory, transport=transport):
+        pass
+    return directory
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"privacy": CLIENTS},
+        {
+            "privacy": CLIENTS | QUANTILE,
+            "federation": {"weighting": "equal", "sampling": "poisson", "clients_per_round": 2},
+        },
+        {"privacy": CLIENTS, "algorithm": {"name": "scaffold"}},
+        {"privacy": EXAMPLES},
+        {"privacy": [CLIENTS, EXAMPLES]},
+    ],
+    ids=["clients", "poisson-quantile", "scaffold", "examples", "both"],
+)
+def test_sites_and_one_process_agree_to_the_bit(
+    changes: dict[str, Any],
+    content: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # one secret for all, which nobody has in earnest
+    monkeypatch.setattr(Secret, "of", staticmethod(lambda folder: Secret(KEY)))
+    if "algorithm" in changes:
+        changes = {**changes, "algorithm": {**changes["algorithm"]}}
+        changes["algorithm"]["local"] = content["algorithm"]["local"]
+    spec = parsed(content, **changes)
+    here = run_to(spec, tmp_path / "here")
+    there = run_to(spec, tmp_path / "there", Here(tmp_path))
+    one, other = (
+        trees.load(run.path / "adapter/adapter_model.safetensors") for run in (here, there)
+    )
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    for name in ("epsilon", "epsilon_units", "clip_norm"):
+        figures = [
+            [row.get(name) for row in run.read_rows("metrics.jsonl")] for run in (here, there)
+        ]
+        assert figures[0] == figures[1]
+
+
+def test_what_sites_send_for_a_sum_is_integers_and_their_own_ledgers_say_so(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
+    transport = Here(tmp_path / "sites")
+    run = run_to(parsed(content, privacy=CLIENTS), tmp_path / "run", transport)
+    sent = [tensors for _, tensors in map(unpack, transport.up) if tensors]
+    assert len(sent) == 6, "two sites in three rounds"
+    assert all(t.dtype == torch.int32 for tree in sent for t in tree.values())
+    assert Ledger.at(run.path / "privacy").charged == 3
+    for number in range(4):
+        folder = tmp_path / f"sites/site-{number % 2}/run/privacy"
+        assert Ledger.at(folder / SUMS, ledger_file(f"client-{number}")).charged == 3
+    # a digest of the rows confirms no guess
+    said = [header for header, _ in map(unpack, transport.up) if "about" in header]
+    plain = Here(tmp_path / "plain")
+    run_to(parsed(content, rounds=1), tmp_path / "other", plain)
+    known = [header for header, _ in map(unpack, plain.up) if "about" in header]
+    digests = [
+        {about["digest"] for header in some for about in header["about"].values()}
+        for some in (said, known)
+    ]
+    assert not digests[0] & digests[1]
+
+
+def test_a_sum_without_noise_is_not_given_where_noise_is_promised(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
+    site = Site("site-0", SimulatedSite(0, 1), tmp_path, Here(tmp_path / "others"))
+
+    def asked(**header: Any) -> tuple[dict[str, Any], Any]:
+        said = version() if header["verb"] == "open" else {}
+        return unpack(site.answer(pack({**said, **header}, NO_TENSORS)))
+
+    spec = config.dump(parsed(content, privacy=CLIENTS))
+    opening = {"verb": "open", "experiment": spec, "run": "r", "resumes": False, "is_known": True}
+    about = asked(**opening, held_out=[])[0]["about"]
+    ids = {name: k for k, name in enumerate(about)}
+    asked(verb="number", ids=ids, sites={"site-0": list(range(len(ids)))})
+    plain = asked(verb="contribute", own={0: "1.0"}, shares={0: 1.0})[0]
+    assert "promise is not that of the sum" in plain["refused"]
+    odd = asked(verb="contribute", own={}, shares={}, noisy={"round": 0, "call": 1, "norm": -1.0})
+    assert "malformed" in odd[0]["refused"]
+
+
+@pytest.mark.parametrize("level", ["client", "unit"])
+def test_a_sites_own_limit_ends_its_part_over_all_runs(
+    level: str, content: dict[str, Any], tmp_path: Path
+) -> None:
+    promise = CLIENTS if level == "client" else EXAMPLES
+    spec = parsed(content, privacy=promise, patience={"min_clients": 1})
+    hosts = [Limited(k, {level: 100.0}) for k in range(2)]
+    first = run_to(spec, tmp_path / "one", Here(tmp_path / "sites", hosts))
+    name = "epsilon" if level == "client" else "epsilon_units"
+    spent = first.read_rows("metrics.jsonl")[-1][name]
+    # room for one round more than a run has taken, over all runs
+    hosts = [Limited(0, {level: 100.0}), Limited(1, {level: spent * 1.35})]
+    second = run_to(spec, tmp_path / "two", Here(tmp_path / "sites", hosts))
+    taken = [row["clients"] for row in second.read_rows("metrics.jsonl")]
+    assert taken[0] == 4
+    assert taken[-1] == 2, "the site with a limit has left"
+
+
+class Limited(SimulatedSite):
+    """A simulated site with limits of its own."""
+
+    def __init__(self, number: int, limits: dict[str, float]) -> None:
+        super().__init__(number, 2)
+        self._limits = limits
+
+    def host(self, experiment: Any, folder: Path, held_out: Any = ()) -> Any:
+        from fedpref.experiments.clients import hosted
+
+        spec = config.parse(Experiment, experiment, "the experiment")
+        reading = spec.read().settled()
+        numbers = range(self._number, len(reading.clients), self._sites)
+        mine = {number: reading.clients[number] for number in numbers}
+        return hosted(spec, mine, folder, max_epsilon=self._limits)
+
+
+def test_a_site_asks_for_the_promise_that_its_file_names(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
+    limits = Limits(max_epsilon={"client": 4.0, "unit": 2.0})
+    for privacy, message in (
+        (None, "it promises no privacy of clients"),
+        ({"unit": "client", "epsilon": 8, "delta": 0.01}, "epsilon of 8 is above"),
+        ({"unit": "client", "epsilon": 3, "delta": 0.01}, "no privacy of what a client has"),
+    ):
+        with pytest.raises(RefusedError, match=message):
+            limits.refuse(parsed(content, privacy=privacy))
+    both = [
+        {"unit": "client", "epsilon": 3, "delta": 0.01},
+        {"unit": "prompt", "epsilon": 2, "delta": 0.01},
+    ]
+    local = {"steps": 2, "batch_size": 4}
+    algorithm = {"name": "feddpo", "aggregate": {"name": "frozen-a"}, "local": local}
+    limits.refuse(parsed(content, privacy=both, algorithm=algorithm))
+    file = tmp_path / "site.yaml"
+    file.write_text(
+        f"data: {{name: files, path: {content['data']['path']}}}\nalgorithms: [feddpo]\n"
+        "limits: {max_epsilon: {unit: 2}}\n"
+    )
+    host, _ = consenting("s", file)
+    assert host._file.limits.max_epsilon == {"unit": 2.0}
+
+
+def test_a_message_that_is_no_change_as_promised_leaves_its_client_out(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
+    class Loud(Here):
+        """A site whose integers are longer than any clipped change."""
+
+        def ask(self, messages: Any, seconds: float) -> dict[str, bytes]:
+            found = super().ask(messages, seconds)
+            header, tensors = unpack(found.get("site-1", pack({})))
+            if tensors and all(t.dtype == torch.int32 for t in tensors.values()):
+                found["site-1"] = pack(header, {n: t * 100 + 9 for n, t in tensors.items()})
+            return found
+
+    spec = parsed(content, privacy=CLIENTS, patience={"min_clients": 1})
+    run = run_to(spec, tmp_path / "run", Loud(tmp_path / "sites"))
+    assert [row["late"] for row in run.read_rows("metrics.jsonl")] == [2, 2, 2]
