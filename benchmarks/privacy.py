@@ -5,10 +5,11 @@
 
 The accountant beside another one; the audit of the whole way of a sum, and of ways with a mistake
 in them; SIGKILLs of a private run, whose ledger must never say less than was spent and whose model
-must be that of a run that nobody killed; and the held-out accuracy of FedDPO with client-level
-privacy on the shipped model, for several epsilons and ranks, with 95 % intervals over seeds and
-clients: of the shipped clients, which are twelve, and with --data of the workers of the set
-`metaphor`.
+must be that of a run that nobody killed; what a private local step costs beside an ordinary one,
+and how far units' gradients are from those of batches of one; and the held-out accuracy of FedDPO
+for several epsilons and ranks, with 95 % intervals over seeds and clients: privacy of each pair
+and, of the shipped clients, which are twelve, of whole clients. With --data also of the labellers
+of openai_summary_comparisons.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import statistics
 import tempfile
 import time
 from collections.abc import Sequence
@@ -33,10 +35,15 @@ import torch
 from fedpref import Experiment, config, resume, run
 from fedpref.channel.noise import RoundedGaussian
 from fedpref.engines.private_sums import PrivateSums
+from fedpref.engines.workers import keep_freed_memory
+from fedpref.experiments.experiment import encoded
 from fedpref.experiments.finished import FinishedRun
 from fedpref.experiments.rounds import events
 from fedpref.experiments.run_directory import RunDirectory
-from fedpref.numerics import trees
+from fedpref.federation.local_training import LocalTraining, train_locally
+from fedpref.federation.private_steps import PrivateSteps
+from fedpref.federation.verbs import Client
+from fedpref.numerics import seeds, trees
 from fedpref.numerics.intervals import interval
 from fedpref.numerics.metrics import ACCURACY
 from fedpref.numerics.trees import Tree
@@ -65,6 +72,8 @@ MUTANTS = (
 )
 EPSILONS: tuple[float | None, ...] = (1.0, 3.0, 8.0, None)
 RANKS = (1, 4)
+PAIRS = 8  # of a step whose cost is measured
+QUIET = 0.01  # clips of noise that promise nothing
 
 
 def accountants() -> dict[str, float]:
@@ -193,6 +202,68 @@ def audit(scratch: Path, seeds: int) -> dict[str, float]:
     }
 
 
+def steps(rounds: int) -> dict[str, float]:
+    """The ratio of processor seconds of private local steps, and the error of units' gradients.
+
+    Eight pairs, the shipped model in float32, both factors of rank 8: the most numbers that have
+    noise here. Steps are taken in turn, and the ratio is the median over pairs of them.
+    """
+    content = {
+        "data": {"name": "builtin"},
+        "partition": {"name": "natural", "only": ["bank"], "max_rows": 60},
+        "task": {"model": {"dtype": "float32"}},
+    }
+    keep_freed_memory()  # as a run does
+    torch.set_num_threads(1)
+    spec = config.parse(Experiment, content, "steps")
+    task: Any = spec.build_task()
+    shard = encoded(spec, task)[1][0]
+    shard = dataclasses.replace(shard, train=shard.train[:PAIRS])
+    task.move_to(0)
+    theta = task.init(seeds.generator(0, "init"))
+    local = LocalTraining(steps=2, batch_size=PAIRS, learning_rate=1e-3)
+    with tempfile.TemporaryDirectory() as folder:
+
+        def seconds(number: int, is_private: bool) -> float:
+            private = PrivateSteps(
+                0,
+                number,
+                1,
+                secret=Secret(bytes(32)),
+                ledger=Ledger.at(Path(folder)),
+                guarantee=Guarantee(1.0, 1.0, 1e-3),
+                batch=PAIRS,
+                unit="example",
+                clip=1.0,
+            )
+            draws = torch.Generator().manual_seed(number)
+            made = private if is_private else None
+            client = Client(0, task, shard, draws, 0, 1, private=made)
+            begun = time.process_time()
+            train_locally(client, theta, local, {})
+            if is_private:
+                private.settle()
+            return time.process_time() - begun
+
+        pairs = [(seconds(k, False), seconds(k, True)) for k in range(rounds + 1)][1:]
+    ratio = statistics.median(private / plain for plain, private in pairs)
+    rng = torch.Generator().manual_seed(1)
+    moved = {n: t + 0.02 * torch.randn(t.shape, generator=rng) for n, t in theta.items()}
+    units = [[i] for i in range(PAIRS)]
+    (together,) = task.gradients_apart(moved, moved, shard, units, PAIRS, list(moved), rng)
+    worst = 0.0
+    for i in range(PAIRS):
+        leaves = {name: tensor.clone().requires_grad_() for name, tensor in moved.items()}
+        one = dataclasses.replace(shard, train=shard.train[i : i + 1])
+        losses, _ = task.losses(leaves, next(iter(task.batches(one)))[0])
+        losses.sum().backward()
+        alone = torch.cat([tensor.grad.flatten() for tensor in leaves.values()])
+        apart = torch.cat([together.gradients[name][i].flatten() for name in moved])
+        worst = max(worst, float((apart - alone).norm() / alone.norm()))
+    print(f"private steps cost {ratio:.3f} of ordinary ones; gradients differ by {worst:.1e}")
+    return {"private_step_cost_ratio": ratio, "per_example_error": worst}
+
+
 def private(epsilon: float | None, rank: int, seed: int, **changes: Any) -> Experiment:
     """FedDPO with client-level privacy, or the same without."""
     content: dict[str, Any] = {
@@ -269,23 +340,51 @@ def run_into(spec: Experiment, folder: Path) -> None:
         run(spec, folder)
 
 
+def of_pairs(epsilon: float | None, rank: int, seed: int, **changes: Any) -> Experiment:
+    """FedDPO with privacy of each pair, or with the same steps and clip and hardly any noise."""
+    noise: dict[str, Any] = {"noise_multiplier": QUIET} if epsilon is None else {"epsilon": epsilon}
+    content: dict[str, Any] = {
+        "name": "privacy",
+        "seed": seed,
+        "data": {"name": "builtin"},
+        "task": {"model": {"lora_r": rank}, "loss": {"name": "dpo", "beta": 0.1}},
+        "algorithm": {
+            "name": "feddpo",
+            "aggregate": {"name": "frozen-a"},
+            "local": {
+                "steps": 1,
+                "batch_size": 32,
+                "learning_rate": 1e-2,
+                "lr_scheduler_type": "constant",
+                "warmup_ratio": 0.0,
+            },
+        },
+        "rounds": 8,
+        "privacy": {"unit": "example", "delta": 1e-3, **noise},
+    }
+    content["privacy"]["clip"] = {"name": "fixed", "norm": 1.0}
+    return config.parse(Experiment, {**content, **changes}, "privacy")
+
+
 def accuracy(scratch: Path, data: str | None, quick: bool) -> dict[str, float]:
     """Held-out accuracy by epsilon and rank, a mean over clients and seeds with its interval."""
     found: dict[str, float] = {}
-    sets: dict[str, dict[str, Any]] = {"shipped": {}}
+    few: dict[str, Any] = {"partition": {"name": "natural", "max_clients": 6, "max_rows": 60}}
+    sets: list[tuple[str, Any, dict[str, Any]]] = [("shipped", of_pairs, few if quick else {})]
     if data:
-        path = f"{data}/metaphor_literal_choices.jsonl.gz"
-        sets["metaphor"] = {
-            "data": {"name": "files", "path": path},
+        labellers = {
+            "data": {"name": "summaries", "path": f"{data}/openai_summary_comparisons.jsonl.gz"},
             "partition": {"name": "natural", "column": "client", "min_rows": 40},
         }
-    seeds = 1 if quick else 3
-    for name, changes in sets.items():
+        sets.append(("summaries", of_pairs, labellers))
+    if not quick:
+        sets.append(("clients_shipped", private, {}))
+    for name, made, changes in sets:
         for rank in RANKS[:1] if quick else RANKS:
             for epsilon in (8.0, None) if quick else EPSILONS:
                 values = []
-                for seed in range(seeds):
-                    spec = private(epsilon, rank, seed, **changes)
+                for seed in range(1 if quick else 3):
+                    spec = made(epsilon, rank, seed, **changes)
                     folder = scratch / f"{name}-{rank}-{epsilon}-{seed}"
                     for _ in events(spec, RunDirectory(folder), scratch / "cache"):
                         pass
@@ -305,12 +404,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", help="a folder with metaphor_literal_choices.jsonl.gz")
+    parser.add_argument("--data", help="a folder with openai_summary_comparisons.jsonl.gz")
     parser.add_argument("--quick", action="store_true", help="one seed, rank 1, few kills")
     parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--only", nargs="*", help="some of: accountants audit kills accuracy")
+    parser.add_argument("--only", nargs="*", help="some of: accountants audit kills steps accuracy")
     arguments = parser.parse_args()
-    parts = arguments.only or ["accountants", "audit", "kills", "accuracy"]
+    parts = arguments.only or ["accountants", "audit", "kills", "steps", "accuracy"]
     figures: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
@@ -320,6 +419,8 @@ def main() -> None:
             figures |= audit(scratch / "audit", 2 if arguments.quick else 4)
         if "kills" in parts:
             figures |= kills(scratch / "kills", 3 if arguments.quick else 20)
+        if "steps" in parts:
+            figures |= steps(5 if arguments.quick else 15)
         if "accuracy" in parts:
             figures |= accuracy(scratch / "runs", arguments.data, arguments.quick)
     print(json.dumps(figures, indent=1))

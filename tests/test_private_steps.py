@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from conftest import leave, make_rows, write_rows
 from fedpref import Experiment, UserError, cli, config, resume, run
+from fedpref.algorithms import AnyAlgorithm
 from fedpref.channel.lattice import Lattice
 from fedpref.engines.private_examples import LEDGERS
 from fedpref.experiments.experiment import encoded
@@ -416,6 +417,18 @@ STEPS = [
     "firm",
     "scalarized",
 ]
+
+
+def test_every_algorithm_runs_with_each_unit_or_is_refused_by_its_reason() -> None:
+    shared = {"fsmgda", "fedcmoo", "clustered"}  # share more than means of changes, or choose
+    gossip = {"decdpo", "choco", "decpdpo", "decdpo-stale", "gradient-tracking"}
+    local = {"alone", "pooled"}
+    for kind in config.kinds(AnyAlgorithm):
+        algorithm = kind()
+        assert (algorithm.sums > 0) == (algorithm.name not in shared | gossip | local)
+        assert algorithm.sends_local_steps == (algorithm.name not in shared | local)
+        if algorithm.sends_local_steps and algorithm.name != "pluralllm":
+            assert algorithm.name in STEPS
 
 
 @pytest.mark.parametrize("name", STEPS)
