@@ -73,7 +73,6 @@ MUTANTS = (
 EPSILONS: tuple[float | None, ...] = (1.0, 3.0, 8.0, None)
 RANKS = (1, 4)
 PAIRS = 8  # of a step whose cost is measured
-QUIET = 0.01  # clips of noise that promise nothing
 
 
 def accountants() -> dict[str, float]:
@@ -341,8 +340,8 @@ def run_into(spec: Experiment, folder: Path) -> None:
 
 
 def of_pairs(epsilon: float | None, rank: int, seed: int, **changes: Any) -> Experiment:
-    """FedDPO with privacy of each pair, or with the same steps and clip and hardly any noise."""
-    noise: dict[str, Any] = {"noise_multiplier": QUIET} if epsilon is None else {"epsilon": epsilon}
+    """FedDPO with privacy of each pair, or the same without."""
+    clip = {"name": "fixed", "norm": 1.0}
     content: dict[str, Any] = {
         "name": "privacy",
         "seed": seed,
@@ -360,9 +359,10 @@ def of_pairs(epsilon: float | None, rank: int, seed: int, **changes: Any) -> Exp
             },
         },
         "rounds": 8,
-        "privacy": {"unit": "example", "delta": 1e-3, **noise},
+        "privacy": None
+        if epsilon is None
+        else {"unit": "example", "epsilon": epsilon, "delta": 1e-3, "clip": clip},
     }
-    content["privacy"]["clip"] = {"name": "fixed", "norm": 1.0}
     return config.parse(Experiment, {**content, **changes}, "privacy")
 
 

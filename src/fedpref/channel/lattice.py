@@ -21,6 +21,27 @@ COARSE = 0.25  # how much longer rounding may make a sum, if there is no finer l
 DEVIATIONS = tuple(2**power for power in (12, 14, 16, 18))  # of noise, in units of the lattice
 
 
+POINT = 24  # bits behind the binary point of numbers that are summed as integers
+LARGEST = 64.0  # of such a number, in size: sums of shares of them stay within 32 bits
+
+
+def fixed(tree: Tree) -> Tree:
+    """Return numbers as integers with 24 bits behind the binary point, each the nearest.
+
+    Raises:
+        ValueError: One is too large, or none.
+    """
+    for name, tensor in tree.items():
+        if tensor.numel() and not float(tensor.abs().max()) <= LARGEST:
+            raise ValueError(f"{name!r} holds a number beyond {LARGEST:g}, or none")
+    return {name: (one.double() * 2**POINT).round().int() for name, one in tree.items()}
+
+
+def unfixed(total: Tree, divisor: float = 1.0) -> Tree:
+    """Return the numbers that a sum of such integers stands for, divided."""
+    return {name: (one.double() / (2**POINT * divisor)).float() for name, one in total.items()}
+
+
 @dataclass(frozen=True)
 class Lattice:
     """Multiples of a unit, and the norm that a rounded vector keeps to.

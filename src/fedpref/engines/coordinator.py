@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter
 
 from fedpref.channel import Chain
+from fedpref.channel.lattice import unfixed
 from fedpref.engines.engine import (
     Mixing,
     Purpose,
@@ -36,11 +37,14 @@ from fedpref.engines.replies import (
     unusable,
     usable_metrics,
 )
+from fedpref.engines.secure_sums import SecureSums
+from fedpref.engines.site_masks import told_after
 from fedpref.engines.sites import NOWHERE, SILENT, Sites
 from fedpref.errors import UserError
 from fedpref.federation.verbs import PerClient, registered
 from fedpref.numerics import trees
 from fedpref.numerics.trees import Tree
+from fedpref.privacy import Masks
 
 KEPT = "kept.json"  # in a checkpoint: by field, whose values sites have kept
 GROUP = 256 * 10**6  # bytes of clients' messages that lie here at once, or one client's
@@ -91,8 +95,10 @@ class RemoteEngine:
         clip: float | None = None,
         private: PrivateSums | None = None,
         examples: ToldExamples | None = None,
+        masks: Masks | None = None,
     ) -> None:
         self.private, self.examples = private, examples
+        self._secure = SecureSums(masks, sites.run, self._ask) if masks else None
         self._sites, self._links, self._mixing, self._clip = sites, links, mixing, clip
         self._examples = {
             number: float(about["train"]) for number, about in enumerate(sites.about.values())
@@ -118,6 +124,7 @@ class RemoteEngine:
         self._gone: dict[int, str] = {}
         self._unheard: dict[int, str] = {}
         self.lengths: dict[int, float] = {}
+        self._told = ""  # a digest of what sites were sent in the phase
         self._cohort = len(self.active)
         self._leave_out(
             {i: "its site is not there" for i in cohort if self._sites.site_of[i] in self._lost}
@@ -142,6 +149,7 @@ class RemoteEngine:
         tensors = trees.nest({k: arg for k, arg in enumerate(args) if isinstance(arg, Mapping)})
         self.traffic += Traffic(bytes_down=trees.size(tensors) * len(self.active))
         self._sent |= {name.split("/", 1)[1] for name in tensors}
+        self._told = told_after(self._told, tensors)
         head = {
             "verb": "each",
             "work": registered(work).name,
@@ -181,6 +189,8 @@ class RemoteEngine:
     def mean(self, values: PerClient[Tree]) -> Tree:
         self._calls += 1
         names = self._present(values)
+        if self._secure is not None:
+            return self._secure_sum(self._secure, names)
         if self.private is not None:
             return self._private_sum(self.private, names)
         # again where a client fell out, whose share the others then take over
@@ -242,6 +252,46 @@ class RemoteEngine:
             return None
         self.traffic += Traffic(bytes_up=sent)
         return sums[usual]
+
+    def _secure_sum(self, secure: SecureSums, names: Mapping[int, Name]) -> Tree:
+        """Return the mean of clients' values, of which none is seen here.
+
+        It is that of the sites whose values are in the sum.
+        """
+        private = self.private
+        if private is not None and self._purpose != "train":
+            raise ValueError(f"no sum is private in the phase to {self._purpose}")
+        weight = sum(self._weights[i] for i in self.active)
+        shares = {i: self._weights[i] / weight for i in self.active}
+        noisy: Header | None = None
+        if private is not None:
+            noisy = {"round": self.round, "call": self._calls, "norm": private.norm}
+        by_site = self._by_site()
+        if private is not None and not by_site:  # nobody was drawn
+            return private.release((), self.round, self._calls)
+        total, left = secure.sum(
+            {
+                site: _contribute(
+                    {i: names[i].text for i in some},
+                    {} if noisy else {i: shares[i] for i in some},
+                    noisy,
+                )
+                for site, some in by_site.items()
+            },
+            self._purpose,
+            self.round,
+            self._calls,
+            self._told,
+        )
+        lost = {i for site, some in by_site.items() if site not in left for i in some}
+        self._leave_out(dict.fromkeys(lost & set(self.active), "its site fell out of a sum"))
+        self.traffic += Traffic(bytes_up=len(left) * trees.size(total))
+        if private is not None:
+            if not private.holds(total):
+                raise UserError("a sum under masks has other tensors than what was promised")
+            return private.release((total,), self.round, self._calls)
+        divisor = sum(share for i, share in shares.items() if i not in lost) if lost else 1.0
+        return unfixed(total, divisor)
 
     def _private_sum(self, private: PrivateSums, names: Mapping[int, Name]) -> Tree:
         """Return the mean of clients' changes with noise, whoever came.

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from fedpref.channel import Chain
 from fedpref.engines.site_privacy import SitePrivacy
+from fedpref.privacy import Masks
 from fedpref.tasks.task import Task
 
 
@@ -62,6 +63,9 @@ class Hosted:
     privacy: Callable[[Mapping[int, str], int, Path], SitePrivacy | None] = lambda *_: None
     """(names of the clients here by number, how many clients there are, the folder of all runs)
     -> what is promised of them."""
+
+    masks: Masks | None = None
+    """What sums are masked by; None where the coordinator sees clients' parts of them."""
 
 
 @dataclass(frozen=True)

@@ -114,10 +114,14 @@ class PrivateSums:
         beside: dict[str, Tensor] = {SHORT: torch.zeros(1)} if self._share else {}
         return {**self.template, **beside}
 
+    def holds(self, total: Tree) -> bool:
+        """Return whether a sum has the tensors that were planned."""
+        form = {name: tuple(one.shape) for name, one in self.planned.items()}
+        return {name: tuple(one.shape) for name, one in total.items()} == form
+
     def fits(self, message: Tree) -> bool:
         """Return whether a message is one that `encode` could have made."""
-        form = {name: tuple(one.shape) for name, one in self.planned.items()}
-        if {name: tuple(one.shape) for name, one in message.items()} != form:
+        if not self.holds(message):
             return False
         if any(one.dtype != torch.int32 for one in message.values()):
             return False

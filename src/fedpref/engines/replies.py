@@ -14,6 +14,7 @@ from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from fedpref.engines.messages import Header, RefusedError
+from fedpref.engines.requests import Advert, Hex, Key
 from fedpref.numerics.trees import Tree
 
 MOST = 10**9  # of whatever is counted
@@ -89,6 +90,25 @@ class Done(TypedDict):
     ]
 
 
+class Sealed(TypedDict):
+    """Boxes for other sites, and a commitment to the site's own mask."""
+
+    boxes: dict[Label, Hex]
+    commitment: Key
+
+
+class Agreed(TypedDict):
+    """A signature under a set of survivors."""
+
+    signature: Hex
+
+
+class Shared(TypedDict):
+    """Shares of others' masks, by site."""
+
+    shares: dict[Label, Hex]
+
+
 class Exchanged(TypedDict):
     """Bytes that each client told, and clients who were waited for and not heard."""
 
@@ -123,6 +143,10 @@ FORMS: dict[str, TypeAdapter[Any]] = {
     "report": TypeAdapter(Reported),
     "load": TypeAdapter(Found),
     "names": TypeAdapter(Names),
+    "keys": TypeAdapter(Advert),
+    "boxes": TypeAdapter(Sealed),
+    "agree": TypeAdapter(Agreed),
+    "unmask": TypeAdapter(Shared),
     **dict.fromkeys(("number", "contribute", "save"), TypeAdapter(Nothing)),
 }
 

@@ -60,6 +60,11 @@ Share = Annotated[float, Field(allow_inf_nan=False, ge=0, le=1)]
 Seconds = Annotated[float, Field(allow_inf_nan=False, ge=0, le=86400)]
 
 
+MOST_SITES = 100  # of a sum under masks, each of which has a mask with every other
+Hex = Annotated[str, Field(pattern=r"^([0-9a-f]{2})*$", max_length=4096)]
+Key = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
 class Own(TypedDict):
     """An argument that is each client's own, by name."""
 
@@ -137,6 +142,68 @@ class Noisy(TypedDict):
     norm: Annotated[float, Field(allow_inf_nan=False, gt=0, le=1e9)]
 
 
+class SumAddress(TypedDict):
+    """Which sum: where it stands in the run, and which attempt at it."""
+
+    __pydantic_config__ = _FORM  # type: ignore[misc]
+    purpose: Purpose
+    round: Number
+    call: Number
+    attempt: Annotated[int, Field(ge=0, lt=100)]
+
+
+class Keys(TypedDict):
+    """Make known the public keys of a sum of so many sites."""
+
+    __pydantic_config__ = _FORM  # type: ignore[misc]
+    address: SumAddress
+    sites: Annotated[list[SiteName], Field(min_length=2, max_length=MOST_SITES)]
+
+
+class Advert(TypedDict):
+    """A site's public keys, and who says so."""
+
+    __pydantic_config__ = _FORM  # type: ignore[misc]
+    mask: Key
+    box: Key
+    signature: Hex
+    certificate: Annotated[str, Field(max_length=20_000)]
+
+
+class Boxes(TypedDict):
+    """Seal shares for the sites whose keys these are."""
+
+    __pydantic_config__ = _FORM  # type: ignore[misc]
+    address: SumAddress
+    adverts: dict[SiteName, Advert]
+    threshold: Annotated[int, Field(ge=2, le=MOST_SITES)]
+
+
+class Masked(TypedDict):
+    """A sum under masks: which, and the boxes that others have sealed for the site."""
+
+    __pydantic_config__ = _FORM  # type: ignore[misc]
+    address: SumAddress
+    boxes: dict[SiteName, Hex]
+
+
+class Agree(TypedDict):
+    """Sign whose values are in a sum."""
+
+    __pydantic_config__ = _FORM  # type: ignore[misc]
+    address: SumAddress
+    survivors: Annotated[list[SiteName], Field(max_length=MOST_SITES)]
+
+
+class Unmask(TypedDict):
+    """Give shares of masks, to the set of survivors that the sites have signed."""
+
+    __pydantic_config__ = _FORM  # type: ignore[misc]
+    address: SumAddress
+    survivors: Annotated[list[SiteName], Field(max_length=MOST_SITES)]
+    signatures: dict[SiteName, Hex]
+
+
 class Contribute(TypedDict):
     """Send each client's share of a sum; for one with noise, its change as integers."""
 
@@ -144,6 +211,7 @@ class Contribute(TypedDict):
     own: dict[ClientId, ValueName]
     shares: dict[ClientId, Share]
     noisy: NotRequired[Noisy]
+    masked: NotRequired[Masked]
 
 
 class Exchange(TypedDict):
@@ -195,6 +263,10 @@ FORMS: dict[str, TypeAdapter[Any]] = {
     "number": TypeAdapter(Numbered),
     "each": TypeAdapter(Each),
     "contribute": TypeAdapter(Contribute),
+    "keys": TypeAdapter(Keys),
+    "boxes": TypeAdapter(Boxes),
+    "agree": TypeAdapter(Agree),
+    "unmask": TypeAdapter(Unmask),
     "exchange": TypeAdapter(Exchange),
     "report": TypeAdapter(Report),
     "save": TypeAdapter(Save),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fedpref.channel import Chain, Sender
+from fedpref.channel.lattice import fixed, unfixed
 from fedpref.engines.engine import (
     Mixing,
     Purpose,
@@ -26,6 +27,7 @@ from fedpref.engines.private_sums import PrivateSums
 from fedpref.engines.store import Store
 from fedpref.engines.values import Kept
 from fedpref.engines.workers import Workers
+from fedpref.errors import UserError
 from fedpref.federation.leaving import Audience, Label, labels
 from fedpref.federation.verbs import WORK, Client, PerClient, in_turn, registered
 from fedpref.numerics import seeds, trees
@@ -52,6 +54,7 @@ class Simulation:
         clip: The largest norm of what a client sends for a mean; longer ones are shortened.
         private: What keeps sums private, if they are.
         examples: What keeps the units of clients' data private, if they are.
+        as_integers: Sum integers, as sites do under masks; here there is nobody to hide from.
     """
 
     def __init__(
@@ -72,7 +75,9 @@ class Simulation:
         clip: float | None = None,
         private: PrivateSums | None = None,
         examples: PrivateExamples | None = None,
+        as_integers: bool = False,
     ) -> None:
+        self._as_integers = as_integers
         self.private, self.examples = private, examples
         self._task, self._shards = task, tuple(shards)
         self._seed, self._rounds, self._channel, self._folder = seed, rounds, channel, folder
@@ -175,6 +180,8 @@ class Simulation:
         if self.private is not None:
             return self._private_mean(self.private, column)
         total = sum(self._weights[i] for i in self.active)
+        if self._as_integers:
+            return self._integer_mean(column, total)
 
         def messages() -> Iterator[Tree]:
             for i in self.active:
@@ -193,6 +200,21 @@ class Simulation:
 
         # in client order, whichever worker was first, so that the sum has the same bits anywhere
         return self._channel.decode(trees.total(messages()), len(self.active))
+
+    def _integer_mean(self, column: StoredValues[Tree], total: float) -> Tree:
+        """Return the mean of clients' values by a sum of integers."""
+
+        def messages() -> Iterator[Tree]:
+            for i in self.active:
+                value = column.leaving(i, Audience.COORDINATOR)
+                try:
+                    message = fixed(trees.scale(value, self._weights[i] / total))
+                except ValueError as error:
+                    raise UserError(f"secrecy: client {i}: {error}.") from error
+                self.traffic += Traffic(bytes_up=trees.size(message))
+                yield {name: tensor.long() for name, tensor in message.items()}
+
+        return unfixed(trees.total(messages()))
 
     def _private_mean(self, private: PrivateSums, column: StoredValues[Tree]) -> Tree:
         """Return the mean of clients' changes with noise, whoever came."""

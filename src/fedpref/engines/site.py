@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fedpref.channel import Sender
 from fedpref.channel.compression import alike
+from fedpref.channel.lattice import fixed
 from fedpref.engines.engine import mixed
 from fedpref.engines.host import Host, Hosted, Peers
 from fedpref.engines.messages import (
@@ -34,7 +35,8 @@ from fedpref.engines.messages import (
     unpack,
     version,
 )
-from fedpref.engines.requests import Noisy, beneath, freed, parsed
+from fedpref.engines.requests import Masked, Noisy, SumAddress, beneath, freed, parsed
+from fedpref.engines.site_masks import Identity, SiteMasks, Unsigned, told_after
 from fedpref.engines.site_privacy import SitePrivacy
 from fedpref.engines.store import Store
 from fedpref.engines.values import Kept, Values, size
@@ -69,8 +71,19 @@ class Site:
     its label alone; see `fedpref.federation.leaving`.
     """
 
-    def __init__(self, name: str, host: Host, folder: Path, peers: Peers) -> None:
+    def __init__(
+        self,
+        name: str,
+        host: Host,
+        folder: Path,
+        peers: Peers,
+        identity: Identity = Unsigned(),
+    ) -> None:
         self.name, self._host, self._folder, self._peers = name, host, folder, peers
+        self._identity = identity
+        self._masks: SiteMasks | None = None
+        # a digest of all that was sent to be worked on in the phase
+        self._told: tuple[str, int, str] = ("", 0, "")
         self._hosted: Hosted | None = None
         self._names: dict[int, str] = {}  # of clients, by their ids
         self._values = Values()
@@ -88,6 +101,10 @@ class Site:
             self.number,
             self.each,
             self.contribute,
+            self.keys,
+            self.boxes,
+            self.agree,
+            self.unmask,
             self.exchange,
             self.report,
             self.save,
@@ -192,7 +209,7 @@ class Site:
         self._store = Store(folder / "checkpoints")
         self._store.tidy()
         self._values, self._names, self._site_of = Values(), {}, {}
-        self._privacy = None
+        self._privacy = self._masks = None
         self._heard.clear()
         self._done.clear()
         self._spent.clear()
@@ -213,6 +230,9 @@ class Site:
         self._values = Values(self._names, self._opened.bounds.memory)
         self._site_of = {number: site for site, numbers in sites.items() for number in numbers}
         self._privacy = self._opened.privacy(self._names, len(everybody), self._folder)
+        if (settings := self._opened.masks) is not None:
+            run = self._run.relative_to(self._folder).as_posix()
+            self._masks = SiteMasks(self.name, self._identity, settings, run, self._run)
         return {}, NO_TENSORS
 
     def each(
@@ -250,6 +270,8 @@ class Site:
                     f"argument {strange[0]} of {work!r} is not of the kind that is read there"
                 )
         self._refuse_repeated(purpose, round, call, clients)
+        before = self._told[2] if self._told[:2] == (purpose, round) else ""
+        self._told = purpose, round, told_after(before, tensors)
         begun = time.monotonic()
         parts: int | None = None
         failed: dict[int, str] = {}
@@ -366,25 +388,66 @@ class Site:
         own: Mapping[int, str],
         shares: Mapping[int, float],
         noisy: Noisy | None = None,
+        masked: Masked | None = None,
     ) -> Answer:
         """Send each client's share of a sum, or its change for one that noise is added to.
 
-        What is promised of sums is kept whatever is asked for.
+        Under masks the site sends the sum of its own clients alone. What is promised of sums is
+        kept whatever is asked for.
         """
         is_promised = self._privacy is not None and self._privacy.sums is not None
-        if (noisy is not None) != is_promised:
+        if (noisy is not None) != is_promised or (masked is not None) != bool(self._masks):
             raise RefusedError("the experiment's promise is not that of the sum that is asked for")
         values = {i: self._leaving(i, name, Audience.COORDINATOR) for i, name in own.items()}
         if self._privacy is not None and noisy is not None:
-            return {}, trees.nest(
-                {
-                    i: self._privacy.message(i, value, noisy["round"], noisy["call"], noisy["norm"])
-                    for i, value in values.items()
-                }
-            )
-        return {}, trees.nest(
-            {i: trees.scale(value, _said_for(i, shares)) for i, value in values.items()}
+            round, call, norm = noisy["round"], noisy["call"], noisy["norm"]
+            messages = {
+                i: self._privacy.message(i, value, round, call, norm) for i, value in values.items()
+            }
+        else:
+            messages = {i: trees.scale(value, _said_for(i, shares)) for i, value in values.items()}
+        if self._masks is None or masked is None:
+            return {}, trees.nest(messages)
+        if noisy is None:
+            try:
+                messages = {i: fixed(message) for i, message in messages.items()}
+            except ValueError as error:
+                raise RefusedError(
+                    f"what is to be summed as integers is too large: {error}"
+                ) from error
+        return {}, self._masks.masked(
+            masked["address"], masked["boxes"], trees.total(map(_wide, messages.values()))
         )
+
+    def keys(self, tensors: Tree, address: SumAddress, sites: Sequence[str]) -> Answer:
+        """Make known the site's public keys for a sum under masks."""
+        at = address["purpose"], address["round"]
+        told = self._told[2] if self._told[:2] == at else ""
+        return self._masked.keys(address, sites, told), NO_TENSORS
+
+    def boxes(
+        self,
+        tensors: Tree,
+        address: SumAddress,
+        adverts: Mapping[str, Any],
+        threshold: int,
+    ) -> Answer:
+        """Seal shares of the site's masks for the sites whose keys these are."""
+        return self._masked.boxes(address, adverts, threshold), NO_TENSORS
+
+    def agree(self, tensors: Tree, address: SumAddress, survivors: Sequence[str]) -> Answer:
+        """Sign whose values are in a sum."""
+        return self._masked.agree(address, survivors), NO_TENSORS
+
+    def unmask(
+        self,
+        tensors: Tree,
+        address: SumAddress,
+        survivors: Sequence[str],
+        signatures: Mapping[str, str],
+    ) -> Answer:
+        """Give shares of masks to the set of survivors that the sites have signed."""
+        return self._masked.unmask(address, survivors, signatures), NO_TENSORS
 
     def exchange(
         self,
@@ -552,6 +615,12 @@ class Site:
     # ---- what they need
 
     @property
+    def _masked(self) -> SiteMasks:
+        if self._masks is None:
+            raise RefusedError("the experiment's sums have no masks")
+        return self._masks
+
+    @property
     def _opened(self) -> Hosted:
         if self._hosted is None:
             raise RefusedError("no experiment is open here")
@@ -567,6 +636,10 @@ class Site:
         if withheld := [key for key in tree if not self._opened.gives(key)]:
             raise RefusedError(f"{withheld[0]!r} does not leave this site")
         return tree
+
+
+def _wide(tree: Tree) -> Tree:
+    return {name: tensor.long() for name, tensor in tree.items()}
 
 
 def _said_for(client: int, by_client: Mapping[int, T]) -> T:

@@ -100,7 +100,7 @@ class Sites:
         is_known: bool = True,
         held_out: Sequence[str] | None = None,
     ) -> None:
-        self.transport, self.patience = transport, patience
+        self.transport, self.patience, self.run = transport, patience, run
         resumes = began is not None if resumes is None else resumes
         self.notes: list[str] = []
         self.held_out = (

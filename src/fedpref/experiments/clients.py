@@ -182,6 +182,7 @@ class InProcess:
             clip=line.federation.clip,
             private=private,
             examples=examples,
+            as_integers=line.secrecy is not None,
         )
 
     def _workers(self) -> int:
@@ -278,6 +279,7 @@ class AtSites:
             clip=line.federation.clip,
             private=private_sums(line, self._task, len(sites.about) - late, folder),
             examples=told_examples(line),
+            masks=line.secrecy,
         )
 
     @property
@@ -401,5 +403,6 @@ def hosted(
         rounds=spec.rounds,
         links=spec.network.links,
         privacy=site_privacy(spec, task, by_name, folder, max_epsilon),
+        masks=spec.secrecy,
         **limits,
     )

@@ -21,7 +21,7 @@ from fedpref.experiments.choosing import Keep, Standing, Stop
 from fedpref.experiments.free_baselines import FREE
 from fedpref.experiments.migration import refuse_former_names
 from fedpref.experiments.packaged import config_file
-from fedpref.experiments.private import guarantee_of, refuse_unaccounted
+from fedpref.experiments.private import guarantee_of, refuse_seen, refuse_unaccounted
 from fedpref.federation.aggregation import Factors, Product
 from fedpref.federation.diagnostics import Diagnostic
 from fedpref.federation.network import Network
@@ -31,7 +31,7 @@ from fedpref.models.own_parts import NO_PARTS
 from fedpref.numerics import seeds
 from fedpref.numerics.min_norm import require_solver
 from fedpref.numerics.topology import GraphFile
-from fedpref.privacy import Privacy
+from fedpref.privacy import Masks, Privacy
 from fedpref.tasks import AnyTask, PreferenceTask, Task
 from fedpref.types import Count, WholeNumber
 
@@ -93,6 +93,9 @@ class Experiment:
     privacy: Privacy | tuple[Privacy, Privacy] | None = None
     """Differential privacy of what is shared: one promise, or one of clients and one of what each
     has; null promises none."""
+    secrecy: Masks | None = None
+    """Sums of which the coordinator sees the whole alone, over sites; null lets it see what each
+    client sends. In one process the same integers are summed, without masks."""
     diagnostics: tuple[Diagnostic, ...] = ()
     """What to measure with every evaluation beside metrics; clients send for it what a method may
     keep private."""
@@ -125,6 +128,7 @@ class Experiment:
         self._check_federation()
         self._check_choice()
         refuse_unaccounted(self)
+        refuse_seen(self)
         self._check_task()
         self._check_aggregate()
 

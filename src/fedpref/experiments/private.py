@@ -54,6 +54,27 @@ def refuse_unaccounted(spec: Experiment) -> None:
                 raise UserError(f"privacy, {reason}.")
 
 
+def refuse_seen(spec: Experiment) -> None:
+    """Raise UserError where sums that nobody sees the parts of cannot be."""
+    if spec.secrecy is None:
+        return
+    reasons = (
+        (
+            spec.algorithm.gossips,
+            f"algorithm: {spec.algorithm.name} has no sum; neighbours tell one another",
+        ),
+        (
+            spec.federation.clip is not None,
+            "federation.clip: the coordinator cannot shorten what it does not see. Set privacy, "
+            "whose clip is the client's",
+        ),
+        (bool(spec.diagnostics), "diagnostics: they tell the coordinator of each client"),
+    )
+    for is_so, reason in reasons:
+        if is_so:
+            raise UserError(f"secrecy, {reason}.")
+
+
 def _of_all(spec: Experiment) -> Reasons:
     published = sorted({*spec.baselines} - LOCAL)
     return (

@@ -14,6 +14,7 @@ from fedpref.errors import UserError
 STEP = 1e-3  # of privacy losses; rounded so that epsilon is never too small
 NEAR = 2e-3  # of a noise multiplier that is looked for, or of its epsilon
 LEAST, MOST = 0.2, 1e4  # noise multipliers that are tried
+MEANINGLESS = 500.0  # epsilon
 TURNS = 20  # until what inexact noise takes of delta and epsilon fit each other
 
 
@@ -32,7 +33,7 @@ def epsilon_of(events: Events, delta: float, inexact: float = 0.0) -> float:
         inexact: How far one sum's noise is from the exact one, at most (total variation).
 
     Raises:
-        UserError: Nothing of delta is left.
+        UserError: Nothing of delta is left, or epsilon is so large that it says nothing.
     """
     sums = sum(events.values())
     if sums == 0:
@@ -47,6 +48,11 @@ def epsilon_of(events: Events, delta: float, inexact: float = 0.0) -> float:
                 f"takes of it in {sums} sums. Take a larger one, fewer rounds or fewer numbers."
             )
         now = _epsilon(kinds, left)
+        if now > MEANINGLESS:
+            raise UserError(
+                f"privacy.noise_multiplier: epsilon is {now:.3g} after {sums} sums, which promises "
+                "nothing. Take more noise, or no privacy."
+            )
         if now <= spent * (1 + 1e-12):
             return now
         spent = now

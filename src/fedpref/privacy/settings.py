@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -126,3 +127,22 @@ class Privacy:
     def norm(self) -> float:
         """The largest norm, in the first round where it follows a quantile."""
         return self.clip.norm if isinstance(self.clip, FixedClip) else self.clip.start
+
+
+@dataclass(frozen=True, kw_only=True)
+class Masks:
+    """Sums of which the coordinator learns nothing but the whole.
+
+    A site first adds up its own clients; then every site adds masks that cancel in the sum of all.
+    """
+
+    name: Literal["masks"] = "masks"
+    threshold: Annotated[float, Field(gt=0.5, le=1)] = 0.67
+    """The share of a sum's sites that must be left to its end; above two thirds, a coordinator that
+    tells sites different things about who is left gets nothing either."""
+    min_sites: Annotated[int, Field(ge=2)] = 3
+    """How many sites' values must be in a sum, at least."""
+
+    def needed(self, sites: int) -> int:
+        """Return how many of so many sites must be left."""
+        return max(math.ceil(self.threshold * sites - 1e-9), sites // 2 + 1, self.min_sites)

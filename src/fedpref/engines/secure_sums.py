@@ -1,0 +1,164 @@
+"""The coordinator's part in sums under masks: it relays, adds, and takes away what masks are left.
+
+It sees no site's value. Whoever falls out between two phases is left out of the sum, or of what
+follows; a sum whose shares do not come is lost, and never asked for again under the same masks.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from fedpref.engines.messages import NO_TENSORS, Header, Shape, shape
+from fedpref.engines.requests import MOST_SITES
+from fedpref.engines.site_masks import sum_context, tree_of, words_of
+from fedpref.errors import UserError
+from fedpref.numerics.trees import Tree
+from fedpref.privacy.masks import Advert, MaskError, unmasked
+from fedpref.privacy.settings import Masks
+
+Answers = dict[str, tuple[Header, Tree]]
+Ask = Callable[[Mapping[str, tuple[Header, Tree]]], Answers]
+
+
+class SecureSums:
+    """Sums under masks of one run.
+
+    Args:
+        settings: Of the experiment.
+        run: The run's name.
+        ask: Asks sites, and returns the answers of those that gave one.
+    """
+
+    def __init__(self, settings: Masks, run: str, ask: Ask) -> None:
+        self._settings, self._run, self._ask = settings, run, ask
+        self._attempts: Counter[tuple[str, int, int]] = Counter()
+
+    def sum(
+        self, asked: Mapping[str, Header], purpose: str, round: int, call: int, told: str
+    ) -> tuple[Tree, list[str]]:
+        """Return the sum of sites' integers, and whose values are in it.
+
+        Args:
+            asked: By site, the message by which it contributes; it goes with what masks need.
+            purpose: Of the phase.
+            round: From 0.
+            call: The number of the verb within the phase.
+            told: A digest of all that sites were sent in the phase.
+
+        Raises:
+            UserError: Too few sites are left.
+        """
+        place = purpose, round, call
+        attempt = self._attempts[place]
+        address = {"purpose": purpose, "round": round, "call": call, "attempt": attempt}
+        self._attempts[place] += 1
+        sites = sorted(asked)
+        self._require(len(sites), len(sites), "take part in")
+        if len(sites) > MOST_SITES:
+            raise UserError(
+                f"secrecy: {len(sites)} sites; masks of each with every other are for "
+                f"{MOST_SITES} at most. Leave secrecy out, or let sites host more clients."
+            )
+        header: Header = {"address": address}
+        keys = self._told({site: {"verb": "keys", "sites": sites, **header} for site in sites})
+        threshold = self._settings.needed(len(keys))
+        self._require(len(keys), len(sites), "have made keys for")
+        sealed = self._told(
+            {
+                site: {"verb": "boxes", "adverts": keys, "threshold": threshold, **header}
+                for site in keys
+            }
+        )
+        self._require(len(sealed), len(keys), "have sealed shares for")
+        values = self._values(asked, sealed, header)
+        survivors = sorted(values)
+        self._require(len(survivors), len(keys), "have sent their part of")
+        signatures = {
+            site: answer["signature"]
+            for site, answer in self._told(
+                {site: {"verb": "agree", "survivors": survivors, **header} for site in survivors}
+            ).items()
+        }
+        given = self._told(
+            {
+                site: {
+                    "verb": "unmask",
+                    "survivors": survivors,
+                    "signatures": signatures,
+                    **header,
+                }
+                for site in survivors
+            }
+        )
+        self._require(len(given), len(keys), "have given shares for")
+        number = {site: k for k, site in enumerate(sites)}
+        total = np.zeros_like(words_of(values[survivors[0]]))
+        for tree in values.values():
+            total = total + words_of(tree)
+        try:
+            plain = unmasked(
+                total,
+                frozenset(number[site] for site in survivors),
+                {number[s]: _advert(keys[s]) for s in sealed},
+                {number[s]: bytes.fromhex(sealed[s]["commitment"]) for s in sealed},
+                {
+                    number[holder]: {
+                        number[other]: int(share, 16)
+                        for other, share in said["shares"].items()
+                        if other in number
+                    }
+                    for holder, said in given.items()
+                },
+                threshold,
+                sum_context(self._run, address, sites, keys, threshold, told),
+            )
+        except MaskError as error:
+            raise UserError(f"round {round + 1}: the sum under masks is lost: {error}.") from error
+        return tree_of(plain, values[survivors[0]]), survivors
+
+    def _values(
+        self, asked: Mapping[str, Header], sealed: Mapping[str, Header], header: Header
+    ) -> dict[str, Tree]:
+        """Return sites' masked integers; whoever sends another form than most has sent none."""
+        answers = self._ask(
+            {
+                site: (
+                    {
+                        **asked[site],
+                        "masked": {
+                            "boxes": {
+                                other: said["boxes"][site]
+                                for other, said in sealed.items()
+                                if site in said["boxes"]
+                            },
+                            **header,
+                        },
+                    },
+                    NO_TENSORS,
+                )
+                for site in sealed
+            }
+        )
+        forms = {site: shape(tree) for site, (_, tree) in answers.items()}
+        usual: Shape = Counter(forms.values()).most_common(1)[0][0] if forms else ()
+        return {site: answers[site][1] for site in sorted(forms) if forms[site] == usual and usual}
+
+    def _told(self, asked: Mapping[str, Header]) -> dict[str, Any]:
+        answers = self._ask({site: (dict(header), NO_TENSORS) for site, header in asked.items()})
+        return {site: header for site, (header, _) in answers.items()}
+
+    def _require(self, count: int, of: int, done: str) -> None:
+        if count < (needed := self._settings.needed(of)):
+            raise UserError(
+                f"secrecy: {count} sites {done} a sum, and {needed} are needed "
+                f"(secrecy.threshold {self._settings.threshold:g} of {of}, secrecy.min_sites "
+                f"{self._settings.min_sites}). Nobody's value was seen."
+            )
+
+
+def _advert(said: Mapping[str, str]) -> Advert:
+    return Advert(bytes.fromhex(said["mask"]), bytes.fromhex(said["box"]))

@@ -1,0 +1,265 @@
+"""A site's part in sums under masks, phase by phase; what it has unmasked is never forgotten."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from fedpref.engines.messages import RefusedError
+from fedpref.numerics import files, trees
+from fedpref.numerics.trees import Tree
+from fedpref.privacy.masks import Advert, MaskError, Sender, context_of, signed_part
+from fedpref.privacy.settings import Masks
+from fedpref.privacy.shamir import BYTES
+
+FILE = "unmasked.json"  # in a run's folder: of each sum, the value's digest and who was in it
+AHEAD = 8  # sums whose keys lie here
+
+
+class Identity(Protocol):
+    """Who a site is to other sites, whoever relays what it says."""
+
+    @property
+    def certificate(self) -> str:
+        """What others know it by."""
+        ...
+
+    def sign(self, content: bytes) -> bytes:
+        """Return a signature."""
+        ...
+
+    def verify(self, site: str, content: bytes, signature: bytes, certificate: str) -> bool:
+        """Return whether a site has signed this."""
+        ...
+
+
+class Unsigned:
+    """Sites of one machine, which nobody stands between."""
+
+    certificate = ""
+
+    def sign(self, content: bytes) -> bytes:
+        return b""
+
+    def verify(self, site: str, content: bytes, signature: bytes, certificate: str) -> bool:
+        return True
+
+
+@dataclass
+class _Sum:
+    """A sum that the site takes part in."""
+
+    sites: list[str]
+    sender: Sender
+    told: str
+    threshold: int = 0
+    context: bytes = b""
+    adverts: Mapping[str, Any] | None = None
+    value: str = ""
+
+
+class SiteMasks:
+    """A site's sums under masks.
+
+    Args:
+        name: The site's.
+        identity: Who it is to other sites.
+        settings: Of the experiment.
+        run: The run's name, and its folder.
+        folder: Where the site keeps its side of the run.
+    """
+
+    def __init__(
+        self, name: str, identity: Identity, settings: Masks, run: str, folder: Path
+    ) -> None:
+        self._name, self._identity, self._settings = name, identity, settings
+        self._run, self._file = run, folder / FILE
+        self._sums: dict[str, _Sum] = {}
+
+    def keys(self, address: Mapping[str, Any], sites: Sequence[str], told: str) -> dict[str, str]:
+        """Return the site's public keys for a sum.
+
+        Args:
+            address: Which sum.
+            sites: Whose.
+            told: A digest of all that the site was sent in the phase; who was sent something else
+                has masks of another sum.
+        """
+        key = _key(address)
+        if key in self._sums:
+            raise RefusedError("keys of this sum were made already")
+        if self._name not in sites or len(set(sites)) < len(sites):
+            raise RefusedError("a sum of other sites, or of one twice")
+        number = sorted(sites).index(self._name)
+        self._sums[key] = _Sum(sorted(sites), Sender(number), told)
+        for older in list(self._sums)[:-AHEAD]:
+            del self._sums[older]
+        advert = self._sums[key].sender.advert
+        signature = self._identity.sign(self._said(address, advert))
+        return {
+            "mask": advert.mask.hex(),
+            "box": advert.box.hex(),
+            "signature": signature.hex(),
+            "certificate": self._identity.certificate,
+        }
+
+    def boxes(
+        self, address: Mapping[str, Any], adverts: Mapping[str, Mapping[str, str]], threshold: int
+    ) -> dict[str, Any]:
+        """Return sealed shares for the other sites, whose keys these are."""
+        one = self._of(address)
+        if not set(adverts) <= set(one.sites):
+            raise RefusedError("keys of sites that are none of the sum's")
+        if threshold < self._settings.needed(len(adverts)):
+            raise RefusedError(f"a threshold of {threshold} is below the experiment's")
+        known = {}
+        for site, said in adverts.items():
+            advert = Advert(bytes.fromhex(said["mask"]), bytes.fromhex(said["box"]))
+            is_theirs = self._identity.verify(
+                site,
+                self._said(address, advert),
+                bytes.fromhex(said["signature"]),
+                said["certificate"],
+            )
+            if not is_theirs:
+                raise RefusedError(f"the keys of {site[:80]!r} are not signed by that site")
+            known[one.sites.index(site)] = advert
+        one.threshold, one.adverts = threshold, adverts
+        one.context = sum_context(self._run, address, one.sites, adverts, threshold, one.told)
+        sealed, commitment = _tried(lambda: one.sender.boxes(known, threshold, one.context))
+        by_site = {one.sites[number]: box.hex() for number, box in sealed.items()}
+        return {"boxes": by_site, "commitment": commitment.hex()}
+
+    def masked(self, address: Mapping[str, Any], boxes: Mapping[str, str], value: Tree) -> Tree:
+        """Return the site's integers under masks.
+
+        Args:
+            address: Which sum.
+            boxes: That other sites have sealed for this one.
+            value: The sum of the site's own clients, as integers.
+        """
+        one = self._of(address)
+        if one.value:
+            raise RefusedError("the site's value of this sum was sent already")
+        if not set(boxes) <= set(one.sites):
+            raise RefusedError("boxes of sites that are none of the sum's")
+        words = words_of(value)
+        one.value = hashlib.sha256(words.tobytes()).hexdigest()
+        before = self._unmasked().get(_key(address, attempt=False))
+        if before is not None and before["value"] != one.value:
+            raise RefusedError("another value of this sum was unmasked already")
+        numbered = {one.sites.index(site): bytes.fromhex(box) for site, box in boxes.items()}
+        _tried(lambda: one.sender.open(numbered))
+        return tree_of(_tried(lambda: one.sender.masked(words)), value)
+
+    def agree(self, address: Mapping[str, Any], survivors: Sequence[str]) -> dict[str, str]:
+        """Return a signature under the set of sites whose values are in a sum."""
+        one = self._of(address)
+        return {"signature": self._identity.sign(self._signed(one, survivors)).hex()}
+
+    def unmask(
+        self, address: Mapping[str, Any], survivors: Sequence[str], signatures: Mapping[str, str]
+    ) -> dict[str, Any]:
+        """Return shares of survivors' own masks, and of the keys of those who fell out.
+
+        It is written down first: of one sum, one value and one set of survivors.
+        """
+        one = self._of(address)
+        if not one.value or one.adverts is None:
+            raise RefusedError("the site's value is not in this sum")
+        content = self._signed(one, survivors)
+        agreed = [
+            site
+            for site, signature in signatures.items()
+            if site in survivors
+            and site in one.adverts
+            and self._identity.verify(
+                site, content, bytes.fromhex(signature), one.adverts[site]["certificate"]
+            )
+        ]
+        if len(agreed) < one.threshold:
+            raise RefusedError(f"{len(agreed)} sites have signed; {one.threshold} are needed")
+        key, known = _key(address, attempt=False), self._unmasked()
+        before = known.get(key)
+        if before is not None and before["survivors"] != sorted(survivors):
+            raise RefusedError("this sum was unmasked for others already")
+        numbers = frozenset(one.sites.index(site) for site in survivors)
+        shares = _tried(lambda: one.sender.shares(numbers, self._settings.min_sites))
+        known[key] = {"value": one.value, "survivors": sorted(survivors)}
+        files.write(self._file, json.dumps(known))
+        return {
+            "shares": {
+                one.sites[number]: share.to_bytes(BYTES, "big").hex()
+                for number, share in shares.items()
+            }
+        }
+
+    def _signed(self, one: _Sum, survivors: Sequence[str]) -> bytes:
+        if not one.context or not set(survivors) <= set(one.sites):
+            raise RefusedError("survivors of another sum")
+        return signed_part(one.context, [one.sites.index(site) for site in survivors])
+
+    def _said(self, address: Mapping[str, Any], advert: Advert) -> bytes:
+        return context_of("keys", self._run, _key(address), advert.mask.hex(), advert.box.hex())
+
+    def _of(self, address: Mapping[str, Any]) -> _Sum:
+        if (one := self._sums.get(_key(address))) is None:
+            raise RefusedError("no keys of this sum were made here")
+        return one
+
+    def _unmasked(self) -> dict[str, Any]:
+        if not self._file.exists():
+            return {}
+        known: dict[str, Any] = json.loads(self._file.read_text())
+        return known
+
+
+def sum_context(
+    run: str,
+    address: Mapping[str, Any],
+    sites: Sequence[str],
+    adverts: Mapping[str, Mapping[str, str]],
+    threshold: int,
+    told: str,
+) -> bytes:
+    """Return what a sum is told by: where it stands, whose keys, and what they all were sent."""
+    keys = {site: [said["mask"], said["box"]] for site, said in adverts.items()}
+    return context_of(run, _key(address), list(sites), keys, threshold, told)
+
+
+def told_after(before: str, tensors: Tree) -> str:
+    """Return a digest of what was sent before and of what follows it."""
+    return hashlib.sha256(before.encode() + trees.digest(tensors)).hexdigest()
+
+
+def _key(address: Mapping[str, Any], *, attempt: bool = True) -> str:
+    parts = [address["purpose"], address["round"], address["call"]]
+    return "/".join(map(str, [*parts, address["attempt"]] if attempt else parts))
+
+
+def _tried(work: Any) -> Any:
+    try:
+        return work()
+    except MaskError as error:
+        raise RefusedError(f"masks: {error}") from error
+
+
+def words_of(tree: Tree) -> Any:
+    """Return a tree of integers as words of 32 bits, in the order of names."""
+    flat = torch.cat([tree[name].flatten().long() for name in sorted(tree)])
+    return (flat.numpy() & 0xFFFFFFFF).astype(np.uint32)
+
+
+def tree_of(words: Any, like: Tree) -> Tree:
+    """Return words as a tree of integers, from -2^31 to 2^31 - 1, in the form of another."""
+    flat = torch.from_numpy(words.view(np.int32).copy())
+    names = sorted(like)
+    parts = flat.split([like[name].numel() for name in names])
+    return {name: part.view(like[name].shape) for name, part in zip(names, parts, strict=True)}

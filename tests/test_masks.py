@@ -1,0 +1,443 @@
+"""Sums under masks: exact whoever falls out, nothing of any part, and lies that get nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+
+from conftest import make_rows, write_rows
+from fedpref import Experiment, UserError, config
+from fedpref.channel.lattice import LARGEST, fixed, unfixed
+from fedpref.engines.messages import pack, unpack
+from fedpref.engines.site_masks import FILE, SiteMasks, tree_of, words_of
+from fedpref.experiments.clients import SimulatedSite
+from fedpref.experiments.rounds import events, new_directory
+from fedpref.experiments.run_directory import RunDirectory
+from fedpref.numerics import trees
+from fedpref.privacy import Secret, shamir
+from fedpref.privacy.masks import (
+    Advert,
+    MaskError,
+    Sender,
+    context_of,
+    signed_part,
+    stream,
+    unmasked,
+)
+from fedpref.privacy.settings import Masks
+from test_private_sites import CLIENTS, KEY, QUANTILE, Here
+
+CONTEXT = context_of("run", 3, 1)
+
+
+# ---- shares
+
+
+def test_any_of_enough_shares_give_the_secret_and_fewer_do_not() -> None:
+    draw = random.Random(0)
+    for _ in range(30):
+        count = draw.randint(1, 12)
+        threshold = draw.randint(1, count)
+        secret = draw.randbytes(32)
+        holders = draw.sample(range(50), count)
+        shares = shamir.split(secret, holders, threshold)
+        some = draw.sample(holders, threshold)
+        assert shamir.join({holder: shares[holder] for holder in some}, threshold) == secret
+        with pytest.raises(ValueError, match="are needed"):
+            shamir.join({holder: shares[holder] for holder in some[1:]}, threshold)
+        if threshold > 1:
+            wrong = {holder: shares[holder] for holder in some}
+            wrong[some[0]] = (wrong[some[0]] + 1) % shamir.PRIME
+            with contextlib.suppress(ValueError):  # they mostly do not belong together
+                assert shamir.join(wrong, threshold) != secret
+    with pytest.raises(ValueError, match="3 of 2 shares"):
+        shamir.split(bytes(32), [0, 1], 3)
+    with pytest.raises(ValueError, match="of 5 bytes"):
+        shamir.split(bytes(5), [0, 1], 2)
+
+
+# ---- one sum
+
+
+class Sum:
+    """A sum of some senders, with what any of them might do."""
+
+    def __init__(self, senders: int, threshold: int, words: int = 200) -> None:
+        self.threshold, self.count = threshold, senders
+        self.senders = [Sender(i) for i in range(senders)]
+        self.adverts = {one.number: one.advert for one in self.senders}
+        made = [one.boxes(self.adverts, threshold, CONTEXT) for one in self.senders]
+        self.commitments = {i: commitment for i, (_, commitment) in enumerate(made)}
+        self.boxes = {i: sealed for i, (sealed, _) in enumerate(made)}
+        for one in self.senders:
+            one.open({j: self.boxes[j][one.number] for j in self.adverts if j != one.number})
+        rng = np.random.default_rng(senders)
+        self.values = [rng.integers(2**32, size=words, dtype=np.uint32) for _ in self.senders]
+
+    def upload(self, gone: set[int]) -> dict[int, Any]:
+        return {
+            i: one.masked(self.values[i]) for i, one in enumerate(self.senders) if i not in gone
+        }
+
+    def end(self, uploads: dict[int, Any], silent: set[int] = frozenset()) -> Any:  # type: ignore[assignment]
+        survivors = frozenset(uploads)
+        shares = {i: self.senders[i].shares(survivors, 2) for i in survivors if i not in silent}
+        return self.finish(uploads, shares)
+
+    def finish(self, uploads: dict[int, Any], shares: dict[int, dict[int, int]]) -> Any:
+        total = np.zeros_like(self.values[0])
+        for one in uploads.values():
+            total = total + one
+        return unmasked(
+            total,
+            frozenset(uploads),
+            self.adverts,
+            self.commitments,
+            shares,
+            self.threshold,
+            CONTEXT,
+        )
+
+    def plain(self, survivors: Any) -> Any:
+        total = np.zeros_like(self.values[0])
+        for i in survivors:
+            total = total + self.values[i]
+        return total
+
+
+@pytest.mark.parametrize(("senders", "threshold", "lost"), [(2, 2, 0), (4, 3, 1), (10, 7, 3)])
+def test_a_sum_is_exact_whoever_falls_out(senders: int, threshold: int, lost: int) -> None:
+    one = Sum(senders, threshold)
+    uploads = one.upload(set(range(lost)))
+    assert np.array_equal(one.end(uploads), one.plain(uploads))
+    if senders - lost > threshold:
+        other = Sum(senders, threshold)
+        uploads = other.upload(set(range(lost)))
+        silent = {senders - 1}
+        assert np.array_equal(other.end(uploads, silent), other.plain(uploads))
+
+
+def test_too_few_shares_or_wrong_ones_give_no_sum() -> None:
+    one = Sum(5, 4)
+    uploads = one.upload({0})
+    with pytest.raises(MaskError, match="of which 4 are needed"):
+        one.end(uploads, {1})
+    for holder, of in ((1, 2), (1, 0)):
+        one = Sum(5, 4)
+        uploads = one.upload({0})
+        shares = {i: dict(one.senders[i].shares(frozenset(uploads), 2)) for i in uploads}
+        shares[holder][of] = (shares[holder][of] + 1) % shamir.PRIME
+        with pytest.raises(MaskError, match=r"is wrong|do not belong"):
+            one.finish(uploads, shares)
+    with pytest.raises(MaskError, match="too few"):
+        Sum(5, 4).senders[0].shares(frozenset({0, 1}), 2)
+
+
+def test_an_upload_is_uniform_and_says_nothing_of_its_value() -> None:
+    words = 40_000
+    one = Sum(4, 3, words)
+    for value in (np.zeros(words, np.uint32), np.full(words, 7, np.uint32)):
+        one.values[0] = value
+        sent = Sum.upload(one, set())[0]
+        counts = np.bincount(np.frombuffer(sent.tobytes(), np.uint8), minlength=256)
+        assert scipy.stats.chisquare(counts).pvalue > 1e-4
+    one.values[0] = np.arange(words, dtype=np.uint32) * 90_000
+    sent = one.upload(set())[0]
+    apart = abs(np.corrcoef(one.values[0].astype(float), sent.astype(float))[0, 1])
+    assert apart < 0.03
+    assert not np.array_equal(Sum(4, 3).upload(set())[0], Sum(4, 3).upload(set())[0])
+
+
+def test_a_sender_answers_for_one_set_of_survivors_once() -> None:
+    one = Sum(5, 3)
+    one.upload(set())
+    first = one.senders[0].shares(frozenset({0, 1, 2, 3}), 2)
+    assert one.senders[0].shares(frozenset({0, 1, 2, 3}), 2) == first
+    with pytest.raises(MaskError, match="another set of survivors"):
+        one.senders[0].shares(frozenset({0, 1, 2}), 2)
+    with pytest.raises(MaskError, match="too few"):
+        one.senders[1].shares(frozenset({0, 2, 3}), 2)
+
+
+def test_boxes_of_another_sum_or_of_somebody_else_do_not_open() -> None:
+    one, other = Sum(3, 2), Sum(3, 2)
+    with pytest.raises(MaskError, match="does not open"):
+        one.senders[0].open({1: other.boxes[1][0]})
+    with pytest.raises(MaskError, match="does not open"):
+        one.senders[0].open({1: one.boxes[2][0]})
+    with pytest.raises(MaskError, match="none of the others"):
+        one.senders[0].open({7: one.boxes[2][0]})
+    with pytest.raises(MaskError, match="were made already"):
+        one.senders[0].boxes(one.adverts, 2, CONTEXT)
+    fresh = Sender(0)
+    twice = {0: fresh.advert, 1: one.adverts[1], 2: Advert(one.adverts[1].mask, bytes(32))}
+    with pytest.raises(MaskError, match="a key comes twice"):
+        fresh.boxes(twice, 2, CONTEXT)
+    with pytest.raises(MaskError, match="a threshold of 1 does not fit"):
+        Sender.boxes(fresh, {0: fresh.advert, 1: one.adverts[1]}, 1, CONTEXT)
+    lonely = Sender(0)
+    lonely.boxes({0: lonely.advert, 1: one.adverts[1]}, 2, CONTEXT)
+    with pytest.raises(MaskError, match="1 senders, of which 2 are needed"):
+        lonely.masked(np.zeros(3, np.uint32))
+    nonsense = Sender(0)
+    zeros = {0: nonsense.advert, 1: Advert(bytes(32), bytes([1, *bytes(31)]))}
+    with pytest.raises(MaskError, match="a key that is none"):
+        nonsense.boxes(zeros, 2, CONTEXT)
+
+
+def test_a_stream_is_of_its_seed() -> None:
+    words = stream(bytes(32), 300_000)
+    assert np.array_equal(words[:10], stream(bytes(32), 10))
+    assert not np.array_equal(words[:10], stream(bytes([1]) + bytes(31), 10))
+    assert signed_part(CONTEXT, [2, 1]) == signed_part(CONTEXT, [1, 2])
+    assert signed_part(CONTEXT, [1]) != signed_part(context_of("other"), [1])
+
+
+def test_numbers_are_integers_and_back() -> None:
+    tree = {"a": torch.tensor([0.5, -3.25, 1e-7]), "b": torch.zeros(0)}
+    back = unfixed(fixed(tree))
+    assert torch.allclose(back["a"], tree["a"], atol=2**-25)
+    for wrong in (LARGEST * 1.01, float("nan")):
+        with pytest.raises(ValueError, match="beyond 64, or none"):
+            fixed({"a": torch.tensor([wrong])})
+    negative = {"a": torch.tensor([-1, 5]), "b": torch.tensor([[2**31 - 1]])}
+    same = tree_of(words_of(negative), negative)
+    assert all(torch.equal(same[name].long(), negative[name]) for name in negative)
+
+
+# ---- sites
+
+
+@pytest.fixture
+def content(settings: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    rows = write_rows(tmp_path / "rows.jsonl", make_rows([12, 12, 13, 12, 12, 12]))
+    return deepcopy(
+        {
+            **settings,
+            "data": {"name": "files", "path": str(rows), "test_fraction": 0.3},
+            "algorithm": {**settings["algorithm"], "aggregate": {"name": "frozen-a"}},
+            "secrecy": {"name": "masks", "min_sites": 2},
+            "rounds": 2,
+        }
+    )
+
+
+def parsed(content: dict[str, Any], **changes: Any) -> Experiment:
+    return config.parse(Experiment, {**content, **changes}, "test")
+
+
+def run_to(spec: Experiment, folder: Path, transport: Any = None) -> RunDirectory:
+    directory = new_directory(spec, folder)
+    for _ in events(spec, directory, transport=transport):
+        pass
+    return directory
+
+
+def sites(folder: Path, count: int = 3, kind: Callable[..., Any] = Here) -> Any:
+    return kind(folder, [SimulatedSite(k, count) for k in range(count)])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"algorithm": {"name": "scaffold"}},
+        {"algorithm": {"name": "clustered"}},
+        {"algorithm": {"name": "feddpo", "aggregate": {"name": "product"}}},
+        {"federation": {"weighting": "equal"}, "privacy": CLIENTS | QUANTILE},
+    ],
+    ids=["examples", "scaffold", "clustered", "product", "private"],
+)
+def test_masked_sums_and_those_of_one_process_agree_to_the_bit(
+    changes: dict[str, Any],
+    content: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if "privacy" in changes:
+        monkeypatch.setattr(Secret, "of", staticmethod(lambda folder: Secret(KEY)))
+    local = content["algorithm"]["local"]
+    changes = deepcopy(changes)
+    if "algorithm" in changes:
+        changes["algorithm"]["local"] = local
+    spec = parsed(content, **changes)
+    here = run_to(spec, tmp_path / "here")
+    there = run_to(spec, tmp_path / "there", sites(tmp_path / "sites"))
+    assert checkpoint(here).keys() == checkpoint(there).keys()
+    for name, tensor in checkpoint(here).items():
+        assert torch.equal(tensor, checkpoint(there)[name]), name
+
+
+def checkpoint(run: RunDirectory) -> dict[str, Any]:
+    last = sorted((run.path / "checkpoints").glob("round-*"))[-1]
+    return {
+        f"{file.name}:{name}": tensor
+        for file in sorted(last.glob("*.safetensors"))
+        for name, tensor in trees.load(file).items()
+    }
+
+
+def test_no_byte_that_the_coordinator_gets_is_a_sites_part(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
+    parts: list[bytes] = []
+    masked = SiteMasks.masked
+
+    def recorded(self: SiteMasks, address: Any, boxes: Any, value: Any) -> Any:
+        parts.append(words_of(value).tobytes())
+        return masked(self, address, boxes, value)
+
+    transport = sites(tmp_path / "sites")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SiteMasks, "masked", recorded)
+        run_to(parsed(content), tmp_path / "run", transport)
+    assert len(parts) == 6, "three sites in two rounds"
+    everything = b"".join(transport.up)
+    for part in parts:
+        middle = len(part) // 2
+        assert any(part[middle : middle + 32])
+        assert part[middle : middle + 32] not in everything
+    sent = [tensors for _, tensors in map(unpack, transport.up) if tensors]
+    assert all(t.dtype == torch.int32 for tree in sent for t in tree.values())
+    for tree, part in zip(sent, parts, strict=True):
+        words = words_of(tree)
+        counts = np.bincount(np.frombuffer(words.tobytes(), np.uint8), minlength=256)
+        assert scipy.stats.chisquare(counts).pvalue > 1e-5
+        own = np.frombuffer(part, np.uint32)
+        apart = abs(np.corrcoef(own.astype(float), words.astype(float))[0, 1])
+        assert apart < 5 / len(own) ** 0.5
+
+
+class Losing(Here):
+    """Sites of which one does not answer a verb."""
+
+    verb = "contribute"
+
+    def ask(self, messages: Any, seconds: float) -> dict[str, bytes]:
+        found = super().ask(messages, seconds)
+        if any(unpack(one)[0].get("verb") == self.verb for one in messages.values()):
+            found.pop("site-1", None)
+        return found
+
+
+@pytest.mark.parametrize("verb", ["keys", "boxes", "contribute", "agree", "unmask"])
+def test_a_site_that_falls_out_in_any_phase_is_left_out_or_not_needed(
+    verb: str, content: dict[str, Any], tmp_path: Path
+) -> None:
+    kind = type("LosingOne", (Losing,), {"verb": verb})
+    spec = parsed(content, patience={"min_clients": 1}, rounds=1)
+    run = run_to(spec, tmp_path / "run", sites(tmp_path / "sites", 4, kind))
+    assert RunDirectory(run.path).done
+    row = run.read_rows("metrics.jsonl")[0]
+    assert row["late"] >= 1
+
+
+def test_too_few_sites_end_the_round_with_a_sentence(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
+    spec = parsed(content, secrecy={"name": "masks", "min_sites": 3})
+    with pytest.raises(UserError, match="2 sites take part in a sum, and 3 are needed"):
+        run_to(spec, tmp_path / "run", sites(tmp_path / "sites", 2))
+    kind = type("LosingOne", (Losing,), {"verb": "contribute"})
+    masks = {"name": "masks", "min_sites": 3}
+    spec = parsed(content, secrecy=masks, patience={"min_clients": 1})
+    with pytest.raises(UserError, match="3 are needed"):
+        run_to(spec, tmp_path / "other", sites(tmp_path / "more", 3, kind))
+
+
+class Lying(Here):
+    """A coordinator that changes what it relays."""
+
+    lie = ""
+
+    def ask(self, messages: Any, seconds: float) -> dict[str, bytes]:
+        changed = {}
+        for site, message in messages.items():
+            header, tensors = unpack(message)
+            verb = header.get("verb")
+            if self.lie == "two sets" and verb == "unmask" and site == "site-0":
+                header["survivors"] = header["survivors"][:-1]
+            if self.lie == "unequal adapters" and verb == "each" and site == "site-0":
+                tensors = {name: tensor + 0.01 for name, tensor in tensors.items()}
+            if self.lie == "swapped keys" and verb == "boxes" and site == "site-0":
+                header["adverts"]["site-1"] |= {"mask": Sender(9).advert.mask.hex()}
+            if self.lie == "in the clear" and verb == "contribute":
+                header.pop("masked")
+            if self.lie == "old boxes" and verb == "contribute" and site == "site-0":
+                boxes = header["masked"]["boxes"]
+                known = self.__dict__.setdefault("kept", dict(boxes))
+                header["masked"]["boxes"] = known
+            if self.lie == "low threshold" and verb == "boxes":
+                header["threshold"] = 2
+            changed[site] = pack(header, tensors)
+        return super().ask(changed, seconds)
+
+
+@pytest.mark.parametrize(
+    "lie",
+    ["two sets", "unequal adapters", "swapped keys", "in the clear", "old boxes", "low threshold"],
+)
+def test_a_coordinator_that_lies_gets_nothing(
+    lie: str, content: dict[str, Any], tmp_path: Path
+) -> None:
+    spec = parsed(content, secrecy={"name": "masks", "min_sites": 3, "threshold": 1.0})
+    kind = type("LyingOne", (Lying,), {"lie": lie})
+    with pytest.raises(UserError, match=r"site-|sum under masks is lost|secrecy"):
+        run_to(spec, tmp_path / "run", sites(tmp_path / "sites", 3, kind))
+    run = tmp_path / "run"
+    done = RunDirectory(run).read_rows("metrics.jsonl") if (run / "metrics.jsonl").exists() else []
+    assert len(done) == (1 if lie == "old boxes" else 0)
+
+
+def test_a_sum_is_unmasked_for_one_value_and_one_set_over_restarts(tmp_path: Path) -> None:
+    from fedpref.engines.site_masks import Unsigned
+
+    names = ["a", "b", "c"]
+
+    def attempt(number: int, value: float, survivors: list[str]) -> None:
+        address = {"purpose": "train", "round": 0, "call": 1, "attempt": number}
+        made = {
+            name: SiteMasks(name, Unsigned(), Masks(min_sites=2), "run", tmp_path / name)
+            for name in names
+        }
+        adverts = {name: one.keys(address, names, "told") for name, one in made.items()}
+        sealed = {name: one.boxes(address, adverts, 3) for name, one in made.items()}
+        for name, one in made.items():
+            (tmp_path / name).mkdir(exist_ok=True)
+            boxes = {o: said["boxes"][name] for o, said in sealed.items() if o != name}
+            one.masked(address, boxes, {"x": torch.tensor([int(value)])})
+        signatures = {name: made[name].agree(address, survivors)["signature"] for name in survivors}
+        for name in survivors:
+            made[name].unmask(address, survivors, signatures)
+
+    attempt(0, 5, names)
+    assert len(json.loads((tmp_path / "a" / FILE).read_text())) == 1
+    attempt(1, 5, names)  # the same once more, as a coordinator that was killed asks
+    from fedpref.engines.messages import RefusedError
+
+    with pytest.raises(RefusedError, match="another value of this sum was unmasked already"):
+        attempt(2, 6, names)
+
+
+def test_what_masks_cannot_do_is_refused(content: dict[str, Any]) -> None:
+    for changes, message in (
+        ({"algorithm": {"name": "decdpo"}}, "decdpo has no sum"),
+        ({"federation": {"clip": 1.0}}, "cannot shorten what it does not see"),
+        ({"diagnostics": ["disagreement"]}, "they tell the coordinator of each client"),
+        ({"secrecy": {"name": "masks", "threshold": 0.4}}, "secrecy.threshold"),
+    ):
+        with pytest.raises(UserError, match=message):
+            parsed(content, **changes)
+    assert Masks().needed(10) == 7
+    assert Masks().needed(3) == 3
+    assert Masks(threshold=0.51, min_sites=2).needed(4) == 3
