@@ -35,6 +35,7 @@ from fedpref.privacy.masks import (
     unmasked,
 )
 from fedpref.privacy.settings import Masks
+from fedpref.sites.identity import KitIdentity
 from test_private_sites import CLIENTS, KEY, QUANTILE, Here
 
 CONTEXT = context_of("run", 3, 1)
@@ -441,3 +442,93 @@ def test_what_masks_cannot_do_is_refused(content: dict[str, Any]) -> None:
     assert Masks().needed(10) == 7
     assert Masks().needed(3) == 3
     assert Masks(threshold=0.51, min_sites=2).needed(4) == 3
+
+
+# ---- who says so
+
+
+def kits(folder: Path, names: list[str]) -> dict[str, Path]:
+    """Keys and certificates of one root, as provisioning makes them."""
+    from datetime import UTC, datetime, timedelta
+
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import rsa
+    from cryptography.x509.oid import NameOID
+
+    def name_of(text: str) -> Any:
+        return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
+
+    def certificate(subject: str, key: Any, issuer: Any) -> Any:
+        begins = datetime.now(UTC) - timedelta(days=1)
+        return (
+            x509.CertificateBuilder()
+            .subject_name(name_of(subject))
+            .issuer_name(name_of("root"))
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(begins)
+            .not_valid_after(begins + timedelta(days=30))
+            .sign(issuer, hashes.SHA256())
+        )
+
+    pem = serialization.Encoding.PEM
+    root = rsa.generate_private_key(65537, 2048)
+    made = {}
+    for name in names:
+        key = rsa.generate_private_key(65537, 2048)
+        made[name] = folder / name
+        made[name].mkdir(parents=True)
+        (made[name] / "rootCA.pem").write_bytes(certificate("root", root, root).public_bytes(pem))
+        (made[name] / "client.crt").write_bytes(certificate(name, key, root).public_bytes(pem))
+        (made[name] / "client.key").write_bytes(
+            key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+        )
+    return made
+
+
+def test_keys_that_another_root_has_signed_are_refused(tmp_path: Path) -> None:
+    mine, theirs = kits(tmp_path / "a", ["one", "two"]), kits(tmp_path / "b", ["one"])
+    one, two = (KitIdentity(mine[name]) for name in ("one", "two"))
+    forged = KitIdentity(theirs["one"])
+    said = one.sign(b"content")
+    assert two.verify("one", b"content", said, one.certificate)
+    assert not two.verify("two", b"content", said, one.certificate), "of another site"
+    assert not two.verify("one", b"other", said, one.certificate)
+    assert not two.verify("one", b"content", forged.sign(b"content"), forged.certificate)
+    assert not two.verify("one", b"content", forged.sign(b"content"), one.certificate)
+    assert not two.verify("one", b"content", said, "no certificate")
+    with pytest.raises(UserError, match="the kit's key or certificate"):
+        KitIdentity(tmp_path / "nowhere")
+
+
+def test_sites_with_kits_sum_under_masks_and_swapped_keys_are_noticed(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
+    made = kits(tmp_path / "kits", [f"site-{k}" for k in range(3)])
+
+    class Swapping(Here):
+        """A coordinator that puts keys of its own in the place of a site's."""
+
+        swaps = False
+
+        def ask(self, messages: Any, seconds: float) -> dict[str, bytes]:
+            changed = {}
+            for site, message in messages.items():
+                header, tensors = unpack(message)
+                if self.swaps and header.get("verb") == "boxes" and site == "site-0":
+                    own = Sender(1).advert
+                    header["adverts"]["site-1"] |= {"mask": own.mask.hex(), "box": own.box.hex()}
+                changed[site] = pack(header, tensors)
+            return super().ask(changed, seconds)
+
+    for swaps in (False, True):
+        transport = sites(tmp_path / f"sites-{swaps}", 3, Swapping)
+        for name, site in transport.all.items():
+            site._identity = KitIdentity(made[name])
+        transport.swaps = swaps
+        if not swaps:
+            run_to(parsed(content, rounds=1), tmp_path / "run", transport)
+            continue
+        with pytest.raises(UserError, match="keys of 'site-1' are not signed by that site"):
+            run_to(parsed(content, rounds=1), tmp_path / "other", transport)

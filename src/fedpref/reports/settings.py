@@ -33,7 +33,7 @@ from fedpref.models.own_parts import Parts
 from fedpref.models.predictor import Predictor
 from fedpref.numerics.min_norm import MinNorm
 from fedpref.numerics.topology import AnyTopology
-from fedpref.privacy import Column, FixedClip, Privacy, QuantileClip
+from fedpref.privacy import Column, FixedClip, Masks, Privacy, QuantileClip
 from fedpref.rewards import Combine, Reward
 from fedpref.sites.consent import Limits, SiteFile
 from fedpref.tasks import AnyTask
@@ -71,6 +71,7 @@ GROUPS: Mapping[str, tuple[str, Sequence[Any]]] = {
     "privacy": ("privacy: what is promised", (Privacy,)),
     "units": ("privacy.unit, where it is none of the names", (Column,)),
     "clips": ("privacy.clip", (FixedClip, QuantileClip)),
+    "secrecy": ("secrecy: sums that the coordinator sees the whole of alone", (Masks,)),
     "stop": ("stop: when a line is over", (Stop,)),
     "site": ("a site's own file, site.yaml", (SiteFile, Limits)),
 }

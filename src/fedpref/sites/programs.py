@@ -23,6 +23,7 @@ from fedpref import config
 from fedpref.engines.host import Host
 from fedpref.engines.requests import run_name
 from fedpref.engines.site import Site
+from fedpref.engines.site_masks import Identity, Unsigned
 from fedpref.errors import UserError
 from fedpref.experiments.clients import SimulatedSite
 from fedpref.experiments.experiment import Experiment, with_whole_paths
@@ -30,7 +31,9 @@ from fedpref.experiments.rounds import events
 from fedpref.experiments.run_directory import RunDirectory
 from fedpref.sites import FUNCTIONS, RUNS, SAYS, SITE, TELLS
 from fedpref.sites.consent import consenting, refuse_code
+from fedpref.sites.identity import KitIdentity
 
+STARTUP = "startup"  # in a kit: key and certificates
 SIMULATED = ".sites"  # beside runs: what simulated sites keep until a run is done
 
 
@@ -57,7 +60,9 @@ class Sited:
             )
         else:
             raise UserError(f"{SITE} is not set: start the site by `fedpref site start`.")
-        self._site = Site(name, host, folder, self)
+        # sites of one machine have nobody between them
+        identity: Identity = KitIdentity(Path(file).parent / STARTUP) if file else Unsigned()
+        self._site = Site(name, host, folder, self, identity)
         self._is_secure = bool(file)  # whatever the job says
 
     @collab.publish
