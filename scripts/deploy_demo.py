@@ -1,4 +1,4 @@
-"""A federation on this machine: a server and three sites with certificates, two experiments over
+"""A federation on this machine: a server and three sites with certificates, experiments over
 mutual TLS, and everything stopped again.
 
     python scripts/deploy_demo.py FOLDER
@@ -21,7 +21,17 @@ from fedpref.sites import kits
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs/feddpo.yaml"
 SITES = ("north", "east", "south")
-EXPERIMENTS = {"fedpdpo": ["algorithm.local.steps=6"], "decdpo": ["network.topology=ring"]}
+MASKS = "secrecy.name=masks"
+EXPERIMENTS = {
+    "fedpdpo": ["algorithm.local.steps=6", MASKS],
+    "decdpo": ["network.topology=ring"],
+    "feddpo": [
+        MASKS,
+        "privacy={epsilon: 8, delta: 0.01}",
+        "algorithm.aggregate.name=frozen-a",
+        "federation.weighting=equal",
+    ],
+}
 COMMON = ["rounds=3", "baselines=[]", "patience={seconds: 300, min_sites: 3}"]
 
 

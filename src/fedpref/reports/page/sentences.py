@@ -12,6 +12,7 @@ from fedpref.experiments.free_baselines import FREE_LINES
 from fedpref.experiments.private import SPENDS, promised
 from fedpref.experiments.rounds import ENDED
 from fedpref.experiments.run_directory import CONFIG
+from fedpref.experiments.run_files import HELD_OUT
 from fedpref.models.named import BUILTIN
 from fedpref.numerics.intervals import interval, why_none
 from fedpref.numerics.metrics import ACCURACY, COMBINED
@@ -243,12 +244,18 @@ def facts(run: Run) -> dict[str, str]:
 
 
 def _promised(run: Run) -> str:
-    """Return what is promised of privacy, and what of it is spent; empty without a promise."""
+    """Return what is promised of privacy and of secrecy, and what is spent; empty without any."""
     spent = {name: column[-1] for name in SPENDS if (column := run.line.column(name))}
-    said = promised(run.experiment, spent)
-    if not said:
-        return ""
-    return f"{said}; this page, and all figures of a run, are the coordinator's and outside it"
+    said = []
+    if run.experiment.secrecy and (run.path / HELD_OUT).exists():  # of sites
+        said.append("the coordinator saw what sites sent as sums alone, under masks")
+    elif run.experiment.secrecy:
+        said.append("sums of integers, as sites have them under masks; here in one process")
+    if noise := promised(run.experiment, spent):
+        said.append(
+            f"{noise}; this page, and all figures of a run, are the coordinator's and outside it"
+        )
+    return ". ".join(said)
 
 
 def _rounds(run: Run) -> str:
