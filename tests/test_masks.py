@@ -25,6 +25,7 @@ from fedpref.experiments.rounds import events, new_directory
 from fedpref.experiments.run_directory import RunDirectory
 from fedpref.numerics import trees
 from fedpref.privacy import Secret, shamir
+from fedpref.privacy.accountant import epsilon_of_discrete
 from fedpref.privacy.masks import (
     Advert,
     MaskError,
@@ -428,6 +429,47 @@ def test_a_sum_is_unmasked_for_one_value_and_one_set_over_restarts(tmp_path: Pat
 
     with pytest.raises(RefusedError, match="another value of this sum was unmasked already"):
         attempt(2, 6, names)
+
+
+def test_noise_that_sites_add_is_enough_with_the_fewest_that_must_be_left(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
+    privacy = {"noise_multiplier": 1.0, "delta": 0.01, "against": "coordinator"}
+    changes: dict[str, Any] = {
+        "privacy": privacy,
+        "federation": {"weighting": "equal"},
+        "secrecy": {"name": "masks", "min_sites": 2, "corrupt": 0.0},
+        "rounds": 1,
+    }
+    spec = parsed(content, **changes)
+    with pytest.raises(UserError, match="in one process there is no coordinator to hide from"):
+        run_to(spec, tmp_path / "here")
+    moved = []
+    for number in range(2):
+        run = run_to(spec, tmp_path / f"run-{number}", sites(tmp_path / f"sites-{number}", 4))
+        moved.append(trees.load(run.path / "adapter/adapter_model.safetensors"))
+    row = run.read_rows("metrics.jsonl")[-1]
+    assert row["epsilon"] == pytest.approx(epsilon_of_discrete([1.0], 0.01), rel=1e-3)
+    # of two runs the noise is apart: of three of four sites' parts each is a third of what is asked
+    names = [name for name in moved[0] if "lora_B" in name]
+    apart = torch.cat([(moved[0][name] - moved[1][name]).flatten() for name in names])
+    clip, clients, needed = spec.promises[0].norm, 6, 3
+    asked = clip * (4 / needed) ** 0.5 / clients
+    assert float(apart.std()) / 2**0.5 == pytest.approx(asked, rel=0.1)
+
+
+def test_sites_without_anybody_in_the_cohort_take_part_in_a_noisy_sum(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
+    changes: dict[str, Any] = {
+        "privacy": CLIENTS,
+        "federation": {"weighting": "equal", "sampling": "poisson", "clients_per_round": 1},
+        "rounds": 6,
+    }
+    run = run_to(parsed(content, **changes), tmp_path / "run", sites(tmp_path / "sites"))
+    took_part = [row["clients"] for row in run.read_rows("metrics.jsonl")]
+    assert min(took_part) < 3, "some sites have nobody in a round"
+    assert len(took_part) == 6
 
 
 def test_what_masks_cannot_do_is_refused(content: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,9 +25,11 @@ class RoundedGaussian:
     of Gaussian noise holds of it.
     """
 
+    is_rounded: ClassVar[bool] = True
+
     def __init__(self, deviation: int) -> None:
         self.deviation = deviation
-        self._blocks, self._within, self._half = _table(deviation)
+        self._blocks, self._within, self._half = _table(deviation, self.is_rounded)
         # the first and the last block that words of each beginning may be in
         begins = np.arange(2**FIRST, dtype=np.uint64) << np.uint64(64 - FIRST)
         ends = begins + np.uint64(2 ** (64 - FIRST) - 1)
@@ -65,11 +68,25 @@ class RoundedGaussian:
         return float(bounds * 2.0**-64 + 1e-20 + 3e-5 / self.deviation**6)
 
 
-@lru_cache(maxsize=4)
-def _table(deviation: int) -> tuple[NDArray[np.uint64], NDArray[np.uint64], int]:
+class DiscreteGaussian(RoundedGaussian):
+    """Whole numbers k with chances proportional to exp(-k^2 / (2 s^2)).
+
+    Sums of them over senders, of whom nobody knows another's, are as good as a Gaussian's.
+    Source: Canonne, Kamath and Steinke 2020, "The Discrete Gaussian for Differential Privacy".
+    """
+
+    is_rounded = False
+
+
+@lru_cache(maxsize=8)
+def _table(deviation: int, is_rounded: bool) -> tuple[NDArray[np.uint64], NDArray[np.uint64], int]:
     """Return bounds of blocks of cells, and of cells within each block, in units of 2^-64.
 
     Whole numbers alone, so that it is the same on every machine.
+
+    Args:
+        deviation: The standard deviation.
+        is_rounded: Of a rounded normal variable, or of the discrete one.
 
     Returns:
         Bounds between blocks; bounds between cells of each block, a row a block; the number of the
@@ -88,7 +105,7 @@ def _table(deviation: int) -> tuple[NDArray[np.uint64], NDArray[np.uint64], int]
         s2 = deviation**2
         second = (k * k - s2) * one // (24 * s2 * s2)
         fourth = (k**4 - 6 * k * k * s2 + 3 * s2 * s2) * one // (1920 * s2**4)
-        chances.append(density * (one + second + fourth) >> BITS)
+        chances.append(density * (one + second + fourth) >> BITS if is_rounded else density)
         density = density * ratio >> BITS
         ratio = ratio * step >> BITS
     cells = [chances[abs(k)] for k in range(-half, half + 1)]

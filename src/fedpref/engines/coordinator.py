@@ -267,8 +267,10 @@ class RemoteEngine:
         if private is not None:
             noisy = {"round": self.round, "call": self._calls, "norm": private.norm}
         by_site = self._by_site()
-        if private is not None and not by_site:  # nobody was drawn
-            return private.release((), self.round, self._calls)
+        if private is not None:
+            # a site of whose clients none was drawn adds nothing, and a part of the noise
+            everywhere = self._by_site(i for i in self.clients if i not in self._gone)
+            by_site = {site: by_site.get(site, []) for site in everywhere}
         total, left = secure.sum(
             {
                 site: _contribute(

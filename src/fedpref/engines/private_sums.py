@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from fedpref.channel.lattice import Lattice
-from fedpref.channel.noise import WORDS, RoundedGaussian
+from fedpref.channel.noise import WORDS, DiscreteGaussian, RoundedGaussian
 from fedpref.errors import UserError
 from fedpref.numerics import trees
 from fedpref.numerics.trees import Tree
-from fedpref.privacy import FixedClip, Guarantee, Ledger, QuantileClip, Secret, epsilon_of
+from fedpref.privacy import FixedClip, Guarantee, Ledger, QuantileClip, Secret
 
 SHORT = "short enough"  # a number beside a change, for a clip that follows a quantile
 CLIP, CLIPPED = "clip_norm", "clipped"  # figures of a round with such a clip
@@ -155,6 +155,8 @@ class PrivateSums:
             WORDS * self.dimensions, "noise", round=round, call=call, attempt=attempt
         )
         noise = torch.from_numpy(self._noise.draw(words))
+        if self.guarantee.is_discrete:  # it is in the sum already
+            noise = torch.zeros_like(noise)
         mean = dict(self.lattice.decode(total, noise, self.expected))
         if self._share:
             self._follow(float(mean.pop(SHORT)[0]) / (self._share * self.norm))
@@ -167,6 +169,27 @@ class PrivateSums:
             self._clipped = 1 - share
             self.norm *= math.exp(-self._clip.rate * (share - self._clip.quantile))
             self._settle()
+
+    def part_of_noise(self, total: Tree, round: int, call: int, noisy: int) -> Tree:
+        """Return a sum of a site's with its part of the noise, the same for the same sum.
+
+        Args:
+            total: The site's sum.
+            round: From 0.
+            call: The number of the verb within the round.
+            noisy: How many such parts are enough.
+        """
+        names = sorted(total)
+        flat = torch.cat([total[name].flatten().long() for name in names])
+        digest = hashlib.blake2b(key=self.secret.key_of("parts"), digest_size=16)
+        digest.update(repr((self.lattice, noisy)).encode() + flat.numpy().tobytes())
+        purpose = f"part of noise/{digest.hexdigest()}"
+        words = self.secret.words(WORDS * len(flat), purpose, round=round, call=call)
+        sampler = DiscreteGaussian(math.ceil(self.lattice.deviation / math.sqrt(noisy)))
+        parts = (flat + torch.from_numpy(sampler.draw(words))).split(
+            [total[name].numel() for name in names]
+        )
+        return {name: part.view(total[name].shape) for name, part in zip(names, parts, strict=True)}
 
     @property
     def figures(self) -> dict[str, float]:
@@ -197,7 +220,7 @@ class PrivateSums:
     def _spent(self, ledger: Ledger) -> float:
         # whoever takes part in so many rounds at most has paid for the dearest ones
         rounds = sorted(ledger.rounds)[: self._most]
-        return epsilon_of(Counter(rounds), self.guarantee.delta, self.guarantee.inexact)
+        return self.guarantee.spent(Counter(rounds))
 
     def affords(self, round: int) -> bool:
         """Return whether a round may be begun: it is within the budget, or charged already.

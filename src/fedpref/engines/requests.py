@@ -158,6 +158,7 @@ class Keys(TypedDict):
     __pydantic_config__ = _FORM  # type: ignore[misc]
     address: SumAddress
     sites: Annotated[list[SiteName], Field(min_length=2, max_length=MOST_SITES)]
+    told: Hex
 
 
 class Advert(TypedDict):

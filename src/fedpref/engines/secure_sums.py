@@ -64,7 +64,9 @@ class SecureSums:
                 f"{MOST_SITES} at most. Leave secrecy out, or let sites host more clients."
             )
         header: Header = {"address": address}
-        keys = self._told({site: {"verb": "keys", "sites": sites, **header} for site in sites})
+        keys = self._told(
+            {site: {"verb": "keys", "sites": sites, "told": told, **header} for site in sites}
+        )
         threshold = self._settings.needed(len(keys))
         self._require(len(keys), len(sites), "have made keys for")
         sealed = self._told(

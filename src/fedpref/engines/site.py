@@ -408,21 +408,26 @@ class Site:
             messages = {i: trees.scale(value, _said_for(i, shares)) for i, value in values.items()}
         if self._masks is None or masked is None:
             return {}, trees.nest(messages)
-        if noisy is None:
+        address = masked["address"]
+        if self._privacy is not None and noisy is not None:
+            total = self._privacy.total(
+                messages.values(), noisy["round"], noisy["call"], self._masks.noisy(address)
+            )
+        else:
             try:
-                messages = {i: fixed(message) for i, message in messages.items()}
+                total = trees.total(_wide(fixed(message)) for message in messages.values())
             except ValueError as error:
-                raise RefusedError(
-                    f"what is to be summed as integers is too large: {error}"
-                ) from error
-        return {}, self._masks.masked(
-            masked["address"], masked["boxes"], trees.total(map(_wide, messages.values()))
-        )
+                raise RefusedError(f"its part of the sum is too large: {error}") from error
+        return {}, self._masks.masked(address, masked["boxes"], total)
 
-    def keys(self, tensors: Tree, address: SumAddress, sites: Sequence[str]) -> Answer:
-        """Make known the site's public keys for a sum under masks."""
-        at = address["purpose"], address["round"]
-        told = self._told[2] if self._told[:2] == at else ""
+    def keys(self, tensors: Tree, address: SumAddress, sites: Sequence[str], told: str) -> Answer:
+        """Make known the site's public keys for a sum under masks.
+
+        A site none of whose clients were asked for anything takes the coordinator's word for what
+        the others were told.
+        """
+        if self._told[:2] == (address["purpose"], address["round"]):
+            told = self._told[2]
         return self._masked.keys(address, sites, told), NO_TENSORS
 
     def boxes(

@@ -159,6 +159,10 @@ class SiteMasks:
         _tried(lambda: one.sender.open(numbered))
         return tree_of(_tried(lambda: one.sender.masked(words)), value)
 
+    def noisy(self, address: Mapping[str, Any]) -> int:
+        """Return how many sites' parts of the noise a sum can count on."""
+        return self._settings.noisy(self._of(address).threshold)
+
     def agree(self, address: Mapping[str, Any], survivors: Sequence[str]) -> dict[str, str]:
         """Return a signature under the set of sites whose values are in a sum."""
         one = self._of(address)

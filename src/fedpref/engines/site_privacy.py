@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from fedpref.engines.messages import RefusedError
 from fedpref.engines.private_examples import LEDGERS, PrivateExamples, ledger_file
 from fedpref.engines.private_sums import PrivateSums
 from fedpref.federation.private_steps import PrivateSteps
 from fedpref.numerics.trees import Tree
-from fedpref.privacy import Ledger, epsilon_of
+from fedpref.privacy import Ledger
 
 SUMS = "sums"  # a folder of ledgers beside that of steps
 
@@ -86,12 +88,30 @@ class SitePrivacy:
         if (limit := self._limit("client")) is not None:
             more = [ledger.with_one(round, call, kind), *self._elsewhere(client, SUMS)]
             rounds = Counter(spent for one in more for spent in one.rounds)
-            guarantee = self.sums.guarantee
-            spent = epsilon_of(rounds, guarantee.delta, guarantee.inexact)
+            spent = self.sums.guarantee.spent(rounds)
             if ledger.known(round, call, said) is None and spent > limit * (1 + 1e-6):
                 raise RefusedError(f"its limit of epsilon, {limit:g}, is spent")
         ledger.charge(round, call, said, kind)
         return message
+
+    def total(self, messages: Iterable[Tree], round: int, call: int, noisy: int) -> Tree:
+        """Return the sum of the site's clients' changes, with its part of the noise if it has one.
+
+        Args:
+            messages: Of its clients, or of none.
+            round: From 0.
+            call: The number of the verb within the round.
+            noisy: How many sites' parts of the noise are enough.
+        """
+        if self.sums is None:
+            raise RefusedError("the experiment promises nothing of sums")
+        total = {name: torch.zeros_like(one).long() for name, one in self.sums.planned.items()}
+        for message in messages:
+            for name, tensor in message.items():
+                total[name] += tensor
+        if self.sums.guarantee.is_discrete:
+            return self.sums.part_of_noise(total, round, call, noisy)
+        return total
 
     def _limit(self, level: str) -> float | None:
         return self.limits.get(level)

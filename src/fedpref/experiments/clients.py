@@ -135,6 +135,11 @@ class InProcess:
         return {shard.name: len(shard) for shard in self._shards_of(line)}
 
     def engine(self, line: Experiment, folder: Path) -> Simulation:
+        if line.of_clients and line.of_clients.against == "coordinator":
+            raise UserError(
+                "privacy.against: in one process there is no coordinator to hide from. Run it over "
+                "sites (engine: flare, or fedpref submit), or set against: model-users."
+            )
         shards = self._shards_of(line)
         late = line.federation.joining([shard.name for shard in shards], line.seed)
         training = {i: shard for i, shard in enumerate(shards) if i not in late}

@@ -131,6 +131,12 @@ def _of_clients(spec: Experiment) -> Reasons:
             "one. Take fixed",
         ),
         (
+            spec.of_clients is not None
+            and spec.of_clients.against == "coordinator"
+            and spec.secrecy is None,
+            "against: the coordinator sees what each client sends. Set secrecy: {name: masks}",
+        ),
+        (
             federation.clip is not None,
             "federation.clip: privacy.clip bounds changes. Leave it out",
         ),
@@ -213,6 +219,11 @@ def guarantee_of(spec: Experiment, clients: int, dimensions: int = 0) -> Guarant
         return None
     _refuse_large(privacy, clients, "clients")
     inexact, most = dimensions * DISTANCE, spec.federation.max_participations
+    if privacy.against == "coordinator":  # which draws cohorts itself
+        rounds = rounds_of_client(spec)
+        if privacy.noise_multiplier is not None:
+            return Guarantee(privacy.noise_multiplier, 1.0, privacy.delta, inexact, True)
+        return Guarantee.of_discrete(float(privacy.epsilon or 0), privacy.delta, rounds, inexact)
     if most is None:
         return _guarantee(privacy, spec.federation.chance(clients), spec.rounds, inexact)
     # whether a client is still drawn hangs on whether it was: chance hides nothing of it
@@ -446,8 +457,8 @@ def promised(spec: Experiment, spent: Mapping[str, float]) -> str:
         sampling = "Poisson cohorts" if spec.federation.sampling == "poisson" else "all clients"
         said.append(
             f"epsilon {epsilon:.3g} at delta {promise.delta:g}, of one client that is there or "
-            "not, against who gets the model, with the coordinator trusted (Gaussian noise on "
-            f"sums of clipped changes, {sampling})"
+            f"not, against {_whom(promise)} (Gaussian noise on sums of clipped changes, "
+            f"{sampling})"
         )
     if (promise := spec.of_units) and (epsilon := spent.get(PrivateExamples.spends)) is not None:
         said.append(
@@ -459,6 +470,12 @@ def promised(spec: Experiment, spent: Mapping[str, float]) -> str:
     if not said:
         return ""
     return "; ".join(said) + ", accounted for by privacy loss distributions (dp-accounting)"
+
+
+def _whom(promise: Privacy) -> str:
+    if promise.against == "coordinator":
+        return "the coordinator and who gets the model, with noise that sites have added"
+    return "who gets the model, with the coordinator trusted"
 
 
 def in_words_of_sites(spec: Experiment, task: Task, clients: int) -> str:
@@ -507,7 +524,7 @@ def _clients_in_words(spec: Experiment, task: Task, clients: int) -> str:
         chance = f"{expected:.3g} of {clients} clients expected in a round"
     return (
         f"privacy: epsilon {epsilon:.3g} at delta {spec.of_clients.delta:g} after {spec.rounds} "
-        f"rounds, of one client that is there or not, against who gets the model; noise of "
+        f"rounds, of one client that is there or not, against {_whom(spec.of_clients)}; noise of "
         f"{guarantee.noise_multiplier:.3g} clips, {chance}. On {dimensions:,} numbers the noise of "
         f"a round's mean is {noise:.3g} times as long as the longest mean can be. "
         f"{_worth(noise, spec.rounds, 'clients')}"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -59,6 +60,32 @@ def epsilon_of(events: Events, delta: float, inexact: float = 0.0) -> float:
     return math.inf
 
 
+def epsilon_of_discrete(noises: Iterable[float], delta: float) -> float:
+    """Return epsilon after sums with discrete Gaussian noise that many have added parts of.
+
+    By their Renyi divergences, which are a Gaussian's (Kairouz, Liu and Steinke 2021), in the
+    conversion of Canonne, Kamath and Steinke 2020. What several parts add to that is below 1e-38
+    for deviations from a hundred units on.
+
+    Args:
+        noises: The noise multiplier of each sum.
+        delta: The chance of more loss than epsilon.
+    """
+    half = sum(noise**-2 for noise in noises) / 2
+    if not half:
+        return 0.0
+
+    def at(order: float) -> float:
+        return order * half + math.log1p(-1 / order) - math.log(delta * order) / (order - 1)
+
+    low, high = 1 + 1e-6, 1e6
+    for _ in range(200):  # one valley, by thirds in the logarithm of what is above one
+        a = 1 + (low - 1) ** (2 / 3) * (high - 1) ** (1 / 3)
+        b = 1 + (low - 1) ** (1 / 3) * (high - 1) ** (2 / 3)
+        low, high = (low, b) if at(a) < at(b) else (a, high)
+    return max(0.0, at(low))
+
+
 @dataclass(frozen=True)
 class Guarantee:
     """Sums of clipped values with Gaussian noise, of cohorts that nobody outside knows.
@@ -71,21 +98,43 @@ class Guarantee:
         sampling_probability: Each unit's chance to be in a sum; 1 is everybody.
         delta: The chance of more loss than epsilon.
         inexact: How far one sum's noise is from the exact one, at most (total variation).
+        is_discrete: Whether its noise is discrete, of several senders.
     """
 
     noise_multiplier: float
     sampling_probability: float
     delta: float
     inexact: float = 0.0
+    is_discrete: bool = False
 
     def epsilon(self, sums: int) -> float:
         """Return epsilon after so many sums; see `epsilon_of`."""
-        return epsilon_of({self.kind: sums}, self.delta, self.inexact)
+        return self.spent(Counter({self.kind: sums}))
+
+    def spent(self, events: Counter[tuple[float, float]]) -> float:
+        """Return epsilon after sums of several kinds, with noise as this one's."""
+        if self.is_discrete:
+            left = self.delta - events.total() * self.inexact
+            return epsilon_of_discrete((noise for noise, _ in events.elements()), left)
+        return epsilon_of(events, self.delta, self.inexact)
 
     @property
     def kind(self) -> tuple[float, float]:
         """What `epsilon_of` counts one of its sums by."""
         return self.noise_multiplier, self.sampling_probability
+
+    @staticmethod
+    def of_discrete(epsilon: float, delta: float, sums: int, inexact: float = 0.0) -> Guarantee:
+        """Return the guarantee of the least discrete noise that keeps so many sums within epsilon.
+
+        Nobody is drawn: who collects the sums knows who takes part.
+        """
+        low, high = 1e-3, MOST
+        for _ in range(80):
+            middle = math.sqrt(low * high)
+            fits = Guarantee(middle, 1.0, delta, inexact, True).epsilon(sums) <= epsilon
+            low, high = (low, middle) if fits else (middle, high)
+        return Guarantee(high, 1.0, delta, inexact, True)
 
     @staticmethod
     def of(

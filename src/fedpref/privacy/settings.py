@@ -85,10 +85,12 @@ class Privacy:
     """Whose presence is hidden: a client with all that it has; or, within each client, one example,
     one prompt with all of its examples, a question of a predictor's, or rows that agree in a
     column (`column: NAME`)."""
-    against: Literal["model-users", "everybody"] | None = None
+    against: Literal["model-users", "coordinator", "everybody"] | None = None
     """From whom. Of clients `model-users`, who get the shared adapter, in every round or at the
-    end: the coordinator is trusted, and so is who reads the run directory. Of what a client has
-    `everybody` but the client, for noise is added before anything leaves it. Null is what fits."""
+    end: the coordinator is trusted, and so is who reads the run directory; or the `coordinator`
+    too, which then sees sums under masks alone (`secrecy`), to which sites have added noise. Of
+    what a client has `everybody` but the client, for noise is added before anything leaves it. Null
+    is `model-users`, or `everybody`."""
     epsilon: Positive | None = None
     """The budget, which the run stops at; the noise is computed from it. Give this or
     `noise_multiplier`."""
@@ -105,12 +107,12 @@ class Privacy:
                 "privacy: give epsilon, from which the noise is computed, or noise_multiplier, "
                 "from which epsilon is; one of the two."
             )
-        fits = "model-users" if self.is_of_clients else "everybody"
-        if self.against not in (None, fits):
+        fits = ("model-users", "coordinator") if self.is_of_clients else ("everybody",)
+        if self.against not in (None, *fits):
             raise UserError(
-                "privacy.against: of clients the coordinator sees changes before they have noise, "
-                "and the promise is towards model-users; of what a client has it is towards "
-                f"everybody. Set it to {fits}, or leave it out."
+                "privacy.against: of clients the promise is towards model-users, or with secrecy "
+                "the coordinator too; of what a client has it is towards everybody. Set it to "
+                f"{' or '.join(fits)}, or leave it out."
             )
         if not self.is_of_clients and not isinstance(self.clip, FixedClip):
             raise UserError(
@@ -142,7 +144,14 @@ class Masks:
     tells sites different things about who is left gets nothing either."""
     min_sites: Annotated[int, Field(ge=2)] = 3
     """How many sites' values must be in a sum, at least."""
+    corrupt: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """The share of those who must be left that may leave out their part of the noise, or know it,
+    where the promise is against the coordinator: all others' parts are then enough."""
 
     def needed(self, sites: int) -> int:
         """Return how many of so many sites must be left."""
         return max(math.ceil(self.threshold * sites - 1e-9), sites // 2 + 1, self.min_sites)
+
+    def noisy(self, needed: int) -> int:
+        """Return how many of those who must be left have added noise that nobody else knows."""
+        return max(1, math.floor((1 - self.corrupt) * needed + 1e-9))
