@@ -128,6 +128,7 @@ def test_merged_folders_load_in_transformers_with_the_same_log_probabilities(
         assert f"{name} | {100 * last[metric]:.1f} (of client-1)" in text
 
 
+@pytest.mark.slow
 def dequantised(file: Path) -> dict[str, torch.Tensor]:
     return {
         tensor.name: torch.from_numpy(

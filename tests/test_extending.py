@@ -58,6 +58,7 @@ def fedpref(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
     return call
 
 
+@pytest.mark.slow
 def test_the_document_runs_from_an_empty_folder(folder: Path, fedpref: Command) -> None:
     lines = "".join(text for language, text in BLOCKS if language == "bash").splitlines()
     assert len(lines) == 5

@@ -40,6 +40,7 @@ from fedpref.sites.identity import KitIdentity
 from test_private_sites import CLIENTS, KEY, QUANTILE, Here
 
 CONTEXT = context_of("run", 3, 1)
+SLOW = pytest.mark.slow
 
 
 # ---- shares
@@ -253,9 +254,11 @@ def sites(folder: Path, count: int = 3, kind: Callable[..., Any] = Here) -> Any:
     "changes",
     [
         {},
-        {"algorithm": {"name": "scaffold"}},
-        {"algorithm": {"name": "clustered"}},
-        {"algorithm": {"name": "feddpo", "aggregate": {"name": "product"}}},
+        pytest.param({"algorithm": {"name": "scaffold"}}, marks=SLOW),
+        pytest.param({"algorithm": {"name": "clustered"}}, marks=SLOW),
+        pytest.param(
+            {"algorithm": {"name": "feddpo", "aggregate": {"name": "product"}}}, marks=SLOW
+        ),
         {"federation": {"weighting": "equal"}, "privacy": CLIENTS | QUANTILE},
     ],
     ids=["examples", "scaffold", "clustered", "product", "private"],
@@ -332,7 +335,16 @@ class Losing(Here):
         return found
 
 
-@pytest.mark.parametrize("verb", ["keys", "boxes", "contribute", "agree", "unmask"])
+@pytest.mark.parametrize(
+    "verb",
+    [
+        pytest.param("keys", marks=SLOW),
+        pytest.param("boxes", marks=SLOW),
+        "contribute",
+        pytest.param("agree", marks=SLOW),
+        "unmask",
+    ],
+)
 def test_a_site_that_falls_out_in_any_phase_is_left_out_or_not_needed(
     verb: str, content: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -387,7 +399,14 @@ class Lying(Here):
 
 @pytest.mark.parametrize(
     "lie",
-    ["two sets", "unequal adapters", "swapped keys", "in the clear", "old boxes", "low threshold"],
+    [
+        "two sets",
+        "unequal adapters",
+        pytest.param("swapped keys", marks=SLOW),
+        "in the clear",
+        pytest.param("old boxes", marks=SLOW),
+        pytest.param("low threshold", marks=SLOW),
+    ],
 )
 def test_a_coordinator_that_lies_gets_nothing(
     lie: str, content: dict[str, Any], tmp_path: Path

@@ -140,6 +140,7 @@ def test_a_gguf_file_is_dequantised_once_to_the_arithmetic_asked_for(
     assert model.fingerprint == again.fingerprint
 
 
+@pytest.mark.slow
 @needs_real
 def test_smollm2_packs_and_answers_a_question() -> None:
     model = LanguageModel(Model(path=NAME, dtype="bfloat16"))

@@ -79,13 +79,15 @@ def run_to(spec: Experiment, folder: Path, transport: Any = None) -> RunDirector
 @pytest.mark.parametrize(
     "changes",
     [
-        {"privacy": CLIENTS},
+        pytest.param({"privacy": CLIENTS}, marks=pytest.mark.slow),
         {
             "privacy": CLIENTS | QUANTILE,
             "federation": {"weighting": "equal", "sampling": "poisson", "clients_per_round": 2},
         },
-        {"privacy": CLIENTS, "algorithm": {"name": "scaffold"}},
-        {"privacy": EXAMPLES},
+        pytest.param(
+            {"privacy": CLIENTS, "algorithm": {"name": "scaffold"}}, marks=pytest.mark.slow
+        ),
+        pytest.param({"privacy": EXAMPLES}, marks=pytest.mark.slow),
         {"privacy": [CLIENTS, EXAMPLES]},
     ],
     ids=["clients", "poisson-quantile", "scaffold", "examples", "both"],

@@ -31,6 +31,7 @@ from fedpref.tasks.batches import chance_of, numbered_by
 from fedpref.tasks.task import Apart
 
 KEY = bytes(range(32))
+SLOW = pytest.mark.slow
 Settings = dict[str, Any]
 
 
@@ -102,8 +103,20 @@ def apart(
 # ---- gradients of units
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2"])
-@pytest.mark.parametrize("form", ["packed", "padded", "dropout"])
+@pytest.mark.parametrize(
+    ("architecture", "form"),
+    [
+        ("llama", "packed"),
+        ("qwen2", "packed"),
+        ("gpt2", "packed"),
+        ("llama", "padded"),
+        ("llama", "dropout"),
+        pytest.param("qwen2", "padded", marks=SLOW),
+        pytest.param("gpt2", "padded", marks=SLOW),
+        pytest.param("qwen2", "dropout", marks=SLOW),
+        pytest.param("gpt2", "dropout", marks=SLOW),
+    ],
+)
 def test_gradients_of_examples_are_those_of_batches_of_one(
     architecture: str,
     form: str,
@@ -431,7 +444,12 @@ def test_every_algorithm_runs_with_each_unit_or_is_refused_by_its_reason() -> No
             assert algorithm.name in STEPS
 
 
-@pytest.mark.parametrize("name", STEPS)
+OFTEN = {"fedpdpo", "scaffold", "decdpo", "scalarized"}  # one of each kind; the others are slow
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in OFTEN else SLOW) for name in STEPS]
+)
 def test_every_algorithm_that_may_takes_private_steps(
     name: str, settings: Settings, rows: Path, tmp_path: Path
 ) -> None:

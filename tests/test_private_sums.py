@@ -568,19 +568,22 @@ NO_AGGREGATE = ("ffa-lora", "fedopt", "fedsa-lora", "feddpo-stale", "scaffold")
 @pytest.mark.parametrize(
     "name",
     [
-        "feddpo",
-        "fedprox",
-        "fedopt",
-        "ffa-lora",
-        "ditto",
-        "fedper",
-        "feddpa",
-        "fedpdpo",
-        "fedsa-lora",
-        "feddpo-stale",
-        "scaffold",
-        "firm",
-        "scalarized",
+        pytest.param(name, marks=[] if name in ("fedpdpo", "scaffold") else SLOW)
+        for name in (
+            "feddpo",
+            "fedprox",
+            "fedopt",
+            "ffa-lora",
+            "ditto",
+            "fedper",
+            "feddpa",
+            "fedpdpo",
+            "fedsa-lora",
+            "feddpo-stale",
+            "scaffold",
+            "firm",
+            "scalarized",
+        )
     ],
 )
 def test_every_algorithm_that_may_runs_privately(
