@@ -13,7 +13,7 @@ LAYERS: dict[str, str] = {
     "numerics": "trees of named tensors, seeds, metrics over clients, min-norm weights, graphs",
     "channel": "stages on the way to an aggregate, forward on the client and backward on the sum",
     "privacy": "what is promised: the secret behind noise, its accountant, the ledger of what is "
-    "spent",
+    "spent; masks under which sums are all that is seen",
     "data": "rows of preferences and opinions, where they come from, and how clients share them",
     "rewards": "rewards of answers: read off the text, by other models, by a function of yours",
     "models": "a frozen language model with adapters as trees, packed rows, clients' own parts",

@@ -17,7 +17,6 @@ from typer.testing import CliRunner
 from conftest import leave, make_rows, write_rows
 from fedpref import Experiment, UserError, cli, config, resume, run
 from fedpref.algorithms import AnyAlgorithm
-from fedpref.channel.lattice import Lattice
 from fedpref.engines.private_examples import LEDGERS
 from fedpref.experiments.experiment import encoded
 from fedpref.experiments.run_directory import RunDirectory
@@ -270,20 +269,6 @@ def test_batches_are_drawn_by_words_of_the_secret(tmp_path: Path) -> None:
         sizes.append(len(steps._drawn(units)))
     assert sum(sizes) / 100 == pytest.approx(20, abs=1.0)
     assert len(set(sizes)) > 5, "of no fixed size"
-
-
-def test_a_sums_lattice_counts_the_rounding_of_both_neighbours() -> None:
-    for dimensions in (10, 10_000, 200_000):
-        lattice = Lattice.of_sums(1.0, 0.7, dimensions)
-        assert lattice.deviation == pytest.approx(0.7 * lattice.most)
-        rng = torch.Generator().manual_seed(0)
-        one = torch.randn(dimensions, generator=rng).double()
-        step = torch.randn(dimensions, generator=rng).double()
-        other = one + step / step.norm()
-        moved = (lattice.round(one) - lattice.round(other)).double().norm()
-        assert float(moved) <= lattice.most
-    with pytest.raises(ValueError, match="no lattice is fine enough"):
-        Lattice.of_sums(1.0, 1e6, 10**6)
 
 
 def test_sizes_that_are_nearly_the_same_have_one_chance() -> None:

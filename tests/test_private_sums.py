@@ -19,7 +19,7 @@ import torch
 
 from conftest import leave, make_rows, write_rows
 from fedpref import Experiment, UserError, config, resume, run
-from fedpref.channel.lattice import Lattice
+from fedpref.channel.lattice import LARGEST, Lattice, fixed, unfixed
 from fedpref.channel.noise import DISTANCE, DiscreteGaussian, RoundedGaussian
 from fedpref.engines.private_sums import PrivateSums
 from fedpref.experiments.rounds import events, new_directory
@@ -170,6 +170,29 @@ def test_a_lattice_is_fine_or_there_is_none() -> None:
         Lattice.of(1.0, 1e5, 10**6)
     nothing = Lattice.of(1.0, 1.0, 3).encode({"a": torch.tensor([math.inf])}, torch.Generator())
     assert nothing["a"].tolist() == [0], "a run that stopped would tell of it"
+
+
+def test_a_sums_lattice_counts_the_rounding_of_both_neighbours() -> None:
+    for dimensions in (10, 10_000, 200_000):
+        lattice = Lattice.of_sums(1.0, 0.7, dimensions)
+        assert lattice.deviation == pytest.approx(0.7 * lattice.most)
+        rng = torch.Generator().manual_seed(0)
+        one = torch.randn(dimensions, generator=rng).double()
+        step = torch.randn(dimensions, generator=rng).double()
+        other = one + step / step.norm()
+        moved = (lattice.round(one) - lattice.round(other)).double().norm()
+        assert float(moved) <= lattice.most
+    with pytest.raises(ValueError, match="no lattice is fine enough"):
+        Lattice.of_sums(1.0, 1e6, 10**6)
+
+
+def test_numbers_are_integers_and_back() -> None:
+    tree = {"a": torch.tensor([0.5, -3.25, 1e-7]), "b": torch.zeros(0)}
+    back = unfixed(fixed(tree))
+    assert torch.allclose(back["a"], tree["a"], atol=2**-25)
+    for wrong in (LARGEST * 1.01, float("nan")):
+        with pytest.raises(ValueError, match="beyond 64, or none"):
+            fixed({"a": torch.tensor([wrong])})
 
 
 def test_a_sum_is_the_mean_but_for_the_noise_that_was_asked_for(tmp_path: Path) -> None:
