@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from conftest import leave, make_rows, write_rows
 from fedpref import Experiment, UserError, cli, config, resume, run
 from fedpref.algorithms import AnyAlgorithm
-from fedpref.engines.private_examples import LEDGERS
+from fedpref.engines.private_examples import LEDGERS, ledger_file
 from fedpref.experiments.experiment import encoded
 from fedpref.experiments.run_directory import RunDirectory
 from fedpref.federation import private_steps
@@ -309,7 +309,7 @@ def test_a_client_that_was_charged_twice_ends_the_run_at_its_budget(
     privacy = {"unit": "example", "epsilon": 6.0, "delta": 0.02}
     spec = spec_of(settings, rows, privacy=privacy)
     leave(spec, tmp_path / "run", 2)
-    ledger = Ledger.at(tmp_path / "run/privacy" / LEDGERS, "000001.jsonl")
+    ledger = Ledger.at(tmp_path / "run/privacy" / LEDGERS, ledger_file("client-1"))
     kind = ledger.entries[0]["noise_multiplier"], ledger.entries[0]["sampling_probability"]
     ledger.charge(0, 1, "another processor's", kind, 2)
     path = resume(tmp_path / "run").path

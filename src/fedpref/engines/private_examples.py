@@ -34,6 +34,7 @@ class PrivateExamples:
         batch: The size of a batch, as in settings.
         budget: The epsilon that is never passed; None without one.
         steps: Of a client in a round.
+        planned: Of a client in all rounds, for which its noise was computed.
     """
 
     spends: ClassVar[str] = "epsilon_units"
@@ -48,6 +49,7 @@ class PrivateExamples:
     batch: int
     budget: float | None
     steps: int
+    planned: int
 
     def of(self, client: int, round: int, call: int) -> PrivateSteps:
         """Return the private steps of a client in one call of its work."""
@@ -98,6 +100,10 @@ class PrivateExamples:
         if any(one["round"] == round for one in self._ledger(client).entries):
             return True
         more = Counter({self.guarantees[client].kind: self.steps})
+        known = self._ledger(client).events
+        is_planned = budget == self.budget and not others and known.keys() <= more.keys()
+        if is_planned and known.total() + self.steps <= self.planned:
+            return True
         for other in others:
             more += other.events
         # noise that was computed for so many steps is just enough

@@ -378,6 +378,7 @@ def private_examples(
         _batch(spec),
         promise.epsilon,
         spec.algorithm.noisy_steps,
+        spec.algorithm.noisy_steps * rounds_of_client(spec),
     )
 
 

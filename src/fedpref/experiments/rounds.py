@@ -280,10 +280,10 @@ class Cohorts:
 
     def able(self, round: int) -> list[int]:
         """Return the clients that can be drawn for a round."""
-        while self._known < round:
+        most = self._experiment.federation.max_participations
+        while most is not None and self._known < round:
             self._taken.update(self.of(self._known)[0])
             self._known += 1
-        most = self._experiment.federation.max_participations
         return [
             i
             for i, weight in enumerate(self._weights)
