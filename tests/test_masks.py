@@ -17,8 +17,8 @@ import torch
 
 from conftest import make_rows, write_rows
 from fedpref import Experiment, UserError, config
-from fedpref.engines.messages import pack, unpack
-from fedpref.engines.site_masks import FILE, SiteMasks, tree_of, words_of
+from fedpref.engines.messages import RefusedError, pack, unpack
+from fedpref.engines.site_masks import FILE, SiteMasks, Unsigned, tree_of, words_of
 from fedpref.experiments.clients import SimulatedSite
 from fedpref.experiments.rounds import events, new_directory
 from fedpref.experiments.run_directory import RunDirectory
@@ -380,6 +380,17 @@ class Lying(Here):
                 header["adverts"]["site-1"] |= {"mask": Sender(9).advert.mask.hex()}
             if self.lie == "in the clear" and verb == "contribute":
                 header.pop("masked")
+            if self.lie == "nothing of the others" and verb == "contribute" and site != "site-0":
+                header["shares"] = dict.fromkeys(header["shares"], 0.0)
+            if self.lie == "nothing planned of the others" and verb in ("boxes", "contribute"):
+                for other in ("site-1", "site-2"):
+                    if verb == "boxes":
+                        plan = header["plan"][other]
+                        header["plan"][other] = dict.fromkeys(plan, 0.0)
+                if verb == "contribute" and site != "site-0":
+                    header["shares"] = dict.fromkeys(header["shares"], 0.0)
+            if self.lie == "other work" and verb == "each" and site == "site-0":
+                header["call"] += 1
             if self.lie == "old boxes" and verb == "contribute" and site == "site-0":
                 boxes = header["masked"]["boxes"]
                 known = self.__dict__.setdefault("kept", dict(boxes))
@@ -399,6 +410,9 @@ class Lying(Here):
         "in the clear",
         pytest.param("old boxes", marks=SLOW),
         pytest.param("low threshold", marks=SLOW),
+        "nothing of the others",
+        "nothing planned of the others",
+        pytest.param("other work", marks=SLOW),
     ],
 )
 def test_a_coordinator_that_lies_gets_nothing(
@@ -413,34 +427,60 @@ def test_a_coordinator_that_lies_gets_nothing(
     assert len(done) == (1 if lie == "old boxes" else 0)
 
 
-def test_a_sum_is_unmasked_for_one_value_and_one_set_over_restarts(tmp_path: Path) -> None:
-    from fedpref.engines.site_masks import Unsigned
+NAMES = ["a", "b", "c"]
+EVEN = {name: {k: 1 / 3} for k, name in enumerate(NAMES)}
 
-    names = ["a", "b", "c"]
 
-    def attempt(number: int, value: float, survivors: list[str]) -> None:
-        address = {"purpose": "train", "round": 0, "call": 1, "attempt": number}
-        made = {
-            name: SiteMasks(name, Unsigned(), Masks(min_sites=2), "run", tmp_path / name)
-            for name in names
-        }
-        adverts = {name: one.keys(address, names, "told") for name, one in made.items()}
-        sealed = {name: one.boxes(address, adverts, 3) for name, one in made.items()}
-        for name, one in made.items():
-            (tmp_path / name).mkdir(exist_ok=True)
-            boxes = {o: said["boxes"][name] for o, said in sealed.items() if o != name}
-            one.masked(address, boxes, {"x": torch.tensor([int(value)])})
-        signatures = {name: made[name].agree(address, survivors)["signature"] for name in survivors}
-        for name in survivors:
-            made[name].unmask(address, survivors, signatures)
+def attempt(
+    folder: Path,
+    number: int = 0,
+    value: int = 5,
+    survivors: list[str] = NAMES,
+    plan: Any = EVEN,
+    call: int = 1,
+) -> None:
+    """One sum of three sites, each of which begins anew and has what it wrote down."""
+    address = {"purpose": "train", "round": 0, "call": call, "attempt": number}
+    made = {
+        name: SiteMasks(name, Unsigned(), Masks(min_sites=2), "run", folder / name)
+        for name in NAMES
+    }
+    adverts = {name: one.keys(address, NAMES, "told") for name, one in made.items()}
+    sealed = {name: one.boxes(address, adverts, 3, plan) for name, one in made.items()}
+    for name, one in made.items():
+        (folder / name).mkdir(exist_ok=True)
+        boxes = {other: said["boxes"][name] for other, said in sealed.items() if other != name}
+        one.masked(address, boxes, {"x": torch.tensor([value])})
+    signatures = {name: made[name].agree(address, survivors)["signature"] for name in survivors}
+    for name in survivors:
+        made[name].unmask(address, survivors, signatures)
+    with pytest.raises(RefusedError, match="another list of survivors was signed already"):
+        made["a"].agree(address, ["a", "b"])
 
-    attempt(0, 5, names)
-    assert len(json.loads((tmp_path / "a" / FILE).read_text())) == 1
-    attempt(1, 5, names)  # the same once more, as a coordinator that was killed asks
-    from fedpref.engines.messages import RefusedError
 
-    with pytest.raises(RefusedError, match="another value of this sum was unmasked already"):
-        attempt(2, 6, names)
+def test_a_sum_is_of_one_value_and_one_list_over_restarts(tmp_path: Path) -> None:
+    attempt(tmp_path)
+    assert json.loads((tmp_path / "a" / FILE).read_text())["train/0/1"]["survivors"] == NAMES
+    attempt(tmp_path, 1)  # the same once more, as a coordinator that was killed asks
+    with pytest.raises(RefusedError, match="another value of this sum was sent already"):
+        attempt(tmp_path, 2, value=6)
+    with pytest.raises(RefusedError, match="a phase has 1 sums, and this would be one more"):
+        attempt(tmp_path, 3, call=2)
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        ({"a": {0: 1.0}, "b": {1: 0.0}, "c": {2: 0.0}}, "fewer sites than secrecy.min_sites"),
+        ({"a": {0: 0.98}, "b": {1: 0.01}, "c": {2: 0.01}}, "more of the sum than"),
+        ({"a": {0: 1.0}, "b": {}, "c": {}}, "fewer sites than secrecy.min_sites"),
+    ],
+)
+def test_a_sum_that_is_hardly_more_than_one_sites_value_is_refused(
+    plan: Any, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(RefusedError, match=message):
+        attempt(tmp_path, plan=plan)
 
 
 def test_noise_that_sites_add_is_enough_with_the_fewest_that_must_be_left(
@@ -511,7 +551,13 @@ def kits(folder: Path, names: list[str]) -> dict[str, Path]:
     from cryptography.x509.oid import NameOID
 
     def name_of(text: str) -> Any:
-        return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
+        role = "coordinator" if text == "server" else f"site_{text}"
+        return x509.Name(
+            [
+                x509.NameAttribute(NameOID.COMMON_NAME, text),
+                x509.NameAttribute(NameOID.ORGANIZATION_NAME, role),
+            ]
+        )
 
     def certificate(subject: str, key: Any, issuer: Any) -> Any:
         begins = datetime.now(UTC) - timedelta(days=1)
@@ -542,9 +588,11 @@ def kits(folder: Path, names: list[str]) -> dict[str, Path]:
 
 
 def test_keys_that_another_root_has_signed_are_refused(tmp_path: Path) -> None:
-    mine, theirs = kits(tmp_path / "a", ["one", "two"]), kits(tmp_path / "b", ["one"])
+    mine, theirs = kits(tmp_path / "a", ["one", "two", "server"]), kits(tmp_path / "b", ["one"])
     one, two = (KitIdentity(mine[name]) for name in ("one", "two"))
-    forged = KitIdentity(theirs["one"])
+    forged, server = KitIdentity(theirs["one"]), KitIdentity(mine["server"])
+    signed = server.sign(b"content")
+    assert not two.verify("server", b"content", signed, server.certificate), "it is no site"
     said = one.sign(b"content")
     assert two.verify("one", b"content", said, one.certificate)
     assert not two.verify("two", b"content", said, one.certificate), "of another site"

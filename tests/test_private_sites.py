@@ -239,3 +239,46 @@ def test_a_message_that_is_no_change_as_promised_leaves_its_client_out(
     spec = parsed(content, privacy=CLIENTS, patience={"min_clients": 1})
     run = run_to(spec, tmp_path / "run", Loud(tmp_path / "sites"))
     assert [row["late"] for row in run.read_rows("metrics.jsonl")] == [2, 2, 2]
+
+
+def test_a_coordinator_that_asks_oftener_or_in_another_phase_gets_nothing_more(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
+    class Asking(Here):
+        """Sites that are asked by hand, once a run has told them all that they need."""
+
+        def said(self, site: str, tensors: Any = NO_TENSORS, **header: Any) -> dict[str, Any]:
+            answer = self.all[site].answer(pack(header, tensors))
+            found: dict[str, Any] = unpack(answer)[0]
+            return found
+
+    transport = Asking(tmp_path / "sites")
+    privacy = {"unit": "example", "epsilon": 6.0, "delta": 0.02}
+    spec = parsed(content, privacy=privacy)
+    run_to(spec, tmp_path / "run", transport)
+    site = transport.all["site-0"]
+    theta = site._opened.task.init(torch.Generator())
+    algorithm = config.dump(spec)["algorithm"]
+    tensors = {f"0/{name}": tensor for name, tensor in theta.items()}
+    arguments = [{"tree": 0}, {"own": {"0": "1.0"}}, {"plain": algorithm}]
+    moments = {"verb": "each", "work": "common.no_moments", "args": [], "clients": [0]}
+    for number, purpose in enumerate(("train", "join", "init")):
+        transport.said(
+            "site-0", **moments, purpose=purpose, round=0, call=90 + number, name=str(900 + number)
+        )
+        arguments[1] = {"own": {"0": f"{900 + number}.0"}}
+        answer = transport.said(
+            "site-0",
+            tensors,
+            verb="each",
+            work="feddpo.train",
+            args=arguments,
+            clients=[0],
+            purpose=purpose,
+            round=0,
+            call=50 + number,
+            name=str(800 + number),
+        )
+        said = str(answer.get("refused", "")) + str(answer.get("failed", ""))
+        assert "it failed" in said, answer
+    assert not [name for name in site._values.names()[0] if name.startswith("80")]

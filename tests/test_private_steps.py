@@ -312,8 +312,10 @@ def test_a_client_that_was_charged_twice_ends_the_run_at_its_budget(
     ledger = Ledger.at(tmp_path / "run/privacy" / LEDGERS, ledger_file("client-1"))
     kind = ledger.entries[0]["noise_multiplier"], ledger.entries[0]["sampling_probability"]
     ledger.charge(0, 1, "another processor's", kind, 2)
+    done = len(RunDirectory(tmp_path / "run").read_rows("metrics.jsonl"))
     path = resume(tmp_path / "run").path
-    assert len(RunDirectory(path).read_rows("metrics.jsonl")) == 2, "stopped after 2 of 3 rounds"
+    assert len(RunDirectory(path).read_rows("metrics.jsonl")) == done < 3
+    assert RunDirectory(path).done
     assert RunDirectory(path).read_rows("evaluation.jsonl")[-1]["ended"] == "spent"
 
 
@@ -643,3 +645,25 @@ def test_a_config_is_audited_from_the_command_line(
     plain = replace(spec, privacy=None)
     with pytest.raises(UserError, match="no promise to audit"):
         next(auditing.audit(plain))
+
+
+def test_what_is_done_again_with_another_outcome_is_refused_beyond_the_budget(
+    settings: Settings, rows: Path, tmp_path: Path
+) -> None:
+    task, shards, theta = at_work(spec_of(settings, rows))
+    first = steps_of(tmp_path)
+    gradient(task, shards[0], theta, first)
+    first.settle()
+    again = steps_of(tmp_path, fits=lambda steps: False)
+    gradient(task, shards[0], theta, again)
+    again.settle()  # the same is free, whatever the budget
+    other = steps_of(tmp_path, fits=lambda steps: False)
+    gradient(task, shards[0], {n: t + 0.1 for n, t in theta.items()}, other)
+    with pytest.raises(UserError, match="would be charged beyond the budget"):
+        other.settle()
+    assert Ledger.at(tmp_path).charged == 1
+    # two noisy sums of one batch are one with less noise
+    more = Ledger.at(tmp_path).with_one(0, 1, (1.0, 0.5))
+    assert [noise for noise, _ in more.events] == [pytest.approx(2**-0.5)]
+    assert list(more.events.values()) == [1]
+    assert more.charged == 2

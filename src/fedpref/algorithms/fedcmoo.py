@@ -102,6 +102,10 @@ class FedCMOO(Algorithm[State]):
     aggregate: ClassVar[Factors] = Factors(residual=False)
     keeps_critics: ClassVar[bool] = True
 
+    @property
+    def means(self) -> int:
+        return 2  # of sketches, and of changes
+
     def init(self, fed: Federation, start: Tree) -> State:
         return State(start, {}, fed.each(critics), fed.each(no_moments))
 

@@ -149,7 +149,14 @@ class RemoteEngine:
         tensors = trees.nest({k: arg for k, arg in enumerate(args) if isinstance(arg, Mapping)})
         self.traffic += Traffic(bytes_down=trees.size(tensors) * len(self.active))
         self._sent |= {name.split("/", 1)[1] for name in tensors}
-        self._told = told_after(self._told, tensors)
+        plain = [_described(arg, k, ()) for k, arg in enumerate(args)]
+        self._told = told_after(
+            self._told,
+            registered(work).name,
+            self._calls,
+            [one["plain"] for one in plain if "plain" in one],
+            tensors,
+        )
         head = {
             "verb": "each",
             "work": registered(work).name,
@@ -278,6 +285,10 @@ class RemoteEngine:
                     {} if noisy else {i: shares[i] for i in some},
                     noisy,
                 )
+                for site, some in by_site.items()
+            },
+            {
+                site: {i: 1.0 if noisy else shares[i] for i in some}
                 for site, some in by_site.items()
             },
             self._purpose,

@@ -60,12 +60,14 @@ class Hosted:
     gives: Callable[[str], bool] = lambda name: True
     """Whether a tensor of this name may leave."""
     bounds: Bounds = Bounds()
-    privacy: Callable[[Mapping[int, str], int, Path], SitePrivacy | None] = lambda *_: None
-    """(names of the clients here by number, how many clients there are, the folder of all runs)
-    -> what is promised of them."""
+    privacy: Callable[[Mapping[int, str], int, int, Path], SitePrivacy | None] = lambda *_: None
+    """(names of the clients here by number, how many clients and how many sites there are, the
+    folder of all runs) -> what is promised of them."""
 
     masks: Masks | None = None
     """What sums are masked by; None where the coordinator sees clients' parts of them."""
+    means: int = 1
+    """How many sums a round has."""
 
 
 @dataclass(frozen=True)

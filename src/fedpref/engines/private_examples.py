@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -51,8 +51,30 @@ class PrivateExamples:
     steps: int
     planned: int
 
-    def of(self, client: int, round: int, call: int) -> PrivateSteps:
-        """Return the private steps of a client in one call of its work."""
+    def of(
+        self,
+        client: int,
+        round: int,
+        call: int,
+        limit: float | None = None,
+        others: Sequence[Ledger] = (),
+    ) -> PrivateSteps:
+        """Return the private steps of a client in one call of its work.
+
+        Args:
+            client: Whose.
+            round: From 0.
+            call: The number of the verb within the round.
+            limit: Epsilon over this run and others, at most.
+            others: What has been spent of the client in these.
+        """
+
+        def fits(steps: int) -> bool:
+            return all(
+                budget is None or self._is_within(client, steps, budget, some)
+                for budget, some in ((self.budget, ()), (limit, others))
+            )
+
         return PrivateSteps(
             client,
             round,
@@ -63,6 +85,7 @@ class PrivateExamples:
             batch=self.batch,
             unit=self.unit,
             clip=self.clip,
+            fits=fits,
         )
 
     @property
@@ -83,31 +106,37 @@ class PrivateExamples:
         """Go on after the round whose row this is: nothing but ledgers is kept."""
 
     def affords(self, round: int) -> bool:
-        """Return whether a round is within every client's budget, or charged already."""
+        """Return whether a round is within every client's budget, or charged already.
+
+        A charged one whose outcome is another one is refused when it is charged again.
+        """
         if self.budget is None:
             return True
-        return all(self.has_left(i, round, self.budget) for i in self.guarantees)
+        budget = self.budget
+        return all(
+            any(one["round"] == round for one in self._ledger(i).entries)
+            or self._is_within(i, self.steps, budget, ())
+            for i in self.guarantees
+        )
 
-    def has_left(self, client: int, round: int, budget: float, *others: Ledger) -> bool:
-        """Return whether a round of a client is within a budget, or charged already.
+    def _is_within(self, client: int, steps: int, budget: float, others: Sequence[Ledger]) -> bool:
+        """Return whether so many steps more of a client are within a budget.
 
         Args:
             client: Whose.
-            round: From 0.
+            steps: How many.
             budget: Epsilon, at most.
-            *others: What has been spent of the client elsewhere.
+            others: What has been spent of the client elsewhere.
         """
-        if any(one["round"] == round for one in self._ledger(client).entries):
-            return True
-        more = Counter({self.guarantees[client].kind: self.steps})
+        more = Counter({self.guarantees[client].kind: steps})
         known = self._ledger(client).events
         is_planned = budget == self.budget and not others and known.keys() <= more.keys()
-        if is_planned and known.total() + self.steps <= self.planned:
+        if is_planned and known.total() + steps <= self.planned:
             return True
         for other in others:
             more += other.events
         # noise that was computed for so many steps is just enough
-        return self._with(client, more) <= budget * (1 + 1e-9)
+        return self._with(client, more) <= budget * (1 + 1e-6)
 
     def _with(self, client: int, more: Counter[tuple[float, float]]) -> float:
         guarantee = self.guarantees[client]

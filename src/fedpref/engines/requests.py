@@ -178,6 +178,7 @@ class Boxes(TypedDict):
     address: SumAddress
     adverts: dict[SiteName, Advert]
     threshold: Annotated[int, Field(ge=2, le=MOST_SITES)]
+    plan: dict[SiteName, dict[ClientId, Share]]
 
 
 class Masked(TypedDict):

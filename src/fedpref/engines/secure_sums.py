@@ -38,12 +38,19 @@ class SecureSums:
         self._attempts: Counter[tuple[str, int, int]] = Counter()
 
     def sum(
-        self, asked: Mapping[str, Header], purpose: str, round: int, call: int, told: str
+        self,
+        asked: Mapping[str, Header],
+        plan: Mapping[str, Mapping[int, float]],
+        purpose: str,
+        round: int,
+        call: int,
+        told: str,
     ) -> tuple[Tree, list[str]]:
         """Return the sum of sites' integers, and whose values are in it.
 
         Args:
             asked: By site, the message by which it contributes; it goes with what masks need.
+            plan: By site, the clients whose values it adds up, and their shares of the whole.
             purpose: Of the phase.
             round: From 0.
             call: The number of the verb within the phase.
@@ -71,7 +78,13 @@ class SecureSums:
         self._require(len(keys), len(sites), "have made keys for")
         sealed = self._told(
             {
-                site: {"verb": "boxes", "adverts": keys, "threshold": threshold, **header}
+                site: {
+                    "verb": "boxes",
+                    "adverts": keys,
+                    "threshold": threshold,
+                    "plan": plan,
+                    **header,
+                }
                 for site in keys
             }
         )
@@ -116,7 +129,7 @@ class SecureSums:
                     for holder, said in given.items()
                 },
                 threshold,
-                sum_context(self._run, address, sites, keys, threshold, told),
+                sum_context(self._run, address, sites, keys, threshold, plan, told),
             )
         except MaskError as error:
             raise UserError(f"round {round + 1}: the sum under masks is lost: {error}.") from error

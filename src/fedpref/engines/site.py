@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -210,6 +210,7 @@ class Site:
         self._store.tidy()
         self._values, self._names, self._site_of = Values(), {}, {}
         self._privacy = self._masks = None
+        self._told = ("", 0, "")
         self._heard.clear()
         self._done.clear()
         self._spent.clear()
@@ -229,10 +230,18 @@ class Site:
         files.write(self._run / CLIENTS, json.dumps(dict(ids)))
         self._values = Values(self._names, self._opened.bounds.memory)
         self._site_of = {number: site for site, numbers in sites.items() for number in numbers}
-        self._privacy = self._opened.privacy(self._names, len(everybody), self._folder)
+        self._privacy = self._opened.privacy(self._names, len(everybody), len(sites), self._folder)
         if (settings := self._opened.masks) is not None:
             run = self._run.relative_to(self._folder).as_posix()
-            self._masks = SiteMasks(self.name, self._identity, settings, run, self._run)
+            self._masks = SiteMasks(
+                self.name,
+                self._identity,
+                settings,
+                run,
+                self._run,
+                self._opened.means,
+                self._privacy is not None and self._privacy.sums is not None,
+            )
         return {}, NO_TENSORS
 
     def each(
@@ -271,7 +280,8 @@ class Site:
                 )
         self._refuse_repeated(purpose, round, call, clients)
         before = self._told[2] if self._told[:2] == (purpose, round) else ""
-        self._told = purpose, round, told_after(before, tensors)
+        plain = [arg["plain"] for arg in args if "plain" in arg]
+        self._told = purpose, round, told_after(before, work, call, plain, tensors)
         begun = time.monotonic()
         parts: int | None = None
         failed: dict[int, str] = {}
@@ -286,7 +296,7 @@ class Site:
             client = Client(
                 i,
                 hosted.task,
-                hosted.shards[self._names[i]],
+                self._shard(i, purpose, function),
                 # the same address as in a simulation, therefore the same numbers
                 seeds.generator(hosted.seed, purpose, round=round, call=call, client=i),
                 round,
@@ -304,7 +314,10 @@ class Site:
                 values = result if isinstance(result, tuple) else (result,)
                 # checked before it is kept, so that a client which diverges keeps the state from
                 # before
-                for part in values:
+                # a change that is not finite counts as none in a sum with noise: who stopped for it
+                # would tell of it
+                is_summed = self._privacy is not None and self._privacy.sums is not None
+                for part in () if is_summed else values:
                     if all(isinstance(value, Tensor) for value in part.values()):
                         finite(part)
                 said = labels(function, {k: kept.label for k, kept in own.items()}, values)
@@ -320,6 +333,18 @@ class Site:
         self._spent[purpose, round] += time.monotonic() - begun  # type: ignore[assignment]
         answer = {"parts": parts, "failed": failed}
         return {**answer, "spent": spent} if spent else answer, NO_TENSORS
+
+    def _shard(self, client: int, purpose: str, work: Work[..., Any]) -> Any:
+        """Return a client's data for a piece of work.
+
+        Where privacy is promised there are none to train on as a run begins, nor, when somebody
+        joins it, for work that sends anything: none of that has noise.
+        """
+        shard = self._opened.shards[self._names[client]]
+        sends = bool(work.sends or work.tells)
+        if self._privacy is not None and (purpose == "init" or (purpose == "join" and sends)):
+            return replace(shard, train=())
+        return shard
 
     def _steps(self, client: int, purpose: str, round: int, call: int) -> PrivateSteps | None:
         """Return what makes a client's local steps private; None where nothing is promised."""
@@ -398,6 +423,8 @@ class Site:
         is_promised = self._privacy is not None and self._privacy.sums is not None
         if (noisy is not None) != is_promised or (masked is not None) != bool(self._masks):
             raise RefusedError("the experiment's promise is not that of the sum that is asked for")
+        if masked is not None and self._masks is not None:
+            self._refuse_unplanned(self._masks, own, shares, noisy, masked)
         values = {i: self._leaving(i, name, Audience.COORDINATOR) for i, name in own.items()}
         if self._privacy is not None and noisy is not None:
             round, call, norm = noisy["round"], noisy["call"], noisy["norm"]
@@ -420,12 +447,33 @@ class Site:
                 raise RefusedError(f"its part of the sum is too large: {error}") from error
         return {}, self._masks.masked(address, masked["boxes"], total)
 
+    def _refuse_unplanned(
+        self,
+        masks: SiteMasks,
+        own: Mapping[int, str],
+        shares: Mapping[int, float],
+        noisy: Noisy | None,
+        masked: Masked,
+    ) -> None:
+        """Raise RefusedError for a part of a sum that is not the one all sites were told of."""
+        address, plan = masked["address"], masks.planned(masked["address"])
+        said = dict.fromkeys(own, 1.0) if noisy else {i: _said_for(i, shares) for i in own}
+        if said != dict(plan):
+            raise RefusedError("the part that is asked for is not the one that all sites were told")
+        at = address["round"], address["call"]
+        if noisy is not None and (noisy["round"], noisy["call"]) != at:
+            raise RefusedError("noise of another sum is asked for")
+        if own and self._told[:2] != (address["purpose"], address["round"]):
+            raise RefusedError("a sum of another phase is asked for")
+
     def keys(self, tensors: Tree, address: SumAddress, sites: Sequence[str], told: str) -> Answer:
         """Make known the site's public keys for a sum under masks.
 
         A site none of whose clients were asked for anything takes the coordinator's word for what
         the others were told.
         """
+        if not set(sites) <= set(self._site_of.values()):
+            raise RefusedError("a sum of sites that are none of the run's")
         if self._told[:2] == (address["purpose"], address["round"]):
             told = self._told[2]
         return self._masked.keys(address, sites, told), NO_TENSORS
@@ -436,9 +484,10 @@ class Site:
         address: SumAddress,
         adverts: Mapping[str, Any],
         threshold: int,
+        plan: Mapping[str, Mapping[int, float]],
     ) -> Answer:
         """Seal shares of the site's masks for the sites whose keys these are."""
-        return self._masked.boxes(address, adverts, threshold), NO_TENSORS
+        return self._masked.boxes(address, adverts, threshold, plan), NO_TENSORS
 
     def agree(self, tensors: Tree, address: SumAddress, survivors: Sequence[str]) -> Answer:
         """Sign whose values are in a sum."""

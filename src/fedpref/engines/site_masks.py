@@ -19,7 +19,9 @@ from fedpref.privacy.masks import Advert, MaskError, Sender, context_of, signed_
 from fedpref.privacy.settings import Masks
 from fedpref.privacy.shamir import BYTES
 
-FILE = "unmasked.json"  # in a run's folder: of each sum, the value's digest and who was in it
+FILE = (
+    "sums.json"  # in a run's folder: of each sum, the value's digest and for whom it was unmasked
+)
 AHEAD = 8  # sums whose keys lie here
 
 
@@ -62,7 +64,9 @@ class _Sum:
     threshold: int = 0
     context: bytes = b""
     adverts: Mapping[str, Any] | None = None
+    plan: Mapping[str, Mapping[int, float]] | None = None
     value: str = ""
+    agreed: list[str] | None = None
 
 
 class SiteMasks:
@@ -74,11 +78,21 @@ class SiteMasks:
         settings: Of the experiment.
         run: The run's name, and its folder.
         folder: Where the site keeps its side of the run.
+        means: How many sums a phase has at most.
+        is_noisy: Whether sums have noise, and are of cohorts that may be of one site alone.
     """
 
     def __init__(
-        self, name: str, identity: Identity, settings: Masks, run: str, folder: Path
+        self,
+        name: str,
+        identity: Identity,
+        settings: Masks,
+        run: str,
+        folder: Path,
+        means: int = 1,
+        is_noisy: bool = False,
     ) -> None:
+        self._means, self._is_noisy = means, is_noisy
         self._name, self._identity, self._settings = name, identity, settings
         self._run, self._file = run, folder / FILE
         self._sums: dict[str, _Sum] = {}
@@ -111,10 +125,24 @@ class SiteMasks:
         }
 
     def boxes(
-        self, address: Mapping[str, Any], adverts: Mapping[str, Mapping[str, str]], threshold: int
+        self,
+        address: Mapping[str, Any],
+        adverts: Mapping[str, Mapping[str, str]],
+        threshold: int,
+        plan: Mapping[str, Mapping[int, float]],
     ) -> dict[str, Any]:
-        """Return sealed shares for the other sites, whose keys these are."""
+        """Return sealed shares for the other sites, whose keys these are.
+
+        Args:
+            address: Which sum.
+            adverts: Other sites' keys, and this one's.
+            threshold: How many of them must be left.
+            plan: By site, whose values it adds up and with what share of the whole: all sites are
+                told the same, or there is no sum.
+        """
         one = self._of(address)
+        self._refuse_lopsided(plan)
+        one.plan = plan
         if not set(adverts) <= set(one.sites):
             raise RefusedError("keys of sites that are none of the sum's")
         if threshold < self._settings.needed(len(adverts)):
@@ -132,10 +160,27 @@ class SiteMasks:
                 raise RefusedError(f"the keys of {site[:80]!r} are not signed by that site")
             known[one.sites.index(site)] = advert
         one.threshold, one.adverts = threshold, adverts
-        one.context = sum_context(self._run, address, one.sites, adverts, threshold, one.told)
+        one.context = sum_context(self._run, address, one.sites, adverts, threshold, plan, one.told)
         sealed, commitment = _tried(lambda: one.sender.boxes(known, threshold, one.context))
         by_site = {one.sites[number]: box.hex() for number, box in sealed.items()}
         return {"boxes": by_site, "commitment": commitment.hex()}
+
+    def _refuse_lopsided(self, plan: Mapping[str, Mapping[int, float]]) -> None:
+        """Raise RefusedError where a sum would be hardly more than one site's value."""
+        if self._is_noisy:
+            return
+        totals = [sum(shares.values()) for shares in plan.values()]
+        if sum(total > 0 for total in totals) < self._settings.min_sites:
+            raise RefusedError("fewer sites than secrecy.min_sites have anything in the sum")
+        if max(totals) > self._settings.max_share * sum(totals) * (1 + 1e-9):
+            raise RefusedError(
+                "one site would have more of the sum than secrecy.max_share, "
+                f"{self._settings.max_share:g}"
+            )
+
+    def planned(self, address: Mapping[str, Any]) -> Mapping[int, float]:
+        """Return whose values of this site are in a sum, and with what share, as all were told."""
+        return (self._of(address).plan or {}).get(self._name, {})
 
     def masked(self, address: Mapping[str, Any], boxes: Mapping[str, str], value: Tree) -> Tree:
         """Return the site's integers under masks.
@@ -152,9 +197,13 @@ class SiteMasks:
             raise RefusedError("boxes of sites that are none of the sum's")
         words = words_of(value)
         one.value = hashlib.sha256(words.tobytes()).hexdigest()
-        before = self._unmasked().get(_key(address, attempt=False))
-        if before is not None and before["value"] != one.value:
-            raise RefusedError("another value of this sum was unmasked already")
+        known, key = self._known(), _key(address, attempt=False)
+        if known.setdefault(key, {"value": one.value})["value"] != one.value:
+            raise RefusedError("another value of this sum was sent already")
+        phase = f"{address['purpose']}/{address['round']}/"
+        if sum(name.startswith(phase) for name in known) > self._means:
+            raise RefusedError(f"a phase has {self._means} sums, and this would be one more")
+        files.write(self._file, json.dumps(known))
         numbered = {one.sites.index(site): bytes.fromhex(box) for site, box in boxes.items()}
         _tried(lambda: one.sender.open(numbered))
         return tree_of(_tried(lambda: one.sender.masked(words)), value)
@@ -164,8 +213,11 @@ class SiteMasks:
         return self._settings.noisy(self._of(address).threshold)
 
     def agree(self, address: Mapping[str, Any], survivors: Sequence[str]) -> dict[str, str]:
-        """Return a signature under the set of sites whose values are in a sum."""
+        """Return a signature under the set of sites whose values are in a sum, the first asked."""
         one = self._of(address)
+        if one.agreed is not None and one.agreed != sorted(survivors):
+            raise RefusedError("another list of survivors was signed already")
+        one.agreed = sorted(survivors)
         return {"signature": self._identity.sign(self._signed(one, survivors)).hex()}
 
     def unmask(
@@ -190,9 +242,8 @@ class SiteMasks:
         ]
         if len(agreed) < one.threshold:
             raise RefusedError(f"{len(agreed)} sites have signed; {one.threshold} are needed")
-        key, known = _key(address, attempt=False), self._unmasked()
-        before = known.get(key)
-        if before is not None and before["survivors"] != sorted(survivors):
+        key, known = _key(address, attempt=False), self._known()
+        if known[key].get("survivors", sorted(survivors)) != sorted(survivors):
             raise RefusedError("this sum was unmasked for others already")
         numbers = frozenset(one.sites.index(site) for site in survivors)
         shares = _tried(lambda: one.sender.shares(numbers, self._settings.min_sites))
@@ -218,7 +269,7 @@ class SiteMasks:
             raise RefusedError("no keys of this sum were made here")
         return one
 
-    def _unmasked(self) -> dict[str, Any]:
+    def _known(self) -> dict[str, Any]:
         if not self._file.exists():
             return {}
         known: dict[str, Any] = json.loads(self._file.read_text())
@@ -231,16 +282,19 @@ def sum_context(
     sites: Sequence[str],
     adverts: Mapping[str, Mapping[str, str]],
     threshold: int,
+    plan: Mapping[str, Mapping[int, float]],
     told: str,
 ) -> bytes:
     """Return what a sum is told by: where it stands, whose keys, and what they all were sent."""
     keys = {site: [said["mask"], said["box"]] for site, said in adverts.items()}
-    return context_of(run, _key(address), list(sites), keys, threshold, told)
+    whose = {site: {str(i): share for i, share in shares.items()} for site, shares in plan.items()}
+    return context_of(run, _key(address), list(sites), keys, threshold, whose, told)
 
 
-def told_after(before: str, tensors: Tree) -> str:
-    """Return a digest of what was sent before and of what follows it."""
-    return hashlib.sha256(before.encode() + trees.digest(tensors)).hexdigest()
+def told_after(before: str, work: str, call: int, plain: Sequence[Any], tensors: Tree) -> str:
+    """Return a digest of what was sent before and of what follows it: work, its arguments."""
+    said = json.dumps([before, work, call, plain], sort_keys=True)
+    return hashlib.sha256(said.encode() + trees.digest(tensors)).hexdigest()
 
 
 def _key(address: Mapping[str, Any], *, attempt: bool = True) -> str:

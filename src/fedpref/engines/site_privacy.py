@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +31,7 @@ class SitePrivacy:
         folder: The run's, which has secret and ledgers.
         names: Of clients, by number.
         sums: How changes are sent for sums with noise; None without that promise.
+        rounds_epsilon: What all rounds of such sums may cost.
         examples: What keeps the units of clients' data private; None without that promise.
         limits: Epsilon of a client over all runs at the site, at most, by `client` and `unit`;
             what is not there has no limit.
@@ -40,24 +41,21 @@ class SitePrivacy:
     folder: Path
     names: Mapping[int, str]
     sums: PrivateSums | None
+    rounds_epsilon: float
     examples: PrivateExamples | None
     limits: Mapping[str, float]
     root: Path
 
     def steps(self, client: int, round: int, call: int) -> PrivateSteps | None:
-        """Return a client's private steps; None where nothing is promised of them.
+        """Return a client's private steps, which refuse to be charged beyond budget and limit.
 
-        Raises:
-            RefusedError: They would be beyond what is promised, or what the site allows.
+        None where nothing is promised of them.
         """
         if self.examples is None:
             return None
-        budgets = ((self.examples.budget, "the run's budget"), (self._limit("unit"), "its limit"))
-        for budget, whose in budgets:
-            others = self._elsewhere(client, LEDGERS) if whose == "its limit" else []
-            if budget is not None and not self.examples.has_left(client, round, budget, *others):
-                raise RefusedError(f"{whose} of epsilon, {budget:g}, is spent")
-        return self.examples.of(client, round, call)
+        limit = self._limit("unit")
+        others = self._elsewhere(client, LEDGERS) if limit is not None else []
+        return self.examples.of(client, round, call, limit, others)
 
     def spent(self, client: int) -> float:
         """Return what private steps of a client have spent in the run."""
@@ -85,14 +83,22 @@ class SitePrivacy:
             digest.update(tensor.contiguous().numpy().tobytes())
         ledger = self._ledger(self.folder, SUMS, client)
         said, kind = digest.hexdigest(), self.sums.kind
-        if (limit := self._limit("client")) is not None:
-            more = [ledger.with_one(round, call, kind), *self._elsewhere(client, SUMS)]
-            rounds = Counter(spent for one in more for spent in one.rounds)
-            spent = self.sums.guarantee.spent(rounds)
-            if ledger.known(round, call, said) is None and spent > limit * (1 + 1e-6):
-                raise RefusedError(f"its limit of epsilon, {limit:g}, is spent")
+        if ledger.known(round, call, said) is None:
+            more = ledger.with_one(round, call, kind)
+            self._refuse_beyond(self.rounds_epsilon, [more], "what the run promises")
+            if (limit := self._limit("client")) is not None:
+                others = self._elsewhere(client, SUMS)
+                self._refuse_beyond(limit, [more, *others], "its limit")
         ledger.charge(round, call, said, kind)
         return message
+
+    def _refuse_beyond(self, epsilon: float, ledgers: Sequence[Ledger], whose: str) -> None:
+        """Raise RefusedError where ledgers of sums have more than an epsilon."""
+        if self.sums is None:
+            return
+        rounds = Counter(spent for one in ledgers for spent in one.rounds_so_far)
+        if self.sums.guarantee.spent(rounds) > epsilon * (1 + 1e-6):
+            raise RefusedError(f"{whose}, epsilon {epsilon:g}, is spent")
 
     def total(self, messages: Iterable[Tree], round: int, call: int, noisy: int) -> Tree:
         """Return the sum of the site's clients' changes, with its part of the noise if it has one.

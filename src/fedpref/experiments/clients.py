@@ -282,7 +282,9 @@ class AtSites:
             links=line.network.links,
             mixing=mixing(line, list(sites.about)),
             clip=line.federation.clip,
-            private=private_sums(line, self._task, len(sites.about) - late, folder),
+            private=private_sums(
+                line, self._task, len(sites.about) - late, folder, len(set(sites.site_of.values()))
+            ),
             examples=told_examples(line),
             masks=line.secrecy,
         )
@@ -409,5 +411,6 @@ def hosted(
         links=spec.network.links,
         privacy=site_privacy(spec, task, by_name, folder, max_epsilon),
         masks=spec.secrecy,
+        means=spec.algorithm.means,
         **limits,
     )

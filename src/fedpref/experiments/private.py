@@ -204,13 +204,16 @@ def _of_units(spec: Experiment, promise: Privacy) -> Reasons:
 # ---- of clients
 
 
-def guarantee_of(spec: Experiment, clients: int, dimensions: int = 0) -> Guarantee | None:
+def guarantee_of(
+    spec: Experiment, clients: int, dimensions: int = 0, parts: int = 1
+) -> Guarantee | None:
     """Return what a round's noisy sum costs; None without privacy of clients.
 
     Args:
         spec: The experiment.
         clients: How many train.
         dimensions: Of what each sends; 0 where that is not known yet.
+        parts: How many add a part of the noise, where sites do.
 
     Raises:
         UserError: No noise keeps all rounds within the budget; delta is too large for so few.
@@ -221,6 +224,7 @@ def guarantee_of(spec: Experiment, clients: int, dimensions: int = 0) -> Guarant
     inexact, most = dimensions * DISTANCE, spec.federation.max_participations
     if privacy.against == "coordinator":  # which draws cohorts itself
         rounds = rounds_of_client(spec)
+        inexact *= parts
         if privacy.noise_multiplier is not None:
             return Guarantee(privacy.noise_multiplier, 1.0, privacy.delta, inexact, True)
         return Guarantee.of_discrete(float(privacy.epsilon or 0), privacy.delta, rounds, inexact)
@@ -228,6 +232,13 @@ def guarantee_of(spec: Experiment, clients: int, dimensions: int = 0) -> Guarant
         return _guarantee(privacy, spec.federation.chance(clients), spec.rounds, inexact)
     # whether a client is still drawn hangs on whether it was: chance hides nothing of it
     return _guarantee(privacy, 1.0, min(most, spec.rounds), inexact)
+
+
+def _rounds_seen(spec: Experiment) -> int:
+    """Return over how many rounds the cost of a client's sums is counted."""
+    promise = spec.of_clients
+    by_part = promise is not None and promise.against == "coordinator"
+    return rounds_of_client(spec) if by_part else spec.rounds
 
 
 def rounds_of_client(spec: Experiment) -> int:
@@ -249,7 +260,9 @@ def _refuse_large(privacy: Privacy, units: int, what: str) -> None:
         )
 
 
-def private_sums(spec: Experiment, task: Task, clients: int, folder: Path) -> PrivateSums | None:
+def private_sums(
+    spec: Experiment, task: Task, clients: int, folder: Path, parts: int = 1
+) -> PrivateSums | None:
     """Return what keeps a line's sums private; None without privacy of clients.
 
     Args:
@@ -257,11 +270,12 @@ def private_sums(spec: Experiment, task: Task, clients: int, folder: Path) -> Pr
         task: At work.
         clients: How many train.
         folder: The line's directory, which has its secret and its ledger.
+        parts: How many add a part of the noise, where sites do.
     """
     if spec.of_clients is None:
         return None
     sent = template(spec, task)
-    guarantee = guarantee_of(spec, clients, _numbers(sent))
+    guarantee = guarantee_of(spec, clients, _numbers(sent), parts)
     if guarantee is None:
         return None
     room, chance = folder / FOLDER, spec.federation.chance(clients)
@@ -388,7 +402,7 @@ def site_privacy(
     shards: Mapping[str, Any],
     folder: Path,
     limits: Mapping[str, float],
-) -> Callable[[Mapping[int, str], int, Path], SitePrivacy | None]:
+) -> Callable[[Mapping[int, str], int, int, Path], SitePrivacy | None]:
     """Return a function to what a site keeps its clients private by; see `Hosted.privacy`.
 
     Args:
@@ -399,20 +413,21 @@ def site_privacy(
         limits: Of the site; see `SitePrivacy`.
     """
 
-    def settled(names: Mapping[int, str], clients: int, root: Path) -> SitePrivacy | None:
+    def settled(
+        names: Mapping[int, str], clients: int, parts: int, root: Path
+    ) -> SitePrivacy | None:
         if not spec.promises:
             return None
         late = spec.federation.newcomers
         named = () if isinstance(late, int) else late
         some = {i: shards[name] for i, name in names.items() if name not in named}
-        return SitePrivacy(
-            folder / FOLDER,
-            names,
-            private_sums(spec, task, clients - spec.federation.num_newcomers, folder),
-            private_examples(spec, task, some, folder),
-            limits,
-            root,
-        )
+        count = clients - spec.federation.num_newcomers
+        sums = private_sums(spec, task, count, folder, parts)
+        planned = math.inf
+        if sums is not None:
+            planned = sums.budget or sums.guarantee.epsilon(_rounds_seen(spec))
+        examples = private_examples(spec, task, some, folder)
+        return SitePrivacy(folder / FOLDER, names, sums, planned, examples, limits, root)
 
     return settled
 

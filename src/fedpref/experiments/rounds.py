@@ -194,11 +194,17 @@ def _line(
     if promises:
         refuse_lost(promises, folder, first)
     if not last and (short := [one for one in promises if not one.affords(first)]):
-        raise UserError(
-            f"{name}: round {first + 1} is not within the budget of privacy.epsilon, "
-            f"{short[0].budget:g}; {short[0].epsilon:.3g} is spent. The last checkpoint's model "
-            "stands."
-        )
+        if not first:
+            raise UserError(
+                f"{name}: the first round is not within the budget of privacy.epsilon, "
+                f"{short[0].budget:g}; {short[0].epsilon:.3g} is spent."
+            )
+        state, last = state if best is None else best, True
+        row = looked(first, state, "conclude") | {"ended": "spent"}
+        if newcomers:
+            state = _join(engine, algorithm, experiment, state, names, newcomers, row)
+        folder.append(EVALUATION, row)
+        yield evaluated(name, experiment.rounds, row)
     cohorts = Cohorts(experiment, weights, engine)
     while not last:
         cohort, late = cohorts.of(round)

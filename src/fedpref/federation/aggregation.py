@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -53,6 +53,8 @@ def signs(count: int, round: int) -> Float[Tensor, " count"]:
 @dataclass(frozen=True)
 class Factors:
     """Average A and B each apart, as federated averaging does with any tensors."""
+
+    means: ClassVar[int] = 1
 
     name: Literal["factors"] = "factors"
     residual: bool = True
@@ -110,6 +112,8 @@ class FrozenA:
     Then the mean of the products is the product of the means.
     """
 
+    means: ClassVar[int] = 1
+
     name: Literal["frozen-a"] = "frozen-a"
 
     def split(self, adapter: Tree) -> tuple[Tree, Tree]:
@@ -162,6 +166,11 @@ class Product:
     adapter's rank."""
     residual: bool = True
     """Also send 8 numbers per weight, from which the metric `residual` is estimated."""
+
+    @property
+    def means(self) -> int:
+        """How many means over clients a round has."""
+        return 2 * self.iterations
 
     def split(self, adapter: Tree) -> tuple[Tree, Tree]:
         """Return the whole adapter, and nothing that stays fixed."""

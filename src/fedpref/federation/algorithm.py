@@ -84,6 +84,11 @@ class Algorithm(ABC, Generic[S]):
         """The steps of a round that a client takes on its data and that reach others."""
         return self.local.steps
 
+    @property
+    def means(self) -> int:
+        """How many means over clients a round has at most."""
+        return max(1, self.sums) * (self.aggregate.means if self.aggregate else 1)
+
     def sent(self, start: Tree) -> Tree:
         """Return the part of the parameters whose changes a round's sums are of.
 

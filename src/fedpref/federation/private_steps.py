@@ -8,7 +8,7 @@ Differential Privacy".
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from fedpref.channel.lattice import Lattice
 from fedpref.channel.noise import WORDS, RoundedGaussian
 from fedpref.errors import UserError
+from fedpref.numerics import trees
 from fedpref.numerics.trees import Tree
 from fedpref.privacy import Guarantee, Ledger, Secret, Unit
 from fedpref.tasks.task import Apart, Task
@@ -37,6 +38,7 @@ class PrivateSteps:
         batch: The size of a batch, as in settings.
         unit: Whose gradients are clipped.
         clip: The largest norm of a unit's gradient.
+        fits: Whether so many steps more are within what may be spent.
     """
 
     def __init__(
@@ -51,10 +53,11 @@ class PrivateSteps:
         batch: int,
         unit: Unit,
         clip: float,
+        fits: Callable[[int], bool] = lambda steps: True,
     ) -> None:
         self._client, self._round, self._call = client, round, call
         self._secret, self._ledger, self._guarantee = secret, ledger, guarantee
-        self._batch, self._unit, self._clip = batch, unit, clip
+        self._batch, self._unit, self._clip, self._fits = batch, unit, clip, fits
         self._steps = 0
         self._digest = hashlib.blake2b(key=secret.key_of("steps"), digest_size=16)
         self._units: list[list[int]] | None = None
@@ -85,6 +88,7 @@ class PrivateSteps:
         total = total.double()
         if self._units is None:
             self._units = _members(task.units(shard, self._unit))
+        self._digest.update(trees.digest({name: params[name] for name in names}))
         if chosen := self._drawn(self._units):  # of an empty batch there is noise alone
             for apart in task.gradients_apart(
                 params, start, shard, chosen, self._batch, names, rng
@@ -97,7 +101,8 @@ class PrivateSteps:
 
     def _drawn(self, units: Sequence[Sequence[int]]) -> list[Sequence[int]]:
         """Return the units of the next batch, each by a word of the secret's."""
-        words = self._words(len(units), f"batch/{self._steps}")
+        # of other parameters it is another batch
+        words = self._words(len(units), f"batch/{self._steps}/{self._digest.hexdigest()}")
         most = self._guarantee.sampling_probability * 2**64
         return [unit for unit, word in zip(units, words.tolist(), strict=True) if word < most]
 
@@ -129,16 +134,18 @@ class PrivateSteps:
         """Write down what was spent; before this nothing may leave the client.
 
         Raises:
-            UserError: It cannot be written.
+            UserError: It cannot be written, or is more than may be spent.
         """
-        if self._steps:
-            self._ledger.charge(
-                self._round,
-                self._call,
-                self._digest.hexdigest(),
-                self._guarantee.kind,
-                self._steps,
+        if not self._steps:
+            return
+        said = self._digest.hexdigest()
+        is_known = self._ledger.known(self._round, self._call, said) is not None
+        if not is_known and not self._fits(self._steps):
+            raise UserError(
+                "privacy.epsilon: private steps are done again with another outcome, or oftener "
+                "than was planned, and would be charged beyond the budget."
             )
+        self._ledger.charge(self._round, self._call, said, self._guarantee.kind, self._steps)
 
 
 def _members(unit_of: Sequence[int]) -> list[list[int]]:

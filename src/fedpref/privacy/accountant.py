@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -40,7 +40,12 @@ def epsilon_of(events: Events, delta: float, inexact: float = 0.0) -> float:
     if sums == 0:
         return 0.0
     kinds = tuple(sorted((*kind, count) for kind, count in events.items() if count))
-    spent, left = 0.0, delta
+    return _with_inexact(lambda left: _epsilon(kinds, left), sums, delta, inexact)
+
+
+def _with_inexact(of: Callable[[float], float], sums: int, delta: float, inexact: float) -> float:
+    """Return the epsilon that a function of delta gives, with what inexact noise leaves of it."""
+    spent = 0.0
     for _ in range(TURNS):
         left = delta - (1 + math.exp(spent)) * sums * inexact
         if left <= 0:
@@ -48,7 +53,7 @@ def epsilon_of(events: Events, delta: float, inexact: float = 0.0) -> float:
                 f"privacy.delta: {delta:g} is less than what noise that is not exact "
                 f"takes of it in {sums} sums. Take a larger one, fewer rounds or fewer numbers."
             )
-        now = _epsilon(kinds, left)
+        now = of(left)
         if now > MEANINGLESS:
             raise UserError(
                 f"privacy.noise_multiplier: epsilon is {now:.3g} after {sums} sums, which promises "
@@ -114,8 +119,13 @@ class Guarantee:
     def spent(self, events: Counter[tuple[float, float]]) -> float:
         """Return epsilon after sums of several kinds, with noise as this one's."""
         if self.is_discrete:
-            left = self.delta - events.total() * self.inexact
-            return epsilon_of_discrete((noise for noise, _ in events.elements()), left)
+            noises = [noise for noise, _ in events.elements()]
+            return _with_inexact(
+                lambda left: epsilon_of_discrete(noises, left),
+                len(noises),
+                self.delta,
+                self.inexact,
+            )
         return epsilon_of(events, self.delta, self.inexact)
 
     @property
@@ -132,7 +142,11 @@ class Guarantee:
         low, high = 1e-3, MOST
         for _ in range(80):
             middle = math.sqrt(low * high)
-            fits = Guarantee(middle, 1.0, delta, inexact, True).epsilon(sums) <= epsilon
+            # what is left of delta if the whole of epsilon is spent
+            left = delta - (1 + math.exp(epsilon)) * sums * inexact
+            if left <= 0:
+                return Guarantee(middle, 1.0, delta, inexact, True)  # which says so when asked
+            fits = epsilon_of_discrete([middle] * sums, left) <= epsilon
             low, high = (low, middle) if fits else (middle, high)
         return Guarantee(high, 1.0, delta, inexact, True)
 

@@ -76,16 +76,26 @@ class Ledger:
 
     @property
     def events(self) -> Counter[tuple[float, float]]:
-        """How many sums have been charged, by noise multiplier and sampling probability."""
-        found: Counter[tuple[float, float]] = Counter()
+        """How many sums have been charged, by noise multiplier and sampling probability.
+
+        Those that were done again at one place are of one batch, so that each pair is one sum with
+        less noise.
+        """
+        precise: dict[tuple[int, int, float], float] = {}
+        counts: dict[tuple[int, int, float], int] = {}
         for one in self.entries:
-            found[one["noise_multiplier"], one["sampling_probability"]] += one["sums"]
+            place = one["round"], one["call"], one["sampling_probability"]
+            precise[place] = precise.get(place, 0.0) + one["noise_multiplier"] ** -2
+            counts[place] = max(counts.get(place, 0), one["sums"])
+        found: Counter[tuple[float, float]] = Counter()
+        for place, total in precise.items():
+            found[_noise(total), place[2]] += counts[place]
         return found
 
     @property
     def charged(self) -> int:
         """How many sums have been charged."""
-        return self.events.total()
+        return sum(one["sums"] for one in self.entries)
 
     @property
     def rounds(self) -> list[tuple[float, float]]:
@@ -93,14 +103,25 @@ class Ledger:
 
         All sums of a round are of one cohort, so that together they are one sum with less noise.
         """
-        precise: Counter[tuple[int, float]] = Counter()  # 1 / z^2, of Gaussian noise additive
+        precise: dict[tuple[int, float], float] = {}  # 1 / z^2, which adds up
         for one in self.entries:
             address = one["round"], one["sampling_probability"]
-            precise[address] += one["sums"] / one["noise_multiplier"] ** 2  # type: ignore[assignment]
-        # of ten digits: sums that were planned as one must cost as one, whatever rounding makes
-        return [
-            (float(f"{total**-0.5:.10g}"), chance) for (_, chance), total in sorted(precise.items())
-        ]
+            added = one["sums"] / one["noise_multiplier"] ** 2
+            precise[address] = precise.get(address, 0.0) + added
+        return [(_noise(total), chance) for (_, chance), total in sorted(precise.items())]
+
+    @property
+    def rounds_so_far(self) -> list[tuple[float, float]]:
+        """What the rounds up to the last have cost, those among them in which nothing was sent.
+
+        A chance to be drawn hides something only if rounds without are counted too.
+        """
+        if not self.entries:
+            return []
+        missing = 1 + max(one["round"] for one in self.entries)
+        missing -= len({one["round"] for one in self.entries})
+        dearest = min(self.rounds)
+        return [*self.rounds, *[dearest] * missing]
 
     def known(self, round: int, call: int, digest: str) -> int | None:
         """Return the attempt of a sum that is written down already; None for another."""
@@ -164,3 +185,8 @@ class Ledger:
             sampling_probability=kind[1],
             digest=digest,
         )
+
+
+def _noise(precise: float) -> float:
+    """Return a noise multiplier, of ten digits: what was planned as one sum must cost as one."""
+    return float(f"{precise**-0.5:.10g}")

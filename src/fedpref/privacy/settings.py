@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from fedpref.errors import UserError
-from fedpref.types import NonNegative, OpenFraction, Positive
+from fedpref.types import NonNegative, OpenFraction, Portion, Positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +144,8 @@ class Masks:
     tells sites different things about who is left gets nothing either."""
     min_sites: Annotated[int, Field(ge=2)] = 3
     """How many sites' values must be in a sum, at least."""
+    max_share: Portion = 0.67
+    """The largest share of a sum that one site may have: of more the sum would say its value."""
     corrupt: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """The share of those who must be left that may leave out their part of the noise, or know it,
     where the promise is against the coordinator: all others' parts are then enough."""

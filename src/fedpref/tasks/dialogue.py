@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -259,9 +259,20 @@ class DialogueLearner(LanguageLearner):
         return self._rollouts(params, [shard.train[i] for i in indices], rng)
 
     def _rollouts(
-        self, params: Tree, prompts: Sequence[Prompted], rng: torch.Generator
+        self,
+        params: Tree,
+        prompts: Sequence[Prompted],
+        rng: torch.Generator,
+        judged: Sequence[int] = (),
     ) -> Rollouts:
-        """Return answers to prompts, by the policy as it is, with their rewards."""
+        """Return answers to prompts, by the policy as it is, with their rewards.
+
+        Args:
+            params: The policy.
+            prompts: What is answered.
+            rng: Random numbers.
+            judged: How many prompts are judged together, by themselves; all of them by default.
+        """
         samples = self.settings.num_generations
         answers = generate(
             self.language,
@@ -276,7 +287,9 @@ class DialogueLearner(LanguageLearner):
             for k, prompt in enumerate(prompts)
         ]
         asked = [prompt for prompt in prompts for _ in range(samples)]
-        rewards = self.judge(asked, self.texts(asked, answers))
+        texts, ends = self.texts(asked, answers), [0, *accumulate(judged or [len(prompts)])]
+        parts = [slice(a * samples, b * samples) for a, b in pairwise(ends)]
+        rewards = torch.cat([self.judge(asked[part], texts[part]) for part in parts], 1)
         with torch.no_grad():
             reference = self._tokens(None, rows)[0]
         return Rollouts(rows, rewards.to(self.device), reference)
@@ -306,7 +319,9 @@ class DialogueLearner(LanguageLearner):
         Answers of all prompts are drawn together; each prompt's losses are of its own answers.
         """
         indices = [i for unit in units for i in unit]
-        drawn = self._rollouts(params, [shard.train[i] for i in indices], rng)
+        # a reward may look at all that it is given, which must be the unit's own
+        apart = [len(unit) for unit in units]
+        drawn = self._rollouts(params, [shard.train[i] for i in indices], rng, apart)
         samples, done = self.settings.num_generations, 0
         leaves = {n: t.detach().requires_grad_() for n, t in trees.select(params, wanted).items()}
         # of each answer's reference log-probabilities, where they end
