@@ -257,6 +257,9 @@ NASTY: list[Any] = [
 ]
 
 
+SUM = {"purpose": "train", "round": 1, "call": 2, "attempt": 0}
+
+
 def valid_messages(experiment: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One good message of each verb, from which bad ones are made."""
     return [
@@ -302,6 +305,23 @@ def valid_messages(experiment: Mapping[str, Any]) -> list[dict[str, Any]]:
             "wait": 0.01,
         },
         {"verb": "report", "own": {"0": "6.0"}},
+        {"verb": "keys", "address": SUM, "sites": ["site", "other"], "told": ""},
+        {
+            "verb": "boxes",
+            "address": SUM,
+            "adverts": {
+                "other": {
+                    "mask": "ab" * 32,
+                    "box": "cd" * 32,
+                    "signature": "",
+                    "certificate": "",
+                }
+            },
+            "threshold": 2,
+            "plan": {"site": {"0": 0.5}, "other": {"1": 0.5}},
+        },
+        {"verb": "agree", "address": SUM, "survivors": ["site", "other"]},
+        {"verb": "unmask", "address": SUM, "survivors": ["site"], "signatures": {"site": "00"}},
         {"verb": "save", "own": {"state": {"0": "6.0"}}, "checkpoint": "round-000001"},
         {"verb": "load", "checkpoint": "round-000001", "fields": ["state"], "name": "8"},
         {"verb": "names", "free": [[0, "6.0"]]},

@@ -200,7 +200,7 @@ class PrivateSums:
 
     def resume(self, row: Mapping[str, float]) -> None:
         """Go on after the round whose row this is."""
-        if CLIP in row:
+        if self._share and row.get(CLIP, self.norm) != self.norm:  # a fixed one stays
             self.norm = row[CLIP]
             self._settle()
 
