@@ -317,10 +317,16 @@ def parse(kind: type[T], content: dict[Any, Any], where: str) -> T:
         parsed: T = _adapter(kind).validate_python(_with_names(kind, content, where))
         return parsed
     except ValidationError as error:
+        problems = error.errors(include_url=False)
+        # where one or several of a kind may stand, what is wrong within the one is said already
+        said = [
+            problem
+            for problem in problems
+            if problem["type"] != "tuple_type"
+            or not any(p is not problem and p["loc"][:1] == problem["loc"][:1] for p in problems)
+        ]
         raise UserError(
-            "\n".join(
-                _sentence(kind, problem, where) for problem in error.errors(include_url=False)
-            )
+            "\n".join(_sentence(kind, problem, where) for problem in said or problems)
         ) from error
 
 
