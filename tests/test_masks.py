@@ -16,11 +16,10 @@ import scipy.stats
 import torch
 
 from conftest import make_rows, write_rows
-from fedpref import Experiment, UserError, config
+from fedpref import UserError
 from fedpref.engines.messages import RefusedError, pack, unpack
 from fedpref.engines.site_masks import FILE, SiteMasks, Unsigned, tree_of, words_of
 from fedpref.experiments.clients import SimulatedSite
-from fedpref.experiments.rounds import events, new_directory
 from fedpref.experiments.run_directory import RunDirectory
 from fedpref.numerics import trees
 from fedpref.privacy import Secret, shamir
@@ -36,7 +35,7 @@ from fedpref.privacy.masks import (
 )
 from fedpref.privacy.settings import Masks
 from fedpref.sites.identity import KitIdentity
-from test_private_sites import CLIENTS, KEY, QUANTILE, Here
+from test_private_sites import CLIENTS, KEY, QUANTILE, Here, parsed, run_to
 
 CONTEXT = context_of("run", 3, 1)
 SLOW = pytest.mark.slow
@@ -226,17 +225,6 @@ def content(settings: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
             "rounds": 2,
         }
     )
-
-
-def parsed(content: dict[str, Any], **changes: Any) -> Experiment:
-    return config.parse(Experiment, {**content, **changes}, "test")
-
-
-def run_to(spec: Experiment, folder: Path, transport: Any = None) -> RunDirectory:
-    directory = new_directory(spec, folder)
-    for _ in events(spec, directory, transport=transport):
-        pass
-    return directory
 
 
 def sites(folder: Path, count: int = 3, kind: Callable[..., Any] = Here) -> Any:
