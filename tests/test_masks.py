@@ -498,6 +498,25 @@ def test_noise_that_sites_add_is_enough_with_the_fewest_that_must_be_left(
     assert float(apart.std()) / 2**0.5 == pytest.approx(asked, rel=0.1)
 
 
+def test_a_client_that_may_come_twice_is_not_refused_late_in_a_run(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
+    privacy = {"noise_multiplier": 1.0, "delta": 0.01, "against": "coordinator"}
+    few = {"clients_per_round": 3, "sampling": "poisson", "max_participations": 2}
+    spec = parsed(
+        content,
+        privacy=privacy,
+        federation={"weighting": "equal", **few},
+        secrecy={"name": "masks", "min_sites": 2},
+        rounds=5,
+    )
+    run = run_to(spec, tmp_path / "run", sites(tmp_path / "sites"))
+    rows = run.read_rows("metrics.jsonl")
+    assert all(row["late"] == 0 for row in rows)
+    assert sum(row["clients"] for row in rows) <= 12
+    assert rows[-1]["epsilon"] <= epsilon_of_discrete([1.0] * 2, 0.01) * 1.001
+
+
 def test_sites_without_anybody_in_the_cohort_take_part_in_a_noisy_sum(
     content: dict[str, Any], tmp_path: Path
 ) -> None:

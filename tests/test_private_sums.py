@@ -654,6 +654,14 @@ def test_who_takes_part_in_few_rounds_has_paid_for_no_more(tmp_path: Path) -> No
     assert private.epsilon == pytest.approx(private.guarantee.epsilon(2))
 
 
+def test_rounds_without_a_client_count_where_chance_hides_it(tmp_path: Path) -> None:
+    by_chance = Ledger(tmp_path / "a").with_one(4, 1, (1.0, 0.1))
+    assert by_chance.rounds_so_far == [(1.0, 0.1)] * 5
+    always = Ledger(tmp_path / "b").with_one(4, 1, (1.0, 1.0))
+    assert always.rounds_so_far == [(1.0, 1.0)]
+    assert Ledger(tmp_path / "c").rounds_so_far == []
+
+
 # ---- a clip that follows a quantile
 
 

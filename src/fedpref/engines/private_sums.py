@@ -151,12 +151,12 @@ class PrivateSums:
                 "which would be charged beyond the budget. The last checkpoint's model stands."
             )
         attempt = self.ledger.charge(round, call, said, kind)
-        words = self.secret.words(
-            WORDS * self.dimensions, "noise", round=round, call=call, attempt=attempt
-        )
-        noise = torch.from_numpy(self._noise.draw(words))
-        if self.guarantee.is_discrete:  # it is in the sum already
-            noise = torch.zeros_like(noise)
+        noise = torch.zeros(self.dimensions, dtype=torch.long)
+        if not self.guarantee.is_discrete:  # which is in the sum already
+            words = self.secret.words(
+                WORDS * self.dimensions, "noise", round=round, call=call, attempt=attempt
+            )
+            noise = torch.from_numpy(self._noise.draw(words))
         mean = dict(self.lattice.decode(total, noise, self.expected))
         if self._share:
             self._follow(float(mean.pop(SHORT)[0]) / (self._share * self.norm))

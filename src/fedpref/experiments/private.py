@@ -279,7 +279,7 @@ def private_sums(
     if guarantee is None:
         return None
     room, chance = folder / FOLDER, spec.federation.chance(clients)
-    return PrivateSums(
+    made = PrivateSums(
         Secret.of(room),
         Ledger.at(room),
         guarantee,
@@ -291,6 +291,13 @@ def private_sums(
         sums=spec.algorithm.sums,
         most=spec.federation.max_participations,
     )
+    # of words of 32 bits, in the worst case: all clients' whole length, and noise, in one number
+    if spec.secrecy and clients * made.lattice.most + 16 * made.lattice.deviation >= 2**31:
+        raise UserError(
+            f"secrecy: sums of {clients} clients do not fit into 32 bits with noise of "
+            f"{guarantee.noise_multiplier:.3g} clips. Take more noise, or no secrecy."
+        )
+    return made
 
 
 def _numbers(tree: Tree) -> int:

@@ -116,12 +116,13 @@ class Ledger:
 
         A chance to be drawn hides something only if rounds without are counted too.
         """
-        if not self.entries:
-            return []
+        rounds = self.rounds
+        drawn = [kind for kind in rounds if kind[1] < 1]
+        if not drawn:  # who is not drawn by chance has paid for what was sent
+            return rounds
         missing = 1 + max(one["round"] for one in self.entries)
         missing -= len({one["round"] for one in self.entries})
-        dearest = min(self.rounds)
-        return [*self.rounds, *[dearest] * missing]
+        return [*rounds, *[min(drawn)] * missing]
 
     def known(self, round: int, call: int, digest: str) -> int | None:
         """Return the attempt of a sum that is written down already; None for another."""
