@@ -220,7 +220,7 @@ def check(config: Config, overrides: Overrides = None) -> None:
     """
     from fedpref.errors import printable
     from fedpref.experiments.experiment import Experiment, encoded
-    from fedpref.experiments.private import in_words
+    from fedpref.experiments.promises import in_words
     from fedpref.reports.tables import ENOUGH_HELD_OUT, size_table
 
     experiment = Experiment.load(config, overrides or ())

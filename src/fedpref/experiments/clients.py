@@ -24,13 +24,12 @@ from fedpref.experiments.experiment import Experiment, encoded, lines, refuse_em
 from fedpref.experiments.free_baselines import FREE, run_free
 from fedpref.experiments.private import (
     FOLDER,
-    in_words,
-    in_words_of_sites,
     private_examples,
     private_sums,
     site_privacy,
     told_examples,
 )
+from fedpref.experiments.promises import in_words, in_words_of_sites
 from fedpref.experiments.run_directory import RunDirectory
 from fedpref.experiments.run_files import CLIENTS, DATA, HELD_OUT, TRAINED, read_json
 from fedpref.federation.verbs import Client, work

@@ -19,7 +19,7 @@ from fedpref import __version__
 from fedpref.errors import UserError, printable
 from fedpref.experiments.experiment import Experiment
 from fedpref.experiments.finished import FinishedRun
-from fedpref.experiments.private import SPENDS, promised
+from fedpref.experiments.promises import SPENDS, promised
 from fedpref.experiments.run_directory import file_name
 from fedpref.experiments.run_files import METRICS
 from fedpref.models.backbone import merged_adapter

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fedpref.experiments.free_baselines import FREE_LINES
-from fedpref.experiments.private import SPENDS, promised
+from fedpref.experiments.promises import SPENDS, promised
 from fedpref.experiments.rounds import ENDED
 from fedpref.experiments.run_directory import CONFIG
 from fedpref.experiments.run_files import HELD_OUT
