@@ -149,14 +149,11 @@ class RemoteEngine:
         tensors = trees.nest({k: arg for k, arg in enumerate(args) if isinstance(arg, Mapping)})
         self.traffic += Traffic(bytes_down=trees.size(tensors) * len(self.active))
         self._sent |= {name.split("/", 1)[1] for name in tensors}
-        plain = [_described(arg, k, ()) for k, arg in enumerate(args)]
-        self._told = told_after(
-            self._told,
-            registered(work).name,
-            self._calls,
-            [one["plain"] for one in plain if "plain" in one],
-            tensors,
-        )
+        if self._secure is not None:
+            described = [_described(arg, k, ()) for k, arg in enumerate(args)]
+            plain = [one["plain"] for one in described if "plain" in one]
+            name_of = registered(work).name
+            self._told = told_after(self._told, name_of, self._calls, plain, tensors)
         head = {
             "verb": "each",
             "work": registered(work).name,

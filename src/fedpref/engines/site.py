@@ -279,9 +279,10 @@ class Site:
                     f"argument {strange[0]} of {work!r} is not of the kind that is read there"
                 )
         self._refuse_repeated(purpose, round, call, clients)
-        before = self._told[2] if self._told[:2] == (purpose, round) else ""
-        plain = [arg["plain"] for arg in args if "plain" in arg]
-        self._told = purpose, round, told_after(before, work, call, plain, tensors)
+        if self._masks is not None:
+            before = self._told[2] if self._told[:2] == (purpose, round) else ""
+            plain = [arg["plain"] for arg in args if "plain" in arg]
+            self._told = purpose, round, told_after(before, work, call, plain, tensors)
         begun = time.monotonic()
         parts: int | None = None
         failed: dict[int, str] = {}
