@@ -18,6 +18,7 @@ import torch
 from conftest import make_rows, write_rows
 from fedpref import UserError
 from fedpref.engines.messages import RefusedError, pack, unpack
+from fedpref.engines.secure_sums import SecureSums
 from fedpref.engines.site_masks import FILE, SiteMasks, Unsigned, tree_of, words_of
 from fedpref.experiments.clients import SimulatedSite
 from fedpref.experiments.run_directory import RunDirectory
@@ -33,6 +34,7 @@ from fedpref.privacy.masks import (
     stream,
     unmasked,
 )
+from fedpref.privacy.neighbours import fewest, shares_needed
 from fedpref.privacy.settings import Masks
 from fedpref.sites.identity import KitIdentity
 from test_private_sites import CLIENTS, KEY, QUANTILE, Here, parsed, run_to
@@ -73,15 +75,22 @@ def test_any_of_enough_shares_give_the_secret_and_fewer_do_not() -> None:
 class Sum:
     """A sum of some senders, with what any of them might do."""
 
-    def __init__(self, senders: int, threshold: int, words: int = 200) -> None:
+    def __init__(
+        self, senders: int, threshold: int, words: int = 200, drawn: int | None = None
+    ) -> None:
         self.threshold, self.count = threshold, senders
-        self.senders = [Sender(i) for i in range(senders)]
+        draw = random.Random(senders)
+        others = {i: [j for j in range(senders) if j != i] for i in range(senders)}
+        self.senders = [
+            Sender(i, None if drawn is None else frozenset(draw.sample(others[i], drawn)))
+            for i in range(senders)
+        ]
         self.adverts = {one.number: one.advert for one in self.senders}
         made = [one.boxes(self.adverts, threshold, CONTEXT) for one in self.senders]
         self.commitments = {i: commitment for i, (_, commitment) in enumerate(made)}
         self.boxes = {i: sealed for i, (sealed, _) in enumerate(made)}
         for one in self.senders:
-            one.open({j: self.boxes[j][one.number] for j in self.adverts if j != one.number})
+            one.open({j: some[one.number] for j, some in self.boxes.items() if one.number in some})
         rng = np.random.default_rng(senders)
         self.values = [rng.integers(2**32, size=words, dtype=np.uint32) for _ in self.senders]
 
@@ -126,6 +135,82 @@ def test_a_sum_is_exact_whoever_falls_out(senders: int, threshold: int, lost: in
         uploads = other.upload(set(range(lost)))
         silent = {senders - 1}
         assert np.array_equal(other.end(uploads, silent), other.plain(uploads))
+
+
+def test_a_sum_is_exact_where_senders_share_with_some_whom_they_drew() -> None:
+    one = Sum(16, 4, drawn=6)
+    uploads = one.upload({0, 1, 2})
+    assert np.array_equal(one.end(uploads), one.plain(uploads))
+    near = {i: set(sealed) for i, sealed in one.boxes.items()}
+    assert min(map(len, near.values())) < 15, "not everybody has a mask with everybody"
+    for i, some in near.items():
+        assert all(i in near[j] for j in some), "masks are of two"
+        assert one.adverts[i].holders <= some  # type: ignore[operator]
+    alone = next((i, j) for i in near for j in near if i != j and j not in near[i])
+    with pytest.raises(MaskError, match="who is none of the others"):
+        one.senders[alone[0]].open({alone[1]: bytes(16)})
+    few = Sum(16, 6, drawn=6)
+    uploads = few.upload({0, 1, 2, 3})
+    with pytest.raises(MaskError, match="of which 6 are needed"):
+        few.end(uploads)
+
+
+def test_as_many_neighbours_as_chances_ask_for() -> None:
+    for senders, lost, corrupt in ((120, 36, 12), (300, 90, 30), (1000, 300, 100)):
+        found = fewest(senders, lost, corrupt)
+        assert found is not None
+        others, needed = found
+        law = scipy.stats.hypergeom(senders - 1, corrupt, others)
+        assert senders * law.sf(-(-needed // 2) - 1) <= 2**-40
+        left = scipy.stats.hypergeom(senders - 1, senders - 1 - lost, others)
+        assert senders * left.cdf(needed - 2) <= 2**-30, "the others' shares and its own"
+        assert 2 * needed > others + 1
+        assert shares_needed(others - 1, senders, lost, corrupt) is None
+        assert others < senders / 1.5
+    assert fewest(10, 3, 3) is None
+    masks = Masks(threshold=0.7)
+    assert masks.drawn(100) is None and masks.drawn(101) == fewest(101, 30, 11)
+    assert Masks(neighbours="all").drawn(1000) is None
+    assert Masks(neighbours=100).drawn(60) is None
+    with pytest.raises(UserError, match="20 are too few for 200 sites, of which .* are enough"):
+        Masks(neighbours=20).drawn(200)
+
+
+@SLOW
+def test_a_hundred_sites_and_more_share_with_some(tmp_path: Path) -> None:
+    names = [f"site-{k:03d}" for k in range(104)]
+    settings = Masks(threshold=0.7)
+    made = {name: SiteMasks(name, Unsigned(), settings, "run", tmp_path / name) for name in names}
+    values = {name: {"x": torch.tensor([k, -k, 1])} for k, name in enumerate(names)}
+    gone = {"keys": names[:4], "contribute": names[4:20], "unmask": names[20:25]}
+
+    def answered(name: str, header: Any) -> tuple[Any, Any]:
+        one, address = made[name], header.get("address")
+        if header["verb"] == "keys":
+            return one.keys(address, header["sites"], header["told"]), {}
+        if header["verb"] == "boxes":
+            return one.boxes(address, header["adverts"], header["threshold"], header["plan"]), {}
+        if header["verb"] == "agree":
+            return one.agree(address, header["survivors"]), {}
+        if header["verb"] == "unmask":
+            return one.unmask(address, header["survivors"], header["signatures"]), {}
+        (tmp_path / name).mkdir()
+        masked = header["masked"]
+        return {}, one.masked(masked["address"], masked["boxes"], values[name])
+
+    def ask(asked: Any) -> Any:
+        return {
+            name: answered(name, header)
+            for name, (header, _) in asked.items()
+            if name not in gone.get(header["verb"], ())
+        }
+
+    plan = {name: {k: 1 / 104} for k, name in enumerate(names)}
+    asked = {name: {"verb": "contribute"} for name in names}
+    total, left = SecureSums(settings, "run", ask).sum(asked, plan, "train", 0, 1, "told")
+    assert left == names[20:]
+    for k in range(3):
+        assert int(total["x"][k]) == sum(int(values[name]["x"][k]) for name in left)
 
 
 def test_too_few_shares_or_wrong_ones_give_no_sum() -> None:

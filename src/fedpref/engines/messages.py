@@ -21,7 +21,7 @@ NO_TENSORS: Tree = {}
 
 # of messages; 1 did not say so, 2 had no labels of values and no `consent`, in 3 the header stood
 # before the safetensors, 4 had no sums with noise
-FORMAT = 5
+FORMAT = 6
 HEADER = "fedpref"  # among the metadata
 DTYPES = {
     torch.float64: "F64",

@@ -60,7 +60,7 @@ Share = Annotated[float, Field(allow_inf_nan=False, ge=0, le=1)]
 Seconds = Annotated[float, Field(allow_inf_nan=False, ge=0, le=86400)]
 
 
-MOST_SITES = 100  # of a sum under masks, each of which has a mask with every other
+MOST_SITES = 2000  # of a sum under masks
 Hex = Annotated[str, Field(pattern=r"^([0-9a-f]{2})*$", max_length=4096)]
 Key = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -167,6 +167,7 @@ class Advert(TypedDict):
     __pydantic_config__ = _FORM  # type: ignore[misc]
     mask: Key
     box: Key
+    holders: Annotated[list[Number], Field(max_length=MOST_SITES)] | None
     signature: Hex
     certificate: Annotated[str, Field(max_length=20_000)]
 

@@ -14,10 +14,10 @@ import numpy as np
 
 from fedpref.engines.messages import NO_TENSORS, Header, Shape, shape
 from fedpref.engines.requests import MOST_SITES
-from fedpref.engines.site_masks import sum_context, tree_of, words_of
+from fedpref.engines.site_masks import advert_of, sum_context, tree_of, words_of
 from fedpref.errors import UserError
 from fedpref.numerics.trees import Tree
-from fedpref.privacy.masks import Advert, MaskError, unmasked
+from fedpref.privacy.masks import MaskError, unmasked
 from fedpref.privacy.settings import Masks
 
 Answers = dict[str, tuple[Header, Tree]]
@@ -67,9 +67,10 @@ class SecureSums:
         self._require(len(sites), len(sites), "take part in")
         if len(sites) > MOST_SITES:
             raise UserError(
-                f"secrecy: {len(sites)} sites; masks of each with every other are for "
-                f"{MOST_SITES} at most. Leave secrecy out, or let sites host more clients."
+                f"secrecy: {len(sites)} sites; a sum under masks is of {MOST_SITES} at most. Let "
+                "sites host more clients."
             )
+        drawn = self._settings.drawn(len(sites))
         header: Header = {"address": address}
         keys = self._told(
             {site: {"verb": "keys", "sites": sites, "told": told, **header} for site in sites}
@@ -118,7 +119,7 @@ class SecureSums:
             plain = unmasked(
                 total,
                 frozenset(number[site] for site in survivors),
-                {number[s]: _advert(keys[s]) for s in sealed},
+                {number[s]: advert_of(keys[s]) for s in sealed},
                 {number[s]: bytes.fromhex(sealed[s]["commitment"]) for s in sealed},
                 {
                     number[holder]: {
@@ -128,7 +129,7 @@ class SecureSums:
                     }
                     for holder, said in given.items()
                 },
-                threshold,
+                threshold if drawn is None else drawn[1],
                 sum_context(self._run, address, sites, keys, threshold, plan, told),
             )
         except MaskError as error:
@@ -173,7 +174,3 @@ class SecureSums:
                 f"(secrecy.threshold {self._settings.threshold:g} of {of}, secrecy.min_sites "
                 f"{self._settings.min_sites}). Nobody's value was seen."
             )
-
-
-def _advert(said: Mapping[str, str]) -> Advert:
-    return Advert(bytes.fromhex(said["mask"]), bytes.fromhex(said["box"]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 
 from fedpref.engines.messages import RefusedError
+from fedpref.errors import UserError
 from fedpref.numerics import files, trees
 from fedpref.numerics.trees import Tree
 from fedpref.privacy.masks import Advert, MaskError, Sender, context_of, signed_part
@@ -61,6 +63,8 @@ class _Sum:
     sites: list[str]
     sender: Sender
     told: str
+    needed: int | None = None
+    """How many shares give a secret, where that hangs on whom sites have drawn."""
     threshold: int = 0
     context: bytes = b""
     adverts: Mapping[str, Any] | None = None
@@ -97,8 +101,8 @@ class SiteMasks:
         self._run, self._file = run, folder / FILE
         self._sums: dict[str, _Sum] = {}
 
-    def keys(self, address: Mapping[str, Any], sites: Sequence[str], told: str) -> dict[str, str]:
-        """Return the site's public keys for a sum.
+    def keys(self, address: Mapping[str, Any], sites: Sequence[str], told: str) -> dict[str, Any]:
+        """Return the site's public keys for a sum, and who is to hold shares of its secrets.
 
         Args:
             address: Which sum.
@@ -111,8 +115,12 @@ class SiteMasks:
             raise RefusedError("keys of this sum were made already")
         if self._name not in sites or len(set(sites)) < len(sites):
             raise RefusedError("a sum of other sites, or of one twice")
-        number = sorted(sites).index(self._name)
-        self._sums[key] = _Sum(sorted(sites), Sender(number), told)
+        number, holders, needed = sorted(sites).index(self._name), None, None
+        if (drawn := _tried(lambda: self._settings.drawn(len(sites)))) is not None:
+            count, needed = drawn
+            others = [other for other in range(len(sites)) if other != number]
+            holders = frozenset(secrets.SystemRandom().sample(others, count))
+        self._sums[key] = _Sum(sorted(sites), Sender(number, holders), told, needed)
         for older in list(self._sums)[:-AHEAD]:
             del self._sums[older]
         advert = self._sums[key].sender.advert
@@ -120,6 +128,7 @@ class SiteMasks:
         return {
             "mask": advert.mask.hex(),
             "box": advert.box.hex(),
+            "holders": None if advert.holders is None else sorted(advert.holders),
             "signature": signature.hex(),
             "certificate": self._identity.certificate,
         }
@@ -127,7 +136,7 @@ class SiteMasks:
     def boxes(
         self,
         address: Mapping[str, Any],
-        adverts: Mapping[str, Mapping[str, str]],
+        adverts: Mapping[str, Mapping[str, Any]],
         threshold: int,
         plan: Mapping[str, Mapping[int, float]],
     ) -> dict[str, Any]:
@@ -149,7 +158,7 @@ class SiteMasks:
             raise RefusedError(f"a threshold of {threshold} is below the experiment's")
         known = {}
         for site, said in adverts.items():
-            advert = Advert(bytes.fromhex(said["mask"]), bytes.fromhex(said["box"]))
+            advert = advert_of(said)
             is_theirs = self._identity.verify(
                 site,
                 self._said(address, advert),
@@ -161,7 +170,8 @@ class SiteMasks:
             known[one.sites.index(site)] = advert
         one.threshold, one.adverts = threshold, adverts
         one.context = sum_context(self._run, address, one.sites, adverts, threshold, plan, one.told)
-        sealed, commitment = _tried(lambda: one.sender.boxes(known, threshold, one.context))
+        needed = one.needed or threshold
+        sealed, commitment = _tried(lambda: one.sender.boxes(known, needed, one.context))
         by_site = {one.sites[number]: box.hex() for number, box in sealed.items()}
         return {"boxes": by_site, "commitment": commitment.hex()}
 
@@ -246,7 +256,7 @@ class SiteMasks:
         if known[key].get("survivors", sorted(survivors)) != sorted(survivors):
             raise RefusedError("this sum was unmasked for others already")
         numbers = frozenset(one.sites.index(site) for site in survivors)
-        shares = _tried(lambda: one.sender.shares(numbers, self._settings.min_sites))
+        shares = _tried(lambda: one.sender.shares(numbers, one.threshold))
         known[key] = {"value": one.value, "survivors": sorted(survivors)}
         files.write(self._file, json.dumps(known))
         return {
@@ -262,7 +272,9 @@ class SiteMasks:
         return signed_part(one.context, [one.sites.index(site) for site in survivors])
 
     def _said(self, address: Mapping[str, Any], advert: Advert) -> bytes:
-        return context_of("keys", self._run, _key(address), advert.mask.hex(), advert.box.hex())
+        holders = None if advert.holders is None else sorted(advert.holders)
+        said = advert.mask.hex(), advert.box.hex(), holders
+        return context_of("keys", self._run, _key(address), *said)
 
     def _of(self, address: Mapping[str, Any]) -> _Sum:
         if (one := self._sums.get(_key(address))) is None:
@@ -280,15 +292,21 @@ def sum_context(
     run: str,
     address: Mapping[str, Any],
     sites: Sequence[str],
-    adverts: Mapping[str, Mapping[str, str]],
+    adverts: Mapping[str, Mapping[str, Any]],
     threshold: int,
     plan: Mapping[str, Mapping[int, float]],
     told: str,
 ) -> bytes:
     """Return what a sum is told by: where it stands, whose keys, and what they all were sent."""
-    keys = {site: [said["mask"], said["box"]] for site, said in adverts.items()}
+    keys = {site: [said["mask"], said["box"], said["holders"]] for site, said in adverts.items()}
     whose = {site: {str(i): share for i, share in shares.items()} for site, shares in plan.items()}
     return context_of(run, _key(address), list(sites), keys, threshold, whose, told)
+
+
+def advert_of(said: Mapping[str, Any]) -> Advert:
+    """Return what a site has made known of its keys."""
+    holders = None if said["holders"] is None else frozenset(said["holders"])
+    return Advert(bytes.fromhex(said["mask"]), bytes.fromhex(said["box"]), holders)
 
 
 def told_after(before: str, work: str, call: int, plain: Sequence[Any], tensors: Tree) -> str:
@@ -305,7 +323,7 @@ def _key(address: Mapping[str, Any], *, attempt: bool = True) -> str:
 def _tried(work: Any) -> Any:
     try:
         return work()
-    except MaskError as error:
+    except (MaskError, UserError) as error:
         raise RefusedError(f"masks: {error}") from error
 
 

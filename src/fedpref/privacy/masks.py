@@ -3,6 +3,7 @@
 Each pair of senders agrees on a mask that one adds and the other subtracts, and each adds one of
 its own. Both kinds can be taken away from the sum by shares that the others hold: of who has sent
 something its own mask, of who fell out the key of its masks with others, and never both.
+Among very many senders each shares with some that it has drawn by itself (`neighbours`).
 Source: Bonawitz et al. 2017, "Practical Secure Aggregation for Privacy-Preserving Machine
 Learning". Every key and mask is of one sum alone.
 """
@@ -32,10 +33,32 @@ class MaskError(Exception):
 
 @dataclass(frozen=True)
 class Advert:
-    """What a sender makes known before a sum: public keys of its masks and of its boxes."""
+    """What a sender makes known before a sum: public keys of its masks and of its boxes.
+
+    Attributes:
+        holders: The others that it has drawn to hold shares of its secrets; None for all.
+    """
 
     mask: bytes
     box: bytes
+    holders: frozenset[int] | None = None
+
+
+class Holders(dict[int, set[int]]):
+    """By sender, who holds shares of its secrets, of those that are there; itself does."""
+
+    def __init__(self, adverts: Mapping[int, Advert]) -> None:
+        super().__init__(
+            (i, {i} | (adverts.keys() if one.holders is None else one.holders & adverts.keys()))
+            for i, one in adverts.items()
+        )
+
+    def are_near(self, i: int, j: int) -> bool:
+        """Return whether two senders have a mask with each other: one holds shares of the other's.
+
+        Nobody has one with itself.
+        """
+        return i != j and i in self and j in self and (j in self[i] or i in self[j])
 
 
 def context_of(*parts: Any) -> bytes:
@@ -58,14 +81,17 @@ class Sender:
 
     Args:
         number: Of the sender, from 0.
+        holders: The others that are to hold shares of its secrets; None for all.
     """
 
-    def __init__(self, number: int) -> None:
-        self.number = number
+    def __init__(self, number: int, holders: frozenset[int] | None = None) -> None:
+        self.number, self._drawn = number, holders
         self._mask, self._box = _fresh_key(), _fresh_key()
         self._own = secrets.token_bytes(KEY)
         self._adverts: dict[int, Advert] = {}
+        self._holders = Holders({})
         self._held: dict[int, tuple[int, int]] = {}
+        self._heard: set[int] = set()  # whose boxes came
         self._context = b""
         self._threshold = 0
         self._answered: frozenset[int] | None = None
@@ -73,16 +99,18 @@ class Sender:
     @property
     def advert(self) -> Advert:
         """What is made known."""
-        return Advert(_public(self._mask), _public(self._box))
+        return Advert(_public(self._mask), _public(self._box), self._drawn)
 
     def boxes(
         self, adverts: Mapping[int, Advert], threshold: int, context: bytes
     ) -> tuple[dict[int, bytes], bytes]:
-        """Return a sealed box of shares for each other sender, and a commitment to the own mask.
+        """Return a sealed box for each sender it has a mask with, and a commitment to the own mask.
+
+        There are shares in the boxes of those that it has drawn; others learn that it is there.
 
         Args:
             adverts: Of all senders, this one among them.
-            threshold: How many of them must be left for the sum.
+            threshold: How many shares give a secret.
             context: What tells the sum from all others.
 
         Raises:
@@ -93,25 +121,27 @@ class Sender:
         keys = [key for one in adverts.values() for key in (one.mask, one.box)]
         if adverts.get(self.number) != self.advert or len(set(keys)) < len(keys):
             raise MaskError("a key comes twice, or is not the one that was told")
-        if not len(adverts) / 2 < threshold <= len(adverts):
-            raise MaskError(f"a threshold of {threshold} does not fit {len(adverts)} senders")
+        self._holders = Holders(adverts)
+        holders = self._holders[self.number]
+        if not len(holders) / 2 < threshold <= len(holders):
+            raise MaskError(f"a threshold of {threshold} does not fit {len(holders)} holders")
         self._adverts, self._threshold, self._context = dict(adverts), threshold, context
-        of_key = shamir.split(_private(self._mask), sorted(adverts), threshold)
-        of_own = shamir.split(self._own, sorted(adverts), threshold)
+        of_key = shamir.split(_private(self._mask), sorted(holders), threshold)
+        of_own = shamir.split(self._own, sorted(holders), threshold)
         # a share of its own too: without it a sum of exactly so many senders would fail
         self._held = {self.number: (of_key[self.number], of_own[self.number])}
-        sealed = {
-            other: self._cipher(other, self.number, other).encrypt(
-                bytes(12),
-                b"".join(
-                    share.to_bytes(shamir.BYTES, "big") for share in (of_key[other], of_own[other])
-                ),
-                context,
+
+        def sealed(other: int) -> bytes:
+            shares = (of_key[other], of_own[other]) if other in holders else ()
+            content = b"".join(share.to_bytes(shamir.BYTES, "big") for share in shares)
+            return bytes(
+                self._cipher(other, self.number, other).encrypt(bytes(12), content, context)
             )
-            for other in adverts
-            if other != self.number
+
+        boxes = {
+            other: sealed(other) for other in adverts if self._holders.are_near(self.number, other)
         }
-        return sealed, _commitment(self._own, context)
+        return boxes, _commitment(self._own, context)
 
     def open(self, boxes: Mapping[int, bytes]) -> None:
         """Take the boxes that other senders have sealed for this one.
@@ -122,7 +152,7 @@ class Sender:
         from cryptography.exceptions import InvalidTag
 
         for other, box in boxes.items():
-            if other not in self._adverts or other == self.number:
+            if not self._holders.are_near(self.number, other):
                 raise MaskError(f"a box of {other}, who is none of the others")
             try:
                 opened = self._cipher(other, other, self.number).decrypt(
@@ -130,10 +160,13 @@ class Sender:
                 )
             except (InvalidTag, ValueError) as error:
                 raise MaskError(f"the box of {other} does not open") from error
-            if len(opened) != 2 * shamir.BYTES:
+            is_holder = self.number in self._holders[other]
+            if len(opened) != (2 * shamir.BYTES if is_holder else 0):
                 raise MaskError(f"the box of {other} holds something else")
-            first, second = opened[: shamir.BYTES], opened[shamir.BYTES :]
-            self._held[other] = int.from_bytes(first, "big"), int.from_bytes(second, "big")
+            self._heard.add(other)
+            if is_holder:
+                first, second = opened[: shamir.BYTES], opened[shamir.BYTES :]
+                self._held[other] = int.from_bytes(first, "big"), int.from_bytes(second, "big")
 
     def masked(self, words: Words) -> Words:
         """Return words with the masks of all whose boxes came.
@@ -141,10 +174,11 @@ class Sender:
         Raises:
             MaskError: Fewer came than must be left for a sum.
         """
-        if len(self._held) < self._threshold:
-            raise MaskError(f"{len(self._held)} senders, of which {self._threshold} are needed")
+        there = self._holders[self.number] & (self._heard | {self.number})
+        if len(there) < self._threshold:
+            raise MaskError(f"{len(there)} senders, of which {self._threshold} are needed")
         total = words + stream(_derived(self._own, self._context, "self"), len(words))
-        for other in sorted(self._held.keys() - {self.number}):
+        for other in sorted(self._heard):
             mask = stream(_agreed(self._mask, self._adverts[other].mask, self._context), len(words))
             total = total + mask if self.number < other else total - mask
         return total
@@ -163,7 +197,8 @@ class Sender:
             raise MaskError("another set of survivors was answered already")
         if self.number not in survivors or len(survivors) < max(least, self._threshold):
             raise MaskError(f"{len(survivors)} survivors are too few")
-        if not survivors <= self._held.keys():
+        near = {other for other in survivors if self._holders.are_near(self.number, other)}
+        if not near <= self._heard:
             raise MaskError("a survivor whose box never came")
         self._answered = survivors
         return {
@@ -201,7 +236,7 @@ def unmasked(
     Raises:
         MaskError: Too few shares, or wrong ones.
     """
-    total = total.copy()
+    total, holders = total.copy(), Holders(adverts)
     for i in sorted(adverts):
         told = {holder: some[i] for holder, some in shares.items() if i in some}
         try:
@@ -216,7 +251,7 @@ def unmasked(
         key = _key_of(secret)
         if _public(key) != adverts[i].mask:
             raise MaskError(f"a share of the key of sender {i} is wrong")
-        for j in sorted(survivors):
+        for j in (j for j in sorted(survivors) if holders.are_near(i, j)):
             mask = stream(_agreed(key, adverts[j].mask, context), len(total))
             # as the survivor has added or subtracted it
             total = total - mask if j < i else total + mask

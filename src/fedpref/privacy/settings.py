@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from fedpref.errors import UserError
+from fedpref.privacy.neighbours import fewest, shares_needed
 from fedpref.types import NonNegative, OpenFraction, Portion, Positive
 
 
@@ -41,6 +42,8 @@ class QuantileClip:
     """The noise's standard deviation on the number of clients that were short enough, as a share
     of the expected number."""
 
+
+FEW = 100  # sites, of which each shares its masks with all others
 
 Clip = Annotated[FixedClip | QuantileClip, Field(discriminator="name")]
 
@@ -146,9 +149,14 @@ class Masks:
     """How many sites' values must be in a sum, at least."""
     max_share: Portion = 0.67
     """The largest share of a sum that one site may have: of more the sum would say its value."""
+    neighbours: Annotated[int, Field(ge=2)] | Literal["all"] | None = None
+    """With how many others, whom it draws, a site shares its masks; null is all of up to 100, and
+    above as few as let nobody's masks be known by those who collude (by chance once in 2^40 sums)
+    and are enough whoever falls out (once in 2^30)."""
     corrupt: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """The share of those who must be left that may leave out their part of the noise, or know it,
-    where the promise is against the coordinator: all others' parts are then enough."""
+    """The share of sites that may tell one another, and the coordinator, what they know. Where the
+    promise is against the coordinator, so many of those who must be left may leave out their part
+    of the noise: all others' parts are then enough."""
 
     def needed(self, sites: int) -> int:
         """Return how many of so many sites must be left."""
@@ -157,3 +165,26 @@ class Masks:
     def noisy(self, needed: int) -> int:
         """Return how many of those who must be left have added noise that nobody else knows."""
         return max(1, math.floor((1 - self.corrupt) * needed + 1e-9))
+
+    def drawn(self, sites: int) -> tuple[int, int] | None:
+        """Return with how many others each of so many sites shares, and how many shares it takes.
+
+        None where it shares with all others.
+
+        Raises:
+            UserError: `neighbours` is too few.
+        """
+        if self.neighbours == "all" or (self.neighbours is None and sites <= FEW):
+            return None
+        lost, bad = sites - self.needed(sites), math.ceil(self.corrupt * sites - 1e-9)
+        least = fewest(sites, lost, bad)
+        if least is None or self.neighbours is None:
+            return least
+        if self.neighbours >= sites - 1:
+            return None
+        if (needed := shares_needed(self.neighbours, sites, lost, bad)) is None:
+            raise UserError(
+                f"secrecy.neighbours: {self.neighbours} are too few for {sites} sites, of which "
+                f"{lost} may fall out and {bad} collude; {least[0]} are enough."
+            )
+        return self.neighbours, needed
