@@ -44,6 +44,7 @@ from fedpref.engines import site as site_module
 from fedpref.engines.host import Hosted
 from fedpref.engines.messages import HEADER, pack, unpack, version
 from fedpref.engines.site import Site
+from fedpref.engines.site_masks import FIGURES
 from fedpref.experiments.clients import SimulatedSite
 from fedpref.experiments.rounds import events
 from fedpref.experiments.run_directory import RunDirectory
@@ -313,12 +314,18 @@ def valid_messages(experiment: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "other": {
                     "mask": "ab" * 32,
                     "box": "cd" * 32,
+                    "holders": None,
                     "signature": "",
                     "certificate": "",
                 }
             },
             "threshold": 2,
             "plan": {"site": {"0": 0.5}, "other": {"1": 0.5}},
+        },
+        {
+            "verb": "tally",
+            "own": {"0": "6.0"},
+            "masked": {"address": {**SUM, "call": FIGURES}, "boxes": {"other": "00"}},
         },
         {"verb": "agree", "address": SUM, "survivors": ["site", "other"]},
         {"verb": "unmask", "address": SUM, "survivors": ["site"], "signatures": {"site": "00"}},
@@ -406,19 +413,41 @@ def files_outside(folder: Path, place: Path) -> set[str]:
     return {str(f) for f in folder.rglob("*") if not f.is_relative_to(place)}
 
 
+PROMISED: dict[str, Any] = {
+    "algorithm": {"name": "feddpo", "local": LOCAL, "aggregate": {"name": "frozen-a"}},
+    "federation": {"weighting": "equal"},
+    "secrecy": {"name": "masks", "min_sites": 2},
+    "privacy": [
+        {"unit": "client", "noise_multiplier": 2.0, "delta": 0.01},
+        {"unit": "example", "noise_multiplier": 2.0, "delta": 0.01},
+    ],
+}
+
+
 def fuzz(folder: Path, count: int, seed: int = 0) -> dict[str, float]:
-    """Hostile messages: exceptions out of the site, and files outside its folder."""
+    """Hostile messages: exceptions out of the site, and files outside its folder.
+
+    Half of them meet an experiment with masks and promises of privacy.
+    """
+    plain = {"algorithm": {"name": "ditto", "local": LOCAL}}
+    leaked = sum(fuzz_one(folder, count // 2, seed, one) for one in (plain, PROMISED))
+    return {"messages_tried": count, "messages_leaked": leaked}
+
+
+def fuzz_one(folder: Path, count: int, seed: int, changes: Mapping[str, Any]) -> int:
+    """How many hostile messages do harm in an experiment with these settings."""
     draw, leaked = random.Random(seed), 0
-    algorithm = {"name": "ditto", "local": LOCAL}
-    spec = config.dump(config.parse(Experiment, settings(folder, algorithm=algorithm), "x"))
+    spec = config.dump(config.parse(Experiment, settings(folder, **changes), "x"))
     messages = valid_messages(spec)
+    # what goes well: the second work is one of ditto's
+    good = [messages[0], *messages[3 : 5 if "privacy" in changes else 6]]
     # opening loads the model: rarely, so that most messages meet a site at work
     cheap = [m for m in messages if not opens(m)]
-    with small_site(folder, algorithm) as site:
+    with small_site(folder, changes["algorithm"]) as site:
         runs = site._folder
         for number in range(count):
             if number % 500 == 0:
-                for message in (messages[0], messages[3], *messages[4:6]):
+                for message in good:
                     more = numbers(site) if message["verb"] == "number" else {}
                     tensors = {"0/w": torch.ones(3)} if message["verb"] == "each" else {}
                     answer = said(site, {**message, **more}, tensors)[0]
@@ -433,7 +462,7 @@ def fuzz(folder: Path, count: int, seed: int = 0) -> dict[str, float]:
             if number % 500 == 499 and files_outside(folder, runs) != before:
                 leaked += 1
                 print("  files outside the site's folder changed")
-    return {"messages_tried": count, "messages_leaked": leaked}
+    return leaked
 
 
 # ---- private trees

@@ -19,7 +19,7 @@ from conftest import make_rows, write_rows
 from fedpref import UserError
 from fedpref.engines.messages import RefusedError, pack, unpack
 from fedpref.engines.secure_sums import SecureSums
-from fedpref.engines.site_masks import FILE, SiteMasks, Unsigned, tree_of, words_of
+from fedpref.engines.site_masks import FIGURES, FILE, SiteMasks, Unsigned, tree_of, words_of
 from fedpref.experiments.clients import SimulatedSite
 from fedpref.experiments.run_directory import RunDirectory
 from fedpref.numerics import trees
@@ -169,10 +169,11 @@ def test_as_many_neighbours_as_chances_ask_for() -> None:
         assert others < senders / 1.5
     assert fewest(10, 3, 3) is None
     masks = Masks(threshold=0.7)
-    assert masks.drawn(100) is None and masks.drawn(101) == fewest(101, 30, 11)
+    assert masks.drawn(100) is None
+    assert masks.drawn(101) == fewest(101, 30, 11)
     assert Masks(neighbours="all").drawn(1000) is None
     assert Masks(neighbours=100).drawn(60) is None
-    with pytest.raises(UserError, match="20 are too few for 200 sites, of which .* are enough"):
+    with pytest.raises(UserError, match=r"20 are too few for 200 sites, of which .* are enough"):
         Masks(neighbours=20).drawn(200)
 
 
@@ -362,19 +363,25 @@ def test_no_byte_that_the_coordinator_gets_is_a_sites_part(
     content: dict[str, Any], tmp_path: Path
 ) -> None:
     parts: list[bytes] = []
+    updates: list[bytes] = []
     masked = SiteMasks.masked
 
     def recorded(self: SiteMasks, address: Any, boxes: Any, value: Any) -> Any:
         parts.append(words_of(value).tobytes())
+        if address["call"] < FIGURES:
+            updates.append(parts[-1])
         return masked(self, address, boxes, value)
 
     transport = sites(tmp_path / "sites")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SiteMasks, "masked", recorded)
         run_to(parsed(content), tmp_path / "run", transport)
-    assert len(parts) == 6, "three sites in two rounds"
+    assert len(updates) == 6, "three sites in two rounds"
+    assert len(parts) == 15, "and figures of two rounds and of the end"
     everything = b"".join(transport.up)
     for part in parts:
+        assert part not in everything
+    for part in updates:
         middle = len(part) // 2
         assert any(part[middle : middle + 32])
         assert part[middle : middle + 32] not in everything

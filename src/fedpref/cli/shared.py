@@ -75,6 +75,13 @@ def follow(happenings: Iterator[Event], folder: RunDirectory, opens: bool = Fals
     ):
         show(happenings, console)
     outcome = FinishedRun(folder).result()
+    if not outcome.tells_each:
+        report = write_report([outcome.path], outcome.path / REPORT)
+        console.print(f"report: {report}", highlight=False, soft_wrap=True)
+        console.print(f"run directory: {outcome.path}", highlight=False, soft_wrap=True)
+        if opens:
+            typer.launch(str(report))
+        return
     console.print(client_table(outcome.path, outcome.evaluations))
     for sentence in sentences(outcome.path):
         console.print(f"{sentence}.", highlight=False, markup=False)

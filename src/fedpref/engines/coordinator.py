@@ -17,9 +17,11 @@ from fedpref.channel.lattice import unfixed
 from fedpref.engines.engine import (
     Mixing,
     Purpose,
+    Telling,
     Traffic,
     clipped,
     everybody,
+    figures_of,
     share_of,
     told,
     weighted_report,
@@ -37,12 +39,13 @@ from fedpref.engines.replies import (
     unusable,
     usable_metrics,
 )
-from fedpref.engines.secure_sums import SecureSums
-from fedpref.engines.site_masks import told_after
+from fedpref.engines.secure_sums import LostSumError, SecureSums
+from fedpref.engines.site_masks import call_of, told_after
 from fedpref.engines.sites import NOWHERE, SILENT, Sites
 from fedpref.errors import UserError
 from fedpref.federation.verbs import PerClient, registered
-from fedpref.numerics import trees
+from fedpref.numerics import tallies, trees
+from fedpref.numerics.tallies import Figure
 from fedpref.numerics.trees import Tree
 from fedpref.privacy import Masks
 
@@ -96,7 +99,10 @@ class RemoteEngine:
         private: PrivateSums | None = None,
         examples: ToldExamples | None = None,
         masks: Masks | None = None,
+        figures: Telling = "each",
     ) -> None:
+        # each client's are not to be had under masks
+        self.figures: Telling = "sums" if masks and figures == "each" else figures
         self.private, self.examples = private, examples
         self._secure = SecureSums(masks, sites.run, self._ask) if masks else None
         self._sites, self._links, self._mixing, self._clip = sites, links, mixing, clip
@@ -116,6 +122,8 @@ class RemoteEngine:
         self._largest = 0  # bytes of a client's message so far
         self._lost = {NOWHERE}  # sites that did not answer
         self._kept: dict[str, set[int]] = {}  # by field, clients of which sites have kept a value
+        self._place: tuple[int, Purpose] | None = None
+        self._told = ""  # a digest of what sites were sent in the phase
         self.begin(0, self.clients, "init")
 
     def begin(self, round: int, cohort: Sequence[int], purpose: Purpose = "train") -> None:
@@ -124,7 +132,8 @@ class RemoteEngine:
         self._gone: dict[int, str] = {}
         self._unheard: dict[int, str] = {}
         self.lengths: dict[int, float] = {}
-        self._told = ""  # a digest of what sites were sent in the phase
+        if self._place != (round, purpose):  # sites count several evaluations in a round as one
+            self._place, self._told = (round, purpose), ""
         self._cohort = len(self.active)
         self._leave_out(
             {i: "its site is not there" for i in cohort if self._sites.site_of[i] in self._lost}
@@ -383,7 +392,33 @@ class RemoteEngine:
         return arrived, mixture
 
     def report(self, metrics: PerClient[Mapping[str, float]]) -> Mapping[str, float]:
-        return weighted_report(self.disclose(metrics), self._examples)
+        if self.figures in ("private", "none"):
+            return {}
+        if self._secure is None:
+            return weighted_report(self.disclose(metrics), self._examples)
+        return {
+            name: one.total if name.startswith("num_") else one.weighted / one.weight
+            for name, one in self.tally(metrics, "report").items()
+        }
+
+    def tally(self, metrics: PerClient[Mapping[str, float]], place: str) -> Mapping[str, Figure]:
+        if self._secure is None:
+            return figures_of(self.disclose(metrics), self._examples)
+        names, by_site = self._present(metrics), self._by_site()
+        plan = {site: {i: 1 / len(self.active) for i in some} for site, some in by_site.items()}
+        # a sum that sites would refuse is not asked for, and one that is lost ends no round
+        if not plan or self._secure.lopsided(plan):
+            return {}
+        asked = {
+            site: {"verb": "tally", "own": {i: names[i].text for i in some}}
+            for site, some in by_site.items()
+        }
+        call = call_of(place)
+        try:
+            total, _ = self._secure.sum(asked, plan, self._purpose, self.round, call, self._told)
+        except LostSumError:
+            return {}
+        return tallies.read(total)
 
     def disclose(
         self,

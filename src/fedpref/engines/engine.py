@@ -14,12 +14,15 @@ from numpy.typing import NDArray
 from fedpref.engines.private_examples import PrivateExamples, ToldExamples
 from fedpref.engines.private_sums import PrivateSums
 from fedpref.federation.verbs import Federation, PerClient
-from fedpref.numerics import trees
+from fedpref.numerics import tallies, trees
+from fedpref.numerics.tallies import Figure
 from fedpref.numerics.trees import Tree
 
 # (round, active clients) -> the mixing matrix over all clients
 Mixing = Callable[[int, Sequence[int]], NDArray[np.float64]]
 Purpose = Literal["init", "train", "join", "evaluate"]
+Telling = Literal["each", "sums", "private", "none"]
+"""Of figures: each client's, sums over all, sums with noise, or nothing."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,20 @@ class Engine(Federation, Protocol):
         """
         ...
 
+    @property
+    def figures(self) -> Telling:
+        """What is told of clients' figures; of `sums` and `none` nobody's own are disclosed."""
+        ...
+
+    def tally(self, metrics: PerClient[Mapping[str, float]], place: str) -> Mapping[str, Figure]:
+        """Return what the active clients' figures come to, by name; nothing where that is lost.
+
+        Args:
+            metrics: What clients measured.
+            place: Which of a round's figures they are, such as "conclude".
+        """
+        ...
+
     def save(self, values: Mapping[str, PerClient[Tree]], folder: Path) -> None:
         """Let every client write its values, by name, to files of its own.
 
@@ -196,3 +213,16 @@ def weighted_report(
             factor = 1.0 if name.startswith("num_") else weights[client] / total
             result[name] = result.get(name, 0.0) + factor * value
     return result
+
+
+def figures_of(
+    rows: Mapping[int, Mapping[str, float]], weights: Mapping[int, float]
+) -> Mapping[str, Figure]:
+    """Return what clients' rows come to, each weighed by the examples that it is of.
+
+    Args:
+        rows: By client.
+        weights: Each client's number of training examples, for rows that do not say theirs.
+    """
+    weighed = [row.get("num_examples", weights[client]) for client, row in rows.items()]
+    return tallies.read(tallies.tally(list(rows.values()), weighed))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedpref.channel.lattice import Lattice
 from fedpref.channel.noise import WORDS, DiscreteGaussian, RoundedGaussian
+from fedpref.engines.private_figures import PrivateFigures
 from fedpref.errors import UserError
 from fedpref.numerics import trees
 from fedpref.numerics.trees import Tree
@@ -36,6 +37,7 @@ class PrivateSums:
         template: A tree as clients send it, of which names and shapes count.
         sums: How many there are in a round.
         most: The rounds that a client takes part in at most; None for all.
+        evaluations: What keeps those private, within the same budget.
 
     Raises:
         UserError: The noise on how many changes are short enough is too small.
@@ -57,7 +59,11 @@ class PrivateSums:
         chance: float = 1.0,
         sums: int = 1,
         most: int | None = None,
+        evaluations: PrivateFigures | None = None,
     ) -> None:
+        self.evaluations = evaluations
+        if evaluations is not None:
+            evaluations.allows = self._allows
         self.secret, self.ledger, self.guarantee, self.budget = secret, ledger, guarantee, budget
         self.expected, self.template, self._clip, self._most = expected, template, clip, most
         self.chance = chance
@@ -219,8 +225,16 @@ class PrivateSums:
 
     def _spent(self, ledger: Ledger) -> float:
         # whoever takes part in so many rounds at most has paid for the dearest ones
-        rounds = sorted(ledger.rounds)[: self._most]
-        return self.guarantee.spent(Counter(rounds))
+        rounds = Counter(sorted(ledger.rounds)[: self._most])
+        beside = self.evaluations.events if self.evaluations else Counter()
+        return self.guarantee.spent(rounds + beside)
+
+    def _allows(self, evaluations: Counter[tuple[float, float]]) -> bool:
+        """Return whether evaluations that cost so much are within the budget."""
+        if self.budget is None:
+            return True
+        rounds = Counter(sorted(self.ledger.rounds)[: self._most])
+        return self.guarantee.spent(rounds + evaluations) <= self.budget * (1 + 1e-6)
 
     def affords(self, round: int) -> bool:
         """Return whether a round may be begun: it is within the budget, or charged already.
@@ -235,8 +249,11 @@ class PrivateSums:
             return True
         noise = self.noise_multiplier if call else self.guarantee.noise_multiplier
         more = self.ledger.with_one(round, call, self._kind(noise))
+        rounds = Counter(sorted(more.rounds)[: self._most])
+        # evaluations that are still to come have their part of it
+        beside = self.evaluations.reserved if self.evaluations else Counter()
         # a guarantee that was computed for so many rounds is just within it
-        return self._spent(more) <= self.budget * (1 + 1e-6)
+        return self.guarantee.spent(rounds + beside) <= self.budget * (1 + 1e-6)
 
     def cohort(self, able: Sequence[int], round: int) -> tuple[int, ...]:
         """Return the clients of a round, each by a word of the secret's."""

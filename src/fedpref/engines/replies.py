@@ -147,7 +147,7 @@ FORMS: dict[str, TypeAdapter[Any]] = {
     "boxes": TypeAdapter(Sealed),
     "agree": TypeAdapter(Agreed),
     "unmask": TypeAdapter(Shared),
-    **dict.fromkeys(("number", "contribute", "save"), TypeAdapter(Nothing)),
+    **dict.fromkeys(("number", "contribute", "tally", "save"), TypeAdapter(Nothing)),
 }
 
 

@@ -217,6 +217,14 @@ class Contribute(TypedDict):
     masked: NotRequired[Masked]
 
 
+class Tally(TypedDict):
+    """Send the sums of clients' figures, under masks."""
+
+    __pydantic_config__ = _FORM  # type: ignore[misc]
+    own: Annotated[dict[ClientId, ValueName], Field(min_length=1)]
+    masked: Masked
+
+
 class Exchange(TypedDict):
     """Tell neighbours, hear them, and mix."""
 
@@ -270,6 +278,7 @@ FORMS: dict[str, TypeAdapter[Any]] = {
     "boxes": TypeAdapter(Boxes),
     "agree": TypeAdapter(Agree),
     "unmask": TypeAdapter(Unmask),
+    "tally": TypeAdapter(Tally),
     "exchange": TypeAdapter(Exchange),
     "report": TypeAdapter(Report),
     "save": TypeAdapter(Save),

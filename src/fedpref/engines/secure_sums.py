@@ -24,6 +24,10 @@ Answers = dict[str, tuple[Header, Tree]]
 Ask = Callable[[Mapping[str, tuple[Header, Tree]]], Answers]
 
 
+class LostSumError(UserError):
+    """A sum that nobody gets, for too few sites are left."""
+
+
 class SecureSums:
     """Sums under masks of one run.
 
@@ -133,7 +137,9 @@ class SecureSums:
                 sum_context(self._run, address, sites, keys, threshold, plan, told),
             )
         except MaskError as error:
-            raise UserError(f"round {round + 1}: the sum under masks is lost: {error}.") from error
+            raise LostSumError(
+                f"round {round + 1}: the sum under masks is lost: {error}."
+            ) from error
         return tree_of(plain, values[survivors[0]]), survivors
 
     def _values(
@@ -167,9 +173,13 @@ class SecureSums:
         answers = self._ask({site: (dict(header), NO_TENSORS) for site, header in asked.items()})
         return {site: header for site, (header, _) in answers.items()}
 
+    def lopsided(self, plan: Mapping[str, Mapping[int, float]]) -> str:
+        """Return why sites would refuse a sum; empty if they would not."""
+        return self._settings.lopsided([sum(shares.values()) for shares in plan.values()])
+
     def _require(self, count: int, of: int, done: str) -> None:
         if count < (needed := self._settings.needed(of)):
-            raise UserError(
+            raise LostSumError(
                 f"secrecy: {count} sites {done} a sum, and {needed} are needed "
                 f"(secrecy.threshold {self._settings.threshold:g} of {of}, secrecy.min_sites "
                 f"{self._settings.min_sites}). Nobody's value was seen."

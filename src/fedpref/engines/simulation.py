@@ -12,9 +12,11 @@ from fedpref.channel.lattice import fixed, unfixed
 from fedpref.engines.engine import (
     Mixing,
     Purpose,
+    Telling,
     Traffic,
     clipped,
     everybody,
+    figures_of,
     mixed,
     share_of,
     told,
@@ -31,6 +33,7 @@ from fedpref.errors import UserError
 from fedpref.federation.leaving import Audience, Label, labels
 from fedpref.federation.verbs import WORK, Client, PerClient, in_turn, registered
 from fedpref.numerics import seeds, trees
+from fedpref.numerics.tallies import Figure
 from fedpref.numerics.trees import Tree
 from fedpref.tasks.task import Shard, Task
 
@@ -55,6 +58,7 @@ class Simulation:
         private: What keeps sums private, if they are.
         examples: What keeps the units of clients' data private, if they are.
         as_integers: Sum integers, as sites do under masks; here there is nobody to hide from.
+        figures: What is told of clients' figures.
     """
 
     def __init__(
@@ -76,8 +80,9 @@ class Simulation:
         private: PrivateSums | None = None,
         examples: PrivateExamples | None = None,
         as_integers: bool = False,
+        figures: Telling = "each",
     ) -> None:
-        self._as_integers = as_integers
+        self._as_integers, self.figures = as_integers, figures
         self.private, self.examples = private, examples
         self._task, self._shards = task, tuple(shards)
         self._seed, self._rounds, self._channel, self._folder = seed, rounds, channel, folder
@@ -253,6 +258,8 @@ class Simulation:
         return arrived, StoredValues(self._room, ((i, mixture(i)) for i in self.active))
 
     def report(self, metrics: PerClient[Mapping[str, float]]) -> Mapping[str, float]:
+        if self.figures in ("private", "none"):
+            return {}
         return weighted_report(self.disclose(metrics), self._examples)
 
     def disclose(
@@ -263,6 +270,9 @@ class Simulation:
     ) -> Mapping[int, Mapping[str, float]]:
         column = stored(metrics)
         return {i: column.leaving(i, Audience.COORDINATOR) for i in self.active}
+
+    def tally(self, metrics: PerClient[Mapping[str, float]], place: str) -> Mapping[str, Figure]:
+        return figures_of(self.disclose(metrics), self._examples)
 
     def save(self, values: Mapping[str, PerClient[Tree]], folder: Path) -> None:
         kept = {field: stored(value).kept for field, value in values.items()}

@@ -36,7 +36,14 @@ from fedpref.engines.messages import (
     version,
 )
 from fedpref.engines.requests import Masked, Noisy, SumAddress, beneath, freed, parsed
-from fedpref.engines.site_masks import Identity, SiteMasks, Unsigned, told_after
+from fedpref.engines.site_masks import (
+    FIGURES,
+    PLACES,
+    Identity,
+    SiteMasks,
+    Unsigned,
+    told_after,
+)
 from fedpref.engines.site_privacy import SitePrivacy
 from fedpref.engines.store import Store
 from fedpref.engines.values import Kept, Values, size
@@ -46,11 +53,13 @@ from fedpref.federation.leaving import Audience, fits, is_metrics, labels
 from fedpref.federation.private_steps import PrivateSteps
 from fedpref.federation.verbs import WORK, Client, WithheldError, Work
 from fedpref.numerics import files, seeds, trees
+from fedpref.numerics.tallies import tally
 from fedpref.numerics.trees import Tree
 
 CHECKPOINTS, AHEAD = 2, 4  # that are kept, and messages of a site that may lie here unread
 CLIENTS = "numbers.json"  # in a run's folder: which client has which number
 EXPERIMENT = "experiment.sha256"  # in a run's folder: of its settings
+OWN_FIGURES = "figures.jsonl"  # in a run's folder: clients' figures that left in sums alone
 OPENINGS = "openings"  # in a run's folder: how often it was opened
 ASIDE = 3  # former states of a run that are kept when it is begun anew
 LOG = logging.getLogger("fedpref")
@@ -101,6 +110,7 @@ class Site:
             self.number,
             self.each,
             self.contribute,
+            self.tally,
             self.keys,
             self.boxes,
             self.agree,
@@ -458,6 +468,8 @@ class Site:
     ) -> None:
         """Raise RefusedError for a part of a sum that is not the one all sites were told of."""
         address, plan = masked["address"], masks.planned(masked["address"])
+        if address["call"] >= FIGURES:
+            raise RefusedError("a sum of figures is asked for as one of updates")
         said = dict.fromkeys(own, 1.0) if noisy else {i: _said_for(i, shares) for i in own}
         if said != dict(plan):
             raise RefusedError("the part that is asked for is not the one that all sites were told")
@@ -466,6 +478,33 @@ class Site:
             raise RefusedError("noise of another sum is asked for")
         if own and self._told[:2] != (address["purpose"], address["round"]):
             raise RefusedError("a sum of another phase is asked for")
+
+    def tally(self, tensors: Tree, own: Mapping[int, str], masked: Masked) -> Answer:
+        """Send the sums of the figures of the clients here, under masks, and keep each one's."""
+        address, masks = masked["address"], self._masked
+        if self._opened.is_silent or address["call"] < FIGURES:
+            raise RefusedError("the experiment's figures are not told so")
+        if own.keys() != masks.planned(address).keys():
+            raise RefusedError("figures of others are asked for than all sites were told")
+        if self._told[:2] != (address["purpose"], address["round"]):
+            raise RefusedError("figures of another phase are asked for")
+        rows = {i: self._metrics(i, name) for i, name in own.items()}
+        weights = [self._weight(i, row) for i, row in rows.items()]
+        try:
+            total = tally(list(rows.values()), weights)
+        except ValueError as error:
+            raise RefusedError(str(error)) from error
+        said = {self._names[i]: row for i, row in rows.items()}
+        place = PLACES[address["call"] - FIGURES]
+        line = json.dumps({"round": address["round"], "place": place, "clients": said})
+        with (self._run / OWN_FIGURES).open("a") as file:
+            file.write(line + "\n")
+        return {}, masks.masked(address, masked["boxes"], total)
+
+    def _weight(self, client: int, row: Mapping[str, float]) -> float:
+        """Return what a client weighs in a mean of figures: examples that they are of."""
+        train = self._opened.about[self._names[client]]["train"]
+        return float(row.get("num_examples", train))
 
     def keys(self, tensors: Tree, address: SumAddress, sites: Sequence[str], told: str) -> Answer:
         """Make known the site's public keys for a sum under masks.
@@ -598,14 +637,16 @@ class Site:
 
     def report(self, tensors: Tree, own: Mapping[int, str]) -> Answer:
         """Send clients' metrics."""
-        metrics = {}
-        for i, name in own.items():
-            kept = self._values.get(i, name)
-            kept.label.refuse(Audience.COORDINATOR, i)
-            if not is_metrics(kept.value):
-                raise RefusedError("what is no mapping of names to numbers is not reported")
-            metrics[i] = dict(kept.value)
-        return {"metrics": metrics}, NO_TENSORS
+        if self._opened.is_silent or self._masks is not None:
+            raise RefusedError("each client's figures are not told")
+        return {"metrics": {i: self._metrics(i, name) for i, name in own.items()}}, NO_TENSORS
+
+    def _metrics(self, client: int, name: str) -> dict[str, float]:
+        kept = self._values.get(client, name)
+        kept.label.refuse(Audience.COORDINATOR, client)
+        if not is_metrics(kept.value):
+            raise RefusedError("what is no mapping of names to numbers is not reported")
+        return dict(kept.value)
 
     def save(self, tensors: Tree, own: Mapping[str, Mapping[int, str]], checkpoint: str) -> Answer:
         """Keep clients' values in files, all of them or none.

@@ -25,6 +25,13 @@ FILE = (
     "sums.json"  # in a run's folder: of each sum, the value's digest and for whom it was unmasked
 )
 AHEAD = 8  # sums whose keys lie here
+FIGURES = 10**6  # calls from here on are of sums of figures, each of which has a place
+PLACES = ("report", "start", "glance", "validate", "conclude", "evaluate")  # of figures in a round
+
+
+def call_of(place: str) -> int:
+    """Return the number of the call by which figures of a place are summed."""
+    return FIGURES + PLACES.index(place)
 
 
 class Identity(Protocol):
@@ -150,7 +157,7 @@ class SiteMasks:
                 told the same, or there is no sum.
         """
         one = self._of(address)
-        self._refuse_lopsided(plan)
+        self._refuse_lopsided(address, plan)
         one.plan = plan
         if not set(adverts) <= set(one.sites):
             raise RefusedError("keys of sites that are none of the sum's")
@@ -175,18 +182,14 @@ class SiteMasks:
         by_site = {one.sites[number]: box.hex() for number, box in sealed.items()}
         return {"boxes": by_site, "commitment": commitment.hex()}
 
-    def _refuse_lopsided(self, plan: Mapping[str, Mapping[int, float]]) -> None:
+    def _refuse_lopsided(
+        self, address: Mapping[str, Any], plan: Mapping[str, Mapping[int, float]]
+    ) -> None:
         """Raise RefusedError where a sum would be hardly more than one site's value."""
-        if self._is_noisy:
+        if self._is_noisy and address["call"] < FIGURES:
             return
-        totals = [sum(shares.values()) for shares in plan.values()]
-        if sum(total > 0 for total in totals) < self._settings.min_sites:
-            raise RefusedError("fewer sites than secrecy.min_sites have anything in the sum")
-        if max(totals) > self._settings.max_share * sum(totals) * (1 + 1e-9):
-            raise RefusedError(
-                "one site would have more of the sum than secrecy.max_share, "
-                f"{self._settings.max_share:g}"
-            )
+        if reason := self._settings.lopsided([sum(shares.values()) for shares in plan.values()]):
+            raise RefusedError(reason)
 
     def planned(self, address: Mapping[str, Any]) -> Mapping[int, float]:
         """Return whose values of this site are in a sum, and with what share, as all were told."""
@@ -211,7 +214,8 @@ class SiteMasks:
         if known.setdefault(key, {"value": one.value})["value"] != one.value:
             raise RefusedError("another value of this sum was sent already")
         phase = f"{address['purpose']}/{address['round']}/"
-        if sum(name.startswith(phase) for name in known) > self._means:
+        calls = [int(name.rsplit("/", 1)[1]) for name in known if name.startswith(phase)]
+        if sum(call < FIGURES for call in calls) > self._means:
             raise RefusedError(f"a phase has {self._means} sums, and this would be one more")
         files.write(self._file, json.dumps(known))
         numbered = {one.sites.index(site): bytes.fromhex(box) for site, box in boxes.items()}

@@ -48,7 +48,8 @@ def standing(rows: Sequence[Mapping[str, Any]], metric: str | None) -> Standing:
     Raises:
         UserError: They do not measure it.
     """
-    rows = [row for row in rows if is_for_choosing(row)]
+    # where figures come as sums, one may have been lost
+    rows = [row for row in rows if is_for_choosing(row) and row["summary"]]
     if not rows:
         return Standing()
     named = metric or headline(rows[0]["summary"])

@@ -187,6 +187,7 @@ class InProcess:
             private=private,
             examples=examples,
             as_integers=line.secrecy is not None,
+            figures=line.telling,
         )
 
     def _workers(self) -> int:
@@ -286,6 +287,7 @@ class AtSites:
             ),
             examples=told_examples(line),
             masks=line.secrecy,
+            figures=line.telling,
         )
 
     @property
@@ -411,5 +413,6 @@ def hosted(
         privacy=site_privacy(spec, task, by_name, folder, max_epsilon),
         masks=spec.secrecy,
         means=spec.algorithm.means,
+        is_silent=spec.telling == "none",
         **limits,
     )

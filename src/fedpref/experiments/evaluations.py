@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from fedpref.engines import Engine
+from fedpref.engines.site_masks import PLACES
 from fedpref.experiments.experiment import FEWEST, Experiment
 from fedpref.experiments.run_directory import (
     OUTCOMES,
@@ -21,6 +22,7 @@ from fedpref.experiments.run_directory import (
 from fedpref.federation.verbs import ANYTHING, Client, work
 from fedpref.numerics import seeds, trees
 from fedpref.numerics.metrics import HEADLINES, low_is_good, over_clients
+from fedpref.numerics.tallies import SHARES
 from fedpref.numerics.trees import Tree
 from fedpref.tasks import Task
 
@@ -36,8 +38,12 @@ def measured(
     clients: Sequence[int],
     purpose: Purpose = "evaluate",
     few: int | None = None,
+    at_start: bool = False,
 ) -> dict[str, Any]:
     """Return some clients' held-out metrics, and each metric's summary over them.
+
+    Where nobody's own figures are told, there are no rows of clients, and beside summaries, if
+    there are any, `bins`: how many clients have a share of 0 to 0.1, and so on.
 
     Args:
         engine: Whose clients they are.
@@ -46,14 +52,30 @@ def measured(
         clients: Which of them.
         purpose: What for.
         few: How many rows a glance or a validation is at; None for all.
+        at_start: Whether nothing has been trained yet.
     """
+    if engine.figures == "none":
+        return {"clients": {}, "summary": {}}
     engine.begin(engine.round, clients, "evaluate")
     if purpose == "validate":
         values = engine.each(validate, few or 0, *model)
     elif purpose == "glance" and few is not None:
         values = engine.each(glance, few, *model)
     else:
-        values = engine.each(conclude if purpose == "conclude" else evaluate, *model)
+        # what came of each example is kept where nothing else is promised of it
+        keeps = purpose == "conclude" and engine.figures != "private"
+        values = engine.each(conclude if keeps else evaluate, *model)
+    if engine.figures != "each":
+        figures = engine.tally(values, "start" if at_start else purpose)
+        if engine.private is not None and engine.private.evaluations is not None:
+            place = PLACES.index("start" if at_start else purpose)
+            figures = engine.private.evaluations.told(figures, engine.round, place)
+        figures = {name: one for name, one in figures.items() if not name.startswith("num_")}
+        return {
+            "clients": {},
+            "summary": {name: one.summary() for name, one in figures.items()},
+            "bins": {name: list(one.bins) for name, one in figures.items() if name in SHARES},
+        }
     rows = {
         names[i]: dict(metrics) for i, metrics in engine.disclose(values, NEEDED, HEADLINES).items()
     }

@@ -15,6 +15,7 @@ from fedpref.data import Builtin, ClientData, Natural, Partition, Source
 from fedpref.data.preferences import Side
 from fedpref.data.reading import EvaluateOn, Reading, read
 from fedpref.data.unusable import Unusable
+from fedpref.engines import Telling
 from fedpref.engines.sites import Patience
 from fedpref.errors import UserError
 from fedpref.experiments.choosing import Keep, Standing, Stop
@@ -182,6 +183,14 @@ class Experiment:
     def of_units(self) -> Privacy | None:
         """The promise of what a client has, if there is one."""
         return next((promise for promise in self.promises if not promise.is_of_clients), None)
+
+    @property
+    def telling(self) -> Telling:
+        """What is told of clients' figures, if sums are not under masks."""
+        told = {promise.tells for promise in self.promises}
+        if "none" in told:
+            return "none"
+        return "private" if "private" in told else "each"
 
     @property
     def validates(self) -> bool:

@@ -60,6 +60,11 @@ class Outcome:
     evaluations: Mapping[str, ClientMetrics]
     newcomers: Mapping[str, tuple[ClientMetrics, ClientMetrics]]
 
+    @property
+    def tells_each(self) -> bool:
+        """Whether there are figures of single clients, not of all together alone."""
+        return all(self.evaluations.values())
+
 
 @dataclass(frozen=True)
 class OpenedRun:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from fedpref.channel.noise import DISTANCE
 from fedpref.data import Natural
 from fedpref.engines.private_examples import PrivateExamples, ToldExamples
+from fedpref.engines.private_figures import PrivateFigures
 from fedpref.engines.private_sums import PrivateSums
 from fedpref.engines.site_privacy import SitePrivacy
 from fedpref.errors import UserError
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
     from fedpref.experiments.run_directory import RunDirectory
     from fedpref.tasks import Task
 
+EVALUATIONS = "evaluations.jsonl"  # in FOLDER: a ledger of figures that were told with noise
 FOLDER = "privacy"  # in a line's directory: its ledgers, and while it runs its secret
 LOCAL = frozenset({"alone", "alone-parts", "reward-head"})  # baselines that share nothing
 Reasons = Iterable[tuple[bool, str]]
@@ -75,7 +79,22 @@ def refuse_seen(spec: Experiment) -> None:
 
 def _of_all(spec: Experiment) -> Reasons:
     published = sorted({*spec.baselines} - LOCAL)
+    is_kept, choosing = spec.telling == "each", spec.stop is not None or spec.keep == "best"
     return (
+        (
+            not is_kept and bool(spec.baselines),
+            "metrics: figures of baselines would be told as they are. Leave baselines out",
+        ),
+        (
+            spec.telling == "none" and choosing,
+            "metrics: with none there is nothing that stop and keep could choose by. Leave them "
+            "out",
+        ),
+        (
+            spec.telling == "private" and not spec.task.compares_by_shares,
+            f"metrics: what the task {spec.task.name} compares clients by has no bounds, which "
+            "noise needs. Take none",
+        ),
         (bool(spec.diagnostics), "diagnostics: they are sums without noise. Leave them out"),
         (
             bool(published),
@@ -226,10 +245,21 @@ def guarantee_of(
         if privacy.noise_multiplier is not None:
             return Guarantee(privacy.noise_multiplier, 1.0, privacy.delta, inexact, True)
         return Guarantee.of_discrete(float(privacy.epsilon or 0), privacy.delta, rounds, inexact)
+    beside = evaluations_of(spec)
     if most is None:
-        return _guarantee(privacy, spec.federation.chance(clients), spec.rounds, inexact)
+        chance = spec.federation.chance(clients)
+        return _guarantee(privacy, chance, spec.rounds, inexact, beside)
     # whether a client is still drawn hangs on whether it was: chance hides nothing of it
-    return _guarantee(privacy, 1.0, min(most, spec.rounds), inexact)
+    return _guarantee(privacy, 1.0, min(most, spec.rounds), inexact, beside)
+
+
+def evaluations_of(spec: Experiment) -> Counter[tuple[float, float]]:
+    """Return what private evaluations will have cost; nothing where there are none."""
+    privacy = spec.of_clients
+    if privacy is None or privacy.tells != "private":
+        return Counter()
+    looks = sum(spec.looks_after(done) for done in range(1, spec.rounds + 1))
+    return Counter({(privacy.metrics_noise, 1.0): looks + spec.evaluate_on_start + 1})
 
 
 def _rounds_seen(spec: Experiment) -> int:
@@ -244,10 +274,16 @@ def rounds_of_client(spec: Experiment) -> int:
     return min(spec.rounds, spec.federation.max_participations or spec.rounds)
 
 
-def _guarantee(privacy: Privacy, chance: float, sums: int, inexact: float) -> Guarantee:
+def _guarantee(
+    privacy: Privacy,
+    chance: float,
+    sums: int,
+    inexact: float,
+    beside: Mapping[tuple[float, float], int] = MappingProxyType({}),
+) -> Guarantee:
     if privacy.noise_multiplier is not None:
         return Guarantee(privacy.noise_multiplier, chance, privacy.delta, inexact)
-    return Guarantee.of(float(privacy.epsilon or 0), privacy.delta, chance, sums, inexact)
+    return Guarantee.of(float(privacy.epsilon or 0), privacy.delta, chance, sums, inexact, beside)
 
 
 def _refuse_large(privacy: Privacy, units: int, what: str) -> None:
@@ -277,8 +313,12 @@ def private_sums(
     if guarantee is None:
         return None
     room, chance = folder / FOLDER, spec.federation.chance(clients)
+    secret, evaluations = Secret.of(room), None
+    if planned := evaluations_of(spec):
+        noise, ledger = spec.of_clients.metrics_noise, Ledger.at(room, EVALUATIONS)
+        evaluations = PrivateFigures(secret, ledger, noise, clients, planned.total())
     made = PrivateSums(
-        Secret.of(room),
+        secret,
         Ledger.at(room),
         guarantee,
         spec.of_clients.epsilon,
@@ -288,6 +328,7 @@ def private_sums(
         chance=chance,
         sums=spec.algorithm.sums,
         most=spec.federation.max_participations,
+        evaluations=evaluations,
     )
     # of words of 32 bits, in the worst case: all clients' whole length, and noise, in one number
     if spec.secrecy and clients * made.lattice.most + 16 * made.lattice.deviation >= 2**31:

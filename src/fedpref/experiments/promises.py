@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ from fedpref.engines.private_examples import PrivateExamples
 from fedpref.engines.private_sums import PrivateSums
 from fedpref.experiments.private import (
     Sizes,
+    evaluations_of,
     guarantee_of,
     guarantees_of,
     numbers_of,
@@ -97,7 +99,10 @@ def _clients_in_words(spec: Experiment, task: Task, clients: int) -> str:
     guarantee = guarantee_of(spec, clients, dimensions)
     if guarantee is None or spec.of_clients is None:
         return ""
-    epsilon = guarantee.epsilon(rounds_of_client(spec))
+    evaluations = evaluations_of(spec)
+    rounds = Counter({guarantee.kind: rounds_of_client(spec)})
+    epsilon = guarantee.spent(rounds + evaluations)
+    looks = f" and {evaluations.total()} evaluations" if evaluations else ""
     expected = clients * spec.federation.chance(clients)
     noise = guarantee.noise_multiplier * dimensions**0.5 / expected
     chance = "everybody in every round"
@@ -105,9 +110,9 @@ def _clients_in_words(spec: Experiment, task: Task, clients: int) -> str:
         chance = f"{expected:.3g} of {clients} clients expected in a round"
     return (
         f"privacy: epsilon {epsilon:.3g} at delta {spec.of_clients.delta:g} after {spec.rounds} "
-        f"rounds, of one client that is there or not, against {_whom(spec.of_clients)}; noise of "
-        f"{guarantee.noise_multiplier:.3g} clips, {chance}. On {dimensions:,} numbers the noise of "
-        f"a round's mean is {noise:.3g} times as long as the longest mean can be. "
+        f"rounds{looks}, of one client that is there or not, against {_whom(spec.of_clients)}; "
+        f"noise of {guarantee.noise_multiplier:.3g} clips, {chance}. On {dimensions:,} numbers "
+        f"the noise of a round's mean is {noise:.3g} times as long as the longest mean can be. "
         f"{_worth(noise, spec.rounds, 'clients')}"
     ).strip()
 

@@ -175,9 +175,8 @@ def _line(
         row: Row = {"round": rounds, "on": experiment.evaluates_on(purpose)}
         if purpose == "conclude":
             row["final"] = True
-        return row | measured(
-            engine, algorithm.model(state), names, trained, purpose, experiment.evaluate_pairs
-        )
+        few, model = experiment.evaluate_pairs, algorithm.model(state)
+        return row | measured(engine, model, names, trained, purpose, few, at_start=not rounds)
 
     if experiment.evaluate_on_start and not folder.read_rows(EVALUATION):
         row = looked(0, state, experiment.looks)
@@ -320,10 +319,14 @@ def _join(
     Returns:
         The state with them.
     """
-    row["newcomers_before"] = measured(engine, algorithm.model(state), names, newcomers)["clients"]
+    tells = engine.figures == "each"  # of a few newcomers sums would tell as much
+    if tells:
+        before = measured(engine, algorithm.model(state), names, newcomers)
+        row["newcomers_before"] = before["clients"]
     engine.begin(engine.round, newcomers, "join")
     state = algorithm.join(engine, state, experiment.federation.join_steps)
-    row["newcomers"] = measured(engine, algorithm.model(state), names, newcomers)["clients"]
+    if tells:
+        row["newcomers"] = measured(engine, algorithm.model(state), names, newcomers)["clients"]
     return state
 
 
@@ -337,6 +340,8 @@ def _lengths(lengths: Mapping[int, float], clip: float | None) -> dict[str, floa
 
 def evaluated(line: str, total: int, row: Mapping[str, Any]) -> Event:
     """Return the event that a row of an evaluation is."""
+    if not row["summary"]:
+        return Event(line, "evaluate", row["round"], total, {}, "figures are not told")
     metric = headline(row["summary"])
     title = HEADLINES[metric].title
     note = f"{title} on validation rows" if is_for_choosing(row) else title

@@ -47,6 +47,10 @@ def _round(figures: dict[str, float]) -> dict[str, float]:
 Round = Annotated[dict[str, float], AfterValidator(_round)]
 Measured = Annotated[dict[str, float], AfterValidator(_measured)]
 PerClient = Annotated[dict[str, Measured], AfterValidator(_alike)]
+Clients = Annotated[
+    dict[str, Measured], AfterValidator(lambda clients: clients and _alike(clients))
+]
+"""Nobody's where figures are told as sums."""
 
 
 class About(TypedDict):
@@ -67,8 +71,9 @@ class Evaluation(TypedDict):
     final: NotRequired[bool]
     kept: NotRequired[WholeNumber]
     spent: NotRequired[bool]
-    clients: PerClient
+    clients: Clients
     summary: dict[str, dict[str, float]]
+    bins: NotRequired[dict[str, list[float]]]
     diagnostics: NotRequired[dict[str, float]]
     newcomers: NotRequired[PerClient]
     newcomers_before: NotRequired[PerClient]

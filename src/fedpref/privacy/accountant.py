@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any
 
 from fedpref.errors import UserError
@@ -152,9 +153,22 @@ class Guarantee:
 
     @staticmethod
     def of(
-        epsilon: float, delta: float, sampling_probability: float, sums: int, inexact: float = 0.0
+        epsilon: float,
+        delta: float,
+        sampling_probability: float,
+        sums: int,
+        inexact: float = 0.0,
+        beside: Events = MappingProxyType({}),
     ) -> Guarantee:
         """Return the guarantee of the least noise that keeps so many sums within an epsilon.
+
+        Args:
+            epsilon: The budget.
+            delta: The chance of more loss than that.
+            sampling_probability: Each unit's chance to be in a sum.
+            sums: How many.
+            inexact: How far one sum's noise is from the exact one, at most (total variation).
+            beside: Other sums within the same budget, whose noise is given.
 
         Raises:
             UserError: No noise that is tried does.
@@ -164,7 +178,7 @@ class Guarantee:
             return Guarantee(multiplier, sampling_probability, delta, inexact)
 
         # what is left of delta if the whole of epsilon is spent
-        left = delta - (1 + math.exp(epsilon)) * sums * inexact
+        left = delta - (1 + math.exp(epsilon)) * (sums + sum(beside.values())) * inexact
         if left <= 0:
             raise UserError(
                 f"privacy.delta: noise that is not exact takes more than {delta:g} of it at "
@@ -173,15 +187,17 @@ class Guarantee:
             )
 
         def spent(multiplier: float) -> float:
-            return _epsilon(((multiplier, sampling_probability, sums),), left)
+            others = ((*kind, count) for kind, count in sorted(beside.items()))
+            return _epsilon(((multiplier, sampling_probability, sums), *others), left)
 
         high = 1.0
         while (least := spent(high)) > epsilon:
             high *= 2
             if high > MOST:
+                also = f" beside {sum(beside.values())} evaluations" if beside else ""
                 raise UserError(
-                    f"privacy.epsilon: no noise keeps {sums} sums within {epsilon:g} at delta "
-                    f"{delta:g}. Take fewer rounds or a larger epsilon."
+                    f"privacy.epsilon: no noise keeps {sums} sums{also} within {epsilon:g} at "
+                    f"delta {delta:g}. Take fewer rounds or a larger epsilon."
                 )
         low = max(high / 2, LEAST)
         while (most := spent(low)) <= epsilon:

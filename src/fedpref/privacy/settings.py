@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -103,6 +104,14 @@ class Privacy:
     """The chance of more loss than epsilon; at most one over the number of units."""
     clip: Clip = FixedClip()
     """How long a client's change, or a unit's gradient, may be."""
+    metrics: Literal["kept", "none", "private"] | None = None
+    """What is told of clients' figures. `kept` writes them down as they are, outside the promise;
+    `none` asks nobody for any; `private`, of clients, tells each evaluation's mean and bins over
+    all clients, with noise, within epsilon, and nothing of the training. Null is `kept`, or `none`
+    against the coordinator."""
+    metrics_noise: Annotated[float, Field(ge=1, le=500)] = 20.0
+    """Of private figures: the noise's standard deviation of one evaluation, in units of what one
+    client can change."""
 
     def __post_init__(self) -> None:
         if (self.epsilon is None) == (self.noise_multiplier is None):
@@ -122,6 +131,22 @@ class Privacy:
                 "privacy.clip: a quantile is of clients' changes; of what a client has it would "
                 "cost a query of its own in every step. Take fixed."
             )
+
+        if self.metrics == "private" and not self.is_of_clients:
+            raise UserError(
+                "privacy.metrics: of what a client has, a figure of its own would need noise of "
+                "its own, beside which nothing is seen. Take none, or kept."
+            )
+        if self.against == "coordinator" and self.metrics not in (None, "none"):
+            raise UserError(
+                "privacy.metrics: against the coordinator sites would have to add the noise to "
+                "figures, and they count that of changes alone. Take none."
+            )
+
+    @property
+    def tells(self) -> Literal["kept", "none", "private"]:
+        """What is told of figures."""
+        return self.metrics or ("none" if self.against == "coordinator" else "kept")
 
     @property
     def is_of_clients(self) -> bool:
@@ -157,6 +182,18 @@ class Masks:
     """The share of sites that may tell one another, and the coordinator, what they know. Where the
     promise is against the coordinator, so many of those who must be left may leave out their part
     of the noise: all others' parts are then enough."""
+
+    def lopsided(self, totals: Sequence[float]) -> str:
+        """Return why a sum would be hardly more than one site's value; empty if it is not.
+
+        Args:
+            totals: Of each site, what it has of the sum.
+        """
+        if sum(total > 0 for total in totals) < self.min_sites:
+            return "fewer sites than secrecy.min_sites have anything in the sum"
+        if max(totals) > self.max_share * sum(totals) * (1 + 1e-9):
+            return f"one site would have more of the sum than secrecy.max_share, {self.max_share:g}"
+        return ""
 
     def needed(self, sites: int) -> int:
         """Return how many of so many sites must be left."""

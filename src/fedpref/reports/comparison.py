@@ -145,6 +145,14 @@ def _compared(lines: Sequence[_Line], terms: Terms) -> list[Row]:
     return [_row(line, None if line is first else first, terms) for line in lines]
 
 
+def not_each(path: Path) -> UserError:
+    """Return what is said of a run whose clients' figures are told as sums, or not at all."""
+    return UserError(
+        f"{path}: its clients' figures are not told one by one, so that they cannot be compared. "
+        f"`fedpref report {path}` shows what is told."
+    )
+
+
 def grouped(paths: Sequence[Path]) -> dict[str, dict[int, FinishedRun]]:
     """Return runs by their name and, in order, by their seed.
 
@@ -228,6 +236,8 @@ class _Line:
 
 def _line(name: str, runs: Mapping[int, _Member], terms: Terms) -> _Line:
     tables = [member.last["clients"] for member in runs.values()]
+    if not all(tables):
+        raise not_each(next(iter(runs.values())).run.path)
     if terms.at is not None:
         metric = headline(next(iter(tables[0].values())))
         made_equal = parse(terms.at)

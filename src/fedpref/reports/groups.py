@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from fedpref.errors import UserError
 from fedpref.experiments.run_directory import RunDirectory
 from fedpref.numerics.metrics import HEADLINES, Headline
-from fedpref.reports.comparison import grouped
+from fedpref.reports.comparison import grouped, not_each
 from fedpref.reports.run import Line, Run, read
 from fedpref.runs.sweep import is_sweep, members
 
@@ -94,9 +94,13 @@ def groups_of(paths: Sequence[Path]) -> list[Group]:
         groups = []
         for name, some in grouped(runs).items():
             read_ones = [read(run.path) for run in some.values()]
+            if any(run.is_summed for run in read_ones):
+                raise not_each(read_ones[0].path)
             if all(run.line.last for run in read_ones):
                 lines = [run.line for run in read_ones]
                 groups.append(Group(name, lines, read_ones[0].metric, read_ones[0]))
+    if len(runs) == 1 and run.is_summed:
+        raise not_each(run.path)
     if not groups:
         raise UserError(f"{paths[0]}: nothing has been evaluated yet.")
     if len({group.metric for group in groups}) > 1:

@@ -71,7 +71,8 @@ def show(happenings: Iterator[Event], console: Console) -> None:
             if title not in bars:
                 bars[title] = progress.add_task(title, total=event.total, figures="")
             if event.kind == "evaluate":
-                held_out[title] = f"held-out {event.metrics['mean']:.3f}  "
+                if event.metrics:
+                    held_out[title] = f"held-out {event.metrics['mean']:.3f}  "
             else:
                 said[title] = text
             progress.update(
@@ -97,7 +98,11 @@ def _figures(event: Event) -> str:
     if event.kind == "prepare":
         return "clients"
     if event.kind == "evaluate":
-        text = f"held-out {event.note} {figures['mean']:.3f}, worst client {figures['worst']:.3f}"
+        if not figures:
+            return event.note
+        text = f"held-out {event.note} {figures['mean']:.3f}"
+        if "worst" in figures:
+            text += f", worst client {figures['worst']:.3f}"
         return ", ".join(
             [
                 text,

@@ -120,6 +120,11 @@ class Result:
     def _repr_html_(self) -> str:
         """Return the clients' headline metric under each line, for a notebook."""
         main = next(iter(self.evaluations))
+        if not self.evaluations[main]:
+            return (
+                "<p>Clients' figures are not told one by one; the page shows what is told.</p>"
+                f"<p>run directory: <code>{escape(str(self.path))}</code></p>"
+            )
         metric = headline(next(iter(self.evaluations[main].values())))
         shown, counts = HEADLINES[metric], sizes(self.path)
         names = sorted(self.evaluations[main], key=lambda name: (-counts[name]["train"], name))

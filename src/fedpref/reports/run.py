@@ -104,13 +104,21 @@ class Run:
 
     @cached_property
     def metric(self) -> str:
-        """The metric by which clients are compared."""
+        """The metric by which clients are compared; empty where nothing is told of them."""
+        if self.is_summed:
+            summary = self.line.evaluations[-1]["summary"]
+            return headline(summary) if summary else ""
         return headline(next(iter(self.line.last.values())))
+
+    @property
+    def is_summed(self) -> bool:
+        """Whether evaluations have no rows of single clients."""
+        return bool(self.line.evaluations) and not self.line.last
 
     @property
     def shown(self) -> Headline:
         """How that metric is written."""
-        return HEADLINES[self.metric]
+        return HEADLINES[self.metric] if self.metric else Headline("figure")
 
     def values(self, line: Line | None = None) -> Values:
         """Return each client's last value of that metric, under a line."""

@@ -299,6 +299,8 @@ class Measured:
         their whole model. A client's policy that has a reward head beside it has a metric of its
         own, and one of both.
         """
+        if not self.last["summary"]:
+            return {}
         metric = headline(self.last["summary"])
         rows = (
             self.last["clients"]
@@ -319,7 +321,8 @@ class Measured:
             }
         if client is None and not self.has_own:
             mean = HEADLINES[metric].text(self.last["summary"][metric]["mean"])
-            return {title: f"{mean} (mean over {len(self.last['clients'])} clients)"}
+            of = f"{len(self.last['clients'])} clients" if self.last["clients"] else "clients"
+            return {title: f"{mean} (mean over {of})"}
         return {title: "not measured"}
 
     def counts(self, client: str | None) -> dict[str, str]:
@@ -337,7 +340,9 @@ def _drawn(experiment: Experiment, measured: Measured) -> str:
     """Return what else a run is told by: nothing that would help to take its noise away."""
     if experiment.privacy:
         return ""
-    return f", {len(measured.last['clients'])} clients, seed {experiment.seed}"
+    if not (known := measured.last["clients"]):  # figures are told as sums
+        return f", seed {experiment.seed}"
+    return f", {len(known)} clients, seed {experiment.seed}"
 
 
 def _promised(experiment: Experiment, spent: Mapping[str, float], client: str | None) -> str:

@@ -108,11 +108,10 @@ def chosen(folder: Path, metric: str) -> tuple[str, Mapping[Path, Experiment]]:
     means: dict[str, list[float]] = {}
     for path in members(folder):
         run = FinishedRun.at(path).require_done()
-        clients = run.last_evaluation["clients"].values()
-        if any(metric not in row for row in clients):
+        summary = run.last_evaluation["summary"]
+        if metric not in summary:
             raise UserError(f"--select {metric}: {path} does not measure it.")
-        values = [row[metric] for row in clients]
-        means.setdefault(run.experiment.name, []).append(sum(values) / len(values))
+        means.setdefault(run.experiment.name, []).append(summary[metric]["mean"])
     averages = {name: sum(values) / len(values) for name, values in means.items()}
     best = (min if low_is_good(metric) else max)(averages, key=averages.__getitem__)
     runs = {

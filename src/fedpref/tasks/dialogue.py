@@ -41,6 +41,8 @@ class DialogueTask(LanguageTask):
 
     units: ClassVar[frozenset[str]] = frozenset({"prompt", "column"})
 
+    compares_by_shares: ClassVar[bool] = False
+
     name: Literal["dialogue"] = "dialogue"
     rewards: dict[str, Reward] = field(default_factory=dict)
     """The reward of each objective, by the objective's name."""

@@ -104,6 +104,11 @@ class TaskSettings(ABC):
         return True
 
     @property
+    def compares_by_shares(self) -> bool:
+        """Whether clients are compared by a metric from 0 to 1."""
+        return True
+
+    @property
     def samples(self) -> int:
         """Held-out prompts of a client that are answered before training and after, to be read."""
         return 0

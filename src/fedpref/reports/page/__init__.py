@@ -20,6 +20,7 @@ from fedpref.reports import charts, group_charts
 from fedpref.reports import method_charts as methods
 from fedpref.reports.comparison import TITLES, Row, cells, columns_of, compare
 from fedpref.reports.groups import Group, groups_of
+from fedpref.reports.page import sums
 from fedpref.reports.page.sentences import MEANINGS, facts, told
 from fedpref.reports.page.tables import (
     answer_rows,
@@ -51,10 +52,15 @@ def write_report(paths: Sequence[Path], output: Path) -> Path:
     paths = [run for path in paths for run in members(path)]
     fronts = [json.loads((path / FRONT).read_text()) for path in paths if (path / FRONT).exists()]
     runs = told_apart([read(path) for path in paths if not (path / FRONT).exists()])
-    if started := [run for run in runs if not run.line.last]:
+    if started := [run for run in runs if not run.line.evaluations]:
         raise UserError(
             f"{started[0].path}: the run has no evaluation yet (evaluate_every says when). "
             f"`fedpref watch {started[0].path}` shows it as it goes."
+        )
+    if len(runs) + len(fronts) > 1 and (summed := [run for run in runs if run.is_summed]):
+        raise UserError(
+            f"{summed[0].path}: its clients' figures are not told one by one, so that nothing can "
+            "be laid beside them; give it a report of its own."
         )
     if len({run.metric for run in runs}) > 1:
         raise UserError(
@@ -112,7 +118,10 @@ def page(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     room = files("fedpref.reports.page")
+    summed, everything = [run for run in runs if run.is_summed], runs
+    runs = [run for run in runs if not run.is_summed]
     drawn = sections(runs, fronts) + group_sections(groups)
+    drawn += [one for run in summed for one in sums.sections(run)]
     measures, spreads = fairness(runs)
     answering, answers = answer_rows(runs)
     environment.filters["anchor"] = _anchor
@@ -123,16 +132,17 @@ def page(
         *(["Clients, and how evenly they fare"] if runs else []),
     ]
     listed = [(_anchor(title), title) for title in contents]
-    listed += [("answers1", "Answers")] if any(run.samples for run in runs[:1]) else []
-    listed += [("ran1", "What ran")] if runs else []
+    listed += [("answers1", "Answers")] if any(run.samples for run in everything[:1]) else []
+    listed += [("ran1", "What ran")] if everything else []
     return environment.from_string((room / "page.html").read_text()).render(
-        title=", ".join(run.title for run in runs)
+        title=", ".join(run.title for run in everything)
         or ", ".join(group.name for group in groups)
         or "front of trade-offs",
         style=Markup((room / "page.css").read_text()),
         script=Markup((room / "page.js").read_text()),
         plotly=Markup((room / "plotly-basic.min.js").read_text()),
-        runs=[told(run) for run in runs],
+        runs=[told(run) for run in everything],
+        captioned=bool(runs),
         sections=drawn,
         groups=[facts(group.run) | {"variant": group.name} for group in groups],
         contents=listed,

@@ -16,6 +16,7 @@ from fedpref.experiments.run_files import HELD_OUT
 from fedpref.models.named import BUILTIN
 from fedpref.numerics.intervals import interval, why_none
 from fedpref.numerics.metrics import ACCURACY, COMBINED
+from fedpref.reports.page import sums
 from fedpref.reports.paired import Gain
 from fedpref.reports.run import Run
 from fedpref.reports.tables import bytes_text
@@ -56,8 +57,8 @@ def told(run: Run) -> dict[str, Any]:
     )
     return {
         "title": run.title,
-        "words": words(run),
-        "cards": cards(run),
+        "words": sums.words(run) if run.is_summed else words(run),
+        "cards": sums.cards(run) if run.is_summed else cards(run),
         "facts": {name: text for name, text in facts(run).items() if text},
         "config": (run.path / CONFIG).read_text(),
         "samples": [
@@ -218,9 +219,10 @@ def facts(run: Run) -> dict[str, str]:
     """Return what ran, on what."""
     spec, here = run.experiment, run.environment
     versions = {"python": here.get("python", ""), **here.get("versions", {})}
-    trained = [run.clients[name] for name in run.line.last]
+    trained = [run.clients[name] for name in (run.clients if run.is_summed else run.line.last)]
     train, test = (sum(about[side] for about in trained) for side in ("train", "test"))
     later = len(run.sizes) - len(trained)
+    who = f"{len(trained)} that {'are known' if run.is_summed else 'trained'}"
     model = spec.task.model.path
     return {
         "algorithm": f"{spec.algorithm.name}: {_first_line(spec.algorithm)}",
@@ -228,7 +230,7 @@ def facts(run: Run) -> dict[str, str]:
         "model": f"{model}, the small model that comes with fedpref" if model == BUILTIN else model,
         "data": f"{spec.data.name}: {_first_line(spec.data)}"
         + (f" ({spec.data.location})" if spec.data.location else ""),
-        "clients": f"{len(trained)} that trained, with {train} training and {test} held-out "
+        "clients": f"{who}, with {train} training and {test} held-out "
         "examples" + (f"; {later} that did not" if later else ""),
         "rows": _rows(run.data),
         "rounds": _rounds(run),
@@ -251,10 +253,13 @@ def _promised(run: Run) -> str:
         said.append("the coordinator saw what sites sent as sums alone, under masks")
     elif run.experiment.secrecy:
         said.append("sums of integers, as sites have them under masks; here in one process")
+    figures = {
+        "each": "this page, and all figures of a run, are the coordinator's and outside it",
+        "private": "figures of evaluations are within it, and no others are told",
+        "none": "no figures of clients are told",
+    }
     if noise := promised(run.experiment, spent):
-        said.append(
-            f"{noise}; this page, and all figures of a run, are the coordinator's and outside it"
-        )
+        said.append(f"{noise}; {figures[run.experiment.telling]}")
     return ". ".join(said)
 
 
