@@ -16,6 +16,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import secrets
 import signal
 import tempfile
 import time
@@ -41,6 +42,7 @@ from fedpref.federation.local_training import train_locally
 from fedpref.federation.verbs import Client
 from fedpref.numerics import seeds, trees
 from fedpref.privacy.masks import Sender, context_of, unmasked
+from fedpref.privacy.settings import Masks
 
 PHASES = ("keys", "boxes", "contribute", "agree", "unmask")
 LIES = (
@@ -58,9 +60,14 @@ MILLION = 10**6
 class Sum:
     """A sum of senders, up to their uploads."""
 
-    def __init__(self, count: int, words: int, threshold: int) -> None:
+    def __init__(self, count: int, words: int, threshold: int, drawn: int | None = None) -> None:
         self.count, self.words, self.threshold = count, words, threshold
-        self.senders = [Sender(i) for i in range(count)]
+        draw = secrets.SystemRandom()
+        others = [[j for j in range(count) if j != i] for i in range(count)]
+        self.senders = [
+            Sender(i, None if drawn is None else frozenset(draw.sample(others[i], drawn)))
+            for i in range(count)
+        ]
         self.adverts = {one.number: one.advert for one in self.senders}
         begun = time.process_time()
         made = [one.boxes(self.adverts, threshold, CONTEXT) for one in self.senders]
@@ -69,7 +76,7 @@ class Sum:
         self.boxes = {i: sealed for i, (sealed, _) in enumerate(made)}
         begun = time.process_time()
         for one in self.senders:
-            one.open({j: self.boxes[j][one.number] for j in self.adverts if j != one.number})
+            one.open({j: some[one.number] for j, some in self.boxes.items() if one.number in some})
         self.seconds += (time.process_time() - begun) / count
 
     def end(self, lost: int, seed: int = 0) -> tuple[bool, float]:
@@ -102,6 +109,9 @@ def costs(quick: bool) -> dict[str, float]:
     for seed in range(5 if quick else 20):
         for count, threshold, lost in ((3, 3, 0), (5, 4, 1), (10, 7, 3)):
             errors += not Sum(count, 5000, threshold).end(lost, seed)[0]
+    # of more senders each shares with some
+    if (drawn := Masks(threshold=0.7).drawn(120 if quick else 250)) is not None:
+        errors += not Sum(120 if quick else 250, 5000, drawn[1], drawn[0]).end(30)[0]
     whole = Sum(100, MILLION, 67)
     value = np.zeros(MILLION, np.uint32)
     begun = time.process_time()
