@@ -43,6 +43,7 @@ BROKEN = (
     RecursionError,
     OSError,
 )
+DEEPEST_HINT = 2  # parts within parts in which a key is looked for
 NEAR = 0.7  # how alike names must be, from 0 to 1, for one to be suggested
 CLASS = re.compile(r"[\w.]+:[\w.]+")  # module:Class
 STRICT = ConfigDict(extra="forbid")
@@ -275,6 +276,26 @@ def fit(choice: Open, kind: Any, where: str) -> None:
         raise UserError(f"{where} does not fit: {said}.")
 
 
+def refuse_plain(value: Any, where: str) -> None:
+    """Raise UserError where a dataclass that was made in Python holds plain values for others."""
+    for key, hint in _hints(type(value)).items():
+        part, options = getattr(value, key, None), kinds(hint)
+        if not any(map(is_dataclass, options)) or isinstance(part, tuple) or part is None:
+            continue
+        place = f"{where}.{key}" if where else key
+        if is_dataclass(part) and not isinstance(part, type):
+            refuse_plain(part, place)
+        elif not isinstance(part, tuple(option for option in options if isinstance(option, type))):
+            known: list[Any] = [option for option in options if is_dataclass(option)]
+            said = f"the class {part.__name__}" if isinstance(part, type) else repr(part)[:60]
+            if part in [word for option in options for word in get_args(option)]:
+                continue
+            raise UserError(
+                f"{place}: expected an object such as {known[0].__name__}(...), found {said}. "
+                "Plain keys and values are taken by Experiment.of({...}), and by fedpref.run."
+            )
+
+
 def named(options: Sequence[Any], name: Any) -> Any | None:
     """Return the dataclass among `options` that goes by a name; None if there is none.
 
@@ -478,6 +499,16 @@ def dataclasses_of(kind: Any) -> Iterator[Any]:
             yield from dataclasses_of(part)
 
 
+def _places(kind: Any, key: str, path: tuple[str, ...] = ()) -> set[str]:
+    """Return the paths, from a dataclass, at which a key of this name stands, below the top."""
+    found = {".".join([*path, key])} if path and key in _hints(kind) else set[str]()
+    for name, hint in _hints(kind).items():
+        for option in kinds(hint) if len(path) < DEEPEST_HINT else ():
+            if is_dataclass(option):
+                found |= _places(option, key, (*path, name))
+    return found
+
+
 def _sentence(kind: Any, problem: Any, where: str) -> str:
     """Return one of pydantic's complaints as a sentence that names the key and what to do."""
     location = [str(part) for part in problem["loc"]]
@@ -490,7 +521,10 @@ def _sentence(kind: Any, problem: Any, where: str) -> str:
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         known = [field.name for field in fields(owner)] if is_dataclass(owner) else []
         near = difflib.get_close_matches(location[-1], known, 1, NEAR)
-        hint = f"Did you mean {near[0]!r}?" if near else f"Known keys: {', '.join(known)}."
+        meant = sorted(_places(kind, location[-1]))[:3] or near
+        hint = f"Known keys: {', '.join(known)}."
+        if meant:
+            hint = f"Did you mean {' or '.join(map(repr, meant))}?"
         return f"{where}: unknown key {'.'.join([*path, location[-1]])!r}. {hint}"
     key = ".".join(path) or "the config"
     if problem["type"] == "union_tag_invalid":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -53,6 +54,8 @@ def main() -> None:
         sys.path.append(here)
     # what was begun for a run, workers and simulated sites, ends with it
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    # of libraries to their own callers, which users of a command are not
+    warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         app()
     except BrokenPipeError:

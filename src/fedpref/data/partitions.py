@@ -263,7 +263,10 @@ def named(rows: Iterable[Row], column: str) -> tuple[list[Row], list[Unusable]]:
         else:
             kept.append(replace(row, columns={**row.columns, column: name}))
     if lacking and not kept:
-        raise UserError(f"{lacking[0]}.")
+        raise UserError(
+            f"{lacking[0]}. Name the column that says whose a row is by partition.column, or share "
+            "rows out by partition: {name: iid, clients: 4}."
+        )
     return kept, lacking
 
 

@@ -126,6 +126,7 @@ class Experiment:
     groups answered to the same question, and equal shares."""
 
     def __post_init__(self) -> None:
+        config.refuse_plain(self, "")
         self._check_federation()
         self._check_choice()
         refuse_unaccounted(self)
@@ -331,6 +332,11 @@ class Experiment:
         Raises:
             UserError: Whatever does not fit, all mistakes together.
         """
+        if not isinstance(path, str | Path):
+            raise UserError(
+                f"Experiment.load reads a file, found {type(path).__name__}. Keys and values are "
+                "taken by Experiment.of({...})."
+            )
         return config.load(Experiment, config_file(path), overrides, check=refuse_former_names)
 
     @staticmethod

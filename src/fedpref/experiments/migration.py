@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from fedpref.errors import UserError
+from fedpref.experiments.packaged import FOLDER
 
 KEYS = {
     "references": "baselines",
@@ -40,9 +42,9 @@ def refuse_former_names(content: Any, where: str) -> None:
         where: The file, for the message.
     """
     if changes := list(_changes(content)):
-        raise UserError(
-            f"{where}: {'; '.join(changes)}. `fedpref migrate {where}` rewrites a file."
-        )
+        own = Path(where).is_file() and FOLDER not in Path(where).parents
+        how = f" `fedpref migrate {where}` rewrites a file." if own else ""
+        raise UserError(f"{where}: {'; '.join(changes)}.{how}")
 
 
 def migrated(content: Any) -> Any:

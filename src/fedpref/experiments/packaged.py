@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import re
 from importlib.resources import files
 from pathlib import Path
 
 from fedpref.errors import UserError
 
 FOLDER = Path(str(files("fedpref"))) / "configs"
+SENTENCE = re.compile(r"(?<!et al)\. ")  # where one ends
 
 
 def packaged_configs() -> dict[str, str]:
@@ -21,7 +23,8 @@ def _about(file: Path) -> str:
     lines = file.read_text(encoding="utf-8").splitlines()
     comment = lines[: next((i for i, line in enumerate(lines) if not line.startswith("#")), 0)]
     text = " ".join(line.removeprefix("#").strip() for line in comment)
-    return f"{text.split('. ')[0].rstrip('.')}."
+    # "et al. 2020" is no end of a sentence
+    return f"{re.split(SENTENCE, text)[0].rstrip('.')}."
 
 
 def config_file(config: str | Path) -> Path:

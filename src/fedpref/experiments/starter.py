@@ -19,6 +19,7 @@ from fedpref.experiments.experiment import Experiment, encoded
 
 LOOKED_AT = 200  # rows whose columns are looked at
 CLIENTS = 4  # among whom rows are shared out where no column says whose they are
+FEWEST_CLIENTS = 2
 FEW = 1  # held-out rows that a client needs
 # what the columns of pairs are also called
 ALSO: Mapping[str, tuple[str, ...]] = {
@@ -156,6 +157,9 @@ def _unusable(content: dict[str, Any], said: dict[str, str]) -> tuple[Sequence[U
     try:
         reading = encoded(experiment, task)[0] if task else experiment.read()
     except UserError:
+        if content["partition"].get("clients", 1) > FEWEST_CLIENTS:  # of so few rows, fewer of them
+            content["partition"]["clients"] -= 1
+            return _unusable(content, said)
         if content["partition"]["name"] != "natural" or "min_test_rows" in content["partition"]:
             raise
         content["partition"] |= {"min_rows": 4 * FEW, "min_test_rows": FEW}

@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import networkx as nx
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
@@ -26,6 +25,15 @@ from fedpref.types import Portion, WholeNumber
 
 Matrix = NDArray[np.float64]
 Graph = Any  # networkx's Graph or DiGraph over 0, 1, ..., N - 1; it has no types of its own
+
+
+def networkx() -> Any:
+    """Return networkx, which takes half a second to load, when the first graph is made."""
+    import networkx
+
+    return networkx
+
+
 Names = Sequence[str]
 Weights = Literal["metropolis", "max-degree", "uniform"]
 TOLERANCE = 1e-9
@@ -33,7 +41,7 @@ TOLERANCE = 1e-9
 
 def _of_edges(count: int, edges: Iterable[tuple[int, int]]) -> Graph:
     """Return an undirected graph without loops and double edges."""
-    graph = nx.Graph()
+    graph = networkx().Graph()
     graph.add_nodes_from(range(count))
     graph.add_edges_from((one, other) for one, other in edges if one != other)
     return graph
@@ -69,7 +77,9 @@ def _sides(count: int) -> tuple[int, int]:
 
 
 def _grid(count: int) -> Graph:
-    return nx.convert_node_labels_to_integers(nx.grid_2d_graph(*_sides(count)), ordering="sorted")
+    return networkx().convert_node_labels_to_integers(
+        networkx().grid_2d_graph(*_sides(count)), ordering="sorted"
+    )
 
 
 def _torus(count: int) -> Graph:
@@ -82,9 +92,9 @@ def _torus(count: int) -> Graph:
 
 SHAPES: Mapping[str, Callable[[int], Graph]] = {
     "ring": lambda count: _of_edges(count, ((i, (i + 1) % count) for i in range(count))),
-    "path": nx.path_graph,
-    "star": lambda count: nx.star_graph(count - 1),  # the first client in the middle
-    "complete": nx.complete_graph,
+    "path": lambda count: networkx().path_graph(count),
+    "star": lambda count: networkx().star_graph(count - 1),  # the first client in the middle
+    "complete": lambda count: networkx().complete_graph(count),
     "grid": _grid,
     "torus": _torus,  # a grid whose opposite sides are joined
     "hypercube": _hypercube,  # clients whose numbers differ in one binary digit
@@ -118,7 +128,7 @@ class OnePeerExponential:
 
     def graph(self, names: Names, round: int) -> Graph:
         count, hops = len(names), _hops(len(names))
-        links = nx.DiGraph()
+        links = networkx().DiGraph()
         links.add_nodes_from(range(count))
         links.add_edges_from(
             (i, (i + hops[round % len(hops)]) % count) for i in range(count) if hops
@@ -139,7 +149,7 @@ class ErdosRenyi:
     """Draw the graph anew in each round."""
 
     def graph(self, names: Names, round: int) -> Graph:
-        return nx.gnp_random_graph(
+        return networkx().gnp_random_graph(
             len(names),
             self.probability,
             np.random.default_rng([self.seed, round if self.redraw else 0]),
@@ -169,7 +179,7 @@ class SmallWorld:
                 f"topology small-world: {self.neighbors} neighbours; on a circle they are an "
                 "even number."
             )
-        return nx.watts_strogatz_graph(
+        return networkx().watts_strogatz_graph(
             len(names), self.neighbors, self.probability, np.random.default_rng(self.seed)
         )
 
@@ -203,7 +213,7 @@ class GraphFile:
             raise UserError(f"{self.path}: the file is not what it was when the run began.")
         if self.path.lower().endswith(".graphml"):
             try:
-                graph = nx.read_graphml(io.BytesIO(content))
+                graph = networkx().read_graphml(io.BytesIO(content))
             except Exception as error:  # of the XML reader, or of networkx
                 raise UserError(f"{self.path}: this is no GraphML: {error}.") from error
             return [(str(one), str(other)) for one, other in graph.edges()]
@@ -309,12 +319,14 @@ def refuse_disconnected(graphs: Sequence[Graph], names: Names, apart: Collection
         names: The clients'.
         apart: Clients that need not be connected.
     """
-    together = nx.Graph()
+    together = networkx().Graph()
     together.add_nodes_from(range(len(names)))
     for graph in graphs:
         together.add_edges_from(graph.edges())
     together.remove_nodes_from(apart)
-    smallest = min(nx.connected_components(together), key=lambda part: (len(part), min(part)))
+    smallest = min(
+        networkx().connected_components(together), key=lambda part: (len(part), min(part))
+    )
     if len(smallest) < len(together):
         raise UserError(
             f"topology: nothing connects the clients {_some(names, sorted(smallest))} with the "
@@ -339,7 +351,7 @@ def effective_diameter(graph: Graph) -> float:
     """Return the 90th percentile of the lengths of shortest paths between two clients."""
     lengths = [
         length
-        for source, of in nx.all_pairs_shortest_path_length(graph)
+        for source, of in networkx().all_pairs_shortest_path_length(graph)
         for target, length in of.items()
         if source != target
     ]

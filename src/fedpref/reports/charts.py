@@ -189,6 +189,9 @@ def learning(runs: Sequence[Run]) -> Iterator[Chart]:
             yield Chart(title.capitalize(), caption, data, axes("round", title + unit))
 
 
+ROOM = 0.08  # of a chart's height, that a name takes
+
+
 def held_out(runs: Sequence[Run]) -> Iterator[Chart]:
     """Yield charts of the metric by which clients are compared, over rounds.
 
@@ -242,16 +245,20 @@ def held_out(runs: Sequence[Run]) -> Iterator[Chart]:
 
 
 def _named(round: int, values: Mapping[str, float]) -> dict[str, Any]:
-    """Return the names of the best client and the worst, at the ends of their lines."""
-    ends = sorted((value, name) for name, value in values.items() if math.isfinite(value))
-    ends = ends[:: max(1, len(ends) - 1)]
+    """Return names of clients at the ends of their lines: the best, the worst, and who has room."""
+    ranked = sorted((value, name) for name, value in values.items() if math.isfinite(value))
+    ends, room = ranked[:1], (ranked[-1][0] - ranked[0][0]) * ROOM if ranked else 0.0
+    for value, name in ranked[1:-1]:
+        if ends[-1][0] + room <= value <= ranked[-1][0] - room:
+            ends.append((value, name))
+    ends += ranked[1:][-1:]
     return {
         "type": "scatter",
         "mode": "text",
         "x": [round] * len(ends),
         "y": [value for value, _ in ends],
         "text": [name if len(name) <= LONG else name[: LONG - 1] + "…" for _, name in ends],
-        "textposition": ["bottom left", "top left"][: len(ends)],
+        "textposition": ["bottom left", *["top left"] * (len(ends) - 1)],
         "textfont": {"size": 11},
         "hoverinfo": "skip",
         "showlegend": False,
@@ -259,6 +266,25 @@ def _named(round: int, values: Mapping[str, float]) -> dict[str, Any]:
 
 
 # ---- who gained, who lost
+
+
+def gain_colours(gained: Mapping[str, float], luck: Mapping[str, float]) -> list[str]:
+    """Return a colour for who gains and one for who loses, pale where luck would do."""
+    return [
+        (GAIN if value > 0 else LOSS) + ("" if abs(value) > luck.get(name, 0) else PALE)
+        for name, value in gained.items()
+    ]
+
+
+def error_bars(lengths: Sequence[float]) -> dict[str, Any]:
+    """Return thin lines of lengths to either side."""
+    return {
+        "type": "data",
+        "array": list(lengths),
+        "thickness": 1,
+        "width": 2,
+        "color": "#888888",
+    }
 
 
 def gains(runs: Sequence[Run]) -> Iterator[Chart]:
@@ -277,21 +303,9 @@ def gains(runs: Sequence[Run]) -> Iterator[Chart]:
             }
             data.append({**bars, "x": list(gained.values()), "y": list(gained)})
             if len(runs) == 1:
-                colours = [
-                    (GAIN if value > 0 else LOSS)
-                    + ("" if abs(value) > noise.get(name, 0) else PALE)
-                    for name, value in gained.items()
-                ]
-                data[-1]["marker"] = {"color": colours}
+                data[-1]["marker"] = {"color": gain_colours(gained, noise)}
             if noise:
-                spread = [noise[name] for name in gained]
-                data[-1]["error_x"] = {
-                    "type": "data",
-                    "array": spread,
-                    "thickness": 1,
-                    "width": 2,
-                    "color": "#888888",
-                }
+                data[-1]["error_x"] = error_bars([noise[name] for name in gained])
     if data:
         layout = axes(f"gain in {runs[0].shown.title}, points", "", barmode="group")
         names_on(layout["yaxis"], names)

@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from statistics import stdev
 from typing import Any
 
 from fedpref.numerics.metrics import ACCURACY
-from fedpref.reports.charts import LEARNING, Chart, axes, band, filled, lined, names_on
+from fedpref.reports.charts import (
+    LEARNING,
+    Chart,
+    axes,
+    band,
+    error_bars,
+    filled,
+    gain_colours,
+    lined,
+    names_on,
+)
 from fedpref.reports.groups import Group, Matrix
 
 BAND = "The mean over seeds; the band is from the lowest to the highest seed."
@@ -62,22 +73,45 @@ def gains(groups: Sequence[Group]) -> Iterator[Chart]:
             name: value - base[name] for name, value in group.clients().items() if name in base
         }
         names += [name for name in sorted(gained, key=gained.__getitem__) if name not in names]
-        data.append(
-            {
-                "type": "bar",
-                "orientation": "h",
-                "name": group.name,
-                "marker": filled(number),
-                "x": list(gained.values()),
-                "y": list(gained),
-            }
-        )
+        luck = _luck(first, group)
+        bars = {
+            "type": "bar",
+            "orientation": "h",
+            "name": group.name,
+            "marker": filled(number),
+            "x": list(gained.values()),
+            "y": list(gained),
+        }
+        if len(others) == 1:
+            bars["marker"] = {"color": gain_colours(gained, luck)}
+        if luck:
+            bars["error_x"] = error_bars([luck.get(name, 0.0) for name in gained])
+        data.append(bars)
     if names:
         layout = axes(f"gain in {first.shown.title} over {first.name}", "", barmode="group")
         names_on(layout["yaxis"], names)
         layout["yaxis"] |= {"categoryorder": "array", "categoryarray": layout["yaxis"]["tickvals"]}
         caption = "Held-out, each client's mean over seeds; to the left it is worse off."
+        if "error_x" in data[0]:
+            caption += " Thin lines: two standard errors, over seeds"
+            caption += "; pale where that is more than the gain." if len(others) == 1 else "."
         yield Chart(f"Who gains over {first.name}, and who loses", caption, data, layout)
+
+
+def _luck(first: Group, group: Group) -> dict[str, float]:
+    """Return two standard errors over seeds of each client's gain; empty for a single seed."""
+    if len(group.lines) != len(first.lines) or len(group.lines) < 2:
+        return {}
+    seeds = [
+        {name: (line.last[name], row) for name, row in base.last.items() if name in line.last}
+        for base, line in zip(first.lines, group.lines, strict=True)
+    ]
+    metric, scale = group.metric, group.shown.scale
+    apart = {
+        name: [scale * (of_seed[name][0][metric] - of_seed[name][1][metric]) for of_seed in seeds]
+        for name in set.intersection(*(set(of_seed) for of_seed in seeds))
+    }
+    return {name: 2 * stdev(some) / len(some) ** 0.5 for name, some in apart.items()}
 
 
 def by_client(groups: Sequence[Group]) -> Iterator[Chart]:

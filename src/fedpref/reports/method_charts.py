@@ -6,10 +6,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import networkx as nx
-
 from fedpref.numerics.metrics import of_objectives
-from fedpref.numerics.topology import rho
+from fedpref.numerics.topology import networkx, rho
 from fedpref.reports.charts import (
     DOTTED,
     FEW,
@@ -95,8 +93,8 @@ def graph(runs: Sequence[Run]) -> Iterator[Chart]:
         if not run.experiment.algorithm.gossips:
             continue
         names = list(run.clients)
-        links = nx.Graph(run.experiment.network.topology.graph(names, 0).to_undirected())
-        positions = nx.circular_layout(links)
+        links = networkx().Graph(run.experiment.network.topology.graph(names, 0).to_undirected())
+        positions = networkx().circular_layout(links)
         ends: tuple[list[float | None], list[float | None]] = ([], [])
         for one, other in links.edges():
             for k in (0, 1):

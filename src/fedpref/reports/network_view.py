@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 
-import networkx as nx
 from rich.table import Table
 from rich.text import Text
 
 from fedpref.federation.network import Network
-from fedpref.numerics.topology import Matrix, Names, effective_diameter, rho
+from fedpref.numerics.topology import Matrix, Names, effective_diameter, networkx, rho
 
 SHADES = "·░▒▓█"  # from nothing to everything
 
@@ -33,7 +32,7 @@ def graph_metrics(network: Network, names: Names) -> dict[str, float]:
         "fewest neighbours": min(degrees),
         "most neighbours": max(degrees),
         "effective diameter": effective_diameter(
-            nx.compose_all([graph.to_undirected() for graph in graphs])
+            networkx().compose_all([graph.to_undirected() for graph in graphs])
         ),
         "rho": second,
         "spectral gap 1 - rho^2": 1 - second**2,

@@ -207,6 +207,8 @@ def run(
         UserError: The directory is there already, or the experiment does not fit its data or model.
     """
     spec = _with(_read(experiment), model, settings)
+    # what its config could not say again could not be resumed, compared or reported
+    config.parse(Experiment, config.dump(spec), "the experiment")
     folder = new_directory(spec, output)
     folder.refuse_existing()
     if data is None:

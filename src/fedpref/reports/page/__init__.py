@@ -16,6 +16,7 @@ from markupsafe import Markup
 
 from fedpref.errors import UserError
 from fedpref.numerics.intervals import FEWEST
+from fedpref.numerics.metrics import HEADLINES
 from fedpref.reports import charts, group_charts
 from fedpref.reports import method_charts as methods
 from fedpref.reports.comparison import TITLES, Row, cells, columns_of, compare
@@ -48,7 +49,8 @@ def write_report(paths: Sequence[Path], output: Path) -> Path:
         UserError: There is nothing to show.
     """
     if paths and all(map(is_sweep, paths)):
-        return _written(page((), groups=groups_of(paths), rows=_rows(paths)), output)
+        name = ", ".join(path.resolve().name for path in paths)
+        return _written(page((), groups=groups_of(paths), rows=_rows(paths), name=name), output)
     paths = [run for path in paths for run in members(path)]
     fronts = [json.loads((path / FRONT).read_text()) for path in paths if (path / FRONT).exists()]
     runs = told_apart([read(path) for path in paths if not (path / FRONT).exists()])
@@ -105,6 +107,7 @@ def page(
     fronts: Sequence[Mapping[str, Any]] = (),
     groups: Sequence[Group] = (),
     rows: Sequence[Row] = (),
+    name: str = "",
 ) -> str:
     """Return the page as text.
 
@@ -113,6 +116,7 @@ def page(
         fronts: Fronts of trade-offs.
         groups: In place of runs, variants by seeds.
         rows: The comparison of these.
+        name: What these are called together.
     """
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -135,9 +139,7 @@ def page(
     listed += [("answers1", "Answers")] if any(run.samples for run in everything[:1]) else []
     listed += [("ran1", "What ran")] if everything else []
     return environment.from_string((room / "page.html").read_text()).render(
-        title=", ".join(run.title for run in everything)
-        or ", ".join(group.name for group in groups)
-        or "front of trade-offs",
+        title=", ".join(run.title for run in everything) or name or "front of trade-offs",
         style=Markup((room / "page.css").read_text()),
         script=Markup((room / "page.js").read_text()),
         plotly=Markup((room / "plotly-basic.min.js").read_text()),
@@ -147,6 +149,7 @@ def page(
         groups=[facts(group.run) | {"variant": group.name} for group in groups],
         contents=listed,
         compared=[[cells(row)[i] for i in columns] for row in rows],
+        lead=_led(rows),
         compared_titles=[TITLES[i] for i in columns],
         compared_caption=f"Held-out {groups[0].shown.caption}" if groups else "",
         charts=Markup(_json([chart.content for _, some in drawn for chart in some])),
@@ -169,6 +172,24 @@ def page(
             text for name, text in MEANINGS.items() if any(name in run.baselines for run in runs)
         ],
         enough=FEWEST,
+    )
+
+
+def _led(rows: Sequence[Row]) -> str:
+    """Return a sentence of which variant is ahead; empty for fewer than two."""
+    if len(rows) < 2:
+        return ""
+    shown, first = HEADLINES[rows[0].metric], rows[0]
+    best = max(rows, key=lambda row: row.mean)
+    said = f"{best.name} has the highest mean of {len(rows)}, {best.mean:.{shown.digits}f}"
+    if best.gain is None or math.isnan(best.gain[1]):
+        return f"{said}."
+    gain, low, high = best.gain
+    doubt = "" if low > 0 or high < 0 else ", which cannot be told from none"
+    digits = shown.digits
+    return (
+        f"{said}; over {first.name} that is {gain:+.{digits}f} "
+        f"[{low:+.{digits}f}, {high:+.{digits}f}]{doubt}."
     )
 
 
