@@ -410,6 +410,16 @@ def test_init_writes_a_config_that_check_accepts(
     assert Path("mine/experiment.yaml").read_text() == written
 
 
+def test_init_shares_few_rows_out_among_fewer_clients(fedpref: Command) -> None:
+    rows = "".join(f"q{i},good {i},bad {i}\n" for i in range(6))
+    Path("odd.csv").write_text("a,b,c\n" + rows)
+    columns = ("--prompt", "a", "--chosen", "b", "--rejected", "c", "--model", "builtin")
+    code, text = fedpref("init", "odd", "--data", "odd.csv", *columns)
+    assert code == 0, text
+    assert "clients: 4" not in Path("odd/experiment.yaml").read_text()
+    assert fedpref("check", "odd/experiment.yaml")[0] == 0
+
+
 def test_init_names_what_is_missing(fedpref: Command) -> None:
     Path("rows.jsonl").write_text('{"prompt": "q", "first": "a", "second": "b"}\n')
     for options, says in (
@@ -451,6 +461,7 @@ def test_a_hub_that_cannot_be_reached_is_said_at_once(
         ("algorithm=fedavg", "Did you mean 'feddpo'?"),
         ("algorithm=", "expected keys and values, or a name; found None"),
         ("algorithm.local.step=3", "Did you mean 'steps'?"),
+        ("learning_rate=1", "Did you mean 'algorithm.local.learning_rate'"),
     ],
 )
 def test_what_is_nearly_right_is_suggested(setting: str, says: str, fedpref: Command) -> None:

@@ -36,6 +36,7 @@ from fedpref.runs.export import MANIFEST, export
 from fedpref.runs.launch import happenings
 from fedpref.runs.trackers import tracked
 from fedpref.runs.watch import watched
+from test_named import needs_real
 
 LOCAL = {"steps": 4, "batch_size": 4, "learning_rate": 0.05}
 TEXT = "Human: Which thing?\n\nAssistant: river stone"
@@ -128,7 +129,6 @@ def test_merged_folders_load_in_transformers_with_the_same_log_probabilities(
         assert f"{name} | {100 * last[metric]:.1f} (of client-1)" in text
 
 
-@pytest.mark.slow
 def dequantised(file: Path) -> dict[str, torch.Tensor]:
     return {
         tensor.name: torch.from_numpy(
@@ -541,20 +541,37 @@ def test_a_run_keeps_answers_before_and_after_where_they_are_asked_for(
 
 
 @pytest.mark.slow
-def test_llama_cpp_gives_the_same_log_probabilities(shared: Path, tiny: Path) -> None:
+@pytest.mark.parametrize("kind", ["tiny", pytest.param("smollm2-q4", marks=needs_real)])
+def test_llama_cpp_gives_the_same_log_probabilities(
+    kind: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
     llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
-    made = export(shared, "gguf", shared.parent / "for-llama-cpp")
-    expected = log_probabilities(load_model(shared / "adapter"), shared / "adapter")[0]
-    base = transformers.AutoModelForCausalLM.from_pretrained(str(tiny), dtype=torch.float32)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(str(tiny))
-    write_model(base, tokenizer, made / "base.gguf", "f16", "base")
+    content = {
+        **settings,
+        "algorithm": {"name": "feddpo", "local": LOCAL},
+        "workers": 1,
+        "rounds": 1,
+    }
+    if kind != "tiny":
+        content["task"] = {"model": {"path": kind, "lora_layers_to_transform": "last-2"}}
+    folder = run(config.parse(Experiment, content, "test"), tmp_path / "run").path
+    made = export(folder, "gguf", tmp_path / "made")
+    aligned = load_model(folder / "adapter").float()
+    expected = log_probabilities(aligned, folder / "adapter")[0]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder / "adapter"))
+    write_model(aligned.unload(), tokenizer, made / "base.gguf", "f16", "base")
     ids = tokenizer(TEXT)["input_ids"]
-    for options in (
-        {"model_path": str(made / "model-f16.gguf")},
-        {"model_path": str(made / "base.gguf"), "lora_path": str(made / "adapter-f16.gguf")},
+    likely = expected > expected.amax(-1, keepdim=True) - 8  # of what nobody expects, f16 says less
+    for options, most in (
+        ({"model_path": "model-f16.gguf"}, 5e-2),
+        ({"model_path": "base.gguf", "lora_path": "adapter-f16.gguf"}, 5e-2),
+        ({"model_path": "model-q8_0.gguf"}, 0.5),
     ):
-        model = llama_cpp.Llama(n_ctx=64, logits_all=True, verbose=False, **options)
+        paths = {key: str(made / name) for key, name in options.items()}
+        model = llama_cpp.Llama(n_ctx=64, logits_all=True, verbose=False, **paths)
         assert model.tokenize(TEXT.encode(), add_bos=False, special=True) == ids
         model.eval(ids)
         found = torch.tensor(model.scores[: len(ids)]).log_softmax(-1)
-        torch.testing.assert_close(found, expected, atol=5e-2, rtol=0)
+        apart = float((found - expected).abs()[likely].max())
+        print(f"{kind}, {options['model_path']}: {apart:.3g}")
+        assert apart < most

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import pandas
@@ -15,7 +17,7 @@ import pytest
 import fedpref
 from conftest import make_rows, write_rows
 from fedpref import Event, Experiment, UserError, config, resume, run
-from fedpref.algorithms import FedPDPO
+from fedpref.algorithms import FedDPO, FedPDPO
 from fedpref.data import Files
 from fedpref.federation.local_training import LocalTraining
 from fedpref.models.language import Model
@@ -155,6 +157,35 @@ def test_too_many_rows_are_not_copied(
 
     with pytest.raises(UserError, match="Write them to a file"):
         run(data=ROWS, output="out", **small)
+    assert not Path("out").exists()
+
+
+def test_objects_that_do_not_fit_are_refused_before_anything_is_trained(
+    small: dict[str, Any],
+) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Here(FedDPO):
+        """One that no run's config can name."""
+
+        name: Literal["here"] = "here"
+
+    mistakes: dict[str, Callable[[], Any]] = {
+        "<locals>.Here'; expected one of": lambda: run(
+            data=ROWS, output="out", **{**small, "algorithm": Here()}
+        ),
+        "algorithm: expected an object such as FedDPO": lambda: run(
+            data=ROWS, output="out", **{**small, "algorithm": FedDPO}
+        ),
+        "found the class FedDPO": lambda: Experiment(algorithm=FedDPO),  # type: ignore[arg-type]
+        "data: expected an object such as": lambda: Experiment(data=ROWS),  # type: ignore[arg-type]
+        "algorithm.local: expected an object such as LocalTraining": lambda: Experiment(
+            algorithm=FedDPO(local={"steps": 1})  # type: ignore[arg-type]
+        ),
+        "Experiment.of": lambda: Experiment.load({"rounds": 1}),  # type: ignore[arg-type]
+    }
+    for says, mistake in mistakes.items():
+        with pytest.raises(UserError, match=re.escape(says)):
+            mistake()
     assert not Path("out").exists()
 
 

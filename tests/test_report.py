@@ -28,6 +28,7 @@ from fedpref.reports.page.sentences import cards, words
 from fedpref.reports.page.tables import client_rows, newcomer_rows
 from fedpref.reports.run import Run, read
 from fedpref.reports.tables import client_table
+from fedpref.runs.sweep import SWEEP
 
 CHROMIUM = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -359,6 +360,26 @@ def named(runs: dict[str, Run], names: list[str], place: Path) -> Path:
     return place
 
 
+def swept(runs: dict[str, Run], place: Path) -> Path:
+    """A sweep of two variants by two seeds, copies of a run whose figures are moved a little."""
+    planned = {}
+    for number, (variant, seed) in enumerate([("one", 0), ("one", 1), ("two", 0), ("two", 1)]):
+        folder = place / variant / f"seed-{seed}"
+        shutil.copytree(runs["averaged"].path, folder)
+        content = yaml.safe_load((folder / "config.yaml").read_text())
+        content |= {"name": variant, "seed": seed}
+        (folder / "config.yaml").write_text(yaml.safe_dump(content))
+        rows = [json.loads(row) for row in (folder / EVALUATION).read_text().splitlines()]
+        for row in rows:
+            for k, metrics in enumerate(row["clients"].values()):
+                moved = metrics["rewards/accuracies"] + 0.03 * number * (k % 3 - 1)
+                metrics["rewards/accuracies"] = min(max(moved, 0.0), 1.0)
+        (folder / EVALUATION).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        planned[f"{variant}/seed-{seed}"] = content
+    (place / SWEEP).write_text(json.dumps({"select": None, "runs": planned}))
+    return place
+
+
 # ---- a browser
 
 
@@ -378,6 +399,7 @@ def shown(runs: dict[str, Run], tmp_path_factory: pytest.TempPathFactory) -> Ite
         "$a name of very many words, which no chart has room for$",
     ]
     write_report([named(runs, names, file.with_name("odd"))], file.with_name("odd.html"))
+    write_report([swept(runs, file.with_name("variants"))], file.with_name("sweep.html"))
     with api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
 
@@ -411,6 +433,8 @@ def shown(runs: dict[str, Run], tmp_path_factory: pytest.TempPathFactory) -> Ite
         (390, "light", "both"),
         (1280, "dark", "both"),
         (390, "light", "odd"),
+        (1280, "light", "sweep"),
+        (390, "light", "sweep"),
     ],
 )
 def test_a_browser_draws_every_chart(width: int, scheme: str, which: str, shown: Any) -> None:
@@ -418,7 +442,7 @@ def test_a_browser_draws_every_chart(width: int, scheme: str, which: str, shown:
     assert messages == []
     counts = opened.evaluate("""[...document.querySelectorAll('.chart')].map(
         (chart) => chart.querySelectorAll('.scatterlayer path, .barlayer path').length)""")
-    assert len(counts) >= 6
+    assert len(counts) >= (5 if which == "sweep" else 6)
     assert all(count > 0 for count in counts), counts
     assert opened.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), (
         "nothing is scrolled sideways"
@@ -447,6 +471,10 @@ def test_a_browser_draws_every_chart(width: int, scheme: str, which: str, shown:
             .filter(([, b]) => touch(a, b)).map(([other]) => [one, other]));
     })""")
     assert across == [], "no label lies over another"
+    cut = opened.evaluate("""[...document.querySelectorAll('.card *, td, th, dd, .lead, h1, h2')]
+        .filter((one) => one.scrollWidth > one.clientWidth + 1 && one.clientWidth)
+        .map((one) => one.textContent)""")
+    assert cut == [], "no tile, cell or sentence is cut"
     ink, paper = (
         opened.evaluate(f"getComputedStyle(document.body).{name}")
         for name in ("color", "backgroundColor")

@@ -94,7 +94,16 @@ def test_from_an_installed_wheel_to_a_finished_demo(tmp_path: Path) -> None:
     extra = "scipy", "matplotlib", "moocore", "nvflare"
     code = f"from importlib.util import find_spec; print([m for m in {extra} if find_spec(m)])"
     assert called(python, "-c", code, cwd=empty).strip() == "[]"
-    called(tmp_path / "venv/bin/fedpref", "demo", "--offline", "--output", "out", cwd=empty)
+    fedpref = tmp_path / "venv/bin/fedpref"
+    assert "demo-offline" in called(fedpref, "list", "configs", cwd=empty)
+    called(fedpref, "run", "feddpo", "--output", "by-name", "rounds=1", cwd=empty)
+    table = ["ask,good,bad,who", *(f"What is {n}?,It is {n}.,No.,c{n % 2}" for n in range(60))]
+    (empty / "rows.csv").write_text("\n".join(table) + "\n")
+    named = ("--prompt", "ask", "--chosen", "good", "--rejected", "bad", "--client", "who")
+    begin = ("init", "mine", "--data", "rows.csv", *named, "--model", "builtin")
+    called(fedpref, *begin, cwd=empty)
+    called(fedpref, "check", "mine/experiment.yaml", cwd=empty)
+    called(fedpref, "demo", "--offline", "--output", "out", cwd=empty)
     rows = (empty / "out/evaluation.jsonl").read_text().splitlines()
     assert len(json.loads(rows[-1])["clients"]) == 12
     refused = subprocess.run(
