@@ -39,6 +39,7 @@ from fedpref.engines.replies import (
     unusable,
     usable_metrics,
 )
+from fedpref.engines.robust_means import RobustMeans
 from fedpref.engines.secure_sums import LostSumError, SecureSums
 from fedpref.engines.site_masks import call_of, told_after
 from fedpref.engines.sites import NOWHERE, SILENT, Sites
@@ -100,7 +101,9 @@ class RemoteEngine:
         examples: ToldExamples | None = None,
         masks: Masks | None = None,
         figures: Telling = "each",
+        robust: RobustMeans | None = None,
     ) -> None:
+        self.robust = robust
         # each client's are not to be had under masks
         self.figures: Telling = "sums" if masks and figures == "each" else figures
         self.private, self.examples = private, examples
@@ -129,6 +132,8 @@ class RemoteEngine:
     def begin(self, round: int, cohort: Sequence[int], purpose: Purpose = "train") -> None:
         self.round, self.active, self._purpose = round, tuple(cohort), purpose
         self.traffic, self._calls = Traffic(), 0
+        if self.robust is not None:
+            self.robust.begin()
         self._gone: dict[int, str] = {}
         self._unheard: dict[int, str] = {}
         self.lengths: dict[int, float] = {}
@@ -206,10 +211,43 @@ class RemoteEngine:
             return self._secure_sum(self._secure, names)
         if self.private is not None:
             return self._private_sum(self.private, names)
+        if self.robust is not None and self._purpose == "train":
+            return self._robust_mean(self.robust, names)
         # again where a client fell out, whose share the others then take over
         while (total := self._sum(names)) is None:
             pass
         return total
+
+    def _robust_mean(self, robust: RobustMeans, names: Mapping[int, Name]) -> Tree:
+        """Return what a rule makes of the values of those clients that sent them.
+
+        All of them lie here at once.
+        """
+        values: dict[int, Tree] = {}
+        for i in self.active:
+            if i not in self.active:  # left out with another of its site
+                continue
+            asked = _contribute({i: names[i].text}, {i: 1.0})
+            answers = self._ask({self._sites.site_of[i]: (asked, NO_TENSORS)})
+            if i not in self.active:
+                continue
+            message = trees.part(answers[self._sites.site_of[i]][1], i)
+            if reason := unusable(message):
+                self._leave_out({i: reason})
+            else:
+                values[i] = message
+        usual = self._usual(map(shape, values.values()))
+        self._leave_out(
+            {
+                i: "names or sizes of tensors are not those of the others"
+                for i, value in values.items()
+                if shape(value) != usual
+            }
+        )
+        values = {i: value for i, value in values.items() if i in self.active}
+        self.traffic += Traffic(bytes_up=sum(map(trees.size, values.values())))
+        weight = sum(self._weights[i] for i in values)
+        return robust.mean(values, {i: self._weights[i] / weight for i in values})
 
     def _sum(self, names: Mapping[int, Name]) -> Tree | None:
         """Return the weighted mean of clients' values; None if one of them fell out.

@@ -11,8 +11,10 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from fedpref.channel.robust import clipped_gossip
 from fedpref.engines.private_examples import PrivateExamples, ToldExamples
 from fedpref.engines.private_sums import PrivateSums
+from fedpref.engines.robust_means import RobustMeans
 from fedpref.federation.verbs import Federation, PerClient
 from fedpref.numerics import tallies, trees
 from fedpref.numerics.tallies import Figure
@@ -76,14 +78,24 @@ def everybody(round: int, active: Sequence[int]) -> NDArray[np.float64]:
     return matrix
 
 
-def mixed(value: Tree, told: Tree | None, heard: Iterable[tuple[Tree, float]]) -> Tree:
+def mixed(
+    value: Tree,
+    told: Tree | None,
+    heard: Iterable[tuple[Tree, float]],
+    hostile: float | None = None,
+) -> Tree:
     """Return a client's value mixed with what it heard.
 
     Args:
         value: The client's own.
         told: What it told, as it arrived; None if that is the value unchanged.
         heard: What it heard, itself included, with weights.
+        hostile: The weight that may be hostile; None shortens nothing.
     """
+    if hostile is not None:
+        own = value if told is None else told
+        moved = clipped_gossip(own, list(heard), hostile)
+        return moved if told is None else trees.add(value, trees.subtract(moved, own))
     mean = trees.total(trees.scale(tree, weight) for tree, weight in heard)
     return mean if told is None else trees.add(value, trees.subtract(mean, told))
 
@@ -124,6 +136,11 @@ class Engine(Federation, Protocol):
     @property
     def examples(self) -> PrivateExamples | ToldExamples | None:
         """What keeps the units of clients' data private, if they are."""
+        ...
+
+    @property
+    def robust(self) -> RobustMeans | None:
+        """What keeps the engine's means robust, if they are."""
         ...
 
     @property
@@ -226,3 +243,13 @@ def figures_of(
     """
     weighed = [row.get("num_examples", weights[client]) for client, row in rows.items()]
     return tallies.read(tallies.tally(list(rows.values()), weighed))
+
+
+def hostile_weight(distrust: float | None, own: float) -> float | None:
+    """Return which weight may be hostile, of that which a client gives to others; None for none.
+
+    Args:
+        distrust: The share.
+        own: The weight that the client gives to itself.
+    """
+    return None if distrust is None else distrust * (1 - own)

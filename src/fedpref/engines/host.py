@@ -68,6 +68,8 @@ class Hosted:
     """What sums are masked by; None where the coordinator sees clients' parts of them."""
     means: int = 1
     """How many sums a round has."""
+    distrust: float | None = None
+    """The share of neighbours' weight that may be hostile; None hears all as they are."""
     is_silent: bool = False
     """Whether nothing is told of clients' figures."""
 

@@ -17,6 +17,7 @@ from fedpref.engines.engine import (
     clipped,
     everybody,
     figures_of,
+    hostile_weight,
     mixed,
     share_of,
     told,
@@ -26,6 +27,7 @@ from fedpref.engines.forks import forked
 from fedpref.engines.per_client import StoredValues, gather, stored
 from fedpref.engines.private_examples import PrivateExamples
 from fedpref.engines.private_sums import PrivateSums
+from fedpref.engines.robust_means import RobustMeans
 from fedpref.engines.store import Store
 from fedpref.engines.values import Kept
 from fedpref.engines.workers import Workers
@@ -36,6 +38,9 @@ from fedpref.numerics import seeds, trees
 from fedpref.numerics.tallies import Figure
 from fedpref.numerics.trees import Tree
 from fedpref.tasks.task import Shard, Task
+
+Attack = Callable[[Mapping[int, Tree], Tree, int, int], Mapping[int, Tree]]
+"""(values by client, what everybody was sent last, the round, the call) -> what clients send."""
 
 
 class Simulation:
@@ -59,6 +64,9 @@ class Simulation:
         examples: What keeps the units of clients' data private, if they are.
         as_integers: Sum integers, as sites do under masks; here there is nobody to hide from.
         figures: What is told of clients' figures.
+        robust: What keeps means robust, if they are.
+        distrust: The share of neighbours' weight that may be hostile; None hears all as they are.
+        attack: What hostile clients make of what they send.
     """
 
     def __init__(
@@ -81,7 +89,12 @@ class Simulation:
         examples: PrivateExamples | None = None,
         as_integers: bool = False,
         figures: Telling = "each",
+        robust: RobustMeans | None = None,
+        distrust: float | None = None,
+        attack: Attack | None = None,
     ) -> None:
+        self.robust, self._distrust, self._attack = robust, distrust, attack
+        self._told: Tree = {}  # what everybody was sent last
         self._as_integers, self.figures = as_integers, figures
         self.private, self.examples = private, examples
         self._task, self._shards = task, tuple(shards)
@@ -106,6 +119,8 @@ class Simulation:
         self.active = tuple(cohort)
         self.traffic, self._calls = Traffic(), 0
         self.lengths: dict[int, float] = {}
+        if self.robust is not None:
+            self.robust.begin()
 
     @property
     def share(self) -> float:
@@ -118,6 +133,8 @@ class Simulation:
         sent = sum(trees.size(arg) for arg in args if isinstance(arg, Mapping))
         self.traffic += Traffic(bytes_down=sent * len(self.active))
         self._calls += 1
+        if self._attack is not None:
+            self._told = trees.merge(*(arg for arg in args if isinstance(arg, Mapping)))
         # sent to each worker once; a client's own arguments go with its job
         common = {k: arg for k, arg in enumerate(args) if not isinstance(arg, StoredValues)}
         columns = {k: arg for k, arg in enumerate(args) if isinstance(arg, StoredValues)}
@@ -181,7 +198,13 @@ class Simulation:
 
     def mean(self, values: PerClient[Tree]) -> Tree:
         self._calls += 1
-        column = stored(values)
+        column = self._turned(stored(values), Audience.COORDINATOR)
+        if self.robust is not None and self._purpose == "train":
+            total = sum(self._weights[i] for i in self.active)
+            all_values = {i: column.leaving(i, Audience.COORDINATOR) for i in self.active}
+            self.traffic += Traffic(bytes_up=sum(map(trees.size, all_values.values())))
+            shares = {i: self._weights[i] / total for i in self.active}
+            return self.robust.mean(all_values, shares)
         if self.private is not None:
             return self._private_mean(self.private, column)
         total = sum(self._weights[i] for i in self.active)
@@ -205,6 +228,15 @@ class Simulation:
 
         # in client order, whichever worker was first, so that the sum has the same bits anywhere
         return self._channel.decode(trees.total(messages()), len(self.active))
+
+    def _turned(self, column: StoredValues[Tree], audience: Audience) -> StoredValues[Tree]:
+        """Return what clients send, the hostile ones among them."""
+        if self._attack is None or self._purpose != "train":
+            return column
+        values = {i: column.leaving(i, audience) for i in self.active}
+        sent = self._attack(values, self._told, self.round, self._calls)
+        labelled = {i: column.label(i) for i in self.active}
+        return StoredValues(self._room, ((i, Kept(sent[i], labelled[i])) for i in self.active))
 
     def _integer_mean(self, column: StoredValues[Tree], total: float) -> Tree:
         """Return the mean of clients' values by a sum of integers."""
@@ -238,7 +270,11 @@ class Simulation:
     def mix(self, values: PerClient[Tree]) -> tuple[PerClient[Tree], PerClient[Tree]]:
         self._calls += 1
         weights = self._mixing(self.round, self.active)
-        told_by, sizes, arrived = stored(values), {}, StoredValues[Tree](self._room)
+        told_by, sizes, arrived = (
+            self._turned(stored(values), Audience.NEIGHBOURS),
+            {},
+            StoredValues[Tree](self._room),
+        )
         labelled = {i: told_by.label(i).mixed for i in self.active}
         for i in self.active:
             rng = seeds.generator(
@@ -252,7 +288,9 @@ class Simulation:
 
         def mixture(i: int) -> Kept:
             heard = ((arrived[j], float(weights[i, j])) for j in self.active if weights[i, j])
-            value = mixed(told_by[i], arrived[i] if self._links.stages else None, heard)
+            told = arrived[i] if self._links.stages else None
+            hostile = hostile_weight(self._distrust, float(weights[i, i]))
+            value = mixed(told_by[i], told, heard, hostile)
             return Kept(value, labelled[i])
 
         return arrived, StoredValues(self._room, ((i, mixture(i)) for i in self.active))

@@ -22,7 +22,7 @@ from torch import Tensor
 from fedpref.channel import Sender
 from fedpref.channel.compression import alike
 from fedpref.channel.lattice import fixed
-from fedpref.engines.engine import mixed
+from fedpref.engines.engine import hostile_weight, mixed
 from fedpref.engines.host import Host, Hosted, Peers
 from fedpref.engines.messages import (
     NO_TENSORS,
@@ -577,7 +577,9 @@ class Site:
             # one
             heard = ((arrived.get(j, arrived[i]), weight) for j, weight in rows[i].items())
             kept = self._values.get(i, own[i])
-            mixture = mixed(kept.value, arrived[i] if links.stages else None, heard)
+            told_as = arrived[i] if links.stages else None
+            hostile = hostile_weight(self._opened.distrust, rows[i].get(i, 0.0))
+            mixture = mixed(kept.value, told_as, heard, hostile)
             for k, value in enumerate((arrived[i], mixture)):
                 self._values.put(i, f"{name}.{k}", Kept(value, kept.label.mixed))
         unheard = {j for i in told for j in rows[i]} - arrived.keys()

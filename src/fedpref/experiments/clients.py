@@ -30,6 +30,7 @@ from fedpref.experiments.private import (
     told_examples,
 )
 from fedpref.experiments.promises import in_words, in_words_of_sites
+from fedpref.experiments.robustness import attacking, robust_means
 from fedpref.experiments.run_directory import RunDirectory
 from fedpref.experiments.run_files import CLIENTS, DATA, HELD_OUT, TRAINED, read_json
 from fedpref.federation.verbs import Client, work
@@ -188,6 +189,9 @@ class InProcess:
             examples=examples,
             as_integers=line.secrecy is not None,
             figures=line.telling,
+            robust=robust_means(line),
+            distrust=line.network.distrust,
+            attack=attacking(line, [shard.name for shard in shards]),
         )
 
     def _workers(self) -> int:
@@ -288,6 +292,7 @@ class AtSites:
             examples=told_examples(line),
             masks=line.secrecy,
             figures=line.telling,
+            robust=robust_means(line),
         )
 
     @property
@@ -413,6 +418,7 @@ def hosted(
         privacy=site_privacy(spec, task, by_name, folder, max_epsilon),
         masks=spec.secrecy,
         means=spec.algorithm.means,
+        distrust=spec.network.distrust,
         is_silent=spec.telling == "none",
         **limits,
     )

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from fedpref import config
 from fedpref.algorithms import Alone, AnyAlgorithm, FedDPO, FedPDPO, Pooled
+from fedpref.channel.robust import Mean
 from fedpref.data import Builtin, ClientData, Natural, Partition, Source
 from fedpref.data.preferences import Side
 from fedpref.data.reading import EvaluateOn, Reading, read
@@ -18,11 +19,13 @@ from fedpref.data.unusable import Unusable
 from fedpref.engines import Telling
 from fedpref.engines.sites import Patience
 from fedpref.errors import UserError
+from fedpref.experiments.attack import Attack
 from fedpref.experiments.choosing import Keep, Standing, Stop
 from fedpref.experiments.free_baselines import FREE
 from fedpref.experiments.migration import refuse_former_names
 from fedpref.experiments.packaged import config_file
 from fedpref.experiments.private import guarantee_of, refuse_seen, refuse_unaccounted
+from fedpref.experiments.robustness import refuse_robust
 from fedpref.federation.aggregation import Factors, Product
 from fedpref.federation.diagnostics import Diagnostic
 from fedpref.federation.network import Network
@@ -97,6 +100,8 @@ class Experiment:
     secrecy: Masks | None = None
     """Sums of which the coordinator sees the whole alone, over sites; null lets it see what each
     client sends. In one process the same integers are summed, without masks."""
+    attack: Attack | None = None
+    """Hostile clients, in a simulated run, to see what a setting withstands; null has none."""
     diagnostics: tuple[Diagnostic, ...] = ()
     """What to measure with every evaluation beside metrics; clients send for it what a method may
     keep private."""
@@ -131,6 +136,7 @@ class Experiment:
         self._check_choice()
         refuse_unaccounted(self)
         refuse_seen(self)
+        refuse_robust(self)
         self._check_task()
         self._check_aggregate()
 
@@ -376,7 +382,10 @@ class Experiment:
         """Read the data and share it out; see `data.reading.read`."""
         draws = seeds.seed(self.seed, "partition")
         apart = self.of_clients is not None
-        return read(self.data, self.partition, draws, trained, self.evaluate_on, apart=apart)
+        found = read(self.data, self.partition, draws, trained, self.evaluate_on, apart=apart)
+        if self.attack is None:
+            return found
+        return replace(found, clients=self.attack.poisoned(found.clients, self.seed))
 
     def clients(self) -> tuple[tuple[ClientData, ...], int]:
         """Read the data and share it out.
@@ -449,6 +458,7 @@ def lines(experiment: Experiment, clients: int) -> dict[str, tuple[str, Experime
         sampling_weights={},
         deadline=None,
         max_participations=None,
+        combine=Mean(),
     )
     for name in experiment.baselines:
         algorithm = _baseline(experiment, name, cohort)

@@ -215,6 +215,7 @@ def _line(
             **metrics,
             **engine.traffic.metrics(),
             **_lengths(engine.lengths, experiment.federation.clip),
+            **(engine.robust.figures if engine.robust else {}),
             **{figure: value for one in promises for figure, value in one.figures.items()},
             "seconds": time.perf_counter() - begun,
             **parts,

@@ -27,7 +27,7 @@ from fedpref.numerics.trees import Tree
 from fedpref.types import Count
 
 PROBES = 8  # random pairs of vectors for each weight, between which products are compared
-PROBE = "probe/"
+PROBE = trees.BESIDE
 ROW_NORM = math.sqrt(1 / 3)  # of A as LoRA draws it
 
 

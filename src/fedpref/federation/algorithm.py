@@ -35,6 +35,8 @@ class Algorithm(ABC, Generic[S]):
     """A baseline that needs all training data in one place."""
     gossips: ClassVar[bool] = False
     """Clients tell neighbours what they learn, over the experiment's network."""
+    clips_gossip: ClassVar[bool] = False
+    """What neighbours tell may be shortened: nothing is kept of it over rounds."""
     needs_fixed_network: ClassVar[bool] = False
     """It needs the same graph, and all clients, in every round."""
     needs_contraction: ClassVar[bool] = False

@@ -22,7 +22,7 @@ from fedpref.numerics.topology import (
     refuse_disconnected,
     without,
 )
-from fedpref.types import Fraction
+from fedpref.types import Fraction, OpenFraction
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,9 @@ class Network:
     """How what neighbours tell one another is compressed; null sends it whole."""
     link_failure: Fraction = 0.0
     """The chance of each link to fail in each round."""
+    distrust: OpenFraction | None = None
+    """The share of its neighbours' weight that a client takes for hostile: what those say who are
+    farthest off is shortened (ClippedGossip). Null hears all as they are."""
 
     def check(
         self, names: Names, taking_part: Sequence[int] | None = None, everybody: bool = True

@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 
+from fedpref.channel.robust import Combine, Mean
 from fedpref.errors import UserError
 from fedpref.numerics import seeds
 from fedpref.types import Count, NonNegative, Positive, WholeNumber
@@ -41,6 +42,9 @@ class Participation:
     clip: Positive | None = None
     """The largest norm of what a client sends for a mean; longer ones are shortened to it. Null
     takes them as they are."""
+    combine: Combine = Mean()
+    """What becomes of clients' values in a round: their mean, or a rule that a few hostile clients
+    cannot carry away."""
     deadline: Positive | None = None
     """How long a round waits, as a multiple of the median client's time; later clients are left
     out. Null waits for all."""

@@ -19,6 +19,7 @@ from fedpref.errors import UserError
 from fedpref.numerics import files
 
 Tree = Mapping[str, Tensor]
+BESIDE = "probe/"  # begins the names of figures that travel beside a value
 
 
 def add(a: Tree, b: Tree) -> Tree:

@@ -1,0 +1,201 @@
+"""Means that a few clients cannot carry away: weights on clients from how their values lie.
+
+Most rules need the values' inner products alone (a Gram matrix), and are weights that hold for
+all means of a round; the median and the trimmed mean look at each number by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor
+
+from fedpref.numerics.trees import BESIDE, Tree
+
+Gram = Float[NDArray[np.float64], "n n"]
+Shares = Float[NDArray[np.float64], " n"]
+TURNS, NEAR = 200, 1e-9  # of the search for a geometric median, and how near it comes
+
+
+@dataclass(frozen=True)
+class Mean:
+    """The weighted mean, which one client can carry anywhere."""
+
+    name: Literal["mean"] = "mean"
+
+
+@dataclass(frozen=True)
+class NormBound:
+    """The mean of values that are shortened to a quantile of their norms.
+
+    It costs next to nothing without an attack, and bounds what anybody can do in a round; whoever
+    pushes the same way in each is not stopped.
+    """
+
+    name: Literal["norm-bound"] = "norm-bound"
+    quantile: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """The quantile of clients' norms that longer values are shortened to."""
+    is_of_changes: ClassVar[bool] = True
+
+    def weights(self, gram: Gram, shares: Shares) -> Shares:
+        """Return each value's weight; together they are less than one where some are shortened."""
+        norms = np.sqrt(np.diag(gram))
+        bound = float(np.quantile(norms, self.quantile))
+        return shares * np.minimum(1, bound / np.maximum(norms, 1e-300))
+
+
+@dataclass(frozen=True)
+class GeometricMedian:
+    """The point whose weighted distances to all values are least (Pillutla et al. 2022, "RFA").
+
+    It holds while less than half of the weight is hostile.
+    """
+
+    name: Literal["geometric-median"] = "geometric-median"
+    is_of_changes: ClassVar[bool] = False
+
+    def weights(self, gram: Gram, shares: Shares) -> Shares:
+        """Return each value's weight in that point, by Weiszfeld's iteration."""
+        found: Shares = shares / shares.sum()
+        norms = np.diag(gram)
+        least = NEAR * float(np.sqrt(norms.max())) + 1e-300
+        for _ in range(TURNS):
+            inner = gram @ found
+            squares = norms - 2 * inner + float(found @ inner)
+            new: Shares = shares / np.maximum(np.sqrt(np.maximum(squares, 0)), least)
+            new /= new.sum()
+            if float(np.abs(new - found).max()) < NEAR:
+                return new
+            found = new
+        return found
+
+
+@dataclass(frozen=True)
+class MultiKrum:
+    """The mean of those whose values lie nearest to one another (Blanchard et al. 2017).
+
+    It is strong against flips and scaling, and silences honest minorities: they lie apart too.
+    """
+
+    name: Literal["multi-krum"] = "multi-krum"
+    hostile: Annotated[float, Field(ge=0, lt=0.5)] = 0.2
+    """The share of clients that may be hostile, and is left out."""
+    is_of_changes: ClassVar[bool] = False
+
+    def weights(self, gram: Gram, shares: Shares) -> Shares:
+        """Return each value's weight: its share among those that are kept, or nothing."""
+        count, bad = len(gram), int(self.hostile * len(gram) + 1e-9)
+        norms = np.diag(gram)
+        apart = np.sort(norms[:, None] + norms[None] - 2 * gram, axis=1)
+        scores = apart[:, 1 : max(2, count - bad - 1)].sum(1)
+        kept = np.zeros(count)
+        kept[np.argsort(scores, kind="stable")[: count - bad]] = 1
+        found: Shares = shares * kept / (shares @ kept)
+        return found
+
+
+@dataclass(frozen=True)
+class Median:
+    """The median of each number by itself (Yin et al. 2018); clients weigh alike."""
+
+    name: Literal["median"] = "median"
+
+    def combined(self, values: Tensor) -> Tensor:
+        """Return the median of each number over the first dimension."""
+        # between the middle two of an even number
+        found: Tensor = values.double().quantile(0.5, dim=0).to(values.dtype)
+        return found
+
+
+@dataclass(frozen=True)
+class TrimmedMean:
+    """The mean of each number without the largest and the smallest (Yin et al. 2018)."""
+
+    name: Literal["trimmed"] = "trimmed"
+    hostile: Annotated[float, Field(ge=0, lt=0.5)] = 0.2
+    """The share of clients that is left out at either end."""
+
+    def combined(self, values: Tensor) -> Tensor:
+        """Return the trimmed mean of each number over the first dimension."""
+        cut = int(self.hostile * len(values) + 1e-9)
+        return values.sort(0).values[cut : len(values) - cut].mean(0)
+
+
+Combine = Annotated[
+    Mean | NormBound | GeometricMedian | Median | TrimmedMean | MultiKrum,
+    Field(discriminator="name"),
+]
+ByWeights = NormBound | GeometricMedian | MultiKrum
+ByNumber = Median | TrimmedMean
+
+
+def gram_of(values: Sequence[Tree]) -> Gram:
+    """Return the inner products of values, all names together.
+
+    Figures that travel beside a value weigh nothing.
+    """
+    gram = np.zeros((len(values), len(values)))
+    for name in sorted(values[0]):
+        if not name.startswith(BESIDE):
+            rows = torch.stack([value[name].flatten() for value in values]).double()
+            gram += (rows @ rows.T).numpy()
+    return gram
+
+
+def combined(rule: ByNumber, values: Sequence[Tree]) -> Tree:
+    """Return what a rule of single numbers makes of values, name by name."""
+    names = values[0]
+    return {name: rule.combined(torch.stack([value[name] for value in values])) for name in names}
+
+
+def weights_of(rule: ByWeights, values: Mapping[int, Tree], shares: Mapping[int, float]) -> Shares:
+    """Return the weights that a rule gives to clients' values, in their order.
+
+    Args:
+        rule: The rule.
+        values: By client.
+        shares: Of the clients in a plain mean; they sum to one.
+    """
+    gram = gram_of(list(values.values()))
+    return rule.weights(gram, np.array([shares[client] for client in values]))
+
+
+def clipped_gossip(value: Tree, heard: Sequence[tuple[Tree, float]], hostile: float) -> Tree:
+    """Return a client's value mixed with what it hears, none of which pulls farther than most.
+
+    Each message's distance is shortened to the smallest radius beyond which messages have so much
+    of the weight at most as may be hostile. Source: He, Karimireddy and Jaggi
+    2022, "Byzantine-Robust Decentralized Learning via ClippedGossip"; the radius by weight alone is
+    ours.
+
+    Args:
+        value: The client's own.
+        heard: What it hears, with weights; its own message may be among them.
+        hostile: The weight that may be hostile.
+    """
+    apart = [{name: tree[name] - tensor for name, tensor in value.items()} for tree, _ in heard]
+    lengths = [
+        float(torch.stack([one.double().square().sum() for one in tree.values()]).sum().sqrt())
+        for tree in apart
+    ]
+    outside, radius, most = 0.0, 0.0, hostile + 1e-12
+    for length, weight in sorted(
+        ((length, weight) for length, (_, weight) in zip(lengths, heard, strict=True)),
+        reverse=True,
+    ):
+        radius, outside = length, outside + weight
+        if outside > most:  # it and all that are nearer stay as they are
+            break
+    mixed = dict(value)
+    for tree, length, (_, weight) in zip(apart, lengths, heard, strict=True):
+        factor = weight * min(1.0, radius / length if length else 1.0)
+        for name, tensor in tree.items():
+            mixed[name] = mixed[name] + factor * tensor
+    return mixed

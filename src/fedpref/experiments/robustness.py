@@ -1,0 +1,105 @@
+"""Which experiments can have robust means, and what hostile clients of a simulated one do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from fedpref.channel.robust import Mean, Median, NormBound, TrimmedMean
+from fedpref.engines.robust_means import RobustMeans
+from fedpref.errors import UserError
+from fedpref.federation.aggregation import Factors, FrozenA, Product
+from fedpref.numerics.trees import Tree
+
+if TYPE_CHECKING:
+    from fedpref.experiments.experiment import Experiment
+
+Turned = Callable[[Mapping[int, Tree], Tree, int, int], Mapping[int, Tree]]
+
+
+def robust_means(line: Experiment) -> RobustMeans | None:
+    """Return what keeps a line's means robust; None for plain ones."""
+    rule = line.federation.combine
+    return None if isinstance(rule, Mean) else RobustMeans(rule)
+
+
+def attacking(line: Experiment, names: Sequence[str]) -> Turned | None:
+    """Return what hostile clients make of what they send; None without any."""
+    attack = line.attack
+    if attack is None:
+        return None
+    bad = attack.hostile(names, line.seed)
+
+    def turned(values: Mapping[int, Tree], told: Tree, round: int, call: int) -> Mapping[int, Tree]:
+        return attack.sent(values, told, bad)
+
+    return turned
+
+
+def refuse_robust(spec: Experiment) -> None:
+    """Raise UserError where means cannot be robust, or an attack cannot be tried."""
+    rule, algorithm, attack = spec.federation.combine, spec.algorithm, spec.attack
+    aggregate, name = algorithm.aggregate, spec.federation.combine.name
+    is_by_number = isinstance(rule, Median | TrimmedMean)
+    is_ruled, who = not isinstance(rule, Mean), f"federation.combine: {name}"
+    is_told = any(promise.against == "coordinator" for promise in spec.promises)
+    reasons = (
+        (
+            is_ruled and spec.secrecy is not None,
+            f"{who} looks at each client's message, which nobody sees under masks. There the clip "
+            "of privacy is the defence",
+        ),
+        (
+            is_ruled and (is_told or spec.of_clients is not None),
+            f"{who} depends on all clients' messages, so that noise would not hide one of them. "
+            "With privacy of clients their clip is the defence",
+        ),
+        (
+            is_ruled and algorithm.gossips,
+            f"{who}: {algorithm.name} has no mean; neighbours tell one another. Set "
+            "network.distrust",
+        ),
+        (
+            is_ruled and not algorithm.gossips and not algorithm.sums,
+            f"{who}: {algorithm.name} does not send changes of one shape alone, which rules could "
+            "lay beside one another. Take mean",
+        ),
+        (
+            is_ruled and spec.federation.clip is not None,
+            f"{who} and federation.clip both bound messages. Leave out one",
+        ),
+        (
+            isinstance(rule, NormBound) and isinstance(aggregate, Product),
+            f"{who} is about lengths of changes, and of products the whole is sent. Take "
+            "geometric-median, or factors",
+        ),
+        (
+            is_by_number and not isinstance(aggregate, Factors | FrozenA | None),
+            f"{who} looks at single numbers, which products in turned bases have not in common. "
+            "Take factors or frozen-a",
+        ),
+        (
+            is_by_number and spec.federation.weighting != "equal",
+            f"{who}: clients weigh alike in it. Set federation.weighting to equal",
+        ),
+        (
+            spec.network.distrust is not None and not algorithm.clips_gossip,
+            f"network.distrust: {algorithm.name} keeps sums of what neighbours have told, which "
+            "would be put out of step, or has no neighbours. Take decdpo, decpdpo or decdpo-stale",
+        ),
+        (
+            attack is not None and spec.engine != "simulation",
+            "attack: hostile clients are for simulated runs; sites are real. Leave it out",
+        ),
+        (
+            attack is not None
+            and attack.name == "gauge"
+            and algorithm.sums > 0
+            and not isinstance(aggregate, Factors),
+            "attack: gauge is about factors that are averaged apart. Take algorithm.aggregate: "
+            "factors",
+        ),
+    )
+    for is_so, reason in reasons:
+        if is_so:
+            raise UserError(f"{reason}.")
