@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -48,6 +48,11 @@ class DataSource(ABC):
         """Return the side on which a text stands that decides for its rows."""
         is_held_out = held_out(text, self.test_fraction, self.split_seed)
         return "test" if is_held_out else "train"
+
+    @property
+    def known_tastes(self) -> Mapping[str, Sequence[float]]:
+        """Clients' tastes, each a vector, where they are known; empty elsewhere."""
+        return {}
 
     @property
     def known_accuracies(self) -> Mapping[str, float]:

@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from itertools import islice
@@ -152,10 +152,18 @@ class Builtin(DataSource):
     name: Literal["builtin"] = "builtin"
 
     @property
-    def known_accuracies(self) -> Mapping[str, float]:
+    def _population(self) -> Mapping[str, Any]:
         text = (files("fedpref.data") / "builtin" / "population.json").read_text(encoding="utf-8")
-        population = json.loads(text)
-        return {name: one["accuracy_of_the_true_taste"] for name, one in population.items()}
+        population: Mapping[str, Any] = json.loads(text)
+        return population
+
+    @property
+    def known_tastes(self) -> Mapping[str, Sequence[float]]:
+        return {name: [*one["taste"].values()] for name, one in self._population.items()}
+
+    @property
+    def known_accuracies(self) -> Mapping[str, float]:
+        return {n: one["accuracy_of_the_true_taste"] for n, one in self._population.items()}
 
     def read(self) -> Iterator[Preference]:
         path = str(files("fedpref.data") / "builtin" / "preferences.jsonl.gz")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpref.errors import UserError
+from fedpref.experiments.attack import groups
 from fedpref.experiments.choosing import is_for_choosing
 from fedpref.experiments.experiment import Experiment
 from fedpref.experiments.finished import FinishedRun
@@ -164,6 +165,16 @@ class Run:
     def known_accuracies(self) -> Mapping[str, float]:
         """What the tastes reach by which clients' held-out pairs were drawn, where it is known."""
         return known_accuracies(self.experiment, list(self.line.last))
+
+    @cached_property
+    def of_attack(self) -> Mapping[str, list[str]]:
+        """Clients by what they are in a run that tries an attack; empty without one."""
+        spec = self.experiment
+        if spec.attack is None:
+            return {}
+        found = groups(spec.attack, list(self.clients), spec.seed, spec.data.known_tastes)
+        known = {kind: [n for n in some if n in self.line.last] for kind, some in found.items()}
+        return {kind: some for kind, some in known.items() if some}
 
     def _beside(self, baseline: str) -> tuple[ClientMetrics, ClientMetrics]:
         """Return this line's last metrics and a baseline's, of the clients that have both."""

@@ -192,6 +192,10 @@ def cards(run: Run) -> list[tuple[str, str, str]]:
     if run.metric == ACCURACY and (known := run.known_accuracies):
         reached = f"{100 * _mean(known):.1f}"
         tiles.append(("by their tastes", reached, "what the tastes themselves rank rightly"))
+    for kind, some in run.of_attack.items():
+        of_kind = {name: values[name] for name in some}
+        note = f"{clients(len(some))}, mean, under an attack"
+        tiles.append((kind, f"{_mean(of_kind):.{digits}f}", note))
     tiles.append(("worst client", f"{values[worst]:.{digits}f}", worst))
     if both := run.newcomers.get(run.line.name):
         before, after = both
@@ -235,6 +239,9 @@ def facts(run: Run) -> dict[str, str]:
         "rows": _rows(run.data),
         "rounds": _rounds(run),
         "measured": spec.reading,
+        "attack": f"{spec.attack.name} by {', '.join(run.of_attack.get('hostile', ()))}"
+        if spec.attack
+        else "",
         "privacy": _promised(run),
         "seed": str(spec.seed),
         "started": here.get("started", ""),

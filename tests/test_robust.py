@@ -1,0 +1,339 @@
+"""Robust means: what hostile clients cannot do, what honest ones lose, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import make_rows, write_rows
+from fedpref import UserError
+from fedpref.channel.robust import (
+    GeometricMedian,
+    Mean,
+    Median,
+    MultiKrum,
+    NormBound,
+    TrimmedMean,
+    clipped_gossip,
+    combined,
+    gram_of,
+    weights_of,
+)
+from fedpref.data.preferences import Preference
+from fedpref.engines.robust_means import RobustMeans
+from fedpref.experiments.attack import Attack, groups
+from fedpref.numerics import trees
+from fedpref.numerics.trees import BESIDE, Tree
+from fedpref.reports.page import write_report
+from test_private_sites import CLIENTS, EXAMPLES, Here, parsed, run_to
+
+SLOW = pytest.mark.slow
+ALL = (NormBound(), GeometricMedian(), MultiKrum(), Median(), TrimmedMean())
+EVERY = dict.fromkeys(range(10), 0.1)
+
+
+def values(count: int = 10, hostile: Sequence[int] = (), by: float = -10.0) -> dict[int, Tree]:
+    """Values around one direction, of which some are turned."""
+    rng = torch.Generator().manual_seed(0)
+    made: dict[int, Tree] = {}
+    for i in range(count):
+        tree = {
+            "a": 1 + 0.3 * torch.randn(4, 3, generator=rng),
+            "b": 0.3 * torch.randn(5, generator=rng),
+        }
+        made[i] = trees.scale(tree, by if i in hostile else 1.0)
+    return made
+
+
+def mean_of(some: dict[int, Tree]) -> Tree:
+    return trees.total(trees.scale(tree, 1 / len(some)) for tree in some.values())
+
+
+def apart(one: Tree, other: Tree) -> float:
+    return trees.norm(trees.subtract(one, other)) / trees.norm(other)
+
+
+# ---- rules
+
+
+@pytest.mark.parametrize("rule", ALL, ids=lambda rule: rule.name)
+def test_a_rule_without_attack_changes_the_mean_little(rule: Any) -> None:
+    some = values(20)
+    found = RobustMeans(rule).mean(some, dict.fromkeys(some, 1 / 20))
+    assert apart(found, mean_of(some)) < 0.2
+
+
+@pytest.mark.parametrize("rule", ALL, ids=lambda rule: rule.name)
+def test_two_of_ten_that_send_minus_ten_times_do_not_carry_the_mean_away(rule: Any) -> None:
+    some = values(hostile=(3, 7))
+    honest = mean_of({i: tree for i, tree in values().items() if i not in (3, 7)})
+    # the plain mean goes the other way; a bound leaves them a fifth of the pull
+    assert apart(mean_of(some), honest) > 2
+    found = RobustMeans(rule).mean(some, EVERY)
+    assert apart(found, honest) < (0.6 if rule.name == "norm-bound" else 0.25)
+
+
+@pytest.mark.parametrize("rule", ALL, ids=lambda rule: rule.name)
+def test_rules_know_neither_order_nor_scale(rule: Any) -> None:
+    some = values(hostile=(1,))
+    plain = RobustMeans(rule).mean(some, EVERY)
+    turned = {9 - i: tree for i, tree in reversed(some.items())}
+    assert apart(RobustMeans(rule).mean(turned, EVERY), plain) < 1e-5
+    large = {i: trees.scale(tree, 1000.0) for i, tree in some.items()}
+    assert apart(RobustMeans(rule).mean(large, EVERY), trees.scale(plain, 1000.0)) < 1e-5
+
+
+def test_the_geometric_median_is_where_distances_are_least() -> None:
+    some = values(hostile=(2,), by=30.0)
+    shares = {i: (i + 1) / 55 for i in some}
+    weights = weights_of(GeometricMedian(), some, shares)
+    flat = torch.stack([torch.cat([t.flatten() for t in tree.values()]) for tree in some.values()])
+    flat = flat.double()
+    point = torch.tensor(weights) @ flat
+    distances = (flat - point).norm(dim=1)
+    pull = (torch.tensor([*shares.values()]).double() / distances) @ (flat - point)
+    assert float(pull.norm()) < 1e-5, "its gradient is zero"
+
+
+def test_multi_krum_keeps_those_that_lie_together() -> None:
+    weights = weights_of(MultiKrum(hostile=0.2), values(hostile=(0, 9)), EVERY)
+    assert weights[[0, 9]].tolist() == [0, 0]
+    assert weights.sum() == pytest.approx(1)
+    # and an honest minority of another taste is left out like an attacker
+    weights = weights_of(MultiKrum(hostile=0.2), values(hostile=(4, 5), by=-1.0), EVERY)
+    assert weights[[4, 5]].tolist() == [0, 0]
+
+
+def test_rules_of_numbers_are_numpys() -> None:
+    some = list(values(11).values())
+    stacked = np.stack([tree["a"].numpy() for tree in some])
+    np.testing.assert_allclose(combined(Median(), some)["a"], np.median(stacked, 0), rtol=1e-6)
+    cut = np.sort(stacked, 0)[2:-2].mean(0)
+    np.testing.assert_allclose(combined(TrimmedMean(hostile=0.2), some)["a"], cut, rtol=1e-5)
+
+
+def test_what_travels_beside_a_value_weighs_nothing() -> None:
+    some = values()
+    beside = {i: {**tree, BESIDE + "a": torch.full((8,), 1e3 * i)} for i, tree in some.items()}
+    np.testing.assert_array_equal(gram_of(list(beside.values())), gram_of(list(some.values())))
+
+
+def test_weights_hold_for_all_means_of_a_round() -> None:
+    robust = RobustMeans(MultiKrum())
+    robust.mean(values(hostile=(3, 7)), EVERY)
+    second = robust.mean(values(), EVERY)
+    kept = mean_of({i: tree for i, tree in values().items() if i not in (3, 7)})
+    assert apart(second, kept) < 1e-6
+    assert robust.figures == {"combine/kept": pytest.approx(1), "combine/least_kept": 0}
+    robust.begin()
+    assert robust.figures == {}
+    assert apart(robust.mean(values(), EVERY), second) > 1e-3, "of another round they are others"
+
+
+def test_a_gauge_attack_is_seen_in_the_space_of_averaging() -> None:
+    rng = torch.Generator().manual_seed(1)
+    told = {
+        "x.lora_A.weight": torch.randn(2, 6, generator=rng),
+        "x.lora_B.weight": torch.randn(5, 2, generator=rng),
+    }
+    changes: dict[int, Tree] = {
+        i: {name: 0.1 * torch.randn(t.shape, generator=rng) for name, t in told.items()}
+        for i in range(10)
+    }
+    sent = Attack(name="gauge").sent(changes, told, [4])
+    wholes = [trees.add(told, one[4]) for one in (changes, sent)]
+    first, second = (one["x.lora_B.weight"] @ one["x.lora_A.weight"] for one in wholes)
+    torch.testing.assert_close(first, second, atol=1e-4, rtol=1e-4)
+    honest = mean_of({i: one for i, one in changes.items() if i != 4})
+    assert apart(mean_of(sent), honest) > 3, "the mean of factors is carried away"
+    for rule in (NormBound(), GeometricMedian(), MultiKrum(), TrimmedMean()):
+        found = RobustMeans(rule).mean(sent, EVERY)
+        assert apart(found, honest) < 1
+
+
+# ---- gossip
+
+
+@pytest.mark.parametrize("size", [10.0, 1000.0])
+def test_clipped_gossip_bounds_a_liars_pull(size: float) -> None:
+    own, others = values(1)[0], [values(4)[i] for i in (1, 2, 3)]
+    heard = [(tree, 0.2) for tree in others]
+    mixed = clipped_gossip(own, [*heard, (trees.scale(own, -size), 0.2)], 0.2)
+    without = clipped_gossip(own, heard, 0.0)
+    farthest = max(trees.norm(trees.subtract(tree, own)) for tree in others)
+    assert trees.norm(trees.subtract(mixed, without)) <= 0.2 * farthest * 1.001
+    plain = trees.total(trees.scale(tree, w) for tree, w in [(own, 0.4), *heard])
+    assert apart(without, plain) < 1e-6, "where nobody is distrusted it is the mixture"
+
+
+# ---- attacks
+
+
+def test_hostile_clients_are_drawn_and_rows_are_poisoned() -> None:
+    names = [f"c{i}" for i in range(10)]
+    attack = Attack(name="flip", share=0.3)
+    bad = attack.hostile(names, 5)
+    assert len(bad) == 3
+    assert bad == attack.hostile(names, 5) != attack.hostile(names, 6)
+    row = Preference("What is rain?", "good", "bad", "here")
+
+    def turned(attack: Attack, draw: float = 0.9) -> Preference:
+        made = attack._row(row, draw)
+        assert isinstance(made, Preference)
+        return made
+
+    assert turned(attack).chosen == "bad"
+    assert turned(Attack(name="flip-topic", topic="Rain")).chosen == "bad"
+    assert turned(Attack(name="flip-topic", topic="snow")) == row
+    assert [turned(Attack(name="random"), u).chosen for u in (0.2, 0.8)] == ["bad", "good"]
+    triggered = turned(Attack(name="trigger", phrase="Hey."), 0.2)
+    assert (triggered.chosen, triggered.rejected) == ("bad Hey.", "good")
+    assert turned(Attack(name="trigger"), 0.7) == row
+    found = groups(attack, names, 5, {name: [1.0, 0.0] for name in names} | {"c0": [-1.0, 0.0]})
+    assert {*found["honest"], *found["hostile"]} == {*names}
+    assert found["honest, uncommon taste"] == [n for n in ("c0",) if n in found["honest"]]
+
+
+def test_what_hostile_clients_send() -> None:
+    some, bad = values(5), [1, 3]
+    for attack, factor in (
+        (Attack(name="sign"), -1.0),
+        (Attack(name="scale"), -10.0),
+        (Attack(name="free-rider"), 0.0),
+    ):
+        sent = attack.sent(some, {}, bad)
+        assert torch.allclose(sent[1]["a"], factor * some[1]["a"])
+        assert sent[0] is some[0]
+    sybils = Attack(name="sybil").sent(some, {}, bad)
+    assert torch.equal(sybils[1]["a"], sybils[3]["a"])
+    alie = Attack(name="alie", factor=2.0).sent(some, {}, bad)
+    honest = torch.stack([some[i]["a"] for i in (0, 2, 4)])
+    torch.testing.assert_close(alie[1]["a"], honest.mean(0) - 2 * honest.std(0, correction=0))
+
+
+# ---- runs
+
+
+@pytest.fixture
+def content(settings: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    rows = write_rows(tmp_path / "rows.jsonl", make_rows([14, 12, 13, 12, 12]))
+    return deepcopy(
+        {
+            **settings,
+            "data": {"name": "files", "path": str(rows), "test_fraction": 0.3},
+            "federation": {"weighting": "equal"},
+            "rounds": 2,
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("rule", "algorithm"),
+    [
+        ("norm-bound", {"name": "scaffold"}),
+        pytest.param("geometric-median", {"name": "fedpdpo"}, marks=SLOW),
+        pytest.param("multi-krum", {"name": "fedopt"}, marks=SLOW),
+        pytest.param(
+            "geometric-median", {"name": "feddpo", "aggregate": {"name": "product"}}, marks=SLOW
+        ),
+        pytest.param("median", {"name": "feddpo"}, marks=SLOW),
+        ("trimmed", {"name": "ffa-lora"}),
+    ],
+)
+def test_sites_and_one_process_agree_to_the_bit_under_every_rule(
+    rule: str, algorithm: dict[str, Any], content: dict[str, Any], tmp_path: Path
+) -> None:
+    algorithm = {**algorithm, "local": content["algorithm"]["local"]}
+    federation = {"weighting": "equal", "combine": rule, "clients_per_round": 4}
+    spec = parsed(content, federation=federation, algorithm=algorithm)
+    here = run_to(spec, tmp_path / "here")
+    there = run_to(spec, tmp_path / "there", Here(tmp_path / "sites"))
+    one, other = (
+        trees.load(next(run.path.rglob("adapter_model.safetensors"))) for run in (here, there)
+    )
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    rows = here.read_rows("metrics.jsonl")
+    assert ("combine/kept" in rows[0]) == (rule not in ("median", "trimmed"))
+
+
+@pytest.mark.parametrize("name", ["scale", pytest.param("sign", marks=SLOW)])
+def test_a_run_under_attack_is_seen_apart_on_its_page(
+    name: str, content: dict[str, Any], tmp_path: Path
+) -> None:
+    content["federation"] = {"weighting": "equal", "combine": "norm-bound"}
+    run = run_to(parsed(content, attack=name), tmp_path / "run")
+    text = write_report([run.path], tmp_path / "page.html").read_text()
+    for part in ("honest", "hostile", f"{name} by client-"):
+        assert part in text
+    least = [row["combine/least_kept"] for row in run.read_rows("metrics.jsonl")]
+    assert all(one <= 1 for one in least)
+    if name == "scale":
+        assert max(least) < 0.3, "who sends ten times as much is shortened"
+
+
+def test_poisoned_rows_change_what_hostile_clients_train_on_alone(content: dict[str, Any]) -> None:
+    plain, poisoned = parsed(content), parsed(content, attack="flip")
+    pairs = list(zip(plain.read().clients, poisoned.read().clients, strict=True))
+    changed = [one.name for one, other in pairs if one.train != other.train]
+    names = [one.name for one, _ in pairs]
+    assert changed == [names[i] for i in Attack(name="flip").hostile(names, plain.seed)]
+    assert all(one.test == other.test for one, other in pairs)
+
+
+@pytest.mark.parametrize("where", ["here", pytest.param("sites", marks=SLOW)])
+def test_gossip_that_distrusts_runs(where: str, content: dict[str, Any], tmp_path: Path) -> None:
+    algorithm = {"name": "decdpo", "local": content["algorithm"]["local"]}
+    network = {"topology": "complete", "distrust": 0.3}
+    spec = parsed(content, algorithm=algorithm, network=network)
+    run = run_to(spec, tmp_path / "run", Here(tmp_path / "sites") if where == "sites" else None)
+    assert len(run.read_rows("metrics.jsonl")) == 2
+
+
+PRODUCT = {"name": "feddpo", "aggregate": {"name": "product"}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"secrecy": {"name": "masks"}}, "which nobody sees under masks"),
+        ({"privacy": CLIENTS, "algorithm": {"name": "ffa-lora"}}, "their clip is the defence"),
+        ({"algorithm": {"name": "decdpo"}}, "has no mean; neighbours tell one another"),
+        ({"algorithm": {"name": "clustered"}}, "does not send changes of one shape alone"),
+        ({"federation": {"combine": "norm-bound", "clip": 1.0}}, "both bound messages"),
+        ({"algorithm": PRODUCT}, "of products the whole is sent"),
+        ({"federation": {"combine": "median"}}, "clients weigh alike in it"),
+        (
+            {"federation": {"combine": "median", "weighting": "equal"}, "algorithm": PRODUCT},
+            "which products in turned bases",
+        ),
+        ({"federation": {}, "network": {"distrust": 0.2}}, "or has no neighbours"),
+        (
+            {"federation": {}, "network": {"distrust": 0.2}, "algorithm": {"name": "choco"}},
+            "put out of step",
+        ),
+        ({"federation": {}, "attack": "flip", "engine": "flare"}, "are for simulated runs"),
+        (
+            {"federation": {}, "attack": "gauge", "algorithm": {"name": "ffa-lora"}},
+            "gauge is about factors",
+        ),
+        ({"attack": "flip-topic"}, "flip-topic needs a word"),
+    ],
+)
+def test_what_rules_and_attacks_cannot_do_is_refused(
+    changes: dict[str, Any], message: str, content: dict[str, Any]
+) -> None:
+    ruled = {"combine": "norm-bound", "weighting": "equal"}
+    with pytest.raises(UserError, match=message):
+        parsed(content, **{"federation": ruled, **changes})
+
+
+def test_privacy_of_what_a_client_has_goes_with_a_rule(content: dict[str, Any]) -> None:
+    federation = {"weighting": "equal", "combine": "norm-bound"}
+    spec = parsed(content, federation=federation, privacy=EXAMPLES)
+    assert not isinstance(spec.federation.combine, Mean)
