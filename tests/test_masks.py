@@ -22,6 +22,7 @@ from fedpref.engines.secure_sums import SecureSums
 from fedpref.engines.site_masks import FIGURES, FILE, SiteMasks, Unsigned, tree_of, words_of
 from fedpref.experiments.clients import SimulatedSite
 from fedpref.experiments.run_directory import RunDirectory
+from fedpref.federation.aggregation import Product
 from fedpref.numerics import trees
 from fedpref.privacy import Secret, shamir
 from fedpref.privacy.accountant import epsilon_of_discrete
@@ -177,6 +178,27 @@ def test_as_many_neighbours_as_chances_ask_for() -> None:
         Masks(neighbours=20).drawn(200)
 
 
+def test_boxes_that_are_withheld_do_not_give_a_sender_away() -> None:
+    # one is given boxes of a few that share with it, who are then said to have fallen out: with
+    # all others it has no mask, and those hold enough shares of its own
+    draw, count, drawn, threshold = random.Random(0), 13, 8, 5
+    others = {i: [j for j in range(count) if j != i] for i in range(count)}
+    senders = [Sender(i, frozenset(draw.sample(others[i], drawn))) for i in range(count)]
+    adverts = {one.number: one.advert for one in senders}
+    boxes = {one.number: one.boxes(adverts, threshold, CONTEXT)[0] for one in senders}
+    target, holders = senders[0], senders[0].advert.holders or frozenset()
+    few = sorted(holders)[: threshold - 1]
+    for one in senders:
+        from_whom = few if one is target else others[one.number]
+        one.open({j: boxes[j][one.number] for j in from_whom if one.number in boxes[j]})
+        one.masked(np.zeros(5, np.uint32))
+    survivors = frozenset(range(count)) - set(few)
+    heard = {one.number: one.heard for one in senders}
+    told = [one.shares(survivors, 2, heard) for one in senders if one.number in survivors - {0}]
+    assert sum(0 in shares for shares in told) == 0, "nobody helps its own mask away"
+    assert sum(1 in shares for shares in told) >= threshold, "but those of others"
+
+
 @SLOW
 def test_a_hundred_sites_and_more_share_with_some(tmp_path: Path) -> None:
     names = [f"site-{k:03d}" for k in range(104)]
@@ -188,16 +210,18 @@ def test_a_hundred_sites_and_more_share_with_some(tmp_path: Path) -> None:
     def answered(name: str, header: Any) -> tuple[Any, Any]:
         one, address = made[name], header.get("address")
         if header["verb"] == "keys":
-            return one.keys(address, header["sites"], header["told"]), {}
+            return one.keys(address, header["sites"], header["told"], header["value_name"]), {}
         if header["verb"] == "boxes":
             return one.boxes(address, header["adverts"], header["threshold"], header["plan"]), {}
         if header["verb"] == "agree":
             return one.agree(address, header["survivors"]), {}
         if header["verb"] == "unmask":
-            return one.unmask(address, header["survivors"], header["signatures"]), {}
+            said = header["survivors"], header["signatures"], header["heard"]
+            return one.unmask(address, *said), {}
         (tmp_path / name).mkdir()
         masked = header["masked"]
-        return {}, one.masked(masked["address"], masked["boxes"], values[name])
+        sent = one.masked(masked["address"], masked["boxes"], values[name])
+        return one.heard(masked["address"]), sent
 
     def ask(asked: Any) -> Any:
         return {
@@ -208,7 +232,7 @@ def test_a_hundred_sites_and_more_share_with_some(tmp_path: Path) -> None:
 
     plan = {name: {k: 1 / 104} for k, name in enumerate(names)}
     asked = {name: {"verb": "contribute"} for name in names}
-    total, left = SecureSums(settings, "run", ask).sum(asked, plan, "train", 0, 1, "told")
+    total, left = SecureSums(settings, "run", ask).sum(asked, plan, "train", 0, 1, "told", "4.0")
     assert left == names[20:]
     for k in range(3):
         assert int(total["x"][k]) == sum(int(values[name]["x"][k]) for name in left)
@@ -346,8 +370,12 @@ def test_masked_sums_and_those_of_one_process_agree_to_the_bit(
     here = run_to(spec, tmp_path / "here")
     there = run_to(spec, tmp_path / "there", sites(tmp_path / "sites"))
     assert checkpoint(here).keys() == checkpoint(there).keys()
+    # LAPACK's last bits hang on where a matrix lies in memory, on some machines
+    is_decomposed = isinstance(spec.algorithm.aggregate, Product)
     for name, tensor in checkpoint(here).items():
-        assert torch.equal(tensor, checkpoint(there)[name]), name
+        other = checkpoint(there)[name]
+        near = torch.allclose(tensor, other, atol=1e-5)
+        assert near if is_decomposed else torch.equal(tensor, other), name
 
 
 def checkpoint(run: RunDirectory) -> dict[str, Any]:
@@ -525,7 +553,7 @@ def attempt(
         name: SiteMasks(name, Unsigned(), Masks(min_sites=2), "run", folder / name)
         for name in NAMES
     }
-    adverts = {name: one.keys(address, NAMES, "told") for name, one in made.items()}
+    adverts = {name: one.keys(address, NAMES, "told", "4.0") for name, one in made.items()}
     sealed = {name: one.boxes(address, adverts, 3, plan) for name, one in made.items()}
     for name, one in made.items():
         (folder / name).mkdir(exist_ok=True)
@@ -533,7 +561,7 @@ def attempt(
         one.masked(address, boxes, {"x": torch.tensor([value])})
     signatures = {name: made[name].agree(address, survivors)["signature"] for name in survivors}
     for name in survivors:
-        made[name].unmask(address, survivors, signatures)
+        made[name].unmask(address, survivors, signatures, {})
     with pytest.raises(RefusedError, match="another list of survivors was signed already"):
         made["a"].agree(address, ["a", "b"])
 

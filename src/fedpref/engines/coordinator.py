@@ -6,6 +6,7 @@ import json
 import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -52,6 +53,7 @@ from fedpref.privacy import Masks
 
 KEPT = "kept.json"  # in a checkpoint: by field, whose values sites have kept
 GROUP = 256 * 10**6  # bytes of clients' messages that lie here at once, or one client's
+NOBODYS = "1.0"  # a name, where nobody of a cohort has a value
 FIRST_GROUP = 4  # clients, before it is known how large a message is
 
 
@@ -108,6 +110,9 @@ class RemoteEngine:
         self.figures: Telling = "sums" if masks and figures == "each" else figures
         self.private, self.examples = private, examples
         self._secure = SecureSums(masks, sites.run, self._ask) if masks else None
+        if masks:
+            # who refuses its figures is not out of the round for it
+            self._figure_sums = SecureSums(masks, sites.run, partial(self._ask, leaves_out=False))
         self._sites, self._links, self._mixing, self._clip = sites, links, mixing, clip
         self._examples = {
             number: float(about["train"]) for number, about in enumerate(sites.about.values())
@@ -167,7 +172,7 @@ class RemoteEngine:
             described = [_described(arg, k, ()) for k, arg in enumerate(args)]
             plain = [one["plain"] for one in described if "plain" in one]
             name_of = registered(work).name
-            self._told = told_after(self._told, name_of, self._calls, plain, tensors)
+            self._told = told_after(self._told, name_of, self._calls, name, plain, tensors)
         head = {
             "verb": "each",
             "work": registered(work).name,
@@ -339,6 +344,7 @@ class RemoteEngine:
             self.round,
             self._calls,
             self._told,
+            _one_name(names),
         )
         lost = {i for site, some in by_site.items() if site not in left for i in some}
         self._leave_out(dict.fromkeys(lost & set(self.active), "its site fell out of a sum"))
@@ -453,7 +459,9 @@ class RemoteEngine:
         }
         call = call_of(place)
         try:
-            total, _ = self._secure.sum(asked, plan, self._purpose, self.round, call, self._told)
+            total, _ = self._figure_sums.sum(
+                asked, plan, self._purpose, self.round, call, self._told, _one_name(names)
+            )
         except LostSumError:
             return {}
         return tallies.read(total)
@@ -567,7 +575,9 @@ class RemoteEngine:
                 by_site.setdefault(site, []).append(i)
         return by_site
 
-    def _ask(self, asked: Mapping[str, tuple[Header, Tree]]) -> dict[str, tuple[Header, Tree]]:
+    def _ask(
+        self, asked: Mapping[str, tuple[Header, Tree]], leaves_out: bool = True
+    ) -> dict[str, tuple[Header, Tree]]:
         """Return sites' answers; clients of those that give a reason in its place are left out."""
         freed, self._freed[:] = list(self._freed), []
         for site, (header, _) in asked.items():
@@ -576,9 +586,9 @@ class RemoteEngine:
         replies = self._sites.ask(asked)
         reasons = {site: answer for site, answer in replies.items() if isinstance(answer, str)}
         self._lost |= {site for site, reason in reasons.items() if reason.startswith(SILENT)}
-        self._leave_out(
-            {i: reasons[site] for i in self.active if (site := self._sites.site_of[i]) in reasons}
-        )
+        if leaves_out:
+            active = {i: self._sites.site_of[i] for i in self.active}
+            self._leave_out({i: reasons[at] for i, at in active.items() if at in reasons})
         return {site: answer for site, answer in replies.items() if not isinstance(answer, str)}
 
     def _present(self, values: Any) -> dict[int, Name]:
@@ -617,6 +627,14 @@ def _contribute(
 ) -> Header:
     header = {"verb": "contribute", "own": own, "shares": shares}
     return {**header, "noisy": noisy} if noisy else header
+
+
+def _one_name(names: Mapping[int, Name]) -> str:
+    """Return what values are called, of which all are of one piece of work."""
+    found = {name.text for name in names.values()} or {NOBODYS}
+    if len(found) > 1:
+        raise ValueError("a sum under masks of values of several pieces of work")
+    return found.pop()
 
 
 def _described(arg: Any, number: int, clients: Sequence[int]) -> Header:

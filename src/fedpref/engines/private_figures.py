@@ -70,7 +70,8 @@ class PrivateFigures:
         exact = (one.total - one.count / 2, *one.bins)
         sums = [math.floor(number * unit + 0.5) for number in exact]
         key = self._secret.key_of("figures")
-        said = hashlib.blake2b(repr(sums).encode(), key=key, digest_size=16).hexdigest()
+        told = repr((sums, self._noise.deviation, self._point)).encode()
+        said = hashlib.blake2b(told, key=key, digest_size=16).hexdigest()
         if self._ledger.known(round, place, said) is None:
             more = self._ledger.with_one(round, place, self.kind)
             if not self.allows(more.events):

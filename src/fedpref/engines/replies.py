@@ -14,7 +14,7 @@ from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from fedpref.engines.messages import Header, RefusedError
-from fedpref.engines.requests import Advert, Hex, Key
+from fedpref.engines.requests import MOST_SITES, Advert, Hex, Key
 from fedpref.numerics.trees import Tree
 
 MOST = 10**9  # of whatever is counted
@@ -128,6 +128,13 @@ class Found(TypedDict):
     present: dict[str, list[Id]]
 
 
+class Sent(TypedDict):
+    """What goes with tensors that are sent: under masks of a few, whose boxes came."""
+
+    heard: NotRequired[Annotated[str, Field(pattern=r"^[0-9a-f]+$", max_length=MOST_SITES)]]
+    signature: NotRequired[Annotated[str, Field(pattern=r"^[0-9a-f]*$", max_length=4096)]]
+
+
 class Names(TypedDict):
     """The names of the values that clients hold."""
 
@@ -147,7 +154,8 @@ FORMS: dict[str, TypeAdapter[Any]] = {
     "boxes": TypeAdapter(Sealed),
     "agree": TypeAdapter(Agreed),
     "unmask": TypeAdapter(Shared),
-    **dict.fromkeys(("number", "contribute", "tally", "save"), TypeAdapter(Nothing)),
+    **dict.fromkeys(("contribute", "tally"), TypeAdapter(Sent)),
+    **dict.fromkeys(("number", "save"), TypeAdapter(Nothing)),
 }
 
 

@@ -159,6 +159,15 @@ class Keys(TypedDict):
     address: SumAddress
     sites: Annotated[list[SiteName], Field(min_length=2, max_length=MOST_SITES)]
     told: Hex
+    value_name: ValueName
+
+
+class Heard(TypedDict):
+    """Whose boxes came to a site, as bits of their numbers, signed by it."""
+
+    __pydantic_config__ = _FORM  # type: ignore[misc]
+    heard: Annotated[str, Field(pattern=r"^[0-9a-f]+$", max_length=MOST_SITES // 4 + 1)]
+    signature: Hex
 
 
 class Advert(TypedDict):
@@ -205,6 +214,7 @@ class Unmask(TypedDict):
     address: SumAddress
     survivors: Annotated[list[SiteName], Field(max_length=MOST_SITES)]
     signatures: dict[SiteName, Hex]
+    heard: dict[SiteName, Heard]
 
 
 class Contribute(TypedDict):

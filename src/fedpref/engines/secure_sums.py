@@ -17,7 +17,7 @@ from fedpref.engines.requests import MOST_SITES
 from fedpref.engines.site_masks import advert_of, sum_context, tree_of, words_of
 from fedpref.errors import UserError
 from fedpref.numerics.trees import Tree
-from fedpref.privacy.masks import MaskError, unmasked
+from fedpref.privacy.masks import MaskError, context_of, unmasked
 from fedpref.privacy.settings import Masks
 
 Answers = dict[str, tuple[Header, Tree]]
@@ -49,6 +49,7 @@ class SecureSums:
         round: int,
         call: int,
         told: str,
+        value_name: str,
     ) -> tuple[Tree, list[str]]:
         """Return the sum of sites' integers, and whose values are in it.
 
@@ -59,6 +60,7 @@ class SecureSums:
             round: From 0.
             call: The number of the verb within the phase.
             told: A digest of all that sites were sent in the phase.
+            value_name: What the values are called, at all sites.
 
         Raises:
             UserError: Too few sites are left.
@@ -77,7 +79,16 @@ class SecureSums:
         drawn = self._settings.drawn(len(sites))
         header: Header = {"address": address}
         keys = self._told(
-            {site: {"verb": "keys", "sites": sites, "told": told, **header} for site in sites}
+            {
+                site: {
+                    "verb": "keys",
+                    "sites": sites,
+                    "told": told,
+                    "value_name": value_name,
+                    **header,
+                }
+                for site in sites
+            }
         )
         threshold = self._settings.needed(len(keys))
         self._require(len(keys), len(sites), "have made keys for")
@@ -94,7 +105,7 @@ class SecureSums:
             }
         )
         self._require(len(sealed), len(keys), "have sealed shares for")
-        values = self._values(asked, sealed, header)
+        values, heard = self._values(asked, sealed, header)
         survivors = sorted(values)
         self._require(len(survivors), len(keys), "have sent their part of")
         signatures = {
@@ -103,19 +114,25 @@ class SecureSums:
                 {site: {"verb": "agree", "survivors": survivors, **header} for site in survivors}
             ).items()
         }
+        number = {site: k for k, site in enumerate(sites)}
         given = self._told(
             {
                 site: {
                     "verb": "unmask",
                     "survivors": survivors,
                     "signatures": signatures,
+                    # of those alone whose shares it holds
+                    "heard": {
+                        other: said
+                        for other, said in heard.items()
+                        if number[site] in (keys[other]["holders"] or ())
+                    },
                     **header,
                 }
                 for site in survivors
             }
         )
         self._require(len(given), len(keys), "have given shares for")
-        number = {site: k for k, site in enumerate(sites)}
         total = np.zeros_like(words_of(values[survivors[0]]))
         for tree in values.values():
             total = total + words_of(tree)
@@ -134,7 +151,15 @@ class SecureSums:
                     for holder, said in given.items()
                 },
                 threshold if drawn is None else drawn[1],
-                sum_context(self._run, address, sites, keys, threshold, plan, told),
+                sum_context(
+                    self._run,
+                    address,
+                    sites,
+                    keys,
+                    threshold,
+                    plan,
+                    context_of(told, value_name).hex(),
+                ),
             )
         except MaskError as error:
             raise LostSumError(
@@ -144,8 +169,11 @@ class SecureSums:
 
     def _values(
         self, asked: Mapping[str, Header], sealed: Mapping[str, Header], header: Header
-    ) -> dict[str, Tree]:
-        """Return sites' masked integers; whoever sends another form than most has sent none."""
+    ) -> tuple[dict[str, Tree], dict[str, Header]]:
+        """Return sites' masked integers, and what they have signed of boxes that came.
+
+        Whoever sends another form than most has sent none.
+        """
         answers = self._ask(
             {
                 site: (
@@ -167,7 +195,14 @@ class SecureSums:
         )
         forms = {site: shape(tree) for site, (_, tree) in answers.items()}
         usual: Shape = Counter(forms.values()).most_common(1)[0][0] if forms else ()
-        return {site: answers[site][1] for site in sorted(forms) if forms[site] == usual and usual}
+        usable = [site for site in sorted(forms) if forms[site] == usual and usual]
+        heard = {site: answers[site][0] for site in usable}
+        signed = {
+            site: {"heard": said["heard"], "signature": said["signature"]}
+            for site, said in heard.items()
+            if "heard" in said and "signature" in said
+        }
+        return {site: answers[site][1] for site in usable}, signed
 
     def _told(self, asked: Mapping[str, Header]) -> dict[str, Any]:
         answers = self._ask({site: (dict(header), NO_TENSORS) for site, header in asked.items()})

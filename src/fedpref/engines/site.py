@@ -251,6 +251,7 @@ class Site:
                 self._run,
                 self._opened.means,
                 self._privacy is not None and self._privacy.sums is not None,
+                len(sites),
             )
         return {}, NO_TENSORS
 
@@ -292,7 +293,7 @@ class Site:
         if self._masks is not None:
             before = self._told[2] if self._told[:2] == (purpose, round) else ""
             plain = [arg["plain"] for arg in args if "plain" in arg]
-            self._told = purpose, round, told_after(before, work, call, plain, tensors)
+            self._told = purpose, round, told_after(before, work, call, name, plain, tensors)
         begun = time.monotonic()
         parts: int | None = None
         failed: dict[int, str] = {}
@@ -456,7 +457,8 @@ class Site:
                 total = trees.total(_wide(fixed(message)) for message in messages.values())
             except ValueError as error:
                 raise RefusedError(f"its part of the sum is too large: {error}") from error
-        return {}, self._masks.masked(address, masked["boxes"], total)
+        sent = self._masks.masked(address, masked["boxes"], total)
+        return {**self._masks.heard(address)}, sent
 
     def _refuse_unplanned(
         self,
@@ -467,7 +469,7 @@ class Site:
         masked: Masked,
     ) -> None:
         """Raise RefusedError for a part of a sum that is not the one all sites were told of."""
-        address, plan = masked["address"], masks.planned(masked["address"])
+        address, plan = masked["address"], masks.planned(masked["address"], own)
         if address["call"] >= FIGURES:
             raise RefusedError("a sum of figures is asked for as one of updates")
         said = dict.fromkeys(own, 1.0) if noisy else {i: _said_for(i, shares) for i in own}
@@ -484,29 +486,34 @@ class Site:
         address, masks = masked["address"], self._masked
         if self._opened.is_silent or address["call"] < FIGURES:
             raise RefusedError("the experiment's figures are not told so")
-        if own.keys() != masks.planned(address).keys():
+        if own.keys() != masks.planned(address, own).keys():
             raise RefusedError("figures of others are asked for than all sites were told")
         if self._told[:2] != (address["purpose"], address["round"]):
             raise RefusedError("figures of another phase are asked for")
         rows = {i: self._metrics(i, name) for i, name in own.items()}
         weights = [self._weight(i, row) for i, row in rows.items()]
-        try:
-            total = tally(list(rows.values()), weights)
-        except ValueError as error:
-            raise RefusedError(str(error)) from error
+        total = tally(list(rows.values()), weights)
+        sent = masks.masked(address, masked["boxes"], total)
         said = {self._names[i]: row for i, row in rows.items()}
         place = PLACES[address["call"] - FIGURES]
         line = json.dumps({"round": address["round"], "place": place, "clients": said})
         with (self._run / OWN_FIGURES).open("a") as file:
             file.write(line + "\n")
-        return {}, masks.masked(address, masked["boxes"], total)
+        return {**masks.heard(address)}, sent
 
     def _weight(self, client: int, row: Mapping[str, float]) -> float:
         """Return what a client weighs in a mean of figures: examples that they are of."""
         train = self._opened.about[self._names[client]]["train"]
         return float(row.get("num_examples", train))
 
-    def keys(self, tensors: Tree, address: SumAddress, sites: Sequence[str], told: str) -> Answer:
+    def keys(
+        self,
+        tensors: Tree,
+        address: SumAddress,
+        sites: Sequence[str],
+        told: str,
+        value_name: str,
+    ) -> Answer:
         """Make known the site's public keys for a sum under masks.
 
         A site none of whose clients were asked for anything takes the coordinator's word for what
@@ -516,7 +523,7 @@ class Site:
             raise RefusedError("a sum of sites that are none of the run's")
         if self._told[:2] == (address["purpose"], address["round"]):
             told = self._told[2]
-        return self._masked.keys(address, sites, told), NO_TENSORS
+        return self._masked.keys(address, sites, told, value_name), NO_TENSORS
 
     def boxes(
         self,
@@ -539,9 +546,10 @@ class Site:
         address: SumAddress,
         survivors: Sequence[str],
         signatures: Mapping[str, str],
+        heard: Mapping[str, Mapping[str, str]],
     ) -> Answer:
         """Give shares of masks to the set of survivors that the sites have signed."""
-        return self._masked.unmask(address, survivors, signatures), NO_TENSORS
+        return self._masked.unmask(address, survivors, signatures, heard), NO_TENSORS
 
     def exchange(
         self,

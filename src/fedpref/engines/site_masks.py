@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,6 +25,7 @@ FILE = (
     "sums.json"  # in a run's folder: of each sum, the value's digest and for whom it was unmasked
 )
 AHEAD = 8  # sums whose keys lie here
+LISTED = "listed"  # in FILE, of a round's figures: whose they are
 FIGURES = 10**6  # calls from here on are of sums of figures, each of which has a place
 PLACES = ("report", "start", "glance", "validate", "conclude", "evaluate")  # of figures in a round
 
@@ -72,6 +73,8 @@ class _Sum:
     told: str
     needed: int | None = None
     """How many shares give a secret, where that hangs on whom sites have drawn."""
+    value_name: str = ""
+    """What the sites' values are called, of which all are of one piece of work."""
     threshold: int = 0
     context: bytes = b""
     adverts: Mapping[str, Any] | None = None
@@ -91,6 +94,7 @@ class SiteMasks:
         folder: Where the site keeps its side of the run.
         means: How many sums a phase has at most.
         is_noisy: Whether sums have noise, and are of cohorts that may be of one site alone.
+        everybody: How many sites the run has.
     """
 
     def __init__(
@@ -102,13 +106,17 @@ class SiteMasks:
         folder: Path,
         means: int = 1,
         is_noisy: bool = False,
+        everybody: int = 0,
     ) -> None:
+        self._everybody = everybody
         self._means, self._is_noisy = means, is_noisy
         self._name, self._identity, self._settings = name, identity, settings
         self._run, self._file = run, folder / FILE
         self._sums: dict[str, _Sum] = {}
 
-    def keys(self, address: Mapping[str, Any], sites: Sequence[str], told: str) -> dict[str, Any]:
+    def keys(
+        self, address: Mapping[str, Any], sites: Sequence[str], told: str, value_name: str
+    ) -> dict[str, Any]:
         """Return the site's public keys for a sum, and who is to hold shares of its secrets.
 
         Args:
@@ -116,18 +124,22 @@ class SiteMasks:
             sites: Whose.
             told: A digest of all that the site was sent in the phase; who was sent something else
                 has masks of another sum.
+            value_name: What the values are called of which it is, the same at all sites.
         """
         key = _key(address)
         if key in self._sums:
             raise RefusedError("keys of this sum were made already")
         if self._name not in sites or len(set(sites)) < len(sites):
             raise RefusedError("a sum of other sites, or of one twice")
+        is_of_all = self._is_noisy or address["call"] >= FIGURES
+        if is_of_all and len(sites) < self._settings.needed(self._everybody):
+            raise RefusedError("a sum of a few sites, which is to be one of all")
         number, holders, needed = sorted(sites).index(self._name), None, None
         if (drawn := _tried(lambda: self._settings.drawn(len(sites)))) is not None:
             count, needed = drawn
             others = [other for other in range(len(sites)) if other != number]
             holders = frozenset(secrets.SystemRandom().sample(others, count))
-        self._sums[key] = _Sum(sorted(sites), Sender(number, holders), told, needed)
+        self._sums[key] = _Sum(sorted(sites), Sender(number, holders), told, needed, value_name)
         for older in list(self._sums)[:-AHEAD]:
             del self._sums[older]
         advert = self._sums[key].sender.advert
@@ -176,7 +188,8 @@ class SiteMasks:
                 raise RefusedError(f"the keys of {site[:80]!r} are not signed by that site")
             known[one.sites.index(site)] = advert
         one.threshold, one.adverts = threshold, adverts
-        one.context = sum_context(self._run, address, one.sites, adverts, threshold, plan, one.told)
+        told = context_of(one.told, one.value_name).hex()
+        one.context = sum_context(self._run, address, one.sites, adverts, threshold, plan, told)
         needed = one.needed or threshold
         sealed, commitment = _tried(lambda: one.sender.boxes(known, needed, one.context))
         by_site = {one.sites[number]: box.hex() for number, box in sealed.items()}
@@ -188,12 +201,26 @@ class SiteMasks:
         """Raise RefusedError where a sum would be hardly more than one site's value."""
         if self._is_noisy and address["call"] < FIGURES:
             return
+        shares = {share for some in plan.values() for share in some.values()}
+        if address["call"] >= FIGURES and len(shares) > 1:
+            raise RefusedError("in a sum of figures all clients have the same share")
         if reason := self._settings.lopsided([sum(shares.values()) for shares in plan.values()]):
             raise RefusedError(reason)
 
-    def planned(self, address: Mapping[str, Any]) -> Mapping[int, float]:
-        """Return whose values of this site are in a sum, and with what share, as all were told."""
-        return (self._of(address).plan or {}).get(self._name, {})
+    def planned(self, address: Mapping[str, Any], own: Mapping[int, str]) -> Mapping[int, float]:
+        """Return whose values of this site are in a sum, and with what share, as all were told.
+
+        Args:
+            address: Which sum.
+            own: What the values are called.
+
+        Raises:
+            RefusedError: They are called otherwise than all were told.
+        """
+        one = self._of(address)
+        if set(own.values()) - {one.value_name}:
+            raise RefusedError("values of another piece of work than all sites were told")
+        return (one.plan or {}).get(self._name, {})
 
     def masked(self, address: Mapping[str, Any], boxes: Mapping[str, str], value: Tree) -> Tree:
         """Return the site's integers under masks.
@@ -214,9 +241,15 @@ class SiteMasks:
         if known.setdefault(key, {"value": one.value})["value"] != one.value:
             raise RefusedError("another value of this sum was sent already")
         phase = f"{address['purpose']}/{address['round']}/"
-        calls = [int(name.rsplit("/", 1)[1]) for name in known if name.startswith(phase)]
-        if sum(call < FIGURES for call in calls) > self._means:
+        calls = [name.rsplit("/", 1)[1] for name in known if name.startswith(phase)]
+        if sum(call != LISTED and int(call) < FIGURES for call in calls) > self._means:
             raise RefusedError(f"a phase has {self._means} sums, and this would be one more")
+        if address["call"] >= FIGURES:
+            # of one round's figures one list: two would differ by one site's
+            where = f"{address['purpose']}/{address['round']}/{LISTED}"
+            listed = context_of(one.plan or {}).hex()
+            if known.setdefault(where, {"value": listed})["value"] != listed:
+                raise RefusedError("figures of this round were summed over others already")
         files.write(self._file, json.dumps(known))
         numbered = {one.sites.index(site): bytes.fromhex(box) for site, box in boxes.items()}
         _tried(lambda: one.sender.open(numbered))
@@ -224,7 +257,18 @@ class SiteMasks:
 
     def noisy(self, address: Mapping[str, Any]) -> int:
         """Return how many sites' parts of the noise a sum can count on."""
-        return self._settings.noisy(self._of(address).threshold)
+        return self._settings.noisy(self._of(address).threshold, self._everybody)
+
+    def heard(self, address: Mapping[str, Any]) -> dict[str, str]:
+        """Return whose boxes came, and a signature; nothing where all sites share with all."""
+        one = self._of(address)
+        if one.needed is None:
+            return {}
+        heard = bits_of(one.sender.heard)
+        return {"heard": heard, "signature": self._identity.sign(self._heard(one, heard)).hex()}
+
+    def _heard(self, one: _Sum, heard: str, site: str = "") -> bytes:
+        return context_of("heard", one.context.hex(), site or self._name, heard)
 
     def agree(self, address: Mapping[str, Any], survivors: Sequence[str]) -> dict[str, str]:
         """Return a signature under the set of sites whose values are in a sum, the first asked."""
@@ -235,11 +279,21 @@ class SiteMasks:
         return {"signature": self._identity.sign(self._signed(one, survivors)).hex()}
 
     def unmask(
-        self, address: Mapping[str, Any], survivors: Sequence[str], signatures: Mapping[str, str]
+        self,
+        address: Mapping[str, Any],
+        survivors: Sequence[str],
+        signatures: Mapping[str, str],
+        heard: Mapping[str, Mapping[str, str]],
     ) -> dict[str, Any]:
         """Return shares of survivors' own masks, and of the keys of those who fell out.
 
         It is written down first: of one sum, one value and one set of survivors.
+
+        Args:
+            address: Which sum.
+            survivors: Whose values are in it.
+            signatures: Of sites, under that list.
+            heard: Of survivors, whose boxes came to them, signed; where sites share with some.
         """
         one = self._of(address)
         if not one.value or one.adverts is None:
@@ -260,7 +314,8 @@ class SiteMasks:
         if known[key].get("survivors", sorted(survivors)) != sorted(survivors):
             raise RefusedError("this sum was unmasked for others already")
         numbers = frozenset(one.sites.index(site) for site in survivors)
-        shares = _tried(lambda: one.sender.shares(numbers, one.threshold))
+        known_heard = None if one.needed is None else self._all_heard(one, heard)
+        shares = _tried(lambda: one.sender.shares(numbers, one.threshold, known_heard))
         known[key] = {"value": one.value, "survivors": sorted(survivors)}
         files.write(self._file, json.dumps(known))
         return {
@@ -268,6 +323,23 @@ class SiteMasks:
                 one.sites[number]: share.to_bytes(BYTES, "big").hex()
                 for number, share in shares.items()
             }
+        }
+
+    def _all_heard(
+        self, one: _Sum, said: Mapping[str, Mapping[str, str]]
+    ) -> dict[int, frozenset[int]]:
+        """Return whose boxes came to each site, of those that have signed it."""
+        adverts = one.adverts or {}
+        return {
+            one.sites.index(site): numbers_of(entry["heard"])
+            for site, entry in said.items()
+            if site in adverts
+            and self._identity.verify(
+                site,
+                self._heard(one, entry["heard"], site),
+                bytes.fromhex(entry["signature"]),
+                adverts[site]["certificate"],
+            )
         }
 
     def _signed(self, one: _Sum, survivors: Sequence[str]) -> bytes:
@@ -313,9 +385,24 @@ def advert_of(said: Mapping[str, Any]) -> Advert:
     return Advert(bytes.fromhex(said["mask"]), bytes.fromhex(said["box"]), holders)
 
 
-def told_after(before: str, work: str, call: int, plain: Sequence[Any], tensors: Tree) -> str:
-    """Return a digest of what was sent before and of what follows it: work, its arguments."""
-    said = json.dumps([before, work, call, plain], sort_keys=True)
+def bits_of(numbers: Iterable[int]) -> str:
+    """Return small numbers as bits of a hexadecimal text."""
+    return f"{sum(1 << number for number in numbers):x}"
+
+
+def numbers_of(bits: str) -> frozenset[int]:
+    """Return the numbers that a text of bits stands for."""
+    whole = int(bits or "0", 16)
+    return frozenset(number for number in range(whole.bit_length()) if whole >> number & 1)
+
+
+def told_after(
+    before: str, work: str, call: int, name: str, plain: Sequence[Any], tensors: Tree
+) -> str:
+    """Return a digest of what was sent before and of what follows it: work, its arguments, and
+    what its result is called.
+    """
+    said = json.dumps([before, work, call, name, plain], sort_keys=True)
     return hashlib.sha256(said.encode() + trees.digest(tensors)).hexdigest()
 
 

@@ -108,7 +108,9 @@ def export_models(
     if not all(isinstance(part, Mapping) for part in model):
         engine.begin(engine.round, engine.clients, "evaluate")
         engine.each(export, "clients", *model)
-    if any(map(experiment.task.asks, names)):
+    # answers to held-out prompts, and what they are worth, are figures too
+    is_told = engine.figures in ("each", "sums")
+    if is_told and any(map(experiment.task.asks, names)):
         engine.begin(engine.round, engine.clients, "evaluate")
         engine.each(sample, *model)
 

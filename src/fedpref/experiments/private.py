@@ -17,7 +17,7 @@ from fedpref.engines.private_figures import PrivateFigures
 from fedpref.engines.private_sums import PrivateSums
 from fedpref.engines.site_privacy import SitePrivacy
 from fedpref.errors import UserError
-from fedpref.experiments.run_files import METRICS
+from fedpref.experiments.run_files import EVALUATION, METRICS
 from fedpref.federation.aggregation import Factors, Product
 from fedpref.federation.algorithm import Algorithm
 from fedpref.numerics import seeds
@@ -494,11 +494,12 @@ def refuse_lost(promises: Iterable[Promise], folder: RunDirectory, rounds: int) 
     """
     if not rounds:
         return
-    last = folder.read_rows(METRICS)[-1]
+    last, looks = folder.read_rows(METRICS)[-1], folder.read_rows(EVALUATION)
     for promise in promises:
         # what a round has cost stands beside its figures
         promise.resume(last)
-        if promise.epsilon < last.get(promise.spends, math.inf) * (1 - 1e-6):
+        known = [row[promise.spends] for row in (last, *looks) if promise.spends in row]
+        if promise.epsilon < max(known, default=math.inf) * (1 - 1e-6):
             raise UserError(
                 f"{folder.path / FOLDER}: its ledgers say less than the {rounds} rounds that have "
                 "been done; what has been spent is not known. The run cannot go on."

@@ -28,6 +28,15 @@ if TYPE_CHECKING:
 SPENDS = (PrivateSums.spends, PrivateExamples.spends)  # a round's figures of what has been spent
 
 
+def spent_of(*rows: Mapping[str, Any]) -> dict[str, float]:
+    """Return what has been spent, by the name of its figure: the most that rows of a run say."""
+    return {
+        name: max(row[name] for row in rows if name in row)
+        for name in SPENDS
+        if any(name in row for row in rows)
+    }
+
+
 def promised(spec: Experiment, spent: Mapping[str, float]) -> str:
     """Return what was promised of a run and what of it is spent; empty without a promise.
 

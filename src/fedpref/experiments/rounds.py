@@ -176,7 +176,10 @@ def _line(
         if purpose == "conclude":
             row["final"] = True
         few, model = experiment.evaluate_pairs, algorithm.model(state)
-        return row | measured(engine, model, names, trained, purpose, few, at_start=not rounds)
+        row |= measured(engine, model, names, trained, purpose, few, at_start=not rounds)
+        if engine.private is not None and engine.private.evaluations is not None:
+            row[engine.private.spends] = engine.private.epsilon  # the evaluation's part among it
+        return row
 
     if experiment.evaluate_on_start and not folder.read_rows(EVALUATION):
         row = looked(0, state, experiment.looks)

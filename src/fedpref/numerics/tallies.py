@@ -57,21 +57,23 @@ class Figure:
 def tally(rows: Sequence[Mapping[str, float]], weights: Sequence[float]) -> Tree:
     """Return the sums of clients' figures, by name, as integers [sums and bins, words].
 
+    A figure that is not finite, or beyond what can be summed, counts as none: who stopped for it
+    would tell whose it is.
+
     Args:
         rows: Of each client, by name.
         weights: Of each client.
-
-    Raises:
-        ValueError: A figure is not finite, or beyond what can be summed.
     """
     sums: dict[str, list[int]] = {}
     for row, weight in zip(rows, weights, strict=True):
         for name, value in row.items():
-            numbers = [1.0, value, value**2, weight, weight * value]
+            # of counts the sum alone is read
+            more = [] if name.startswith("num_") else [value**2, weight, weight * value]
+            numbers = [1.0, value, *more]
             found = sums.setdefault(name, [0] * (SUMS + BINS))
+            if not all(abs(number) < LARGEST for number in numbers):
+                continue
             for k, number in enumerate(numbers):
-                if not abs(number) < LARGEST:
-                    raise ValueError(f"the figure {name!r} cannot be summed")
                 found[k] += round(number * 2**POINT)
             if name in SHARES:
                 found[SUMS + bin_of(value)] += 1 << POINT

@@ -183,12 +183,25 @@ class Sender:
             total = total + mask if self.number < other else total - mask
         return total
 
-    def shares(self, survivors: frozenset[int], least: int) -> dict[int, int]:
+    @property
+    def heard(self) -> frozenset[int]:
+        """Whose boxes came, so that there is a mask with each of them."""
+        return frozenset(self._heard)
+
+    def shares(
+        self,
+        survivors: frozenset[int],
+        least: int,
+        heard: Mapping[int, frozenset[int]] | None = None,
+    ) -> dict[int, int]:
         """Return a share of each survivor's own mask, and of the keys of those who fell out.
 
         Args:
             survivors: Whose words are in the sum.
             least: How many there must be.
+            heard: By survivor, whose boxes came to it, as it says itself. Where senders share with
+                some alone, its own mask is not helped away if a survivor near it is none of them:
+                with the others it may have no mask that is left. None where all share with all.
 
         Raises:
             MaskError: There are too few, or others were answered already.
@@ -201,8 +214,17 @@ class Sender:
         if not near <= self._heard:
             raise MaskError("a survivor whose box never came")
         self._answered = survivors
+
+        def is_hidden(other: int) -> bool:
+            if heard is None or other == self.number:
+                return True
+            near = {one for one in survivors if self._holders.are_near(other, one)}
+            return near <= heard.get(other, frozenset())
+
         return {
-            other: own if other in survivors else key for other, (key, own) in self._held.items()
+            other: own if other in survivors else key
+            for other, (key, own) in self._held.items()
+            if other not in survivors or is_hidden(other)
         }
 
     def _cipher(self, other: int, sender: int, receiver: int) -> Any:

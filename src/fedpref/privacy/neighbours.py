@@ -45,10 +45,11 @@ def shares_needed(others: int, senders: int, lost: int, corrupt: int) -> int | N
         (t for t in range((others + 1) // 2 + 1, others + 1) if senders * bad[-(-t // 2)] <= SAFE),
         others + 1,
     )
-    # its own share is there: of the others one less must be left
-    gone = _tail_above(others, senders - 1, lost)
+    # of who has sent its words the own share is there too; of who fell out, the others' alone
     most_gone = others + 1 - needed
-    is_whole = needed <= others and senders * gone[most_gone + 1] <= WHOLE
+    there = _tail_above(others, senders - 1, lost)
+    fallen = _tail_above(others, senders - 1, max(0, lost - 1))
+    is_whole = needed <= others and senders * max(there[most_gone + 1], fallen[most_gone]) <= WHOLE
     return needed if is_whole else None
 
 

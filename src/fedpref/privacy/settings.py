@@ -199,9 +199,14 @@ class Masks:
         """Return how many of so many sites must be left."""
         return max(math.ceil(self.threshold * sites - 1e-9), sites // 2 + 1, self.min_sites)
 
-    def noisy(self, needed: int) -> int:
-        """Return how many of those who must be left have added noise that nobody else knows."""
-        return max(1, math.floor((1 - self.corrupt) * needed + 1e-9))
+    def noisy(self, needed: int, sites: int) -> int:
+        """Return how many of those who must be left have added noise that nobody else knows.
+
+        Args:
+            needed: How many must be left of a sum.
+            sites: How many the run has, of which the share `corrupt` may all be among them.
+        """
+        return max(1, needed - math.ceil(self.corrupt * max(sites, needed) - 1e-9))
 
     def drawn(self, sites: int) -> tuple[int, int] | None:
         """Return with how many others each of so many sites shares, and how many shares it takes.

@@ -19,7 +19,7 @@ from fedpref import __version__
 from fedpref.errors import UserError, printable
 from fedpref.experiments.experiment import Experiment
 from fedpref.experiments.finished import FinishedRun
-from fedpref.experiments.promises import SPENDS, promised
+from fedpref.experiments.promises import promised, spent_of
 from fedpref.experiments.run_directory import file_name
 from fedpref.experiments.run_files import METRICS
 from fedpref.models.backbone import merged_adapter
@@ -289,7 +289,7 @@ class Measured:
             run.last_evaluation,
             run.joined,
             run.folder.has_own,
-            {name: last[name] for name in SPENDS if name in last},
+            spent_of(last, run.last_evaluation),
         )
 
     def metrics(self, client: str | None, *, whole: bool) -> dict[str, str]:
@@ -347,11 +347,16 @@ def _drawn(experiment: Experiment, measured: Measured) -> str:
 
 def _promised(experiment: Experiment, spent: Mapping[str, float], client: str | None) -> str:
     """Return what is promised of privacy, in a card, which then holds no figure of clients."""
+    figures = {
+        "each": "Figures of clients are outside the promise and not given here.",
+        "private": "Figures of evaluations were told within it, and are not given here.",
+        "none": "No figures of clients were told.",
+    }
     whose = (
         "It has parts of one client's own, which are that client's and outside the promise: it is "
         "kept towards all others."
         if client
-        else "Figures of clients are outside the promise and not given here."
+        else figures[experiment.telling]
     )
     said = promised(experiment, spent)
     return f"Differential privacy: {said}. {whose}" if said else ""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fedpref.experiments.free_baselines import FREE_LINES
-from fedpref.experiments.promises import SPENDS, promised
+from fedpref.experiments.promises import promised, spent_of
 from fedpref.experiments.rounds import ENDED
 from fedpref.experiments.run_directory import CONFIG
 from fedpref.experiments.run_files import HELD_OUT
@@ -254,7 +254,7 @@ def facts(run: Run) -> dict[str, str]:
 
 def _promised(run: Run) -> str:
     """Return what is promised of privacy and of secrecy, and what is spent; empty without any."""
-    spent = {name: column[-1] for name in SPENDS if (column := run.line.column(name))}
+    spent = spent_of(*run.line.metrics[-1:], *run.line.evaluations[-1:])
     said = []
     if run.experiment.secrecy and (run.path / HELD_OUT).exists():  # of sites
         said.append("the coordinator saw what sites sent as sums alone, under masks")
