@@ -3,7 +3,7 @@ PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
 # tests that together reach every line of the mathematics; to count lines costs a third of the time
-MATHEMATICS := bradley_terry comparison decdpo fairness feedback figures files intervals losses mathematics methods multiobjective newcomers policy private_sums topology
+MATHEMATICS := bradley_terry comparison decdpo fairness feedback figures files intervals losses mathematics methods multiobjective newcomers policy private_sums robust topology
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-offline deploy-demo test test-slow mutants lint references docs release

@@ -261,7 +261,7 @@ def test_sites_and_one_process_agree_to_the_bit_under_every_rule(
     # LAPACK's last bits hang on where a matrix lies in memory, on some machines
     is_decomposed = isinstance(spec.algorithm.aggregate, Product)
     for name, tensor in one.items():
-        near = torch.allclose(tensor, other[name], atol=1e-5)
+        near = torch.allclose(tensor, other[name], atol=1e-4)
         assert near if is_decomposed else torch.equal(tensor, other[name]), name
     rows = here.read_rows("metrics.jsonl")
     assert ("combine/kept" in rows[0]) == (rule not in ("median", "trimmed"))
