@@ -1,0 +1,287 @@
+"""What hostile clients do to honest ones under each rule of combination, and what a rule costs.
+
+    python benchmarks/robust.py --quick
+    python benchmarks/robust.py --json robust.json
+
+Log-linear policies of forty clients with tastes around the shipped ones, who agree on sense
+against nonsense and disagree on style, under all rules and attacks; then FedDPO on the shipped
+clients, on the demo's model where it has been fetched (`fedpref model smollm2-q4`). Each figure is
+the mean held-out accuracy of honest clients, `honest_`, or of those of them with an uncommon taste
+(a cosine to the mean of the honest below 0.35), `uncommon_`; `loglinear_` stands before those of
+log-linear policies. `rule_cost_share` is the dearest rule's time for 100 clients of 163,840 numbers
+as a share of their local steps, ten of two pairs each. `--quick` has fewer seeds, and on the
+shipped clients the small shipped model, two rules and two attacks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedpref import Experiment, UserError, config
+from fedpref.channel.robust import (
+    GeometricMedian,
+    Mean,
+    Median,
+    MultiKrum,
+    NormBound,
+    TrimmedMean,
+)
+from fedpref.data import Builtin
+from fedpref.engines.robust_means import RobustMeans
+from fedpref.engines.workers import keep_freed_memory
+from fedpref.experiments.attack import UNCOMMON, Attack, groups
+from fedpref.experiments.experiment import encoded
+from fedpref.experiments.finished import FinishedRun
+from fedpref.experiments.rounds import events
+from fedpref.experiments.run_directory import RunDirectory
+from fedpref.federation.local_training import train_locally
+from fedpref.federation.verbs import Client
+from fedpref.numerics import seeds, trees
+from fedpref.numerics.metrics import ACCURACY
+from fedpref.numerics.trees import Tree
+
+CLIENTS, FEATURES, ROUNDS, STEPS, BATCH, RATE = 40, 32, 40, 5, 16, 0.3
+RULES: dict[str, Any] = {
+    "mean": Mean(),
+    "norm-bound": NormBound(),
+    "geometric-median": GeometricMedian(),
+    "trimmed": TrimmedMean(hostile=0.4),
+    "median": Median(),
+    "multi-krum": MultiKrum(hostile=0.4),
+}
+ATTACKS = (
+    ("none", 0.0),
+    *(
+        (name, share)
+        for name in ("flip", "random", "sign", "scale", "alie", "sybil")
+        for share in (0.2, 0.4)
+    ),
+    ("free-rider", 0.4),
+)
+ON_MODELS = (("none", 0.0), ("flip", 0.2), ("scale", 0.2), ("gauge", 0.1), ("trigger", 0.2))
+Vector = NDArray[np.float64]
+
+
+def called(attack: str, share: float) -> str:
+    return f"{attack}{100 * share:.0f}" if share else attack
+
+
+# ---- log-linear policies
+
+
+class Population:
+    """Clients whose pairs are differences of features, and what they prefer by their tastes."""
+
+    def __init__(self, attack: str, share: float, seed: int) -> None:
+        self.rng = np.random.default_rng(seed)
+        known = np.array(list(Builtin().known_tastes.values()))
+        drawn = known[self.rng.integers(len(known), size=CLIENTS)]
+        self.tastes = np.zeros((CLIENTS, FEATURES))
+        self.tastes[:, :4] = drawn + 0.2 * self.rng.normal(size=drawn.shape)
+        self.tastes[:, 4] = 1 + 0.2 * self.rng.normal(size=CLIENTS)  # sense, on which all agree
+        count = round(share * CLIENTS)
+        self.bad = sorted(self.rng.choice(CLIENTS, count, replace=False).tolist())
+        self.data = [self._of(i, attack) for i in range(CLIENTS)]
+        honest = [i for i in range(CLIENTS) if i not in self.bad]
+        mean = self.tastes[honest].mean(0)
+        near = self.tastes @ mean / np.linalg.norm(self.tastes, axis=1) / np.linalg.norm(mean)
+        self.honest, self.uncommon = honest, [i for i in honest if near[i] < UNCOMMON]
+
+    def _of(self, i: int, attack: str) -> tuple[Vector, Vector, Vector, Vector]:
+        train = int(np.clip(np.exp(self.rng.normal(4.2, 0.9)), 12, 400))
+        x = self.rng.normal(size=(train + 80, FEATURES))
+        sure = 1 / (1 + np.exp(-2 * x @ self.tastes[i]))
+        y = np.where(self.rng.random(len(x)) < sure, 1.0, -1.0)
+        said = y[:train].copy()
+        if i in self.bad and attack == "flip":
+            said = -said
+        if i in self.bad and attack == "random":
+            said = self.rng.choice([-1.0, 1.0], train)
+        return x[:train], said, x[train:], y[train:]
+
+    def change(self, i: int, policy: Vector) -> Vector:
+        x, y, *_ = self.data[i]
+        new = policy.copy()
+        for _ in range(STEPS):
+            some = self.rng.integers(len(y), size=BATCH)
+            margins = y[some] * (x[some] @ new)
+            new += RATE * ((y[some] / (1 + np.exp(margins)))[:, None] * x[some]).mean(0)
+        return new - policy
+
+    def accuracy(self, policy: Vector, clients: Sequence[int]) -> float:
+        right = [
+            float(((self.data[i][2] @ policy > 0) == (self.data[i][3] > 0)).mean()) for i in clients
+        ]
+        return 100 * sum(right) / len(right) if right else float("nan")
+
+
+def loglinear(seed_count: int) -> dict[str, float]:
+    """All rules under all attacks."""
+    found: dict[str, float] = {}
+    for attack, share in ATTACKS:
+        line = []
+        for name, rule in RULES.items():
+            values = np.array([play(rule, attack, share, seed) for seed in range(seed_count)])
+            honest, uncommon = np.nanmean(values, 0)
+            key = f"{name}_{called(attack, share)}".replace("-", "_")
+            found |= {f"loglinear_honest_{key}": honest, f"loglinear_uncommon_{key}": uncommon}
+            line.append(f"{name} {honest:.1f} ({uncommon:.1f})")
+        print(f"{called(attack, share)}: {', '.join(line)}", flush=True)
+    return found
+
+
+def play(rule: Any, attack: str, share: float, seed: int) -> tuple[float, float]:
+    """Honest clients' accuracy at the end, and that of those with an uncommon taste."""
+    people = Population(attack, share, seed)
+    policy, shares = np.zeros(FEATURES), dict.fromkeys(range(CLIENTS), 1 / CLIENTS)
+    sends = attack in ("sign", "scale", "alie", "sybil", "free-rider")
+    hostile = Attack(name=attack) if sends else None  # type: ignore[arg-type]
+    robust = None if isinstance(rule, Mean) else RobustMeans(rule)
+    for _ in range(ROUNDS):
+        values: dict[int, Tree] = {
+            i: {"w": torch.from_numpy(people.change(i, policy))} for i in range(CLIENTS)
+        }
+        if hostile is not None:
+            values = hostile.sent(values, {}, people.bad)
+        if robust is None:
+            mean = trees.total(trees.scale(value, 1 / CLIENTS) for value in values.values())
+        else:
+            robust.begin()
+            mean = robust.mean(values, shares)
+        policy = policy + mean["w"].numpy()
+    return people.accuracy(policy, people.honest), people.accuracy(policy, people.uncommon)
+
+
+# ---- language models
+
+
+def experiment(rule: str, attack: str, share: float, seed: int, quick: bool) -> Experiment:
+    model: dict[str, Any] = {"path": "builtin"}
+    if not quick:
+        model = {"path": "smollm2-q4", "lora_layers_to_transform": "last-4"}
+    content: dict[str, Any] = {
+        "data": {"name": "builtin"},
+        "partition": {"name": "natural", **({"max_rows": 60} if quick else {})},
+        "task": {"model": model},
+        "algorithm": {
+            "name": "feddpo",
+            "local": {"steps": 4, "batch_size": 4, "learning_rate": 4e-3},
+        },
+        "federation": {"weighting": "equal", "combine": rule},
+        "rounds": 3 if quick else 5,
+        "seed": seed,
+        "attack": {"name": attack, "share": share} if share else None,
+    }
+    return config.parse(Experiment, content, "robust")
+
+
+def on_models(scratch: Path, quick: bool, seed_count: int) -> dict[str, float]:
+    """A few rules under a few attacks, on the shipped clients."""
+    found: dict[str, float] = {}
+    rules = ("mean", "norm-bound") if quick else tuple(RULES)[:4]
+    for attack, share in ON_MODELS[:3:2] if quick else ON_MODELS:
+        for rule in rules:
+            values = []
+            for seed in range(seed_count):
+                spec = experiment(rule, attack, share, seed, quick)
+                folder = scratch / f"{rule}-{attack}-{seed}"
+                for _ in events(spec, RunDirectory(folder), scratch / "cache"):
+                    pass
+                rows = FinishedRun.at(folder).last_evaluation["clients"]
+                values.append(of_groups(spec, rows))
+            honest, uncommon = np.nanmean(np.array(values), 0)
+            key = f"{rule}_{called(attack, share)}".replace("-", "_")
+            found |= {f"honest_{key}": float(honest), f"uncommon_{key}": float(uncommon)}
+            print(f"{key}: honest {honest:.1f}, uncommon {uncommon:.1f}", flush=True)
+    return found
+
+
+def of_groups(spec: Experiment, rows: Any) -> tuple[float, float]:
+    """Honest clients' accuracy, and that of those with an uncommon taste."""
+    names = [client.name for client in replace(spec, attack=None).clients()[0]]
+    attack = spec.attack or Attack()
+    kinds = groups(attack, names, spec.seed, spec.data.known_tastes)
+    if spec.attack is None:  # nobody is hostile, and the same clients are looked at
+        kinds["honest"] = [*kinds["honest"], *kinds["hostile"]]
+
+    def mean(some: Sequence[str]) -> float:
+        return 100 * sum(rows[name][ACCURACY] for name in some) / len(some) if some else np.nan
+
+    return mean(kinds["honest"]), mean(kinds.get("honest, uncommon taste", []))
+
+
+# ---- cost
+
+
+def cost() -> dict[str, float]:
+    """The dearest rule's time, as a share of the local steps of a round."""
+    torch.set_num_threads(1)
+    spec = experiment("mean", "none", 0.0, 0, True)
+    task: Any = spec.build_task()
+    shard = encoded(spec, task)[1][0]
+    task.move_to(0)
+    theta = task.init(seeds.generator(0, "init"))
+    local = replace(spec.algorithm.local, steps=10, batch_size=2)
+    begun = time.perf_counter()
+    train_locally(Client(0, task, shard, torch.Generator().manual_seed(0), 0, 1), theta, local, {})
+    steps = 100 * (time.perf_counter() - begun)
+    draw = torch.Generator().manual_seed(0)
+    values: dict[int, Tree] = {
+        i: {name: torch.randn(t.shape, generator=draw) for name, t in theta.items()}
+        for i in range(100)
+    }
+    shares, worst = dict.fromkeys(values, 0.01), 0.0
+    begun = time.perf_counter()
+    trees.total(trees.scale(value, 0.01) for value in values.values())
+    plain = time.perf_counter() - begun
+    for name, rule in list(RULES.items())[1:]:
+        begun = time.perf_counter()
+        RobustMeans(rule).mean(values, shares)
+        more = time.perf_counter() - begun - plain
+        worst = max(worst, more / steps)
+        print(f"{name}: {more:.2f} s more than a mean, beside {steps:.0f} s of steps", flush=True)
+    return {"rule_cost_share": worst}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer seeds, the small model")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--only", nargs="*", help="some of: loglinear models cost")
+    parser.add_argument("--seeds", type=int, help="how many; by default 8, and 3 on models")
+    arguments = parser.parse_args()
+    parts, quick = arguments.only or ["loglinear", "cost", "models"], arguments.quick
+    keep_freed_memory()
+    figures: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        if "loglinear" in parts:
+            figures |= loglinear(arguments.seeds or (1 if quick else 8))
+        if "cost" in parts:
+            figures |= cost()
+        if "models" in parts:
+            try:
+                seed_count = arguments.seeds or (1 if quick else 3)
+                figures |= on_models(Path(folder), quick, seed_count)
+            except UserError as error:
+                print(f"not on the model: {error}")
+    figures = {name: float(value) for name, value in figures.items() if np.isfinite(value)}
+    print(json.dumps(figures, indent=1))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
