@@ -405,6 +405,38 @@ def accuracy(
     return {name: value for name, value in found.items() if not math.isnan(value)}
 
 
+def draw(figures: dict[str, float], file: Path) -> None:
+    """A picture of accuracy against epsilon, with intervals."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    matplotlib.rcParams["svg.hashsalt"] = "fedpref"
+    axes = plt.figure(figsize=(6.4, 3.6)).gca()
+    marks = ["eps1", "eps3", "eps8", "none"]
+    titles = {"shipped": "shipped clients", "metaphor": "metaphor's workers"}
+    for number, (name, title) in enumerate(titles.items()):
+        for rank in RANKS:
+            keys = [f"accuracy_{mark}_{name}_r{rank}" for mark in marks]
+            if not all(key in figures for key in keys):
+                continue
+            means = np.array([figures[key] for key in keys])
+            low, high = (
+                np.array([figures[f"{key}_{end}"] for key in keys]) for end in ("low", "high")
+            )
+            places = np.arange(4) + 0.06 * (2 * number + RANKS.index(rank) - 1.5)
+            style = {"color": f"C{number}", "linestyle": "-" if rank == RANKS[0] else "--"}
+            spread = [means - low, high - means]
+            axes.errorbar(places, means, spread, label=f"{title}, rank {rank}", capsize=2, **style)
+    axes.axhline(50, color="grey", linewidth=0.8, linestyle=":")
+    axes.set_xticks(range(4), ["epsilon 1", "3", "8", "no noise"])
+    axes.set_ylabel("held-out pair accuracy, %")
+    axes.legend(fontsize=8, frameon=False, loc="upper left", ncols=2)
+    axes.set_ylim(44, 66)
+    axes.figure.savefig(file, bbox_inches="tight", metadata={"Date": None})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -414,6 +446,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--only", nargs="*", help="some of: accountants audit kills steps accuracy")
     parser.add_argument("--sets", nargs="*", help="some of: shipped metaphor clients_shipped")
+    parser.add_argument("--draw", type=Path, help="draw accuracies of a run of all into this file")
     arguments = parser.parse_args()
     parts = arguments.only or ["accountants", "audit", "kills", "steps", "accuracy"]
     figures: dict[str, float] = {}
@@ -430,6 +463,8 @@ def main() -> None:
         if "accuracy" in parts:
             figures |= accuracy(scratch / "runs", arguments.data, arguments.quick, arguments.sets)
     print(json.dumps(figures, indent=1))
+    if arguments.draw:
+        draw(figures, arguments.draw)
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
 
