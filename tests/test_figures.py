@@ -14,7 +14,7 @@ import torch
 
 from conftest import make_rows, write_rows
 from fedpref import Experiment, UserError, config
-from fedpref.engines.messages import NO_TENSORS, pack, unpack
+from fedpref.engines.messages import NO_TENSORS, RefusedError, pack, unpack
 from fedpref.engines.private_figures import CHANGE, PrivateFigures
 from fedpref.engines.site import OWN_FIGURES
 from fedpref.experiments.clients import SimulatedSite, hosted
@@ -25,6 +25,7 @@ from fedpref.privacy import Ledger, Secret
 from fedpref.reports.comparison import compare
 from fedpref.reports.page import write_report
 from fedpref.reports.python import Result
+from fedpref.sites.consent import Limits
 from test_private_sites import CLIENTS, KEY, Here, parsed, run_to
 
 MASKS = {"name": "masks", "min_sites": 2}
@@ -251,6 +252,13 @@ def test_with_none_nothing_is_told_and_nothing_is_asked(
     other = run_to(parsed(content, name="other"), tmp_path / "other")
     with pytest.raises(UserError, match="give it a report of its own"):
         write_report([run.path, other.path], tmp_path / "both.html")
+
+
+def test_a_site_that_counts_for_itself_takes_no_private_figures(content: dict[str, Any]) -> None:
+    privacy = {"epsilon": 2.0, "delta": 0.01, "metrics": "private"}
+    limits = Limits(max_epsilon={"client": 4.0}, least_examples=1, least_batch=1)
+    with pytest.raises(RefusedError, match="private evaluations are the coordinator's to count"):
+        limits.refuse(parsed(content, privacy=privacy))
 
 
 @pytest.mark.parametrize(

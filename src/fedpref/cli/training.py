@@ -324,6 +324,7 @@ def sweep(
 
 def swept(folder: Path) -> None:
     """Do what is left of a sweep, and show what it came to."""
+    from fedpref.experiments.finished import FinishedRun
     from fedpref.models.trunk import remove_states
     from fedpref.reports.comparison import compare, csv_text, latex, markdown, notes, table
     from fedpref.reports.page import REPORT, write_report
@@ -339,6 +340,10 @@ def swept(folder: Path) -> None:
         remove_states(folder / "cache")
 
     follow_all(planned(folder))
+    if not all(FinishedRun.at(path).result().tells_each for path in planned(folder)):
+        console.print("clients' figures are not told one by one, so that there is no table;")
+        console.print("`fedpref report RUN` shows what is told of each run", highlight=False)
+        return
     rows = compare([folder])
     for name, text in (
         ("comparison.md", markdown(rows)),

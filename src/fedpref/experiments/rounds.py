@@ -345,7 +345,7 @@ def _lengths(lengths: Mapping[int, float], clip: float | None) -> dict[str, floa
 def evaluated(line: str, total: int, row: Mapping[str, Any]) -> Event:
     """Return the event that a row of an evaluation is."""
     if not row["summary"]:
-        return Event(line, "evaluate", row["round"], total, {}, "figures are not told")
+        return Event(line, "evaluate", row["round"], total, {}, "no figures are told")
     metric = headline(row["summary"])
     title = HEADLINES[metric].title
     note = f"{title} on validation rows" if is_for_choosing(row) else title

@@ -83,6 +83,11 @@ class Limits:
                 raise RefusedError(
                     f"its epsilon of {promise.epsilon:g} is above limits.max_epsilon, {most:g}"
                 )
+        if experiment.telling == "private" and "client" in self.max_epsilon:
+            raise RefusedError(
+                "private evaluations are the coordinator's to count, and limits.max_epsilon is the "
+                "site's; it takes privacy.metrics: none or kept"
+            )
         for model in _parts(experiment.task, Model):
             if model.lora_r > self.max_lora_r:
                 raise RefusedError(
