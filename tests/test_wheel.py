@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT
+from test_extending import BLOCKS
 
 
 def called(*command: str | Path, cwd: Path, **environment: str) -> str:
@@ -103,6 +105,14 @@ def test_from_an_installed_wheel_to_a_finished_demo(tmp_path: Path) -> None:
     begin = ("init", "mine", "--data", "rows.csv", *named, "--model", "builtin")
     called(fedpref, *begin, cwd=empty)
     called(fedpref, "check", "mine/experiment.yaml", cwd=empty)
+    # parts of one's own, as the document shows them
+    own = tmp_path / "own"
+    own.mkdir()
+    for _, text in BLOCKS:
+        if name := re.match(r"# (\w+\.(?:py|yaml))\n", text):
+            (own / name[1]).write_text(text)
+    for line in "".join(text for language, text in BLOCKS if language == "bash").splitlines():
+        called(fedpref, *shlex.split(line)[1:], cwd=own)
     called(fedpref, "demo", "--offline", "--output", "out", cwd=empty)
     rows = (empty / "out/evaluation.jsonl").read_text().splitlines()
     assert len(json.loads(rows[-1])["clients"]) == 12
