@@ -280,16 +280,17 @@ def refuse_plain(value: Any, where: str) -> None:
     """Raise UserError where a dataclass that was made in Python holds plain values for others."""
     for key, hint in _hints(type(value)).items():
         part, options = getattr(value, key, None), kinds(hint)
-        place = f"{where}.{key}" if where else key
-        if isinstance(part, list) or (
-            isinstance(part, tuple) and any(isinstance(one, dict) for one in part)
-        ):
-            raise UserError(
-                f"{place}: expected a tuple of objects, found {part!r:.60}. Plain keys and values "
-                "are taken by Experiment.of({...}), and by fedpref.run."
-            )
-        if not any(map(is_dataclass, options)) or isinstance(part, tuple) or part is None:
+        if not any(map(is_dataclass, options)) or part is None:
             continue
+        place = f"{where}.{key}" if where else key
+        if any(get_origin(option) is tuple for option in options):
+            several = part if isinstance(part, tuple) else (part,)
+            if all(map(is_dataclass, several)):
+                continue
+            raise UserError(
+                f"{place}: expected an object, or a tuple of them, found {part!r:.60}. Plain keys "
+                "and values are taken by Experiment.of({...}), and by fedpref.run."
+            )
         if is_dataclass(part) and not isinstance(part, type):
             refuse_plain(part, place)
         elif not isinstance(part, tuple(option for option in options if isinstance(option, type))):

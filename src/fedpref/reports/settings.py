@@ -14,10 +14,11 @@ from rich.text import Text
 from fedpref import config
 from fedpref.algorithms import AnyAlgorithm
 from fedpref.algorithms.fedopt import Adaptive, Momentum
-from fedpref.channel import Compression
+from fedpref.channel import Compression, robust
 from fedpref.data import Partition, Source
 from fedpref.engines.sites import Patience
 from fedpref.errors import UserError
+from fedpref.experiments.attack import Attack
 from fedpref.experiments.choosing import Stop
 from fedpref.experiments.experiment import Experiment
 from fedpref.federation.aggregation import Aggregate
@@ -72,6 +73,8 @@ GROUPS: Mapping[str, tuple[str, Sequence[Any]]] = {
     "units": ("privacy.unit, where it is none of the names", (Column,)),
     "clips": ("privacy.clip", (FixedClip, QuantileClip)),
     "secrecy": ("secrecy: sums that the coordinator sees the whole of alone", (Masks,)),
+    "rules": ("federation.combine: what becomes of clients' values", config.kinds(robust.Combine)),
+    "attack": ("attack: hostile clients of a simulated run", (Attack,)),
     "stop": ("stop: when a line is over", (Stop,)),
     "site": ("a site's own file, site.yaml", (SiteFile, Limits)),
 }
