@@ -229,17 +229,25 @@ class RemoteEngine:
         All of them lie here at once.
         """
         values: dict[int, Tree] = {}
-        for i in self.active:
-            if i not in self.active:  # left out with another of its site
-                continue
-            asked = _contribute({i: names[i].text}, {i: 1.0})
-            answers = self._ask({self._sites.site_of[i]: (asked, NO_TENSORS)})
-            if i not in self.active:
-                continue
-            message = trees.part(answers[self._sites.site_of[i]][1], i)
-            if reason := unusable(message):
-                self._leave_out({i: reason})
-            else:
+        waiting = list(self.active)
+        while waiting:
+            count = max(1, GROUP // self._largest) if self._largest else FIRST_GROUP
+            group, waiting = waiting[:count], waiting[count:]
+            answers = self._ask(
+                {
+                    site: (
+                        _contribute({i: names[i].text for i in some}, dict.fromkeys(some, 1.0)),
+                        NO_TENSORS,
+                    )
+                    for site, some in self._by_site(group).items()
+                }
+            )
+            for i in (i for i in group if i in self.active):
+                message = trees.part(answers[self._sites.site_of[i]][1], i)
+                if reason := unusable(message):
+                    self._leave_out({i: reason})
+                    continue
+                self._largest = max(self._largest, trees.size(message))
                 values[i] = message
         usual = self._usual(map(shape, values.values()))
         self._leave_out(
