@@ -28,8 +28,10 @@ def load_model(folder: str | Path) -> Any:
     Raises:
         UserError: There is no exported adapter there, or it is damaged, or its base is gone.
     """
+    import transformers
     from peft import AutoPeftModelForCausalLM
 
+    transformers.utils.logging.disable_progress_bar()
     if not (Path(folder) / "adapter_model.safetensors").is_file():
         raise UserError(
             f"{folder}: there is no exported adapter here. Give RUN/adapter, or RUN/clients/NAME "
