@@ -71,9 +71,9 @@ class GeometricMedian:
             squares = norms - 2 * inner + float(found @ inner)
             new: Shares = shares / np.maximum(np.sqrt(np.maximum(squares, 0)), least)
             new /= new.sum()
-            if float(np.abs(new - found).max()) < NEAR:
-                return new
-            found = new
+            moved, found = float(np.abs(new - found).max()), new
+            if moved < NEAR:
+                break
         return found
 
 
