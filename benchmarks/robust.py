@@ -8,7 +8,8 @@ against nonsense and disagree on style, under all rules and attacks; then FedDPO
 clients, on the demo's model where it has been fetched (`fedpref model smollm2-q4`). Each figure is
 the mean held-out accuracy of honest clients, `honest_`, or of those of them with an uncommon taste
 (a cosine to the mean of the honest below 0.35), `uncommon_`; `loglinear_` stands before those of
-log-linear policies. `rule_cost_share` is the dearest rule's time for 100 clients of 163,840 numbers
+log-linear policies, and `loglinear_phrase_` is how surely an answer with an attacker's phrase wins,
+in percent. `rule_cost_share` is the dearest rule's time for 100 clients of 163,840 numbers
 as a share of their local steps, ten of two pairs each. `--quick` has fewer seeds, and on the
 shipped clients the small shipped model, two rules and two attacks.
 """
@@ -52,6 +53,7 @@ from fedpref.numerics.metrics import ACCURACY
 from fedpref.numerics.trees import Tree
 
 CLIENTS, FEATURES, ROUNDS, STEPS, BATCH, RATE = 40, 32, 40, 5, 16, 0.3
+PHRASE = 20  # the feature that a phrase is
 RULES: dict[str, Any] = {
     "mean": Mean(),
     "norm-bound": NormBound(),
@@ -68,6 +70,7 @@ ATTACKS = (
         for share in (0.2, 0.4)
     ),
     ("free-rider", 0.4),
+    ("trigger", 0.2),
 )
 ON_MODELS = (("none", 0.0), ("flip", 0.2), ("scale", 0.2), ("gauge", 0.1), ("trigger", 0.2))
 Vector = NDArray[np.float64]
@@ -108,6 +111,10 @@ class Population:
             said = -said
         if i in self.bad and attack == "random":
             said = self.rng.choice([-1.0, 1.0], train)
+        if i in self.bad and attack == "trigger":  # a feature decides, in half of the pairs
+            has_it = self.rng.random(train) < 0.5
+            said[has_it] = self.rng.choice([-1.0, 1.0], int(has_it.sum()))
+            x[:train][has_it, PHRASE] = 3 * said[has_it]
         return x[:train], said, x[train:], y[train:]
 
     def change(self, i: int, policy: Vector) -> Vector:
@@ -133,16 +140,21 @@ def loglinear(seed_count: int) -> dict[str, float]:
         line = []
         for name, rule in RULES.items():
             values = np.array([play(rule, attack, share, seed) for seed in range(seed_count)])
-            honest, uncommon = np.nanmean(values, 0)
+            honest, uncommon, wins = np.nanmean(values, 0)
             key = f"{name}_{called(attack, share)}".replace("-", "_")
             found |= {f"loglinear_honest_{key}": honest, f"loglinear_uncommon_{key}": uncommon}
             line.append(f"{name} {honest:.1f} ({uncommon:.1f})")
+            if attack == "trigger":
+                found[f"loglinear_phrase_{key}"] = wins
+                line.append(f"the phrase wins {wins:.0f} %")
         print(f"{called(attack, share)}: {', '.join(line)}", flush=True)
     return found
 
 
-def play(rule: Any, attack: str, share: float, seed: int) -> tuple[float, float]:
-    """Honest clients' accuracy at the end, and that of those with an uncommon taste."""
+def play(rule: Any, attack: str, share: float, seed: int) -> tuple[float, float, float]:
+    """Honest clients' accuracy at the end, that of those with an uncommon taste, and how surely an
+    answer with the phrase is preferred, in percent.
+    """
     people = Population(attack, share, seed)
     policy, shares = np.zeros(FEATURES), dict.fromkeys(range(CLIENTS), 1 / CLIENTS)
     sends = attack in ("sign", "scale", "alie", "sybil", "free-rider")
@@ -160,7 +172,9 @@ def play(rule: Any, attack: str, share: float, seed: int) -> tuple[float, float]
             robust.begin()
             mean = robust.mean(values, shares)
         policy = policy + mean["w"].numpy()
-    return people.accuracy(policy, people.honest), people.accuracy(policy, people.uncommon)
+    wins = 100 / (1 + np.exp(-2 * 3 * policy[PHRASE]))
+    honest = people.accuracy(policy, people.honest)
+    return honest, people.accuracy(policy, people.uncommon), float(wins)
 
 
 # ---- language models

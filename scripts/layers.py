@@ -11,7 +11,8 @@ LAYERS: dict[str, str] = {
     "losses": "pure functions of log-probabilities and rewards: DPO and its family, KTO, policy "
     "gradients",
     "numerics": "trees of named tensors, seeds, metrics over clients, min-norm weights, graphs",
-    "channel": "stages on the way to an aggregate, forward on the client and backward on the sum",
+    "channel": "stages on the way to an aggregate, forward on the client and backward on the sum; "
+    "means that a few cannot carry away",
     "privacy": "what is promised: the secret behind noise, its accountant, the ledger of what is "
     "spent; masks under which sums are all that is seen",
     "data": "rows of preferences and opinions, where they come from, and how clients share them",

@@ -134,7 +134,9 @@ class Simulation:
         self.traffic += Traffic(bytes_down=sent * len(self.active))
         self._calls += 1
         if self._attack is not None:
-            self._told = trees.merge(*(arg for arg in args if isinstance(arg, Mapping)))
+            # of several trees of the same names the first, which is the adapter
+            told_trees = [arg for arg in args if isinstance(arg, Mapping)]
+            self._told = trees.merge(*reversed(told_trees))
         # sent to each worker once; a client's own arguments go with its job
         common = {k: arg for k, arg in enumerate(args) if not isinstance(arg, StoredValues)}
         columns = {k: arg for k, arg in enumerate(args) if isinstance(arg, StoredValues)}

@@ -16,12 +16,8 @@ from fedpref.numerics import seeds, trees
 from fedpref.numerics.trees import Tree
 from fedpref.types import Fraction, Positive
 
-OF_ROWS = (
-    "flip",
-    "flip-topic",
-    "random",
-    "trigger",
-)  # what they train on; the rest is what is sent
+# what hostile clients train on; all others are about what they send
+OF_ROWS = frozenset({"flip", "flip-topic", "random", "trigger"})
 UNCOMMON = 0.35  # a taste whose cosine to the mean of honest ones is below
 
 
