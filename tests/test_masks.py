@@ -19,7 +19,15 @@ from conftest import make_rows, write_rows
 from fedpref import UserError
 from fedpref.engines.messages import RefusedError, pack, unpack
 from fedpref.engines.secure_sums import SecureSums
-from fedpref.engines.site_masks import FIGURES, FILE, SiteMasks, Unsigned, tree_of, words_of
+from fedpref.engines.site_masks import (
+    FIGURES,
+    FILE,
+    SiteMasks,
+    Unsigned,
+    call_of,
+    tree_of,
+    words_of,
+)
 from fedpref.experiments.clients import SimulatedSite
 from fedpref.experiments.run_directory import RunDirectory
 from fedpref.federation.aggregation import Product
@@ -564,6 +572,35 @@ def attempt(
         made[name].unmask(address, survivors, signatures, {})
     with pytest.raises(RefusedError, match="another list of survivors was signed already"):
         made["a"].agree(address, ["a", "b"])
+
+
+def figures_of(folder: Path, place: str, plan: Any, names: Any = NAMES, own: str = "4.0") -> None:
+    """A sum of figures of some sites of three, up to what they send."""
+    address = {"purpose": "evaluate", "round": 0, "call": call_of(place), "attempt": 0}
+    settings, made = Masks(min_sites=2), dict[str, SiteMasks]()
+    for name in names:
+        made[name] = SiteMasks(name, Unsigned(), settings, "run", folder / name, everybody=3)
+        (folder / name).mkdir(exist_ok=True, parents=True)
+    adverts = {name: one.keys(address, names, "told", "4.0") for name, one in made.items()}
+    sealed = {name: one.boxes(address, adverts, len(names), plan) for name, one in made.items()}
+    for k, (name, one) in enumerate(made.items()):
+        boxes = {other: said["boxes"][name] for other, said in sealed.items() if other != name}
+        one.planned(address, {k: own})
+        one.masked(address, boxes, {"x": torch.tensor([k])})
+
+
+def test_figures_are_of_all_sites_of_one_list_and_of_one_piece_of_work(tmp_path: Path) -> None:
+    figures_of(tmp_path, "glance", EVEN)
+    figures_of(tmp_path, "conclude", EVEN)  # which in one round may be told of more than one look
+    fewer = {"a": {0: 0.5}, "b": {1: 0.5}, "c": {}}
+    with pytest.raises(RefusedError, match="were summed over others already"):
+        figures_of(tmp_path, "validate", fewer)
+    with pytest.raises(RefusedError, match="a sum of a few sites, which is to be one of all"):
+        figures_of(tmp_path / "two", "glance", {"a": {0: 0.5}, "b": {1: 0.5}}, ["a", "b"])
+    with pytest.raises(RefusedError, match="all clients have the same share"):
+        figures_of(tmp_path / "uneven", "glance", {**EVEN, "a": {0: 0.2}})
+    with pytest.raises(RefusedError, match="values of another piece of work"):
+        figures_of(tmp_path / "other", "glance", EVEN, own="5.0")
 
 
 def test_a_sum_is_of_one_value_and_one_list_over_restarts(tmp_path: Path) -> None:
