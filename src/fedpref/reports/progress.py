@@ -101,6 +101,8 @@ def _figures(event: Event) -> str:
         if not figures:
             return event.note
         text = f"held-out {event.note} {figures['mean']:.3f}"
+        if "noise" in figures:
+            text += f", of which the noise's standard deviation is {figures['noise']:.3f}"
         if "worst" in figures:
             text += f", worst client {figures['worst']:.3f}"
         return ", ".join(

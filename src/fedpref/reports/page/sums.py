@@ -19,8 +19,11 @@ def words(run: Run) -> str:
     said = f"{done} of {planned} rounds of {run.experiment.algorithm.name} were trained"
     if not run.metric:
         return f"{said}. {NO_FIGURES}"
-    mean = run.shown.text(run.line.evaluations[-1]["summary"][run.metric]["mean"])
-    return f"{said}; the mean held-out {run.shown.title} over clients is {mean}. {AS_SUMS}"
+    one = run.line.evaluations[-1]["summary"][run.metric]
+    said += f"; the mean held-out {run.shown.title} over clients is {run.shown.text(one['mean'])}"
+    if "noise" in one:
+        said += f", with noise whose standard deviation is {run.shown.text(one['noise'])}"
+    return f"{said}. {AS_SUMS}"
 
 
 def cards(run: Run) -> list[tuple[str, str, str]]:
