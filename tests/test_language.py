@@ -25,6 +25,7 @@ from fedpref.models.language import LanguageModel, Model
 from fedpref.models.loading import load_model
 from fedpref.models.own_parts import OWN_ADAPTER
 from fedpref.models.packed import Row
+from fedpref.models.variable_length import by_variable_length
 from fedpref.numerics import seeds
 from fedpref.numerics.trees import Tree
 
@@ -182,7 +183,7 @@ def test_the_segments_given_to_a_kernel_of_variable_length_are_the_packed_form(
         scale: float,
         window_size: object,
     ) -> Tensor:
-        settings: Any = {"scale": scale, "enable_gqa": False, "window_size": window_size}
+        settings: Any = {"scale": scale, "enable_gqa": True, "window_size": window_size}
         rows = (query, key, value)
         return attention_of_variable_length(*rows, starts, seen, *longest, **settings)
 
@@ -191,7 +192,7 @@ def test_the_segments_given_to_a_kernel_of_variable_length_are_the_packed_form(
     model = exact(models(architecture), lora_target_modules=TARGETS[architecture])
     adapter = some_adapter(model)
     expected = gradients(model, adapter, packs=False)
-    model.kernel = attention.by_variable_length
+    model.kernel = by_variable_length
     found = gradients(model, adapter, packs=True)
     assert all(
         (found[name] - gradient).norm() <= 1e-4 * gradient.norm()
@@ -205,7 +206,7 @@ def test_a_kernel_that_fails_gives_way_to_the_next(
     monkeypatch.setattr(
         trial,
         "kernels",
-        lambda device, dtype: (attention.by_variable_length, attention.by_part),
+        lambda device, dtype: (by_variable_length, attention.by_part),
     )
     model = exact(tiny)  # on a CPU the first of them raises
     assert model.packs

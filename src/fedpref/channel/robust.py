@@ -13,14 +13,13 @@ from typing import Annotated, ClassVar, Literal
 import numpy as np
 import torch
 from jaxtyping import Float
-from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
 from fedpref.numerics.trees import BESIDE, Tree
 
-Gram = Float[NDArray[np.float64], "n n"]
-Shares = Float[NDArray[np.float64], " n"]
+Gram = Float[np.ndarray, "n n"]
+Shares = Float[np.ndarray, " n"]
 TURNS, NEAR = 200, 1e-9  # of the search for a geometric median, and how near it comes
 
 

@@ -224,6 +224,7 @@ def train_locally(
     params, received = {**beside, **theta}, {**beside, **start}
     optimiser = _optimiser(settings, theta, moments, rates)
     sums: dict[str, float] = {}
+    norms: list[Tensor] = []
     private = client.private if feeds else None
     is_by_prompt = settings.batch_by == "prompt"
     size = BatchSize(settings.batch_size, settings.max_tokens_per_batch, is_by_prompt=is_by_prompt)
@@ -309,9 +310,11 @@ def train_locally(
                         },
                     )
             norm = torch.nn.utils.clip_grad_norm_(theta.values(), settings.max_grad_norm)
-            sums["grad_norm"] = sums.get("grad_norm", 0.0) + float(norm) * accumulated
+            norms.append(norm)
             optimiser.step()
             optimiser.zero_grad()
+    # not before: a number is waited for, and a GPU would be idle meanwhile
+    sums["grad_norm"] = sum(map(float, norms)) * accumulated
     metrics = {
         name: value if name.startswith("num_") else value / (settings.steps * accumulated)
         for name, value in sums.items()
@@ -363,9 +366,8 @@ def _optimiser(
         if tensor.shape != shape or tensor.dtype != torch.float32 or key not in MOMENTS:
             raise ValueError(f"{address!r} is no moment of what is trained")
         optimiser.state[theta[name]][key] = (
-            # PyTorch keeps AdamW's step count on the CPU; copies, for the optimiser changes them in
-            # place
-            tensor.clone() if key == "step" else tensor.to(theta[name].device, copy=True)
+            # copies, for the optimiser changes them in place
+            tensor.to(theta[name].device, copy=True)
         )
     return optimiser
 

@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
-from inspect import signature
-from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fedpref.models.packed import Layout
+from fedpref.models.variable_length import by_variable_length
 
 ATTENTION = "fedpref_packed"
 WIDTH = 32  # a new shape costs a CPU's matrix kernels more than a few tokens
@@ -47,7 +46,8 @@ def packed_attention(layout: Layout, kernel: Kernel) -> Iterator[None]:
         layout: The packed row.
         kernel: How to attend.
     """
-    token = _ATTEND.set((kernel(layout), int(layout.positions.max()) + 1))
+    reach = max(len(before) + len(own) for before, own in layout.parts)
+    token = _ATTEND.set((kernel(layout), reach))
     try:
         yield
     finally:
@@ -262,45 +262,3 @@ def _unpadded(
 ) -> None:
     """Write what `_rows` has padded, without the padding."""
     into.copy_(wide.view(heads, rows, -1)[:, : into.shape[1]])
-
-
-def by_variable_length(layout: Layout) -> Attend:
-    """Return an attention that takes all sequences in one call of a GPU's kernel.
-
-    The queries of each part meet the keys of its prompt and its own.
-    """
-    from torch.nn.attention.varlen import varlen_attn
-
-    knows_groups = "enable_gqa" in signature(varlen_attn).parameters  # not before PyTorch 2.12
-    positions: list[int] = []
-    queries, keys = [0], [0]
-    for before, own in layout.parts:
-        if own:
-            # an answer's keys are its prompt's, then its own; a prompt's are its own alone
-            positions += [*before, *own]
-            queries.append(own.stop)
-            keys.append(len(positions))
-    device = layout.ids.device
-    seen = torch.tensor(positions, device=device)
-    starts = [torch.tensor(values, dtype=torch.int32, device=device) for values in (queries, keys)]
-    longest = [max(end - begin for begin, end in pairwise(values)) for values in (queries, keys)]
-
-    def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        groups = query.shape[1] // key.shape[1]
-        settings: dict[str, Any] = {"scale": scaling, "window_size": (-1, 0)}
-        if knows_groups:
-            settings["enable_gqa"] = groups > 1
-        elif groups > 1:
-            key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-        rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
-        arguments: list[Any] = [
-            rows[0][: queries[-1]],
-            rows[1][seen],
-            rows[2][seen],
-            *starts,
-            *longest,
-        ]
-        mixed: Any = varlen_attn(*arguments, **settings)
-        return nn.functional.pad(mixed, (0, 0, 0, 0, 0, query.shape[2] - queries[-1]))[None]
-
-    return attend

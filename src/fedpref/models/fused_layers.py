@@ -59,6 +59,35 @@ def fuse(model: nn.Module) -> None:
         # the type itself: a subclass may compute something else
         if type(activation) in (NewGELUActivation, FastGELUActivation):
             activation.forward = partial(nn.functional.gelu, approximate="tanh")
+    for norm in modules:
+        if _is_plain_norm(norm):
+            norm.forward = _normed(norm)
+
+
+def _is_plain_norm(module: Any) -> bool:
+    """Return whether a module divides by the root mean square and multiplies by its weight."""
+    weight, small = (getattr(module, name, None) for name in ("weight", "variance_epsilon"))
+    if not type(module).__name__.endswith("RMSNorm") or not isinstance(small, float):
+        return False
+    if not isinstance(weight, Tensor) or weight.dim() != 1 or _hooks(module):
+        return False
+    # some add one to the weight
+    x = torch.linspace(-2, 2, 3 * len(weight), device=weight.device).view(3, -1)
+    with torch.no_grad():
+        expected = nn.functional.rms_norm(x, weight.shape, weight.float(), small)
+        return bool((module(x).float() - expected).norm() <= 0.01 * expected.norm())
+
+
+def _normed(norm: Any) -> Callable[[Tensor], Tensor]:
+    usual: Callable[[Tensor], Tensor] = norm.forward
+
+    def forward(x: Tensor) -> Tensor:
+        # on a CPU it is written out anyway
+        if not x.is_cuda or x.dtype != norm.weight.dtype:
+            return usual(x)
+        return nn.functional.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
+
+    return forward
 
 
 def _hooks(module: nn.Module) -> bool:

@@ -41,6 +41,7 @@ from fedpref.models.backbone import (
     side_by_side,
 )
 from fedpref.models.checkpointing import checkpoint_layers
+from fedpref.models.graphs import Graphs
 from fedpref.models.head import even, token_log_probabilities
 from fedpref.models.named import BUILTIN, MODELS, base_of, converted, located
 from fedpref.models.own_parts import (
@@ -58,6 +59,7 @@ from fedpref.models.packed import Layout, Row
 from fedpref.models.texts import Texts
 from fedpref.models.trial import Limits, gradients_come_apart, tried
 from fedpref.models.trunk import SUFFIX, States, Trunk, row_of_layers
+from fedpref.models.variable_length import by_variable_length
 from fedpref.numerics import trees
 from fedpref.numerics.trees import Tree
 from fedpref.types import Count, Date, Fraction, Last, WholeNumber
@@ -114,6 +116,9 @@ class Model:
     a file beside the run that only you can read and that goes when the run is over (at a site by
     `fedpref clean`), in each process's memory, or nowhere. Answers that are drawn anew are not
     kept."""
+    cuda_graphs: bool = True
+    """On a GPU in bfloat16, record a row's launches once for each of few sizes and replay them: a
+    small model's steps are launches above all. The recordings keep the memory of the largest."""
     trunk_limit_mb: Count = 4096
     """MB above which no more of these states are kept."""
     template_date: Date = "2024-07-26"
@@ -217,6 +222,7 @@ class LanguageModel:
             checkpoint_layers(list(row[1])[len(self.trunk.layers) :])
         self.states = States(settings.trunk_limit_mb * 10**6)
         self.kernel: Kernel = by_part
+        self.graphs: Graphs | None = None
         self.packs = self.has_plain_head = self.is_apart = False
         self.limits = Limits.of(self.model)
         if self.wanted.type == "cpu":
@@ -244,6 +250,7 @@ class LanguageModel:
         trial = tried(self)
         self.has_plain_head, self.is_apart = trial.has_plain_head, trial.is_apart
         self.packs, self.kernel = trial.problem is None, trial.kernel
+        self.graphs = self._recorded()
         # where positions depend on a row's length, so do a prompt's states on its answer
         is_own = self.limits.switch is None and not self.is_apart
         self.trunk.works = trial.has_trunk and is_own and self.settings.trunk_states != "none"
@@ -350,13 +357,18 @@ class LanguageModel:
         Raises:
             UserError: The model's vocabulary head cannot stand beside them.
         """
-        if settings.after and not self.has_plain_head:
-            raise UserError(
-                f"{self.name}: parts of a client's own need logits that are the vocabulary "
-                "head's alone, and a head without an adapter. "
-                "Take another model, or leave the head out of task.model.lora_target_modules."
-            )
+        # what a GPU computes is seen when a worker has moved there
+        is_seen = self.device.type == self.wanted.type
+        if settings.after and (is_seen or "head" in self.adapted_ends) and not self.has_plain_head:
+            raise self._no_parts()
         return settings.init(self.head.weight, self.init(rng), rng)
+
+    def _no_parts(self) -> UserError:
+        return UserError(
+            f"{self.name}: parts of a client's own need logits that are the vocabulary "
+            "head's alone, and a head without an adapter. "
+            "Take another model, or leave the head out of task.model.lora_target_modules."
+        )
 
     def log_probabilities(
         self, params: Tree | None, rows: Sequence[Row], *, training: bool = False
@@ -392,6 +404,8 @@ class LanguageModel:
         )
         if logits is None:
             return self._answers(states, layout, own)
+        if own:
+            raise self._no_parts()
         return layout.per_answer(
             -nn.functional.cross_entropy(logits[0].float(), layout.targets, reduction="none")
         ), None
@@ -468,10 +482,7 @@ class LanguageModel:
         """
         for dropout in self.dropouts:
             dropout.train(training)
-        cast = {
-            name: _aligned(tensor.to(self.device, self.dtype))
-            for name, tensor in (params or {}).items()
-        }
+        cast = _cast(params or {}, self.device, self.dtype)
         adapter = combined_adapter(
             {name: tensor for name, tensor in cast.items() if name not in NAMES}
         )
@@ -485,7 +496,7 @@ class LanguageModel:
                     self._standing(rows, layout, Layout.packed) if is_given else nullcontext(),
                     _apart(rows, layout, units),
                 ):
-                    return self._packed(adapter, layout), layout, own, None
+                    return self._packed(adapter, layout, training), layout, own, None
         layout = Layout.padded(rows, self.device)
         with (
             self._standing(rows, layout, Layout.padded) if is_given else nullcontext(),
@@ -499,8 +510,50 @@ class LanguageModel:
             )
         return states, layout, own, None if self.has_plain_head else logits
 
-    def _packed(self, adapter: Tree, layout: Layout) -> Float[Tensor, "R T D"]:
-        with packed_attention(layout, self.kernel):
+    def _packed(
+        self, adapter: Tree, layout: Layout, training: bool = False
+    ) -> Float[Tensor, "R T D"]:
+        # drawn dropout, copies for units, and what breaks the call off are not recorded
+        is_drawn = training and self.settings.lora_dropout > 0
+        is_apart = any(tensor.dim() > 2 for tensor in adapter.values())
+        if self.graphs is not None and not (is_drawn or is_apart or self.trunk.is_ending):
+            states = self.graphs.states(adapter, layout, self.trunk.given)
+            if states is not None:
+                return states
+        return self.computed(adapter, layout, self.kernel, None)
+
+    def _recorded(self) -> Graphs | None:
+        """Return recordings of this model's launches, of which there are none yet; None where they
+        cannot be recorded.
+        """
+        settings = self.settings
+        if (
+            not settings.cuda_graphs
+            or self.device.type != "cuda"
+            or self.kernel is not by_variable_length
+            or settings.gradient_checkpointing
+            or settings.bits
+            or self.limits.reach
+        ):
+            return None
+
+        return Graphs(self.name, self.computed)
+
+    def computed(
+        self, adapter: Tree, layout: Layout, kernel: Kernel, standing: Tensor | None
+    ) -> Float[Tensor, "1 T D"]:
+        """Return the states of a packed row.
+
+        Args:
+            adapter: In the model's arithmetic; empty for the backbone.
+            layout: The row.
+            kernel: How to attend.
+            standing: States that stand for the trunk, if they do.
+        """
+        with (
+            packed_attention(layout, kernel),
+            nullcontext() if standing is None else self.trunk.standing(standing),
+        ):
             return self.run(adapter, layout, layout.scored[:0])[0]
 
     def _standing(
@@ -742,6 +795,37 @@ def _apart(
 def scale_of(config: Any) -> float:
     """Return what an adapter's product is multiplied by, by PEFT's config of it."""
     return float(config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r))
+
+
+def _cast(params: Tree, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return parameters on a device, in its arithmetic."""
+    if device.type == "cuda" and all(tensor.is_cuda for tensor in params.values()) and params:
+        return dict(zip(params, _Cast.apply(dtype, *params.values()), strict=True))  # type: ignore[no-untyped-call]
+    return {name: _aligned(tensor.to(device, dtype)) for name, tensor in params.items()}
+
+
+class _Cast(torch.autograd.Function):
+    """Tensors in another arithmetic, all in few launches."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.kinds = [tensor.dtype for tensor in tensors]
+        return tuple(_copies(tensors, [dtype] * len(tensors)))
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        known = [i for i, slope in enumerate(upstream) if slope is not None]
+        cast = iter(_copies([upstream[i] for i in known], [ctx.kinds[i] for i in known]))  # type: ignore[misc]
+        return (None, *(None if slope is None else next(cast) for slope in upstream))
+
+
+def _copies(tensors: Sequence[Tensor], kinds: Sequence[torch.dtype]) -> list[Tensor]:
+    cast = [
+        torch.empty_like(tensor, dtype=kind, memory_format=torch.contiguous_format)
+        for tensor, kind in zip(tensors, kinds, strict=True)
+    ]
+    torch._foreach_copy_(cast, list(tensors))
+    return cast
 
 
 def _aligned(tensor: Tensor) -> Tensor:

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
+from numpy.typing import NDArray
 from torch import Tensor
 
 # on a CPU rows are as wide as the next multiple: a new shape costs its matrix kernels more than a
@@ -81,6 +84,11 @@ class Layout:
 
     def per_answer(self, tokens: Float[Tensor, " n"]) -> Float[Tensor, " A"]:
         """Return the sum over each answer's tokens [A]."""
+        if tokens.is_cuda:  # a launch for each answer takes longer than some for all
+            owners = np.repeat(np.arange(len(self.counts)), self.counts)
+            answers = torch.arange(len(self.counts), device=tokens.device)
+            mine = answers[:, None] == on_device(owners, tokens.device)
+            return torch.where(mine, tokens, tokens.new_zeros(())).sum(1)
         return torch.stack([part.sum() for part in tokens.split(self.counts)])
 
 
@@ -126,7 +134,7 @@ def _layout(rows: Sequence[Row], widths: Sequence[int], whole: int, device: torc
         if not isinstance(t, Unscored)
     ]
     tensors = [
-        torch.tensor(values, device=device)
+        on_device(np.array(values, np.int64), device)
         for values in (ids + [0] * rest, positions + [0] * rest, scored, targets, last)
     ]
     counts = tuple(scored_tokens(answer) for _, answers in rows for answer in answers)
@@ -139,6 +147,13 @@ def _layout(rows: Sequence[Row], widths: Sequence[int], whole: int, device: torc
         counts,
         tuple(parts),
     )
+
+
+def on_device(array: NDArray[Any], device: torch.device) -> Tensor:
+    """Return a tensor with an array's content."""
+    tensor = torch.from_numpy(array)
+    # from other memory a copy would wait for all that a GPU was asked before
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def _length(row: Row) -> int:

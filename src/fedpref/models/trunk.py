@@ -61,6 +61,17 @@ class Trunk:
             _STATES.reset(token)
         raise RuntimeError("the model has not come to its trunk's end")
 
+    @property
+    def given(self) -> Float[Tensor, "R T D"] | None:
+        """The states that stand for the trunk, if they do."""
+        states = _STATES.get()
+        return states if isinstance(states, Tensor) else None
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether calls of the model are broken off at the trunk's end."""
+        return _STATES.get() is _ReachedError
+
     @contextmanager
     def standing(self, states: Float[Tensor, "R T D"]) -> Iterator[None]:
         """Let states stand for the trunk in calls of the model, within a `with`."""
