@@ -367,7 +367,8 @@ def opened(folder: Path, dtype: Precision, device: torch.device) -> tuple[Langua
     """Return fedpref's model on its device, and how it attends, with what it warned of."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        language = LanguageModel(Model(path=str(folder), dtype=dtype, device=str(device)))
+        settings = Model(path=str(folder), dtype=dtype, device=str(device), cuda_graphs=True)
+        language = LanguageModel(settings)
         language.move_to(0)
     kernel = language.kernel.__name__ if language.packs else "padded"
     said = [message for one in caught if "attention" in (message := str(one.message))]
@@ -586,7 +587,9 @@ class Bench:
     def task(self) -> Any:
         """The task, its model loaded."""
         task = PreferenceTask(
-            model=Model(path=str(self.folder), dtype="bfloat16", device=str(self.device))
+            model=Model(
+                path=str(self.folder), dtype="bfloat16", device=str(self.device), cuda_graphs=True
+            )
         ).build()
         task.move_to(0)
         return task

@@ -1,4 +1,4 @@
-"""Recordings of a model's launches, with a processor in place of a GPU."""
+"""What is done on a GPU alone, on a processor: recordings, casts and sums of all at once."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch.nn.attention.varlen
 from torch import Tensor
 
 from fedpref.models.graphs import Graphs
-from fedpref.models.language import LanguageModel, Model
-from fedpref.models.packed import Layout, Row
+from fedpref.models.language import LanguageModel, Model, _Cast
+from fedpref.models.packed import Layout, Row, sums_at_once
 from fedpref.models.variable_length import Places, Size, by_variable_length
 from fedpref.numerics.trees import Tree
 
@@ -188,8 +188,9 @@ def test_states_that_stand_for_the_trunk_are_an_input(
     assert played(language) > 0
 
 
+@pytest.mark.parametrize("wrong", ["states", "gradients"])
 def test_a_recording_that_computes_something_else_is_given_up_with_a_word(
-    tiny: Path, monkeypatch: pytest.MonkeyPatch
+    wrong: str, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     language = recorded(tiny, monkeypatch)
     assert language.graphs is not None
@@ -197,12 +198,15 @@ def test_a_recording_that_computes_something_else_is_given_up_with_a_word(
     class Wrong(Played):
         def __call__(self, work: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
             found, replay = super().__call__(work)
-            return found, (replay if isinstance(found, list) else lambda: found.mul_(2))
+            if isinstance(found, list) != (wrong == "gradients"):
+                return found, replay
+            tensors = found if isinstance(found, list) else [found]
+            return found, lambda: torch._foreach_mul_(tensors, 2.0)
 
     language.graphs.record = Wrong()
     adapter = adapter_of(language)
     expected = slopes(language, adapter, ROWS)
-    with pytest.warns(UserWarning, match="launches are not recorded .states differ by"):
+    with pytest.warns(UserWarning, match=f"launches are not recorded .{wrong} differ by"):
         found = slopes(language, adapter, ROWS)
     assert not language.graphs.works
     for mine, own in zip(found, expected, strict=True):
@@ -239,3 +243,29 @@ def test_a_row_fits_into_its_rounded_size(rows: Sequence[Row]) -> None:
     for before, own in layout.parts:
         i = starts.index(own.start)
         assert places.seen[seen[i] : seen[i + 1]].tolist() == [*before, *own]
+
+
+def test_tensors_cast_at_once_have_the_values_and_slopes_of_each_by_itself() -> None:
+    draw = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(shape, generator=draw).requires_grad_() for shape in ((3, 4), (5,))]
+    cast: Any = _Cast.apply
+    first, second = cast(torch.bfloat16, *tensors)
+    for mine, tensor in zip((first, second), tensors, strict=True):
+        assert mine.dtype == torch.bfloat16
+        assert torch.equal(mine, tensor.to(torch.bfloat16))
+    upstream = torch.randn(3, 4, generator=draw).to(torch.bfloat16)
+    slopes = torch.autograd.grad(first, tensors, upstream, allow_unused=True)
+    assert slopes[1] is None  # the second is not used
+    assert slopes[0].dtype == torch.float32
+    assert torch.equal(slopes[0], upstream.float())
+
+
+def test_sums_at_once_are_those_of_each_answer() -> None:
+    tokens = torch.randn(9, dtype=torch.float64).requires_grad_()
+    counts = (2, 1, 6)
+    expected = torch.stack([part.sum() for part in tokens.split(counts)])
+    found = sums_at_once(tokens, counts)
+    torch.testing.assert_close(found, expected)
+    weights = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    slopes = [torch.autograd.grad((sums * weights).sum(), tokens)[0] for sums in (found, expected)]
+    torch.testing.assert_close(slopes[0], slopes[1])

@@ -85,12 +85,7 @@ class Graphs:
         try:
             recording = Recording(self, size, adapter, layout, standing)
             self.turn += 1
-            with torch.no_grad():
-                found = recording.play(adapter, layout, standing)
-                expected = self.compute(adapter, layout, by_variable_length, standing)
-            apart = float((found - expected).float().norm() / expected.float().norm())
-            if not apart <= APART:
-                raise RuntimeError(f"states differ by {apart:.2g} of their size")
+            self._try(recording, adapter, layout, standing)
         # whatever a model's own code does that cannot be recorded, or memory that is not there
         except Exception as error:
             self.works = False
@@ -102,6 +97,38 @@ class Graphs:
             )
         else:
             self.recordings[key] = recording
+
+    def _try(
+        self, recording: Recording, adapter: Tree, layout: Layout, standing: Tensor | None
+    ) -> None:
+        """Raise RuntimeError where what is played is not what is computed as ever."""
+        leaves = {n: t.detach().requires_grad_(n in recording.leaves) for n, t in adapter.items()}
+        learnt = [leaves[name] for name in recording.leaves]
+        with torch.set_grad_enabled(bool(learnt)):
+            states = self.compute(leaves, layout, by_variable_length, standing)
+        # what fills up a row is nobody's
+        expected = states.detach().clone()
+        expected[:, layout.parts[-1][1].stop :] = 0
+        with torch.no_grad():
+            found = recording.play(adapter, layout, standing)
+            found[:, layout.parts[-1][1].stop :] = 0
+        _refuse_apart("states differ", [found], [expected])
+        if learnt:
+            slopes = torch.autograd.grad(states, learnt, expected, allow_unused=True)
+            played = dict(zip(adapter, recording.pull_back(expected), strict=True))
+            _refuse_apart("gradients differ", [played[n] for n in recording.leaves], slopes)
+
+
+def _refuse_apart(
+    what: str, found: Sequence[Tensor | None], expected: Sequence[Tensor | None]
+) -> None:
+    rows = [
+        torch.cat([one.float().flatten() for one in some if one is not None])
+        for some in (found, expected)
+    ]
+    apart = float((rows[0] - rows[1]).norm() / rows[1].norm())
+    if not apart <= APART:
+        raise RuntimeError(f"{what} by {apart:.2g} of their size")
 
 
 Record = Callable[[Callable[[], Any]], tuple[Any, Callable[[], None]]]

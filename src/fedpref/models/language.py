@@ -116,9 +116,10 @@ class Model:
     a file beside the run that only you can read and that goes when the run is over (at a site by
     `fedpref clean`), in each process's memory, or nowhere. Answers that are drawn anew are not
     kept."""
-    cuda_graphs: bool = True
+    cuda_graphs: bool = False
     """On a GPU in bfloat16, record a row's launches once for each of few sizes and replay them: a
-    small model's steps are launches above all. The recordings keep the memory of the largest."""
+    small model's steps are launches above all. Each recording is compared with what it recorded.
+    Not seen on a GPU yet."""
     trunk_limit_mb: Count = 4096
     """MB above which no more of these states are kept."""
     template_date: Date = "2024-07-26"

@@ -85,10 +85,7 @@ class Layout:
     def per_answer(self, tokens: Float[Tensor, " n"]) -> Float[Tensor, " A"]:
         """Return the sum over each answer's tokens [A]."""
         if tokens.is_cuda:  # a launch for each answer takes longer than some for all
-            owners = np.repeat(np.arange(len(self.counts)), self.counts)
-            answers = torch.arange(len(self.counts), device=tokens.device)
-            mine = answers[:, None] == on_device(owners, tokens.device)
-            return torch.where(mine, tokens, tokens.new_zeros(())).sum(1)
+            return sums_at_once(tokens, self.counts)
         return torch.stack([part.sum() for part in tokens.split(self.counts)])
 
 
@@ -147,6 +144,14 @@ def _layout(rows: Sequence[Row], widths: Sequence[int], whole: int, device: torc
         counts,
         tuple(parts),
     )
+
+
+def sums_at_once(tokens: Float[Tensor, " n"], counts: Sequence[int]) -> Float[Tensor, " A"]:
+    """Return sums over so many tokens each [A], all in one."""
+    owners = np.repeat(np.arange(len(counts)), counts)
+    answers = torch.arange(len(counts), device=tokens.device)
+    mine = answers[:, None] == on_device(owners, tokens.device)
+    return torch.where(mine, tokens, tokens.new_zeros(())).sum(1)
 
 
 def on_device(array: NDArray[Any], device: torch.device) -> Tensor:
