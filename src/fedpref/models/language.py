@@ -810,6 +810,7 @@ class _Cast(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
         ctx.kinds = [tensor.dtype for tensor in tensors]
         return tuple(_copies(tensors, [dtype] * len(tensors)))
 
