@@ -9,9 +9,10 @@ clients, on the demo's model where it has been fetched (`fedpref model smollm2-q
 the mean held-out accuracy of honest clients, `honest_`, or of those of them with an uncommon taste
 (a cosine to the mean of the honest below 0.35), `uncommon_`; `loglinear_` stands before those of
 log-linear policies, and `loglinear_phrase_` is how surely an answer with an attacker's phrase wins,
-in percent. `rule_cost_share` is the dearest rule's time for 100 clients of 163,840 numbers
-as a share of their local steps, ten of two pairs each. `--quick` has fewer seeds, and on the
-shipped clients the small shipped model, two rules and two attacks.
+in percent. On the model `phrase_` is how often it wins. After these stand the rule, of FedDPO, or
+the method, of those with something of a client's own. `rule_cost_share` is the dearest rule's time
+for 100 clients of 163,840 numbers as a share of their local steps, ten of two pairs each. `--quick`
+has fewer seeds, and on the shipped clients the small shipped model, two rules and two attacks.
 """
 
 from __future__ import annotations
@@ -72,7 +73,26 @@ ATTACKS = (
     ("free-rider", 0.4),
     ("trigger", 0.2),
 )
+PAIRS = 8  # of a client, in which a phrase may win
+METHODS: dict[str, dict[str, Any]] = {
+    "feddpo": {},
+    "fedpdpo": {
+        "phases": "joint",
+        "parts": {
+            "head": None,
+            "bottleneck": 0,
+            "reward": True,
+            "reward_pooling": "mean",
+            "adapter": True,
+        },
+        "adapter_rate": 0.5,
+    },
+    "ditto": {},
+    "clustered": {},
+}
+Case = tuple[str, str, str, float]  # method, rule, attack, share
 ON_MODELS = (("none", 0.0), ("flip", 0.2), ("scale", 0.2), ("gauge", 0.1), ("trigger", 0.2))
+ON_METHODS = (("none", 0.0), ("flip", 0.2), ("scale", 0.2))
 Vector = NDArray[np.float64]
 
 
@@ -180,7 +200,9 @@ def play(rule: Any, attack: str, share: float, seed: int) -> tuple[float, float,
 # ---- language models
 
 
-def experiment(rule: str, attack: str, share: float, seed: int, quick: bool) -> Experiment:
+def experiment(
+    rule: str, attack: str, share: float, seed: int, quick: bool, method: str = "feddpo"
+) -> Experiment:
     model: dict[str, Any] = {"path": "builtin"}
     if not quick:
         model = {"path": "smollm2-q4", "lora_layers_to_transform": "last-4"}
@@ -189,36 +211,68 @@ def experiment(rule: str, attack: str, share: float, seed: int, quick: bool) -> 
         "partition": {"name": "natural", **({"max_rows": 60} if quick else {})},
         "task": {"model": model},
         "algorithm": {
-            "name": "feddpo",
-            "local": {"steps": 4, "batch_size": 4, "learning_rate": 4e-3},
+            "name": method,
+            **METHODS[method],
+            "local": {
+                "steps": 4,
+                "batch_size": 2,
+                "learning_rate": 5e-3,
+                "batch_by": "prompt",
+            },
         },
         "federation": {"weighting": "equal", "combine": rule},
-        "rounds": 3 if quick else 5,
+        "rounds": 3 if quick else 4,
         "seed": seed,
         "attack": {"name": attack, "share": share} if share else None,
     }
     return config.parse(Experiment, content, "robust")
 
 
-def on_models(scratch: Path, quick: bool, seed_count: int) -> dict[str, float]:
-    """A few rules under a few attacks, on the shipped clients."""
-    found: dict[str, float] = {}
-    rules = ("mean", "norm-bound") if quick else tuple(RULES)[:4]
-    for attack, share in ON_MODELS[:3:2] if quick else ON_MODELS:
-        for rule in rules:
-            values = []
-            for seed in range(seed_count):
-                spec = experiment(rule, attack, share, seed, quick)
-                folder = scratch / f"{rule}-{attack}-{seed}"
-                for _ in events(spec, RunDirectory(folder), scratch / "cache"):
-                    pass
-                rows = FinishedRun.at(folder).last_evaluation["clients"]
-                values.append(of_groups(spec, rows))
-            honest, uncommon = np.nanmean(np.array(values), 0)
-            key = f"{rule}_{called(attack, share)}".replace("-", "_")
-            found |= {f"honest_{key}": float(honest), f"uncommon_{key}": float(uncommon)}
-            print(f"{key}: honest {honest:.1f}, uncommon {uncommon:.1f}", flush=True)
-    return found
+def on_models(
+    scratch: Path, cases: Sequence[Case], quick: bool, seed_count: int
+) -> dict[str, float]:
+    """Methods and rules under attacks, on the shipped clients, seed after seed."""
+    values: dict[str, list[float]] = {}
+    for seed in range(seed_count):
+        for method, rule, attack, share in cases:
+            spec = experiment(rule, attack, share, seed, quick, method)
+            key = f"{rule if method == 'feddpo' else method}_{called(attack, share)}"
+            folder = scratch / f"{key}-{seed}"
+            for _ in events(spec, RunDirectory(folder), scratch / "cache"):
+                pass
+            honest, uncommon = of_groups(spec, FinishedRun.at(folder).last_evaluation["clients"])
+            figures = {"honest": honest, "uncommon": uncommon}
+            if method == "feddpo" and attack in ("none", "trigger"):
+                figures["phrase"] = phrase_wins(spec, folder)
+            for name, value in figures.items():
+                values.setdefault(f"{name}_{key}".replace("-", "_"), []).append(value)
+            said = ", ".join(f"{name} {value:.1f}" for name, value in figures.items())
+            print(f"seed {seed}, {key}: {said}", flush=True)
+    return {name: float(np.nanmean(some)) for name, some in values.items()}
+
+
+@torch.no_grad()
+def phrase_wins(spec: Experiment, run: Path) -> float:
+    """How often the shared model prefers the worse answer with the phrase behind it, in percent.
+
+    By DPO's reward, over held-out pairs of the clients that are honest under `trigger`.
+    """
+    attack = Attack(name="trigger")
+    clients = replace(spec, attack=None).clients()[0]
+    hostile = attack.hostile([client.name for client in clients], spec.seed)
+    language = spec.build_task().language
+    language.move_to(0)
+    adapter = trees.load(run / "adapter" / "adapter_model.safetensors")
+    won: list[float] = []
+    for k, client in enumerate(clients):
+        for row in () if k in hostile else client.test[:PAIRS]:
+            answers = [f"{row.rejected} {attack.phrase}", str(row.chosen)]
+            encoded = [language.encode(str(row.prompt), answer) for answer in answers]
+            batch = [(encoded[0][0], [answer for _, answer in encoded])]
+            after, before = (language.log_probabilities(one, batch) for one in (adapter, None))
+            gain = after - before
+            won.append(float(gain[0] > gain[1]))
+    return 100 * float(np.mean(won))
 
 
 def of_groups(spec: Experiment, rows: Any) -> tuple[float, float]:
@@ -268,16 +322,31 @@ def cost() -> dict[str, float]:
     return {"rule_cost_share": worst}
 
 
+def cases_of(parts: Sequence[str], quick: bool) -> list[Case]:
+    """What is run on language models."""
+    cases: list[Case] = []
+    if "models" in parts:
+        rules = ("mean", "norm-bound") if quick else tuple(RULES)[:4]
+        attacks = ON_MODELS[:3:2] if quick else ON_MODELS
+        cases += [("feddpo", rule, *attack) for attack in attacks for rule in rules]
+    if "methods" in parts:
+        methods = ["fedpdpo"] if quick else list(METHODS)[1:]
+        attacks = ON_METHODS[::2] if quick else ON_METHODS
+        cases += [(method, "mean", *attack) for attack in attacks for method in methods]
+    return cases
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="fewer seeds, the small model")
     parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--only", nargs="*", help="some of: loglinear models cost")
+    parser.add_argument("--only", nargs="*", help="some of: loglinear models methods cost")
     parser.add_argument("--seeds", type=int, help="how many; by default 8, and 3 on models")
     arguments = parser.parse_args()
-    parts, quick = arguments.only or ["loglinear", "cost", "models"], arguments.quick
+    parts = arguments.only or ["loglinear", "cost", "models", "methods"]
+    quick = arguments.quick
     keep_freed_memory()
     figures: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -285,12 +354,11 @@ def main() -> None:
             figures |= loglinear(arguments.seeds or (1 if quick else 8))
         if "cost" in parts:
             figures |= cost()
-        if "models" in parts:
-            try:
-                seed_count = arguments.seeds or (1 if quick else 3)
-                figures |= on_models(Path(folder), quick, seed_count)
-            except UserError as error:
-                print(f"not on the model: {error}")
+        try:
+            seed_count = arguments.seeds or (1 if quick else 3)
+            figures |= on_models(Path(folder), cases_of(parts, quick), quick, seed_count)
+        except UserError as error:
+            print(f"not on the model: {error}")
     figures = {name: float(value) for name, value in figures.items() if np.isfinite(value)}
     print(json.dumps(figures, indent=1))
     if arguments.json:
