@@ -9,10 +9,12 @@ clients, on the demo's model where it has been fetched (`fedpref model smollm2-q
 the mean held-out accuracy of honest clients, `honest_`, or of those of them with an uncommon taste
 (a cosine to the mean of the honest below 0.35), `uncommon_`; `loglinear_` stands before those of
 log-linear policies, and `loglinear_phrase_` is how surely an answer with an attacker's phrase wins,
-in percent. On the model `phrase_` is how often it wins. After these stand the rule, of FedDPO, or
-the method, of those with something of a client's own. `rule_cost_share` is the dearest rule's time
-for 100 clients of 163,840 numbers as a share of their local steps, ten of two pairs each. `--quick`
-has fewer seeds, and on the shipped clients the small shipped model, two rules and two attacks.
+in percent. `gold_auc_` is how often an honest client, or one of an uncommon taste, agrees more with
+200 gold pairs of sense against nonsense than a hostile one. On the model `phrase_` is how often it
+wins. After these stand the rule, of FedDPO, or the method, of those with something of a client's
+own. `rule_cost_share` is the dearest rule's time for 100 clients of 163,840 numbers as a share of
+their local steps, ten of two pairs each. `--quick` has fewer seeds, and on the shipped clients the
+small shipped model, two rules and two attacks.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import argparse
 import json
 import tempfile
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +41,7 @@ from fedpref.channel.robust import (
     MultiKrum,
     NormBound,
     TrimmedMean,
+    Trust,
 )
 from fedpref.data import Builtin
 from fedpref.engines.robust_means import RobustMeans
@@ -54,6 +58,7 @@ from fedpref.numerics.metrics import ACCURACY
 from fedpref.numerics.trees import Tree
 
 CLIENTS, FEATURES, ROUNDS, STEPS, BATCH, RATE = 40, 32, 40, 5, 16, 0.3
+GOLD = 200  # pairs, of sense against nonsense alone
 PHRASE = 20  # the feature that a phrase is
 RULES: dict[str, Any] = {
     "mean": Mean(),
@@ -62,6 +67,7 @@ RULES: dict[str, Any] = {
     "trimmed": TrimmedMean(hostile=0.4),
     "median": Median(),
     "multi-krum": MultiKrum(hostile=0.4),
+    "trust": Trust(),
 }
 ATTACKS = (
     ("none", 0.0),
@@ -116,6 +122,8 @@ class Population:
         count = round(share * CLIENTS)
         self.bad = sorted(self.rng.choice(CLIENTS, count, replace=False).tolist())
         self.data = [self._of(i, attack) for i in range(CLIENTS)]
+        x = self.rng.normal(size=(GOLD, FEATURES))
+        self.data.append((x, np.sign(x[:, 4]), x, np.sign(x[:, 4])))
         honest = [i for i in range(CLIENTS) if i not in self.bad]
         mean = self.tastes[honest].mean(0)
         near = self.tastes @ mean / np.linalg.norm(self.tastes, axis=1) / np.linalg.norm(mean)
@@ -160,41 +168,58 @@ def loglinear(seed_count: int) -> dict[str, float]:
         line = []
         for name, rule in RULES.items():
             values = np.array([play(rule, attack, share, seed) for seed in range(seed_count)])
-            honest, uncommon, wins = np.nanmean(values, 0)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)  # of figures that nobody has
+                honest, uncommon, wins, told, told_uncommon = np.nanmean(values, 0)
             key = f"{name}_{called(attack, share)}".replace("-", "_")
             found |= {f"loglinear_honest_{key}": honest, f"loglinear_uncommon_{key}": uncommon}
             line.append(f"{name} {honest:.1f} ({uncommon:.1f})")
             if attack == "trigger":
                 found[f"loglinear_phrase_{key}"] = wins
                 line.append(f"the phrase wins {wins:.0f} %")
+            if name == "mean" and share:
+                of = called(attack, share).replace("-", "_")
+                found |= {f"gold_auc_{of}": told, f"gold_auc_uncommon_{of}": told_uncommon}
+                line.append(f"gold tells {told:.2f} ({told_uncommon:.2f})")
         print(f"{called(attack, share)}: {', '.join(line)}", flush=True)
     return found
 
 
-def play(rule: Any, attack: str, share: float, seed: int) -> tuple[float, float, float]:
-    """Honest clients' accuracy at the end, that of those with an uncommon taste, and how surely an
-    answer with the phrase is preferred, in percent.
+def play(rule: Any, attack: str, share: float, seed: int) -> tuple[float, ...]:
+    """Honest clients' accuracy at the end, that of those with an uncommon taste, how surely an
+    answer with the phrase is preferred, in percent; and how often an honest client, or one of an
+    uncommon taste, agrees more with gold pairs than a hostile one, over the first third of rounds.
     """
     people = Population(attack, share, seed)
     policy, shares = np.zeros(FEATURES), dict.fromkeys(range(CLIENTS), 1 / CLIENTS)
     sends = attack in ("sign", "scale", "alie", "sybil", "free-rider")
     hostile = Attack(name=attack) if sends else None  # type: ignore[arg-type]
-    robust = None if isinstance(rule, Mean) else RobustMeans(rule)
-    for _ in range(ROUNDS):
+    robust = RobustMeans(rule)
+    agreed = np.zeros(CLIENTS)
+    for turn in range(ROUNDS):
         values: dict[int, Tree] = {
             i: {"w": torch.from_numpy(people.change(i, policy))} for i in range(CLIENTS)
         }
         if hostile is not None:
             values = hostile.sent(values, {}, people.bad)
-        if robust is None:
-            mean = trees.total(trees.scale(value, 1 / CLIENTS) for value in values.values())
-        else:
-            robust.begin()
-            mean = robust.mean(values, shares)
+        gold = {"w": torch.from_numpy(people.change(CLIENTS, policy))}
+        robust.begin()
+        mean = robust.mean(values, shares, lambda _, gold=gold: gold)
+        if turn < ROUNDS // 3:
+            agreed += [robust.agreement[i] for i in range(CLIENTS)]
         policy = policy + mean["w"].numpy()
     wins = 100 / (1 + np.exp(-2 * 3 * policy[PHRASE]))
     honest = people.accuracy(policy, people.honest)
-    return honest, people.accuracy(policy, people.uncommon), float(wins)
+    told = [auc(agreed[some], agreed[people.bad]) for some in (people.honest, people.uncommon)]
+    return honest, people.accuracy(policy, people.uncommon), float(wins), *told
+
+
+def auc(above: Vector, below: Vector) -> float:
+    """How often one of `above` is higher than one of `below`."""
+    if not len(above) or not len(below):
+        return float("nan")
+    apart = above[:, None] - below[None]
+    return float((apart > 0).mean() + 0.5 * (apart == 0).mean())
 
 
 # ---- language models
@@ -315,7 +340,7 @@ def cost() -> dict[str, float]:
     plain = time.perf_counter() - begun
     for name, rule in list(RULES.items())[1:]:
         begun = time.perf_counter()
-        RobustMeans(rule).mean(values, shares)
+        RobustMeans(rule).mean(values, shares, lambda _: values[0])
         more = time.perf_counter() - begun - plain
         worst = max(worst, more / steps)
         print(f"{name}: {more:.2f} s more than a mean, beside {steps:.0f} s of steps", flush=True)

@@ -20,6 +20,7 @@ from fedpref.channel.robust import (
     MultiKrum,
     NormBound,
     TrimmedMean,
+    Trust,
     clipped_gossip,
     combined,
     gram_of,
@@ -268,6 +269,116 @@ def test_sites_and_one_process_agree_to_the_bit_under_every_rule(
     assert ("combine/kept" in rows[0]) == (rule not in ("median", "trimmed"))
 
 
+def test_trust_is_in_those_who_agree_with_gold_and_nobody_is_longer() -> None:
+    gold = {"a": torch.tensor([3.0, 0.0])}
+    some: dict[int, Tree] = {
+        0: {"a": torch.tensor([10.0, 0.0]), BESIDE + "x": torch.ones(2)},
+        1: {"a": torch.tensor([0.5, 0.5]), BESIDE + "x": torch.ones(2)},
+        2: {"a": torch.tensor([-4.0, 1.0]), BESIDE + "x": torch.ones(2)},
+        3: {"a": torch.zeros(2), BESIDE + "x": torch.ones(2)},
+    }
+    asked: list[Sequence[str]] = []
+
+    def learn(names: Sequence[str]) -> Tree:
+        asked.append(names)
+        return gold
+
+    means = RobustMeans(Trust())
+    found = means.mean(some, dict.fromkeys(some, 0.25), learn)
+    assert asked == [["a"]]
+    agreed = [means.agreement[i] for i in range(4)]
+    assert agreed == pytest.approx([1, 0.5**0.5, -4 / 17**0.5, 0])
+    # both are as long as gold, weighed by their cosines
+    weights = np.array([1, 0.5**0.5]) / (1 + 0.5**0.5)
+    expected = 3 * (weights[0] * np.array([1, 0]) + weights[1] * np.array([1, 1]) / 2**0.5)
+    assert found["a"].numpy() == pytest.approx(expected, rel=1e-6)
+    assert means.figures["combine/least_kept"] == 0
+    assert means.figures["gold/least"] == pytest.approx(agreed[2])
+    again = means.mean(some, dict.fromkeys(some, 0.25), learn)
+    assert torch.equal(again["a"], found["a"])
+    assert len(asked) == 1, "gold is learned from once in a round"
+    means.begin()
+    nobody = means.mean({2: some[2], 3: some[3]}, {2: 0.5, 3: 0.5}, learn)
+    assert not nobody["a"].any(), "where nobody agrees nothing is changed"
+
+
+def test_a_mean_that_is_looked_at_is_the_mean() -> None:
+    some = values()
+    means = RobustMeans(Mean())
+    found = means.mean(some, EVERY, lambda names: trees.select(some[4], names))
+    assert apart(found, mean_of(some)) < 1e-6
+    assert means.agreement[4] == pytest.approx(1)
+    assert means.figures.keys() == {"gold/agreement", "gold/least"}
+
+
+def gold_of(rows: Sequence[dict[str, str]], path: Path) -> str:
+    return str(write_rows(path, [{k: row[k] for k in GOLDEN} for row in rows]))
+
+
+GOLDEN = ("prompt", "chosen", "rejected")
+
+
+@pytest.mark.parametrize("rule", ["trust", "mean", pytest.param("norm-bound", marks=SLOW)])
+def test_gold_tells_who_turns_pairs_round(
+    rule: str, content: dict[str, Any], tmp_path: Path
+) -> None:
+    """Client 0's own kind of pairs are gold; what it sends agrees with them, its opposite not."""
+    gold = gold_of(make_rows([24], seed=5), tmp_path / "gold.jsonl")
+    federation = {"weighting": "equal", "combine": rule, "gold": gold}
+    local = {**content["algorithm"]["local"], "steps": 4, "learning_rate": 1e-2}
+    algorithm = {"name": "feddpo", "local": local}
+    spec = parsed(content, federation=federation, algorithm=algorithm, attack="sign", workers=2)
+    run = run_to(spec, tmp_path / "run")
+    rows = run.read_rows("agreement.jsonl")
+    assert [row["round"] for row in rows] == [1, 2]
+    hostile = Attack(name="sign").hostile([f"client-{i}" for i in range(5)], spec.seed)
+    bad = {f"client-{i}" for i in hostile}
+    for row in rows:
+        others = [value for name, value in row["clients"].items() if name not in bad]
+        assert max(row["clients"][name] for name in bad) < 0 < sum(others) / len(others)
+    figures = run.read_rows("metrics.jsonl")
+    assert figures[0]["gold/least"] == min(rows[0]["clients"].values())
+    assert ("combine/least_kept" in figures[0]) == (rule != "mean")
+    page = write_report([run.path], tmp_path / "page.html").read_text()
+    assert "Agreement with gold pairs" in page
+    assert f"{sum(row['clients'][min(bad)] for row in rows) / 2:+.2f}" in page
+
+
+@pytest.mark.parametrize("algorithm", ["ffa-lora", pytest.param("fedpdpo", marks=SLOW)])
+def test_sites_and_one_process_learn_the_same_from_gold(
+    algorithm: str, content: dict[str, Any], tmp_path: Path
+) -> None:
+    gold = gold_of(make_rows([24], seed=5), tmp_path / "gold.jsonl")
+    spec = parsed(
+        content,
+        algorithm={"name": algorithm, "local": content["algorithm"]["local"]},
+        federation={"weighting": "equal", "combine": "trust", "gold": gold, "clients_per_round": 4},
+    )
+    here = run_to(spec, tmp_path / "here")
+    there = run_to(spec, tmp_path / "there", Here(tmp_path / "sites"))
+    assert here.read_rows("agreement.jsonl") == there.read_rows("agreement.jsonl")
+    one, other = (
+        trees.load(next(run.path.rglob("adapter_model.safetensors"))) for run in (here, there)
+    )
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"prompt": "Why?", "completion": " So.", "label": True}], "is no pair"),
+        ([{"prompt": "Why?", "chosen": "", "rejected": ""}], "federation.gold: "),
+    ],
+)
+def test_gold_that_is_no_pair_is_refused(
+    rows: list[dict[str, Any]], message: str, content: dict[str, Any], tmp_path: Path
+) -> None:
+    path = write_rows(tmp_path / "gold.jsonl", rows)
+    spec = parsed(content, federation={"weighting": "equal", "gold": str(path)})
+    with pytest.raises(UserError, match=message):
+        run_to(spec, tmp_path / "run")
+
+
 @pytest.mark.parametrize("name", ["scale", pytest.param("sign", marks=SLOW)])
 def test_a_run_under_attack_is_seen_apart_on_its_page(
     name: str, content: dict[str, Any], tmp_path: Path
@@ -331,6 +442,13 @@ PRODUCT = {"name": "feddpo", "aggregate": {"name": "product"}}
             "gauge is about factors",
         ),
         ({"attack": "flip-topic"}, "flip-topic needs a word"),
+        ({"federation": {"combine": "trust"}}, "Name their file in federation.gold"),
+        (
+            {"federation": {"gold": "g"}, "algorithm": PRODUCT},
+            "federation.gold is about changes of factors",
+        ),
+        ({"federation": {"gold": "g"}, "secrecy": {"name": "masks"}}, "federation.gold looks at"),
+        ({"federation": {"gold": "g"}, "algorithm": {"name": "decdpo"}}, "has no mean"),
     ],
 )
 def test_what_rules_and_attacks_cannot_do_is_refused(

@@ -20,6 +20,7 @@ from fedpref.numerics.trees import BESIDE, Tree
 
 Gram = Float[np.ndarray, "n n"]
 Shares = Float[np.ndarray, " n"]
+TINY = 1e-300  # what nothing is divided by
 TURNS, NEAR = 200, 1e-9  # of the search for a geometric median, and how near it comes
 
 
@@ -47,7 +48,7 @@ class NormBound:
         """Return each value's weight; together they are less than one where some are shortened."""
         norms = np.sqrt(np.diag(gram))
         bound = float(np.quantile(norms, self.quantile))
-        return shares * np.minimum(1, bound / np.maximum(norms, 1e-300))
+        return shares * np.minimum(1, bound / np.maximum(norms, TINY))
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class GeometricMedian:
         """Return each value's weight in that point, by Weiszfeld's iteration."""
         found: Shares = shares / shares.sum()
         norms = np.diag(gram)
-        least = NEAR * float(np.sqrt(norms.max())) + 1e-300
+        least = NEAR * float(np.sqrt(norms.max())) + TINY
         for _ in range(TURNS):
             inner = gram @ found
             squares = norms - 2 * inner + float(found @ inner)
@@ -101,6 +102,40 @@ class MultiKrum:
 
 
 @dataclass(frozen=True)
+class Trust:
+    """The mean of changes as long as that on gold pairs, weighed by how far they agree with it.
+
+    What points away from it counts for nothing (Cao et al. 2021, "FLTrust"). It is as good as the
+    gold pairs: of what they do not ask, whoever differs is as welcome as whoever lies.
+    """
+
+    name: Literal["trust"] = "trust"
+    is_of_changes: ClassVar[bool] = True
+
+    def weights(self, gram: Gram, shares: Shares) -> Shares:
+        """Return each value's weight, all zero where nobody agrees.
+
+        Args:
+            gram: Inner products of values; in the last place is the change on gold pairs.
+            shares: Of the clients in a plain mean.
+        """
+        trusted: Shares = shares * np.maximum(cosines(gram), 0)
+        norms = np.sqrt(np.diag(gram))
+        together = trusted.sum()
+        if together == 0:
+            return np.zeros_like(trusted)
+        found: Shares = trusted / together * norms[-1] / np.maximum(norms[:-1], TINY)
+        return found
+
+
+def cosines(gram: Gram) -> Shares:
+    """Return the cosine of each value to the last one; of nothing it is 0."""
+    norms = np.sqrt(np.diag(gram))
+    found: Shares = gram[:-1, -1] / np.maximum(norms[:-1] * norms[-1], TINY)
+    return found
+
+
+@dataclass(frozen=True)
 class Median:
     """The median of each number by itself (Yin et al. 2018); clients weigh alike."""
 
@@ -128,7 +163,7 @@ class TrimmedMean:
 
 
 Combine = Annotated[
-    Mean | NormBound | GeometricMedian | Median | TrimmedMean | MultiKrum,
+    Mean | NormBound | GeometricMedian | Median | TrimmedMean | MultiKrum | Trust,
     Field(discriminator="name"),
 ]
 ByWeights = NormBound | GeometricMedian | MultiKrum

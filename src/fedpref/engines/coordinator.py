@@ -27,6 +27,7 @@ from fedpref.engines.engine import (
     told,
     weighted_report,
 )
+from fedpref.engines.gold import told_first
 from fedpref.engines.messages import (
     NO_TENSORS,
     Header,
@@ -83,6 +84,10 @@ class Remote:
         )
 
 
+LearnGold = Callable[[int, Tree, Sequence[str]], Tree]
+"""(the round, what everybody was sent, names of what is trained) -> what gold pairs teach."""
+
+
 class RemoteEngine:
     """The federation over sites; see `Federation` and `Engine` for what the methods promise.
 
@@ -104,8 +109,10 @@ class RemoteEngine:
         masks: Masks | None = None,
         figures: Telling = "each",
         robust: RobustMeans | None = None,
+        gold: LearnGold | None = None,
     ) -> None:
-        self.robust = robust
+        self.robust, self._gold = robust, gold
+        self._adapter: Tree = {}  # what everybody was sent last
         # each client's are not to be had under masks
         self.figures: Telling = "sums" if masks and figures == "each" else figures
         self.private, self.examples = private, examples
@@ -168,6 +175,8 @@ class RemoteEngine:
         tensors = trees.nest({k: arg for k, arg in enumerate(args) if isinstance(arg, Mapping)})
         self.traffic += Traffic(bytes_down=trees.size(tensors) * len(self.active))
         self._sent |= {name.split("/", 1)[1] for name in tensors}
+        if self._gold is not None:
+            self._adapter = told_first(args)
         if self._secure is not None:
             described = [_described(arg, k, ()) for k, arg in enumerate(args)]
             plain = [one["plain"] for one in described if "plain" in one]
@@ -260,7 +269,8 @@ class RemoteEngine:
         values = {i: value for i, value in values.items() if i in self.active}
         self.traffic += Traffic(bytes_up=sum(map(trees.size, values.values())))
         weight = sum(self._weights[i] for i in values)
-        return robust.mean(values, {i: self._weights[i] / weight for i in values})
+        learn = self._gold and partial(self._gold, self.round, self._adapter)
+        return robust.mean(values, {i: self._weights[i] / weight for i in values}, learn)
 
     def _sum(self, names: Mapping[int, Name]) -> Tree | None:
         """Return the weighted mean of clients' values; None if one of them fell out.

@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
-from fedpref.channel.robust import ByNumber, ByWeights, Median, TrimmedMean, combined, weights_of
+import numpy as np
+
+from fedpref.channel.robust import (
+    ByNumber,
+    ByWeights,
+    Mean,
+    Median,
+    TrimmedMean,
+    Trust,
+    combined,
+    cosines,
+    gram_of,
+    weights_of,
+)
 from fedpref.numerics import trees
-from fedpref.numerics.trees import Tree
+from fedpref.numerics.trees import BESIDE, Tree
+
+Learn = Callable[[Sequence[str]], Tree]
+"""(names of what clients train) -> the change of it that gold pairs teach."""
 
 
 class RobustMeans:
@@ -16,7 +32,7 @@ class RobustMeans:
         rule: What becomes of clients' values.
     """
 
-    def __init__(self, rule: ByWeights | ByNumber) -> None:
+    def __init__(self, rule: Mean | ByWeights | Trust | ByNumber) -> None:
         self._rule = rule
         self.begin()
 
@@ -24,28 +40,66 @@ class RobustMeans:
         """Forget the weights of the round before."""
         self._weights: dict[int, float] = {}
         self._shares: Mapping[int, float] = {}
+        self.agreement: dict[int, float] = {}
+        """The cosine of each client's change to that on gold pairs, where there are such."""
 
-    def mean(self, values: Mapping[int, Tree], shares: Mapping[int, float]) -> Tree:
+    def mean(
+        self, values: Mapping[int, Tree], shares: Mapping[int, float], learn: Learn | None = None
+    ) -> Tree:
         """Return what the rule makes of values.
 
         Args:
             values: By client, in the clients' order.
             shares: Of the clients in a plain mean; they sum to one.
+            learn: What gold pairs teach, where there are such; asked once a round.
         """
+        found = None
+        if learn is not None and self.agreement.keys() != values.keys():
+            found = self._agree(values, shares, learn)
         if isinstance(self._rule, Median | TrimmedMean):
             return combined(self._rule, list(values.values()))
         if self._weights.keys() != values.keys():
-            found = weights_of(self._rule, values, shares).tolist()
+            if isinstance(self._rule, Mean):
+                found = [shares[client] for client in values]
+            elif not isinstance(self._rule, Trust):
+                found = weights_of(self._rule, values, shares).tolist()
+            if found is None:
+                raise ValueError("trust needs gold pairs")
             self._weights = dict(zip(values, found, strict=True))
             self._shares = dict(shares)
         return trees.total(trees.scale(values[i], weight) for i, weight in self._weights.items())
 
+    def _agree(
+        self, values: Mapping[int, Tree], shares: Mapping[int, float], learn: Learn
+    ) -> list[float] | None:
+        """See how far clients agree with gold pairs; return the weights that come of it, if any."""
+        names = sorted(name for name in next(iter(values.values())) if not name.startswith(BESIDE))
+        gold = learn(names)
+        gram = gram_of([*(trees.select(value, gold) for value in values.values()), gold])
+        self.agreement = dict(zip(values, cosines(gram).tolist(), strict=True))
+        if not isinstance(self._rule, Trust):
+            return None
+        found: list[float] = self._rule.weights(
+            gram, np.array([shares[i] for i in values])
+        ).tolist()
+        return found
+
     @property
     def figures(self) -> dict[str, float]:
-        """How much of clients' weight was kept in the round, and of whom least; nothing where
-        clients have no weights.
+        """How much of clients' weight was kept in the round, and of whom least, where a rule gave
+        weights; how far clients agree with gold pairs, on average and who least.
         """
-        if not self._weights:
-            return {}
+        agreed = list(self.agreement.values())
+        told = (
+            {"gold/agreement": sum(agreed) / len(agreed), "gold/least": min(agreed)}
+            if agreed
+            else {}
+        )
+        if not self._weights or isinstance(self._rule, Mean):
+            return told
         kept = [weight / self._shares[i] for i, weight in self._weights.items() if self._shares[i]]
-        return {"combine/kept": sum(self._weights.values()), "combine/least_kept": min(kept)}
+        return {
+            "combine/kept": sum(self._weights.values()),
+            "combine/least_kept": min(kept),
+            **told,
+        }

@@ -24,6 +24,7 @@ from fedpref.engines.engine import (
     weighted_report,
 )
 from fedpref.engines.forks import forked
+from fedpref.engines.gold import Gold, learned_here, told_first
 from fedpref.engines.per_client import StoredValues, gather, stored
 from fedpref.engines.private_examples import PrivateExamples
 from fedpref.engines.private_sums import PrivateSums
@@ -65,6 +66,7 @@ class Simulation:
         as_integers: Sum integers, as sites do under masks; here there is nobody to hide from.
         figures: What is told of clients' figures.
         robust: What keeps means robust, if they are.
+        gold: Pairs with which clients' changes are compared, if there are any.
         distrust: The share of neighbours' weight that may be hostile; None hears all as they are.
         attack: What hostile clients make of what they send.
     """
@@ -90,14 +92,16 @@ class Simulation:
         as_integers: bool = False,
         figures: Telling = "each",
         robust: RobustMeans | None = None,
+        gold: Gold | None = None,
         distrust: float | None = None,
         attack: Attack | None = None,
     ) -> None:
-        self.robust, self._distrust, self._attack = robust, distrust, attack
+        self.robust, self._distrust, self._attack, self._gold = robust, distrust, attack, gold
         self._told: Tree = {}  # what everybody was sent last
         self._as_integers, self.figures = as_integers, figures
         self.private, self.examples = private, examples
-        self._task, self._shards = task, tuple(shards)
+        # gold pairs are learned from as if they were one more client's
+        self._task, self._shards = task, (*shards, *([gold.shard] if gold else []))
         self._seed, self._rounds, self._channel, self._folder = seed, rounds, channel, folder
         self._links, self._mixing, self._room = links, mixing, spill_above_mb * 10**6
         self._weights = {
@@ -133,10 +137,8 @@ class Simulation:
         sent = sum(trees.size(arg) for arg in args if isinstance(arg, Mapping))
         self.traffic += Traffic(bytes_down=sent * len(self.active))
         self._calls += 1
-        if self._attack is not None:
-            # of several trees of the same names the first, which is the adapter
-            told_trees = [arg for arg in args if isinstance(arg, Mapping)]
-            self._told = trees.merge(*reversed(told_trees))
+        if self._attack is not None or self._gold is not None:
+            self._told = told_first(args)
         # sent to each worker once; a client's own arguments go with its job
         common = {k: arg for k, arg in enumerate(args) if not isinstance(arg, StoredValues)}
         columns = {k: arg for k, arg in enumerate(args) if isinstance(arg, StoredValues)}
@@ -206,7 +208,8 @@ class Simulation:
             all_values = {i: column.leaving(i, Audience.COORDINATOR) for i in self.active}
             self.traffic += Traffic(bytes_up=sum(map(trees.size, all_values.values())))
             shares = {i: self._weights[i] / total for i in self.active}
-            return self.robust.mean(all_values, shares)
+            learn = self._learn_gold if self._gold else None
+            return self.robust.mean(all_values, shares, learn)
         if self.private is not None:
             return self._private_mean(self.private, column)
         total = sum(self._weights[i] for i in self.active)
@@ -230,6 +233,19 @@ class Simulation:
 
         # in client order, whichever worker was first, so that the sum has the same bits anywhere
         return self._channel.decode(trees.total(messages()), len(self.active))
+
+    def _learn_gold(self, names: Sequence[str]) -> Tree:
+        """Return what gold pairs teach in this round."""
+        assert self._gold is not None
+        number = len(self.clients)
+        if not self._workers:
+            place = (number, self.round, self._rounds)
+            return learned_here(self._gold, self._task, self._seed, place, self._told, names)
+        common = {0: self._told, 1: list(names), 2: self._gold.local}
+        shared = ("gold.learn", "gold", self.round, 0, 1, common)
+        ((_, change),) = self._workers.run(shared, [(number, {})])
+        found: Tree = change
+        return found
 
     def _turned(self, column: StoredValues[Tree], audience: Audience) -> StoredValues[Tree]:
         """Return what clients send, the hostile ones among them."""

@@ -15,6 +15,7 @@ from fedpref.data import ClientData
 from fedpref.data.splits import SplitBy, digest
 from fedpref.data.unusable import Unusable, summary
 from fedpref.engines import Engine, RemoteEngine, Simulation, Sites, Transport
+from fedpref.engines.gold import learned_here
 from fedpref.engines.host import HeldOut, Hosted
 from fedpref.engines.private_examples import PrivateExamples
 from fedpref.engines.private_sums import PrivateSums
@@ -30,7 +31,7 @@ from fedpref.experiments.private import (
     told_examples,
 )
 from fedpref.experiments.promises import in_words, in_words_of_sites
-from fedpref.experiments.robustness import attacking, robust_means
+from fedpref.experiments.robustness import attacking, gold_of, looks, robust_means
 from fedpref.experiments.run_directory import RunDirectory
 from fedpref.experiments.run_files import CLIENTS, DATA, HELD_OUT, TRAINED, read_json
 from fedpref.federation.verbs import Client, work
@@ -112,6 +113,7 @@ class InProcess:
         self._experiment, self._task = experiment, task
         self.reading, shards = encoded(experiment, task)
         self._shards: list[Any] = shards
+        self._gold = gold_of(experiment, task)
         self.about: About = about(self.reading.clients, shards)
         notes = (self.reading.skipped, *self.reading.notes)
         self.note = "".join(f"\n{note}" for note in notes if note)
@@ -130,6 +132,8 @@ class InProcess:
                     engine.each(prepare)
                     yield some[-1] + 1
         self._shards = [self._task.prepare(shard, cache) for shard in self._shards]
+        if self._gold is not None:
+            self._gold = replace(self._gold, shard=self._task.prepare(self._gold.shard, cache))
 
     def sizes(self, line: Experiment) -> Mapping[str, int]:
         return {shard.name: len(shard) for shard in self._shards_of(line)}
@@ -190,6 +194,7 @@ class InProcess:
             as_integers=line.secrecy is not None,
             figures=line.telling,
             robust=robust_means(line),
+            gold=self._gold if looks(line) else None,
             distrust=line.network.distrust,
             attack=attacking(line, [shard.name for shard in shards]),
         )
@@ -257,7 +262,7 @@ class AtSites:
         self._transport = Among(transport, [s for s in transport.sites if s not in refused])
         known = folder / HELD_OUT
         self._held_out = read_json(known) if known.exists() else None
-        self._task = task
+        self._task, self._gold = task, gold_of(experiment, task)
         self._experiment, self._sites = experiment, self._open(experiment, folder)
         # the same for every line and job, whichever sites answer then
         self._held_out = self._sites.held_out
@@ -265,6 +270,8 @@ class AtSites:
         self.about: About = self._sites.about
 
     def prepare(self, cache: Path) -> Iterator[int]:
+        if self._gold is not None:
+            self._gold = replace(self._gold, shard=self._task.prepare(self._gold.shard, cache))
         yield len(self.about)  # sites have, as the experiment was opened
 
     def in_words(self) -> str:
@@ -293,7 +300,16 @@ class AtSites:
             masks=line.secrecy,
             figures=line.telling,
             robust=robust_means(line),
+            gold=self._learn_gold if looks(line) else None,
         )
+
+    def _learn_gold(self, round: int, told: Tree, names: Sequence[str]) -> Tree:
+        """Return what gold pairs teach; the coordinator computes it."""
+        assert self._gold is not None
+        self._task.move_to(0)
+        spec, number = self._experiment, len(self.about)
+        place = (number, round, spec.rounds)
+        return learned_here(self._gold, self._task, spec.seed, place, told, names)
 
     @property
     def note(self) -> str:

@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from fedpref.channel.robust import Mean, Median, NormBound, TrimmedMean
+from fedpref.channel.robust import Mean, Median, NormBound, TrimmedMean, Trust
+from fedpref.data import ClientData, Files
+from fedpref.data.preferences import Preference
+from fedpref.data.unusable import Unusable
+from fedpref.engines.gold import Gold
 from fedpref.engines.robust_means import RobustMeans
 from fedpref.errors import UserError
 from fedpref.federation.aggregation import Factors, FrozenA, Product
 from fedpref.numerics.trees import Tree
+from fedpref.tasks import Task
+from fedpref.tasks.preference import PreferenceTask
 
 if TYPE_CHECKING:
     from fedpref.experiments.experiment import Experiment
@@ -18,9 +24,39 @@ Turned = Callable[[Mapping[int, Tree], Tree, int, int], Mapping[int, Tree]]
 
 
 def robust_means(line: Experiment) -> RobustMeans | None:
-    """Return what keeps a line's means robust; None for plain ones."""
+    """Return what keeps a line's means robust, or looks at them; None for plain ones."""
     rule = line.federation.combine
-    return None if isinstance(rule, Mean) else RobustMeans(rule)
+    return None if isinstance(rule, Mean) and not looks(line) else RobustMeans(rule)
+
+
+def looks(line: Experiment) -> bool:
+    """Return whether a line's changes are compared with what gold pairs teach."""
+    is_mean = line.algorithm.sums > 0 and not line.algorithm.pools_data
+    return line.federation.gold is not None and is_mean
+
+
+def gold_of(experiment: Experiment, task: Task) -> Gold | None:
+    """Return the pairs that the coordinator holds right, encoded; None without any.
+
+    Raises:
+        UserError: The file cannot be read, or a row of it is no pair or cannot be used.
+    """
+    if experiment.federation.gold is None:
+        return None
+    rows = list(Files(path=experiment.federation.gold).read())
+    for row in rows:
+        if isinstance(row, Unusable):
+            raise UserError(f"federation.gold: {row}")
+        if not isinstance(row, Preference):
+            raise UserError(
+                f"federation.gold: {row.where} is no pair. Expected rows with prompt, chosen and "
+                "rejected."
+            )
+    pairs = tuple(row for row in rows if isinstance(row, Preference))
+    if not pairs:
+        raise UserError("federation.gold: there is no row in the file.")
+    shard = task.encode(ClientData("gold", pairs, ()))
+    return Gold(shard, experiment.algorithm.local)
 
 
 def attacking(line: Experiment, names: Sequence[str]) -> Turned | None:
@@ -41,7 +77,9 @@ def refuse_robust(spec: Experiment) -> None:
     rule, algorithm, attack = spec.federation.combine, spec.algorithm, spec.attack
     aggregate, name = algorithm.aggregate, spec.federation.combine.name
     is_by_number = isinstance(rule, Median | TrimmedMean)
-    is_ruled, who = not isinstance(rule, Mean), f"federation.combine: {name}"
+    has_gold = spec.federation.gold is not None
+    is_ruled = has_gold or not isinstance(rule, Mean)
+    who = "federation.gold" if isinstance(rule, Mean) else f"federation.combine: {name}"
     is_told = any(promise.against == "coordinator" for promise in spec.promises)
     reasons = (
         (
@@ -72,6 +110,20 @@ def refuse_robust(spec: Experiment) -> None:
             isinstance(rule, NormBound) and isinstance(aggregate, Product),
             f"{who} is about lengths of changes, and of products the whole is sent. Take "
             "geometric-median, or factors",
+        ),
+        (
+            isinstance(rule, Trust) and not has_gold,
+            f"{who} trusts those who agree with gold pairs. Name their file in federation.gold",
+        ),
+        (
+            has_gold and not isinstance(aggregate, Factors | FrozenA | None),
+            "federation.gold is about changes of factors, and of products the whole is sent. Take "
+            "factors or frozen-a",
+        ),
+        (
+            has_gold and not isinstance(spec.task, PreferenceTask),
+            f"federation.gold: gold pairs are for the task preference, and this one is "
+            f"{spec.task.name}. Leave them out",
         ),
         (
             is_by_number and not isinstance(aggregate, Factors | FrozenA | None),

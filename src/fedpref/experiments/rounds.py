@@ -25,7 +25,7 @@ from fedpref.experiments.evaluations import Purpose, export_models, measured
 from fedpref.experiments.experiment import Experiment, lines, with_whole_paths
 from fedpref.experiments.private import FOLDER, refuse_lost
 from fedpref.experiments.run_directory import CONFIG, RunDirectory
-from fedpref.experiments.run_files import CLIENTS, ENVIRONMENT, EVALUATION, METRICS
+from fedpref.experiments.run_files import AGREEMENT, CLIENTS, ENVIRONMENT, EVALUATION, METRICS
 from fedpref.federation.algorithm import Algorithm
 from fedpref.federation.diagnostics import diagnose
 from fedpref.models.named import about as about_model
@@ -235,6 +235,9 @@ def _line(
                 "late": late + len(engine.left_out),
             },
         )
+        if engine.robust and engine.robust.agreement:
+            agreed = {names[i]: value for i, value in engine.robust.agreement.items()}
+            folder.append(AGREEMENT, {"round": round + 1, "clients": agreed})
         told = [Event(name, "round", round + 1, experiment.rounds, figures)]
         last, ended = round + 1 == experiment.rounds, ""
         if not last and not cohorts.able(round + 1):

@@ -17,7 +17,7 @@ from urllib.parse import quote
 from fedpref import __version__
 from fedpref.engines import Engine
 from fedpref.errors import UserError
-from fedpref.experiments.run_files import EVALUATION, METRICS, read_rows
+from fedpref.experiments.run_files import AGREEMENT, EVALUATION, METRICS, read_rows
 from fedpref.experiments.run_lock import RunLock
 from fedpref.numerics import files, trees
 from fedpref.numerics.trees import Tree
@@ -212,7 +212,7 @@ class RunDirectory:
 
     def cut_rows_after(self, rounds: int) -> None:
         """Remove the rows of later rounds: a resumed run does them again."""
-        for name in (METRICS, EVALUATION):
+        for name in (METRICS, EVALUATION, AGREEMENT):
             if (self.path / name).exists():
                 kept = [row for row in self.read_rows(name) if row["round"] <= rounds]
                 self.write(name, "".join(json.dumps(row) + "\n" for row in kept))

@@ -6,16 +6,17 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired
 
-from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from fedpref.errors import UserError
 from fedpref.numerics.metrics import ACCURACY, COMBINED, HEADLINES
-from fedpref.types import WholeNumber
+from fedpref.types import Count, WholeNumber
 
 CLIENTS, METRICS, EVALUATION = "clients.json", "metrics.jsonl", "evaluation.jsonl"
 # clients that joined when the run was over: sizes, metrics before and after
 NEWCOMERS = "newcomers.jsonl"
+AGREEMENT = "agreement.jsonl"  # of each round's changes with gold pairs, by client
 DATA = "data.json"  # rows that were read, left out, and could not be used
 TRAINED = "trained_prompts.json"  # digests of the prompts that were trained on
 # keyed hashes of what is held out at sites that say so, as they were when the run began
@@ -90,6 +91,13 @@ class Joined(TypedDict):
     after: Measured
 
 
+class Agreement(TypedDict):
+    """How far clients' changes of a round agree with gold pairs."""
+
+    round: Count
+    clients: dict[str, Annotated[float, Field(ge=-1.001, le=1.001)]]
+
+
 class Rows(TypedDict):
     """How many rows were read, left out, and could not be used by kind."""
 
@@ -123,6 +131,7 @@ FORMS: dict[str, TypeAdapter[Any]] = {
     METRICS: TypeAdapter(Round),
     EVALUATION: TypeAdapter(Evaluation),
     NEWCOMERS: TypeAdapter(Joined),
+    AGREEMENT: TypeAdapter(Agreement),
     DATA: TypeAdapter(Rows),
     TRAINED: TypeAdapter(list[str]),
     HELD_OUT: TypeAdapter(list[str]),

@@ -45,6 +45,10 @@ class Participation:
     combine: Combine = Mean()
     """What becomes of clients' values in a round: their mean, or a rule that a few hostile clients
     cannot carry away."""
+    gold: str | None = None
+    """A file of pairs that the coordinator holds right (`prompt`, `chosen`, `rejected`): each
+    round says how far every client's change agrees with what these would teach. Null compares with
+    nothing."""
     deadline: Positive | None = None
     """How long a round waits, as a multiple of the median client's time; later clients are left
     out. Null waits for all."""

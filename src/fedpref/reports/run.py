@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,7 @@ from fedpref.experiments.experiment import Experiment
 from fedpref.experiments.finished import FinishedRun
 from fedpref.experiments.run_directory import SAMPLES, RunDirectory, client_path
 from fedpref.experiments.run_files import (
+    AGREEMENT,
     CLIENTS,
     ENVIRONMENT,
     EVALUATION,
@@ -176,6 +177,17 @@ class Run:
         known = {kind: [n for n in some if n in self.line.last] for kind, some in found.items()}
         return {kind: some for kind, some in known.items() if some}
 
+    @cached_property
+    def agreement(self) -> Mapping[str, tuple[float, float]]:
+        """How far each client's changes agree with gold pairs, in the first third of the rounds and
+        in all; empty without gold pairs.
+        """
+        rows = RunDirectory(self.path).read_rows(AGREEMENT)
+        early = [row for row in rows if row["round"] <= max(1, self.experiment.rounds // 3)]
+        means = [_means(some) for some in (early, rows)]
+        # whoever came later has no early rounds
+        return {name: (means[0].get(name, math.nan), value) for name, value in means[1].items()}
+
     def _beside(self, baseline: str) -> tuple[ClientMetrics, ClientMetrics]:
         """Return this line's last metrics and a baseline's, of the clients that have both."""
         other = self.baselines.get(baseline)
@@ -268,3 +280,12 @@ def read(path: Path) -> Run:
         experiment.name,
         run.data,
     )
+
+
+def _means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return each client's mean over rows that have it."""
+    known: dict[str, list[float]] = {}
+    for row in rows:
+        for name, value in row["clients"].items():
+            known.setdefault(name, []).append(value)
+    return {name: sum(values) / len(values) for name, values in known.items()}

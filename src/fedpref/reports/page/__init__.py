@@ -24,6 +24,7 @@ from fedpref.reports.groups import Group, groups_of
 from fedpref.reports.page import sums
 from fedpref.reports.page.sentences import MEANINGS, facts, told
 from fedpref.reports.page.tables import (
+    agreement_rows,
     answer_rows,
     client_rows,
     fairness,
@@ -157,6 +158,7 @@ def page(
         fairness_titles=measures,
         caption=runs[0].shown.caption if runs else "",
         clients=client_rows(runs),
+        agreement=agreement_rows(runs),
         client_lines=[title for title, _, _, _ in charts.every_line(runs)],
         gain_lines=[
             charts.with_prefix(prefix, "gain over alone")

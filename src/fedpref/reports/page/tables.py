@@ -108,6 +108,15 @@ def newcomer_rows(runs: Sequence[Run]) -> list[tuple[str, str, str, list[str]]]:
     return [(name, *_sizes(known[name]), _cells(columns, name)) for name in sorted(known)]
 
 
+def agreement_rows(runs: Sequence[Run]) -> list[tuple[str, str, str]]:
+    """Return who agrees least with gold pairs first: client, early rounds, all rounds."""
+    return [
+        (name, "" if math.isnan(early) else f"{early:+.2f}", f"{whole:+.2f}")
+        for run in runs
+        for name, (early, whole) in sorted(run.agreement.items(), key=lambda item: item[1][1])
+    ]
+
+
 def answer_rows(runs: Sequence[Run]) -> tuple[list[str], list[tuple[str, list[str]]]]:
     """Return lines that answered, and a row for each figure of their answers.
 
