@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Sequence
 from copy import deepcopy
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -61,7 +65,40 @@ def apart(one: Tree, other: Tree) -> float:
     return trees.norm(trees.subtract(one, other)) / trees.norm(other)
 
 
+@pytest.fixture(scope="module")
+def byzfl(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Another library's rules, without what the rest of it needs (torchvision)."""
+    folder = tmp_path_factory.mktemp("byzfl")
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder)]
+    if subprocess.run([*pip, "byzfl==0.0.11"], capture_output=True, check=False).returncode:
+        pytest.skip("byzfl cannot be fetched")
+    package: Any = ModuleType("byzfl")
+    package.__path__ = [str(folder / "byzfl")]
+    sys.modules["byzfl"] = package
+    yield import_module("byzfl.aggregators.aggregators")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "byzfl"]:
+        del sys.modules[name]
+
+
 # ---- rules
+
+
+@SLOW
+@pytest.mark.parametrize("seed", range(4))
+def test_rules_are_those_of_another_library(seed: int, byzfl: Any) -> None:
+    rng = np.random.default_rng(seed)
+    points = rng.normal(size=(12, 7))
+    points[[2, 9]] += 20  # so that it is plain which two lie apart
+    some: dict[int, Tree] = {i: {"w": torch.from_numpy(point)} for i, point in enumerate(points)}
+    pairs = (
+        (GeometricMedian(), byzfl.GeometricMedian(nu=1e-12, T=1000), 1e-6),
+        (TrimmedMean(hostile=2 / 12), byzfl.TrMean(f=2), 1e-12),
+        (Median(), byzfl.Median(), 1e-12),
+        (MultiKrum(hostile=2 / 12), byzfl.MultiKrum(f=2), 1e-12),
+    )
+    for rule, theirs, near in pairs:
+        found = RobustMeans(rule).mean(some, dict.fromkeys(some, 1 / 12))["w"].numpy()
+        assert np.abs(found - theirs(points)).max() < near, rule.name
 
 
 @pytest.mark.parametrize("rule", ALL, ids=lambda rule: rule.name)

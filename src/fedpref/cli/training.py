@@ -221,11 +221,13 @@ def check(config: Config, overrides: Overrides = None) -> None:
     from fedpref.errors import printable
     from fedpref.experiments.experiment import Experiment, encoded
     from fedpref.experiments.promises import in_words
+    from fedpref.experiments.robustness import gold_of
     from fedpref.reports.tables import ENOUGH_HELD_OUT, size_table
 
     experiment = Experiment.load(config, overrides or ())
     task = experiment.build_task()
     reading, shards = encoded(experiment, task)
+    gold_of(experiment, task)
     experiment.check_clients({shard.name: len(shard) for shard in shards})
     console.print(task.description, highlight=False, soft_wrap=True, markup=False)
     console.print(

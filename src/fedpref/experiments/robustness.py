@@ -43,7 +43,10 @@ def gold_of(experiment: Experiment, task: Task) -> Gold | None:
     """
     if experiment.federation.gold is None:
         return None
-    rows = list(Files(path=experiment.federation.gold).read())
+    try:
+        rows = list(Files(path=experiment.federation.gold).read())
+    except UserError as error:
+        raise UserError(f"federation.gold: {error}") from error
     for row in rows:
         if isinstance(row, Unusable):
             raise UserError(f"federation.gold: {row}")
