@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -185,7 +186,8 @@ def text(value: Any, column: str, where: str) -> Text:
             raise Unusable("empty", where, f"column {column!r}: expected text, found {value!r:.20}")
         written = _written(value, column, where)
         if written is None:
-            return _whole(value, column, where)
+            # of many clients' rows many have the same texts
+            return sys.intern(_whole(value, column, where))
         value = written
     if isinstance(value, list | tuple):
         return tuple(_message(message, column, where) for message in value)

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -230,6 +231,15 @@ def label(value: Any) -> str | None:
     Raises:
         ValueError: It is no name.
     """
+    return _label_of_text(value) if isinstance(value, str) else _label(value)
+
+
+@lru_cache(maxsize=2**17)  # each client's rows have it again
+def _label_of_text(value: str) -> str | None:
+    return _label(value)
+
+
+def _label(value: Any) -> str | None:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
     if isinstance(value, float) and value.is_integer():
@@ -261,7 +271,8 @@ def named(rows: Iterable[Row], column: str) -> tuple[list[Row], list[Unusable]]:
             reason = f"partition.column is {column!r}, which the row does not have or leaves empty"
             lacking.append(Unusable("no client", row.where, f"{reason}; its columns: {known}"))
         else:
-            kept.append(replace(row, columns={**row.columns, column: name}))
+            is_so = row.columns[column] == name and isinstance(row.columns[column], str)
+            kept.append(row if is_so else replace(row, columns={**row.columns, column: name}))
     if lacking and not kept:
         raise UserError(
             f"{lacking[0]}. Name the column that says whose a row is by partition.column, or share "

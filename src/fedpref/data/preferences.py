@@ -32,7 +32,7 @@ class Conversation(tuple[Message, ...]):
         return tuple(self), self.given
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Preference:
     """One comparison: two answers to a prompt, the better one first."""
 
@@ -52,7 +52,7 @@ class Preference:
         return key(self.chosen), key(self.rejected)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Feedback:
     """One judgement: an answer to a prompt, desirable or not."""
 
@@ -68,7 +68,7 @@ class Feedback:
         return key(self.completion), str(self.label)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Opinion:
     """A group's answer to a question: the share of its people that chose each option."""
 
@@ -85,7 +85,7 @@ class Opinion:
         return (*self.options, *map(str, self.shares))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Prompt:
     """A prompt alone, to be answered."""
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -94,6 +96,33 @@ def read(
         UserError: There is nothing there, its form is another, or a client is left without rows.
             Single rows that cannot be used are not raised; see `Reading.settled`.
     """
+    with _without_looking_for_cycles():
+        return _read(source, how, seed, trained, evaluate_on, apart)
+
+
+@contextmanager
+def _without_looking_for_cycles() -> Iterator[None]:
+    """Let Python not look for garbage in cycles, within a `with`.
+
+    Rows are none, and of a million of them looking takes as long as reading.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _read(
+    source: DataSource,
+    how: Partition,
+    seed: int,
+    trained: Collection[str],
+    evaluate_on: EvaluateOn,
+    apart: bool,
+) -> Reading:
     rows: list[Row] = []
     unusable: list[Unusable] = []
     for row in source.read():

@@ -6,6 +6,7 @@ import hmac
 import re
 import unicodedata
 from collections.abc import Collection, Iterable
+from functools import lru_cache
 from hashlib import blake2b
 from typing import Literal
 
@@ -69,6 +70,15 @@ def held_out(text: str, fraction: float = 0.2, seed: int = 0, purpose: str = "")
 
 def identity(prompt: Text, by: SplitBy) -> str:
     """Return what a prompt is told by: its question, or all that it says."""
+    return _identity_of_text(prompt, by) if isinstance(prompt, str) else _identity(prompt, by)
+
+
+@lru_cache(maxsize=2**17)  # it is asked for several times, and clients share prompts
+def _identity_of_text(prompt: str, by: SplitBy) -> str:
+    return _identity(prompt, by)
+
+
+def _identity(prompt: Text, by: SplitBy) -> str:
     if by == "question":
         return question(prompt)
     if isinstance(prompt, str):

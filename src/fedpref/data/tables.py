@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import csv
 import gzip
-import io
 import json
 import re
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from fedpref.data.hub import look_for_hub
 from fedpref.errors import UserError
@@ -62,26 +61,36 @@ def read_file(path: Path) -> Iterator[Record]:
     if kind == ".parquet":
         import pyarrow.parquet
 
+        number = 0
         try:
-            records = pyarrow.parquet.read_table(path).to_pylist()
+            with pyarrow.parquet.ParquetFile(path) as file:
+                for batch in file.iter_batches():
+                    for record in batch.to_pylist():
+                        number += 1
+                        yield f"{path}, row {number}", record
         # Arrow's own errors are of several kinds, and texts may not be UTF-8
         except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
             raise UserError(f"{path}: not a Parquet file: {_first_line(error)}") from error
-        yield from ((f"{path}, row {number}", record) for number, record in enumerate(records, 1))
         return
+    # a file is read as it is needed: it may be larger than memory
+    opened: Any = gzip.open if path.suffix == ".gz" else open
     try:
-        text = (
-            gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        ).decode("utf-8-sig")
+        with opened(
+            path, "rt", encoding="utf-8-sig", newline="" if kind == ".csv" else "\n"
+        ) as file:
+            yield from _read_text(path, kind, file)
     except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(
             f"{path}: cannot be read as {'gzipped ' if path.suffix == '.gz' else ''}UTF-8 text: "
             f"{error}"
         ) from error
+
+
+def _read_text(path: Path, kind: str, file: TextIO) -> Iterator[Record]:
     if kind == ".csv":
-        yield from _read_csv(path, text)
+        yield from _read_csv(path, file)
     elif kind == ".json":
-        records = _parsed(text, f"{path}")
+        records = _parsed(file.read(), f"{path}")
         if not isinstance(records, list):
             raise UserError(
                 f"{path}: expected a JSON list of rows, found {type(records).__name__}. One row "
@@ -94,7 +103,7 @@ def read_file(path: Path) -> Iterator[Record]:
                 )
             yield f"{path}, row {number}", record
     else:
-        for number, line in enumerate(text.split("\n"), 1):
+        for number, line in enumerate(file, 1):
             if line.strip():
                 record = _parsed(line, f"{path}, line {number}")
                 if not isinstance(record, dict):
@@ -105,10 +114,10 @@ def read_file(path: Path) -> Iterator[Record]:
                 yield f"{path}, line {number}", record
 
 
-def _read_csv(path: Path, text: str) -> Iterator[Record]:
+def _read_csv(path: Path, file: TextIO) -> Iterator[Record]:
     csv.field_size_limit(1 << 30)  # the default is less than a long conversation
     try:
-        reader = csv.DictReader(io.StringIO(text, newline=""))
+        reader = csv.DictReader(file)
         # `prompt, chosen` means the column chosen
         header = [name.strip() for name in reader.fieldnames or ()]
         if twice := sorted({name for name in header if header.count(name) > 1}):

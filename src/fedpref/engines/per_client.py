@@ -9,6 +9,7 @@ import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
@@ -26,17 +27,38 @@ T = TypeVar("T")
 SPILLED, LOCK = "fedpref-spilled-", "lock"  # a folder of the machine's temporary ones
 
 
+@dataclass(frozen=True)
+class Others:
+    """Values that are what they always were, so that they need not be kept.
+
+    Attributes:
+        clients: Who has one.
+        of: Returns a client's, the same each time.
+    """
+
+    clients: Sequence[int]
+    of: Callable[[int], Kept]
+
+
 class StoredValues(Generic[T]):
     """The simulation's `PerClient`: one value for each client, which only the engine looks into.
 
     Args:
         room: Bytes of trees that stay in memory; the rest goes to temporary files.
         values: Clients and their values.
+        others: What those have that are not among them, which is made when it is asked for and
+            not kept.
     """
 
-    def __init__(self, room: int, values: Iterable[tuple[int, Kept]] = ()) -> None:
+    def __init__(
+        self,
+        room: int,
+        values: Iterable[tuple[int, Kept]] = (),
+        others: Others | None = None,
+    ) -> None:
         self._values: dict[int, Kept] = {}
         self._room = self._left = room
+        self.others = others
         for client, kept in values:
             self.put(client, kept)
 
@@ -57,18 +79,26 @@ class StoredValues(Generic[T]):
         self._left -= size
 
     def __or__(self, newer: PerClient[T]) -> StoredValues[T]:
-        return StoredValues(self._room, (self._values | stored(newer)._values).items())
+        both = (self._values | stored(newer)._values).items()
+        return StoredValues(self._room, both, self.others)
+
+    def _of(self, client: int) -> Kept:
+        if self.others is not None and client not in self._values:
+            return self.others.of(client)
+        return self._values[client]
 
     def __getitem__(self, client: int) -> T:
-        value: Any = self._values[client].value
+        value: Any = self._of(client).value
         return cast(T, value.read() if isinstance(value, _File) else value)
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self._values)
+        if self.others is None:
+            return iter(self._values)
+        return iter(sorted({*self.others.clients, *self._values}))
 
     def label(self, client: int) -> Label:
         """Return what is said of a client's value."""
-        return self._values[client].label
+        return self._of(client).label
 
     def leaving(self, client: int, audience: Audience) -> T:
         """Return a value that somebody is to get.
@@ -76,13 +106,16 @@ class StoredValues(Generic[T]):
         Raises:
             WithheldError: It is not for them.
         """
-        kept = self._values[client]
+        kept = self._of(client)
         kept.label.refuse(audience, client)
-        return self[client]
+        value: Any = kept.value
+        return cast(T, value.read() if isinstance(value, _File) else value)
 
     @property
     def kept(self) -> Mapping[int, Kept]:
-        """The values as they are kept, by client; a spilled one is a file that reads itself."""
+        """The values as they are kept, by client; a spilled one is a file that reads itself. What
+        is made when it is asked for is not among them.
+        """
         return self._values
 
 

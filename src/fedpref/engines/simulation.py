@@ -25,7 +25,8 @@ from fedpref.engines.engine import (
 )
 from fedpref.engines.forks import forked
 from fedpref.engines.gold import Gold, learned_here, told_first
-from fedpref.engines.per_client import StoredValues, gather, stored
+from fedpref.engines.many import MANY, opened
+from fedpref.engines.per_client import Others, StoredValues, gather, stored
 from fedpref.engines.private_examples import PrivateExamples
 from fedpref.engines.private_sums import PrivateSums
 from fedpref.engines.robust_means import RobustMeans
@@ -139,6 +140,9 @@ class Simulation:
         self._calls += 1
         if self._attack is not None or self._gold is not None:
             self._told = told_first(args)
+        is_alike = not any(isinstance(arg, StoredValues) for arg in args)
+        if self._purpose == "init" and is_alike and len(self.active) > MANY:
+            return self._when_needed(work, args)
         # sent to each worker once; a client's own arguments go with its job
         common = {k: arg for k, arg in enumerate(args) if not isinstance(arg, StoredValues)}
         columns = {k: arg for k, arg in enumerate(args) if isinstance(arg, StoredValues)}
@@ -153,6 +157,28 @@ class Simulation:
             return labels(registered(work), given, results)
 
         return gather(run(shared, own), self._room, label, registered(work).results)
+
+    def _when_needed(self, work: Callable[..., Any], args: Sequence[Any]) -> Any:
+        """Return what clients have before the first round, which each makes when it is asked for.
+
+        Draws are by a client's address, so that it is the same whenever that is: who never takes
+        part takes no time and no memory.
+        """
+        common = dict(enumerate(args))
+        shared = (registered(work).name, self._purpose, self.round, self._calls, 1, common)
+
+        def made(part: int | None, i: int) -> Kept:
+            found = self._job(i, shared, {})
+            results = (found,) if part is None else found
+            said = labels(registered(work), {}, results)
+            return Kept(results[part or 0], said[part or 0])
+
+        count = registered(work).results
+        columns = [
+            StoredValues[Any](self._room, (), Others(self.active, partial(made, part)))
+            for part in ([None] if count in (None, 1) else range(count or 0))
+        ]
+        return columns[0] if count in (None, 1) else tuple(columns)
 
     def _run_here(self, shared: Any, own: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
         return ((i, self._job(i, shared, values)) for i, values in own)
@@ -177,7 +203,7 @@ class Simulation:
         client = Client(
             i,
             self._task,
-            self._shards[i],
+            opened(self._shards[i]),
             rng,
             round,
             self._rounds,

@@ -17,6 +17,7 @@ from fedpref.data.unusable import Unusable, summary
 from fedpref.engines import Engine, RemoteEngine, Simulation, Sites, Transport
 from fedpref.engines.gold import learned_here
 from fedpref.engines.host import HeldOut, Hosted
+from fedpref.engines.many import DrawnShards, opened
 from fedpref.engines.private_examples import PrivateExamples
 from fedpref.engines.private_sums import PrivateSums
 from fedpref.engines.workers import can_fork
@@ -85,6 +86,18 @@ class ClientSource(Protocol):
 
 def about(clients: Sequence[ClientData], shards: Sequence[Any]) -> dict[str, dict[str, Any]]:
     """Return what is said of clients, by name."""
+    if isinstance(shards, DrawnShards):
+        return {
+            client.name: {
+                "train": len(client.train),
+                "test": len(client.test),
+                **({"validation": len(client.validation)} if client.validation else {}),
+                "truncated": 0,
+                "conversations": client.conversations,
+                "digest": client.digest,
+            }
+            for client in clients
+        }
     return {
         shard.name: {
             "train": len(shard.train),
@@ -112,10 +125,14 @@ class InProcess:
     def __init__(self, experiment: Experiment, task: Task) -> None:
         self._experiment, self._task = experiment, task
         self.reading, shards = encoded(experiment, task)
-        self._shards: list[Any] = shards
+        self._shards: Sequence[Any] = shards
         self._gold = gold_of(experiment, task)
         self.about: About = about(self.reading.clients, shards)
-        notes = (self.reading.skipped, *self.reading.notes)
+        late = isinstance(shards, DrawnShards) and (
+            f"of {len(shards):,} clients each is made ready when it is drawn: what of its rows is "
+            "cut, or cannot be used, is not known before"
+        )
+        notes = (self.reading.skipped, *self.reading.notes, late or "")
         self.note = "".join(f"\n{note}" for note in notes if note)
         self.files = {
             DATA: json.dumps(self.reading.figures, indent=1) + "\n",
@@ -131,7 +148,10 @@ class InProcess:
                     engine.begin(0, some, "init")
                     engine.each(prepare)
                     yield some[-1] + 1
-        self._shards = [self._task.prepare(shard, cache) for shard in self._shards]
+        if isinstance(self._shards, DrawnShards):
+            self._shards.prepare(cache)
+        else:
+            self._shards = [self._task.prepare(shard, cache) for shard in self._shards]
         if self._gold is not None:
             self._gold = replace(self._gold, shard=self._task.prepare(self._gold.shard, cache))
 
@@ -220,7 +240,8 @@ def pooled(shards: Sequence[Any], newcomers: Collection[int]) -> list[Any]:
     first, *_ = training = [i for i in range(len(shards)) if i not in newcomers]
     everything = tuple(example for i in training for example in shards[i].train)
     return [
-        replace(shard, train=everything if i == first else ()) for i, shard in enumerate(shards)
+        replace(opened(shard), train=everything if i == first else ())
+        for i, shard in enumerate(shards)
     ]
 
 

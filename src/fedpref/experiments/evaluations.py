@@ -10,6 +10,8 @@ from typing import Any, Literal
 import torch
 
 from fedpref.engines import Engine
+from fedpref.engines.many import MANY
+from fedpref.engines.per_client import StoredValues
 from fedpref.engines.site_masks import PLACES
 from fedpref.experiments.experiment import FEWEST, Experiment
 from fedpref.experiments.run_directory import (
@@ -106,13 +108,22 @@ def export_models(
     if shared:
         task.export(shared, folder.path / "adapter")
     if not all(isinstance(part, Mapping) for part in model):
-        engine.begin(engine.round, engine.clients, "evaluate")
+        engine.begin(engine.round, _own(model, engine.clients), "evaluate")
         engine.each(export, "clients", *model)
     # answers to held-out prompts, and what they are worth, are figures too
     is_told = engine.figures in ("each", "sums")
-    if is_told and any(map(experiment.task.asks, names)):
-        engine.begin(engine.round, engine.clients, "evaluate")
+    asked = [i for i in engine.clients if experiment.task.asks(names[i])] if is_told else []
+    if len(asked) > MANY:
+        asked = asked[:ANSWERING]
+    if asked:
+        engine.begin(engine.round, asked, "evaluate")
         engine.each(sample, *model)
+
+
+def _own(model: Sequence[Any], clients: Sequence[int]) -> Sequence[int]:
+    """Return clients that have something of their own; of many those that have taken part."""
+    drawn = [set(part.kept) for part in model if isinstance(part, StoredValues) and part.others]
+    return sorted(set.union(*drawn)) if drawn else clients
 
 
 @work("evaluation.evaluate", reads={"parts": ANYTHING})
@@ -193,6 +204,7 @@ def sample(client: Client, *parts: Tree) -> Tree:
     return {}
 
 
+ANSWERING = 12  # clients of many that answer to be read, where none are named
 NEEDED = ("num_examples",)  # of every evaluation
 WORKS = (evaluate, conclude, glance, validate, export, sample)
 """What an experiment runs on clients beside its algorithm."""

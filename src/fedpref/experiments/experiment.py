@@ -15,8 +15,10 @@ from fedpref.channel.robust import Mean
 from fedpref.data import Builtin, ClientData, Natural, Partition, Source
 from fedpref.data.preferences import Side
 from fedpref.data.reading import EvaluateOn, Reading, read
+from fedpref.data.splits import place
 from fedpref.data.unusable import Unusable
 from fedpref.engines import Telling
+from fedpref.engines.many import MANY, DrawnShards
 from fedpref.engines.sites import Patience
 from fedpref.errors import UserError
 from fedpref.experiments.attack import Attack
@@ -80,6 +82,11 @@ class Experiment:
     """The root of all random draws."""
     evaluate_every: WholeNumber = 0
     """Rounds between evaluations; 0 evaluates after the last one only."""
+    evaluate_clients: Count | None = None
+    """Clients that are evaluated, the same ones each time, by a hash of their names; null takes
+    all. Of more than some thousand clients that is most of a run's time."""
+    evaluate_all_at_end: bool = False
+    """Let the last evaluation be of all clients nevertheless."""
     evaluate_pairs: Annotated[int, Field(ge=FEWEST)] | None = None
     """Held-out pairs of each client in the evaluations before the last, drawn once; null takes
     all."""
@@ -373,6 +380,19 @@ class Experiment:
             task.parts(parts, seeds.generator(self.seed, "check"))
         return task
 
+    def evaluated(self, names: Sequence[str], clients: Sequence[int], is_last: bool) -> list[int]:
+        """Return which clients an evaluation is of.
+
+        Args:
+            names: Of all clients.
+            clients: Those that could be.
+            is_last: Whether it is the run's last one.
+        """
+        few = self.evaluate_clients
+        if few is None or few >= len(clients) or (is_last and self.evaluate_all_at_end):
+            return list(clients)
+        return sorted(sorted(clients, key=lambda i: place(names[i], self.seed, "evaluate"))[:few])
+
     @property
     def sides(self) -> tuple[Side, ...]:
         """The sides of the split of which every client needs rows."""
@@ -401,17 +421,20 @@ class Experiment:
         return reading.clients, reading.left_out
 
 
-def encoded(experiment: Experiment, task: Task) -> tuple[Reading, list[Any]]:
+def encoded(experiment: Experiment, task: Task) -> tuple[Reading, Sequence[Any]]:
     """Read the data and encode it, and say of all rows at once what cannot be used.
 
     Returns:
-        What was read, and each client's shard.
+        What was read, and each client's shard; of many clients those that are made when drawn.
 
     Raises:
         UserError: Rows cannot be used, unless `data.unusable` skips them; a client has no row left.
     """
     reading = experiment.read()
     unusable: list[Unusable] = []
+    if len(reading.clients) > MANY:
+        reading = reading.settled()
+        return reading, DrawnShards(task, reading.clients, experiment.data.unusable)
     shards = [task.encode(client, unusable) for client in reading.clients]
     reading = reading.with_more(unusable).settled()
     if unusable:

@@ -176,7 +176,8 @@ def _line(
         if purpose == "conclude":
             row["final"] = True
         few, model = experiment.evaluate_pairs, algorithm.model(state)
-        row |= measured(engine, model, names, trained, purpose, few, at_start=not rounds)
+        some = experiment.evaluated(names, trained, purpose == "conclude")
+        row |= measured(engine, model, names, some, purpose, few, at_start=not rounds)
         if engine.private is not None and engine.private.evaluations is not None:
             row[engine.private.spends] = engine.private.epsilon  # the evaluation's part among it
         return row
