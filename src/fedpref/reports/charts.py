@@ -29,6 +29,8 @@ GAIN, LOSS, PALE = COLOURS[0], COLOURS[1], "59"  # pale: where luck would do
 DOTTED = {"dash": "dot", "width": 1, "color": "#888888"}
 DASHES = ("solid", "dash", "dot")
 FEW = 24  # clients whose names fit beside bars
+MOST = 200  # clients that have a bar each; of more it is shown how they are spread
+BINS = 25
 LONG = 18  # characters of a name beside an axis; the whole is seen on hovering
 LEARNING = {
     "loss": "training loss",
@@ -287,8 +289,42 @@ def error_bars(lengths: Sequence[float]) -> dict[str, Any]:
     }
 
 
+def _histogram(
+    title: str, measure: str, lines: Mapping[str, tuple[Mapping[str, float], int]]
+) -> Chart:
+    """Return a chart of how many clients have which value.
+
+    Args:
+        title: Of the chart.
+        measure: What is on its axis.
+        lines: Values by client, and the number of a colour, by line.
+    """
+    everything = np.array([value for values, _ in lines.values() for value in values.values()])
+    edges = np.histogram_bin_edges(everything, BINS)
+    middles = (edges[:-1] + edges[1:]) / 2
+    data: list[dict[str, Any]] = []
+    for name, (values, number) in lines.items():
+        counts, _ = np.histogram(list(values.values()), edges)
+        bars = {"type": "bar", "name": name, "x": middles.tolist(), "y": counts.tolist()}
+        data.append({**bars, "marker": filled(number)})
+    caption = "How many clients have which value; the best and the worst stand in the table."
+    return Chart(title, caption, data, axes(measure, "clients", barmode="group"))
+
+
 def gains(runs: Sequence[Run]) -> Iterator[Chart]:
     """Yield a chart of each client's value less what it reaches alone."""
+    if max(len(run.gains("alone")) for run in runs) > MOST:
+        spread = {
+            with_prefix(prefix, "gain over alone"): (run.gains("alone"), number)
+            for prefix, run, number in main_lines(runs)
+            if run.gains("alone")
+        }
+        yield _histogram(
+            "Who gained by taking part, and who lost",
+            f"gain in {runs[0].shown.title}, points",
+            spread,
+        )
+        return
     data: list[dict[str, Any]] = []
     names: list[str] = []
     for prefix, run, number in main_lines(runs):
@@ -323,6 +359,14 @@ def gains(runs: Sequence[Run]) -> Iterator[Chart]:
 def by_client(runs: Sequence[Run]) -> Iterator[Chart]:
     """Yield a chart of every client under every line that trains; the table has all."""
     first = runs[0]
+    if max(len(run.line.last) for run in runs) > MOST:
+        spread = {
+            title: (run.values(line), number)
+            for title, run, line, number in every_line(runs)
+            if line.name not in FREE_LINES
+        }
+        yield _histogram(f"Held-out {first.shown.title}, over clients", first.shown.caption, spread)
+        return
     sizes = {name: run.clients[name]["train"] for run in reversed(runs) for name in run.line.last}
     names = sorted(sizes, key=lambda name: (-sizes[name], name))
     data = []

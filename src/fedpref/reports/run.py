@@ -178,6 +178,19 @@ class Run:
         return {kind: some for kind, some in known.items() if some}
 
     @cached_property
+    def trained(self) -> Sequence[str]:
+        """Clients that could take part in training; where all of them are evaluated, these."""
+        if self.experiment.evaluate_clients is None:
+            return list(self.line.last)
+        late = self.experiment.federation.joining(list(self.clients), self.experiment.seed)
+        return [name for i, name in enumerate(self.clients) if i not in late]
+
+    @property
+    def population(self) -> int:
+        """How many could take part."""
+        return len(self.trained)
+
+    @cached_property
     def agreement(self) -> Mapping[str, tuple[float, float]]:
         """How far each client's changes agree with gold pairs, in the first third of the rounds and
         in all; empty without gold pairs.

@@ -158,6 +158,7 @@ def page(
         fairness_titles=measures,
         caption=runs[0].shown.caption if runs else "",
         clients=client_rows(runs),
+        num_clients=len({name for run in runs for name in run.line.last}),
         agreement=agreement_rows(runs),
         client_lines=[title for title, _, _, _ in charts.every_line(runs)],
         gain_lines=[

@@ -82,7 +82,8 @@ def words(run: Run) -> str:
     )
     joined = len(next(iter(run.newcomers.values()))[1]) if run.newcomers else 0
     said = [
-        f"{clients(len(values))} trained {rounds}"
+        f"{clients(run.population)} trained {rounds}"
+        + (f", of which {len(values):,} were evaluated" if len(values) < run.population else "")
         + (f", {joined} joined afterwards" if joined else "")
     ]
     said[0] += f"; their mean held-out {run.shown.title} is {mean:.{digits}f}"
@@ -160,14 +161,15 @@ def cards(run: Run) -> list[tuple[str, str, str]]:
     up, down, seconds = (
         sum(run.line.column(name)) for name in ("bytes_up", "bytes_down", "seconds")
     )
-    trained = [run.clients[name]["train"] for name in values]
+    trained = [run.clients[name]["train"] for name in run.trained]
     held = sum(run.clients[name]["test"] for name in values)
     tiles = [
         (
             "who took part",
-            str(len(values)),
-            f"{'client' if len(values) == 1 else 'clients'} with {min(trained):,} to "
-            f"{max(trained):,} examples to train on, {held:,} held out together",
+            f"{run.population:,}",
+            f"{'client' if run.population == 1 else 'clients'} with {min(trained):,} to "
+            f"{max(trained):,} examples to train on, {held:,} held out together"
+            + (f" by the {len(values):,} evaluated" if len(values) < run.population else ""),
         ),
         (
             f"held-out {run.shown.caption}",
@@ -223,7 +225,7 @@ def facts(run: Run) -> dict[str, str]:
     """Return what ran, on what."""
     spec, here = run.experiment, run.environment
     versions = {"python": here.get("python", ""), **here.get("versions", {})}
-    trained = [run.clients[name] for name in (run.clients if run.is_summed else run.line.last)]
+    trained = [run.clients[name] for name in (run.clients if run.is_summed else run.trained)]
     train, test = (sum(about[side] for about in trained) for side in ("train", "test"))
     later = len(run.sizes) - len(trained)
     who = f"{len(trained)} that {'are known' if run.is_summed else 'trained'}"
@@ -298,7 +300,7 @@ def _first_line(kind: Any) -> str:
 
 def clients(count: int) -> str:
     """Return a number of clients in words."""
-    return f"{count} client{'s' if count != 1 else ''}"
+    return f"{count:,} client{'s' if count != 1 else ''}"
 
 
 def _mean(values: Mapping[str, float]) -> float:

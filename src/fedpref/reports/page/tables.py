@@ -11,10 +11,11 @@ import numpy as np
 from fedpref.numerics.fairness import fairness as even_of
 from fedpref.numerics.intervals import interval
 from fedpref.numerics.metrics import of_objectives, over_clients
-from fedpref.reports.charts import every_line, main_lines
+from fedpref.reports.charts import MOST, every_line, main_lines
 from fedpref.reports.run import Line, Run
 from fedpref.tasks.generation_metrics import before_and_after
 
+EXTREME = 20  # of many clients, the best and the worst that have a row
 FAIRNESS = {
     "mean": "mean",
     "weighted_mean": "by held-out examples",
@@ -57,13 +58,18 @@ def _spread(run: Run, line: Line) -> dict[str, str]:
 def client_rows(runs: Sequence[Run]) -> list[tuple[str, str, str, list[str]]]:
     """Return a row for each client that trained.
 
-    It has its examples, its value under each line, and what it gains over training alone.
+    It has its examples, its value under each line, and what it gains over training alone. Of many
+    clients the best and the worst have one.
     """
     known: dict[str, list[Mapping[str, Any]]] = {}
     for run in runs:
         for name in run.line.last:
             known.setdefault(name, []).append(run.clients[name])
     names = sorted(known, key=lambda name: (-known[name][0]["train"], name))
+    if len(names) > MOST:
+        values = runs[0].values()
+        ranked = sorted(values, key=lambda name: (values[name], name))
+        names = [*reversed(ranked[-EXTREME:]), *ranked[:EXTREME]]
     columns: list[Column] = [(run, run.values(line), "") for _, run, line, _ in every_line(runs)]
     columns += [
         (run, gained, "+") for _, run, _ in main_lines(runs) if (gained := run.gains("alone"))
