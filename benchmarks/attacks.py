@@ -483,6 +483,7 @@ def fuzz_one(folder: Path, count: int, seed: int, changes: Mapping[str, Any]) ->
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "feddpo": {},
     "feddpo-stale": {},
+    "fedbuff": {},
     "fedprox": {},
     "scaffold": {},
     "fedpdpo": {"parts": {"bottleneck": 2}, "personal_steps": 1},

@@ -13,10 +13,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fedpref.algorithms import FedDPO, FedOpt, FedProx, Scaffold, StaleFedDPO
+from fedpref import Experiment, UserError, config
+from fedpref.algorithms import FedBuff, FedDPO, FedOpt, FedProx, Scaffold, StaleFedDPO
 from fedpref.algorithms.fedopt import Adaptive, Momentum
 from fedpref.engines import Simulation
 from fedpref.federation.local_training import LocalTraining, train_locally
+from fedpref.federation.participation import Arrivals, Participation
 from fedpref.federation.verbs import Client, work
 from fedpref.numerics import seeds
 from fedpref.numerics.trees import Tree
@@ -143,6 +145,97 @@ def test_stale_clients_start_from_the_adapters_that_they_drew(send: Any) -> None
         ages.add(metrics["age"])
     assert found == pytest.approx(history[1:], abs=1e-5)
     assert max(ages) > 1
+
+
+def test_fedbuff_weighs_changes_of_what_each_client_started_from_by_age() -> None:
+    method = FedBuff(local=PLAIN, staleness=2, server_learning_rate=0.5)
+    drawn = [{0: 0, 1: 0}, {0: 1, 1: 0}, {1: 2}, {0: 3, 1: 1}, {0: 2, 1: 0}]
+    history = [2.0]
+    for ages in drawn:
+        changes = []
+        for client, age in ages.items():
+            start = history[-1 - age] if age <= 2 else 0.0
+            change = local_change(start, *CLIENTS[client]) / (1 + age) ** 0.5
+            changes.append(change if age <= 2 else 0.0)
+        history.append(history[-1] + 0.5 * sum(changes) / len(changes))
+    task: Any = Bowls()
+    shards = [Bowl(str(i), *numbers) for i, numbers in enumerate(CLIENTS)]
+    engine = Simulation(task, shards, seed=0, rounds=len(drawn))
+    state = method.init(engine, task.init(torch.Generator()))
+    found, told = [], []
+    for round, ages in enumerate(drawn):
+        engine.begin(round, tuple(ages))
+        engine.ages = ages
+        state, metrics = method.step(engine, state)
+        (adapter,) = method.model(state)
+        found.append(float(cast(Tree, adapter)["x"][0]))
+        told.append((metrics["age"], metrics["too_old"]))
+    assert found == pytest.approx(history[1:], abs=1e-5)
+    assert told[3] == (2.0, 0.5)
+
+
+def test_fedbuff_of_clients_that_wait_is_feddpo() -> None:
+    task: Any = Bowls()
+    ends = []
+    for method in (FedBuff(local=PLAIN), FedDPO(local=PLAIN)):
+        shards = [Bowl(str(i), *numbers) for i, numbers in enumerate(CLIENTS)]
+        engine = Simulation(task, shards, seed=0, rounds=4)
+        state: Any = method.init(engine, task.init(torch.Generator()))
+        for round in range(4):
+            engine.begin(round, (0, 1))
+            state, _ = method.step(engine, state)
+        (adapter,) = method.model(state)
+        ends.append(float(cast(Tree, adapter)["x"][0]))
+    assert ends[0] == pytest.approx(ends[1], abs=1e-6)
+
+
+def test_who_is_done_first_comes_first_and_nobody_twice_in_a_step() -> None:
+    how = Participation(clients_per_round=3, concurrency=7, speed_spread=1.0)
+    weights = [1.0] * 12 + [0.0]
+    made = how.arrivals(weights, 5)
+    steps = [dict(made.ages_of(step)) for step in range(40)]
+    times = [made.time_of(step) for step in range(40)]
+    assert all(len(step) == 3 and 12 not in step for step in steps)
+    assert times == sorted(times)
+    assert set(steps[0].values()) == {0}
+    assert all(0 <= age <= k for k, step in enumerate(steps) for age in step.values())
+    # seven at work for three a step: what comes is some 7 / 3 steps old, on average
+    ages = [age for step in steps[10:] for age in step.values()]
+    assert 1 < sum(ages) / len(ages) < 7 / 3 + 0.5
+    # a step does not wait for the slowest, as three that wait for one another do
+    waiting = sum(max(how.time(5, i, k) for i in step) for k, step in enumerate(steps))
+    assert times[-1] < 0.8 * waiting
+    again = Participation(clients_per_round=3, concurrency=7, speed_spread=1.0)
+    fresh = Arrivals(range(12), 5, again)
+    assert [dict(fresh.ages_of(step)) for step in (39, 0)] == [steps[39], steps[0]]
+    assert how.cohort(weights, 5, 3) == (tuple(sorted(steps[3])), 0)
+
+
+def test_more_at_work_than_there_are_clients_is_all_of_them() -> None:
+    how = Participation(clients_per_round=2, concurrency=50)
+    made = how.arrivals([1.0] * 3, 0)
+    assert all(len(made.ages_of(step)) == 2 for step in range(20))
+
+
+@pytest.mark.parametrize(
+    ("federation", "algorithm", "message"),
+    [
+        ({"concurrency": 4}, "fedbuff", "clients_per_round does not fit"),
+        ({"concurrency": 4, "clients_per_round": 2}, "feddpo", "does not know what is old"),
+        (
+            {"concurrency": 4, "clients_per_round": 2, "deadline": 2.0},
+            "fedbuff",
+            "federation.deadline does not fit",
+        ),
+    ],
+)
+def test_what_does_not_go_with_waiting_for_nobody_is_refused(
+    federation: dict[str, Any], algorithm: str, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        config.parse(
+            Experiment, {"federation": federation, "algorithm": {"name": algorithm}}, "test"
+        )
 
 
 def test_feddpo_has_the_drift_floor_of_federated_averaging() -> None:

@@ -409,6 +409,7 @@ STEPS = [
     "fedsa-lora",
     "scaffold",
     "feddpo-stale",
+    "fedbuff",
     "decdpo",
     "choco",
     "decpdpo",

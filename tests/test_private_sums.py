@@ -585,7 +585,7 @@ def test_a_bound_needs_guesses_that_are_right() -> None:
     assert json.dumps(dataclasses.asdict(all_right))
 
 
-NO_AGGREGATE = ("ffa-lora", "fedopt", "fedsa-lora", "feddpo-stale", "scaffold")
+NO_AGGREGATE = ("ffa-lora", "fedbuff", "fedopt", "fedsa-lora", "feddpo-stale", "scaffold")
 
 
 @pytest.mark.parametrize(
@@ -603,6 +603,7 @@ NO_AGGREGATE = ("ffa-lora", "fedopt", "fedsa-lora", "feddpo-stale", "scaffold")
             "fedpdpo",
             "fedsa-lora",
             "feddpo-stale",
+            "fedbuff",
             "scaffold",
             "firm",
             "scalarized",

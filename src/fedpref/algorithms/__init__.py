@@ -11,6 +11,7 @@ from fedpref.algorithms.decdpo import DecDPO
 from fedpref.algorithms.decdpo_stale import StaleDecDPO
 from fedpref.algorithms.decpdpo import DecPDPO
 from fedpref.algorithms.ditto import Ditto
+from fedpref.algorithms.fedbuff import FedBuff
 from fedpref.algorithms.fedcmoo import FedCMOO
 from fedpref.algorithms.feddpa import FedDPA
 from fedpref.algorithms.feddpo import FedDPO
@@ -34,6 +35,7 @@ from fedpref.types import Open
 Federated = (
     FedDPO
     | StaleFedDPO
+    | FedBuff
     | FedPDPO
     | FedOpt
     | FedProx
@@ -78,6 +80,7 @@ __all__ = [
     "DecDPO",
     "DecPDPO",
     "Ditto",
+    "FedBuff",
     "FedCMOO",
     "FedDPA",
     "FedDPO",

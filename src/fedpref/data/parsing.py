@@ -38,6 +38,12 @@ MESSAGE = re.compile(r"""["'](role|from)["']\s*:""")
 LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 
 
+# columns of rows that are kept once: so many of them at most, of texts so long, and so many rows
+SHARED_COLUMNS, SHARED_LENGTH, SHARED_MOST = 8, 64, 2**18
+PLAIN = (str, int, float, bool, type(None))
+_COLUMNS: dict[tuple[tuple[str, type, Any], ...], dict[str, Any]] = {}
+
+
 def parse(
     record: Mapping[str, Any],
     where: str,
@@ -361,7 +367,19 @@ def _given(
     if isinstance(more, Mapping):
         del rest["chat_template_kwargs"]
         given |= {str(name): value for name, value in more.items() if value is not None}
-    return given, rest
+    return given, _shared(rest)
+
+
+def _shared(columns: dict[str, Any]) -> dict[str, Any]:
+    """Return the same columns as the same object: a client's rows have one in common, mostly."""
+    if len(columns) > SHARED_COLUMNS:
+        return columns
+    said = tuple((name, type(value), value) for name, value in columns.items())
+    if any(kind not in PLAIN or len(str(value)) > SHARED_LENGTH for _, kind, value in said):
+        return columns
+    if said not in _COLUMNS and len(_COLUMNS) >= SHARED_MOST:
+        return columns
+    return _COLUMNS.setdefault(said, columns)
 
 
 def _with(question: Text, given: Mapping[str, Any], where: str) -> Text:
@@ -374,6 +392,11 @@ def _with(question: Text, given: Mapping[str, Any], where: str) -> Text:
             "prompt is plain text. Give the prompt as messages, or rename the column."
         )
     return Conversation(question, given)
+
+
+def forget_columns() -> None:
+    """Keep no columns of rows to come; those that rows have stay."""
+    _COLUMNS.clear()
 
 
 # ---- prompts and answers apart

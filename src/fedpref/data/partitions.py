@@ -286,8 +286,8 @@ def _by_column(rows: Placed, column: str) -> dict[str, Placed]:
     kept, lacking = named((row for _, row in rows), column)
     if lacking:
         raise lacking[0]
-    for (side, _), row in zip(rows, kept, strict=True):
-        groups[row.columns[column]].append((side, row))
+    for pair, row in zip(rows, kept, strict=True):
+        groups[row.columns[column]].append(pair if pair[1] is row else (pair[0], row))
     return dict(groups)
 
 

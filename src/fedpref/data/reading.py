@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from fedpref.data.parsing import forget_columns
 from fedpref.data.partitions import Dirichlet, Natural, Partition, named, partition
 from fedpref.data.preferences import ClientData, Row, Side
 from fedpref.data.source import DataSource
@@ -111,6 +112,7 @@ def _without_looking_for_cycles() -> Iterator[None]:
     try:
         yield
     finally:
+        forget_columns()
         if was_enabled:
             gc.enable()
 
@@ -162,7 +164,7 @@ def _read(
         for side, row in placed
     ]
     placed = [
-        ("train" if known else side, row) for known, (side, row) in zip(moved, placed, strict=True)
+        ("train", pair[1]) if known else pair for known, pair in zip(moved, placed, strict=True)
     ]
     try:
         clients = partition(placed, how, seed)
@@ -215,17 +217,17 @@ def _also(rows: Sequence[Row], source: DataSource, how: Natural) -> Also:
     wanted: list[Purpose] = ["test", "validation"] if source.validation_fraction else ["test"]
     for purpose in wanted:
         placed, _ = _sides(rows, source, also)
-        sides: dict[str, dict[str, set[str]]] = {}
+        have = {str(row.columns[how.column]) for side, row in placed if side == purpose}
+        trained: dict[str, set[str]] = {}
         for side, row in placed:
-            mine = sides.setdefault(str(row.columns[how.column]), {})
+            client = str(row.columns[how.column])
             # what the source itself puts on a side stays there
-            kind = side if row.side is None or side != "train" else "fixed"
-            mine.setdefault(kind, set()).add(identity(row.prompt, source.split_by))
+            if side == "train" and row.side is None and client not in have:
+                trained.setdefault(client, set()).add(identity(row.prompt, source.split_by))
         lacking = {
-            client: min(mine["train"], key=lambda text: _place(text, source, purpose))
-            for client, mine in sorted(sides.items())
-            if purpose not in mine
-            and len(mine.get("train", ())) > 1
+            client: min(texts, key=lambda text: _place(text, source, purpose))
+            for client, texts in sorted(trained.items())
+            if len(texts) > 1
             and counts[client] >= how.min_rows
             and (not how.only or client in map(str, how.only))
         }

@@ -149,6 +149,7 @@ class RemoteEngine:
         self._gone: dict[int, str] = {}
         self._unheard: dict[int, str] = {}
         self.lengths: dict[int, float] = {}
+        self.ages: Mapping[int, int] = {}
         if self._place != (round, purpose):  # sites count several evaluations in a round as one
             self._place, self._told = (round, purpose), ""
         self._cohort = len(self.active)

@@ -115,6 +115,8 @@ def clipped(message: Tree, share: float, most: float) -> tuple[Tree, float]:
 class Engine(Federation, Protocol):
     """A federation that can be driven."""
 
+    ages: Mapping[int, int]
+
     @property
     def traffic(self) -> Traffic:
         """Bytes sent since the phase began."""

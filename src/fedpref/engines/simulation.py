@@ -124,6 +124,7 @@ class Simulation:
         self.active = tuple(cohort)
         self.traffic, self._calls = Traffic(), 0
         self.lengths: dict[int, float] = {}
+        self.ages: Mapping[int, int] = {}
         if self.robust is not None:
             self.robust.begin()
 

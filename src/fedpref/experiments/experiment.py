@@ -161,6 +161,17 @@ class Experiment:
                 "link_failure, redraw, one-peer-exponential, federation.clients_per_round, "
                 "federation.deadline and federation.newcomers."
             )
+        if self.federation.concurrency is not None:
+            if not algorithm.waits_for_nobody:
+                raise UserError(
+                    f"federation.concurrency: {algorithm.name} does not know what is old. Take "
+                    "algorithm: fedbuff, or leave it out."
+                )
+            if self.promises:
+                raise UserError(
+                    "federation.concurrency: who is done when is drawn otherwise than privacy "
+                    "counts on. Leave one of them out."
+                )
         if algorithm.weighs_clients and self.federation.weighting != "equal":
             raise UserError(
                 "algorithm.weights: they would be multiplied by those of federation.weighting. "
@@ -481,11 +492,14 @@ def lines(experiment: Experiment, clients: int) -> dict[str, tuple[str, Experime
         sampling_weights={},
         deadline=None,
         max_participations=None,
+        concurrency=None,
         combine=Mean(),
+        gold=None,
     )
+    together = replace(federation, concurrency=None)  # who wait for one another
     for name in experiment.baselines:
         algorithm = _baseline(experiment, name, cohort)
-        line_federation = federation if name in FEDERATED else everybody
+        line_federation = together if name in FEDERATED else everybody
         if algorithm is not None and name != experiment.algorithm.name:
             line = replace(
                 experiment,

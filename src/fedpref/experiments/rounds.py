@@ -212,6 +212,7 @@ def _line(
     while not last:
         cohort, late = cohorts.of(round)
         engine.begin(round, cohort)
+        engine.ages, simulated = cohorts.ages(round)
         begun, clock = time.perf_counter(), Clock(engine)
         state, metrics = algorithm.step(clock, state)
         parts = {f"seconds/{verb}": seconds for verb, seconds in clock.seconds.items() if seconds}
@@ -221,6 +222,7 @@ def _line(
             **_lengths(engine.lengths, experiment.federation.clip),
             **(engine.robust.figures if engine.robust else {}),
             **{figure: value for one in promises for figure, value in one.figures.items()},
+            **simulated,
             "seconds": time.perf_counter() - begun,
             **parts,
         }
@@ -302,6 +304,16 @@ class Cohorts:
             for i, weight in enumerate(self._weights)
             if weight > 0 and (most is None or self._taken[i] < most)
         ]
+
+    def ages(self, round: int) -> tuple[Mapping[int, int], Mapping[str, float]]:
+        """Return how old what a round's clients started from is, and when it ends; nothing where
+        clients wait for one another.
+        """
+        federation = self._experiment.federation
+        if federation.concurrency is None:
+            return {}, {}
+        arrivals = federation.arrivals(self._weights, self._experiment.seed)
+        return arrivals.ages_of(round), {"simulated_time": arrivals.time_of(round)}
 
     def of(self, round: int) -> tuple[tuple[int, ...], int]:
         """Return the clients of a round, and how many more were drawn but are late."""

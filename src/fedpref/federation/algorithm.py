@@ -33,6 +33,8 @@ class Algorithm(ABC, Generic[S]):
     """What it runs on clients; a site that consents to the algorithm consents to exactly these."""
     pools_data: ClassVar[bool] = False
     """A baseline that needs all training data in one place."""
+    waits_for_nobody: ClassVar[bool] = False
+    """Clients may have started from parameters that are some rounds old."""
     gossips: ClassVar[bool] = False
     """Clients tell neighbours what they learn, over the experiment's network."""
     clips_gossip: ClassVar[bool] = False

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -13,6 +14,8 @@ from fedpref.channel.robust import Combine, Mean
 from fedpref.errors import UserError
 from fedpref.numerics import seeds
 from fedpref.types import Count, NonNegative, Positive, WholeNumber
+
+_ARRIVALS: dict[Any, Arrivals] = {}
 
 
 @dataclass(frozen=True)
@@ -52,12 +55,31 @@ class Participation:
     deadline: Positive | None = None
     """How long a round waits, as a multiple of the median client's time; later clients are left
     out. Null waits for all."""
+    concurrency: Count | None = None
+    """Clients that train at a time and wait for nobody (`fedbuff`): a round is the next
+    `clients_per_round` that are done, by drawn times. Null lets a round wait for its clients."""
     speed_spread: NonNegative = 0.5
     """The standard deviation of the logarithm of simulated clients' times."""
     newcomers: WholeNumber | tuple[str, ...] = 0
     """Clients that join after training: their names, or so many at random."""
     join_steps: Count = 20
     """Local steps in which newcomers train their private parts."""
+
+    def __post_init__(self) -> None:
+        if self.concurrency is None:
+            return
+        others = {
+            "clients_per_round": self.clients_per_round is None,
+            "sampling": self.sampling != "uniform",
+            "deadline": self.deadline is not None,
+            "max_participations": self.max_participations is not None,
+        }
+        if wrong := [name for name, is_wrong in others.items() if is_wrong]:
+            raise UserError(
+                f"federation.concurrency: a round is the next clients_per_round to be done, drawn "
+                f"uniformly, and nobody is waited for; federation.{wrong[0]} does not fit. Set "
+                "clients_per_round, and leave sampling, deadline and max_participations out."
+            )
 
     def check(self) -> None:
         """Raise UserError where clients would be counted twice."""
@@ -139,6 +161,31 @@ class Participation:
             )
         return chosen
 
+    def time(self, seed: int, client: int, round: int) -> float:
+        """Return how long a client takes for a round, in median clients' times.
+
+        Half of its spread is drawn once for the run and half for the round, log-normal.
+        """
+        draws = [
+            torch.randn((), generator=seeds.generator(seed, "speed", round=r, client=client)).item()
+            for r in (0, round + 1)
+        ]
+        return math.exp(self.speed_spread * sum(draws) / math.sqrt(2))
+
+    def arrivals(self, weights: Sequence[float], seed: int) -> Arrivals:
+        """Return who is done when, where clients wait for nobody.
+
+        Args:
+            weights: Of each client; who has none cannot take part.
+            seed: Of all draws.
+        """
+        able = tuple(client for client, weight in enumerate(weights) if weight > 0)
+        key = (able, seed, self.concurrency, self.clients_per_round, self.speed_spread)
+        if key not in _ARRIVALS:
+            _ARRIVALS.clear()  # of one line at a time
+            _ARRIVALS[key] = Arrivals(able, seed, self)
+        return _ARRIVALS[key]
+
     def chance(self, able: int) -> float:
         """Return each client's chance to take part in a round, of so many that can."""
         return min(1.0, (self.clients_per_round or able) / able)
@@ -156,22 +203,74 @@ class Participation:
             The clients in the order of their numbers, and how many more were drawn but miss the
             deadline.
         """
+        if self.concurrency is not None:
+            return tuple(sorted(self.arrivals(weights, seed).ages_of(round))), 0
         drawn = draw(weights, self.clients_per_round, seeds.generator(seed, "cohort", round=round))
         if self.deadline is None:
             return drawn, 0
-        times = {}
-        for client in drawn:
-            draws = [
-                torch.randn(
-                    (), generator=seeds.generator(seed, "speed", round=r, client=client)
-                ).item()
-                for r in (0, round + 1)
-            ]
-            times[client] = math.exp(self.speed_spread * sum(draws) / math.sqrt(2))
+        times = {client: self.time(seed, client, round) for client in drawn}
         punctual = tuple(client for client in drawn if times[client] <= self.deadline) or (
             min(times, key=times.__getitem__),
         )
         return punctual, len(drawn) - len(punctual)
+
+
+class Arrivals:
+    """Who is done when, where clients wait for nobody; steps are made as they are asked for.
+
+    Args:
+        able: Who can take part.
+        seed: Of all draws.
+        how: How many at a time, and how many make a step.
+    """
+
+    def __init__(self, able: Sequence[int], seed: int, how: Participation) -> None:
+        self._able, self._seed, self._how = able, seed, how
+        self._working: list[tuple[float, int, int, int]] = []  # done at, dispatch, client, version
+        self._busy: set[int] = set()  # at work, or in the buffer
+        self._dispatched = 0
+        self._steps: list[tuple[dict[int, int], float]] = []
+        for _ in range(min(how.concurrency or 1, len(able))):
+            self._dispatch(0.0, 0)
+
+    def ages_of(self, step: int) -> Mapping[int, int]:
+        """Return who makes a step, and how many steps old what each started from is."""
+        return self._made(step)[0]
+
+    def time_of(self, step: int) -> float:
+        """Return when a step is made, in median clients' times."""
+        return self._made(step)[1]
+
+    def _made(self, step: int) -> tuple[dict[int, int], float]:
+        while len(self._steps) <= step:
+            version, buffer, now = len(self._steps), dict[int, int](), 0.0
+            while len(buffer) < (self._how.clients_per_round or 1) and self._working:
+                now, _, client, began = heapq.heappop(self._working)
+                buffer[client] = version - began
+                # whoever is in the buffer stays busy, so that nobody is in it twice
+                is_full = len(buffer) == self._how.clients_per_round
+                self._dispatch(now, version + is_full)
+            self._steps.append((buffer, now))
+            self._busy -= buffer.keys()
+            # of few clients some could not be replaced at once
+            while len(self._working) < min(self._how.concurrency or 1, len(self._able)):
+                if not self._dispatch(now, version + 1):
+                    break
+        return self._steps[step]
+
+    def _dispatch(self, now: float, version: int) -> bool:
+        """Let a client that is not busy begin; return whether there was one."""
+        if len(self._busy) >= len(self._able):
+            return False
+        draws = seeds.generator(self._seed, "cohort", round=self._dispatched)
+        client = None
+        while client is None or client in self._busy:
+            client = self._able[int(torch.randint(len(self._able), (), generator=draws))]
+        done = now + self._how.time(self._seed, client, self._dispatched)
+        heapq.heappush(self._working, (done, self._dispatched, client, version))
+        self._busy.add(client)
+        self._dispatched += 1
+        return True
 
 
 def draw(weights: Sequence[float], size: int | None, rng: torch.Generator) -> tuple[int, ...]:

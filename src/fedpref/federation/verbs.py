@@ -209,6 +209,13 @@ class Federation(Protocol):
         ...
 
     @property
+    def ages(self) -> Mapping[int, int]:
+        """How many rounds old what each active client started from is; empty where all wait for
+        one another.
+        """
+        ...
+
+    @property
     def share(self) -> float:
         """The active clients' share of the weight of all that train, newcomers not among them."""
         ...

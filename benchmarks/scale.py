@@ -1,0 +1,289 @@
+"""What a run of 100,000 clients costs beside one of 1,000, and that it resumes to the same bits.
+
+    python benchmarks/scale.py --quick
+    python benchmarks/scale.py --json scale.json
+
+Clients of ten pairs each, eight to train on, drawn from the shipped population, each with a taste
+of its own; cohorts of fifty, one local step of two pairs, the shipped model, one process. Every run
+is a process of its own, whose peak memory is the run's. `begin_` is until the first round begins,
+with the rows read and shared out; a round's seconds are the median over rounds; `loop_share_` is
+what a round takes beyond its clients' training by themselves; the page is one with a figure of
+every client. `fedbuff_time_ratio` is the simulated time of FedBuff to an accuracy over that of
+cohorts that wait. Figures are the worst over algorithms, and each as `<name>_<algorithm>`;
+`--quick` is SCAFFOLD alone, and `loop_share_` with a tenth of the clients.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedpref import Experiment, config
+from fedpref.algorithms import FedBuff
+from fedpref.data import Builtin
+from fedpref.data.preferences import Preference, key
+from fedpref.experiments.experiment import encoded
+from fedpref.experiments.rounds import events, new_directory
+from fedpref.experiments.run_directory import RunDirectory
+from fedpref.federation.local_training import train_locally
+from fedpref.federation.participation import Participation
+from fedpref.federation.verbs import Client
+from fedpref.numerics import seeds, trees
+from fedpref.numerics.metrics import ACCURACY
+from fedpref.reports.page import write_report
+from robust import Population
+
+WAITED = 40  # rounds of clients that wait for one another
+FEW, LOTS, COHORT, ROUNDS = 1000, 100_000, 50, 6
+ROWS = {"train": 8, "test": 2}
+ALGORITHMS: dict[str, dict[str, Any]] = {
+    "scaffold": {},
+    "feddpo": {},
+    "fedpdpo": {"parts": {"head": None, "bottleneck": 0, "reward": True, "adapter": True}},
+}
+
+
+def write_clients(path: Path, count: int) -> None:
+    """Write rows of so many clients, who turn as many of their comparisons as they differ."""
+    known: dict[str, list[tuple[str, str, str]]] = {side: [] for side in ROWS}
+    for row in Builtin().read():
+        assert isinstance(row, Preference)
+        texts = [key(text) for text in (row.prompt, row.chosen, row.rejected)]
+        known[str(row.side)].append((texts[0], texts[1], texts[2]))
+    draw = random.Random(0)
+    with path.open("w") as file:
+        for client in range(count):
+            turns = 0.5 * draw.random()
+            for side, number in ROWS.items():
+                for prompt, chosen, rejected in draw.sample(known[side], number):
+                    if draw.random() < turns:
+                        chosen, rejected = rejected, chosen
+                    row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+                    file.write(
+                        json.dumps({**row, "client": f"c{client:06d}", "split": side}) + "\n"
+                    )
+
+
+def experiment(path: Path, algorithm: str, cohort: int, rounds: int) -> Experiment:
+    content: dict[str, Any] = {
+        "data": {"name": "files", "path": str(path), "split_column": "split"},
+        "partition": {"name": "natural", "column": "client"},
+        "algorithm": {
+            "name": algorithm,
+            **ALGORITHMS[algorithm],
+            "local": {"steps": 1, "batch_size": 2},
+        },
+        "task": {"samples": 0},
+        "federation": {"clients_per_round": cohort, "weighting": "equal"},
+        "rounds": rounds,
+        "evaluate_clients": COHORT,
+        "workers": 1,
+    }
+    return config.parse(Experiment, content, "scale")
+
+
+# ---- a run, in a process of its own
+
+
+def run_apart(path: Path, algorithm: str, folder: Path, stop: int | None = None) -> dict[str, Any]:
+    """Run in another process, up to so many rounds if that is said, and return what it measured."""
+    asked = {"path": str(path), "algorithm": algorithm, "folder": str(folder), "stop": stop}
+    command = [sys.executable, __file__, "--run", json.dumps(asked)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def run_here(asked: Mapping[str, Any]) -> None:
+    """Run, or go on, and print what was measured."""
+    torch.set_num_threads(1)
+    spec = experiment(Path(asked["path"]), asked["algorithm"], COHORT, ROUNDS)
+    folder = Path(asked["folder"])
+    directory = RunDirectory(folder) if folder.exists() else new_directory(spec, folder)
+    begun, begin, before, rounds = time.perf_counter(), 0.0, 0.0, []
+    for event in events(spec, directory):
+        now = time.perf_counter()
+        if event.kind == "begin":
+            begin = now - begun
+        if event.kind == "round":
+            rounds.append(now - before)
+            if event.done == asked["stop"]:
+                break
+        before = time.perf_counter()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    # the first round makes what the others find
+    print(
+        json.dumps({"begin": begin, "round": statistics.median(rounds[1:] or rounds), "mb": peak})
+    )
+
+
+def models(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors that a run has left, and what its clients keep."""
+    last = max((folder / "checkpoints").glob("round-*"))
+    index = json.loads((last / "values.json").read_text())
+    files = {f"{field} {i}": one[0] for field, some in index.items() for i, one in some.items()}
+    values = {
+        name: folder / "checkpoints" / "values" / file for name, file in files.items() if file
+    }
+    values["adapter"] = folder / "adapter" / "adapter_model.safetensors"
+    return {
+        f"{where} {name}": tensor
+        for where, file in values.items()
+        for name, tensor in trees.load(file).items()
+    }
+
+
+def of_algorithm(algorithm: str, few: Path, lots: Path, scratch: Path) -> dict[str, float]:
+    small = run_apart(few, algorithm, scratch / f"{algorithm}-few")
+    large = run_apart(lots, algorithm, scratch / f"{algorithm}-lots")
+    again = scratch / f"{algorithm}-again"
+    run_apart(lots, algorithm, again, ROUNDS // 2)
+    run_apart(lots, algorithm, again)
+    whole, resumed = models(scratch / f"{algorithm}-lots"), models(again)
+    is_equal = whole.keys() == resumed.keys() and all(
+        torch.equal(tensor, resumed[name]) for name, tensor in whole.items()
+    )
+    page = page_of(scratch / f"{algorithm}-lots")
+    return {
+        "begin_seconds_100k": large["begin"],
+        "begin_mb_100k": large["mb"],
+        "round_seconds_50_of_1k": small["round"],
+        "round_seconds_50_of_100k": large["round"],
+        "round_ratio_100k_over_1k": large["round"] / small["round"],
+        "memory_ratio_100k_over_1k": large["mb"] / small["mb"],
+        "resume_equal_100k": float(is_equal),
+        **page,
+    }
+
+
+def page_of(folder: Path) -> dict[str, float]:
+    """Size and time of the page of a run, as if every client had been evaluated."""
+    file = folder / "evaluation.jsonl"
+    row = json.loads(file.read_text().splitlines()[-1])
+    some, draw = next(iter(row["clients"].values())), random.Random(0)
+    names = json.loads((folder / "clients.json").read_text())
+    row["clients"] = {name: {**some, ACCURACY: draw.choice([0, 0.5, 0.5, 1])} for name in names}
+    file.write_text(json.dumps(row) + "\n")
+    begun = time.perf_counter()
+    page = write_report([folder], folder / "report.html")
+    return {
+        "page_seconds_100k": time.perf_counter() - begun,
+        "page_mb_100k": page.stat().st_size / 1e6,
+    }
+
+
+# ---- what a round adds
+
+
+def loop_share(path: Path, algorithm: str, cohort: int, scratch: Path) -> float:
+    """The share of a round that is not its clients' training, by themselves one after the other."""
+    torch.set_num_threads(1)
+    spec = experiment(path, algorithm, cohort, 2)
+    directory = new_directory(spec, scratch / f"{algorithm}-loop")
+    rounds = [event for event in events(spec, directory) if event.kind == "round"]
+    seconds = [event.metrics["seconds"] for event in rounds]
+    task: Any = spec.build_task()
+    shards = encoded(spec, task)[1]
+    task.move_to(0)
+    theta = task.init(seeds.generator(0, "init"))
+    local = replace(spec.algorithm.local, steps=1)
+    begun = time.perf_counter()
+    for i in range(cohort):
+        shard = task.prepare(shards[i], scratch / "loop-cache")
+        train_locally(Client(i, task, shard, seeds.generator(i), 0, 2), theta, local, {})
+    alone = time.perf_counter() - begun
+    print(f"{algorithm}: {cohort} clients, rounds of {seconds} s, {alone:.1f} s alone", flush=True)
+    return max(0.0, 1 - alone / seconds[1])
+
+
+# ---- waiting for nobody
+
+
+def fedbuff_time(seed_count: int) -> float:
+    """Simulated time until log-linear policies are as good under FedBuff as under cohorts that wait
+    for their slowest, as a ratio of geometric means; below one is sooner.
+
+    Forty clients of `robust.Population`, of whom thirty are at work at any time; times are
+    log-normal, of the spread that fedpref draws by itself. FedBuff makes a step of ten changes, a
+    cohort that waits one of thirty, of the same local steps. To reach is the accuracy of forty
+    rounds that wait, less a point.
+    """
+    how = Participation(clients_per_round=10, concurrency=30)
+    together = Participation(clients_per_round=30)
+    logs = []
+    for seed in range(seed_count):
+        people = Population("none", 0.0, seed)
+        clients = range(len(people.tastes))
+        waiting, clock = [(0.0, 0.0)], 0.0
+        policy = np.zeros(people.tastes.shape[1])
+        for turn in range(WAITED):
+            cohort = together.cohort([1.0] * len(clients), seed, turn)[0]
+            policy = policy + np.mean([people.change(i, policy) for i in cohort], 0)
+            clock += max(together.time(seed, i, turn) for i in cohort)
+            waiting.append((clock, people.accuracy(policy, clients)))
+        goal = waiting[-1][1] - 1
+        made = how.arrivals([1.0] * len(clients), seed)
+        people = Population("none", 0.0, seed)
+        history, method, step = [np.zeros(people.tastes.shape[1])], FedBuff(), 0
+        while people.accuracy(history[0], clients) < goal and step < 20 * WAITED:
+            changes = [
+                method.weight(age) * people.change(i, history[age])
+                for i, age in made.ages_of(step).items()
+                if age <= method.staleness
+            ]
+            moved = np.sum(changes, 0) / len(made.ages_of(step)) if changes else 0.0
+            history = [history[0] + moved, *history[: method.staleness]]
+            step += 1
+        soon = next(time for time, accuracy in waiting if accuracy >= goal)
+        logs.append(np.log(made.time_of(max(0, step - 1)) / soon))
+    return float(np.exp(np.mean(logs)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="one algorithm")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--run", type=json.loads, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.run:
+        run_here(arguments.run)
+        return
+    figures: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        few, lots = scratch / "few.jsonl", scratch / "lots.jsonl"
+        write_clients(few, FEW)
+        write_clients(lots, LOTS)
+        for algorithm in list(ALGORITHMS)[: 1 if arguments.quick else None]:
+            found = of_algorithm(algorithm, few, lots, scratch)
+            cohort = FEW // 10 if arguments.quick else FEW
+            found["loop_share_1000_clients"] = loop_share(few, algorithm, cohort, scratch)
+            for figure, value in found.items():
+                print(f"{algorithm}: {figure} {value:.3g}", flush=True)
+                worse = min if figure.startswith("resume") else max
+                figures[figure] = worse(figures.get(figure, value), value)
+                figures[f"{figure}_{algorithm}"] = value
+    figures["fedbuff_time_ratio"] = fedbuff_time(3 if arguments.quick else 8)
+    print(json.dumps(figures, indent=1))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
