@@ -99,9 +99,17 @@ def experiment(path: Path, algorithm: str, cohort: int, rounds: int) -> Experime
 # ---- a run, in a process of its own
 
 
-def run_apart(path: Path, algorithm: str, folder: Path, stop: int | None = None) -> dict[str, Any]:
+def run_apart(
+    path: Path, algorithm: str, folder: Path, rounds: int, stop: int | None = None
+) -> dict[str, Any]:
     """Run in another process, up to so many rounds if that is said, and return what it measured."""
-    asked = {"path": str(path), "algorithm": algorithm, "folder": str(folder), "stop": stop}
+    asked = {
+        "path": str(path),
+        "algorithm": algorithm,
+        "folder": str(folder),
+        "rounds": rounds,
+        "stop": stop,
+    }
     command = [sys.executable, __file__, "--run", json.dumps(asked)]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -111,7 +119,7 @@ def run_apart(path: Path, algorithm: str, folder: Path, stop: int | None = None)
 def run_here(asked: Mapping[str, Any]) -> None:
     """Run, or go on, and print what was measured."""
     torch.set_num_threads(1)
-    spec = experiment(Path(asked["path"]), asked["algorithm"], COHORT, ROUNDS)
+    spec = experiment(Path(asked["path"]), asked["algorithm"], COHORT, asked["rounds"])
     folder = Path(asked["folder"])
     directory = RunDirectory(folder) if folder.exists() else new_directory(spec, folder)
     begun, begin, before, rounds = time.perf_counter(), 0.0, 0.0, []
@@ -147,12 +155,14 @@ def models(folder: Path) -> dict[str, torch.Tensor]:
     }
 
 
-def of_algorithm(algorithm: str, few: Path, lots: Path, scratch: Path) -> dict[str, float]:
-    small = run_apart(few, algorithm, scratch / f"{algorithm}-few")
-    large = run_apart(lots, algorithm, scratch / f"{algorithm}-lots")
+def of_algorithm(
+    algorithm: str, few: Path, lots: Path, scratch: Path, rounds: int
+) -> dict[str, float]:
+    small = run_apart(few, algorithm, scratch / f"{algorithm}-few", rounds)
+    large = run_apart(lots, algorithm, scratch / f"{algorithm}-lots", rounds)
     again = scratch / f"{algorithm}-again"
-    run_apart(lots, algorithm, again, ROUNDS // 2)
-    run_apart(lots, algorithm, again)
+    run_apart(lots, algorithm, again, rounds, rounds // 2)
+    run_apart(lots, algorithm, again, rounds)
     whole, resumed = models(scratch / f"{algorithm}-lots"), models(again)
     is_equal = whole.keys() == resumed.keys() and all(
         torch.equal(tensor, resumed[name]) for name, tensor in whole.items()
@@ -204,7 +214,7 @@ def loop_share(path: Path, algorithm: str, cohort: int, scratch: Path) -> float:
     begun = time.perf_counter()
     for i in range(cohort):
         shard = task.prepare(shards[i], scratch / "loop-cache")
-        train_locally(Client(i, task, shard, seeds.generator(i), 0, 2), theta, local, {})
+        train_locally(Client(i, task, shard, seeds.generator(i, "train"), 0, 2), theta, local, {})
     alone = time.perf_counter() - begun
     print(f"{algorithm}: {cohort} clients, rounds of {seconds} s, {alone:.1f} s alone", flush=True)
     return max(0.0, 1 - alone / seconds[1])
@@ -271,7 +281,7 @@ def main() -> None:
         write_clients(few, FEW)
         write_clients(lots, LOTS)
         for algorithm in list(ALGORITHMS)[: 1 if arguments.quick else None]:
-            found = of_algorithm(algorithm, few, lots, scratch)
+            found = of_algorithm(algorithm, few, lots, scratch, 4 if arguments.quick else ROUNDS)
             cohort = FEW // 10 if arguments.quick else FEW
             found["loop_share_1000_clients"] = loop_share(few, algorithm, cohort, scratch)
             for figure, value in found.items():

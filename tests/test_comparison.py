@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from fedpref import UserError
+from fedpref import Experiment, UserError
 from fedpref.numerics.intervals import interval
 from fedpref.reports.comparison import compare, csv_text, markdown
-from fedpref.runs.sweep import parse_variant, plan, sweep
+from fedpref.runs import sweep as sweep_module
+from fedpref.runs.sweep import parse_variant, plan, side_by_side, sweep
 
 
 def finished(
@@ -133,6 +135,50 @@ def test_a_variant_is_an_algorithm_or_overrides() -> None:
     )
     with pytest.raises(UserError, match="expected NAME"):
         parse_variant(": rounds=3")
+
+
+def test_runs_side_by_side_are_those_one_after_the_other(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    file = tmp_path / "config.yaml"
+    OmegaConf.save(OmegaConf.create({**settings, "rounds": 1, "workers": None}), file)
+    variants = ["feddpo", "fedprox", "bad: data.path=nowhere.jsonl"]
+    whole = plan(file, variants[:2], [0, 1], [], tmp_path / "one")
+    for _, happenings in sweep(whole, tmp_path / "one-cache"):
+        list(happenings)
+    runs = plan(file, variants, [0, 1], [], tmp_path / "two")
+    ended = dict(side_by_side(runs, tmp_path / "two-cache", 3))
+    assert set(ended) == set(runs)
+    for path, why in ended.items():
+        assert why.startswith("data.path: there is no file") == path.is_relative_to(
+            tmp_path / "two" / "bad"
+        )
+    for path in whole:
+        other = tmp_path / "two" / path.relative_to(tmp_path / "one")
+        name = "adapter/adapter_model.safetensors"
+        assert (path / name).read_bytes() == (other / name).read_bytes()
+    # what failed is left, and nothing else
+    again = dict(side_by_side(runs, tmp_path / "two-cache", 3))
+    assert {path.parent.name for path in again} == {"bad"}
+
+
+def test_a_run_that_dies_among_others_is_said_and_they_go_on(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "config.yaml"
+    OmegaConf.save(OmegaConf.create({**settings, "rounds": 1}), file)
+    runs = plan(file, ["feddpo"], [0, 1], [], tmp_path / "out")
+    whole = sweep_module.happenings
+
+    def dying(experiment: Experiment, *arguments: Any) -> Any:
+        if experiment.seed == 1:
+            os._exit(9)
+        return whole(experiment, *arguments)
+
+    monkeypatch.setattr(sweep_module, "happenings", dying)
+    ended = {path.name: why for path, why in side_by_side(runs, tmp_path / "cache", 2)}
+    assert ended["seed-0"] == ""
+    assert "its process has died" in ended["seed-1"]
 
 
 def test_a_sweep_runs_each_variant_and_seed_once(settings: dict[str, Any], tmp_path: Path) -> None:

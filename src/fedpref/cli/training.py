@@ -295,6 +295,12 @@ def sweep(
             help="Where the runs go; by default runs/NAME-sweep. What is done there is kept."
         ),
     ] = None,
+    parallel: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Runs at a time, each with its share of the processors, and a model each."
+        ),
+    ] = 1,
 ) -> None:
     """Run variants of one experiment by seeds, and compare them.
 
@@ -321,20 +327,33 @@ def sweep(
     settings = [*(overrides or ()), *on_validation]
     runs = plan(config, variants, range(seeds), settings, folder, redraws=not same_split)
     write_plan(runs, folder, select)
-    swept(folder)
+    swept(folder, parallel)
 
 
-def swept(folder: Path) -> None:
-    """Do what is left of a sweep, and show what it came to."""
+def swept(folder: Path, parallel: int = 1) -> None:
+    """Do what is left of a sweep, so many runs at a time, and show what it came to."""
     from fedpref.experiments.finished import FinishedRun
     from fedpref.models.trunk import remove_states
     from fedpref.reports.comparison import compare, csv_text, latex, markdown, notes, table
     from fedpref.reports.page import REPORT, write_report
     from fedpref.reports.progress import show
-    from fedpref.runs.sweep import chosen, planned, selection
+    from fedpref.runs.sweep import chosen, planned, selection, side_by_side
     from fedpref.runs.sweep import sweep as runs_to_do
 
     def follow_all(runs: Mapping[Path, Experiment]) -> None:
+        if parallel > 1:
+            failed = 0
+            for path, why in side_by_side(runs, folder / "cache", parallel):
+                failed += bool(why)
+                said = f"failed: {why}" if why else "done"
+                console.print(f"{path}: {said}", highlight=False, soft_wrap=True, markup=False)
+            if failed:
+                raise UserError(
+                    f"{failed} of {len(runs)} runs failed, as said above. `fedpref resume "
+                    f"{folder}` does what is left."
+                )
+            remove_states(folder / "cache")
+            return
         for path, happenings in runs_to_do(runs, folder / "cache"):
             console.print(f"{path}", style="bold", highlight=False)
             with saying(lambda: f"`fedpref resume {folder}` goes on where it was"):

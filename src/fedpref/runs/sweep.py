@@ -6,14 +6,19 @@ What is done already is not done again.
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import re
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 from fedpref import config
+from fedpref.engines.workers import can_fork
 from fedpref.errors import UserError
 from fedpref.experiments.experiment import Experiment, with_whole_paths
 from fedpref.experiments.finished import FinishedRun
@@ -22,6 +27,7 @@ from fedpref.experiments.run_directory import CONFIG, RunDirectory
 from fedpref.numerics.metrics import COMBINED, HEADLINES, low_is_good
 from fedpref.runs.launch import happenings
 
+FORK: Any = multiprocessing.get_context("fork") if hasattr(os, "fork") else None
 SWEEP = "sweep.json"  # in a sweep's folder: the experiment of each of its runs
 SELECTED = "selected"  # in a sweep's folder: the variant that was chosen, on the test's rows
 SELECTABLE = (*HEADLINES, COMBINED, "rewards/margins", "loss")
@@ -210,6 +216,81 @@ def sweep(runs: Mapping[Path, Experiment], cache: Path) -> Iterator[tuple[Path, 
     Raises:
         UserError: A directory holds a run of other settings.
     """
+    for path, experiment, folder in _left(runs):
+        yield path, happenings(experiment, folder, cache)
+
+
+def side_by_side(
+    runs: Mapping[Path, Experiment], cache: Path, parallel: int
+) -> Iterator[tuple[Path, str]]:
+    """Do what is left of a sweep, some runs at a time; yield each that is over, and why it failed.
+
+    Each is a process of its own, with its share of the machine's processors; what is computed once
+    is shared by all. One that fails ends with a sentence, or empty for none, and the others go on.
+
+    Args:
+        runs: The experiment of each run directory.
+        cache: Where what is computed once is kept.
+        parallel: How many at a time.
+
+    Raises:
+        UserError: A directory holds a run of other settings, or processes cannot be forked here.
+    """
+    if not can_fork():
+        raise UserError("--parallel: runs side by side need processes that fork, as on Linux.")
+    waiting = _left(runs)
+    places = list(range(parallel))
+    running: dict[Any, tuple[Path, Any, int]] = {}
+    try:
+        while waiting or running:
+            while waiting and places:
+                path, experiment, folder = waiting.pop(0)
+                place, (mine, theirs) = places.pop(0), FORK.Pipe(duplex=False)
+                process = FORK.Process(
+                    target=_member, args=(experiment, folder, cache, (place, parallel), theirs)
+                )
+                process.start()
+                theirs.close()
+                running[mine] = path, process, place
+            ready: Any = wait(list(running))
+            for ended in ready:
+                path, process, place = running.pop(ended)
+                try:
+                    said = str(ended.recv())
+                except EOFError:
+                    said = "its process has died, perhaps for want of memory"
+                process.join()
+                places.append(place)
+                yield path, said
+    finally:
+        for _, process, _ in running.values():
+            process.terminate()
+
+
+def _member(
+    experiment: Experiment, folder: RunDirectory, cache: Path, share: tuple[int, int], end: Any
+) -> None:
+    """Run one of a sweep's in this process, and send what it has to say."""
+    place, parallel = share
+    if hasattr(os, "sched_setaffinity"):
+        all_of_them = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(
+            0, all_of_them[place::parallel] or [all_of_them[place % len(all_of_them)]]
+        )
+    try:
+        for _ in happenings(experiment, folder, cache):
+            pass
+    except UserError as error:
+        end.send(str(error))
+    except Exception:
+        end.send(traceback.format_exc())
+    else:
+        end.send("")
+
+
+def _left(runs: Mapping[Path, Experiment]) -> list[tuple[Path, Experiment, RunDirectory]]:
+    """Return what is not done yet; raises UserError where other runs are in the way."""
+    left = []
     for path, experiment in runs.items():
         folder = RunDirectory(path)
         if (path / CONFIG).exists() and FinishedRun.at(path).experiment != with_whole_paths(
@@ -220,4 +301,5 @@ def sweep(runs: Mapping[Path, Experiment], cache: Path) -> Iterator[tuple[Path, 
                 "--output, or remove it; a sweep goes on by `fedpref resume`."
             )
         if not folder.done:
-            yield path, happenings(experiment, folder, cache)
+            left.append((path, experiment, folder))
+    return left
