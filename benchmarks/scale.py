@@ -9,8 +9,10 @@ is a process of its own, whose peak memory is the run's. `begin_` is until the f
 with the rows read and shared out; a round's seconds are the median over rounds; `loop_share_` is
 what a round takes beyond its clients' training by themselves; the page is one with a figure of
 every client. `fedbuff_time_ratio` is the simulated time of FedBuff to an accuracy over that of
-cohorts that wait. Figures are the worst over algorithms, and each as `<name>_<algorithm>`;
-`--quick` is SCAFFOLD alone, and `loop_share_` with a tenth of the clients.
+cohorts that wait; `sweep_parallel_ratio` the seconds of two runs at a time over those of one after
+the other; `cost_model_largest_error_percent` how far what three runs cost is from what two others
+say. Figures are the worst over algorithms, and each as `<name>_<algorithm>`; `--quick` is SCAFFOLD
+alone, and `loop_share_` with a twentieth of the clients.
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,7 @@ from fedpref.federation.verbs import Client
 from fedpref.numerics import seeds, trees
 from fedpref.numerics.metrics import ACCURACY
 from fedpref.reports.page import write_report
+from fedpref.runs.sweep import plan, side_by_side, sweep
 from robust import Population
 
 WAITED = 40  # rounds of clients that wait for one another
@@ -100,7 +103,12 @@ def experiment(path: Path, algorithm: str, cohort: int, rounds: int) -> Experime
 
 
 def run_apart(
-    path: Path, algorithm: str, folder: Path, rounds: int, stop: int | None = None
+    path: Path,
+    algorithm: str,
+    folder: Path,
+    rounds: int,
+    stop: int | None = None,
+    cohort: int = COHORT,
 ) -> dict[str, Any]:
     """Run in another process, up to so many rounds if that is said, and return what it measured."""
     asked = {
@@ -109,6 +117,7 @@ def run_apart(
         "folder": str(folder),
         "rounds": rounds,
         "stop": stop,
+        "cohort": cohort,
     }
     command = [sys.executable, __file__, "--run", json.dumps(asked)]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
@@ -119,24 +128,24 @@ def run_apart(
 def run_here(asked: Mapping[str, Any]) -> None:
     """Run, or go on, and print what was measured."""
     torch.set_num_threads(1)
-    spec = experiment(Path(asked["path"]), asked["algorithm"], COHORT, asked["rounds"])
+    spec = experiment(Path(asked["path"]), asked["algorithm"], asked["cohort"], asked["rounds"])
     folder = Path(asked["folder"])
     directory = RunDirectory(folder) if folder.exists() else new_directory(spec, folder)
-    begun, begin, before, rounds = time.perf_counter(), 0.0, 0.0, []
+    begun, begin, before, rounds, sent = time.perf_counter(), 0.0, 0.0, [], 0.0
     for event in events(spec, directory):
         now = time.perf_counter()
         if event.kind == "begin":
             begin = now - begun
         if event.kind == "round":
             rounds.append(now - before)
+            sent = event.metrics["bytes_up"] + event.metrics["bytes_down"]
             if event.done == asked["stop"]:
                 break
         before = time.perf_counter()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
     # the first round makes what the others find
-    print(
-        json.dumps({"begin": begin, "round": statistics.median(rounds[1:] or rounds), "mb": peak})
-    )
+    seconds = statistics.median(rounds[1:] or rounds)
+    print(json.dumps({"begin": begin, "round": seconds, "mb": peak, "bytes": sent}))
 
 
 def models(folder: Path) -> dict[str, torch.Tensor]:
@@ -220,6 +229,92 @@ def loop_share(path: Path, algorithm: str, cohort: int, scratch: Path) -> float:
     return max(0.0, 1 - alone / seconds[1])
 
 
+# ---- runs side by side
+
+
+def sweep_ratio(scratch: Path, seed_count: int) -> float:
+    """Seconds of a sweep of two runs at a time over those of one after the other."""
+    seconds = []
+    for parallel in (1, 2):
+        folder = scratch / f"sweep-{parallel}"
+        fewer = ["rounds=2", "partition.max_rows=40", "task.samples=0"]
+        runs = plan(Path("feddpo"), ["feddpo", "fedprox"], range(seed_count), fewer, folder)
+        begun = time.perf_counter()
+        if parallel == 1:
+            for _, happenings in sweep(runs, folder / "cache"):
+                for _ in happenings:
+                    pass
+        else:
+            for path, why in side_by_side(runs, folder / "cache", parallel):
+                assert not why, f"{path}: {why}"
+        seconds.append(time.perf_counter() - begun)
+    return seconds[1] / seconds[0]
+
+
+# ---- a model of what a run costs
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a run costs by its numbers of clients and of those in a round: two lines and a product.
+
+    Attributes:
+        begin: Seconds until the first round: a fixed part, and that of a client.
+        round: Seconds of a round: a fixed part, and that of a client in it.
+        memory: Peak MB: a fixed part, and that of a client.
+        sent: Bytes that a client of a round sends and is sent.
+    """
+
+    begin: tuple[float, float]
+    round: tuple[float, float]
+    memory: tuple[float, float]
+    sent: float
+
+    @staticmethod
+    def fitted(points: Sequence[tuple[int, int, Mapping[str, float]]]) -> Costs:
+        """Return the costs that go through two measured runs: clients, cohort, figures."""
+        (n0, k0, one), (n1, k1, other) = points
+
+        def line(x0: int, x1: int, name: str) -> tuple[float, float]:
+            slope = (other[name] - one[name]) / (x1 - x0)
+            return one[name] - slope * x0, slope
+
+        return Costs(
+            line(n0, n1, "begin"), line(k0, k1, "round"), line(n0, n1, "mb"), one["bytes"] / k0
+        )
+
+    def of(self, clients: int, cohort: int) -> dict[str, float]:
+        """Return what a run of such numbers is expected to cost."""
+        return {
+            "begin": self.begin[0] + self.begin[1] * clients,
+            "round": self.round[0] + self.round[1] * cohort,
+            "mb": self.memory[0] + self.memory[1] * clients,
+            "bytes": self.sent * cohort,
+        }
+
+
+def cost_error(scratch: Path, quick: bool) -> float:
+    """The largest error of the model, in percent, on three runs that it was not fitted to."""
+    size = 10 if quick else 1
+    known, others = ((20, 10), (400, 50)), ((100, 30), (200, 100), (800, 20))
+    measured = {}
+    for clients, cohort in (*known, *others):
+        clients = 100 * clients // size
+        path = scratch / f"cost-{clients}.jsonl"
+        write_clients(path, clients)
+        folder = scratch / f"cost-{clients}-{cohort}"
+        measured[clients, cohort] = run_apart(path, "feddpo", folder, 3, cohort=cohort)
+    points = [(*point, figures) for point, figures in measured.items()]
+    costs, worst = Costs.fitted(points[:2]), 0.0
+    print(f"costs: {costs}")
+    for clients, cohort, found in points[2:]:
+        expected = costs.of(clients, cohort)
+        errors = {name: 100 * abs(value / found[name] - 1) for name, value in expected.items()}
+        print(f"{clients} clients, {cohort} in a round: off by {errors} percent", flush=True)
+        worst = max(worst, *errors.values())
+    return worst
+
+
 # ---- waiting for nobody
 
 
@@ -281,14 +376,16 @@ def main() -> None:
         write_clients(few, FEW)
         write_clients(lots, LOTS)
         for algorithm in list(ALGORITHMS)[: 1 if arguments.quick else None]:
-            found = of_algorithm(algorithm, few, lots, scratch, 4 if arguments.quick else ROUNDS)
-            cohort = FEW // 10 if arguments.quick else FEW
+            found = of_algorithm(algorithm, few, lots, scratch, 3 if arguments.quick else ROUNDS)
+            cohort = FEW // 20 if arguments.quick else FEW
             found["loop_share_1000_clients"] = loop_share(few, algorithm, cohort, scratch)
             for figure, value in found.items():
                 print(f"{algorithm}: {figure} {value:.3g}", flush=True)
                 worse = min if figure.startswith("resume") else max
                 figures[figure] = worse(figures.get(figure, value), value)
                 figures[f"{figure}_{algorithm}"] = value
+        figures["sweep_parallel_ratio"] = sweep_ratio(scratch, 1 if arguments.quick else 3)
+        figures["cost_model_largest_error_percent"] = cost_error(scratch, arguments.quick)
     figures["fedbuff_time_ratio"] = fedbuff_time(3 if arguments.quick else 8)
     print(json.dumps(figures, indent=1))
     if arguments.json:
