@@ -12,6 +12,7 @@ import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
+from functools import cached_property
 from typing import Any
 
 from jinja2 import TemplateError
@@ -84,7 +85,7 @@ class Texts:
         opens = self.tokenizer.bos_token_id
         return ids[1:] if special and opens is not None and ids[:2] == [opens, opens] else ids
 
-    @property
+    @cached_property
     def _appended(self) -> Tokens:
         """The tokens that the tokenizer itself puts after a text."""
         ids = self.tokenizer("a")["input_ids"]
