@@ -9,7 +9,8 @@ is a process of its own, whose peak memory is the run's. `begin_` is until the f
 with the rows read and shared out; a round's seconds are the median over rounds; `loop_share_` is
 what a round takes beyond its clients' training by themselves; the page is one with a figure of
 every client. `fedbuff_time_ratio` is the simulated time of FedBuff to an accuracy over that of
-cohorts that wait; `sweep_parallel_ratio` the seconds of two runs at a time over those of one after
+cohorts that wait; `bytes_to_accuracy_ratio_8bit` that of bytes, with changes in eight bits;
+`sweep_parallel_ratio` the seconds of two runs at a time over those of one after
 the other; `cost_model_largest_error_percent` how far what three runs cost is from what two others
 say. Figures are the worst over algorithms, and each as `<name>_<algorithm>`; `--quick` is SCAFFOLD
 alone, and `loop_share_` with a twentieth of the clients.
@@ -315,6 +316,45 @@ def cost_error(scratch: Path, quick: bool) -> float:
     return worst
 
 
+# ---- fewer bytes
+
+
+def bytes_ratio(scratch: Path, quick: bool) -> float:
+    """Bytes, up and down, to a common accuracy with changes of eight bits over those in full.
+
+    FedDPO on the shipped clients and model; to reach is the accuracy that both end with, the lower
+    of the two, less half a point.
+    """
+    found = {}
+    for name, compress in (("full", None), ("8bit", {"name": "quantize", "bits": 8})):
+        ends = []
+        for seed in range(1 if quick else 3):
+            content = {
+                "data": {"name": "builtin"},
+                "partition": {"name": "natural", **({"max_rows": 24} if quick else {})},
+                "task": {"samples": 0},
+                "federation": {"weighting": "equal", "compress": compress},
+                "rounds": 4 if quick else 10,
+                "evaluate_every": 1,
+                "seed": seed,
+            }
+            spec = config.parse(Experiment, content, "scale")
+            directory = new_directory(spec, scratch / f"bytes-{name}-{seed}")
+            for _ in events(spec, directory):
+                pass
+            rows = directory.read_rows("metrics.jsonl")
+            sent = np.cumsum([row["bytes_up"] + row["bytes_down"] for row in rows])
+            means = [
+                row["summary"][ACCURACY]["mean"] for row in directory.read_rows("evaluation.jsonl")
+            ]
+            ends.append((sent, np.array(means)))
+        found[name] = np.mean([sent for sent, _ in ends], 0), np.mean([m for _, m in ends], 0)
+    goal = min(means[-1] for _, means in found.values()) - 0.005
+    needed = {name: sent[int(np.argmax(means >= goal))] for name, (sent, means) in found.items()}
+    print(f"to {100 * goal:.1f} %: {needed}", flush=True)
+    return float(needed["8bit"] / needed["full"])
+
+
 # ---- waiting for nobody
 
 
@@ -358,35 +398,53 @@ def fedbuff_time(seed_count: int) -> float:
     return float(np.exp(np.mean(logs)))
 
 
+PARTS = ("clients", "sweep", "bytes", "costs", "fedbuff")
+
+
+def of_clients(scratch: Path, quick: bool) -> dict[str, float]:
+    """What 100,000 clients cost, the worst over algorithms and by algorithm."""
+    figures: dict[str, float] = {}
+    few, lots = scratch / "few.jsonl", scratch / "lots.jsonl"
+    write_clients(few, FEW)
+    write_clients(lots, LOTS)
+    for algorithm in list(ALGORITHMS)[: 1 if quick else None]:
+        found = of_algorithm(algorithm, few, lots, scratch, 3 if quick else ROUNDS)
+        cohort = FEW // 20 if quick else FEW
+        found["loop_share_1000_clients"] = loop_share(few, algorithm, cohort, scratch)
+        for figure, value in found.items():
+            print(f"{algorithm}: {figure} {value:.3g}", flush=True)
+            worse = min if figure.startswith("resume") else max
+            figures[figure] = worse(figures.get(figure, value), value)
+            figures[f"{figure}_{algorithm}"] = value
+    return figures
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="one algorithm")
     parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--only", nargs="*", help="some of: clients sweep bytes costs fedbuff")
     parser.add_argument("--run", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.run:
         run_here(arguments.run)
         return
     figures: dict[str, float] = {}
+    quick, parts = arguments.quick, arguments.only or PARTS
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
-        few, lots = scratch / "few.jsonl", scratch / "lots.jsonl"
-        write_clients(few, FEW)
-        write_clients(lots, LOTS)
-        for algorithm in list(ALGORITHMS)[: 1 if arguments.quick else None]:
-            found = of_algorithm(algorithm, few, lots, scratch, 3 if arguments.quick else ROUNDS)
-            cohort = FEW // 20 if arguments.quick else FEW
-            found["loop_share_1000_clients"] = loop_share(few, algorithm, cohort, scratch)
-            for figure, value in found.items():
-                print(f"{algorithm}: {figure} {value:.3g}", flush=True)
-                worse = min if figure.startswith("resume") else max
-                figures[figure] = worse(figures.get(figure, value), value)
-                figures[f"{figure}_{algorithm}"] = value
-        figures["sweep_parallel_ratio"] = sweep_ratio(scratch, 1 if arguments.quick else 3)
-        figures["cost_model_largest_error_percent"] = cost_error(scratch, arguments.quick)
-    figures["fedbuff_time_ratio"] = fedbuff_time(3 if arguments.quick else 8)
+        if "clients" in parts:
+            figures |= of_clients(scratch, quick)
+        if "sweep" in parts:
+            figures["sweep_parallel_ratio"] = sweep_ratio(scratch, 1 if quick else 3)
+        if "bytes" in parts:
+            figures["bytes_to_accuracy_ratio_8bit"] = bytes_ratio(scratch, quick)
+        if "costs" in parts:
+            figures["cost_model_largest_error_percent"] = cost_error(scratch, quick)
+        if "fedbuff" in parts:
+            figures["fedbuff_time_ratio"] = fedbuff_time(3 if quick else 8)
     print(json.dumps(figures, indent=1))
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1) + "\n")

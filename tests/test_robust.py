@@ -17,6 +17,8 @@ import torch
 
 from conftest import make_rows, write_rows
 from fedpref import UserError
+from fedpref.channel.chain import Chain, Sender
+from fedpref.channel.compression import Quantize
 from fedpref.channel.robust import (
     GeometricMedian,
     Mean,
@@ -31,6 +33,7 @@ from fedpref.channel.robust import (
     weights_of,
 )
 from fedpref.data.preferences import Preference
+from fedpref.engines.engine import compressed, restored
 from fedpref.engines.robust_means import RobustMeans
 from fedpref.experiments.attack import Attack, groups
 from fedpref.federation.aggregation import Product
@@ -500,3 +503,78 @@ def test_privacy_of_what_a_client_has_goes_with_a_rule(content: dict[str, Any]) 
     federation = {"weighting": "equal", "combine": "norm-bound"}
     spec = parsed(content, federation=federation, privacy=EXAMPLES)
     assert not isinstance(spec.federation.combine, Mean)
+
+
+# ---- compressed messages
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    ["feddpo", pytest.param("scaffold", marks=SLOW), pytest.param("fedpdpo", marks=SLOW)],
+)
+def test_compressed_messages_are_few_bytes_and_the_same_bits_over_sites(
+    algorithm: str, content: dict[str, Any], tmp_path: Path
+) -> None:
+    compress = {"name": "quantize", "bits": 8}
+    federation = {"weighting": "equal", "clients_per_round": 4}
+    content["algorithm"] = {"name": algorithm, "local": content["algorithm"]["local"]}
+    plain = run_to(parsed(content, federation=federation), tmp_path / "plain")
+    spec = parsed(content, federation={**federation, "compress": compress})
+    here = run_to(spec, tmp_path / "here")
+    there = run_to(spec, tmp_path / "there", Here(tmp_path / "sites"))
+    one, other, exact = (
+        trees.load(next(run.path.rglob("adapter_model.safetensors")))
+        for run in (here, there, plain)
+    )
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    assert 0 < apart(one, exact) < 0.1
+    rows = [run.read_rows("metrics.jsonl")[-1] for run in (here, there, plain)]
+    assert rows[0]["bytes_up"] == rows[1]["bytes_up"]
+    assert 0.2 < rows[0]["bytes_up"] / rows[2]["bytes_up"] < 0.45
+
+
+def test_what_is_rounded_at_random_is_right_on_average() -> None:
+    uplink = Chain((Quantize(bits=4).stage(),))
+    draw = torch.Generator().manual_seed(0)
+    value = {"a": torch.linspace(-1, 1, 50), BESIDE + "x": torch.tensor([0.123])}
+    total = torch.zeros(50)
+    for _ in range(400):
+        sent = compressed(uplink, value, Sender(0, 0, draw))
+        back = restored(uplink, sent)
+        assert torch.equal(back[BESIDE + "x"], value[BESIDE + "x"])
+        total += back["a"]
+    assert (total / 400 - value["a"]).abs().max() < 0.03
+
+
+@pytest.mark.parametrize(
+    "turned",
+    [
+        lambda message: {},
+        lambda message: {"a": torch.zeros(3)},
+        lambda message: {**message, "shape/a": torch.tensor([10**6, 10**6])},
+        lambda message: {**message, "shape/a": torch.tensor([-5, 10])},
+        lambda message: {n: t for n, t in message.items() if not n.startswith("levels")},
+        lambda message: {**message, "levels/a": torch.zeros(3, dtype=torch.uint8)},
+    ],
+)
+def test_what_is_not_compressed_as_agreed_is_refused(turned: Any) -> None:
+    uplink = Chain((Quantize(bits=4).stage(),))
+    sent = compressed(uplink, {"a": torch.ones(50)}, Sender(0, 0, torch.Generator()))
+    with pytest.raises(ValueError, match="not compressed as was agreed"):
+        restored(uplink, turned(sent))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"secrecy": {"name": "masks"}}, "under masks the words"),
+        ({"privacy": CLIENTS, "algorithm": {"name": "ffa-lora"}}, "noise on sums"),
+        ({"algorithm": {"name": "decdpo"}}, "network.compress is for neighbours"),
+    ],
+)
+def test_where_compression_would_be_for_nothing_it_is_refused(
+    changes: dict[str, Any], message: str, content: dict[str, Any]
+) -> None:
+    federation = {"weighting": "equal", "compress": {"name": "quantize"}}
+    with pytest.raises(UserError, match=message):
+        parsed(content, **{"federation": federation, **changes})

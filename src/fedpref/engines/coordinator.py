@@ -23,6 +23,7 @@ from fedpref.engines.engine import (
     clipped,
     everybody,
     figures_of,
+    restored,
     share_of,
     told,
     weighted_report,
@@ -102,6 +103,7 @@ class RemoteEngine:
         weighting: Literal["examples", "equal"] = "examples",
         newcomers: Collection[int] = (),
         links: Chain = Chain(),
+        uplink: Chain = Chain(),
         mixing: Mixing = everybody,
         clip: float | None = None,
         private: PrivateSums | None = None,
@@ -116,6 +118,7 @@ class RemoteEngine:
         # each client's are not to be had under masks
         self.figures: Telling = "sums" if masks and figures == "each" else figures
         self.private, self.examples = private, examples
+        self._uplink = uplink
         self._secure = SecureSums(masks, sites.run, self._ask) if masks else None
         if masks:
             # who refuses its figures is not out of the round for it
@@ -286,6 +289,7 @@ class RemoteEngine:
         sums: dict[Shape, Tree] = {}
         forms: dict[int, Shape] = {}
         waiting = list(present)
+        place = (self.round, self._calls) if self._uplink.stages else None
         while waiting:
             count = max(1, GROUP // self._largest) if self._largest else FIRST_GROUP
             group, waiting = waiting[:count], waiting[count:]
@@ -293,14 +297,20 @@ class RemoteEngine:
             for site, clients in self._by_site(group).items():
                 own = {i: names[i].text for i in clients}
                 shares = {i: self._weights[i] / weight for i in clients}
-                asked[site] = (_contribute(own, shares), NO_TENSORS)
+                asked[site] = (_contribute(own, shares, place=place), NO_TENSORS)
             answers = self._ask(asked)
             for i in (i for i in group if i in self.active):
                 message = trees.part(answers[self._sites.site_of[i]][1], i)
+                size = trees.size(message)
+                try:
+                    message = restored(self._uplink, message)
+                except ValueError as error:
+                    self._leave_out({i: str(error)})
+                    continue
                 if reason := unusable(message):
                     self._leave_out({i: reason})
                     continue
-                sent += trees.size(message)
+                sent += size
                 self._largest = max(self._largest, trees.size(message))
                 if self._clip is not None and self._purpose == "train":
                     message, self.lengths[i] = clipped(
@@ -642,9 +652,15 @@ class RemoteEngine:
 
 
 def _contribute(
-    own: Mapping[int, str], shares: Mapping[int, float], noisy: Header | None = None
+    own: Mapping[int, str],
+    shares: Mapping[int, float],
+    noisy: Header | None = None,
+    *,
+    place: tuple[int, int] | None = None,
 ) -> Header:
-    header = {"verb": "contribute", "own": own, "shares": shares}
+    header: Header = {"verb": "contribute", "own": own, "shares": shares}
+    if place is not None:
+        header["place"] = {"round": place[0], "call": place[1]}
     return {**header, "noisy": noisy} if noisy else header
 
 

@@ -11,6 +11,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from fedpref.channel.chain import Chain, Sender
 from fedpref.channel.robust import clipped_gossip
 from fedpref.engines.private_examples import PrivateExamples, ToldExamples
 from fedpref.engines.private_sums import PrivateSums
@@ -18,7 +19,7 @@ from fedpref.engines.robust_means import RobustMeans
 from fedpref.federation.verbs import Federation, PerClient
 from fedpref.numerics import tallies, trees
 from fedpref.numerics.tallies import Figure
-from fedpref.numerics.trees import Tree
+from fedpref.numerics.trees import BESIDE, Tree
 
 # (round, active clients) -> the mixing matrix over all clients
 Mixing = Callable[[int, Sequence[int]], NDArray[np.float64]]
@@ -98,6 +99,31 @@ def mixed(
         return moved if told is None else trees.add(value, trees.subtract(moved, own))
     mean = trees.total(trees.scale(tree, weight) for tree, weight in heard)
     return mean if told is None else trees.add(value, trees.subtract(mean, told))
+
+
+def compressed(uplink: Chain, message: Tree, sender: Sender) -> Tree:
+    """Return a message as it travels into a mean; figures beside a value stay as they are."""
+    if not uplink.stages:
+        return message
+    beside = {name: tensor for name, tensor in message.items() if name.startswith(BESIDE)}
+    rest = {name: tensor for name, tensor in message.items() if name not in beside}
+    return {**uplink.encode(rest, sender), **beside}
+
+
+def restored(uplink: Chain, message: Tree) -> Tree:
+    """Return what has travelled; raises ValueError where it is not of the form that was agreed."""
+    if not uplink.stages:
+        return message
+    beside = {name: tensor for name, tensor in message.items() if name.startswith(BESIDE)}
+    rest = {name: tensor for name, tensor in message.items() if name not in beside}
+    try:
+        whole = uplink.decode(rest, 1)
+    # whatever a stage makes of tensors that are not its own
+    except (KeyError, RuntimeError, ValueError, OverflowError, TypeError) as error:
+        raise ValueError("it is not compressed as was agreed") from error
+    if not whole:
+        raise ValueError("it is not compressed as was agreed")
+    return {**whole, **beside}
 
 
 def clipped(message: Tree, share: float, most: float) -> tuple[Tree, float]:

@@ -55,6 +55,7 @@ class Hosted:
     seed: int
     rounds: int
     links: Chain = Chain()
+    uplink: Chain = Chain()
     does: Callable[[str, str], bool] = lambda work, purpose: True
     """Whether a piece of work may be asked for, in a phase of that purpose."""
     gives: Callable[[str], bool] = lambda name: True

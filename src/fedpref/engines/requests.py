@@ -217,6 +217,14 @@ class Unmask(TypedDict):
     heard: dict[SiteName, Heard]
 
 
+class Place(TypedDict):
+    """By what is drawn how a message that is compressed is rounded."""
+
+    __pydantic_config__ = _FORM  # type: ignore[misc]
+    round: Number
+    call: Number
+
+
 class Contribute(TypedDict):
     """Send each client's share of a sum; for one with noise, its change as integers."""
 
@@ -225,6 +233,7 @@ class Contribute(TypedDict):
     shares: dict[ClientId, Share]
     noisy: NotRequired[Noisy]
     masked: NotRequired[Masked]
+    place: NotRequired[Place]
 
 
 class Tally(TypedDict):

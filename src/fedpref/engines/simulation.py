@@ -15,10 +15,12 @@ from fedpref.engines.engine import (
     Telling,
     Traffic,
     clipped,
+    compressed,
     everybody,
     figures_of,
     hostile_weight,
     mixed,
+    restored,
     share_of,
     told,
     weighted_report,
@@ -56,6 +58,7 @@ class Simulation:
         weighting: What a client's weight in means is by.
         channel: Stages on the way into a mean.
         links: Stages on the way to a neighbour.
+        uplink: Stages on the way into a mean that are undone before it, message by message.
         newcomers: Clients that do not train, but join afterwards.
         mixing: The mixing matrix of a round.
         workers: Processes; 1 computes in this one.
@@ -83,6 +86,7 @@ class Simulation:
         newcomers: Collection[int] = (),
         channel: Chain = Chain(),
         links: Chain = Chain(),
+        uplink: Chain = Chain(),
         mixing: Mixing = everybody,
         workers: int = 1,
         spill_above_mb: int = 512,
@@ -104,6 +108,7 @@ class Simulation:
         # gold pairs are learned from as if they were one more client's
         self._task, self._shards = task, (*shards, *([gold.shard] if gold else []))
         self._seed, self._rounds, self._channel, self._folder = seed, rounds, channel, folder
+        self._uplink = uplink
         self._links, self._mixing, self._room = links, mixing, spill_above_mb * 10**6
         self._weights = {
             i: float(len(shard)) if weighting == "examples" else 1.0
@@ -252,7 +257,9 @@ class Simulation:
                 message = self._channel.encode(
                     trees.scale(value, self._weights[i] / total), Sender(i, self.round, rng)
                 )
+                message = compressed(self._uplink, message, Sender(i, self.round, rng))
                 self.traffic += Traffic(bytes_up=trees.size(message))
+                message = restored(self._uplink, message)
                 if self._clip is not None and self._purpose == "train":
                     share = self._weights[i] / total
                     message, self.lengths[i] = clipped(message, share, self._clip)

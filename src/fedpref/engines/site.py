@@ -22,7 +22,7 @@ from torch import Tensor
 from fedpref.channel import Sender
 from fedpref.channel.compression import alike
 from fedpref.channel.lattice import fixed
-from fedpref.engines.engine import hostile_weight, mixed
+from fedpref.engines.engine import compressed, hostile_weight, mixed
 from fedpref.engines.host import Host, Hosted, Peers
 from fedpref.engines.messages import (
     NO_TENSORS,
@@ -35,7 +35,7 @@ from fedpref.engines.messages import (
     unpack,
     version,
 )
-from fedpref.engines.requests import Masked, Noisy, SumAddress, beneath, freed, parsed
+from fedpref.engines.requests import Masked, Noisy, Place, SumAddress, beneath, freed, parsed
 from fedpref.engines.site_masks import (
     FIGURES,
     PLACES,
@@ -426,6 +426,7 @@ class Site:
         shares: Mapping[int, float],
         noisy: Noisy | None = None,
         masked: Masked | None = None,
+        place: Place | None = None,
     ) -> Answer:
         """Send each client's share of a sum, or its change for one that noise is added to.
 
@@ -445,6 +446,8 @@ class Site:
             }
         else:
             messages = {i: trees.scale(value, _said_for(i, shares)) for i, value in values.items()}
+            if self._opened.uplink.stages:
+                messages = self._compressed(messages, place)
         if self._masks is None or masked is None:
             return {}, trees.nest(messages)
         address = masked["address"]
@@ -459,6 +462,17 @@ class Site:
                 raise RefusedError(f"its part of the sum is too large: {error}") from error
         sent = self._masks.masked(address, masked["boxes"], total)
         return {**self._masks.heard(address)}, sent
+
+    def _compressed(self, messages: Mapping[int, Tree], place: Place | None) -> dict[int, Tree]:
+        """Return messages as they travel; raises RefusedError where nobody says in which call."""
+        if place is None:
+            raise RefusedError("what is compressed needs its place")
+        round, call = place["round"], place["call"]
+        sent = {}
+        for i, message in messages.items():
+            rng = seeds.generator(self._opened.seed, "channel", round=round, call=call, client=i)
+            sent[i] = compressed(self._opened.uplink, message, Sender(i, round, rng))
+        return sent
 
     def _refuse_unplanned(
         self,

@@ -204,6 +204,7 @@ class InProcess:
             weighting=line.federation.weighting,
             newcomers=line.federation.joining([shard.name for shard in shards], line.seed),
             links=line.network.links,
+            uplink=line.federation.uplink,
             mixing=mixing(line, [shard.name for shard in shards]),
             workers=min(self._workers(), len(shards)),
             spill_above_mb=line.spill_above_mb,
@@ -312,6 +313,7 @@ class AtSites:
             weighting=line.federation.weighting,
             newcomers=line.federation.joining(list(sites.about), line.seed),
             links=line.network.links,
+            uplink=line.federation.uplink,
             mixing=mixing(line, list(sites.about)),
             clip=line.federation.clip,
             private=private_sums(
@@ -452,6 +454,7 @@ def hosted(
         seed=seed,
         rounds=spec.rounds,
         links=spec.network.links,
+        uplink=spec.federation.uplink,
         privacy=site_privacy(spec, task, by_name, folder, max_epsilon),
         masks=spec.secrecy,
         means=spec.algorithm.means,

@@ -161,6 +161,17 @@ class Experiment:
                 "link_failure, redraw, one-peer-exponential, federation.clients_per_round, "
                 "federation.deadline and federation.newcomers."
             )
+        if self.federation.compress is not None:
+            reasons = {
+                "under masks the words that are summed are sent, of a fixed size": self.secrecy,
+                "noise on sums is of whole numbers, which are sent": self.of_clients,
+                f"{algorithm.name} has no mean; network.compress is for neighbours": (
+                    algorithm.gossips
+                ),
+            }
+            for reason, is_so in reasons.items():
+                if is_so:
+                    raise UserError(f"federation.compress: {reason}. Leave it out.")
         if self.federation.concurrency is not None:
             if not algorithm.waits_for_nobody:
                 raise UserError(

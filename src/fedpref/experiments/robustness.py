@@ -110,6 +110,10 @@ def refuse_robust(spec: Experiment) -> None:
             f"{who} and federation.clip both bound messages. Leave out one",
         ),
         (
+            is_ruled and spec.federation.compress is not None,
+            f"{who} and federation.compress do not go together yet. Leave out one",
+        ),
+        (
             isinstance(rule, NormBound) and isinstance(aggregate, Product),
             f"{who} is about lengths of changes, and of products the whole is sent. Take "
             "geometric-median, or factors",

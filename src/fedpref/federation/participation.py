@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 import torch
 
+from fedpref.channel.chain import Chain
+from fedpref.channel.compression import Quantize
 from fedpref.channel.robust import Combine, Mean
 from fedpref.errors import UserError
 from fedpref.numerics import seeds
@@ -48,6 +50,9 @@ class Participation:
     combine: Combine = Mean()
     """What becomes of clients' values in a round: their mean, or a rule that a few hostile clients
     cannot carry away."""
+    compress: Quantize | None = None
+    """How what clients send for a mean is compressed, as in `{name: quantize, bits: 8}`: rounded at
+    random, so that the mean is right. Null sends it as it is."""
     gold: str | None = None
     """A file of pairs that the coordinator holds right (`prompt`, `chosen`, `rejected`): each
     round says how far every client's change agrees with what these would teach. Null compares with
@@ -124,6 +129,11 @@ class Participation:
                 "federation.sampling_weights: no client with training data has a weight above zero."
             )
         return chances
+
+    @property
+    def uplink(self) -> Chain:
+        """The stages on the way into a mean."""
+        return Chain((self.compress.stage(),)) if self.compress else Chain()
 
     @property
     def takes_everybody(self) -> bool:
