@@ -219,6 +219,7 @@ def check(config: Config, overrides: Overrides = None) -> None:
     Example: fedpref check demo partition.max_clients=4
     """
     from fedpref.errors import printable
+    from fedpref.experiments.clients import about, when_drawn
     from fedpref.experiments.experiment import Experiment, encoded
     from fedpref.experiments.promises import in_words
     from fedpref.experiments.robustness import gold_of
@@ -228,20 +229,21 @@ def check(config: Config, overrides: Overrides = None) -> None:
     task = experiment.build_task()
     reading, shards = encoded(experiment, task)
     gold_of(experiment, task)
-    experiment.check_clients({shard.name: len(shard) for shard in shards})
+    sizes = {
+        name: (int(one["train"]), int(one["test"]), int(one["truncated"]))
+        for name, one in about(reading.clients, shards).items()
+    }
+    experiment.check_clients({name: train for name, (train, _, _) in sizes.items()})
     console.print(task.description, highlight=False, soft_wrap=True, markup=False)
-    console.print(
-        size_table(
-            {shard.name: (len(shard.train), len(shard.test), shard.truncated) for shard in shards}
-        )
-    )
+    console.print(size_table(sizes))
     said = [reading.skipped and f"{reading.skipped}; they are left out.", *reading.notes]
+    said.append(when_drawn(shards))
     if reading.left_out:
         said.append(
             f"{reading.left_out} training rows are left out, because their prompt also stands "
             "among the source's test rows."
         )
-    few = sorted((len(shard.test), shard.name) for shard in shards)
+    few = sorted((test, name) for name, (_, test, _) in sizes.items())
     few = [(count, name) for count, name in few if count < ENOUGH_HELD_OUT]
     if few:
         error = 50 / few[0][0] ** 0.5

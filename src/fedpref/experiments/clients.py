@@ -111,6 +111,16 @@ def about(clients: Sequence[ClientData], shards: Sequence[Any]) -> dict[str, dic
     }
 
 
+def when_drawn(shards: Sequence[Any]) -> str:
+    """Return what is not known yet of many clients, in words; empty where all is."""
+    if not isinstance(shards, DrawnShards):
+        return ""
+    return (
+        f"Of {len(shards):,} clients each is made ready when it is drawn: what of its rows is cut, "
+        "or cannot be used, is not known before."
+    )
+
+
 def trained(clients: Sequence[ClientData], by: SplitBy) -> list[str]:
     """Return digests of all prompts that are trained on, by which newcomers' rows are told."""
     return sorted({digest(row.prompt, by) for client in clients for row in client.train})
@@ -128,11 +138,7 @@ class InProcess:
         self._shards: Sequence[Any] = shards
         self._gold = gold_of(experiment, task)
         self.about: About = about(self.reading.clients, shards)
-        late = isinstance(shards, DrawnShards) and (
-            f"of {len(shards):,} clients each is made ready when it is drawn: what of its rows is "
-            "cut, or cannot be used, is not known before"
-        )
-        notes = (self.reading.skipped, *self.reading.notes, late or "")
+        notes = (self.reading.skipped, *self.reading.notes, when_drawn(shards))
         self.note = "".join(f"\n{note}" for note in notes if note)
         self.files = {
             DATA: json.dumps(self.reading.figures, indent=1) + "\n",
