@@ -17,6 +17,7 @@ from fedpref.engines.many import DrawnShards, opened
 from fedpref.engines.per_client import Others, StoredValues
 from fedpref.engines.values import Kept
 from fedpref.experiments.experiment import encoded
+from fedpref.experiments.finished import FinishedRun
 from fedpref.experiments.run_directory import RunDirectory
 from fedpref.numerics import trees
 from fedpref.reports.page import write_report
@@ -150,6 +151,42 @@ def test_the_page_of_many_shows_how_they_are_spread_and_who_is_far_out(
     table = table[: table.index("</table>")]
     assert all(f"<th>{name}</th>" in table for name in (*ranked[:2], *ranked[-2:]))
     assert all(f"<th>{name}</th>" not in table for name in ranked[2:-2])
+
+
+def test_who_never_took_part_has_no_model_of_its_own_and_that_is_said(
+    content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take_for_many(3, monkeypatch)
+    content |= {"federation": {"weighting": "equal", "clients_per_round": 1}, "rounds": 1}
+    algorithm = {"name": "fedpdpo", "local": content["algorithm"]["local"]}
+    run_to(parsed(content, algorithm=algorithm, evaluate_clients=2), tmp_path / "run")
+    run = FinishedRun.at(tmp_path / "run")
+    assert len(run.client_folders) == 1
+    other = next(name for name in run.clients if name not in run.client_folders)
+    with pytest.raises(UserError, match="has not taken part in a round"):
+        run.model_folder(other)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"secrecy": {"name": "masks"}},
+        {
+            "privacy": {
+                "unit": "client",
+                "noise_multiplier": 1.0,
+                "delta": 0.01,
+                "metrics": "private",
+                "metrics_noise": 20.0,
+            },
+            "algorithm": {"name": "ffa-lora"},
+            "federation": {"weighting": "equal"},
+        },
+    ],
+)
+def test_figures_of_all_are_not_of_a_few(changes: dict[str, Any], content: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="evaluate_clients: figures that are private"):
+        parsed(content, evaluate_clients=2, **changes)
 
 
 def test_a_clients_shard_is_made_once_and_forgotten_when_others_came(

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import make_rows, write_rows
-from fedpref import UserError
+from conftest import leave, make_rows, write_rows
+from fedpref import Experiment, UserError
 from fedpref.channel.chain import Chain, Sender
 from fedpref.channel.compression import Quantize
 from fedpref.channel.robust import (
@@ -36,6 +36,9 @@ from fedpref.data.preferences import Preference
 from fedpref.engines.engine import compressed, restored
 from fedpref.engines.robust_means import RobustMeans
 from fedpref.experiments.attack import Attack, groups
+from fedpref.experiments.clients import at_sites
+from fedpref.experiments.rounds import events
+from fedpref.experiments.run_directory import RunDirectory
 from fedpref.federation.aggregation import Product
 from fedpref.numerics import trees
 from fedpref.numerics.trees import BESIDE, Tree
@@ -403,6 +406,31 @@ def test_sites_and_one_process_learn_the_same_from_gold(
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
+def test_a_run_goes_on_with_the_gold_that_it_began_with(
+    content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = make_rows([24], seed=5)
+    gold_of(rows, tmp_path / "gold.jsonl")
+    monkeypatch.chdir(tmp_path)
+    federation = {"weighting": "equal", "gold": "gold.jsonl"}
+    spec = parsed(content, federation=federation)
+    leave(spec, tmp_path / "run", after=2)
+    kept = Experiment.load(tmp_path / "run" / "config.yaml")
+    assert kept.federation.gold == str(tmp_path / "gold.jsonl")
+    assert at_sites(kept).federation.gold == "gold"
+    assert kept.federation.gold_digest
+    gold_of(rows[:12], tmp_path / "gold.jsonl")
+    with pytest.raises(UserError, match="is not what the run began with"):
+        for _ in events(kept, RunDirectory(tmp_path / "run")):
+            pass
+
+
+def test_gold_that_nothing_is_learned_from_is_no_measure() -> None:
+    some = values()
+    with pytest.raises(UserError, match="nothing is learned"):
+        RobustMeans(Trust()).mean(some, EVERY, lambda names: trees.scale(some[0], 0.0))
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
@@ -489,6 +517,13 @@ PRODUCT = {"name": "feddpo", "aggregate": {"name": "product"}}
         ),
         ({"federation": {"gold": "g"}, "secrecy": {"name": "masks"}}, "federation.gold looks at"),
         ({"federation": {"gold": "g"}, "algorithm": {"name": "decdpo"}}, "has no mean"),
+        *(
+            (
+                {"federation": {"gold": "g"}, "algorithm": {"name": name}},
+                "do not all start from the same adapter",
+            )
+            for name in ("fedbuff", "feddpo-stale", "fedsa-lora")
+        ),
     ],
 )
 def test_what_rules_and_attacks_cannot_do_is_refused(
@@ -555,6 +590,12 @@ def test_what_is_rounded_at_random_is_right_on_average() -> None:
         lambda message: {**message, "shape/a": torch.tensor([-5, 10])},
         lambda message: {n: t for n, t in message.items() if not n.startswith("levels")},
         lambda message: {**message, "levels/a": torch.zeros(3, dtype=torch.uint8)},
+        lambda message: {**message, "levels/a": torch.tensor(7, dtype=torch.uint8)},
+        lambda message: {**message, "levels/a": torch.zeros(25)},
+        lambda message: {**message, "scale/a": torch.ones(5000, 1)},  # which would be spread out
+        lambda message: {**message, "scale/a": torch.ones(1, dtype=torch.float64)},
+        lambda message: {**message, "shape/a": torch.tensor([], dtype=torch.int64)},
+        lambda message: {**message, "more/a": torch.ones(1)},
     ],
 )
 def test_what_is_not_compressed_as_agreed_is_refused(turned: Any) -> None:

@@ -91,13 +91,30 @@ class Quantize:
     def _decode(self, message: Tree, count: int) -> Tree:
         tree = {}
         highest = 2 ** (self.bits - 1) - 1
-        for name in (key.removeprefix(SCALE) for key in message if key.startswith(SCALE)):
+        names = [key.removeprefix(SCALE) for key in message if key.startswith(SCALE)]
+        if message.keys() != {part + name for name in names for part in (LEVELS, SCALE, SHAPE)}:
+            raise ValueError("a tensor has not all of its levels, scale and shape")
+        for name in names:
+            self._check(*(message[part + name] for part in (LEVELS, SCALE, SHAPE)))
             shape = message[SHAPE + name].tolist()
             levels = (
                 _unpacked(message[LEVELS + name], self.bits, math.prod(shape)).float() - highest
             )
             tree[name] = (levels * (message[SCALE + name] / highest)).view(shape)
         return tree
+
+    def _check(self, levels: Tensor, scale: Tensor, shape: Tensor) -> None:
+        """Raise ValueError where a message's parts do not fit one another: it may be hostile."""
+        sizes = shape.tolist() if shape.dim() == 1 and shape.dtype == torch.int64 else [-1]
+        wanted = -(-math.prod(sizes) * self.bits // 8)
+        if (
+            min(sizes, default=0) < 0
+            or levels.dtype != torch.uint8
+            or levels.shape != (wanted,)
+            or scale.dtype != torch.float32
+            or scale.shape != (1,)
+        ):
+            raise ValueError("levels, scale and shape of a tensor do not fit one another")
 
 
 Compression = Annotated[TopK | Quantize, Field(discriminator="name")]

@@ -193,7 +193,7 @@ def text(value: Any, column: str, where: str) -> Text:
         written = _written(value, column, where)
         if written is None:
             # of many clients' rows many have the same texts
-            return sys.intern(_whole(value, column, where))
+            return sys.intern(str(_whole(value, column, where)))
         value = written
     if isinstance(value, list | tuple):
         return tuple(_message(message, column, where) for message in value)

@@ -289,7 +289,8 @@ class RemoteEngine:
         sums: dict[Shape, Tree] = {}
         forms: dict[int, Shape] = {}
         waiting = list(present)
-        place = (self.round, self._calls) if self._uplink.stages else None
+        uplink = self._uplink if self._purpose == "train" else Chain()
+        place = (self.round, self._calls) if uplink.stages else None
         while waiting:
             count = max(1, GROUP // self._largest) if self._largest else FIRST_GROUP
             group, waiting = waiting[:count], waiting[count:]
@@ -303,7 +304,7 @@ class RemoteEngine:
                 message = trees.part(answers[self._sites.site_of[i]][1], i)
                 size = trees.size(message)
                 try:
-                    message = restored(self._uplink, message)
+                    message = restored(uplink, message)
                 except ValueError as error:
                     self._leave_out({i: str(error)})
                     continue

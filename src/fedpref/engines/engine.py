@@ -119,7 +119,7 @@ def restored(uplink: Chain, message: Tree) -> Tree:
     try:
         whole = uplink.decode(rest, 1)
     # whatever a stage makes of tensors that are not its own
-    except (KeyError, RuntimeError, ValueError, OverflowError, TypeError) as error:
+    except (LookupError, RuntimeError, ValueError, OverflowError, TypeError) as error:
         raise ValueError("it is not compressed as was agreed") from error
     if not whole:
         raise ValueError("it is not compressed as was agreed")

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fedpref.errors import UserError
 from fedpref.federation.local_training import LocalTraining, train_locally
 from fedpref.federation.verbs import Client, in_turn, work
 from fedpref.numerics import seeds, trees
@@ -31,6 +32,11 @@ def learn(client: Client, told: Tree, names: Sequence[str], local: LocalTraining
         names: Of what is trained; the rest stays.
         local: The steps.
     """
+    if missing := sorted(set(names) - told.keys()):
+        raise UserError(
+            f"federation.gold: {missing[0]} is not among what everybody was sent, so that gold "
+            "pairs cannot be learned from as clients do. Leave it out."
+        )
     start = trees.select(told, names)
     fixed = {name: tensor for name, tensor in told.items() if name not in start}
     trained, _, _ = train_locally(client, start, local, {}, fixed=fixed)

@@ -61,11 +61,11 @@ class DrawnShards(Sequence["DrawnShard"]):
         shard = self._task.encode(client, unusable)
         if unusable and self._unusable == "refuse":
             raise UserError(f"client {client.name!r}: {summary(unusable, len(client.rows))}")
-        for side in ("train", "test"):
+        for side in ("train", "test", "validation"):
             if getattr(client, side) and not getattr(shard, side):
                 raise UserError(
-                    f"client {client.name!r} has no row left to {side} on, for those that it had "
-                    "cannot be used."
+                    f"client {client.name!r} has no {side} row left, for those that it had cannot "
+                    "be used."
                 )
         if self._cache is not None:
             shard = self._task.prepare(shard, self._cache)

@@ -18,6 +18,7 @@ from fedpref.channel.robust import (
     gram_of,
     weights_of,
 )
+from fedpref.errors import UserError
 from fedpref.numerics import trees
 from fedpref.numerics.trees import BESIDE, Tree
 
@@ -75,6 +76,8 @@ class RobustMeans:
         """See how far clients agree with gold pairs; return the weights that come of it, if any."""
         names = sorted(name for name in next(iter(values.values())) if not name.startswith(BESIDE))
         gold = learn(names)
+        if not trees.norm(gold):
+            raise UserError("federation.gold: nothing is learned from the gold pairs.")
         gram = gram_of([*(trees.select(value, gold) for value in values.values()), gold])
         self.agreement = dict(zip(values, cosines(gram).tolist(), strict=True))
         if not isinstance(self._rule, Trust):

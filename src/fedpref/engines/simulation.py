@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -173,8 +173,12 @@ class Simulation:
         common = dict(enumerate(args))
         shared = (registered(work).name, self._purpose, self.round, self._calls, 1, common)
 
+        @lru_cache(maxsize=64)  # a value and its label are asked for one after the other
+        def done(i: int) -> Any:
+            return self._job(i, shared, {})
+
         def made(part: int | None, i: int) -> Kept:
-            found = self._job(i, shared, {})
+            found = done(i)
             results = (found,) if part is None else found
             said = labels(registered(work), {}, results)
             return Kept(results[part or 0], said[part or 0])
@@ -209,7 +213,8 @@ class Simulation:
         client = Client(
             i,
             self._task,
-            opened(self._shards[i]),
+            # what a client has in the beginning is seldom of its data
+            self._shards[i] if purpose == "init" else opened(self._shards[i]),
             rng,
             round,
             self._rounds,
@@ -248,6 +253,8 @@ class Simulation:
         if self._as_integers:
             return self._integer_mean(column, total)
 
+        uplink = self._uplink if self._purpose == "train" else Chain()
+
         def messages() -> Iterator[Tree]:
             for i in self.active:
                 rng = seeds.generator(
@@ -257,9 +264,9 @@ class Simulation:
                 message = self._channel.encode(
                     trees.scale(value, self._weights[i] / total), Sender(i, self.round, rng)
                 )
-                message = compressed(self._uplink, message, Sender(i, self.round, rng))
+                message = compressed(uplink, message, Sender(i, self.round, rng))
                 self.traffic += Traffic(bytes_up=trees.size(message))
-                message = restored(self._uplink, message)
+                message = restored(uplink, message)
                 if self._clip is not None and self._purpose == "train":
                     share = self._weights[i] / total
                     message, self.lengths[i] = clipped(message, share, self._clip)

@@ -446,7 +446,7 @@ class Site:
             }
         else:
             messages = {i: trees.scale(value, _said_for(i, shares)) for i, value in values.items()}
-            if self._opened.uplink.stages:
+            if place is not None:
                 messages = self._compressed(messages, place)
         if self._masks is None or masked is None:
             return {}, trees.nest(messages)
@@ -463,10 +463,8 @@ class Site:
         sent = self._masks.masked(address, masked["boxes"], total)
         return {**self._masks.heard(address)}, sent
 
-    def _compressed(self, messages: Mapping[int, Tree], place: Place | None) -> dict[int, Tree]:
-        """Return messages as they travel; raises RefusedError where nobody says in which call."""
-        if place is None:
-            raise RefusedError("what is compressed needs its place")
+    def _compressed(self, messages: Mapping[int, Tree], place: Place) -> dict[int, Tree]:
+        """Return messages as they travel."""
         round, call = place["round"], place["call"]
         sent = {}
         for i, message in messages.items():

@@ -230,6 +230,14 @@ class InProcess:
         return self._experiment.workers or self._task.devices if can_fork() else 1
 
 
+def at_sites(line: Experiment) -> Experiment:
+    """Return a line as sites are told of it, without where the coordinator has its files."""
+    federation = line.federation
+    if federation.gold is None:
+        return line
+    return replace(line, federation=replace(federation, gold="gold", gold_digest=""))
+
+
 def mixing(line: Experiment, names: Sequence[str]) -> Any:
     """Return a function that gives the mixing matrix of a round, over clients of these names."""
 
@@ -278,7 +286,7 @@ class AtSites:
         planned = {name: line for name, (_, line) in lines(experiment, count).items()}
         refused = Sites.refusals(
             transport,
-            {name: config.dump(line) for name, line in planned.items()},
+            {name: config.dump(at_sites(line)) for name, line in planned.items()},
             experiment.patience,
         )
         self._refused = "; ".join(f"site {site}: {reason}" for site, reason in refused.items())
@@ -361,7 +369,7 @@ class AtSites:
             began = json.loads(clients.read_text())
         return Sites(
             self._transport,
-            config.dump(line),
+            config.dump(at_sites(line)),
             run,
             self._patience,
             began=began,

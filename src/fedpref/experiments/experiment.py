@@ -27,7 +27,7 @@ from fedpref.experiments.free_baselines import FREE
 from fedpref.experiments.migration import refuse_former_names
 from fedpref.experiments.packaged import config_file
 from fedpref.experiments.private import guarantee_of, refuse_seen, refuse_unaccounted
-from fedpref.experiments.robustness import refuse_robust
+from fedpref.experiments.robustness import gold_digest, refuse_robust
 from fedpref.federation.aggregation import Factors, Product
 from fedpref.federation.diagnostics import Diagnostic
 from fedpref.federation.network import Network
@@ -161,6 +161,13 @@ class Experiment:
                 "link_failure, redraw, one-peer-exponential, federation.clients_per_round, "
                 "federation.deadline and federation.newcomers."
             )
+        if self.evaluate_clients is not None:
+            is_private = any(promise.metrics == "private" for promise in self.promises)
+            if is_private or self.secrecy is not None:
+                raise UserError(
+                    "evaluate_clients: figures that are private, or sums under masks, are of all "
+                    "clients. Leave it out."
+                )
         if self.federation.compress is not None:
             reasons = {
                 "under masks the words that are summed are sent, of a fixed size": self.secrecy,
@@ -505,6 +512,7 @@ def lines(experiment: Experiment, clients: int) -> dict[str, tuple[str, Experime
         max_participations=None,
         concurrency=None,
         combine=Mean(),
+        compress=None,
         gold=None,
     )
     together = replace(federation, concurrency=None)  # who wait for one another
@@ -576,6 +584,12 @@ def with_whole_paths(experiment: Experiment) -> Experiment:
         task=experiment.task.with_models(whole),
         data=experiment.data.with_paths(whole),
     )
+    federation = changed.federation
+    if federation.gold is not None:
+        gold = whole(federation.gold)
+        is_new = not federation.gold_digest and Path(gold).is_file()
+        digest = gold_digest(Path(gold)) if is_new else federation.gold_digest
+        changed = replace(changed, federation=replace(federation, gold=gold, gold_digest=digest))
     topology = experiment.network.topology
     if isinstance(topology, GraphFile):
         topology = replace(topology, path=whole(topology.path)).with_digest()

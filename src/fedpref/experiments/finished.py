@@ -310,6 +310,11 @@ class FinishedRun:
                 f"{self.path}: every client has a model of its own; choose one with --client: "
                 f"{list(own)[:12]}."
             )
+        if client is not None and own:
+            raise UserError(
+                f"{self.path}: client {client!r} has not taken part in a round, so that it has no "
+                f"model of its own; {len(own)} clients have one, as {list(own)[:12]}."
+            )
         if not own and shared.exists():
             return shared  # the shared model is every client's model
         raise UserError(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from hashlib import blake2b
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedpref.channel.robust import Mean, Median, NormBound, TrimmedMean, Trust
 from fedpref.data import ClientData, Files
+from fedpref.data.parsing import forget_columns
 from fedpref.data.preferences import Preference
 from fedpref.data.unusable import Unusable
 from fedpref.engines.gold import Gold
@@ -20,6 +23,8 @@ from fedpref.tasks.preference import PreferenceTask
 if TYPE_CHECKING:
     from fedpref.experiments.experiment import Experiment
 
+# clients start from adapters of several ages, or have a factor of their own
+NOT_ON_GOLD = frozenset({"fedbuff", "feddpo-stale", "fedsa-lora"})
 Turned = Callable[[Mapping[int, Tree], Tree, int, int], Mapping[int, Tree]]
 
 
@@ -43,6 +48,13 @@ def gold_of(experiment: Experiment, task: Task) -> Gold | None:
     """
     if experiment.federation.gold is None:
         return None
+    file = Path(experiment.federation.gold)
+    known = experiment.federation.gold_digest
+    if known and file.is_file() and gold_digest(file) != known:
+        raise UserError(
+            f"federation.gold: {file} is not what the run began with. Put back that file, or begin "
+            "the run anew."
+        )
     try:
         rows = list(Files(path=experiment.federation.gold).read())
     except UserError as error:
@@ -58,8 +70,14 @@ def gold_of(experiment: Experiment, task: Task) -> Gold | None:
     pairs = tuple(row for row in rows if isinstance(row, Preference))
     if not pairs:
         raise UserError("federation.gold: there is no row in the file.")
+    forget_columns()
     shard = task.encode(ClientData("gold", pairs, ()))
     return Gold(shard, experiment.algorithm.local)
+
+
+def gold_digest(file: Path) -> str:
+    """Return a hash of the file of gold pairs."""
+    return blake2b(file.read_bytes(), digest_size=16).hexdigest()
 
 
 def attacking(line: Experiment, names: Sequence[str]) -> Turned | None:
@@ -126,6 +144,11 @@ def refuse_robust(spec: Experiment) -> None:
             has_gold and not isinstance(aggregate, Factors | FrozenA | None),
             "federation.gold is about changes of factors, and of products the whole is sent. Take "
             "factors or frozen-a",
+        ),
+        (
+            has_gold and algorithm.name in NOT_ON_GOLD,
+            f"federation.gold: clients of {algorithm.name} do not all start from the same "
+            "adapter, so that what gold pairs teach is nobody's. Leave it out",
         ),
         (
             has_gold and not isinstance(spec.task, PreferenceTask),

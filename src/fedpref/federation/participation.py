@@ -57,6 +57,8 @@ class Participation:
     """A file of pairs that the coordinator holds right (`prompt`, `chosen`, `rejected`): each
     round says how far every client's change agrees with what these would teach. Null compares with
     nothing."""
+    gold_digest: str = ""
+    """A hash of that file; it is written when a run begins, which goes on with the same pairs."""
     deadline: Positive | None = None
     """How long a round waits, as a multiple of the median client's time; later clients are left
     out. Null waits for all."""

@@ -67,9 +67,9 @@ def client_rows(runs: Sequence[Run]) -> list[tuple[str, str, str, list[str]]]:
             known.setdefault(name, []).append(run.clients[name])
     names = sorted(known, key=lambda name: (-known[name][0]["train"], name))
     if len(names) > MOST:
-        values = runs[0].values()
+        values = max((run.values() for run in runs), key=len)
         ranked = sorted(values, key=lambda name: (values[name], name))
-        names = [*reversed(ranked[-EXTREME:]), *ranked[:EXTREME]]
+        names = list(dict.fromkeys([*reversed(ranked[-EXTREME:]), *ranked[:EXTREME]]))
     columns: list[Column] = [(run, run.values(line), "") for _, run, line, _ in every_line(runs)]
     columns += [
         (run, gained, "+") for _, run, _ in main_lines(runs) if (gained := run.gains("alone"))
