@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -37,6 +36,8 @@ import torch
 
 from fedpref import Experiment, config
 from fedpref.algorithms import FedBuff
+from fedpref.channel.chain import Sender
+from fedpref.channel.compression import Quantize
 from fedpref.data import Builtin
 from fedpref.data.preferences import Preference, key
 from fedpref.experiments.experiment import encoded
@@ -45,12 +46,14 @@ from fedpref.experiments.run_directory import RunDirectory
 from fedpref.federation.local_training import train_locally
 from fedpref.federation.participation import Participation
 from fedpref.federation.verbs import Client
+from fedpref.models.language import LanguageModel, Model
 from fedpref.numerics import seeds, trees
 from fedpref.numerics.metrics import ACCURACY
 from fedpref.reports.page import write_report
 from fedpref.runs.sweep import plan, side_by_side, sweep
-from robust import Population
+from robust import FEATURES, Population
 
+EVALUATED = 10  # clients, of each run
 WAITED = 40  # rounds of clients that wait for one another
 FEW, LOTS, COHORT, ROUNDS = 1000, 100_000, 50, 6
 ROWS = {"train": 8, "test": 2}
@@ -63,23 +66,24 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
 
 def write_clients(path: Path, count: int) -> None:
     """Write rows of so many clients, who turn as many of their comparisons as they differ."""
-    known: dict[str, list[tuple[str, str, str]]] = {side: [] for side in ROWS}
+    # of each comparison the line's beginning as it is, and turned round
+    known: dict[str, list[tuple[str, str]]] = {side: [] for side in ROWS}
     for row in Builtin().read():
         assert isinstance(row, Preference)
         texts = [key(text) for text in (row.prompt, row.chosen, row.rejected)]
-        known[str(row.side)].append((texts[0], texts[1], texts[2]))
+        names = (("prompt", "chosen", "rejected"), ("prompt", "rejected", "chosen"))
+        as_is, turned = (
+            json.dumps(dict(zip(some, texts, strict=True))).removesuffix("}") for some in names
+        )
+        known[str(row.side)].append((as_is, turned))
     draw = random.Random(0)
     with path.open("w") as file:
         for client in range(count):
             turns = 0.5 * draw.random()
             for side, number in ROWS.items():
-                for prompt, chosen, rejected in draw.sample(known[side], number):
-                    if draw.random() < turns:
-                        chosen, rejected = rejected, chosen
-                    row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-                    file.write(
-                        json.dumps({**row, "client": f"c{client:06d}", "split": side}) + "\n"
-                    )
+                for both in draw.sample(known[side], number):
+                    text = both[draw.random() < turns]
+                    file.write(f'{text}, "client": "c{client:06d}", "split": "{side}"}}\n')
 
 
 def experiment(path: Path, algorithm: str, cohort: int, rounds: int) -> Experiment:
@@ -94,7 +98,7 @@ def experiment(path: Path, algorithm: str, cohort: int, rounds: int) -> Experime
         "task": {"samples": 0},
         "federation": {"clients_per_round": cohort, "weighting": "equal"},
         "rounds": rounds,
-        "evaluate_clients": COHORT,
+        "evaluate_clients": EVALUATED,
         "workers": 1,
     }
     return config.parse(Experiment, content, "scale")
@@ -143,7 +147,9 @@ def run_here(asked: Mapping[str, Any]) -> None:
             if event.done == asked["stop"]:
                 break
         before = time.perf_counter()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    # not getrusage's, which is also that of the process this one was made by
+    status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    peak = int(status["VmHWM"].split()[0]) / 1e3
     # the first round makes what the others find
     seconds = statistics.median(rounds[1:] or rounds)
     print(json.dumps({"begin": begin, "round": seconds, "mb": peak, "bytes": sent}))
@@ -213,6 +219,7 @@ def loop_share(path: Path, algorithm: str, cohort: int, scratch: Path) -> float:
     """The share of a round that is not its clients' training, by themselves one after the other."""
     torch.set_num_threads(1)
     spec = experiment(path, algorithm, cohort, 2)
+    spec = replace(spec, partition=replace(spec.partition, max_clients=cohort))
     directory = new_directory(spec, scratch / f"{algorithm}-loop")
     rounds = [event for event in events(spec, directory) if event.kind == "round"]
     seconds = [event.metrics["seconds"] for event in rounds]
@@ -238,7 +245,7 @@ def sweep_ratio(scratch: Path, seed_count: int) -> float:
     seconds = []
     for parallel in (1, 2):
         folder = scratch / f"sweep-{parallel}"
-        fewer = ["rounds=2", "partition.max_rows=40", "task.samples=0"]
+        fewer = ["rounds=2", "partition.max_rows=24", "task.samples=0", "algorithm.local.steps=2"]
         runs = plan(Path("feddpo"), ["feddpo", "fedprox"], range(seed_count), fewer, folder)
         begun = time.perf_counter()
         if parallel == 1:
@@ -296,15 +303,16 @@ class Costs:
 
 def cost_error(scratch: Path, quick: bool) -> float:
     """The largest error of the model, in percent, on three runs that it was not fitted to."""
-    size = 10 if quick else 1
-    known, others = ((20, 10), (400, 50)), ((100, 30), (200, 100), (800, 20))
+    known, others = ((2_000, 10), (40_000, 50)), ((10_000, 30), (20_000, 100), (80_000, 20))
+    if quick:
+        known, others = ((2_000, 5), (20_000, 20)), ((10_000, 10),)
     measured = {}
     for clients, cohort in (*known, *others):
-        clients = 100 * clients // size
         path = scratch / f"cost-{clients}.jsonl"
         write_clients(path, clients)
         folder = scratch / f"cost-{clients}-{cohort}"
-        measured[clients, cohort] = run_apart(path, "feddpo", folder, 3, cohort=cohort)
+        rounds = 3 if quick else 4
+        measured[clients, cohort] = run_apart(path, "feddpo", folder, rounds, cohort=cohort)
     points = [(*point, figures) for point, figures in measured.items()]
     costs, worst = Costs.fitted(points[:2]), 0.0
     print(f"costs: {costs}")
@@ -319,40 +327,35 @@ def cost_error(scratch: Path, quick: bool) -> float:
 # ---- fewer bytes
 
 
-def bytes_ratio(scratch: Path, quick: bool) -> float:
+def bytes_ratio(seed_count: int) -> float:
     """Bytes, up and down, to a common accuracy with changes of eight bits over those in full.
 
-    FedDPO on the shipped clients and model; to reach is the accuracy that both end with, the lower
-    of the two, less half a point.
+    The rounds that log-linear policies of forty clients (`robust.Population`) take to the accuracy
+    of forty rounds in full, less a point, times the bytes of a round of the shipped model's
+    adapter.
     """
-    found = {}
-    for name, compress in (("full", None), ("8bit", {"name": "quantize", "bits": 8})):
-        ends = []
-        for seed in range(1 if quick else 3):
-            content = {
-                "data": {"name": "builtin"},
-                "partition": {"name": "natural", **({"max_rows": 24} if quick else {})},
-                "task": {"samples": 0},
-                "federation": {"weighting": "equal", "compress": compress},
-                "rounds": 4 if quick else 10,
-                "evaluate_every": 1,
-                "seed": seed,
-            }
-            spec = config.parse(Experiment, content, "scale")
-            directory = new_directory(spec, scratch / f"bytes-{name}-{seed}")
-            for _ in events(spec, directory):
-                pass
-            rows = directory.read_rows("metrics.jsonl")
-            sent = np.cumsum([row["bytes_up"] + row["bytes_down"] for row in rows])
-            means = [
-                row["summary"][ACCURACY]["mean"] for row in directory.read_rows("evaluation.jsonl")
-            ]
-            ends.append((sent, np.array(means)))
-        found[name] = np.mean([sent for sent, _ in ends], 0), np.mean([m for _, m in ends], 0)
-    goal = min(means[-1] for _, means in found.values()) - 0.005
-    needed = {name: sent[int(np.argmax(means >= goal))] for name, (sent, means) in found.items()}
-    print(f"to {100 * goal:.1f} %: {needed}", flush=True)
-    return float(needed["8bit"] / needed["full"])
+    stage, logs = Quantize(bits=8).stage(), []
+    for seed in range(seed_count):
+        needed, goal = [], 0.0
+        for is_short in (False, True):
+            people, draw = Population("none", 0.0, seed), torch.Generator().manual_seed(seed)
+            clients, policy, means = range(len(people.tastes)), np.zeros(FEATURES), []
+            for turn in range(2 * WAITED):
+                changes = []
+                for i in clients:
+                    change = {"w": torch.from_numpy(people.change(i, policy)).float()}
+                    if is_short:
+                        change = dict(stage.decode(stage.encode(change, Sender(i, turn, draw)), 1))
+                    changes.append(change["w"].numpy())
+                policy = policy + np.mean(changes, 0)
+                means.append(people.accuracy(policy, clients))
+            goal = goal if needed else means[WAITED - 1] - 1
+            needed.append(next(k for k, mean in enumerate(means, 1) if mean >= goal))
+        logs.append(np.log(needed[1] / needed[0]))
+    adapter = LanguageModel(Model()).init(torch.Generator().manual_seed(0))
+    full = trees.size(adapter)
+    short = trees.size(stage.encode(adapter, Sender(0, 0, torch.Generator())))
+    return float(np.exp(np.mean(logs)) * (full + short) / (2 * full))
 
 
 # ---- waiting for nobody
@@ -408,7 +411,7 @@ def of_clients(scratch: Path, quick: bool) -> dict[str, float]:
     write_clients(few, FEW)
     write_clients(lots, LOTS)
     for algorithm in list(ALGORITHMS)[: 1 if quick else None]:
-        found = of_algorithm(algorithm, few, lots, scratch, 3 if quick else ROUNDS)
+        found = of_algorithm(algorithm, few, lots, scratch, 2 if quick else ROUNDS)
         cohort = FEW // 20 if quick else FEW
         found["loop_share_1000_clients"] = loop_share(few, algorithm, cohort, scratch)
         for figure, value in found.items():
@@ -440,7 +443,7 @@ def main() -> None:
         if "sweep" in parts:
             figures["sweep_parallel_ratio"] = sweep_ratio(scratch, 1 if quick else 3)
         if "bytes" in parts:
-            figures["bytes_to_accuracy_ratio_8bit"] = bytes_ratio(scratch, quick)
+            figures["bytes_to_accuracy_ratio_8bit"] = bytes_ratio(3 if quick else 8)
         if "costs" in parts:
             figures["cost_model_largest_error_percent"] = cost_error(scratch, quick)
         if "fedbuff" in parts:
