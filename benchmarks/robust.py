@@ -12,9 +12,10 @@ log-linear policies, and `loglinear_phrase_` is how surely an answer with an att
 in percent. `gold_auc_` is how often an honest client, or one of an uncommon taste, agrees more with
 200 gold pairs of sense against nonsense than a hostile one. On the model `phrase_` is how often it
 wins. After these stand the rule, of FedDPO, or the method, of those with something of a client's
-own. `rule_cost_share` is the dearest rule's time for 100 clients of 163,840 numbers as a share of
-their local steps, ten of two pairs each. `--quick` has fewer seeds, and on the shipped clients the
-small shipped model, two rules and two attacks.
+own; `cost_` is what an attack costs the clients that are honest under it, in points.
+`rule_cost_share` is the dearest rule's time for 100 clients of 163,840 numbers as a share of their
+local steps, ten of two pairs each. `--quick` has fewer seeds, and on the shipped clients the small
+shipped model, two rules and two attacks.
 """
 
 from __future__ import annotations
@@ -258,6 +259,7 @@ def on_models(
 ) -> dict[str, float]:
     """Methods and rules under attacks, on the shipped clients, seed after seed."""
     values: dict[str, list[float]] = {}
+    before: dict[tuple[str, str, int], Any] = {}  # rows of runs without an attack
     for seed in range(seed_count):
         for method, rule, attack, share in cases:
             spec = experiment(rule, attack, share, seed, quick, method)
@@ -265,8 +267,13 @@ def on_models(
             folder = scratch / f"{key}-{seed}"
             for _ in events(spec, RunDirectory(folder), scratch / "cache"):
                 pass
-            honest, uncommon = of_groups(spec, FinishedRun.at(folder).last_evaluation["clients"])
+            rows = FinishedRun.at(folder).last_evaluation["clients"]
+            honest, uncommon = of_groups(spec, rows)
             figures = {"honest": honest, "uncommon": uncommon}
+            if not share:
+                before[method, rule, seed] = rows
+            elif (method, rule, seed) in before:
+                figures["cost"] = of_groups(spec, before[method, rule, seed])[0] - honest
             if method == "feddpo" and attack in ("none", "trigger"):
                 figures["phrase"] = phrase_wins(spec, folder)
             for name, value in figures.items():
@@ -368,6 +375,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer seeds, the small model")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--only", nargs="*", help="some of: loglinear models methods cost")
+    parser.add_argument("--rules", nargs="*", help="of runs on models, these rules alone")
+    parser.add_argument("--attacks", nargs="*", help="of runs on models, these attacks alone")
     parser.add_argument("--seeds", type=int, help="how many; by default 8, and 3 on models")
     arguments = parser.parse_args()
     parts = arguments.only or ["loglinear", "cost", "models", "methods"]
@@ -381,7 +390,13 @@ def main() -> None:
             figures |= cost()
         try:
             seed_count = arguments.seeds or (1 if quick else 3)
-            figures |= on_models(Path(folder), cases_of(parts, quick), quick, seed_count)
+            cases = [
+                case
+                for case in cases_of(parts, quick)
+                if (arguments.rules is None or case[1] in arguments.rules)
+                and (arguments.attacks is None or case[2] in arguments.attacks)
+            ]
+            figures |= on_models(Path(folder), cases, quick, seed_count)
         except UserError as error:
             print(f"not on the model: {error}")
     figures = {name: float(value) for name, value in figures.items() if np.isfinite(value)}
