@@ -11,21 +11,14 @@ from typing import ClassVar, Literal
 
 import torch
 
+from fedpref.algorithms.feddpo_stale import State
 from fedpref.federation.algorithm import Algorithm
 from fedpref.federation.common import no_moments
 from fedpref.federation.local_training import LocalTraining, train_locally
-from fedpref.federation.verbs import Client, Federation, PerClient, work
+from fedpref.federation.verbs import Client, Federation, work
 from fedpref.numerics import trees
 from fedpref.numerics.trees import Tree
 from fedpref.types import Age, NonNegative, Positive
-
-
-@dataclass(frozen=True)
-class State:
-    """The adapters of the last steps, nested by age, 0 the newest; each client's moments."""
-
-    adapters: Tree
-    moments: PerClient[Tree]
 
 
 @work("fedbuff.train", keeps={1: "moments"}, reads=("moments",))
