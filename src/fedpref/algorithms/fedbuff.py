@@ -76,11 +76,7 @@ class FedBuff(Algorithm[State]):
         return float((1 + age) ** -self.staleness_exponent)
 
     def init(self, fed: Federation, start: Tree) -> State:
-        copies = {
-            age: {name: tensor.clone() for name, tensor in start.items()}
-            for age in range(self.staleness + 1)
-        }
-        return State(trees.nest(copies), fed.each(no_moments))
+        return State.begun(start, self.staleness, fed.each(no_moments))
 
     def step(self, fed: Federation, state: State) -> tuple[State, Mapping[str, float]]:
         ages = {i: fed.ages[i] for i in fed.active if i in fed.ages}
@@ -90,9 +86,7 @@ class FedBuff(Algorithm[State]):
         change, moments, metrics = fed.each(train, trees.nest(told), said, state.moments, self)
         moved = trees.scale(fed.mean(change), self.server_learning_rate)
         newest = trees.add(trees.part(state.adapters, 0), moved)
-        older = (trees.part(state.adapters, age) for age in range(self.staleness))
-        adapters = trees.nest(dict(enumerate([newest, *older])))
-        return State(adapters, state.moments | moments), fed.report(metrics)
+        return state.moved(newest, self.staleness, moments), fed.report(metrics)
 
     def model(self, state: State) -> tuple[Tree]:
         return (trees.part(state.adapters, 0),)

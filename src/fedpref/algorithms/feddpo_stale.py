@@ -25,6 +25,26 @@ class State:
     adapters: Tree
     moments: PerClient[Tree]
 
+    @staticmethod
+    def begun(start: Tree, oldest: int, moments: PerClient[Tree]) -> State:
+        """Return the state of a run in which all ages have the same adapter.
+
+        Args:
+            start: The adapter.
+            oldest: The highest age.
+            moments: Each client's.
+        """
+        copies = {
+            age: {name: tensor.clone() for name, tensor in start.items()}
+            for age in range(oldest + 1)
+        }
+        return State(trees.nest(copies), moments)
+
+    def moved(self, newest: Tree, oldest: int, moments: PerClient[Tree]) -> State:
+        """Return the state with a newer adapter, by which all others are a round older."""
+        older = (trees.part(self.adapters, age) for age in range(oldest))
+        return State(trees.nest(dict(enumerate([newest, *older]))), self.moments | moments)
+
 
 @work("feddpo-stale.train", keeps={1: "moments"}, reads=("moments",))
 def train(
@@ -61,18 +81,12 @@ class StaleFedDPO(Algorithm[State]):
     sends_local_steps = True
 
     def init(self, fed: Federation, start: Tree) -> State:
-        copies = {
-            age: {name: tensor.clone() for name, tensor in start.items()}
-            for age in range(self.staleness + 1)
-        }
-        return State(trees.nest(copies), fed.each(no_moments))
+        return State.begun(start, self.staleness, fed.each(no_moments))
 
     def step(self, fed: Federation, state: State) -> tuple[State, Mapping[str, float]]:
         delta, moments, metrics = fed.each(train, state.adapters, state.moments, self)
         newest = trees.add(trees.part(state.adapters, 0), fed.mean(delta))
-        older = (trees.part(state.adapters, age) for age in range(self.staleness))
-        adapters = trees.nest(dict(enumerate([newest, *older])))
-        return State(adapters, state.moments | moments), fed.report(metrics)
+        return state.moved(newest, self.staleness, moments), fed.report(metrics)
 
     def model(self, state: State) -> tuple[Tree]:
         return (trees.part(state.adapters, 0),)
