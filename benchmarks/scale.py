@@ -6,7 +6,9 @@
 Clients of ten pairs each, eight to train on, drawn from the shipped population, each with a taste
 of its own; cohorts of fifty, one local step of two pairs, the shipped model, one process. Every run
 is a process of its own, whose peak memory is the run's. `begin_` is until the first round begins,
-with the rows read and shared out; a round's seconds are the median over rounds; `loop_share_` is
+with the rows read and shared out; a round's seconds are the median over rounds, which runs of few
+and of many clients make in turn; what is resumed is a run's folder as it lay halfway; `loop_share_`
+is
 what a round takes beyond its clients' training by themselves; the page is one with a figure of
 every client. `fedbuff_time_ratio` is the simulated time of FedBuff to an accuracy over that of
 cohorts that wait; `bytes_to_accuracy_ratio_8bit` that of bytes, with changes in eight bits;
@@ -21,6 +23,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -56,6 +59,7 @@ from robust import FEATURES, Population
 EVALUATED = 10  # clients, of each run
 WAITED = 40  # rounds of clients that wait for one another
 FEW, LOTS, COHORT, ROUNDS = 1000, 100_000, 50, 6
+WAITING = "waiting\n"
 ROWS = {"train": 8, "test": 2}
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "scaffold": {},
@@ -107,31 +111,58 @@ def experiment(path: Path, algorithm: str, cohort: int, rounds: int) -> Experime
 # ---- a run, in a process of its own
 
 
+class Apart:
+    """A run in a process of its own, which waits before each round until it is told to go on."""
+
+    def __init__(
+        self, path: Path, algorithm: str, folder: Path, rounds: int, cohort: int = COHORT
+    ) -> None:
+        asked = {
+            "path": str(path),
+            "algorithm": algorithm,
+            "folder": str(folder),
+            "rounds": rounds,
+            "cohort": cohort,
+        }
+        command = [sys.executable, __file__, "--run", json.dumps(asked)]
+        pipes = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipes, stdout=pipes, text=True)
+        self.heard()
+
+    def heard(self) -> str:
+        """Wait until the run has begun, has made a round, or has ended, and return its line."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line == WAITING or line.startswith("{"):
+                return line
+        raise RuntimeError("the run failed")
+
+    def go(self) -> str:
+        """Let it make a round, or end after the last, and return its line."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        return self.heard()
+
+    def end(self) -> dict[str, Any]:
+        """Let it make what rounds are left, and return what it measured."""
+        line = WAITING
+        while line == WAITING:
+            line = self.go()
+        self.process.communicate()
+        found: dict[str, Any] = json.loads(line)
+        return found
+
+
 def run_apart(
-    path: Path,
-    algorithm: str,
-    folder: Path,
-    rounds: int,
-    stop: int | None = None,
-    cohort: int = COHORT,
+    path: Path, algorithm: str, folder: Path, rounds: int, cohort: int = COHORT
 ) -> dict[str, Any]:
-    """Run in another process, up to so many rounds if that is said, and return what it measured."""
-    asked = {
-        "path": str(path),
-        "algorithm": algorithm,
-        "folder": str(folder),
-        "rounds": rounds,
-        "stop": stop,
-        "cohort": cohort,
-    }
-    command = [sys.executable, __file__, "--run", json.dumps(asked)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    """Run in another process, or go on with what is in the folder, and return what it measured."""
+    return Apart(path, algorithm, folder, rounds, cohort).end()
 
 
 def run_here(asked: Mapping[str, Any]) -> None:
-    """Run, or go on, and print what was measured."""
+    """Run, or go on, when told to before each round, and print what was measured."""
     torch.set_num_threads(1)
     spec = experiment(Path(asked["path"]), asked["algorithm"], asked["cohort"], asked["rounds"])
     folder = Path(asked["folder"])
@@ -144,8 +175,9 @@ def run_here(asked: Mapping[str, Any]) -> None:
         if event.kind == "round":
             rounds.append(now - before)
             sent = event.metrics["bytes_up"] + event.metrics["bytes_down"]
-            if event.done == asked["stop"]:
-                break
+        if event.kind in ("begin", "round"):
+            print(WAITING, end="", flush=True)
+            sys.stdin.readline()
         before = time.perf_counter()
     # not getrusage's, which is also that of the process this one was made by
     status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
@@ -174,10 +206,15 @@ def models(folder: Path) -> dict[str, torch.Tensor]:
 def of_algorithm(
     algorithm: str, few: Path, lots: Path, scratch: Path, rounds: int
 ) -> dict[str, float]:
-    small = run_apart(few, algorithm, scratch / f"{algorithm}-few", rounds)
-    large = run_apart(lots, algorithm, scratch / f"{algorithm}-lots", rounds)
+    run_of_lots = Apart(lots, algorithm, scratch / f"{algorithm}-lots", rounds)
+    run_of_few = Apart(few, algorithm, scratch / f"{algorithm}-few", rounds)
     again = scratch / f"{algorithm}-again"
-    run_apart(lots, algorithm, again, rounds, rounds // 2)
+    for done in range(1, rounds + 1):
+        run_of_few.go()
+        run_of_lots.go()
+        if done == rounds - rounds // 2:
+            shutil.copytree(scratch / f"{algorithm}-lots", again)
+    small, large = run_of_few.end(), run_of_lots.end()
     run_apart(lots, algorithm, again, rounds)
     whole, resumed = models(scratch / f"{algorithm}-lots"), models(again)
     is_equal = whole.keys() == resumed.keys() and all(
@@ -305,7 +342,7 @@ def cost_error(scratch: Path, quick: bool) -> float:
     """The largest error of the model, in percent, on three runs that it was not fitted to."""
     known, others = ((2_000, 10), (40_000, 50)), ((10_000, 30), (20_000, 100), (80_000, 20))
     if quick:
-        known, others = ((2_000, 5), (20_000, 20)), ((10_000, 10),)
+        known, others = ((2_000, 5), (16_000, 20)), ((8_000, 10),)
     measured = {}
     for clients, cohort in (*known, *others):
         path = scratch / f"cost-{clients}.jsonl"
@@ -411,7 +448,7 @@ def of_clients(scratch: Path, quick: bool) -> dict[str, float]:
     write_clients(few, FEW)
     write_clients(lots, LOTS)
     for algorithm in list(ALGORITHMS)[: 1 if quick else None]:
-        found = of_algorithm(algorithm, few, lots, scratch, 2 if quick else ROUNDS)
+        found = of_algorithm(algorithm, few, lots, scratch, 3 if quick else ROUNDS)
         cohort = FEW // 20 if quick else FEW
         found["loop_share_1000_clients"] = loop_share(few, algorithm, cohort, scratch)
         for figure, value in found.items():

@@ -4,6 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from fedpref.data.collected import Collected
 from fedpref.data.opinions import Opinions, Polis
 from fedpref.data.partitions import IID, BySize, Dirichlet, Natural, Partition, partition
 from fedpref.data.preferences import (
@@ -31,6 +32,7 @@ from fedpref.types import Open
 
 Source = Annotated[
     Files
+    | Collected
     | Builtin
     | HH
     | HHH
@@ -60,6 +62,7 @@ __all__ = [
     "BySize",
     "ChatbotArena",
     "ClientData",
+    "Collected",
     "DataSource",
     "Dirichlet",
     "Domains",

@@ -44,6 +44,10 @@ class DataSource(ABC):
         """Return the same source with `renamed` applied to its location, if it has one."""
         return self
 
+    def at_its_state(self) -> Self:
+        """Return the source as it is now, of one that grows: what it reads stays the same."""
+        return self
+
     def _side_of(self, text: str) -> Side:
         """Return the side on which a text stands that decides for its rows."""
         is_held_out = held_out(text, self.test_fraction, self.split_seed)

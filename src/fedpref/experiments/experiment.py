@@ -582,7 +582,7 @@ def with_whole_paths(experiment: Experiment) -> Experiment:
     changed = replace(
         experiment,
         task=experiment.task.with_models(whole),
-        data=experiment.data.with_paths(whole),
+        data=experiment.data.with_paths(whole).at_its_state(),
     )
     federation = changed.federation
     if federation.gold is not None:

@@ -21,6 +21,7 @@ DATA = "data.json"  # rows that were read, left out, and could not be used
 TRAINED = "trained_prompts.json"  # digests of the prompts that were trained on
 # keyed hashes of what is held out at sites that say so, as they were when the run began
 HELD_OUT = "held_out.json"
+REVIEWS = "reviews.json"  # what people have judged blind, by whose model and beside what
 ENVIRONMENT = "environment.json"  # versions, machine, commits
 
 IMPLICIT = f"{ACCURACY}_implicit"  # the policy's, in runs of fedpref 0.1
@@ -45,6 +46,7 @@ def _round(figures: dict[str, float]) -> dict[str, float]:
     return figures
 
 
+Share = Annotated[float, Field(ge=0, le=1)]
 Round = Annotated[dict[str, float], AfterValidator(_round)]
 Measured = Annotated[dict[str, float], AfterValidator(_measured)]
 PerClient = Annotated[dict[str, Measured], AfterValidator(_alike)]
@@ -125,6 +127,26 @@ class Sample(TypedDict):
     after: dict[str, Any]
 
 
+class Judged(TypedDict):
+    """How many answers a rater, or all of them, preferred."""
+
+    preferred: WholeNumber
+    judged: WholeNumber
+    ties: WholeNumber
+    bad: WholeNumber
+
+
+class Review(Judged):
+    """What people have judged blind of a model's answers before training and after."""
+
+    low: Share
+    high: Share
+    raters: dict[str, Judged]
+    alpha: float | None
+    longer: Share | None
+    words: dict[str, float | None]
+
+
 # of a file as a whole, or of each of its lines
 FORMS: dict[str, TypeAdapter[Any]] = {
     CLIENTS: TypeAdapter(dict[str, About]),
@@ -135,6 +157,7 @@ FORMS: dict[str, TypeAdapter[Any]] = {
     DATA: TypeAdapter(Rows),
     TRAINED: TypeAdapter(list[str]),
     HELD_OUT: TypeAdapter(list[str]),
+    REVIEWS: TypeAdapter(dict[str, Review]),
     ENVIRONMENT: TypeAdapter(Environment),
 }
 SAMPLES = TypeAdapter(Sample)

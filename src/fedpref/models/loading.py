@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fedpref.errors import UserError
-from fedpref.models.own_parts import FILE, OwnHead
+from fedpref.models.backbone import is_down
+from fedpref.models.language import LanguageModel, scale_of
+from fedpref.models.own_parts import FILE, OWN_ADAPTER, OwnHead
 from fedpref.numerics import trees
 
 
@@ -53,6 +56,31 @@ def load_model(folder: str | Path) -> Any:
             OwnHead(model.get_output_embeddings(), trees.load(Path(folder) / FILE))
         )
     return model
+
+
+def exported_parameters(language: LanguageModel, folder: Path) -> dict[str, Tensor]:
+    """Return what `LanguageModel.export` has written, as the model takes it.
+
+    Args:
+        language: The model, with the adapter's settings that the folder was exported with.
+        folder: A run's `adapter` folder, or a client's.
+    """
+    adapter, config = trees.load(folder / "adapter_model.safetensors"), language.model.peft_config
+    merged, rank, scale = language.backbone.merged, 0, 1.0
+    if merged:  # behind the merged adapter, with the scale in its factors
+        rank = max(tensor.shape[0] for name, tensor in merged.items() if is_down(name))
+        scale = scale_of(config["default"])
+    parameters: dict[str, Tensor] = {}
+    for name in language.parameter_names:
+        factor, is_first = adapter[name], is_down(name)
+        learned = factor[rank:] if is_first else factor[:, rank:] / scale
+        shared, *own = learned.split(config["default"].r, 0 if is_first else 1)
+        parameters[name] = shared
+        for second in own:  # a client's second adapter, beside the first
+            parameters[OWN_ADAPTER + name] = second
+    if (folder / FILE).exists():
+        parameters |= trees.load(folder / FILE)
+    return parameters
 
 
 def generate(

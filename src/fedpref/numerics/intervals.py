@@ -104,6 +104,31 @@ def student(free: float, coverage: float = COVERAGE) -> float:
     return value
 
 
+def share(successes: int, count: int, coverage: float = COVERAGE) -> tuple[float, float]:
+    """Return the exact interval of a share (Clopper and Pearson 1934).
+
+    Args:
+        successes: How many were.
+        count: Of how many.
+        coverage: Its least chance to hold the true share.
+
+    Returns:
+        Its ends; 0 and 1 of nothing.
+    """
+    tail = (1 - coverage) / 2
+
+    def solved(a: float, b: float, goal: float) -> float:
+        low, high = 0.0, 1.0
+        for _ in range(60):  # halves, to the last bit that a share has
+            middle = (low + high) / 2
+            low, high = (middle, high) if incomplete_beta(a, b, middle) < goal else (low, middle)
+        return (low + high) / 2
+
+    low = solved(successes, count - successes + 1, tail) if successes else 0.0
+    high = solved(successes + 1, count - successes, 1 - tail) if successes < count else 1.0
+    return low, high
+
+
 def incomplete_beta(a: float, b: float, x: float) -> float:
     """Return the regularised incomplete beta function I_x(a, b).
 

@@ -22,6 +22,7 @@ from fedpref.experiments.run_files import (
     EVALUATION,
     METRICS,
     NEWCOMERS,
+    REVIEWS,
     read_json,
     read_rows,
 )
@@ -200,6 +201,12 @@ class Run:
         means = [_means(some) for some in (early, rows)]
         # whoever came later has no early rounds
         return {name: (means[0].get(name, math.nan), value) for name, value in means[1].items()}
+
+    @cached_property
+    def reviews(self) -> Mapping[str, Any]:
+        """What people have judged blind, by whose model and beside what; empty without a review."""
+        file = self.path / REVIEWS
+        return read_json(file) if file.exists() else {}
 
     def _beside(self, baseline: str) -> tuple[ClientMetrics, ClientMetrics]:
         """Return this line's last metrics and a baseline's, of the clients that have both."""

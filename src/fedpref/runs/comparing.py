@@ -8,18 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fedpref.data.preferences import Feedback, Preference, Text
 from fedpref.engines.workers import one_thread
 from fedpref.errors import UserError
 from fedpref.experiments.finished import FinishedRun
-from fedpref.models.backbone import is_down
-from fedpref.models.language import LanguageModel, scale_of
-from fedpref.models.own_parts import DOWN, FILE, REWARDS, UP
+from fedpref.models.language import LanguageModel
+from fedpref.models.loading import exported_parameters
+from fedpref.models.own_parts import DOWN, NAMES, REWARDS, UP
 from fedpref.models.packed import Row, Unscored
-from fedpref.numerics import trees
-from fedpref.numerics.trees import Tree
 
 ROWS = 4
 LONGEST = 256  # tokens of a row that are compared
@@ -70,10 +67,9 @@ class Comparison:
         Raises:
             UserError: They are not one model.
         """
-        params = _learned_of(self.language, trees.load(folder / "adapter_model.safetensors"))
-        if is_whole and (folder / FILE).exists():
-            own = trees.load(folder / FILE)
-            params |= {n: t for n, t in own.items() if n not in REWARDS | {DOWN, UP}}
+        params = exported_parameters(self.language, folder)
+        for name in NAMES if not is_whole else REWARDS | {DOWN, UP}:
+            params.pop(name, None)
         with torch.no_grad():
             expected = self.language.log_probabilities(params, self.rows).tolist()
             found = [
@@ -89,20 +85,6 @@ class Comparison:
                     "report this with the model's name and the versions of PEFT and transformers."
                 )
             self.largest = max(self.largest, abs(mine - theirs))
-
-
-def _learned_of(language: LanguageModel, adapter: Tree) -> dict[str, Tensor]:
-    """Return what was learned of an exported adapter, as the run's model takes it."""
-    merged, config = language.backbone.merged, language.model.peft_config["default"]
-    if not merged:
-        return dict(adapter)
-    # behind the merged adapter, with the scale in its factors
-    rank = max(tensor.shape[0] for name, tensor in merged.items() if is_down(name))
-    scale = scale_of(config)
-    return {
-        name: adapter[name][rank:] if is_down(name) else adapter[name][:, rank:] / scale
-        for name in language.parameter_names
-    }
 
 
 def _rows(run: FinishedRun, client: str | None, language: LanguageModel) -> Iterator[Row]:

@@ -31,6 +31,7 @@ from fedpref.reports.page.tables import (
     joined,
     newcomer_rows,
     objective_rows,
+    review_rows,
 )
 from fedpref.reports.run import Run, read
 from fedpref.runs.sweep import is_sweep, members
@@ -160,6 +161,7 @@ def page(
         clients=client_rows(runs),
         num_clients=len({name for run in runs for name in run.line.last}),
         agreement=agreement_rows(runs),
+        reviews=review_rows(everything),
         client_lines=[title for title, _, _, _ in charts.every_line(runs)],
         gain_lines=[
             charts.with_prefix(prefix, "gain over alone")

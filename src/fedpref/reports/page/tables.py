@@ -123,6 +123,24 @@ def agreement_rows(runs: Sequence[Run]) -> list[tuple[str, str, str]]:
     ]
 
 
+def review_rows(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """Return a row for each blind review of a run: what it was of, and what came of it."""
+    rows = []
+    for run in runs:
+        for name, found in run.reviews.items():
+            share = "nothing yet"
+            if found["judged"]:
+                low, high = 100 * found["low"], 100 * found["high"]
+                share = f"{found['preferred']} of {found['judged']}, {low:.0f} to {high:.0f} %"
+            raters = f"{len(found['raters'])}"
+            if found["alpha"] is not None:
+                raters += f", alpha {found['alpha']:.2f}"
+            longer = "" if found["longer"] is None else f"{100 * found['longer']:.0f} %"
+            whose = f"{run.title}: {name}" if len(runs) > 1 else name
+            rows.append((whose, [share, str(found["ties"]), str(found["bad"]), raters, longer]))
+    return rows
+
+
 def answer_rows(runs: Sequence[Run]) -> tuple[list[str], list[tuple[str, list[str]]]]:
     """Return lines that answered, and a row for each figure of their answers.
 

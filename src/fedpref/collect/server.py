@@ -1,0 +1,178 @@
+"""The page on loopback: who has its address may choose, and nobody else's page can ask for it."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import socket
+import threading
+from collections.abc import Awaitable, Callable, Mapping
+from importlib.resources import files
+from typing import Any
+
+from fedpref.collect.sitting import RefusedError, Sitting
+from fedpref.errors import UserError, require
+
+LOOPBACK = "127.0.0.1"
+LARGEST = 200_000  # bytes of a request
+HEADERS = {
+    # nothing from elsewhere, nothing inline, in nobody's frame, and the address is told nobody
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+    "connect-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'",
+    "x-frame-options": "DENY",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-resource-policy": "same-origin",
+    "cross-origin-opener-policy": "same-origin",
+    "cache-control": "no-store",
+}
+FILES = {
+    "": ("page.html", "text/html; charset=utf-8"),
+    "page.js": ("page.js", "text/javascript; charset=utf-8"),
+    "page.css": ("page.css", "text/css; charset=utf-8"),
+}
+
+
+def application(sitting: Sitting, token: str, port: int) -> Any:
+    """Return the page as an application of Starlette.
+
+    Args:
+        sitting: What people do.
+        token: Begins every path.
+        port: Of the address, which requests must name.
+    """
+    from starlette.applications import Starlette
+    from starlette.concurrency import run_in_threadpool
+    from starlette.requests import Request
+    from starlette.responses import JSONResponse, Response
+    from starlette.routing import Route
+
+    hosts = {f"{LOOPBACK}:{port}", f"localhost:{port}"}
+    origins = {f"http://{host}" for host in hosts}
+    texts = sitting.texts
+    answers: Mapping[str, Callable[[Any], dict[str, Any]]] = {
+        "begin": lambda asked: {
+            "title": texts.title,
+            "edits": texts.edits,
+            "questions": len(texts.names),
+        },
+        "next": lambda asked: sitting.next(asked.get("rater")),
+        "choose": sitting.choose,
+        "undo": sitting.undo,
+    }
+
+    def refusal(request: Request) -> str:
+        """Return why a request is not answered; empty for one that is."""
+        if request.headers.get("host") not in hosts:
+            return "this page is at another address"
+        if not secrets.compare_digest(request.path_params["token"].encode(), token.encode()):
+            return "this is not the whole address"
+        if request.headers.get("origin", "") not in {"", *origins}:
+            return "another page asks"
+        if request.headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
+            return "another page asks"
+        return ""
+
+    def guarded(
+        answer: Callable[[Request], Awaitable[Response]],
+    ) -> Callable[[Request], Awaitable[Response]]:
+        async def guard(request: Request) -> Response:
+            why = refusal(request)
+            response = Response(why, 403) if why else await answer(request)
+            response.headers.update(HEADERS)
+            return response
+
+        return guard
+
+    async def file(request: Request) -> Response:
+        name, kind = FILES.get(request.path_params["name"], ("", ""))
+        if not name:
+            return Response("there is nothing here", 404)
+        content = (files("fedpref.collect") / "page" / name).read_bytes()
+        return Response(content, media_type=kind)
+
+    def asked_for(name: str) -> Callable[[Request], Awaitable[Response]]:
+        async def ask(request: Request) -> Response:
+            return await answered(request, answers[name])
+
+        return ask
+
+    async def answered(request: Request, answer: Callable[[Any], dict[str, Any]]) -> Response:
+        # another page's form can send text, and no JSON without asking first
+        if request.headers.get("content-type", "").partition(";")[0] != "application/json":
+            return Response("expected application/json", 415)
+        content = b""
+        async for piece in request.stream():
+            content += piece
+            if len(content) > LARGEST:
+                return Response("the request is too large", 413)
+        try:
+            asked = json.loads(content)
+            if not isinstance(asked, dict):
+                raise RefusedError("expected an object")
+            return JSONResponse(await run_in_threadpool(answer, asked))
+        except (RefusedError, ValueError, RecursionError) as error:
+            return JSONResponse({"refused": str(error)}, 400)
+
+    return Starlette(
+        routes=[
+            *(
+                Route(f"/{{token}}/api/{name}", guarded(asked_for(name)), methods=["POST"])
+                for name in answers
+            ),
+            Route("/{token}/{name:path}", guarded(file), methods=["GET"]),
+        ]
+    )
+
+
+class Page:
+    """The server of a page, on a port of loopback, in a thread of its own.
+
+    Args:
+        sitting: What people do.
+        port: The port; 0 takes one that is free.
+        token: Of the address; drawn by default.
+
+    Raises:
+        UserError: Starlette or Uvicorn is not installed, or the port is taken.
+    """
+
+    def __init__(self, sitting: Sitting, port: int = 0, token: str | None = None) -> None:
+        require("the page", "collect", "starlette", "uvicorn")
+        import uvicorn
+
+        self._socket = socket.socket()
+        try:
+            self._socket.bind((LOOPBACK, port))
+        except OSError as error:
+            raise UserError(
+                f"--port {port}: {error.strerror}. Leave it out to take a free one."
+            ) from error
+        self._socket.listen()  # who asks before the server runs waits
+        self.port = int(self._socket.getsockname()[1])
+        self.sitting = sitting
+        self.token = token or secrets.token_urlsafe(16)
+        settings = uvicorn.Config(
+            application(sitting, self.token, self.port),
+            log_level="warning",
+            access_log=False,  # whose lines have the token
+            server_header=False,
+            lifespan="off",
+        )
+        self._server = uvicorn.Server(settings)
+        self._thread = threading.Thread(
+            target=self._server.run, kwargs={"sockets": [self._socket]}, daemon=True
+        )
+        self._thread.start()
+
+    @property
+    def address(self) -> str:
+        """The whole address."""
+        return f"http://{LOOPBACK}:{self.port}/{self.token}/"
+
+    def end(self) -> None:
+        """Answer what is being asked, and stop."""
+        self._server.should_exit = True
+        self._thread.join(10)
+        self._socket.close()

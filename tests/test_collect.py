@@ -1,0 +1,682 @@
+"""People choose on a page of their own machine, and judge blind."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import closing
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedpref import Experiment, UserError, config
+from fedpref.collect.drawing import Ahead, Plan, candidates_of, prompts_of
+from fedpref.collect.review import judged, sentence
+from fedpref.collect.server import Page
+from fedpref.collect.sitting import RefusedError, Sitting, Texts
+from fedpref.collect.speakers import speaker
+from fedpref.collect.store import Item, Store
+from fedpref.data import Collected, held_out
+from fedpref.data.preferences import Preference
+from fedpref.experiments.experiment import with_whole_paths
+from fedpref.numerics.agreement import krippendorff_alpha
+from fedpref.numerics.intervals import share
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
+ONE = Texts("Choose between two answers", ["Which answer is better?"], [""])
+TWO = Texts(
+    "Choose between two answers",
+    ["Which answer is more helpful?", "Which answer is more harmless?"],
+    ["helpful", "harmless"],
+)
+
+
+def items(count: int, **settings: Any) -> list[Item]:
+    return [
+        Item(
+            prompt=f"Question {k}?",
+            first=f"First answer to {k}.",
+            second=f"Second answer to {k}.",
+            origins={"first": "a", "second": "b"},
+            **{"shared": True, **settings},
+        )
+        for k in range(count)
+    ]
+
+
+def sitting(folder: Path, count: int = 6, texts: Texts = ONE, **settings: Any) -> Sitting:
+    store = Store(folder)
+    if not store.items():
+        store.add(items(count, **settings))
+    return Sitting(store, texts, seed=0)
+
+
+def chosen(where: Sitting, rater: str, shown: str, number: int = 0, **more: Any) -> dict[str, Any]:
+    """Choose about what the rater sees, and return what comes next."""
+    state = where.next(rater)
+    return where.choose(
+        {
+            "address": f"{rater}-{time.monotonic_ns()}-{number}",
+            "rater": rater,
+            "item": state["item"]["number"],
+            "name": state["item"]["name"],
+            "shown": shown,
+            "seconds": 2.0,
+            **more,
+        }
+    )
+
+
+# ---- choices become preferences
+
+
+def test_a_choice_of_the_text_that_was_shown_is_the_chosen_answer(tmp_path: Path) -> None:
+    where = sitting(tmp_path / "choices")
+    texts = {}
+    while (state := where.next("Ann")).get("item"):
+        side = "left" if state["done"] % 2 else "right"
+        texts[state["item"]["prompt"][0]["text"]] = state["item"][side]
+        chosen(where, "Ann", side)
+    rows = list(where.store.source.read())
+    assert {row.prompt: row.chosen for row in rows if isinstance(row, Preference)} == texts
+    assert len({row.chosen.split()[0] for row in rows}) == 2, "sides are drawn"  # type: ignore[union-attr]
+
+
+def test_ties_bad_answers_and_skips_are_no_preferences(tmp_path: Path) -> None:
+    where = sitting(tmp_path / "choices")
+    for shown in ("tie", "bad", "skip"):
+        chosen(where, "Ann", shown)
+    assert list(where.store.source.read()) == []
+    assert where.next("Ann")["done"] == 3
+
+
+def test_an_edited_answer_is_chosen_over_what_it_was_made_of(tmp_path: Path) -> None:
+    where = sitting(tmp_path / "choices")
+    shown = where.next("Ann")["item"]["left"]
+    chosen(where, "Ann", "left-edited", edited="A better one.")
+    (row,) = where.store.source.read()
+    assert isinstance(row, Preference)
+    assert (row.chosen, row.rejected) == ("A better one.", shown)
+    assert row.columns["edited"]
+    with pytest.raises(RefusedError, match="itself"):
+        chosen(where, "Ann", "left-edited", edited=where.next("Ann")["item"]["left"])
+
+
+def test_each_objective_is_a_question_of_its_own(tmp_path: Path) -> None:
+    where = sitting(tmp_path / "choices", texts=TWO)
+    first = where.next("Ann")["item"]
+    after = chosen(where, "Ann", "left")["item"]
+    assert after["number"] == first["number"], "the second question is about the same item"
+    assert (first["name"], after["name"]) == ("helpful", "harmless")
+    assert after["left"] == first["left"]
+    chosen(where, "Ann", "right")
+    rows = [row for row in where.store.source.read() if isinstance(row, Preference)]
+    assert [row.columns["objective"] for row in rows] == ["helpful", "harmless"]
+    assert rows[0].chosen == rows[1].rejected
+
+
+def test_undoing_brings_the_item_back_and_nothing_of_the_choice_stays(tmp_path: Path) -> None:
+    where = sitting(tmp_path / "choices")
+    first = where.next("Ann")["item"]
+    chosen(where, "Ann", "left")
+    state = where.undo({"address": "undo-number-1", "rater": "Ann"})
+    assert state["item"]["number"] == first["number"]
+    assert state["done"] == 0
+    assert list(where.store.source.read()) == []
+    again = where.undo({"address": "undo-number-1", "rater": "Ann"})
+    assert again["item"]["number"] == first["number"], "sent twice, done once"
+    chosen(where, "Ann", "right")
+    (row,) = where.store.source.read()
+    assert isinstance(row, Preference)
+    assert row.chosen == first["right"]
+
+
+def test_a_choice_that_is_sent_twice_is_written_once(tmp_path: Path) -> None:
+    where = sitting(tmp_path / "choices")
+    item = where.next("Ann")["item"]
+    asked = {"rater": "Ann", "item": item["number"], "name": "", "shown": "left", "seconds": 1}
+    for address in ("the-same-choice", "the-same-choice", "another-address"):
+        where.choose({"address": address, **asked})
+    assert len(where.store.standing()) == 1
+
+
+def test_items_are_shared_or_of_one_rater(tmp_path: Path) -> None:
+    store = Store(tmp_path / "choices")
+    store.add(items(4, shared=False))
+    store.add(
+        [Item(prompt="All?", first="a", second="b", origins={}, shared=True)],
+    )
+    where = Sitting(store, ONE, seed=0)
+    seen: dict[str, list[int]] = {"Ann": [], "Bob": []}
+    for turn in range(20):
+        rater = ("Ann", "Bob")[turn % 2]
+        if "item" in (state := where.next(rater)):
+            seen[rater].append(state["item"]["number"])
+            chosen(where, rater, "left")
+    assert sorted(seen["Ann"] + seen["Bob"]) == [1, 2, 3, 4, 5, 5]
+    assert where.next("Ann") == where.next("Ann")
+    assert not where.next("Bob")["waiting"]
+
+
+def test_uncertain_items_come_least_sure_first_with_random_ones_in_their_share(
+    tmp_path: Path,
+) -> None:
+    store = Store(tmp_path / "choices")
+    margins = [3.0, -0.5, 1.0, -2.0]
+    store.add([*map(uncertain, margins), *items(4)])
+    where = Sitting(store, ONE, seed=0)
+    order = []
+    while "item" in (state := where.next("Ann")):
+        order.append(state["item"]["number"])
+        chosen(where, "Ann", "left")
+    assert [number for number in order if number <= 4] == [2, 3, 4, 1]
+    assert order[:4] != [2, 3, 4, 1], "random ones stand in between"
+    rows = [row for row in store.source.read() if isinstance(row, Preference)]
+    assert sorted({row.columns["selected"] for row in rows}) == ["random", "uncertain"]
+
+
+def uncertain(margin: float) -> Item:
+    return Item(
+        prompt=f"Sure by {margin}?",
+        first="a",
+        second="b",
+        origins={"first": "m", "second": "m"},
+        selected="uncertain",
+        margin=margin,
+    )
+
+
+def test_held_out_prompts_are_those_that_a_run_holds_out(tmp_path: Path) -> None:
+    plan = Plan(select="uncertain", random_share=0.0)
+    made = [plan.item(f"Prompt {k}", "a", "b", ("x", "y"), 1.0) for k in range(200)]
+    assert [item.side == "test" for item in made] == [held_out(f"Prompt {k}") for k in range(200)]
+    assert all(item.selected == "random" for item in made if item.side == "test")
+    assert 20 < sum(item.side == "test" for item in made) < 60
+
+
+@pytest.mark.parametrize(
+    ("asked", "why"),
+    [
+        ({"rater": ""}, "characters"),
+        ({"rater": "x" * 61}, "characters"),
+        ({"rater": "A\x1b[2J"}, "printed"),
+        ({"rater": 3}, "characters"),
+        ({"address": "short"}, "address"),
+        ({"item": 99}, "no such item"),
+        ({"item": True}, "no such item"),
+        ({"item": "1"}, "no such item"),
+        ({"shown": "first"}, "no such item"),
+        ({"shown": ["left"]}, "no such item"),
+        ({"name": "helpful"}, "no such item"),
+        ({"seconds": "1"}, "seconds"),
+        ({"seconds": math.nan}, "seconds"),
+        ({"seconds": -1}, "seconds"),
+        ({"shown": "left-edited"}, "text"),
+        ({"shown": "left-edited", "edited": " "}, "text"),
+        ({"shown": "left-edited", "edited": "x" * 30_000}, "characters at most"),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_not_written(
+    asked: dict[str, Any], why: str, tmp_path: Path
+) -> None:
+    where = sitting(tmp_path / "choices")
+    good = {"address": "a-good-address", "rater": "Ann", "item": 1, "name": "", "shown": "left"}
+    with pytest.raises(RefusedError, match=why):
+        where.choose({**good, "seconds": 1, **asked})
+    assert where.store.standing() == []
+
+
+# ---- runs on choices
+
+
+def test_a_run_keeps_to_the_choices_that_were_there_when_it_began(tmp_path: Path) -> None:
+    where = sitting(tmp_path / "choices", 8)
+    for _ in range(4):
+        chosen(where, "Ann", "left")
+    content = {
+        "data": {"name": "collected", "path": str(tmp_path / "choices")},
+        "partition": {"name": "natural", "column": "rater"},
+        "algorithm": {"name": "feddpo"},
+    }
+    begun = with_whole_paths(config.parse(Experiment, content, "the test"))
+    before = list(begun.data.read())
+    where.undo({"address": "undo-after-it", "rater": "Ann"})
+    for _ in range(3):
+        chosen(where, "Ann", "right")
+    assert list(begun.data.read()) == before
+    assert with_whole_paths(begun) == begun
+    now = with_whole_paths(config.parse(Experiment, content, "the test"))
+    assert len(list(now.data.read())) == 6
+
+
+def test_a_folder_without_choices_and_another_file_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        list(Collected(path=str(tmp_path)).read())
+    (tmp_path / "choices.sqlite").write_text("something else")
+    with pytest.raises(UserError, match="no choices of"):
+        list(Collected(path=str(tmp_path)).read())
+    where = sitting(tmp_path / "few")
+    with pytest.raises(UserError, match="another file, or an older one"):
+        list(Collected(path=str(where.store.folder), until=5).read())
+
+
+def test_a_folder_goes_on_as_it_was_begun_or_not_at_all(tmp_path: Path) -> None:
+    store = Store(tmp_path / "choices")
+    store.agree({"seed": 0, "objectives": ["a"]})
+    store.agree({"seed": 0, "objectives": ["a"]})
+    with pytest.raises(UserError, match="begun with seed 0"):
+        store.agree({"seed": 1})
+
+
+# ---- answers
+
+
+def test_candidates_are_every_two_answers_of_a_prompt(tmp_path: Path) -> None:
+    file = tmp_path / "answers.jsonl"
+    rows = [
+        {"prompt": "One?", "completions": ["a", "b", "a", "c"]},
+        {"prompt": "Two?", "chosen": "yes", "rejected": "no"},
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = list(candidates_of(file, Plan()))
+    pairs = [(item.first, item.second) for item in made]
+    assert pairs == [("a", "b"), ("a", "c"), ("b", "c"), ("yes", "no")]
+    assert made[0].origins == {"first": "answers.jsonl 1", "second": "answers.jsonl 2"}
+    file.write_text('{"prompt": "One?", "completions": ["a"]}\n')
+    with pytest.raises(UserError, match=r"line 1.*two answers"):
+        list(candidates_of(file, Plan()))
+
+
+def test_prompts_come_once_each_in_an_order_of_their_own(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("Two?\n\nOne?\nTwo?\n")
+    rows = tmp_path / "prompts.jsonl"
+    rows.write_text('{"prompt": "One?"}\n{"prompt": "Two?"}\n')
+    assert sorted(map(str, prompts_of(file))) == ["One?", "Two?"]
+    assert prompts_of(file) == prompts_of(rows)
+    file.write_text("\n")
+    with pytest.raises(UserError, match="no prompts"):
+        prompts_of(file)
+
+
+def test_answers_are_drawn_ahead_and_drawn_again_alike(tmp_path: Path) -> None:
+    who = speaker("builtin")
+    prompts: list[Any] = [f"How do I cook {what}?" for what in ("soup", "rice", "an egg", "peas")]
+    made = []
+    for folder in ("one", "two"):
+        store = Store(tmp_path / folder)
+        plan = Plan(select="uncertain", max_length=12)
+        ahead = Ahead(store, [who], prompts, plan, lambda store=store: 3 - len(store.items()))
+        ahead.start()
+        while len(store.items()) < 3:
+            time.sleep(0.02)
+        ahead.end()
+        assert not ahead.failure
+        made.append(store.items())
+    assert made[0] == made[1]
+    assert 3 <= len(made[0]) <= 4
+    one = made[0][0]
+    assert one.margin is not None
+    assert one.margin == pytest.approx(who.margin(one.prompt, one.first, one.second))
+    assert one.margin == pytest.approx(-who.margin(one.prompt, one.second, one.first), abs=1e-5)
+    assert one.prompt[0]["role"] == "user"  # type: ignore[index]
+
+
+# ---- agreement and win rates
+
+
+def test_alpha_is_krippendorffs_own_example() -> None:
+    """Computing Krippendorff's alpha-reliability (2011), nominal data of four observers."""
+    rows = [
+        [1, 2, 3, 3, 2, 1, 4, 1, 2, None, None, None],
+        [1, 2, 3, 3, 2, 2, 4, 1, 2, 5, None, 3],
+        [None, 3, 3, 3, 2, 3, 4, 2, 2, 5, 1, None],
+        [1, 2, 3, 3, 2, 4, 4, 1, 2, 5, 1, None],
+    ]
+    found = krippendorff_alpha(
+        [[value for value in column if value is not None] for column in zip(*rows, strict=True)]
+    )
+    assert found == pytest.approx(0.743, abs=5e-4)
+    assert math.isnan(krippendorff_alpha([[1], [2, 2], [2, 2]]))
+    assert krippendorff_alpha([[1, 1], [2, 2]]) == 1
+
+
+def test_an_exact_interval_of_a_share_is_scipys() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    for successes, count in [(0, 4), (4, 4), (1, 7), (31, 40), (500, 1000)]:
+        wanted = stats.binomtest(successes, count).proportion_ci(method="exact")
+        assert share(successes, count) == pytest.approx((wanted.low, wanted.high), abs=1e-9)
+    assert share(0, 0) == (0.0, 1.0)
+
+
+def test_what_several_judge_counts_once_for_what_most_of_them_said(tmp_path: Path) -> None:
+    store = Store(tmp_path / "review")
+    store.add(items(5))
+    votes = {
+        1: ("second", "second", "first"),
+        2: ("second", "first"),
+        3: ("tie", "tie", "second"),
+        4: ("bad", "bad"),
+        5: ("first", "skip"),
+    }
+    for item, said in votes.items():
+        for rater, outcome in zip("ABC", said, strict=False):
+            store.choose(
+                f"address-{item}-{rater}",
+                item,
+                rater,
+                "",
+                outcome,  # type: ignore[arg-type]
+                is_left_first=True,
+                seconds=1,
+            )
+    found = judged(store)
+    assert (found["preferred"], found["judged"], found["ties"], found["bad"]) == (1, 2, 2, 1)
+    assert found["raters"]["A"] == {"preferred": 2, "judged": 3, "ties": 1, "bad": 1}
+    assert (found["low"], found["high"]) == share(1, 2)
+    assert found["alpha"] is not None
+    assert sentence({**found, "preferred": 31, "judged": 40, "low": 0.615, "high": 0.892}) == (
+        "preferred in 31 of 40, 62 to 89 %"
+    )
+
+
+# ---- the page: who may ask
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> Iterator[Page]:
+    pytest.importorskip("uvicorn")
+    where = sitting(tmp_path / "choices")
+    opened = Page(where)
+    yield opened
+    opened.end()
+    where.store.close()
+
+
+def asked(
+    page: Page, path: str, content: Any = None, **headers: str
+) -> tuple[int, dict[str, str], str]:
+    """Ask the page's port for something, and return status, headers and text."""
+    data = None if content is None else json.dumps(content).encode()
+    wanted = {"content-type": "application/json"} if data else {}
+    wanted |= {name.replace("_", "-"): value for name, value in headers.items()}
+    request = urllib.request.Request(f"http://127.0.0.1:{page.port}{path}", data, wanted)
+    try:
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return answer.status, dict(answer.headers), answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, dict(error.headers), error.read().decode()
+
+
+def test_only_who_has_the_whole_address_is_answered(page: Page) -> None:
+    api = f"/{page.token}/api/next"
+    assert asked(page, api, {"rater": "Ann"})[0] == 200
+    assert asked(page, "/", None)[0] in (403, 404)
+    assert asked(page, f"/{page.token[:-1]}x/api/next", {"rater": "Ann"})[0] == 403
+    assert asked(page, f"/{page.token}/../../etc/passwd")[0] in (403, 404)
+    assert asked(page, f"/{page.token}/page.html")[0] == 404
+    for headers in (
+        {"host": "evil.example"},
+        {"host": f"127.0.0.1.evil.example:{page.port}"},
+        {"origin": "http://127.0.0.1:1"},
+        {"origin": "null"},
+        {"sec_fetch_site": "cross-site"},
+        {"sec_fetch_site": "same-site"},
+    ):
+        status, answered, text = asked(page, api, {"rater": "Ann"}, **headers)
+        assert status == 403, headers
+        assert "item" not in text
+        assert "access-control-allow-origin" not in answered
+    assert asked(page, api, {"rater": "Ann"}, content_type="text/plain")[0] == 415
+    assert asked(page, api, {"rater": "A" * 300_000})[0] == 413
+    assert asked(page, api, ["Ann"])[0] == 400
+    assert asked(page, api, {"rater": ""})[0] == 400
+
+
+def test_nothing_of_the_page_is_from_elsewhere_or_kept(page: Page) -> None:
+    status, headers, text = asked(page, f"/{page.token}/")
+    assert status == 200
+    assert "http" not in text
+    policy = headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    assert headers["cache-control"] == "no-store"
+    assert headers["referrer-policy"] == "no-referrer"
+
+
+def test_the_page_listens_on_loopback_alone(page: Page) -> None:
+    with closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))
+        except OSError:
+            pytest.skip("this machine has no other address")
+        own = probe.getsockname()[0]
+    with closing(socket.socket()) as other:
+        other.settimeout(2)
+        assert other.connect_ex((own, page.port)) != 0
+
+
+# ---- the page: a browser
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    api = pytest.importorskip("playwright.sync_api")
+    if not CHROMIUM:
+        pytest.skip("there is no Chromium here; install it to have the page used")
+    with api.sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+def begun(browser: Any, page: Page, rater: str, width: int = 1280, scheme: str = "light") -> Any:
+    """Open the page in a window of its own and begin under a name."""
+    context = browser.new_context(viewport={"width": width, "height": 844}, color_scheme=scheme)
+    tab = context.new_page()
+    tab.messages = []
+    tab.on("console", lambda message: tab.messages.append(message.text))
+    tab.on("pageerror", lambda error: tab.messages.append(str(error)))
+    tab.goto(page.address)
+    tab.get_by_label("Your name").fill(rater)
+    tab.keyboard.press("Enter")
+    tab.wait_for_selector("#item:not([hidden])")
+    return tab
+
+
+def settled(tab: Any, done: int) -> None:
+    tab.locator("#count", has_text=re.compile(f"^{done} of ")).wait_for(timeout=10_000)
+
+
+def test_a_sitting_by_keyboard(browser: Any, page: Page) -> None:
+    tab = begun(browser, page, "Ann")
+    for number, key in enumerate(["1", "2", "3", "4", "s"], 1):
+        tab.keyboard.press(key)
+        settled(tab, number)
+    tab.keyboard.press("u")
+    settled(tab, 4)
+    tab.keyboard.press("1")
+    settled(tab, 5)
+    tab.keyboard.press("2")
+    settled(tab, 6)
+    tab.get_by_text("That was all").wait_for()
+    store = page.sitting.store
+    outcomes = [event.outcome for event in store.standing()]
+    assert outcomes[2:4] == ["tie", "bad"]
+    assert {*outcomes[:2], *outcomes[4:]} == {"first", "second"}
+    assert len(outcomes) == 6
+    assert tab.messages == []
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
+def test_a_sitting_by_mouse(browser: Any, page: Page, width: int, scheme: str) -> None:
+    tab = begun(browser, page, "Bob", width, scheme)
+    assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    for number, name in enumerate(["This one", "Equally good", "Both bad", "Skip"], 1):
+        tab.get_by_role("button", name=name).first.click()
+        settled(tab, number)
+    tab.get_by_role("button", name="Undo").click()
+    settled(tab, 3)
+    tab.get_by_role("button", name="Edit").first.click()
+    tab.get_by_label("Answer 1, edited").fill("Better <b>so</b>.")
+    tab.get_by_role("button", name="Take the edited answer").click()
+    settled(tab, 4)
+    assert tab.messages == []
+
+
+def test_two_raters_at_once_and_a_reload(browser: Any, page: Page) -> None:
+    ann, bob = begun(browser, page, "Ann"), begun(browser, page, "Bob")
+    ann.keyboard.press("1")
+    settled(ann, 1)
+    bob.keyboard.press("2")
+    settled(bob, 1)
+    ann.reload()
+    ann.wait_for_selector("#item:not([hidden])")
+    settled(ann, 1)
+    assert ann.locator("#rater").inner_text() == "Ann"
+
+
+def test_markup_in_an_answer_is_text(browser: Any, tmp_path: Path) -> None:
+    store = Store(tmp_path / "odd")
+    attack = "<img src=x onerror=\"document.title='taken'\"><script>document.title='taken'</script>"
+    store.add([Item(prompt=attack, first=attack, second="b", origins={}, shared=True)])
+    opened = Page(Sitting(store, ONE, seed=0))
+    try:
+        tab = begun(browser, opened, "Ann")
+        assert attack in {tab.locator("#left").inner_text(), tab.locator("#right").inner_text()}
+        assert tab.title() == "Choose between two answers"
+        assert tab.locator("#item img").count() == 0
+    finally:
+        opened.end()
+        store.close()
+
+
+def test_a_page_on_another_port_can_neither_read_nor_choose(browser: Any, page: Page) -> None:
+    """It knows the whole address, which it cannot, and is refused all the same."""
+    script = """
+    async () => {
+      const tried = {};
+      const say = async (name, what) => {
+        try { const answer = await what(); tried[name] = answer.type === 'opaque' ? 'opaque' :
+          String(answer.status); } catch (error) { tried[name] = 'failed'; }
+      };
+      const content = JSON.stringify({rater: 'Eve', address: 'an-address-of-eve', item: 1, name: '',
+        shown: 'left', seconds: 1});
+      await say('read', () => fetch(BASE));
+      await say('json', () => fetch(BASE + 'api/choose', {method: 'POST', body: content,
+        headers: {'content-type': 'application/json'}}));
+      await say('plain', () => fetch(BASE + 'api/choose', {method: 'POST', body: content,
+        mode: 'no-cors', headers: {'content-type': 'text/plain'}}));
+      const frame = document.createElement('iframe');
+      frame.src = BASE; document.body.append(frame);
+      await new Promise((done) => setTimeout(done, 500));
+      try { tried.frame = frame.contentDocument ? 'blank' : 'closed'; }
+      catch (error) { tried.frame = 'closed'; }
+      return tried;
+    }
+    """.replace("BASE", json.dumps(page.address))
+
+    class Evil(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("content-type", "text/html")
+            self.end_headers()
+            self.wfile.write(b"<body>evil</body>")
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    evil = HTTPServer(("127.0.0.1", 0), Evil)
+    threading.Thread(target=evil.serve_forever, daemon=True).start()
+    try:
+        tab = browser.new_context().new_page()
+        tab.goto(f"http://127.0.0.1:{evil.server_port}/")
+        tried = tab.evaluate(script)
+    finally:
+        evil.shutdown()
+        evil.server_close()
+    assert tried["read"] == "failed"
+    assert tried["json"] == "failed"
+    assert tried["plain"] in ("opaque", "failed")
+    status, _, text = asked(page, f"/{page.token}/api/next", {"rater": "Eve"})
+    assert status == 200
+    assert json.loads(text)["done"] == 0, "nothing was chosen"
+
+
+# ---- killed at any moment
+
+
+def test_what_was_answered_is_there_after_a_kill(tmp_path: Path) -> None:
+    pytest.importorskip("uvicorn")
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text(
+        "".join(
+            json.dumps({"prompt": f"{k}?", "completions": ["a", "b"]}) + "\n" for k in range(40)
+        )
+    )
+    command = [sys.executable, "-m", "fedpref", "collect", "--candidates", str(answers)]
+    command += ["--output", str(tmp_path / "choices")]
+    acknowledged = 0
+    for turn in range(2):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        line = next(line for line in process.stdout if line.startswith("page: "))
+        address = line.split()[1]
+        killer = threading.Timer(0.4, process.kill)
+        killer.start()
+        try:
+            while True:
+                state = posted(address + "api/next", {"rater": "Ann"})
+                assert state["done"] in (acknowledged, acknowledged + 1), "nothing lost"
+                acknowledged = state["done"]
+                if "item" not in state:
+                    break
+                choice = {
+                    "address": f"choice-{turn}-{acknowledged}",
+                    "rater": "Ann",
+                    "item": state["item"]["number"],
+                    "name": "",
+                    "shown": "left",
+                    "seconds": 1,
+                }
+                acknowledged = posted(address + "api/choose", choice)["done"]
+        except (OSError, ValueError):
+            pass  # killed
+        process.wait()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    next(line for line in process.stdout if line.startswith("page: "))
+    process.send_signal(signal.SIGINT)
+    rest, _ = process.communicate(timeout=60)
+    assert "preferences: " in rest
+    written = (tmp_path / "choices" / "preferences.jsonl").read_text().splitlines()
+    prompts = [json.loads(row)["prompt"] for row in written]
+    assert len(prompts) == len(set(prompts)), "nothing doubled"
+    assert acknowledged <= len(prompts) <= acknowledged + 1
+    assert acknowledged > 0
+    database = sqlite3.connect(tmp_path / "choices" / "choices.sqlite")
+    with closing(database):
+        assert database.execute("pragma integrity_check").fetchone() == ("ok",)
+    assert (tmp_path / "choices").stat().st_mode & 0o077 == 0, "nobody else reads it"
+
+
+def posted(address: str, content: Any) -> Any:
+    request = urllib.request.Request(
+        address, json.dumps(content).encode(), {"content-type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        return json.load(answer)
