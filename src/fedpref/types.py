@@ -50,6 +50,9 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 OpenFraction = Annotated[float, Field(gt=0, lt=1)]
 """A share between zero and one, without either."""
 
+Share = Annotated[float, Field(ge=0, le=1)]
+"""A share from nothing to all."""
+
 Portion = Annotated[float, Field(gt=0, le=1)]
 """A share above zero, one at most."""
 

@@ -11,7 +11,7 @@ from typing_extensions import TypedDict
 
 from fedpref.errors import UserError
 from fedpref.numerics.metrics import ACCURACY, COMBINED, HEADLINES
-from fedpref.types import Count, WholeNumber
+from fedpref.types import Count, Share, WholeNumber
 
 CLIENTS, METRICS, EVALUATION = "clients.json", "metrics.jsonl", "evaluation.jsonl"
 # clients that joined when the run was over: sizes, metrics before and after
@@ -46,7 +46,6 @@ def _round(figures: dict[str, float]) -> dict[str, float]:
     return figures
 
 
-Share = Annotated[float, Field(ge=0, le=1)]
 Round = Annotated[dict[str, float], AfterValidator(_round)]
 Measured = Annotated[dict[str, float], AfterValidator(_measured)]
 PerClient = Annotated[dict[str, Measured], AfterValidator(_alike)]

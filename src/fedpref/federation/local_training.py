@@ -141,12 +141,15 @@ def seeded_dropout(client: Client) -> Iterator[Callable[[int], None]]:
 
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")  # what optimisers keep
-EPOCHS = "epochs"  # begins names among moments, of a client's place in its data
+# begin names among moments: of a client's place in its data, and of what its task keeps
+EPOCHS, OF_TASK = "epochs", "task:"
 
 
 def place(moments: Tree) -> dict[str, Tensor]:
-    """Return what of a client's moments is its place in its data, which no optimiser reads."""
-    return {name: tensor for name, tensor in moments.items() if name.startswith(EPOCHS)}
+    """Return what of a client's moments no optimiser reads: its place in its data, and what its
+    task keeps.
+    """
+    return {name: tensor for name, tensor in moments.items() if name.startswith((EPOCHS, OF_TASK))}
 
 
 def moments_of(moments: Tree, names: Iterable[str]) -> Tree:
@@ -234,6 +237,9 @@ def train_locally(
         known = moments.get(here)
         epochs = Epochs.begin(client.rng) if known is None else Epochs.restore(known)
         size = replace(size, epochs=epochs)
+    for name, tensor in moments.items():
+        if name.startswith(OF_TASK):
+            size.kept[name.removeprefix(OF_TASK)] = tensor
     drawn: list[Any] = []
     accumulated = settings.gradient_accumulation_steps
     with seeded_dropout(client) as begin_batch:
@@ -332,6 +338,7 @@ def train_locally(
         **(_moments(optimiser, theta) if settings.keep_optimizer else {}),
         **place(moments),
         **({here: size.epochs.state} if size.epochs else {}),
+        **{f"{OF_TASK}{name}": tensor for name, tensor in size.kept.items()},
     }
     return {name: tensor.detach().cpu() for name, tensor in theta.items()}, kept, metrics
 

@@ -24,6 +24,7 @@ from fedpref.federation.local_training import LocalTraining, halves
 from fedpref.federation.personal import Personal
 from fedpref.models.language import Model
 from fedpref.models.own_parts import NAMES, OWN_ADAPTER
+from fedpref.rewards import Reward
 from fedpref.tasks.task import CRITIC
 from fedpref.types import Count, Positive, WholeNumber
 
@@ -172,6 +173,8 @@ class SiteFile:
     functions: tuple[str, ...] = ()
     """`module:function` that experiments may name as rewards, and `module:Class` of losses and
     rewards."""
+    judge: Reward | None = None
+    """The site's own judge of answers, in place of the experiment's (task: online-preference)."""
     max_rounds: Count = 1000
     """The longest experiment that the site takes part in."""
     max_message_mb: Count = 512
@@ -288,6 +291,8 @@ class Consenting:
             )
         partition = self._file.partition or IID(clients=1)
         task = spec.task.with_models(self._here)
+        if self._file.judge is not None:
+            task = task.judged_by(self._file.judge)
         return replace(spec, data=self._file.data, partition=partition, task=task)
 
     def read(self, experiment: Any) -> Sequence[ClientData]:

@@ -7,12 +7,14 @@ from pydantic import Field
 from fedpref.tasks.batches import BatchSize
 from fedpref.tasks.dialogue import DialogueTask
 from fedpref.tasks.feedback import FeedbackTask
+from fedpref.tasks.online import OnlinePreferenceTask
 from fedpref.tasks.opinion import OpinionTask
 from fedpref.tasks.preference import PreferenceTask
 from fedpref.tasks.task import Shard, Task
 
 AnyTask = Annotated[
-    PreferenceTask | FeedbackTask | OpinionTask | DialogueTask, Field(discriminator="name")
+    PreferenceTask | OnlinePreferenceTask | FeedbackTask | OpinionTask | DialogueTask,
+    Field(discriminator="name"),
 ]
 
 __all__ = [
@@ -20,6 +22,7 @@ __all__ = [
     "BatchSize",
     "DialogueTask",
     "FeedbackTask",
+    "OnlinePreferenceTask",
     "OpinionTask",
     "PreferenceTask",
     "Shard",

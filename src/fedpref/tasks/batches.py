@@ -72,6 +72,8 @@ class BatchSize:
         epochs: Where the client is in its data; None draws each batch by itself.
         is_by_prompt: Examples of one prompt come together, in place of those of similar length.
         seen: Which examples have been drawn, by their kind and number.
+        kept: What the task keeps of the client from batch to batch and from round to round, by
+            name; draws change it.
     """
 
     examples: int
@@ -79,6 +81,7 @@ class BatchSize:
     epochs: Epochs | None = field(default=None, compare=False)
     is_by_prompt: bool = False
     seen: set[tuple[int, int]] = field(default_factory=set, compare=False)
+    kept: dict[str, Tensor] = field(default_factory=dict, compare=False)
 
     def note(self, indices: Iterable[int], kind: int = 0) -> None:
         """Keep in mind which examples were drawn."""

@@ -273,6 +273,12 @@ class OfflineLearner(LanguageLearner):
         Each example has the same expected weight in the batch's mean, or in that of its objective;
         objectives have equal parts of the batch, and epochs of their own.
         """
+        return self.referenced(start, *self.drawn(shard, size, rng))
+
+    def drawn(
+        self, shard: OfflineShard, size: BatchSize, rng: torch.Generator
+    ) -> tuple[list[Example], tuple[float, ...]]:
+        """Return a batch's examples, and the weight of each objective's mean."""
         examples: list[Example] = []
         count = len(self.objectives)
         part = BatchSize(
@@ -281,6 +287,7 @@ class OfflineLearner(LanguageLearner):
             size.epochs,
             size.is_by_prompt,
             size.seen,
+            size.kept,
         )
         weights = []
         for m in range(count):
@@ -288,10 +295,16 @@ class OfflineLearner(LanguageLearner):
             indices, weight = draw_indices(known, part, rng, m)
             examples += [of_objective[i] for i in indices]
             weights.append(weight)
+        return examples, tuple(weights)
+
+    def referenced(
+        self, start: Tree, examples: Sequence[Example], weights: tuple[float, ...]
+    ) -> Batch:
+        """Return a batch with its scores under the reference, which the round's start may be."""
         if self.settings.reference == "base" or not self.needs_reference:
-            return replace(self._with_base(examples), weights=tuple(weights))
+            return replace(self._with_base(examples), weights=weights)
         with torch.no_grad():
-            return Batch(examples, self._score(start, examples)[0], tuple(weights))
+            return Batch(examples, self._score(start, examples)[0], weights)
 
     def losses(self, params: Tree, batch: Batch) -> tuple[Float[Tensor, " M"], Mapping[str, float]]:
         """Return each objective's mean loss over a batch [M], and metrics."""

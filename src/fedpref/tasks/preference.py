@@ -33,12 +33,9 @@ from fedpref.tasks.task import Outcome
 
 
 @dataclass(frozen=True, kw_only=True)
-class PreferenceTask(OfflineTask):
-    """Preference pairs under one of the DPO family's losses."""
+class PairTask(OfflineTask):
+    """What tasks share that learn from pairs, by one of the DPO family's losses."""
 
-    units: ClassVar[frozenset[str]] = frozenset({"example", "prompt", "column"})
-
-    name: Literal["preference"] = "preference"
     loss: Loss = DPO()
     """The loss of a pair."""
     explicit: Explicit = Explicit()
@@ -82,16 +79,27 @@ class PreferenceTask(OfflineTask):
     def loss_name(self) -> str:
         return self.loss.name
 
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceTask(PairTask):
+    """Preference pairs under one of the DPO family's losses."""
+
+    units: ClassVar[frozenset[str]] = frozenset({"example", "prompt", "column"})
+
+    name: Literal["preference"] = "preference"
+
     def build(self, open_groups: OpenGroups = no_groups) -> PreferenceLearner:
         return PreferenceLearner(self, open_groups)
 
 
-class PreferenceLearner(OfflineLearner):
-    """The task with its model loaded; an example's answers are the chosen and the rejected one."""
+class PairLearner(OfflineLearner):
+    """A task on pairs with its model loaded; an example's answers are the chosen one, then the
+    rejected.
+    """
 
-    settings: PreferenceTask
+    settings: PairTask
 
-    def __init__(self, settings: PreferenceTask, open_groups: OpenGroups = no_groups) -> None:
+    def __init__(self, settings: PairTask, open_groups: OpenGroups = no_groups) -> None:
         super().__init__(settings, open_groups, needs_reference=settings.loss.needs_reference)
 
     def examples(
@@ -209,6 +217,10 @@ class PreferenceLearner(OfflineLearner):
             COMBINED: _accurate(chosen + added[:, 0], rejected + added[:, 1]),
             "rewards/accuracies_explicit": _accurate(explicit[:, 0], explicit[:, 1]),
         }
+
+
+class PreferenceLearner(PairLearner):
+    """Given pairs, with the model loaded."""
 
 
 def _metrics(loss: PerExample, chosen: PerExample, rejected: PerExample) -> dict[str, PerExample]:

@@ -140,6 +140,10 @@ class TaskSettings(ABC):
         """Return the rewards by objective, where the task has any."""
         return {}
 
+    def judged_by(self, judge: Any) -> Self:
+        """Return the same task, whose answers another judge compares, where one compares them."""
+        return self
+
     def without_samples(self) -> Self:
         """Return the same task, of whose answers none are kept to be read."""
         return self
