@@ -35,6 +35,7 @@ from fedpref.data.preferences import Preference
 from fedpref.experiments.experiment import with_whole_paths
 from fedpref.numerics.agreement import krippendorff_alpha
 from fedpref.numerics.intervals import share
+from fedpref.sites.consent import Consenting, Limits, SiteFile
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
 ONE = Texts("Choose between two answers", ["Which answer is better?"], [""])
@@ -52,6 +53,7 @@ def items(count: int, **settings: Any) -> list[Item]:
             first=f"First answer to {k}.",
             second=f"Second answer to {k}.",
             origins={"first": "a", "second": "b"},
+            side="test" if k % 5 == 4 else "train",
             **{"shared": True, **settings},
         )
         for k in range(count)
@@ -261,6 +263,39 @@ def test_a_run_keeps_to_the_choices_that_were_there_when_it_began(tmp_path: Path
     assert with_whole_paths(begun) == begun
     now = with_whole_paths(config.parse(Experiment, content, "the test"))
     assert len(list(now.data.read())) == 6
+
+
+def test_a_site_goes_on_with_the_choices_of_its_runs_beginning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    where = sitting(tmp_path / "choices", 60, shared=True)
+    for _ in range(40):
+        chosen(where, "Ann", "left")
+    source = Collected(path=str(where.store.folder))
+    experiment = {"data": {"name": "builtin"}, "algorithm": {"name": "feddpo"}, "rounds": 1}
+    file = SiteFile(
+        data=source,
+        algorithms=("feddpo",),
+        folder=str(tmp_path / "site"),
+        limits=Limits(least_examples=2, least_evaluated=1),
+    )
+    site = Consenting("clinic", file)
+
+    def sizes(run: str) -> int:
+        about = site.host(experiment, tmp_path / "site" / run).about["clinic"]
+        return int(about["train"] + about["test"])
+
+    with caplog.at_level("INFO"):
+        assert sizes("one") == 40
+        for _ in range(5):
+            chosen(where, "Ann", "left")
+        assert sizes("one") == 40, "the run goes on with what it began with"
+        assert sizes("two") == 45
+    said = [record.getMessage() for record in caplog.records if record.name == "fedpref"]
+    assert said == [
+        "40 preferences, 40 more than when the last run began",
+        "45 preferences, 5 more than when the last run began",
+    ]
 
 
 def test_a_folder_without_choices_and_another_file_are_refused(tmp_path: Path) -> None:

@@ -90,6 +90,9 @@ class HeldOut:
     has_sides: bool = False
 
 
+SETTLED = "data.json"  # in the folder of a run: which of a site's data it goes on with
+
+
 class Host(Protocol):
     """Who decides what a site brings to an experiment."""
 

@@ -23,7 +23,7 @@ from fedpref.channel import Sender
 from fedpref.channel.compression import alike
 from fedpref.channel.lattice import fixed
 from fedpref.engines.engine import compressed, hostile_weight, mixed
-from fedpref.engines.host import Host, Hosted, Peers
+from fedpref.engines.host import SETTLED, Host, Hosted, Peers
 from fedpref.engines.messages import (
     NO_TENSORS,
     Header,
@@ -205,6 +205,8 @@ class Site:
                 f"it has kept the clients of a run {run!r} that the coordinator does not know; "
                 "its folder of runs is another"
             )
+        if not resumes:
+            (folder / SETTLED).unlink(missing_ok=True)
         hosted = self._host.host(experiment, folder, held_out)
         folder.mkdir(parents=True, exist_ok=True)
         digest = _digest(experiment)

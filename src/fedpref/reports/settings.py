@@ -58,7 +58,8 @@ GROUPS: Mapping[str, tuple[str, Sequence[Any]]] = {
     "explicit": ("task.explicit: the reward beside DPO's implicit one", (Explicit,)),
     "predictors": ("task.predictor of the task opinion", (Predictor,)),
     "rewards": (
-        "task.rewards of the task dialogue, task.generation.rewards, task.judge of online-preference",
+        "task.rewards of the task dialogue, task.generation.rewards, task.judge of the task "
+        "online-preference",
         config.kinds(Reward),
     ),
     "combinations": ("task.rewards.NAME.combine of the reward groups", config.kinds(Combine)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,9 +11,10 @@ from typing import Any, Literal, TypeVar
 
 from fedpref import config
 from fedpref.data import IID, ClientData, Partition, Source
+from fedpref.data.preferences import Preference
 from fedpref.data.reading import by_rule
 from fedpref.data.splits import keyed
-from fedpref.engines.host import Bounds, HeldOut, Hosted
+from fedpref.engines.host import SETTLED, Bounds, HeldOut, Hosted
 from fedpref.engines.messages import RefusedError
 from fedpref.errors import UserError
 from fedpref.experiments import evaluations
@@ -24,11 +26,13 @@ from fedpref.federation.local_training import LocalTraining, halves
 from fedpref.federation.personal import Personal
 from fedpref.models.language import Model
 from fedpref.models.own_parts import NAMES, OWN_ADAPTER
+from fedpref.numerics import files
 from fedpref.rewards import Reward
 from fedpref.tasks.task import CRITIC
 from fedpref.types import Count, Positive, WholeNumber
 
 LOG = logging.getLogger("fedpref")
+COUNTED = ".preferences"  # how many there were when the last run began, of data that grow
 T = TypeVar("T")
 MOST_CYCLES = 4  # of a learning rate in a run
 
@@ -240,6 +244,13 @@ def refuse_code(spec: Experiment, functions: Sequence[str]) -> None:
             )
 
 
+@dataclass(frozen=True)
+class _Settled:
+    """A site's data, as they were when a run began."""
+
+    data: Source
+
+
 class Consenting:
     """A site that takes part in what its file allows."""
 
@@ -304,6 +315,30 @@ class Consenting:
             clients = (replace(clients[0], name=self._file.client or self._name),)
         return clients
 
+    def _settled(self, folder: Path) -> Source:
+        """Return the site's data as they were when a run began, and say how much of it is new.
+
+        Args:
+            folder: The site's side of the run.
+
+        Raises:
+            UserError: There are no data.
+        """
+        source = self._file.data.at_its_state()
+        if source == self._file.data:  # they do not grow, or not by themselves
+            return source
+        if (folder / SETTLED).exists():
+            written = json.loads((folder / SETTLED).read_text())
+            return config.parse(_Settled, written, str(folder / SETTLED)).data
+        count = sum(isinstance(row, Preference) for row in source.read())
+        before = Path(self._file.folder) / COUNTED
+        known = int(before.read_text()) if before.exists() else 0
+        LOG.info("%d preferences, %d more than when the last run began", count, count - known)
+        folder.mkdir(parents=True, exist_ok=True)
+        files.write(folder / SETTLED, json.dumps(config.dump(_Settled(source))))
+        files.write(before, f"{count}\n")
+        return source
+
     def _unfit(self) -> RefusedError:
         LOG.exception("the site's data or models do not fit the experiment")
         return RefusedError("its data or models do not fit the experiment; the site's log says why")
@@ -315,6 +350,10 @@ class Consenting:
             RefusedError: The file does not allow it, or the site's data do not fit.
         """
         file, spec = self._file, self._spec(experiment)
+        try:
+            spec = replace(spec, data=self._settled(folder))
+        except UserError as error:
+            raise self._unfit() from error
         withheld = (NAMES | {OWN_ADAPTER, CRITIC}) - set(file.may_leave)
         limits = {
             "does": self._does(spec),
