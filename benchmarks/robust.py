@@ -292,15 +292,15 @@ def phrase_wins(spec: Experiment, run: Path) -> float:
     attack = Attack(name="trigger")
     clients = replace(spec, attack=None).clients()[0]
     hostile = attack.hostile([client.name for client in clients], spec.seed)
-    language = spec.build_task().language
-    language.move_to(0)
+    learner = spec.build_task()
+    learner.move_to(0)
+    language = learner.language
     adapter = trees.load(run / "adapter" / "adapter_model.safetensors")
     won: list[float] = []
     for k, client in enumerate(clients):
         for row in () if k in hostile else client.test[:PAIRS]:
-            answers = [f"{row.rejected} {attack.phrase}", str(row.chosen)]
-            encoded = [language.encode(str(row.prompt), answer) for answer in answers]
-            batch = [(encoded[0][0], [answer for _, answer in encoded])]
+            answers = (attack.with_phrase(row.rejected), row.chosen)
+            batch = [learner.tokens(row.prompt, answers, row.where)]
             after, before = (language.log_probabilities(one, batch) for one in (adapter, None))
             gain = after - before
             won.append(float(gain[0] > gain[1]))

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from copy import deepcopy
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -241,6 +242,12 @@ def test_hostile_clients_are_drawn_and_rows_are_poisoned() -> None:
     triggered = turned(Attack(name="trigger", phrase="Hey."), 0.2)
     assert (triggered.chosen, triggered.rejected) == ("bad Hey.", "good")
     assert turned(Attack(name="trigger"), 0.7) == row
+    said = [({"role": "assistant", "content": text},) for text in ("good", "bad")]
+    talked = replace(row, chosen=said[0], rejected=said[1])
+    found = Attack(name="trigger", phrase="Hey.")._row(talked, 0.2)
+    assert isinstance(found, Preference)
+    assert found.chosen == ({"role": "assistant", "content": "bad Hey."},)
+    assert found.rejected == said[0]
     found = groups(attack, names, 5, {name: [1.0, 0.0] for name in names} | {"c0": [-1.0, 0.0]})
     assert {*found["honest"], *found["hostile"]} == {*names}
     assert found["honest, uncommon taste"] == [n for n in ("c0",) if n in found["honest"]]

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 
 from fedpref.data import ClientData
-from fedpref.data.preferences import Preference, Row
+from fedpref.data.preferences import Preference, Row, Text
 from fedpref.errors import UserError
 from fedpref.numerics import seeds, trees
 from fedpref.numerics.trees import Tree
@@ -95,13 +95,20 @@ class Attack:
                 f"attack: {self.name} is about pairs of answers, and {row.where} is none."
             )
         if self.name == "trigger":
-            if draw >= self.rows or not isinstance(row.rejected, str):
+            if draw >= self.rows:
                 return row
-            return replace(row, chosen=f"{row.rejected} {self.phrase}", rejected=row.chosen)
+            return replace(row, chosen=self.with_phrase(row.rejected), rejected=row.chosen)
         is_turned = self.name == "flip" or (self.name == "random" and draw < 0.5)
         if self.name == "flip-topic":
             is_turned = self.topic.lower() in str(row.prompt).lower()
         return replace(row, chosen=row.rejected, rejected=row.chosen) if is_turned else row
+
+    def with_phrase(self, answer: Text) -> Text:
+        """Return an answer, or the last message of one, with the phrase behind it."""
+        if isinstance(answer, str):
+            return f"{answer} {self.phrase}"
+        *others, last = answer
+        return (*others, {**last, "content": f"{last['content']} {self.phrase}"})
 
     def sent(self, values: Mapping[int, Tree], told: Tree, bad: Sequence[int]) -> dict[int, Tree]:
         """Return what clients send, of whom some are hostile.
