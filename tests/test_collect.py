@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 
-from fedpref import Experiment, UserError, config
+from fedpref import Experiment, UserError, config, run
 from fedpref.collect.drawing import Ahead, Plan, candidates_of, prompts_of
 from fedpref.collect.review import judged, sentence
 from fedpref.collect.server import Page
@@ -715,3 +715,49 @@ def posted(address: str, content: Any) -> Any:
     )
     with urllib.request.urlopen(request, timeout=10) as answer:
         return json.load(answer)
+
+
+# ---- a review, from the command line
+
+
+def test_people_judge_a_run_blind_and_its_page_says_what_they_said(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    pytest.importorskip("uvicorn")
+    content = {**settings, "partition": {"name": "natural", "column": "client"}}
+    run(config.parse(Experiment, content, "the test"), tmp_path / "run")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("".join(f"Which fish, number {k}?\n" for k in range(4)))
+    command = [sys.executable, "-m", "fedpref", "review", str(tmp_path / "run")]
+    command += ["--prompts", str(prompts), "--items", "3", "--max-new-tokens", "6"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    line = next(line for line in process.stdout if line.startswith("page: "))
+    address = line.split()[1]
+    judged_by = {"Ann": 0, "Bob": 0}
+    for rater in judged_by:
+        while (state := posted(address + "api/next", {"rater": rater})).get("item") or state.get(
+            "waiting"
+        ):
+            if "item" not in state:
+                time.sleep(0.1)
+                continue
+            assert set(state["item"]) == {"number", "prompt", "left", "right", "question", "name"}
+            choice = {
+                "address": f"choice-{rater}-{judged_by[rater]}",
+                "rater": rater,
+                "item": state["item"]["number"],
+                "name": "",
+                "shown": "left",
+                "seconds": 1,
+            }
+            posted(address + "api/choose", choice)
+            judged_by[rater] += 1
+    process.send_signal(signal.SIGTERM)
+    rest, _ = process.communicate(timeout=60)
+    assert judged_by["Ann"] == judged_by["Bob"] > 0
+    (found,) = json.loads((tmp_path / "run" / "reviews.json").read_text()).values()
+    assert found["judged"] + found["ties"] == judged_by["Ann"]
+    assert found["raters"]["Ann"]["judged"] == judged_by["Ann"]
+    assert "preferred in" in rest or "nothing was preferred" in rest
+    assert "What people judged blind" in (tmp_path / "run" / "report.html").read_text()
