@@ -27,6 +27,7 @@ LAYERS: dict[str, str] = {
     "sites": "sites on NVIDIA FLARE: consent, programs, certificates",
     "runs": "what one does with runs: launch, sweep, watch, evaluate, join, export",
     "reports": "tables, comparisons, charts and the page of a run",
+    "bench": "studies made of runs and reports: suites, trials on validation prompts, a board",
     "collect": "the page on a machine of one's own on which people choose between answers, and "
     "judge blind",
     "cli": "the commands, a file for each group",

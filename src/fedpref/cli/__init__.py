@@ -13,12 +13,13 @@ from rich.console import Console
 from rich.markup import escape
 
 from fedpref import __version__
-from fedpref.cli import collecting, settings, showing, sites, training, using
+from fedpref.cli import benching, collecting, settings, showing, sites, training, using
 from fedpref.cli.shared import SITES, app
 from fedpref.errors import UserError, printable
 
 PANELS = {
     training.__name__: "Train",
+    benching.__name__: "Train",
     showing.__name__: "Look",
     using.__name__: "Use what was trained",
     collecting.__name__: "Choose and judge",

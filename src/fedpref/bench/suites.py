@@ -1,0 +1,151 @@
+"""What a suite is of: data, methods, how their settings are chosen, how often all is repeated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from fedpref.errors import UserError
+
+RATES = ("1e-3", "3e-3", "1e-2")  # learning rates that every method is tried with
+FREE: tuple[Literal["words", "length"], ...] = (
+    "words",
+    "length",
+)  # baselines that cost nothing, of the words alone
+FEDPDPO = "algorithm.parts={head: null, bottleneck: 0, reward: true, adapter: true}"
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Clients' preferences, and how a model is trained on them.
+
+    Attributes:
+        name: In tables.
+        config: A packaged config, or a file.
+        settings: Overrides of all methods.
+        local: Overrides that read a local copy, with `{folder}` for where tables lie; where there
+            are none the set comes with fedpref.
+    """
+
+    name: str
+    config: str
+    settings: tuple[str, ...] = ()
+    local: tuple[str, ...] = ()
+
+    def overrides(self, folder: Path | None) -> list[str]:
+        """Return the overrides, of a local copy where a folder is given."""
+        at = [text.format(folder=folder.resolve()) for text in self.local] if folder else []
+        return [*self.settings, *at]
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Sets, methods and seeds.
+
+    Attributes:
+        name: As it is asked for.
+        says: What it is for.
+        sets: The data.
+        methods: `NAME`, or `NAME: key=value ...`; gains are over the first.
+        rates: Learning rates that each method is tried with, for each seed, on validation prompts.
+        seeds: Repetitions, each with a split of its own.
+        hours: What it takes, about, on two cores.
+    """
+
+    name: str
+    says: str
+    sets: tuple[DataSet, ...]
+    methods: tuple[str, ...]
+    rates: tuple[str, ...] = RATES
+    seeds: int = 5
+    hours: float = 0.0
+
+
+METHODS = (
+    "feddpo",
+    f"fedpdpo: algorithm.name=fedpdpo {FEDPDPO.replace(' ', '')}",
+    "fedprox",
+    "ffa-lora",
+    "fedsa-lora",
+    "fedper",
+    "ditto",
+    "feddpa",
+    "clustered",
+    "alone",
+    "pooled",
+)
+SHIPPED = DataSet("shipped", "feddpo", ("task.samples=0",))
+PEOPLE = (
+    DataSet("summaries", "summaries", (), ("data.path={folder}",)),
+    DataSet(
+        "pictures",
+        "pictures",
+        (),
+        (
+            "data.sources.preference.path={folder}/image_description_preference.jsonl.gz",
+            "data.sources.informativity.path={folder}/image_description_informativity.jsonl.gz",
+        ),
+    ),
+    DataSet("ukpconvarg", "ukpconvarg", (), ("data.path={folder}",)),
+    DataSet("metaphor", "metaphor", (), ("data.path={folder}/metaphor_literal_choices.jsonl.gz",)),
+    DataSet(
+        "coauthor", "coauthor", (), ("data.path={folder}/coauthor_suggestion_choices.jsonl.gz",)
+    ),
+)
+OPPOSED = (
+    SHIPPED,
+    DataSet("movie-reviews", "movie-reviews", (), ("data.path={folder}",)),
+    DataSet("movie-reviews-10", "movie-reviews-10", (), ("data.path={folder}",)),
+    DataSet("persona", "persona", (), ("data.path={folder}",)),
+    DataSet("dsp", "dsp", (), ("data.path={folder}/dsp_domain_pairs.jsonl.gz",)),
+)
+SUITES = {
+    suite.name: suite
+    for suite in (
+        Suite(
+            "quick",
+            "the shipped clients on the small shipped model, without a download",
+            (
+                DataSet(
+                    "shipped",
+                    "feddpo",
+                    ("task.samples=0", "rounds=4", "evaluate_every=4", "partition.max_rows=100"),
+                ),
+            ),
+            ("feddpo", METHODS[1], "alone", "pooled"),
+            rates=("3e-3", "1e-2"),
+            seeds=3,
+            hours=0.2,
+        ),
+        Suite("people", "people as clients", PEOPLE, METHODS, hours=60),
+        Suite("opposed", "clients who want opposite things", OPPOSED, METHODS, hours=60),
+    )
+}
+
+
+def suite_of(name: str) -> Suite:
+    """Return a suite by its name.
+
+    Raises:
+        UserError: There is none of this name.
+    """
+    if name not in SUITES:
+        said = "; ".join(f"{suite.name}: {suite.says}" for suite in SUITES.values())
+        raise UserError(f"bench {name!r}: there is no such suite. There are {said}.")
+    return SUITES[name]
+
+
+def with_methods(suite: Suite, methods: Sequence[str]) -> Suite:
+    """Return a suite of its first method and those that are named, or as it is without any.
+
+    Args:
+        suite: The suite.
+        methods: `NAME` of its own or of an algorithm, or `NAME: key=value ...`.
+    """
+    if not methods:
+        return suite
+    known = {text.partition(":")[0]: text for text in suite.methods}
+    wanted = dict.fromkeys([suite.methods[0], *(known.get(text, text) for text in methods)])
+    return replace(suite, methods=tuple(wanted))

@@ -1,0 +1,153 @@
+"""Carrying a suite out: trials on validation prompts, then each method once on the test's."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from fedpref.bench.suites import FREE, DataSet, Suite
+from fedpref.errors import UserError
+from fedpref.experiments.experiment import Experiment
+from fedpref.experiments.run_directory import RunDirectory
+from fedpref.numerics.metrics import ACCURACY
+from fedpref.runs.sweep import (
+    chosen,
+    parse_variant,
+    plan,
+    planned,
+    selecting,
+    side_by_side,
+    sweep,
+    with_grid,
+    write_plan,
+)
+
+TRIALS = "trials"
+RATE = "algorithm.local.learning_rate"
+
+
+@dataclass(frozen=True)
+class Study:
+    """A suite in a folder of its own, which goes on where it was.
+
+    Attributes:
+        suite: What is carried out.
+        output: The folder.
+        data: Where local tables lie; None reads sets by their Hub ids.
+        overrides: Settings of everything, as of the model.
+    """
+
+    suite: Suite
+    output: Path
+    data: Path | None = None
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def methods(self) -> list[str]:
+        """The methods' names, in the order of the suite."""
+        return [parse_variant(text)[0] for text in self.suite.methods]
+
+    def trials(self, data: DataSet, method: str, seed: int) -> Mapping[Path, Experiment]:
+        """Return the trials of a method: every rate, on the seed's validation prompts."""
+        text = self.suite.methods[self.methods.index(method)]
+        settings = [*data.overrides(self.data), *self.overrides]
+        name, own = parse_variant(text)
+        spec = Experiment.load(Path(data.config), [*settings, *own])
+        variants = with_grid([f"{name}: {' '.join(own)}"], [self._grid])
+        where = [*settings, *selecting(spec, ACCURACY)]
+        return plan(Path(data.config), variants, [seed], where, self._trials(data, method, seed))
+
+    @property
+    def _grid(self) -> str:
+        return f"{RATE}={','.join(self.suite.rates)}"
+
+    def _trials(self, data: DataSet, method: str, seed: int) -> Path:
+        return self.output / data.name / TRIALS / method / f"seed-{seed}"
+
+    def run(self, data: DataSet, method: str, seed: int) -> tuple[Path, Experiment]:
+        """Return the run of a method on the test's prompts, with what its trials have chosen."""
+        _, runs = chosen(self._trials(data, method, seed), ACCURACY)
+        (experiment,) = runs.values()
+        path = self.output / data.name / method / f"seed-{seed}"
+        is_first = method == self.methods[0]
+        baselines = FREE if is_first else ()
+        return path, replace(experiment, name=method, baselines=baselines)
+
+    def planned(self) -> int:
+        """Return how many runs there are in all, trials too."""
+        each = len(self.suite.rates) + 1
+        return len(self.suite.sets) * len(self.suite.methods) * self.suite.seeds * each
+
+    def carry_out(self, parallel: int = 1, hours: float | None = None) -> Iterator[str]:
+        """Do what is left, and yield what happens, in sentences.
+
+        Seeds come one after the other, so that what is cut short has all methods of some seeds.
+
+        Args:
+            parallel: Runs at a time.
+            hours: Begin nothing new after so many.
+
+        Raises:
+            UserError: A run failed, or settings do not fit.
+        """
+        begun, made, total = time.monotonic(), 0, self.planned()
+        for seed in range(self.suite.seeds):
+            for data in self.suite.sets:
+                for method in self.methods:
+                    if hours is not None and time.monotonic() - begun > 3600 * hours:
+                        yield f"{hours:g} hours are over; the same command goes on."
+                        return
+                    trials = self.trials(data, method, seed)
+                    write_plan(trials, self._trials(data, method, seed), ACCURACY)
+                    new = self._do(trials, data, parallel)
+                    path, experiment = self.run(data, method, seed)
+                    new += self._do({path: experiment}, data, 1)
+                    made, total = made + new, total - (len(trials) + 1 - new)
+                    self._keep(data)
+                    if new:
+                        left = (time.monotonic() - begun) / made * (total - made)
+                        rate = experiment.algorithm.local.learning_rate
+                        yield (
+                            f"{data.name}, {method}, seed {seed}: rate {rate:g} chosen of "
+                            f"{len(trials)}; about {_said(left)} left"
+                        )
+
+    def _do(self, runs: Mapping[Path, Experiment], data: DataSet, parallel: int) -> int:
+        """Carry out what is not done of some runs, and return how many these were."""
+        cache = self.output / data.name / "cache"
+        left = {path: one for path, one in runs.items() if not RunDirectory(path).done}
+        if parallel > 1 and len(left) > 1:
+            for path, why in side_by_side(left, cache, parallel):
+                if why:
+                    raise UserError(f"{path}: {why}")
+        else:
+            for _, events in sweep(left, cache):
+                for _ in events:
+                    pass
+        return len(left)
+
+    def _keep(self, data: DataSet) -> None:
+        """Write which of a set's runs are there, so that they are looked at as a sweep."""
+        done: dict[Path, Experiment] = {}
+        for seed in range(self.suite.seeds):
+            runs = {
+                method: self.output / data.name / method / f"seed-{seed}" for method in self.methods
+            }
+            # of a seed all methods or none: gains are of pairs
+            if all(RunDirectory(path).done for path in runs.values()):
+                done |= {path: self.run(data, method, seed)[1] for method, path in runs.items()}
+        if done:
+            write_plan(done, self.output / data.name)
+
+    def chosen_rates(self, data: DataSet) -> dict[str, list[float]]:
+        """Return the rates that were chosen for each method, by seed, of what is done."""
+        rates: dict[str, list[float]] = {}
+        for path, experiment in planned(self.output / data.name).items():
+            rates.setdefault(path.parent.name, []).append(experiment.algorithm.local.learning_rate)
+        return rates
+
+
+def _said(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} hours" if seconds > 5400 else f"{seconds / 60:.0f} minutes"
