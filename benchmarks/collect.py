@@ -53,9 +53,9 @@ from fedpref.rewards.reward import plain
 RATERS = ("Ann", "Bob", "Cem")
 THINKS = 5.0  # seconds that a rater takes
 RATE = 2.5e-3  # of the online run
-SPREAD = (1.0, 2.0, 4.0)  # times that, on given pairs, between which the KL is met
+SPREAD = (0.5, 1.0)  # times that, on given pairs, between which the KL is met
 STEPS, BATCH, ROUNDS = 4, 4, 4
-HELD_OUT, ASKED = 80, 32  # pairs of a client, and prompts that are answered
+HELD_OUT, ASKED = 80, 24  # pairs of a client, and prompts that are answered
 
 
 def begun(arguments: list[str]) -> tuple[subprocess.Popen[str], str]:

@@ -17,6 +17,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ import pytest
 
 from fedpref import Experiment, UserError, config, run
 from fedpref.collect.drawing import Ahead, Plan, candidates_of, prompts_of
-from fedpref.collect.review import judged, sentence
+from fedpref.collect.review import judged, sentence, write
 from fedpref.collect.server import Page
 from fedpref.collect.sitting import RefusedError, Sitting, Texts
 from fedpref.collect.speakers import speaker
@@ -33,8 +34,10 @@ from fedpref.collect.store import Item, Store
 from fedpref.data import Collected, held_out
 from fedpref.data.preferences import Preference
 from fedpref.experiments.experiment import with_whole_paths
+from fedpref.experiments.run_files import read_json
 from fedpref.numerics.agreement import krippendorff_alpha
 from fedpref.numerics.intervals import share
+from fedpref.runs.sweep import plan, write_plan
 from fedpref.sites.consent import Consenting, Limits, SiteFile
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
@@ -242,6 +245,51 @@ def test_what_does_not_fit_is_refused_and_not_written(
     assert where.store.standing() == []
 
 
+def test_a_question_that_was_undone_elsewhere_is_asked_again(tmp_path: Path) -> None:
+    where = sitting(tmp_path / "choices", texts=TWO)
+    item = where.next("Ann")["item"]
+    chosen(where, "Ann", "left")
+    where.undo({"address": "from-another-tab", "rater": "Ann"})
+    second = {"rater": "Ann", "item": item["number"], "name": "harmless", "shown": "left"}
+    state = where.choose({"address": "in-the-first-tab", "seconds": 1, **second})
+    assert (state["item"]["number"], state["item"]["name"]) == (item["number"], "helpful")
+
+
+def test_half_a_character_is_refused_and_the_file_stays_readable(tmp_path: Path) -> None:
+    where = sitting(tmp_path / "choices")
+    with pytest.raises(RefusedError, match="text"):
+        chosen(where, "Ann", "left-edited", edited="bad \ud83d")
+    chosen(where, "Ann", "left-edited", edited="good \U0001f600")
+    assert len(where.store.export().read_text(encoding="utf-8").splitlines()) == 1
+
+
+def test_a_commit_that_fails_leaves_nothing_and_is_tried_again(tmp_path: Path) -> None:
+    where = sitting(tmp_path / "choices")
+    where.store._db.execute("pragma busy_timeout = 50")
+    with closing(sqlite3.connect(tmp_path / "choices" / "choices.sqlite")) as other:
+        reading = other.execute("select * from items")
+        reading.fetchone()
+        with pytest.raises(sqlite3.OperationalError, match="locked"):
+            chosen(where, "Ann", "left")
+        assert where.store.standing() == []
+        reading.close()
+    chosen(where, "Ann", "left")
+    assert len(where.store.standing()) == 1
+    mode = (tmp_path / "choices" / "choices.sqlite").stat().st_mode
+    assert mode & 0o077 == 0
+
+
+def test_an_item_on_a_screen_is_somebody_elses_after_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = sitting(tmp_path / "choices", 1, shared=False)
+    assert "item" in where.next("A name with a slip")
+    assert "item" not in where.next("Ann")
+    monkeypatch.setattr("fedpref.collect.sitting.LEASE", 0.0)
+    assert "item" in where.next("Ann")
+    assert "item" in where.next("\u0645\u06cc\u200c\u0631\u0648\u062f")
+
+
 # ---- runs on choices
 
 
@@ -298,6 +346,23 @@ def test_a_site_goes_on_with_the_choices_of_its_runs_beginning(
     ]
 
 
+def test_a_sweep_that_is_begun_again_keeps_to_its_choices(tmp_path: Path) -> None:
+    where = sitting(tmp_path / "choices", 8)
+    for _ in range(4):
+        chosen(where, "Ann", "left")
+    settings = ["data.name=collected", f"data.path={where.store.folder}"]
+    begun = plan(Path("feddpo"), ["feddpo", "alone"], [0], settings, tmp_path / "sweep")
+    assert len({one.data.until for one in begun.values()}) == 1  # type: ignore[attr-defined]
+    write_plan(begun, tmp_path / "sweep")
+    chosen(where, "Ann", "left")
+    again = plan(Path("feddpo"), ["feddpo", "alone"], [0], settings, tmp_path / "sweep")
+    assert list(map(with_whole_paths, again.values())) == list(
+        map(with_whole_paths, begun.values())
+    )
+    other = plan(Path("feddpo"), ["feddpo"], [0], settings, tmp_path / "other")
+    assert len(list(next(iter(other.values())).data.read())) == 5
+
+
 def test_a_folder_without_choices_and_another_file_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         list(Collected(path=str(tmp_path)).read())
@@ -330,6 +395,14 @@ def test_candidates_are_every_two_answers_of_a_prompt(tmp_path: Path) -> None:
     made = list(candidates_of(file, Plan()))
     pairs = [(item.first, item.second) for item in made]
     assert pairs == [("a", "b"), ("a", "c"), ("b", "c"), ("yes", "no")]
+    assert list(candidates_of(file, Plan(), made)) == []
+    turned = {"prompt": "Two?", "completions": ["no", "yes"]}
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, turned, turned]))
+    assert list(candidates_of(file, Plan())) == made
+    said = [[{"role": "assistant", "content": text}] for text in "ab"]
+    talk = {"prompt": [{"role": "user", "content": "Hi?"}], "completions": said}
+    file.write_text(json.dumps(talk) + "\n" + json.dumps(talk) + "\n")
+    assert len(list(candidates_of(file, Plan()))) == 1
     assert made[0].origins == {"first": "answers.jsonl 1", "second": "answers.jsonl 2"}
     file.write_text('{"prompt": "One?", "completions": ["a"]}\n')
     with pytest.raises(UserError, match=r"line 1.*two answers"):
@@ -369,6 +442,33 @@ def test_answers_are_drawn_ahead_and_drawn_again_alike(tmp_path: Path) -> None:
     assert one.margin == pytest.approx(who.margin(one.prompt, one.first, one.second))
     assert one.margin == pytest.approx(-who.margin(one.prompt, one.second, one.first), abs=1e-5)
     assert one.prompt[0]["role"] == "user"  # type: ignore[index]
+
+
+def test_where_models_are_judged_an_answer_may_say_nothing(tmp_path: Path) -> None:
+    """Otherwise a model that has fallen silent would be judged by the few prompts it answers."""
+
+    @dataclass(frozen=True)
+    class Says:
+        name: str
+        said: tuple[str, ...]
+
+        def laid_out(self, prompt: Any) -> Any:
+            return prompt
+
+        def answers(self, prompts: Any, *_: Any) -> list[list[str]]:
+            return [[self.said[int(prompt)]] for prompt in prompts]
+
+    speakers: list[Any] = [Says("a", ("one", "same", "")), Says("b", ("", "same", "two"))]
+    for keeps, count in ((True, 2), (False, 0)):
+        store = Store(tmp_path / str(keeps))
+        ahead = Ahead(store, speakers, ["0", "1", "2"], Plan(keeps_empty=keeps), lambda: 1)
+        ahead.start()
+        ahead.join(10)
+        assert not ahead.failure
+        assert len(store.items()) == count
+        assert judged(store)["alike"] == 3 - count
+        again = Ahead(store, speakers, ["0", "1", "2"], Plan(keeps_empty=keeps), lambda: 1)
+        assert again.left == 0
 
 
 # ---- agreement and win rates
@@ -424,6 +524,9 @@ def test_what_several_judge_counts_once_for_what_most_of_them_said(tmp_path: Pat
     assert found["raters"]["A"] == {"preferred": 2, "judged": 3, "ties": 1, "bad": 1}
     assert (found["low"], found["high"]) == share(1, 2)
     assert found["alpha"] is not None
+    names = [write(tmp_path, "shared against base", folder, found) for folder in "aba"]
+    assert names == ["shared against base", "shared against base (2)", "shared against base"]
+    assert len(read_json(tmp_path / "reviews.json")) == 2
     assert sentence({**found, "preferred": 31, "judged": 40, "low": 0.615, "high": 0.892}) == (
         "preferred in 31 of 40, 62 to 89 %"
     )
@@ -471,12 +574,16 @@ def test_only_who_has_the_whole_address_is_answered(page: Page) -> None:
         {"origin": "null"},
         {"sec_fetch_site": "cross-site"},
         {"sec_fetch_site": "same-site"},
+        {"sec_fetch_site": "cross-site", "sec_fetch_dest": "document"},
     ):
         status, answered, text = asked(page, api, {"rater": "Ann"}, **headers)
         assert status == 403, headers
         assert "item" not in text
         assert "access-control-allow-origin" not in answered
     assert asked(page, api, {"rater": "Ann"}, content_type="text/plain")[0] == 415
+    link = {"sec_fetch_site": "cross-site", "sec_fetch_dest": "document"}
+    assert asked(page, f"/{page.token}/", None, **link)[0] == 200
+    assert asked(page, f"/{page.token}/", None, sec_fetch_site="cross-site")[0] == 403
     assert asked(page, api, {"rater": "A" * 300_000})[0] == 413
     assert asked(page, api, ["Ann"])[0] == 400
     assert asked(page, api, {"rater": ""})[0] == 400

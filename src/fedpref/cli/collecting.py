@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fedpref.cli.shared import app, console
-from fedpref.errors import UserError
+from fedpref.errors import UserError, printable
 from fedpref.experiments.run_lock import RunLock
 
 if TYPE_CHECKING:
@@ -23,7 +23,11 @@ Prompts = typer.Option(
 Length = Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")]
 Temperature = Annotated[
     float | None,
-    typer.Option(min=0.0, help="Of plain sampling. By default the model's own settings decide."),
+    typer.Option(
+        min=0.0,
+        help="Of plain sampling; 0: always the likeliest token. By default the model's own "
+        "settings decide, or 1 where these do not sample.",
+    ),
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Of draws, orders and sides.")]
 Chat = Annotated[
@@ -78,7 +82,7 @@ def collect(
     ahead: Annotated[int, typer.Option(min=1, help="Items that are drawn ahead.")] = 8,
     limit: Annotated[int | None, typer.Option(min=1, help="Items of each rater at most.")] = None,
     max_new_tokens: Length = 128,
-    temperature: Temperature = 1.0,
+    temperature: Temperature = None,
     seed: Seed = 0,
     chat: Chat = None,
     port: Port = 0,
@@ -109,6 +113,8 @@ def collect(
         raise UserError(f"--select {select!r}: there are random and uncertain.")
     if select == "uncertain" and candidates is not None:
         raise UserError("--select uncertain: it is a model that is uncertain; a file has none.")
+    if temperature == 0 and not (against or candidates):
+        raise UserError("--temperature 0: both answers would be the same. Leave it out.")
     names = [name.strip() for name in objectives.split(",") if name.strip()] or [""]
     if len(set(names)) < len(names):
         raise UserError(f"--objectives {objectives!r}: a name stands twice.")
@@ -124,7 +130,7 @@ def collect(
     )
     with _locked(output):
         if candidates is not None:
-            items = list(candidates_of(candidates, plan))
+            list(candidates_of(_given(candidates), plan))  # what is wrong is said before the page
         else:
             wanted = prompts_of(_given(prompts))
             first = speaker(str(run) if run else str(model), client, chat)
@@ -135,18 +141,18 @@ def collect(
         )
         sitting = Sitting(store, Texts("Choose between two answers", asked, names), seed, limit)
         if candidates is not None:
-            known = {(item.prompt, item.first, item.second) for item in store.items()}
-            store.add([i for i in items if (i.prompt, i.first, i.second) not in known])
+            store.add(list(candidates_of(candidates, plan, store.items())))
         else:
             sitting.ahead = Ahead(
                 store, [first, *others], wanted, plan, lambda: sitting.more_wanted(ahead)
             )
         _serve(sitting, port, opens)
         store.close()
+        _wait_for(sitting)
     rows = output / "preferences.jsonl"
-    console.print(f"choices: {output}", highlight=False, soft_wrap=True)
+    console.print(f"choices: {output}", highlight=False, soft_wrap=True, markup=False)
     count = sum(1 for _ in rows.open(encoding="utf-8"))
-    console.print(f"preferences: {count} in {rows}", highlight=False, soft_wrap=True)
+    console.print(f"preferences: {count} in {rows}", highlight=False, soft_wrap=True, markup=False)
     if count:
         console.print(
             f"train on them:  fedpref run feddpo data.name=collected data.path={output} "
@@ -171,7 +177,7 @@ def review(
     items: Annotated[int, typer.Option(min=1, help="Prompts that are judged.")] = 40,
     question: Annotated[str, typer.Option(help="What is asked.")] = "Which answer is better?",
     max_new_tokens: Length = 128,
-    temperature: Temperature = 1.0,
+    temperature: Temperature = None,
     seed: Seed = 0,
     chat: Chat = None,
     port: Port = 0,
@@ -185,22 +191,37 @@ def review(
 
     Example: fedpref review runs/fedpdpo --client bakery
     """
+    import json
+
     from fedpref.collect import review as reviews
     from fedpref.collect.drawing import Ahead, Plan, prompts_of
     from fedpref.collect.held_out import held_out_prompts
     from fedpref.collect.sitting import Sitting, Texts
     from fedpref.collect.speakers import speaker
     from fedpref.collect.store import Store
+    from fedpref.data.preferences import key
     from fedpref.experiments.finished import FinishedRun
     from fedpref.experiments.run_directory import client_folder
     from fedpref.reports.page import REPORT, write_report
 
     finished = FinishedRun.at(run).require_done().refuse_opinions()
-    wanted = (prompts_of(prompts) if prompts else held_out_prompts(finished, client))[:items]
+    wanted = prompts_of(_given(prompts)) if prompts else held_out_prompts(finished, client)
+    wanted = wanted[:items]
     after = speaker(str(run), client, chat)
     before = speaker(against, None, after.chats, after) if against else after.before()
     name = f"{client or 'shared'} against {before.name}"
-    folder = client_folder(run, "reviews", name)
+    # another question, other prompts or other answers are another review
+    terms = {
+        "client": client,
+        "against": str(Path(against).resolve()) if against and Path(against).exists() else against,
+        "prompts": [key(prompt) for prompt in wanted],
+        "question": question,
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "seed": seed,
+        "chats": after.chats,
+    }
+    folder = client_folder(run, "reviews", json.dumps(terms, sort_keys=True))
     with _locked(folder):
         plan = Plan(
             test_fraction=0.0,
@@ -208,9 +229,10 @@ def review(
             max_length=max_new_tokens,
             temperature=temperature,
             seed=seed,
+            keeps_empty=True,
         )
         store = Store(folder)
-        store.agree({"kind": "review", "seed": seed, "against": before.name})
+        store.agree({"kind": "review"})
         asked = Texts("Judge two answers", [question], [""], edits=False)
         sitting = Sitting(store, asked, seed, items)
         sitting.ahead = Ahead(
@@ -219,15 +241,23 @@ def review(
         _serve(sitting, port, opens)
         found = reviews.judged(store)
         store.close()
+        if found["raters"]:
+            with _locked(run):
+                name = reviews.write(run, name, folder.name, found)
+        _wait_for(sitting)
     if not found["raters"]:
         console.print("nothing was judged")
         return
-    reviews.write(run, name, found)
-    console.print(f"{name}: {reviews.sentence(found)}", highlight=False)
+    console.print(
+        f"{printable(name)}: {reviews.sentence(found)}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
     for line in reviews.lines(found):
-        console.print(line, highlight=False, markup=False)
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     page = write_report([run], run / REPORT)
-    console.print(f"report: {page}", highlight=False, soft_wrap=True)
+    console.print(f"report: {page}", highlight=False, soft_wrap=True, markup=False)
 
 
 @contextmanager
@@ -254,18 +284,25 @@ def _serve(sitting: Sitting, port: int, opens: bool) -> None:
 
     from fedpref.collect.server import Page
 
-    page = Page(sitting, port)
+    page = Page(sitting, port or None)
     if sitting.ahead is not None:
         sitting.ahead.start()
     try:
         console.print(f"page: {page.address}", highlight=False, soft_wrap=True)
         console.print("Ctrl-C ends it.", highlight=False)
         if opens:
-            typer.launch(page.address)
+            typer.launch(str(page.shortcut()))
         threading.Event().wait()
     except (KeyboardInterrupt, SystemExit):
         pass  # the file of preferences is written
     finally:
         page.end()
         if sitting.ahead is not None:
+            sitting.ahead.stop()
+
+
+def _wait_for(sitting: Sitting) -> None:
+    """Wait for an answer that is being drawn, when all else is done: nothing hangs on it."""
+    if sitting.ahead is not None:
+        with suppress(KeyboardInterrupt):
             sitting.ahead.end()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -18,6 +18,7 @@ from fedpref.data.tables import read_table
 from fedpref.data.unusable import Unusable
 from fedpref.errors import UserError
 
+ALIKE = "alike"  # a folder's setting: prompts whose answers leave nothing to choose between
 TOGETHER = 2  # prompts that are answered at a time: the first people see soon
 
 
@@ -31,8 +32,9 @@ class Plan:
         test_fraction: The share of prompts that are held out, by the hash by which a run holds out.
         overlap: The share of items that all raters see.
         max_length: Tokens of an answer at most.
-        temperature: Of plain sampling; None has the model's own settings decide.
+        temperature: See `Speaker.answers`.
         seed: Of draws.
+        keeps_empty: Whether an answer that says nothing is shown too, as where models are judged.
     """
 
     select: Selected = "random"
@@ -40,8 +42,9 @@ class Plan:
     test_fraction: float = 0.2
     overlap: float = 0.1
     max_length: int = 128
-    temperature: float | None = 1.0
+    temperature: float | None = None
     seed: int = 0
+    keeps_empty: bool = False
 
     def item(
         self, prompt: Text, first: Text, second: Text, origins: Sequence[str], margin: float | None
@@ -105,16 +108,18 @@ def _usable(row: object) -> Text:
     return prompt
 
 
-def candidates_of(path: Path, plan: Plan) -> Iterator[Item]:
-    """Yield items of a file of answers: every two of a prompt's.
+def candidates_of(path: Path, plan: Plan, known: Iterable[Item] = ()) -> Iterator[Item]:
+    """Yield items of a file of answers: every two of a prompt's, each pair once.
 
     Args:
         path: Rows of `prompt` and `completions`, a list of two or more, or `chosen` and `rejected`.
         plan: How they become items.
+        known: Items that are there already.
 
     Raises:
-        UserError: A row is of another form, or its answers are alike.
+        UserError: A row is of another form.
     """
+    seen = {_pair(item.prompt, item.first, item.second) for item in known}
     for where, row in read_table(str(path)):
         answers = row.get("completions") or [
             row[name] for name in ("chosen", "rejected") if name in row
@@ -133,8 +138,11 @@ def candidates_of(path: Path, plan: Plan) -> Iterator[Item]:
             raise UserError(f"{where}: the prompt and its answers are text, or all conversations.")
         places = {key(answer): i for i, answer in reversed([*enumerate(said)])}  # each once
         for i, k in combinations(sorted(places.values()), 2):
-            origins = (f"{path.name} {i + 1}", f"{path.name} {k + 1}")
-            yield plan.item(prompt, said[i], said[k], origins, None)
+            pair = _pair(prompt, said[i], said[k])
+            if pair not in seen:
+                seen.add(pair)
+                origins = (f"{path.name} {i + 1}", f"{path.name} {k + 1}")
+                yield plan.item(prompt, said[i], said[k], origins, None)
 
 
 class Ahead(threading.Thread):
@@ -161,7 +169,7 @@ class Ahead(threading.Thread):
         if any(isinstance(prompt, Conversation) and prompt.given for prompt in prompts):
             raise UserError("a prompt has tools, which the page does not show.")
         laid_out = [speakers[0].laid_out(prompt) for prompt in prompts]
-        done = {key(item.prompt) for item in store.items()}
+        done = {key(item.prompt) for item in store.items()} | {*store.kept(ALIKE, ())}
         self._left = [prompt for prompt in laid_out if key(prompt) not in done]
         self._drawn = len(done)
         self._woken, self._ends = threading.Event(), False
@@ -176,19 +184,23 @@ class Ahead(threading.Thread):
         """Look again how many items are wanted."""
         self._woken.set()
 
-    def end(self) -> None:
-        """Stop when the answers are there that are being drawn."""
+    def stop(self) -> None:
+        """Let nothing more be kept; what is being drawn is lost, and drawn again another time."""
         self._ends = True
         self.wake()
+
+    def end(self) -> None:
+        """Stop, and wait until what is being drawn is there."""
+        self.stop()
         self.join()
 
     def run(self) -> None:
         while self._left and not self._ends:
-            if self._wanted() <= 0:
-                self._woken.wait()
-                self._woken.clear()
-                continue
             try:
+                if self._wanted() <= 0:
+                    self._woken.wait()
+                    self._woken.clear()
+                    continue
                 self._draw(self._left[:TOGETHER])
             except Exception as error:  # the page says so, and what was chosen stays
                 self.failure = f"{type(error).__name__}: {error}"
@@ -213,15 +225,25 @@ class Ahead(threading.Thread):
             names = [
                 f"{who.name}, seed {seed}" for who, seed in zip(self._speakers, seeds, strict=True)
             ]
-        items = []
+        items, alike = [], []
         for prompt, (first, second) in zip(prompts, pairs, strict=True):
-            if first == second or not all(said.strip() for said in map(_said, (first, second))):
-                continue  # nothing to choose between
+            texts = [_said(answer).strip() for answer in (first, second)]
+            if texts[0] == texts[1] or not (plan.keeps_empty or all(texts)):
+                alike.append(key(prompt))  # nothing to choose between
+                continue
             margin = None
             if plan.select == "uncertain":
-                margin = self._speakers[-1].margin(prompt, first, second)
+                margin = self._speakers[0].margin(prompt, first, second)
             items.append(plan.item(prompt, first, second, names, margin))
+        if self._ends:
+            return
         self._store.add(items)
+        if alike:
+            self._store.keep(ALIKE, [*self._store.kept(ALIKE, ()), *alike])
+
+
+def _pair(prompt: Text, first: Text, second: Text) -> tuple[str, frozenset[str]]:
+    return key(prompt), frozenset((key(first), key(second)))
 
 
 def _said(answer: Text) -> str:

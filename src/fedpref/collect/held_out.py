@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedpref.collect.store import coin
-from fedpref.data.preferences import Text
+from fedpref.data.preferences import Conversation, Text
 from fedpref.data.splits import identity
 from fedpref.errors import UserError
 from fedpref.experiments.finished import FinishedRun
@@ -28,5 +28,11 @@ def held_out_prompts(run: FinishedRun, client: str | None) -> list[Text]:
             f"{run.path}: there is no client {client!r}; there are "
             f"{[one.name for one in clients][:12]}."
         )
-    prompts = {identity(row.prompt, "question"): row.prompt for one in wanted for row in one.test}
+    prompts = {
+        identity(row.prompt, "question"): row.prompt
+        for one in wanted
+        for row in one.test
+        # tools are not shown
+        if not (isinstance(row.prompt, Conversation) and row.prompt.given)
+    }
     return [prompts[asked] for asked in sorted(prompts, key=lambda asked: coin("order", asked))]

@@ -6,9 +6,11 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+from fedpref.collect.drawing import ALIKE
 from fedpref.collect.sitting import said
 from fedpref.collect.store import Store
 from fedpref.errors import printable
@@ -27,9 +29,9 @@ def judged(store: Store) -> dict[str, Any]:
         `preferred` and `judged`: of how many items with a winner the later answer is it, an item
         that several have judged being won by most of them; `low` and `high`, the exact 95 %
         interval of the share; `ties` (equally good, or won as often by either) and `bad` (both are,
-        to most); `raters`, the same counts of each; `alpha`, Krippendorff's, over items that
-        several have judged; `longer`, how often the winner is the longer answer; `words`, the mean
-        of either.
+        to most); `alike`, prompts to which both models said the same, which were not shown;
+        `raters`, the same counts of each; `alpha`, Krippendorff's, over items that several have
+        judged; `longer`, how often the winner is the longer answer; `words`, the mean of either.
     """
     items = {item.number: item for item in store.items()}
     votes: dict[int, list[str]] = defaultdict(list)
@@ -38,6 +40,7 @@ def judged(store: Store) -> dict[str, Any]:
         if event.outcome != "skip":
             votes[event.item].append(event.outcome)
             by_rater[event.rater].append(event.outcome)
+    alike = len(store.kept(ALIKE, ()))
     winners = {number: _most(some) for number, some in votes.items()}
     decided = {number: one for number, one in winners.items() if one in (FIRST, SECOND)}
     preferred = sum(one == SECOND for one in decided.values())
@@ -61,6 +64,7 @@ def judged(store: Store) -> dict[str, Any]:
         "high": high,
         "ties": sum(one == "tie" for one in winners.values()),
         "bad": sum(one == "bad" for one in winners.values()),
+        "alike": alike,
         "raters": {
             name: {
                 "preferred": some.count(SECOND),
@@ -98,23 +102,32 @@ def sentence(found: Mapping[str, Any]) -> str:
     return f"preferred in {found['preferred']} of {found['judged']}, {ends}"
 
 
-def write(run: Path, name: str, found: Mapping[str, Any]) -> Path:
-    """Write a review into its run, beside others, in place of an earlier one of its name.
+def write(run: Path, name: str, folder: str, found: Mapping[str, Any]) -> str:
+    """Write a review into its run, beside others, in place of what it was before.
 
     Args:
         run: The run directory.
         name: Whose model was judged, and beside what.
+        folder: Of its choices: another review of this name has another one.
         found: What `judged` returned.
+
+    Returns:
+        The name that it has there, with a number where others have the same.
     """
     file = run / REVIEWS
     reviews = read_json(file) if file.exists() else {}
-    files.write(file, json.dumps(reviews | {name: dict(found)}, indent=1) + "\n")
-    return file
+    names = (name if n == 1 else f"{name} ({n})" for n in count(1))
+    own = next(one for one in names if reviews.get(one, {}).get("folder", folder) == folder)
+    entry = {**found, "folder": folder}
+    files.write(file, json.dumps(reviews | {own: entry}, indent=1) + "\n")
+    return own
 
 
 def lines(found: Mapping[str, Any]) -> list[str]:
     """Return what else there is to say of a review."""
-    said_of = [f"ties {found['ties']}, both bad {found['bad']}"]
+    said_of = [
+        f"ties {found['ties']}, both bad {found['bad']}, the same answer by both {found['alike']}"
+    ]
     if len(found["raters"]) > 1:
         for name, one in found["raters"].items():
             said_of.append(

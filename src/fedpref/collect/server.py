@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import secrets
 import socket
+import sqlite3
 import threading
 from collections.abc import Awaitable, Callable, Mapping
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from fedpref.collect.sitting import RefusedError, Sitting
 from fedpref.errors import UserError, require
 
 LOOPBACK = "127.0.0.1"
+SHORTCUT = ".page.html"  # in the folder of choices
 LARGEST = 200_000  # bytes of a request
 HEADERS = {
     # nothing from elsewhere, nothing inline, in nobody's frame, and the address is told nobody
@@ -70,7 +73,10 @@ def application(sitting: Sitting, token: str, port: int) -> Any:
             return "this is not the whole address"
         if request.headers.get("origin", "") not in {"", *origins}:
             return "another page asks"
-        if request.headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
+        # a link may be followed to the page, which has no data; a frame of it is nobody's
+        is_link = request.method == "GET" and request.headers.get("sec-fetch-dest") == "document"
+        site = request.headers.get("sec-fetch-site", "none")
+        if site not in ("none", "same-origin") and not is_link:
             return "another page asks"
         return ""
 
@@ -79,7 +85,7 @@ def application(sitting: Sitting, token: str, port: int) -> Any:
     ) -> Callable[[Request], Awaitable[Response]]:
         async def guard(request: Request) -> Response:
             why = refusal(request)
-            response = Response(why, 403) if why else await answer(request)
+            response = JSONResponse({"refused": why}, 403) if why else await answer(request)
             response.headers.update(HEADERS)
             return response
 
@@ -101,12 +107,12 @@ def application(sitting: Sitting, token: str, port: int) -> Any:
     async def answered(request: Request, answer: Callable[[Any], dict[str, Any]]) -> Response:
         # another page's form can send text, and no JSON without asking first
         if request.headers.get("content-type", "").partition(";")[0] != "application/json":
-            return Response("expected application/json", 415)
+            return JSONResponse({"refused": "expected application/json"}, 415)
         content = b""
         async for piece in request.stream():
             content += piece
             if len(content) > LARGEST:
-                return Response("the request is too large", 413)
+                return JSONResponse({"refused": "the request is too large"}, 413)
         try:
             asked = json.loads(content)
             if not isinstance(asked, dict):
@@ -114,6 +120,8 @@ def application(sitting: Sitting, token: str, port: int) -> Any:
             return JSONResponse(await run_in_threadpool(answer, asked))
         except (RefusedError, ValueError, RecursionError) as error:
             return JSONResponse({"refused": str(error)}, 400)
+        except sqlite3.Error as error:  # as of a full disk: nothing was written
+            return JSONResponse({"again": f"the choice cannot be written: {error}"}, 503)
 
     return Starlette(
         routes=[
@@ -130,29 +138,35 @@ class Page:
     """The server of a page, on a port of loopback, in a thread of its own.
 
     Args:
-        sitting: What people do.
-        port: The port; 0 takes one that is free.
-        token: Of the address; drawn by default.
+        sitting: What people do. Its folder keeps the address, so that a page which stayed open goes
+            on when the command does.
+        port: The port; None takes the folder's last one, or one that is free.
 
     Raises:
         UserError: Starlette or Uvicorn is not installed, or the port is taken.
     """
 
-    def __init__(self, sitting: Sitting, port: int = 0, token: str | None = None) -> None:
+    def __init__(self, sitting: Sitting, port: int | None = None) -> None:
         require("the page", "collect", "starlette", "uvicorn")
         import uvicorn
 
         self._socket = socket.socket()
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        store = sitting.store
         try:
-            self._socket.bind((LOOPBACK, port))
+            self._socket.bind((LOOPBACK, store.kept("port", 0) if port is None else port))
         except OSError as error:
-            raise UserError(
-                f"--port {port}: {error.strerror}. Leave it out to take a free one."
-            ) from error
+            if port is not None:
+                raise UserError(
+                    f"--port {port}: {error.strerror}. Leave it out to take a free one."
+                ) from error
+            self._socket.bind((LOOPBACK, 0))
         self._socket.listen()  # who asks before the server runs waits
         self.port = int(self._socket.getsockname()[1])
         self.sitting = sitting
-        self.token = token or secrets.token_urlsafe(16)
+        self.token = str(store.kept("token") or secrets.token_urlsafe(16))
+        store.keep("port", self.port)
+        store.keep("token", self.token)
         settings = uvicorn.Config(
             application(sitting, self.token, self.port),
             log_level="warning",
@@ -171,8 +185,21 @@ class Page:
         """The whole address."""
         return f"http://{LOOPBACK}:{self.port}/{self.token}/"
 
+    def shortcut(self) -> Path:
+        """Write a file that leads to the page, and return it.
+
+        A browser is begun with it, and not with the address, which other accounts of the machine
+        could read off the command.
+        """
+        file = self.sitting.store.folder / SHORTCUT
+        file.touch(mode=0o600)
+        file.chmod(0o600)
+        file.write_text(f'<meta http-equiv="refresh" content="0; url={self.address}">\n')
+        return file
+
     def end(self) -> None:
         """Answer what is being asked, and stop."""
         self._server.should_exit = True
         self._thread.join(10)
         self._socket.close()
+        (self.sitting.store.folder / SHORTCUT).unlink(missing_ok=True)

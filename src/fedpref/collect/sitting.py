@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import statistics
 import threading
+import time
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from fedpref.collect.drawing import Ahead
+from fedpref.collect.drawing import ALIKE, Ahead
 from fedpref.collect.speakers import answer_to
 from fedpref.collect.store import Event, Item, Store, coin
 from fedpref.data.preferences import Text
 
 Shown = Literal["left", "right", "tie", "bad", "skip", "left-edited", "right-edited"]
 LONGEST_NAME, LONGEST_EDIT = 60, 20_000
+LEASE = 600.0  # seconds for which an item on a screen is nobody else's
 RECENT = 20  # choices by which the time that is left is judged
 LONGEST = 120.0  # seconds of a choice that count: who is away is not choosing
 
@@ -59,7 +61,8 @@ class Sitting:
         self._choices: dict[tuple[int, str, str], Event] = {}
         for event in store.standing():
             self._choices[event.item, event.rater, event.question] = event
-        self._shown: dict[str, int] = {}  # what stands on raters' screens
+        # what stands on raters' screens, and since when
+        self._shown: dict[str, tuple[int, float]] = {}
 
     def more_wanted(self, ahead: int) -> int:
         """Return how many items more should lie ahead of raters."""
@@ -85,20 +88,30 @@ class Sitting:
             RefusedError: The name cannot be one.
         """
         with self._lock:
+            # before the items: what is drawn meanwhile is then not taken for the end
+            still = self.ahead.left if self.ahead else 0
             self._look()
             rater = name_of(rater)
             item, question = self._item(rater), 0
             if item is not None:
-                self._shown[rater] = item.number
-                question = self._answered(item, rater)
+                self._shown[rater] = item.number, time.monotonic()
+                answered = [
+                    (item.number, rater, name) in self._choices for name in self.texts.names
+                ]
+                question = answered.index(False)
             if self.ahead is not None:
                 self.ahead.wake()
             found = {"rater": rater, **self._progress(rater)}
             if item is None:
                 failure = self.ahead.failure if self.ahead else ""
-                waits = self.ahead is not None and self.ahead.left > 0 and not failure
+                waits = still > 0 and not failure
                 is_full = self._limit is not None and found["done"] >= self._limit
-                return {**found, "waiting": waits and not is_full, "failure": failure}
+                return {
+                    **found,
+                    "waiting": waits and not is_full,
+                    "failure": failure,
+                    "alike": len(self.store.kept(ALIKE, ())),
+                }
             return {**found, "item": self._shown_as(item, rater, question)}
 
     def _item(self, rater: str) -> Item | None:
@@ -106,8 +119,9 @@ class Sitting:
         if not open_items or self._is_full(rater):
             return None
         numbers = {item.number for item in open_items}
-        if self._shown.get(rater) in numbers:  # reloaded, or with a question left
-            return self._items[self._shown[rater]]
+        on_screen, _ = self._shown.get(rater, (0, 0.0))
+        if on_screen in numbers:  # reloaded, or with a question left
+            return self._items[on_screen]
         begun = [item for item in open_items if self._answered(item, rater)]
         if begun:
             return begun[0]
@@ -126,7 +140,11 @@ class Sitting:
         """Return the items that a rater has not done and nobody else has or sees."""
         questions = len(self.texts.names)
         taken = {number for number, who, _ in self._choices if who != rater}
-        taken |= {number for who, number in self._shown.items() if who != rater}
+        taken |= {
+            number
+            for who, (number, since) in self._shown.items()
+            if who != rater and time.monotonic() - since < LEASE
+        }
         return [
             item
             for item in self._items.values()
@@ -226,6 +244,10 @@ class Sitting:
     def _edited(self, item: Item, text: Any) -> Text:
         if not self.texts.edits or not isinstance(text, str) or not text.strip():
             raise RefusedError("an edited answer is a text")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # half a character, which no file holds
+            raise RefusedError("an edited answer is a text") from error
         if len(text) > LONGEST_EDIT:
             raise RefusedError(f"an edited answer has {LONGEST_EDIT} characters at most")
         return answer_to(item.prompt, text)
@@ -241,14 +263,16 @@ class Sitting:
             undone = self.store.undo(address, rater)
             if undone is not None:
                 self._choices.pop((undone.item, rater, undone.question), None)
-                self._shown[rater] = undone.item
+                self._shown[rater] = undone.item, time.monotonic()
             return self.next(rater)
 
 
 def name_of(rater: Any) -> str:
     """Return a rater's name as it is written down; raises RefusedError for what is none."""
     name = " ".join(unicodedata.normalize("NFC", rater).split()) if isinstance(rater, str) else ""
-    if not 0 < len(name) <= LONGEST_NAME or not name.isprintable():
+    # within words of some scripts, and of joined signs
+    visible = name.replace("\u200c", "").replace("\u200d", "")
+    if not 0 < len(name) <= LONGEST_NAME or not visible or not visible.isprintable():
         raise RefusedError(f"a name has 1 to {LONGEST_NAME} characters that can be printed")
     return name
 

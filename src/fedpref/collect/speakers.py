@@ -57,7 +57,8 @@ class Speaker:
             prompts: Texts or conversations, laid out.
             count: Answers to each.
             length: Tokens of an answer at most.
-            temperature: Of plain sampling; None has the model's own settings decide.
+            temperature: Of plain sampling; 0 always takes the likeliest token. None has the
+                model's own settings decide, or is 1 where these do not sample.
             seed: Of the draws.
 
         Returns:
@@ -66,11 +67,12 @@ class Speaker:
         Raises:
             UserError: The chat template refuses a conversation.
         """
-        sampling = (
-            OwnSampling(length, self.language.model.generation_config)
-            if temperature is None
-            else Sampling(max_completion_length=length, temperature=temperature)
-        )
+        own = OwnSampling(length, self.language.model.generation_config)
+        sampling: Sampling | OwnSampling = own
+        if temperature == 0:
+            sampling = OwnSampling(length, None)
+        elif temperature is not None or own.processors is None:
+            sampling = Sampling(max_completion_length=length, temperature=temperature or 1.0)
         room = max(ROOM, (self.language.context or length + 4096) - length)
         tokens = [self.tokens(prompt)[-room:] for prompt in prompts]
         rng = torch.Generator().manual_seed(seed)

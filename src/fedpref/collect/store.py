@@ -86,13 +86,16 @@ class Store:
     def __init__(self, folder: Path) -> None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.folder, self._lock = folder, threading.RLock()
-        self._db = sqlite3.connect(folder / FILE, check_same_thread=False, isolation_level=None)
+        file = folder / FILE
+        file.touch(mode=0o600)
+        self._db = sqlite3.connect(file, timeout=30, check_same_thread=False, isolation_level=None)
         try:
+            file.chmod(0o600)  # nobody else reads it, whatever the folder allows
             # a choice is on the disk when it is answered, whatever dies next
             self._db.execute("pragma synchronous = extra")
             self._db.executescript(SCHEMA)
-        except sqlite3.Error as error:
-            raise UserError(f"{folder / FILE}: it cannot be written: {error}.") from error
+        except (sqlite3.Error, OSError) as error:
+            raise UserError(f"{file}: it cannot be written: {error}.") from error
 
     def close(self) -> None:
         """Write the file of preferences and close the folder."""
@@ -106,10 +109,10 @@ class Store:
             self._db.execute("begin immediate")
             try:
                 yield self._db
-            except BaseException:
+                self._db.commit()
+            except BaseException:  # a commit may fail too, as on a full disk
                 self._db.rollback()
                 raise
-            self._db.commit()
 
     # ---- settings
 
@@ -130,6 +133,17 @@ class Store:
                 db.execute(
                     "insert or ignore into settings values (?, ?)", (name, json.dumps(value))
                 )
+
+    def kept(self, name: str, missing: Any = None) -> Any:
+        """Return a setting of the folder."""
+        with self._lock:
+            row = self._db.execute("select value from settings where name = ?", (name,)).fetchone()
+        return missing if row is None else json.loads(row[0])
+
+    def keep(self, name: str, value: Any) -> None:
+        """Keep a setting of the folder, in place of what it was."""
+        with self._writing() as db:
+            db.execute("insert or replace into settings values (?, ?)", (name, json.dumps(value)))
 
     # ---- items
 
@@ -268,6 +282,7 @@ class Store:
             records = preferences(self._db)
         lines = (json.dumps(record, ensure_ascii=False) + "\n" for _, record in records)
         files.write(self.folder / ROWS, "".join(lines))
+        (self.folder / ROWS).chmod(0o600)
         return self.folder / ROWS
 
     @property

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from fedpref.data.parsing import parse
 from fedpref.data.preferences import Preference, Side
-from fedpref.data.source import PathSource
+from fedpref.data.source import DataSource, PathSource
 from fedpref.data.unusable import Unusable
 from fedpref.errors import UserError
 from fedpref.types import WholeNumber
@@ -48,8 +48,7 @@ select events.number, prompt, side, first, second, origins, selected, rater, que
 from events join items on items.number = events.item
 where events.number <= :until and outcome != 'undo' and events.number not in
     (select undoes from events where undoes is not null and number <= :until)
-order by events.number
-"""
+order by events.number"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +70,14 @@ class Collected(PathSource):
             return self
         with closing(opened(Path(self.path))) as connection:
             return replace(self, until=last(connection))
+
+    def is_later_than(self, other: DataSource) -> bool:
+        return (
+            isinstance(other, Collected)
+            and other.until is not None
+            and Path(other.path).resolve() == Path(self.path).resolve()
+            and replace(other, path=self.path, until=self.until) == self
+        )
 
     def read(self) -> Iterator[Preference | Unusable]:
         folder = Path(self.path)
@@ -108,7 +115,7 @@ def opened(folder: Path) -> sqlite3.Connection:
         mode = "rw" if os.access(file, os.W_OK) else "ro"
         address = f"{file.resolve().as_uri()}?mode={mode}"
         connection = sqlite3.connect(address, uri=True, timeout=30)
-        connection.execute("select count(*) from events join items on 1 where 0")
+        connection.execute(f"select * from ({_STANDING}) limit 0", {"until": 0})
     except sqlite3.Error as error:
         raise UserError(f"{file}: these are no choices of `fedpref collect`: {error}.") from error
     return connection

@@ -48,6 +48,10 @@ class DataSource(ABC):
         """Return the source as it is now, of one that grows: what it reads stays the same."""
         return self
 
+    def is_later_than(self, other: DataSource) -> bool:
+        """Return whether another source is this one, as it was at some time."""
+        return False
+
     def _side_of(self, text: str) -> Side:
         """Return the side on which a text stands that decides for its rows."""
         is_held_out = held_out(text, self.test_fraction, self.split_seed)

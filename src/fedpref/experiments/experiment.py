@@ -572,8 +572,14 @@ def _baseline(experiment: Experiment, name: Baseline, cohort: int) -> AnyAlgorit
     return FedPDPO(local=local, parts=reward, **how)
 
 
-def with_whole_paths(experiment: Experiment) -> Experiment:
-    """Return the experiment with local paths made absolute, so that it can be resumed anywhere."""
+def with_whole_paths(experiment: Experiment, *, has_data: bool = True) -> Experiment:
+    """Return the experiment with local paths made absolute, so that it can be resumed anywhere.
+
+    Args:
+        experiment: The experiment.
+        has_data: Whether its data are here, and not at sites; data that grow are then taken as they
+            are now.
+    """
 
     def whole(path: str) -> str:
         local = Path(path).expanduser()
@@ -582,8 +588,10 @@ def with_whole_paths(experiment: Experiment) -> Experiment:
     changed = replace(
         experiment,
         task=experiment.task.with_models(whole),
-        data=experiment.data.with_paths(whole).at_its_state(),
+        data=experiment.data.with_paths(whole),
     )
+    if has_data:
+        changed = replace(changed, data=changed.data.at_its_state())
     federation = changed.federation
     if federation.gold is not None:
         gold = whole(federation.gold)

@@ -80,7 +80,7 @@ def events(
         UserError: Bad input, before anything is written; training that diverges.
     """
     keep_freed_memory()
-    experiment = with_whole_paths(experiment)
+    experiment = with_whole_paths(experiment, has_data=transport is None)
     with one_thread():
         task = experiment.build_task()
         with folder.alone():

@@ -140,6 +140,8 @@ class Review(Judged):
 
     low: Share
     high: Share
+    alike: WholeNumber
+    folder: str
     raters: dict[str, Judged]
     alpha: float | None
     longer: Share | None

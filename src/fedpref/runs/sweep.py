@@ -194,6 +194,8 @@ def plan(
         UserError: One does not fit; before the first begins.
     """
     experiments: dict[Path, Experiment] = {}
+    # of data that grow, all variants have the same, and those of a sweep that was begun
+    states = [one.data for one in planned(output).values()] if is_sweep(output) else []
     for name, own in map(parse_variant, variants):
         is_said = any(text.startswith("data.split_seed=") for text in (*overrides, *own))
         for seed in seeds:
@@ -204,6 +206,11 @@ def plan(
             path = output / name / f"seed-{seed}"
             if path in experiments:
                 raise UserError(f"--variant {name!r} is there twice.")
+            data = experiment.data
+            state = next((one for one in states if data.is_later_than(one)), data.at_its_state())
+            if state != data:
+                states.append(state)
+                experiment = replace(experiment, data=state)
             experiments[path] = experiment
     return experiments
 

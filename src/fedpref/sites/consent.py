@@ -294,6 +294,11 @@ class Consenting:
                 spec = config.parse(Experiment, experiment, "the experiment")
         except UserError as error:
             raise RefusedError(str(error)) from error
+        if self._file.judge is not None:
+            try:
+                spec = replace(spec, task=spec.task.judged_by(self._file.judge))
+            except ValueError as error:
+                raise RefusedError(f"the site's own judge cannot be: {error}") from error
         self._consent(spec)
         if spec.validates and not self._file.data.validation_fraction:
             raise RefusedError(
@@ -302,8 +307,6 @@ class Consenting:
             )
         partition = self._file.partition or IID(clients=1)
         task = spec.task.with_models(self._here)
-        if self._file.judge is not None:
-            task = task.judged_by(self._file.judge)
         return replace(spec, data=self._file.data, partition=partition, task=task)
 
     def read(self, experiment: Any) -> Sequence[ClientData]:
@@ -423,7 +426,8 @@ class Consenting:
             )
         if spec.diagnostics and not file.diagnostics:
             raise RefusedError("this site lets no diagnostics be measured")
-        refuse_code(spec, file.functions)
+        own = [file.judge.code] if file.judge and file.judge.code else []
+        refuse_code(spec, [*file.functions, *own])
         file.limits.refuse(spec)
 
     def _here(self, model: str) -> str:

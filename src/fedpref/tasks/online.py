@@ -152,10 +152,15 @@ class OnlinePreferenceLearner(PairLearner):
                 for _ in answers
             ]
         columns["client"] = [shard.name] * len(texts)
+        if not texts:
+            return [None] * len(given)
         assert self.judge is not None
         liked = called(self.judge, "task.judge", asked, texts, columns)
         pairs: list[Example | None] = []
         for example, answers in zip(given, answered, strict=True):
+            if not answers:
+                pairs.append(None)
+                continue
             ranks, liked = liked[: len(answers)], liked[len(answers) :]
             best, worst = (ranks.index(most(ranks)) for most in (max, min))
             differ = ranks[best] > ranks[worst] and answers[best] != answers[worst]
@@ -166,17 +171,21 @@ class OnlinePreferenceLearner(PairLearner):
     def answers(
         self, params: Tree, given: Sequence[Example], rng: torch.Generator
     ) -> list[list[tuple[int, ...]]]:
-        """Return the policy's answers to each example's prompt, no longer than what is trained."""
+        """Return the policy's answers to each example's prompt, no longer than what is trained.
+
+        Where the model has no room for them behind a prompt there are none.
+        """
         count, sampling = self.settings.num_generations, self.settings.sampling
-        prompts = [example.prompt for example in given]
-        drawn = generate(self.language, params, prompts, count, sampling, rng)
-        return [
-            [
-                answer[: max(1, self.max_length - len(prompt))]
-                for answer in drawn[k * count : (k + 1) * count]
-            ]
-            for k, prompt in enumerate(prompts)
-        ]
+        context = self.language.context or self.max_length + sampling.max_completion_length
+        most = min(self.max_length - 1, context - sampling.max_completion_length)
+        fits = [k for k, example in enumerate(given) if len(example.prompt) <= most]
+        answers: list[list[tuple[int, ...]]] = [[] for _ in given]
+        prompts = [given[k].prompt for k in fits]
+        drawn = generate(self.language, params, prompts, count, sampling, rng) if fits else []
+        for place, k in enumerate(fits):
+            room = self.max_length - len(given[k].prompt)
+            answers[k] = [answer[:room] for answer in drawn[place * count : (place + 1) * count]]
+        return answers
 
 
 def kept(pairs: Sequence[Example] | deque[Example]) -> Tensor:

@@ -9,7 +9,11 @@ async function ask(what, content) {
     method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(content),
   });
   const answer = await response.json();
-  if (!response.ok) throw new Error(answer.refused || response.statusText);
+  if (answer.again) throw new TypeError(answer.again);
+  if (!response.ok) {
+    const other = response.status === 403 ? " Open the address that the command prints now." : "";
+    throw new Error((answer.refused || response.statusText) + "." + other);
+  }
   return answer;
 }
 
@@ -25,7 +29,7 @@ async function until(what, content) {
       return await ask(what, content);
     } catch (error) {
       if (!(error instanceof TypeError || error instanceof SyntaxError)) throw error;
-      note("No answer from the server; your choice is sent again until it is written down.", true);
+      note("Not written down yet: it is sent again until it is. " + error.message, true);
       await new Promise((done) => setTimeout(done, 1000));
     }
   }
@@ -54,7 +58,10 @@ function show(state) {
     else if (state.waiting) {
       note("Answers are being drawn; the next two appear here.");
       timer = setTimeout(next, 400);
-    } else note("That was all. Thank you; you can close this page.");
+    } else {
+      const alike = state.alike ? ` ${state.alike} prompts left nothing to choose between.` : "";
+      note(`That was all. Thank you; you can close this page.${alike}`);
+    }
     return;
   }
   note("");
@@ -73,7 +80,7 @@ function show(state) {
   }
   at("question").textContent = item.question;
   for (const side of ["left", "right"]) {
-    at(side).textContent = item[side];
+    at(side).textContent = item[side] || "(no answer)";
     at(side).hidden = false;
     at(`${side}-edit`).hidden = true;
     document.querySelector(`[data-edit=${side}]`).hidden = !edits;
