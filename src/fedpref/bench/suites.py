@@ -14,7 +14,6 @@ FREE: tuple[Literal["words", "length"], ...] = (
     "words",
     "length",
 )  # baselines that cost nothing, of the words alone
-FEDPDPO = "algorithm.parts={head: null, bottleneck: 0, reward: true, adapter: true}"
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ class Suite:
 
 METHODS = (
     "feddpo",
-    f"fedpdpo: algorithm.name=fedpdpo {FEDPDPO.replace(' ', '')}",
+    "fedpdpo",
     "fedprox",
     "ffa-lora",
     "fedsa-lora",
@@ -114,7 +113,7 @@ SUITES = {
                     ("task.samples=0", "rounds=4", "evaluate_every=4", "partition.max_rows=100"),
                 ),
             ),
-            ("feddpo", METHODS[1], "alone", "pooled"),
+            ("feddpo", "fedpdpo", "alone", "pooled"),
             rates=("3e-3", "1e-2"),
             seeds=3,
             hours=0.2,

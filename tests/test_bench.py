@@ -1,0 +1,163 @@
+"""Studies by the same rules for all methods."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from fedpref import UserError
+from fedpref.bench.leaderboard import board, read_submission, submission, write_tables
+from fedpref.bench.suites import SUITES, DataSet, Suite, suite_of, with_methods
+from fedpref.bench.trials import Study
+from fedpref.cli import app
+from fedpref.experiments.experiment import Experiment
+from fedpref.experiments.finished import FinishedRun
+from fedpref.experiments.run_directory import RunDirectory
+from fedpref.reports.comparison import compare
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+
+
+@pytest.fixture(scope="module")
+def study(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Study:
+    folder = tmp_path_factory.mktemp("bench")
+    config = folder / "small.yaml"
+    content = {**settings, "partition": {"name": "natural", "column": "client"}, "rounds": 1}
+    config.write_text(json.dumps(content))
+    suite = Suite(
+        "small",
+        "a test",
+        (DataSet("rows", str(config), ("task.samples=0",)),),
+        ("feddpo", "alone"),
+        rates=("1e-3", "2e-2"),
+        seeds=2,
+    )
+    return Study(suite, folder / "out")
+
+
+@pytest.fixture(scope="module")
+def done(study: Study) -> Study:
+    for _ in study.carry_out():
+        pass
+    return study
+
+
+def test_trials_are_on_validation_prompts_and_the_run_on_the_tests(done: Study) -> None:
+    (data,) = done.suite.sets
+    trials = done.trials(data, "alone", 1)
+    assert [one.evaluate_on for one in trials.values()] == ["validation"] * 2
+    assert {one.algorithm.local.learning_rate for one in trials.values()} == {1e-3, 2e-2}
+    path, run = done.run(data, "alone", 1)
+    assert run.evaluate_on == "test"
+    means = {
+        one.algorithm.local.learning_rate: FinishedRun.at(path).last_evaluation["summary"][
+            "rewards/accuracies"
+        ]["mean"]
+        for path, one in trials.items()
+    }
+    assert run.algorithm.local.learning_rate == max(means, key=lambda rate: means[rate])
+    assert FinishedRun.at(path).experiment.seed == 1
+
+
+def test_each_seed_has_a_split_of_its_own_that_methods_share(done: Study) -> None:
+    (data,) = done.suite.sets
+    held_out = {}
+    for seed in range(2):
+        for method in done.methods:
+            spec = FinishedRun.at(done.run(data, method, seed)[0]).experiment
+            clients = spec.read().settled().clients
+            held_out[seed, method] = {row.prompt for one in clients for row in one.test}
+            tried = next(iter(done.trials(data, method, seed).values()))
+            seen = {row.prompt for one in tried.read().settled().clients for row in one.rows}
+            aside = {row.prompt for one in tried.read().settled().clients for row in one.test}
+            assert aside & held_out[seed, method] == set(), "the test's prompts decide nothing"
+            assert seen
+    assert held_out[0, "feddpo"] == held_out[0, "alone"] != held_out[1, "feddpo"]
+
+
+def test_what_is_done_is_not_done_again_and_a_budget_ends_it(done: Study, tmp_path: Path) -> None:
+    assert list(done.carry_out()) == []
+    fresh = replace(done, output=tmp_path / "none")
+    assert list(fresh.carry_out(hours=0.0)) == ["0 hours are over; the same command goes on."]
+    with pytest.raises(UserError, match="no seed has all of its methods"):
+        submission(fresh)
+    assert done.planned() == 2 * 2 * 3
+
+
+def test_a_seed_counts_when_all_of_its_methods_are_done(done: Study, tmp_path: Path) -> None:
+    half = replace(done, output=tmp_path / "half")
+    happened = half.carry_out()
+    for _ in range(3):  # both methods of one seed, and one of the next
+        next(happened)
+    happened.close()
+    (data,) = done.suite.sets
+    assert RunDirectory(half.output / "rows" / "feddpo" / "seed-1").done
+    assert [row.seeds for row in compare([half.output / data.name])] == [1, 1]
+
+
+def test_tables_and_the_file_to_send_in_say_what_comparing_says(done: Study) -> None:
+    written = write_tables(done)
+    assert all(path.is_file() for path in written)
+    found = read_submission(done.output / "bench.json")
+    rows = {row.name: row for row in compare([done.output / "rows"])}
+    for name, own in found["sets"]["rows"]["methods"].items():
+        assert own["mean"] == rows[name].mean
+        assert own["seeds"] == 2
+        assert set(own["rates"]) <= {1e-3, 2e-2}
+    assert set(found["sets"]["rows"]["free"]) >= {"words-alone", "length"}
+    text = board([done.output / "bench.json"])
+    first, second = [line for line in text.splitlines() if "[" in line or "bench" in line][:2]
+    means = [float(line.split("|")[2].split()[0]) for line in (first, second)]
+    assert means == sorted(means, reverse=True)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"format": 1}', '{"format": 99, "suite": "x"}']
+)
+def test_what_was_not_written_by_bench_is_refused(content: str, tmp_path: Path) -> None:
+    file = tmp_path / "sent.json"
+    file.write_text(content)
+    with pytest.raises(UserError, match="no file of `fedpref bench`"):
+        board([file])
+
+
+def test_names_in_a_file_that_was_sent_in_are_no_markup(done: Study, tmp_path: Path) -> None:
+    write_tables(done)
+    content = json.loads((done.output / "bench.json").read_text())
+    methods = content["sets"]["rows"]["methods"]
+    methods["<script>|x\n\x1b[2J"] = methods.pop("alone")
+    (tmp_path / "sent.json").write_text(json.dumps(content))
+    text = board([tmp_path / "sent.json"])
+    assert "<script>" not in text
+    assert "\x1b" not in text
+
+
+@pytest.mark.parametrize("name", sorted(SUITES))
+def test_every_set_and_method_of_a_suite_is_an_experiment(name: str, tmp_path: Path) -> None:
+    suite = suite_of(name)
+    for data in suite.sets:
+        for text in suite.methods:
+            _, _, own = text.partition(":")
+            settings = own.split() or [f"algorithm.name={text}"]
+            spec = Experiment.load(
+                Path(data.config), [*data.overrides(tmp_path), *settings, "baselines=[]"]
+            )
+            assert spec.algorithm.name == text.partition(":")[0]
+
+
+def test_methods_of_ones_own_stand_beside_the_first() -> None:
+    suite = with_methods(suite_of("quick"), ["alone", "slow: algorithm.name=feddpo rounds=9"])
+    assert suite.methods == ("feddpo", "alone", "slow: algorithm.name=feddpo rounds=9")
+    with pytest.raises(UserError, match="no such suite"):
+        suite_of("quickly")
+
+
+def test_the_command_refuses_a_set_that_the_suite_lacks() -> None:
+    found = CliRunner().invoke(app, ["bench", "quick", "--only", "nothing"])
+    assert isinstance(found.exception, UserError)
+    assert "has no such set" in str(found.exception)
