@@ -37,7 +37,7 @@ class OnlinePreferenceTask(PairTask):
     """
 
     name: Literal["online-preference"] = "online-preference"
-    judge: Reward | None = None
+    judge: Reward
     """By which two answers are compared: a reward, a function of yours, or groups of a run of
     opinions. Sites may have a judge of their own. Where it likes answers alike, the given pair is
     learned from."""
@@ -56,11 +56,6 @@ class OnlinePreferenceTask(PairTask):
         super().__post_init__()
         if self.objective_column is not None:
             raise ValueError("task.objective_column: one judge is one objective. Leave it out")
-        if self.judge is None and self.replay < 1:
-            raise ValueError(
-                "task.judge: there is none to compare answers. Name a reward, as in "
-                "judge: {name: taste}"
-            )
         if self.num_generations < 2:
             raise ValueError("task.num_generations: two answers are the fewest to compare")
         if isinstance(self.judge, Groups) and isinstance(self.judge.combine, AdaptiveAlpha):
@@ -70,15 +65,14 @@ class OnlinePreferenceTask(PairTask):
             )
 
     def reward_settings(self) -> Mapping[str, RewardSettings]:
-        own = {"task.judge": self.judge} if self.judge else {}
-        return {**super().reward_settings(), **own}
+        return {**super().reward_settings(), "task.judge": self.judge}
 
     def judged_by(self, judge: Any) -> Self:
         return replace(self, judge=judge)
 
     def with_models(self, renamed: Callable[[str], str]) -> Self:
         same = super().with_models(renamed)
-        judge: Any = self.judge and self.judge.with_paths(renamed)
+        judge: Any = self.judge.with_paths(renamed)
         return replace(same, judge=judge)
 
     def build(self, open_groups: OpenGroups = no_groups) -> OnlinePreferenceLearner:
@@ -99,7 +93,7 @@ class OnlinePreferenceLearner(PairLearner):
 
     def __init__(self, settings: OnlinePreferenceTask, open_groups: OpenGroups = no_groups) -> None:
         super().__init__(settings, open_groups)
-        self.judge = settings.judge.build(open_groups) if settings.judge else None
+        self.judge = settings.judge.build(open_groups)
 
     def draw(
         self, params: Tree, start: Tree, shard: OfflineShard, size: BatchSize, rng: torch.Generator
@@ -154,7 +148,6 @@ class OnlinePreferenceLearner(PairLearner):
         columns["client"] = [shard.name] * len(texts)
         if not texts:
             return [None] * len(given)
-        assert self.judge is not None
         liked = called(self.judge, "task.judge", asked, texts, columns)
         pairs: list[Example | None] = []
         for example, answers in zip(given, answered, strict=True):
