@@ -34,7 +34,9 @@ from fedpref.collect.store import Item, Store
 from fedpref.data import Collected, held_out
 from fedpref.data.preferences import Preference
 from fedpref.experiments.experiment import with_whole_paths
+from fedpref.experiments.finished import FinishedRun
 from fedpref.experiments.run_files import read_json
+from fedpref.models.loading import generate
 from fedpref.numerics.agreement import krippendorff_alpha
 from fedpref.numerics.intervals import share
 from fedpref.runs.sweep import plan, write_plan
@@ -469,6 +471,28 @@ def test_where_models_are_judged_an_answer_may_say_nothing(tmp_path: Path) -> No
         assert judged(store)["alike"] == 3 - count
         again = Ahead(store, speakers, ["0", "1", "2"], Plan(keeps_empty=keeps), lambda: 1)
         assert again.left == 0
+
+
+def test_a_clients_own_model_answers_as_its_export_does(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    own = {"parts": {"head": "full", "bottleneck": 0, "reward": True, "adapter": True}}
+    local = {"steps": 4, "batch_size": 4, "learning_rate": 0.05}
+    content = {
+        **settings,
+        "partition": {"name": "natural", "column": "client"},
+        "algorithm": {"name": "fedpdpo", "local": local, **own},
+    }
+    run(config.parse(Experiment, content, "the test"), tmp_path / "run")
+    client = next(iter(FinishedRun.at(tmp_path / "run").client_folders))
+    who = speaker(str(tmp_path / "run"), client)
+    prompt = "Human: Which fish?\n\nAssistant:"
+    ((said,),) = who.answers([prompt], 1, 8, 0, 0)
+    folder = FinishedRun.at(tmp_path / "run").model_folder(client)
+    wanted = generate(folder, prompt, chat=False, max_new_tokens=8, temperature=0)
+    assert str(said).strip() == wanted
+    ((before,),) = who.before().answers([prompt], 1, 8, 0, 0)
+    assert before != said
 
 
 # ---- agreement and win rates
