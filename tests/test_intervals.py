@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from fedpref.numerics.intervals import incomplete_beta, interval, student, why_none
+from fedpref.numerics.agreement import krippendorff_alpha
+from fedpref.numerics.intervals import incomplete_beta, interval, share, student, why_none
 
 
 @pytest.mark.parametrize("a", [0.5, 1.0, 2.7, 13.0, 120.0])
@@ -91,3 +92,26 @@ def test_it_holds_the_mean_as_often_as_it_says(spread: tuple[float, float, float
         low, high = interval(values + spread[2] * rng.normal(size=(3, 6)))
         held += low <= 0 <= high
     assert 356 <= held <= 396  # 89 to 99 %: 95 give or take the luck of 400
+
+
+def test_alpha_is_krippendorffs_own_example() -> None:
+    """Computing Krippendorff's alpha-reliability (2011), nominal data of four observers."""
+    rows = [
+        [1, 2, 3, 3, 2, 1, 4, 1, 2, None, None, None],
+        [1, 2, 3, 3, 2, 2, 4, 1, 2, 5, None, 3],
+        [None, 3, 3, 3, 2, 3, 4, 2, 2, 5, 1, None],
+        [1, 2, 3, 3, 2, 4, 4, 1, 2, 5, 1, None],
+    ]
+    found = krippendorff_alpha(
+        [[value for value in column if value is not None] for column in zip(*rows, strict=True)]
+    )
+    assert found == pytest.approx(0.743, abs=5e-4)
+    assert math.isnan(krippendorff_alpha([[1], [2, 2], [2, 2]]))
+    assert krippendorff_alpha([[1, 1], [2, 2]]) == 1
+
+
+def test_an_exact_interval_of_a_share_is_scipys() -> None:
+    for successes, count in [(0, 4), (4, 4), (1, 7), (31, 40), (500, 1000)]:
+        wanted = stats.binomtest(successes, count).proportion_ci(method="exact")
+        assert share(successes, count) == pytest.approx((wanted.low, wanted.high), abs=1e-9)
+    assert share(0, 0) == (0.0, 1.0)
