@@ -71,6 +71,10 @@ def sitting(folder: Path, count: int = 6, texts: Texts = ONE, **settings: Any) -
     return Sitting(store, texts, seed=0)
 
 
+def read(store: Store) -> list[Any]:
+    return list(Collected(path=str(store.folder)).read())
+
+
 def chosen(where: Sitting, rater: str, shown: str, number: int = 0, **more: Any) -> dict[str, Any]:
     """Choose about what the rater sees, and return what comes next."""
     state = where.next(rater)
@@ -97,16 +101,16 @@ def test_a_choice_of_the_text_that_was_shown_is_the_chosen_answer(tmp_path: Path
         side = "left" if state["done"] % 2 else "right"
         texts[state["item"]["prompt"][0]["text"]] = state["item"][side]
         chosen(where, "Ann", side)
-    rows = list(where.store.source.read())
+    rows = list(read(where.store))
     assert {row.prompt: row.chosen for row in rows if isinstance(row, Preference)} == texts
-    assert len({row.chosen.split()[0] for row in rows}) == 2, "sides are drawn"  # type: ignore[union-attr]
+    assert len({row.chosen.split()[0] for row in rows}) == 2, "sides are drawn"
 
 
 def test_ties_bad_answers_and_skips_are_no_preferences(tmp_path: Path) -> None:
     where = sitting(tmp_path / "choices")
     for shown in ("tie", "bad", "skip"):
         chosen(where, "Ann", shown)
-    assert list(where.store.source.read()) == []
+    assert list(read(where.store)) == []
     assert where.next("Ann")["done"] == 3
 
 
@@ -114,7 +118,7 @@ def test_an_edited_answer_is_chosen_over_what_it_was_made_of(tmp_path: Path) -> 
     where = sitting(tmp_path / "choices")
     shown = where.next("Ann")["item"]["left"]
     chosen(where, "Ann", "left-edited", edited="A better one.")
-    (row,) = where.store.source.read()
+    (row,) = read(where.store)
     assert isinstance(row, Preference)
     assert (row.chosen, row.rejected) == ("A better one.", shown)
     assert row.columns["edited"]
@@ -130,7 +134,7 @@ def test_each_objective_is_a_question_of_its_own(tmp_path: Path) -> None:
     assert (first["name"], after["name"]) == ("helpful", "harmless")
     assert after["left"] == first["left"]
     chosen(where, "Ann", "right")
-    rows = [row for row in where.store.source.read() if isinstance(row, Preference)]
+    rows = [row for row in read(where.store) if isinstance(row, Preference)]
     assert [row.columns["objective"] for row in rows] == ["helpful", "harmless"]
     assert rows[0].chosen == rows[1].rejected
 
@@ -142,11 +146,11 @@ def test_undoing_brings_the_item_back_and_nothing_of_the_choice_stays(tmp_path: 
     state = where.undo({"address": "undo-number-1", "rater": "Ann"})
     assert state["item"]["number"] == first["number"]
     assert state["done"] == 0
-    assert list(where.store.source.read()) == []
+    assert list(read(where.store)) == []
     again = where.undo({"address": "undo-number-1", "rater": "Ann"})
     assert again["item"]["number"] == first["number"], "sent twice, done once"
     chosen(where, "Ann", "right")
-    (row,) = where.store.source.read()
+    (row,) = read(where.store)
     assert isinstance(row, Preference)
     assert row.chosen == first["right"]
 
@@ -191,7 +195,7 @@ def test_uncertain_items_come_least_sure_first_with_random_ones_in_their_share(
         chosen(where, "Ann", "left")
     assert [number for number in order if number <= 4] == [2, 3, 4, 1]
     assert order[:4] != [2, 3, 4, 1], "random ones stand in between"
-    rows = [row for row in store.source.read() if isinstance(row, Preference)]
+    rows = [row for row in read(store) if isinstance(row, Preference)]
     assert sorted({row.columns["selected"] for row in rows}) == ["random", "uncertain"]
 
 

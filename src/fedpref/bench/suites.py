@@ -50,7 +50,6 @@ class Suite:
         methods: `NAME`, or `NAME: key=value ...`; gains are over the first.
         rates: Learning rates that each method is tried with, for each seed, on validation prompts.
         seeds: Repetitions, each with a split of its own.
-        hours: What it takes, about, on two cores.
     """
 
     name: str
@@ -59,7 +58,6 @@ class Suite:
     methods: tuple[str, ...]
     rates: tuple[str, ...] = RATES
     seeds: int = 5
-    hours: float = 0.0
 
 
 METHODS = (
@@ -116,10 +114,9 @@ SUITES = {
             ("feddpo", "fedpdpo", "alone", "pooled"),
             rates=("3e-3", "1e-2"),
             seeds=3,
-            hours=0.2,
         ),
-        Suite("people", "people as clients", PEOPLE, METHODS, hours=60),
-        Suite("opposed", "clients who want opposite things", OPPOSED, METHODS, hours=60),
+        Suite("people", "people as clients", PEOPLE, METHODS),
+        Suite("opposed", "clients who want opposite things", OPPOSED, METHODS),
     )
 }
 

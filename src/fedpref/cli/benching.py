@@ -74,8 +74,8 @@ def bench(
     trials = len(wanted.rates)
     console.print(
         f"{suite}: {len(wanted.sets)} sets, {len(wanted.methods)} methods, {wanted.seeds} seeds, "
-        f"{trials} trials and a run each: {study.planned()} runs. The whole suite takes about "
-        f"{suite_of(suite).hours:g} hours on two cores with the shipped model.",
+        f"{trials} trials and a run each: {study.planned()} runs. After the first "
+        "it is said how long that takes.",
         highlight=False,
         soft_wrap=True,
     )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedpref.cli.shared import app, console
-from fedpref.errors import UserError, printable
+from fedpref.errors import UserError, printable, require
 from fedpref.experiments.run_lock import RunLock
 
 if TYPE_CHECKING:
@@ -99,6 +99,7 @@ def collect(
     from fedpref.collect.speakers import speaker
     from fedpref.collect.store import Store
 
+    require("the page", "collect", "starlette", "uvicorn")
     sources = [candidates, model, run]
     if sum(source is not None for source in sources) != 1:
         raise UserError(
@@ -204,6 +205,7 @@ def review(
     from fedpref.experiments.run_directory import client_folder
     from fedpref.reports.page import REPORT, write_report
 
+    require("the page", "collect", "starlette", "uvicorn")
     finished = FinishedRun.at(run).require_done().refuse_opinions()
     wanted = prompts_of(_given(prompts)) if prompts else held_out_prompts(finished, client)
     wanted = wanted[:items]

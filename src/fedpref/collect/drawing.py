@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
-from fedpref.collect.speakers import Speaker
+from fedpref.collect.speakers import Speaker, said
 from fedpref.collect.store import Item, Selected, Store, coin
 from fedpref.data import Files
 from fedpref.data.parsing import text
@@ -70,13 +70,12 @@ class Plan:
         )
 
 
-def prompts_of(path: Path, column: str = "prompt") -> list[Text]:
+def prompts_of(path: Path) -> list[Text]:
     """Return the prompts of a file, each once, in an order that hangs on the prompts alone.
 
     Args:
-        path: JSON Lines, CSV or Parquet with a column of prompts; or a text file of a prompt in
-            each line.
-        column: The column.
+        path: JSON Lines, CSV or Parquet with a column `prompt`; or a text file of a prompt in each
+            line.
 
     Raises:
         UserError: There are none, or one cannot be used.
@@ -85,8 +84,7 @@ def prompts_of(path: Path, column: str = "prompt") -> list[Text]:
     if path.suffix == ".txt":
         read: list[Text] = list(filter(None, map(str.strip, _lines(path))))
     else:
-        rows = Files(path=str(path), prompt_column=column).read()
-        read = [_usable(row) for row in rows]
+        read = [_usable(row) for row in Files(path=str(path)).read()]
     for prompt in read:
         prompts.setdefault(identity(prompt, "question"), prompt)
     if not prompts:
@@ -131,18 +129,18 @@ def candidates_of(path: Path, plan: Plan, known: Iterable[Item] = ()) -> Iterato
             )
         try:
             prompt = text(row["prompt"], "prompt", where)
-            said = [text(answer, "completions", where) for answer in answers]
+            answers = [text(answer, "completions", where) for answer in answers]
         except Unusable as error:
             raise UserError(str(error)) from error
-        if any(isinstance(answer, str) != isinstance(prompt, str) for answer in said):
+        if any(isinstance(answer, str) != isinstance(prompt, str) for answer in answers):
             raise UserError(f"{where}: the prompt and its answers are text, or all conversations.")
-        places = {key(answer): i for i, answer in reversed([*enumerate(said)])}  # each once
+        places = {key(answer): i for i, answer in reversed([*enumerate(answers)])}  # each once
         for i, k in combinations(sorted(places.values()), 2):
-            pair = _pair(prompt, said[i], said[k])
+            pair = _pair(prompt, answers[i], answers[k])
             if pair not in seen:
                 seen.add(pair)
                 origins = (f"{path.name} {i + 1}", f"{path.name} {k + 1}")
-                yield plan.item(prompt, said[i], said[k], origins, None)
+                yield plan.item(prompt, answers[i], answers[k], origins, None)
 
 
 class Ahead(threading.Thread):
@@ -227,7 +225,7 @@ class Ahead(threading.Thread):
             ]
         items, alike = [], []
         for prompt, (first, second) in zip(prompts, pairs, strict=True):
-            texts = [_said(answer).strip() for answer in (first, second)]
+            texts = [said(answer) for answer in (first, second)]
             if texts[0] == texts[1] or not (plan.keeps_empty or all(texts)):
                 alike.append(key(prompt))  # nothing to choose between
                 continue
@@ -244,7 +242,3 @@ class Ahead(threading.Thread):
 
 def _pair(prompt: Text, first: Text, second: Text) -> tuple[str, frozenset[str]]:
     return key(prompt), frozenset((key(first), key(second)))
-
-
-def _said(answer: Text) -> str:
-    return answer if isinstance(answer, str) else str(answer[-1]["content"])

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpref.collect.drawing import ALIKE
-from fedpref.collect.sitting import said
+from fedpref.collect.speakers import said
 from fedpref.collect.store import Store
 from fedpref.errors import printable
 from fedpref.experiments.run_files import REVIEWS, read_json

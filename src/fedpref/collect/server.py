@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpref.collect.sitting import RefusedError, Sitting
-from fedpref.errors import UserError, require
+from fedpref.errors import UserError
 
 LOOPBACK = "127.0.0.1"
 SHORTCUT = ".page.html"  # in the folder of choices
@@ -143,11 +143,10 @@ class Page:
         port: The port; None takes the folder's last one, or one that is free.
 
     Raises:
-        UserError: Starlette or Uvicorn is not installed, or the port is taken.
+        UserError: The port is taken.
     """
 
     def __init__(self, sitting: Sitting, port: int | None = None) -> None:
-        require("the page", "collect", "starlette", "uvicorn")
         import uvicorn
 
         self._socket = socket.socket()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from fedpref.collect.drawing import ALIKE, Ahead
-from fedpref.collect.speakers import answer_to
+from fedpref.collect.speakers import answer_to, said
 from fedpref.collect.store import Event, Item, Store, coin
 from fedpref.data.preferences import Text
 
@@ -289,10 +289,3 @@ def turns(prompt: Text) -> list[dict[str, str]]:
     if isinstance(prompt, str):
         return [{"role": "", "text": prompt}]
     return [{"role": str(turn["role"]), "text": str(turn.get("content") or "")} for turn in prompt]
-
-
-def said(answer: Text) -> str:
-    """Return an answer as the page shows it."""
-    if isinstance(answer, str):
-        return answer.strip()
-    return "\n\n".join(str(turn.get("content") or "") for turn in answer).strip()

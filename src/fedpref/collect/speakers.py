@@ -117,6 +117,13 @@ def answer_to(prompt: Text, text: str) -> Text:
     return text if isinstance(prompt, str) else ({"role": "assistant", "content": text},)
 
 
+def said(answer: Text) -> str:
+    """Return an answer as people read it."""
+    if isinstance(answer, str):
+        return answer.strip()
+    return "\n\n".join(str(turn.get("content") or "") for turn in answer).strip()
+
+
 def speaker(
     what: str, client: str | None = None, chat: bool | None = None, beside: Speaker | None = None
 ) -> Speaker:

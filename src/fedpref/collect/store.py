@@ -13,7 +13,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
 
-from fedpref.data.collected import FILE, SCHEMA, Collected, preferences
+from fedpref.data.collected import FILE, SCHEMA, preferences
 from fedpref.data.preferences import Side, Text
 from fedpref.errors import UserError
 from fedpref.numerics import files
@@ -284,11 +284,6 @@ class Store:
         files.write(self.folder / ROWS, "".join(lines))
         (self.folder / ROWS).chmod(0o600)
         return self.folder / ROWS
-
-    @property
-    def source(self) -> Collected:
-        """The folder as a source of an experiment."""
-        return Collected(path=str(self.folder))
 
 
 def _insert(db: sqlite3.Connection, **values: Any) -> int:
