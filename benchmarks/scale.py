@@ -12,16 +12,19 @@ is
 what a round takes beyond its clients' training by themselves; the page is one with a figure of
 every client. `fedbuff_time_ratio` is the simulated time of FedBuff to an accuracy over that of
 cohorts that wait; `bytes_to_accuracy_ratio_8bit` that of bytes, with changes in eight bits;
-`sweep_parallel_ratio` the seconds of two runs at a time over those of one after
-the other; `cost_model_largest_error_percent` how far what three runs cost is from what two others
-say. Figures are the worst over algorithms, and each as `<name>_<algorithm>`; `--quick` is SCAFFOLD
-alone, and `loop_share_` with a twentieth of the clients.
+`sweep_parallel_ratio` the seconds of two runs at a time over those of one after the other;
+`cost_model_largest_error_percent` how far what three runs cost is from what two others say;
+`round_seconds_N_sites` those of a round without training, in which an adapter of 1.25 MB goes to
+eight clients at N simulated sites and back as a mean (`_0_sites`: in one process). Figures are the
+worst over algorithms, and each as `<name>_<algorithm>`; `--quick` is SCAFFOLD alone, `loop_share_`
+with a twentieth of the clients, and one and four sites.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import shutil
 import statistics
@@ -37,6 +40,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from engines import CONFIG, small_clients
 from fedpref import Experiment, config
 from fedpref.algorithms import FedBuff
 from fedpref.channel.chain import Sender
@@ -59,6 +63,7 @@ from robust import FEATURES, Population
 EVALUATED = 10  # clients, of each run
 WAITED = 40  # rounds of clients that wait for one another
 FEW, LOTS, COHORT, ROUNDS = 1000, 100_000, 50, 6
+SITE_CLIENTS, ADAPTER_MB = 8, 1.25  # the shipped model's adapter
 WAITING = "waiting\n"
 ROWS = {"train": 8, "test": 2}
 ALGORITHMS: dict[str, dict[str, Any]] = {
@@ -438,7 +443,44 @@ def fedbuff_time(seed_count: int) -> float:
     return float(np.exp(np.mean(logs)))
 
 
-PARTS = ("clients", "sweep", "bytes", "costs", "fedbuff")
+# ---- several sites
+
+
+def site_rounds(folder: Path, counts: Sequence[int], megabytes: float) -> dict[str, float]:
+    """Seconds of a round without training over so many simulated sites; 0 is in one process."""
+    figures = {}
+    with small_clients(SITE_CLIENTS) as settings:
+        spec = config.dump(Experiment.load(CONFIG, settings))
+        for sites in (0, *counts):
+            cells = [{"mb": megabytes, "rounds": 6, "gossip": False}]
+            file = folder / f"sites-{sites}.json"
+            file.write_text(json.dumps({"experiment": spec, "cells": cells, "sites": sites}))
+            here, engine = Path(__file__).resolve().parent, "flare-simulated"
+            ran = subprocess.run(
+                [
+                    sys.executable,
+                    str(here / "engine_rounds.py"),
+                    engine if sites else "simulation",
+                    str(file),
+                ],
+                capture_output=True,
+                text=True,
+                env={
+                    **os.environ,
+                    "PYTHONPATH": str(here),
+                    "FEDPREF_RUNS": str(folder),
+                    "OMP_NUM_THREADS": "1",
+                },
+                start_new_session=True,  # FLARE's simulator ends its whole process group
+            )
+            results = json.loads(file.read_text()).get("results")
+            assert results, ran.stdout[-3000:] + ran.stderr[-3000:]
+            figures[f"round_seconds_{sites}_sites"] = statistics.median(results[0][1:])
+            print(f"{sites} sites: rounds of {results[0]} s", flush=True)
+    return figures
+
+
+PARTS = ("clients", "sweep", "bytes", "costs", "fedbuff", "sites")
 
 
 def of_clients(scratch: Path, quick: bool) -> dict[str, float]:
@@ -465,7 +507,7 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="one algorithm")
     parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--only", nargs="*", help="some of: clients sweep bytes costs fedbuff")
+    parser.add_argument("--only", nargs="*", help=f"some of: {' '.join(PARTS)}")
     parser.add_argument("--run", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.run:
@@ -485,6 +527,8 @@ def main() -> None:
             figures["cost_model_largest_error_percent"] = cost_error(scratch, quick)
         if "fedbuff" in parts:
             figures["fedbuff_time_ratio"] = fedbuff_time(3 if quick else 8)
+        if "sites" in parts:
+            figures |= site_rounds(scratch, (1, 4) if quick else (1, 2, 4, 8), ADAPTER_MB)
     print(json.dumps(figures, indent=1))
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1) + "\n")

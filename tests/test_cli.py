@@ -461,6 +461,7 @@ def test_a_hub_that_cannot_be_reached_is_said_at_once(
         ("algorithm=fedavg", "Did you mean 'feddpo'?"),
         ("algorithm=", "expected keys and values, or a name; found None"),
         ("algorithm.local.step=3", "Did you mean 'steps'?"),
+        ("algorithm.phases=joint", "It belongs to fedpdpo"),
         ("learning_rate=1", "Did you mean 'algorithm.local.learning_rate'"),
     ],
 )

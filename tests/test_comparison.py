@@ -129,6 +129,11 @@ def test_runs_that_cannot_be_compared_are_named(tmp_path: Path) -> None:
 
 def test_a_variant_is_an_algorithm_or_overrides() -> None:
     assert parse_variant("fedprox") == ("fedprox", ["algorithm.name=fedprox"])
+    assert parse_variant("fedprox: algorithm.mu=1") == (
+        "fedprox",
+        ["algorithm.name=fedprox", "algorithm.mu=1"],
+    )
+    assert parse_variant("feddpo: algorithm=ditto") == ("feddpo", ["algorithm=ditto"])
     assert parse_variant("near: algorithm.name=fedprox algorithm.mu=1") == (
         "near",
         ["algorithm.name=fedprox", "algorithm.mu=1"],

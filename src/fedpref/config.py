@@ -517,6 +517,12 @@ def _places(kind: Any, key: str, path: tuple[str, ...] = ()) -> set[str]:
     return found
 
 
+def _having(hint: Any, key: str) -> list[str]:
+    """Return the names of those among several forms, told apart by a name, that have a key."""
+    forms = [form for form in kinds(hint) if is_dataclass(form) and "name" in _hints(form)]
+    return [form.name for form in forms if key in _hints(form) and hasattr(form, "name")]
+
+
 def _sentence(kind: Any, problem: Any, where: str) -> str:
     """Return one of pydantic's complaints as a sentence that names the key and what to do."""
     location = [str(part) for part in problem["loc"]]
@@ -529,11 +535,16 @@ def _sentence(kind: Any, problem: Any, where: str) -> str:
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         known = [field.name for field in fields(owner)] if is_dataclass(owner) else []
         near = difflib.get_close_matches(location[-1], known, 1, NEAR)
-        meant = sorted(_places(kind, location[-1]))[:3] or near
+        key = ".".join([*path, location[-1]])
+        meant = sorted(_places(kind, location[-1]) - {key})[:3] or near
         hint = f"Known keys: {', '.join(known)}."
-        if meant:
+        if others := _having(_hint_at(kind, path), location[-1]):
+            chosen = ".".join([*path, "name"])
+            said = f"{', '.join(others[:5])}{', ...' if len(others) > 5 else ''}"
+            hint = f"It belongs to {said}; choose by {chosen}, which is {owner.name!r}."
+        elif meant:
             hint = f"Did you mean {' or '.join(map(repr, meant))}?"
-        return f"{where}: unknown key {'.'.join([*path, location[-1]])!r}. {hint}"
+        return f"{where}: unknown key {key!r}. {hint}"
     key = ".".join(path) or "the config"
     if problem["type"] == "union_tag_invalid":
         context = problem["ctx"]

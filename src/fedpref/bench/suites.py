@@ -9,7 +9,7 @@ from typing import Literal
 
 from fedpref.errors import UserError
 
-RATES = ("1e-3", "3e-3", "1e-2")  # learning rates that every method is tried with
+RATES = ("2e-3", "5e-3", "1e-2")  # learning rates that every method is tried with
 FREE: tuple[Literal["words", "length"], ...] = (
     "words",
     "length",

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpref import config
+from fedpref.algorithms import AnyAlgorithm
 from fedpref.engines.workers import can_fork
 from fedpref.errors import UserError
 from fedpref.experiments.experiment import Experiment, with_whole_paths
@@ -31,6 +32,7 @@ FORK: Any = multiprocessing.get_context("fork") if hasattr(os, "fork") else None
 SWEEP = "sweep.json"  # in a sweep's folder: the experiment of each of its runs
 SELECTED = "selected"  # in a sweep's folder: the variant that was chosen, on the test's rows
 SELECTABLE = (*HEADLINES, COMBINED, "rewards/margins", "loss")
+ALGORITHMS = frozenset(kind.name for kind in config.kinds(AnyAlgorithm))
 VALIDATION = 0.2  # of training prompts, by which a variant is chosen where nothing else is said
 
 
@@ -159,7 +161,8 @@ def with_grid(variants: Sequence[str], grid: Sequence[str]) -> list[str]:
 def parse_variant(text: str) -> tuple[str, list[str]]:
     """Return a variant's name and overrides, from `NAME` or `NAME: key=value key=value`.
 
-    A name alone is that of an algorithm; one of your own, `module:Class`, goes by its class.
+    A name alone is that of an algorithm; one of your own, `module:Class`, goes by its class. An
+    algorithm's name before settings is that algorithm too, unless they name one.
     """
     name, colon, rest = text.partition(":")
     if config.CLASS.fullmatch(text):
@@ -167,7 +170,10 @@ def parse_variant(text: str) -> tuple[str, list[str]]:
     name = name.strip()
     if not name or "/" in name or ("=" in name and not colon):
         raise UserError(f"--variant {text!r}: expected NAME, or NAME: key=value key=value.")
-    return name, rest.split() if colon else [f"algorithm.name={name}"]
+    settings = rest.split()
+    is_named = any(re.match(r"algorithm(\.name)?=", one) for one in settings)
+    is_one = not colon or (name in ALGORITHMS and not is_named)
+    return name, [*([f"algorithm.name={name}"] if is_one else []), *settings]
 
 
 def plan(
