@@ -45,6 +45,7 @@ from fedpref.federation.verbs import Client
 from fedpref.numerics import seeds
 from fedpref.numerics.metrics import of_objectives
 from fedpref.numerics.min_norm import MinNorm
+from fedpref.reports.equal_terms import at, course
 from fedpref.reports.progress import show
 from fedpref.runs.pareto import follows, hypervolume, interpolated, measured, plan_front
 from fedpref.runs.sweep import plan, sweep
@@ -216,7 +217,7 @@ def shipped(
     """
     skewed, table = compared(CONFIG, VARIANTS, numbers, settings, output / "skewed", progress)
     tables = [table]
-    iid = changed(output / "iid.yaml", partition={"name": "iid", "clients": 2 if settings else 4})
+    iid = changed(output / "iid.yaml", partition={"name": "iid", "clients": 2 if points < 5 else 4})
     tables.append(
         compared(
             iid,
@@ -339,9 +340,39 @@ def compared(
         for name in rivals
         if name != "fsmgda"
     }
+    at_one_kl = equal_kl({name: by_name[name] for name in ("firm", *rivals)}, objectives, floor)
+    found |= {
+        f"hypervolume_ratio_{name}_equal_kl": at_one_kl["firm"] / at_one_kl[name] for name in rivals
+    }
     found["drift_ratio_b0"] = mean["drift/weights"]["firm"] / mean["drift/weights"]["firm_b0"]
     found["upload_ratio_fedcmoo"] = mean["bytes_up"]["fedcmoo"] / mean["bytes_up"]["firm"]
     return found, table
+
+
+def equal_kl(
+    runs: Mapping[str, Sequence[Path]], objectives: Sequence[str], floor: Sequence[float]
+) -> dict[str, float]:
+    """Each line's hypervolume where its KL from the base was first that which all of a seed reach,
+    a mean over seeds.
+    """
+    ways = {
+        name: [
+            course(folder.read_rows(EVALUATION), folder.read_rows(METRICS))
+            for folder in map(RunDirectory, paths)
+        ]
+        for name, paths in runs.items()
+    }
+    volumes: dict[str, list[float]] = {name: [] for name in ways}
+    for seed in range(len(ways["firm"])):
+        most = min(
+            max(some[seed].mean("kl", k) for k in range(len(some[seed].clients)))
+            for some in ways.values()
+        )
+        for name, some in ways.items():
+            values = [at(name, some[seed], "kl", most, key) for key in objectives]
+            point = [statistics.fmean(clients.values()) for clients in values]
+            volumes[name].append(hypervolume(np.array([point]), floor))
+    return {name: statistics.fmean(some) for name, some in volumes.items()}
 
 
 def done(runs: Mapping[Path, Experiment], cache: Path, progress: Console) -> None:
@@ -525,6 +556,18 @@ def main() -> None:
         help="where the part `pairs` finds hh-rlhf: a folder, or the Hub dataset if it is not "
         "given",
     )
+    parser.add_argument(
+        "--fewer",
+        action="store_true",
+        help="of `shipped` FIRM, b = 0, scalarized and FedCMOO alone, on clients as they are",
+    )
+    parser.add_argument(
+        "--settings",
+        nargs="*",
+        default=[],
+        metavar="KEY=VALUE",
+        help="of `shipped`, as the model's",
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
         "--output", type=Path, default=Path("runs/benchmark-firm"), help="where runs are kept"
@@ -551,7 +594,15 @@ def main() -> None:
         if "speed" in arguments.parts:
             found |= speed(2 if arguments.quick else 6, 1 if arguments.quick else 3)
         if "shipped" in arguments.parts:
-            figures, tables = shipped(numbers, quick, 2 if arguments.quick else 5, output, progress)
+            settings = [*quick, *arguments.settings]
+            if arguments.fewer:
+                figures, table = compared(
+                    CONFIG, FEWER, numbers, settings, output / "fewer", progress
+                )
+                tables = [table]
+            else:
+                points = 2 if arguments.quick else 5
+                figures, tables = shipped(numbers, settings, points, output, progress)
             found |= figures
             console.print(*tables)
         if "pairs" in arguments.parts:

@@ -105,6 +105,13 @@ class Line:
             for rows in self.rows
         ]
 
+    def least(self) -> list[float]:
+        """Of each seed, the alignment of the group that never trained and has the least."""
+        return [
+            min(group["alignment"] for group in rows[-1]["newcomers_before"].values())
+            for rows in self.rows
+        ]
+
     def fairness(self) -> list[float]:
         """Of each seed, 1 / (1 + CoV^2) of all groups' alignments."""
         found = []
@@ -359,7 +366,9 @@ def other_table(name: str, lines: Mapping[str, Line]) -> Table:
 
 
 def figures(lines: Mapping[str, Line]) -> dict[str, float]:
-    """Rounds saved, alignment gained on unseen groups, and how much fairer the pooled line is."""
+    """Rounds saved, alignment gained on unseen groups, on the least aligned of them in points, and
+    how much fairer the pooled line is.
+    """
     found = {}
     for suffix, (federated, pooled) in PAIRS.items():
         ours, theirs = lines[federated], lines[pooled]
@@ -371,6 +380,9 @@ def figures(lines: Mapping[str, Line]) -> dict[str, float]:
         )
         found[f"fairness_gap{suffix}"] = statistics.fmean(theirs.fairness()) - statistics.fmean(
             ours.fairness()
+        )
+        found[f"min_gap_points{suffix}"] = 100 * (
+            statistics.fmean(ours.least()) - statistics.fmean(theirs.least())
         )
     return found
 

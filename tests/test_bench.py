@@ -18,7 +18,9 @@ from fedpref.cli import app
 from fedpref.experiments.experiment import Experiment
 from fedpref.experiments.finished import FinishedRun
 from fedpref.experiments.run_directory import RunDirectory
+from fedpref.experiments.run_files import METRICS
 from fedpref.reports.comparison import compare
+from fedpref.runs.sweep import parse_variant
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
@@ -87,6 +89,37 @@ def test_what_is_done_is_not_done_again_and_a_budget_ends_it(done: Study, tmp_pa
     with pytest.raises(UserError, match="no seed has all of its methods"):
         submission(fresh)
     assert done.planned() == 2 * 2 * 3
+    assert done.has_begun
+    assert not fresh.has_begun
+
+
+def test_a_study_is_estimated_before_it_begins_and_measured_as_it_goes(done: Study) -> None:
+    guess = done.expected()
+    twice = replace(done, suite=replace(done.suite, seeds=4)).expected()
+    assert twice.bytes == 2 * guess.bytes
+    assert guess.seconds > 0
+    (data,) = done.suite.sets
+    rounds = RunDirectory(done.run(data, "feddpo", 0)[0]).read_rows(METRICS)
+    sent = sum(row["bytes_up"] + row["bytes_down"] for row in rounds)
+    assert guess.bytes == pytest.approx(done.planned() * sent, rel=0.05), "but for headers"
+    costs = done.costs(data)
+    assert costs.keys() == {
+        f"{method}/seed-{seed}{what}"
+        for method in done.methods
+        for seed in range(2)
+        for what in ("", "/trials")
+    }
+    assert all(seconds > 0 for seconds in costs.values())
+    write_tables(done)
+    own = read_submission(done.output / "bench.json")["sets"]["rows"]["methods"]["alone"]
+    assert own["processor_seconds"] == (costs["alone/seed-0"] + costs["alone/seed-1"]) / 2
+    seconds = f"{own['processor_seconds']:,.0f}"
+    (line,) = [
+        line
+        for line in (done.output / "bench.md").read_text().splitlines()
+        if line.startswith("| alone") and line.count("|") == 6
+    ]
+    assert line.split("|")[4].strip() == seconds
 
 
 def test_a_seed_counts_when_all_of_its_methods_are_done(done: Study, tmp_path: Path) -> None:
@@ -142,12 +175,12 @@ def test_every_set_and_method_of_a_suite_is_an_experiment(name: str, tmp_path: P
     suite = suite_of(name)
     for data in suite.sets:
         for text in suite.methods:
-            _, _, own = text.partition(":")
-            settings = own.split() or [f"algorithm.name={text}"]
+            method, settings = parse_variant(text)
             spec = Experiment.load(
                 Path(data.config), [*data.overrides(tmp_path), *settings, "baselines=[]"]
             )
-            assert spec.algorithm.name == text.partition(":")[0]
+            assert method.startswith(spec.algorithm.name)
+            assert replace(spec, baselines=suite.free).baselines == suite.free
 
 
 def test_methods_of_ones_own_stand_beside_the_first() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,14 +13,15 @@ from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from fedpref import __version__
-from fedpref.bench.trials import Study
+from fedpref.bench.trials import TRIALS, Study
 from fedpref.errors import UserError, printable
 from fedpref.experiments.environment import described
 from fedpref.experiments.finished import FinishedRun
 from fedpref.numerics import files
-from fedpref.numerics.metrics import ACCURACY, HEADLINES
+from fedpref.numerics.metrics import HEADLINES
 from fedpref.reports.comparison import compare, csv_text, latex, markdown
 from fedpref.reports.page import write_report
+from fedpref.reports.tables import bytes_text
 from fedpref.runs.sweep import SWEEP, members
 
 FORMAT = 1
@@ -39,6 +41,8 @@ class Figures(TypedDict):
     gain_high: Number | None
     pairs: Number | None
     seconds_per_round: Number
+    processor_seconds: Number | None
+    trial_processor_seconds: Number | None
     bytes_per_round: Number
     rates: list[Number]
 
@@ -79,7 +83,7 @@ def submission(study: Study) -> Submission:
         folder = study.output / data.name
         if not (folder / SWEEP).is_file():
             continue
-        rates = study.chosen_rates(data)
+        rates, costs = study.chosen_rates(data), study.costs(data)
         first = FinishedRun.at(members(folder)[0])
         rows = compare([folder])
         sets[data.name] = {
@@ -98,12 +102,14 @@ def submission(study: Study) -> Submission:
                     "gain_high": _number(row.gain[2]) if row.gain else None,
                     "pairs": _number(row.seen),
                     "seconds_per_round": row.seconds_per_round,
+                    "processor_seconds": _mean(costs, row.name, ""),
+                    "trial_processor_seconds": _mean(costs, row.name, f"/{TRIALS}"),
                     "bytes_per_round": row.bytes_per_round,
                     "rates": rates[row.name],
                 }
                 for row in rows
             },
-            "free": _free(study, folder),
+            "free": _free(study, folder, rows[0].metric),
         }
     if not sets:
         raise UserError(
@@ -119,20 +125,46 @@ def submission(study: Study) -> Submission:
     }
 
 
+def _mean(costs: Mapping[str, float], method: str, what: str) -> float | None:
+    """Return the mean over seeds of what a method's runs, or its trials, took."""
+    form = re.compile(rf"{re.escape(method)}/seed-\d+{what}")
+    some = [value for name, value in costs.items() if form.fullmatch(name)]
+    return sum(some) / len(some) if some else None
+
+
+def _costs(figures: SetFigures) -> str:
+    """Return a table of what methods cost, means over seeds."""
+    lines = [
+        "| | pairs | bytes a round | processor seconds | of trials |",
+        "|---|---|---|---|---|",
+    ]
+    for name, own in figures["methods"].items():
+        cells = (
+            "" if own["pairs"] is None else f"{own['pairs']:,.0f}",
+            bytes_text(own["bytes_per_round"]),
+            *(
+                "" if seconds is None else f"{seconds:,.0f}"
+                for seconds in (own["processor_seconds"], own["trial_processor_seconds"])
+            ),
+        )
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def _number(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-def _free(study: Study, folder: Path) -> dict[str, float]:
-    """Return the means over clients and seeds of the baselines that cost nothing, in percent."""
+def _free(study: Study, folder: Path, metric: str) -> dict[str, float]:
+    """Return the means over clients and seeds of baselines that are not trained, in the unit."""
     values: dict[str, list[float]] = {}
     for path in members(folder):
         if path.parent.name != study.methods[0]:
             continue
         for name, clients in FinishedRun.at(path).result().evaluations.items():
             if name != FinishedRun.at(path).experiment.algorithm.name:
-                some = [metrics[ACCURACY] for metrics in clients.values() if ACCURACY in metrics]
-                values.setdefault(name, []).append(100 * sum(some) / len(some))
+                some = [metrics[metric] for metrics in clients.values() if metric in metrics]
+                values.setdefault(name, []).append(HEADLINES[metric].scale * sum(some) / len(some))
     return {name: sum(some) / len(some) for name, some in values.items()}
 
 
@@ -151,7 +183,8 @@ def write_tables(study: Study) -> list[Path]:
             f"{figures['unit']}; gains over {rows[0].name}.\n\n{markdown(rows)}"
         )
         free = ", ".join(f"{line} {value:.1f}" for line, value in figures["free"].items())
-        texts.append(f"Without a model of language: {free}.\n" if free else "")
+        texts.append(f"Without training: {free}.\n" if free else "")
+        texts.append(_costs(figures))
         (folder / "table.tex").write_text(latex(rows))
         (folder / "table.csv").write_text(csv_text(rows))
         written += [write_report([folder], folder / "report.html")]

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Literal
 
 from fedpref.errors import UserError
+from fedpref.numerics.metrics import ACCURACY, ALIGNMENT
 
 RATES = ("2e-3", "5e-3", "1e-2")  # learning rates that every method is tried with
-FREE: tuple[Literal["words", "length"], ...] = (
-    "words",
-    "length",
-)  # baselines that cost nothing, of the words alone
+# what costs no training: regressions on words, and on states of the model as it was; the longer
+FreeBaseline = Literal["words", "probe", "length", "majority"]
+FREE: tuple[FreeBaseline, ...] = ("words", "probe", "length")
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ class Suite:
         methods: `NAME`, or `NAME: key=value ...`; gains are over the first.
         rates: Learning rates that each method is tried with, for each seed, on validation prompts.
         seeds: Repetitions, each with a split of its own.
+        metric: By which rates are chosen.
+        free: Baselines that are not trained, once for each seed.
     """
 
     name: str
@@ -58,6 +60,8 @@ class Suite:
     methods: tuple[str, ...]
     rates: tuple[str, ...] = RATES
     seeds: int = 5
+    metric: str = ACCURACY
+    free: tuple[FreeBaseline, ...] = FREE
 
 
 METHODS = (
@@ -74,17 +78,13 @@ METHODS = (
     "pooled",
 )
 SHIPPED = DataSet("shipped", "feddpo", ("task.samples=0",))
+PICTURES = (
+    "data.sources.preference.path={folder}/image_description_preference.jsonl.gz",
+    "data.sources.informativity.path={folder}/image_description_informativity.jsonl.gz",
+)
 PEOPLE = (
     DataSet("summaries", "summaries", (), ("data.path={folder}",)),
-    DataSet(
-        "pictures",
-        "pictures",
-        (),
-        (
-            "data.sources.preference.path={folder}/image_description_preference.jsonl.gz",
-            "data.sources.informativity.path={folder}/image_description_informativity.jsonl.gz",
-        ),
-    ),
+    DataSet("pictures", "pictures", (), PICTURES),
     DataSet("ukpconvarg", "ukpconvarg", (), ("data.path={folder}",)),
     DataSet("metaphor", "metaphor", (), ("data.path={folder}/metaphor_literal_choices.jsonl.gz",)),
     DataSet(
@@ -97,6 +97,24 @@ OPPOSED = (
     DataSet("movie-reviews-10", "movie-reviews-10", (), ("data.path={folder}",)),
     DataSet("persona", "persona", (), ("data.path={folder}",)),
     DataSet("dsp", "dsp", (), ("data.path={folder}/dsp_domain_pairs.jsonl.gz",)),
+)
+OPINIONS = (
+    DataSet("countries", "pluralllm", (), ("data.path={folder}",)),
+    DataSet(
+        "polis",
+        "pluralllm",
+        ("federation.newcomers=[]", "partition.min_rows=40", "data={name: polis, path: polis}"),
+        ("data={{name: polis, path: {folder}}}",),
+    ),
+)
+OBJECTIVES = (
+    DataSet("hh-objectives", "hh-objectives", (), ("data.path={folder}",)),
+    DataSet("asset", "asset", (), ("data.path={folder}/asset_simplification_pairs.jsonl.gz",)),
+    DataSet("pictures-objectives", "pictures-objectives", (), PICTURES),
+)
+PAPERS = tuple(
+    DataSet(name, name)
+    for name in ("cross-domain", "webgpt", "py-dpo", "code-vulnerability", "hh", "shp")
 )
 SUITES = {
     suite.name: suite
@@ -117,6 +135,23 @@ SUITES = {
         ),
         Suite("people", "people as clients", PEOPLE, METHODS),
         Suite("opposed", "clients who want opposite things", OPPOSED, METHODS),
+        Suite(
+            "opinions",
+            "groups whose opinions are predicted, those that never trained too",
+            OPINIONS,
+            ("pluralllm", "alone", "pooled"),
+            rates=("1e-4", "3e-4", "1e-3"),
+            metric=ALIGNMENT,
+            free=("majority",),
+        ),
+        Suite(
+            "objectives",
+            "several objectives of each client's pairs",
+            OBJECTIVES,
+            ("firm", "firm-b0: algorithm.name=firm algorithm.solver.b=0", "scalarized", "fedcmoo"),
+            free=(),
+        ),
+        Suite("papers", "the sets of the papers, from the Hub", PAPERS, METHODS),
     )
 }
 

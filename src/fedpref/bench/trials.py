@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fedpref.bench.suites import FREE, DataSet, Suite
+from fedpref.bench.costs import Cost, duration, expected, processor_seconds
+from fedpref.bench.suites import DataSet, Suite
 from fedpref.errors import UserError
 from fedpref.experiments.experiment import Experiment
 from fedpref.experiments.run_directory import RunDirectory
-from fedpref.numerics.metrics import ACCURACY
+from fedpref.numerics import files
 from fedpref.runs.sweep import (
     chosen,
     parse_variant,
@@ -25,6 +27,7 @@ from fedpref.runs.sweep import (
 )
 
 TRIALS = "trials"
+COSTS = "costs.json"  # in a set's folder
 RATE = "algorithm.local.learning_rate"
 
 
@@ -56,7 +59,7 @@ class Study:
         name, own = parse_variant(text)
         spec = Experiment.load(Path(data.config), [*settings, *own])
         variants = with_grid([f"{name}: {' '.join(own)}"], [self._grid])
-        where = [*settings, *selecting(spec, ACCURACY)]
+        where = [*settings, *selecting(spec, self.suite.metric)]
         return plan(Path(data.config), variants, [seed], where, self._trials(data, method, seed))
 
     @property
@@ -68,11 +71,11 @@ class Study:
 
     def run(self, data: DataSet, method: str, seed: int) -> tuple[Path, Experiment]:
         """Return the run of a method on the test's prompts, with what its trials have chosen."""
-        _, runs = chosen(self._trials(data, method, seed), ACCURACY)
+        _, runs = chosen(self._trials(data, method, seed), self.suite.metric)
         (experiment,) = runs.values()
         path = self.output / data.name / method / f"seed-{seed}"
         is_first = method == self.methods[0]
-        baselines = FREE if is_first else ()
+        baselines = self.suite.free if is_first else ()
         return path, replace(experiment, name=method, baselines=baselines)
 
     def planned(self) -> int:
@@ -100,10 +103,10 @@ class Study:
                         yield f"{hours:g} hours are over; the same command goes on."
                         return
                     trials = self.trials(data, method, seed)
-                    write_plan(trials, self._trials(data, method, seed), ACCURACY)
-                    new = self._do(trials, data, parallel)
+                    write_plan(trials, self._trials(data, method, seed), self.suite.metric)
+                    new = self._do(trials, data, f"{method}/seed-{seed}/{TRIALS}", parallel)
                     path, experiment = self.run(data, method, seed)
-                    new += self._do({path: experiment}, data, 1)
+                    new += self._do({path: experiment}, data, f"{method}/seed-{seed}")
                     made, total = made + new, total - (len(trials) + 1 - new)
                     self._keep(data)
                     if new:
@@ -111,22 +114,56 @@ class Study:
                         rate = experiment.algorithm.local.learning_rate
                         yield (
                             f"{data.name}, {method}, seed {seed}: rate {rate:g} chosen of "
-                            f"{len(trials)}; about {_said(left)} left"
+                            f"{len(trials)}; about {duration(left)} left"
                         )
 
-    def _do(self, runs: Mapping[Path, Experiment], data: DataSet, parallel: int) -> int:
-        """Carry out what is not done of some runs, and return how many these were."""
+    def _do(
+        self, runs: Mapping[Path, Experiment], data: DataSet, called: str, parallel: int = 1
+    ) -> int:
+        """Carry out what is not done of some runs, and return how many these were.
+
+        What they take is kept under what they are called; of what was cut short before, nothing.
+        """
         cache = self.output / data.name / "cache"
         left = {path: one for path, one in runs.items() if not RunDirectory(path).done}
-        if parallel > 1 and len(left) > 1:
-            for path, why in side_by_side(left, cache, parallel):
-                if why:
-                    raise UserError(f"{path}: {why}")
-        else:
-            for _, events in sweep(left, cache):
-                for _ in events:
-                    pass
+        if not left:
+            return 0
+        with processor_seconds() as took:
+            if parallel > 1 and len(left) > 1:
+                for path, why in side_by_side(left, cache, parallel):
+                    if why:
+                        raise UserError(f"{path}: {why}")
+            else:
+                for _, events in sweep(left, cache):
+                    for _ in events:
+                        pass
+        costs = {**self.costs(data), called: took[0]}
+        files.write(self.output / data.name / COSTS, json.dumps(costs, indent=1) + "\n")
         return len(left)
+
+    def costs(self, data: DataSet) -> dict[str, float]:
+        """Return processor seconds of what was done, by `METHOD/seed-SEED`, trials apart."""
+        file = self.output / data.name / COSTS
+        found: dict[str, float] = json.loads(file.read_text()) if file.is_file() else {}
+        return found
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether anything was done."""
+        return any(self.costs(data) for data in self.suite.sets)
+
+    def expected(self) -> Cost:
+        """Return what all runs together would cost, were all methods as cheap as the first.
+
+        Raises:
+            UserError: A set or the model cannot be read.
+        """
+        runs = len(self.suite.methods) * self.suite.seeds * (len(self.suite.rates) + 1)
+        total = Cost()
+        for data in self.suite.sets:
+            settings = [*data.overrides(self.data), *self.overrides]
+            total += expected(Experiment.load(Path(data.config), settings)).times(runs)
+        return total
 
     def _keep(self, data: DataSet) -> None:
         """Write which of a set's runs are there, so that they are looked at as a sweep."""
@@ -147,7 +184,3 @@ class Study:
         for path, experiment in planned(self.output / data.name).items():
             rates.setdefault(path.parent.name, []).append(experiment.algorithm.local.learning_rate)
         return rates
-
-
-def _said(seconds: float) -> str:
-    return f"{seconds / 3600:.1f} hours" if seconds > 5400 else f"{seconds / 60:.0f} minutes"

@@ -74,11 +74,17 @@ def bench(
     trials = len(wanted.rates)
     console.print(
         f"{suite}: {len(wanted.sets)} sets, {len(wanted.methods)} methods, {wanted.seeds} seeds, "
-        f"{trials} trials and a run each: {study.planned()} runs. After the first "
-        "it is said how long that takes.",
+        f"{trials} trials and a run each: {study.planned()} runs.",
         highlight=False,
         soft_wrap=True,
     )
+    if not study.has_begun:
+        console.print(
+            f"By a step of the first method: {study.expected().said}. The first result says it "
+            "better.",
+            highlight=False,
+            soft_wrap=True,
+        )
     with saying(lambda: f"the same command goes on with {study.output}"):
         for sentence in study.carry_out(parallel, budget):
             console.print(sentence, highlight=False, markup=False, soft_wrap=True)
