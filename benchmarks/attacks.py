@@ -484,6 +484,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "feddpo": {},
     "feddpo-stale": {},
     "fedbuff": {},
+    "fed-ef": {},
     "fedprox": {},
     "scaffold": {},
     "fedpdpo": {"parts": {"bottleneck": 2}, "personal_steps": 1},

@@ -11,7 +11,8 @@ and of many clients make in turn; what is resumed is a run's folder as it lay ha
 is
 what a round takes beyond its clients' training by themselves; the page is one with a figure of
 every client. `fedbuff_time_ratio` is the simulated time of FedBuff to an accuracy over that of
-cohorts that wait; `bytes_to_accuracy_ratio_8bit` that of bytes, with changes in eight bits;
+cohorts that wait; `bytes_to_accuracy_ratio_8bit` that of bytes, with changes in eight bits, and
+`_top_k` with the largest tenth of their entries and what is left out later;
 `sweep_parallel_ratio` the seconds of two runs at a time over those of one after the other;
 `cost_model_largest_error_percent` how far what three runs cost is from what two others say;
 `round_seconds_N_sites` those of a round without training, in which an adapter of 1.25 MB goes to
@@ -44,7 +45,7 @@ from engines import CONFIG, small_clients
 from fedpref import Experiment, config
 from fedpref.algorithms import FedBuff
 from fedpref.channel.chain import Sender
-from fedpref.channel.compression import Quantize
+from fedpref.channel.compression import Quantize, TopK
 from fedpref.data import Builtin
 from fedpref.data.preferences import Preference, key
 from fedpref.experiments.experiment import encoded
@@ -63,6 +64,7 @@ from robust import FEATURES, Population
 EVALUATED = 10  # clients, of each run
 WAITED = 40  # rounds of clients that wait for one another
 FEW, LOTS, COHORT, ROUNDS = 1000, 100_000, 50, 6
+SENT = 0.1  # of a change's entries, where few are sent
 SITE_CLIENTS, ADAPTER_MB = 8, 1.25  # the shipped model's adapter
 WAITING = "waiting\n"
 ROWS = {"train": 8, "test": 2}
@@ -369,25 +371,31 @@ def cost_error(scratch: Path, quick: bool) -> float:
 # ---- fewer bytes
 
 
-def bytes_ratio(seed_count: int) -> float:
-    """Bytes, up and down, to a common accuracy with changes of eight bits over those in full.
+def bytes_ratio(seed_count: int, compression: Quantize | TopK) -> float:
+    """Bytes, up and down, to a common accuracy with compressed changes over those in full.
+
+    What sparse changes leave out is sent later, as `fed-ef` does.
 
     The rounds that log-linear policies of forty clients (`robust.Population`) take to the accuracy
     of forty rounds in full, less a point, times the bytes of a round of the shipped model's
     adapter.
     """
-    stage, logs = Quantize(bits=8).stage(), []
+    stage, logs = compression.stage(), []
     for seed in range(seed_count):
         needed, goal = [], 0.0
         for is_short in (False, True):
             people, draw = Population("none", 0.0, seed), torch.Generator().manual_seed(seed)
             clients, policy, means = range(len(people.tastes)), np.zeros(FEATURES), []
+            unsent = {i: torch.zeros(FEATURES) for i in clients}
             for turn in range(2 * WAITED):
                 changes = []
                 for i in clients:
                     change = {"w": torch.from_numpy(people.change(i, policy)).float()}
                     if is_short:
-                        change = dict(stage.decode(stage.encode(change, Sender(i, turn, draw)), 1))
+                        due = {"w": change["w"] + unsent[i]}
+                        change = dict(stage.decode(stage.encode(due, Sender(i, turn, draw)), 1))
+                        if isinstance(compression, TopK):
+                            unsent[i] = due["w"] - change["w"]
                     changes.append(change["w"].numpy())
                 policy = policy + np.mean(changes, 0)
                 means.append(people.accuracy(policy, clients))
@@ -522,7 +530,8 @@ def main() -> None:
         if "sweep" in parts:
             figures["sweep_parallel_ratio"] = sweep_ratio(scratch, 1 if quick else 3)
         if "bytes" in parts:
-            figures["bytes_to_accuracy_ratio_8bit"] = bytes_ratio(3 if quick else 8)
+            for name, how in (("8bit", Quantize(bits=8)), ("top_k", TopK(fraction=SENT))):
+                figures[f"bytes_to_accuracy_ratio_{name}"] = bytes_ratio(3 if quick else 8, how)
         if "costs" in parts:
             figures["cost_model_largest_error_percent"] = cost_error(scratch, quick)
         if "fedbuff" in parts:

@@ -95,6 +95,20 @@ def test_no_client_of_two_prompts_is_without_held_out_rows(tmp_path: Path) -> No
     assert all(by_rule(r, Files(path=str(mixed))) for r in large.test)
 
 
+def test_who_comes_with_sides_has_something_to_choose_by_too(tmp_path: Path) -> None:
+    rows = [{**row, "split": "train"} for row in make_rows([5] * 8)]
+    tested = [{**row, "prompt": f"held out: {row['prompt']}", "split": "test"} for row in rows]
+    path = write_rows(tmp_path / "rows.jsonl", [*rows, *tested])
+    for seed in range(4):
+        source = Files(
+            path=str(path), split_column="split", validation_fraction=0.1, split_seed=seed
+        )
+        reading = read(source, Natural(), 0)
+        assert all(one.train and one.validation for one in reading.clients)
+        assert all(len(one.test) == 5 for one in reading.clients), "sides that are given stay"
+        assert reading.notes[0].count("have no validation rows by the rule") == 1
+
+
 def test_a_client_of_one_prompt_is_named(tmp_path: Path) -> None:
     texts = {"chosen": " a", "rejected": " b", "client": "tiny"}
     rows = [*make_rows([30]), {"prompt": "one that the rule trains on 1", **texts}]

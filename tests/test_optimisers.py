@@ -14,9 +14,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fedpref import Experiment, UserError, config
-from fedpref.algorithms import FedBuff, FedDPO, FedOpt, FedProx, Scaffold, StaleFedDPO
+from fedpref.algorithms import FedBuff, FedDPO, FedEF, FedOpt, FedProx, Scaffold, StaleFedDPO
 from fedpref.algorithms.fedopt import Adaptive, Momentum
 from fedpref.engines import Simulation
+from fedpref.engines.per_client import stored
 from fedpref.federation.local_training import LocalTraining, train_locally
 from fedpref.federation.participation import Arrivals, Participation
 from fedpref.federation.verbs import Client, work
@@ -187,6 +188,29 @@ def test_fedbuff_of_clients_that_wait_is_feddpo() -> None:
         (adapter,) = method.model(state)
         ends.append(float(cast(Tree, adapter)["x"][0]))
     assert ends[0] == pytest.approx(ends[1], abs=1e-6)
+
+
+@pytest.mark.parametrize(("fraction", "rounds"), [(1.0, 4), (0.5, 300)])
+def test_what_is_not_sent_is_sent_later_and_nothing_is_lost(fraction: float, rounds: int) -> None:
+    task: Any = Bowls()
+    shards = [Bowl(str(i), *numbers) for i, numbers in enumerate(CLIENTS)]
+    engine = Simulation(task, shards, seed=0, rounds=rounds)
+    method = FedEF(local=replace(PLAIN, steps=1), fraction=fraction)
+    start = torch.tensor([2.0, -3.0])
+    state = method.init(engine, {"x": start})
+    wanted = start
+    for number in range(rounds):
+        engine.begin(number, (0, 1))
+        before = state.adapter["x"]
+        state, _ = method.step(engine, state)
+        changes = [0.1 * curvature * (centre - before) for curvature, centre in CLIENTS]
+        wanted = wanted + torch.stack(changes).mean(0)
+        unsent = [stored(state.unsent)[i]["x"] for i in (0, 1)]
+        assert all((left == 0).sum() >= 2 * fraction for left in unsent)
+        got = state.adapter["x"] + torch.stack(unsent).mean(0)
+        torch.testing.assert_close(got, wanted, atol=1e-4, rtol=0)
+    if rounds > 100:  # the minimum of the mean, though half of each change comes late
+        assert state.adapter["x"].tolist() == pytest.approx([1.0, 1.0], abs=0.35)
 
 
 def test_who_is_done_first_comes_first_and_nobody_twice_in_a_step() -> None:

@@ -410,6 +410,7 @@ STEPS = [
     "scaffold",
     "feddpo-stale",
     "fedbuff",
+    "fed-ef",
     "decdpo",
     "choco",
     "decpdpo",

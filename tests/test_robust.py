@@ -19,7 +19,7 @@ import torch
 from conftest import leave, make_rows, write_rows
 from fedpref import Experiment, UserError
 from fedpref.channel.chain import Chain, Sender
-from fedpref.channel.compression import Quantize
+from fedpref.channel.compression import Quantize, TopK
 from fedpref.channel.robust import (
     GeometricMedian,
     Mean,
@@ -575,6 +575,34 @@ def test_compressed_messages_are_few_bytes_and_the_same_bits_over_sites(
     assert 0.2 < rows[0]["bytes_up"] / rows[2]["bytes_up"] < 0.45
 
 
+def test_sparse_changes_are_few_bytes_and_the_same_bits_over_sites(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
+    federation = {"weighting": "equal", "clients_per_round": 4}
+    local = content["algorithm"]["local"]
+    runs = {}
+    for name, fraction, clients in (
+        ("here", 0.1, None),
+        ("there", 0.1, Here(tmp_path / "sites")),
+        ("whole", 1.0, None),
+    ):
+        content["algorithm"] = {"name": "fed-ef", "fraction": fraction, "local": local}
+        runs[name] = run_to(parsed(content, federation=federation), tmp_path / name, clients)
+    content["algorithm"] = {"name": "feddpo", "local": local}
+    runs["feddpo"] = run_to(parsed(content, federation=federation), tmp_path / "feddpo")
+    trained = {
+        name: trees.load(next(run.path.rglob("adapter_model.safetensors")))
+        for name, run in runs.items()
+    }
+    for name, tensor in trained["here"].items():
+        assert torch.equal(tensor, trained["there"][name])
+        torch.testing.assert_close(trained["whole"][name], trained["feddpo"][name])
+    assert apart(trained["here"], trained["feddpo"]) > 0
+    rows = {name: run.read_rows("metrics.jsonl")[-1]["bytes_up"] for name, run in runs.items()}
+    assert rows["here"] == rows["there"]
+    assert rows["here"] < 0.35 * rows["feddpo"], "a value and its place take twice a value's bytes"
+
+
 def test_what_is_rounded_at_random_is_right_on_average() -> None:
     uplink = Chain((Quantize(bits=4).stage(),))
     draw = torch.Generator().manual_seed(0)
@@ -613,8 +641,53 @@ def test_what_is_not_compressed_as_agreed_is_refused(turned: Any) -> None:
 
 
 @pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"secrecy": {"name": "masks"}}, "under masks the words"),
+        ({"privacy": CLIENTS}, "noise on sums"),
+        ({"federation": {"combine": {"name": "median"}}}, "compressed changes do not go"),
+    ],
+)
+def test_sparse_changes_are_refused_where_words_of_a_fixed_size_are_sent(
+    changes: dict[str, Any], reason: str, content: dict[str, Any]
+) -> None:
+    content["algorithm"] = {"name": "fed-ef", "local": content["algorithm"]["local"]}
+    with pytest.raises(UserError, match=reason):
+        parsed(content, **changes)
+
+
+@pytest.mark.parametrize(
+    "turned",
+    [
+        lambda message: {},
+        lambda message: {"a": torch.zeros(3)},
+        lambda message: {**message, "shape/a": torch.tensor([10**6, 10**6])},
+        lambda message: {**message, "shape/a": torch.tensor([-5, -10])},
+        lambda message: {**message, "shape/a": torch.tensor([50.0])},
+        lambda message: {**message, "places/a": message["places/a"].flip(0)},
+        lambda message: {**message, "places/a": message["places/a"].long()},
+        lambda message: {**message, "places/a": message["places/a"] + 49},
+        lambda message: {**message, "places/a": message["places/a"] - 1},
+        lambda message: {**message, "places/a": message["places/a"] * 0},
+        lambda message: {**message, "values/a": torch.ones(50)},
+        lambda message: {**message, "values/a": torch.ones(5, 1)},
+        lambda message: {**message, "values/a": torch.ones(5, dtype=torch.int32)},
+        lambda message: {**message, "more/a": torch.ones(1)},
+    ],
+)
+def test_sparse_messages_that_are_not_as_agreed_are_refused(turned: Any) -> None:
+    uplink = Chain((TopK(fraction=0.1).stage(),))
+    value = {"a": torch.arange(50.0).flip(0)}
+    sent = compressed(uplink, value, Sender(0, 0, torch.Generator()))
+    assert torch.equal(restored(uplink, sent)["a"][:5], value["a"][:5])
+    with pytest.raises(ValueError, match="not compressed as was agreed"):
+        restored(uplink, turned(sent))
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"algorithm": {"name": "fed-ef"}}, "federation.compress: fed-ef compresses its changes"),
         ({"secrecy": {"name": "masks"}}, "under masks the words"),
         ({"privacy": CLIENTS, "algorithm": {"name": "ffa-lora"}}, "noise on sums"),
         ({"algorithm": {"name": "decdpo"}}, "network.compress is for neighbours"),

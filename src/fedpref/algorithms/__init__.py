@@ -11,6 +11,7 @@ from fedpref.algorithms.decdpo import DecDPO
 from fedpref.algorithms.decdpo_stale import StaleDecDPO
 from fedpref.algorithms.decpdpo import DecPDPO
 from fedpref.algorithms.ditto import Ditto
+from fedpref.algorithms.fed_ef import FedEF
 from fedpref.algorithms.fedbuff import FedBuff
 from fedpref.algorithms.fedcmoo import FedCMOO
 from fedpref.algorithms.feddpa import FedDPA
@@ -36,6 +37,7 @@ Federated = (
     FedDPO
     | StaleFedDPO
     | FedBuff
+    | FedEF
     | FedPDPO
     | FedOpt
     | FedProx
@@ -84,6 +86,7 @@ __all__ = [
     "FedCMOO",
     "FedDPA",
     "FedDPO",
+    "FedEF",
     "FedOpt",
     "FedPDPO",
     "FedPer",

@@ -28,24 +28,50 @@ class TopK:
 
     def stage(self) -> Stage:
         """Return the stage of a channel."""
-        return Stage(self.name, self._encode, _dense)
+        return Stage(self.name, self._encode, self._decode)
 
-    def _encode(self, tree: Tree, sender: Sender) -> Tree:
+    def kept(self, tree: Tree) -> Tree:
+        """Return a tree with zeros in place of the entries that are not sent."""
+        return _dense(self._encode(tree))
+
+    def _encode(self, tree: Tree, sender: Sender | None = None) -> Tree:
         message: dict[str, Tensor] = {}
         for name, tensor in tree.items():
             flat = tensor.flatten()
-            places = (
-                flat.abs()
-                .topk(math.ceil(self.fraction * len(flat)), sorted=False)
-                .indices.sort()
-                .values
-            )
+            places = flat.abs().topk(self._count(len(flat)), sorted=False).indices.sort().values
             message |= {
                 VALUES + name: flat[places],
                 PLACES + name: places.int(),
                 SHAPE + name: torch.tensor(tensor.shape),
             }
         return message
+
+    def _count(self, size: int) -> int:
+        """Return how many of so many entries are sent."""
+        return math.ceil(self.fraction * size)
+
+    def _decode(self, message: Tree, count: int) -> Tree:
+        names = [key.removeprefix(VALUES) for key in message if key.startswith(VALUES)]
+        if message.keys() != {part + name for name in names for part in (VALUES, PLACES, SHAPE)}:
+            raise ValueError("a tensor has not all of its values, places and shape")
+        for name in names:
+            self._check(*(message[part + name] for part in (VALUES, PLACES, SHAPE)))
+        return _dense(message)
+
+    def _check(self, values: Tensor, places: Tensor, shape: Tensor) -> None:
+        """Raise ValueError where a message's parts do not fit one another: it may be hostile."""
+        sizes = shape.tolist() if shape.dim() == 1 and shape.dtype == torch.int64 else [-1]
+        size = math.prod(sizes)
+        if (
+            min(sizes, default=0) < 0
+            or values.shape != (self._count(size),)
+            or places.shape != values.shape
+            or places.dtype != torch.int32
+            or not values.is_floating_point()
+            or (len(places) and (int(places[0]) < 0 or int(places[-1]) >= size))
+            or bool((places[1:] <= places[:-1]).any())
+        ):
+            raise ValueError("values, places and shape of a tensor do not fit one another")
 
 
 @dataclass(frozen=True)
@@ -130,7 +156,7 @@ def alike(message: Tree, other: Tree) -> bool:
     )
 
 
-def _dense(message: Tree, count: int) -> Tree:
+def _dense(message: Tree) -> Tree:
     tree = {}
     for name in (key.removeprefix(VALUES) for key in message if key.startswith(VALUES)):
         values, shape = message[VALUES + name], message[SHAPE + name].tolist()

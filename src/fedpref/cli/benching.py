@@ -14,7 +14,10 @@ from fedpref.errors import UserError
 @app.command()
 def bench(
     suite: Annotated[
-        str, typer.Argument(help="quick, people or opposed.", metavar="[SUITE]")
+        str,
+        typer.Argument(
+            help="quick, people, opposed, opinions, objectives or papers.", metavar="[SUITE]"
+        ),
     ] = "quick",
     overrides: Overrides = None,
     output: Annotated[

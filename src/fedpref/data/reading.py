@@ -221,8 +221,9 @@ def _also(rows: Sequence[Row], source: DataSource, how: Natural) -> Also:
         trained: dict[str, set[str]] = {}
         for side, row in placed:
             client = str(row.columns[how.column])
-            # what the source itself puts on a side stays there
-            if side == "train" and row.side is None and client not in have:
+            # what the source itself trains on is never tested on, but may be set aside
+            may_be = row.side is None or purpose == "validation"
+            if side == "train" and may_be and client not in have:
                 trained.setdefault(client, set()).add(identity(row.prompt, source.split_by))
         lacking = {
             client: min(texts, key=lambda text: _place(text, source, purpose))

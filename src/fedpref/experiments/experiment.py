@@ -11,6 +11,7 @@ from pydantic import Field
 
 from fedpref import config
 from fedpref.algorithms import Alone, AnyAlgorithm, FedDPO, FedPDPO, Pooled
+from fedpref.channel.chain import Chain
 from fedpref.channel.robust import Mean
 from fedpref.data import Builtin, ClientData, Natural, Partition, Source
 from fedpref.data.preferences import Side
@@ -168,8 +169,11 @@ class Experiment:
                     "evaluate_clients: figures that are private, or sums under masks, are of all "
                     "clients. Leave it out."
                 )
-        if self.federation.compress is not None:
+        if self.uplink.stages:
             reasons = {
+                f"{algorithm.name} compresses its changes itself": (
+                    self.federation.compress and algorithm.compression
+                ),
                 "under masks the words that are summed are sent, of a fixed size": self.secrecy,
                 "noise on sums is of whole numbers, which are sent": self.of_clients,
                 f"{algorithm.name} has no mean; network.compress is for neighbours": (
@@ -178,7 +182,12 @@ class Experiment:
             }
             for reason, is_so in reasons.items():
                 if is_so:
-                    raise UserError(f"federation.compress: {reason}. Leave it out.")
+                    if algorithm.compression is None or self.federation.compress:
+                        raise UserError(f"federation.compress: {reason}. Leave it out.")
+                    raise UserError(
+                        f"{algorithm.name} sends compressed changes: {reason}. Leave that out, or "
+                        "take algorithm: feddpo."
+                    )
         if self.federation.concurrency is not None:
             if not algorithm.waits_for_nobody:
                 raise UserError(
@@ -255,6 +264,12 @@ class Experiment:
                 "set data.validation_fraction."
             )
         return ""
+
+    @property
+    def uplink(self) -> Chain:
+        """The stages on the way into a mean."""
+        compression = self.algorithm.compression
+        return Chain((compression.stage(),)) if compression else self.federation.uplink
 
     @property
     def looks(self) -> Literal["glance", "validate"]:

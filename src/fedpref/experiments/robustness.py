@@ -128,8 +128,9 @@ def refuse_robust(spec: Experiment) -> None:
             f"{who} and federation.clip both bound messages. Leave out one",
         ),
         (
-            is_ruled and spec.federation.compress is not None,
-            f"{who} and federation.compress do not go together yet. Leave out one",
+            is_ruled and bool(spec.uplink.stages),
+            f"{who} and compressed changes do not go together yet. Leave out federation.compress, "
+            "or take another algorithm than fed-ef",
         ),
         (
             isinstance(rule, NormBound) and isinstance(aggregate, Product),

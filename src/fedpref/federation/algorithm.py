@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Generic, TypeVar
 
 from fedpref import config
+from fedpref.channel.compression import TopK
 from fedpref.federation.aggregation import Aggregate, Factors
 from fedpref.federation.local_training import LocalTraining, joining
 from fedpref.federation.verbs import Federation, PerClient, Work
@@ -81,6 +82,13 @@ class Algorithm(ABC, Generic[S]):
     @property
     def aggregate(self) -> Aggregate | None:
         """How adapters become one; None where the algorithm leaves no choice."""
+        return None
+
+    @property
+    def compression(self) -> TopK | None:
+        """How what clients send for a mean is compressed, by an algorithm that sends later what is
+        lost; None where nothing is.
+        """
         return None
 
     @property
