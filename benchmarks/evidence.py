@@ -143,11 +143,15 @@ def small(folder: Path, data: Path | None) -> tuple[list[Path], list[Path], Path
     run(str(HERE / "language_laws.py"), "--quick", "--json", str(files[0]))
     parts = ("--parts", "shipped", "--fewer")
     run(str(HERE / "firm.py"), "--quick", *parts, "--json", str(files[1]))
+    benches = [bench]
     if data is not None:
+        benches.append(folder / "control")
+        where = ("--output", str(benches[1]), "--seeds", "1", "--only", CONTROL)
+        run("-m", "fedpref", "bench", "people", *where, "--data", str(data), *methods, *few)
         files.append(folder / "pluralllm.json")
         parts = ("--parts", "countries", "--quick", "--data", str(data))
         run(str(HERE / "pluralllm.py"), *parts, "--json", str(files[2]))
-    return [bench], files, tasted
+    return benches, files, tasted
 
 
 def main() -> None:

@@ -183,6 +183,12 @@ def test_every_set_and_method_of_a_suite_is_an_experiment(name: str, tmp_path: P
             assert replace(spec, baselines=suite.free).baselines == suite.free
 
 
+def test_the_board_in_the_documents_is_that_of_the_files_beside_it() -> None:
+    files = sorted((DOCS / "benchmark").glob("*.json"))
+    assert files
+    assert board(files).strip() in (DOCS / "benchmark.md").read_text()
+
+
 def test_methods_of_ones_own_stand_beside_the_first() -> None:
     suite = with_methods(suite_of("quick"), ["alone", "slow: algorithm.name=feddpo rounds=9"])
     assert suite.methods == ("feddpo", "alone", "slow: algorithm.name=feddpo rounds=9")

@@ -622,6 +622,7 @@ def test_what_is_rounded_at_random_is_right_on_average() -> None:
         lambda message: {},
         lambda message: {"a": torch.zeros(3)},
         lambda message: {**message, "shape/a": torch.tensor([10**6, 10**6])},
+        lambda message: {**message, "shape/a": torch.full((10**6,), 2**62)},
         lambda message: {**message, "shape/a": torch.tensor([-5, 10])},
         lambda message: {n: t for n, t in message.items() if not n.startswith("levels")},
         lambda message: {**message, "levels/a": torch.zeros(3, dtype=torch.uint8)},
@@ -646,6 +647,7 @@ def test_what_is_not_compressed_as_agreed_is_refused(turned: Any) -> None:
         ({"secrecy": {"name": "masks"}}, "under masks the words"),
         ({"privacy": CLIENTS}, "noise on sums"),
         ({"federation": {"combine": {"name": "median"}}}, "compressed changes do not go"),
+        ({"federation": {"clip": 1.0}}, "what federation.clip cuts off would never be sent"),
     ],
 )
 def test_sparse_changes_are_refused_where_words_of_a_fixed_size_are_sent(
@@ -672,6 +674,10 @@ def test_sparse_changes_are_refused_where_words_of_a_fixed_size_are_sent(
         lambda message: {**message, "values/a": torch.ones(50)},
         lambda message: {**message, "values/a": torch.ones(5, 1)},
         lambda message: {**message, "values/a": torch.ones(5, dtype=torch.int32)},
+        lambda message: {**message, "values/a": torch.ones(5, dtype=torch.float64)},
+        lambda message: {**message, "shape/a": torch.full((10**6,), 2**62)},
+        lambda message: {**message, "shape/a": torch.ones(10**6, dtype=torch.int64)},
+        lambda message: {**message, "shape/a": torch.tensor([2**29])},
         lambda message: {**message, "more/a": torch.ones(1)},
     ],
 )

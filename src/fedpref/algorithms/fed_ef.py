@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from fedpref.federation.algorithm import Algorithm
-from fedpref.federation.common import Sparse, no_moments
+from fedpref.federation.common import no_moments
 from fedpref.federation.local_training import LocalTraining, train_locally
 from fedpref.federation.verbs import Client, Federation, PerClient, work
 from fedpref.numerics import trees
@@ -42,7 +42,7 @@ def train(
     theta, moments, metrics = train_locally(client, adapter, method.local, moments)
     change = trees.subtract(theta, adapter)
     due = trees.add(change, unsent) if unsent else change
-    sent = method.compression.kept(due)
+    sent = trees.sparse(due, method.fraction)
     return sent, trees.subtract(due, sent), moments, metrics
 
 
@@ -52,7 +52,8 @@ class FedEF(Algorithm[State]):
 
     Shared: the adapter. Private: pairs, optimiser moments, and what of a client's changes was not
     yet sent, which is added to its next one. Averaged: the sent entries of changes of the LoRA
-    factors; where a client sends none, its share is zero. What everybody is sent is whole.
+    factors; where a client sends none, its share is zero. What everybody is sent is whole. A
+    client takes what it has sent for arrived: where it then falls out of the sum, that is lost.
     """
 
     name: Literal["fed-ef"] = "fed-ef"
@@ -68,8 +69,8 @@ class FedEF(Algorithm[State]):
     sends_local_steps = True
 
     @property
-    def compression(self) -> Sparse:
-        return Sparse(fraction=self.fraction)
+    def sent_fraction(self) -> float:
+        return self.fraction
 
     def init(self, fed: Federation, start: Tree) -> State:
         return State(start, fed.each(begin), fed.each(no_moments))

@@ -11,9 +11,12 @@ from pydantic import Field
 from torch import Tensor
 
 from fedpref.channel.chain import Sender, Stage
+from fedpref.numerics import trees
 from fedpref.numerics.trees import Tree
 from fedpref.types import Portion
 
+MOST = 2**28  # numbers that a sparse message may stand for: 1 GB
+DIMENSIONS = 8  # of a tensor
 VALUES, PLACES, SHAPE, LEVELS, SCALE = "values/", "places/", "shape/", "levels/", "scale/"
 
 
@@ -30,44 +33,41 @@ class TopK:
         """Return the stage of a channel."""
         return Stage(self.name, self._encode, self._decode)
 
-    def kept(self, tree: Tree) -> Tree:
-        """Return a tree with zeros in place of the entries that are not sent."""
-        return _dense(self._encode(tree))
-
-    def _encode(self, tree: Tree, sender: Sender | None = None) -> Tree:
+    def _encode(self, tree: Tree, sender: Sender) -> Tree:
         message: dict[str, Tensor] = {}
         for name, tensor in tree.items():
-            flat = tensor.flatten()
-            places = flat.abs().topk(self._count(len(flat)), sorted=False).indices.sort().values
+            places = trees.largest(tensor, self.fraction)
             message |= {
-                VALUES + name: flat[places],
+                VALUES + name: tensor.flatten()[places],
                 PLACES + name: places.int(),
                 SHAPE + name: torch.tensor(tensor.shape),
             }
         return message
 
-    def _count(self, size: int) -> int:
-        """Return how many of so many entries are sent."""
-        return math.ceil(self.fraction * size)
-
     def _decode(self, message: Tree, count: int) -> Tree:
         names = [key.removeprefix(VALUES) for key in message if key.startswith(VALUES)]
         if message.keys() != {part + name for name in names for part in (VALUES, PLACES, SHAPE)}:
             raise ValueError("a tensor has not all of its values, places and shape")
+        # few entries stand for many, which are made before anything else is known of them
+        if sum(_size(message[SHAPE + name]) for name in names) > MOST:
+            raise ValueError(f"it stands for more than {MOST} numbers")
         for name in names:
             self._check(*(message[part + name] for part in (VALUES, PLACES, SHAPE)))
-        return _dense(message)
+        tree = {}
+        for name in names:
+            values, shape = message[VALUES + name], message[SHAPE + name].tolist()
+            dense = values.new_zeros(math.prod(shape))
+            tree[name] = dense.index_put_((message[PLACES + name].long(),), values).view(shape)
+        return tree
 
     def _check(self, values: Tensor, places: Tensor, shape: Tensor) -> None:
         """Raise ValueError where a message's parts do not fit one another: it may be hostile."""
-        sizes = shape.tolist() if shape.dim() == 1 and shape.dtype == torch.int64 else [-1]
-        size = math.prod(sizes)
+        size = _size(shape)
         if (
-            min(sizes, default=0) < 0
-            or values.shape != (self._count(size),)
+            values.shape != (math.ceil(self.fraction * size),)
             or places.shape != values.shape
             or places.dtype != torch.int32
-            or not values.is_floating_point()
+            or values.dtype != torch.float32
             or (len(places) and (int(places[0]) < 0 or int(places[-1]) >= size))
             or bool((places[1:] <= places[:-1]).any())
         ):
@@ -131,11 +131,9 @@ class Quantize:
 
     def _check(self, levels: Tensor, scale: Tensor, shape: Tensor) -> None:
         """Raise ValueError where a message's parts do not fit one another: it may be hostile."""
-        sizes = shape.tolist() if shape.dim() == 1 and shape.dtype == torch.int64 else [-1]
-        wanted = -(-math.prod(sizes) * self.bits // 8)
+        wanted = -(-_size(shape) * self.bits // 8)
         if (
-            min(sizes, default=0) < 0
-            or levels.dtype != torch.uint8
+            levels.dtype != torch.uint8
             or levels.shape != (wanted,)
             or scale.dtype != torch.float32
             or scale.shape != (1,)
@@ -156,16 +154,17 @@ def alike(message: Tree, other: Tree) -> bool:
     )
 
 
-def _dense(message: Tree) -> Tree:
-    tree = {}
-    for name in (key.removeprefix(VALUES) for key in message if key.startswith(VALUES)):
-        values, shape = message[VALUES + name], message[SHAPE + name].tolist()
-        tree[name] = (
-            values.new_zeros(math.prod(shape))
-            .index_put_((message[PLACES + name].long(),), values)
-            .view(shape)
-        )
-    return tree
+def _size(shape: Tensor) -> int:
+    """Return how many entries a tensor of a shape has that came with a message.
+
+    Raises:
+        ValueError: It is no shape. Products of many numbers, or of large ones, are not formed.
+    """
+    is_one = shape.dim() == 1 and shape.dtype == torch.int64 and len(shape) <= DIMENSIONS
+    sizes = shape.tolist() if is_one else [-1]
+    if not all(0 <= size <= MOST for size in sizes):
+        raise ValueError("a tensor's shape is none")
+    return math.prod(sizes)
 
 
 def _packed(levels: Tensor, bits: int) -> Tensor:

@@ -12,6 +12,7 @@ from pydantic import Field
 from fedpref import config
 from fedpref.algorithms import Alone, AnyAlgorithm, FedDPO, FedPDPO, Pooled
 from fedpref.channel.chain import Chain
+from fedpref.channel.compression import TopK
 from fedpref.channel.robust import Mean
 from fedpref.data import Builtin, ClientData, Natural, Partition, Source
 from fedpref.data.preferences import Side
@@ -170,10 +171,12 @@ class Experiment:
                     "clients. Leave it out."
                 )
         if self.uplink.stages:
+            is_own = algorithm.sent_fraction is not None
             reasons = {
-                f"{algorithm.name} compresses its changes itself": (
-                    self.federation.compress and algorithm.compression
-                ),
+                f"{algorithm.name} compresses its changes itself": is_own
+                and self.federation.compress,
+                "what federation.clip cuts off would never be sent": is_own
+                and self.federation.clip,
                 "under masks the words that are summed are sent, of a fixed size": self.secrecy,
                 "noise on sums is of whole numbers, which are sent": self.of_clients,
                 f"{algorithm.name} has no mean; network.compress is for neighbours": (
@@ -182,7 +185,7 @@ class Experiment:
             }
             for reason, is_so in reasons.items():
                 if is_so:
-                    if algorithm.compression is None or self.federation.compress:
+                    if not is_own or self.federation.compress:
                         raise UserError(f"federation.compress: {reason}. Leave it out.")
                     raise UserError(
                         f"{algorithm.name} sends compressed changes: {reason}. Leave that out, or "
@@ -268,8 +271,12 @@ class Experiment:
     @property
     def uplink(self) -> Chain:
         """The stages on the way into a mean."""
-        compression = self.algorithm.compression
-        return Chain((compression.stage(),)) if compression else self.federation.uplink
+        fraction = self.algorithm.sent_fraction
+        return (
+            self.federation.uplink
+            if fraction is None
+            else Chain((TopK(fraction=fraction).stage(),))
+        )
 
     @property
     def looks(self) -> Literal["glance", "validate"]:

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Generic, TypeVar
 
 from fedpref import config
-from fedpref.channel.compression import TopK
 from fedpref.federation.aggregation import Aggregate, Factors
 from fedpref.federation.local_training import LocalTraining, joining
 from fedpref.federation.verbs import Federation, PerClient, Work
@@ -85,9 +84,9 @@ class Algorithm(ABC, Generic[S]):
         return None
 
     @property
-    def compression(self) -> TopK | None:
-        """How what clients send for a mean is compressed, by an algorithm that sends later what is
-        lost; None where nothing is.
+    def sent_fraction(self) -> float | None:
+        """The share of entries that clients send for a mean, by an algorithm that sends the others
+        later; None where all are sent.
         """
         return None
 

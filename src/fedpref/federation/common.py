@@ -7,12 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from fedpref.channel.compression import TopK
 from fedpref.federation.local_training import LocalTraining, train_locally
 from fedpref.federation.verbs import COPY, MOMENTS, Client, PerClient, work
 from fedpref.numerics.trees import Tree
-
-Sparse = TopK  # the largest entries of a change, which are all of it that travels
 
 
 @dataclass(frozen=True)

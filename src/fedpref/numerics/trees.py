@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -116,6 +117,28 @@ def norm(tree: Tree) -> float:
         if tree
         else 0.0
     )
+
+
+def largest(tensor: Tensor, fraction: float) -> Tensor:
+    """Return the places of a share of a tensor's entries, those of the largest magnitude, in order.
+
+    Args:
+        tensor: Of any shape; places are those in its flat form.
+        fraction: Of the entries; the number is rounded up.
+    """
+    flat = tensor.flatten().abs()
+    return flat.topk(math.ceil(fraction * len(flat)), sorted=False).indices.sort().values
+
+
+def sparse(tree: Tree, fraction: float) -> Tree:
+    """Return a tree with zeros in place of all but each tensor's largest entries."""
+    found = {}
+    for name, tensor in tree.items():
+        places = largest(tensor, fraction)
+        kept = torch.zeros_like(tensor).flatten()
+        kept[places] = tensor.flatten()[places]
+        found[name] = kept.view(tensor.shape)
+    return found
 
 
 def size(tree: Tree) -> int:
