@@ -13,11 +13,11 @@ from typer.testing import CliRunner
 from fedpref import UserError
 from fedpref.bench.leaderboard import board, read_submission, submission, write_tables
 from fedpref.bench.suites import SUITES, DataSet, Suite, suite_of, with_methods
-from fedpref.bench.trials import Study
+from fedpref.bench.trials import COSTS, Study
 from fedpref.cli import app
 from fedpref.experiments.experiment import Experiment
 from fedpref.experiments.finished import FinishedRun
-from fedpref.experiments.run_directory import RunDirectory
+from fedpref.experiments.run_directory import DONE, RunDirectory
 from fedpref.experiments.run_files import METRICS
 from fedpref.reports.comparison import compare
 from fedpref.runs.sweep import parse_variant
@@ -103,16 +103,13 @@ def test_a_study_is_estimated_before_it_begins_and_measured_as_it_goes(done: Stu
     sent = sum(row["bytes_up"] + row["bytes_down"] for row in rounds)
     assert guess.bytes == pytest.approx(done.planned() * sent, rel=0.05), "but for headers"
     costs = done.costs(data)
-    assert costs.keys() == {
-        f"{method}/seed-{seed}{what}"
-        for method in done.methods
-        for seed in range(2)
-        for what in ("", "/trials")
-    }
-    assert all(seconds > 0 for seconds in costs.values())
+    runs = {f"{method}/seed-{seed}" for method in done.methods for seed in range(2)}
+    assert {name for name in costs if not name.startswith("trials/")} == runs
+    assert len(costs) == done.planned()
+    assert all(costs.values())
     write_tables(done)
     own = read_submission(done.output / "bench.json")["sets"]["rows"]["methods"]["alone"]
-    assert own["processor_seconds"] == (costs["alone/seed-0"] + costs["alone/seed-1"]) / 2
+    assert own["processor_seconds"] == sum(costs[f"alone/seed-{seed}"] or 0 for seed in (0, 1)) / 2
     seconds = f"{own['processor_seconds']:,.0f}"
     (line,) = [
         line
@@ -150,13 +147,43 @@ def test_tables_and_the_file_to_send_in_say_what_comparing_says(done: Study) -> 
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[]", "{}", '{"format": 1}', '{"format": 99, "suite": "x"}']
+    "content", ["", "[]", "{}", '{"format": 2}', '{"format": "2", "suite": "x"}', "[" * 10**5]
 )
 def test_what_was_not_written_by_bench_is_refused(content: str, tmp_path: Path) -> None:
     file = tmp_path / "sent.json"
     file.write_text(content)
     with pytest.raises(UserError, match="no file of `fedpref bench`"):
         board([file])
+
+
+def test_a_file_of_another_format_says_so(tmp_path: Path) -> None:
+    (tmp_path / "sent.json").write_text('{"format": 1, "suite": "x"}')
+    with pytest.raises(UserError, match="its format is 1, and this fedpref reads 2"):
+        board([tmp_path / "sent.json"])
+
+
+def test_a_run_of_other_settings_is_not_taken_for_this_one(done: Study) -> None:
+    with pytest.raises(UserError, match="there is a run of other settings here"):
+        next(replace(done, overrides=("rounds=2",)).carry_out())
+
+
+def test_what_a_killed_session_took_is_not_known(done: Study, tmp_path: Path) -> None:
+    killed = replace(done, output=tmp_path / "killed")
+    (data,) = done.suite.sets
+    happened = killed.carry_out()
+    next(happened)
+    happened.close()
+    file = killed.output / data.name / COSTS
+    path, _ = killed.run(data, "feddpo", 0)
+    (path / DONE).unlink()  # as a kill before its end leaves it
+    file.write_text(json.dumps({**killed.costs(data), "feddpo/seed-0": None}))
+    for _ in killed.carry_out():
+        pass
+    assert RunDirectory(path).done
+    write_tables(killed)
+    methods = read_submission(killed.output / "bench.json")["sets"]["rows"]["methods"]
+    assert methods["feddpo"]["processor_seconds"] is None
+    assert methods["alone"]["processor_seconds"] is not None
 
 
 def test_names_in_a_file_that_was_sent_in_are_no_markup(done: Study, tmp_path: Path) -> None:

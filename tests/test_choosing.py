@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,29 @@ def test_who_comes_with_sides_has_something_to_choose_by_too(tmp_path: Path) -> 
         assert all(one.train and one.validation for one in reading.clients)
         assert all(len(one.test) == 5 for one in reading.clients), "sides that are given stay"
         assert reading.notes[0].count("have no validation rows by the rule") == 1
+
+
+def test_nobody_is_left_without_training_rows_for_anothers_sake(tmp_path: Path) -> None:
+    texts = {"chosen": " a", "rejected": " b", "split": "train"}
+    pairs = [("A", "p1"), ("A", "p3"), ("B", "p1"), ("B", "p2"), ("C", "p2"), ("C", "p3")]
+    rows = [{**texts, "prompt": f"{prompt}?", "client": client} for client, prompt in pairs]
+    rows += [
+        {**texts, "prompt": f"of {client}", "client": client, "split": "test"} for client in "ABC"
+    ]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    for seed in range(30):
+        source = Files(
+            path=str(path), split_column="split", validation_fraction=0.001, split_seed=seed
+        )
+        # one prompt serves two of them, and another would be the last that somebody trains on
+        with pytest.raises(UserError, match=r"1 of 3 clients have no validation rows \((A|B|C)\)"):
+            read(source, Natural(), 0)
+    more = [{**texts, "prompt": f"p4 of {client}", "client": client} for client in "ABC"]
+    path = write_rows(tmp_path / "more.jsonl", [*rows, *more])
+    for seed in range(30):
+        source = replace(source, path=str(path), split_seed=seed)
+        clients = read(source, Natural(), 0).clients
+        assert all(one.train and one.validation for one in clients)
 
 
 def test_a_client_of_one_prompt_is_named(tmp_path: Path) -> None:

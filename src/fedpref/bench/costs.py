@@ -79,7 +79,7 @@ def expected(spec: Experiment) -> Cost:
     work = spec.rounds * cohort * drawn + FORWARD * (looks * held_out + rows)
     processes = (spec.workers or task.devices) if can_fork() else 1
     sent = 2 * trees.size(adapter) * cohort * spec.rounds
-    return Cost(pair * work / processes, float(sent))
+    return Cost(pair * work / min(processes, cohort), float(sent))
 
 
 def duration(seconds: float) -> str:

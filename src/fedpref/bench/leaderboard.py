@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +23,7 @@ from fedpref.reports.page import write_report
 from fedpref.reports.tables import bytes_text
 from fedpref.runs.sweep import SWEEP, members
 
-FORMAT = 1
+FORMAT = 2
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -48,7 +47,7 @@ class Figures(TypedDict):
 
 
 class SetFigures(TypedDict):
-    """What methods, and baselines that cost nothing, came to on a set."""
+    """What methods, and baselines that are not trained, came to on a set."""
 
     unit: str
     model: str
@@ -84,6 +83,7 @@ def submission(study: Study) -> Submission:
         if not (folder / SWEEP).is_file():
             continue
         rates, costs = study.chosen_rates(data), study.costs(data)
+        seeds = [FinishedRun.at(path).experiment.seed for path in members(folder)]
         first = FinishedRun.at(members(folder)[0])
         rows = compare([folder])
         sets[data.name] = {
@@ -102,8 +102,10 @@ def submission(study: Study) -> Submission:
                     "gain_high": _number(row.gain[2]) if row.gain else None,
                     "pairs": _number(row.seen),
                     "seconds_per_round": row.seconds_per_round,
-                    "processor_seconds": _mean(costs, row.name, ""),
-                    "trial_processor_seconds": _mean(costs, row.name, f"/{TRIALS}"),
+                    "processor_seconds": _mean(costs, f"{row.name}/seed-SEED", seeds),
+                    "trial_processor_seconds": _mean(
+                        costs, f"{TRIALS}/{row.name}/seed-SEED/", seeds
+                    ),
                     "bytes_per_round": row.bytes_per_round,
                     "rates": rates[row.name],
                 }
@@ -125,11 +127,26 @@ def submission(study: Study) -> Submission:
     }
 
 
-def _mean(costs: Mapping[str, float], method: str, what: str) -> float | None:
-    """Return the mean over seeds of what a method's runs, or its trials, took."""
-    form = re.compile(rf"{re.escape(method)}/seed-\d+{what}")
-    some = [value for name, value in costs.items() if form.fullmatch(name)]
-    return sum(some) / len(some) if some else None
+def _mean(costs: Mapping[str, float | None], folder: str, seeds: Iterable[int]) -> float | None:
+    """Return the mean over seeds of what runs in a folder took; None where a part is not known.
+
+    Args:
+        costs: By run.
+        folder: The run's, or what all of them are in, with `SEED` for the seed.
+        seeds: The seeds.
+    """
+    totals = []
+    for seed in set(seeds):
+        place = folder.replace("SEED", str(seed))
+        some = [
+            seconds
+            for name, seconds in costs.items()
+            if name == place or (place.endswith("/") and name.startswith(place))
+        ]
+        if not some or None in some:
+            return None
+        totals.append(sum(seconds for seconds in some if seconds is not None))
+    return sum(totals) / len(totals)
 
 
 def _costs(figures: SetFigures) -> str:
@@ -148,7 +165,11 @@ def _costs(figures: SetFigures) -> str:
             ),
         )
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    said = (
+        "The first method's runs also make the baselines that are not trained, and its trials what "
+        "is computed once for all."
+    )
+    return "\n".join([*lines, "", said]) + "\n"
 
 
 def _number(value: float) -> float | None:
@@ -200,15 +221,14 @@ def read_submission(path: Path) -> Submission:
         UserError: It is none, or of another format.
     """
     try:
-        found = _FORM.validate_json(path.read_bytes(), strict=False)
-    except (OSError, ValidationError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        content = json.loads(path.read_bytes())
+        form = content.get("format") if isinstance(content, dict) else FORMAT
+        if isinstance(form, int) and form != FORMAT:
+            raise UserError(f"{path}: its format is {form}, and this fedpref reads {FORMAT}.")
+        return _FORM.validate_python(content, strict=False)
+    except (OSError, ValidationError, ValueError, RecursionError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{path}: this is no file of `fedpref bench`: {reason}.") from error
-    if found["format"] != FORMAT:
-        raise UserError(
-            f"{path}: its format is {found['format']}, and this fedpref reads {FORMAT}."
-        )
-    return found
 
 
 def board(paths: Sequence[Path]) -> str:

@@ -137,7 +137,7 @@ SUITES = {
         Suite("opposed", "clients who want opposite things", OPPOSED, METHODS),
         Suite(
             "opinions",
-            "groups whose opinions are predicted, those that never trained too",
+            "groups whose opinions are predicted",
             OPINIONS,
             ("pluralllm", "alone", "pooled"),
             rates=("1e-4", "3e-4", "1e-3"),

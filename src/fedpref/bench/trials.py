@@ -22,6 +22,7 @@ from fedpref.runs.sweep import (
     selecting,
     side_by_side,
     sweep,
+    unfinished,
     with_grid,
     write_plan,
 )
@@ -104,9 +105,9 @@ class Study:
                         return
                     trials = self.trials(data, method, seed)
                     write_plan(trials, self._trials(data, method, seed), self.suite.metric)
-                    new = self._do(trials, data, f"{method}/seed-{seed}/{TRIALS}", parallel)
+                    new = self._do(trials, data, parallel)
                     path, experiment = self.run(data, method, seed)
-                    new += self._do({path: experiment}, data, f"{method}/seed-{seed}")
+                    new += self._do({path: experiment}, data)
                     made, total = made + new, total - (len(trials) + 1 - new)
                     self._keep(data)
                     if new:
@@ -117,34 +118,56 @@ class Study:
                             f"{len(trials)}; about {duration(left)} left"
                         )
 
-    def _do(
-        self, runs: Mapping[Path, Experiment], data: DataSet, called: str, parallel: int = 1
-    ) -> int:
+    def _do(self, runs: Mapping[Path, Experiment], data: DataSet, parallel: int = 1) -> int:
         """Carry out what is not done of some runs, and return how many these were.
 
-        What they take is kept under what they are called; of what was cut short before, nothing.
+        What each takes is kept over sessions, unless one of these is killed.
+
+        Raises:
+            UserError: A run failed, or one of other settings is in its place.
         """
         cache = self.output / data.name / "cache"
-        left = {path: one for path, one in runs.items() if not RunDirectory(path).done}
-        if not left:
-            return 0
-        with processor_seconds() as took:
-            if parallel > 1 and len(left) > 1:
-                for path, why in side_by_side(left, cache, parallel):
-                    if why:
-                        raise UserError(f"{path}: {why}")
-            else:
-                for _, events in sweep(left, cache):
-                    for _ in events:
-                        pass
-        costs = {**self.costs(data), called: took[0]}
-        files.write(self.output / data.name / COSTS, json.dumps(costs, indent=1) + "\n")
+        left = unfinished(runs)
+        costs = self.costs(data)
+        before = {path: costs.get(self._place(path, data)) for path in left}
+        # what a session took that was killed nobody knows
+        before |= {path: 0.0 for path in left if not path.exists()}
+        self._write_costs(data, dict.fromkeys(left))
+        if parallel > 1 and len(left) > 1:
+            ended = side_by_side(left, cache, parallel)
+            for _ in left:
+                with processor_seconds() as took:
+                    path, why = next(ended)
+                self._write_costs(data, {path: _sum(before[path], took[0])})
+                if why:
+                    raise UserError(f"{path}: {why}")
+        else:
+            for path, events in sweep(left, cache):
+                try:
+                    with processor_seconds() as took:
+                        for _ in events:
+                            pass
+                finally:
+                    self._write_costs(data, {path: _sum(before[path], took[0])})
         return len(left)
 
-    def costs(self, data: DataSet) -> dict[str, float]:
-        """Return processor seconds of what was done, by `METHOD/seed-SEED`, trials apart."""
+    def _write_costs(self, data: DataSet, costs: Mapping[Path, float | None]) -> None:
+        """Write what runs have taken, beside what is there."""
+        named = {self._place(path, data): seconds for path, seconds in costs.items()}
+        whole = {**self.costs(data), **named}
+        files.write(self.output / data.name / COSTS, json.dumps(whole, indent=1) + "\n")
+
+    def _place(self, path: Path, data: DataSet) -> str:
+        """Return a run's folder within that of its set."""
+        return path.relative_to(self.output / data.name).as_posix()
+
+    def costs(self, data: DataSet) -> dict[str, float | None]:
+        """Return processor seconds of runs and trials, by their folder within the set's.
+
+        None is of one of which a part is not known.
+        """
         file = self.output / data.name / COSTS
-        found: dict[str, float] = json.loads(file.read_text()) if file.is_file() else {}
+        found: dict[str, float | None] = json.loads(file.read_text()) if file.is_file() else {}
         return found
 
     @property
@@ -153,7 +176,7 @@ class Study:
         return any(self.costs(data) for data in self.suite.sets)
 
     def expected(self) -> Cost:
-        """Return what all runs together would cost, were all methods as cheap as the first.
+        """Return what all runs together would cost, were all methods as cheap as plain averaging.
 
         Raises:
             UserError: A set or the model cannot be read.
@@ -184,3 +207,7 @@ class Study:
         for path, experiment in planned(self.output / data.name).items():
             rates.setdefault(path.parent.name, []).append(experiment.algorithm.local.learning_rate)
         return rates
+
+
+def _sum(before: float | None, seconds: float) -> float | None:
+    return None if before is None else before + seconds

@@ -83,7 +83,7 @@ def bench(
     )
     if not study.has_begun:
         console.print(
-            f"By a step of the first method: {study.expected().said}. The first result says it "
+            f"By a step of plain training: {study.expected().said}. The first result says it "
             "better.",
             highlight=False,
             soft_wrap=True,

@@ -210,10 +210,14 @@ def _also(rows: Sequence[Row], source: DataSource, how: Natural) -> Also:
     """Return what else is held out, so that no client of several prompts is without held-out rows.
 
     Of such a client it is the prompt whose hash is the lowest, which a larger fraction would hold
-    out first.
+    out first, but none without which somebody would have no training rows left.
     """
     also = Also()
     counts = Counter(str(row.columns[how.column]) for row in rows)
+
+    def is_wanted(client: str) -> bool:
+        return counts[client] >= how.min_rows and (not how.only or client in map(str, how.only))
+
     wanted: list[Purpose] = ["test", "validation"] if source.validation_fraction else ["test"]
     for purpose in wanted:
         placed, _ = _sides(rows, source, also)
@@ -223,15 +227,25 @@ def _also(rows: Sequence[Row], source: DataSource, how: Natural) -> Also:
             client = str(row.columns[how.column])
             # what the source itself trains on is never tested on, but may be set aside
             may_be = row.side is None or purpose == "validation"
-            if side == "train" and may_be and client not in have:
+            if side == "train" and may_be and client not in have and is_wanted(client):
                 trained.setdefault(client, set()).add(identity(row.prompt, source.split_by))
-        lacking = {
-            client: min(texts, key=lambda text: _place(text, source, purpose))
-            for client, texts in sorted(trained.items())
-            if len(texts) > 1
-            and counts[client] >= how.min_rows
-            and (not how.only or client in map(str, how.only))
-        }
+        poor = {client: texts for client, texts in sorted(trained.items()) if len(texts) > 1}
+        left: dict[str, set[str]] = {}  # prompts that a client still trains on
+        askers: dict[str, set[str]] = {}  # who trains on a prompt
+        for side, row in placed if poor else ():
+            client = str(row.columns[how.column])
+            if side == "train" and is_wanted(client):
+                text = identity(row.prompt, source.split_by)
+                left.setdefault(client, set()).add(text)
+                askers.setdefault(text, set()).add(client)
+        lacking: dict[str, str] = {}
+        for client, texts in poor.items():
+            for text in sorted(texts, key=lambda text: _place(text, source, purpose)):
+                if all(len(left[one]) > 1 for one in askers[text]):
+                    lacking[client] = text
+                    for one in askers[text]:
+                        left[one].discard(text)
+                    break
         if lacking:
             note = (
                 f"{len(lacking)} clients have no {NAMES[purpose]} rows by the rule; of each the "

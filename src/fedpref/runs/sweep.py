@@ -301,6 +301,11 @@ def _member(
         end.send("")
 
 
+def unfinished(runs: Mapping[Path, Experiment]) -> dict[Path, Experiment]:
+    """Return what of a sweep is not done; raises UserError where other runs are in the way."""
+    return {path: experiment for path, experiment, _ in _left(runs)}
+
+
 def _left(runs: Mapping[Path, Experiment]) -> list[tuple[Path, Experiment, RunDirectory]]:
     """Return what is not done yet; raises UserError where other runs are in the way."""
     left = []
