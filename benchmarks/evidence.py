@@ -9,8 +9,9 @@ policy, in points of held-out accuracy: `policy_gain_best_rival_SET` over the fe
 mean is the highest, with the interval's ends as `_low` and `_high`, `policy_gain_alone_SET`, and
 `policy_gain_words_SET` over the best regression on word counts. `control_gain_openai` is the first
 of these on the summaries of OpenAI's labellers, who hardly differ. `--style` is a run with
-`task.generation.rewards.taste`: `style_gain_opposed_clients` is the mean over clients of what the
-answers of their policies please them more than those of the model before. `--figures` are what
+`task.generation.rewards.taste`, as of the shipped clients: `style_gain_opposed_clients` is the mean
+over clients of what the answers of their policies please them more than those of the model before,
+with its interval's ends. `--figures` are what
 language_laws.py, pluralllm.py and firm.py write; names that those have are changed to those of this
 table. `--quick` makes all of it itself in a small form, but for what needs `--data`: the figures
 then say that it runs, and no more.
@@ -69,7 +70,7 @@ def policies(folder: Path) -> Iterator[tuple[str, float]]:
             assert gain is not None
             yield from named(f"policy_gain_{called}_{folder.name}", *gain)
             if called == "best_rival" and folder.name == CONTROL:
-                yield "control_gain_openai", gain[0]
+                yield from named("control_gain_openai", *gain)
     if lines := words(next(iter(runs.values()))):
         ours = accuracies(runs[OURS], OURS)
         name = max(lines, key=lambda name: float(lines[name].mean()))
@@ -84,6 +85,8 @@ def named(name: str, mean: float, low: float, high: float) -> list[tuple[str, fl
 def accuracies(paths: Sequence[Path], line: str) -> np.ndarray:
     """Return a line's accuracies [seeds, clients]."""
     rows = [FinishedRun.at(path).result().evaluations[line] for path in sorted(paths)]
+    if any(row.keys() != rows[0].keys() for row in rows):
+        raise SystemExit(f"{paths[0]}: its clients are not those of the other seeds")
     return np.array([[row[name][ACCURACY] for name in sorted(row)] for row in rows])
 
 
@@ -93,7 +96,7 @@ def words(paths: Sequence[Path]) -> Mapping[str, np.ndarray]:
     return {name: accuracies(paths, name) for name in found if name.startswith("words")}
 
 
-def style(path: Path) -> float:
+def style(path: Path) -> list[tuple[str, float]]:
     """Return what the answers of clients' policies please them more than those before."""
     run = FinishedRun.at(path)
     last = run.last_of(run.experiment.algorithm.name)["clients"]
@@ -102,7 +105,8 @@ def style(path: Path) -> float:
         for row in last.values()
         if "generation/taste" in row
     ]
-    return float(np.mean(gains))
+    ends = interval(np.array([gains]))
+    return named("style_gain_opposed_clients", float(np.mean(gains)), *ends)
 
 
 def collected(
@@ -120,7 +124,7 @@ def collected(
             elif name.startswith(KEPT):
                 figures[name] = value
     if styled is not None:
-        figures["style_gain_opposed_clients"] = style(styled)
+        figures |= dict(style(styled))
     return figures
 
 

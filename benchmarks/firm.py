@@ -342,7 +342,9 @@ def compared(
     }
     at_one_kl = equal_kl({name: by_name[name] for name in ("firm", *rivals)}, objectives, floor)
     found |= {
-        f"hypervolume_ratio_{name}_equal_kl": at_one_kl["firm"] / at_one_kl[name] for name in rivals
+        f"hypervolume_ratio_{name}_equal_kl": at_one_kl["firm"] / at_one_kl[name]
+        for name in rivals
+        if at_one_kl[name] > 0
     }
     found["drift_ratio_b0"] = mean["drift/weights"]["firm"] / mean["drift/weights"]["firm_b0"]
     found["upload_ratio_fedcmoo"] = mean["bytes_up"]["fedcmoo"] / mean["bytes_up"]["firm"]

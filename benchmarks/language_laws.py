@@ -6,13 +6,13 @@
 All by plain gradient descent at a constant rate, from an adapter that FedDPO has trained for some
 rounds, in float32. Of so many shipped clients E local steps on all of their pairs give a change;
 divided by the rate and E it is the gradient but for the drift, whose squared norm theory puts at
-(rate (E - 1))^2 while it is small: `drift_exponent_lm` is the exponent of E - 1,
-`drift_rate_exponent_lm` that of the rate, both 2 by theory. Clients of pairs dealt at random that
-gossip in single steps are apart by their batches' noise alone: after R rounds by rate^2 times the
-sum over the graph's eigenvalues but the first of l^2 + l^4 + ... + l^2R.
+(rate (E - 1))^2 while it is small: `drift_exponent_lm` is the exponent of E - 1 at the lowest of
+three rates, `drift_rate_exponent_lm` that of the rate, both 2 by theory. Clients of pairs dealt at
+random that gossip in single steps are apart by their batches' noise alone: after R rounds by rate^2
+times the sum over the graph's eigenvalues but the first of l^2 + l^4 + ... + l^2R.
 `consensus_exponent_lm` is the exponent of the rate, 2 by theory, `consensus_graphs_exponent_lm`
-that of the sum over graphs, 1 by theory. Means over repetitions, whose ends are `_low` and `_high`.
-`--quick` has the small shipped model and one repetition.
+that of the sum over graphs, 1 by theory. Means over repetitions, with the ends of Student's 95 %
+intervals as `_low` and `_high`. `--quick` has the small shipped model and one repetition.
 """
 
 from __future__ import annotations
