@@ -125,7 +125,8 @@ def collected(
                 figures[name] = value
     if styled is not None:
         figures |= dict(style(styled))
-    return figures
+    # two seeds have no interval
+    return {name: value for name, value in figures.items() if not np.isnan(value)}
 
 
 def small(folder: Path, data: Path | None) -> tuple[list[Path], list[Path], Path]:
