@@ -26,10 +26,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -131,22 +132,7 @@ def without_training(port: int, turns: int, flower: str | None, quick: bool) -> 
                 for engine in ENGINES:
                     if engine == "bare" and clients != sites:
                         continue  # FLARE alone has no clients in its sites
-                    file = place / "cells.json"
-                    file.write_text(json.dumps(content))
-                    ran = subprocess.run(
-                        [sys.executable, str(HERE / "engine_rounds.py"), engine, str(file)],
-                        capture_output=True,
-                        text=True,
-                        env={
-                            **os.environ,
-                            "PYTHONPATH": str(HERE),
-                            "FEDPREF_RUNS": str(place),
-                            "OMP_NUM_THREADS": "1",
-                        },
-                        start_new_session=True,  # FLARE's simulator ends its whole process group
-                    )
-                    results = json.loads(file.read_text()).get("results")
-                    assert results, ran.stdout[-3000:] + ran.stderr[-3000:]
+                    results = timed(engine, content, place)
                     for cell, rounds in zip(chosen, results, strict=True):
                         if engine == "bare" and cell[3]:
                             continue
@@ -177,6 +163,27 @@ def without_training(port: int, turns: int, flower: str | None, quick: bool) -> 
             found[_key("flower", *CELLS[0])] / found[_key("flare", *CELLS[0])]
         )
     return found
+
+
+def timed(engine: str, content: Mapping[str, Any], place: Path) -> list[Any]:
+    """Seconds of each round of some cells, by engine_rounds.py in a process of its own."""
+    file = place / "cells.json"
+    file.write_text(json.dumps(content))
+    ran = subprocess.run(
+        [sys.executable, str(HERE / "engine_rounds.py"), engine, str(file)],
+        capture_output=True,
+        text=True,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(HERE),
+            "FEDPREF_RUNS": str(place),
+            "OMP_NUM_THREADS": "1",
+        },
+        start_new_session=True,  # FLARE's simulator ends its whole process group
+    )
+    results: list[Any] = json.loads(file.read_text()).get("results")
+    assert results, ran.stdout[-3000:] + ran.stderr[-3000:]
+    return results
 
 
 @contextmanager

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import shutil
 import statistics
@@ -41,7 +40,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from engines import CONFIG, small_clients
+from engines import CONFIG, small_clients, timed
 from fedpref import Experiment, config
 from fedpref.algorithms import FedBuff
 from fedpref.channel.chain import Sender
@@ -461,28 +460,8 @@ def site_rounds(folder: Path, counts: Sequence[int], megabytes: float) -> dict[s
         spec = config.dump(Experiment.load(CONFIG, settings))
         for sites in (0, *counts):
             cells = [{"mb": megabytes, "rounds": 6, "gossip": False}]
-            file = folder / f"sites-{sites}.json"
-            file.write_text(json.dumps({"experiment": spec, "cells": cells, "sites": sites}))
-            here, engine = Path(__file__).resolve().parent, "flare-simulated"
-            ran = subprocess.run(
-                [
-                    sys.executable,
-                    str(here / "engine_rounds.py"),
-                    engine if sites else "simulation",
-                    str(file),
-                ],
-                capture_output=True,
-                text=True,
-                env={
-                    **os.environ,
-                    "PYTHONPATH": str(here),
-                    "FEDPREF_RUNS": str(folder),
-                    "OMP_NUM_THREADS": "1",
-                },
-                start_new_session=True,  # FLARE's simulator ends its whole process group
-            )
-            results = json.loads(file.read_text()).get("results")
-            assert results, ran.stdout[-3000:] + ran.stderr[-3000:]
+            content = {"experiment": spec, "cells": cells, "sites": sites}
+            results = timed("flare-simulated" if sites else "simulation", content, folder)
             figures[f"round_seconds_{sites}_sites"] = statistics.median(results[0][1:])
             print(f"{sites} sites: rounds of {results[0]} s", flush=True)
     return figures

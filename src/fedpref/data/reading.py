@@ -215,8 +215,10 @@ def _also(rows: Sequence[Row], source: DataSource, how: Natural) -> Also:
     also = Also()
     counts = Counter(str(row.columns[how.column]) for row in rows)
 
+    only = frozenset(map(str, how.only))
+
     def is_wanted(client: str) -> bool:
-        return counts[client] >= how.min_rows and (not how.only or client in map(str, how.only))
+        return counts[client] >= how.min_rows and (not only or client in only)
 
     wanted: list[Purpose] = ["test", "validation"] if source.validation_fraction else ["test"]
     for purpose in wanted:
