@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -34,24 +35,21 @@ class Cost:
     def __add__(self, other: Cost) -> Cost:
         return Cost(self.seconds + other.seconds, self.bytes + other.bytes)
 
-    def times(self, count: int) -> Cost:
-        """Return the cost of so many."""
-        return Cost(count * self.seconds, count * self.bytes)
-
     @property
     def said(self) -> str:
         """In words."""
         return f"about {duration(self.seconds)}, and {self.bytes / 1e6:,.0f} MB between clients"
 
 
-def expected(spec: Experiment) -> Cost:
-    """Return what a run of plain federated averaging would cost, from a step that is made here.
+def expected(spec: Experiment, runs: int) -> Cost:
+    """Return what runs of plain federated averaging would cost, from a step that is made here.
 
-    It is a guess: other algorithms do more in a step, answers may be longer than those of the first
-    client, and states that are computed once save time.
+    It is a guess: other algorithms do more in a step, answers may be longer than those of the
+    client with most of them, and what pairs share is counted for each.
 
     Args:
         spec: The experiment; its data are read.
+        runs: How many there are; the reference's scores are computed once for all.
 
     Raises:
         UserError: The data or the model cannot be read.
@@ -63,22 +61,22 @@ def expected(spec: Experiment) -> Cost:
     task.move_to(0)
     with one_thread(), TemporaryDirectory() as cache:
         shard = task.prepare(task.encode(some), Path(cache))
-        adapter, seconds = task.init(seeds.generator(0, "init")), 0.0
+        adapter, seconds = task.init(seeds.generator(0, "init")), math.inf
         one = LocalTraining(steps=1, batch_size=local.batch_size)
-        for turn in range(2):  # the first finds what is not there yet
+        for turn in range(3):  # the first finds what is not there yet
             draws = seeds.generator(0, f"cost {turn}")
             begun = time.perf_counter()
-            train_locally(Client(0, task, shard, draws, turn, 2), adapter, one, {})
-            seconds = time.perf_counter() - begun
+            train_locally(Client(0, task, shard, draws, turn, 3), adapter, one, {})
+            seconds = min(seconds, time.perf_counter() - begun)
     pair = seconds / min(local.batch_size, len(some.train))
     cohort = min(spec.federation.clients_per_round or len(clients), len(clients))
     drawn = local.steps * local.batch_size * local.gradient_accumulation_steps
     held_out = sum(len(client.test) for client in clients)
     looks = 1 + (spec.rounds // spec.evaluate_every if spec.evaluate_every else 0)
     rows = sum(len(client.train) for client in clients) + held_out
-    work = spec.rounds * cohort * drawn + FORWARD * (looks * held_out + rows)
+    work = runs * (spec.rounds * cohort * drawn + FORWARD * looks * held_out) + FORWARD * rows
     processes = (spec.workers or task.devices) if can_fork() else 1
-    sent = 2 * trees.size(adapter) * cohort * spec.rounds
+    sent = 2 * trees.size(adapter) * cohort * spec.rounds * runs
     return Cost(pair * work / min(processes, cohort), float(sent))
 
 

@@ -185,7 +185,7 @@ class Study:
         total = Cost()
         for data in self.suite.sets:
             settings = [*data.overrides(self.data), *self.overrides]
-            total += expected(Experiment.load(Path(data.config), settings)).times(runs)
+            total += expected(Experiment.load(Path(data.config), settings), runs)
         return total
 
     def _keep(self, data: DataSet) -> None:
