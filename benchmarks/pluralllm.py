@@ -3,10 +3,13 @@ opinions, and its speed.
 
     python benchmarks/pluralllm.py --data FOLDER
     python benchmarks/pluralllm.py --data FOLDER --parts countries --seeds 3
+    python benchmarks/pluralllm.py --data FOLDER --parts splits --model smollm2-q4 --rounds 30
 
 `countries`: the paper's 14, of which six never train. Its settings (six local steps a round with a
 cosine that goes up again, weights by points, evaluation on all questions; one step an epoch in the
 pooled line), then equal numbers of steps, one cosine, and questions that nobody trained on.
+`splits`: these last two lines where the six that never train are drawn, five times; the learning
+rate of each is chosen for each split by two of its eight countries, while it trains on six.
 `others`: opinion groups on Polis, workers of ukpconvarg. `speed`: rounds a second against the
 released program's way of working (plural_program.py), and a thousand groups. Runs are kept under
 --output and not done again.
@@ -37,7 +40,7 @@ from scipy import stats
 import plural_program
 from fedpref import Experiment
 from fedpref.algorithms import PluralLLM
-from fedpref.data.opinions import TRAINING_COUNTRIES
+from fedpref.data.opinions import TRAINING_COUNTRIES, UNSEEN_COUNTRIES
 from fedpref.engines import Simulation
 from fedpref.engines.workers import one_thread
 from fedpref.experiments.evaluations import evaluate
@@ -67,6 +70,9 @@ PAIRS = {
     "_equal_steps": ("federated", "pooled, equal steps"),
 }
 STEPS = {"pooled, as published": 1}  # a round; six in the other lines
+EQUAL = PAIRS["_equal_steps"]
+SPLITS, RATES, VALIDATING = 5, ("1e-4", "3e-4", "1e-3"), 2
+WAY = 0.9  # from the first evaluation to the common level, after which a line counts as there
 OTHERS = {
     "polis": ("data={{name: polis, path: {data}}}", "partition.min_rows=40"),
     "ukpconvarg": (
@@ -141,6 +147,95 @@ def countries(
     return trained(variants, numbers, common, output / "countries", progress)
 
 
+def splits(
+    data: str,
+    numbers: Sequence[int],
+    rounds: int,
+    settings: Sequence[str],
+    count: int,
+    output: Path,
+    progress: Console,
+) -> dict[str, float]:
+    """Federated against pooled, on questions that nobody trained on, where those who never train
+    are drawn; means over splits of means over seeds.
+    """
+    common = [f"data.path={data}", f"rounds={rounds}", "baselines=[]", *settings]
+    found: dict[str, list[float]] = {}
+    for split in range(count):
+        names = sorted(TRAINING_COUNTRIES + UNSEEN_COUNTRIES)
+        random.Random(split).shuffle(names)
+        unseen, training = names[: len(UNSEEN_COUNTRIES)], names[len(UNSEEN_COUNTRIES) :]
+        folder = output / f"split-{split}"
+        lines = {}
+        for line in EQUAL:
+            rate = best_rate(
+                line, training, common, folder / "trials" / line, progress, output / "cache"
+            )
+            chosen = [*common, f"evaluate_every={EVERY}", newcomers(unseen)]
+            text = f"{line}: {LINES[line]} algorithm.local.learning_rate={rate}"
+            lines |= trained([text], numbers, chosen, folder / line, progress, output / "cache")
+        for name, value in between(*(lines[line] for line in EQUAL)).items():
+            found.setdefault(name, []).append(value)
+        for name, value in baselines(data, *settings, newcomers(unseen)).items():
+            found.setdefault(name, []).append(100 * value)
+        progress.print(json.dumps({name: values[-1] for name, values in found.items()}))
+    return {
+        f"{name}{suffix}": value
+        for name, values in found.items()
+        for suffix, value in zip(("", "_low", "_high"), student(values), strict=False)
+    }
+
+
+def best_rate(
+    line: str,
+    training: Sequence[str],
+    settings: Sequence[str],
+    output: Path,
+    progress: Console,
+    cache: Path,
+) -> str:
+    """Return the rate with which a line that trains on all but two of these countries is best
+    aligned with the two.
+    """
+    groups = f"data.groups={json.dumps(list(training))}"
+    chosen = [*settings, groups, newcomers(training[:VALIDATING])]
+    texts = [f"{rate}: {LINES[line]} algorithm.local.learning_rate={rate}" for rate in RATES]
+    tried = trained(texts, [0], chosen, output, progress, cache)
+    return max(tried, key=lambda rate: tried[rate].unseen()[0])
+
+
+def newcomers(names: Sequence[str]) -> str:
+    return f"federation.newcomers={json.dumps(list(names))}"
+
+
+def between(federated: Line, pooled: Line) -> dict[str, float]:
+    """Compare lines: on groups that never trained, and the rounds, of equal steps and samples,
+    until the training groups are aligned as both are at some time.
+    """
+    ours, theirs = (100 * np.array(line.unseen()) for line in (federated, pooled))
+    saved = []
+    for pair in zip(federated.rows, pooled.rows, strict=True):
+        courses = [[row["summary"]["alignment"]["mean"] for row in rows] for rows in pair]
+        first = courses[0][0]
+        level = first + WAY * (min(max(course) for course in courses) - first)
+        reached = [
+            next(row["round"] for row, value in zip(rows, course, strict=True) if value >= level)
+            for rows, course in zip(pair, courses, strict=True)
+        ]
+        saved.append(100 * (1 - reached[0] / reached[1]))
+    return {
+        "splits_steps_saved_percent": statistics.fmean(saved),
+        "splits_alignment_gain_percent": float(100 * (ours / theirs - 1).mean()),
+        "splits_min_gap_points": 100
+        * statistics.fmean(a - b for a, b in zip(federated.least(), pooled.least(), strict=True)),
+        "splits_fairness_gap": statistics.fmean(
+            a - b for a, b in zip(federated.fairness(), pooled.fairness(), strict=True)
+        ),
+        "splits_federated": float(ours.mean()),
+        "splits_pooled": float(theirs.mean()),
+    }
+
+
 def others(
     data: str, numbers: Sequence[int], rounds: int, output: Path, progress: Console
 ) -> dict[str, dict[str, Line]]:
@@ -167,10 +262,11 @@ def trained(
     settings: Sequence[str],
     output: Path,
     progress: Console,
+    cache: Path | None = None,
 ) -> dict[str, Line]:
-    """These variants' runs, done or found."""
+    """These variants' runs, done or found; embeddings lie in `cache`."""
     runs = plan(CONFIG, variants, numbers, settings, output)
-    for path, happenings in sweep(runs, output / "cache"):
+    for path, happenings in sweep(runs, cache or output / "cache"):
         progress.print(str(path), highlight=False)
         show(happenings, progress)
     names = [variant.split(":", 1)[0] for variant in variants]
@@ -193,18 +289,20 @@ def baselines(data: str, *settings: str) -> dict[str, float]:
     spec = Experiment.load(CONFIG, [f"data.path={data}", *settings])
     task = spec.build_task()
     shards = [task.encode(client) for client in spec.clients()[0]]
+    late = spec.federation.joining([shard.name for shard in shards], spec.seed)
+    unseen = {shards[i].name for i in late}
     trained, all_answers = (
         "mean of the training groups' training answers",
         "mean of all their answers",
     )
     known: dict[str, dict[str, list[torch.Tensor]]] = {trained: {}, all_answers: {}}
     for shard in shards:
-        for name, answers in known.items() if shard.name in TRAINING_COUNTRIES else ():
+        for name, answers in known.items() if shard.name not in unseen else ():
             for question in (*shard.train, *(shard.test if name == all_answers else ())):
                 answers.setdefault(question.digest, []).append(torch.tensor(question.shares))
     found: dict[str, list[float]] = {"equal shares": [], **{name: [] for name in known}}
     for shard in shards:
-        if shard.name not in TRAINING_COUNTRIES:
+        if shard.name in unseen:
             truths = [torch.tensor(question.shares) for question in shard.asked]
             equal = [torch.full_like(y, 1 / len(y)) for y in truths]
             for name, values in found.items():
@@ -316,8 +414,17 @@ def with_interval(values: Sequence[float], scale: float = 100.0) -> str:
     mean = statistics.fmean(values)
     if len(values) < 2:
         return f"{scale * mean:.1f}"
+    mean, low, high = (scale * value for value in student(values))
+    return f"{mean:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def student(values: Sequence[float]) -> tuple[float, ...]:
+    """Return a mean and the ends of its interval, where there is more than one value."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return (mean,)
     spread = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
-    return f"{scale * mean:.1f} [{scale * (mean - spread):.1f}, {scale * (mean + spread):.1f}]"
+    return mean, mean - spread, mean + spread
 
 
 def line_table(title: str, lines: Mapping[str, Line]) -> Table:
@@ -397,8 +504,11 @@ def main() -> None:
     parser.add_argument(
         "--parts",
         nargs="+",
-        choices=["countries", "others", "speed"],
-        default=["countries", "others", "speed"],
+        choices=["countries", "splits", "others", "speed"],
+        help="by default all, with --quick countries and speed",
+    )
+    parser.add_argument(
+        "--model", default="builtin", help="what embeds questions; by default the shipped model"
     )
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=100)
@@ -408,11 +518,12 @@ def main() -> None:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="one seed, a few rounds, countries and speed alone; the figures mean less",
+        help="one seed, one split, a few rounds; the figures mean less",
     )
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
-    parts = ["countries", "speed"] if arguments.quick else arguments.parts
+    quick, whole = ["countries", "speed"], ["countries", "splits", "others", "speed"]
+    parts = arguments.parts or (quick if arguments.quick else whole)
     rounds, numbers = (
         (8, range(1)) if arguments.quick else (arguments.rounds, range(arguments.seeds))
     )
@@ -435,6 +546,13 @@ def main() -> None:
                     f"{name}, {line}": value
                     for name, value in baselines(arguments.data, *settings).items()
                 }
+        if "splits" in parts:
+            model = [f"task.model.path={arguments.model}"]
+            folder = output / f"splits-{arguments.model.replace('/', '-')}"
+            count = 1 if arguments.quick else SPLITS
+            of_splits = splits(arguments.data, numbers, rounds, model, count, folder, progress)
+            console.print(json.dumps(of_splits, indent=1))
+            found |= of_splits
         if "others" in parts:
             for name, of_set in others(arguments.data, numbers, rounds, output, progress).items():
                 console.print(other_table(name, of_set))

@@ -191,7 +191,7 @@ def test_a_sweep_runs_each_variant_and_seed_once(settings: dict[str, Any], tmp_p
     OmegaConf.save(OmegaConf.create({**settings, "baselines": ["alone"]}), config)
     runs = plan(
         config,
-        ["feddpo", "mine: algorithm.name=fedprox rounds=1"],
+        ["feddpo", "1e-4: algorithm.name=fedprox rounds=1"],
         [0, 1],
         ["rounds=2"],
         tmp_path / "out",
@@ -199,11 +199,11 @@ def test_a_sweep_runs_each_variant_and_seed_once(settings: dict[str, Any], tmp_p
     assert [str(path.relative_to(tmp_path / "out")) for path in runs] == [
         "feddpo/seed-0",
         "feddpo/seed-1",
-        "mine/seed-0",
-        "mine/seed-1",
+        "1e-4/seed-0",
+        "1e-4/seed-1",
     ]
     assert [(spec.name, spec.seed, spec.rounds, spec.baselines) for spec in runs.values()][2] == (
-        "mine",
+        "1e-4",
         0,
         1,
         (),

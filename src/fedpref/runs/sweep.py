@@ -206,8 +206,9 @@ def plan(
         is_said = any(text.startswith("data.split_seed=") for text in (*overrides, *own))
         for seed in seeds:
             split = [f"data.split_seed={seed}"] if redraws and not is_said else []
+            called = f"name={json.dumps(name)}"  # text, were it 1e-4 or null
             experiment = Experiment.load(
-                file, [*split, *overrides, *own, f"seed={seed}", f"name={name}", "baselines=[]"]
+                file, [*split, *overrides, *own, f"seed={seed}", called, "baselines=[]"]
             )
             path = output / name / f"seed-{seed}"
             if path in experiments:
