@@ -37,6 +37,7 @@ from fedpref.numerics.bradley_terry import Differences, folds, margins
 from fedpref.numerics.intervals import interval
 from fedpref.numerics.metrics import ACCURACY
 
+TABLES = Path(__file__).resolve().parent.parent.parent / "shared/data"
 FOLDS, FEWEST = 5, 20  # rows of a client that is measured
 MOST_CLIENTS, MOST_ROWS = 20, 100  # of the quick form
 BATCH, CONTEXT = 16, 384  # answers at a time, and tokens of a prompt with its answer
@@ -161,7 +162,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, required=True, help="a folder of NAME.jsonl.gz")
+    parser.add_argument("--data", type=Path, default=TABLES, help="a folder of NAME.jsonl.gz")
     parser.add_argument("--only", nargs="+", help="these sets")
     parser.add_argument("--no-probe", action="store_true", help="leave the model's states out")
     parser.add_argument("--models", action="store_true", help="train language models too")

@@ -42,12 +42,19 @@ RENAMED = {
     "rounds_saved_percent_equal_steps": "pluralllm_steps_saved_percent",
     "alignment_gain_percent_equal_steps": "pluralllm_alignment_gain_percent",
     "min_gap_points_equal_steps": "pluralllm_min_gap_points",
+    # of random splits of the countries, where those were made
+    **{
+        f"splits_{name}{end}": f"pluralllm_{name}{end}"
+        for name in ("steps_saved_percent", "alignment_gain_percent", "min_gap_points")
+        for end in ("", "_low", "_high")
+    },
     "smoothness_ratio_fedcmoo": "firm_smoothness_ratio_fedcmoo",
     "drift_ratio_b0": "firm_lambda_drift_ratio_b0",
     "hypervolume_ratio_fedcmoo_equal_kl": "firm_hypervolume_ratio_fedcmoo_equal_kl",
 }
 KEPT = ("drift_exponent_lm", "consensus_exponent_lm")
 HERE = Path(__file__).resolve().parent
+TABLES = HERE.parent.parent / "shared/data"
 
 
 def policies(folder: Path) -> Iterator[tuple[str, float]]:
@@ -166,7 +173,12 @@ def main() -> None:
     parser.add_argument("--bench", type=Path, nargs="*", default=[], help="folders of the bench")
     parser.add_argument("--figures", type=Path, nargs="*", default=[], help="other benchmarks'")
     parser.add_argument("--style", type=Path, help="a run whose answers are measured")
-    parser.add_argument("--data", type=Path, help="the public sets, which --quick can do without")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=TABLES if TABLES.is_dir() else None,
+        help="the public sets, which --quick can do without",
+    )
     parser.add_argument("--quick", action="store_true", help="make it all, in a small form")
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()

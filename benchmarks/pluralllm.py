@@ -2,8 +2,8 @@
 opinions, and its speed.
 
     python benchmarks/pluralllm.py --data FOLDER
-    python benchmarks/pluralllm.py --data FOLDER --parts countries --seeds 3
-    python benchmarks/pluralllm.py --data FOLDER --parts splits --model smollm2-q4 --rounds 30
+    python benchmarks/pluralllm.py --parts countries --seeds 3
+    python benchmarks/pluralllm.py --parts splits --model smollm2-q4 --rounds 30
 
 `countries`: the paper's 14, of which six never train. Its settings (six local steps a round with a
 cosine that goes up again, weights by points, evaluation on all questions; one step an epoch in the
@@ -499,7 +499,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--data", required=True, help="a folder with the public sets (docs/data.md)"
+        "--data",
+        default=str(CONFIG.parent.parent.parent / "shared/data"),
+        help="a folder with the public sets (docs/data.md)",
     )
     parser.add_argument(
         "--parts",

@@ -90,10 +90,16 @@ def test_a_run_that_stopped_before_them_makes_them_when_it_is_resumed(
     assert len(rows) == 1
 
 
-def test_states_are_means_over_an_answers_own_tokens(spec: Experiment) -> None:
+@pytest.mark.parametrize("layers", [None, "last-1"])
+def test_states_are_means_over_an_answers_own_tokens(
+    settings: dict[str, Any], layers: str | None
+) -> None:
+    settings["task"]["model"]["lora_layers_to_transform"] = layers
+    spec = config.parse(Experiment, settings, "test")
     task = spec.task.build()
     shard = task.encode(spec.clients()[0][0])
-    found = task.states(shard.test[:3])
+    task.states(shard.test[:3])
+    found = task.states(shard.test[:3])  # of what is kept at the trunk's end, where there is one
     example = shard.test[0]
     prompt, answer = list(example.prompt), list(example.answers[0])
     model = task.language.backbone.model

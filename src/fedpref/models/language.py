@@ -618,7 +618,7 @@ class LanguageModel:
         Args:
             rows: Prompts' tokens, each with its answers' tokens.
         """
-        states, layout, _, _ = self._states(None, rows, training=False)
+        states, layout, _, _ = self._states(None, rows, training=False, is_given=True)
         return _means(states.flatten(0, 1), layout, {})
 
     def run(
