@@ -23,7 +23,10 @@ from fedpref.reports.figures import draw_lines
 from fedpref.reports.run import Run, read
 
 WANTED: dict[str, tuple[list[str], list[Any]]] = {  # a config: overrides, charts
-    "demo": (["rounds=10", "evaluate_every=1"], [charts.learning, charts.held_out]),
+    "feddpo": (
+        ["rounds=10", "evaluate_every=1", "baselines=[alone,pooled]"],
+        [charts.learning, charts.held_out],
+    ),
     "decdpo": (["evaluate_every=1"], [methods.consensus, charts.held_out]),
     "fedpdpo": (
         ["evaluate_every=1", "federation.newcomers=0", "baselines=[alone]"],
