@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from conftest import TOKENIZER
 from fedpref.errors import UserError
@@ -361,6 +362,36 @@ def test_learned_positions_end_in_a_sentence(tmp_path: Path) -> None:
     model = opened(saved(tmp_path / "gpt2", config))
     with pytest.raises(UserError, match="the model takes 48"):
         model.log_probabilities(None, ROWS)
+
+
+def rewritten(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Change the weights of a folder."""
+    (file,) = folder.glob("*.safetensors")
+    weights = load_file(file)
+    change(weights)
+    save_file(weights, file, {"format": "pt"})
+
+
+def test_a_model_whose_files_lack_a_weight_or_hold_no_number_is_refused(tmp_path: Path) -> None:
+    path = saved(tmp_path / "lacking", transformers.LlamaConfig(**SMALL))
+    rewritten(path, lambda weights: weights.pop("model.layers.0.self_attn.q_proj.weight"))
+    with pytest.raises(UserError, match=r"files lack the weight '.*q_proj.weight', which would be"):
+        opened(path)
+    path = saved(tmp_path / "broken", transformers.LlamaConfig(**SMALL))
+    rewritten(path, lambda weights: weights["model.norm.weight"].fill_(float("nan")))
+    with pytest.raises(UserError, match="'model.norm.weight' hold numbers that are not finite"):
+        opened(path)
+    # one whose head is its embedding lacks nothing
+    config = transformers.LlamaConfig(**SMALL, tie_word_embeddings=True)
+    opened(saved(tmp_path / "tied", config))
+
+
+def test_an_adapter_folder_that_lacks_a_factor_is_refused(llama: Path, tmp_path: Path) -> None:
+    model = opened(llama)
+    model.export(some(model), tmp_path / "sft")
+    rewritten(tmp_path / "sft", lambda weights: weights.pop(sorted(weights)[0]))
+    with pytest.raises(UserError, match="files lack the weight"):
+        opened(tmp_path / "sft")
 
 
 # ---- the tokenizer

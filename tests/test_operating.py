@@ -65,6 +65,28 @@ def test_certificates_are_renewed_under_the_same_root_or_a_new_one(federation: P
     assert "fedpref site check" in (kit / kits.README).read_text()
 
 
+def test_a_name_that_a_federation_has_a_folder_of_is_no_participants(
+    federation: Path, tmp_path: Path
+) -> None:
+    before = (federation / kits.STATE / kits.CERTIFICATES).read_text()
+    for name in ("state", "State", "project.yml", "server", "Clinic"):
+        with pytest.raises(UserError, match="Give"):
+            kits.add(federation, name)
+        with pytest.raises(UserError, match="Give"):
+            kits.provision(tmp_path / "new", "trial", "here", 8002, ["clinic", name], "a@b.org")
+    assert (federation / kits.STATE / kits.CERTIFICATES).read_text() == before
+    with pytest.raises(UserError, match="ports go from 1"):
+        kits.provision(tmp_path / "new", "trial", "here", 70000, ["clinic"], "a@b.org")
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_roots_key_outlives_a_crash_between_two_folders(federation: Path) -> None:
+    (federation / kits.STATE).rename(federation / (kits.STATE + kits.BEFORE))
+    kits.renew(federation, ["clinic"])
+    assert (federation / kits.STATE / kits.CERTIFICATES).exists()
+    assert not (federation / (kits.STATE + kits.BEFORE)).exists()
+
+
 def test_a_site_is_looked_at_before_its_first_job(
     federation: Path, rows_file: Path, settings: dict[str, Any]
 ) -> None:

@@ -136,6 +136,39 @@ def test_a_system_prompt_in_prompt_or_answers_is_kept_once(
     assert (found.prompt, found.completion) == ((SYSTEM, *ASKED), (said("Apple"),))
 
 
+def test_users_turns_at_the_head_of_answers_belong_to_a_prompt_without_any(tmp_path: Path) -> None:
+    whole = {
+        "chosen": [*ASKED, said("Apple")],
+        "rejected": [*ASKED, said("Car")],
+    }
+    row = one(tmp_path, {"prompt": [SYSTEM], **whole})
+    assert (row.prompt, row.chosen) == ((SYSTEM, *ASKED), (said("Apple"),))
+    assert question(row.prompt) == "Name a fruit."
+    judged = {"prompt": [SYSTEM], "completion": whole["chosen"], "label": True}
+    (found,) = Files(path=str(write_rows(tmp_path / "judged.jsonl", [judged]))).read()
+    assert isinstance(found, Feedback)
+    assert (found.prompt, found.completion) == ((SYSTEM, *ASKED), (said("Apple"),))
+    with pytest.raises(UserError, match="begin differently"):
+        one(tmp_path, {"prompt": [SYSTEM], **whole, "rejected": [user("Else?"), said("Car")]})
+
+
+@pytest.mark.parametrize("tools", [{"name": "f"}, '{"name": "f"}', [{"name": "f"}]])
+def test_tools_in_whatever_form_are_given_to_the_template(tools: Any, tmp_path: Path) -> None:
+    row = one(tmp_path, {**WHOLE, "prompt": ASKED, "tools": tools})
+    assert isinstance(row.prompt, Conversation)
+    assert row.prompt.given == {"tools": [{"name": "f"}]}
+
+
+def test_columns_that_elsewhere_belong_to_the_prompt_are_named(tmp_path: Path) -> None:
+    rows = [
+        {"system": "Be kind.", "client": "a", "input": "", **PAIR, "prompt": f"Question {k}?"}
+        for k in range(20)
+    ]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    (note,) = read(Files(path=str(path)), Natural(), 0).notes
+    assert "Nothing reads the columns system:" in note
+
+
 def test_data_that_only_have_a_key_called_role_are_text(tmp_path: Path) -> None:
     text = json.dumps([{"name": "Ann", "role": "admin"}])
     assert one(tmp_path, {**PAIR, "prompt": text}).prompt == text
@@ -193,6 +226,7 @@ def test_text_that_only_looks_like_a_list_is_text(tmp_path: Path) -> None:
         ({"history": "q", "human_ref_A": "a", "human_ref_B": "b"}, "name: shp"),
         ({**PAIR, "tools": [{"type": "function"}]}, "Give the prompt as messages"),
         ({**PAIR, "prompt": "half \ud83d"}, "lone surrogate"),
+        ({**WHOLE, "prompt": ASKED, "tools": [1]}, "column 'tools': expected JSON objects"),
         ({**PAIR, "chosen": 7}, "expected text or a list of messages, found 7"),
     ],
 )
@@ -320,7 +354,33 @@ def bytes_as_text(path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"prompt": column}), path.with_suffix(".parquet"))
 
 
-@pytest.mark.parametrize("damage", [deep, digits, cut, flipped, latin, parquet, bytes_as_text])
+def unclosed(path: Path) -> None:
+    rows = [f'q{k},good,"bad answer {k}"\n' for k in range(60)]
+    rows[40] = rows[40].rstrip('"\n') + "\n"
+    path.with_suffix(".csv").write_text("prompt,chosen,rejected\n" + "".join(rows))
+
+
+def cut_within_a_cell(path: Path) -> None:
+    path.with_suffix(".csv").write_text('prompt,chosen,rejected\nq,good,"bad ans')
+
+
+def said_twice(path: Path) -> None:
+    path.write_text('{"prompt": "q", "chosen": "a", "rejected": "b", "chosen": "c"}\n')
+
+
+def empty(path: Path) -> None:
+    path.write_text("")
+
+
+def header_alone(path: Path) -> None:
+    path.with_suffix(".csv").write_text("prompt,chosen,rejected\n")
+
+
+DAMAGES = [deep, digits, cut, flipped, latin, parquet, bytes_as_text]
+DAMAGES += [unclosed, cut_within_a_cell, said_twice, empty, header_alone]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_file_is_named(damage: Callable[[Path], None], tmp_path: Path) -> None:
     damage(tmp_path / "rows.jsonl")
     (path,) = tmp_path.iterdir()
@@ -338,6 +398,8 @@ def test_a_damaged_file_is_named(damage: Callable[[Path], None], tmp_path: Path)
         (["café", "cafe\u0301", " café "], "café"),
         (["a  b", "a b", "a\tb"], "a b"),
         ([None, "", "  ", float("nan"), "None", "nan", "NaN", "null", "<NA>", "NaT"], None),
+        (["none", "-nan", "NULL", "N/A", "n/a", "#N/A", r"\N"], None),
+        (["NA", " NA "], "NA"),
     ],
 )
 def test_one_client_in_several_spellings_is_one(values: list[Any], name: str | None) -> None:
@@ -345,9 +407,10 @@ def test_one_client_in_several_spellings_is_one(values: list[Any], name: str | N
 
 
 def test_a_client_that_is_no_name_is_refused(tmp_path: Path) -> None:
-    path = write_rows(tmp_path / "rows.jsonl", [{**PAIR, "client": {"id": 1}}])
-    with pytest.raises(UserError, match="expected a name or a number"):
-        read(Files(path=str(path)), Natural(), 0)
+    for value in ({"id": 1}, float("inf")):
+        path = write_rows(tmp_path / "rows.jsonl", [{**PAIR, "client": value}])
+        with pytest.raises(UserError, match="expected a name or a number"):
+            read(Files(path=str(path)), Natural(), 0)
 
 
 NAMES = [

@@ -617,6 +617,33 @@ def uneven(client: Client, how: str) -> Tree:
     return {"y" if how == "names" and client.id == 2 else "x": numbers}
 
 
+@work("test_sites.typed")
+def typed(client: Client, sent: Tree) -> Tree:
+    """What was sent; in other numbers by all but the first."""
+    return {"x": sent["x"].double() if client.id else sent["x"]}
+
+
+@work("test_sites.sized")
+def sized(client: Client, sent: Tree) -> Tree:
+    """What was sent; cut short by all but the first."""
+    return {"x": sent["x"][:1] if client.id else sent["x"]}
+
+
+def test_most_clients_do_not_decide_what_numbers_an_adapter_has(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
+    engine = opened(Direct(tmp_path / "typed"), content)
+    sent = {"x": torch.ones(4)}
+    mean = engine.mean(engine.each(typed, sent))
+    assert mean["x"].dtype == torch.float32
+    assert set(engine.left_out) == {1, 2}
+    assert "came in torch.float64, and was sent in torch.float32" in engine.left_out[1]
+    engine = opened(Direct(tmp_path / "sized"), content)
+    short = engine.mean(engine.each(sized, sent))
+    with pytest.raises(UserError, match=r"trees differ in 'x': \(4,\) in one and \(1,\)"):
+        trees.add(sent, short)
+
+
 @pytest.mark.parametrize("how", ["alike", "names"])
 def test_a_mean_needs_no_more_room_for_more_clients(
     how: str, content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

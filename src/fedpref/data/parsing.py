@@ -355,7 +355,14 @@ def _given(
         tools = written_value(tools)
         if tools is None:
             raise UserError(f"{where}, column 'tools': this is no JSON: {rest['tools']!r:.80}.")
-    if isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools):
+    if isinstance(tools, Mapping):
+        tools = [tools]
+    if isinstance(tools, list):
+        if strange := [tool for tool in tools if not isinstance(tool, Mapping)]:
+            raise UserError(
+                f"{where}, column 'tools': expected JSON objects, found {strange[0]!r:.60}. Rename "
+                "the column if it is something else."
+            )
         del rest["tools"]
         if tools:
             given["tools"] = _without_nulls(tools)
@@ -439,6 +446,11 @@ def _after(
         UserError: It begins as a conversation, and asks something else than the prompt.
     """
     first = next((m["role"] for m in answer if m["role"] not in ("system", "developer")), "")
+    if first == "user" and all(m["role"] in ("system", "developer") for m in asked):
+        last = max(i for i, m in enumerate(answer) if m["role"] == "user")
+        if last + 1 == len(answer):
+            raise UserError(f"{where}: a conversation ends with the user's turn, and has no answer.")
+        return (*asked, *answer[: last + 1]), tuple(answer[last + 1 :])
     if first != "user" or asked[-1]["role"] != "user":
         # after an assistant's turn, an answer may begin with the user's next one
         begins = tuple(answer[: len(asked)]) == tuple(asked) and len(answer) > len(asked)

@@ -21,8 +21,12 @@ from fedpref.data.unusable import Unusable
 from fedpref.errors import UserError
 from fedpref.types import Count, NonNegative, Open, Positive, WholeNumber
 
-# how tables write a missing value as text
-MISSING = frozenset({"None", "nan", "NaN", "null", "<NA>", "NaT"})
+# how tables write a missing value as text: what pandas reads so but NA, which may be a country (and
+# Nan and Null may be people), and what other programs write
+MISSING = frozenset(
+    {"None", "none", "nan", "NaN", "-nan", "-NaN", "null", "NULL", "n/a", "N/A", "#N/A", "#NA"}
+    | {"<NA>", "NaT", "\\N"}
+)
 Placed = Sequence[tuple[Side, Row]]
 SIDES: tuple[Side, ...] = ("train", "test", "validation")
 # what the rows of a side are called, and how there may be some
@@ -242,6 +246,8 @@ def _label_of_text(value: str) -> str | None:
 def _label(value: Any) -> str | None:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
+    if isinstance(value, float) and math.isinf(value):
+        raise ValueError(f"expected a name or a number, found {value!r}")
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if not isinstance(value, str | int | float):

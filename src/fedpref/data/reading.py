@@ -20,6 +20,8 @@ from fedpref.errors import UserError
 EvaluateOn = Literal["test", "validation"]
 Purpose = EvaluateOn  # what rows are held out for
 NAMES: dict[Purpose, str] = {"test": "held-out", "validation": "validation"}
+# columns that elsewhere are part of what a model is asked
+UNREAD = frozenset({"system", "system_prompt", "history", "images", "functions", "input"})
 LAST_TURNS = 2  # prompts to one question, above which they are perhaps told by too little
 
 
@@ -133,6 +135,8 @@ def _read(
         else:
             rows.append(row)
     total = len(rows) + len(unusable)
+    if not total:
+        raise UserError(f"{source.location or source.name}: there are no rows.")
     if isinstance(how, Natural | Dirichlet) and rows:
         rows, lacking = named(rows, how.column)
         unusable += lacking
@@ -187,7 +191,7 @@ def _read(
         sum(moved),
         tuple(unusable),
         source.unusable,
-        (*_notes(rows, source), *also.notes),
+        (*_notes(rows, source, getattr(how, "column", "")), *also.notes),
     )
 
 
@@ -293,7 +297,22 @@ def by_rule(row: Row, source: DataSource) -> bool:
     )
 
 
-def _notes(rows: Sequence[Row], source: DataSource) -> tuple[str, ...]:
+def _notes(rows: Sequence[Row], source: DataSource, client: str) -> tuple[str, ...]:
+    """Return what should be known of what is read, and of how prompts are told apart."""
+    said = {
+        column
+        for row in rows
+        for column in UNREAD & row.columns.keys()
+        if column != client and row.columns[column]
+    }
+    unread = (
+        f"Nothing reads the columns {', '.join(sorted(said))}: what of them a model is to see "
+        "belongs into the prompt, as messages.",
+    ) * bool(said)
+    return unread + _told_apart(rows, source)
+
+
+def _told_apart(rows: Sequence[Row], source: DataSource) -> tuple[str, ...]:
     """Return what should be known of how prompts are told apart."""
     if source.split_by == "prompt" or all(row.side for row in rows):
         return ()

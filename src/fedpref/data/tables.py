@@ -117,7 +117,8 @@ def _read_text(path: Path, kind: str, file: TextIO) -> Iterator[Record]:
 def _read_csv(path: Path, file: TextIO) -> Iterator[Record]:
     csv.field_size_limit(1 << 30)  # the default is less than a long conversation
     try:
-        reader = csv.DictReader(file)
+        # a quote that nothing closes would make one cell of all rows to come
+        reader = csv.DictReader(file, strict=True)
         # `prompt, chosen` means the column chosen
         header = [name.strip() for name in reader.fieldnames or ()]
         if twice := sorted({name for name in header if header.count(name) > 1}):
@@ -131,15 +132,28 @@ def _read_csv(path: Path, file: TextIO) -> Iterator[Record]:
                 )
             yield f"{path}, row {number}", record
     except csv.Error as error:
-        raise UserError(f"{path}: not valid CSV: {error}") from error
+        raise UserError(
+            f"{path}: not valid CSV: {error}. A cell that is quoted ends with a quote, and a quote "
+            "within it is written twice."
+        ) from error
 
 
 def _parsed(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_once)
     # of numbers of thousands of digits, and of lists in lists in lists
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not valid JSON: {_first_line(error)}") from error
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object; raises ValueError where it says something twice."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} is there twice")
+    return made
 
 
 def _first_line(error: Exception) -> str:

@@ -135,7 +135,8 @@ class RemoteEngine:
         if (most := sites.patience.max_site_share) is not None:
             self._weights = bounded_by_site(self._weights, sites.site_of, most)
         self._freed: list[tuple[int, str]] = []
-        self._sent: set[str] = set()  # names of tensors that clients were sent
+        # what clients were sent: names of tensors, with their type and last size
+        self._sent: dict[str, tuple[str, tuple[int, ...]]] = {}
         self._last = 0
         self._largest = 0  # bytes of a client's message so far
         self._lost = {NOWHERE}  # sites that did not answer
@@ -178,7 +179,9 @@ class RemoteEngine:
                 self._present(arg)
         tensors = trees.nest({k: arg for k, arg in enumerate(args) if isinstance(arg, Mapping)})
         self.traffic += Traffic(bytes_down=trees.size(tensors) * len(self.active))
-        self._sent |= {name.split("/", 1)[1] for name in tensors}
+        for arg in args:
+            if isinstance(arg, Mapping):
+                self._sent |= {name: (kind, size) for name, kind, size in shape(arg)}
         if self._gold is not None:
             self._adapter = told_first(args)
         if self._secure is not None:
@@ -308,7 +311,7 @@ class RemoteEngine:
                 except ValueError as error:
                     self._leave_out({i: str(error)})
                     continue
-                if reason := unusable(message):
+                if reason := unusable(message) or self._other_type(message):
                     self._leave_out({i: reason})
                     continue
                 sent += size
@@ -422,10 +425,19 @@ class RemoteEngine:
         """Return the form that most messages have; of several, the one nearest to what was sent."""
         counts = Counter(shapes)
 
-        def rank(one: Shape) -> tuple[int, int]:
-            return counts[one], sum(name in self._sent for name, *_ in one)
+        def rank(one: Shape) -> tuple[int, int, int]:
+            alike = sum(self._sent.get(name) == (kind, size) for name, kind, size in one)
+            return counts[one], alike, sum(name in self._sent for name, *_ in one)
 
         return max(counts, key=rank)
+
+    def _other_type(self, message: Tree) -> str:
+        """Return why a message is of other numbers than what was sent; empty if it is not."""
+        for name, kind, _ in shape(message):
+            wanted = self._sent[name][0] if name in self._sent else kind
+            if kind != wanted:
+                return f"the tensor {name!r} came in {kind}, and was sent in {wanted}"
+        return ""
 
     def mix(self, values: PerClient[Tree]) -> tuple[PerClient[Tree], PerClient[Tree]]:
         self._calls += 1

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from fedpref.data.hub import look_for_hub
+from fedpref.data.hub import look_for_hub, refuse_partial
 from fedpref.errors import UserError
 from fedpref.models.own_parts import FILE
 from fedpref.models.trunk import row_of_layers
@@ -71,9 +71,10 @@ def load_backbone(
     try:
         if find_adapter_config_file(path, revision=options.get("revision")) is None:
             tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype, **options, **quantization
+            model, said = transformers.AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, output_loading_info=True, **options, **quantization
             )
+            refuse_partial(model, said, f"model.path: {setting!r}")
             backbone = Backbone(model.eval(), tokenizer, path, options.get("revision"))
         elif quantization:
             raise UserError(
@@ -99,7 +100,7 @@ def load_backbone(
 def _with_adapter(path: str, dtype: Any, options: Mapping[str, Any]) -> Backbone:
     """Load an adapter's base, and merge the adapter into it."""
     import transformers
-    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights
 
     if (Path(path) / FILE).exists():
         raise UserError(
@@ -109,9 +110,14 @@ def _with_adapter(path: str, dtype: Any, options: Mapping[str, Any]) -> Backbone
     config = PeftConfig.from_pretrained(path, revision=options.get("revision"))
     base, code = config.base_model_name_or_path, options.get("trust_remote_code", False)
     _refuse_kind(config, base, path)
-    inner = transformers.AutoModelForCausalLM.from_pretrained(
-        base, dtype=dtype, revision=config.revision, trust_remote_code=code
+    inner, said = transformers.AutoModelForCausalLM.from_pretrained(
+        base,
+        dtype=dtype,
+        revision=config.revision,
+        trust_remote_code=code,
+        output_loading_info=True,
     )
+    refuse_partial(inner, said, f"model.path: {base!r}, the base of the adapter in {path},")
     # what may be asked only before layers are wrapped
     ends = {
         name
@@ -142,6 +148,8 @@ def _with_adapter(path: str, dtype: Any, options: Mapping[str, Any]) -> Backbone
             merged[name] = tensor.detach().float().cpu() * scale
     if problem:
         raise _more_than_lora(path, problem)
+    given = load_peft_weights(path, device="cpu", revision=options.get("revision"))
+    refuse_partial(model, {"missing_keys": learned.keys() - given.keys()}, f"model.path: {path!r}")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
     except (OSError, ValueError):  # an adapter folder need not hold one

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fedpref.data.hub import look_for_hub
+from fedpref.data.hub import look_for_hub, refuse_partial
 from fedpref.errors import UserError
 from fedpref.models import devices
 from fedpref.models.named import BUILTIN, located
@@ -184,9 +184,9 @@ def _language_model(path: str, options: dict[str, Any]) -> tuple[Any, Any]:
 
     look_for_hub(path)
     transformers.utils.logging.disable_progress_bar()
-    return transformers.AutoModel.from_pretrained(
-        path, **options
-    ), transformers.AutoTokenizer.from_pretrained(path, **options)
+    model, said = transformers.AutoModel.from_pretrained(path, output_loading_info=True, **options)
+    refuse_partial(model, said, f"task.model.path: {path!r}", spare="pooler")  # means are taken
+    return model, transformers.AutoTokenizer.from_pretrained(path, **options)
 
 
 def _sentences(path: str, options: dict[str, Any]) -> tuple[Any, None]:

@@ -22,7 +22,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from fedpref.data.hub import look_for_hub
+from fedpref.data.hub import look_for_hub, refuse_partial
 from fedpref.errors import UserError
 
 BUILTIN = "builtin"
@@ -235,8 +235,11 @@ def convert(file: Path, folder: Path, dtype: str = "bfloat16") -> None:
         )
         # its bar asks nobody whether it may be drawn
         with contextlib.redirect_stderr(io.StringIO()):
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                str(file.parent), dtype=getattr(torch, dtype), **options
+            model, said = transformers.AutoModelForCausalLM.from_pretrained(
+                str(file.parent),
+                dtype=getattr(torch, dtype),
+                output_loading_info=True,
+                **options,
             )
     except ImportError as error:
         raise UserError(
@@ -246,6 +249,7 @@ def convert(file: Path, folder: Path, dtype: str = "bfloat16") -> None:
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{file}: cannot be read as a GGUF file of a model: {reason}") from error
+    refuse_partial(model, said, str(file))
     model.config.quantization_config = None
     del model.config.quantization_config
     model.save_pretrained(str(folder))

@@ -23,21 +23,25 @@ Tree = Mapping[str, Tensor]
 BESIDE = "probe/"  # begins the names of figures that travel beside a value
 
 
+class MismatchError(UserError, ValueError):
+    """Two trees are not of the same names and shapes."""
+
+
 def add(a: Tree, b: Tree) -> Tree:
-    """Return a + b, name by name; raises ValueError where the names differ."""
-    _same_names(a, b)
+    """Return a + b, name by name; raises MismatchError where names or shapes differ."""
+    _refuse_others(a, b)
     return {name: a[name] + b[name] for name in a}
 
 
 def add_to(total: Tree, tree: Tree) -> Tree:
-    """Return total + tree, which takes the place of total; ValueError where the names differ."""
-    _same_names(total, tree)
+    """Return total + tree, which takes the place of total; see `add`."""
+    _refuse_others(total, tree)
     return {name: total[name].add_(tree[name]) for name in total}
 
 
 def subtract(a: Tree, b: Tree) -> Tree:
-    """Return a - b, name by name; raises ValueError where the names differ."""
-    _same_names(a, b)
+    """Return a - b, name by name; see `add`."""
+    _refuse_others(a, b)
     return {name: a[name] - b[name] for name in a}
 
 
@@ -193,6 +197,13 @@ def load(path: Path) -> Tree:
         raise UserError(f"{path}: this file of tensors cannot be read: {reason}") from error
 
 
-def _same_names(a: Tree, b: Tree) -> None:
+def _refuse_others(a: Tree, b: Tree) -> None:
     if a.keys() != b.keys():
-        raise ValueError(f"trees differ in names: {sorted(a.keys() ^ b.keys())[:4]}")
+        raise MismatchError(f"trees differ in names: {sorted(a.keys() ^ b.keys())[:4]}")
+    # which would be spread over the larger one
+    for name, tensor in a.items():
+        if tensor.shape != b[name].shape:
+            raise MismatchError(
+                f"trees differ in {name!r}: {tuple(tensor.shape)} in one and "
+                f"{tuple(b[name].shape)} in the other"
+            )

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedpref.data.hub import look_for_hub
+from fedpref.data.hub import look_for_hub, refuse_partial
 from fedpref.errors import UserError
 from fedpref.rewards.reward import OpenGroups, RewardFunction, RewardSettings, no_groups, plain
 from fedpref.types import Count, Text
@@ -122,9 +122,10 @@ class Classifier(RewardSettings):
             tokenizer = transformers.AutoTokenizer.from_pretrained(
                 self.path, revision=self.revision, truncation_side="left"
             )
-            loaded = transformers.AutoModelForSequenceClassification.from_pretrained(
-                self.path, revision=self.revision
+            loaded, said = transformers.AutoModelForSequenceClassification.from_pretrained(
+                self.path, revision=self.revision, output_loading_info=True
             )
+            refuse_partial(loaded, said, f"reward classifier: {self.path!r}")
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(
                 f"reward classifier: {self.path!r} could not be loaded as a "

@@ -26,6 +26,7 @@ LONGEST_LOG = 20 * 10**6  # bytes, above which the log of the last start is set 
 VALID_DAYS = 3650  # of a root
 CERTIFICATES = "cert.json"  # in `state`: all certificates, by participant
 SPLIT_KEY = "split.key"  # a secret of all sites, in their kits and in `state`
+BEFORE = ".before"  # ends the name of a folder that another takes the place of
 PROJECT, STATE = "project.yml", "state"  # of a federation: its participants, and the root's key
 CLASSES = [
     "fedpref.sites.programs.Coordinator",
@@ -108,11 +109,9 @@ def provision(
             f"{folder} is there already. Give another folder, or add a site by `fedpref "
             "federation add`."
         )
-    if len(set(sites)) < len(sites) or {server, admin, "server"} & set(sites):
-        raise UserError(
-            "two participants have the same name, or a site is called `server`. Give each a name "
-            "of its own."
-        )
+    if not 0 < port < 2**16:
+        raise UserError(f"port {port}: ports go from 1 to {2**16 - 1}.")
+    _refuse_names([server, *sites, admin])
     participants: list[dict[str, Any]] = [
         {"name": server, "type": "server", "org": "coordinator", "fed_learn_port": port}
     ]
@@ -145,24 +144,60 @@ def provision(
 
 def add(folder: Path, site: str) -> Path:
     """Make the kit of one more site, under the root of a federation; nobody else's kit changes."""
+    project = _project(folder)
+    _refuse_names([*(participant["name"] for participant in project["participants"]), site])
+    project["participants"].append(_client(site))
+    with _provisioned(project, folder, folder / STATE) as made:
+        for name in (site, STATE, PROJECT):
+            _put(made / name, folder / name)
+    return folder / site
+
+
+def _refuse_names(names: Sequence[str]) -> None:
+    """Raise UserError for participants whose folders would be one, or one that is not a kit."""
+    seen: dict[str, str] = {}
+    for name in names:
+        # file systems may not tell large letters from small ones
+        plain = name.casefold()
+        if plain in (STATE, PROJECT) or (plain == "server" and name != names[0]):
+            raise UserError(
+                f"no participant can be called {name!r}: the federation has a folder or a role of "
+                "that name. Give it another."
+            )
+        if plain in seen:
+            raise UserError(
+                f"two participants have the same name: {seen[plain]!r} and {name!r}. Give each a "
+                "name of its own."
+            )
+        seen[plain] = name
+
+
+def _put(made: Path, place: Path) -> None:
+    """Move what was made to its place; what was there goes last, and a crash loses neither."""
+    before = place.with_name(place.name + BEFORE)
+    if place.is_dir():
+        shutil.rmtree(before, ignore_errors=True)
+        place.replace(before)
+    made.replace(place)
+    shutil.rmtree(before, ignore_errors=True)
+
+
+def _project(folder: Path) -> Any:
+    """Return a federation's project, with its root's key in place, whatever was broken off.
+
+    Raises:
+        UserError: There is no federation here.
+    """
     if not (folder / PROJECT).exists():
         raise UserError(
             f"{folder}: there is no federation here (no {PROJECT}). Give the folder that "
             "`fedpref federation init` made."
         )
-    project = yaml.safe_load((folder / PROJECT).read_text())
-    if site in {participant["name"] for participant in project["participants"]}:
-        raise UserError(
-            f"{folder}: there is a participant called {site!r} already. Give the new one a name "
-            "of its own."
-        )
-    project["participants"].append(_client(site))
-    with _provisioned(project, folder, folder / STATE) as made:
-        for name in (site, PROJECT, STATE):
-            if (folder / name).is_dir():
-                shutil.rmtree(folder / name)
-            (made / name).replace(folder / name)
-    return folder / site
+    before = folder / (STATE + BEFORE)
+    if before.exists() and not (folder / STATE).exists():
+        before.replace(folder / STATE)
+    shutil.rmtree(before, ignore_errors=True)
+    return yaml.safe_load((folder / PROJECT).read_text())
 
 
 def renew(folder: Path, names: Sequence[str], valid_days: int | None = None) -> dict[str, Path]:
@@ -179,12 +214,7 @@ def renew(folder: Path, names: Sequence[str], valid_days: int | None = None) -> 
     Raises:
         UserError: There is no federation, or no such participant.
     """
-    if not (folder / PROJECT).exists():
-        raise UserError(
-            f"{folder}: there is no federation here (no {PROJECT}). Give the folder that "
-            "`fedpref federation init` made."
-        )
-    project = yaml.safe_load((folder / PROJECT).read_text())
+    project = _project(folder)
     everybody = [participant["name"] for participant in project["participants"]]
     if unknown := sorted(set(names) - set(everybody)):
         raise UserError(
@@ -211,10 +241,8 @@ def renew(folder: Path, names: Sequence[str], valid_days: int | None = None) -> 
                 shutil.rmtree(renewed[name], ignore_errors=True)
                 renewed[name].parent.mkdir(exist_ok=True)
                 (made / name / "startup").replace(renewed[name])
-            for name in (PROJECT, STATE):
-                if (folder / name).is_dir():
-                    shutil.rmtree(folder / name)
-                (made / name).replace(folder / name)
+            for name in (STATE, PROJECT):
+                _put(made / name, folder / name)
     return renewed
 
 
