@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -378,7 +379,7 @@ def test_a_model_whose_files_lack_a_weight_or_hold_no_number_is_refused(tmp_path
     with pytest.raises(UserError, match=r"files lack the weight '.*q_proj.weight', which would be"):
         opened(path)
     path = saved(tmp_path / "broken", transformers.LlamaConfig(**SMALL))
-    rewritten(path, lambda weights: weights["model.norm.weight"].fill_(float("nan")))
+    rewritten(path, lambda weights: weights["model.norm.weight"].fill_(math.nan))
     with pytest.raises(UserError, match="'model.norm.weight' hold numbers that are not finite"):
         opened(path)
     # one whose head is its embedding lacks nothing

@@ -32,6 +32,7 @@ from fedpref.collect.sitting import RefusedError, Sitting, Texts
 from fedpref.collect.speakers import speaker
 from fedpref.collect.store import Item, Store
 from fedpref.data import Collected, held_out
+from fedpref.data.collected import FILE
 from fedpref.data.preferences import Preference
 from fedpref.experiments.experiment import with_whole_paths
 from fedpref.experiments.finished import FinishedRun
@@ -366,6 +367,18 @@ def test_a_sweep_that_is_begun_again_keeps_to_its_choices(tmp_path: Path) -> Non
     )
     other = plan(Path("feddpo"), ["feddpo"], [0], settings, tmp_path / "other")
     assert len(list(next(iter(other.values())).data.read())) == 5
+
+
+def test_a_damaged_file_of_choices_is_a_sentence(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.agree({"raters": [f"person {k}" for k in range(2000)]})
+    store.close()
+    file = tmp_path / FILE
+    content = file.read_bytes()
+    file.write_bytes(content[:6000] + bytes(len(content) - 6000))
+    for read in (lambda: list(Collected(path=str(tmp_path)).read()), lambda: Store(tmp_path)):
+        with pytest.raises(UserError, match="damaged|malformed|no choices"):
+            read()
 
 
 def test_a_folder_without_choices_and_another_file_are_refused(tmp_path: Path) -> None:

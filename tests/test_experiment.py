@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
@@ -32,6 +33,7 @@ from fedpref.experiments.evaluations import evaluate
 from fedpref.experiments.finished import FinishedRun
 from fedpref.experiments.rounds import events, new_directory
 from fedpref.experiments.run_directory import RunDirectory
+from fedpref.experiments.run_files import METRICS
 from fedpref.federation.local_training import LocalTraining, train_locally
 from fedpref.federation.verbs import work
 from fedpref.numerics import seeds, trees
@@ -704,6 +706,17 @@ def test_a_finished_run_can_be_resumed_without_harm(
 ) -> None:
     first = run(experiment(settings), tmp_path / "run")
     assert resume(tmp_path / "run") == first
+
+
+def test_a_row_that_a_crash_cut_short_does_not_damage_the_next(tmp_path: Path) -> None:
+    folder = RunDirectory(tmp_path)
+    rows = [{"round": number, "loss": 0.5} for number in range(3)]
+    folder.append(METRICS, rows[0])
+    with (tmp_path / METRICS).open("a") as file:
+        file.write(json.dumps(rows[1])[:9])
+    folder.append(METRICS, rows[1])
+    folder.append(METRICS, rows[2])
+    assert folder.read_rows(METRICS) == rows
 
 
 def test_ties_count_half(settings: dict[str, Any], learner: Any, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import attacks
 from fedpref import Experiment, config
+from fedpref.engines.host import SETTLED
 from fedpref.engines.messages import RefusedError, unpack, version
 from fedpref.engines.requests import FORMS, beneath, parsed
 from fedpref.engines.site import Site
@@ -184,6 +185,28 @@ def test_no_path_leads_out_of_a_sites_folder(name: str, site: Site, tmp_path: Pa
     assert (victim / "years of work").exists()
     with pytest.raises(RefusedError, match="leads out"):
         beneath(tmp_path / "site", "..", "other")
+
+
+def test_checkpoints_are_few_and_a_refusal_changes_nothing(world: Path) -> None:
+    how = {"name": "ditto", "local": attacks.LOCAL}
+    with attacks.small_site(world, how) as made:
+        good = attacks.valid_messages(attacks.settings(world, algorithm=how, rounds=60))
+        for message in good[:4]:
+            more = attacks.numbers(made) if message["verb"] == "number" else {}
+            assert "refused" not in attacks.said(made, {**message, **more})[0]
+        save = {"verb": "save", "own": {}}
+        for number in (*range(50, 0, -1), *range(1, 9)):
+            header = {**save, "checkpoint": f"round-{number:06d}"}
+            assert "refused" not in attacks.said(made, header)[0]
+        kept = sorted(made._run.glob("checkpoints/round-*"))
+        assert [folder.name for folder in kept] == ["round-000007", "round-000008"]
+        assert "refused" in attacks.said(made, {**save, "checkpoint": "round-000061"})[0]
+        (made._run / SETTLED).write_text("{}")
+        begin = next(message for message in good if message["verb"] == "open")
+        wrong = {**begin["experiment"], "rounds": -1}
+        header = {**begin, "experiment": wrong, "resumes": False, "is_known": True}
+        assert "refused" in attacks.said(made, header)[0]
+        assert (made._run / SETTLED).read_text() == "{}"
 
 
 def test_requests_are_strict() -> None:

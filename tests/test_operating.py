@@ -126,12 +126,16 @@ def test_a_client_is_forgotten_in_all_runs(tmp_path: Path) -> None:
         )
         (place / "clients/school").mkdir(parents=True)
         (place / "cache").mkdir()
+        told = {"round": 1, "place": "report", "clients": {"clinic": {"loss": 1.0}, "school": {}}}
+        (place / operating.OWN_FIGURES).write_text(json.dumps(told) + "\n" + '{"round": 2, "cli')
     assert operating.forget(tmp_path, "school") == ["a", "b/c"]
     for name in ("a", "b/c"):
         assert list(kept_values(tmp_path / name, 1, "own")) == [0]
         assert not list((tmp_path / name).rglob("values/*/1.*"))
         assert not (tmp_path / name / "clients/school").exists()
         assert not (tmp_path / name / "cache").exists()
+        (line,) = (tmp_path / name / operating.OWN_FIGURES).read_text().splitlines()
+        assert json.loads(line)["clients"] == {"clinic": {"loss": 1.0}}
     with pytest.raises(UserError, match="nothing is kept here of a client 'school'"):
         operating.forget(tmp_path, "school")
 

@@ -13,6 +13,8 @@ from conftest import REAL_DATA, needs_real_data, write_rows
 from fedpref import Experiment, UserError
 from fedpref.data import (
     HHH,
+    IID,
+    SHP,
     ChatbotArena,
     Domains,
     Files,
@@ -23,6 +25,7 @@ from fedpref.data import (
     WebGPT,
 )
 from fedpref.data.preferences import Preference
+from fedpref.data.reading import read as reading
 from fedpref.data.unusable import Unusable
 
 
@@ -145,6 +148,84 @@ def test_prism_is_people_and_their_conversations(tmp_path: Path) -> None:
     none = [{**row, "if_chosen": False} for row in rows[:2]]
     (unusable,) = Prism(path=str(write_rows(tmp_path / "none.jsonl", none))).read()
     assert isinstance(unusable, Unusable)
+
+
+FORMS: list[tuple[Any, dict[str, Any]]] = [
+    (
+        Summaries,
+        {
+            "info": {"post": "A post.", "title": "Help"},
+            "summaries": [{"text": "good"}, {"text": "bad"}],
+            "choice": 0,
+            "worker": "w1",
+        },
+    ),
+    (
+        WebGPT,
+        {
+            "question": {"full_text": "Why?", "dataset": "eli5"},
+            "answer_0": "zero",
+            "answer_1": "one",
+            "score_0": 1.0,
+            "score_1": -1.0,
+        },
+    ),
+    (
+        SafeRLHF,
+        {
+            "prompt": "How?",
+            "response_0": "so",
+            "response_1": "rather not",
+            "better_response_id": 0,
+            "safer_response_id": 1,
+        },
+    ),
+    (
+        HelpSteer2,
+        {"prompt": "Q", "response": "a", "helpfulness": 4, "correctness": 3, "coherence": 4},
+    ),
+    (
+        Prism,
+        {
+            "conversation_id": "c1",
+            "user_id": "u1",
+            "turn": 0,
+            "user_prompt": "hi",
+            "model_response": "hello",
+            "if_chosen": True,
+        },
+    ),
+    (
+        ChatbotArena,
+        {
+            "winner": "model_a",
+            "judge": "j1",
+            "conversation_a": [{"role": "user", "content": "hi"}],
+            "conversation_b": [{"role": "user", "content": "hi"}],
+        },
+    ),
+    (SHP, {"history": "q", "human_ref_A": "a", "human_ref_B": "b", "score_A": 3, "score_B": 1}),
+]
+
+
+@pytest.mark.parametrize(("kind", "row"), FORMS)
+def test_a_row_of_another_form_is_a_sentence(
+    kind: Any, row: dict[str, Any], tmp_path: Path
+) -> None:
+    for column in row:
+        for value in (None, "x", "", -1, 5, float("nan"), [], [1], {}, {"a": None}):
+            rows = [{**row, column: value}, {**row, column: value}]
+            path = write_rows(tmp_path / "rows.jsonl", rows)
+            try:
+                # a name or text may be anything that is written
+                reading(kind(path=str(path)), IID(clients=1), 0)
+            except UserError:
+                continue
+    wrong = {"choice": 2, "better_response_id": -1, "score_1": float("nan"), "score_B": "high"}
+    for column in row.keys() & wrong.keys():
+        path = write_rows(tmp_path / "rows.jsonl", [{**row, column: wrong[column]}])
+        with pytest.raises(UserError, match="row|line"):
+            reading(kind(path=str(path)), IID(clients=1), 0).settled()
 
 
 def test_the_arena_is_its_judges(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
 
-from fedpref.data.collected import FILE, SCHEMA, preferences
+from fedpref.data.collected import FILE, SCHEMA, preferences, refuse_damaged
 from fedpref.data.preferences import Side, Text
 from fedpref.errors import UserError
 from fedpref.numerics import files
@@ -94,6 +94,7 @@ class Store:
             # a choice is on the disk when it is answered, whatever dies next
             self._db.execute("pragma synchronous = extra")
             self._db.executescript(SCHEMA)
+            refuse_damaged(self._db)
         except (sqlite3.Error, OSError) as error:
             raise UserError(f"{file}: it cannot be written: {error}.") from error
 

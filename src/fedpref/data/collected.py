@@ -116,9 +116,17 @@ def opened(folder: Path) -> sqlite3.Connection:
         address = f"{file.resolve().as_uri()}?mode={mode}"
         connection = sqlite3.connect(address, uri=True, timeout=30)
         connection.execute(f"select * from ({_STANDING}) limit 0", {"until": 0})
+        refuse_damaged(connection)
     except sqlite3.Error as error:
         raise UserError(f"{file}: these are no choices of `fedpref collect`: {error}.") from error
     return connection
+
+
+def refuse_damaged(connection: sqlite3.Connection) -> None:
+    """Raise sqlite3.DatabaseError where a file's pages do not fit together."""
+    (said,) = connection.execute("pragma quick_check(1)").fetchone()
+    if said != "ok":
+        raise sqlite3.DatabaseError(f"the file is damaged ({said}); take a copy from before")
 
 
 def last(connection: sqlite3.Connection) -> int:

@@ -449,7 +449,7 @@ def _after(
     if first == "user" and all(m["role"] in ("system", "developer") for m in asked):
         last = max(i for i, m in enumerate(answer) if m["role"] == "user")
         if last + 1 == len(answer):
-            raise UserError(f"{where}: a conversation ends with the user's turn, and has no answer.")
+            raise UserError(f"{where}: a conversation ends with the user's turn, without answer.")
         return (*asked, *answer[: last + 1]), tuple(answer[last + 1 :])
     if first != "user" or asked[-1]["role"] != "user":
         # after an assistant's turn, an answer may begin with the user's next one

@@ -18,7 +18,7 @@ from pydantic import Field
 from fedpref.data.parsing import parse
 from fedpref.data.preferences import Preference, Row
 from fedpref.data.source import DataSource, PathSource
-from fedpref.data.sources import HH, SHP, Files, need, spaced
+from fedpref.data.sources import HH, SHP, Files, need, number, spaced, which
 from fedpref.data.tables import Record, local_table, read_table
 from fedpref.data.unusable import Unusable
 from fedpref.errors import UserError
@@ -86,7 +86,7 @@ class Summaries(Sampled):
             texts = [need(record, side, where) for side in ("chosen", "rejected")]
             return _pair(_asked(need(record, "prompt", where)), texts, where, columns)
         info, two = need(record, "info", where), need(record, "summaries", where)
-        better = int(need(record, "choice", where))
+        better = which(record, "choice", where)
         title, post = info.get("title") or "", info.get("post") or info.get("article") or ""
         columns = {
             "client": need(record, "worker", where),
@@ -94,7 +94,8 @@ class Summaries(Sampled):
             "policies": [one.get("policy") for one in two],
         }
         prompt = _asked(f"Summarise this post.\n\n{title}\n\n{post}")
-        return _pair(prompt, [two[k]["text"] for k in (better, 1 - better)], where, columns)
+        texts = [need(two[k], "text", where) for k in (better, 1 - better)]
+        return _pair(prompt, texts, where, columns)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,20 +111,22 @@ class WebGPT(Sampled):
 
     def read(self) -> Read:
         for where, record in self._records():
-            question = need(record, "question", where)
-            scores = [float(need(record, f"score_{k}", where)) for k in (0, 1)]
-            if scores[0] == scores[1]:
-                yield Unusable("no preference", where, f"both answers score {scores[0]:g}")
-                continue
-            better = int(scores[1] > scores[0])
-            answers = [need(record, f"answer_{k}", where) for k in (0, 1)]
-            is_dict = isinstance(question, Mapping)
-            text = need(question, "full_text", where) if is_dict else question
-            columns = {"topic": question.get("dataset")} if is_dict else {}
             try:
-                yield _pair(_asked(text), [answers[better], answers[1 - better]], where, columns)
+                yield self._row(record, where)
             except Unusable as error:
                 yield error
+
+    def _row(self, record: Mapping[str, Any], where: str) -> Preference:
+        question = need(record, "question", where)
+        scores = [number(record, f"score_{k}", where) for k in (0, 1)]
+        if scores[0] == scores[1]:
+            raise Unusable("no preference", where, f"both answers score {scores[0]:g}")
+        better = int(scores[1] > scores[0])
+        answers = [need(record, f"answer_{k}", where) for k in (0, 1)]
+        is_dict = isinstance(question, Mapping)
+        text = need(question, "full_text", where) if is_dict else question
+        columns = {"topic": question.get("dataset")} if is_dict else {}
+        return _pair(_asked(text), [answers[better], answers[1 - better]], where, columns)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,9 +149,9 @@ class SafeRLHF(Sampled):
             answers = [need(record, f"response_{k}", where) for k in (0, 1)]
             prompt = _asked(need(record, "prompt", where))
             for objective in self.objectives:
-                better = int(need(record, choices[objective], where))
                 columns = {"objective": objective}
                 try:
+                    better = which(record, choices[objective], where)
                     ranked = [answers[better], answers[1 - better]]
                     yield _pair(prompt, ranked, where, columns)
                 except Unusable as error:
@@ -179,12 +182,12 @@ class HelpSteer2(Sampled):
             # two at a time, as they stand in the table
             for (where, first), (_, second) in zip(rated[::2], rated[1::2], strict=False):
                 for objective in self.objectives:
-                    scores = [int(need(one, objective, where)) for one in (first, second)]
-                    if scores[0] == scores[1]:
-                        continue
-                    two = (first, second) if scores[0] > scores[1] else (second, first)
-                    texts = [need(one, "response", where) for one in two]
                     try:
+                        scores = [number(one, objective, where) for one in (first, second)]
+                        if scores[0] == scores[1]:
+                            continue
+                        two = (first, second) if scores[0] > scores[1] else (second, first)
+                        texts = [need(one, "response", where) for one in two]
                         yield _pair(_asked(prompt), texts, where, {"objective": objective})
                     except Unusable as error:
                         yield error
@@ -206,8 +209,12 @@ class Prism(Sampled):
         turns: dict[tuple[str, int], list[tuple[str, Mapping[str, Any]]]] = defaultdict(list)
         is_local = Path(self.path).expanduser().exists()
         for where, record in self._records(**({} if is_local else {"name": "utterances"})):
-            place = str(need(record, "conversation_id", where)), int(need(record, "turn", where))
-            turns[place].append((where, record))
+            try:
+                turn = int(number(record, "turn", where))
+            except Unusable as error:
+                yield error
+                continue
+            turns[str(need(record, "conversation_id", where)), turn].append((where, record))
         talks: dict[str, list[dict[str, str]]] = defaultdict(list)
         for (talk, _), answers in sorted(turns.items()):
             chosen = [record for _, record in answers if record.get("if_chosen")]
@@ -217,7 +224,7 @@ class Prism(Sampled):
                 where = answers[0][0]
                 yield Unusable("no preference", where, f"{len(chosen)} answers are chosen")
                 continue
-            best = {"role": "assistant", "content": chosen[0]["model_response"]}
+            best = {"role": "assistant", "content": need(chosen[0], "model_response", talk)}
             for where, record in answers:
                 if record.get("if_chosen"):
                     continue

@@ -119,6 +119,23 @@ def _without_looking_for_cycles() -> Iterator[None]:
             gc.enable()
 
 
+def _rows(source: DataSource) -> Iterator[Row | Unusable]:
+    """Yield a source's rows; raises UserError where one is not of the form of a set known here."""
+    where = "before any row was read"
+    try:
+        for row in source.read():
+            where = f"after {row.where}"
+            yield row
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        if not type(source).__module__.startswith("fedpref."):
+            raise
+        raise UserError(
+            f"{source.location or source.name}, {where}: a row is not in the form of "
+            f"{source.name} ({type(error).__name__}: {str(error)[:80]}). The documents' page on "
+            "data gives the columns of this set."
+        ) from error
+
+
 def _read(
     source: DataSource,
     how: Partition,
@@ -129,7 +146,7 @@ def _read(
 ) -> Reading:
     rows: list[Row] = []
     unusable: list[Unusable] = []
-    for row in source.read():
+    for row in _rows(source):
         if isinstance(row, Unusable):
             unusable.append(row)
         else:

@@ -273,7 +273,7 @@ class SHP(PathSource):
     def _pair(self, record: Mapping[str, Any], where: str) -> Preference | None:
         names = (self.first_column, self.second_column)
         scores = [
-            self._score(record, column, where)
+            number(record, column, where)
             for column in (self.first_score_column, self.second_score_column)
         ]
         # the higher score's answer is the better one, as SHP's own labels have it
@@ -292,17 +292,6 @@ class SHP(PathSource):
             rest["domain"] = re.sub(r"_(train|validation|test)$", "", domain)
         chosen, rejected = spaced(row.chosen), spaced(row.rejected)
         return replace(row, chosen=chosen, rejected=rejected, columns=rest)
-
-    def _score(self, record: Mapping[str, Any], column: str, where: str) -> float:
-        try:
-            score = float(need(record, column, where))
-        except (TypeError, ValueError) as error:
-            raise UserError(
-                f"{where}, column {column!r}: expected a number, found {record[column]!r:.60}."
-            ) from error
-        if not math.isfinite(score):
-            raise Unusable("no preference", where, f"column {column!r} is {score}")
-        return score
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -327,16 +316,16 @@ class UKPConvArg(PathSource):
         }
         for where, record in self._table("votes"):
             topic = need(topics, need(record, "topic", where), where)
-            side = self._side_of(topic["title"])
+            title, stance = (str(need(topic, name, where)) for name in ("title", "stance"))
+            side = self._side_of(title)
             prompt = (
-                f"Human: {topic['title'].strip()}\nArgue for this side: "
-                f"{topic['stance'].strip()}\n\nAssistant:"
+                f"Human: {title.strip()}\nArgue for this side: {stance.strip()}\n\nAssistant:"
             )
             first, second = (
                 spaced(need(arguments, need(record, name, where), where).strip())
                 for name in ("a", "b")
             )
-            for worker, choice, *_ in record["votes"]:
+            for worker, choice, *_ in need(record, "votes", where):
                 if choice and first != second:  # 0: as good as each other
                     chosen, rejected = (first, second) if choice == 1 else (second, first)
                     yield Preference(
@@ -344,7 +333,7 @@ class UKPConvArg(PathSource):
                         chosen,
                         rejected,
                         where,
-                        {"worker": worker, "debate": topic["title"]},
+                        {"worker": worker, "debate": title},
                         side,
                     )
 
@@ -489,11 +478,13 @@ class MovieReviews(PathSource):
         table = local_table(self.path, "movie_reviews_polarity")
         if table:
             for where, record in read_table(str(table)):
-                if (int(record["fold"]) >= 6) == (side == "test"):
-                    yield where, record["text"].split(), record["label"] == "pos"
+                if (number(record, "fold", where) >= 6) == (side == "test"):
+                    text, label = (need(record, name, where) for name in ("text", "label"))
+                    yield where, str(text).split(), label == "pos"
             return
         for where, record in read_table(self.path, split=side):
-            yield where, record["text"].replace("<br />", " ").split(), record["label"] == 1
+            text, label = (need(record, name, where) for name in ("text", "label"))
+            yield where, str(text).replace("<br />", " ").split(), label == 1
 
 
 def _side(record: Mapping[str, Any], column: str, where: str) -> Side:
@@ -514,6 +505,32 @@ def need(record: Mapping[Any, Any], column: Any, where: str) -> Any:
             "this set."
         )
     return record[column]
+
+
+def number(record: Mapping[Any, Any], column: str, where: str) -> float:
+    """Return the number in a column that the set must have.
+
+    Raises:
+        Unusable: It is not finite, so that nothing is preferred by it.
+        UserError: It is missing, or no number.
+    """
+    try:
+        value = float(need(record, column, where))
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"{where}, column {column!r}: expected a number, found {record[column]!r:.60}."
+        ) from error
+    if not math.isfinite(value):
+        raise Unusable("no preference", where, f"column {column!r} is {value}")
+    return value
+
+
+def which(record: Mapping[Any, Any], column: str, where: str) -> int:
+    """Return which of two answers a column names, 0 or 1; raises as `number` does."""
+    value = number(record, column, where)
+    if value not in (0, 1):
+        raise UserError(f"{where}, column {column!r}: expected 0 or 1, found {value:g}.")
+    return int(value)
 
 
 def spaced(text: Any) -> str:

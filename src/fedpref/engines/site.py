@@ -10,8 +10,8 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -205,17 +205,16 @@ class Site:
                 f"it has kept the clients of a run {run!r} that the coordinator does not know; "
                 "its folder of runs is another"
             )
-        if not resumes:
-            (folder / SETTLED).unlink(missing_ok=True)
-        hosted = self._host.host(experiment, folder, held_out)
-        folder.mkdir(parents=True, exist_ok=True)
-        digest = _digest(experiment)
-        bound = folder / EXPERIMENT
-        if resumes and bound.exists() and bound.read_text() != digest:
-            raise RefusedError("the run was begun with another experiment; begin a new one")
-        _count_opening(folder, hosted.bounds.openings)
-        if not resumes:
-            _set_aside(folder)
+        with nullcontext() if resumes else _without(folder / SETTLED):
+            hosted = self._host.host(experiment, folder, held_out)
+            folder.mkdir(parents=True, exist_ok=True)
+            digest = _digest(experiment)
+            bound = folder / EXPERIMENT
+            if resumes and bound.exists() and bound.read_text() != digest:
+                raise RefusedError("the run was begun with another experiment; begin a new one")
+            _count_opening(folder, hosted.bounds.openings)
+            if not resumes:
+                _set_aside(folder)
         files.write(bound, digest)
         self._hosted, self._run = hosted, folder
         self._store = Store(folder / "checkpoints")
@@ -675,8 +674,13 @@ class Site:
     def save(self, tensors: Tree, own: Mapping[str, Mapping[int, str]], checkpoint: str) -> Answer:
         """Keep clients' values in files, all of them or none.
 
-        Checkpoints of earlier rounds go but for the last.
+        Checkpoints of earlier rounds go but for the last, and those of later ones, which a
+        coordinator that is here no longer has.
         """
+        if int(checkpoint.removeprefix("round-")) > self._opened.rounds:
+            raise RefusedError(
+                f"{checkpoint} is none of the {self._opened.rounds} rounds of the experiment"
+            )
         kept = {
             field: {i: self._values.get(i, name) for i, name in names.items()}
             for field, names in own.items()
@@ -691,8 +695,9 @@ class Site:
         shutil.rmtree(place, ignore_errors=True)
         unfinished.replace(place)
         files.sync(folder)
-        earlier = sorted(old for old in folder.glob("round-*") if old.name < checkpoint)
-        for old in earlier[: 1 - CHECKPOINTS]:
+        others = [old for old in folder.glob("round-*") if old.name != checkpoint]
+        earlier = sorted(old for old in others if old.name < checkpoint)
+        for old in set(others) - set(earlier[1 - CHECKPOINTS :]):
             shutil.rmtree(old)
         return {}, NO_TENSORS
 
@@ -787,6 +792,21 @@ def _count_opening(folder: Path, most: int | None) -> None:
     if most is not None and count > most:
         raise RefusedError(f"the run was opened {most} times, which is what this site consents to")
     files.write(file, str(count))
+
+
+@contextmanager
+def _without(file: Path) -> Iterator[None]:
+    """Let a file be away, within a `with`; for good, unless an error ends it."""
+    aside = file.with_name(f".{file.name}.before")
+    if file.exists():
+        file.replace(aside)
+    try:
+        yield
+    except BaseException:
+        if aside.exists():
+            aside.replace(file)
+        raise
+    aside.unlink(missing_ok=True)
 
 
 def _set_aside(folder: Path) -> None:

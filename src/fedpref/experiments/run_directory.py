@@ -200,11 +200,18 @@ class RunDirectory:
         return read_rows(path) if path.exists() else []
 
     def append(self, name: str, row: Mapping[str, Any]) -> None:
-        """Add a row to a JSON Lines file; raises UserError where that cannot be."""
+        """Add a row to a JSON Lines file; raises UserError where that cannot be.
+
+        A last row that a crash cut short goes.
+        """
         path = self.path / name
         try:
-            with path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            with path.open("a+b") as file:
+                if end := file.seek(0, os.SEEK_END):
+                    file.seek(end - 1)
+                    if file.read(1) != b"\n":
+                        file.truncate(path.read_bytes().rfind(b"\n") + 1)
+                file.write(json.dumps(row).encode() + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:

@@ -123,6 +123,7 @@ def personalize(
             f"{run}: {taken[:5]} joined already. Give another name, or remove {folders[taken[0]]}."
         )
     with (
+        finished.folder.alone(),
         tempfile.TemporaryDirectory() as cache,
         finished.opened(clients, Path(cache), spec=spec) as opened,
     ):
@@ -135,10 +136,10 @@ def personalize(
         after = engine.disclose(engine.each(evaluate, *model))
         engine.each(export, JOINED, *model)
         shards = opened.shards
-    joined = {}
-    for i, (client, folder) in enumerate(folders.items()):
-        sizes = len(shards[i].train), len(shards[i].test)
-        joined[client] = one = Newcomer(*sizes, before[i], after[i], folder)
-        row = {"client": client, "train": one.train, "test": one.test}
-        finished.folder.append(NEWCOMERS, {**row, "before": one.before, "after": one.after})
+        joined = {}
+        for i, (client, folder) in enumerate(folders.items()):
+            sizes = len(shards[i].train), len(shards[i].test)
+            joined[client] = one = Newcomer(*sizes, before[i], after[i], folder)
+            row = {"client": client, "train": one.train, "test": one.test}
+            finished.folder.append(NEWCOMERS, {**row, "before": one.before, "after": one.after})
     return joined

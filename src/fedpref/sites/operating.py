@@ -15,7 +15,7 @@ from cryptography import x509
 
 from fedpref import config
 from fedpref.engines.messages import RefusedError
-from fedpref.engines.site import CLIENTS
+from fedpref.engines.site import CLIENTS, OWN_FIGURES
 from fedpref.engines.store import INDEX, VALUES
 from fedpref.errors import UserError
 from fedpref.experiments.experiment import Experiment
@@ -219,6 +219,11 @@ def forget(folder: Path, client: str) -> list[str]:
         ):
             if path := client_path(run, kind, client, suffix):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if (figures := run / OWN_FIGURES).exists():
+            told = [json.loads(line) for line in figures.read_text().split("\n")[:-1]]
+            for one in told:
+                one["clients"].pop(client, None)
+            files.write(figures, "".join(json.dumps(one) + "\n" for one in told))
         # by digests of rows, which do not say whose; what is still needed is computed again
         shutil.rmtree(run / "cache", ignore_errors=True)
         del names[client]
