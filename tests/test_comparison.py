@@ -17,7 +17,7 @@ from fedpref import Experiment, UserError
 from fedpref.numerics.intervals import interval
 from fedpref.reports.comparison import compare, csv_text, markdown
 from fedpref.runs import sweep as sweep_module
-from fedpref.runs.sweep import parse_variant, plan, side_by_side, sweep
+from fedpref.runs.sweep import parse_variant, plan, side_by_side, sweep, with_grid
 
 
 def finished(
@@ -140,6 +140,23 @@ def test_a_variant_is_an_algorithm_or_overrides() -> None:
     )
     with pytest.raises(UserError, match="expected NAME"):
         parse_variant(": rounds=3")
+    many = "own: data.sources={a: {name: hh}, b: {name: shp}} algorithm.preference=[0.5, 0.5]"
+    assert parse_variant(many)[1] == [
+        "data.sources={a: {name: hh}, b: {name: shp}}",
+        "algorithm.preference=[0.5, 0.5]",
+    ]
+    for name in ("..", ".hidden", "selected", "cache"):
+        with pytest.raises(UserError, match="something else of that name"):
+            parse_variant(f"{name}: rounds=2")
+
+
+def test_a_grids_values_stay_whole() -> None:
+    grid = ["algorithm=feddpo,my_module:Momentum", "algorithm.preference=[0.5, 0.5],[1, 0]"]
+    assert with_grid(["near: rounds=2"], grid)[3] == (
+        "near algorithm=my_module:Momentum,preference=[1, 0]",
+        ["rounds=2", "algorithm=my_module:Momentum", "algorithm.preference=[1, 0]"],
+    )
+    assert len(with_grid([], grid)) == 4
 
 
 def test_runs_side_by_side_are_those_one_after_the_other(

@@ -77,7 +77,10 @@ def _read(path: Path) -> Any:
         raise UserError(f"{path}: there is no such config file.")
     try:
         text = path.read_text(encoding="utf-8")
-        _refuse_large(text)
+        refuse_large(text)
+        root = yaml.compose(text, yaml.SafeLoader)
+        if not isinstance(root, yaml.MappingNode | None):
+            raise TypeError(f"expected keys and values, found {text.strip()[:40]!r}")
         content = OmegaConf.create(text)
         _refuse_resolvers(OmegaConf.to_container(content))
     except BROKEN as error:
@@ -89,7 +92,7 @@ def _words(error: Exception) -> str:
     return " ".join(str(error).split())[:400] or type(error).__name__
 
 
-def _refuse_large(text: str) -> None:
+def refuse_large(text: str) -> None:
     """Raise ValueError for what nobody has written: aliases that make more of a text, deep nesting.
 
     The reader's time grows with the square of the depth, so that it is looked at as it comes.
@@ -160,7 +163,7 @@ def load(
             )
     try:
         for override in overrides:
-            _refuse_large(override.split("=", 1)[1])
+            refuse_large(override.split("=", 1)[1])
         wanted = OmegaConf.from_dotlist([_of_name(kind, override) for override in overrides])
         _refuse_resolvers(OmegaConf.to_container(wanted))
         _forget_other_kinds(kind, content, wanted)

@@ -11,12 +11,23 @@ from typing import Annotated, Any
 
 from pydantic import (
     AfterValidator,
+    BeforeValidator,
     Field,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
     TypeAdapter,
 )
 from pydantic_core import CoreSchema, core_schema
+
+
+def _number(value: Any) -> Any:
+    """Return what is to be a number; raises ValueError for true and false, which YAML makes of yes.
+
+    Python takes them for 1 and 0.
+    """
+    if isinstance(value, bool):
+        raise ValueError("a number is wanted, not true or false")
+    return value
 
 
 def _fits(number: int) -> int:
@@ -26,37 +37,37 @@ def _fits(number: int) -> int:
     return number
 
 
-Count = Annotated[int, Field(ge=1), AfterValidator(_fits)]
+Count = Annotated[int, Field(ge=1), AfterValidator(_fits), BeforeValidator(_number)]
 """A whole number, one or more."""
 
-WholeNumber = Annotated[int, Field(ge=0), AfterValidator(_fits)]
+WholeNumber = Annotated[int, Field(ge=0), AfterValidator(_fits), BeforeValidator(_number)]
 """A whole number, zero or more."""
 
-Age = Annotated[int, Field(ge=0, le=64)]
+Age = Annotated[int, Field(ge=0, le=64), BeforeValidator(_number)]
 """Rounds by which an adapter may be late, each of which is kept."""
 
-Width = Annotated[int, Field(ge=1, le=2**16)]
+Width = Annotated[int, Field(ge=1, le=2**16), BeforeValidator(_number)]
 """The width or number of a small network's layers."""
 
-Positive = Annotated[float, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_number)]
 """A number above zero."""
 
-NonNegative = Annotated[float, Field(ge=0)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_number)]
 """A number that is zero or more."""
 
-Fraction = Annotated[float, Field(ge=0, lt=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False), BeforeValidator(_number)]
 """A share: zero or more, below one."""
 
-OpenFraction = Annotated[float, Field(gt=0, lt=1)]
+OpenFraction = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False), BeforeValidator(_number)]
 """A share between zero and one, without either."""
 
-Share = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), BeforeValidator(_number)]
 """A share from nothing to all."""
 
-Portion = Annotated[float, Field(gt=0, le=1)]
+Portion = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False), BeforeValidator(_number)]
 """A share above zero, one at most."""
 
-Probability = Annotated[float, Field(ge=0, le=1)]
+Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), BeforeValidator(_number)]
 """A share from zero to one, with both."""
 
 
@@ -67,6 +78,17 @@ def _day(text: str) -> str:
 
 Date = Annotated[str, AfterValidator(_day)]
 """A day, as 2024-07-26."""
+
+
+def _printable(text: str) -> str:
+    # it is part of paths, and of what is drawn and printed
+    if not text.isprintable() or not text.strip():
+        raise ValueError("a name is of letters that can be printed")
+    return text
+
+
+Name = Annotated[str, AfterValidator(_printable)]
+"""A name of something: letters that can be printed."""
 
 Last = Annotated[str, Field(pattern=r"^last-[1-9]\d*$")]
 """So many at the end, as `last-8`."""

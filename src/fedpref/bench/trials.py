@@ -59,7 +59,7 @@ class Study:
         settings = [*data.overrides(self.data), *self.overrides]
         name, own = parse_variant(text)
         spec = Experiment.load(Path(data.config), [*settings, *own])
-        variants = with_grid([f"{name}: {' '.join(own)}"], [self._grid])
+        variants = with_grid([(name, own)], [self._grid])
         where = [*settings, *selecting(spec, self.suite.metric)]
         return plan(Path(data.config), variants, [seed], where, self._trials(data, method, seed))
 

@@ -120,13 +120,16 @@ def migrate(
 
     if not config.is_file():
         raise UserError(f"{config}: there is no such config file.")
-    text = config.read_text()
+    try:
+        text = config.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{config}: cannot be read as UTF-8 text: {error}") from error
     renewed = migrated_text(text)
     goal = output or config
     if renewed == text and goal == config:
         console.print(f"{config}: nothing to change.", highlight=False, soft_wrap=True)
         return
     beside = goal.with_name(f".{goal.name}.part")
-    beside.write_text(renewed)
+    beside.write_text(renewed, encoding="utf-8")
     beside.replace(goal)
     console.print(f"written: {goal}", highlight=False, soft_wrap=True)

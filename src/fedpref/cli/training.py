@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -312,7 +312,7 @@ def sweep(
     Example: fedpref sweep demo --variant feddpo --variant fedpdpo --seeds 3
     """
     from fedpref.experiments.experiment import Experiment
-    from fedpref.runs.sweep import plan, with_grid, write_plan
+    from fedpref.runs.sweep import Variant, plan, with_grid, write_plan
     from fedpref.runs.sweep import selecting as selecting_by
 
     spec = Experiment.load(config, overrides or ())
@@ -322,7 +322,7 @@ def sweep(
             f"--variant {spec.baselines[0]}"
         )
     folder = output or Path(f"runs/{spec.name}-sweep")
-    variants = variant or ([] if grid else ["feddpo", "fedpdpo"])
+    variants: Sequence[str | Variant] = variant or ([] if grid else ["feddpo", "fedpdpo"])
     if grid:
         variants = with_grid(variants, grid)
     on_validation = selecting_by(spec, select) if select else []

@@ -41,7 +41,7 @@ from fedpref.numerics.min_norm import require_solver
 from fedpref.numerics.topology import GraphFile
 from fedpref.privacy import Masks, Privacy
 from fedpref.tasks import AnyTask, PreferenceTask, Task
-from fedpref.types import Count, WholeNumber
+from fedpref.types import Count, Name, WholeNumber
 
 FEWEST = 8  # examples that are evaluated apart from the others
 
@@ -64,7 +64,7 @@ Baseline = Literal[
 class Experiment:
     """Everything that decides a result. `Experiment.load` reads and checks a YAML file of it."""
 
-    name: str = "experiment"
+    name: Name = "experiment"
     """Begins the name of the run directory; runs that differ by their seed alone share it."""
     data: Source = Builtin()
     """Where rows come from."""
@@ -117,8 +117,8 @@ class Experiment:
     checkpoint_every: Count = 1
     """Rounds between checkpoints."""
     workers: Count | None = None
-    """Processes of one thread each; by default one a processor or GPU. The result is the same for
-    any number."""
+    """Processes of one thread each; by default one a processor or GPU. On processors the result
+    is the same for any number."""
     spill_above_mb: WholeNumber = 512
     """MB of a value that all clients hold which stay in memory; the rest lies in files of
     TMPDIR."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from fedpref.config import refuse_large
 from fedpref.errors import UserError
 from fedpref.experiments.packaged import FOLDER
 
@@ -67,8 +68,9 @@ def migrated_text(text: str) -> str:
         UserError: The text is not YAML.
     """
     try:
+        refuse_large(text)
         root = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"not valid YAML: {' '.join(str(error).split())}") from error
     edits: list[tuple[int, int, str]] = []
 
@@ -113,4 +115,4 @@ def _changes(content: Any) -> Iterator[str]:
             yield f"the key {path!r} is now called {KEYS[path]!r}"
         was, now = parent[key], _renewed(path, parent[key])
         pairs = zip(was, now, strict=True) if isinstance(was, list) else [(was, now)]
-        yield from (f"{path}: {old!r} is now called {new!r}" for old, new in pairs if old != new)
+        yield from (f"{path}: {old!r} is now called {new!r}" for old, new in pairs if old is not new)

@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import re
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from multiprocessing.connection import wait
@@ -32,6 +32,7 @@ FORK: Any = multiprocessing.get_context("fork") if hasattr(os, "fork") else None
 SWEEP = "sweep.json"  # in a sweep's folder: the experiment of each of its runs
 SELECTED = "selected"  # in a sweep's folder: the variant that was chosen, on the test's rows
 SELECTABLE = (*HEADLINES, COMBINED, "rewards/margins", "loss")
+OWN = frozenset({SWEEP, SELECTED, "cache", "trials"})  # what else lies in a sweep's folder
 ALGORITHMS = frozenset(kind.name for kind in config.kinds(AnyAlgorithm))
 VALIDATION = 0.2  # of training prompts, by which a variant is chosen where nothing else is said
 
@@ -130,11 +131,26 @@ def chosen(folder: Path, metric: str) -> tuple[str, Mapping[Path, Experiment]]:
     return best, runs
 
 
-def with_grid(variants: Sequence[str], grid: Sequence[str]) -> list[str]:
+Variant = tuple[str, Sequence[str]]  # a name, and overrides
+
+
+def _apart(text: str, is_between: Callable[[str], bool]) -> list[str]:
+    """Return the parts of a text between some letters; those within brackets belong to a part."""
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter in "[{(") - (letter in "]})")
+        if depth <= 0 and is_between(letter):
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return [part for part in parts if part.strip()]
+
+
+def with_grid(variants: Sequence[str | Variant], grid: Sequence[str]) -> list[Variant]:
     """Return each variant with each combination of a grid's values, as variants.
 
     Args:
-        variants: `NAME` or `NAME: key=value ...`; none of them is the experiment as it is.
+        variants: See `plan`; none of them is the experiment as it is.
         grid: `key=a,b,c` each.
 
     Raises:
@@ -143,22 +159,24 @@ def with_grid(variants: Sequence[str], grid: Sequence[str]) -> list[str]:
     axes = []
     for text in grid:
         key, equals, values = text.partition("=")
-        # commas within brackets belong to a value
-        parts = re.findall(r"(?:\[[^\]]*\]|\{[^}]*\}|[^,])+", values)
+        parts = _apart(values, lambda letter: letter == ",")
         if not equals or not key or len(parts) < 2:
             raise UserError(f"--grid {text!r}: expected KEY=VALUE,VALUE, two values at least.")
         axes.append([(key, value) for value in parts])
-    made = []
-    for name, own in map(parse_variant, variants) if variants else [("", [])]:
+    made: list[Variant] = []
+    for name, own in map(_variant, variants or [("", [])]):
         for chosen in product(*axes):
             said = ",".join(f"{key.rpartition('.')[2]}={value}" for key, value in chosen)
             title = " ".join(filter(None, (name, said.replace("/", "-"))))
-            settings = " ".join([*own, *(f"{key}={value}" for key, value in chosen)])
-            made.append(f"{title}: {settings}")
+            made.append((title, [*own, *(f"{key}={value}" for key, value in chosen)]))
     return made
 
 
-def parse_variant(text: str) -> tuple[str, list[str]]:
+def _variant(one: str | Variant) -> Variant:
+    return parse_variant(one) if isinstance(one, str) else one
+
+
+def parse_variant(text: str) -> Variant:
     """Return a variant's name and overrides, from `NAME` or `NAME: key=value key=value`.
 
     A name alone is that of an algorithm; one of your own, `module:Class`, goes by its class. An
@@ -170,7 +188,12 @@ def parse_variant(text: str) -> tuple[str, list[str]]:
     name = name.strip()
     if not name or "/" in name or ("=" in name and not colon):
         raise UserError(f"--variant {text!r}: expected NAME, or NAME: key=value key=value.")
-    settings = rest.split()
+    if name.startswith(".") or name.casefold() in OWN:
+        raise UserError(
+            f"--variant {text!r}: a sweep's folder has something else of that name. Call it "
+            "otherwise."
+        )
+    settings = _apart(rest, str.isspace)
     is_named = any(re.match(r"algorithm(\.name)?=", one) for one in settings)
     is_one = not colon or (name in ALGORITHMS and not is_named)
     return name, [*([f"algorithm.name={name}"] if is_one else []), *settings]
@@ -178,7 +201,7 @@ def parse_variant(text: str) -> tuple[str, list[str]]:
 
 def plan(
     file: Path,
-    variants: Sequence[str],
+    variants: Sequence[str | Variant],
     seeds: Sequence[int],
     overrides: Sequence[str],
     output: Path,
@@ -189,7 +212,7 @@ def plan(
 
     Args:
         file: The experiment that all are variants of, as `Experiment.load` takes it.
-        variants: See `parse_variant`.
+        variants: Names with overrides, or texts as `parse_variant` reads them.
         seeds: Of each variant.
         overrides: Settings of all of them.
         output: Where they go.
@@ -202,7 +225,7 @@ def plan(
     experiments: dict[Path, Experiment] = {}
     # of data that grow, all variants have the same, and those of a sweep that was begun
     states = [one.data for one in planned(output).values()] if is_sweep(output) else []
-    for name, own in map(parse_variant, variants):
+    for name, own in map(_variant, variants):
         is_said = any(text.startswith("data.split_seed=") for text in (*overrides, *own))
         for seed in seeds:
             split = [f"data.split_seed={seed}"] if redraws and not is_said else []
