@@ -380,7 +380,7 @@ def test_a_model_whose_files_lack_a_weight_or_hold_no_number_is_refused(tmp_path
         opened(path)
     path = saved(tmp_path / "broken", transformers.LlamaConfig(**SMALL))
     rewritten(path, lambda weights: weights["model.norm.weight"].fill_(math.nan))
-    with pytest.raises(UserError, match="'model.norm.weight' hold numbers that are not finite"):
+    with pytest.raises(UserError, match=r"'model.norm.weight' hold numbers that are not finite"):
         opened(path)
     # one whose head is its embedding lacks nothing
     config = transformers.LlamaConfig(**SMALL, tie_word_embeddings=True)

@@ -304,7 +304,11 @@ def test_a_topology_is_shown_with_its_figures(fedpref: Command) -> None:
     assert (
         next(line.split()[-1] for line in output.splitlines() if "rounds to halve" in line) == "0"
     )
-    for wrong, sentence in (("rin", "Did you mean 'ring'"), ("{name: [", "no YAML mapping")):
+    for wrong, sentence in (
+        ("rin", "Did you mean 'ring'"),
+        ("{name: [", "no YAML mapping"),
+        ("[" * 2000, "no YAML mapping"),
+    ):
         code, output = fedpref("topology", wrong)
         assert code == 2
         assert sentence in output

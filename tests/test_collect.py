@@ -377,7 +377,7 @@ def test_a_damaged_file_of_choices_is_a_sentence(tmp_path: Path) -> None:
     content = file.read_bytes()
     file.write_bytes(content[:6000] + bytes(len(content) - 6000))
     for read in (lambda: list(Collected(path=str(tmp_path)).read()), lambda: Store(tmp_path)):
-        with pytest.raises(UserError, match="damaged|malformed|no choices"):
+        with pytest.raises(UserError, match=r"damaged|malformed|no choices"):
             read()
 
 

@@ -60,6 +60,11 @@ def test_certificates_are_renewed_under_the_same_root_or_a_new_one(federation: P
     assert len(kits.renew(federation, [], 900)) == 4
     assert (kit / "startup/rootCA.pem").read_bytes() != root
     assert operating.expiry(kit) == ""
+    (kit / "startup/client.crt").rename(kit / "client.crt")
+    (kit / "startup/client.crt").write_text("no certificate")
+    with pytest.raises(UserError, match="this is no certificate"):
+        operating.expiry(kit)
+    (kit / "client.crt").rename(kit / "startup/client.crt")
     with pytest.raises(UserError, match="no participant called 'nobody'"):
         kits.renew(federation, ["nobody"])
     assert "fedpref site check" in (kit / kits.README).read_text()

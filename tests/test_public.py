@@ -224,7 +224,7 @@ def test_a_row_of_another_form_is_a_sentence(
     wrong = {"choice": 2, "better_response_id": -1, "score_1": float("nan"), "score_B": "high"}
     for column in row.keys() & wrong.keys():
         path = write_rows(tmp_path / "rows.jsonl", [{**row, column: wrong[column]}])
-        with pytest.raises(UserError, match="row|line"):
+        with pytest.raises(UserError, match=r"row|line"):
             reading(kind(path=str(path)), IID(clients=1), 0).settled()
 
 

@@ -139,6 +139,9 @@ def test_a_result_shows_itself(small: dict[str, Any]) -> None:
         ([1], "row 1: expected a dict"),
         ([{"prompt": "q", "chosen": {1}, "rejected": "b"}], "row 1: cannot be written as JSON"),
         ([{"prompt": "q"}], "client"),
+        ([{"prompt": "half \ud83d", "chosen": "a", "rejected": "b"}], "row 1: cannot be written"),
+        ({"prompt": ["q"], "chosen": ["a"], "rejected": ["b"]}, "Dataset.from_dict"),
+        (pandas.DataFrame([["q", "a"]], columns=["prompt", "prompt"]), "cannot be written"),
         (3, "expected a list of dicts"),
     ],
 )

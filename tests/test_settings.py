@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -125,6 +126,26 @@ def test_list_prints_a_kind_or_one_of_its_names(
     assert {"losses": "simpo", "feddpo": "aggregate", "kto": "desirable_weight"}[name] in text
 
 
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("3\n", "expected keys and values, found '3'"),
+        ("[1, 2]\n", "expected keys and values"),
+        ("rounds: yes\n", "rounds: value error, a number is wanted, not true or false"),
+        ("task: {loss: {name: dpo, beta: .inf}}\n", "task.loss.beta: input should be a finite"),
+        ("algorithm: {local: {learning_rate: .nan}}\n", "learning_rate: input should be"),
+        ('name: "a\\0b"\n', "name: value error, a name is of letters that can be printed"),
+        ("name: ' '\n", "letters that can be printed"),
+    ],
+)
+def test_values_that_are_no_settings_are_a_sentence(text: str, says: str, tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=re.escape(says)) as caught:
+        Experiment.load(file)
+    assert "is now called" not in str(caught.value)
+
+
 def test_the_schema_takes_our_files_and_no_other_key() -> None:
     schema = config.schema(Experiment)
     jsonschema.Draft202012Validator.check_schema(schema)
@@ -164,6 +185,8 @@ def test_migrating_changes_names_and_keeps_all_else() -> None:
     assert migrated_text(other) == other
     with pytest.raises(UserError, match="not valid YAML"):
         migrated_text("a: [1")
+    with pytest.raises(UserError, match="not valid YAML"):
+        migrated_text("a: &a {b: *a}")
 
 
 def test_migrate_writes_the_file(

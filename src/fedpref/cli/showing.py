@@ -156,8 +156,9 @@ def topology(
     from fedpref.reports.network_view import drawn, graph_metrics, metric_table
 
     try:
+        config.refuse_large(spec)
         content = yaml.safe_load(spec)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"SPEC {spec!r}: this is no name and no YAML mapping.") from error
     network = config.parse(Network, {"topology": content, "weights": weights}, "SPEC")
     names = [f"client-{i}" for i in range(clients)]

@@ -31,7 +31,7 @@ def generate(
             "generation config decides.",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the sampling.")] = 0,
     chat: Annotated[
         bool | None,
         typer.Option(
@@ -52,8 +52,9 @@ def generate(
     laid_out = run.learned_from_conversations if chat is None else chat
     try:
         text = sys.stdin.read().strip() if prompt is None else prompt
-    except UnicodeDecodeError as error:
-        raise UserError("the prompt on standard input is not UTF-8 text.") from error
+        text.encode()
+    except UnicodeError as error:
+        raise UserError("the prompt is not UTF-8 text.") from error
     if not text:
         raise UserError("the prompt is empty; give it on the command line or on standard input.")
     print(
@@ -135,7 +136,8 @@ def export(
     if form not in get_args(Form):
         raise UserError(f"--format {form!r}: there are {', '.join(get_args(Form))}.")
     # checked above
-    goal = output or path.with_name(f"{path.name}-{form}")
+    place = path if path.name not in ("", "..") else path.resolve()
+    goal = output or place.with_name(f"{place.name}-{form}")
     if is_sweep(path):
         for run in members(path):
             export(run, form, goal / run.relative_to(path), client)

@@ -318,9 +318,7 @@ class UKPConvArg(PathSource):
             topic = need(topics, need(record, "topic", where), where)
             title, stance = (str(need(topic, name, where)) for name in ("title", "stance"))
             side = self._side_of(title)
-            prompt = (
-                f"Human: {title.strip()}\nArgue for this side: {stance.strip()}\n\nAssistant:"
-            )
+            prompt = f"Human: {title.strip()}\nArgue for this side: {stance.strip()}\n\nAssistant:"
             first, second = (
                 spaced(need(arguments, need(record, name, where), where).strip())
                 for name in ("a", "b")

@@ -115,4 +115,6 @@ def _changes(content: Any) -> Iterator[str]:
             yield f"the key {path!r} is now called {KEYS[path]!r}"
         was, now = parent[key], _renewed(path, parent[key])
         pairs = zip(was, now, strict=True) if isinstance(was, list) else [(was, now)]
-        yield from (f"{path}: {old!r} is now called {new!r}" for old, new in pairs if old is not new)
+        yield from (
+            f"{path}: {old!r} is now called {new!r}" for old, new in pairs if old is not new
+        )

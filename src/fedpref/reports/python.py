@@ -320,7 +320,13 @@ def _lines(data: Any) -> tuple[str, set[str]]:
     rows: list[Any] = []
     if isinstance(data, Mapping):  # splits, such as those of a DatasetDict
         for split, part in data.items():
-            rows += [{**row, SPLIT: split} for row in _records(part)]
+            for row in _records(part):
+                if not isinstance(row, Mapping):
+                    raise UserError(
+                        f"data, split {split!r}: expected dicts by column, found {row!r:.60}. A "
+                        "dict of columns becomes rows by datasets.Dataset.from_dict."
+                    )
+                rows.append({**row, SPLIT: split})
     else:
         rows = _records(data)
     written, columns, size = [], set[str](), 0
@@ -329,6 +335,7 @@ def _lines(data: Any) -> tuple[str, set[str]]:
             raise UserError(f"data, row {number}: expected a dict by column, found {row!r:.60}.")
         try:
             written.append(json.dumps(dict(row), ensure_ascii=False))
+            written[-1].encode()  # half a character could be written nowhere
         except (TypeError, ValueError) as error:
             raise UserError(f"data, row {number}: cannot be written as JSON: {error}.") from error
         columns |= row.keys()
@@ -345,7 +352,10 @@ def _lines(data: Any) -> tuple[str, set[str]]:
 
 def _records(data: Any) -> list[Any]:
     if hasattr(data, "to_json") and hasattr(data, "columns"):  # a DataFrame
-        return list(json.loads(data.to_json(orient="records")))
+        try:
+            return list(json.loads(data.to_json(orient="records")))
+        except (ValueError, OverflowError) as error:
+            raise UserError(f"data: the DataFrame cannot be written: {error}") from error
     try:
         return list(data)
     except TypeError:

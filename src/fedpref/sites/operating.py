@@ -51,16 +51,21 @@ def certificates(kit: Path) -> dict[str, datetime]:
     """Return until when a kit's own certificate and the root's are valid, by their files.
 
     Raises:
-        UserError: The folder is no kit.
+        UserError: The folder is no kit, or a certificate in it is damaged.
     """
     names = ("client.crt", "server.crt", "rootCA.pem")
     found = {name: kit / "startup" / name for name in names if (kit / "startup" / name).exists()}
     if "rootCA.pem" not in found:
         raise UserError(f"{kit}: this is no kit (no startup/rootCA.pem).")
-    return {
-        name: x509.load_pem_x509_certificate(file.read_bytes()).not_valid_after_utc
-        for name, file in found.items()
-    }
+    ends = {}
+    for name, file in found.items():
+        try:
+            ends[name] = x509.load_pem_x509_certificate(file.read_bytes()).not_valid_after_utc
+        except ValueError as error:
+            raise UserError(
+                f"{file}: this is no certificate. `fedpref federation renew` makes a new one."
+            ) from error
+    return ends
 
 
 def expiry(kit: Path) -> str:
