@@ -6,7 +6,7 @@ BIN := .venv/bin
 MATHEMATICS := bradley_terry comparison decdpo fairness feedback figures files intervals losses mathematics methods multiobjective newcomers policy private_sums robust topology
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-offline deploy-demo test test-slow mutants lint references docs release
+.PHONY: help setup demo demo-offline deploy-demo test test-long test-slow mutants lint references docs release
 
 help:
 	@echo "make setup   create .venv and install fedpref with everything it needs"
@@ -14,6 +14,7 @@ help:
 	@echo "make demo-offline   the same on the small shipped model, without a download"
 	@echo "make deploy-demo   a server and three sites on this machine, over mutual TLS"
 	@echo "make test    run the test suite"
+	@echo "make test-long   what takes seconds each: whole runs over sites, killed and taken up again"
 	@echo "make test-slow   what takes minutes: a federation with certificates, every algorithm over simulated sites"
 	@echo "make mutants     how many small errors in the mathematics and the algorithms the tests notice (half an hour)"
 	@echo "make references  write settings, commands and layers into the documents, from the code"
@@ -36,6 +37,9 @@ deploy-demo: setup
 test: setup
 	@$(BIN)/python -m pytest -n auto --dist loadfile $(foreach file,$(MATHEMATICS),--ignore tests/test_$(file).py)
 	@$(BIN)/python -m pytest -n auto --dist worksteal $(foreach file,$(MATHEMATICS),tests/test_$(file).py) --cov --cov-report=term
+
+test-long: setup
+	@$(BIN)/python -m pytest -n auto --dist loadfile -m 'long and not slow'
 
 test-slow: setup
 	@$(BIN)/python -m pytest -m slow

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import pytest
 import torch
 import transformers
 
+SHARED_MEMORY, ROOM = Path("/dev/shm"), 4 * 10**9  # bytes that a whole run may take
 ROOT = Path(__file__).resolve().parent.parent
 REAL_DATA = ROOT.parent / "shared" / "data"
 needs_real_data = pytest.mark.skipif(
@@ -30,6 +33,7 @@ SMALL = {
     "hidden_size": 32,
     "max_position_embeddings": 96,
 }
+MADE = pytest.StashKey[str]()  # the folder in memory
 CONFIGS: dict[str, Callable[[], Any]] = {
     "llama": lambda: transformers.LlamaConfig(
         **SMALL, intermediate_size=48, tie_word_embeddings=True
@@ -54,6 +58,19 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "gpt_neox": lambda: transformers.GPTNeoXConfig(**SMALL, intermediate_size=48),
 }
 ARCHITECTURES = ("llama", "qwen2", "gpt2", "gpt_neox")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let tests write to memory where there is room: runs wait for the disk at every step."""
+    is_free = SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > ROOM
+    if is_free and not config.option.basetemp and not hasattr(config, "workerinput"):
+        config.option.basetemp = config.stash[MADE] = tempfile.mkdtemp(dir=SHARED_MEMORY)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Free it again."""
+    if made := config.stash.get(MADE, None):
+        shutil.rmtree(made, ignore_errors=True)
 
 
 def make_model(folder: Path, architecture: str = "llama", seed: int = 0) -> Path:

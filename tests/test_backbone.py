@@ -259,6 +259,7 @@ def test_a_deep_model_packs_in_bfloat16(tmp_path: Path) -> None:
     close(model.log_probabilities(None, ROWS), alone(plain(path, torch.bfloat16)), 0.03)
 
 
+@pytest.mark.long
 def test_a_layer_that_quantises_in_its_forward_keeps_it(tmp_path: Path) -> None:
     path = saved(tmp_path / "bitnet", transformers.BitNetConfig(**SMALL))
     config = json.loads((path / "config.json").read_text())

@@ -49,6 +49,7 @@ def done(study: Study) -> Study:
     return study
 
 
+@pytest.mark.long
 def test_trials_are_on_validation_prompts_and_the_run_on_the_tests(done: Study) -> None:
     (data,) = done.suite.sets
     trials = done.trials(data, "alone", 1)
@@ -66,6 +67,7 @@ def test_trials_are_on_validation_prompts_and_the_run_on_the_tests(done: Study) 
     assert FinishedRun.at(path).experiment.seed == 1
 
 
+@pytest.mark.long
 def test_each_seed_has_a_split_of_its_own_that_methods_share(done: Study) -> None:
     (data,) = done.suite.sets
     held_out = {}
@@ -82,6 +84,7 @@ def test_each_seed_has_a_split_of_its_own_that_methods_share(done: Study) -> Non
     assert held_out[0, "feddpo"] == held_out[0, "alone"] != held_out[1, "feddpo"]
 
 
+@pytest.mark.long
 def test_what_is_done_is_not_done_again_and_a_budget_ends_it(done: Study, tmp_path: Path) -> None:
     assert list(done.carry_out()) == []
     fresh = replace(done, output=tmp_path / "none")
@@ -93,6 +96,7 @@ def test_what_is_done_is_not_done_again_and_a_budget_ends_it(done: Study, tmp_pa
     assert not fresh.has_begun
 
 
+@pytest.mark.long
 def test_a_study_is_estimated_before_it_begins_and_measured_as_it_goes(done: Study) -> None:
     guess = done.expected()
     twice = replace(done, suite=replace(done.suite, seeds=4)).expected()
@@ -119,6 +123,7 @@ def test_a_study_is_estimated_before_it_begins_and_measured_as_it_goes(done: Stu
     assert line.split("|")[4].strip() == seconds
 
 
+@pytest.mark.long
 def test_a_seed_counts_when_all_of_its_methods_are_done(done: Study, tmp_path: Path) -> None:
     half = replace(done, output=tmp_path / "half")
     happened = half.carry_out()
@@ -130,6 +135,7 @@ def test_a_seed_counts_when_all_of_its_methods_are_done(done: Study, tmp_path: P
     assert [row.seeds for row in compare([half.output / data.name])] == [1, 1]
 
 
+@pytest.mark.long
 def test_tables_and_the_file_to_send_in_say_what_comparing_says(done: Study) -> None:
     written = write_tables(done)
     assert all(path.is_file() for path in written)
@@ -162,11 +168,13 @@ def test_a_file_of_another_format_says_so(tmp_path: Path) -> None:
         board([tmp_path / "sent.json"])
 
 
+@pytest.mark.long
 def test_a_run_of_other_settings_is_not_taken_for_this_one(done: Study) -> None:
     with pytest.raises(UserError, match="there is a run of other settings here"):
         next(replace(done, overrides=("rounds=2",)).carry_out())
 
 
+@pytest.mark.long
 def test_what_a_killed_session_took_is_not_known(done: Study, tmp_path: Path) -> None:
     killed = replace(done, output=tmp_path / "killed")
     (data,) = done.suite.sets
@@ -186,6 +194,7 @@ def test_what_a_killed_session_took_is_not_known(done: Study, tmp_path: Path) ->
     assert methods["alone"]["processor_seconds"] is not None
 
 
+@pytest.mark.long
 def test_names_in_a_file_that_was_sent_in_are_no_markup(done: Study, tmp_path: Path) -> None:
     write_tables(done)
     content = json.loads((done.output / "bench.json").read_text())

@@ -156,6 +156,7 @@ def test_nothing_is_decided_by_the_tests_rows(settings: dict[str, Any]) -> None:
             spec_of(settings, **changes)
 
 
+@pytest.mark.long
 def test_the_tests_rows_are_read_once_and_the_best_rounds_model_stands(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -187,6 +188,7 @@ SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize("after", [pytest.param(2, marks=SLOW), 5, pytest.param(8, marks=SLOW)])
+@pytest.mark.long
 def test_a_run_that_chooses_ends_with_the_same_bits_wherever_it_was_left(
     after: int, settings: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -57,6 +57,7 @@ def file(settings: dict[str, Any], tmp_path: Path) -> Path:
     return tmp_path / "quick.yaml"
 
 
+@pytest.mark.long
 def test_a_run_ends_with_a_table_and_its_directory_and_loads_in_peft(
     fedpref: Command, file: Path, tiny: Path
 ) -> None:
@@ -207,6 +208,7 @@ def test_a_conversation_that_the_template_refuses_is_named(
     assert not list(Path.cwd().iterdir())
 
 
+@pytest.mark.long
 def test_an_answer_is_asked_for_as_in_training(
     fedpref: Command, file: Path, tiny: Path, tmp_path: Path
 ) -> None:
@@ -362,6 +364,7 @@ def test_a_config_goes_by_its_name_or_by_its_place_in_a_checkout(fedpref: Comman
     assert (code, "rounds" in text) == (2, True)
 
 
+@pytest.mark.long
 def test_the_demo_is_the_offline_one_where_nothing_can_be_fetched(
     fedpref: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -483,6 +486,7 @@ def test_what_is_far_from_anything_suggests_nothing(setting: str, fedpref: Comma
 # ---- sweeps
 
 
+@pytest.mark.long
 def test_a_sweep_is_taken_by_what_takes_runs(fedpref: Command, file: Path) -> None:
     code, text = fedpref(
         *("sweep", file, "rounds=2", "evaluate_every=1", "--seeds", 2, "--output", "swept"),
@@ -546,6 +550,7 @@ def test_a_variant_is_chosen_on_validation_and_measured_on_the_test(
     assert (code, "expected one of rewards/accuracies" in text) == (2, True)
 
 
+@pytest.mark.long
 def test_a_run_alone_is_compared_with_its_own_baselines(fedpref: Command, file: Path) -> None:
     fedpref("run", file, "rounds=1", "baselines=[alone,pooled]", "--output", "out")
     code, text = fedpref("compare", "out", "--csv")

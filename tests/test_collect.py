@@ -778,6 +778,7 @@ def test_a_page_on_another_port_can_neither_read_nor_choose(browser: Any, page: 
 # ---- killed at any moment
 
 
+@pytest.mark.long
 def test_what_was_answered_is_there_after_a_kill(tmp_path: Path) -> None:
     pytest.importorskip("uvicorn")
     answers = tmp_path / "answers.jsonl"
@@ -843,6 +844,7 @@ def posted(address: str, content: Any) -> Any:
 # ---- a review, from the command line
 
 
+@pytest.mark.long
 def test_people_judge_a_run_blind_and_its_page_says_what_they_said(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:

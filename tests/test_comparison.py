@@ -159,6 +159,7 @@ def test_a_grids_values_stay_whole() -> None:
     assert len(with_grid([], grid)) == 4
 
 
+@pytest.mark.long
 def test_runs_side_by_side_are_those_one_after_the_other(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -298,7 +298,10 @@ AT_SITES = ("feddpo", "feddpo-keeping-moments", "fedpdpo", "firm", "scaffold", "
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [*((n, "simulation") for n in ALGORITHMS), *((n, "processes") for n in AT_SITES)],
+    [
+        *((n, "simulation") for n in ALGORITHMS),
+        *(pytest.param(n, "processes", marks=pytest.mark.long) for n in AT_SITES),
+    ],
 )
 def test_a_run_is_finite_learns_and_can_be_taken_up_again(
     name: str, kind: str, engines: dict[str, MakeEngine], start: Tree, tmp_path: Path

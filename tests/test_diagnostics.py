@@ -107,6 +107,7 @@ def test_several_objectives_are_asked_for(settings: dict[str, Any]) -> None:
         config.parse(Experiment, {**settings, "diagnostics": ["pareto-stationarity"]}, "test")
 
 
+@pytest.mark.long
 def test_a_run_writes_them_with_its_evaluations(settings: dict[str, Any], tmp_path: Path) -> None:
     wanted = {
         "diagnostics": ["pooled-gradient", "disagreement"],

@@ -43,7 +43,7 @@ def every_command(group: Any = COMMANDS, name: str = "fedpref") -> list[tuple[st
 
 
 PROGRAMS = [file for file in DOCS if blocks(file, "python") and file.name != "README.md"]
-TRAINS = ("index.md", "exporting.md")
+TRAINS = ("index.md", "exporting.md", "troubleshooting.md")
 
 
 @pytest.mark.parametrize(

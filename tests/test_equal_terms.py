@@ -64,6 +64,7 @@ def test_a_figures_cost_is_what_was_spent_when_it_was_first_reached() -> None:
     assert seen([{"num_pairs": 3}, {"num_pairs": 4}]) == 7
 
 
+@pytest.mark.long
 def test_lines_that_saw_more_are_marked_and_can_be_made_equal(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:

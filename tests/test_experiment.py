@@ -528,6 +528,7 @@ def test_the_pooled_line_sees_all_data_and_as_many_pairs(
 
 
 @pytest.mark.parametrize("after", [1, 6, pytest.param(9, marks=pytest.mark.slow), 13])
+@pytest.mark.long
 def test_a_run_left_anywhere_ends_with_the_same_bits(
     after: int, settings: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -553,6 +554,7 @@ def test_a_run_left_anywhere_ends_with_the_same_bits(
         assert timeless[0] == timeless[1]
 
 
+@pytest.mark.long
 def test_any_number_of_workers_ends_with_the_same_bits(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -621,6 +623,7 @@ def test_memory_holds_as_many_values_as_there_is_room_for(
 SPILLED = "fedpref-spilled-*/*.safetensors"
 
 
+@pytest.mark.long
 def test_what_was_spilled_goes_with_the_process_or_when_the_next_begins(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -680,6 +683,7 @@ def test_what_does_not_fit_in_memory_lies_in_files_while_it_is_needed(
         assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.long
 def test_a_killed_run_ends_with_the_same_bits(settings: dict[str, Any], tmp_path: Path) -> None:
     spec = config.parse(
         Experiment,

@@ -138,6 +138,7 @@ def dequantised(file: Path) -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.mark.long
 def test_gguf_files_are_read_as_the_same_model(
     shared: Path, personal: Path, tiny: Path, tmp_path: Path
 ) -> None:
@@ -516,6 +517,7 @@ def test_answers_are_drawn_from_the_whole_of_a_clients_model(
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.long
 def test_a_run_keeps_answers_before_and_after_where_they_are_asked_for(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -75,6 +75,7 @@ def test_the_document_runs_from_an_empty_folder(folder: Path, fedpref: Command) 
     assert (code, "my_parts" in text, "Nothing" in text) == (2, True, True)
 
 
+@pytest.mark.long
 def test_a_run_of_ones_own_algorithm_is_resumed_and_swept(
     folder: Path, fedpref: Command, settings: dict[str, Any]
 ) -> None:

@@ -243,6 +243,7 @@ def accuracy(settings: dict[str, Any], path: Path, data: Path, algorithm: dict[s
     return sum(row["rewards/accuracies"] for row in rows.values()) / len(rows)
 
 
+@pytest.mark.long
 def test_opposed_clients_are_at_a_coin_with_one_model_and_apart_with_own_parts(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -410,6 +411,7 @@ def test_what_does_not_fit_together_is_refused_when_it_is_read(
         config.parse(Experiment, {"algorithm": algorithm, "task": task}, "test")
 
 
+@pytest.mark.long
 def test_a_clients_folder_loads_as_a_model_that_gives_its_log_probabilities(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -455,6 +457,7 @@ def test_a_clients_folder_loads_as_a_model_that_gives_its_log_probabilities(
         )
 
 
+@pytest.mark.long
 def test_baselines_with_parts_are_what_the_method_is_without_the_others(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:

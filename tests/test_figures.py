@@ -210,6 +210,7 @@ def test_one_client_changes_private_figures_by_no_more_than_is_said() -> None:
 
 
 @pytest.mark.parametrize("secrecy", [None, pytest.param(MASKS, marks=pytest.mark.slow)])
+@pytest.mark.long
 def test_a_run_tells_evaluations_with_noise_within_its_budget(
     secrecy: Any, content: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -233,6 +234,7 @@ def test_a_run_tells_evaluations_with_noise_within_its_budget(
     assert "Counts have noise" in page
 
 
+@pytest.mark.long
 def test_with_none_nothing_is_told_and_nothing_is_asked(
     content: dict[str, Any], tmp_path: Path
 ) -> None:

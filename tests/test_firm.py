@@ -189,6 +189,7 @@ def test_with_one_objective_firm_and_scalarisation_are_feddpo(
     same(trained(Scalarized(local=LOCAL), settings, tmp_path)[0], expected)
 
 
+@pytest.mark.long
 def test_a_strong_regulariser_is_linear_scalarisation(
     pairs: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -205,6 +206,7 @@ def test_a_strong_regulariser_is_linear_scalarisation(
     )
 
 
+@pytest.mark.long
 def test_disagreement_over_weights_falls_as_the_regulariser_grows(
     pairs: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -222,6 +224,7 @@ def test_a_client_may_have_a_preference_of_its_own(pairs: dict[str, Any], tmp_pa
     assert state.weights[1]["weights"].tolist() == pytest.approx([0.5, 0.5], abs=1e-5)
 
 
+@pytest.mark.long
 def test_weights_can_be_smoothed_over_steps_and_rounds(
     pairs: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -308,6 +311,7 @@ PAIRS = [
 
 
 @pytest.mark.parametrize(("algorithm", "estimator"), PAIRS)
+@pytest.mark.long
 def test_runs_on_drawn_answers(
     algorithm: str, estimator: str, dialogue: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -355,6 +359,7 @@ def test_fixed_weights_leave_critics_alone(dialogue: dict[str, Any], tmp_path: P
     )
 
 
+@pytest.mark.long
 def test_where_products_are_averaged_no_drift_of_factors_is_told(
     pairs: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -448,6 +453,7 @@ def test_critics_are_trained_and_stay_where_they_are(
     assert not torch.equal(own[0][f"{CRITIC}brief"], own[1][f"{CRITIC}brief"])
 
 
+@pytest.mark.long
 def test_other_algorithms_train_on_drawn_answers_too(
     dialogue: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -460,6 +466,7 @@ def test_other_algorithms_train_on_drawn_answers_too(
 
 
 @pytest.mark.parametrize("estimator", [pytest.param("ppo", marks=pytest.mark.slow), "rloo"])
+@pytest.mark.long
 def test_a_reward_rises(estimator: str) -> None:
     """The shipped model learns to be brief in a few steps."""
     task = {
@@ -598,6 +605,7 @@ def test_pairs_of_unknown_objectives_and_clients_without_one_are_refused(
         parsed({**pairs, "task": {**pairs["task"], "objective_names": []}})
 
 
+@pytest.mark.long
 def test_the_shipped_experiment_is_valid_and_runs_from_the_command_line(
     dialogue: dict[str, Any], tmp_path: Path
 ) -> None:

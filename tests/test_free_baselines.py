@@ -34,6 +34,7 @@ def spec(settings: dict[str, Any]) -> Experiment:
     return config.parse(Experiment, {**settings, "baselines": baselines}, "test")
 
 
+@pytest.mark.long
 def test_they_are_lines_of_a_run_beside_the_others(spec: Experiment, tmp_path: Path) -> None:
     outcome = run(spec, tmp_path / "run")
     finished = FinishedRun.at(outcome.path)
@@ -75,6 +76,7 @@ def test_pairs_are_told_apart_so_that_gains_have_errors(
         assert one.error > 0
 
 
+@pytest.mark.long
 def test_a_run_that_stopped_before_them_makes_them_when_it_is_resumed(
     spec: Experiment, tmp_path: Path
 ) -> None:

@@ -29,6 +29,7 @@ def spec_of(settings: dict[str, Any], generation: dict[str, Any]) -> Experiment:
     return config.parse(Experiment, {**settings, "task": task}, "test")
 
 
+@pytest.mark.long
 def test_a_run_measures_its_models_answers_once_at_the_end(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -236,6 +236,7 @@ SOME = ("fedsa-lora", "choco", "fedpdpo")
         for name in attacks.ALGORITHMS
     ],
 )
+@pytest.mark.long
 def test_no_private_tree_comes_by_works_in_any_order(name: str, world: Path) -> None:
     tried, private, taken = attacks.steal(world, name, 2, 3, seed=1)
     assert tried > 10
@@ -286,6 +287,7 @@ def test_a_site_takes_part_in_all_that_an_algorithm_asks(
         ("ditto", {"batch_size": 8}),
     ],
 )
+@pytest.mark.long
 def test_settings_are_those_that_the_site_has_consented_to(
     name: str, changed: dict[str, Any], world: Path
 ) -> None:

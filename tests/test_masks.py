@@ -362,6 +362,7 @@ def sites(folder: Path, count: int = 3, kind: Callable[..., Any] = Here) -> Any:
     ],
     ids=["examples", "scaffold", "clustered", "product", "private"],
 )
+@pytest.mark.long
 def test_masked_sums_and_those_of_one_process_agree_to_the_bit(
     changes: dict[str, Any],
     content: dict[str, Any],
@@ -395,6 +396,7 @@ def checkpoint(run: RunDirectory) -> dict[str, Any]:
     }
 
 
+@pytest.mark.long
 def test_no_byte_that_the_coordinator_gets_is_a_sites_part(
     content: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -628,6 +630,7 @@ def test_a_sum_that_is_hardly_more_than_one_sites_value_is_refused(
         attempt(tmp_path, plan=plan)
 
 
+@pytest.mark.long
 def test_noise_that_sites_add_is_enough_with_the_fewest_that_must_be_left(
     content: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -674,6 +677,7 @@ def test_a_client_that_may_come_twice_is_not_refused_late_in_a_run(
     assert rows[-1]["epsilon"] <= epsilon_of_discrete([1.0] * 2, 0.01) * 1.001
 
 
+@pytest.mark.long
 def test_sites_without_anybody_in_the_cohort_take_part_in_a_noisy_sum(
     content: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -768,6 +772,7 @@ def test_keys_that_another_root_has_signed_are_refused(tmp_path: Path) -> None:
         KitIdentity(tmp_path / "nowhere")
 
 
+@pytest.mark.long
 def test_sites_with_kits_sum_under_masks_and_swapped_keys_are_noticed(
     content: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -311,6 +311,7 @@ class Sized(Bowl):
 
 
 @pytest.mark.parametrize("newcomers", [pytest.param((), marks=pytest.mark.slow), (3,)])
+@pytest.mark.long
 def test_scaffold_converges_to_the_weighted_optimum_of_clients_of_any_size(
     newcomers: tuple[int, ...],
 ) -> None:

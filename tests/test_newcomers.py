@@ -75,6 +75,7 @@ def test_newcomers_of_a_run_never_train_and_are_evaluated_before_and_after_they_
     )
 
 
+@pytest.mark.long
 def test_what_is_shared_does_not_depend_on_a_newcomers_data(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -158,6 +159,7 @@ def test_fedpdpos_newcomer_keeps_the_adapter_it_received(
     assert trees.norm(trees.load(joined["late"].path / "own_parts.safetensors")) > 0
 
 
+@pytest.mark.long
 def test_from_the_command_line(settings: dict[str, Any], later: Path, tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(config.to_yaml(experiment(settings, {"name": "fedpdpo"}, newcomers=1)))

@@ -195,6 +195,7 @@ def same(first: Path, second: Path) -> bool:
 
 
 @pytest.mark.parametrize("algorithm", ["feddpo", "fedpdpo", "decdpo"])
+@pytest.mark.long
 def test_algorithms_run_it_unchanged_and_resume_to_the_same_bits(
     algorithm: str, content: dict[str, Any], tmp_path: Path
 ) -> None:

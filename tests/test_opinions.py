@@ -576,6 +576,7 @@ def test_a_run_whose_data_has_changed_gives_no_rewards(
         group_rewards(folder)
 
 
+@pytest.mark.long
 def test_learning_beats_equal_shares_and_newcomers_are_told_apart_by_their_context(
     content: dict[str, Any], tmp_path: Path
 ) -> None:

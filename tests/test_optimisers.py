@@ -290,6 +290,7 @@ def test_scaffolds_control_variates_are_the_papers_option_two_under_plain_sgd() 
     assert state.control["x"][0].item() == pytest.approx(sum(own) / 2, rel=1e-5)
 
 
+@pytest.mark.long
 def test_scaffold_is_right_for_adamw() -> None:
     """AdamW fed with uncorrected gradients ends where its signs balance; corrected, at the minimum
     of the mean.

@@ -57,6 +57,7 @@ def test_objectives_that_rise_with_their_preference_follow_it() -> None:
     assert found["hypervolume_interpolated"] > found["hypervolume"]
 
 
+@pytest.mark.long
 def test_a_front_from_the_command_line(settings: dict[str, Any], tmp_path: Path) -> None:
     task = {**settings["task"], "objective_column": "kind", "objective_names": ["first", "second"]}
     content = {

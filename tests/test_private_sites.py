@@ -92,6 +92,7 @@ def run_to(spec: Experiment, folder: Path, transport: Any = None) -> RunDirector
     ],
     ids=["clients", "poisson-quantile", "scaffold", "examples", "both"],
 )
+@pytest.mark.long
 def test_sites_and_one_process_agree_to_the_bit(
     changes: dict[str, Any],
     content: dict[str, Any],
@@ -162,6 +163,7 @@ def test_a_sum_without_noise_is_not_given_where_noise_is_promised(
 
 
 @pytest.mark.parametrize("level", ["client", "unit"])
+@pytest.mark.long
 def test_a_sites_own_limit_ends_its_part_over_all_runs(
     level: str, content: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -241,6 +243,7 @@ def test_a_message_that_is_no_change_as_promised_leaves_its_client_out(
     assert [row["late"] for row in run.read_rows("metrics.jsonl")] == [2, 2, 2]
 
 
+@pytest.mark.long
 def test_a_coordinator_that_asks_oftener_or_in_another_phase_gets_nothing_more(
     content: dict[str, Any], tmp_path: Path
 ) -> None:

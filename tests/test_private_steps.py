@@ -287,6 +287,7 @@ def ledgers(path: Path) -> list[int]:
     ]
 
 
+@pytest.mark.long
 def test_a_run_with_private_steps_ends_within_its_budget(
     settings: Settings, rows: Path, tmp_path: Path
 ) -> None:
@@ -319,6 +320,7 @@ def test_a_client_that_was_charged_twice_ends_the_run_at_its_budget(
     assert RunDirectory(path).read_rows("evaluation.jsonl")[-1]["ended"] == "spent"
 
 
+@pytest.mark.long
 def test_private_steps_that_were_left_end_with_the_same_bits_for_nothing(
     settings: Settings, rows: Path, tmp_path: Path
 ) -> None:
@@ -439,6 +441,7 @@ OFTEN = {"fedpdpo", "scaffold", "decdpo", "scalarized"}  # one of each kind; the
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name in OFTEN else SLOW) for name in STEPS]
 )
+@pytest.mark.long
 def test_every_algorithm_that_may_takes_private_steps(
     name: str, settings: Settings, rows: Path, tmp_path: Path
 ) -> None:
@@ -590,6 +593,7 @@ def test_questions_of_a_predictor_are_units_of_disjoint_tasks(tiny: Path, tmp_pa
 
 
 @pytest.mark.parametrize("mutant", ["", "no clip", "too little noise"])
+@pytest.mark.long
 def test_the_audit_of_pairs_stays_below_epsilon_and_convicts_a_mistake(
     mutant: str,
     settings: Settings,

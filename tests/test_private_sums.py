@@ -252,6 +252,7 @@ def test_epsilon_agrees_with_another_accountant_within_a_hundredth(
         assert ours == pytest.approx(float(estimate), rel=0.01)
 
 
+@pytest.mark.long
 def test_the_least_noise_that_keeps_a_budget_keeps_it() -> None:
     for epsilon, chance in ((8.0, 1.0), (1.0, 0.1), (50.0, 0.02)):
         found = Guarantee.of(epsilon, 1e-3, chance, 20)
@@ -360,6 +361,7 @@ def private_spec(settings: dict[str, Any], tmp_path: Path, **changes: Any) -> Ex
     return config.parse(Experiment, {**content, **changes}, "test")
 
 
+@pytest.mark.long
 def test_a_private_run_ends_within_its_budget_and_forgets_its_secret(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -389,6 +391,7 @@ SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize("after", [pytest.param(2, marks=SLOW), 4, pytest.param(6, marks=SLOW)])
+@pytest.mark.long
 def test_a_private_run_that_was_left_ends_with_the_same_bits_for_nothing(
     after: int, settings: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -701,6 +704,7 @@ def test_a_count_beside_a_change_costs_a_little_noise_on_it(tmp_path: Path) -> N
         sums(tmp_path, clip=QuantileClip(count_noise=0.01), expected=20.0)
 
 
+@pytest.mark.long
 def test_a_run_whose_clip_follows_goes_on_where_it_was(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -41,6 +41,7 @@ def split(rows: list[dict[str, Any]]) -> datasets.DatasetDict:
     )
 
 
+@pytest.mark.long
 def test_rows_in_memory_come_to_what_the_same_file_comes_to(small: dict[str, Any]) -> None:
     file = write_rows(Path("rows.jsonl"), ROWS)
     settings = small | {"algorithm": {"name": "feddpo", "local": {"steps": 1, "batch_size": 2}}}
@@ -98,6 +99,7 @@ def test_settings_are_plain_values_or_objects(small: dict[str, Any]) -> None:
     assert config.dump(Experiment.of(config.dump(spec))) == config.dump(spec)
 
 
+@pytest.mark.long
 def test_a_result_shows_itself(small: dict[str, Any]) -> None:
     result = run(
         data=ROWS, output="out", algorithm=FedPDPO(local=LOCAL), baselines=["alone"], **small

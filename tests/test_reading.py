@@ -728,6 +728,7 @@ def test_a_config_reads_no_environment_however_it_is_written(
             Experiment.load(file)
 
 
+@pytest.mark.long
 def test_what_is_written_out_is_not_taken_for_aliases(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -740,7 +741,7 @@ def test_what_is_written_out_is_not_taken_for_aliases(
 
 def test_a_config_that_is_nested_without_end_is_refused_at_once(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("name: " + "[" * 50_000 + "]" * 50_000)
-    with pytest.raises(UserError, match="nested more than 100 deep"):
+    with pytest.raises(UserError, match=r"nested more than 100 deep|maximum nesting depth"):
         Experiment.load(tmp_path / "c.yaml")
 
 

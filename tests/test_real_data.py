@@ -13,6 +13,7 @@ CLIENTS = {"hh": 2, "hh-iid": 10, "movie-reviews": 3, "movie-reviews-10": 10}
 
 @needs_real_data
 @pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.long
 def test_clients_of_the_real_sets_have_rows_on_both_sides_and_share_no_prompt_between_them(
     name: str,
 ) -> None:

@@ -395,6 +395,7 @@ def test_gold_tells_who_turns_pairs_round(
 
 
 @pytest.mark.parametrize("algorithm", ["ffa-lora", pytest.param("fedpdpo", marks=SLOW)])
+@pytest.mark.long
 def test_sites_and_one_process_learn_the_same_from_gold(
     algorithm: str, content: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -575,6 +576,7 @@ def test_compressed_messages_are_few_bytes_and_the_same_bits_over_sites(
     assert 0.2 < rows[0]["bytes_up"] / rows[2]["bytes_up"] < 0.45
 
 
+@pytest.mark.long
 def test_sparse_changes_are_few_bytes_and_the_same_bits_over_sites(
     content: dict[str, Any], tmp_path: Path
 ) -> None:

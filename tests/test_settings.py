@@ -106,6 +106,7 @@ def test_the_page_of_settings_has_todays_defaults() -> None:
     f"typer=={typer.__version__}\n" not in (ROOT / "constraints.txt").read_text(),
     reason="another version of typer writes the page of commands otherwise",
 )
+@pytest.mark.long
 def test_references_are_what_the_code_says() -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "scripts/references.py"), "--check"],

@@ -385,6 +385,7 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
 
 
 @pytest.mark.parametrize("how", ["nan", "shape", "names", "fail"])
+@pytest.mark.long
 def test_a_client_that_sends_what_cannot_be_used_is_left_out_of_the_round(
     how: str, processes: Processes, content: dict[str, Any]
 ) -> None:
@@ -402,6 +403,7 @@ def test_a_client_that_sends_what_cannot_be_used_is_left_out_of_the_round(
 
 
 @pytest.mark.parametrize("algorithm", ["decpdpo"])
+@pytest.mark.long
 def test_a_run_survives_a_site_that_is_killed_and_resumes_with_it(
     algorithm: str, content: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -456,6 +458,7 @@ def test_a_site_that_has_lost_what_its_clients_keep_is_told(
         list(events(spec, folder, transport=processes))
 
 
+@pytest.mark.long
 def test_a_run_over_sites_is_the_run_in_one_process(
     content: dict[str, Any], processes: Processes, tmp_path: Path
 ) -> None:

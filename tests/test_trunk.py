@@ -217,6 +217,7 @@ def test_answers_that_differ_in_what_is_scored_are_not_one(models: Callable[...,
     assert float(part) > float(whole)
 
 
+@pytest.mark.long
 def test_a_run_has_the_same_bits_with_and_without_kept_states_and_leaves_none(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -56,6 +56,7 @@ def checked(tmp_path: Path, **names: str) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.mark.long
 def test_averaging_metrics_in_place_of_messages_is_a_type_error(tmp_path: Path) -> None:
     right = {"averaged": "messages", "reported": "metrics"}
     assert "Success" in checked(tmp_path, **right)

@@ -31,6 +31,7 @@ MOST_NODES = 10_000  # keys and values of a config that aliases may make
 DEEPEST = 100  # lists and mappings in one another
 # `${name:...}`, and `${${...}...}`, which might become one
 RESOLVER = re.compile(r"(?<!\\)(?:\\\\)*\$\{[^{}]*(?::|\$\{)")
+LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # of libyaml, where it is there
 # what YAML and OmegaConf raise for texts that are none, are nested too deep, or refer to nothing
 BROKEN = (
     YAMLError,
@@ -77,8 +78,7 @@ def _read(path: Path) -> Any:
         raise UserError(f"{path}: there is no such config file.")
     try:
         text = path.read_text(encoding="utf-8")
-        refuse_large(text)
-        root = yaml.compose(text, yaml.SafeLoader)
+        root = refuse_large(text)
         if not isinstance(root, yaml.MappingNode | None):
             raise TypeError(f"expected keys and values, found {text.strip()[:40]!r}")
         content = OmegaConf.create(text)
@@ -92,14 +92,15 @@ def _words(error: Exception) -> str:
     return " ".join(str(error).split())[:400] or type(error).__name__
 
 
-def refuse_large(text: str) -> None:
-    """Raise ValueError for what nobody has written: aliases that make more of a text, deep nesting.
+def refuse_large(text: str) -> yaml.Node | None:
+    """Return a YAML text's root; raises ValueError for what nobody has written: aliases that make
+    more of a text, deep nesting.
 
     The reader's time grows with the square of the depth, so that it is looked at as it comes.
     """
     sizes: dict[int, int] = {}
     written = depth = 0
-    for event in yaml.parse(text, yaml.SafeLoader):
+    for event in yaml.parse(text, LOADER):
         written += isinstance(event, yaml.NodeEvent)
         depth += isinstance(event, yaml.CollectionStartEvent)
         depth -= isinstance(event, yaml.CollectionEndEvent)
@@ -116,9 +117,10 @@ def refuse_large(text: str) -> None:
             sizes[id(node)] = min(most, 1 + sum(map(count, flat)))
         return sizes[id(node)]
 
-    root = yaml.compose(text, yaml.SafeLoader)
+    root = yaml.compose(text, LOADER)
     if root is not None and count(root) >= most:
         raise ValueError(f"with its aliases it has more than {most} values")
+    return root
 
 
 def _refuse_resolvers(content: Any) -> None:
