@@ -677,10 +677,6 @@ class Site:
         Checkpoints of earlier rounds go but for the last, and those of later ones, which a
         coordinator that is here no longer has.
         """
-        if int(checkpoint.removeprefix("round-")) > self._opened.rounds:
-            raise RefusedError(
-                f"{checkpoint} is none of the {self._opened.rounds} rounds of the experiment"
-            )
         kept = {
             field: {i: self._values.get(i, name) for i, name in names.items()}
             for field, names in own.items()
