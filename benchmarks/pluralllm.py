@@ -71,7 +71,7 @@ PAIRS = {
 }
 STEPS = {"pooled, as published": 1}  # a round; six in the other lines
 EQUAL = PAIRS["_equal_steps"]
-SPLITS, RATES, VALIDATING = 5, ("1e-4", "3e-4", "1e-3"), 2
+RATES, VALIDATING = ("1e-4", "3e-4", "1e-3"), 2
 WAY = 0.9  # from the first evaluation to the common level, after which a line counts as there
 OTHERS = {
     "polis": ("data={{name: polis, path: {data}}}", "partition.min_rows=40"),
@@ -514,6 +514,7 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--splits", type=int, default=5, help="how many are drawn")
     parser.add_argument(
         "--output", type=Path, default=Path("runs/benchmark-pluralllm"), help="where runs are kept"
     )
@@ -551,7 +552,7 @@ def main() -> None:
         if "splits" in parts:
             model = [f"task.model.path={arguments.model}"]
             folder = output / f"splits-{arguments.model.replace('/', '-')}"
-            count = 1 if arguments.quick else SPLITS
+            count = 1 if arguments.quick else arguments.splits
             of_splits = splits(arguments.data, numbers, rounds, model, count, folder, progress)
             console.print(json.dumps(of_splits, indent=1))
             found |= of_splits

@@ -248,6 +248,7 @@ def board(paths: Sequence[Path]) -> str:
                     _between(own["mean"], own["low"], own["high"], ".1f"),
                     _between(own["gain"], own["gain_low"], own["gain_high"], "+.1f"),
                     f"{own['worst']:.1f}",
+                    "" if own["pairs"] is None else f"{own['pairs']:,.0f}",
                     str(own["seeds"]),
                     _said(path.stem),
                     _said(found["fedpref"]),
@@ -258,8 +259,9 @@ def board(paths: Sequence[Path]) -> str:
         ranked = sorted(lines, key=lambda line: -line[0])
         texts += [
             f"**{_said(suite)}, {_said(name)}, {_said(model)}**\n",
-            "| method | mean | gain over the first | worst client | seeds | sent in as | fedpref |",
-            "|---|---|---|---|---|---|---|",
+            "| method | mean | gain over the first | worst client | pairs | seeds | sent in as | "
+            "fedpref |",
+            "|---|---|---|---|---|---|---|---|",
             *(line for _, line in ranked),
             "",
         ]
