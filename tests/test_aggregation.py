@@ -170,6 +170,7 @@ def test_an_iteration_costs_as_many_bytes_as_an_adapter() -> None:
 
 
 @pytest.mark.parametrize("algorithm", ["feddpo", "fedprox", "fedpdpo", "fedper", "feddpa"])
+@pytest.mark.long
 def test_every_algorithm_that_averages_an_adapter_takes_products_and_ranks(
     algorithm: str, settings: dict[str, Any], tmp_path: Path
 ) -> None:

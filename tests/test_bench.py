@@ -195,6 +195,7 @@ def test_what_a_killed_session_took_is_not_known(done: Study, tmp_path: Path) ->
 
 
 @pytest.mark.long
+@pytest.mark.long
 def test_names_in_a_file_that_was_sent_in_are_no_markup(done: Study, tmp_path: Path) -> None:
     write_tables(done)
     content = json.loads((done.output / "bench.json").read_text())
@@ -207,6 +208,7 @@ def test_names_in_a_file_that_was_sent_in_are_no_markup(done: Study, tmp_path: P
 
 
 @pytest.mark.parametrize("name", sorted(SUITES))
+@pytest.mark.long
 def test_every_set_and_method_of_a_suite_is_an_experiment(name: str, tmp_path: Path) -> None:
     suite = suite_of(name)
     for data in suite.sets:

@@ -316,6 +316,7 @@ def test_a_topology_is_shown_with_its_figures(fedpref: Command) -> None:
         assert sentence in output
 
 
+@pytest.mark.long
 def test_a_sweep_ends_with_a_comparison_that_can_be_had_again(
     fedpref: Command, file: Path, tmp_path: Path
 ) -> None:
@@ -524,6 +525,7 @@ def test_a_sweep_is_taken_by_what_takes_runs(fedpref: Command, file: Path) -> No
     assert fedpref("compare", "swept", "--csv")[1].split(",s")[0] == compared.split(",s")[0]
 
 
+@pytest.mark.long
 def test_a_variant_is_chosen_on_validation_and_measured_on_the_test(
     fedpref: Command, settings: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -204,6 +204,7 @@ def test_a_run_that_dies_among_others_is_said_and_they_go_on(
     assert "its process has died" in ended["seed-1"]
 
 
+@pytest.mark.long
 def test_a_sweep_runs_each_variant_and_seed_once(settings: dict[str, Any], tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     OmegaConf.save(OmegaConf.create({**settings, "baselines": ["alone"]}), config)

@@ -205,7 +205,13 @@ def assert_equal(a: dict[str, Tree], b: dict[str, Tree]) -> None:
         assert all(torch.equal(a[place][name], b[place][name]) for name in a[place]), place
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+AT_SITES = ("feddpo", "feddpo-keeping-moments", "fedpdpo", "firm", "scaffold", "decpdpo", "choco")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n in AT_SITES else pytest.mark.long) for n in ALGORITHMS],
+)
 def test_engines_agree_to_the_last_bit(
     name: str, engines: dict[str, MakeEngine], start: Tree, tmp_path: Path
 ) -> None:
@@ -293,9 +299,6 @@ def test_no_bytes_of_a_private_part_are_in_any_message(
 
 # at sites those whose states differ in kind: nothing private, moments, parts, weights, control
 # variates, gossip
-AT_SITES = ("feddpo", "feddpo-keeping-moments", "fedpdpo", "firm", "scaffold", "decpdpo", "choco")
-
-
 @pytest.mark.parametrize(
     ("name", "kind"),
     [

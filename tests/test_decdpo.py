@@ -441,6 +441,7 @@ def adapters(settings: dict[str, Any], path: Path, **content: Any) -> list[Tree]
 
 
 @pytest.mark.parametrize("aggregate", ["factors", "frozen-a"])
+@pytest.mark.long
 def test_on_the_complete_graph_with_uniform_weights_it_is_feddpo(
     aggregate: str, settings: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -460,6 +461,7 @@ def test_on_the_complete_graph_with_uniform_weights_it_is_feddpo(
             torch.testing.assert_close(adapter[name], expected[name], atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.long
 def test_one_step_each_and_an_exact_mean_is_a_step_on_all_pairs(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -483,6 +485,7 @@ def test_one_step_each_and_an_exact_mean_is_a_step_on_all_pairs(
     assert trees.norm(trees.subtract(found, pooled)) < 1e-3 * moved
 
 
+@pytest.mark.long
 def test_with_own_parts_on_the_complete_graph_it_is_fedpdpo(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -503,6 +506,7 @@ def test_with_own_parts_on_the_complete_graph_it_is_fedpdpo(
     assert found[0] == pytest.approx(found[1], abs=1e-5)
 
 
+@pytest.mark.long
 def test_without_own_parts_personalised_gossip_is_gossip(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -377,6 +377,7 @@ def test_long_prompts_lose_the_end_that_is_asked_for_and_answers_stay(
 # ---- the run directory
 
 
+@pytest.mark.long
 def test_a_run_leaves_everything_a_report_needs(settings: dict[str, Any], tmp_path: Path) -> None:
     spec = experiment(settings, baselines=["alone", "pooled"], evaluate_every=2)
     result = run(spec, tmp_path / "run")
@@ -484,6 +485,7 @@ def test_clients_that_are_never_drawn_still_train_alone(
     )
 
 
+@pytest.mark.long
 def test_a_line_is_not_its_own_reference(settings: dict[str, Any], tmp_path: Path) -> None:
     algorithm = {"name": "alone", "local": settings["algorithm"]["local"]}
     result = run(
@@ -511,6 +513,7 @@ def test_a_clients_name_cannot_leave_the_run_directory(
     assert {path.name for path in (tmp_path / "deep").iterdir()} == {"run"}
 
 
+@pytest.mark.long
 def test_the_pooled_line_sees_all_data_and_as_many_pairs(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -714,7 +717,8 @@ def test_a_finished_run_can_be_resumed_without_harm(
 
 def test_a_row_that_a_crash_cut_short_does_not_damage_the_next(tmp_path: Path) -> None:
     folder = RunDirectory(tmp_path)
-    rows = [{"round": number, "loss": 0.5} for number in range(3)]
+    sizes = {"seconds": 1.0, "bytes_up": 1, "bytes_down": 1}
+    rows = [{"round": number, "loss": 0.5, **sizes} for number in range(3)]
     folder.append(METRICS, rows[0])
     with (tmp_path / METRICS).open("a") as file:
         file.write(json.dumps(rows[1])[:9])

@@ -340,6 +340,7 @@ def test_a_client_evaluated_on_its_own_held_out_rows_has_the_run_s_figures(
 # ---- watching and tracking
 
 
+@pytest.mark.long
 def test_a_watcher_sees_what_the_runner_saw(settings: dict[str, Any], tmp_path: Path) -> None:
     spec = config.parse(
         Experiment, {**settings, "baselines": ["alone"], "evaluate_every": 1, "workers": 1}, "test"

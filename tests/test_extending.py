@@ -169,6 +169,7 @@ def test_an_entry_point_gives_a_part_a_short_name(
         _installed.cache_clear()
 
 
+@pytest.mark.long
 def test_editors_accept_parts_of_ones_own(folder: Path) -> None:
     schema = config.schema(Experiment)
     for file in ("mine.yaml", "parts.yaml", "reward.yaml"):

@@ -256,6 +256,7 @@ def test_opposed_clients_are_at_a_coin_with_one_model_and_apart_with_own_parts(
     assert personal > shared + 0.2
 
 
+@pytest.mark.long
 def test_without_parts_it_is_feddpo_to_the_bit(settings: dict[str, Any], tmp_path: Path) -> None:
     local = {"steps": 2, "batch_size": 4, "learning_rate": 0.01}
     none = {"head": None, "bottleneck": 0, "reward": False, "adapter": False}

@@ -94,6 +94,7 @@ def test_what_cannot_be_summed_and_what_nobody_has_is_left_out() -> None:
 # ---- under masks
 
 
+@pytest.mark.long
 def test_under_masks_no_clients_figures_reach_the_coordinator(
     content: dict[str, Any], tmp_path: Path
 ) -> None:

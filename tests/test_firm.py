@@ -240,6 +240,7 @@ def test_weights_can_be_smoothed_over_steps_and_rounds(
     assert moved(weights(0.9)) < moved(weights(0.0))
 
 
+@pytest.mark.long
 def test_a_client_sends_as_much_for_any_number_of_objectives_and_rivals_more(
     pairs: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -412,6 +413,7 @@ def test_a_reference_line_that_cannot_run_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_answers_before_and_after_are_kept_with_their_clients(
     dialogue: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -435,6 +437,7 @@ def test_answers_before_and_after_are_kept_with_their_clients(
                 )
 
 
+@pytest.mark.long
 def test_answers_can_be_followed_several_times(dialogue: dict[str, Any], tmp_path: Path) -> None:
     dialogue["algorithm"]["local"] |= {"steps": 4, "num_iterations": 4, "learning_rate": 0.05}
     rows = RunDirectory(run(parsed(dialogue), tmp_path / "run").path).read_rows(METRICS)
@@ -494,6 +497,7 @@ def test_a_reward_rises(estimator: str) -> None:
     assert after["distinct_1"] > 0.5, "and not by repeating itself"
 
 
+@pytest.mark.long
 def test_rewards_are_given_the_prompts_and_what_is_known_of_them(
     dialogue: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -536,6 +540,7 @@ def test_prompts_alone_are_enough_and_each_counts_once(
 # ---- given pairs
 
 
+@pytest.mark.long
 def test_accuracies_are_measured_for_each_objective(pairs: dict[str, Any], tmp_path: Path) -> None:
     # batches of equal parts: the last one of an epoch may have fewer of an objective
     local = {**pairs["algorithm"]["local"], "sampling_strategy": "independent"}

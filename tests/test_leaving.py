@@ -250,6 +250,7 @@ def test_no_private_tree_comes_by_works_in_any_order(name: str, world: Path) -> 
         for name in attacks.ALGORITHMS
     ],
 )
+@pytest.mark.long
 def test_a_site_takes_part_in_all_that_an_algorithm_asks(
     name: str, world: Path, tmp_path: Path
 ) -> None:
@@ -338,6 +339,7 @@ def test_a_run_is_not_taken_up_under_other_settings(world: Path) -> None:
             assert ("begun with another experiment" in str(answer.get("refused"))) == is_refused
 
 
+@pytest.mark.long
 def test_without_labels_the_same_attack_takes_them(
     world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -68,6 +68,7 @@ def tensors(run: RunDirectory) -> dict[str, torch.Tensor]:
     ],
     ids=lambda algorithm: algorithm["name"],
 )
+@pytest.mark.long
 def test_what_is_made_when_drawn_is_what_it_was_from_the_beginning(
     algorithm: dict[str, Any],
     content: dict[str, Any],
@@ -92,6 +93,7 @@ def test_what_is_made_when_drawn_is_what_it_was_from_the_beginning(
 
 
 @pytest.mark.parametrize("name", ["scaffold", pytest.param("fedpdpo", marks=SLOW)])
+@pytest.mark.long
 def test_a_run_of_many_resumes_to_the_same_bits(
     name: str, content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,6 +133,7 @@ def test_few_are_evaluated_the_same_ones_each_time(content: dict[str, Any], tmp_
     assert "6 clients trained 3 of 3 rounds of feddpo, of which 3 were evaluated" in text
 
 
+@pytest.mark.long
 def test_the_page_of_many_shows_how_they_are_spread_and_who_is_far_out(
     content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

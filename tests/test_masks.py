@@ -467,6 +467,7 @@ def test_a_site_that_falls_out_in_any_phase_is_left_out_or_not_needed(
     assert row["late"] >= 1
 
 
+@pytest.mark.long
 def test_too_few_sites_end_the_round_with_a_sentence(
     content: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -658,6 +659,7 @@ def test_noise_that_sites_add_is_enough_with_the_fewest_that_must_be_left(
     assert float(apart.std()) / 2**0.5 == pytest.approx(asked, rel=0.1)
 
 
+@pytest.mark.long
 def test_a_client_that_may_come_twice_is_not_refused_late_in_a_run(
     content: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -57,6 +57,7 @@ def test_whoever_has_nothing_of_its_own_joins_without_training(
 
 
 @pytest.mark.parametrize("algorithm", [*WITH_OWN, "feddpo", "clustered"])
+@pytest.mark.long
 def test_newcomers_of_a_run_never_train_and_are_evaluated_before_and_after_they_join(
     algorithm: str, settings: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -134,6 +135,7 @@ def test_a_client_that_joins_later_learns_its_own_on_what_is_shared(
         personalize(result.path, Files(path=str(later)), name="x", column="client")
 
 
+@pytest.mark.long
 def test_a_run_whose_model_is_shared_still_answers_after_somebody_joined(
     settings: dict[str, Any], later: Path, tmp_path: Path
 ) -> None:

@@ -463,6 +463,7 @@ def test_the_published_cosine_goes_down_and_up_again() -> None:
         assert rate(settings, step / 600) == pytest.approx(expected, abs=1e-9)
 
 
+@pytest.mark.long
 def test_runs_have_the_same_bits_for_any_number_of_workers(
     content: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -599,6 +600,7 @@ def test_learning_beats_equal_shares_and_newcomers_are_told_apart_by_their_conte
     assert FinishedRun.at(outcome.path).result().evaluations == outcome.evaluations
 
 
+@pytest.mark.long
 def test_a_group_can_come_to_a_finished_run(content: dict[str, Any], tmp_path: Path) -> None:
     from fedpref.data import Files
     from fedpref.runs.join import personalize
@@ -633,6 +635,7 @@ def test_what_does_not_fit_is_refused(
         run(Experiment.load(tmp_path / "config.yaml", [override]), tmp_path / "run")
 
 
+@pytest.mark.long
 def test_a_run_from_the_command_line_shows_alignments(
     content: dict[str, Any], tmp_path: Path
 ) -> None:

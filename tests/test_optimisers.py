@@ -272,6 +272,7 @@ def test_feddpo_has_the_drift_floor_of_federated_averaging() -> None:
 
 
 @pytest.mark.parametrize("cohorts", [((0, 1),), ((0,), (1,))], ids=["everybody", "one at a time"])
+@pytest.mark.long
 def test_scaffold_removes_the_drift_floor(cohorts: Sequence[Sequence[int]]) -> None:
     found, state = run(Scaffold(local=PLAIN), 300, cohorts)
     assert found == pytest.approx(1.0, abs=1e-3)

@@ -90,6 +90,7 @@ def finished(settings: dict[str, Any], tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
+@pytest.mark.long
 def test_a_run_keeps_what_came_of_each_held_out_pair(finished: Path) -> None:
     rows = [json.loads(line) for line in (finished / "evaluation.jsonl").open()]
     assert {m["num_examples"] for m in rows[0]["clients"].values()} == {8.0}, "a glance"

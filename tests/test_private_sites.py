@@ -118,6 +118,7 @@ def test_sites_and_one_process_agree_to_the_bit(
         assert figures[0] == figures[1]
 
 
+@pytest.mark.long
 def test_what_sites_send_for_a_sum_is_integers_and_their_own_ledgers_say_so(
     content: dict[str, Any], tmp_path: Path
 ) -> None:

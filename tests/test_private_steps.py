@@ -304,6 +304,7 @@ def test_a_run_with_private_steps_ends_within_its_budget(
     assert "grad_norm" in metrics[0]
 
 
+@pytest.mark.long
 def test_a_client_that_was_charged_twice_ends_the_run_at_its_budget(
     settings: Settings, rows: Path, tmp_path: Path
 ) -> None:
@@ -358,6 +359,7 @@ def test_a_ledger_that_says_less_than_was_done_ends_the_run(
         resume(tmp_path / "run")
 
 
+@pytest.mark.long
 def test_both_promises_are_kept_side_by_side(
     settings: Settings, rows: Path, tmp_path: Path
 ) -> None:
@@ -492,6 +494,7 @@ def test_a_delta_that_would_publish_an_example_is_refused(settings: Settings, ro
         run(spec_of(settings, rows, privacy=privacy))
 
 
+@pytest.mark.long
 def test_objectives_on_pairs_cost_one_query(settings: Settings, rows: Path, tmp_path: Path) -> None:
     task = {
         **settings["task"],
@@ -505,6 +508,7 @@ def test_objectives_on_pairs_cost_one_query(settings: Settings, rows: Path, tmp_
     assert row["weights/first"] + row["weights/second"] == pytest.approx(1)
 
 
+@pytest.mark.long
 def test_prompts_whose_answers_are_drawn_are_units(
     settings: Settings, rows: Path, tmp_path: Path
 ) -> None:

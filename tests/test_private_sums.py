@@ -418,6 +418,7 @@ def test_a_private_run_that_was_left_ends_with_the_same_bits_for_nothing(
     assert Ledger.at(tmp_path / "broken/privacy").charged == 5
 
 
+@pytest.mark.long
 def test_two_private_runs_of_one_config_share_nothing_that_is_drawn(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -436,6 +436,7 @@ def test_names_never_are_paths_and_no_two_have_one_file() -> None:
     assert file_name("client-1") == "client-1"
 
 
+@pytest.mark.long
 def test_a_run_over_clients_of_any_name_can_be_exported(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -612,6 +613,7 @@ def test_prompts_that_all_end_in_one_question_can_be_told_by_all_of_their_turns(
     assert "40 prompts end in 8 different questions" in noted[0]
 
 
+@pytest.mark.long
 def test_newcomers_are_not_measured_on_what_the_run_has_trained_on(
     settings: dict[str, Any], rows_file: Path, tmp_path: Path
 ) -> None:
@@ -640,6 +642,7 @@ def test_newcomers_are_not_measured_on_what_the_run_has_trained_on(
 NAMED = ("q", "good", "bad", "client")  # prompt, chosen, rejected, client
 
 
+@pytest.mark.long
 def test_newcomers_are_read_as_the_runs_rows_were(settings: dict[str, Any], tmp_path: Path) -> None:
     def renamed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return [

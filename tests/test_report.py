@@ -437,6 +437,7 @@ def shown(runs: dict[str, Run], tmp_path_factory: pytest.TempPathFactory) -> Ite
         (390, "light", "sweep"),
     ],
 )
+@pytest.mark.long
 def test_a_browser_draws_every_chart(width: int, scheme: str, which: str, shown: Any) -> None:
     opened, messages = shown(width, which, scheme)
     assert messages == []
@@ -530,6 +531,7 @@ def test_a_printed_page_has_every_chart_whole(shown: Any, tmp_path: Path) -> Non
     assert messages == []
 
 
+@pytest.mark.long
 def test_a_run_ends_with_its_page(settings: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({**settings, "workers": 1}))
     ran = CliRunner().invoke(

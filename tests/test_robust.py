@@ -299,6 +299,7 @@ def content(settings: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
         ("trimmed", {"name": "ffa-lora"}),
     ],
 )
+@pytest.mark.long
 def test_sites_and_one_process_agree_to_the_bit_under_every_rule(
     rule: str, algorithm: dict[str, Any], content: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -369,6 +370,7 @@ GOLDEN = ("prompt", "chosen", "rejected")
 
 
 @pytest.mark.parametrize("rule", ["trust", "mean", pytest.param("norm-bound", marks=SLOW)])
+@pytest.mark.long
 def test_gold_tells_who_turns_pairs_round(
     rule: str, content: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -555,6 +557,7 @@ def test_privacy_of_what_a_client_has_goes_with_a_rule(content: dict[str, Any]) 
     "algorithm",
     ["feddpo", pytest.param("scaffold", marks=SLOW), pytest.param("fedpdpo", marks=SLOW)],
 )
+@pytest.mark.long
 def test_compressed_messages_are_few_bytes_and_the_same_bits_over_sites(
     algorithm: str, content: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -648,6 +648,7 @@ def test_most_clients_do_not_decide_what_numbers_an_adapter_has(
 
 
 @pytest.mark.parametrize("how", ["alike", "names"])
+@pytest.mark.long
 def test_a_mean_needs_no_more_room_for_more_clients(
     how: str, content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -774,6 +775,7 @@ def test_who_is_left_out_keeps_the_private_state_from_before(
     assert kept == {0: 2.0, 1: 0.0, 2: 2.0}
 
 
+@pytest.mark.long
 def test_what_a_site_keeps_is_not_begun_anew_in_silence(
     content: dict[str, Any], tmp_path: Path
 ) -> None:
