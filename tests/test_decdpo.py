@@ -230,7 +230,6 @@ def test_there_is_no_mean_adapter_where_products_are_mixed(settings: dict[str, A
         config.parse(Experiment, content, "test")
 
 
-@pytest.mark.long
 def test_a_run_refuses_a_graph_that_has_changed(settings: dict[str, Any], tmp_path: Path) -> None:
     edges = tmp_path / "edges.txt"
     edges.write_text("client-0 client-1\nclient-1 client-2\nclient-2 client-3\n")

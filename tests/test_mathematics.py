@@ -15,7 +15,14 @@ from fedpref.errors import UserError
 from fedpref.federation.local_training import LocalTraining, rate
 from fedpref.federation.participation import Participation, draw
 from fedpref.numerics import seeds, trees
-from fedpref.numerics.metrics import low_is_good, of_objectives, over_clients, standard_error
+from fedpref.numerics.metrics import (
+    ACCURACY,
+    HEADLINES,
+    low_is_good,
+    of_objectives,
+    over_clients,
+    standard_error,
+)
 from fedpref.numerics.min_norm import require_solver
 from fedpref.numerics.trees import Tree
 
@@ -37,9 +44,28 @@ def test_tree_arithmetic_is_that_of_vectors(tmp_path: Path) -> None:
     assert trees.size(a) == 4 * 11
 
 
-def test_trees_of_other_names_do_not_add() -> None:
+def test_trees_of_other_names_or_shapes_do_not_add() -> None:
     with pytest.raises(ValueError, match="differ in names"):
         trees.add(tree(0), {"a": torch.zeros(3, 2)})
+    for one in (torch.zeros(1), torch.tensor(0.0), torch.zeros(2, 1)):
+        with pytest.raises(ValueError, match="differ in 'a'"):
+            trees.add({"a": torch.zeros(2)}, {"a": one})
+
+
+def test_of_a_sparse_tree_the_largest_entries_stay() -> None:
+    x = torch.tensor([[1.0, -5.0, 0.5], [3.0, 0.0, -2.0]])
+    assert trees.largest(x, 0.34).tolist() == [1, 3, 5]
+    found = trees.sparse({"a": x}, 0.3)["a"]
+    assert found.tolist() == [[0.0, -5.0, 0.0], [3.0, 0.0, 0.0]]
+
+
+def test_a_headline_is_written_in_its_unit() -> None:
+    headline = HEADLINES[ACCURACY]
+    assert (headline.text(0.625), headline.text(0.01, "+"), headline.text(math.nan)) == (
+        "62.5",
+        "+1.0",
+        "",
+    )
 
 
 def test_a_saved_tree_loads_to_the_bit_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
