@@ -795,7 +795,7 @@ def test_what_was_answered_is_there_after_a_kill(tmp_path: Path) -> None:
         assert process.stdout is not None
         line = next(line for line in process.stdout if line.startswith("page: "))
         address = line.split()[1]
-        killer = threading.Timer(0.3, process.kill)
+        killer = threading.Timer(0.1, process.kill)
         try:
             while True:
                 state = posted(address + "api/next", {"rater": "Ann"})
@@ -816,6 +816,7 @@ def test_what_was_answered_is_there_after_a_kill(tmp_path: Path) -> None:
                     killer.start()
         except (OSError, ValueError):
             pass  # killed
+        process.kill()
         process.wait()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
