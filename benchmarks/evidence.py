@@ -153,7 +153,8 @@ def small(folder: Path, data: Path | None) -> tuple[list[Path], list[Path], Path
     run("-m", "fedpref", "run", "feddpo", "--output", str(tasted), *few, *more, "baselines=[]")
     files = [folder / f"{name}.json" for name in ("language_laws", "firm")]
     run(str(HERE / "language_laws.py"), "--quick", "--json", str(files[0]))
-    parts = ("--parts", "shipped", "--fewer")
+    short = ("task.evaluation_prompts=8", "task.sampling.max_completion_length=12")
+    parts = ("--parts", "shipped", "--fewer", "--settings", *short, "algorithm.local.batch_size=2")
     run(str(HERE / "firm.py"), "--quick", *parts, "--json", str(files[1]))
     benches = [bench]
     if data is not None:

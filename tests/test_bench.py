@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,19 @@ def test_what_is_done_is_not_done_again_and_a_budget_ends_it(done: Study, tmp_pa
     assert done.planned() == 2 * 2 * 3
     assert done.has_begun
     assert not fresh.has_begun
+
+
+@pytest.mark.long
+def test_a_run_without_its_baselines_is_not_done(done: Study, tmp_path: Path) -> None:
+    shutil.copytree(done.output, tmp_path / "study")
+    again = replace(done, output=tmp_path / "study")
+    (data,) = done.suite.sets
+    first = again.output / data.name / "feddpo/seed-0"
+    left = first / "baselines/length"
+    shutil.rmtree(left)
+    list(again.carry_out())
+    assert (left / "done").exists()
+    assert FinishedRun.at(first).is_finished
 
 
 @pytest.mark.long

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pkgutil
 import re
 import shlex
@@ -76,6 +77,19 @@ def test_commands_in_documents_are_ours(file: Path) -> None:
             command, rest = command.commands[rest[0]], rest[1:]
         asks = any(getattr(parameter, "prompt", None) for parameter in command.params)
         command.make_context(words[1], rest, resilient_parsing=asks or "..." in line)
+
+
+def test_gains_in_the_table_of_claims_are_those_of_the_figures() -> None:
+    figures = json.loads((ROOT / "docs/results/figures.json").read_text())
+    claims = (ROOT / "docs/results.md").read_text()
+    found = 0
+    for name, value in figures.items():
+        is_gain = name.startswith(("policy_gain", "control_gain"))
+        if is_gain and not name.endswith(("_low", "_high")):
+            said = f"{value:+.1f} [{figures[f'{name}_low']:+.1f}, {figures[f'{name}_high']:+.1f}]"
+            assert said in claims, name
+            found += 1
+    assert found > 5
 
 
 def test_settings_in_documents_are_ours() -> None:

@@ -12,10 +12,10 @@ from fedpref.bench.costs import Cost, duration, expected, processor_seconds
 from fedpref.bench.suites import DataSet, Suite
 from fedpref.errors import UserError
 from fedpref.experiments.experiment import Experiment
-from fedpref.experiments.run_directory import RunDirectory
 from fedpref.numerics import files
 from fedpref.runs.sweep import (
     chosen,
+    is_done,
     parse_variant,
     plan,
     planned,
@@ -196,7 +196,7 @@ class Study:
                 method: self.output / data.name / method / f"seed-{seed}" for method in self.methods
             }
             # of a seed all methods or none: gains are of pairs
-            if all(RunDirectory(path).done for path in runs.values()):
+            if all(is_done(path) for path in runs.values()):
                 done |= {path: self.run(data, method, seed)[1] for method, path in runs.items()}
         if done:
             write_plan(done, self.output / data.name)

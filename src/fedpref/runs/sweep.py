@@ -342,6 +342,11 @@ def _left(runs: Mapping[Path, Experiment]) -> list[tuple[Path, Experiment, RunDi
                 f"{path}: there is a run of other settings here. Choose another "
                 "--output, or remove it; a sweep goes on by `fedpref resume`."
             )
-        if not folder.done:
+        if not is_done(path):
             left.append((path, experiment, folder))
     return left
+
+
+def is_done(path: Path) -> bool:
+    """Return whether a run has ended, with the baselines that stand beside it."""
+    return RunDirectory(path).done and FinishedRun.at(path).is_finished
