@@ -154,7 +154,7 @@ def small(folder: Path, data: Path | None) -> tuple[list[Path], list[Path], Path
     files = [folder / f"{name}.json" for name in ("language_laws", "firm")]
     run(str(HERE / "language_laws.py"), "--quick", "--json", str(files[0]))
     short = ("task.evaluation_prompts=8", "task.sampling.max_completion_length=12")
-    parts = ("--parts", "shipped", "--fewer", "--settings", *short, "algorithm.local.batch_size=2")
+    parts = ("--parts", "shipped", "--fewer", "--settings", *short)
     run(str(HERE / "firm.py"), "--quick", *parts, "--json", str(files[1]))
     benches = [bench]
     if data is not None:

@@ -334,6 +334,7 @@ def compared(
         f"hypervolume_ratio_{name}": statistics.fmean(volumes["firm"])
         / statistics.fmean(volumes[name])
         for name in rivals
+        if any(volumes[name])  # of few answers none may be above where volumes begin
     }
     found |= {
         f"smoothness_ratio_{name}": mean["roughness"]["firm"] / mean["roughness"][name]
