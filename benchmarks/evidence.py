@@ -162,7 +162,7 @@ def small(folder: Path, data: Path | None) -> tuple[list[Path], list[Path], Path
         where = ("--output", str(benches[1]), "--seeds", "1", "--only", CONTROL)
         run("-m", "fedpref", "bench", "people", *where, "--data", str(data), *methods, *few)
         files.append(folder / "pluralllm.json")
-        parts = ("--parts", "countries", "--quick", "--data", str(data))
+        parts = ("--parts", "countries", "--quick", "--rounds", "4", "--data", str(data))
         run(str(HERE / "pluralllm.py"), *parts, "--json", str(files[2]))
     return benches, files, tasted
 

@@ -528,7 +528,9 @@ def main() -> None:
     quick, whole = ["countries", "speed"], ["countries", "splits", "others", "speed"]
     parts = arguments.parts or (quick if arguments.quick else whole)
     rounds, numbers = (
-        (8, range(1)) if arguments.quick else (arguments.rounds, range(arguments.seeds))
+        (min(arguments.rounds, 8), range(1))
+        if arguments.quick
+        else (arguments.rounds, range(arguments.seeds))
     )
     console, progress = Console(width=170), Console(stderr=True)
     found: dict[str, float] = {}
