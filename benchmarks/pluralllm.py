@@ -222,7 +222,7 @@ def between(federated: Line, pooled: Line) -> dict[str, float]:
             next(row["round"] for row, value in zip(rows, course, strict=True) if value >= level)
             for rows, course in zip(pair, courses, strict=True)
         ]
-        saved.append(100 * (1 - reached[0] / reached[1]))
+        saved.append(100 * (1 - max(reached[0], 1) / max(reached[1], 1)))
     return {
         "splits_steps_saved_percent": statistics.fmean(saved),
         "splits_alignment_gain_percent": float(100 * (ours / theirs - 1).mean()),
@@ -479,9 +479,9 @@ def figures(lines: Mapping[str, Line]) -> dict[str, float]:
     found = {}
     for suffix, (federated, pooled) in PAIRS.items():
         ours, theirs = lines[federated], lines[pooled]
-        found[f"rounds_saved_percent{suffix}"] = 100 * (
-            1 - statistics.fmean(ours.converged()) / statistics.fmean(theirs.converged())
-        )
+        # one that stands where it began has taken a round to show it
+        rounds = [max(statistics.fmean(line.converged()), 1) for line in (ours, theirs)]
+        found[f"rounds_saved_percent{suffix}"] = 100 * (1 - rounds[0] / rounds[1])
         found[f"alignment_gain_percent{suffix}"] = 100 * (
             statistics.fmean(ours.unseen()) / statistics.fmean(theirs.unseen()) - 1
         )
