@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from conftest import TOKENIZER
 from fedpref.errors import UserError
 from fedpref.models.backbone import merged_adapter, side_by_side
+from fedpref.models.encoder import Encoder
 from fedpref.models.language import LanguageModel, Model
 from fedpref.models.packed import Row
 from fedpref.numerics import seeds
@@ -383,6 +384,8 @@ def test_a_model_whose_files_lack_a_weight_or_hold_no_number_is_refused(tmp_path
     rewritten(path, lambda weights: weights["model.norm.weight"].fill_(math.nan))
     with pytest.raises(UserError, match=r"'model.norm.weight' hold numbers that are not finite"):
         opened(path)
+    with pytest.raises(UserError, match=r"'norm.weight' hold numbers that are not finite"):
+        Encoder(path=str(path)).open()
     # one whose head is its embedding lacks nothing
     config = transformers.LlamaConfig(**SMALL, tie_word_embeddings=True)
     opened(saved(tmp_path / "tied", config))

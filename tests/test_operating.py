@@ -86,10 +86,11 @@ def test_a_name_that_a_federation_has_a_folder_of_is_no_participants(
 
 
 def test_the_roots_key_outlives_a_crash_between_two_folders(federation: Path) -> None:
-    (federation / kits.STATE).rename(federation / (kits.STATE + kits.BEFORE))
+    before = federation / f".{kits.STATE}.before"
+    (federation / kits.STATE).rename(before)
     kits.renew(federation, ["clinic"])
     assert (federation / kits.STATE / kits.CERTIFICATES).exists()
-    assert not (federation / (kits.STATE + kits.BEFORE)).exists()
+    assert not before.exists()
 
 
 def test_a_site_is_looked_at_before_its_first_job(

@@ -1,19 +1,13 @@
-"""Whether the Hub can be reached, found out once and within seconds; whether a model came whole."""
+"""Whether the Hub can be reached, found out once and within seconds."""
 
 from __future__ import annotations
 
 import logging
 import socket
 import urllib.request
-from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
-
-import torch
-
-from fedpref.errors import UserError
 
 SECONDS = 5.0  # in which a connection is there, or is given up
 LOG = logging.getLogger(__name__)
@@ -34,47 +28,6 @@ def look_for_hub(path: str) -> None:
 
     huggingface_hub.constants.HF_HUB_OFFLINE = True
     datasets.config.HF_HUB_OFFLINE = True
-
-
-def refuse_partial(
-    model: torch.nn.Module, said: Mapping[str, Any], setting: str, spare: str = ""
-) -> None:
-    """Refuse a model of transformers that did not come whole.
-
-    What its files lack transformers draws at random, anew each time that it is loaded.
-
-    Args:
-        model: The model.
-        said: What `from_pretrained` says of its loading.
-        setting: Where the model is named, and its name.
-        spare: What the name of a weight begins with that nobody needs.
-
-    Raises:
-        UserError: Weights are missing, or hold what is no number.
-    """
-    missing = sorted(name for name in said["missing_keys"] if not spare or spare not in name)
-    if missing:
-        raise UserError(
-            f"{setting}: its files lack {_some(missing)}, which would be random numbers, others "
-            "each time. Fetch the folder anew, or save the whole model (save_pretrained)."
-        )
-    broken = [
-        name
-        for name, weight in model.named_parameters()
-        if weight.is_floating_point()
-        and weight.numel()
-        and not all(map(torch.isfinite, weight.detach().aminmax()))
-    ]
-    if broken:
-        raise UserError(
-            f"{setting}: {_some(broken)} hold numbers that are not finite. The file is damaged, or "
-            "the model's training diverged; take another."
-        )
-
-
-def _some(names: Iterable[str]) -> str:
-    first, *rest = names
-    return f"{first!r} and {len(rest)} weights more" if rest else f"the weight {first!r}"
 
 
 @cache

@@ -12,7 +12,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from fedpref.data.hub import look_for_hub, refuse_partial
+from fedpref.data.hub import look_for_hub
+from fedpref.data.whole_models import refuse_partial
 from fedpref.errors import UserError
 from fedpref.models.own_parts import FILE
 from fedpref.models.trunk import row_of_layers

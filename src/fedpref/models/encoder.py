@@ -15,7 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fedpref.data.hub import look_for_hub, refuse_partial
+from fedpref.data.hub import look_for_hub
+from fedpref.data.whole_models import refuse_partial
 from fedpref.errors import UserError
 from fedpref.models import devices
 from fedpref.models.named import BUILTIN, located

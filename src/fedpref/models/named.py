@@ -22,7 +22,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from fedpref.data.hub import look_for_hub, refuse_partial
+from fedpref.data.hub import look_for_hub
+from fedpref.data.whole_models import refuse_partial
 from fedpref.errors import UserError
 
 BUILTIN = "builtin"

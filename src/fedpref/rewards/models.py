@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedpref.data.hub import look_for_hub, refuse_partial
+from fedpref.data.hub import look_for_hub
+from fedpref.data.whole_models import refuse_partial
 from fedpref.errors import UserError
 from fedpref.rewards.reward import OpenGroups, RewardFunction, RewardSettings, no_groups, plain
 from fedpref.types import Count, Text

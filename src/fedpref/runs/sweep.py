@@ -334,19 +334,17 @@ def _left(runs: Mapping[Path, Experiment]) -> list[tuple[Path, Experiment, RunDi
     """Return what is not done yet; raises UserError where other runs are in the way."""
     left = []
     for path, experiment in runs.items():
-        folder = RunDirectory(path)
-        if (path / CONFIG).exists() and FinishedRun.at(path).experiment != with_whole_paths(
-            experiment
-        ):
+        found = FinishedRun.at(path) if (path / CONFIG).exists() else None
+        if found and found.experiment != with_whole_paths(experiment):
             raise UserError(
                 f"{path}: there is a run of other settings here. Choose another "
                 "--output, or remove it; a sweep goes on by `fedpref resume`."
             )
-        if not is_done(path):
-            left.append((path, experiment, folder))
+        if not found or not found.is_finished:
+            left.append((path, experiment, RunDirectory(path)))
     return left
 
 
 def is_done(path: Path) -> bool:
     """Return whether a run has ended, with the baselines that stand beside it."""
-    return RunDirectory(path).done and FinishedRun.at(path).is_finished
+    return (path / CONFIG).exists() and FinishedRun.at(path).is_finished

@@ -26,7 +26,6 @@ LONGEST_LOG = 20 * 10**6  # bytes, above which the log of the last start is set 
 VALID_DAYS = 3650  # of a root
 CERTIFICATES = "cert.json"  # in `state`: all certificates, by participant
 SPLIT_KEY = "split.key"  # a secret of all sites, in their kits and in `state`
-BEFORE = ".before"  # ends the name of a folder that another takes the place of
 PROJECT, STATE = "project.yml", "state"  # of a federation: its participants, and the root's key
 CLASSES = [
     "fedpref.sites.programs.Coordinator",
@@ -174,12 +173,17 @@ def _refuse_names(names: Sequence[str]) -> None:
 
 def _put(made: Path, place: Path) -> None:
     """Move what was made to its place; what was there goes last, and a crash loses neither."""
-    before = place.with_name(place.name + BEFORE)
+    before = _before(place)
     if place.is_dir():
         shutil.rmtree(before, ignore_errors=True)
         place.replace(before)
     made.replace(place)
     shutil.rmtree(before, ignore_errors=True)
+
+
+def _before(place: Path) -> Path:
+    """Return where a folder is while another takes its place; no participant is called so."""
+    return place.with_name(f".{place.name}.before")
 
 
 def _project(folder: Path) -> Any:
@@ -193,7 +197,7 @@ def _project(folder: Path) -> Any:
             f"{folder}: there is no federation here (no {PROJECT}). Give the folder that "
             "`fedpref federation init` made."
         )
-    before = folder / (STATE + BEFORE)
+    before = _before(folder / STATE)
     if before.exists() and not (folder / STATE).exists():
         before.replace(folder / STATE)
     shutil.rmtree(before, ignore_errors=True)

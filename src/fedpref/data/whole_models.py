@@ -1,0 +1,51 @@
+"""Whether a model of transformers came whole from its files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from fedpref.errors import UserError
+
+
+def refuse_partial(
+    model: torch.nn.Module, said: Mapping[str, Any], setting: str, spare: str = ""
+) -> None:
+    """Refuse a model of transformers that did not come whole.
+
+    What its files lack transformers draws at random, anew each time that it is loaded.
+
+    Args:
+        model: The model.
+        said: What `from_pretrained` says of its loading.
+        setting: Where the model is named, and its name.
+        spare: What stands in the names of weights that nobody needs.
+
+    Raises:
+        UserError: Weights are missing, or hold what is no number.
+    """
+    missing = sorted(name for name in said["missing_keys"] if not spare or spare not in name)
+    if missing:
+        raise UserError(
+            f"{setting}: its files lack {_some(missing)}, which would be random numbers, others "
+            "each time. Fetch the folder anew, or save the whole model (save_pretrained)."
+        )
+    broken = [
+        name
+        for name, weight in model.named_parameters()
+        if weight.is_floating_point()
+        and weight.numel()
+        and not all(map(torch.isfinite, weight.detach().aminmax()))
+    ]
+    if broken:
+        raise UserError(
+            f"{setting}: {_some(broken)} hold numbers that are not finite. The file is damaged, or "
+            "the model's training diverged; take another."
+        )
+
+
+def _some(names: Iterable[str]) -> str:
+    first, *rest = names
+    return f"{first!r} and {len(rest)} weights more" if rest else f"the weight {first!r}"
