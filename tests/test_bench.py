@@ -248,6 +248,13 @@ def test_methods_of_ones_own_stand_beside_the_first() -> None:
         suite_of("quickly")
 
 
+def test_a_method_that_cannot_be_is_refused_before_anything_is_done(tmp_path: Path) -> None:
+    suite = with_methods(suite_of("quick"), ["alone", "fedsomething"])
+    with pytest.raises(UserError, match=r"algorithm\.name is 'fedsomething'"):
+        next(Study(suite, tmp_path / "study").carry_out())
+    assert not (tmp_path / "study").exists()
+
+
 def test_the_command_refuses_a_set_that_the_suite_lacks() -> None:
     found = CliRunner().invoke(app, ["bench", "quick", "--only", "nothing"])
     assert isinstance(found.exception, UserError)

@@ -1,10 +1,13 @@
-"""The notebooks run from top to bottom. Slow."""
+"""The notebooks run from top to bottom, and so does the search in the documents. Slow."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from conftest import ROOT
 
@@ -28,3 +31,19 @@ def test_a_notebook_runs(file: Path, tmp_path: Path) -> None:
     ).execute()
     assert any(cell.get("outputs") for cell in notebook.cells)
     assert list((tmp_path / "runs/notebook").iterdir())
+
+
+@pytest.mark.slow
+def test_the_documents_search_runs(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("optuna")
+    text = (ROOT / "docs/sweeps.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump({**settings, "rounds": 1}))
+    monkeypatch.chdir(tmp_path)
+    small = code.replace('"demo-offline"', '"small.yaml"').replace("n_trials=20", "n_trials=2")
+    found: dict[str, Any] = {}
+    exec(small, found)
+    assert found["study"].best_params.keys() == {"learning_rate", "steps"}
+    assert {path.name for path in (tmp_path / "runs/search").iterdir()} == {"0", "1"}

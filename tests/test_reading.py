@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from conftest import make_rows, write_rows
 from fedpref import cli, config, run
 from fedpref.data import IID, SHP, Feedback, Files, Natural, Preference
-from fedpref.data.partitions import label
+from fedpref.data.placed import label
 from fedpref.data.preferences import Conversation
 from fedpref.data.reading import read
 from fedpref.data.splits import digest, keyed, question

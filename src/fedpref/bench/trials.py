@@ -14,6 +14,7 @@ from fedpref.errors import UserError
 from fedpref.experiments.experiment import Experiment
 from fedpref.numerics import files
 from fedpref.runs.sweep import (
+    Variant,
     chosen,
     is_done,
     parse_variant,
@@ -55,13 +56,20 @@ class Study:
 
     def trials(self, data: DataSet, method: str, seed: int) -> Mapping[Path, Experiment]:
         """Return the trials of a method: every rate, on the seed's validation prompts."""
-        text = self.suite.methods[self.methods.index(method)]
-        settings = [*data.overrides(self.data), *self.overrides]
-        name, own = parse_variant(text)
-        spec = Experiment.load(Path(data.config), [*settings, *own])
-        variants = with_grid([(name, own)], [self._grid])
-        where = [*settings, *selecting(spec, self.suite.metric)]
+        spec = self._experiment(data, method)
+        variants = with_grid([self._variant(method)], [self._grid])
+        where = [*self._settings(data), *selecting(spec, self.suite.metric)]
         return plan(Path(data.config), variants, [seed], where, self._trials(data, method, seed))
+
+    def _experiment(self, data: DataSet, method: str) -> Experiment:
+        _, own = self._variant(method)
+        return Experiment.load(Path(data.config), [*self._settings(data), *own])
+
+    def _variant(self, method: str) -> Variant:
+        return parse_variant(self.suite.methods[self.methods.index(method)])
+
+    def _settings(self, data: DataSet) -> list[str]:
+        return [*data.overrides(self.data), *self.overrides]
 
     @property
     def _grid(self) -> str:
@@ -96,6 +104,10 @@ class Study:
         Raises:
             UserError: A run failed, or settings do not fit.
         """
+        # a method that cannot be is refused before hours are spent on the others
+        for data in self.suite.sets:
+            for method in self.methods:
+                self._experiment(data, method)
         begun, made, total = time.monotonic(), 0, self.planned()
         for seed in range(self.suite.seeds):
             for data in self.suite.sets:

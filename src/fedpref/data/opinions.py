@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from fedpref.data.parsing import written_value
-from fedpref.data.partitions import label
+from fedpref.data.placed import label
 from fedpref.data.preferences import Opinion
 from fedpref.data.source import PathSource
 from fedpref.data.tables import local_table, read_table

@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-import math
-import re
 from abc import ABC, abstractmethod
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import Annotated, Any, Literal
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from fedpref.data.preferences import ClientData, Row, Side
-from fedpref.data.splits import spelled
-from fedpref.data.unusable import Unusable
+from fedpref.data.placed import Placed, label
+from fedpref.data.preferences import SIDES, ClientData, Row, Side
 from fedpref.errors import UserError
 from fedpref.types import Count, NonNegative, Open, Positive, WholeNumber
 
-# how tables write a missing value as text: what pandas reads so but NA, which may be a country (and
-# Nan and Null may be people), and what other programs write
-MISSING = frozenset(
-    {"None", "none", "nan", "NaN", "-nan", "-NaN", "null", "NULL", "n/a", "N/A", "#N/A", "#NA"}
-    | {"<NA>", "NaT", "\\N"}
-)
-Placed = Sequence[tuple[Side, Row]]
-SIDES: tuple[Side, ...] = ("train", "test", "validation")
 # what the rows of a side are called, and how there may be some
 _REMEDIES = {
     "train": ("training", "lower test_fraction or data.validation_fraction"),
@@ -43,11 +30,14 @@ class Partitioning(ABC):
     name: str
 
     @abstractmethod
-    def assign(self, rows: Placed, rng: np.random.Generator) -> dict[str, Placed]:
+    def assign(
+        self, rows: Placed, rng: np.random.Generator
+    ) -> Mapping[str, Iterable[tuple[Side, Row]]]:
         """Return each client's rows, by the client's name.
 
         Args:
-            rows: All rows, each with its side: `train`, `test` or `validation`.
+            rows: All rows, each with its side: `train`, `test` or `validation`. What it is asked
+                for by `take` stays where it is; pairs are read into memory.
             rng: Random numbers of the experiment's seed.
 
         Raises:
@@ -76,21 +66,26 @@ class Natural(Partitioning):
     """Rows of each client at most, evenly spread, of both sides in their proportion."""
 
     def assign(self, rows: Placed, rng: np.random.Generator) -> dict[str, Placed]:
-        groups = _by_column(rows, self.column)
+        places = rows.groups(self.column)
         only = {label(value) for value in self.only}
-        if unknown := sorted(str(value) for value in only if value not in groups):
+        if unknown := sorted(str(value) for value in only if value not in places):
             raise UserError(
                 f"partition.only: there is no row with {self.column} {unknown[0]!r}; there are "
-                f"{sorted(groups)[:8]}."
+                f"{sorted(places)[:8]}."
             )
-        groups = {value: group for value, group in groups.items() if not only or value in only}
+        groups = {
+            value: rows.take(some)
+            for value, some in sorted(places.items())
+            if not only or value in only
+        }
         if self.clients_per_value > 1:
             shares = np.full((2, self.clients_per_value), 1 / self.clients_per_value)
-            cut = {value: _cut(group, shares, rng) for value, group in sorted(groups.items())}
             groups = {
-                f"{value}-{name.removeprefix('client-')}": part
-                for value, parts in cut.items()
-                for name, part in parts.items()
+                f"{value}-{number}": part
+                for value, group in groups.items()
+                for number, part in zip(
+                    _numbers(self.clients_per_value), _cut(group, shares, rng), strict=True
+                )
             }
         return self._select(
             {name: _thinned(group, self.max_rows) for name, group in groups.items()}
@@ -100,8 +95,7 @@ class Natural(Partitioning):
         kept = {
             name: group
             for name, group in groups.items()
-            if len(group) >= self.min_rows
-            and sum(side == "test" for side, _ in group) >= self.min_test_rows
+            if len(group) >= self.min_rows and len(group.places("test")) >= self.min_test_rows
         }
         if not kept:
             raise UserError(
@@ -123,8 +117,11 @@ class IID(Partitioning):
     """Rows of each client at most, of both sides in their proportion."""
 
     def assign(self, rows: Placed, rng: np.random.Generator) -> dict[str, Placed]:
-        groups = _cut(rows, np.full((2, self.clients), 1 / self.clients), rng)
-        return {name: _thinned(group, self.max_rows) for name, group in groups.items()}
+        parts = _cut(rows, np.full((2, self.clients), 1 / self.clients), rng)
+        return {
+            name: _thinned(part, self.max_rows)
+            for name, part in zip(_names(self.clients), parts, strict=True)
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,12 +141,12 @@ class Dirichlet(Partitioning):
     """The distribution's concentration: small gives clients of few labels, large IID ones."""
 
     def assign(self, rows: Placed, rng: np.random.Generator) -> dict[str, Placed]:
-        merged: dict[str, list[tuple[Side, Row]]] = defaultdict(list)
-        for _, group in sorted(_by_column(rows, self.column).items()):
+        merged = [rows.take(np.arange(0))] * self.clients
+        for _, places in sorted(rows.groups(self.column).items()):
             shares = rng.dirichlet(np.full(self.clients, self.alpha))
-            for name, part in _cut(group, np.stack([shares, shares]), rng).items():
-                merged[name].extend(part)
-        return {name: merged[name] for name in _names(self.clients)}
+            parts = _cut(rows.take(places), np.stack([shares, shares]), rng)
+            merged = [one + part for one, part in zip(merged, parts, strict=True)]
+        return dict(zip(_names(self.clients), merged, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,9 +165,9 @@ class BySize(Partitioning):
 
     def assign(self, rows: Placed, rng: np.random.Generator) -> dict[str, Placed]:
         shares = np.arange(1, self.clients + 1, dtype=float) ** -self.exponent
-        return _cut(
-            rows, np.stack([shares / shares.sum(), np.full(self.clients, 1 / self.clients)]), rng
-        )
+        equal = np.full(self.clients, 1 / self.clients)
+        parts = _cut(rows, np.stack([shares / shares.sum(), equal]), rng)
+        return dict(zip(_names(self.clients), parts, strict=True))
 
 
 Partition = Annotated[
@@ -180,7 +177,9 @@ Partition = Annotated[
 ]
 
 
-def partition(rows: Placed, how: Partition, seed: int) -> tuple[ClientData, ...]:
+def partition(
+    rows: Iterable[tuple[Side, Row]], how: Partition, seed: int
+) -> tuple[ClientData, ...]:
     """Give rows to clients.
 
     Args:
@@ -191,12 +190,10 @@ def partition(rows: Placed, how: Partition, seed: int) -> tuple[ClientData, ...]
     Raises:
         UserError: A client is left without training or without held-out rows.
     """
+    rows = _placed(rows)
     groups = how.assign(rows, np.random.default_rng(seed))
-    clients = []
-    for name, group in groups.items():
-        sides = ([row for placed, row in group if placed == side] for side in SIDES)
-        clients.append(ClientData(name, *map(tuple, sides)))
-    validates = any(side == "validation" for side, _ in rows)
+    clients = [ClientData(name, *map(_placed(group).rows, SIDES)) for name, group in groups.items()]
+    validates = len(rows.places("validation")) > 0
     for side, (lacking, remedy) in _REMEDIES.items():
         poor = [c.name for c in clients if not getattr(c, side)]
         if poor and (side != "validation" or validates):
@@ -214,90 +211,24 @@ def partition(rows: Placed, how: Partition, seed: int) -> tuple[ClientData, ...]
     return tuple(clients)
 
 
+def _placed(rows: Iterable[tuple[Side, Row]]) -> Placed:
+    return rows if isinstance(rows, Placed) else Placed.of(rows)
+
+
 def _thinned(rows: Placed, count: int | None) -> Placed:
     """Return `count` rows at most, evenly spread over each side, in the sides' proportion."""
     if count is None or count >= len(rows):
         return rows
-    sides = [[row for row in rows if row[0] == side] for side in SIDES]
+    sides = list(map(rows.places, SIDES))
     held_out = [round(count * len(side) / len(rows)) for side in sides[1:]]
-    return [
-        part[i * len(part) // size]
+    kept = [
+        part[np.arange(size) * len(part) // max(size, 1)]
         for part, size in zip(sides, (count - sum(held_out), *held_out), strict=True)
-        for i in range(size)
     ]
+    return rows.take(np.concatenate(kept))
 
 
-def label(value: Any) -> str | None:
-    """Return a client's name as it is said; None where it names nobody.
-
-    1, 1.0 and "1 " are one client, and so is a name in two forms of Unicode.
-
-    Raises:
-        ValueError: It is no name.
-    """
-    return _label_of_text(value) if isinstance(value, str) else _label(value)
-
-
-@lru_cache(maxsize=2**17)  # each client's rows have it again
-def _label_of_text(value: str) -> str | None:
-    return _label(value)
-
-
-def _label(value: Any) -> str | None:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return None
-    if isinstance(value, float) and math.isinf(value):
-        raise ValueError(f"expected a name or a number, found {value!r}")
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if not isinstance(value, str | int | float):
-        raise ValueError(f"expected a name or a number, found {value!r:.60}")
-    name = spelled(str(value))
-    name.encode()  # half a character (a lone surrogate) could be written nowhere
-    if (number := re.fullmatch(r"(-?\d+)\.0+", name)) is not None:
-        name = number[1]
-    return name if name and name not in MISSING else None
-
-
-def named(rows: Iterable[Row], column: str) -> tuple[list[Row], list[Unusable]]:
-    """Return rows whose column names somebody, as `label` writes it, and those of nobody.
-
-    Raises:
-        UserError: No row has the column, or a value is no name.
-    """
-    kept: list[Row] = []
-    lacking: list[Unusable] = []
-    for row in rows:
-        try:
-            name = label(row.columns.get(column))
-        except ValueError as error:
-            raise UserError(f"{row.where}, column {column!r}: {error}.") from error
-        if name is None:
-            known = sorted(map(str, row.columns)) or "none besides the texts"
-            reason = f"partition.column is {column!r}, which the row does not have or leaves empty"
-            lacking.append(Unusable("no client", row.where, f"{reason}; its columns: {known}"))
-        else:
-            is_so = row.columns[column] == name and isinstance(row.columns[column], str)
-            kept.append(row if is_so else replace(row, columns={**row.columns, column: name}))
-    if lacking and not kept:
-        raise UserError(
-            f"{lacking[0]}. Name the column that says whose a row is by partition.column, or share "
-            "rows out by partition: {name: iid, clients: 4}."
-        )
-    return kept, lacking
-
-
-def _by_column(rows: Placed, column: str) -> dict[str, Placed]:
-    groups: dict[str, list[tuple[Side, Row]]] = defaultdict(list)
-    kept, lacking = named((row for _, row in rows), column)
-    if lacking:
-        raise lacking[0]
-    for pair, row in zip(rows, kept, strict=True):
-        groups[row.columns[column]].append(pair if pair[1] is row else (pair[0], row))
-    return dict(groups)
-
-
-def _cut(rows: Placed, shares: NDArray[np.float64], rng: np.random.Generator) -> dict[str, Placed]:
+def _cut(rows: Placed, shares: NDArray[np.float64], rng: np.random.Generator) -> list[Placed]:
     """Share rows out at random.
 
     Args:
@@ -306,16 +237,19 @@ def _cut(rows: Placed, shares: NDArray[np.float64], rng: np.random.Generator) ->
             one.
         rng: Random numbers.
     """
-    names = _names(shares.shape[1])
-    parts: dict[str, list[tuple[Side, Row]]] = {name: [] for name in names}
+    parts: list[list[NDArray[np.int64]]] = [[] for _ in range(shares.shape[1])]
     for side, proportions in zip(SIDES, (*shares, shares[1]), strict=True):
-        members = [row for row in rows if row[0] == side]
+        members = rows.places(side)
         order = rng.permutation(len(members))
         bounds = np.round(np.cumsum(proportions) * len(members)).astype(int)
-        for name, chosen in zip(names, np.split(order, bounds[:-1]), strict=True):
-            parts[name].extend(members[i] for i in chosen)
-    return dict(parts)
+        for part, chosen in zip(parts, np.split(order, bounds[:-1]), strict=True):
+            part.append(members[chosen])
+    return [rows.take(np.concatenate(part)) for part in parts]
 
 
 def _names(clients: int) -> list[str]:
-    return [f"client-{number:0{len(str(clients))}d}" for number in range(1, clients + 1)]
+    return [f"client-{number}" for number in _numbers(clients)]
+
+
+def _numbers(clients: int) -> list[str]:
+    return [f"{number:0{len(str(clients))}d}" for number in range(1, clients + 1)]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from itertools import chain
 from typing import Any, Literal
 
 Message = Mapping[str, Any]  # "role", "content", and what else chat templates read of it
 Text = str | tuple[Message, ...]  # plain, or a conversation
 Side = Literal["train", "test", "validation"]
+SIDES: tuple[Side, ...] = ("train", "test", "validation")
 
 
 class Conversation(tuple[Message, ...]):
@@ -107,28 +109,35 @@ class ClientData:
     """One client's rows; no training row's prompt, of any client, is that of a held-out row."""
 
     name: str
-    train: tuple[Row, ...]
-    test: tuple[Row, ...]
-    validation: tuple[Row, ...] = ()
+    train: Sequence[Row]
+    """Rows to train on; of many rows, these and others lie in a file and are read when asked for,
+    each time anew."""
+    test: Sequence[Row]
+    validation: Sequence[Row] = ()
     """Held out to choose by, where anything is chosen while the test's rows are left unread."""
 
     @property
     def rows(self) -> tuple[Row, ...]:
         """All rows."""
-        return self.train + self.test + self.validation
+        return (*self.train, *self.test, *self.validation)
+
+    def about(self) -> tuple[int, str]:
+        """Look at each row once.
+
+        Returns:
+            The number of rows whose prompts are conversations, not plain text; and a hash of all
+            texts, by which a run recognises its data.
+        """
+        hasher, conversations = blake2b(digest_size=16), 0
+        for row in chain(self.train, self.test, self.validation):
+            conversations += not isinstance(row.prompt, str)
+            hasher.update("\0".join((key(row.prompt), *row.said)).encode())
+        return conversations, hasher.hexdigest()
 
     @property
     def digest(self) -> str:
         """A hash of all texts, by which a run recognises its data."""
-        hasher = blake2b(digest_size=16)
-        for row in self.rows:
-            hasher.update("\0".join((key(row.prompt), *row.said)).encode())
-        return hasher.hexdigest()
-
-    @property
-    def conversations(self) -> int:
-        """The number of rows whose prompts are conversations, not plain text."""
-        return sum(not isinstance(row.prompt, str) for row in self.rows)
+        return self.about()[1]
 
 
 def key(text: Text) -> str:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import gc
-from collections import Counter
+from array import array
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fedpref.data.parsing import forget_columns
-from fedpref.data.partitions import Dirichlet, Natural, Partition, named, partition
-from fedpref.data.preferences import ClientData, Row, Side
+from fedpref.data.partitions import Dirichlet, Natural, Partition, partition
+from fedpref.data.placed import Labels, Placed
+from fedpref.data.preferences import SIDES, ClientData, Row
+from fedpref.data.row_store import RowStore
 from fedpref.data.source import DataSource
-from fedpref.data.splits import digest, identity, place, split
+from fedpref.data.splits import NONE, Outline, identity, place
 from fedpref.data.unusable import Policy, Unusable, counted, summary
 from fedpref.errors import UserError
 
@@ -22,6 +27,7 @@ Purpose = EvaluateOn  # what rows are held out for
 NAMES: dict[Purpose, str] = {"test": "held-out", "validation": "validation"}
 # columns that elsewhere are part of what a model is asked
 UNREAD = frozenset({"system", "system_prompt", "history", "images", "functions", "input"})
+TRAIN, TEST, VALIDATION = map(SIDES.index, ("train", "test", "validation"))
 LAST_TURNS = 2  # prompts to one question, above which they are perhaps told by too little
 
 
@@ -82,6 +88,7 @@ def read(
     evaluate_on: EvaluateOn = "test",
     *,
     apart: bool = False,
+    room: int | None = None,
 ) -> Reading:
     """Read a source and share its rows out.
 
@@ -94,13 +101,15 @@ def read(
             from training to choose settings by, so that nothing reads the test's.
         apart: Let no client's rows decide which of another's are trained on; then a prompt may be
             held out for one and trained on by another.
+        room: Bytes of rows that stay in memory; of more, all lie in a file of TMPDIR. None keeps
+            them in memory.
 
     Raises:
         UserError: There is nothing there, its form is another, or a client is left without rows.
             Single rows that cannot be used are not raised; see `Reading.settled`.
     """
     with _without_looking_for_cycles():
-        return _read(source, how, seed, trained, evaluate_on, apart)
+        return _read(source, how, seed, trained, evaluate_on, apart, room)
 
 
 @contextmanager
@@ -136,6 +145,53 @@ def _rows(source: DataSource) -> Iterator[Row | Unusable]:
         ) from error
 
 
+@dataclass
+class _Kept:
+    """Rows as they are read and kept, and what is known of them without looking again.
+
+    Attributes:
+        store: The rows.
+        labels: Whose they are, where a column says so.
+        client: That column's name; empty elsewhere.
+        unusable: Rows that cannot be used.
+        nobodys: Rows whose column names nobody.
+        unread: Columns that nothing reads, and that elsewhere are what a model is asked.
+        prompts: Hashes of all that prompts say, where their questions tell them apart.
+    """
+
+    store: RowStore
+    labels: Labels | None
+    client: str
+    unusable: list[Unusable] = field(default_factory=list)
+    nobodys: list[Unusable] = field(default_factory=list)
+    unread: set[str] = field(default_factory=set)
+    prompts: array[int] = field(default_factory=lambda: array("q"))
+
+    def keep(self, source: DataSource) -> Iterator[Row]:
+        """Read a source, and yield the rows that are kept."""
+        for row in _rows(source):
+            if isinstance(row, Unusable):
+                self.unusable.append(row)
+                continue
+            if self.labels is not None:
+                try:
+                    row = self.labels.append(row)
+                except Unusable as error:
+                    self.nobodys.append(error)
+                    continue
+            columns = row.columns
+            self.unread.update(c for c in UNREAD & columns.keys() if columns[c])
+            if source.split_by == "question":
+                self.prompts.append(hash(identity(row.prompt, "prompt")))
+            self.store.append(row)
+            yield row
+
+    @property
+    def total(self) -> int:
+        """How many rows were read."""
+        return len(self.store) + len(self.unusable) + len(self.nobodys)
+
+
 def _read(
     source: DataSource,
     how: Partition,
@@ -143,22 +199,22 @@ def _read(
     trained: Collection[str],
     evaluate_on: EvaluateOn,
     apart: bool,
+    room: int | None,
 ) -> Reading:
-    rows: list[Row] = []
-    unusable: list[Unusable] = []
-    for row in _rows(source):
-        if isinstance(row, Unusable):
-            unusable.append(row)
-        else:
-            rows.append(row)
-    total = len(rows) + len(unusable)
-    if not total:
+    column = getattr(how, "column", "")
+    labels = Labels(column) if isinstance(how, Natural | Dirichlet) else None
+    kept = _Kept(RowStore(room), labels, column)
+    outline = Outline.of(kept.keep(source), source.split_by, source.split_seed)
+    if not kept.total:
         raise UserError(f"{source.location or source.name}: there are no rows.")
-    if isinstance(how, Natural | Dirichlet) and rows:
-        rows, lacking = named(rows, how.column)
-        unusable += lacking
-    if unusable and not rows:
-        raise UserError(summary(unusable, total))
+    if kept.nobodys and not kept.store:
+        raise UserError(
+            f"{kept.nobodys[0]}. Name the column that says whose a row is by partition.column, or "
+            "share rows out by partition: {name: iid, clients: 4}."
+        )
+    unusable = kept.unusable + kept.nobodys
+    if unusable and not kept.store:
+        raise UserError(summary(unusable, kept.total))
     if evaluate_on == "validation" and not source.validation_fraction:
         raise UserError(
             "evaluate_on: validation needs rows that are set aside for it. Set "
@@ -166,55 +222,45 @@ def _read(
         )
     # who is left out for want of held-out rows is not to be given any
     also = Also()
-    if apart and isinstance(how, Natural):
-        placed: list[tuple[Side, Row]] = []
-        left_out = 0
-        mine: dict[str, list[Row]] = {}
-        for row in rows:
-            mine.setdefault(str(row.columns[how.column]), []).append(row)
-        for some in mine.values():
-            here, lost = _sides(some, source, also)
-            placed += here
-            left_out += lost
-    else:
-        if isinstance(how, Natural) and not how.min_test_rows and not trained:
-            also = _also(rows, source, how)
-        placed, left_out = _sides(rows, source, also)
-    moved = [
-        side == "test" and bool(trained) and digest(row.prompt, source.split_by) in trained
-        for side, row in placed
-    ]
-    placed = [
-        ("train", pair[1]) if known else pair for known, pair in zip(moved, placed, strict=True)
-    ]
+    told = outline
+    if isinstance(how, Natural) and labels is not None:
+        if apart:
+            told = outline.apart(labels.numbers)
+        elif not how.min_test_rows and not trained:
+            also = _also(outline, labels, source, how)
+    sides = _sides(told, source, also)
+    known = np.array(sorted(int(one, 16) for one in trained), dtype=np.uint64)
+    is_moved = (sides == TEST) & np.isin(outline.asked, known)
+    sides[is_moved] = TRAIN
+    numbers = np.flatnonzero(sides != NONE)
     try:
-        clients = partition(placed, how, seed)
+        clients = partition(Placed(kept.store, numbers, sides[numbers], labels), how, seed)
     except UserError as error:
         # a client may lack rows because they cannot be used
         if unusable and source.unusable == "refuse":
-            raise UserError(summary(unusable, total)) from None
-        if any(moved):
+            raise UserError(summary(unusable, kept.total)) from None
+        if is_moved.any():
             raise UserError(
-                f"{error} {sum(moved)} rows that would be held out ask what the run has trained "
-                "on, so that they can only be trained on."
+                f"{error} {is_moved.sum()} rows that would be held out ask what the run has "
+                "trained on, so that they can only be trained on."
             ) from None
         raise
     if evaluate_on == "validation":
         clients = tuple(replace(one, test=one.validation, validation=()) for one in clients)
     return Reading(
         clients,
-        total,
-        left_out,
-        sum(moved),
+        kept.total,
+        int((sides == NONE).sum()),
+        int(is_moved.sum()),
         tuple(unusable),
         source.unusable,
-        (*_notes(rows, source, getattr(how, "column", "")), *also.notes),
+        (*_notes(kept, outline), *also.notes),
     )
 
 
 @dataclass(frozen=True)
 class Also:
-    """Prompts, by `identity`, that are held out for clients of whom the rule holds out nothing.
+    """Prompts, by their hashes, that are held out for clients of whom the rule holds out nothing.
 
     Attributes:
         test: For the test.
@@ -222,52 +268,47 @@ class Also:
         notes: Whose they are, in sentences.
     """
 
-    test: frozenset[str] = frozenset()
-    validation: frozenset[str] = frozenset()
+    test: frozenset[int] = frozenset()
+    validation: frozenset[int] = frozenset()
     notes: tuple[str, ...] = ()
 
 
-def _also(rows: Sequence[Row], source: DataSource, how: Natural) -> Also:
+def _also(outline: Outline, labels: Labels, source: DataSource, how: Natural) -> Also:
     """Return what else is held out, so that no client of several prompts is without held-out rows.
 
     Of such a client it is the prompt whose hash is the lowest, which a larger fraction would hold
     out first, but none without which somebody would have no training rows left.
     """
     also = Also()
-    counts = Counter(str(row.columns[how.column]) for row in rows)
-
-    only = frozenset(map(str, how.only))
-
-    def is_wanted(client: str) -> bool:
-        return counts[client] >= how.min_rows and (not only or client in only)
-
+    clients, names = labels.numbers, np.array(labels.names)
+    is_wanted = np.bincount(clients, minlength=len(names)) >= how.min_rows
+    if how.only:
+        is_wanted &= np.isin(names, list(map(str, how.only)))
     wanted: list[Purpose] = ["test", "validation"] if source.validation_fraction else ["test"]
     for purpose in wanted:
-        placed, _ = _sides(rows, source, also)
-        have = {str(row.columns[how.column]) for side, row in placed if side == purpose}
-        trained: dict[str, set[str]] = {}
-        for side, row in placed:
-            client = str(row.columns[how.column])
-            # what the source itself trains on is never tested on, but may be set aside
-            may_be = row.side is None or purpose == "validation"
-            if side == "train" and may_be and client not in have and is_wanted(client):
-                trained.setdefault(client, set()).add(identity(row.prompt, source.split_by))
-        poor = {client: texts for client, texts in sorted(trained.items()) if len(texts) > 1}
-        left: dict[str, set[str]] = {}  # prompts that a client still trains on
-        askers: dict[str, set[str]] = {}  # who trains on a prompt
-        for side, row in placed if poor else ():
-            client = str(row.columns[how.column])
-            if side == "train" and is_wanted(client):
-                text = identity(row.prompt, source.split_by)
-                left.setdefault(client, set()).add(text)
-                askers.setdefault(text, set()).add(client)
-        lacking: dict[str, str] = {}
-        for client, texts in poor.items():
-            for text in sorted(texts, key=lambda text: _place(text, source, purpose)):
-                if all(len(left[one]) > 1 for one in askers[text]):
-                    lacking[client] = text
-                    for one in askers[text]:
-                        left[one].discard(text)
+        sides = _sides(outline, source, also)
+        has = np.zeros(len(names), dtype=bool)
+        has[clients[sides == SIDES.index(purpose)]] = True
+        # what the source itself trains on is never tested on, but may be set aside
+        may_be = (sides == TRAIN) & ((outline.given == NONE) | (purpose == "validation"))
+        trained = _prompts(outline, clients, may_be & ~has[clients] & is_wanted[clients])
+        poor = {client: asked for client, asked in trained.items() if len(asked) > 1}
+        if not poor:
+            continue
+        # prompts that a client still trains on
+        left = _prompts(outline, clients, (sides == TRAIN) & is_wanted[clients])
+        askers: dict[int, set[int]] = {}  # who trains on a prompt
+        for client, some in left.items():
+            for asked in some:
+                askers.setdefault(asked, set()).add(client)
+        places = dict(zip(outline.asked.tolist(), outline.places[purpose].tolist(), strict=True))
+        lacking: dict[str, int] = {}
+        for client in sorted(poor, key=lambda client: labels.names[client]):
+            for asked in sorted(poor[client], key=lambda asked: (places[asked], asked)):
+                if all(len(left[one]) > 1 for one in askers[asked]):
+                    lacking[labels.names[client]] = asked
+                    for one in askers[asked]:
+                        left[one].discard(asked)
                     break
         if lacking:
             note = (
@@ -280,65 +321,48 @@ def _also(rows: Sequence[Row], source: DataSource, how: Natural) -> Also:
     return also
 
 
-def _sides(
-    rows: Sequence[Row], source: DataSource, also: Also
-) -> tuple[list[tuple[Side, Row]], int]:
-    """Return rows with their sides, and how many were left out."""
-    by, seed = source.split_by, source.split_seed
-    placed, left_out = split(rows, source.test_fraction, by, seed, also.test)
-    if not source.validation_fraction:
-        return placed, left_out
-    # of training rows alone: the test stays as it is, whatever is set aside
-    return [
-        ("validation" if side == "train" and _validates(row, source, also) else side, row)
-        for side, row in placed
-    ], left_out
+def _prompts(
+    outline: Outline, clients: NDArray[np.int64], which: NDArray[np.bool_]
+) -> dict[int, set[int]]:
+    """Return the prompts of some rows, by client."""
+    found: dict[int, set[int]] = {}
+    for client, asked in zip(clients[which].tolist(), outline.asked[which].tolist(), strict=True):
+        found.setdefault(client, set()).add(asked)
+    return found
 
 
-def _validates(row: Row, source: DataSource, also: Also) -> bool:
-    text = identity(row.prompt, source.split_by)
-    below = _place(text, source, "validation") < source.validation_fraction
-    return below or text in also.validation
-
-
-def _place(text: str, source: DataSource, purpose: Purpose) -> float:
-    return place(text, source.split_seed, "" if purpose == "test" else purpose)
+def _sides(outline: Outline, source: DataSource, also: Also) -> NDArray[np.int8]:
+    """Return rows' sides, as numbers in `SIDES`; NONE for those that are left out."""
+    sides = outline.sides(source.test_fraction, also.test)
+    if source.validation_fraction:
+        # of training rows alone: the test stays as it is, whatever is set aside
+        is_low = outline.is_low("validation", source.validation_fraction, also.validation)
+        sides[(sides == TRAIN) & is_low] = VALIDATION
+    return sides
 
 
 def by_rule(row: Row, source: DataSource) -> bool:
     """Return whether a row is held out by the rule that all sites share, for either purpose."""
-    text = identity(row.prompt, source.split_by)
+    text, seed = identity(row.prompt, source.split_by), source.split_seed
     return (
-        _place(text, source, "test") < source.test_fraction
-        or _place(text, source, "validation") < source.validation_fraction
+        place(text, seed) < source.test_fraction
+        or place(text, seed, "validation") < source.validation_fraction
     )
 
 
-def _notes(rows: Sequence[Row], source: DataSource, client: str) -> tuple[str, ...]:
+def _notes(kept: _Kept, outline: Outline) -> tuple[str, ...]:
     """Return what should be known of what is read, and of how prompts are told apart."""
-    said = {
-        column
-        for row in rows
-        for column in UNREAD & row.columns.keys()
-        if column != client and row.columns[column]
-    }
-    unread = (
-        f"Nothing reads the columns {', '.join(sorted(said))}: what of them a model is to see "
-        "belongs into the prompt, as messages.",
-    ) * bool(said)
-    return unread + _told_apart(rows, source)
-
-
-def _told_apart(rows: Sequence[Row], source: DataSource) -> tuple[str, ...]:
-    """Return what should be known of how prompts are told apart."""
-    if source.split_by == "prompt" or all(row.side for row in rows):
-        return ()
-    prompts, questions = (
-        len({identity(row.prompt, by) for row in rows}) for by in ("prompt", "question")
-    )
-    if prompts <= LAST_TURNS * questions:
-        return ()
-    return (
-        f"{prompts} prompts end in {questions} different questions, by which they are held out. "
-        "data.split_by=prompt tells them apart by all of their turns.",
-    )
+    notes = []
+    if unread := sorted(kept.unread - {kept.client}):
+        notes.append(
+            f"Nothing reads the columns {', '.join(unread)}: what of them a model is to see "
+            "belongs into the prompt, as messages."
+        )
+    if kept.prompts and (outline.given == NONE).any():
+        prompts, questions = len(np.unique(kept.prompts)), len(np.unique(outline.asked))
+        if prompts > LAST_TURNS * questions:
+            notes.append(
+                f"{prompts} prompts end in {questions} different questions, by which they are held "
+                "out. data.split_by=prompt tells them apart by all of their turns."
+            )
+    return tuple(notes)

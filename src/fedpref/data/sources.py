@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, TypeGuard, cast
 
 from pydantic import Field
 
@@ -68,24 +68,30 @@ class Files(PathSource):
     """Read only rows whose column has one of these values, by column."""
 
     def read(self) -> Iterator[Row | Unusable]:
-        rows = list(self._rows())
-        plain = [
-            row
-            for row in rows
-            if isinstance(row, Preference | Feedback) and isinstance(row.prompt, str)
-        ]
-        whole = [row for row in plain if repeats_prompt(row)]
+        plain = whole = 0
+        first = ""
+        # answers that all begin with their prompt are whole texts: until one does not, rows wait
+        waiting: list[Row | Unusable] = []
+        for row in self._rows():
+            if _is_plain(row):
+                plain += 1
+                if repeats_prompt(row):
+                    whole, first = whole + 1, first or row.where
+            if whole == plain > 0:
+                waiting.append(row)
+            else:
+                yield from waiting
+                waiting.clear()
+                yield row
         # an answer or two may repeat a question; if many do, answers are whole texts
-        if len(whole) * 2 >= len(plain) > len(whole):
+        if whole * 2 >= plain > whole:
             raise UserError(
-                f"{whole[0].where}: in {len(whole)} of {len(plain)} rows the answers begin with "
-                "their prompt, in the others not. If they are whole texts, cut the prompt off all "
-                "of them, or leave the prompts out and set data.prompt_column=none."
+                f"{first}: in {whole} of {plain} rows the answers begin with their prompt, in the "
+                "others not. If they are whole texts, cut the prompt off all of them, or leave the "
+                "prompts out and set data.prompt_column=none."
             )
-        are_whole = bool(whole) and len(whole) == len(plain)
-        for row in rows:
-            is_plain = isinstance(row, Preference | Feedback) and isinstance(row.prompt, str)
-            yield without_prompt(row) if are_whole and is_plain else row  # type: ignore[type-var]
+        for row in waiting:
+            yield without_prompt(row) if _is_plain(row) else row  # type: ignore[type-var]
 
     def _rows(self) -> Iterator[Row | Unusable]:
         splits: list[tuple[str, Side | None]] = [
@@ -483,6 +489,11 @@ class MovieReviews(PathSource):
         for where, record in read_table(self.path, split=side):
             text, label = (need(record, name, where) for name in ("text", "label"))
             yield where, str(text).replace("<br />", " ").split(), label == 1
+
+
+def _is_plain(row: Row | Unusable) -> TypeGuard[Preference | Feedback]:
+    """Return whether a row has answers to a prompt of plain text."""
+    return isinstance(row, Preference | Feedback) and isinstance(row.prompt, str)
 
 
 def _side(record: Mapping[str, Any], column: str, where: str) -> Side:

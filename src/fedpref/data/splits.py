@@ -5,14 +5,21 @@ from __future__ import annotations
 import hmac
 import re
 import unicodedata
-from collections.abc import Collection, Iterable
+from array import array
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from hashlib import blake2b
 from typing import Literal
 
-from fedpref.data.preferences import Conversation, Row, Side, Text, key
+import numpy as np
+from numpy.typing import NDArray
+
+from fedpref.data.preferences import SIDES, Conversation, Row, Side, Text, key
 
 SplitBy = Literal["question", "prompt"]
+NONE = -1  # no side
+REMEMBERED = 2**12  # prompts, of any length
 _SPEAKER = re.compile(r"^[ \t]*(?:Human|Assistant):", re.MULTILINE)  # of hh-rlhf's plain form
 # of no width: a mark of byte order, and spaces and joiners between words
 _INVISIBLE = dict.fromkeys(map(ord, "\ufeff\u200b\u2060"))
@@ -73,7 +80,7 @@ def identity(prompt: Text, by: SplitBy) -> str:
     return _identity_of_text(prompt, by) if isinstance(prompt, str) else _identity(prompt, by)
 
 
-@lru_cache(maxsize=2**17)  # it is asked for several times, and clients share prompts
+@lru_cache(maxsize=REMEMBERED)  # it is asked for several times, and clients share prompts
 def _identity_of_text(prompt: str, by: SplitBy) -> str:
     return _identity(prompt, by)
 
@@ -92,7 +99,12 @@ def _identity(prompt: Text, by: SplitBy) -> str:
 
 def digest(prompt: Text, by: SplitBy) -> str:
     """Return a short hash of what a prompt is told by, for lists of prompts that hold no text."""
-    return blake2b(identity(prompt, by).encode(), digest_size=8).hexdigest()
+    return f"{hashed(identity(prompt, by)):016x}"
+
+
+def hashed(text: str) -> int:
+    """Return a hash of 64 bits of a text."""
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest())
 
 
 def keyed(prompt: Text, by: SplitBy, key: str) -> str:
@@ -101,12 +113,85 @@ def keyed(prompt: Text, by: SplitBy, key: str) -> str:
     return code.hexdigest()[:32]
 
 
+@dataclass(frozen=True)
+class Outline:
+    """What decides on which side rows stand, without the rows.
+
+    Attributes:
+        given: The side that the source says, a number in `SIDES`; NONE where it says none.
+        asked: A hash of what the prompt is told by.
+        places: Where that stands between 0 and 1, by what it may be held out for.
+    """
+
+    given: NDArray[np.int8]
+    asked: NDArray[np.uint64]
+    places: Mapping[str, NDArray[np.float64]]
+
+    @classmethod
+    def of(cls, rows: Iterable[Row], by: SplitBy, seed: int) -> Outline:
+        """Read rows once.
+
+        Args:
+            rows: The rows.
+            by: What a prompt is told by.
+            seed: Of the split.
+        """
+        given, asked = array("b"), array("Q")
+        places = {"test": array("d"), "validation": array("d")}
+        for row in rows:
+            number, *where = _hashes(identity(row.prompt, by), seed)
+            given.append(NONE if row.side is None else SIDES.index(row.side))
+            asked.append(number)
+            for values, value in zip(places.values(), where, strict=True):
+                values.append(value)
+        return cls(
+            np.array(given, dtype=np.int8),
+            np.array(asked, dtype=np.uint64),
+            {purpose: np.array(values) for purpose, values in places.items()},
+        )
+
+    def apart(self, groups: NDArray[np.int64]) -> Outline:
+        """Return the same rows, where no group's prompts are those of another.
+
+        Args:
+            groups: Of each row a number.
+        """
+        pairs = np.column_stack([groups.astype(np.uint64), self.asked])
+        _, numbers = np.unique(pairs, axis=0, return_inverse=True)
+        return replace(self, asked=numbers.reshape(-1).astype(np.uint64))
+
+    def is_low(self, purpose: str, fraction: float, also: Collection[int]) -> NDArray[np.bool_]:
+        """Return which prompts are held out for a purpose, by their place or besides."""
+        besides = np.isin(self.asked, np.array(sorted(also), dtype=np.uint64))
+        return (self.places[purpose] < fraction) | besides
+
+    def sides(self, fraction: float, also: Collection[int] = ()) -> NDArray[np.int8]:
+        """Return rows' sides, as numbers in `SIDES`; NONE for those that are left out.
+
+        A prompt of which the source has any row on the test side is a test prompt; its training
+        rows are left out.
+
+        Args:
+            fraction: The share of prompts that are held out.
+            also: Prompts that are held out besides, as they stand in `asked`.
+        """
+        train, test = map(SIDES.index, ("train", "test"))
+        is_open = self.given == NONE
+        is_held_out = (self.given == test) | (is_open & self.is_low("test", fraction, also))
+        is_tested = np.isin(self.asked, self.asked[is_held_out])
+        sides = np.full(len(self.given), train, dtype=np.int8)
+        sides[is_tested] = NONE
+        sides[(self.given == test) | (is_open & is_tested)] = test
+        return sides
+
+
+@lru_cache(maxsize=REMEMBERED)
+def _hashes(text: str, seed: int) -> tuple[int, float, float]:
+    return hashed(text), place(text, seed), place(text, seed, "validation")
+
+
 def split(
-    rows: Iterable[Row],
-    fraction: float,
-    by: SplitBy = "question",
-    seed: int = 0,
-    also: Collection[str] = (),
+    rows: Iterable[Row], fraction: float, by: SplitBy = "question", seed: int = 0
 ) -> tuple[list[tuple[Side, Row]], int]:
     """Put each row on a side of the split, as its source says or by its prompt.
 
@@ -118,23 +203,11 @@ def split(
         fraction: The share of prompts that are held out.
         by: What a prompt is told by.
         seed: Of the split.
-        also: What else is held out, by `identity`.
 
     Returns:
         The rows that stay, with their sides, and how many were left out.
     """
     rows = list(rows)
-    said = [identity(row.prompt, by) for row in rows]
-    tested = {
-        words
-        for row, words in zip(rows, said, strict=True)
-        if row.side == "test"
-        or (row.side is None and (held_out(words, fraction, seed) or words in also))
-    }
-    placed: list[tuple[Side, Row]] = []
-    for row, words in zip(rows, said, strict=True):
-        if row.side == "test" or (row.side is None and words in tested):
-            placed.append(("test", row))
-        elif words not in tested:
-            placed.append(("train", row))
+    sides = Outline.of(rows, by, seed).sides(fraction).tolist()
+    placed = [(SIDES[side], row) for side, row in zip(sides, rows, strict=True) if side != NONE]
     return placed, len(rows) - len(placed)

@@ -86,29 +86,20 @@ class ClientSource(Protocol):
 
 def about(clients: Sequence[ClientData], shards: Sequence[Any]) -> dict[str, dict[str, Any]]:
     """Return what is said of clients, by name."""
-    if isinstance(shards, DrawnShards):
-        return {
-            client.name: {
-                "train": len(client.train),
-                "test": len(client.test),
-                **({"validation": len(client.validation)} if client.validation else {}),
-                "truncated": 0,
-                "conversations": client.conversations,
-                "digest": client.digest,
-            }
-            for client in clients
+    found = {}
+    for number, client in enumerate(clients):
+        # of what is not ready yet, what its rows say
+        known: Any = client if isinstance(shards, DrawnShards) else shards[number]
+        conversations, digest = client.about()
+        found[client.name] = {
+            "train": len(known.train),
+            "test": len(known.test),
+            **({"validation": len(known.validation)} if known.validation else {}),
+            "truncated": 0 if known is client else known.truncated,
+            "conversations": conversations,
+            "digest": digest,
         }
-    return {
-        shard.name: {
-            "train": len(shard.train),
-            "test": len(shard.test),
-            **({"validation": len(shard.validation)} if shard.validation else {}),
-            "truncated": shard.truncated,
-            "conversations": client.conversations,
-            "digest": client.digest,
-        }
-        for client, shard in zip(clients, shards, strict=True)
-    }
+    return found
 
 
 def when_drawn(shards: Sequence[Any]) -> str:

@@ -120,8 +120,8 @@ class Experiment:
     """Processes of one thread each; by default one a processor or GPU. On processors the result
     is the same for any number."""
     spill_above_mb: WholeNumber = 512
-    """MB of a value that all clients hold which stay in memory; the rest lies in files of
-    TMPDIR."""
+    """MB of a value that all clients hold which stay in memory; the rest lies in files of TMPDIR.
+    So do all rows, where they are more."""
     engine: Literal["simulation", "flare"] = "simulation"
     """All clients in this process and its workers, or at sites on NVIDIA FLARE."""
     sites: Count = 2
@@ -453,7 +453,15 @@ class Experiment:
         """Read the data and share it out; see `data.reading.read`."""
         draws = seeds.seed(self.seed, "partition")
         apart = self.of_clients is not None
-        found = read(self.data, self.partition, draws, trained, self.evaluate_on, apart=apart)
+        found = read(
+            self.data,
+            self.partition,
+            draws,
+            trained,
+            self.evaluate_on,
+            apart=apart,
+            room=self.spill_above_mb * 10**6,
+        )
         if self.attack is None:
             return found
         return replace(found, clients=self.attack.poisoned(found.clients, self.seed))

@@ -8,10 +8,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
-from fedpref.data import ClientData, Files, Natural, Row
-from fedpref.data.preferences import Side
+from fedpref.data import ClientData, Files, Row
+from fedpref.data.placed import Placed
 from fedpref.data.unusable import Unusable, summary
 from fedpref.errors import UserError
 from fedpref.experiments.evaluations import evaluate as evaluate_client
@@ -61,9 +59,11 @@ def evaluate(
         raise UserError(f"{data.path}: there are no rows.")
     groups = {SHARED: rows}
     if column:
-        sided: list[tuple[Side, Row]] = [("test", row) for row in rows]
-        placed = Natural(column=column).assign(sided, np.random.default_rng(0))  # nothing is drawn
-        groups = {name: tuple(row for _, row in some) for name, some in placed.items()}
+        placed = Placed.of(("test", row) for row in rows)
+        groups = {
+            name: tuple(placed.take(places).rows("test"))
+            for name, places in sorted(placed.groups(column).items())
+        }
     asked = list(groups) if column else known if client is None else [client]
     if unknown := [name for name in asked if name not in known]:
         raise UserError(

@@ -13,6 +13,7 @@ from fedpref import config
 from fedpref.data import IID, ClientData, Partition, Source
 from fedpref.data.preferences import Preference
 from fedpref.data.reading import by_rule
+from fedpref.data.row_store import where
 from fedpref.data.splits import keyed
 from fedpref.engines.host import SETTLED, Bounds, HeldOut, Hosted
 from fedpref.engines.messages import RefusedError
@@ -404,7 +405,7 @@ class Consenting:
     def _without(self, client: ClientData, spec: Experiment, held_out: set[str]) -> ClientData:
         """Return a client without training rows whose prompts are held out at any site."""
         key, by = str(self._file.split_key), spec.data.split_by
-        train = tuple(row for row in client.train if keyed(row.prompt, by, key) not in held_out)
+        train = where(client.train, lambda row: keyed(row.prompt, by, key) not in held_out)
         if not train:
             raise UserError(
                 f"client {client.name!r}: all its training prompts are held out at other sites."

@@ -1,0 +1,155 @@
+"""Rows that are read once and kept: in memory up to a limit, beyond it in a file of TMPDIR."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import tempfile
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from operator import attrgetter
+from typing import Any, get_args, overload
+
+from fedpref.data.preferences import Row, key
+from fedpref.errors import UserError
+
+ROW_BYTES = 400  # of a row in memory beside its texts
+BUFFER = 2**20  # bytes that are written at once
+KINDS: tuple[type, ...] = get_args(Row)
+FIELDS = {kind: attrgetter(*(field.name for field in fields(kind))) for kind in KINDS}
+
+
+class RowStore(Sequence[Row]):
+    """Rows by their number, all in memory or all in a file that has no name and goes with the run.
+
+    Args:
+        room: Bytes of rows that stay in memory; of more, all go to the file. None keeps them there.
+    """
+
+    def __init__(self, room: int | None = None) -> None:
+        self._left = room
+        self._rows: list[Row] = []
+        self._file: _RowFile | None = None
+
+    def append(self, row: Row) -> None:
+        """Keep a row."""
+        if self._file is not None:
+            self._file.append(row)
+            return
+        self._rows.append(row)
+        if self._left is None:
+            return
+        self._left -= ROW_BYTES + len(key(row.prompt)) + sum(map(len, row.said))
+        if self._left < 0:
+            self._file = _RowFile()
+            for kept in self._rows:
+                self._file.append(kept)
+            self._rows.clear()
+
+    def some(self, numbers: Iterable[int]) -> Sequence[Row]:
+        """Return the rows of these numbers: a tuple, or a sequence that reads them when asked."""
+        if self._file is None:
+            return tuple(self._rows[number] for number in numbers)
+        self._file.flush()
+        return _FiledRows(self._file, array("Q", numbers))
+
+    def __len__(self) -> int:
+        return len(self._rows) if self._file is None else len(self._file)
+
+    @overload
+    def __getitem__(self, number: int) -> Row: ...
+    @overload
+    def __getitem__(self, number: slice) -> Sequence[Row]: ...
+    def __getitem__(self, number: int | slice) -> Row | Sequence[Row]:
+        if isinstance(number, slice):
+            return self.some(range(*number.indices(len(self))))
+        return self._rows[number] if self._file is None else self._file[number]
+
+
+class _RowFile:
+    """Rows one after the other in a file that only this process and its forks can read."""
+
+    def __init__(self) -> None:
+        # gone from the folder as soon as it is open
+        self._file = tempfile.TemporaryFile(prefix="fedpref-rows-", buffering=BUFFER)
+        self._ends = array("Q", [0])
+        self._is_written = True
+
+    def append(self, row: Row) -> None:
+        # a dataclass by its fields is packed and read again in half of the time
+        fields = (KINDS.index(type(row)), *FIELDS[type(row)](row))
+        content = pickle.dumps(fields, protocol=pickle.HIGHEST_PROTOCOL)
+        with _room_needed():
+            self._ends.append(self._ends[-1] + self._file.write(content))
+        self._is_written = False
+
+    def flush(self) -> None:
+        """Write what is not written, before forks have it too."""
+        if not self._is_written:
+            with _room_needed():
+                self._file.flush()
+            self._is_written = True
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, number: int) -> Row:
+        number = range(len(self))[number]
+        self.flush()
+        begin = self._ends[number]
+        # from a place that is said: forked processes have one position in a file together
+        content = os.pread(self._file.fileno(), self._ends[number + 1] - begin, begin)
+        kind, *fields = pickle.loads(content)  # what this process wrote
+        row: Row = KINDS[kind](*fields)
+        return row
+
+
+@contextmanager
+def _room_needed() -> Iterator[None]:
+    """Say what is written where, within a `with`, if the system does not write it."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{tempfile.gettempdir()}: rows beyond spill_above_mb lie here, and cannot be "
+            f"written: {error.strerror}. Make room, set TMPDIR to another folder, or raise "
+            "spill_above_mb."
+        ) from error
+
+
+class _FiledRows(Sequence[Row]):
+    """Some rows of a file, read when they are asked for and not kept."""
+
+    __slots__ = ("_file", "_numbers")
+
+    def __init__(self, file: _RowFile, numbers: array[int]) -> None:
+        self._file, self._numbers = file, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, number: int) -> Row: ...
+    @overload
+    def __getitem__(self, number: slice) -> Sequence[Row]: ...
+    def __getitem__(self, number: int | slice) -> Row | Sequence[Row]:
+        if isinstance(number, slice):
+            return _FiledRows(self._file, self._numbers[number])
+        return self._file[self._numbers[number]]
+
+    def __iter__(self) -> Iterator[Row]:
+        return map(self._file.__getitem__, self._numbers)
+
+    def __reduce__(self) -> Any:  # another process than a fork has no such file
+        return tuple, (tuple(self),)
+
+    def where(self, is_wanted: Callable[[Row], bool]) -> Sequence[Row]:
+        wanted = array("Q", (n for n in self._numbers if is_wanted(self._file[n])))
+        return _FiledRows(self._file, wanted)
+
+
+def where(rows: Sequence[Row], is_wanted: Callable[[Row], bool]) -> Sequence[Row]:
+    """Return the rows of which something is so; those in a file stay there."""
+    return rows.where(is_wanted) if isinstance(rows, _FiledRows) else tuple(filter(is_wanted, rows))
