@@ -37,7 +37,7 @@ def test_a_notebook_runs(file: Path, tmp_path: Path) -> None:
 def test_the_documents_search_runs(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("optuna")
+    pytest.importorskip("optuna", reason="Optuna is nothing that fedpref needs")
     text = (ROOT / "docs/sweeps.md").read_text()
     (code,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     (tmp_path / "small.yaml").write_text(yaml.safe_dump({**settings, "rounds": 1}))
