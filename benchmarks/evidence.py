@@ -9,12 +9,12 @@ policy, in points of held-out accuracy: `policy_gain_best_rival_SET` over the fe
 mean is the highest, with the interval's ends as `_low` and `_high`, `policy_gain_alone_SET`, and
 `policy_gain_words_SET` over the best regression on word counts. `control_gain_openai` is the first
 of these on the summaries of OpenAI's labellers, who hardly differ. `--style` is a run with
-`task.generation.rewards.taste`, as of the shipped clients: `style_gain_opposed_clients` is the mean
-over clients of what the answers of their policies please them more than those of the model before,
-with its interval's ends. `--figures` are what
-language_laws.py, pluralllm.py and firm.py write; names that those have are changed to those of this
-table. `--quick` makes all of it itself in a small form, but for what needs `--data`: the figures
-then say that it runs, and no more.
+`task.generation.rewards.taste`, as of the shipped clients, or several of other seeds:
+`style_gain_opposed_clients` is the mean over clients and seeds of what the answers of clients'
+policies please them more than those of the model before, with its interval's ends. `--figures` are
+what language_laws.py, pluralllm.py and firm.py write; names that those have are changed to those of
+this table. `--quick` makes all of it itself in a small form, but for what needs `--data`: the
+figures then say that it runs, and no more.
 """
 
 from __future__ import annotations
@@ -103,21 +103,25 @@ def words(paths: Sequence[Path]) -> Mapping[str, np.ndarray]:
     return {name: accuracies(paths, name) for name in found if name.startswith("words")}
 
 
-def style(path: Path) -> list[tuple[str, float]]:
+def style(paths: Sequence[Path]) -> list[tuple[str, float]]:
     """Return what the answers of clients' policies please them more than those before."""
-    run = FinishedRun.at(path)
-    last = run.last_of(run.experiment.algorithm.name)["clients"]
-    gains = [
-        row["generation/taste"] - row["generation/taste_before"]
-        for row in last.values()
-        if "generation/taste" in row
-    ]
-    ends = interval(np.array([gains]))
+    gains = []
+    for path in paths:
+        run = FinishedRun.at(path)
+        last = run.last_of(run.experiment.algorithm.name)["clients"]
+        gains.append(
+            [
+                row["generation/taste"] - row["generation/taste_before"]
+                for row in last.values()
+                if "generation/taste" in row
+            ]
+        )
+    ends = interval(np.array(gains))
     return named("style_gain_opposed_clients", float(np.mean(gains)), *ends)
 
 
 def collected(
-    bench: Sequence[Path], files: Sequence[Path], styled: Path | None
+    bench: Sequence[Path], files: Sequence[Path], styled: Sequence[Path]
 ) -> dict[str, float]:
     """Return all figures that are there."""
     figures: dict[str, float] = {}
@@ -130,13 +134,13 @@ def collected(
                 figures[RENAMED[name]] = value
             elif name.startswith(KEPT):
                 figures[name] = value
-    if styled is not None:
+    if styled:
         figures |= dict(style(styled))
     # two seeds have no interval
     return {name: value for name, value in figures.items() if not np.isnan(value)}
 
 
-def small(folder: Path, data: Path | None) -> tuple[list[Path], list[Path], Path]:
+def small(folder: Path, data: Path | None) -> tuple[list[Path], list[Path], list[Path]]:
     """Make all that is read, in a small form, and return where it lies."""
 
     def run(*arguments: str) -> None:
@@ -164,7 +168,7 @@ def small(folder: Path, data: Path | None) -> tuple[list[Path], list[Path], Path
         files.append(folder / "pluralllm.json")
         parts = ("--parts", "countries", "--quick", "--rounds", "4", "--data", str(data))
         run(str(HERE / "pluralllm.py"), *parts, "--json", str(files[2]))
-    return benches, files, tasted
+    return benches, files, [tasted]
 
 
 def main() -> None:
@@ -173,7 +177,9 @@ def main() -> None:
     )
     parser.add_argument("--bench", type=Path, nargs="*", default=[], help="folders of the bench")
     parser.add_argument("--figures", type=Path, nargs="*", default=[], help="other benchmarks'")
-    parser.add_argument("--style", type=Path, help="a run whose answers are measured")
+    parser.add_argument(
+        "--style", type=Path, nargs="*", default=[], help="runs whose answers are measured"
+    )
     parser.add_argument(
         "--data",
         type=Path,

@@ -253,6 +253,9 @@ def test_a_method_that_cannot_be_is_refused_before_anything_is_done(tmp_path: Pa
     with pytest.raises(UserError, match=r"algorithm\.name is 'fedsomething'"):
         next(Study(suite, tmp_path / "study").carry_out())
     assert not (tmp_path / "study").exists()
+    found = CliRunner().invoke(app, ["bench", "quick", "--method", "fedsomething"])
+    assert isinstance(found.exception, UserError)
+    assert "By a step" not in found.output
 
 
 def test_the_command_refuses_a_set_that_the_suite_lacks() -> None:

@@ -296,6 +296,24 @@ def test_a_prompt_that_one_part_of_a_source_tests_is_trained_on_by_no_other(tmp_
     assert left_out == 1
 
 
+def test_a_side_that_is_none_trains() -> None:
+    odd: Any = "dev"
+    rows = [Preference(f"p{i}", " a", " b", f"{i}", side=odd) for i in range(20)]
+    placed, _ = split(rows, 0.9)
+    assert [side for side, _ in placed] == ["train"] * 20
+
+
+def test_rows_are_passed_on_before_the_file_is_read_to_its_end(tmp_path: Path) -> None:
+    lines = [json.dumps(row) for row in ROWS]
+    (tmp_path / "rows.jsonl").write_text("\n".join([*lines, "{no row"]))
+    rows = Files(path=str(tmp_path / "rows.jsonl")).read()
+    first = next(rows)
+    assert isinstance(first, Preference)
+    assert first.where.endswith("line 1")
+    with pytest.raises(UserError, match=f"line {len(lines) + 1}: not valid JSON"):
+        list(rows)
+
+
 def test_files_take_their_split_from_a_column_or_from_a_test_split(tmp_path: Path) -> None:
     rows = [{**row, "fold": "test" if i % 5 == 0 else "train"} for i, row in enumerate(ROWS)]
     path = write_rows(tmp_path / "rows.jsonl", rows)
@@ -408,6 +426,25 @@ def test_natural_clients_can_be_chosen_by_size() -> None:
         assert len({row.where for c in thin for row in c.train + c.test}) == 20 * len(thin)
     with pytest.raises(UserError, match="lower min_rows"):
         partition(rows, Natural(column="label", min_rows=1000), 0)
+
+
+def test_rows_in_memory_are_grouped_as_those_of_files() -> None:
+    rows: list[Any] = [
+        ("train", Preference("p", " a", " b", "row 1", {"label": 1.0})),
+        ("test", Preference("q", " a", " b", "row 2", {"label": "1 "})),
+    ]
+    (one,) = partition(rows, Natural(column="label"), 0)
+    assert [row.columns["label"] for row in one.rows] == ["1", "1"]
+    with pytest.raises(UserError, match="share rows out by partition"):
+        partition(rows, Natural(column="town"), 0)
+    with pytest.raises(UserError, match="no client has 1 rows"):
+        partition([], Natural(), 0)
+
+
+def test_few_rows_of_a_client_without_a_side_leave_it_without_that_side() -> None:
+    pairs: list[Any] = [(side, row) for side, row in placed(90) if side == "test"]
+    with pytest.raises(UserError, match="no training rows"):
+        partition(pairs, Natural(column="label", max_rows=1), 0)
 
 
 def test_clients_without_rows_on_a_side_are_named() -> None:

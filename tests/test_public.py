@@ -275,6 +275,11 @@ def test_domains_are_sources_together(tmp_path: Path) -> None:
     assert found[0].columns["lang"] == "go"
     with pytest.raises(ValueError, match="name two or more"):
         Domains(sources={"one": Files(path=str(one))})
+    answers = {"chosen": "P a", "rejected": "P b"}
+    whole = write_rows(tmp_path / "w.jsonl", [{**row, **answers}] * 4 + [row])
+    mixed = {"few": Files(path=str(one)), "whole": Files(path=str(whole))}
+    with pytest.raises(UserError, match=r"data.sources.whole: .* in 4 of 5 rows"):
+        read(Domains(sources=mixed, max_rows=2))
     gone = {**sources, "gone": Files(path=str(tmp_path / "gone.jsonl"))}
     with pytest.raises(UserError, match=r"data.sources.gone: data.path: there is no file"):
         list(Domains(sources=gone).read())

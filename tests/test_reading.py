@@ -250,7 +250,9 @@ def test_a_prompt_at_the_head_of_all_answers_stands_once(tmp_path: Path) -> None
     with pytest.raises(UserError, match="in 4 of 5 rows the answers begin with their prompt"):
         list(Files(path=str(write_rows(tmp_path / "b.jsonl", mixed))).read())
     echo = [rows[0], *({**PAIR, "prompt": f"H {i}"} for i in range(3))]
-    first = next(iter(Files(path=str(write_rows(tmp_path / "c.jsonl", echo))).read()))
+    found = [*Files(path=str(write_rows(tmp_path / "c.jsonl", echo))).read()]
+    assert [str(row.where)[-1] for row in found] == list("1234")
+    first = found[0]
     assert isinstance(first, Preference)
     assert first.chosen == "Q 0? Yes."  # an answer may repeat the question
 

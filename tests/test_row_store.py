@@ -30,9 +30,10 @@ from fedpref.data import (
     Prompt,
     Row,
 )
+from fedpref.data.placed import Placed
 from fedpref.data.preferences import Conversation
 from fedpref.data.reading import read
-from fedpref.data.row_store import RowStore, where
+from fedpref.data.row_store import RowStore, filtered
 from fedpref.numerics import trees
 from test_private_sites import parsed, run_to
 
@@ -82,8 +83,8 @@ def test_beyond_the_limit_all_rows_lie_in_a_file_that_nobody_else_can_open(
     assert not isinstance(some, tuple)
     assert not [*tmp_path.iterdir()]  # it has no name
     assert [*some[1:]] == ROWS[1:]
-    assert [*where(some, lambda row: isinstance(row, Preference))] == ROWS[:2]
-    assert where(ROWS, lambda row: isinstance(row, Prompt)) == (ROWS[4],)
+    assert [*filtered(some, lambda row: isinstance(row, Preference))] == ROWS[:2]
+    assert filtered(ROWS, lambda row: isinstance(row, Prompt)) == (ROWS[4],)
     assert pickle.loads(pickle.dumps(some)) == tuple(ROWS)  # where there is no such file
 
 
@@ -93,11 +94,50 @@ def test_a_full_disk_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         [*filed(ROWS)]
 
 
-def test_what_one_row_takes_is_read_and_no_other() -> None:
+def test_a_folder_that_is_gone_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    with pytest.raises(UserError, match=r"gone: rows beyond spill_above_mb .* No such file"):
+        filed(ROWS)
+
+
+@pytest.mark.parametrize("much", ["columns", "characters"])
+def test_all_text_of_a_row_counts(much: str) -> None:
+    text = "x" * 9000 if much == "columns" else "\N{CJK UNIFIED IDEOGRAPH-4E2D}" * 4500
+    rows = [Preference("Hi?", " Yes.", text, f"row {k}", {"story": text}) for k in range(10)]
+    assert isinstance(stored(rows, 300_000).some([0]), tuple)
+    assert not isinstance(stored(rows, 100_000).some([0]), tuple)
+
+
+class Told(Preference):
+    """A row of a source of one's own."""
+
+
+def test_rows_of_other_kinds_lie_there_too_unless_no_file_can_hold_them() -> None:
+    told = Told("Hi?", " Yes.", " No.", "row 1", {"time": 3.5})
+    (found,) = filed([told])
+    assert isinstance(found, Told)
+    assert found == told
+    with pytest.raises(UserError, match=r"^row 2: it holds what no file can hold"):
+        filed([Prompt("Hi?", "row 2", {"call": lambda: 0})])
+
+
+def test_what_is_asked_for_is_read_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     client = ClientData("a", filed(ROWS), filed(ROWS[:1]))
+    reads: list[int] = []
+    read_at = os.pread
+
+    def counted(file: int, size: int, at: int) -> bytes:
+        reads.append(at)
+        return read_at(file, size, at)
+
+    monkeypatch.setattr(os, "pread", counted)
+    assert (client.size, len(client.train[1:3])) == (6, 2)
+    assert not reads
+    assert client.train[2] == ROWS[2]
+    assert len(reads) == 1
     assert client.rows == (*ROWS, ROWS[0])
-    assert client.digest == ClientData("a", tuple(ROWS), tuple(ROWS[:1])).digest
-    assert client.train[2] is not client.train[2]
+    assert client.about() == ClientData("a", tuple(ROWS), tuple(ROWS[:1])).about()
+    assert client.about()[0] == 1
 
 
 def test_forked_processes_read_at_once() -> None:
@@ -136,17 +176,40 @@ def test_clients_have_the_same_rows_wherever_these_lie(how: Any, apart: bool) ->
     assert replace(found, clients=()) == replace(known, clients=())
 
 
-def test_a_partition_of_ones_own_has_its_rows_in_memory(tmp_path: Path) -> None:
-    class Halves(IID):
-        def assign(self, rows: Any, rng: Any) -> Any:
-            pairs = list(rows)
-            return {"even": pairs[::2], "odd": pairs[1::2]}
+class Halves(IID):
+    """Takes rows as the list of pairs that they look like."""
 
-    path = write_rows(tmp_path / "rows.jsonl", make_rows([40]))
-    found = read(Files(path=str(path)), Halves(), 0, room=0).clients
-    assert [one.name for one in found] == ["even", "odd"]
+    def assign(self, rows: Any, rng: Any) -> Any:
+        half = len(rows) // 2
+        return {
+            "even": rows[:half:2] + rows[half::2],
+            "odd": [*rows[1:half:2], *rows[half + 1 :: 2]],
+        }
+
+
+class Few(Natural):
+    """Leaves rows out and lets the built-in one do the rest."""
+
+    def assign(self, rows: Any, rng: Any) -> Any:
+        return super().assign([pair for k, pair in enumerate(rows) if k % 4], rng)
+
+
+@pytest.mark.parametrize("how", [Halves(), Few()], ids=["halves", "few"])
+def test_a_partition_of_ones_own_has_its_rows_in_memory(how: Any, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", make_rows([40, 40]))
+    source = Files(path=str(path))
+    found = read(source, how, 0, room=0).clients
+    assert len(found) == 2
     assert all(isinstance(one.train, tuple) for one in found)
-    assert sum(len(one.rows) for one in found) == 40
+    assert found == read(source, how, 0).clients
+
+
+def test_pairs_are_added_to_as_lists_are() -> None:
+    pairs: list[Any] = [("train", row) for row in ROWS]
+    placed = Placed.of(pairs)
+    assert placed[1:] + placed[:1] == [*pairs[1:], pairs[0]]
+    assert placed + pairs[:1] == [*pairs, pairs[0]] == pairs + Placed.of(pairs[:1])
+    assert Placed.of([]).groups("client") == {}
 
 
 def test_a_run_ends_with_the_same_bits_wherever_its_rows_lie(
@@ -157,7 +220,9 @@ def test_a_run_ends_with_the_same_bits_wherever_its_rows_lie(
     content = deepcopy({**settings, "data": data, "rounds": 1})
     models = []
     for room in (0, 512):
-        folder = run_to(parsed(content, spill_above_mb=room), tmp_path / f"{room}")
+        spec = parsed(content, spill_above_mb=room)
+        assert isinstance(spec.read().clients[0].train, tuple) == (room > 0)
+        folder = run_to(spec, tmp_path / f"{room}")
         models.append(trees.load(folder.path / "adapter" / "adapter_model.safetensors"))
     assert models[0].keys() == models[1].keys()
     assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])

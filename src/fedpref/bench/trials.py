@@ -92,6 +92,16 @@ class Study:
         each = len(self.suite.rates) + 1
         return len(self.suite.sets) * len(self.suite.methods) * self.suite.seeds * each
 
+    def check(self) -> None:
+        """Read the settings of all methods, before hours are spent on the first.
+
+        Raises:
+            UserError: Some do not fit.
+        """
+        for data in self.suite.sets:
+            for method in self.methods:
+                self._experiment(data, method)
+
     def carry_out(self, parallel: int = 1, hours: float | None = None) -> Iterator[str]:
         """Do what is left, and yield what happens, in sentences.
 
@@ -104,10 +114,7 @@ class Study:
         Raises:
             UserError: A run failed, or settings do not fit.
         """
-        # a method that cannot be is refused before hours are spent on the others
-        for data in self.suite.sets:
-            for method in self.methods:
-                self._experiment(data, method)
+        self.check()
         begun, made, total = time.monotonic(), 0, self.planned()
         for seed in range(self.suite.seeds):
             for data in self.suite.sets:
@@ -196,8 +203,7 @@ class Study:
         runs = len(self.suite.methods) * self.suite.seeds * (len(self.suite.rates) + 1)
         total = Cost()
         for data in self.suite.sets:
-            settings = [*data.overrides(self.data), *self.overrides]
-            total += expected(Experiment.load(Path(data.config), settings), runs)
+            total += expected(Experiment.load(Path(data.config), self._settings(data)), runs)
         return total
 
     def _keep(self, data: DataSet) -> None:

@@ -74,6 +74,7 @@ def bench(
         wanted = replace(wanted, sets=tuple(known[name] for name in only))
     wanted = replace(wanted, seeds=seeds or wanted.seeds)
     study = Study(wanted, output or Path(f"runs/bench-{suite}"), data, tuple(overrides or ()))
+    study.check()
     trials = len(wanted.rates)
     console.print(
         f"{suite}: {len(wanted.sets)} sets, {len(wanted.methods)} methods, {wanted.seeds} seeds, "

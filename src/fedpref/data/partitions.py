@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from fedpref.data.placed import Placed, label
+from fedpref.data.placed import Placed, label, placed
 from fedpref.data.preferences import SIDES, ClientData, Row, Side
 from fedpref.errors import UserError
 from fedpref.types import Count, NonNegative, Open, Positive, WholeNumber
@@ -24,6 +24,9 @@ _REMEDIES = {
 }
 
 
+Pairs = Sequence[tuple[Side, Row]]
+
+
 class Partitioning(ABC):
     """How rows come to clients: a frozen dataclass of settings."""
 
@@ -31,13 +34,14 @@ class Partitioning(ABC):
 
     @abstractmethod
     def assign(
-        self, rows: Placed, rng: np.random.Generator
+        self, rows: Pairs, rng: np.random.Generator
     ) -> Mapping[str, Iterable[tuple[Side, Row]]]:
         """Return each client's rows, by the client's name.
 
         Args:
-            rows: All rows, each with its side: `train`, `test` or `validation`. What it is asked
-                for by `take` stays where it is; pairs are read into memory.
+            rows: All rows, each behind its side: `train`, `test` or `validation`. They are a
+                `Placed`, of which `take` reads nothing; who goes through it reads each row, and
+                what is returned of such pairs stays in memory.
             rng: Random numbers of the experiment's seed.
 
         Raises:
@@ -65,7 +69,8 @@ class Natural(Partitioning):
     max_rows: Count | None = None
     """Rows of each client at most, evenly spread, of both sides in their proportion."""
 
-    def assign(self, rows: Placed, rng: np.random.Generator) -> dict[str, Placed]:
+    def assign(self, rows: Pairs, rng: np.random.Generator) -> dict[str, Placed]:
+        rows = placed(rows, self.column)
         places = rows.groups(self.column)
         only = {label(value) for value in self.only}
         if unknown := sorted(str(value) for value in only if value not in places):
@@ -81,7 +86,7 @@ class Natural(Partitioning):
         if self.clients_per_value > 1:
             shares = np.full((2, self.clients_per_value), 1 / self.clients_per_value)
             groups = {
-                f"{value}-{number}": part
+                f"{value}-{number}": group.take(part)
                 for value, group in groups.items()
                 for number, part in zip(
                     _numbers(self.clients_per_value), _cut(group, shares, rng), strict=True
@@ -116,10 +121,11 @@ class IID(Partitioning):
     max_rows: Count | None = None
     """Rows of each client at most, of both sides in their proportion."""
 
-    def assign(self, rows: Placed, rng: np.random.Generator) -> dict[str, Placed]:
+    def assign(self, rows: Pairs, rng: np.random.Generator) -> dict[str, Placed]:
+        rows = placed(rows)
         parts = _cut(rows, np.full((2, self.clients), 1 / self.clients), rng)
         return {
-            name: _thinned(part, self.max_rows)
+            name: _thinned(rows.take(part), self.max_rows)
             for name, part in zip(_names(self.clients), parts, strict=True)
         }
 
@@ -140,13 +146,18 @@ class Dirichlet(Partitioning):
     alpha: Positive = 0.3
     """The distribution's concentration: small gives clients of few labels, large IID ones."""
 
-    def assign(self, rows: Placed, rng: np.random.Generator) -> dict[str, Placed]:
-        merged = [rows.take(np.arange(0))] * self.clients
+    def assign(self, rows: Pairs, rng: np.random.Generator) -> dict[str, Placed]:
+        rows = placed(rows, self.column)
+        merged: list[list[NDArray[np.int64]]] = [[] for _ in range(self.clients)]
         for _, places in sorted(rows.groups(self.column).items()):
             shares = rng.dirichlet(np.full(self.clients, self.alpha))
             parts = _cut(rows.take(places), np.stack([shares, shares]), rng)
-            merged = [one + part for one, part in zip(merged, parts, strict=True)]
-        return dict(zip(_names(self.clients), merged, strict=True))
+            for some, part in zip(merged, parts, strict=True):
+                some.append(places[part])
+        return {
+            name: rows.take(np.concatenate([np.arange(0), *some]))
+            for name, some in zip(_names(self.clients), merged, strict=True)
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,11 +174,14 @@ class BySize(Partitioning):
     exponent: NonNegative = 1.0
     """How fast sizes fall off; 0 makes all alike."""
 
-    def assign(self, rows: Placed, rng: np.random.Generator) -> dict[str, Placed]:
+    def assign(self, rows: Pairs, rng: np.random.Generator) -> dict[str, Placed]:
         shares = np.arange(1, self.clients + 1, dtype=float) ** -self.exponent
         equal = np.full(self.clients, 1 / self.clients)
+        rows = placed(rows)
         parts = _cut(rows, np.stack([shares / shares.sum(), equal]), rng)
-        return dict(zip(_names(self.clients), parts, strict=True))
+        return {
+            name: rows.take(part) for name, part in zip(_names(self.clients), parts, strict=True)
+        }
 
 
 Partition = Annotated[
@@ -190,9 +204,9 @@ def partition(
     Raises:
         UserError: A client is left without training or without held-out rows.
     """
-    rows = _placed(rows)
+    rows = placed(rows, how.column if isinstance(how, Natural | Dirichlet) else None)
     groups = how.assign(rows, np.random.default_rng(seed))
-    clients = [ClientData(name, *map(_placed(group).rows, SIDES)) for name, group in groups.items()]
+    clients = [ClientData(name, *map(placed(group).rows, SIDES)) for name, group in groups.items()]
     validates = len(rows.places("validation")) > 0
     for side, (lacking, remedy) in _REMEDIES.items():
         poor = [c.name for c in clients if not getattr(c, side)]
@@ -211,10 +225,6 @@ def partition(
     return tuple(clients)
 
 
-def _placed(rows: Iterable[tuple[Side, Row]]) -> Placed:
-    return rows if isinstance(rows, Placed) else Placed.of(rows)
-
-
 def _thinned(rows: Placed, count: int | None) -> Placed:
     """Return `count` rows at most, evenly spread over each side, in the sides' proportion."""
     if count is None or count >= len(rows):
@@ -222,14 +232,17 @@ def _thinned(rows: Placed, count: int | None) -> Placed:
     sides = list(map(rows.places, SIDES))
     held_out = [round(count * len(side) / len(rows)) for side in sides[1:]]
     kept = [
-        part[np.arange(size) * len(part) // max(size, 1)]
+        # rounding may leave more for a side than it has
+        part[np.arange(min(size, len(part))) * len(part) // max(size, 1)]
         for part, size in zip(sides, (count - sum(held_out), *held_out), strict=True)
     ]
     return rows.take(np.concatenate(kept))
 
 
-def _cut(rows: Placed, shares: NDArray[np.float64], rng: np.random.Generator) -> list[Placed]:
-    """Share rows out at random.
+def _cut(
+    rows: Placed, shares: NDArray[np.float64], rng: np.random.Generator
+) -> list[NDArray[np.int64]]:
+    """Share rows out at random, and return where each client's stand.
 
     Args:
         rows: With their sides.
@@ -244,7 +257,7 @@ def _cut(rows: Placed, shares: NDArray[np.float64], rng: np.random.Generator) ->
         bounds = np.round(np.cumsum(proportions) * len(members)).astype(int)
         for part, chosen in zip(parts, np.split(order, bounds[:-1]), strict=True):
             part.append(members[chosen])
-    return [rows.take(np.concatenate(part)) for part in parts]
+    return [np.concatenate(part) for part in parts]
 
 
 def _names(clients: int) -> list[str]:

@@ -27,6 +27,64 @@ MISSING = frozenset(
 )
 
 
+class Labels:
+    """What rows have in a column: a number for each, and the names that these stand for.
+
+    Args:
+        column: The column.
+    """
+
+    def __init__(self, column: str) -> None:
+        self.column = column
+        self.names: list[str] = []
+        self._numbers = array("q")
+        self._known: dict[str, int] = {}
+
+    def append(self, row: Row) -> Row | Unusable:
+        """Note what the next row has.
+
+        Returns:
+            The row with it as `label` writes it, or what is wrong where there is nothing.
+
+        Raises:
+            UserError: It is no name.
+        """
+        try:
+            name = label(row.columns.get(self.column))
+        except ValueError as error:
+            raise UserError(f"{row.where}, column {self.column!r}: {error}.") from error
+        if name is None:
+            known = sorted(map(str, row.columns)) or "none besides the texts"
+            return Unusable(
+                "no client",
+                row.where,
+                f"partition.column is {self.column!r}, which the row does not have or leaves "
+                f"empty; its columns: {known}",
+            )
+        if name not in self._known:
+            self._known[name] = len(self.names)
+            self.names.append(name)
+        self._numbers.append(self._known[name])
+        is_so = row.columns[self.column] == name and isinstance(row.columns[self.column], str)
+        return row if is_so else replace(row, columns={**row.columns, self.column: name})
+
+    def numbers(self) -> NDArray[np.int64]:
+        """Return of each row the place of its name in `names`."""
+        return np.array(self._numbers, dtype=np.int64)
+
+
+def nobodys(row: Unusable) -> UserError:
+    """Return the error of rows of which none has the column that says whose it is.
+
+    Args:
+        row: One of them.
+    """
+    return UserError(
+        f"{row}. Name the column that says whose a row is by partition.column, or share rows out "
+        "by partition: {name: iid, clients: 4}."
+    )
+
+
 class Placed(Sequence[tuple[Side, Row]]):
     """Rows, each with the side of the split on which it stands; those in a file stay there.
 
@@ -34,7 +92,7 @@ class Placed(Sequence[tuple[Side, Row]]):
         rows: Many rows.
         numbers: Which of them these are.
         sides: Their sides, as numbers in `SIDES`.
-        column: A column by which rows may be grouped, if it is known, of all of `rows`.
+        labels: What all of `rows` have in a column, if it is known.
     """
 
     def __init__(
@@ -42,16 +100,35 @@ class Placed(Sequence[tuple[Side, Row]]):
         rows: Sequence[Row],
         numbers: NDArray[np.int64],
         sides: NDArray[np.int8],
-        column: Labels | None = None,
+        labels: Labels | None = None,
     ) -> None:
-        self._rows, self._numbers, self._sides, self._column = rows, numbers, sides, column
+        self._rows, self._numbers, self._sides, self._labels = rows, numbers, sides, labels
 
     @classmethod
-    def of(cls, pairs: Iterable[tuple[Side, Row]]) -> Placed:
-        """Return rows that stand in memory, with their sides."""
-        pairs = list(pairs)
-        sides = np.array([SIDES.index(side) for side, _ in pairs], dtype=np.int8)
-        return cls([row for _, row in pairs], np.arange(len(pairs)), sides)
+    def of(cls, pairs: Iterable[tuple[Side, Row]], column: str | None = None) -> Placed:
+        """Return rows with their sides, in memory.
+
+        Args:
+            pairs: The rows, each behind its side.
+            column: A column by which they are to be grouped; they then have it as `label` writes
+                it.
+
+        Raises:
+            Unusable: A row has nothing in the column.
+            UserError: No row has, or a value is no name.
+        """
+        sides, rows, lacking = array("b"), list[Row](), list[Unusable]()
+        labels = None if column is None else Labels(column)
+        for side, row in pairs:
+            noted = row if labels is None else labels.append(row)
+            if isinstance(noted, Unusable):
+                lacking.append(noted)
+            else:
+                sides.append(SIDES.index(side))
+                rows.append(noted)
+        if lacking:
+            raise lacking[0] if rows else nobodys(lacking[0])
+        return cls(rows, np.arange(len(rows)), np.array(sides, dtype=np.int8), labels)
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -59,20 +136,21 @@ class Placed(Sequence[tuple[Side, Row]]):
     @overload
     def __getitem__(self, place: int) -> tuple[Side, Row]: ...
     @overload
-    def __getitem__(self, place: slice) -> Placed: ...
-    def __getitem__(self, place: int | slice) -> tuple[Side, Row] | Placed:
+    def __getitem__(self, place: slice) -> list[tuple[Side, Row]]: ...
+    def __getitem__(self, place: int | slice) -> tuple[Side, Row] | list[tuple[Side, Row]]:
         if isinstance(place, slice):
-            return self.take(np.arange(len(self))[place])
+            return [self[k] for k in range(*place.indices(len(self)))]
         return SIDES[self._sides[place]], self._rows[int(self._numbers[place])]
 
-    def __add__(self, other: Placed) -> Placed:
-        numbers = np.concatenate((self._numbers, other._numbers))
-        sides = np.concatenate((self._sides, other._sides))
-        return Placed(self._rows, numbers, sides, self._column)
+    def __add__(self, other: Iterable[tuple[Side, Row]]) -> list[tuple[Side, Row]]:
+        return [*self, *other]
+
+    def __radd__(self, other: Iterable[tuple[Side, Row]]) -> list[tuple[Side, Row]]:
+        return [*other, *self]
 
     def take(self, places: NDArray[np.int64]) -> Placed:
-        """Return the rows that stand at these places."""
-        return Placed(self._rows, self._numbers[places], self._sides[places], self._column)
+        """Return the rows that stand at these places, without reading them."""
+        return Placed(self._rows, self._numbers[places], self._sides[places], self._labels)
 
     def places(self, side: Side) -> NDArray[np.int64]:
         """Return where the rows of a side stand."""
@@ -90,65 +168,23 @@ class Placed(Sequence[tuple[Side, Row]]):
 
         Raises:
             Unusable: A row has nothing there.
-            UserError: No row has the column, or a value is no name.
+            UserError: No row has, or a value is no name.
         """
-        if self._column is None or self._column.column != column:
-            labels = Labels(column)
-            for _, row in self:
-                labels.append(row)
-            numbers = labels.numbers
-        else:
-            labels = self._column
-            numbers = labels.numbers[self._numbers]
+        if self._labels is None or self._labels.column != column:
+            return Placed.of(self, column).groups(column)
+        if not len(self):
+            return {}
+        numbers = self._labels.numbers()[self._numbers]
         order = np.argsort(numbers, kind="stable")
         found, begins = np.unique(numbers[order], return_index=True)
         parts = np.split(order, begins[1:])
-        return {labels.names[k]: part for k, part in zip(found, parts, strict=True)}
+        names = self._labels.names
+        return {names[k]: part for k, part in zip(found.tolist(), parts, strict=True)}
 
 
-class Labels:
-    """What rows have in a column: a number for each, and the names that these stand for.
-
-    Args:
-        column: The column.
-    """
-
-    def __init__(self, column: str) -> None:
-        self.column = column
-        self.names: list[str] = []
-        self._numbers = array("q")
-        self._known: dict[str, int] = {}
-
-    def append(self, row: Row) -> Row:
-        """Note what the next row has, and return the row with it as `label` writes it.
-
-        Raises:
-            Unusable: The row has nothing there.
-            UserError: It is no name.
-        """
-        try:
-            name = label(row.columns.get(self.column))
-        except ValueError as error:
-            raise UserError(f"{row.where}, column {self.column!r}: {error}.") from error
-        if name is None:
-            known = sorted(map(str, row.columns)) or "none besides the texts"
-            raise Unusable(
-                "no client",
-                row.where,
-                f"partition.column is {self.column!r}, which the row does not have or leaves "
-                f"empty; its columns: {known}",
-            )
-        if name not in self._known:
-            self._known[name] = len(self.names)
-            self.names.append(name)
-        self._numbers.append(self._known[name])
-        is_so = row.columns[self.column] == name and isinstance(row.columns[self.column], str)
-        return row if is_so else replace(row, columns={**row.columns, self.column: name})
-
-    @property
-    def numbers(self) -> NDArray[np.int64]:
-        """Of each row, the place of its name in `names`."""
-        return np.array(self._numbers, dtype=np.int64)
+def placed(rows: Iterable[tuple[Side, Row]], column: str | None = None) -> Placed:
+    """Return rows with their sides as they are, or out of pairs; raises as `Placed.of` does."""
+    return rows if isinstance(rows, Placed) else Placed.of(rows, column)
 
 
 def label(value: Any) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import chain
@@ -119,7 +119,16 @@ class ClientData:
     @property
     def rows(self) -> tuple[Row, ...]:
         """All rows."""
-        return (*self.train, *self.test, *self.validation)
+        return tuple(self.each())
+
+    @property
+    def size(self) -> int:
+        """How many rows there are."""
+        return len(self.train) + len(self.test) + len(self.validation)
+
+    def each(self) -> Iterator[Row]:
+        """Go through all rows, of which those in a file are read one after the other."""
+        return chain(self.train, self.test, self.validation)
 
     def about(self) -> tuple[int, str]:
         """Look at each row once.
@@ -129,7 +138,7 @@ class ClientData:
             texts, by which a run recognises its data.
         """
         hasher, conversations = blake2b(digest_size=16), 0
-        for row in chain(self.train, self.test, self.validation):
+        for row in self.each():
             conversations += not isinstance(row.prompt, str)
             hasher.update("\0".join((key(row.prompt), *row.said)).encode())
         return conversations, hasher.hexdigest()

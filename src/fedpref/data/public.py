@@ -351,11 +351,13 @@ class Domains(DataSource):
     def read(self) -> Iterator[Row | Unusable]:
         for domain, source in self.sources.items():
             try:
-                rows: Sequence[Row | Unusable] = [*islice(source.read(), self.max_rows)]
+                for number, row in enumerate(source.read()):
+                    # to the end: what is wrong with all of its rows a source says then
+                    if self.max_rows is not None and number >= self.max_rows:
+                        continue
+                    if isinstance(row, Unusable):
+                        yield row
+                    else:
+                        yield replace(row, columns={**row.columns, "domain": domain})
             except UserError as error:
                 raise UserError(f"data.sources.{domain}: {error}") from error
-            for row in rows:
-                if isinstance(row, Unusable):
-                    yield row
-                else:
-                    yield replace(row, columns={**row.columns, "domain": domain})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from array import array
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from fedpref.data.parsing import forget_columns
 from fedpref.data.partitions import Dirichlet, Natural, Partition, partition
-from fedpref.data.placed import Labels, Placed
+from fedpref.data.placed import Labels, Placed, nobodys
 from fedpref.data.preferences import SIDES, ClientData, Row
 from fedpref.data.row_store import RowStore
 from fedpref.data.source import DataSource
@@ -156,7 +156,7 @@ class _Kept:
         unusable: Rows that cannot be used.
         nobodys: Rows whose column names nobody.
         unread: Columns that nothing reads, and that elsewhere are what a model is asked.
-        prompts: Hashes of all that prompts say, where their questions tell them apart.
+        prompts: Hashes of all that prompts say, where their questions put them on a side.
     """
 
     store: RowStore
@@ -171,20 +171,19 @@ class _Kept:
         """Read a source, and yield the rows that are kept."""
         for row in _rows(source):
             if isinstance(row, Unusable):
-                self.unusable.append(row)
+                # a traceback holds on to what was read
+                self.unusable.append(row.with_traceback(None))
                 continue
-            if self.labels is not None:
-                try:
-                    row = self.labels.append(row)
-                except Unusable as error:
-                    self.nobodys.append(error)
-                    continue
-            columns = row.columns
+            noted = row if self.labels is None else self.labels.append(row)
+            if isinstance(noted, Unusable):
+                self.nobodys.append(noted)
+                continue
+            columns = noted.columns
             self.unread.update(c for c in UNREAD & columns.keys() if columns[c])
-            if source.split_by == "question":
-                self.prompts.append(hash(identity(row.prompt, "prompt")))
-            self.store.append(row)
-            yield row
+            if source.split_by == "question" and noted.side is None:
+                self.prompts.append(hash(identity(noted.prompt, "prompt")))
+            self.store.append(noted)
+            yield noted
 
     @property
     def total(self) -> int:
@@ -204,14 +203,12 @@ def _read(
     column = getattr(how, "column", "")
     labels = Labels(column) if isinstance(how, Natural | Dirichlet) else None
     kept = _Kept(RowStore(room), labels, column)
-    outline = Outline.of(kept.keep(source), source.split_by, source.split_seed)
+    purposes = ("test", "validation") if source.validation_fraction else ("test",)
+    outline = Outline.of(kept.keep(source), source.split_by, source.split_seed, purposes)
     if not kept.total:
         raise UserError(f"{source.location or source.name}: there are no rows.")
     if kept.nobodys and not kept.store:
-        raise UserError(
-            f"{kept.nobodys[0]}. Name the column that says whose a row is by partition.column, or "
-            "share rows out by partition: {name: iid, clients: 4}."
-        )
+        raise nobodys(kept.nobodys[0])
     unusable = kept.unusable + kept.nobodys
     if unusable and not kept.store:
         raise UserError(summary(unusable, kept.total))
@@ -225,7 +222,7 @@ def _read(
     told = outline
     if isinstance(how, Natural) and labels is not None:
         if apart:
-            told = outline.apart(labels.numbers)
+            told = outline.apart(labels.numbers())
         elif not how.min_test_rows and not trained:
             also = _also(outline, labels, source, how)
     sides = _sides(told, source, also)
@@ -280,10 +277,11 @@ def _also(outline: Outline, labels: Labels, source: DataSource, how: Natural) ->
     out first, but none without which somebody would have no training rows left.
     """
     also = Also()
-    clients, names = labels.numbers, np.array(labels.names)
+    clients, names = labels.numbers(), labels.names
     is_wanted = np.bincount(clients, minlength=len(names)) >= how.min_rows
     if how.only:
-        is_wanted &= np.isin(names, list(map(str, how.only)))
+        only = set(map(str, how.only))
+        is_wanted &= np.fromiter((name in only for name in names), bool, len(names))
     wanted: list[Purpose] = ["test", "validation"] if source.validation_fraction else ["test"]
     for purpose in wanted:
         sides = _sides(outline, source, also)
@@ -293,23 +291,8 @@ def _also(outline: Outline, labels: Labels, source: DataSource, how: Natural) ->
         may_be = (sides == TRAIN) & ((outline.given == NONE) | (purpose == "validation"))
         trained = _prompts(outline, clients, may_be & ~has[clients] & is_wanted[clients])
         poor = {client: asked for client, asked in trained.items() if len(asked) > 1}
-        if not poor:
-            continue
-        # prompts that a client still trains on
-        left = _prompts(outline, clients, (sides == TRAIN) & is_wanted[clients])
-        askers: dict[int, set[int]] = {}  # who trains on a prompt
-        for client, some in left.items():
-            for asked in some:
-                askers.setdefault(asked, set()).add(client)
-        places = dict(zip(outline.asked.tolist(), outline.places[purpose].tolist(), strict=True))
-        lacking: dict[str, int] = {}
-        for client in sorted(poor, key=lambda client: labels.names[client]):
-            for asked in sorted(poor[client], key=lambda asked: (places[asked], asked)):
-                if all(len(left[one]) > 1 for one in askers[asked]):
-                    lacking[labels.names[client]] = asked
-                    for one in askers[asked]:
-                        left[one].discard(asked)
-                    break
+        trains = (sides == TRAIN) & is_wanted[clients]
+        lacking = _next(outline, labels, trains, poor, purpose) if poor else {}
         if lacking:
             note = (
                 f"{len(lacking)} clients have no {NAMES[purpose]} rows by the rule; of each the "
@@ -319,6 +302,48 @@ def _also(outline: Outline, labels: Labels, source: DataSource, how: Natural) ->
             held = {purpose: frozenset(lacking.values())}
             also = replace(also, **held, notes=(*also.notes, note))
     return also
+
+
+def _next(
+    outline: Outline,
+    labels: Labels,
+    trains: NDArray[np.bool_],
+    poor: Mapping[int, set[int]],
+    purpose: Purpose,
+) -> dict[str, int]:
+    """Return of clients the prompt that comes next in the rule, by the client's name.
+
+    Args:
+        outline: Of all rows.
+        labels: Whose they are.
+        trains: Which rows are trained on.
+        poor: The clients, with the prompts that may be taken from them.
+        purpose: What they lack.
+    """
+    clients, names = labels.numbers(), labels.names
+    # how many prompts each client trains on, and who trains on those that may go
+    numbered = np.column_stack([clients, outline.asked.view(np.int64)])[trains]
+    left = np.bincount(np.unique(numbered, axis=0)[:, 0], minlength=len(names))
+    may_go = np.array(sorted(set().union(*poor.values())), dtype=np.uint64)
+    which = trains & np.isin(outline.asked, may_go)
+    places = dict(
+        zip(outline.asked[which].tolist(), outline.places[purpose][which].tolist(), strict=True)
+    )
+    askers: dict[int, set[int]] = {}
+    for client, some in _prompts(outline, clients, which).items():
+        for asked in some:
+            askers.setdefault(asked, set()).add(client)
+    found: dict[str, int] = {}
+    gone: set[int] = set()
+    for client in sorted(poor, key=names.__getitem__):
+        for asked in sorted(poor[client], key=lambda asked: (places[asked], asked)):
+            if all(left[one] > 1 for one in askers[asked]):
+                found[names[client]] = asked
+                if asked not in gone:
+                    left[list(askers[asked])] -= 1
+                    gone.add(asked)
+                break
+    return found
 
 
 def _prompts(
@@ -358,8 +383,9 @@ def _notes(kept: _Kept, outline: Outline) -> tuple[str, ...]:
             f"Nothing reads the columns {', '.join(unread)}: what of them a model is to see "
             "belongs into the prompt, as messages."
         )
-    if kept.prompts and (outline.given == NONE).any():
-        prompts, questions = len(np.unique(kept.prompts)), len(np.unique(outline.asked))
+    if kept.prompts:
+        prompts = len(np.unique(kept.prompts))
+        questions = len(np.unique(outline.asked[outline.given == NONE]))
         if prompts > LAST_TURNS * questions:
             notes.append(
                 f"{prompts} prompts end in {questions} different questions, by which they are held "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import sys
 import tempfile
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -41,7 +42,8 @@ class RowStore(Sequence[Row]):
         self._rows.append(row)
         if self._left is None:
             return
-        self._left -= ROW_BYTES + len(key(row.prompt)) + sum(map(len, row.said))
+        said = (key(row.prompt), *row.said, *(v for v in row.columns.values() if type(v) is str))
+        self._left -= ROW_BYTES + sum(map(sys.getsizeof, said))
         if self._left < 0:
             self._file = _RowFile()
             for kept in self._rows:
@@ -72,15 +74,22 @@ class _RowFile:
     """Rows one after the other in a file that only this process and its forks can read."""
 
     def __init__(self) -> None:
-        # gone from the folder as soon as it is open
-        self._file = tempfile.TemporaryFile(prefix="fedpref-rows-", buffering=BUFFER)
+        with _room_needed():  # it is gone from the folder as soon as it is open
+            self._file = tempfile.TemporaryFile(prefix="fedpref-rows-", buffering=BUFFER)
         self._ends = array("Q", [0])
         self._is_written = True
 
     def append(self, row: Row) -> None:
+        kind = type(row)
         # a dataclass by its fields is packed and read again in half of the time
-        fields = (KINDS.index(type(row)), *FIELDS[type(row)](row))
-        content = pickle.dumps(fields, protocol=pickle.HIGHEST_PROTOCOL)
+        packed = (KINDS.index(kind), *FIELDS[kind](row)) if kind in FIELDS else row
+        try:
+            content = pickle.dumps(packed, protocol=pickle.HIGHEST_PROTOCOL)
+        except (TypeError, AttributeError, pickle.PicklingError) as error:
+            raise UserError(
+                f"{row.where}: it holds what no file can hold ({error}), and rows beyond "
+                "spill_above_mb lie in one. Leave that column out, or raise spill_above_mb."
+            ) from error
         with _room_needed():
             self._ends.append(self._ends[-1] + self._file.write(content))
         self._is_written = False
@@ -101,8 +110,8 @@ class _RowFile:
         begin = self._ends[number]
         # from a place that is said: forked processes have one position in a file together
         content = os.pread(self._file.fileno(), self._ends[number + 1] - begin, begin)
-        kind, *fields = pickle.loads(content)  # what this process wrote
-        row: Row = KINDS[kind](*fields)
+        packed = pickle.loads(content)  # what this process wrote
+        row: Row = KINDS[packed[0]](*packed[1:]) if type(packed) is tuple else packed
         return row
 
 
@@ -145,11 +154,13 @@ class _FiledRows(Sequence[Row]):
     def __reduce__(self) -> Any:  # another process than a fork has no such file
         return tuple, (tuple(self),)
 
-    def where(self, is_wanted: Callable[[Row], bool]) -> Sequence[Row]:
+    def filtered(self, is_wanted: Callable[[Row], bool]) -> Sequence[Row]:
         wanted = array("Q", (n for n in self._numbers if is_wanted(self._file[n])))
         return _FiledRows(self._file, wanted)
 
 
-def where(rows: Sequence[Row], is_wanted: Callable[[Row], bool]) -> Sequence[Row]:
+def filtered(rows: Sequence[Row], is_wanted: Callable[[Row], bool]) -> Sequence[Row]:
     """Return the rows of which something is so; those in a file stay there."""
-    return rows.where(is_wanted) if isinstance(rows, _FiledRows) else tuple(filter(is_wanted, rows))
+    if isinstance(rows, _FiledRows):
+        return rows.filtered(is_wanted)
+    return tuple(filter(is_wanted, rows))

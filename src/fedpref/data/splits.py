@@ -6,7 +6,7 @@ import hmac
 import re
 import unicodedata
 from array import array
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from hashlib import blake2b
@@ -19,7 +19,7 @@ from fedpref.data.preferences import SIDES, Conversation, Row, Side, Text, key
 
 SplitBy = Literal["question", "prompt"]
 NONE = -1  # no side
-REMEMBERED = 2**12  # prompts, of any length
+REMEMBERED, SHORT = 2**12, 4000  # prompts, and their characters at most
 _SPEAKER = re.compile(r"^[ \t]*(?:Human|Assistant):", re.MULTILINE)  # of hh-rlhf's plain form
 # of no width: a mark of byte order, and spaces and joiners between words
 _INVISIBLE = dict.fromkeys(map(ord, "\ufeff\u200b\u2060"))
@@ -77,11 +77,12 @@ def held_out(text: str, fraction: float = 0.2, seed: int = 0, purpose: str = "")
 
 def identity(prompt: Text, by: SplitBy) -> str:
     """Return what a prompt is told by: its question, or all that it says."""
-    return _identity_of_text(prompt, by) if isinstance(prompt, str) else _identity(prompt, by)
+    is_short = isinstance(prompt, str) and len(prompt) <= SHORT
+    return _identity_of_text(prompt, by) if is_short else _identity(prompt, by)
 
 
 @lru_cache(maxsize=REMEMBERED)  # it is asked for several times, and clients share prompts
-def _identity_of_text(prompt: str, by: SplitBy) -> str:
+def _identity_of_text(prompt: Text, by: SplitBy) -> str:
     return _identity(prompt, by)
 
 
@@ -128,22 +129,26 @@ class Outline:
     places: Mapping[str, NDArray[np.float64]]
 
     @classmethod
-    def of(cls, rows: Iterable[Row], by: SplitBy, seed: int) -> Outline:
+    def of(
+        cls, rows: Iterable[Row], by: SplitBy, seed: int, purposes: Sequence[str] = ("test",)
+    ) -> Outline:
         """Read rows once.
 
         Args:
             rows: The rows.
             by: What a prompt is told by.
             seed: Of the split.
+            purposes: What prompts may be held out for.
         """
         given, asked = array("b"), array("Q")
-        places = {"test": array("d"), "validation": array("d")}
+        places = {purpose: array("d") for purpose in purposes}
+        test = SIDES.index("test")
         for row in rows:
-            number, *where = _hashes(identity(row.prompt, by), seed)
-            given.append(NONE if row.side is None else SIDES.index(row.side))
-            asked.append(number)
-            for values, value in zip(places.values(), where, strict=True):
-                values.append(value)
+            told = identity(row.prompt, by)
+            given.append(NONE if row.side is None else test * (row.side == "test"))
+            asked.append(hashed(told))
+            for purpose, values in places.items():
+                values.append(place(told, seed, "" if purpose == "test" else purpose))
         return cls(
             np.array(given, dtype=np.int8),
             np.array(asked, dtype=np.uint64),
@@ -183,11 +188,6 @@ class Outline:
         sides[is_tested] = NONE
         sides[(self.given == test) | (is_open & is_tested)] = test
         return sides
-
-
-@lru_cache(maxsize=REMEMBERED)
-def _hashes(text: str, seed: int) -> tuple[int, float, float]:
-    return hashed(text), place(text, seed), place(text, seed, "validation")
 
 
 def split(

@@ -60,7 +60,7 @@ class DrawnShards(Sequence["DrawnShard"]):
         client, unusable = self.clients[number], list[Unusable]()
         shard = self._task.encode(client, unusable)
         if unusable and self._unusable == "refuse":
-            raise UserError(f"client {client.name!r}: {summary(unusable, len(client.rows))}")
+            raise UserError(f"client {client.name!r}: {summary(unusable, client.size)}")
         for side in ("train", "test", "validation"):
             if getattr(client, side) and not getattr(shard, side):
                 raise UserError(

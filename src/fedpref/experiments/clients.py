@@ -430,7 +430,7 @@ def hosted(
         encoded_ones.append(task.encode(client, unusable))
         counts.append(len(unusable) - before)
     if unusable and spec.data.unusable == "refuse":
-        raise UserError(summary(unusable, sum(len(c.rows) for c in clients.values())))
+        raise UserError(summary(unusable, sum(c.size for c in clients.values())))
     if unusable:
         refuse_empty(encoded_ones, spec.sides)
     shards = [task.prepare(shard, folder / "cache") for shard in encoded_ones]

@@ -121,7 +121,7 @@ class Experiment:
     is the same for any number."""
     spill_above_mb: WholeNumber = 512
     """MB of a value that all clients hold which stay in memory; the rest lies in files of TMPDIR.
-    So do all rows, where they are more."""
+    Rows of data that take more than this lie in such a file too, all of them."""
     engine: Literal["simulation", "flare"] = "simulation"
     """All clients in this process and its workers, or at sites on NVIDIA FLARE."""
     sites: Count = 2

@@ -357,7 +357,7 @@ class FinishedRun:
             unusable: list[Unusable] = []
             encoded = [task.encode(client, unusable) for client in clients]
             if unusable and spec.data.unusable == "refuse":
-                raise UserError(summary(unusable, sum(len(c.rows) for c in clients)))
+                raise UserError(summary(unusable, sum(c.size for c in clients)))
             if unusable:
                 warnings.warn(f"{len(unusable)} rows more cannot be used.", stacklevel=3)
                 # who joins also trains

@@ -59,7 +59,7 @@ def evaluate(
         raise UserError(f"{data.path}: there are no rows.")
     groups = {SHARED: rows}
     if column:
-        placed = Placed.of(("test", row) for row in rows)
+        placed = Placed.of((("test", row) for row in rows), column)
         groups = {
             name: tuple(placed.take(places).rows("test"))
             for name, places in sorted(placed.groups(column).items())

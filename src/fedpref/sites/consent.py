@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -13,7 +14,7 @@ from fedpref import config
 from fedpref.data import IID, ClientData, Partition, Source
 from fedpref.data.preferences import Preference
 from fedpref.data.reading import by_rule
-from fedpref.data.row_store import where
+from fedpref.data.row_store import filtered
 from fedpref.data.splits import keyed
 from fedpref.engines.host import SETTLED, Bounds, HeldOut, Hosted
 from fedpref.engines.messages import RefusedError
@@ -278,16 +279,16 @@ class Consenting:
             clients = replace(spec, evaluate_on="test").read().settled().clients
         except UserError as error:  # whose text may hold rows
             raise self._unfit() from error
-        has_sides = any(row.side for one in clients for row in one.rows)
+        has_sides = any(row.side for one in clients for row in one.each())
         if key is None:
             return HeldOut(is_keyed=False, has_sides=has_sides)
-        rows = [
-            row
+        keys = {
+            keyed(row.prompt, by, key)
             for one in clients
-            for row in (*one.test, *one.validation)
+            for row in chain(one.test, one.validation)
             if everything or row.side == "test" or not by_rule(row, spec.data)
-        ]
-        return HeldOut(sorted({keyed(row.prompt, by, key) for row in rows}), True, has_sides)
+        }
+        return HeldOut(sorted(keys), True, has_sides)
 
     def _spec(self, experiment: Any) -> Experiment:
         try:
@@ -405,7 +406,7 @@ class Consenting:
     def _without(self, client: ClientData, spec: Experiment, held_out: set[str]) -> ClientData:
         """Return a client without training rows whose prompts are held out at any site."""
         key, by = str(self._file.split_key), spec.data.split_by
-        train = where(client.train, lambda row: keyed(row.prompt, by, key) not in held_out)
+        train = filtered(client.train, lambda row: keyed(row.prompt, by, key) not in held_out)
         if not train:
             raise UserError(
                 f"client {client.name!r}: all its training prompts are held out at other sites."
