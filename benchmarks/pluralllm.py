@@ -137,12 +137,19 @@ def convergence(rounds: Sequence[int], values: Sequence[float], width: int = 3) 
 
 
 def countries(
-    data: str, numbers: Sequence[int], rounds: int, output: Path, progress: Console
+    data: str,
+    numbers: Sequence[int],
+    rounds: int,
+    settings: Sequence[str],
+    output: Path,
+    progress: Console,
 ) -> dict[str, Line]:
-    """All lines."""
+    """All lines; settings are of those of equal steps."""
     common = [f"data.path={data}", f"rounds={rounds}", f"evaluate_every={EVERY}", "baselines=[]"]
     variants = [
-        f"{name}: {overrides.format(cycles=rounds * 6 / 200)}" for name, overrides in LINES.items()
+        f"{name}: {overrides.format(cycles=rounds * 6 / 200)} "
+        f"{' '.join(settings) if name in EQUAL else ''}"
+        for name, overrides in LINES.items()
     ]
     return trained(variants, numbers, common, output / "countries", progress)
 
@@ -512,6 +519,12 @@ def main() -> None:
     parser.add_argument(
         "--model", default="builtin", help="what embeds questions; by default the shipped model"
     )
+    parser.add_argument(
+        "--settings",
+        nargs="*",
+        default=[],
+        help="of the lines of equal steps, such as task.predictor.normalize=true",
+    )
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--splits", type=int, default=5, help="how many are drawn")
@@ -540,7 +553,8 @@ def main() -> None:
             found |= speed(arguments.data, 2 if arguments.quick else 10)
             found |= many(arguments.data, 100 if arguments.quick else 1000)
         if "countries" in parts:
-            lines = countries(arguments.data, numbers, rounds, output, progress)
+            more = arguments.settings
+            lines = countries(arguments.data, numbers, rounds, more, output, progress)
             console.print(line_table("countries", lines))
             found |= figures(lines)
             for line, settings in {
@@ -552,7 +566,7 @@ def main() -> None:
                     for name, value in baselines(arguments.data, *settings).items()
                 }
         if "splits" in parts:
-            model = [f"task.model.path={arguments.model}"]
+            model = [f"task.model.path={arguments.model}", *arguments.settings]
             folder = output / f"splits-{arguments.model.replace('/', '-')}"
             count = 1 if arguments.quick else arguments.splits
             of_splits = splits(arguments.data, numbers, rounds, model, count, folder, progress)

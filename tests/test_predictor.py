@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -166,3 +167,37 @@ def test_the_loss_is_the_gaussians_and_a_bounded_deviation_stays_above_its_bound
     (context, answers), (targets, _) = points(6, 1), points(40, 2)
     std = bounded(params, context, answers, torch.ones(1, 6, dtype=torch.bool), targets)[1]
     assert float(std.min()) >= 0.05
+
+
+NORMAL = replace(SMALL, normalize=True)
+
+
+def normal(context: Tensor, answers: Tensor, targets: Tensor) -> Tensor:
+    """Raw means of targets, of embeddings as they lie among those that are shown."""
+    shown = torch.ones_like(answers, dtype=torch.bool)
+    return NORMAL(fresh(), context, answers, shown, targets)[0]
+
+
+def test_normalized_embeddings_have_no_mean_and_no_scale() -> None:
+    (context, answers), (targets, _) = points(7, 1), points(5, 2)
+    found = normal(context, answers, targets)
+    away = 40 * torch.randn(INPUTS, generator=torch.Generator().manual_seed(3))
+    moved = normal(3 * context + away, answers, 3 * targets + away)
+    assert torch.allclose(found, moved, atol=1e-3)
+    mean, variance = context.mean(1), context.var(1, correction=0)
+    scale = (variance + 0.01 * variance.mean()).sqrt()
+    by_hand = ((x - mean) / scale for x in (context, targets))
+    first, second = by_hand
+    assert torch.allclose(found, asked(fresh(), first, answers, second)[0], atol=1e-5)
+    assert not torch.allclose(found, asked(fresh(), context, answers, targets)[0], atol=1e-2)
+
+
+def test_padding_and_points_that_are_alike_change_nothing_that_is_normalized() -> None:
+    params = fresh()
+    (context, answers), (targets, _) = points(7, 1), points(5, 2)
+    padded = nn.functional.pad(context, (0, 0, 0, 4), value=3.0)
+    shown = torch.arange(11)[None] < 7
+    found = NORMAL(params, padded, nn.functional.pad(answers, (0, 4)), shown, targets)[0]
+    assert torch.allclose(found, normal(context, answers, targets), atol=1e-6)
+    alike = context[:, :1].expand(-1, 7, -1)
+    assert normal(alike, answers, alike).abs().max() < 5

@@ -22,6 +22,8 @@ from fedpref.numerics.trees import Tree
 from fedpref.types import Width
 
 LOWEST_STD = 0.05  # where it is bounded
+# of the mean variance, and of the mean's square, what is added to each dimension's variance
+LEAST_SHARE, TINY = 1e-2, 1e-6
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,9 @@ class Predictor:
     """Linear layers that turn a point into the layers' width."""
     bounded_std: bool = False
     """Predict a standard deviation of at least 0.05, in place of any."""
+    normalize: bool = False
+    """Take embeddings as they lie among those that are shown: less their mean, over their standard
+    deviation, dimension by dimension. Those of language models point in nearly one direction."""
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
@@ -100,6 +105,8 @@ class Predictor:
             Each target's raw mean and standard deviation [B, T].
         """
         count = context.shape[1]
+        if self.normalize:
+            context, targets = _among(context, shown, targets)
         weight = params["embedder.0.weight"]
         hidden = linear(torch.cat([context, targets], 1), weight[:, :-1], params["embedder.0.bias"])
         hidden = (
@@ -157,6 +164,21 @@ class Predictor:
 
     def _by_head(self, x: Float[Tensor, "B P W"]) -> Float[Tensor, "B H P W/H"]:
         return x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)
+
+
+def _among(
+    context: Float[Tensor, "B C D"], shown: Bool[Tensor, "B C"], targets: Float[Tensor, "B T D"]
+) -> tuple[Float[Tensor, "B C D"], Float[Tensor, "B T D"]]:
+    """Return embeddings by where they lie among those that are shown, padding as zeros."""
+    there = shown[..., None].to(context.dtype)
+    count = there.sum(1, keepdim=True).clamp(min=1)
+    mean = (context * there).sum(1, keepdim=True) / count
+    variance = ((context - mean).square() * there).sum(1, keepdim=True) / count
+    # a dimension in which the few that are shown hardly differ says nothing loudly
+    least = LEAST_SHARE * variance.mean(-1, keepdim=True)
+    rounding = TINY * (mean.square().mean(-1, keepdim=True) + 1)
+    scale = (variance + least + rounding).rsqrt()
+    return (context - mean) * scale * there, (targets - mean) * scale
 
 
 def _drawn(name: str, shapes: Mapping[str, tuple[int, ...]], rng: torch.Generator) -> Tensor:
