@@ -149,25 +149,30 @@ def small(folder: Path, data: Path | None) -> tuple[list[Path], list[Path], list
 
     few = ("partition.max_clients=4", "partition.max_rows=30", "rounds=2", "evaluate_every=2")
     bench, tasted = folder / "bench", folder / "tasted"
-    methods = [part for name in (OURS, "alone") for part in ("--method", name)]
-    where = ("--output", str(bench), "--seeds", "1")
-    run("-m", "fedpref", "bench", "quick", *where, *methods, *few)
-    answers = "{prompts: 2, max_completion_length: 12, rewards: {taste: {name: taste}}}"
-    more = (f"task.generation={answers}", "task.samples=0", f"algorithm.name={OURS}")
-    run("-m", "fedpref", "run", "feddpo", "--output", str(tasted), *few, *more, "baselines=[]")
     files = [folder / f"{name}.json" for name in ("language_laws", "firm")]
-    run(str(HERE / "language_laws.py"), "--quick", "--json", str(files[0]))
-    short = ("task.evaluation_prompts=8", "task.sampling.max_completion_length=12")
-    parts = ("--parts", "shipped", "--fewer", "--settings", *short)
-    run(str(HERE / "firm.py"), "--quick", *parts, "--json", str(files[1]))
-    benches = [bench]
-    if data is not None:
-        benches.append(folder / "control")
-        where = ("--output", str(benches[1]), "--seeds", "1", "--only", CONTROL)
-        run("-m", "fedpref", "bench", "people", *where, "--data", str(data), *methods, *few)
-        files.append(folder / "pluralllm.json")
-        parts = ("--parts", "countries", "--quick", "--rounds", "4", "--data", str(data))
-        run(str(HERE / "pluralllm.py"), *parts, "--json", str(files[2]))
+    # it computes on one thread, beside the others
+    command = [sys.executable, str(HERE / "language_laws.py"), "--quick", "--json", str(files[0])]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as laws:
+        methods = [part for name in (OURS, "alone") for part in ("--method", name)]
+        where = ("--output", str(bench), "--seeds", "1")
+        run("-m", "fedpref", "bench", "quick", *where, *methods, *few)
+        answers = "{prompts: 2, max_completion_length: 12, rewards: {taste: {name: taste}}}"
+        more = (f"task.generation={answers}", "task.samples=0", f"algorithm.name={OURS}")
+        run("-m", "fedpref", "run", "feddpo", "--output", str(tasted), *few, *more, "baselines=[]")
+        short = ("task.evaluation_prompts=8", "task.sampling.max_completion_length=12")
+        parts = ("--parts", "shipped", "--fewer", "--settings", *short)
+        run(str(HERE / "firm.py"), "--quick", *parts, "--json", str(files[1]))
+        benches = [bench]
+        if data is not None:
+            benches.append(folder / "control")
+            where = ("--output", str(benches[1]), "--seeds", "1", "--only", CONTROL)
+            ours = methods[:2]  # the control is beside the suite's first method alone
+            run("-m", "fedpref", "bench", "people", *where, "--data", str(data), *ours, *few)
+            files.append(folder / "pluralllm.json")
+            parts = ("--parts", "countries", "--quick", "--rounds", "2", "--data", str(data))
+            run(str(HERE / "pluralllm.py"), *parts, "--json", str(files[2]))
+    if laws.returncode:
+        raise SystemExit("language_laws.py failed; its message stands above")
     return benches, files, [tasted]
 
 
