@@ -118,7 +118,10 @@ def experiment(path: Path, algorithm: str, cohort: int, rounds: int) -> Experime
 
 
 class Apart:
-    """A run in a process of its own, which waits before each round until it is told to go on."""
+    """A run in a process of its own, which waits before each round until it is told to go on.
+
+    It begins by itself; `heard` waits until it has.
+    """
 
     def __init__(
         self, path: Path, algorithm: str, folder: Path, rounds: int, cohort: int = COHORT
@@ -133,7 +136,6 @@ class Apart:
         command = [sys.executable, __file__, "--run", json.dumps(asked)]
         pipes = subprocess.PIPE
         self.process = subprocess.Popen(command, stdin=pipes, stdout=pipes, text=True)
-        self.heard()
 
     def heard(self) -> str:
         """Wait until the run has begun, has made a round, or has ended, and return its line."""
@@ -214,14 +216,17 @@ def of_algorithm(
 ) -> dict[str, float]:
     run_of_lots = Apart(lots, algorithm, scratch / f"{algorithm}-lots", rounds)
     run_of_few = Apart(few, algorithm, scratch / f"{algorithm}-few", rounds)
+    for run in (run_of_few, run_of_lots):
+        run.heard()
     again = scratch / f"{algorithm}-again"
     for done in range(1, rounds + 1):
         run_of_few.go()
         run_of_lots.go()
         if done == rounds - rounds // 2:
             shutil.copytree(scratch / f"{algorithm}-lots", again)
+    resumed = Apart(lots, algorithm, again, rounds)  # begins while the others end
     small, large = run_of_few.end(), run_of_lots.end()
-    run_apart(lots, algorithm, again, rounds)
+    resumed.end()
     whole, resumed = models(scratch / f"{algorithm}-lots"), models(again)
     is_equal = whole.keys() == resumed.keys() and all(
         torch.equal(tensor, resumed[name]) for name, tensor in whole.items()

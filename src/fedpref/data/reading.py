@@ -179,7 +179,8 @@ class _Kept:
                 self.nobodys.append(noted)
                 continue
             columns = noted.columns
-            self.unread.update(c for c in UNREAD & columns.keys() if columns[c])
+            if said := UNREAD & columns.keys():
+                self.unread.update(column for column in said if columns[column])
             if source.split_by == "question" and noted.side is None:
                 self.prompts.append(hash(identity(noted.prompt, "prompt")))
             self.store.append(noted)
