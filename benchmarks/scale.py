@@ -353,7 +353,7 @@ def cost_error(scratch: Path, quick: bool) -> float:
     """The largest error of the model, in percent, on three runs that it was not fitted to."""
     known, others = ((2_000, 10), (40_000, 50)), ((10_000, 30), (20_000, 100), (80_000, 20))
     if quick:
-        known, others = ((2_000, 5), (16_000, 20)), ((8_000, 10),)
+        known, others = ((2_000, 5), (12_000, 20)), ((6_000, 10),)
     measured = {}
     for clients, cohort in (*known, *others):
         path = scratch / f"cost-{clients}.jsonl"

@@ -71,7 +71,7 @@ class RowStore(Sequence[Row]):
 
 
 class _RowFile:
-    """Rows one after the other in a file that only this process and its forks can read."""
+    """Rows one after the other in a file without a name, which this process and its forks read."""
 
     def __init__(self) -> None:
         with _room_needed():  # it is gone from the folder as soon as it is open
