@@ -7,18 +7,18 @@ Clients of ten pairs each, eight to train on, drawn from the shipped population,
 of its own; cohorts of fifty, one local step of two pairs, the shipped model, one process. Every run
 is a process of its own, whose peak memory is the run's. `begin_` is until the first round begins,
 with the rows read and shared out; a round's seconds are the median over rounds, which runs of few
-and of many clients make in turn; what is resumed is a run's folder as it lay halfway; `loop_share_`
-is
-what a round takes beyond its clients' training by themselves; the page is one with a figure of
-every client. `fedbuff_time_ratio` is the simulated time of FedBuff to an accuracy over that of
-cohorts that wait; `bytes_to_accuracy_ratio_8bit` that of bytes, with changes in eight bits, and
-`_top_k` with the largest tenth of their entries and what is left out later;
-`sweep_parallel_ratio` the seconds of two runs at a time over those of one after the other;
-`cost_model_largest_error_percent` how far what three runs cost is from what two others say;
-`round_seconds_N_sites` those of a round without training, in which an adapter of 1.25 MB goes to
-eight clients at N simulated sites and back as a mean (`_0_sites`: in one process). Figures are the
-worst over algorithms, and each as `<name>_<algorithm>`; `--quick` is SCAFFOLD alone, `loop_share_`
-with a twentieth of the clients, and one and four sites.
+and of many clients make in turn; what is resumed is a run's folder as it lay halfway, which is read
+while the other figures are measured; `loop_share_` is what a round takes beyond its clients'
+training by themselves; the page is one with a figure of every client. `fedbuff_time_ratio` is the
+simulated time of FedBuff to an accuracy over that of cohorts that wait;
+`bytes_to_accuracy_ratio_8bit` that of bytes, with changes in eight bits, and `_top_k` with the
+largest tenth of their entries and what is left out later; `sweep_parallel_ratio` the seconds of two
+runs at a time over those of one after the other; `cost_model_largest_error_percent` how far what
+three runs cost is from what two others say; `round_seconds_N_sites` those of a round without
+training, in which an adapter of 1.25 MB goes to eight clients at N simulated sites and back as a
+mean (`_0_sites`: in one process). Figures are the worst over algorithms, and each as
+`<name>_<algorithm>`; `--quick` is SCAFFOLD alone, `loop_share_` with a twentieth of the clients,
+and four sites.
 """
 
 from __future__ import annotations
@@ -212,8 +212,9 @@ def models(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def of_algorithm(
-    algorithm: str, few: Path, lots: Path, scratch: Path, rounds: int
+    algorithm: str, few: Path, lots: Path, scratch: Path, rounds: int, cohort: int
 ) -> dict[str, float]:
+    """Return the figures of an algorithm, `loop_share_` with a cohort of so many."""
     run_of_lots = Apart(lots, algorithm, scratch / f"{algorithm}-lots", rounds)
     run_of_few = Apart(few, algorithm, scratch / f"{algorithm}-few", rounds)
     for run in (run_of_few, run_of_lots):
@@ -224,14 +225,15 @@ def of_algorithm(
         run_of_lots.go()
         if done == rounds - rounds // 2:
             shutil.copytree(scratch / f"{algorithm}-lots", again)
-    resumed = Apart(lots, algorithm, again, rounds)  # begins while the others end
+    run_resumed = Apart(lots, algorithm, again, rounds)  # begins while the others end
     small, large = run_of_few.end(), run_of_lots.end()
-    resumed.end()
+    page = page_of(scratch / f"{algorithm}-lots")
+    share = loop_share(few, algorithm, cohort, scratch)
+    run_resumed.end()
     whole, resumed = models(scratch / f"{algorithm}-lots"), models(again)
     is_equal = whole.keys() == resumed.keys() and all(
         torch.equal(tensor, resumed[name]) for name, tensor in whole.items()
     )
-    page = page_of(scratch / f"{algorithm}-lots")
     return {
         "begin_seconds_100k": large["begin"],
         "begin_mb_100k": large["mb"],
@@ -240,6 +242,7 @@ def of_algorithm(
         "round_ratio_100k_over_1k": large["round"] / small["round"],
         "memory_ratio_100k_over_1k": large["mb"] / small["mb"],
         "resume_equal_100k": float(is_equal),
+        "loop_share_1000_clients": share,
         **page,
     }
 
@@ -482,9 +485,8 @@ def of_clients(scratch: Path, quick: bool) -> dict[str, float]:
     write_clients(few, FEW)
     write_clients(lots, LOTS)
     for algorithm in list(ALGORITHMS)[: 1 if quick else None]:
-        found = of_algorithm(algorithm, few, lots, scratch, 3 if quick else ROUNDS)
-        cohort = FEW // 20 if quick else FEW
-        found["loop_share_1000_clients"] = loop_share(few, algorithm, cohort, scratch)
+        rounds, cohort = (3, FEW // 20) if quick else (ROUNDS, FEW)
+        found = of_algorithm(algorithm, few, lots, scratch, rounds, cohort)
         for figure, value in found.items():
             print(f"{algorithm}: {figure} {value:.3g}", flush=True)
             worse = min if figure.startswith("resume") else max
@@ -521,7 +523,7 @@ def main() -> None:
         if "fedbuff" in parts:
             figures["fedbuff_time_ratio"] = fedbuff_time(3 if quick else 8)
         if "sites" in parts:
-            figures |= site_rounds(scratch, (1, 4) if quick else (1, 2, 4, 8), ADAPTER_MB)
+            figures |= site_rounds(scratch, (4,) if quick else (1, 2, 4, 8), ADAPTER_MB)
     print(json.dumps(figures, indent=1))
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1) + "\n")

@@ -225,8 +225,11 @@ def _written(value: str, column: str, where: str) -> list[Any] | None:
     Raises:
         UserError: It looks like one and cannot be read.
     """
+    text = value.strip()
+    if not text.startswith(("[", "{", "array(")):
+        return None
     # as numpy writes an array of objects
-    text = ARRAY.sub(r"\1", value.strip())
+    text = ARRAY.sub(r"\1", text)
     if not text.startswith(("[", "{")) or not MESSAGE.search(text):
         return None
     read = written_value(text)
@@ -382,11 +385,16 @@ def _shared(columns: dict[str, Any]) -> dict[str, Any]:
     if len(columns) > SHARED_COLUMNS:
         return columns
     said = tuple((name, type(value), value) for name, value in columns.items())
+    try:
+        if (known := _COLUMNS.get(said)) is not None:
+            return known
+    except TypeError:  # lists and objects are not compared by what they hold
+        return columns
     if any(kind not in PLAIN or len(str(value)) > SHARED_LENGTH for _, kind, value in said):
         return columns
-    if said not in _COLUMNS and len(_COLUMNS) >= SHARED_MOST:
-        return columns
-    return _COLUMNS.setdefault(said, columns)
+    if len(_COLUMNS) < SHARED_MOST:
+        _COLUMNS[said] = columns
+    return columns
 
 
 def _with(question: Text, given: Mapping[str, Any], where: str) -> Text:

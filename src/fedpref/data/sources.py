@@ -108,10 +108,10 @@ class Files(PathSource):
                 except Unusable as error:
                     yield error
                     continue
+                side = given
                 if self.split_column and given != "test":
-                    yield replace(row, side=_side(record, self.split_column, where))
-                else:
-                    yield replace(row, side=given)
+                    side = _side(record, self.split_column, where)
+                yield row if side is None else replace(row, side=side)
 
     def _is_wanted(self, record: Mapping[str, Any], where: str) -> bool:
         for column, values in self.only.items():

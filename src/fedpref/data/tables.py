@@ -140,7 +140,7 @@ def _read_csv(path: Path, file: TextIO) -> Iterator[Record]:
 
 def _parsed(text: str, where: str) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=_once)
+        return _DECODER.decode(text)
     # of numbers of thousands of digits, and of lists in lists in lists
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not valid JSON: {_first_line(error)}") from error
@@ -154,6 +154,9 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"the key {twice!r} is there twice")
     return made
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_once)  # json.loads makes one for each line
 
 
 def _first_line(error: Exception) -> str:
