@@ -267,25 +267,34 @@ def page_of(folder: Path) -> dict[str, float]:
 
 
 def loop_share(path: Path, algorithm: str, cohort: int, scratch: Path) -> float:
-    """The share of a round that is not its clients' training, by themselves one after the other."""
+    """The share of a round that is not its clients' training, by themselves one after the other.
+
+    Half of them train before the round and half after it, so that a machine which becomes slower
+    or faster does so for both. It is the second round, as the first makes what the others find.
+    """
     torch.set_num_threads(1)
     spec = experiment(path, algorithm, cohort, 2)
     spec = replace(spec, partition=replace(spec.partition, max_clients=cohort))
     directory = new_directory(spec, scratch / f"{algorithm}-loop")
-    rounds = [event for event in events(spec, directory) if event.kind == "round"]
-    seconds = [event.metrics["seconds"] for event in rounds]
     task: Any = spec.build_task()
     shards = encoded(spec, task)[1]
     task.move_to(0)
     theta = task.init(seeds.generator(0, "init"))
     local = replace(spec.algorithm.local, steps=1)
-    begun = time.perf_counter()
-    for i in range(cohort):
-        shard = task.prepare(shards[i], scratch / "loop-cache")
-        train_locally(Client(i, task, shard, seeds.generator(i, "train"), 0, 2), theta, local, {})
-    alone = time.perf_counter() - begun
-    print(f"{algorithm}: {cohort} clients, rounds of {seconds} s, {alone:.1f} s alone", flush=True)
-    return max(0.0, 1 - alone / seconds[1])
+    seconds, alone, waiting = [], [], list(range(cohort))
+    for event in events(spec, directory):
+        if event.kind != "round":
+            continue
+        seconds.append(event.metrics["seconds"])
+        some, waiting = waiting[: cohort // 2], waiting[cohort // 2 :]
+        begun = time.perf_counter()
+        for i in some:
+            shard = task.prepare(shards[i], scratch / "loop-cache")
+            client = Client(i, task, shard, seeds.generator(i, "train"), 0, 2)
+            train_locally(client, theta, local, {})
+        alone.append(time.perf_counter() - begun)
+    print(f"{algorithm}: {cohort} clients, rounds of {seconds} s, {alone} s alone", flush=True)
+    return max(0.0, 1 - sum(alone) / seconds[1])
 
 
 # ---- runs side by side

@@ -180,11 +180,11 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def leave(spec: Any, path: Path, after: int) -> None:
+def leave(spec: Any, path: Path, after: int, transport: Any = None) -> None:
     """Begin a run, and leave it after so many of its events."""
     from fedpref.experiments.rounds import events, new_directory
 
-    happenings = events(spec, new_directory(spec, path))
+    happenings = events(spec, new_directory(spec, path), transport=transport)
     for _ in range(after):
         next(happenings)
     happenings.close()

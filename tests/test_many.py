@@ -21,10 +21,16 @@ from fedpref.experiments.finished import FinishedRun
 from fedpref.experiments.run_directory import RunDirectory
 from fedpref.numerics import trees
 from fedpref.reports.page import write_report
-from test_private_sites import parsed, run_to
+from test_private_sites import Here, parsed, run_to
 
 SLOW = pytest.mark.slow
-MODULES = ("experiments.experiment", "engines.simulation", "experiments.evaluations")
+MODULES = (
+    "experiments.experiment",
+    "experiments.clients",
+    "experiments.evaluations",
+    "engines.simulation",
+    "engines.site",
+)
 
 
 def take_for_many(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,7 +88,7 @@ def test_what_is_made_when_drawn_is_what_it_was_from_the_beginning(
     expected, found = tensors(whole), tensors(drawn)
     # of clients of their own those alone have a model who took part
     assert set(found) <= set(expected)
-    assert any("adapter/" in name for name in found)
+    assert any("adapter_model" in name for name in found)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
     assert drawn.read_rows("evaluation.jsonl") == whole.read_rows("evaluation.jsonl")
     index = json.loads(
@@ -110,11 +116,74 @@ def test_a_run_of_many_resumes_to_the_same_bits(
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
 
 
-def run_again(spec: Any, directory: RunDirectory) -> None:
+def run_again(spec: Any, directory: RunDirectory, transport: Any = None) -> None:
     from fedpref.experiments.rounds import events
 
-    for _ in events(spec, directory):
+    for _ in events(spec, directory, transport=transport):
         pass
+
+
+def indexes(folder: Path) -> list[dict[str, dict[str, Any]]]:
+    """Of each site its newest checkpoint's index, by field and client."""
+    return [
+        json.loads((max(site.rglob("round-*")) / "values.json").read_text(encoding="utf-8"))
+        for site in sorted(folder.iterdir())
+    ]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["scaffold", pytest.param("fedpdpo", marks=SLOW)],
+)
+@pytest.mark.long
+def test_a_site_of_many_makes_them_ready_when_they_are_drawn(
+    name: str, content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = parsed(
+        content,
+        algorithm={"name": name, "local": content["algorithm"]["local"]},
+        evaluate_clients=2,
+    )
+    whole = run_to(spec, tmp_path / "whole", Here(tmp_path / "ready"))
+    take_for_many(2, monkeypatch)
+    drawn = run_to(spec, tmp_path / "drawn", Here(tmp_path / "sites"))
+    expected, found = tensors(whole), tensors(drawn)
+    assert set(found) <= set(expected)
+    assert any("adapter_model" in name for name in found)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+    assert drawn.read_rows("evaluation.jsonl") == whole.read_rows("evaluation.jsonl")
+    fields = indexes(tmp_path / "sites")
+    assert all(len(some) == 3 for one in indexes(tmp_path / "ready") for some in one.values())
+    assert sum(len(some) for one in fields for some in one.values()) < 6 * len(fields[0])
+    # what its clients keep goes on with what it was, and what they had in the beginning is made
+    leave(spec, tmp_path / "left", 3, Here(tmp_path / "again"))
+    resumed = RunDirectory(tmp_path / "left")
+    assert not resumed.done
+    run_again(spec, resumed, Here(tmp_path / "again"))
+    found = tensors(resumed)
+    assert set(found) == set(tensors(drawn))
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+@pytest.mark.long
+def test_a_client_of_a_site_whose_rows_cannot_be_used_falls_out_when_it_is_drawn(
+    content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = make_rows([9, 8, 10, 8, 9, 8])
+    next(row for row in rows if row["client"] == "client-2")["chosen"] = " river" * 400
+    path = write_rows(tmp_path / "long.jsonl", rows)
+    take_for_many(2, monkeypatch)
+    spec = parsed(
+        content,
+        data={**content["data"], "path": str(path), "unusable": "refuse"},
+        federation={"weighting": "equal"},
+        patience={"min_clients": 2},
+    )
+    run = run_to(spec, tmp_path / "run", Here(tmp_path / "sites"))
+    rows = run.read_rows("metrics.jsonl")
+    assert [(row["clients"], row["late"]) for row in rows] == [(5, 1)] * 3
+    evaluated = run.read_rows("evaluation.jsonl")[-1]["clients"]
+    assert evaluated.keys() == {f"client-{i}" for i in (0, 1, 3, 4, 5)}
 
 
 def test_few_are_evaluated_the_same_ones_each_time(content: dict[str, Any], tmp_path: Path) -> None:

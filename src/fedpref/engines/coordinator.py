@@ -539,10 +539,11 @@ class RemoteEngine:
                 NO_TENSORS,
             )
         answers = self._ask(asked) if values else {}
-        for field, some in names.items():
-            self._kept.setdefault(field, set()).update(
-                i for i in some if self._sites.site_of[i] in answers
-            )
+        for field in names:
+            here = self._kept.setdefault(field, set())
+            for site, (header, _) in answers.items():
+                own = asked[site][0]["own"][field]
+                here.update(own.keys() & header["kept"].get(field, ()) if "kept" in header else own)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / KEPT).write_text(
             json.dumps({field: sorted(self._kept[field]) for field in values})

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, overload
 
 from fedpref.data.preferences import ClientData
 from fedpref.data.unusable import Policy, Unusable, summary
+from fedpref.engines.values import Kept
 from fedpref.errors import UserError
+from fedpref.federation.leaving import labels
+from fedpref.federation.verbs import Work
 from fedpref.tasks.task import Task
 
 MANY = 1000  # clients, above which each is made ready when it is needed
@@ -107,3 +111,26 @@ class DrawnShard:
 def opened(shard: Any) -> Any:
     """Return a client's data, ready for learning."""
     return shard.opened() if isinstance(shard, DrawnShard) else shard
+
+
+def when_needed(work: Work[..., Any], done: Callable[[int], Any]) -> list[Callable[[int], Kept]]:
+    """Return what makes a client's values before the first round, each when it is asked for.
+
+    Draws are by a client's address, so that a value is the same whenever that is: who never takes
+    part takes no time and no memory.
+
+    Args:
+        work: Of which they are the results.
+        done: Does it for a client, and returns a tree, or several.
+
+    Returns:
+        For each of the results a function of the client.
+    """
+    again = lru_cache(maxsize=64)(done)  # a value and its label are asked for one after the other
+
+    def made(part: int, client: int) -> Kept:
+        found = again(client)
+        results = found if isinstance(found, tuple) else (found,)
+        return Kept(results[part], labels(work, {}, results)[part])
+
+    return [partial(made, part) for part in range(work.results or 1)]

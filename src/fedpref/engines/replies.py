@@ -122,6 +122,12 @@ class Reported(TypedDict):
     metrics: dict[Id, Annotated[dict[Label, Number], Field(max_length=MOST_METRICS)]]
 
 
+class Saved(TypedDict):
+    """By field, the clients whose value was written, where others' are made when asked for."""
+
+    kept: NotRequired[dict[str, list[Id]]]
+
+
 class Found(TypedDict):
     """By field, the clients whose value was found."""
 
@@ -155,7 +161,8 @@ FORMS: dict[str, TypeAdapter[Any]] = {
     "agree": TypeAdapter(Agreed),
     "unmask": TypeAdapter(Shared),
     **dict.fromkeys(("contribute", "tally"), TypeAdapter(Sent)),
-    **dict.fromkeys(("number", "save"), TypeAdapter(Nothing)),
+    "number": TypeAdapter(Nothing),
+    "save": TypeAdapter(Saved),
 }
 
 

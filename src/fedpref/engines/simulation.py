@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +27,7 @@ from fedpref.engines.engine import (
 )
 from fedpref.engines.forks import forked
 from fedpref.engines.gold import Gold, learned_here, told_first
-from fedpref.engines.many import MANY, opened
+from fedpref.engines.many import MANY, opened, when_needed
 from fedpref.engines.per_client import Others, StoredValues, gather, stored
 from fedpref.engines.private_examples import PrivateExamples
 from fedpref.engines.private_sums import PrivateSums
@@ -165,30 +165,14 @@ class Simulation:
         return gather(run(shared, own), self._room, label, registered(work).results)
 
     def _when_needed(self, work: Callable[..., Any], args: Sequence[Any]) -> Any:
-        """Return what clients have before the first round, which each makes when it is asked for.
-
-        Draws are by a client's address, so that it is the same whenever that is: who never takes
-        part takes no time and no memory.
-        """
+        """Return what clients have before the first round, each made when it is asked for."""
         common = dict(enumerate(args))
         shared = (registered(work).name, self._purpose, self.round, self._calls, 1, common)
-
-        @lru_cache(maxsize=64)  # a value and its label are asked for one after the other
-        def done(i: int) -> Any:
-            return self._job(i, shared, {})
-
-        def made(part: int | None, i: int) -> Kept:
-            found = done(i)
-            results = (found,) if part is None else found
-            said = labels(registered(work), {}, results)
-            return Kept(results[part or 0], said[part or 0])
-
-        count = registered(work).results
         columns = [
-            StoredValues[Any](self._room, (), Others(self.active, partial(made, part)))
-            for part in ([None] if count in (None, 1) else range(count or 0))
+            StoredValues[Any](self._room, (), Others(self.active, made))
+            for made in when_needed(registered(work), lambda i: self._job(i, shared, {}))
         ]
-        return columns[0] if count in (None, 1) else tuple(columns)
+        return columns[0] if len(columns) == 1 else tuple(columns)
 
     def _run_here(self, shared: Any, own: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
         return ((i, self._job(i, shared, values)) for i, values in own)

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -24,6 +25,7 @@ from fedpref.channel.compression import alike
 from fedpref.channel.lattice import fixed
 from fedpref.engines.engine import compressed, hostile_weight, mixed
 from fedpref.engines.host import SETTLED, Host, Hosted, Peers
+from fedpref.engines.many import MANY, opened, when_needed
 from fedpref.engines.messages import (
     NO_TENSORS,
     Header,
@@ -276,6 +278,7 @@ class Site:
             raise RefusedError(f"round {round} is none of the {hosted.rounds} of the experiment")
         self._values.refuse_taken(clients, name)
         common = self._arguments(function, tensors, args, purpose)
+        begun = time.monotonic()  # some of what clients have is made as it is looked for
         owned = {
             i: {
                 k: self._values.get(i, _said_for(i, arg["own"]))
@@ -295,7 +298,9 @@ class Site:
             before = self._told[2] if self._told[:2] == (purpose, round) else ""
             plain = [arg["plain"] for arg in args if "plain" in arg]
             self._told = purpose, round, told_after(before, work, call, name, plain, tensors)
-        begun = time.monotonic()
+        is_alike = not any("own" in arg for arg in args)
+        if purpose == "init" and is_alike and len(clients) > MANY and self._privacy is None:
+            return self._when_needed(function, common, clients, round, call, name)
         parts: int | None = None
         failed: dict[int, str] = {}
         spent: dict[int, float] = {}
@@ -306,20 +311,8 @@ class Site:
             except RefusedError as error:
                 failed[i] = str(error)
                 continue
-            client = Client(
-                i,
-                hosted.task,
-                self._shard(i, purpose, function),
-                # the same address as in a simulation, therefore the same numbers
-                seeds.generator(hosted.seed, purpose, round=round, call=call, client=i),
-                round,
-                hosted.rounds,
-                self._run,
-                hosted.bounds.examples,
-                hosted.bounds.evaluated,
-                private,
-            )
             try:
+                client = self._client(i, purpose, function, round, call, private)
                 result = function(client, *(given[k] for k in sorted(given)))
                 if private is not None and self._privacy is not None:
                     private.settle()
@@ -347,6 +340,59 @@ class Site:
         answer = {"parts": parts, "failed": failed}
         return {**answer, "spent": spent} if spent else answer, NO_TENSORS
 
+    def _when_needed(
+        self,
+        work: Work[..., Any],
+        args: Mapping[int, Any],
+        clients: Sequence[int],
+        round: int,
+        call: int,
+        name: str,
+    ) -> Answer:
+        """Let what many clients have before the first round be made when it is asked for."""
+
+        def done(i: int) -> Any:
+            client = self._client(i, "init", work, round, call)
+            result = work(client, *(args[k] for k in sorted(args)))
+            for part in result if isinstance(result, tuple) else (result,):
+                finite(part)
+            return result
+
+        each = when_needed(work, done)
+        for k, made in enumerate(each):
+            for i in clients:
+                self._values.put_later(i, f"{name}.{k}", partial(made, i))
+        return {"parts": len(each) if len(each) > 1 else None, "failed": {}}, NO_TENSORS
+
+    def _client(
+        self,
+        i: int,
+        purpose: str,
+        work: Work[..., Any],
+        round: int,
+        call: int,
+        private: PrivateSteps | None = None,
+    ) -> Client:
+        """Return a client for a piece of work.
+
+        Raises:
+            UserError: Rows of it cannot be used, which of many is found when it is drawn.
+        """
+        hosted = self._opened
+        return Client(
+            i,
+            hosted.task,
+            self._shard(i, purpose, work),
+            # the same address as in a simulation, therefore the same numbers
+            seeds.generator(hosted.seed, purpose, round=round, call=call, client=i),
+            round,
+            hosted.rounds,
+            self._run,
+            hosted.bounds.examples,
+            hosted.bounds.evaluated,
+            private,
+        )
+
     def _shard(self, client: int, purpose: str, work: Work[..., Any]) -> Any:
         """Return a client's data for a piece of work.
 
@@ -357,7 +403,8 @@ class Site:
         sends = bool(work.sends or work.tells)
         if self._privacy is not None and (purpose == "init" or (purpose == "join" and sends)):
             return replace(shard, train=())
-        return shard
+        # what a client has in the beginning is seldom of its data
+        return shard if purpose == "init" else opened(shard)
 
     def _steps(self, client: int, purpose: str, round: int, call: int) -> PrivateSteps | None:
         """Return what makes a client's local steps private; None where nothing is promised."""
@@ -678,7 +725,11 @@ class Site:
         coordinator that is here no longer has.
         """
         kept = {
-            field: {i: self._values.get(i, name) for i, name in names.items()}
+            field: {
+                i: self._values.get(i, name)
+                for i, name in names.items()
+                if self._values.is_kept(i, name)
+            }
             for field, names in own.items()
         }
         self._refuse_full(sum(size(one.value) for some in kept.values() for one in some.values()))
@@ -695,7 +746,9 @@ class Site:
         earlier = sorted(old for old in others if old.name < checkpoint)
         for old in set(others) - set(earlier[1 - CHECKPOINTS :]):
             shutil.rmtree(old)
-        return {}, NO_TENSORS
+        if all(len(kept[field]) == len(names) for field, names in own.items()):
+            return {}, NO_TENSORS
+        return {"kept": {field: sorted(some) for field, some in kept.items()}}, NO_TENSORS
 
     def _refuse_full(self, more: int) -> None:
         """Raise RefusedError where the site's runs would take more room than it lends."""

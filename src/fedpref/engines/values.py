@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor
@@ -25,7 +25,7 @@ class Values:
     """Clients' values by name: none is written twice, and all together have a bound."""
 
     def __init__(self, numbers: Iterable[int] = (), room: int | None = None) -> None:
-        self._values: dict[int, dict[str, Kept]] = {number: {} for number in numbers}
+        self._values: dict[int, dict[str, Kept | Callable[[], Kept]]] = {i: {} for i in numbers}
         self._room, self._bytes = room, 0
 
     def refuse_taken(self, clients: Iterable[int], name: str) -> None:
@@ -47,13 +47,27 @@ class Values:
         self._bytes += more
         self._values[client][name] = kept
 
+    def put_later(self, client: int, name: str, made: Callable[[], Kept]) -> None:
+        """Make a value each time it is asked for; it takes no room."""
+        self._values[client][name] = made
+
     def drop(self, client: int, name: str) -> None:
         """Forget a value, if it is there."""
-        if kept := self._values.get(client, {}).pop(name, None):
+        if isinstance(kept := self._values.get(client, {}).pop(name, None), Kept):
             self._bytes -= size(kept.value)
 
     def get(self, client: int, name: str) -> Kept:
         """Return a value; raises RefusedError where there is none."""
+        kept = self._found(client, name)
+        return kept if isinstance(kept, Kept) else kept()
+
+    def is_kept(self, client: int, name: str) -> bool:
+        """Return whether a value is there, not made when it is asked for; raises RefusedError where
+        there is none.
+        """
+        return isinstance(self._found(client, name), Kept)
+
+    def _found(self, client: int, name: str) -> Kept | Callable[[], Kept]:
         if name not in self._values.get(client, {}):
             raise RefusedError(f"client {client} has no value {name!r} here")
         return self._values[client][name]

@@ -17,7 +17,7 @@ from fedpref.data.unusable import Unusable, summary
 from fedpref.engines import Engine, RemoteEngine, Simulation, Sites, Transport
 from fedpref.engines.gold import learned_here
 from fedpref.engines.host import HeldOut, Hosted
-from fedpref.engines.many import DrawnShards, opened
+from fedpref.engines.many import MANY, DrawnShards, opened
 from fedpref.engines.private_examples import PrivateExamples
 from fedpref.engines.private_sums import PrivateSums
 from fedpref.engines.workers import can_fork
@@ -404,6 +404,23 @@ class SimulatedSite:
         return hosted(spec, mine, folder, unread)
 
 
+def ready(
+    spec: Experiment, task: Task, clients: Sequence[ClientData], cache: Path
+) -> tuple[list[Any], list[int]]:
+    """Return clients' shards, and how many rows of each cannot be used; raises UserError."""
+    unusable: list[Unusable] = []
+    shards, counts = [], []
+    for client in clients:
+        before = len(unusable)
+        shards.append(task.encode(client, unusable))
+        counts.append(len(unusable) - before)
+    if unusable and spec.data.unusable == "refuse":
+        raise UserError(summary(unusable, sum(client.size for client in clients)))
+    if unusable:
+        refuse_empty(shards, spec.sides)
+    return [task.prepare(shard, cache) for shard in shards], counts
+
+
 def hosted(
     spec: Experiment,
     clients: Mapping[int, ClientData],
@@ -412,7 +429,7 @@ def hosted(
     max_epsilon: Mapping[str, float] = MappingProxyType({}),
     **limits: Any,
 ) -> Hosted:
-    """Return clients ready to train.
+    """Return clients ready to train; of many each is made ready when it is drawn.
 
     Args:
         spec: The experiment.
@@ -422,19 +439,16 @@ def hosted(
         max_epsilon: What may be spent of a client over all runs at the site; see `SitePrivacy`.
         **limits: What may be asked of them; see `Hosted`.
     """
-    task = spec.build_task()
-    unusable: list[Unusable] = []
-    encoded_ones, counts = [], []
-    for client in clients.values():
-        before = len(unusable)
-        encoded_ones.append(task.encode(client, unusable))
-        counts.append(len(unusable) - before)
-    if unusable and spec.data.unusable == "refuse":
-        raise UserError(summary(unusable, sum(c.size for c in clients.values())))
-    if unusable:
-        refuse_empty(encoded_ones, spec.sides)
-    shards = [task.prepare(shard, folder / "cache") for shard in encoded_ones]
-    said = about(list(clients.values()), shards)
+    task, here = spec.build_task(), list(clients.values())
+    shards: Sequence[Any]
+    # what is promised of examples hangs on how many of each can be used
+    if len(here) > MANY and not spec.promises:
+        counts = [0] * len(here)
+        shards = DrawnShards(task, here, spec.data.unusable)
+        shards.prepare(folder / "cache")
+    else:
+        shards, counts = ready(spec, task, here, folder / "cache")
+    said = about(here, shards)
     # what cannot be read is said with the first client
     for place, (entry, count) in enumerate(zip(said.values(), counts, strict=True)):
         if lost := count + (0 if place else unread):
