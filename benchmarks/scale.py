@@ -8,17 +8,17 @@ of its own; cohorts of fifty, one local step of two pairs, the shipped model, on
 is a process of its own, whose peak memory is the run's. `begin_` is until the first round begins,
 with the rows read and shared out; a round's seconds are the median over rounds, which runs of few
 and of many clients make in turn; what is resumed is a run's folder as it lay halfway, which is read
-while the other figures are measured; `loop_share_` is what a round takes beyond its clients'
-training by themselves; the page is one with a figure of every client. `fedbuff_time_ratio` is the
-simulated time of FedBuff to an accuracy over that of cohorts that wait;
-`bytes_to_accuracy_ratio_8bit` that of bytes, with changes in eight bits, and `_top_k` with the
-largest tenth of their entries and what is left out later; `sweep_parallel_ratio` the seconds of two
-runs at a time over those of one after the other; `cost_model_largest_error_percent` how far what
-three runs cost is from what two others say; `round_seconds_N_sites` those of a round without
-training, in which an adapter of 1.25 MB goes to eight clients at N simulated sites and back as a
-mean (`_0_sites`: in one process). Figures are the worst over algorithms, and each as
-`<name>_<algorithm>`; `--quick` is SCAFFOLD alone, `loop_share_` with a twentieth of the clients,
-and four sites.
+while the other figures are measured; `loop_share_` is the share of a round that is not its clients'
+work: training, and what the method adds to it; the page is one with a figure of every client.
+`fedbuff_time_ratio` is the simulated time of FedBuff to an accuracy over that of cohorts that wait;
+`bytes_to_accuracy_ratio_8bit` that of bytes, with changes in eight bits, `_bfloat16` in bfloat16,
+and `_top_k` with the largest tenth of their entries and what is left out later;
+`sweep_parallel_ratio` the seconds of two runs at a time over those of one after the other;
+`cost_model_largest_error_percent` how far what three runs cost is from what two others say;
+`round_seconds_N_sites` those of a round without training, in which an adapter of 1.25 MB goes to
+eight clients at N simulated sites and back as a mean (`_0_sites`: in one process). Figures are the
+worst over algorithms, and each as `<name>_<algorithm>`; `--quick` is SCAFFOLD alone, `loop_share_`
+with a twentieth of the clients, and four sites.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -44,17 +45,15 @@ from engines import CONFIG, small_clients, timed
 from fedpref import Experiment, config
 from fedpref.algorithms import FedBuff
 from fedpref.channel.chain import Sender
-from fedpref.channel.compression import Quantize, TopK
+from fedpref.channel.compression import Bfloat16, Compression, Quantize, TopK
 from fedpref.data import Builtin
 from fedpref.data.preferences import Preference, key
-from fedpref.experiments.experiment import encoded
 from fedpref.experiments.rounds import events, new_directory
 from fedpref.experiments.run_directory import RunDirectory
-from fedpref.federation.local_training import train_locally
 from fedpref.federation.participation import Participation
-from fedpref.federation.verbs import Client
+from fedpref.federation.verbs import WORK, Work
 from fedpref.models.language import LanguageModel, Model
-from fedpref.numerics import seeds, trees
+from fedpref.numerics import trees
 from fedpref.numerics.metrics import ACCURACY
 from fedpref.reports.page import write_report
 from fedpref.runs.sweep import plan, side_by_side, sweep
@@ -63,14 +62,17 @@ from robust import FEATURES, Population
 EVALUATED = 10  # clients, of each run
 WAITED = 40  # rounds of clients that wait for one another
 FEW, LOTS, COHORT, ROUNDS = 1000, 100_000, 50, 6
-SENT = 0.1  # of a change's entries, where few are sent
+COMPRESSIONS = {"8bit": Quantize(bits=8), "bfloat16": Bfloat16(), "top_k": TopK(fraction=0.1)}
 SITE_CLIENTS, ADAPTER_MB = 8, 1.25  # the shipped model's adapter
 WAITING = "waiting\n"
 ROWS = {"train": 8, "test": 2}
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "scaffold": {},
     "feddpo": {},
-    "fedpdpo": {"parts": {"head": None, "bottleneck": 0, "reward": True, "adapter": True}},
+    "fedpdpo": {
+        "phases": "joint",
+        "parts": {"head": None, "bottleneck": 0, "reward": True, "adapter": True},
+    },
 }
 
 
@@ -123,15 +125,13 @@ class Apart:
     It begins by itself; `heard` waits until it has.
     """
 
-    def __init__(
-        self, path: Path, algorithm: str, folder: Path, rounds: int, cohort: int = COHORT
-    ) -> None:
+    def __init__(self, path: Path, algorithm: str, folder: Path, rounds: int, **more: Any) -> None:
         asked = {
             "path": str(path),
             "algorithm": algorithm,
             "folder": str(folder),
             "rounds": rounds,
-            "cohort": cohort,
+            **more,
         }
         command = [sys.executable, __file__, "--run", json.dumps(asked)]
         pipes = subprocess.PIPE
@@ -162,17 +162,12 @@ class Apart:
         return found
 
 
-def run_apart(
-    path: Path, algorithm: str, folder: Path, rounds: int, cohort: int = COHORT
-) -> dict[str, Any]:
-    """Run in another process, or go on with what is in the folder, and return what it measured."""
-    return Apart(path, algorithm, folder, rounds, cohort).end()
-
-
 def run_here(asked: Mapping[str, Any]) -> None:
     """Run, or go on, when told to before each round, and print what was measured."""
     torch.set_num_threads(1)
-    spec = experiment(Path(asked["path"]), asked["algorithm"], asked["cohort"], asked["rounds"])
+    cohort, rounds_wanted = asked.get("cohort", COHORT), asked["rounds"]
+    spec = experiment(Path(asked["path"]), asked["algorithm"], cohort, rounds_wanted)
+    spec = replace(spec, spill_above_mb=asked.get("spill_above_mb", spec.spill_above_mb))
     folder = Path(asked["folder"])
     directory = RunDirectory(folder) if folder.exists() else new_directory(spec, folder)
     begun, begin, before, rounds, sent = time.perf_counter(), 0.0, 0.0, [], 0.0
@@ -267,34 +262,44 @@ def page_of(folder: Path) -> dict[str, float]:
 
 
 def loop_share(path: Path, algorithm: str, cohort: int, scratch: Path) -> float:
-    """The share of a round that is not its clients' training, by themselves one after the other.
+    """The share of a round that is not its clients' work: training, and what the method adds to it.
 
-    Half of them train before the round and half after it, so that a machine which becomes slower
-    or faster does so for both. It is the second round, as the first makes what the others find.
+    It is the second round, as the first makes what the others find.
     """
     torch.set_num_threads(1)
     spec = experiment(path, algorithm, cohort, 2)
     spec = replace(spec, partition=replace(spec.partition, max_clients=cohort))
     directory = new_directory(spec, scratch / f"{algorithm}-loop")
-    task: Any = spec.build_task()
-    shards = encoded(spec, task)[1]
-    task.move_to(0)
-    theta = task.init(seeds.generator(0, "init"))
-    local = replace(spec.algorithm.local, steps=1)
-    seconds, alone, waiting = [], [], list(range(cohort))
-    for event in events(spec, directory):
-        if event.kind != "round":
-            continue
-        seconds.append(event.metrics["seconds"])
-        some, waiting = waiting[: cohort // 2], waiting[cohort // 2 :]
-        begun = time.perf_counter()
-        for i in some:
-            shard = task.prepare(shards[i], scratch / "loop-cache")
-            client = Client(i, task, shard, seeds.generator(i, "train"), 0, 2)
-            train_locally(client, theta, local, {})
-        alone.append(time.perf_counter() - begun)
-    print(f"{algorithm}: {cohort} clients, rounds of {seconds} s, {alone} s alone", flush=True)
-    return max(0.0, 1 - sum(alone) / seconds[1])
+    rounds, worked = [], []
+    with timed_work(spec.algorithm.works) as seconds:
+        for event in events(spec, directory):
+            if event.kind == "round":
+                rounds.append(event.metrics["seconds"])
+                worked.append(sum(seconds) - sum(worked))
+    print(f"{algorithm}: {cohort} clients, rounds of {rounds} s, {worked} s of work", flush=True)
+    return 1 - worked[1] / rounds[1]
+
+
+@contextmanager
+def timed_work(works: Sequence[Work[Any, Any]]) -> Iterator[list[float]]:
+    """Within a `with`, note the seconds of each of these that a client of this process does."""
+    seconds: list[float] = []
+
+    def timed(work: Work[Any, Any]) -> Callable[..., Any]:
+        def function(*args: Any) -> Any:
+            begun = time.perf_counter()
+            result = work.function(*args)
+            seconds.append(time.perf_counter() - begun)
+            return result
+
+        return function
+
+    known = {work.name: work for work in works}
+    WORK.update({name: replace(work, function=timed(work)) for name, work in known.items()})
+    try:
+        yield seconds
+    finally:
+        WORK.update(known)
 
 
 # ---- runs side by side
@@ -362,7 +367,10 @@ class Costs:
 
 
 def cost_error(scratch: Path, quick: bool) -> float:
-    """The largest error of the model, in percent, on three runs that it was not fitted to."""
+    """The largest error of the model, in percent, on three runs that it was not fitted to.
+
+    Rows of all runs lie in a file, as those of many clients do.
+    """
     known, others = ((2_000, 10), (40_000, 50)), ((10_000, 30), (20_000, 100), (80_000, 20))
     if quick:
         known, others = ((2_000, 5), (12_000, 20)), ((6_000, 10),)
@@ -372,7 +380,8 @@ def cost_error(scratch: Path, quick: bool) -> float:
         write_clients(path, clients)
         folder = scratch / f"cost-{clients}-{cohort}"
         rounds = 3 if quick else 4
-        measured[clients, cohort] = run_apart(path, "feddpo", folder, rounds, cohort=cohort)
+        run = Apart(path, "feddpo", folder, rounds, cohort=cohort, spill_above_mb=1)
+        measured[clients, cohort] = run.end()
     points = [(*point, figures) for point, figures in measured.items()]
     costs, worst = Costs.fitted(points[:2]), 0.0
     print(f"costs: {costs}")
@@ -387,7 +396,7 @@ def cost_error(scratch: Path, quick: bool) -> float:
 # ---- fewer bytes
 
 
-def bytes_ratio(seed_count: int, compression: Quantize | TopK) -> float:
+def bytes_ratio(seed_count: int, compression: Compression) -> float:
     """Bytes, up and down, to a common accuracy with compressed changes over those in full.
 
     What sparse changes leave out is sent later, as `fed-ef` does.
@@ -525,7 +534,7 @@ def main() -> None:
         if "sweep" in parts:
             figures["sweep_parallel_ratio"] = sweep_ratio(scratch, 1 if quick else 3)
         if "bytes" in parts:
-            for name, how in (("8bit", Quantize(bits=8)), ("top_k", TopK(fraction=SENT))):
+            for name, how in COMPRESSIONS.items():
                 figures[f"bytes_to_accuracy_ratio_{name}"] = bytes_ratio(3 if quick else 8, how)
         if "costs" in parts:
             figures["cost_model_largest_error_percent"] = cost_error(scratch, quick)

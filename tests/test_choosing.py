@@ -19,6 +19,7 @@ from fedpref.experiments.rounds import events, new_directory
 from fedpref.experiments.run_directory import RunDirectory
 from fedpref.numerics import trees
 from fedpref.runs.sweep import plan
+from test_private_sites import Here
 
 METRIC = "rewards/accuracies"
 
@@ -202,6 +203,31 @@ def test_a_run_that_chooses_ends_with_the_same_bits_wherever_it_was_left(
     assert any("clients" in name for name in whole)
     for name, tree in whole.items():
         assert all(torch.equal(tree[part], broken[name][part]) for part in tree)
+
+
+@pytest.mark.long
+def test_a_run_over_sites_that_chooses_is_taken_up_with_its_best_model(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """What is best has values of clients beside those of the last round."""
+    spec = spec_of(settings, keep="best", stop={"metric": "loss", "patience": 2})
+    whole = new_directory(spec, tmp_path / "whole")
+    for _ in events(spec, whole, transport=Here(tmp_path / "sites")):
+        pass
+    leave(spec, tmp_path / "broken", 5, Here(tmp_path / "others"))
+    broken = RunDirectory(tmp_path / "broken")
+    for _ in events(spec, broken, transport=Here(tmp_path / "others")):
+        pass
+    assert rows_of(whole.path) == rows_of(broken.path)
+    assert models(whole.path).keys() == models(broken.path).keys()
+    ours, theirs = (
+        {str(file.relative_to(folder)).split("/", 2)[2]: trees.load(file) for file in files}
+        for folder in (tmp_path / "sites", tmp_path / "others")
+        if (files := sorted(folder.rglob("clients/*/adapter_model.safetensors")))
+    )
+    assert ours.keys() == theirs.keys()
+    for name, tree in ours.items():
+        assert all(torch.equal(tree[part], theirs[name][part]) for part in tree)
 
 
 def test_a_line_that_has_stopped_does_not_go_on(settings: dict[str, Any], tmp_path: Path) -> None:

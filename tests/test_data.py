@@ -32,7 +32,7 @@ from fedpref.data import (
 from fedpref.data.parsing import parse
 from fedpref.data.preferences import key
 from fedpref.data.reading import read
-from fedpref.data.splits import held_out
+from fedpref.data.splits import held_out, question
 from fedpref.data.tables import read_table
 from fedpref.errors import UserError
 
@@ -74,6 +74,13 @@ def test_an_implicit_prompt_is_cut_at_the_last_common_assistant_turn() -> None:
         {"chosen": opening + " Because of rain.", "rejected": opening + " Because of snow."}, "here"
     )
     assert texts(row) == (opening, " Because of rain.", " Because of snow.")
+
+
+def test_the_last_human_turn_is_one_that_begins_a_line() -> None:
+    asked = "What does Human: mean in a file?"
+    assert question(f"\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: {asked}\n\nAssistant:") == asked
+    assert question(f"Human: {asked}\n\nAssistant:") == asked
+    assert question(asked) == asked
 
 
 def test_an_implicit_prompt_without_turns_is_cut_at_a_whole_word() -> None:

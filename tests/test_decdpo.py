@@ -15,7 +15,7 @@ import torch
 from fedpref import Experiment, UserError, config, resume, run
 from fedpref.algorithms import DecDPO, GradientTracking, StaleDecDPO
 from fedpref.algorithms.choco import gossip
-from fedpref.channel import Quantize, Sender, TopK
+from fedpref.channel import Bfloat16, LowRank, Quantize, Sender, TopK
 from fedpref.engines import Simulation
 from fedpref.federation.aggregation import Factors, Product
 from fedpref.federation.common import own_copy
@@ -97,7 +97,9 @@ def test_clients_that_take_no_part_are_not_heard(topology: Any) -> None:
     assert weights[0, 0] == pytest.approx(2 / 3)
 
 
-@pytest.mark.parametrize("compression", [TopK(fraction=0.2), Quantize(bits=8), Quantize(bits=3)])
+@pytest.mark.parametrize(
+    "compression", [TopK(fraction=0.2), Quantize(bits=8), Quantize(bits=3), LowRank(rank=1)]
+)
 def test_what_compression_loses_does_not_move_the_mean(compression: Any) -> None:
     fed = engine(Network(compression=compression))
     values = fed.each(draw, START)
@@ -124,17 +126,63 @@ def test_messages_come_back_in_their_shapes_and_quantised_ones_are_right_on_aver
     torch.testing.assert_close(kept["b"], torch.tensor([0.0, 0.0, 5.0, -1.0, 0.0]))
     assert int((kept["a"] != 0).sum()) == 9
     zero = {"a": torch.zeros(4)}
-    stage = Quantize().stage()
-    assert torch.equal(stage.decode(stage.encode(zero, sender), 1)["a"], zero["a"])
+    for compression in (Quantize(), Bfloat16()):
+        stage = compression.stage()
+        assert torch.equal(stage.decode(stage.encode(zero, sender), 1)["a"], zero["a"])
+
+
+def test_what_lies_between_two_bfloat16_becomes_either_and_the_mean_is_right() -> None:
+    sender, stage = Sender(0, 0, torch.Generator().manual_seed(0)), Bfloat16().stage()
+    # of two neighbours 1 and 1 + 2^-7; on both sides of zero, large and small
+    value = torch.tensor([1 + 2**-7 * part for part in (0.0, 0.25, 0.5, 0.9)])
+    tree = {"a": torch.stack([value, -value, value * 2.0**40, value * 2.0**-40])}
+    message = stage.encode(tree, sender)
+    assert trees.size(message) == trees.size(tree) // 2
+    back = torch.stack([stage.decode(stage.encode(tree, sender), 1)["a"] for _ in range(2000)])
+    scaled = back / tree["a"][:, :1]
+    assert set(scaled.flatten().tolist()) == {1.0, 1 + 2**-7}
+    torch.testing.assert_close(scaled.mean(0)[0], value, atol=4e-4, rtol=0)
+    torch.testing.assert_close(scaled.mean(0), scaled.mean(0)[:1].expand(4, 4), atol=6e-4, rtol=0)
+    assert torch.equal(scaled[:, :, 0], torch.ones(2000, 4)), "what is one is sent as it is"
+
+
+def test_factors_are_the_nearest_of_their_rank_where_they_are_fewer_numbers() -> None:
+    draw = torch.Generator().manual_seed(0)
+    sender, stage = Sender(0, 0, draw), LowRank(rank=2).stage()
+    thin = torch.randn(12, 2, generator=draw) @ torch.randn(2, 9, generator=draw)
+    tree = {
+        "thin": thin,
+        "full": torch.randn(12, 9, generator=draw),
+        "more": torch.randn(6, 3, 4, generator=draw),
+        "small": torch.randn(3, 5, generator=draw),  # 15 numbers, its factors 16
+        "line": torch.randn(30, generator=draw),
+        "one": torch.tensor(0.3),
+    }
+    message = stage.encode(tree, sender)
+    back = stage.decode(message, 1)
+    assert back.keys() == tree.keys()
+    assert all(back[name].shape == tensor.shape for name, tensor in tree.items())
+    torch.testing.assert_close(back["thin"], thin)
+    for name in ("small", "line", "one"):
+        assert torch.equal(back[name], tree[name])
+    for name in ("full", "more"):
+        values = torch.linalg.svdvals(tree[name].flatten(1))
+        lost = (tree[name] - back[name]).square().sum()
+        torch.testing.assert_close(lost, values[2:].square().sum())
+    assert message["left/full"].shape == (12, 2)
+    assert message["right/full"].shape == (2, 9)
+    again = trees.low_rank(tree, 2)
+    assert all(torch.equal(again[name], tensor) for name, tensor in back.items())
 
 
 def test_compression_contracts_where_it_says_so_and_choco_takes_no_other(
     settings: dict[str, Any],
 ) -> None:
     draw = torch.Generator().manual_seed(0)
-    tree = {"a": torch.randn(4096, generator=draw)}
+    tree = {"a": torch.randn(64, 64, generator=draw)}
     sender = Sender(0, 0, draw)
-    for compression in (TopK(fraction=0.01), Quantize(bits=2), Quantize(bits=3), Quantize()):
+    lossy = (TopK(fraction=0.01), Quantize(bits=2), Quantize(bits=3), Quantize())
+    for compression in (*lossy, Bfloat16(), LowRank(rank=1)):
         stage = compression.stage()
         lost = trees.subtract(tree, stage.decode(stage.encode(tree, sender), 1))
         assert (trees.norm(lost) < trees.norm(tree)) == compression.contracts

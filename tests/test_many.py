@@ -29,6 +29,7 @@ MODULES = (
     "experiments.clients",
     "experiments.evaluations",
     "engines.simulation",
+    "engines.coordinator",
     "engines.site",
 )
 
@@ -152,7 +153,12 @@ def test_a_site_of_many_makes_them_ready_when_they_are_drawn(
     assert any("adapter_model" in name for name in found)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
     assert drawn.read_rows("evaluation.jsonl") == whole.read_rows("evaluation.jsonl")
+    exported = [file.parent.name for file in (tmp_path / "sites").rglob("clients/*/adapter_model*")]
     fields = indexes(tmp_path / "sites")
+    took_part = {int(client) for one in fields for some in one.values() for client in some}
+    assert 2 <= len(took_part) < 6
+    wanted = {f"client-{i}" for i in took_part} if name == "fedpdpo" else set()
+    assert set(exported) == wanted, "of those who took part"
     assert all(len(some) == 3 for one in indexes(tmp_path / "ready") for some in one.values())
     assert sum(len(some) for one in fields for some in one.values()) < 6 * len(fields[0])
     # what its clients keep goes on with what it was, and what they had in the beginning is made

@@ -108,6 +108,14 @@ def test_all_text_of_a_row_counts(much: str) -> None:
     assert not isinstance(stored(rows, 100_000).some([0]), tuple)
 
 
+def test_a_column_that_is_no_text_counts_too() -> None:
+    """A vector of each row, or what a program has noted."""
+    for column in ([0.5] * 1000, {"seen": tuple(range(1000))}):
+        rows = [Prompt("Hi?", f"row {k}", {"more": column}) for k in range(10)]
+        assert isinstance(stored(rows, 600_000).some([0]), tuple)
+        assert not isinstance(stored(rows, 100_000).some([0]), tuple)
+
+
 class Told(Preference):
     """A row of a source of one's own."""
 

@@ -21,13 +21,14 @@ from safetensors import safe_open
 
 from conftest import kept_values, write_rows
 from fedpref import Experiment, UserError, config, run
-from fedpref.channel import Sender
-from fedpref.channel.compression import TopK, alike
+from fedpref.channel import Chain, Sender
+from fedpref.channel.compression import LowRank, TopK, alike
 from fedpref.data.splits import held_out
 from fedpref.engines import Patience, RemoteEngine, Sites, coordinator
+from fedpref.engines.host import Bounds
 from fedpref.engines.messages import FORMAT, HEADER, RefusedError, finite, pack, unpack, version
 from fedpref.engines.site import Site
-from fedpref.engines.values import Kept
+from fedpref.engines.values import Kept, Later, Values
 from fedpref.experiments.clients import SimulatedSite
 from fedpref.experiments.rounds import events
 from fedpref.experiments.run_directory import RunDirectory
@@ -812,6 +813,132 @@ def test_what_a_site_keeps_is_not_begun_anew_in_silence(
         taken_up(Patience())
 
 
+@work("test_sites.begin", sends=(), keeps={0: "own"})
+def begin(client: Client) -> Tree:
+    """What `fresh` returns, and a note that it was asked for."""
+    BEGAN.append(client.id)
+    return {"n": torch.zeros(1)}
+
+
+@work("test_sites.leaky", sends=(), keeps={0: "own"})
+def leaky(client: Client) -> Tree:
+    """An error whose text holds a row."""
+    raise UserError("patient 7 has the flu")
+
+
+@work("test_sites.long", sends=(0,))
+def long(client: Client) -> Tree:
+    """A matrix of few numbers, which stand for many; no two clients' are of one shape."""
+    return {"x": torch.ones(400 + client.id, 400)}
+
+
+BEGAN: list[int] = []
+
+
+@pytest.fixture
+def as_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every client be one of many."""
+    for module in ("engines.site", "engines.coordinator", "experiments.clients"):
+        monkeypatch.setattr(f"fedpref.{module}.MANY", 0)
+
+
+@pytest.mark.usefixtures("as_many")
+def test_what_clients_have_in_the_beginning_is_made_as_their_turn_comes(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
+    BEGAN.clear()
+    direct = Direct(tmp_path)
+    engine = opened(direct, content)
+    own = engine.each(begin)
+    engine.begin(0, [0, 1])
+    assert not BEGAN
+    _, new = engine.each(advance, own, "")
+    assert BEGAN == [0, 1]
+    own |= new
+    engine.save({"own": own}, tmp_path / "a/round-000001")
+    assert json.loads((tmp_path / "a/round-000001/kept.json").read_text()) == {"own": [0, 1]}
+    assert engine.having([own]) == [0, 1]
+    again = opened(direct, content, began=engine._sites.about, resumes=True)
+    own = again.each(begin) | again.load(tmp_path / "a/round-000001", ["own"])["own"]
+    again.begin(1, again.clients)
+    _, own = again.each(advance, own, "")
+    again.save({"own": own}, tmp_path / "a/round-000002")
+    kept = {
+        client: tree["n"].item()
+        for site in tmp_path.glob("site-*/run")
+        for client, tree in kept_values(site, 2, "own").items()
+    }
+    assert kept == {0: 2.0, 1: 2.0, 2: 1.0}
+    # what is not of the beginning has to be kept
+    direct.changed["save"] = {"kept": {"own": []}}
+    again.save({"own": own}, tmp_path / "a/round-000003")
+    assert any("site-1 does not keep what its clients have" in n for n in again._sites.notes)
+
+
+@pytest.mark.usefixtures("as_many")
+def test_a_value_that_cannot_be_made_leaves_its_client_out_and_says_nothing_of_it(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
+    engine = opened(Direct(tmp_path), content)
+    own = engine.each(leaky)
+    engine.begin(0, engine.clients)
+    with pytest.raises(UserError) as found:
+        engine.each(advance, own, "")
+    assert "it failed (UserError)" in str(found.value)
+    assert "flu" not in str(found.value)
+
+
+@pytest.mark.usefixtures("as_many")
+def test_a_client_of_whom_few_examples_can_be_used_falls_out_as_it_is_drawn(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
+    """Their numbers are not known before."""
+    direct = Direct(tmp_path)
+    engine = opened(direct, content)
+    engine.begin(0, engine.clients)
+    for bounds in (Bounds(evaluated=1000), Bounds(examples=1000)):
+        for site in direct.all.values():
+            site._hosted = replace(site._hosted, bounds=bounds)
+        with pytest.raises(UserError, match="fewer than 1000 examples can be used"):
+            engine.each(told)
+        engine.begin(1, engine.clients)
+
+
+def test_clients_begin_before_the_first_round(content: dict[str, Any], tmp_path: Path) -> None:
+    engine = opened(Direct(tmp_path), content)
+    engine.begin(1, engine.clients, "init")
+    with pytest.raises(UserError, match="clients begin before the first round"):
+        engine.each(fresh)
+
+
+def test_sums_of_many_forms_have_a_bound(content: dict[str, Any], tmp_path: Path) -> None:
+    """A few numbers may stand for many, and each form has a sum of its own."""
+    direct = Direct(tmp_path)
+    sites = Sites(direct, content, "run", replace(QUORUM, max_message_mb=1))
+    engine = RemoteEngine(sites, uplink=Chain((LowRank(rank=1).stage(),)))
+    for site in direct.all.values():
+        site._hosted = replace(site._hosted, uplink=Chain((LowRank(rank=1).stage(),)))
+    engine.begin(0, engine.clients)
+    assert engine.mean(engine.each(long))["x"].shape == (400, 400)
+    assert set(engine.left_out.values()) == {"there is no room for a sum of its form"}
+
+
+def test_values_that_are_made_later_take_the_room_of_what_they_need() -> None:
+    values, made = Values(range(3), 1000), Kept({"n": torch.ones(1)})
+    later = Later(lambda client: made, 800)
+    values.put_later(range(3), "1", later)
+    assert values.get(2, "1") is made
+    assert not values.is_kept(2, "1")
+    with pytest.raises(RefusedError, match="take more than"):
+        values.put_later([0], "2", Later(lambda client: made, 300))
+    for client in (0, 1):
+        values.drop(client, "1")
+    with pytest.raises(RefusedError, match="take more than"):
+        values.put_later([0], "2", Later(lambda client: made, 300))
+    values.drop(2, "1")
+    values.put_later([0], "2", Later(lambda client: made, 900))
+
+
 def test_a_site_that_comes_later_takes_no_part_and_ends_nothing(
     content: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -832,7 +959,7 @@ def test_what_nobody_waits_for_is_dropped(content: dict[str, Any], tmp_path: Pat
     site.hear("site-1", b"junk")
     for call in range(100):
         site.hear("site-1", pack({"round": 0, "call": call}))
-    assert len(site._heard) == 4
+    assert len(site._mailbox) == 4
 
 
 def test_a_message_that_stands_for_a_larger_tree_is_no_neighbours() -> None:

@@ -1,14 +1,15 @@
-"""Federated averaging of sparse changes with error feedback, for DPO.
+"""Federated averaging of sparse or low-rank changes with error feedback, for DPO.
 
 Source: Li and Li 2023, "Analysis of Error Feedback in Federated Non-Convex Optimization with Biased
-Compression: Fast Convergence and Partial Participation" (Fed-EF with SGD's server step).
+Compression: Fast Convergence and Partial Participation" (Fed-EF with SGD's server step). Low rank
+in place of few entries is ours there; of gradients it is PowerSGD's (Vogels et al. 2019).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from fedpref.federation.algorithm import Algorithm
 from fedpref.federation.common import no_moments
@@ -16,7 +17,7 @@ from fedpref.federation.local_training import LocalTraining, train_locally
 from fedpref.federation.verbs import Client, Federation, PerClient, work
 from fedpref.numerics import trees
 from fedpref.numerics.trees import Tree
-from fedpref.types import Portion, Positive
+from fedpref.types import Count, Portion, Positive
 
 
 @dataclass(frozen=True)
@@ -38,27 +39,33 @@ def begin(client: Client) -> Tree:
 def train(
     client: Client, adapter: Tree, unsent: Tree, moments: Tree, method: FedEF
 ) -> tuple[Tree, Tree, Tree, Mapping[str, float]]:
-    """Return the entries that are sent, what is left of the change, moments, and metrics."""
+    """Return what is sent of the change, what is left of it, moments, and metrics."""
     theta, moments, metrics = train_locally(client, adapter, method.local, moments)
     change = trees.subtract(theta, adapter)
     due = trees.add(change, unsent) if unsent else change
-    sent = trees.sparse(due, method.fraction)
+    if method.rank is None:
+        sent = trees.sparse(due, method.fraction)
+    else:
+        sent = trees.low_rank(due, method.rank)
     return sent, trees.subtract(due, sent), moments, metrics
 
 
 @dataclass(frozen=True, kw_only=True)
 class FedEF(Algorithm[State]):
-    """FedDPO whose clients send the largest entries of their change, and the others later.
+    """FedDPO whose clients send the most of their change in few numbers, and the rest later.
 
     Shared: the adapter. Private: pairs, optimiser moments, and what of a client's changes was not
-    yet sent, which is added to its next one. Averaged: the sent entries of changes of the LoRA
-    factors; where a client sends none, its share is zero. What everybody is sent is whole. A
+    yet sent, which is added to its next one. Averaged: what is sent of changes of the LoRA
+    factors; where a client sends nothing, its share is zero. What everybody is sent is whole. A
     client takes what it has sent for arrived: where it then falls out of the sum, that is lost.
     """
 
     name: Literal["fed-ef"] = "fed-ef"
     fraction: Portion = 0.05
     """The share of each tensor's entries that is sent, those of the largest magnitude."""
+    rank: Count | None = None
+    """Send of each matrix so many of its singular values, the largest ones, as two thin factors, in
+    place of entries; null sends entries."""
     server_learning_rate: Positive = 1.0
     """What the mean change is multiplied by before it is added."""
     local: LocalTraining = LocalTraining()
@@ -69,8 +76,10 @@ class FedEF(Algorithm[State]):
     sends_local_steps = True
 
     @property
-    def sent_fraction(self) -> float:
-        return self.fraction
+    def compression(self) -> Mapping[str, Any]:
+        if self.rank is None:
+            return {"name": "top-k", "fraction": self.fraction}
+        return {"name": "low-rank", "rank": self.rank}
 
     def init(self, fed: Federation, start: Tree) -> State:
         return State(start, fed.each(begin), fed.each(no_moments))

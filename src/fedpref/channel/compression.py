@@ -1,4 +1,4 @@
-"""Compression of messages: the largest entries alone, or few bits an entry."""
+"""Compression of messages: the largest entries alone, few bits an entry, or thin factors."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from torch import Tensor
 from fedpref.channel.chain import Sender, Stage
 from fedpref.numerics import trees
 from fedpref.numerics.trees import Tree
-from fedpref.types import Portion
+from fedpref.types import Count, Portion
 
 MOST = 2**28  # numbers that a sparse message may stand for: 1 GB
 DIMENSIONS = 8  # of a tensor
 VALUES, PLACES, SHAPE, LEVELS, SCALE = "values/", "places/", "shape/", "levels/", "scale/"
+LEFT, RIGHT, WHOLE = "left/", "right/", "whole/"
+CUT = 16  # bits of a float32 behind those of a bfloat16
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,81 @@ class Quantize:
             raise ValueError("levels, scale and shape of a tensor do not fit one another")
 
 
-Compression = Annotated[TopK | Quantize, Field(discriminator="name")]
+@dataclass(frozen=True)
+class Bfloat16:
+    """Each entry as a bfloat16, rounded at random, so that the mean is right."""
+
+    name: Literal["bfloat16"] = "bfloat16"
+    contracts: ClassVar[bool] = True
+
+    def stage(self) -> Stage:
+        """Return the stage of a channel."""
+        return Stage(self.name, self._encode, self._decode)
+
+    def _encode(self, tree: Tree, sender: Sender) -> Tree:
+        message = {}
+        for name, tensor in sorted(tree.items()):
+            # a bfloat16 is the upper half of a float32: what is added to the lower half carries
+            bits = tensor.float().view(torch.int32)
+            random = torch.randint(2**CUT, bits.shape, generator=sender.rng, dtype=torch.int32)
+            message[name] = ((bits + random) >> CUT << CUT).view(torch.float32).bfloat16()
+        return message
+
+    def _decode(self, message: Tree, count: int) -> Tree:
+        if any(tensor.dtype != torch.bfloat16 for tensor in message.values()):
+            raise ValueError("a tensor is not of bfloat16")
+        return {name: tensor.float() for name, tensor in message.items()}
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """Each matrix as the product of two thin ones, by its largest singular values."""
+
+    name: Literal["low-rank"] = "low-rank"
+    rank: Count = 2
+    """How many singular values; a tensor whose factors would be more numbers is sent whole."""
+    contracts: ClassVar[bool] = True
+
+    def stage(self) -> Stage:
+        """Return the stage of a channel."""
+        return Stage(self.name, self._encode, self._decode)
+
+    def _encode(self, tree: Tree, sender: Sender) -> Tree:
+        message: dict[str, Tensor] = {}
+        for name, tensor in tree.items():
+            if trees.is_thin(tensor.shape, self.rank) and bool(tensor.isfinite().all()):
+                message[LEFT + name], message[RIGHT + name] = trees.factors(tensor, self.rank)
+                message[SHAPE + name] = torch.tensor(tensor.shape)
+            else:
+                message[WHOLE + name] = tensor
+        return message
+
+    def _decode(self, message: Tree, count: int) -> Tree:
+        names = [key.removeprefix(LEFT) for key in message if key.startswith(LEFT)]
+        whole = [key.removeprefix(WHOLE) for key in message if key.startswith(WHOLE)]
+        parts = {part + name for name in names for part in (LEFT, RIGHT, SHAPE)}
+        if message.keys() != parts | {WHOLE + name for name in whole} or {*names} & {*whole}:
+            raise ValueError("a tensor has not all of its factors and shape")
+        # thin factors stand for many entries, which are made before anything else is known of them
+        if sum(_size(message[SHAPE + name]) for name in names) > MOST:
+            raise ValueError(f"it stands for more than {MOST} numbers")
+        tree = {name: message[WHOLE + name] for name in whole}
+        for name in names:
+            left, right = message[LEFT + name], message[RIGHT + name]
+            shape = message[SHAPE + name].tolist()
+            is_thin = trees.is_thin(shape, self.rank)
+            if (
+                not is_thin
+                or left.shape != (shape[0], self.rank)
+                or right.shape != (self.rank, math.prod(shape[1:]))
+                or {left.dtype, right.dtype} != {torch.float32}
+            ):
+                raise ValueError("factors and shape of a tensor do not fit one another")
+            tree[name] = (left @ right).view(shape)
+        return tree
+
+
+Compression = Annotated[TopK | Quantize | Bfloat16 | LowRank, Field(discriminator="name")]
 
 
 def alike(message: Tree, other: Tree) -> bool:

@@ -377,10 +377,10 @@ def _given(
     if isinstance(more, Mapping):
         del rest["chat_template_kwargs"]
         given |= {str(name): value for name, value in more.items() if value is not None}
-    return given, _shared(rest)
+    return given, shared(rest)
 
 
-def _shared(columns: dict[str, Any]) -> dict[str, Any]:
+def shared(columns: dict[str, Any]) -> dict[str, Any]:
     """Return the same columns as the same object: a client's rows have one in common, mostly."""
     if len(columns) > SHARED_COLUMNS:
         return columns

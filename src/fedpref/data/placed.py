@@ -13,6 +13,7 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from fedpref.data.parsing import shared
 from fedpref.data.preferences import SIDES, Row, Side
 from fedpref.data.row_store import RowStore
 from fedpref.data.splits import spelled
@@ -66,7 +67,7 @@ class Labels:
             self.names.append(name)
         self._numbers.append(self._known[name])
         is_so = row.columns[self.column] == name and isinstance(row.columns[self.column], str)
-        return row if is_so else replace(row, columns={**row.columns, self.column: name})
+        return row if is_so else replace(row, columns=shared({**row.columns, self.column: name}))
 
     def numbers(self) -> NDArray[np.int64]:
         """Return of each row the place of its name in `names`."""

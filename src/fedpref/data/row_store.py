@@ -7,7 +7,7 @@ import pickle
 import sys
 import tempfile
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from operator import attrgetter
@@ -42,8 +42,8 @@ class RowStore(Sequence[Row]):
         self._rows.append(row)
         if self._left is None:
             return
-        said = (key(row.prompt), *row.said, *(v for v in row.columns.values() if type(v) is str))
-        self._left -= ROW_BYTES + sum(map(sys.getsizeof, said))
+        said = (key(row.prompt), *row.said, *row.columns.values())
+        self._left -= ROW_BYTES + sum(map(_size, said))
         if self._left < 0:
             self._file = _RowFile()
             for kept in self._rows:
@@ -68,6 +68,15 @@ class RowStore(Sequence[Row]):
         if isinstance(number, slice):
             return self.some(range(*number.indices(len(self))))
         return self._rows[number] if self._file is None else self._file[number]
+
+
+def _size(value: Any) -> int:
+    """Return about the bytes that a column's value takes in memory."""
+    if isinstance(value, Mapping):
+        return sys.getsizeof(value) + sum(map(_size, (*value.keys(), *value.values())))
+    if isinstance(value, list | tuple):
+        return sys.getsizeof(value) + sum(map(_size, value))
+    return sys.getsizeof(value)
 
 
 class _RowFile:

@@ -43,10 +43,9 @@ def _last_human(text: str) -> str | None:
     """Return the last turn of "Human:" in a dialogue up to an answer, or into it; else None."""
     end = text.rfind("\n\nAssistant:")
     begin = text.rfind("Human:", 0, max(end, 0))
-    # at the beginning of a line
-    if begin < 0 or text[:begin].rpartition("\n")[2].strip():
-        return None
-    return text[begin + len("Human:") : end]
+    while begin >= 0 and text[:begin].rpartition("\n")[2].strip():  # not at a line's beginning
+        begin = text.rfind("Human:", 0, begin)
+    return None if begin < 0 else text[begin + len("Human:") : end]
 
 
 def spelled(text: str) -> str:

@@ -29,6 +29,7 @@ from fedpref.engines.engine import (
     weighted_report,
 )
 from fedpref.engines.gold import told_first
+from fedpref.engines.many import MANY
 from fedpref.engines.messages import (
     NO_TENSORS,
     Header,
@@ -139,6 +140,7 @@ class RemoteEngine:
         self._sent: dict[str, tuple[str, tuple[int, ...]]] = {}
         self._last = 0
         self._largest = 0  # bytes of a client's message so far
+        self._beginnings: set[str] = set()  # calls by which clients began
         self._lost = {NOWHERE}  # sites that did not answer
         self._kept: dict[str, set[int]] = {}  # by field, clients of which sites have kept a value
         self._place: tuple[int, Purpose] | None = None
@@ -174,6 +176,8 @@ class RemoteEngine:
     def each(self, work: Callable[..., Any], *args: Any) -> Any:
         self._calls += 1
         name = self._fresh()
+        if self._purpose == "init":
+            self._beginnings.add(name)
         for arg in args:
             if isinstance(arg, Remote):
                 self._present(arg)
@@ -320,10 +324,14 @@ class RemoteEngine:
                     message, self.lengths[i] = clipped(
                         message, self._weights[i] / weight, self._clip
                     )
-                forms[i] = shape(message)
-                sums[forms[i]] = (
-                    trees.add_to(sums[forms[i]], message) if forms[i] in sums else message
-                )
+                form = shape(message)
+                # a few numbers may stand for many, and each form has a sum of its own
+                held = sum(map(trees.size, (*sums.values(), message)))
+                if form not in sums and held > self._sites.patience.max_message_mb * 10**6:
+                    self._leave_out({i: "there is no room for a sum of its form"})
+                    continue
+                forms[i] = form
+                sums[form] = trees.add_to(sums[form], message) if form in sums else message
             del answers
             if not set(present) <= set(self.active):
                 return None
@@ -526,6 +534,11 @@ class RemoteEngine:
         self._leave_out(unfit)
         return usable
 
+    def having(self, values: Sequence[PerClient[Tree]]) -> Sequence[int]:
+        if len(self.clients) <= MANY:
+            return self.clients
+        return sorted(set().union(*self._kept.values()).intersection(self.clients))
+
     def save(self, values: Mapping[str, PerClient[Tree]], folder: Path) -> None:
         names = {field: _names(value) for field, value in values.items()}
         asked: dict[str, tuple[Header, Tree]] = {}
@@ -543,7 +556,12 @@ class RemoteEngine:
             here = self._kept.setdefault(field, set())
             for site, (header, _) in answers.items():
                 own = asked[site][0]["own"][field]
-                here.update(own.keys() & header["kept"].get(field, ()) if "kept" in header else own)
+                kept = own.keys() & header["kept"].get(field, ()) if "kept" in header else own
+                # what clients had in the beginning is made again, nothing else is
+                calls = {own[i].split(".")[0] for i in own.keys() - kept}
+                if not calls <= self._beginnings:
+                    self._lose(site, f"does not keep what its clients have ({field})")
+                here.update(kept)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / KEPT).write_text(
             json.dumps({field: sorted(self._kept[field]) for field in values})
@@ -571,7 +589,8 @@ class RemoteEngine:
                     for i in answer[0]["present"].get(field, ())
                     if i in here
                 }
-        for field, kept in self._kept.items():
+        for field in names:
+            kept = self._kept.get(field, set())
             lost = [i for i in kept if self._is_there(i) and i not in present[field]]
             for site in {self._sites.site_of[i] for i in lost}:
                 clients = [

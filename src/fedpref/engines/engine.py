@@ -206,6 +206,12 @@ class Engine(Federation, Protocol):
         """
         ...
 
+    def having(self, values: Sequence[PerClient[Tree]]) -> Sequence[int]:
+        """Return the clients of whose values any is not what it was in the beginning, where there
+        are many; of few clients all.
+        """
+        ...
+
     def save(self, values: Mapping[str, PerClient[Tree]], folder: Path) -> None:
         """Let every client write its values, by name, to files of its own.
 

@@ -113,7 +113,9 @@ def opened(shard: Any) -> Any:
     return shard.opened() if isinstance(shard, DrawnShard) else shard
 
 
-def when_needed(work: Work[..., Any], done: Callable[[int], Any]) -> list[Callable[[int], Kept]]:
+def when_needed(
+    work: Work[..., Any], done: Callable[[int], Any], remembered: int = 64
+) -> list[Callable[[int], Kept]]:
     """Return what makes a client's values before the first round, each when it is asked for.
 
     Draws are by a client's address, so that a value is the same whenever that is: who never takes
@@ -122,11 +124,12 @@ def when_needed(work: Work[..., Any], done: Callable[[int], Any]) -> list[Callab
     Args:
         work: Of which they are the results.
         done: Does it for a client, and returns a tree, or several.
+        remembered: Clients whose results are kept, as one is often asked for a few times in turn.
 
     Returns:
         For each of the results a function of the client.
     """
-    again = lru_cache(maxsize=64)(done)  # a value and its label are asked for one after the other
+    again = lru_cache(maxsize=remembered)(done)
 
     def made(part: int, client: int) -> Kept:
         found = again(client)

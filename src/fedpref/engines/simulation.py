@@ -355,6 +355,10 @@ class Simulation:
     def tally(self, metrics: PerClient[Mapping[str, float]], place: str) -> Mapping[str, Figure]:
         return figures_of(self.disclose(metrics), self._examples)
 
+    def having(self, values: Sequence[PerClient[Tree]]) -> Sequence[int]:
+        drawn = [set(one.kept) for one in map(stored, values) if one.others is not None]
+        return sorted(set[int]().union(*drawn)) if drawn else self.clients
+
     def save(self, values: Mapping[str, PerClient[Tree]], folder: Path) -> None:
         kept = {field: stored(value).kept for field, value in values.items()}
         self._store_in(folder.parent).save(folder, folder.name.removeprefix("."), kept)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import shutil
 import sys
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -23,15 +20,16 @@ from torch import Tensor
 from fedpref.channel import Sender
 from fedpref.channel.compression import alike
 from fedpref.channel.lattice import fixed
+from fedpref.engines import site_folder
 from fedpref.engines.engine import compressed, hostile_weight, mixed
 from fedpref.engines.host import SETTLED, Host, Hosted, Peers
-from fedpref.engines.many import MANY, opened, when_needed
+from fedpref.engines.mailbox import Mailbox
+from fedpref.engines.many import MANY, DrawnShard, when_needed
 from fedpref.engines.messages import (
     NO_TENSORS,
     Header,
     RefusedError,
     finite,
-    head_of,
     pack,
     refuse_other_format,
     unpack,
@@ -48,7 +46,7 @@ from fedpref.engines.site_masks import (
 )
 from fedpref.engines.site_privacy import SitePrivacy
 from fedpref.engines.store import Store
-from fedpref.engines.values import Kept, Values, size
+from fedpref.engines.values import Kept, Later, Values, size
 from fedpref.engines.workers import one_thread
 from fedpref.errors import UserError
 from fedpref.federation.leaving import Audience, fits, is_metrics, labels
@@ -58,12 +56,8 @@ from fedpref.numerics import files, seeds, trees
 from fedpref.numerics.tallies import tally
 from fedpref.numerics.trees import Tree
 
-CHECKPOINTS, AHEAD = 2, 4  # that are kept, and messages of a site that may lie here unread
 CLIENTS = "numbers.json"  # in a run's folder: which client has which number
-EXPERIMENT = "experiment.sha256"  # in a run's folder: of its settings
 OWN_FIGURES = "figures.jsonl"  # in a run's folder: clients' figures that left in sums alone
-OPENINGS = "openings"  # in a run's folder: how often it was opened
-ASIDE = 3  # former states of a run that are kept when it is begun anew
 LOG = logging.getLogger("fedpref")
 Answer = tuple[Header, Tree]
 T = TypeVar("T")
@@ -100,8 +94,7 @@ class Site:
         self._values = Values()
         self._privacy: SitePrivacy | None = None
         self._site_of: dict[int, str] = {}  # every client's site
-        self._heard: dict[tuple[int, int, str], bytes] = {}
-        self._news = threading.Condition()
+        self._mailbox = Mailbox()
         # by purpose and round: calls and clients, and seconds
         self._done: dict[tuple[str, int], Counter[tuple[int, int]]] = {}
         self._spent: Counter[tuple[str, int]] = Counter()
@@ -153,22 +146,10 @@ class Site:
 
         What nobody waits for is dropped.
         """
-        if sender not in self._site_of.values() or len(message) > (
-            self._opened.bounds.message or sys.maxsize
-        ):
+        if sender not in self._site_of.values():
             return
-        try:
-            # the header alone; tensors are read by the exchange that waits for them
-            header = head_of(message)
-            address = (int(header["round"]), int(header["call"]), sender)
-        except (RefusedError, KeyError, TypeError, ValueError, OverflowError):
-            return  # the exchange counts the sender as missing
-        with self._news:
-            self._heard[address] = message
-            # a site that runs ahead, or sends nonsense, must not fill the memory here
-            for older in sorted(known for known in self._heard if known[2] == sender)[:-AHEAD]:
-                del self._heard[older]
-            self._news.notify_all()
+        if len(message) <= (self._opened.bounds.message or sys.maxsize):
+            self._mailbox.put(sender, message)
 
     # ---- verbs
 
@@ -207,16 +188,16 @@ class Site:
                 f"it has kept the clients of a run {run!r} that the coordinator does not know; "
                 "its folder of runs is another"
             )
-        with nullcontext() if resumes else _without(folder / SETTLED):
+        with nullcontext() if resumes else site_folder.without(folder / SETTLED):
             hosted = self._host.host(experiment, folder, held_out)
             folder.mkdir(parents=True, exist_ok=True)
-            digest = _digest(experiment)
-            bound = folder / EXPERIMENT
+            digest = site_folder.digest(experiment)
+            bound = folder / site_folder.EXPERIMENT
             if resumes and bound.exists() and bound.read_text() != digest:
                 raise RefusedError("the run was begun with another experiment; begin a new one")
-            _count_opening(folder, hosted.bounds.openings)
+            site_folder.count_opening(folder, hosted.bounds.openings)
             if not resumes:
-                _set_aside(folder)
+                site_folder.set_aside(folder)
         files.write(bound, digest)
         self._hosted, self._run = hosted, folder
         self._store = Store(folder / "checkpoints")
@@ -224,7 +205,7 @@ class Site:
         self._values, self._names, self._site_of = Values(), {}, {}
         self._privacy = self._masks = None
         self._told = ("", 0, "")
-        self._heard.clear()
+        self._mailbox.clear()
         self._done.clear()
         self._spent.clear()
         return {"about": hosted.about}, NO_TENSORS
@@ -278,40 +259,37 @@ class Site:
             raise RefusedError(f"round {round} is none of the {hosted.rounds} of the experiment")
         self._values.refuse_taken(clients, name)
         common = self._arguments(function, tensors, args, purpose)
-        begun = time.monotonic()  # some of what clients have is made as it is looked for
-        owned = {
-            i: {
-                k: self._values.get(i, _said_for(i, arg["own"]))
-                for k, arg in enumerate(args)
-                if "own" in arg
-            }
+        names = {
+            i: {k: _said_for(i, arg["own"]) for k, arg in enumerate(args) if "own" in arg}
             for i in clients
         }
-        for own in owned.values():
-            given = {k: own[k].label if k in own else None for k in range(len(args))}
-            if strange := [k for k, label in given.items() if not fits(function, k, label)]:
-                raise RefusedError(
-                    f"argument {strange[0]} of {work!r} is not of the kind that is read there"
-                )
+        for i, own_names in names.items():
+            # what is made when it is asked for is looked at as its client's turn comes
+            if all(self._values.is_kept(i, text) for text in own_names.values()):
+                self._own(i, own_names, function, len(args))
         self._refuse_repeated(purpose, round, call, clients)
         if self._masks is not None:
             before = self._told[2] if self._told[:2] == (purpose, round) else ""
             plain = [arg["plain"] for arg in args if "plain" in arg]
             self._told = purpose, round, told_after(before, work, call, name, plain, tensors)
-        is_alike = not any("own" in arg for arg in args)
+        if purpose == "init" and round:
+            raise RefusedError("clients begin before the first round")
+        is_alike = not any(names.values())
         if purpose == "init" and is_alike and len(clients) > MANY and self._privacy is None:
-            return self._when_needed(function, common, clients, round, call, name)
+            return self._when_needed(function, common, clients, call, name)
+        begun = time.monotonic()
         parts: int | None = None
         failed: dict[int, str] = {}
         spent: dict[int, float] = {}
-        for i, own in owned.items():
-            given = {**common, **{k: kept.value for k, kept in own.items()}}
+        for i in clients:
             try:
                 private = self._steps(i, purpose, round, call)
             except RefusedError as error:
                 failed[i] = str(error)
                 continue
             try:
+                own = self._own(i, names[i], function, len(args))
+                given = {**common, **{k: kept.value for k, kept in own.items()}}
                 client = self._client(i, purpose, function, round, call, private)
                 result = function(client, *(given[k] for k in sorted(given)))
                 if private is not None and self._privacy is not None:
@@ -323,9 +301,8 @@ class Site:
                 # a change that is not finite counts as none in a sum with noise: who stopped for it
                 # would tell of it
                 is_summed = self._privacy is not None and self._privacy.sums is not None
-                for part in () if is_summed else values:
-                    if all(isinstance(value, Tensor) for value in part.values()):
-                        finite(part)
+                if not is_summed:
+                    _refuse_infinite(values)
                 said = labels(function, {k: kept.label for k, kept in own.items()}, values)
                 for k, (part, label) in enumerate(zip(values, said, strict=True)):
                     self._values.put(i, f"{name}.{k}", Kept(part, label))
@@ -345,24 +322,39 @@ class Site:
         work: Work[..., Any],
         args: Mapping[int, Any],
         clients: Sequence[int],
-        round: int,
         call: int,
         name: str,
     ) -> Answer:
         """Let what many clients have before the first round be made when it is asked for."""
 
         def done(i: int) -> Any:
-            client = self._client(i, "init", work, round, call)
-            result = work(client, *(args[k] for k in sorted(args)))
-            for part in result if isinstance(result, tuple) else (result,):
-                finite(part)
+            try:
+                client = self._client(i, "init", work, 0, call)
+                result = work(client, *(args[k] for k in sorted(args)))
+                _refuse_infinite(result if isinstance(result, tuple) else (result,))
+            except (RefusedError, WithheldError):
+                raise
+            except Exception as error:  # whose text may hold rows, whoever asks for the value
+                raise RefusedError(_failed(error)) from error
             return result
 
-        each = when_needed(work, done)
+        each = when_needed(work, done, remembered=1)
+        needed = sum(size(arg) for arg in args.values() if isinstance(arg, Mapping))
         for k, made in enumerate(each):
-            for i in clients:
-                self._values.put_later(i, f"{name}.{k}", partial(made, i))
+            self._values.put_later(clients, f"{name}.{k}", Later(made, needed))
         return {"parts": len(each) if len(each) > 1 else None, "failed": {}}, NO_TENSORS
+
+    def _own(
+        self, client: int, names: Mapping[int, str], work: Work[..., Any], arguments: int
+    ) -> dict[int, Kept]:
+        """Return a client's own arguments, by place; raises RefusedError where one does not fit."""
+        own = {k: self._values.get(client, name) for k, name in names.items()}
+        labels = {k: own[k].label if k in own else None for k in range(arguments)}
+        if strange := [k for k, label in labels.items() if not fits(work, k, label)]:
+            raise RefusedError(
+                f"argument {strange[0]} of {work.name!r} is not of the kind that is read there"
+            )
+        return own
 
     def _client(
         self,
@@ -404,7 +396,18 @@ class Site:
         if self._privacy is not None and (purpose == "init" or (purpose == "join" and sends)):
             return replace(shard, train=())
         # what a client has in the beginning is seldom of its data
-        return shard if purpose == "init" else opened(shard)
+        if purpose == "init" or not isinstance(shard, DrawnShard):
+            return shard
+        shard, bounds = shard.opened(), self._opened.bounds
+        for side, least in (
+            ("train", bounds.examples),
+            ("test", bounds.evaluated),
+            ("validation", bounds.evaluated),
+        ):
+            # what was counted as the site joined was rows, some of which cannot be used
+            if 0 < len(getattr(shard, side)) < least:
+                raise RefusedError(f"fewer than {least} examples can be used")
+        return shard
 
     def _steps(self, client: int, purpose: str, round: int, call: int) -> PrivateSteps | None:
         """Return what makes a client's local steps private; None where nothing is promised."""
@@ -638,7 +641,7 @@ class Site:
         arrived = {i: links.decode(message, 1) for i, message in told.items()}
         awaited = {self._site_of[j] for i in told for j in rows[i] if j not in told} - {self.name}
         longest = wait if bounds.seconds is None else min(wait, bounds.seconds)
-        messages = self._hear(awaited, round, call, longest)
+        messages = self._mailbox.wait(awaited, round, call, longest)
         arrived |= self._arrived(messages, next(iter(told.values())))
         for i in told:
             # who was not heard is taken to say what the hearer says, so that weights still sum to
@@ -685,26 +688,6 @@ class Site:
                             heard[j] = finite(self._opened.links.decode(tree, 1))
         return heard
 
-    def _hear(self, sites: set[str], round: int, call: int, wait: float) -> dict[str, bytes]:
-        """Return the messages of other sites, by site, as soon as all are there or the time is
-        over.
-        """
-        addresses = {(round, call, site) for site in sites}
-        until = time.monotonic() + wait
-        with self._news:
-            while not addresses <= self._heard.keys() and (left := until - time.monotonic()) > 0:
-                self._news.wait(left)
-            metrics = {
-                address[2]: self._heard[address]
-                for address in sorted(addresses & self._heard.keys())
-            }
-            self._heard = {
-                address: message
-                for address, message in self._heard.items()
-                if address[:2] > (round, call)
-            }
-        return metrics
-
     def report(self, tensors: Tree, own: Mapping[int, str]) -> Answer:
         """Send clients' metrics."""
         if self._opened.is_silent or self._masks is not None:
@@ -719,11 +702,7 @@ class Site:
         return dict(kept.value)
 
     def save(self, tensors: Tree, own: Mapping[str, Mapping[int, str]], checkpoint: str) -> Answer:
-        """Keep clients' values in files, all of them or none.
-
-        Checkpoints of earlier rounds go but for the last, and those of later ones, which a
-        coordinator that is here no longer has.
-        """
+        """Keep clients' values in files, all of them or none."""
         kept = {
             field: {
                 i: self._values.get(i, name)
@@ -732,38 +711,17 @@ class Site:
             }
             for field, names in own.items()
         }
-        self._refuse_full(sum(size(one.value) for some in kept.values() for one in some.values()))
+        more = sum(size(one.value) for some in kept.values() for one in some.values())
+        site_folder.refuse_full(self._folder, more, self._opened.bounds.disk)
         folder = beneath(self._run, "checkpoints")
         unfinished, place = folder / ".unfinished", beneath(folder, checkpoint)
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         self._store.save(unfinished, checkpoint, kept)
-        # the same round once more, for a coordinator that was killed before it had its own
-        shutil.rmtree(place, ignore_errors=True)
-        unfinished.replace(place)
-        files.sync(folder)
-        others = [old for old in folder.glob("round-*") if old.name != checkpoint]
-        earlier = sorted(old for old in others if old.name < checkpoint)
-        for old in set(others) - set(earlier[1 - CHECKPOINTS :]):
-            shutil.rmtree(old)
+        site_folder.replace_checkpoint(unfinished, place)
         if all(len(kept[field]) == len(names) for field, names in own.items()):
             return {}, NO_TENSORS
         return {"kept": {field: sorted(some) for field, some in kept.items()}}, NO_TENSORS
-
-    def _refuse_full(self, more: int) -> None:
-        """Raise RefusedError where the site's runs would take more room than it lends."""
-        if (room := self._opened.bounds.disk) is None:
-            return
-        taken = sum(
-            file.stat().st_size
-            for file in self._folder.rglob("*")
-            if file.is_file() and not file.is_symlink()
-        )
-        if taken + more > room:
-            raise RefusedError(
-                f"the site's runs take {taken / 1e6:,.0f} MB of the {room / 1e6:,.0f} MB that it "
-                "lends"
-            )
 
     def load(self, tensors: Tree, checkpoint: str, fields: Sequence[str], name: str) -> Answer:
         """Take up each client's values of the newest checkpoint that has it and is not newer than
@@ -816,61 +774,14 @@ def _wide(tree: Tree) -> Tree:
     return {name: tensor.long() for name, tensor in tree.items()}
 
 
+def _refuse_infinite(values: Sequence[Any]) -> None:
+    """Raise RefusedError where a tree holds a number that is not finite; metrics may."""
+    for part in values:
+        if all(isinstance(value, Tensor) for value in part.values()):
+            finite(part)
+
+
 def _said_for(client: int, by_client: Mapping[int, T]) -> T:
     if client not in by_client:
         raise RefusedError(f"nothing is said for client {client}")
     return by_client[client]
-
-
-def _digest(experiment: Mapping[str, Any]) -> str:
-    """Return a digest of an experiment, to which a run is bound.
-
-    What its clients keep must not be worked on under the settings of another.
-    """
-    said = {key: value for key, value in experiment.items() if key != "patience"}
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
-
-
-def _count_opening(folder: Path, most: int | None) -> None:
-    """Count how often a run was opened; raises RefusedError above a number."""
-    file = folder / OPENINGS
-    try:
-        count = int(file.read_text()) + 1
-    except (OSError, ValueError):
-        count = 1
-    if most is not None and count > most:
-        raise RefusedError(f"the run was opened {most} times, which is what this site consents to")
-    files.write(file, str(count))
-
-
-@contextmanager
-def _without(file: Path) -> Iterator[None]:
-    """Let a file be away, within a `with`; for good, unless an error ends it."""
-    aside = file.with_name(f".{file.name}.before")
-    if file.exists():
-        file.replace(aside)
-    try:
-        yield
-    except BaseException:
-        if aside.exists():
-            aside.replace(file)
-        raise
-    aside.unlink(missing_ok=True)
-
-
-def _set_aside(folder: Path) -> None:
-    """Keep what the clients of a run had beside it, where the run is begun anew.
-
-    Raises:
-        RefusedError: There are so many that somebody at the site should look.
-    """
-    if not (folder / "checkpoints").exists():
-        return
-    for number in range(1, ASIDE + 1):
-        if not (beside := folder / f"checkpoints.{number}").exists():
-            (folder / "checkpoints").replace(beside)
-            return
-    raise RefusedError(
-        f"the run was begun anew {ASIDE} times, and what its clients had is kept beside it; "
-        "somebody at the site must remove that first"
-    )

@@ -11,7 +11,6 @@ import torch
 
 from fedpref.engines import Engine
 from fedpref.engines.many import MANY
-from fedpref.engines.per_client import StoredValues
 from fedpref.engines.site_masks import PLACES
 from fedpref.experiments.experiment import FEWEST, Experiment
 from fedpref.experiments.run_directory import (
@@ -107,8 +106,8 @@ def export_models(
     shared = trees.merge(*(part for part in model if isinstance(part, Mapping)))
     if shared:
         task.export(shared, folder.path / "adapter")
-    if not all(isinstance(part, Mapping) for part in model):
-        engine.begin(engine.round, _own(model, engine.clients), "evaluate")
+    if own := [part for part in model if not isinstance(part, Mapping)]:
+        engine.begin(engine.round, engine.having(own), "evaluate")
         engine.each(export, "clients", *model)
     # answers to held-out prompts, and what they are worth, are figures too
     is_told = engine.figures in ("each", "sums")
@@ -118,12 +117,6 @@ def export_models(
     if asked:
         engine.begin(engine.round, asked, "evaluate")
         engine.each(sample, *model)
-
-
-def _own(model: Sequence[Any], clients: Sequence[int]) -> Sequence[int]:
-    """Return clients that have something of their own; of many those that have taken part."""
-    drawn = [set(part.kept) for part in model if isinstance(part, StoredValues) and part.others]
-    return sorted(set.union(*drawn)) if drawn else clients
 
 
 @work("evaluation.evaluate", reads={"parts": ANYTHING})

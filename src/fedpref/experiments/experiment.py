@@ -7,12 +7,12 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, TypeAdapter
 
 from fedpref import config
 from fedpref.algorithms import Alone, AnyAlgorithm, FedDPO, FedPDPO, Pooled
 from fedpref.channel.chain import Chain
-from fedpref.channel.compression import TopK
+from fedpref.channel.compression import Compression
 from fedpref.channel.robust import Mean
 from fedpref.data import Builtin, ClientData, Natural, Partition, Source
 from fedpref.data.preferences import Side
@@ -171,7 +171,7 @@ class Experiment:
                     "clients. Leave it out."
                 )
         if self.uplink.stages:
-            is_own = algorithm.sent_fraction is not None
+            is_own = algorithm.compression is not None
             reasons = {
                 f"{algorithm.name} compresses its changes itself": is_own
                 and self.federation.compress,
@@ -271,12 +271,11 @@ class Experiment:
     @property
     def uplink(self) -> Chain:
         """The stages on the way into a mean."""
-        fraction = self.algorithm.sent_fraction
-        return (
-            self.federation.uplink
-            if fraction is None
-            else Chain((TopK(fraction=fraction).stage(),))
-        )
+        own = self.algorithm.compression
+        if own is None:
+            return self.federation.uplink
+        compression: Compression = TypeAdapter(Compression).validate_python(own)
+        return Chain((compression.stage(),))
 
     @property
     def looks(self) -> Literal["glance", "validate"]:

@@ -84,9 +84,9 @@ class Algorithm(ABC, Generic[S]):
         return None
 
     @property
-    def sent_fraction(self) -> float | None:
-        """The share of entries that clients send for a mean, by an algorithm that sends the others
-        later; None where all are sent.
+    def compression(self) -> Mapping[str, Any] | None:
+        """Settings of how clients' changes are compressed, by an algorithm that sends later what
+        that loses; None where all is sent.
         """
         return None
 

@@ -6,12 +6,13 @@ import heapq
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 
 from fedpref.channel.chain import Chain
-from fedpref.channel.compression import Quantize
+from fedpref.channel.compression import Bfloat16, Quantize
 from fedpref.channel.robust import Combine, Mean
 from fedpref.errors import UserError
 from fedpref.numerics import seeds
@@ -50,9 +51,9 @@ class Participation:
     combine: Combine = Mean()
     """What becomes of clients' values in a round: their mean, or a rule that a few hostile clients
     cannot carry away."""
-    compress: Quantize | None = None
-    """How what clients send for a mean is compressed, as in `{name: quantize, bits: 8}`: rounded at
-    random, so that the mean is right. Null sends it as it is."""
+    compress: Annotated[Quantize | Bfloat16, Field(discriminator="name")] | None = None
+    """How what clients send for a mean is compressed, as in `{name: quantize, bits: 8}` or `{name:
+    bfloat16}`: rounded at random, so that the mean is right. Null sends it as it is."""
     gold: str | None = None
     """A file of pairs that the coordinator holds right (`prompt`, `chosen`, `rejected`): each
     round says how far every client's change agrees with what these would teach. Null compares with

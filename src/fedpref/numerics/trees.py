@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import reduce
 from hashlib import blake2b
@@ -142,6 +142,46 @@ def sparse(tree: Tree, fraction: float) -> Tree:
         kept = torch.zeros_like(tensor).flatten()
         kept[places] = tensor.flatten()[places]
         found[name] = kept.view(tensor.shape)
+    return found
+
+
+def is_thin(shape: Sequence[int], rank: int) -> bool:
+    """Return whether a tensor's factors of a rank are fewer numbers than it has itself.
+
+    Args:
+        shape: The tensor's; as a matrix it has one row for each of the first dimension.
+        rank: Of the product.
+    """
+    if len(shape) < 2:
+        return False
+    rows, columns = shape[0], math.prod(shape[1:])
+    return rank * (rows + columns) < rows * columns
+
+
+def factors(tensor: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return the two factors whose product is the nearest of a rank, (m, rank) and (rank, n).
+
+    Args:
+        tensor: A matrix, or more dimensions, of which those behind the first are one.
+        rank: How many singular values are kept, the largest ones.
+    """
+    left, values, right = torch.linalg.svd(tensor.flatten(1), full_matrices=False)
+    # products depend on the order in memory, which a message does not keep
+    return (left[:, :rank] * values[:rank]).contiguous(), right[:rank].clone().contiguous()
+
+
+def low_rank(tree: Tree, rank: int) -> Tree:
+    """Return a tree with each matrix as the nearest of a rank, where that is fewer numbers.
+
+    One that is not finite stays as it is.
+    """
+    found = {}
+    for name, tensor in tree.items():
+        if is_thin(tensor.shape, rank) and bool(tensor.isfinite().all()):
+            left, right = factors(tensor, rank)
+            found[name] = (left @ right).view(tensor.shape)
+        else:
+            found[name] = tensor
     return found
 
 
