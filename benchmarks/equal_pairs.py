@@ -6,10 +6,10 @@
 `words` among the baselines is fitted on all of a client's training rows, of which the benchmark's
 policies see some. Here each client's regression is given as many of its pairs as its policy is
 trained on at most (rounds x steps x pairs of a step), drawn as they are: by prompts where
-`batch_by` says so, and at random; then twice as many, and so on until all. Held-out accuracies in
-per cent, means over clients and runs with intervals over both, of each client's regression alone
-and of the pooled one with own slopes. Without runs it is the shipped set with the benchmark's
-larger budget and three seeds; `--quick`: one.
+`batch_by` says so, and at random; then all. Held-out accuracies in per cent, means over clients and
+runs with intervals over both, of each client's regression alone and of the pooled one with own
+slopes. Without runs it is the shipped set with the benchmark's larger budget and three seeds;
+`--quick`: one.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def drawn(pairs: Sequence[Pair], count: int, by_prompt: bool, draw: random.Rando
     return (sorted(mixed, key=lambda pair: place[pair.prompt]) if by_prompt else mixed)[:count]
 
 
-def accuracies(spec: Experiment) -> dict[tuple[int, str], dict[str, float]]:
+def accuracies(spec: Experiment) -> dict[tuple[str, str], dict[str, float]]:
     """Held-out accuracy by client, of each number of pairs and kind of regression."""
     local = spec.algorithm.local
     seen = spec.rounds * local.steps * local.batch_size * local.gradient_accumulation_steps
@@ -61,16 +61,9 @@ def accuracies(spec: Experiment) -> dict[tuple[int, str], dict[str, float]]:
         for side, rows in zip(sides, (client.train, client.test), strict=True):
             side[client.name] = [Pair.of(row) for row in rows if isinstance(row, Preference)]
     train, test = sides
-    most, found = max(map(len, train.values())), {}
-    counts = [seen]
-    while counts[-1] < most:
-        counts.append(2 * counts[-1])
-    for count in counts:
-        draw = random.Random(spec.seed)
-        some = {
-            name: drawn(pairs, count, local.batch_by == "prompt", draw)
-            for name, pairs in train.items()
-        }
+    draw, by_prompt, found = random.Random(spec.seed), local.batch_by == "prompt", {}
+    few = {name: drawn(pairs, seen, by_prompt, draw) for name, pairs in train.items()}
+    for count, some in ((str(seen), few), ("all", train)):
         features = words.differences(some, test)
         ranked = margins(
             {
@@ -97,6 +90,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="*", type=Path, help="run directories of one set")
+    parser.add_argument(
+        "--settings", nargs="*", default=[], help="of the shipped set, such as rounds=4"
+    )
     parser.add_argument("--quick", action="store_true", help="one seed")
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
@@ -104,19 +100,19 @@ def main() -> None:
         specs = [Experiment.load(run / "config.yaml") for run in arguments.runs]
     else:
         seeds = range(1 if arguments.quick else 3)
+        settings = [*SHIPPED, *arguments.settings]
         specs = [
-            Experiment.load(CONFIG, [*SHIPPED, f"seed={k}", f"data.split_seed={k}"]) for k in seeds
+            Experiment.load(CONFIG, [*settings, f"seed={k}", f"data.split_seed={k}"]) for k in seeds
         ]
     all_runs = [accuracies(spec) for spec in specs]
     table, figures = Table("pairs of a client, at most", *KINDS.values(), box=MARKDOWN), {}
-    for count in sorted({count for run in all_runs for count, _ in run}):
-        runs = [run for run in all_runs if (count, "alone") in run]
+    for count in dict.fromkeys(count for count, _ in all_runs[0]):
         row = []
         for kind in KINDS:
-            mean, low, high = shown([run[count, kind] for run in runs])
+            mean, low, high = shown([run[count, kind] for run in all_runs])
             row.append(f"{mean:.1f} [{low:.1f}, {high:.1f}]")
             figures[f"words_{kind}_{count}_pairs"] = mean
-        table.add_row(str(count), *row)
+        table.add_row(count, *row)
     Console(width=100).print(table)
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
