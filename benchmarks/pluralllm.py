@@ -56,7 +56,10 @@ CONFIG = Path(__file__).resolve().parent.parent / "configs/pluralllm.yaml"
 SPILL = 100  # MB of clients' values in memory, where groups are many
 EVERY = 2  # rounds between two evaluations
 # configs/pluralllm-published.yaml
-PUBLISHED = "task.evaluate_on=all data.test_fraction=0.1 algorithm.local.max_grad_norm=1e9"
+PUBLISHED = (
+    "task.evaluate_on=all data.test_fraction=0.1 algorithm.local.max_grad_norm=1e9 "
+    "task.predictor.normalize=false"
+)
 WEIGHTS = "algorithm.weights=points federation.weighting=equal"
 LINES = {
     "federated, as published": f"{WEIGHTS} algorithm.local.num_cycles={{cycles}} {PUBLISHED}",
@@ -244,15 +247,21 @@ def between(federated: Line, pooled: Line) -> dict[str, float]:
 
 
 def others(
-    data: str, numbers: Sequence[int], rounds: int, output: Path, progress: Console
+    data: str,
+    numbers: Sequence[int],
+    rounds: int,
+    settings: Sequence[str],
+    output: Path,
+    progress: Console,
 ) -> dict[str, dict[str, Line]]:
     """Federated, pooled and alone on other opinions."""
     found = {}
-    for name, settings in OTHERS.items():
-        common = [setting.format(data=data) for setting in settings] + [
+    for name, of_set in OTHERS.items():
+        common = [setting.format(data=data) for setting in of_set] + [
             f"rounds={rounds}",
             "baselines=[]",
             "federation.newcomers=0",
+            *settings,
         ]
         variants = [
             "federated: ",
@@ -523,7 +532,7 @@ def main() -> None:
         "--settings",
         nargs="*",
         default=[],
-        help="of the lines of equal steps, such as task.predictor.normalize=true",
+        help="of the lines that are not as published, such as task.predictor.normalize=false",
     )
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=100)
@@ -573,7 +582,9 @@ def main() -> None:
             console.print(json.dumps(of_splits, indent=1))
             found |= of_splits
         if "others" in parts:
-            for name, of_set in others(arguments.data, numbers, rounds, output, progress).items():
+            more = arguments.settings
+            found_others = others(arguments.data, numbers, rounds, more, output, progress)
+            for name, of_set in found_others.items():
                 console.print(other_table(name, of_set))
     print(json.dumps(found, indent=1))
     if arguments.json:
