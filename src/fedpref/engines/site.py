@@ -257,6 +257,8 @@ class Site:
             raise RefusedError(f"{work!r} is no work that is done here to {purpose}")
         if round > hosted.rounds:
             raise RefusedError(f"round {round} is none of the {hosted.rounds} of the experiment")
+        if purpose == "init" and round:
+            raise RefusedError("clients begin before the first round")
         self._values.refuse_taken(clients, name)
         common = self._arguments(function, tensors, args, purpose)
         names = {
@@ -272,8 +274,6 @@ class Site:
             before = self._told[2] if self._told[:2] == (purpose, round) else ""
             plain = [arg["plain"] for arg in args if "plain" in arg]
             self._told = purpose, round, told_after(before, work, call, name, plain, tensors)
-        if purpose == "init" and round:
-            raise RefusedError("clients begin before the first round")
         is_alike = not any(names.values())
         if purpose == "init" and is_alike and len(clients) > MANY and self._privacy is None:
             return self._when_needed(function, common, clients, call, name)

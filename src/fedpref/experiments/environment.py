@@ -39,7 +39,7 @@ def described(model: Mapping[str, Any] = MappingProxyType({})) -> str:
     content = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
-        "platform": platform.platform(terse=True),
+        "platform": f"{platform.system()} {platform.machine()}",
         "processors": os.cpu_count(),
         "versions": versions,
         **({"model": dict(model)} if model else {}),
