@@ -23,6 +23,7 @@ from fedpref.numerics.metrics import ACCURACY
 from fedpref.numerics.topology import rho
 from fedpref.reports import charts
 from fedpref.reports import method_charts as methods
+from fedpref.reports.figures import draw_lines
 from fedpref.reports.page import page, sections, told_apart, write_report
 from fedpref.reports.page.sentences import cards, words
 from fedpref.reports.page.tables import client_rows, newcomer_rows
@@ -540,3 +541,13 @@ def test_a_run_ends_with_its_page(settings: dict[str, Any], tmp_path: Path) -> N
     assert ran.exit_code == 0, ran.output
     assert f"report: {tmp_path}/run/report.html" in ran.output
     assert (tmp_path / "run/report.html").read_text().startswith("<!DOCTYPE html>")
+
+
+def test_names_at_the_ends_of_lines_are_drawn_too() -> None:
+    figures = pytest.importorskip("matplotlib.figure")
+    names = {"type": "scatter", "mode": "text", "x": [1], "y": [2.0], "text": ["clinic"]}
+    data = [charts.lined("mean", [0, 1], [1.0, 2.0], 0), names]
+    axes = figures.Figure().subplots()
+    draw_lines(charts.Chart("Held-out", "", data, charts.axes("round", "accuracy")), axes)
+    assert [text.get_text() for text in axes.texts] == ["clinic"]
+    assert len(axes.lines) == 1

@@ -92,11 +92,21 @@ def _title(chart: Chart, axis: str) -> str:
 
 
 def draw_lines(chart: Chart, axes: Any) -> None:
-    """Draw a chart's lines and bands."""
+    """Draw a chart's lines and bands, and names beside their ends."""
     low: Sequence[float] = ()
     for trace in chart.data:
         line = trace.get("line", {})
-        if "fill" in trace:
+        if trace.get("mode") == "text":
+            for x, y, name in zip(trace["x"], trace["y"], trace["text"], strict=True):
+                axes.annotate(
+                    _plain(name),
+                    (x, y),
+                    (3, 0),
+                    textcoords="offset points",
+                    va="center",
+                    fontsize=5,
+                )
+        elif "fill" in trace:
             # with its share of opacity, in the last two digits
             axes.fill_between(trace["x"], trace["y"], low, color=trace["fillcolor"], linewidth=0)
         elif line.get("width") == 0:
