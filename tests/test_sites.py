@@ -832,6 +832,12 @@ def long(client: Client) -> Tree:
     return {"x": torch.ones(400 + client.id, 400)}
 
 
+@work("test_sites.same", sends=(0,))
+def same(client: Client, sent: Tree) -> Tree:
+    """What was sent."""
+    return sent
+
+
 BEGAN: list[int] = []
 
 
@@ -921,6 +927,11 @@ def test_sums_of_many_forms_have_a_bound(content: dict[str, Any], tmp_path: Path
     engine.begin(0, engine.clients)
     assert engine.mean(engine.each(long))["x"].shape == (400, 400)
     assert set(engine.left_out.values()) == {"there is no room for a sum of its form"}
+    # whatever a message may weigh, what was sent may come back
+    engine.begin(1, engine.clients)
+    large = {"x": torch.ones(600, 600)}
+    assert engine.mean(engine.each(same, large))["x"].shape == (600, 600)
+    assert not engine.left_out
 
 
 def test_values_that_are_made_later_take_the_room_of_what_they_need() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -327,7 +328,7 @@ class RemoteEngine:
                 form = shape(message)
                 # a few numbers may stand for many, and each form has a sum of its own
                 held = sum(map(trees.size, (*sums.values(), message)))
-                if form not in sums and held > self._sites.patience.max_message_mb * 10**6:
+                if form not in sums and held > self._room_for_sums:
                     self._leave_out({i: "there is no room for a sum of its form"})
                     continue
                 forms[i] = form
@@ -438,6 +439,15 @@ class RemoteEngine:
             return counts[one], alike, sum(name in self._sent for name, *_ in one)
 
         return max(counts, key=rank)
+
+    @property
+    def _room_for_sums(self) -> int:
+        """Bytes of sums of all forms: those of a message, or eight for each number that was sent.
+
+        What came compressed may be larger than a message may be.
+        """
+        sent = sum(math.prod(size) for _, size in self._sent.values())
+        return max(self._sites.patience.max_message_mb * 10**6, 8 * sent)
 
     def _other_type(self, message: Tree) -> str:
         """Return why a message is of other numbers than what was sent; empty if it is not."""
