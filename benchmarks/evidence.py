@@ -159,7 +159,7 @@ def small(folder: Path, data: Path | None) -> tuple[list[Path], list[Path], list
         answers = "{prompts: 2, max_completion_length: 12, rewards: {taste: {name: taste}}}"
         more = (f"task.generation={answers}", "task.samples=0", f"algorithm.name={OURS}")
         run("-m", "fedpref", "run", "feddpo", "--output", str(tasted), *few, *more, "baselines=[]")
-        short = ("task.evaluation_prompts=8", "task.sampling.max_completion_length=12")
+        short = ("task.evaluation_prompts=32", "task.sampling.max_completion_length=12")
         parts = ("--parts", "shipped", "--fewer", "--settings", *short)
         run(str(HERE / "firm.py"), "--quick", *parts, "--json", str(files[1]))
         benches = [bench]

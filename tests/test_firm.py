@@ -386,6 +386,29 @@ def test_a_groups_reward_compares_answers_to_one_prompt(dialogue: dict[str, Any]
             assert parsed(dialogue).task.answers_together == 3  # type: ignore[union-attr]
 
 
+def test_the_trunk_of_drawn_answers_is_computed_once(
+    dialogue: dict[str, Any], tmp_path: Path
+) -> None:
+    found = {}
+    dialogue["task"]["estimator"] = {"name": "rloo"}
+    for where in ("none", "memory"):
+        dialogue["task"]["model"] |= {"lora_layers_to_transform": "last-1", "trunk_states": where}
+        spec = parsed(dialogue)
+        task: Any = spec.build_task()
+        shard = task.prepare(task.encode(spec.clients()[0][0]), tmp_path)
+        calls: list[int] = []
+        first = next(inner for name, inner in task.language.trunk.layers[0].named_modules() if name)
+        params = {name: t + 0.05 for name, t in task.init(seeds.generator(0, "init")).items()}
+        drawn = task.draw(params, params, shard, BatchSize(3), seeds.generator(0, "draw"))
+        first.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        theta = {name: tensor.clone().requires_grad_() for name, tensor in params.items()}
+        slopes = jacobian(task.losses(theta, drawn)[0], theta)
+        found[where] = len(calls), slopes.tolist(), task.evaluate(params, shard)
+    (often, *expected), (seldom, *same) = found["none"], found["memory"]
+    assert (often, seldom) == (1, 0)  # the reference's scores had the states already
+    assert same == expected
+
+
 def test_long_prompts_leave_room_for_answers(dialogue: dict[str, Any]) -> None:
     dialogue["task"] |= {
         "max_length": 20,

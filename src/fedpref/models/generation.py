@@ -251,8 +251,8 @@ def _next(
     model = language.model.get_base_model()
     hook = model.get_output_embeddings().register_forward_pre_hook(
         # the head sees the last token alone, for logits of whole prompts would be the largest
-        # tensor of all
-        lambda _, inputs: (inputs[0][:, -1:],)
+        # tensor of all; of a view its product would copy the head for each prompt
+        lambda _, inputs: (inputs[0][:, -1:].contiguous(),)
     )
     try:
         call = {

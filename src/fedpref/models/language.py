@@ -335,6 +335,12 @@ class LanguageModel:
                 folder / f"{self.fingerprint}-{len(self.trunk.layers)}{SUFFIX}"
             )
 
+    def passing(self) -> States:
+        """Return a place for states of the trunk of rows that come again soon, as drawn answers do;
+        they are gone with it.
+        """
+        return States(self.settings.trunk_limit_mb * 10**6)
+
     def init(self, rng: torch.Generator) -> Tree:
         """Return a fresh adapter in float32 on the CPU, drawn as PEFT does.
 
@@ -401,7 +407,7 @@ class LanguageModel:
             reward [A] if the parameters have a reward head.
         """
         states, layout, own, logits = self._states(
-            params, rows, training, is_given=True, units=units
+            params, rows, training, kept=self.states, units=units
         )
         if logits is None:
             return self._answers(states, layout, own)
@@ -442,13 +448,21 @@ class LanguageModel:
         *,
         training: bool = False,
         temperature: float = 1.0,
+        kept: States | None = None,
     ) -> tuple[Float[Tensor, " n"], Float[Tensor, "n D"]]:
         """Return each answer token's log-probability [n], and the hidden state that predicts it [n,
         D].
 
         Tokens stand answer after answer; own parts are not used.
+
+        Args:
+            params: An adapter; None for the backbone.
+            rows: Prompts' tokens, each with its answers' tokens.
+            training: Draw the adapter's dropout.
+            temperature: What logits are divided by.
+            kept: The rows' states at the trunk's end, as `passing` gives them.
         """
-        states, layout, _, logits = self._states(params, rows, training)
+        states, layout, _, logits = self._states(params, rows, training, kept=kept)
         hidden = states.flatten(0, 1).index_select(0, layout.scored)
         if logits is not None:
             return -nn.functional.cross_entropy(
@@ -465,7 +479,7 @@ class LanguageModel:
         rows: Sequence[Row],
         training: bool,
         *,
-        is_given: bool = False,
+        kept: States | None = None,
         units: Sequence[int] = (),
     ) -> tuple[Float[Tensor, "R T D"], Layout, Tree, Float[Tensor, "1 n V"] | None]:
         """Run the model.
@@ -474,7 +488,7 @@ class LanguageModel:
             params: An adapter and own parts; None for the backbone.
             rows: Prompts' tokens, each with its answers' tokens.
             training: Draw the adapter's dropout.
-            is_given: These rows come again, so that their states at the trunk's end are kept.
+            kept: Where the rows' states at the trunk's end are, for rows that come again.
             units: Of how many rows each unit is, whose gradients come apart; of none, nobody's.
 
         Returns:
@@ -489,18 +503,19 @@ class LanguageModel:
         )
         own = {name: tensor for name, tensor in cast.items() if name in NAMES}
         groups = self._groups(rows)
-        is_given = is_given and self.trunk.works and (groups is None or len(groups) == 1)
+        if not self.trunk.works or (groups is not None and len(groups) > 1):
+            kept = None
         if self.packs and groups is None:
             with suppress(PackingError):  # a window of attention that is shorter than these rows
                 layout = Layout.packed(rows, self.device)
                 with (
-                    self._standing(rows, layout, Layout.packed) if is_given else nullcontext(),
+                    self._standing(kept, rows, layout, Layout.packed),
                     _apart(rows, layout, units),
                 ):
                     return self._packed(adapter, layout, training), layout, own, None
         layout = Layout.padded(rows, self.device)
         with (
-            self._standing(rows, layout, Layout.padded) if is_given else nullcontext(),
+            self._standing(kept, rows, layout, Layout.padded),
             _apart(rows, layout, units),
         ):
             states, logits = self.run(
@@ -558,9 +573,15 @@ class LanguageModel:
             return self.run(adapter, layout, layout.scored[:0])[0]
 
     def _standing(
-        self, rows: Sequence[Row], layout: Layout, form: Callable[..., Layout]
+        self,
+        kept: States | None,
+        rows: Sequence[Row],
+        layout: Layout,
+        form: Callable[..., Layout],
     ) -> AbstractContextManager[None]:
         """Let states stand for the trunk, within a `with`; those that are not kept are computed."""
+        if kept is None:
+            return nullcontext()
 
         @torch.no_grad()
         def ends(some: Sequence[Row]) -> tuple[Float[Tensor, "R T D"], Layout]:
@@ -569,7 +590,7 @@ class LanguageModel:
                 return self.trunk.ends(lambda: self._packed({}, where)), where
             return self.trunk.ends(lambda: self.run({}, where, where.scored[:0])), where
 
-        return self.trunk.standing(self.states.of(rows, layout, self.dtype, ends))
+        return self.trunk.standing(kept.of(rows, layout, self.dtype, ends))
 
     def _groups(self, rows: Sequence[Row]) -> list[list[int]] | None:
         """Return which answers are computed together, where not all can be; None where they can.
@@ -618,7 +639,7 @@ class LanguageModel:
         Args:
             rows: Prompts' tokens, each with its answers' tokens.
         """
-        states, layout, _, _ = self._states(None, rows, training=False, is_given=True)
+        states, layout, _, _ = self._states(None, rows, training=False, kept=self.states)
         return _means(states.flatten(0, 1), layout, {})
 
     def run(

@@ -20,6 +20,7 @@ from fedpref.losses.policy import GRPO, PPO, RLOO, Sampled, surrogate
 from fedpref.models.generation import OwnSampling, Sampling, generate
 from fedpref.models.own_parts import Parts
 from fedpref.models.packed import Row as Packed
+from fedpref.models.trunk import States
 from fedpref.numerics import seeds, trees
 from fedpref.numerics.metrics import REWARD
 from fedpref.numerics.trees import Tree
@@ -161,6 +162,8 @@ class Rollouts:
     rows: Sequence[Packed]
     rewards: Float[Tensor, "M A"]
     reference: Float[Tensor, " n"]
+    kept: States
+    """Of the rows, at the end of the frozen trunk, if there is one."""
     sampled: Sampled | None = None
     advantages: list[Float[Tensor, " n"]] = field(default_factory=list)
     """Of each objective."""
@@ -292,9 +295,10 @@ class DialogueLearner(LanguageLearner):
         texts, ends = self.texts(asked, answers), [0, *accumulate(judged or [len(prompts)])]
         parts = [slice(a * samples, b * samples) for a, b in pairwise(ends)]
         rewards = torch.cat([self.judge(asked[part], texts[part]) for part in parts], 1)
+        kept = self.language.passing()
         with torch.no_grad():
-            reference = self._tokens(None, rows)[0]
-        return Rollouts(rows, rewards.to(self.device), reference)
+            reference = self._tokens(None, rows, kept)[0]
+        return Rollouts(rows, rewards.to(self.device), reference, kept)
 
     def units(self, shard: DialogueShard, unit: Unit) -> list[int]:
         """Return which unit each training prompt belongs to; see `Task.units`."""
@@ -335,6 +339,7 @@ class DialogueLearner(LanguageLearner):
                     drawn.rows[k : k + 1],
                     drawn.rewards[:, k * samples : (k + 1) * samples],
                     drawn.reference[ends[k] : ends[k + 1]],
+                    drawn.kept,
                 )
                 losses, _ = self.losses({**params, **leaves}, one)
                 for m, loss in enumerate(losses):
@@ -380,7 +385,7 @@ class DialogueLearner(LanguageLearner):
     ) -> tuple[Float[Tensor, " M"], Mapping[str, float]]:
         """Return each objective's surrogate, with its critic's squared error where there is one."""
         estimator = self.settings.estimator
-        tokens, hidden = self._tokens(self._policy(params), batch.rows, training=True)
+        tokens, hidden = self._tokens(self._policy(params), batch.rows, batch.kept, training=True)
         critics = (
             [params[CRITIC + name] for name in self.objectives] if estimator.needs_critic else []
         )
@@ -470,7 +475,8 @@ class DialogueLearner(LanguageLearner):
         texts = self.texts(asked, answers)
         rewards = self.judge(asked, texts).mean(1).tolist()
         rows = [(prompt.tokens, (answer,)) for prompt, answer in zip(asked, answers, strict=True)]
-        apart = self._tokens(policy, rows)[0] - self._tokens(None, rows)[0]
+        kept = self.language.passing()
+        apart = self._tokens(policy, rows, kept)[0] - self._tokens(None, rows, kept)[0]
         said = [plain(text) for text in texts]
         stops = set(self.language.stops)
         return {
@@ -526,10 +532,16 @@ class DialogueLearner(LanguageLearner):
         return {name: tensor for name, tensor in params.items() if not name.startswith(CRITIC)}
 
     def _tokens(
-        self, params: Tree | None, rows: Sequence[Packed], *, training: bool = False
+        self,
+        params: Tree | None,
+        rows: Sequence[Packed],
+        kept: States,
+        *,
+        training: bool = False,
     ) -> tuple[Tensor, Tensor]:
+        temperature = self.settings.sampling.temperature
         return self.language.tokens(
-            params, rows, training=training, temperature=self.settings.sampling.temperature
+            params, rows, training=training, temperature=temperature, kept=kept
         )
 
     def export(self, params: Tree, folder: Path) -> None:
