@@ -27,6 +27,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -251,7 +252,8 @@ def steps(rounds: int) -> dict[str, float]:
     rng = torch.Generator().manual_seed(1)
     moved = {n: t + 0.02 * torch.randn(t.shape, generator=rng) for n, t in theta.items()}
     units = [[i] for i in range(PAIRS)]
-    (together,) = task.gradients_apart(moved, moved, shard, units, PAIRS, list(moved), rng)
+    draws = partial(seeds.generator, 1)
+    (together,) = task.gradients_apart(moved, moved, shard, units, PAIRS, list(moved), draws)
     worst = 0.0
     for i in range(PAIRS):
         leaves = {name: tensor.clone().requires_grad_() for name, tensor in moved.items()}

@@ -235,6 +235,16 @@ def test_every_set_and_method_of_a_suite_is_an_experiment(name: str, tmp_path: P
             assert replace(spec, baselines=suite.free).baselines == suite.free
 
 
+def test_what_pools_data_sees_as_many_pairs_as_all_clients(study: Study, tmp_path: Path) -> None:
+    more = "pooled: algorithm.local.gradient_accumulation_steps=5"
+    for methods, batches in ((("feddpo", "pooled"), 4), (("feddpo", more), 5)):
+        own = Study(replace(study.suite, methods=methods), tmp_path / "study")
+        (data,) = own.suite.sets
+        (first, *_) = own.trials(data, "pooled", 0).values()
+        assert len(first.clients()[0]) == 4
+        assert first.algorithm.local.gradient_accumulation_steps == batches
+
+
 def test_the_board_in_the_documents_is_that_of_the_files_beside_it() -> None:
     files = sorted((DOCS / "benchmark").glob("*.json"))
     assert files

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,14 @@ from conftest import make_rows, write_rows
 from fedpref import Experiment, UserError, cli, config, run
 from fedpref.algorithms import FIRM, FSMGDA, FedCMOO, FedDPO, Scalarized
 from fedpref.engines import Simulation
+from fedpref.engines.forks import forked
 from fedpref.engines.per_client import stored
+from fedpref.engines.workers import can_fork
 from fedpref.experiments.run_directory import RunDirectory
 from fedpref.experiments.run_files import EVALUATION, METRICS
-from fedpref.federation.local_training import LocalTraining
+from fedpref.federation.local_training import LocalTraining, train_locally
 from fedpref.federation.objectives import Objectives, jacobian, of_last_layers, preferred
+from fedpref.federation.verbs import Client, in_turn
 from fedpref.numerics import seeds, trees
 from fedpref.numerics.min_norm import MinNorm
 from fedpref.numerics.trees import Tree
@@ -465,6 +469,26 @@ def test_answers_can_be_followed_several_times(dialogue: dict[str, Any], tmp_pat
     dialogue["algorithm"]["local"] |= {"steps": 4, "num_iterations": 4, "learning_rate": 0.05}
     rows = RunDirectory(run(parsed(dialogue), tmp_path / "run").path).read_rows(METRICS)
     assert any(abs(row["ratio"] - 1) > 1e-6 for row in rows)
+
+
+@pytest.mark.skipif(not can_fork(), reason="batches of a client are shared out by forks")
+def test_answers_that_are_followed_again_are_those_of_the_policy_that_drew_them(
+    dialogue: dict[str, Any], tmp_path: Path
+) -> None:
+    dialogue["task"]["estimator"] = {"name": "grpo"}
+    spec = parsed(dialogue)
+    task: Any = spec.build_task()
+    shard = task.prepare(task.encode(spec.clients()[0][0]), tmp_path)
+    again = replace(LOCAL, steps=4, num_iterations=2, gradient_accumulation_steps=2)
+    found = []
+    for spread in (in_turn, partial(forked, 2)):
+        rng = seeds.generator(0, "again")
+        client = Client(0, task, shard, rng, 0, 1, spread=spread)
+        start = task.init(seeds.generator(0, "init"))
+        found.append(train_locally(client, start, again, {}))
+    (expected, _, told), (theta, _, metrics) = found
+    assert metrics == told
+    assert all(torch.equal(theta[name], tensor) for name, tensor in expected.items())
 
 
 def test_critics_are_trained_and_stay_where_they_are(

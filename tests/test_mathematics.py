@@ -258,6 +258,9 @@ def test_reports_are_weighted_means_and_counts_are_sums() -> None:
     assert weighted_report(reports, {0: 2.0, 3: 1.0}) == pytest.approx(
         {"loss": 2.0, "num_pairs": 6.0}
     )
+    # who tells nothing is not taken for a zero
+    reports[3] = {"age": 2.0}
+    assert weighted_report(reports, {0: 2.0, 3: 1.0}) == {"loss": 1.0, "num_pairs": 4.0, "age": 2.0}
 
 
 def test_learning_rates_warm_up_and_decay_over_the_run() -> None:

@@ -103,6 +103,19 @@ def test_dittos_own_adapter_follows_its_loss_and_the_pull_of_the_shared_one() ->
     assert [of(state.own, i, "x") for i in (0, 1)] == pytest.approx(own, rel=1e-5)
 
 
+def test_ditto_counts_what_both_adapters_are_trained_on() -> None:
+    class Counting(Bowls):
+        def losses(self, params: Tree, batch: Bowl) -> tuple[Tensor, Mapping[str, float]]:
+            return super().losses(params, batch)[0], {"num_pairs": 1.0}
+
+    shards = [Bowl(str(i), *numbers) for i, numbers in enumerate(CLIENTS)]
+    engine = Simulation(Counting(), shards, seed=0, rounds=1)
+    engine.begin(0, engine.clients)
+    method = Ditto(local=PLAIN, personal=replace(PLAIN, steps=2))
+    _, told = method.step(engine, method.init(engine, {"x": torch.zeros(2)}))
+    assert told["num_pairs"] == len(CLIENTS) * (PLAIN.steps + 2)
+
+
 def test_dittos_own_adapter_may_be_trained_otherwise() -> None:
     personal = replace(PLAIN, steps=2)
     state = driven(Ditto(local=PLAIN, strength=0.0, personal=personal), Bowls(), 1)

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from fedpref.tasks.batches import chance_of, numbered_by
 from fedpref.tasks.task import Apart
 
 KEY = bytes(range(32))
+DRAWS = partial(seeds.generator, 0)  # random numbers by address, as a secret's
 SLOW = pytest.mark.slow
 Settings = dict[str, Any]
 
@@ -92,8 +94,7 @@ def apart(
     """Each unit's gradient of all names, one vector each."""
     found = []
     names = sorted(wanted or theta)
-    rng = torch.Generator().manual_seed(0)
-    for part in task.gradients_apart(theta, theta, shard, units, 8, names, rng):
+    for part in task.gradients_apart(theta, theta, shard, units, 8, names, DRAWS):
         flat = torch.cat([part.gradients[name].flatten(1) for name in names], 1)
         found += list(flat)
     return found
@@ -132,6 +133,9 @@ def test_gradients_of_examples_are_those_of_batches_of_one(
         task.language.packs = False
     assert task.language.has_apart == (form != "dropout"), "one pass where it can be"
     units = [[0], [3], [5], [1]]
+    if form == "dropout":  # of a unit it is the unit's own, whatever is beside it
+        (*_, beside), (alone,) = (apart(task, shards[0], theta, some) for some in (units, [[1]]))
+        assert torch.equal(beside, alone)
     for module in task.language.model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0  # which two passes would draw otherwise
@@ -201,8 +205,7 @@ def test_an_own_adapter_and_an_own_head_have_gradients_apart_too(
 
 
 def gradient(task: Any, shard: Any, theta: Tree, steps: PrivateSteps) -> Tensor:
-    rng = torch.Generator().manual_seed(0)
-    found: Tensor = steps.gradient(task, shard, theta, theta, sorted(theta), rng)
+    found: Tensor = steps.gradient(task, shard, theta, theta, sorted(theta))
     return found
 
 
@@ -223,9 +226,8 @@ def test_one_unit_moves_a_sum_by_at_most_the_clip(
         for i, number in enumerate(task.units(some, unit)):
             members.setdefault(number, []).append(i)
         total = torch.zeros(1, sum(t.numel() for t in theta.values()), dtype=torch.float64)
-        rng = torch.Generator().manual_seed(0)
         for part in task.gradients_apart(
-            theta, theta, some, list(members.values()), 8, sorted(theta), rng
+            theta, theta, some, list(members.values()), 8, sorted(theta), DRAWS
         ):
             add_clipped(total, part, sorted(theta), clip)
         return total
@@ -536,11 +538,13 @@ def test_prompts_whose_answers_are_drawn_are_units(
     work, shards, theta = at_work(spec)
     assert work.units(shards[0], "prompt") == list(range(len(shards[0])))
     assert len(set(work.units(shards[0], Column(column="annotator")))) > 1
-    rng = torch.Generator().manual_seed(0)
     names = sorted(theta)
-    (first, *_) = work.gradients_apart(theta, theta, shards[0], [[0], [1, 2]], 3, names, rng)
+    first, second = work.gradients_apart(theta, theta, shards[0], [[0], [1, 2]], 3, names, DRAWS)
     assert list(first.objectives) == [0, 1]
     assert all(len(first.gradients[name]) == 2 for name in names)
+    # whoever else is in the batch, a unit's answers are those that it has alone
+    (alone,) = work.gradients_apart(theta, theta, shards[0], [[1, 2]], 3, names, DRAWS)
+    assert all(torch.equal(alone.gradients[name], second.gradients[name]) for name in names)
     other = {**task, "estimator": {"name": "ppo"}}
     with pytest.raises(UserError, match="critics are trained on raw rewards"):
         spec_of(settings, rows, task=other, algorithm=algorithm, privacy=privacy)
@@ -585,9 +589,15 @@ def test_questions_of_a_predictor_are_units_of_disjoint_tasks(tiny: Path, tmp_pa
     assert chance == chance_of(len(shard), 12)
     names = sorted(theta)
     units = [[i] for i in range(len(shard))]
-    rng = torch.Generator().manual_seed(0)
-    parts = list(task.gradients_apart(theta, theta, shard, units, 3, names, rng))
+    parts = list(task.gradients_apart(theta, theta, shard, units, 3, names, DRAWS))
     assert 1 < len(parts) <= 3
+    # a question that is not there changes the gradient of its task alone
+    fewer = list(task.gradients_apart(theta, theta, shard, units[1:], 3, names, DRAWS))
+    same = [
+        any(all(torch.equal(one.gradients[n], two.gradients[n]) for n in names) for two in fewer)
+        for one in parts
+    ]
+    assert same.count(False) == 1
     wrong = {**content, "privacy": {"unit": "example", "noise_multiplier": 1.0}}
     with pytest.raises(UserError, match="cannot tell one example from another"):
         config.parse(Experiment, wrong, "test")

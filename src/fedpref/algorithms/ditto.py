@@ -36,14 +36,14 @@ def train_near(
 
 def near(
     client: Client, adapter: Tree, own: Tree, kept: Tree, personal: LocalTraining, strength: float
-) -> tuple[Tree, Tree]:
-    """Return the own adapter after its steps, and the client's place in its data."""
+) -> tuple[Tree, Tree, Mapping[str, float]]:
+    """Return the own adapter after its steps, the client's place in its data, and metrics."""
     pull = pull_towards(adapter, strength, client)
     # the shared adapter never sees it
-    theta, kept, _ = train_locally(
+    theta, kept, metrics = train_locally(
         client, own, personal, place(kept), pull, leaves=False, feeds=False
     )
-    return theta, place(kept)
+    return theta, place(kept), metrics
 
 
 @work("ditto.train", keeps={1: "own", 2: "moments"}, reads=("own", "moments"))
@@ -54,9 +54,15 @@ def train(
     received, fixed = method.aggregate.received(client, adapter)
     theta, moments, metrics = train_locally(client, received, method.local, moments, fixed=fixed)
     personal = method.personal or method.local
-    own, seen = near(client, adapter, own, moments, personal, method.strength)
+    own, seen, beside = near(client, adapter, own, moments, personal, method.strength)
     message = method.aggregate.message(client, received, theta)
-    return message, own, {**moments, **seen}, metrics
+    # it has seen what both are trained on; of a private step nothing is counted
+    counts = {
+        name: value + beside[name]
+        for name, value in metrics.items()
+        if name.startswith("num_") and name in beside
+    }
+    return message, own, {**moments, **seen}, {**metrics, **counts}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +71,8 @@ class Ditto(Algorithm[PersonalState]):
 
     Shared: an adapter that no client uses. Private: pairs, each client's own adapter, which it
     does use. Averaged: the shared adapter's LoRA factors. `strength` is the paper's lambda; the
-    own adapter's optimiser starts afresh each round. The own adapter is held factor by factor, so
+    own adapter's optimiser starts afresh each round. Each of the two takes the local steps, so that
+    a client sees twice the pairs of FedDPO's. The own adapter is held factor by factor, so
     factors must keep their meaning over rounds: `aggregate: product` is not for it.
     """
 

@@ -21,7 +21,9 @@ class Pooled(Algorithm[AdapterState]):
 
     Each client evaluates it on its own held-out data. Shared: everything. The experiment hands all
     training data to the first client, the only one that trains, and FedDPO's program averages over
-    one. Across sites this baseline does not exist.
+    one. As a baseline, and in `fedpref bench`, its steps accumulate a batch for each client of the
+    cohort, so that it sees as many pairs; as an algorithm it does what `local` says. Across sites
+    it does not exist.
     """
 
     name: Literal["pooled"] = "pooled"

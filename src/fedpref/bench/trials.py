@@ -11,7 +11,7 @@ from pathlib import Path
 from fedpref.bench.costs import Cost, duration, expected, processor_seconds
 from fedpref.bench.suites import DataSet, Suite
 from fedpref.errors import UserError
-from fedpref.experiments.experiment import Experiment
+from fedpref.experiments.experiment import Experiment, batches_of_pooled
 from fedpref.numerics import files
 from fedpref.runs.sweep import (
     Variant,
@@ -31,6 +31,7 @@ from fedpref.runs.sweep import (
 TRIALS = "trials"
 COSTS = "costs.json"  # in a set's folder
 RATE = "algorithm.local.learning_rate"
+ACCUMULATED = "algorithm.local.gradient_accumulation_steps"
 
 
 @dataclass(frozen=True)
@@ -57,16 +58,22 @@ class Study:
     def trials(self, data: DataSet, method: str, seed: int) -> Mapping[Path, Experiment]:
         """Return the trials of a method: every rate, on the seed's validation prompts."""
         spec = self._experiment(data, method)
-        variants = with_grid([self._variant(method)], [self._grid])
+        variants = with_grid([self._variant(data, method)], [self._grid])
         where = [*self._settings(data), *selecting(spec, self.suite.metric)]
         return plan(Path(data.config), variants, [seed], where, self._trials(data, method, seed))
 
     def _experiment(self, data: DataSet, method: str) -> Experiment:
-        _, own = self._variant(method)
+        _, own = self._variant(data, method)
         return Experiment.load(Path(data.config), [*self._settings(data), *own])
 
-    def _variant(self, method: str) -> Variant:
-        return parse_variant(self.suite.methods[self.methods.index(method)])
+    def _variant(self, data: DataSet, method: str) -> Variant:
+        """Return a method with its overrides; one that pools data sees as much as all clients."""
+        name, own = parse_variant(self.suite.methods[self.methods.index(method)])
+        spec = Experiment.load(Path(data.config), [*self._settings(data), *own])
+        if spec.algorithm.pools_data and not any(text.startswith(ACCUMULATED) for text in own):
+            batches = batches_of_pooled(spec, len(spec.clients()[0]))
+            own = [*own, f"{ACCUMULATED}={batches}"]
+        return name, own
 
     def _settings(self, data: DataSet) -> list[str]:
         return [*data.overrides(self.data), *self.overrides]

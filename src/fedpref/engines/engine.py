@@ -256,13 +256,17 @@ def share_of(
 def weighted_report(
     reports: Mapping[int, Mapping[str, float]], weights: Mapping[int, float]
 ) -> Mapping[str, float]:
-    """Return scalars over clients: weighted means, and sums of those named `num_`."""
-    total = sum(weights[client] for client in reports)
+    """Return scalars over the clients that tell them: weighted means, and sums of those named
+    `num_`.
+    """
     result: dict[str, float] = {}
-    for client, metrics in reports.items():
-        for name, value in metrics.items():
-            factor = 1.0 if name.startswith("num_") else weights[client] / total
-            result[name] = result.get(name, 0.0) + factor * value
+    for name in dict.fromkeys(name for metrics in reports.values() for name in metrics):
+        told = {client: metrics[name] for client, metrics in reports.items() if name in metrics}
+        is_sum = name.startswith("num_")
+        total = 1.0 if is_sum else sum(weights[client] for client in told)
+        result[name] = sum(
+            (1.0 if is_sum else weights[client] / total) * value for client, value in told.items()
+        )
     return result
 
 

@@ -530,8 +530,6 @@ def lines(experiment: Experiment, clients: int) -> dict[str, tuple[str, Experime
     """
     planned: dict[str, tuple[str, Experiment]] = {experiment.algorithm.name: ("", experiment)}
     federation = experiment.federation
-    clients -= federation.num_newcomers
-    cohort = min(federation.clients_per_round or clients, clients)
     everybody = replace(
         federation,
         clients_per_round=None,
@@ -546,7 +544,7 @@ def lines(experiment: Experiment, clients: int) -> dict[str, tuple[str, Experime
     )
     together = replace(federation, concurrency=None)  # who wait for one another
     for name in experiment.baselines:
-        algorithm = _baseline(experiment, name, cohort)
+        algorithm = _baseline(experiment, name, clients)
         line_federation = together if name in FEDERATED else everybody
         if algorithm is not None and name != experiment.algorithm.name:
             line = replace(
@@ -564,19 +562,33 @@ def lines(experiment: Experiment, clients: int) -> dict[str, tuple[str, Experime
 FEDERATED = ("feddpo", "feddpo-reward")  # baselines in which cohorts take part
 
 
-def _baseline(experiment: Experiment, name: Baseline, cohort: int) -> AnyAlgorithm | None:
+def batches_of_pooled(experiment: Experiment, clients: int) -> int:
+    """Return how many batches a step of one model on all data accumulates, so that it sees as many
+    pairs as the cohort.
+
+    Args:
+        experiment: Whose cohort.
+        clients: How many clients there are, newcomers among them.
+    """
+    federation = experiment.federation
+    present = max(1, clients - federation.num_newcomers)
+    cohort = min(federation.clients_per_round or present, present)
+    return experiment.algorithm.local.gradient_accumulation_steps * cohort
+
+
+def _baseline(experiment: Experiment, name: Baseline, clients: int) -> AnyAlgorithm | None:
     """Return the algorithm of a baseline; None for one that costs nothing.
 
     Args:
         experiment: Whose baseline.
         name: Its name.
-        cohort: How many clients train in a round.
+        clients: How many clients there are.
 
     Raises:
         UserError: It is about parts of a client's own, and the algorithm has none.
     """
     algorithm, local = experiment.algorithm, experiment.algorithm.local
-    batches = local.gradient_accumulation_steps * cohort
+    batches = batches_of_pooled(experiment, clients)
     plain: dict[str, AnyAlgorithm] = {
         "alone": Alone(local=local),
         "feddpo": FedDPO(local=local),

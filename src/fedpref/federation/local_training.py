@@ -17,7 +17,7 @@ from fedpref.errors import UserError
 from fedpref.federation.objectives import Objectives
 from fedpref.federation.private_steps import PrivateSteps
 from fedpref.federation.verbs import Client, WithheldError, in_turn
-from fedpref.numerics import trees
+from fedpref.numerics import seeds, trees
 from fedpref.numerics.trees import Tree
 from fedpref.tasks.batches import BatchSize, Epochs
 from fedpref.types import Count, Fraction, NonNegative, Positive
@@ -124,11 +124,9 @@ def seeded_dropout(client: Client) -> Iterator[Callable[[int], None]]:
     Yields:
         A function that begins the stream of a batch, by its number, whichever process computes it.
     """
-    device = client.task.device
-    is_cuda = device.type == "cuda"
-    index = torch.cuda.current_device() if is_cuda and device.index is None else device.index
-    generator = torch.cuda.default_generators[index] if is_cuda else torch.default_generator
-    with torch.random.fork_rng(devices=[index] if is_cuda else []):
+    generator = seeds.of_device(client.task.device)
+    is_cuda = generator.device.type == "cuda"
+    with torch.random.fork_rng(devices=[generator.device.index] if is_cuda else []):
         # not torch.manual_seed, which keeps a traceback of every call for devices that are not in
         # use yet
         seed = int(torch.randint(2**62, (), generator=client.rng))
@@ -265,8 +263,10 @@ def train_locally(
             while len(drawn) < accumulated:
                 drawn.append(client.task.draw(params, received, client.shard, size, client.rng))
             batches = [partial(learn, step, number) for number in range(accumulated)]
-            # what objectives remember from one batch to the next must not be lost
-            learned = client.spread(batches) if objectives is None else in_turn(batches)
+            # what objectives remember from one batch to the next must not be lost, nor what a batch
+            # that is used again remembers of the policy that drew it
+            is_apart = objectives is None and settings.num_iterations == 1
+            learned = client.spread(batches) if is_apart else in_turn(batches)
             total: list[Tensor | None] = [None] * len(theta)
             for metrics, gradients in learned:
                 for name, value in metrics.items():
@@ -281,9 +281,9 @@ def train_locally(
         def learn_privately(step: int, private: PrivateSteps) -> None:
             """Let parameters have a noisy gradient; of a batch nothing else is told."""
             begin_batch(step)
-            noisy = private.gradient(
-                client.task, client.shard, params, received, list(theta), client.rng
-            ).to(device)
+            noisy = private.gradient(client.task, client.shard, params, received, list(theta)).to(
+                device
+            )
             flat = noisy.mean(0)
             weights: list[float] = []
             if objectives is not None and len(noisy) > 1:

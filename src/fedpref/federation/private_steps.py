@@ -69,7 +69,6 @@ class PrivateSteps:
         params: Tree,
         start: Tree,
         names: Sequence[str],
-        rng: torch.Generator,
     ) -> Float[Tensor, "M P"]:
         """Return the noisy gradient of each objective, all parameters in the order of `names`.
 
@@ -81,7 +80,6 @@ class PrivateSteps:
             params: The parameters as they are.
             start: Those that the round began with.
             names: Which of them are trained.
-            rng: Random numbers that no promise rests on.
         """
         _, expected = task.private_batch(shard, self._batch)
         total = torch.zeros(len(expected), sum(params[name].numel() for name in names))
@@ -91,7 +89,7 @@ class PrivateSteps:
         self._digest.update(trees.digest({name: params[name] for name in names}))
         if chosen := self._drawn(self._units):  # of an empty batch there is noise alone
             for apart in task.gradients_apart(
-                params, start, shard, chosen, self._batch, names, rng
+                params, start, shard, chosen, self._batch, names, self._draws
             ):
                 add_clipped(total, apart, names, self._clip)
         # what one unit can change, in itself and in what stands in its place
@@ -105,6 +103,11 @@ class PrivateSteps:
         words = self._words(len(units), f"batch/{self._steps}/{self._digest.hexdigest()}")
         most = self._guarantee.sampling_probability * 2**64
         return [unit for unit, word in zip(units, words.tolist(), strict=True) if word < most]
+
+    def _draws(self, address: str) -> torch.Generator:
+        """Return random numbers of a unit in this step, such as its answers: the secret's too."""
+        words = self._words(1, f"draws/{self._steps}/{self._digest.hexdigest()}/{address}")
+        return torch.Generator().manual_seed(int(words[0]) >> 1)
 
     def _with_noise(self, total: Float[Tensor, " n"], most: float) -> Float[Tensor, " n"]:
         """Return a sum with noise, which another sum at the same place would not have.

@@ -20,10 +20,10 @@ class Explicit:
 
     P(chosen over rejected) = sigmoid(implicit + alpha explicit). The loss is the preference loss of
     that sum plus `gamma` times -log sigmoid(explicit), whose gradient reaches all that trains below
-    the head too. FedPDPO's parts are published, this combination is ours. If both were
-    fitted on the sum, the policy would learn only what the reward head does not explain. Therefore
-    the reward head is a constant in the sum, and learns from its own term, unless `stop_gradient`
-    is off.
+    the head too. FedPDPO's parts are published, this combination is ours. Either way the policy
+    learns what `alpha` times the head leaves of the margin, and the whole of it where `alpha` is 0.
+    The head is a constant in the sum, and learns from its own term, unless `stop_gradient` is off:
+    fitted on the sum too, it would learn what the policy leaves.
     """
 
     alpha: NonNegative = 0.5

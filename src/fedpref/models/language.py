@@ -114,8 +114,8 @@ class Model:
     trunk_states: Literal["file", "memory", "none"] = "file"
     """Where states at the end of the layers below the adapter are kept, once they are computed: in
     a file beside the run that only you can read and that goes when the run is over (at a site by
-    `fedpref clean`), in each process's memory, or nowhere. Answers that are drawn anew are not
-    kept."""
+    `fedpref clean`), in each process's memory, or nowhere. Of answers that are drawn and rewarded
+    they live as long as the batch."""
     cuda_graphs: bool = False
     """On a GPU in bfloat16, record a row's launches once for each of few sizes and replay them: a
     small model's steps are launches above all. Each recording is compared with what it recorded,

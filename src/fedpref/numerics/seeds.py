@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from hashlib import blake2b
 
 import torch
+
+Draws = Callable[[str], torch.Generator]
+"""draws(address): a CPU generator whose numbers hang on the address, not on what else is drawn."""
 
 
 def seed(root: int, purpose: str, *, round: int = 0, call: int = 0, client: int = -1) -> int:
@@ -26,3 +30,12 @@ def generator(
 ) -> torch.Generator:
     """Return a CPU generator seeded for an address; see `seed`."""
     return torch.Generator().manual_seed(seed(root, purpose, round=round, call=call, client=client))
+
+
+def of_device(device: torch.device) -> torch.Generator:
+    """Return what dropout draws from on a device."""
+    if device.type != "cuda":
+        return torch.default_generator
+    index = torch.cuda.current_device() if device.index is None else device.index
+    found: torch.Generator = torch.cuda.default_generators[index]
+    return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -207,15 +208,15 @@ class _Watched(PrivateSteps):
     _noise: Float[Tensor, " n"]
 
     def gradient(
-        self, task: Any, shard: Any, params: Tree, start: Tree, names: Sequence[str], rng: Any
+        self, task: Any, shard: Any, params: Tree, start: Tree, names: Sequence[str]
     ) -> Float[Tensor, "M P"]:
-        noisy = super().gradient(task, shard, params, start, names, rng)
+        noisy = super().gradient(task, shard, params, start, names)
         canaries, chance = self.watch.canaries, self.watch.guarantee.sampling_probability
         deviation = self.watch.guarantee.noise_multiplier * self._clip
-        rng = torch.Generator().manual_seed(0)
+        draws = partial(seeds.generator, 0)
         units = [[i] for i in range(len(canaries))]
         number = 0
-        for apart in task.gradients_apart(params, start, canaries, units, 1, names, rng):
+        for apart in task.gradients_apart(params, start, canaries, units, 1, names, draws):
             for k in range(len(apart.units)):
                 one = replace(
                     apart,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -268,16 +268,8 @@ class DialogueLearner(LanguageLearner):
         params: Tree,
         prompts: Sequence[Prompted],
         rng: torch.Generator,
-        judged: Sequence[int] = (),
     ) -> Rollouts:
-        """Return answers to prompts, by the policy as it is, with their rewards.
-
-        Args:
-            params: The policy.
-            prompts: What is answered.
-            rng: Random numbers.
-            judged: How many prompts are judged together, by themselves; all of them by default.
-        """
+        """Return answers to prompts, by the policy as it is, with their rewards."""
         samples = self.settings.num_generations
         answers = generate(
             self.language,
@@ -292,9 +284,7 @@ class DialogueLearner(LanguageLearner):
             for k, prompt in enumerate(prompts)
         ]
         asked = [prompt for prompt in prompts for _ in range(samples)]
-        texts, ends = self.texts(asked, answers), [0, *accumulate(judged or [len(prompts)])]
-        parts = [slice(a * samples, b * samples) for a, b in pairwise(ends)]
-        rewards = torch.cat([self.judge(asked[part], texts[part]) for part in parts], 1)
+        rewards = self.judge(asked, self.texts(asked, answers))
         kept = self.language.passing()
         with torch.no_grad():
             reference = self._tokens(None, rows, kept)[0]
@@ -318,23 +308,23 @@ class DialogueLearner(LanguageLearner):
         units: Sequence[Sequence[int]],
         batch: int,
         wanted: Collection[str],
-        rng: torch.Generator,
+        draws: seeds.Draws,
     ) -> Iterator[Apart]:
         """Yield units' gradients, one by one; see `Task.gradients_apart`.
 
-        Answers of all prompts are drawn together; each prompt's losses are of its own answers.
+        A unit's answers are drawn and rewarded by themselves: beside others' they would be padded,
+        and another token drawn now and then. Each prompt's losses are of its own answers.
         """
-        indices = [i for unit in units for i in unit]
-        # a reward may look at all that it is given, which must be the unit's own
-        apart = [len(unit) for unit in units]
-        drawn = self._rollouts(params, [shard.train[i] for i in indices], rng, apart)
-        samples, done = self.settings.num_generations, 0
+        samples = self.settings.num_generations
         leaves = {n: t.detach().requires_grad_() for n, t in trees.select(params, wanted).items()}
-        # of each answer's reference log-probabilities, where they end
-        ends = [0, *accumulate(sum(map(len, answers)) for _, answers in drawn.rows)]
         for unit in units:
+            rng = draws(f"unit/{unit[0]}")
+            self.begin_dropout(rng)
+            drawn = self._rollouts(params, [shard.train[i] for i in unit], rng)
+            # of each prompt's reference log-probabilities, where they end
+            ends = [0, *accumulate(sum(map(len, answers)) for _, answers in drawn.rows)]
             total = {n: t.new_zeros(len(self.objectives), *t.shape) for n, t in leaves.items()}
-            for k in range(done, done + len(unit)):
+            for k in range(len(unit)):
                 one = Rollouts(
                     drawn.rows[k : k + 1],
                     drawn.rewards[:, k * samples : (k + 1) * samples],
@@ -348,7 +338,6 @@ class DialogueLearner(LanguageLearner):
                     )
                     for name, gradient in zip(leaves, found, strict=True):
                         total[name][m] += gradient
-            done += len(unit)
             count = len(self.objectives)
             yield Apart(total, [0] * count, range(count))
 

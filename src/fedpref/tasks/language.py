@@ -18,6 +18,7 @@ from fedpref.models import devices
 from fedpref.models.language import LanguageModel, Model
 from fedpref.models.own_parts import Parts
 from fedpref.models.packed import scored_tokens
+from fedpref.numerics import seeds
 from fedpref.numerics.trees import Tree
 from fedpref.tasks.task import TaskSettings
 
@@ -109,6 +110,11 @@ class LanguageLearner(ABC):
 
     def move_to(self, worker: int) -> None:
         self.language.move_to(worker)
+
+    def begin_dropout(self, rng: torch.Generator) -> None:
+        """Let dropout draw what the generator begins with, whatever has been drawn before."""
+        if self.language.settings.lora_dropout:
+            seeds.of_device(self.device).manual_seed(rng.initial_seed())
 
     def init(self, rng: torch.Generator) -> Tree:
         return self.language.init(rng)

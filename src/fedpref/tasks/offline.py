@@ -109,6 +109,16 @@ class OfflineTask(LanguageTask):
 
 
 @dataclass(frozen=True)
+class Piece:
+    """What a unit has of one objective, and where its random numbers are found."""
+
+    unit: int
+    objective: int
+    examples: list[Example]
+    address: str
+
+
+@dataclass(frozen=True)
 class Example:
     """A prompt's tokens and two answers' tokens."""
 
@@ -349,44 +359,52 @@ class OfflineLearner(LanguageLearner):
         units: Sequence[Sequence[int]],
         batch: int,
         wanted: Collection[str],
-        rng: torch.Generator,
+        draws: seeds.Draws,
     ) -> Iterator[Apart]:
         """Yield units' gradients, of about 16 examples at a time; see `Task.gradients_apart`."""
-        held: list[tuple[int, int, list[Example]]] = []  # unit, objective, its examples
+        held: list[Piece] = []
         size = 0
         for place, indices in enumerate(units):
             pieces: dict[int, list[Example]] = {}
             for i in indices:
                 pieces.setdefault(shard.train[i].objective, []).append(shard.train[i])
             if held and size + len(indices) > MEASURED:
-                yield self._pieces(params, start, held, wanted)
+                yield self._pieces(params, start, held, wanted, draws)
                 held, size = [], 0
-            held += [(place, m, some) for m, some in sorted(pieces.items())]
+            held += [
+                Piece(place, m, some, f"unit/{indices[0]}/{m}")
+                for m, some in sorted(pieces.items())
+            ]
             size += len(indices)
         if held:
-            yield self._pieces(params, start, held, wanted)
+            yield self._pieces(params, start, held, wanted, draws)
 
     def _pieces(
         self,
         params: Tree,
         start: Tree,
-        held: Sequence[tuple[int, int, list[Example]]],
+        held: Sequence[Piece],
         wanted: Collection[str],
+        draws: seeds.Draws,
     ) -> Apart:
         """Return the gradients of pieces of units: in one pass, or one by one."""
-        is_small = sum(len(some) for _, _, some in held) <= MEASURED
+        is_small = sum(len(piece.examples) for piece in held) <= MEASURED
         is_adapter = not set(wanted) & NAMES
         rows: list[PackedRow] = [
             (prompt, list(answers.values()))
-            for _, _, some in held
-            for prompt, answers in _rows(some).items()
+            for piece in held
+            for prompt, answers in _rows(piece.examples).items()
         ]
         if is_small and is_adapter and self.language.takes_apart(rows):
-            gradients = self._in_one_pass(params, start, [some for _, _, some in held], wanted)
+            pieces = [piece.examples for piece in held]
+            gradients = self._in_one_pass(params, start, pieces, wanted)
         else:
-            alone = [self._alone(params, start, some, wanted) for _, _, some in held]
+            alone = []
+            for piece in held:
+                self.begin_dropout(draws(piece.address))
+                alone.append(self._alone(params, start, piece.examples, wanted))
             gradients = {name: torch.stack([one[name] for one in alone]) for name in wanted}
-        return Apart(gradients, [u for u, _, _ in held], [m for _, m, _ in held])
+        return Apart(gradients, [one.unit for one in held], [one.objective for one in held])
 
     def _in_one_pass(
         self,

@@ -313,7 +313,7 @@ class OpinionLearner:
         units: Sequence[Sequence[int]],
         batch: int,
         wanted: Collection[str],
-        rng: torch.Generator,
+        draws: seeds.Draws,
     ) -> Iterator[Apart]:
         """Yield the gradients of tasks that share no question; see `Task.gradients_apart`.
 
@@ -327,10 +327,12 @@ class OpinionLearner:
         tasks: dict[tuple[str, int], list[Question]] = defaultdict(list)
         for (i,) in units:
             question = shard.train[i]
-            tasks[question.group, int(torch.randint(batch, (), generator=rng))].append(question)
-        for questions in tasks.values():
+            number = int(torch.randint(batch, (), generator=draws(f"question/{i}")))
+            tasks[question.group, number].append(question)
+        for (group, number), questions in tasks.items():
             if len(questions) < 2:
                 continue  # nothing can be shown while it is asked
+            rng = draws(f"task/{number}/{group}")
             order = torch.randperm(len(questions), generator=rng).tolist()
             context = _between(settings.context_questions, len(order) - 1, rng)
             targets = _between(settings.target_questions, len(order) - context, rng)

@@ -16,6 +16,7 @@ from fedpref.data.preferences import ClientData
 from fedpref.data.unusable import Unusable
 from fedpref.models.named import BUILTIN
 from fedpref.models.own_parts import Parts
+from fedpref.numerics import seeds
 from fedpref.numerics.trees import Tree
 from fedpref.privacy import Unit
 from fedpref.rewards.reward import OpenGroups, RewardSettings, no_groups
@@ -291,11 +292,12 @@ class Task(Protocol):
         units: Sequence[Sequence[int]],
         batch: int,
         wanted: Collection[str],
-        rng: torch.Generator,
+        draws: seeds.Draws,
     ) -> Iterator[Apart]:
         """Yield the gradients of the summed losses of some units' training examples.
 
-        Each unit's hang on its own examples alone, whichever others are asked for.
+        Each unit's hang on its own examples and on random numbers of its own, whichever others are
+        asked for.
 
         Args:
             params: The client's parameters as they are.
@@ -304,7 +306,7 @@ class Task(Protocol):
             units: The numbers of each unit's examples.
             batch: The size of a batch, as in settings.
             wanted: The parameters whose gradients are asked for.
-            rng: Random numbers.
+            draws: Random numbers, by an address of the unit's.
         """
         ...
 
