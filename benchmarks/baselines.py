@@ -140,8 +140,9 @@ def trained(clients: Clients, steps: int, scratch: Path) -> dict[str, dict[str, 
             "truncation_mode": "keep_end",
             "model": {"path": "builtin", "lora_r": 8},
         },
-        "algorithm": {"name": "pooled", "local": {"steps": steps, "batch_size": 8}},
-        "baselines": ["alone"],
+        # a step of the baseline sees as many pairs as all clients' together
+        "algorithm": {"name": "alone", "local": {"steps": steps, "batch_size": 8}},
+        "baselines": ["pooled"],
         "rounds": 5,
         "evaluate_every": 0,
     }

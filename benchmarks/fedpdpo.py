@@ -8,7 +8,7 @@ personalise.
 Every line takes equally many local steps a round on one split, over both phases or adapters where
 there are two. Runs are kept under --output and not done again. Without --data, the shipped clients
 alone are measured. Gains are paired differences of held-out pair accuracy, in points, with 95 %
-intervals from a bootstrap over seeds and clients, against the best of the lines that share one
+intervals over seeds and clients, against the best of the lines that share one
 model.
 """
 

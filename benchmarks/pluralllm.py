@@ -263,9 +263,12 @@ def others(
             "federation.newcomers=0",
             *settings,
         ]
+        spec = Experiment.load(CONFIG, common)
+        # as many tasks a step as all groups' together
+        size = len(spec.clients()[0]) * spec.algorithm.local.batch_size
         variants = [
             "federated: ",
-            "pooled: algorithm.name=pooled algorithm.local.batch_size=8",
+            f"pooled: algorithm.name=pooled algorithm.local.batch_size={size}",
             "alone: algorithm.name=alone",
         ]
         found[name] = trained(variants, numbers, common, output / name, progress)

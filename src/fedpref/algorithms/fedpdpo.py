@@ -46,8 +46,9 @@ class FedPDPO(Personal, Algorithm[PersonalState]):
     second adapter, optimiser moments. Averaged: the shared adapter, as `aggregate` says. Published
     are the vocabulary head, the reward head, the bottleneck, and which part is shared. Ours are
     the losses (`task.explicit`), the order of the phases, the learning rates, that the bottleneck
-    is private, and the second adapter. The second phase keeps the client's heads fixed and also
-    trains its bottleneck and its own adapter. `joint` trains everything in every step.
+    is private, and the second adapter. The second phase also trains the client's bottleneck and
+    its own adapter, and of its heads those that `freeze` does not keep fixed. `joint` trains
+    everything in every step.
     """
 
     name: Literal["fedpdpo"] = "fedpdpo"
