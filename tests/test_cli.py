@@ -388,6 +388,11 @@ def test_the_demo_is_the_offline_one_where_nothing_can_be_fetched(
             ["chosen_column: a", "rejected_column: b"],
         ),
         ([{"prompt": "q", "completion": "c", "label": True}], (), ["name: feedback"]),
+        (
+            [{"problem": "q", "completion": "c", "label": True}],
+            ("--prompt", "problem"),
+            ["name: feedback", "prompt_column: problem"],
+        ),
     ],
 )
 def test_init_writes_a_config_that_check_accepts(
@@ -416,6 +421,18 @@ def test_init_writes_a_config_that_check_accepts(
     code, text = fedpref("init", "mine", "--data", "rows.jsonl")
     assert (code, "is there already" in text) == (2, True)
     assert Path("mine/experiment.yaml").read_text() == written
+
+
+def test_init_takes_names_of_any_letters(fedpref: Command) -> None:
+    rows = "".join(f"q{i},good {i},bad {i}\n" for i in range(40))
+    for folder in ("a 🚀", "a${b}"):
+        Path(folder).mkdir()
+        Path(folder, "é.csv").write_text("prompt,chosen,rejected\n" + rows)
+        code, text = fedpref("init", folder, "--data", f"{folder}/é.csv", "--model", "builtin")
+        assert code == 0, text
+        assert f"fedpref check '{folder}/experiment.yaml'" in text
+        assert fedpref("check", f"{folder}/experiment.yaml")[0] == 0
+        assert Experiment.load(f"{folder}/experiment.yaml").name == folder
 
 
 def test_init_shares_few_rows_out_among_fewer_clients(fedpref: Command) -> None:

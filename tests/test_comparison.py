@@ -17,7 +17,15 @@ from fedpref import Experiment, UserError
 from fedpref.numerics.intervals import interval
 from fedpref.reports.comparison import compare, csv_text, markdown
 from fedpref.runs import sweep as sweep_module
-from fedpref.runs.sweep import parse_variant, plan, side_by_side, sweep, with_grid
+from fedpref.runs.sweep import (
+    parse_variant,
+    plan,
+    side_by_side,
+    sweep,
+    with_former,
+    with_grid,
+    write_plan,
+)
 
 
 def finished(
@@ -236,6 +244,15 @@ def test_a_sweep_runs_each_variant_and_seed_once(settings: dict[str, Any], tmp_p
     assert [first, *rest] == list(runs)
     assert list(sweep(runs, tmp_path / "cache")) == []
     assert len(compare(list(runs))) == 2
+    with pytest.raises(UserError, match="--seeds says how many"):
+        plan(config, ["feddpo"], [0], ["seed=7"], tmp_path / "out")
+    # what is done stays a member where others are added, under the same choice
+    write_plan(runs, tmp_path / "out")
+    more = plan(config, ["🚀: algorithm.name=scaffold"], [0], ["rounds=2"], tmp_path / "out")
+    assert list(with_former(more, tmp_path / "out", None)) == [*runs, *more]
+    assert next(iter(more.values())).name == "🚀"
+    with pytest.raises(UserError, match="go by no --select"):
+        with_former(more, tmp_path / "out", "loss")
     other = plan(config, ["feddpo"], [0], ["rounds=3"], tmp_path / "out")
     with pytest.raises(UserError, match="other settings"):
         list(sweep(other, tmp_path / "cache"))

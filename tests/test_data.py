@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from conftest import make_rows, write_rows
+from fedpref import config
 from fedpref.data import (
     HH,
     IID,
@@ -628,5 +629,47 @@ def test_natural_clients_can_be_some_of_the_values() -> None:
     assert [
         client.name for client in partition(rows, Natural(column="label", only=("l2", "l0")), 0)
     ] == ["l0", "l2"]
+    spec = config.parse(Natural, {"column": "label", "only": [1, "l2"]}, "test")
+    assert spec.only == (1, "l2")
     with pytest.raises(UserError, match="no row with label 'l9'"):
         partition(rows, Natural(column="label", only=("l9",)), 0)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_rows_are_chosen_by_values_however_their_file_writes_them(
+    suffix: str, tmp_path: Path
+) -> None:
+    rows = [
+        {"prompt": f"q{i}", "chosen": "a", "rejected": "b", "year": 2020.0, "ok": i % 2 == 0}
+        for i in range(6)
+    ]
+    rows[0]["year"] = None
+    file = tmp_path / f"rows.{suffix}"
+    if suffix == "csv":
+        lines = [",".join(map(str, row.values())).replace("None", "") for row in rows]
+        file.write_text("\n".join([",".join(rows[0]), *lines]) + "\n")
+    else:
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert len(list(Files(path=str(file), only={"ok": (True,)}).read())) == 3
+    assert len(list(Files(path=str(file), only={"year": (2020,)}).read())) == 5
+    assert len(list(Files(path=str(file), only={"year": ("2020",), "ok": ("False",)}).read())) == 3
+    with pytest.raises(UserError, match="is a file and has no splits"):
+        list(Files(path=str(file), test_split="test").read())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("rows.json", '{"prompt": "q"}\n{"prompt": "r"}\n', "One row a line is a .jsonl file"),
+        ("missing.jsonl.gz", None, "there is no file or folder"),
+        ("missing.tsv", None, "there is no file or folder"),
+    ],
+)
+def test_a_file_of_another_form_says_so(
+    name: str, content: str | None, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if content:
+        Path(name).write_text(content)
+    with pytest.raises(UserError, match=says):
+        list(Files(path=name).read())

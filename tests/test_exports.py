@@ -294,6 +294,17 @@ def test_a_run_is_measured_on_any_file(
     swapped = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
     (tmp_path / "swapped.jsonl").write_text("".join(json.dumps(row) + "\n" for row in swapped))
     other = evaluate(shared, Files(path=str(tmp_path / "swapped.jsonl")))
+    # columns are called as in the run, if nothing else is said
+    called = {"prompt": "question", "chosen": "good", "rejected": "bad"}
+    renamed = [{new: row[old] for old, new in called.items()} for row in rows]
+    (tmp_path / "renamed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in renamed))
+    place = tmp_path / "asked"
+    shutil.copytree(shared, place)
+    spec = yaml.safe_load((place / "config.yaml").read_text())
+    names = {f"{old}_column": new for old, new in called.items()}
+    spec["data"] |= {**names, "unusable": "skip", "only": {"kind": ["first"]}}
+    (place / "config.yaml").write_text(yaml.safe_dump(spec))
+    assert evaluate(place, Files(path=str(tmp_path / "renamed.jsonl"))) == found
     assert found[SHARED]["rewards/accuracies"] + other[SHARED][
         "rewards/accuracies"
     ] == pytest.approx(1.0)

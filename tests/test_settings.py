@@ -17,8 +17,10 @@ import yaml
 
 from conftest import ROOT
 from fedpref import Experiment, FinishedRun, UserError, cli, config, resume, run
+from fedpref.data import IID
 from fedpref.experiments.migration import migrated, migrated_text
 from fedpref.experiments.run_directory import RunDirectory
+from fedpref.losses.preference import IPO
 from fedpref.reports.comparison import compare
 from fedpref.reports.page import write_report
 from fedpref.reports.settings import Kind, markdown, named_kinds
@@ -145,6 +147,17 @@ def test_values_that_are_no_settings_are_a_sentence(text: str, says: str, tmp_pa
     with pytest.raises(UserError, match=re.escape(says)) as caught:
         Experiment.load(file)
     assert "is now called" not in str(caught.value)
+
+
+def test_an_override_of_a_kinds_key_leaves_the_files_short_name(tmp_path: Path) -> None:
+    file = tmp_path / "short.yaml"
+    file.write_text("algorithm: scaffold\ntask: {loss: ipo}\npartition: iid\n")
+    changed = ["algorithm.local.steps=2", "task.loss.beta=0.2", "partition.clients=3"]
+    spec = Experiment.load(file, changed)
+    assert (spec.algorithm.name, spec.algorithm.local.steps) == ("scaffold", 2)
+    assert spec.task.loss == IPO(beta=0.2)  # type: ignore[union-attr]
+    assert spec.partition == IID(clients=3)
+    assert Experiment.load(file, ["algorithm.name=fedprox"]).algorithm.name == "fedprox"
 
 
 def test_the_schema_takes_our_files_and_no_other_key() -> None:

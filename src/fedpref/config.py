@@ -186,11 +186,15 @@ def _of_name(kind: Any, override: str) -> str:
     for key in path.split("."):
         options = [option for hint in hints for option in kinds(hint)]
         hints = [hint for each in options if (hint := _hints(each).get(key))]
-    options = [option for hint in hints for option in kinds(hint)]
-    is_name = named(options, value) or any(
-        choice and _isown_class(choice, value) for choice in map(opened, hints)
+    return f"{path}.name={value}" if any(_is_kind(hint, value) for hint in hints) else override
+
+
+def _is_kind(hint: Any, name: Any) -> bool:
+    """Return whether something goes by a name where there is a choice of kinds."""
+    choice = opened(hint)
+    return isinstance(name, str) and (
+        named(kinds(hint), name) is not None or bool(choice and _isown_class(choice, name))
     )
-    return f"{path}.name={value}" if is_name else override
 
 
 def _hints(kind: Any) -> dict[str, Any]:
@@ -321,11 +325,17 @@ def named(options: Sequence[Any], name: Any) -> Any | None:
 
 
 def _forget_other_kinds(kind: Any, content: Any, wanted: Any) -> None:
-    """Drop the file's keys that only a former kind has, where an override names another kind."""
+    """Drop the file's keys that only a former kind has, where an override names another kind.
+
+    The file's `loss: ipo` becomes `loss: {name: ipo}` where an override is about the kind's keys.
+    """
     if not (is_dataclass(kind) and OmegaConf.is_dict(content) and OmegaConf.is_dict(wanted)):
         return
     hints = _hints(kind)
     for key in wanted:
+        said = content.get(key)
+        if key in hints and OmegaConf.is_dict(wanted[key]) and _is_kind(hints[key], said):
+            content[key] = {"name": said}
         if key in hints and OmegaConf.is_dict(content.get(key)) and OmegaConf.is_dict(wanted[key]):
             name = wanted[key].get("name", content[key].get("name"))
             chosen: Any = _chosen(hints[key], name, key)

@@ -91,10 +91,10 @@ def bench(
         )
     with saying(lambda: f"the same command goes on with {study.output}"):
         for sentence in study.carry_out(parallel, budget):
-            console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+            console.print(sentence, highlight=False, soft_wrap=True)
     written = write_tables(study)
     print(written[0].read_text())
-    console.print(overview(read_submission(written[1])), highlight=False, markup=False)
+    console.print(overview(read_submission(written[1])), highlight=False)
     for path in written:
         console.print(f"written: {path}", highlight=False, soft_wrap=True)
     if submit is not None:

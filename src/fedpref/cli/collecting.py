@@ -151,16 +151,15 @@ def collect(
         store.close()
         _wait_for(sitting)
     rows = output / "preferences.jsonl"
-    console.print(f"choices: {output}", highlight=False, soft_wrap=True, markup=False)
+    console.print(f"choices: {output}", highlight=False, soft_wrap=True)
     count = sum(1 for _ in rows.open(encoding="utf-8"))
-    console.print(f"preferences: {count} in {rows}", highlight=False, soft_wrap=True, markup=False)
+    console.print(f"preferences: {count} in {rows}", highlight=False, soft_wrap=True)
     if count:
         console.print(
             f"train on them:  fedpref run feddpo data.name=collected data.path={output} "
             "partition.name=natural partition.column=rater",
             highlight=False,
             soft_wrap=True,
-            markup=False,
         )
 
 
@@ -253,13 +252,12 @@ def review(
     console.print(
         f"{printable(name)}: {reviews.sentence(found)}",
         highlight=False,
-        markup=False,
         soft_wrap=True,
     )
     for line in reviews.lines(found):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        console.print(line, highlight=False, soft_wrap=True)
     page = write_report([run], run / REPORT)
-    console.print(f"report: {page}", highlight=False, soft_wrap=True, markup=False)
+    console.print(f"report: {page}", highlight=False, soft_wrap=True)
 
 
 @contextmanager

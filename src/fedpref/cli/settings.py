@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
+from rich.text import Text
 
 from fedpref.cli.shared import app, console
 from fedpref.errors import UserError
@@ -34,7 +34,8 @@ def list_(
 
     if what == "configs":
         for name, about in packaged_configs().items():
-            console.print(f"[bold]{name}[/bold]: {escape(about)}", highlight=False, soft_wrap=True)
+            said = Text.assemble((name, "bold"), f": {about}")
+            console.print(said, highlight=False, soft_wrap=True)
         return
     groups = named_kinds()
     if what is None or what in groups:
@@ -72,7 +73,7 @@ def model(
         return
     fetched = fetch(name)
     if fetched.note:
-        console.print(fetched.note, highlight=False, soft_wrap=True, markup=False)
+        console.print(fetched.note, highlight=False, soft_wrap=True)
     console.print(
         f"task.model.path={fetched.name} is {fetched.folder}", highlight=False, soft_wrap=True
     )
@@ -124,7 +125,10 @@ def migrate(
         text = config.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{config}: cannot be read as UTF-8 text: {error}") from error
-    renewed = migrated_text(text)
+    try:
+        renewed = migrated_text(text)
+    except UserError as error:
+        raise UserError(f"{config}: {error}") from error
     goal = output or config
     if renewed == text and goal == config:
         console.print(f"{config}: nothing to change.", highlight=False, soft_wrap=True)

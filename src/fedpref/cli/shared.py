@@ -23,7 +23,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 # a file has room for whole tables
-console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)
+# without markup: names and paths may have brackets
+console = Console(
+    width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160, markup=False
+)
 Config = Annotated[
     Path,
     typer.Argument(
@@ -84,7 +87,7 @@ def follow(happenings: Iterator[Event], folder: RunDirectory, opens: bool = Fals
         return
     console.print(client_table(outcome.path, outcome.evaluations))
     for sentence in sentences(outcome.path):
-        console.print(f"{sentence}.", highlight=False, markup=False)
+        console.print(f"{sentence}.", highlight=False)
     if objectives := objective_table(outcome.evaluations):
         console.print(objectives)
     if answers := answer_table(outcome.evaluations):
@@ -100,6 +103,6 @@ def follow(happenings: Iterator[Event], folder: RunDirectory, opens: bool = Fals
     )
     console.print(f"run directory: {outcome.path}", highlight=False, soft_wrap=True)
     for command in next_commands(outcome.path):
-        console.print(command, highlight=False, soft_wrap=True, markup=False)
+        console.print(command, highlight=False, soft_wrap=True)
     if opens:
         typer.launch(str(outcome.path / REPORT))

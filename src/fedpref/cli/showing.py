@@ -60,7 +60,7 @@ def compare(
     if not wanted:
         console.print(comparison.table(rows))
         for note in comparison.notes(rows, terms):
-            console.print(note, highlight=False, soft_wrap=True, markup=False)
+            console.print(note, highlight=False, soft_wrap=True)
 
 
 @app.command()

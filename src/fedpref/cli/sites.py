@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
+from rich.text import Text
 
 from fedpref.cli.shared import SITES, Config, Overrides, app, console, follow
 from fedpref.errors import UserError, printable
@@ -293,12 +293,9 @@ def site_check(
     is_well = True
     for finding in checked(kit, experiment):
         is_well = is_well and finding.is_well
-        mark = "[green]well [/green]" if finding.is_well else "[red]wrong[/red]"
-        console.print(
-            f"{mark} {escape(finding.what)}: {escape(printable(finding.said))}",
-            highlight=False,
-            soft_wrap=True,
-        )
+        mark = ("well ", "green") if finding.is_well else ("wrong", "red")
+        said = Text.assemble(mark, f" {finding.what}: {printable(finding.said)}")
+        console.print(said, highlight=False, soft_wrap=True)
     if not is_well:
         raise typer.Exit(2)
 
@@ -320,7 +317,7 @@ def site_forget(
         raise UserError(f"{kit}: it is running. `fedpref site stop {kit}` stops it first.")
     runs = forget(Path(SiteFile.load(kit / kits.SITE_FILE).folder), client)
     console.print(
-        f"{escape(printable(client))} is forgotten here in {', '.join(runs)}. Its rows stay where "
+        f"{printable(client)} is forgotten here in {', '.join(runs)}. Its rows stay where "
         "they are: take them out of the site's data. What it has added to shared adapters stays in "
         "these, at the server and at everybody who has them: a mean cannot be undone.",
         highlight=False,

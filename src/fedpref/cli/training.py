@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -69,7 +71,6 @@ def demo(
                 f"{error}\nThis is the small model that comes with fedpref, which writes no "
                 "sentences.",
                 highlight=False,
-                markup=False,
             )
     run(Path(name), overrides, output, opens)
 
@@ -101,7 +102,7 @@ def init(
 
     Example: fedpref init clinics --data pairs.jsonl --client clinic --model smollm2-q4
     """
-    from fedpref.experiments.starter import Wanted, columns_of, starter
+    from fedpref.experiments.starter import Wanted, columns_of, completed, starter
 
     file = folder / "experiment.yaml"
     if file.exists():
@@ -116,24 +117,25 @@ def init(
         client = typer.prompt(f"Which column says whose a row is ({known})", default="none")
     if asks and model is None:
         model = typer.prompt("The model", default="smollm2-q4")
-    if asks and algorithm is None:
-        algorithm = typer.prompt("The algorithm (`fedpref list algorithms`)", default="fedpdpo")
     columns = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-    text, note = starter(
-        Wanted(
-            name=folder.resolve().name or "experiment",
-            data=data,
-            columns={role: name for role, name in columns.items() if name},
-            client=None if client == "none" else client,
-            model=model or "builtin",
-            algorithm=algorithm,
-        )
+    wanted = Wanted(
+        name=folder.resolve().name or "experiment",
+        data=data,
+        columns={role: name for role, name in columns.items() if name},
+        client=None if client == "none" else client,
+        model=model or "builtin",
+        algorithm=algorithm,
     )
+    if asks and algorithm is None:
+        usual = completed(wanted).algorithm
+        algorithm = typer.prompt("The algorithm (`fedpref list algorithms`)", default=usual)
+    text, note = starter(replace(wanted, algorithm=algorithm))
     folder.mkdir(parents=True, exist_ok=True)
     file.write_text(text, encoding="utf-8")
-    for line in (f"written: {file}", note, f"fedpref check {file}", f"fedpref run {file}"):
+    said = quote(str(file))
+    for line in (f"written: {file}", note, f"fedpref check {said}", f"fedpref run {said}"):
         if line:
-            console.print(line, highlight=False, soft_wrap=True, markup=False)
+            console.print(line, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -205,7 +207,6 @@ def audit(
             f"{found.highest:.3g}.",
             highlight=False,
             soft_wrap=True,
-            markup=False,
         )
         holds = holds and found.holds
     if not holds:
@@ -234,7 +235,7 @@ def check(config: Config, overrides: Overrides = None) -> None:
         for name, one in about(reading.clients, shards).items()
     }
     experiment.check_clients({name: train for name, (train, _, _) in sizes.items()})
-    console.print(task.description, highlight=False, soft_wrap=True, markup=False)
+    console.print(task.description, highlight=False, soft_wrap=True)
     console.print(size_table(sizes))
     said = [reading.skipped and f"{reading.skipped}; they are left out.", *reading.notes]
     said.append(when_drawn(shards))
@@ -256,7 +257,7 @@ def check(config: Config, overrides: Overrides = None) -> None:
         )
     said.append(in_words(experiment, task, shards))
     for text in filter(None, said):
-        console.print(text, highlight=False, soft_wrap=True, markup=False)
+        console.print(text, highlight=False, soft_wrap=True)
     console.print(f"{config} is valid: {experiment.algorithm.name}, {experiment.rounds} rounds.")
 
 
@@ -312,7 +313,7 @@ def sweep(
     Example: fedpref sweep demo --variant feddpo --variant fedpdpo --seeds 3
     """
     from fedpref.experiments.experiment import Experiment
-    from fedpref.runs.sweep import Variant, plan, with_grid, write_plan
+    from fedpref.runs.sweep import Variant, plan, unfinished, with_former, with_grid, write_plan
     from fedpref.runs.sweep import selecting as selecting_by
 
     spec = Experiment.load(config, overrides or ())
@@ -328,6 +329,8 @@ def sweep(
     on_validation = selecting_by(spec, select) if select else []
     settings = [*(overrides or ()), *on_validation]
     runs = plan(config, variants, range(seeds), settings, folder, redraws=not same_split)
+    runs = with_former(runs, folder, select)
+    unfinished(runs)  # nothing is written over what is in the way
     write_plan(runs, folder, select)
     swept(folder, parallel)
 
@@ -342,13 +345,17 @@ def swept(folder: Path, parallel: int = 1) -> None:
     from fedpref.runs.sweep import chosen, planned, selection, side_by_side
     from fedpref.runs.sweep import sweep as runs_to_do
 
+    def goes_on() -> str:
+        return f"`fedpref resume {folder}` goes on where it was"
+
     def follow_all(runs: Mapping[Path, Experiment]) -> None:
         if parallel > 1:
             failed = 0
-            for path, why in side_by_side(runs, folder / "cache", parallel):
-                failed += bool(why)
-                said = f"failed: {why}" if why else "done"
-                console.print(f"{path}: {said}", highlight=False, soft_wrap=True, markup=False)
+            with saying(goes_on):
+                for path, why in side_by_side(runs, folder / "cache", parallel):
+                    failed += bool(why)
+                    said = f"failed: {why}" if why else "done"
+                    console.print(f"{path}: {said}", highlight=False, soft_wrap=True)
             if failed:
                 raise UserError(
                     f"{failed} of {len(runs)} runs failed, as said above. `fedpref resume "
@@ -358,7 +365,7 @@ def swept(folder: Path, parallel: int = 1) -> None:
             return
         for path, happenings in runs_to_do(runs, folder / "cache"):
             console.print(f"{path}", style="bold", highlight=False)
-            with saying(lambda: f"`fedpref resume {folder}` goes on where it was"):
+            with saying(goes_on):
                 show(happenings, console)
         remove_states(folder / "cache")
 
@@ -387,7 +394,7 @@ def swept(folder: Path, parallel: int = 1) -> None:
         count = len({one.name for one in planned(folder).values()})
         said = f"by {metric} on validation prompts: {name}, of {count} variants"
         luck = "; being the best of them, its figure above is too good" if count > 1 else ""
-        console.print(f"{said}{luck}.", highlight=False, soft_wrap=True, markup=False)
+        console.print(f"{said}{luck}.", highlight=False, soft_wrap=True)
         follow_all(runs)
         console.print(table(compare(list(runs))))
         console.print("on the test's prompts, which nothing was chosen by.", highlight=False)

@@ -68,19 +68,19 @@ class Collected(PathSource):
     def at_its_state(self) -> Collected:
         if self.until is not None:
             return self
-        with closing(opened(Path(self.path))) as connection:
+        with closing(opened(Path(self.path).expanduser())) as connection:
             return replace(self, until=last(connection))
 
     def is_later_than(self, other: DataSource) -> bool:
         return (
             isinstance(other, Collected)
             and other.until is not None
-            and Path(other.path).resolve() == Path(self.path).resolve()
+            and Path(other.path).expanduser().resolve() == Path(self.path).expanduser().resolve()
             and replace(other, path=self.path, until=self.until) == self
         )
 
     def read(self) -> Iterator[Preference | Unusable]:
-        folder = Path(self.path)
+        folder = Path(self.path).expanduser()
         with closing(opened(folder)) as connection:
             until = last(connection) if self.until is None else self.until
             if until > (there := last(connection)):

@@ -129,6 +129,8 @@ def parse_feedback(
             opening, answer = apart
             question = opening if len(opening) > len(question) else question
     desirable = LABELS.get(str(record[label]).strip().lower())
+    if record[label] is None:
+        raise Unusable("empty", where, f"column {label!r}: expected true or false, found nothing")
     if desirable is None:
         raise UserError(
             f"{where}, column {label!r}: expected true or false, found {record[label]!r:.60}."

@@ -56,7 +56,7 @@ class Natural(Partitioning):
     name: Literal["natural"] = "natural"
     column: str = "client"
     """The column whose values become clients."""
-    only: tuple[str, ...] = ()
+    only: tuple[str | int, ...] = ()
     """The values that become clients; by default all."""
     clients_per_value: Count = 1
     """Clients that share out the rows of each value at random."""

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from fedpref.data.parsing import forget_columns
 from fedpref.data.partitions import Dirichlet, Natural, Partition, partition
-from fedpref.data.placed import Labels, Placed, nobodys
+from fedpref.data.placed import Labels, Placed, label, nobodys
 from fedpref.data.preferences import SIDES, ClientData, Row
 from fedpref.data.row_store import RowStore
 from fedpref.data.source import DataSource
@@ -207,7 +207,9 @@ def _read(
     purposes = ("test", "validation") if source.validation_fraction else ("test",)
     outline = Outline.of(kept.keep(source), source.split_by, source.split_seed, purposes)
     if not kept.total:
-        raise UserError(f"{source.location or source.name}: there are no rows.")
+        only = getattr(source, "only", {})
+        which = f" with the values of data.only ({', '.join(only)})" if only else ""
+        raise UserError(f"{source.location or source.name}: there are no rows{which}.")
     if kept.nobodys and not kept.store:
         raise nobodys(kept.nobodys[0])
     unusable = kept.unusable + kept.nobodys
@@ -281,7 +283,7 @@ def _also(outline: Outline, labels: Labels, source: DataSource, how: Natural) ->
     clients, names = labels.numbers(), labels.names
     is_wanted = np.bincount(clients, minlength=len(names)) >= how.min_rows
     if how.only:
-        only = set(map(str, how.only))
+        only = set(map(label, how.only))
         is_wanted &= np.fromiter((name in only for name in names), bool, len(names))
     wanted: list[Purpose] = ["test", "validation"] if source.validation_fraction else ["test"]
     for purpose in wanted:

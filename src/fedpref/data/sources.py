@@ -35,6 +35,8 @@ from fedpref.types import Count, OpenFraction
 
 SIDES: tuple[Side, ...] = ("train", "test")
 
+WHOLE = re.compile(r"^([+-]?\d+)\.0*$")  # a whole number that is written with a point
+
 
 @dataclass(frozen=True, kw_only=True)
 class Files(PathSource):
@@ -98,6 +100,11 @@ class Files(PathSource):
             (self.train_split, "train" if self.test_split else None)
         ]
         if self.test_split:
+            if Path(self.path).expanduser().is_file():
+                raise UserError(
+                    f"data.test_split: {self.path} is a file and has no splits. Leave it out; "
+                    "data.test_fraction, or a column (data.split_column), says what is held out."
+                )
             splits.append((self.test_split, "test"))
         for split, given in splits:
             for where, record in read_table(self.path, split=split, name=self.config):
@@ -120,8 +127,7 @@ class Files(PathSource):
                     f"data.only: {where} has no column {column!r}; its columns are "
                     f"{', '.join(map(str, record))}."
                 )
-            # CSV has texts alone
-            if str(record[column]) not in map(str, values):
+            if not _is_among(record[column], values):
                 return False
         return True
 
@@ -489,6 +495,17 @@ class MovieReviews(PathSource):
         for where, record in read_table(self.path, split=side):
             text, label = (need(record, name, where) for name in ("text", "label"))
             yield where, str(text).replace("<br />", " ").split(), label == 1
+
+
+def _is_among(value: Any, values: Sequence[str | int | bool]) -> bool:
+    """Return whether a cell has one of some values, however its file writes it: CSV has texts
+    alone, and a column with gaps makes 2020.0 of 2020.
+    """
+    said = WHOLE.sub(r"\1", str(value).strip())
+    return any(
+        said == str(one) or (isinstance(one, bool) and said.lower() == str(one).lower())
+        for one in values
+    )
 
 
 def _is_plain(row: Row | Unusable) -> TypeGuard[Preference | Feedback]:

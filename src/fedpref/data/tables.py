@@ -33,13 +33,18 @@ def read_table(path: str, *, split: str = "train", **hub: Any) -> Iterator[Recor
     local = Path(path).expanduser()
     if local.is_file():
         yield from read_file(local)
-    elif local.is_dir() or (HUB_ID.fullmatch(path) and not path.endswith(SUFFIXES)):
+    elif local.is_dir() or (HUB_ID.fullmatch(path) and not _is_file_name(path)):
         yield from _read_dataset(str(local) if local.is_dir() else path, split, hub)
     else:
         raise UserError(
             f"data.path: there is no file or folder {path!r}. Give a {', '.join(SUFFIXES)} file, "
             "a dataset folder or a Hub id."
         )
+
+
+def _is_file_name(path: str) -> bool:
+    """Return whether nobody calls a dataset so, but a file."""
+    return path.lower().endswith((*SUFFIXES, ".gz", ".tsv", ".txt", ".xlsx", ".zip"))
 
 
 def local_table(folder: str, stem: str) -> Path | None:
@@ -52,7 +57,7 @@ def local_table(folder: str, stem: str) -> Path | None:
 
 def read_file(path: Path) -> Iterator[Record]:
     """Yield the rows of one local file, each with where it stands; raises UserError."""
-    kind = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+    kind = (path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix).lower()
     if kind not in SUFFIXES:
         raise UserError(
             f"{path}: unknown kind of file {path.suffix!r}; expected {', '.join(SUFFIXES)}, or "
@@ -90,12 +95,13 @@ def _read_text(path: Path, kind: str, file: TextIO) -> Iterator[Record]:
     if kind == ".csv":
         yield from _read_csv(path, file)
     elif kind == ".json":
-        records = _parsed(file.read(), f"{path}")
-        if not isinstance(records, list):
+        text = file.read()
+        if (begins := text.lstrip()[:1]) not in ("[", ""):
             raise UserError(
-                f"{path}: expected a JSON list of rows, found {type(records).__name__}. One row "
-                "a line is a .jsonl file."
+                f"{path}: expected a JSON list of rows, which begins with [, found {begins!r}. One "
+                "row a line is a .jsonl file."
             )
+        records = _parsed(text, f"{path}")
         for number, record in enumerate(records, 1):
             if not isinstance(record, dict):
                 raise UserError(

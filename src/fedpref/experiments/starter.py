@@ -44,6 +44,7 @@ class Wanted:
         client: The column that says whose a row is; None if there is none.
         model: The model's path.
         algorithm: By name; by default fedpdpo, or feddpo for judgements of single answers.
+        judged: Rows are such judgements.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Wanted:
     client: str | None = None
     model: str = "builtin"
     algorithm: str | None = None
+    judged: bool = False
 
 
 def columns_of(data: str) -> list[str]:
@@ -75,20 +77,22 @@ def completed(wanted: Wanted) -> Wanted:
                 f"{wanted.data}: there is no column {column!r}; there are {', '.join(known)}."
             )
     columns = dict(wanted.columns)
-    if not {"completion", "label"} <= set(known) or columns:
-        for role, others in ALSO.items():
-            meant = [name for name in (role, *others) if name in known]
-            # without a prompt, answers begin with it; single prompts are for rewards
-            if role not in columns and meant:
-                columns[role] = meant[0]
-            elif role not in columns and role != "prompt":
-                raise UserError(
-                    f"{wanted.data}: which column holds the {role} answers? Give --{role} with one "
-                    f"of {', '.join(known)}."
-                )
+    judged = {"completion", "label"} <= set(known) and columns.keys() <= {"prompt"}
+    for role, others in ALSO.items():
+        if judged and role != "prompt":
+            continue
+        meant = [name for name in (role, *others) if name in known]
+        # without a prompt, answers begin with it; single prompts are for rewards
+        if role not in columns and meant:
+            columns[role] = meant[0]
+        elif role not in columns and role != "prompt":
+            raise UserError(
+                f"{wanted.data}: which column holds the {role} answers? Give --{role} with one "
+                f"of {', '.join(known)}."
+            )
     client = wanted.client or ("client" if "client" in known else None)
-    algorithm = wanted.algorithm or ("fedpdpo" if columns else "feddpo")
-    return replace(wanted, columns=columns, client=client, algorithm=algorithm)
+    algorithm = wanted.algorithm or ("feddpo" if judged else "fedpdpo")
+    return replace(wanted, columns=columns, client=client, algorithm=algorithm, judged=judged)
 
 
 def starter(wanted: Wanted) -> tuple[str, str]:
@@ -119,18 +123,17 @@ def starter(wanted: Wanted) -> tuple[str, str]:
 
 
 def _content(wanted: Wanted) -> dict[str, Any]:
-    local = Path(wanted.data).expanduser()
-    data = {"name": "files", "path": str(local.resolve()) if local.exists() else wanted.data}
+    data = {"name": "files", "path": _whole(wanted.data)}
     data |= {f"{role}_column": name for role, name in wanted.columns.items() if name != role}
     partition: dict[str, Any] = {"name": "iid", "clients": CLIENTS}
     if wanted.client:
         partition = {"name": "natural", "column": wanted.client}
-    model: dict[str, Any] = {"path": wanted.model}
+    model: dict[str, Any] = {"path": _whole(wanted.model)}
     if wanted.model in LAYERS:
         model["lora_layers_to_transform"] = LAYERS[wanted.model]
     task: dict[str, Any] = {"model": model}
     baselines = ["alone", "pooled", "words", "length"]
-    if not wanted.columns:
+    if wanted.judged:
         task, baselines = {"name": "feedback", **task}, ["alone", "pooled"]
     local_steps = {"steps": 5, "batch_size": 4, "learning_rate": RATES.get(wanted.model, 1e-4)}
     return {
@@ -142,6 +145,12 @@ def _content(wanted: Wanted) -> dict[str, Any]:
         "rounds": 5,
         "baselines": baselines,
     }
+
+
+def _whole(path: str) -> str:
+    """Return a path that is the same from every folder, if it is one here."""
+    local = Path(path).expanduser()
+    return str(local.resolve()) if local.exists() else path
 
 
 def _unusable(content: dict[str, Any], said: dict[str, str]) -> tuple[Sequence[Unusable], str]:
@@ -206,9 +215,12 @@ def _text(wanted: Wanted, content: Mapping[str, Any], said: Mapping[str, str]) -
 
 def _plain(value: Any) -> str:
     """Return a value as YAML has it on one line: JSON, without quotes where none are needed."""
+    if isinstance(value, str):
+        value = value.replace("${", "\\${")  # no key of the config
     text = str(value)
     is_word = text.replace("-", "").replace("_", "").replace(".", "").replace("/", "").isalnum()
-    return text if is_word and yaml.safe_load(text) == value else json.dumps(value)
+    is_plain = is_word and yaml.safe_load(text) == value
+    return text if is_plain else json.dumps(value, ensure_ascii=False)
 
 
 def _flow(content: Mapping[str, Any]) -> str:

@@ -42,7 +42,7 @@ SPENT = {PrivateSums.spends: "epsilon", PrivateExamples.spends: "epsilon of unit
 def show(happenings: Iterator[Event], console: Console) -> None:
     """Show events until they end."""
     columns = (
-        TextColumn("[bold]{task.description}"),
+        TextColumn("{task.description}", style="bold", markup=False),
         BarColumn(bar_width=16),
         MofNCompleteColumn(),
         TextColumn("{task.fields[figures]}"),
@@ -53,7 +53,7 @@ def show(happenings: Iterator[Event], console: Console) -> None:
         bars: dict[str, TaskID] = {}
         for event in happenings:
             if event.kind == "begin":
-                console.print(event.note, highlight=False, soft_wrap=True, markup=False)
+                console.print(event.note, highlight=False, soft_wrap=True)
                 continue
             text = _figures(event)
             title = event.note if event.kind == "prepare" else event.line

@@ -267,7 +267,7 @@ def report(runs: Sequence[Result | str | Path], output: str | Path) -> Path:
 def _followed(
     experiment: Experiment, folder: RunDirectory, on_event: OnEvent | None, progress: bool | None
 ) -> Result:
-    console = Console()
+    console = Console(markup=False)
     told = _told(happenings(experiment, folder), on_event)
     if console.is_terminal or console.is_jupyter if progress is None else progress:
         show(told, console)

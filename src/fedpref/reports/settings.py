@@ -160,7 +160,7 @@ def kinds_table(groups: Mapping[str, Sequence[Kind]]) -> Table:
     """Return the names of kinds and what they are, for a terminal."""
     table = Table.grid(padding=(0, 2))
     for group, kinds in groups.items():
-        table.add_row(f"[bold]{group}[/bold]", Text(GROUPS[group][0], style="dim"))
+        table.add_row(Text(group, style="bold"), Text(GROUPS[group][0], style="dim"))
         for kind in kinds:
             table.add_row(f"  {kind.title}", Text(kind.sentence))
         for name, point in OPEN[group].installed.items() if group in OPEN else ():

@@ -14,6 +14,7 @@ from fedpref.data.unusable import Unusable, summary
 from fedpref.errors import UserError
 from fedpref.experiments.evaluations import evaluate as evaluate_client
 from fedpref.experiments.finished import FinishedRun
+from fedpref.runs.join import as_read
 
 SHARED = "shared"
 
@@ -27,7 +28,8 @@ def evaluate(
 
     Args:
         run: The run directory.
-        data: The preferences; all rows are used.
+        data: The preferences, of which all rows are used. What is not given of them, such as
+            columns' names, is as in the run.
         client: Whose model is asked; by default the one that all share, or each client's own.
         column: Says whose a row is: each client's model is measured on the client's own rows.
 
@@ -46,6 +48,9 @@ def evaluate(
         )
     finished.refuse_opinions()
     known = list(finished.clients)
+    if isinstance(finished.experiment.data, Files):
+        every = {"train_split": data.train_split, "test_split": None, "split_column": None}
+        data = replace(as_read(finished.experiment.data, data), only=data.only, **every)
     read = list(data.read())
     unusable = [row for row in read if isinstance(row, Unusable)]
     rows: tuple[Row, ...] = tuple(

@@ -37,13 +37,17 @@ class Newcomer:
     path: Path
 
 
-def _as_read(source: Any, data: Files) -> Any:
-    """Return the newcomers' source: their file, with the run's settings where it read files."""
+def as_read(source: Any, data: Files) -> Any:
+    """Return a source of other data: their file, with the run's settings where it read files.
+
+    Args:
+        source: The run's.
+        data: The others; what is given of them counts, and for the rest the run's does.
+    """
     if isinstance(source, Opinions):
         return replace(source, path=data.path, groups="all")
     if isinstance(source, Files):
         default = Files(path=data.path)
-        # what is given for the newcomers counts, for the rest they are read as the run's were
         given = {
             field.name: value
             for field in fields(data)
@@ -97,7 +101,7 @@ def personalize(
     # told apart as the run's prompts were, or those that it has trained on are not known again;
     # nothing is chosen by newcomers, for which rows would have to be set aside
     source = replace(
-        _as_read(experiment.data, data),
+        as_read(experiment.data, data),
         split_by=experiment.data.split_by,
         validation_fraction=0.0,
     )

@@ -88,6 +88,30 @@ def write_plan(runs: Mapping[Path, Experiment], folder: Path, select: str | None
     beside.replace(folder / SWEEP)
 
 
+def with_former(
+    runs: Mapping[Path, Experiment], folder: Path, select: str | None
+) -> Mapping[Path, Experiment]:
+    """Return runs behind those of a sweep's folder that are done, which stay members of it.
+
+    Args:
+        runs: The experiment of each run directory.
+        folder: The sweep's.
+        select: The metric by which a variant is chosen, if one is.
+
+    Raises:
+        UserError: What is there is chosen by something else.
+    """
+    former = planned(folder) if is_sweep(folder) else {}
+    kept = {path: one for path, one in former.items() if path not in runs and is_done(path)}
+    if kept and selection(folder) != select:
+        said = selection(folder)
+        raise UserError(
+            f"{folder}: its runs go by {f'--select {said}' if said else 'no --select'}. Say the "
+            "same, or give another --output."
+        )
+    return {**kept, **runs}
+
+
 def selecting(spec: Experiment, metric: str) -> list[str]:
     """Return the settings by which variants are measured on validation prompts.
 
@@ -227,9 +251,15 @@ def plan(
     states = [one.data for one in planned(output).values()] if is_sweep(output) else []
     for name, own in map(_variant, variants):
         is_said = any(text.startswith("data.split_seed=") for text in (*overrides, *own))
+        if seeded := [text for text in (*overrides, *own) if text.startswith("seed=")]:
+            raise UserError(
+                f"{seeded[0]}: a sweep's seeds are those from 0 on, and --seeds says how many. "
+                "Leave it out."
+            )
         for seed in seeds:
             split = [f"data.split_seed={seed}"] if redraws and not is_said else []
-            called = f"name={json.dumps(name)}"  # text, were it 1e-4 or null
+            # text, were it 1e-4 or null
+            called = f"name={json.dumps(name, ensure_ascii=False)}"
             experiment = Experiment.load(
                 file, [*split, *overrides, *own, f"seed={seed}", called, "baselines=[]"]
             )
@@ -317,6 +347,8 @@ def _member(
     try:
         for _ in happenings(experiment, folder, cache):
             pass
+    except KeyboardInterrupt:
+        pass  # who began it says how to go on
     except UserError as error:
         end.send(str(error))
     except Exception:
