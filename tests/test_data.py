@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -673,3 +674,26 @@ def test_a_file_of_another_form_says_so(
         Path(name).write_text(content)
     with pytest.raises(UserError, match=says):
         list(Files(path=name).read())
+
+
+def test_who_has_no_held_out_rows_is_told_what_took_them(tmp_path: Path) -> None:
+    asked = [
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "Yes?"},
+        {"role": "user", "content": "And now?"},
+    ]
+    rows = [
+        {
+            "prompt": [{**asked[0], "content": f"Hello {i}"}, *asked[1:]],
+            "chosen": [{"role": "assistant", "content": "good"}],
+            "rejected": [{"role": "assistant", "content": "bad"}],
+            "client": "one",
+        }
+        for i in range(20)
+    ]
+    source = Files(path=str(write_rows(tmp_path / "rows.jsonl", rows)))
+    with pytest.raises(UserError, match=r"let data.split_by=prompt tell prompts apart"):
+        read(source, Natural(), 0).settled()
+    few = replace(source, split_by="prompt")
+    with pytest.raises(UserError, match=r"raise partition.max_rows \(2 rows"):
+        read(few, Natural(max_rows=2), 0).settled()

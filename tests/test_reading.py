@@ -780,7 +780,9 @@ def test_nobody_joins_and_nothing_is_measured_without_rows(
         pytest.warns(UserWarning, match="cannot be used"),
         pytest.raises(UserError, match="has no held-out rows left"),
     ):
-        evaluate(place, Files(path=str(late), unusable="skip"))
+        evaluate(place, Files(path=str(late)))
+    strict = (place / "config.yaml").read_text().replace("unusable: skip", "unusable: refuse")
+    (place / "config.yaml").write_text(strict)
     with pytest.raises(UserError, match="20 of 20 rows cannot be used"):
         evaluate(place, Files(path=str(late)))
 

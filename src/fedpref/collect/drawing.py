@@ -84,6 +84,12 @@ def prompts_of(path: Path) -> list[Text]:
     if path.suffix == ".txt":
         read: list[Text] = list(filter(None, map(str.strip, _lines(path))))
     else:
+        for where, record in read_table(str(path)):
+            if not {"prompt", "chosen"} & record.keys():
+                raise UserError(
+                    f"{where}: no column 'prompt'; the row has {', '.join(map(str, record))}."
+                )
+            break
         read = [_usable(row) for row in Files(path=str(path)).read()]
     for prompt in read:
         prompts.setdefault(identity(prompt, "question"), prompt)

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from fedpref.data.placed import Placed, label, placed
-from fedpref.data.preferences import SIDES, ClientData, Row, Side
+from fedpref.data.preferences import SIDES, ClientData, Opinion, Row, Side
+from fedpref.data.splits import identity
 from fedpref.errors import UserError
 from fedpref.types import Count, NonNegative, Open, Positive, WholeNumber
 
@@ -216,6 +217,10 @@ def partition(
                 if isinstance(how, Natural)
                 else "take fewer clients"
             )
+            if most := getattr(how, "max_rows", None):
+                remedy += f", raise partition.max_rows ({most} rows, of all sides in proportion)"
+            if side == "test" and _ask_one_thing(rows):
+                remedy += ", let data.split_by=prompt tell prompts apart by all of their turns"
             raise UserError(
                 f"partition: {len(poor)} of {len(clients)} clients have no {lacking} rows "
                 f"({', '.join(poor[:5])}"
@@ -223,6 +228,16 @@ def partition(
                 f"or, to leave them out, {leaving}."
             )
     return tuple(clients)
+
+
+def _ask_one_thing(rows: Placed) -> bool:
+    """Return whether all prompts, which are several, end in one question."""
+    asked = {
+        (identity(row.prompt, "prompt"), identity(row.prompt, "question"))
+        for _, row in rows
+        if not isinstance(row, Opinion)
+    }
+    return len(asked) > 1 == len({question for _, question in asked})
 
 
 def _thinned(rows: Placed, count: int | None) -> Placed:
