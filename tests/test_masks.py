@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,11 @@ import scipy.stats
 import torch
 
 from conftest import make_rows, write_rows
-from fedpref import UserError
-from fedpref.engines.messages import RefusedError, pack, unpack
+from fedpref import UserError, config
+from fedpref.channel.lattice import unfixed
+from fedpref.engines import Patience, Sites
+from fedpref.engines.coordinator import _contribute
+from fedpref.engines.messages import NO_TENSORS, RefusedError, pack, unpack
 from fedpref.engines.secure_sums import SecureSums
 from fedpref.engines.site_masks import (
     FIGURES,
@@ -557,11 +560,12 @@ def attempt(
     survivors: list[str] = NAMES,
     plan: Any = EVEN,
     call: int = 1,
+    means: int = 1,
 ) -> None:
     """One sum of three sites, each of which begins anew and has what it wrote down."""
     address = {"purpose": "train", "round": 0, "call": call, "attempt": number}
     made = {
-        name: SiteMasks(name, Unsigned(), Masks(min_sites=2), "run", folder / name)
+        name: SiteMasks(name, Unsigned(), Masks(min_sites=2), "run", folder / name, means)
         for name in NAMES
     }
     adverts = {name: one.keys(address, NAMES, "told", "4.0") for name, one in made.items()}
@@ -577,33 +581,156 @@ def attempt(
         made["a"].agree(address, ["a", "b"])
 
 
-def figures_of(folder: Path, place: str, plan: Any, names: Any = NAMES, own: str = "4.0") -> None:
+def figures_of(
+    folder: Path,
+    place: str,
+    plan: Any,
+    names: Any = NAMES,
+    own: str | None = None,
+    made_as: str = "4.0",
+) -> None:
     """A sum of figures of some sites of three, up to what they send."""
     address = {"purpose": "evaluate", "round": 0, "call": call_of(place), "attempt": 0}
     settings, made = Masks(min_sites=2), dict[str, SiteMasks]()
     for name in names:
         made[name] = SiteMasks(name, Unsigned(), settings, "run", folder / name, everybody=3)
         (folder / name).mkdir(exist_ok=True, parents=True)
-    adverts = {name: one.keys(address, names, "told", "4.0") for name, one in made.items()}
+    adverts = {name: one.keys(address, names, "told", made_as) for name, one in made.items()}
     sealed = {name: one.boxes(address, adverts, len(names), plan) for name, one in made.items()}
     for k, (name, one) in enumerate(made.items()):
         boxes = {other: said["boxes"][name] for other, said in sealed.items() if other != name}
-        one.planned(address, {k: own})
+        one.planned(address, {k: own or made_as})
         one.masked(address, boxes, {"x": torch.tensor([k])})
 
 
 def test_figures_are_of_all_sites_of_one_list_and_of_one_piece_of_work(tmp_path: Path) -> None:
     figures_of(tmp_path, "glance", EVEN)
-    figures_of(tmp_path, "conclude", EVEN)  # which in one round may be told of more than one look
+    # which in one round may be told of more than one look, but of each once
+    figures_of(tmp_path, "conclude", EVEN, made_as="5.0")
+    with pytest.raises(RefusedError, match="these values were summed already"):
+        figures_of(tmp_path, "start", EVEN)
     fewer = {"a": {0: 0.5}, "b": {1: 0.5}, "c": {}}
     with pytest.raises(RefusedError, match="were summed over others already"):
-        figures_of(tmp_path, "validate", fewer)
+        figures_of(tmp_path, "validate", fewer, made_as="6.0")
     with pytest.raises(RefusedError, match="a sum of a few sites, which is to be one of all"):
         figures_of(tmp_path / "two", "glance", {"a": {0: 0.5}, "b": {1: 0.5}}, ["a", "b"])
     with pytest.raises(RefusedError, match="all clients have the same share"):
         figures_of(tmp_path / "uneven", "glance", {**EVEN, "a": {0: 0.2}})
     with pytest.raises(RefusedError, match="values of another piece of work"):
         figures_of(tmp_path / "other", "glance", EVEN, own="5.0")
+
+
+class Asking:
+    """A coordinator that asks four sites as it likes."""
+
+    count = 4
+
+    def __init__(self, content: dict[str, Any], folder: Path, **changes: Any) -> None:
+        folder.mkdir(exist_ok=True)
+        masks = {"name": "masks", "min_sites": 3, "threshold": 0.75}
+        data = {**content["data"], "path": str(write_rows(folder / "r.jsonl", make_rows([12] * 4)))}
+        equal = {"weighting": "equal"}
+        said = {"secrecy": masks, "data": data, "federation": equal, **changes}
+        self.spec = parsed(content, **said)
+        self.here = sites(folder / "sites", self.count)
+        Sites(self.here, config.dump(self.spec), "run", Patience(seconds=30))
+        task: Any = self.of(0)._opened.task
+        theta = task.init(torch.Generator().manual_seed(0))
+        self.adapter = {f"0/{name}": tensor for name, tensor in theta.items()}
+        for k in range(self.count):
+            self.each(k, "common.no_moments", [], "init", 0, "1")
+
+    def of(self, k: int) -> Any:
+        return self.here.all[f"site-{k}"]
+
+    def said(self, k: int, tensors: Any = NO_TENSORS, **header: Any) -> Any:
+        answer, found = unpack(self.of(k).answer(pack(header, tensors)))
+        if "refused" in answer:
+            raise RefusedError(answer["refused"])
+        return {name: answer[name] for name in answer if name not in ("format", "fedpref")}, found
+
+    def each(
+        self, k: int, work: str, args: Any, purpose: str, round: int, name: str, tree: Any = None
+    ) -> None:
+        where = {"clients": [k], "purpose": purpose, "round": round, "call": 1, "name": name}
+        header, _ = self.said(k, tree or NO_TENSORS, verb="each", work=work, args=args, **where)
+        assert not header["failed"]
+
+    def train(self, round: int, name: str, more: float = 0.0) -> None:
+        """Let each site train, from adapters that differ by so much."""
+        plain = {"plain": config.dump(self.spec)["algorithm"]}
+        for k in range(self.count):
+            tree = {key: tensor + k * more for key, tensor in self.adapter.items()}
+            args = [{"tree": 0}, {"own": {str(k): "1.0"}}, plain]
+            self.each(k, "feddpo.train", args, "train", round, name, tree)
+
+    def sum(
+        self,
+        value: str,
+        round: int,
+        call: int = 1,
+        who: Sequence[int] = range(4),
+        after_keys: Callable[[], None] = lambda: None,
+    ) -> Any:
+        """Return a sum of a value of some sites, if they give it."""
+
+        def ask(messages: Any) -> Any:
+            found = {
+                site: self.said(int(site[-1]), tree, **header)
+                for site, (header, tree) in messages.items()
+            }
+            if next(iter(messages.values()))[0]["verb"] == "keys":
+                after_keys()
+            return found
+
+        plan = {f"site-{k}": {k: 1 / len(who)} for k in who}
+        asked = {f"site-{k}": _contribute({k: value}, {k: 1 / len(who)}) for k in who}
+        sums = SecureSums(self.spec.secrecy or Masks(), "run", ask)
+        told = self.of(0)._told
+        digest = told[2] if told[:2] == ("train", round) else "00"
+        return unfixed(sums.sum(asked, plan, "train", round, call, digest, value)[0])
+
+
+def test_sites_sum_what_this_phase_has_made_of_what_all_were_sent(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
+    honest = Asking(content, tmp_path / "honest")
+    honest.train(0, "2")
+    true = [honest.of(k)._values.get(k, "2.0").value for k in range(4)]
+    for name, tensor in honest.sum("2.0", 0).items():
+        mean = sum(one[name] for one in true) / 4
+        assert torch.allclose(tensor, mean, atol=1e-6)
+    # the same once more in the next round, without one: its value would be the difference
+    honest.train(1, "5")
+    with pytest.raises(RefusedError, match="values of another phase"):
+        honest.sum("2.0", 1, who=range(3))
+
+    def unequal() -> None:
+        other.train(0, "2", more=0.5)
+
+    other = Asking(content, tmp_path / "other")
+    with pytest.raises(RefusedError, match="was sent more since its keys"):
+        other.sum("2.0", 0, after_keys=unequal)
+    # numbers that a sum of integers would carry over
+    large = Asking(content, tmp_path / "large")
+    large.train(0, "2")
+    for k in range(4):
+        for tensor in large.of(k)._values.get(k, "2.0").value.values():
+            tensor.fill_(200.0)
+    with pytest.raises(RefusedError, match="too large"):
+        large.sum("2.0", 0)
+
+
+def test_neighbours_are_told_nothing_where_nobody_gossips(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
+    for secrecy in (content["secrecy"], None):
+        one = Asking(content, tmp_path / str(bool(secrecy)), secrecy=secrecy)
+        one.train(0, "2")
+        weights = {str(j): {"0": 1.0} for j in range(4)}
+        where = {"round": 0, "call": 2, "name": "3", "wait": 1.0}
+        with pytest.raises(RefusedError, match="neighbours are told nothing"):
+            one.said(0, verb="exchange", own={"0": "2.0"}, weights=weights, **where)
 
 
 def test_a_sum_is_of_one_value_and_one_list_over_restarts(tmp_path: Path) -> None:
@@ -614,6 +741,8 @@ def test_a_sum_is_of_one_value_and_one_list_over_restarts(tmp_path: Path) -> Non
         attempt(tmp_path, 2, value=6)
     with pytest.raises(RefusedError, match="a phase has 1 sums, and this would be one more"):
         attempt(tmp_path, 3, call=2)
+    with pytest.raises(RefusedError, match="these values were summed already"):
+        attempt(tmp_path, 4, call=2, means=2)
 
 
 @pytest.mark.parametrize(

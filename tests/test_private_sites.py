@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from conftest import make_rows, write_rows
 from fedpref import Experiment, config
 from fedpref.engines.messages import NO_TENSORS, RefusedError, pack, unpack, version
 from fedpref.engines.private_examples import ledger_file
+from fedpref.engines.requests import run_name
 from fedpref.engines.site import Site
 from fedpref.engines.site_privacy import SUMS
 from fedpref.experiments.clients import SimulatedSite
@@ -20,6 +22,7 @@ from fedpref.experiments.rounds import events, new_directory
 from fedpref.experiments.run_directory import RunDirectory
 from fedpref.numerics import trees
 from fedpref.privacy import Ledger, Secret
+from fedpref.sites import programs
 from fedpref.sites.consent import Limits, consenting
 
 KEY = bytes(range(32))
@@ -210,6 +213,10 @@ def test_a_site_asks_for_the_promise_that_its_file_names(
     ):
         with pytest.raises(RefusedError, match=message):
             limits.refuse(parsed(content, privacy=privacy))
+    with pytest.raises(RefusedError, match=r"its delta of 0.5 is above limits.max_delta, 0.01"):
+        Limits(max_epsilon={"client": 4.0}).refuse(
+            parsed(content, privacy={"unit": "client", "epsilon": 1, "delta": 0.5})
+        )
     both = [
         {"unit": "client", "epsilon": 3, "delta": 0.01},
         {"unit": "prompt", "epsilon": 2, "delta": 0.01},
@@ -286,3 +293,43 @@ def test_a_coordinator_that_asks_oftener_or_in_another_phase_gets_nothing_more(
         said = str(answer.get("refused", "")) + str(answer.get("failed", ""))
         assert "it failed" in said, answer
     assert not [name for name in site._values.names()[0] if name.startswith("80")]
+
+
+def test_who_has_joined_a_run_does_not_train_in_it(content: dict[str, Any], tmp_path: Path) -> None:
+    dumped = config.dump(parsed(content, privacy=EXAMPLES))
+    site = Here(tmp_path).all["site-0"]
+    for resumes in (False, True):  # what was written down holds for who comes back
+        asked = {"experiment": dumped, "run": "run", "resumes": resumes, "is_known": True}
+        opening = {"verb": "open", "held_out": [], **asked, **version()}
+        names = list(unpack(site.answer(pack(opening, NO_TENSORS)))[0]["about"])
+        ids = {name: k for k, name in enumerate(names)}
+        numbered = {"verb": "number", "ids": ids, "sites": {"site-0": list(ids.values())}}
+        assert "refused" not in unpack(site.answer(pack(numbered, NO_TENSORS)))[0]
+        if not resumes:
+            site._refuse_joined("train", [0, 1])
+            site._refuse_joined("join", [0])
+        site._refuse_joined("train", [1])
+        with pytest.raises(RefusedError, match="does not train in it"):
+            site._refuse_joined("train", [0, 1])
+
+
+@pytest.mark.parametrize(
+    "name", ["a/checkpoints/round-000001", "a/Checkpoints.1", "privacy", "a/cache", "round-7"]
+)
+def test_no_run_lies_in_what_a_site_keeps_of_another(name: str) -> None:
+    with pytest.raises(ValueError, match="is what a site calls a folder"):
+        run_name(name)
+    assert run_name("a/baselines/alone") == "a/baselines/alone"
+
+
+def test_the_secret_is_not_handed_over_with_a_jobs_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, result = tmp_path / "run", tmp_path / "job"
+    Secret.of(folder / "privacy")
+    (folder / "privacy/ledger.jsonl").write_text("")
+    place = SimpleNamespace(get_run_dir=lambda number: str(result))
+    context = SimpleNamespace(get_workspace=lambda: place, get_job_id=lambda: "1")
+    monkeypatch.setattr(programs, "collab", SimpleNamespace(fl_ctx=context))
+    programs._hand_over(RunDirectory(folder))
+    assert [file.name for file in result.rglob("*") if file.is_file()] == ["ledger.jsonl"]

@@ -67,6 +67,8 @@ class Hosted:
 
     masks: Masks | None = None
     """What sums are masked by; None where the coordinator sees clients' parts of them."""
+    gossips: bool = False
+    """Whether neighbours are told of clients' values."""
     means: int = 1
     """How many sums a round has."""
     distrust: float | None = None

@@ -22,6 +22,8 @@ from typing_extensions import TypedDict
 from fedpref.engines.messages import Header, RefusedError
 
 LONGEST = 200  # bytes of a part of a run's name, which is a folder's
+# what lies in a run's folder at a site, in which no other run may lie
+RESERVED = re.compile(r"(?i)(checkpoints|privacy|cache)([.].*)?|round-[0-9]+")
 _DIGITS = re.compile(r"0|[1-9][0-9]{0,8}")
 _FORM = ConfigDict(extra="forbid", strict=True)
 
@@ -38,6 +40,8 @@ def run_name(name: str) -> str:
     parts = name.split("/")
     if len(parts) > 4 or not all(re.fullmatch(r"\w[\w.-]{0,99}", part) for part in parts):
         raise ValueError("a run is called by up to four words of letters, digits, '.', '_' and '-'")
+    if taken := [part for part in parts if RESERVED.fullmatch(part)]:
+        raise ValueError(f"{taken[0]!r} is what a site calls a folder within a run's")
     if any(len(part.encode()) > LONGEST for part in parts):
         raise ValueError(f"a part of a run's name is longer than {LONGEST} bytes")
     return name

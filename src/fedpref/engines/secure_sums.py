@@ -6,6 +6,7 @@ follows; a sum whose shares do not come is lost, and never asked for again under
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,7 +20,9 @@ from fedpref.errors import UserError
 from fedpref.numerics.trees import Tree
 from fedpref.privacy.masks import MaskError, context_of, unmasked
 from fedpref.privacy.settings import Masks
+from fedpref.privacy.shamir import BYTES
 
+SHARE = re.compile(rf"[0-9a-f]{{{2 * BYTES}}}")  # of a secret, as sites send it
 Answers = dict[str, tuple[Header, Tree]]
 Ask = Callable[[Mapping[str, tuple[Header, Tree]]], Answers]
 
@@ -132,6 +135,7 @@ class SecureSums:
                 for site in survivors
             }
         )
+        given = {site: said for site, said in given.items() if _is_shares(said.get("shares"))}
         self._require(len(given), len(keys), "have given shares for")
         total = np.zeros_like(words_of(values[survivors[0]]))
         for tree in values.values():
@@ -219,3 +223,10 @@ class SecureSums:
                 f"(secrecy.threshold {self._settings.threshold:g} of {of}, secrecy.min_sites "
                 f"{self._settings.min_sites}). Nobody's value was seen."
             )
+
+
+def _is_shares(said: Any) -> bool:
+    """Return whether what a site says are shares, by whose they are."""
+    return isinstance(said, dict) and all(
+        isinstance(share, str) and SHARE.fullmatch(share) for share in said.values()
+    )

@@ -57,6 +57,7 @@ from fedpref.numerics.tallies import tally
 from fedpref.numerics.trees import Tree
 
 CLIENTS = "numbers.json"  # in a run's folder: which client has which number
+JOINED = "joined.json"  # in a run's folder: who joined a run whose steps have noise
 OWN_FIGURES = "figures.jsonl"  # in a run's folder: clients' figures that left in sums alone
 LOG = logging.getLogger("fedpref")
 Answer = tuple[Header, Tree]
@@ -89,6 +90,7 @@ class Site:
         self._masks: SiteMasks | None = None
         # a digest of all that was sent to be worked on in the phase
         self._told: tuple[str, int, str] = ("", 0, "")
+        self._calls: set[str] = set()  # whose values were made in the phase
         self._hosted: Hosted | None = None
         self._names: dict[int, str] = {}  # of clients, by their ids
         self._values = Values()
@@ -204,7 +206,7 @@ class Site:
         self._store.tidy()
         self._values, self._names, self._site_of = Values(), {}, {}
         self._privacy = self._masks = None
-        self._told = ("", 0, "")
+        self._told, self._calls = ("", 0, ""), set()
         self._mailbox.clear()
         self._done.clear()
         self._spent.clear()
@@ -270,8 +272,12 @@ class Site:
             if all(self._values.is_kept(i, text) for text in own_names.values()):
                 self._own(i, own_names, function, len(args))
         self._refuse_repeated(purpose, round, call, clients)
+        self._refuse_joined(purpose, clients)
         if self._masks is not None:
-            before = self._told[2] if self._told[:2] == (purpose, round) else ""
+            before = self._told[2]
+            if self._told[:2] != (purpose, round):
+                before, self._calls = "", set()
+            self._calls.add(name)
             plain = [arg["plain"] for arg in args if "plain" in arg]
             self._told = purpose, round, told_after(before, work, call, name, plain, tensors)
         is_alike = not any(names.values())
@@ -300,8 +306,7 @@ class Site:
                 # before
                 # a change that is not finite counts as none in a sum with noise: who stopped for it
                 # would tell of it
-                is_summed = self._privacy is not None and self._privacy.sums is not None
-                if not is_summed:
+                if not self._is_promised:
                     _refuse_infinite(values)
                 said = labels(function, {k: kept.label for k, kept in own.items()}, values)
                 for k, (part, label) in enumerate(zip(values, said, strict=True)):
@@ -384,6 +389,11 @@ class Site:
             hosted.bounds.evaluated,
             private,
         )
+
+    @property
+    def _is_promised(self) -> bool:
+        """Whether sums have noise."""
+        return self._privacy is not None and self._privacy.sums is not None
 
     def _shard(self, client: int, purpose: str, work: Work[..., Any]) -> Any:
         """Return a client's data for a piece of work.
@@ -470,6 +480,20 @@ class Site:
                 "site consents to"
             )
 
+    def _refuse_joined(self, purpose: str, clients: Sequence[int]) -> None:
+        """Raise RefusedError where a client that has joined a run would train in it.
+
+        What joins has no noise, and what is trained with noise must not begin there.
+        """
+        if self._privacy is None or self._privacy.examples is None:
+            return
+        file, names = self._run / JOINED, {self._names[i] for i in clients}
+        joined = set(json.loads(file.read_text())) if file.exists() else set()
+        if purpose == "join":
+            files.write(file, json.dumps(sorted(joined | names)))
+        elif purpose == "train" and names & joined:
+            raise RefusedError("a client that has joined the run does not train in it")
+
     def contribute(
         self,
         tensors: Tree,
@@ -484,7 +508,7 @@ class Site:
         Under masks the site sends the sum of its own clients alone. What is promised of sums is
         kept whatever is asked for.
         """
-        is_promised = self._privacy is not None and self._privacy.sums is not None
+        is_promised = self._is_promised
         if (noisy is not None) != is_promised or (masked is not None) != bool(self._masks):
             raise RefusedError("the experiment's promise is not that of the sum that is asked for")
         if masked is not None and self._masks is not None:
@@ -496,6 +520,9 @@ class Site:
                 i: self._privacy.message(i, value, round, call, norm) for i, value in values.items()
             }
         else:
+            if masked is not None:
+                for value in values.values():
+                    _fixed(value)  # before it is scaled: its sum is of shares, which fit then
             messages = {i: trees.scale(value, _said_for(i, shares)) for i, value in values.items()}
             if place is not None:
                 messages = self._compressed(messages, place)
@@ -507,10 +534,7 @@ class Site:
                 messages.values(), noisy["round"], noisy["call"], self._masks.noisy(address)
             )
         else:
-            try:
-                total = trees.total(_wide(fixed(message)) for message in messages.values())
-            except ValueError as error:
-                raise RefusedError(f"its part of the sum is too large: {error}") from error
+            total = trees.total(_wide(_fixed(message)) for message in messages.values())
         sent = self._masks.masked(address, masked["boxes"], total)
         return {**self._masks.heard(address)}, sent
 
@@ -541,8 +565,22 @@ class Site:
         at = address["round"], address["call"]
         if noisy is not None and (noisy["round"], noisy["call"]) != at:
             raise RefusedError("noise of another sum is asked for")
-        if own and self._told[:2] != (address["purpose"], address["round"]):
+        self._refuse_elsewhere(masks, address, own)
+
+    def _refuse_elsewhere(
+        self, masks: SiteMasks, address: SumAddress, own: Mapping[int, str]
+    ) -> None:
+        """Raise RefusedError for a sum of anything but what this phase has made of what all sites
+        were sent.
+        """
+        if not own:
+            return
+        if self._told[:2] != (address["purpose"], address["round"]):
             raise RefusedError("a sum of another phase is asked for")
+        if {name.split(".")[0] for name in own.values()} - self._calls:
+            raise RefusedError("a sum of values of another phase is asked for")
+        if masks.told(address) != self._told[2]:
+            raise RefusedError("the site was sent more since its keys of this sum were made")
 
     def tally(self, tensors: Tree, own: Mapping[int, str], masked: Masked) -> Answer:
         """Send the sums of the figures of the clients here, under masks, and keep each one's."""
@@ -551,8 +589,7 @@ class Site:
             raise RefusedError("the experiment's figures are not told so")
         if own.keys() != masks.planned(address, own).keys():
             raise RefusedError("figures of others are asked for than all sites were told")
-        if self._told[:2] != (address["purpose"], address["round"]):
-            raise RefusedError("figures of another phase are asked for")
+        self._refuse_elsewhere(masks, address, own)
         rows = {i: self._metrics(i, name) for i, name in own.items()}
         weights = [self._weight(i, row) for i, row in rows.items()]
         total = tally(list(rows.values()), weights)
@@ -628,6 +665,8 @@ class Site:
 
         A neighbour that does not answer in time is replaced by the receiver's own value.
         """
+        if not self._opened.gossips or self._masks is not None or self._is_promised:
+            raise RefusedError("neighbours are told nothing in this experiment")
         self._values.refuse_taken(own, name)
         rows = {i: _said_for(i, weights) for i in own}
         if not {j for row in weights.values() for j in row} <= self._site_of.keys():
@@ -768,6 +807,14 @@ class Site:
         if withheld := [key for key in tree if not self._opened.gives(key)]:
             raise RefusedError(f"{withheld[0]!r} does not leave this site")
         return tree
+
+
+def _fixed(tree: Tree) -> Tree:
+    """Return numbers as integers; raises RefusedError where one is too large."""
+    try:
+        return fixed(tree)
+    except ValueError as error:
+        raise RefusedError(f"its part of the sum is too large: {error}") from error
 
 
 def _wide(tree: Tree) -> Tree:

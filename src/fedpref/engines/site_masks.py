@@ -222,6 +222,10 @@ class SiteMasks:
             raise RefusedError("values of another piece of work than all sites were told")
         return (one.plan or {}).get(self._name, {})
 
+    def told(self, address: Mapping[str, Any]) -> str:
+        """Return the digest of what the site was sent, as its keys of a sum were made."""
+        return self._of(address).told
+
     def masked(self, address: Mapping[str, Any], boxes: Mapping[str, str], value: Tree) -> Tree:
         """Return the site's integers under masks.
 
@@ -244,6 +248,10 @@ class SiteMasks:
         calls = [name.rsplit("/", 1)[1] for name in known if name.startswith(phase)]
         if sum(call != LISTED and int(call) < FIGURES for call in calls) > self._means:
             raise RefusedError(f"a phase has {self._means} sums, and this would be one more")
+        # in two sums, of which others fall out, a value would be their difference
+        where, call = f"value {phase}{one.value_name}", str(address["call"])
+        if known.setdefault(where, {"value": call})["value"] != call:
+            raise RefusedError("these values were summed already")
         if address["call"] >= FIGURES:
             # of one round's figures one list: two would differ by one site's
             where = f"{address['purpose']}/{address['round']}/{LISTED}"

@@ -476,6 +476,7 @@ def hosted(
         uplink=spec.uplink,
         privacy=site_privacy(spec, task, by_name, folder, max_epsilon),
         masks=spec.secrecy,
+        gossips=spec.algorithm.gossips,
         means=spec.algorithm.means,
         distrust=spec.network.distrust,
         is_silent=spec.telling == "none",

@@ -31,7 +31,7 @@ from fedpref.models.own_parts import NAMES, OWN_ADAPTER
 from fedpref.numerics import files
 from fedpref.rewards import Reward
 from fedpref.tasks.task import CRITIC
-from fedpref.types import Count, Positive, WholeNumber
+from fedpref.types import Count, OpenFraction, Positive, WholeNumber
 
 LOG = logging.getLogger("fedpref")
 COUNTED = ".preferences"  # how many there were when the last run began, of data that grow
@@ -75,6 +75,10 @@ class Limits:
     of what one has (`unit`: an example, a prompt). An experiment without such a promise is
     refused."""
 
+    max_delta: OpenFraction = 0.01
+    """Delta at most, of the promises that `max_epsilon` asks for: the chance that epsilon does not
+    hold."""
+
     def refuse(self, experiment: Experiment) -> None:
         """Raise RefusedError for an experiment that asks for more."""
         self.check(experiment.algorithm)
@@ -89,6 +93,10 @@ class Limits:
             if promise.epsilon is not None and promise.epsilon > most:
                 raise RefusedError(
                     f"its epsilon of {promise.epsilon:g} is above limits.max_epsilon, {most:g}"
+                )
+            if promise.delta > self.max_delta:
+                raise RefusedError(
+                    f"its delta of {promise.delta:g} is above limits.max_delta, {self.max_delta:g}"
                 )
         if experiment.telling == "private" and "client" in self.max_epsilon:
             raise RefusedError(

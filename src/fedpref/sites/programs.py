@@ -29,6 +29,7 @@ from fedpref.experiments.clients import SimulatedSite
 from fedpref.experiments.experiment import Experiment, with_whole_paths
 from fedpref.experiments.rounds import events
 from fedpref.experiments.run_directory import RunDirectory
+from fedpref.privacy.secret import FILE as SECRET
 from fedpref.sites import FUNCTIONS, RUNS, SAYS, SITE, TELLS
 from fedpref.sites.consent import consenting, refuse_code
 from fedpref.sites.identity import KitIdentity
@@ -157,7 +158,9 @@ def _hand_over(folder: RunDirectory) -> None:
     """Copy the run directory to where FLARE takes a job's results from."""
     context = collab.fl_ctx
     result = Path(context.get_workspace().get_run_dir(context.get_job_id())) / "fedpref"
-    shutil.copytree(folder.path, result, ignore=shutil.ignore_patterns("cache"))
+    # who keeps the secret keeps the noise, and results stay at the server
+    kept_back = shutil.ignore_patterns("cache", SECRET)
+    shutil.copytree(folder.path, result, ignore=kept_back)
 
 
 def check_name(run: str) -> None:
