@@ -230,6 +230,22 @@ def test_a_run_over_sites_that_chooses_is_taken_up_with_its_best_model(
         assert all(torch.equal(tree[part], theirs[name][part]) for part in tree)
 
 
+@pytest.mark.parametrize("after", [0, 5])
+def test_a_run_whose_clients_run_out_ends_with_its_best_model(
+    after: int, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    most = {"federation": {"max_participations": 3}, "evaluate_every": 2, "rounds": 8}
+    spec = spec_of(settings, keep="best", stop=None, baselines=[], **most)
+    if after:
+        leave(spec, tmp_path / "run", after)
+        resume(tmp_path / "run")
+    else:
+        run(spec, tmp_path / "run")
+    rows = rows_of(tmp_path / "run")
+    assert (rows[-1]["ended"], rows[-1]["round"]) == ("nobody", 3)
+    assert rows[-1]["kept"] == 2  # nobody looked after the third
+
+
 def test_a_line_that_has_stopped_does_not_go_on(settings: dict[str, Any], tmp_path: Path) -> None:
     spec = spec_of(settings, stop={"metric": METRIC, "patience": 1}, rounds=12)
     run(spec, tmp_path / "run")

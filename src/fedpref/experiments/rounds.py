@@ -204,6 +204,8 @@ def _line(
             )
         state, last = state if best is None else best, True
         row = looked(first, state, "conclude") | {"ended": "spent"}
+        if best is not None:
+            row["kept"] = standing(rows, metric).best
         if newcomers:
             state = _join(engine, algorithm, experiment, state, names, newcomers, row)
         folder.append(EVALUATION, row)
@@ -259,7 +261,8 @@ def _line(
             state = state if best is None else best
             row = looked(round + 1, state, "conclude")
             if best is not None:
-                row["kept"] = stands.best
+                seen_so_far = [*folder.read_rows(EVALUATION), *(one for one, _ in looks)]
+                row["kept"] = standing(seen_so_far, metric).best
             if ended:
                 row["ended"] = ended
             looks.append((row, state))
