@@ -124,6 +124,7 @@ def content(settings: dict[str, Any]) -> dict[str, Any]:
     return {
         **settings,
         "task": task,
+        "algorithm": {"name": "decdpo"},  # at sites, neighbours exchange only where some gossip
         "partition": {"name": "natural", "max_clients": CLIENTS},
         "rounds": ROUNDS,
     }

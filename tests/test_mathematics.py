@@ -304,3 +304,12 @@ def test_what_few_need_says_how_it_is_had(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("fedpref.errors.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs scipy: pip install 'fedpref\[firm\]'"):
         require_solver()
+
+
+def test_dropout_draws_from_its_devices_own_generator(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert seeds.of_device(torch.device("cpu")) is torch.default_generator
+    several = torch.Generator(), torch.Generator()
+    monkeypatch.setattr(torch.cuda, "default_generators", several)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert seeds.of_device(torch.device("cuda", 0)) is several[0]
+    assert seeds.of_device(torch.device("cuda")) is several[1]
