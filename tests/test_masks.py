@@ -231,7 +231,7 @@ def test_a_hundred_sites_and_more_share_with_some(tmp_path: Path) -> None:
             return one.unmask(address, *said), {}
         (tmp_path / name).mkdir()
         masked = header["masked"]
-        sent = one.masked(masked["address"], masked["boxes"], values[name])
+        sent = one.masked(masked["address"], masked["boxes"], values[name], "4.0")
         return one.heard(masked["address"]), sent
 
     def ask(asked: Any) -> Any:
@@ -407,11 +407,11 @@ def test_no_byte_that_the_coordinator_gets_is_a_sites_part(
     updates: list[bytes] = []
     masked = SiteMasks.masked
 
-    def recorded(self: SiteMasks, address: Any, boxes: Any, value: Any) -> Any:
+    def recorded(self: SiteMasks, address: Any, boxes: Any, value: Any, made: str) -> Any:
         parts.append(words_of(value).tobytes())
         if address["call"] < FIGURES:
             updates.append(parts[-1])
-        return masked(self, address, boxes, value)
+        return masked(self, address, boxes, value, made)
 
     transport = sites(tmp_path / "sites")
     with pytest.MonkeyPatch.context() as patch:
@@ -573,7 +573,7 @@ def attempt(
     for name, one in made.items():
         (folder / name).mkdir(exist_ok=True)
         boxes = {other: said["boxes"][name] for other, said in sealed.items() if other != name}
-        one.masked(address, boxes, {"x": torch.tensor([value])})
+        one.masked(address, boxes, {"x": torch.tensor([value])}, str(value))
     signatures = {name: made[name].agree(address, survivors)["signature"] for name in survivors}
     for name in survivors:
         made[name].unmask(address, survivors, signatures, {})
@@ -600,7 +600,7 @@ def figures_of(
     for k, (name, one) in enumerate(made.items()):
         boxes = {other: said["boxes"][name] for other, said in sealed.items() if other != name}
         one.planned(address, {k: own or made_as})
-        one.masked(address, boxes, {"x": torch.tensor([k])})
+        one.masked(address, boxes, {"x": torch.tensor([k])}, made_as)
 
 
 def test_figures_are_of_all_sites_of_one_list_and_of_one_piece_of_work(tmp_path: Path) -> None:
@@ -719,6 +719,24 @@ def test_sites_sum_what_this_phase_has_made_of_what_all_were_sent(
             tensor.fill_(200.0)
     with pytest.raises(RefusedError, match="too large"):
         large.sum("2.0", 0)
+
+
+def test_a_value_that_is_made_again_is_the_same_value(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
+    for means, told in ((1, "this would be one more"), (2, "were summed already")):
+        asking = Asking(content, tmp_path / str(means))
+        for k in range(4):
+            masks = asking.of(k)._masks
+            assert masks is not None
+            masks._means = means  # as of an algorithm with so many sums
+        asking.train(0, "2")
+        asking.sum("2.0", 0, call=1)
+        for k in range(4):  # as after a restart, under another name
+            asking.of(k)._done.clear()
+        asking.train(0, "7")
+        with pytest.raises(RefusedError, match=told):
+            asking.sum("7.0", 0, call=2, who=range(3))
 
 
 def test_neighbours_are_told_nothing_where_nobody_gossips(

@@ -535,7 +535,7 @@ class Site:
             )
         else:
             total = trees.total(_wide(_fixed(message)) for message in messages.values())
-        sent = self._masks.masked(address, masked["boxes"], total)
+        sent = self._masks.masked(address, masked["boxes"], total, _said_by(values))
         return {**self._masks.heard(address)}, sent
 
     def _compressed(self, messages: Mapping[int, Tree], place: Place) -> dict[int, Tree]:
@@ -593,7 +593,7 @@ class Site:
         rows = {i: self._metrics(i, name) for i, name in own.items()}
         weights = [self._weight(i, row) for i, row in rows.items()]
         total = tally(list(rows.values()), weights)
-        sent = masks.masked(address, masked["boxes"], total)
+        sent = masks.masked(address, masked["boxes"], total, next(iter(own.values())))
         said = {self._names[i]: row for i, row in rows.items()}
         place = PLACES[address["call"] - FIGURES]
         line = json.dumps({"round": address["round"], "place": place, "clients": said})
@@ -815,6 +815,12 @@ def _fixed(tree: Tree) -> Tree:
         return fixed(tree)
     except ValueError as error:
         raise RefusedError(f"its part of the sum is too large: {error}") from error
+
+
+def _said_by(values: Mapping[int, Tree]) -> str:
+    """Return a digest of clients' values, however they are called; empty where they say nothing."""
+    whole = trees.nest(values)
+    return trees.digest(whole).hex() if any(bool(one.any()) for one in whole.values()) else ""
 
 
 def _wide(tree: Tree) -> Tree:

@@ -226,13 +226,17 @@ class SiteMasks:
         """Return the digest of what the site was sent, as its keys of a sum were made."""
         return self._of(address).told
 
-    def masked(self, address: Mapping[str, Any], boxes: Mapping[str, str], value: Tree) -> Tree:
+    def masked(
+        self, address: Mapping[str, Any], boxes: Mapping[str, str], value: Tree, made: str
+    ) -> Tree:
         """Return the site's integers under masks.
 
         Args:
             address: Which sum.
             boxes: That other sites have sealed for this one.
             value: The sum of the site's own clients, as integers.
+            made: What tells it from the phase's other values, after a restart too; empty if it says
+                nothing.
         """
         one = self._of(address)
         if one.value:
@@ -249,8 +253,8 @@ class SiteMasks:
         if sum(call != LISTED and int(call) < FIGURES for call in calls) > self._means:
             raise RefusedError(f"a phase has {self._means} sums, and this would be one more")
         # in two sums, of which others fall out, a value would be their difference
-        where, call = f"value {phase}{one.value_name}", str(address["call"])
-        if known.setdefault(where, {"value": call})["value"] != call:
+        where, call = f"value {phase}{made}", str(address["call"])
+        if made and known.setdefault(where, {"value": call})["value"] != call:
             raise RefusedError("these values were summed already")
         if address["call"] >= FIGURES:
             # of one round's figures one list: two would differ by one site's
