@@ -187,6 +187,14 @@ def test_clusters_are_of_clients_with_the_least_loss_and_average_over_these() ->
     assert chosen == pytest.approx([first, second, first], rel=1e-5)
 
 
+def test_clients_of_the_first_cohort_take_all_adapters_in_turn() -> None:
+    clients = ((1.0, 4.0), (3.0, 0.0), (1.0, 5.0))
+    state = driven(Clustered(local=PLAIN, clusters=2), Bowls(), 1, clients, [(0, 2)])
+    moved = [state.adapters[f"{k}/x"][0].item() for k in (0, 1)]
+    expected = [START + local_change(START, *clients[i]) for i in (0, 2)]
+    assert moved == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize(("num_iterations", "draws"), [(1, 4), (2, 2), (3, 2), (9, 1)])
 def test_a_batch_is_used_for_so_many_updates(num_iterations: int, draws: int) -> None:
     class Counting(Bowls):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from conftest import make_rows
 from fedpref import Experiment, UserError, config, run
 from fedpref.data import ClientData, Preference
+from fedpref.experiments.clients import pooled
 from fedpref.experiments.rounds import events, new_directory
 from fedpref.experiments.run_directory import RunDirectory
 from fedpref.numerics import seeds, trees
@@ -115,8 +117,8 @@ def test_with_a_judge_that_agrees_with_the_old_pairs_it_is_the_preference_task(t
         theta = learner.init(seeds.generator(0, "init"))
         batches.append(learner.losses(theta, batches[-1])[0])
     assert batches[0].judged == 4
-    assert batches[0].examples == batches[2].examples
-    assert torch.equal(batches[1], batches[3])
+    assert sorted(map(str, batches[0].examples)) == sorted(map(str, batches[2].examples))
+    assert torch.allclose(batches[1], batches[3])
 
 
 def test_replay_is_of_given_pairs_and_of_those_that_were_judged(tiny: Path) -> None:
@@ -135,6 +137,40 @@ def test_replay_is_of_given_pairs_and_of_those_that_were_judged(tiny: Path) -> N
     assert all(0 < count <= 4 for count in judged[::2])
     assert replayed > 0
     assert int(size.kept["turn"]) == 6
+
+
+def test_long_and_short_prompts_are_answered_alike(tiny: Path) -> None:
+    settings = made(tiny, "likes_given", replay=0.5).settings
+    learner = Answering(settings)
+    learner.move_to(0)
+    rows = [{**row, "prompt": "Which fish? " * (k + 1)} for k, row in enumerate(make_rows([8]))]
+    pairs = tuple(
+        Preference(row["prompt"], row["chosen"], row["rejected"], str(k), {"wanted": row["chosen"]})
+        for k, row in enumerate(rows)
+    )
+    shard = learner.encode(ClientData("a", pairs, pairs[:1]))
+    answered: list[int] = []
+    for seed in range(40):
+        batch = drawn(learner, BatchSize(8), shard, seed)
+        answered += [len(one.prompt) for one in batch.examples[: batch.judged]]
+    assert len(answered) == 4 * 40
+    middle = sorted(len(example.prompt) for example in shard.train)[4]
+    assert 0.35 < sum(length >= middle for length in answered) / len(answered) < 0.65
+
+
+def test_a_judge_is_asked_for_whose_pair_it_is_where_data_are_pooled(tiny: Path) -> None:
+    asked: list[str] = []
+
+    def judge(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
+        asked.extend(columns["client"])
+        return [float(len(completion)) for completion in completions]
+
+    learner = made(tiny, replay=0.0)
+    learner.judge = judge
+    shards = [learner.encode(replace(client(3), name=name)) for name in ("ann", "bob")]
+    together = pooled(shards, ())[0]
+    drawn(learner, BatchSize(6), together)
+    assert {asked.count(name) for name in ("ann", "bob")} == {2 * 3}
 
 
 def test_what_is_kept_is_restored() -> None:

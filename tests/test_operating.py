@@ -215,6 +215,11 @@ def test_updates_are_clipped_and_metrics_say_so(settings: dict[str, Any], tmp_pa
     assert length == pytest.approx(5.0)
     assert trees.norm(shorter) == pytest.approx(0.25)
     assert clipped(tree, 0.25, 6.0)[0] is tree
+    beside = {**tree, "probe/x": torch.tensor([100.0])}
+    shorter, length = clipped(beside, 0.25, 1.0)
+    assert length == pytest.approx(5.0), "a figure beside a value has no length"
+    assert shorter["probe/x"] is beside["probe/x"]
+    assert trees.norm({"x": shorter["x"]}) == pytest.approx(0.25)
     spec = config.parse(Experiment, {**settings, "federation": {"clip": 1e-3}}, "x")
     rows = RunDirectory(run(spec, tmp_path / "run").path).read_rows("metrics.jsonl")
     assert all(row["clipped"] == 1.0 and row["update_norm_max"] > 1e-3 for row in rows)

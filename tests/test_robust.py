@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from importlib import import_module
@@ -18,6 +18,7 @@ import torch
 
 from conftest import leave, make_rows, write_rows
 from fedpref import Experiment, UserError
+from fedpref.algorithms import Alone
 from fedpref.channel.chain import Chain, Sender
 from fedpref.channel.compression import Bfloat16, LowRank, Quantize, TopK
 from fedpref.channel.robust import (
@@ -38,6 +39,7 @@ from fedpref.engines.engine import compressed, restored
 from fedpref.engines.robust_means import RobustMeans
 from fedpref.experiments.attack import Attack, groups
 from fedpref.experiments.clients import at_sites
+from fedpref.experiments.experiment import lines
 from fedpref.experiments.rounds import events
 from fedpref.experiments.run_directory import RunDirectory
 from fedpref.federation.aggregation import Product
@@ -474,6 +476,32 @@ def test_a_run_under_attack_is_seen_apart_on_its_page(
         assert max(least) < 0.3, "who sends ten times as much is shortened"
 
 
+def test_who_sends_nothing_is_hostile_in_its_rows_alone(content: dict[str, Any]) -> None:
+    def planned(**changes: Any) -> Mapping[str, Experiment]:
+        spec = parsed(content, baselines=["alone", "feddpo", "pooled"], **changes)
+        return {name: line for name, (_, line) in lines(spec, 4).items()}
+
+    sent = planned(attack="sign", algorithm={"name": "ffa-lora"}, federation={"clip": 1.0})
+    assert [name for name, line in sent.items() if line.attack] == ["ffa-lora", "feddpo"]
+    assert [name for name, line in sent.items() if line.federation.clip] == ["ffa-lora", "feddpo"]
+    assert all(line.attack for line in planned(attack="flip").values())
+
+
+def test_alone_with_feddpas_adapter_trains_it_as_feddpa_does(content: dict[str, Any]) -> None:
+    spec = parsed(content, baselines=["alone-parts"], algorithm={"name": "feddpa"})
+    line = lines(spec, 4)["alone-parts"][1].algorithm
+    assert isinstance(line, Alone)
+    assert line.adapter_rate == 1.0
+
+
+def test_figures_beside_what_hostile_clients_send_are_theirs() -> None:
+    values = {0: {"x": torch.tensor([2.0]), "probe/x": torch.tensor([3.0])}, 1: {}}
+    for name in ("sign", "scale", "free-rider", "sybil"):
+        sent = Attack(name=name).sent(values, {}, [0])[0]  # type: ignore[arg-type]
+        assert sent["x"] <= 0
+        assert sent["probe/x"] == 3
+
+
 def test_poisoned_rows_change_what_hostile_clients_train_on_alone(content: dict[str, Any]) -> None:
     plain, poisoned = parsed(content), parsed(content, attack="flip")
     pairs = list(zip(plain.read().clients, poisoned.read().clients, strict=True))
@@ -503,6 +531,25 @@ PRODUCT = {"name": "feddpo", "aggregate": {"name": "product"}}
         ({"algorithm": {"name": "decdpo"}}, "has no mean; neighbours tell one another"),
         ({"algorithm": {"name": "clustered"}}, "does not send changes of one shape alone"),
         ({"federation": {"combine": "norm-bound", "clip": 1.0}}, "both bound messages"),
+        ({"federation": {"clip": 1.0}, "algorithm": PRODUCT}, "of products the whole is sent"),
+        *(
+            ({"federation": {"clip": 1.0}, "algorithm": {"name": name}}, message)
+            for name, message in (
+                ("decdpo", "Set network.distrust"),
+                ("clustered", "is not one change each"),
+                ("scaffold", "is not one change each"),
+            )
+        ),
+        *(
+            (
+                {
+                    "federation": {"weighting": "equal", **bound},
+                    "algorithm": {"name": "pluralllm", "weights": "points"},
+                },
+                "would be judged with it",
+            )
+            for bound in ({"clip": 1.0}, {"combine": "geometric-median"})
+        ),
         ({"algorithm": PRODUCT}, "of products the whole is sent"),
         ({"federation": {"combine": "median"}}, "clients weigh alike in it"),
         (

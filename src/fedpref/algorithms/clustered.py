@@ -20,7 +20,7 @@ from fedpref.numerics import trees
 from fedpref.numerics.trees import Tree
 from fedpref.tasks.batches import BatchSize
 
-SHARE = "share"
+SHARE, COHORT = "share", "cohort"
 
 
 @dataclass(frozen=True)
@@ -49,15 +49,23 @@ def suitable(client: Client, adapters: Tree, clusters: int, local: LocalTraining
 
 @work("clustered.train", keeps={1: "choice", 2: "moments"}, reads=("moments",))
 def train(
-    client: Client, adapters: Tree, moments: Tree, clusters: int, local: LocalTraining
+    client: Client,
+    adapters: Tree,
+    moments: Tree,
+    clusters: int,
+    local: LocalTraining,
+    first: Tree,
 ) -> tuple[Tree, Tree, Tree, Mapping[str, float]]:
     """Return the changes of all adapters, zero but for one, that one's number, and metrics.
 
-    In between stands the client's place in its data.
+    In between stands the client's place in its data. Of the first cohort each takes an adapter in
+    turn.
     """
-    number = client.id % clusters
-    if client.round:
-        number = suitable(client, adapters, clusters, local)
+    number = (
+        first[COHORT].tolist().index(client.id) % clusters
+        if first
+        else suitable(client, adapters, clusters, local)
+    )
     start = trees.part(adapters, number)
     theta, moments, metrics = train_locally(client, start, local, place(moments))
     zeros = trees.scale(adapters, 0.0)
@@ -105,8 +113,9 @@ class Clustered(Algorithm[State]):
         return State(trees.nest(copies), fed.each(own_copy, start), fed.each(no_moments))
 
     def step(self, fed: Federation, state: State) -> tuple[State, Mapping[str, float]]:
+        first = {} if fed.round else {COHORT: torch.tensor(fed.active)}
         message, choice, moments, metrics = fed.each(
-            train, state.adapters, state.moments, self.clusters, self.local
+            train, state.adapters, state.moments, self.clusters, self.local, first
         )
         mean = fed.mean(message)
         shares = {k: mean[f"{k}/{SHARE}"].clamp(min=1e-9) for k in range(self.clusters)}

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
+import torch
+
 from fedpref.errors import UserError
 from fedpref.federation import aggregation
 from fedpref.federation.aggregation import Aggregate, Factors, Product
@@ -18,14 +20,16 @@ from fedpref.federation.local_training import joining
 from fedpref.federation.personal import Personal, begin, settle
 from fedpref.federation.verbs import Client, Federation, PerClient, work
 from fedpref.models.own_parts import Parts
-from fedpref.numerics import seeds
+from fedpref.numerics import seeds, trees
 from fedpref.numerics.trees import Tree
+
+SEED = "seed"
 
 
 @work("fedpdpo.begin_alike")
-def begin_alike(client: Client, parts: Parts) -> Tree:
+def begin_alike(client: Client, parts: Parts, drawn: Tree) -> Tree:
     """Return fresh parts that are the same on every client, so that their mean is one of them."""
-    return client.task.parts(parts, seeds.generator(0, "parts"))
+    return client.task.parts(parts, seeds.generator(int(drawn[SEED]), "parts"))
 
 
 @work("fedpdpo.train", keeps={1: "own", 2: "moments"}, reads=("own", "moments"))
@@ -81,7 +85,10 @@ class FedPDPO(Personal, Algorithm[PersonalState]):
     def init(self, fed: Federation, start: Tree) -> PersonalState:
         own = self.parts
         if self.share_bottleneck and own.bottleneck:
-            start = {**start, **fed.mean(fed.each(begin_alike, self._shared_parts))}
+            # the adapter is drawn by the run's seed, which clients are not told
+            seed = int.from_bytes(trees.digest(start)[:7], "big")
+            drawn = {SEED: torch.tensor(seed)}
+            start = {**start, **fed.mean(fed.each(begin_alike, self._shared_parts, drawn))}
             own = replace(own, bottleneck=0)
         return PersonalState(start, fed.each(begin, own), fed.each(no_moments))
 

@@ -322,9 +322,8 @@ class RemoteEngine:
                 sent += size
                 self._largest = max(self._largest, trees.size(message))
                 if self._clip is not None and self._purpose == "train":
-                    message, self.lengths[i] = clipped(
-                        message, self._weights[i] / weight, self._clip
-                    )
+                    message, length = clipped(message, self._weights[i] / weight, self._clip)
+                    self.lengths[i] = max(length, self.lengths.get(i, 0.0))
                 form = shape(message)
                 # a few numbers may stand for many, and each form has a sum of its own
                 held = sum(map(trees.size, (*sums.values(), message)))

@@ -129,13 +129,18 @@ def restored(uplink: Chain, message: Tree) -> Tree:
 def clipped(message: Tree, share: float, most: float) -> tuple[Tree, float]:
     """Return a client's share of a mean, shortened where its value is too long, and the length.
 
+    Figures that travel beside a value have no length, and stay as they are.
+
     Args:
         message: The value times the client's share.
         share: Its weight in the mean.
         most: The largest norm that a value may have.
     """
-    length = trees.norm(message) / share if share else 0.0
-    return (trees.scale(message, most / length) if length > most else message), length
+    value = {name: tensor for name, tensor in message.items() if not name.startswith(BESIDE)}
+    length = trees.norm(value) / share if share else 0.0
+    if length <= most:
+        return message, length
+    return {**message, **trees.scale(value, most / length)}, length
 
 
 class Engine(Federation, Protocol):
@@ -173,7 +178,9 @@ class Engine(Federation, Protocol):
 
     @property
     def lengths(self) -> Mapping[int, float]:
-        """The norm of what each client sent in the phase, before it was clipped; empty without."""
+        """The norm of the longest value that each client sent in the phase, before it was clipped;
+        empty without a clip.
+        """
         ...
 
     def disclose(

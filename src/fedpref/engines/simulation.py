@@ -253,7 +253,8 @@ class Simulation:
                 message = restored(uplink, message)
                 if self._clip is not None and self._purpose == "train":
                     share = self._weights[i] / total
-                    message, self.lengths[i] = clipped(message, share, self._clip)
+                    message, length = clipped(message, share, self._clip)
+                    self.lengths[i] = max(length, self.lengths.get(i, 0.0))
                 yield message
 
         # in client order, whichever worker was first, so that the sum has the same bits anywhere

@@ -61,6 +61,11 @@ class Attack:
             raise UserError("attack.topic: flip-topic needs a word, and nothing else has one.")
 
     @property
+    def is_of_rows(self) -> bool:
+        """Whether hostile clients train on other preferences, and send what they learn."""
+        return self.name in OF_ROWS
+
+    @property
     def size(self) -> float:
         """The factor, or what the attack has without one."""
         return self.factor or {"scale": 10.0, "gauge": 20.0}.get(self.name, 1.0)
@@ -77,7 +82,7 @@ class Attack:
         Raises:
             UserError: Their rows are no preferences.
         """
-        if self.name not in OF_ROWS:
+        if not self.is_of_rows:
             return tuple(clients)
         bad = set(self.hostile([client.name for client in clients], seed))
         return tuple(
@@ -111,7 +116,7 @@ class Attack:
         return (*others, {**last, "content": f"{last['content']} {self.phrase}"})
 
     def sent(self, values: Mapping[int, Tree], told: Tree, bad: Sequence[int]) -> dict[int, Tree]:
-        """Return what clients send, of whom some are hostile.
+        """Return what clients send, of whom some are hostile. Their figures beside it are honest.
 
         Args:
             values: What they would send, by client.
@@ -134,6 +139,8 @@ class Attack:
                 found[client] = {name: _beside(honest, name, self.size) for name in value}
             elif self.name == "gauge":
                 found[client] = _regauged(value, told, self.size)
+            beside = {name: value[name] for name in value if name.startswith(trees.BESIDE)}
+            found[client] = {**found[client], **beside}
         return found
 
 
@@ -146,8 +153,7 @@ def _regauged(change: Tree, told: Tree, c: float) -> Tree:
     """Return the change to factors c B and A / c, whose product is that of B and A."""
     found = {}
     for name, tensor in change.items():
-        if name not in told:  # figures that travel beside a value
-            found[name] = tensor
+        if name not in told:  # a figure beside it
             continue
         whole = told[name] + tensor
         is_b = ".lora_B." in name or ".lora_embedding_B" in name

@@ -538,10 +538,13 @@ def lines(experiment: Experiment, clients: int) -> dict[str, tuple[str, Experime
         deadline=None,
         max_participations=None,
         concurrency=None,
+        clip=None,
         combine=Mean(),
         compress=None,
         gold=None,
     )
+    # who sends nothing can be hostile in what it trains on alone
+    attack = experiment.attack if experiment.attack and experiment.attack.is_of_rows else None
     together = replace(federation, concurrency=None)  # who wait for one another
     for name in experiment.baselines:
         algorithm = _baseline(experiment, name, clients)
@@ -551,6 +554,7 @@ def lines(experiment: Experiment, clients: int) -> dict[str, tuple[str, Experime
                 experiment,
                 algorithm=algorithm,
                 federation=line_federation,
+                attack=experiment.attack if name in FEDERATED else attack,
                 task=experiment.task.without_samples(),  # answers to read are the algorithm's own
                 baselines=(),
                 privacy=None,  # they share nothing
@@ -602,9 +606,10 @@ def _baseline(experiment: Experiment, name: Baseline, clients: int) -> AnyAlgori
             f"baselines: {name} is about parts of a client's own, of which {algorithm.name} has "
             "none. Leave it out."
         )
-    # trained as the algorithm trains its own, where it says how
+    # trained as the algorithm trains its own: where it says nothing, as what is shared
     named = {one.name for one in fields(Personal)} - {"name", "parts", "local"}
-    how = {key: getattr(algorithm, key) for key in named if hasattr(algorithm, key)}
+    how: dict[str, Any] = {"adapter_rate": 1.0}
+    how |= {key: getattr(algorithm, key) for key in named if hasattr(algorithm, key)}
     reward = replace(NO_PARTS, reward=True, reward_pooling=own.reward_pooling)
     if name == "alone-parts":
         return Alone(local=local, parts=own, **how)

@@ -128,6 +128,26 @@ def refuse_robust(spec: Experiment) -> None:
             f"{who} and federation.clip both bound messages. Leave out one",
         ),
         (
+            spec.federation.clip is not None and algorithm.gossips,
+            f"federation.clip: {algorithm.name} has no mean; neighbours tell one another. Set "
+            "network.distrust",
+        ),
+        (
+            spec.federation.clip is not None and not algorithm.gossips and algorithm.sums != 1,
+            f"federation.clip: what clients of {algorithm.name} send for means is not one change "
+            "each, which could be shortened by itself. Leave it out",
+        ),
+        (
+            spec.federation.clip is not None and isinstance(aggregate, Product),
+            "federation.clip is about lengths of changes, and of products the whole is sent. Take "
+            "factors or frozen-a",
+        ),
+        (
+            algorithm.weighs_clients and (is_ruled or spec.federation.clip is not None),
+            f"{who if is_ruled else 'federation.clip'}: with algorithm.weights clients' weights "
+            "are in what they send, and would be judged with it. Take weights: federation",
+        ),
+        (
             is_ruled and bool(spec.uplink.stages),
             f"{who} and compressed changes do not go together yet. Leave out federation.compress, "
             "or take another algorithm than fed-ef",

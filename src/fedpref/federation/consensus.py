@@ -6,7 +6,9 @@ from collections.abc import Mapping
 
 from fedpref.federation.aggregation import Aggregate, Factors
 from fedpref.federation.verbs import Client, Federation, PerClient, work
-from fedpref.numerics.trees import Tree
+from fedpref.numerics.trees import BESIDE, Tree
+
+VALUE, SQUARE = f"{BESIDE}value", f"{BESIDE}square"  # figures, which nothing shortens
 
 
 @work("consensus.projected", reads=("theta",))
@@ -16,7 +18,7 @@ def projected(client: Client, theta: Tree, aggregate: Aggregate) -> Tree:
     They are the same sums in every round, or an adapter that stays could be solved for.
     """
     shadow = aggregate.shadow(theta, 0).double()
-    return {"value": shadow, "square": shadow.square()}
+    return {VALUE: shadow, SQUARE: shadow.square()}
 
 
 def consensus_error(
@@ -33,7 +35,8 @@ def consensus_error(
         aggregate: What is mixed, factors or products.
     """
     mean = fed.mean(fed.each(projected, theta, aggregate))
-    return max(0.0, float((mean["square"] - mean["value"].square()).sum()))
+    # an estimate of zero can be slightly negative; what is no number stays none
+    return max(float((mean[SQUARE] - mean[VALUE].square()).sum()), 0.0)
 
 
 def consensus_metrics(

@@ -82,8 +82,8 @@ def about_means(report: Mapping[str, float], moved: float | None) -> Mapping[str
         drifts.pop("drift/theta", None)
     elif "drift/theta" in drifts:
         drifts["drift/theta"] -= moved**2
-    # an estimate of zero can be slightly negative
-    return {k: max(0.0, v) if k.startswith("drift/") else v for k, v in drifts.items()}
+    # an estimate of zero can be slightly negative; what is no number stays none
+    return {k: max(v, 0.0) if k.startswith("drift/") else v for k, v in drifts.items()}
 
 
 def moved(aggregate: Aggregate, before: Tree, after: Tree) -> float | None:

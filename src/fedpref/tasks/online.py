@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fedpref.data import ClientData
+from fedpref.data.unusable import Unusable
 from fedpref.models.generation import Sampling, generate
 from fedpref.numerics.trees import Tree
 from fedpref.rewards import Reward
@@ -95,6 +97,12 @@ class OnlinePreferenceLearner(PairLearner):
         super().__init__(settings, open_groups)
         self.judge = settings.judge.build(open_groups)
 
+    def encode(self, data: ClientData, unusable: list[Unusable] | None = None) -> OfflineShard:
+        shard = super().encode(data, unusable)
+        # whose judge is asked stays known where all clients' pairs are in one place
+        named = [replace(one, columns={**one.columns, "client": data.name}) for one in shard.train]
+        return replace(shard, train=tuple(named))
+
     def draw(
         self, params: Tree, start: Tree, shard: OfflineShard, size: BatchSize, rng: torch.Generator
     ) -> OnlineBatch:
@@ -109,15 +117,17 @@ class OnlinePreferenceLearner(PairLearner):
         new = 0
         if self.settings.replay < 1 and turn % self.settings.draw_every == 0:
             new = max(1, round((1 - self.settings.replay) * len(given)))
-        judged = self._judged(params, shard, given[:new], rng) if new else []
-        examples = [one or old for one, old in zip(judged, given, strict=False)]
+            # a batch comes by length, and whoever is answered must not hang on it
+            given = [given[k] for k in torch.randperm(len(given), generator=rng).tolist()]
+        judged = self._judged(params, given[:new], rng) if new else []
+        found = [one for one in judged if one is not None]
+        examples = found + [old for one, old in zip(judged, given, strict=False) if one is None]
         for old in given[new:]:
             # of all that there is, each pair as often as any other
             place = known + len(shard.train)
             if known and (k := int(torch.randint(place, (), generator=rng))) < known:
                 old = memory[k]
             examples.append(old)
-        found = [one for one in judged if one is not None]
         memory.extend(found)
         size.kept.update({PAIRS: kept(memory), TURN: torch.tensor(turn + 1)})
         batch = self.referenced(start, examples, weights)
@@ -130,22 +140,21 @@ class OnlinePreferenceLearner(PairLearner):
         return losses, {**metrics, "num_judged": float(judged)}
 
     def _judged(
-        self, params: Tree, shard: OfflineShard, given: Sequence[Example], rng: torch.Generator
+        self, params: Tree, given: Sequence[Example], rng: torch.Generator
     ) -> list[Example | None]:
         """Return a judged pair for each prompt; None where the judge likes all answers alike."""
         answered = self.answers(params, given, rng)
         decode = self.language.tokenizer.batch_decode
-        asked, texts, columns = [], [], {"client": list[Any]()}
+        asked, texts, columns = [], [], dict[str, list[Any]]()
         for example, answers in zip(given, answered, strict=True):
             asked += [self.language.texts.question(example.prompt)] * len(answers)
             texts += decode([list(answer) for answer in answers], skip_special_tokens=True)
-        for name in sorted(given[0].columns.keys() - {"prompts", "completions", "client"}):
+        for name in sorted(given[0].columns.keys() - {"prompts", "completions"}):
             columns[name] = [
                 one.columns.get(name)
                 for one, answers in zip(given, answered, strict=True)
                 for _ in answers
             ]
-        columns["client"] = [shard.name] * len(texts)
         if not texts:
             return [None] * len(given)
         liked = called(self.judge, "task.judge", asked, texts, columns)
