@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from conftest import TOKENIZER
 from fedpref.errors import UserError
-from fedpref.models.backbone import merged_adapter, side_by_side
+from fedpref.models.backbone import is_down, merged_adapter, side_by_side
 from fedpref.models.encoder import Encoder
+from fedpref.models.generation import Sampling, generate
 from fedpref.models.language import LanguageModel, Model
 from fedpref.models.packed import Row
 from fedpref.numerics import seeds
@@ -346,6 +347,52 @@ def test_routers_have_no_adapter_by_default_and_are_refused_by_name(tmp_path: Pa
     assert not any("router" in name for name in model.init(seeds.generator(0, "init")))
     with pytest.raises(UserError, match="lora_target_modules: the model does not run"):
         opened(path, lora_target_modules=("q_proj", "router"))
+
+
+def test_experts_of_a_mixture_have_no_adapter(tmp_path: Path) -> None:
+    config = transformers.MixtralConfig(**SMALL, num_local_experts=2, num_experts_per_tok=1)
+    path = saved(tmp_path / "mixtral", config)
+    model = opened(path)
+    names = model.init(seeds.generator(0, "init"))
+    assert names
+    assert all(".self_attn." in name for name in names)
+    # rotated factors are the same change
+    draw, (row, *_) = torch.Generator().manual_seed(0), [([3, 4, 5], ([6, 7], [8]))]
+    adapter = {name: 0.1 * torch.randn(t.shape, generator=draw) for name, t in names.items()}
+    rank = next(t for name, t in adapter.items() if is_down(name)).shape[0]
+    turn = torch.linalg.qr(torch.randn(rank, rank, generator=draw))[0]
+    turned = {n: turn @ t if is_down(n) else t @ turn.T for n, t in adapter.items()}
+    scores = [model.log_probabilities(one, [row]) for one in (adapter, turned)]
+    assert torch.allclose(*scores, atol=1e-4)
+    with pytest.raises(UserError, match="a mixture's experts or router"):
+        opened(path, lora_target_modules=("q_proj", "w1", "w2", "w3"))
+
+
+@pytest.mark.parametrize("kind", ["mamba", "recurrent_gemma"])
+def test_models_that_keep_no_keys_draw_the_likeliest_answers(kind: str, tmp_path: Path) -> None:
+    sizes = {name: value for name, value in SMALL.items() if name != "max_position_embeddings"}
+    config = transformers.AutoConfig.for_model(kind, **sizes)
+    model = opened(saved(tmp_path / kind, config, scale=2))
+    assert not model.has_cache
+    backbone = model.backbone.model
+    prompts = [list(tokens(count)) for count in (3, 9)]
+    sampling = Sampling(max_completion_length=6, temperature=1e-4)
+    found = generate(model, None, prompts, 2, sampling, torch.Generator().manual_seed(0))
+    for k, prompt in enumerate(prompts):
+        whole = list(prompt)
+        for _ in range(6):
+            with torch.no_grad():
+                logits = backbone(torch.tensor([whole]), use_cache=False).logits
+            whole.append(int(logits[0, -1].argmax()))
+        expected = tuple(whole[len(prompt) :])
+        assert found[2 * k] == found[2 * k + 1] == expected[: len(found[2 * k])]
+
+
+def test_what_does_not_read_from_left_to_right_is_refused(tmp_path: Path) -> None:
+    sizes = {name: value for name, value in SMALL.items() if name != "num_key_value_heads"}
+    path = saved(tmp_path / "bert", transformers.BertConfig(**sizes, is_decoder=False))
+    with pytest.raises(UserError, match="does not read from left to right"):
+        opened(path)
 
 
 def test_a_row_beyond_positions_that_change_with_the_batch_is_refused(tmp_path: Path) -> None:

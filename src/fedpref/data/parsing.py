@@ -197,11 +197,12 @@ def text(value: Any, column: str, where: str) -> Text:
             # of many clients' rows many have the same texts
             return sys.intern(str(_whole(value, column, where)))
         value = written
+    if _is_message(value):  # an answer of one message
+        value = [value]
     if isinstance(value, list | tuple):
         return tuple(_message(message, column, where) for message in value)
     raise UserError(
-        f"{where}, column {column!r}: expected text or a list of messages, found {value!r:.80}. "
-        "Fill it in or remove the row."
+        f"{where}, column {column!r}: expected text or a list of messages, found {value!r:.80}."
     )
 
 

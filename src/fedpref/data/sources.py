@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,7 +29,7 @@ from fedpref.data.parsing import (
 )
 from fedpref.data.preferences import Feedback, Preference, Row, Side, key
 from fedpref.data.source import DataSource, PathSource
-from fedpref.data.tables import Record, local_table, read_table
+from fedpref.data.tables import Record, local_table, other_splits, read_table
 from fedpref.data.unusable import Unusable
 from fedpref.errors import UserError
 from fedpref.types import Count, OpenFraction
@@ -96,6 +97,7 @@ class Files(PathSource):
             yield without_prompt(row) if _is_plain(row) else row  # type: ignore[type-var]
 
     def _rows(self) -> Iterator[Row | Unusable]:
+        is_said = False
         splits: list[tuple[str, Side | None]] = [
             (self.train_split, "train" if self.test_split else None)
         ]
@@ -108,6 +110,9 @@ class Files(PathSource):
             splits.append((self.test_split, "test"))
         for split, given in splits:
             for where, record in read_table(self.path, split=split, name=self.config):
+                if not is_said:
+                    is_said = True
+                    self._say_what_is_not_read(record)
                 if not self._is_wanted(record, where):
                     continue
                 try:
@@ -119,6 +124,23 @@ class Files(PathSource):
                 if self.split_column and given != "test":
                     side = _side(record, self.split_column, where)
                 yield row if side is None else replace(row, side=side)
+
+    def _say_what_is_not_read(self, first: Mapping[str, Any]) -> None:
+        """Warn of held-out rows that the data bring along, where nothing says to take them."""
+        if self.test_split or self.split_column:
+            return
+        if others := other_splits(self.path, self.train_split, self.config):
+            warnings.warn(
+                f"{self.path}: of its splits {self.train_split!r} alone is read, not "
+                f"{', '.join(others)}. data.test_split={others[0]} holds its rows out.",
+                stacklevel=2,
+            )
+        elif first.get("split") in SIDES:
+            warnings.warn(
+                f"{self.path}: its column 'split' is not looked at. data.split_column=split takes "
+                "sides from it.",
+                stacklevel=2,
+            )
 
     def _is_wanted(self, record: Mapping[str, Any], where: str) -> bool:
         for column, values in self.only.items():
@@ -518,7 +540,9 @@ def _side(record: Mapping[str, Any], column: str, where: str) -> Side:
     value = record.get(column)
     if value not in ("train", "test"):
         raise UserError(
-            f'{where}: column {column!r} must say "train" or "test", it says {value!r}.'
+            f'{where}: column {column!r} must say "train" or "test", it says {value!r}. Rows of '
+            f"other sides are left out by data.only={{{column}: [train, test]}}; "
+            "data.validation_fraction sets some aside."
         )
     return cast(Side, value)
 

@@ -169,6 +169,37 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def _text_files(path: str, split: str, given: Mapping[str, Any]) -> list[Path]:
+    """Return a local folder's files of a split, where all are read as they stand.
+
+    `datasets` guesses types of columns: `007` would be a number, `NA` nothing, a day a time.
+    """
+    import datasets
+
+    if not Path(path).is_dir():
+        return []
+    found = datasets.load_dataset_builder(path, **given).config.data_files or {}
+    files = [Path(file) for file in found.get(split, ())]
+    kinds = {"".join(file.suffixes[-2:]).removesuffix(".gz") for file in files}
+    are_text = all(kind.endswith((".csv", ".jsonl")) for kind in kinds)
+    return files if are_text and all(file.is_file() for file in files) else []
+
+
+def other_splits(path: str, split: str, name: str | None) -> list[str]:
+    """Return the splits of a dataset's folder beside one; none of a file or of the Hub."""
+    import datasets
+
+    if not Path(path).is_dir():
+        return []
+    if (Path(path) / "dataset_dict.json").exists():
+        known = json.loads((Path(path) / "dataset_dict.json").read_text())["splits"]
+    elif (Path(path) / "state.json").exists():
+        known = []
+    else:
+        known = datasets.load_dataset_builder(path, name).config.data_files or {}
+    return sorted(set(map(str, known)) - {split})
+
+
 def _read_dataset(path: str, split: str, hub: Mapping[str, Any]) -> Iterator[Record]:
     import datasets
 
@@ -179,11 +210,12 @@ def _read_dataset(path: str, split: str, hub: Mapping[str, Any]) -> Iterator[Rec
             stored = datasets.load_from_disk(path)
             table = stored[split] if isinstance(stored, dict) else stored
         else:
-            table = datasets.load_dataset(
-                path,
-                split=split,
-                **{name: value for name, value in hub.items() if value is not None},
-            )
+            given = {name: value for name, value in hub.items() if value is not None}
+            if files := _text_files(path, split, given):
+                for file in files:
+                    yield from read_file(file)
+                return
+            table = datasets.load_dataset(path, split=split, **given)
     except KeyError as error:
         raise UserError(f"{path}: there is no split {split!r}.") from error
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:

@@ -15,7 +15,7 @@ SHOWN = 3  # rows of each kind that a message names
 
 # kind -> what such rows do or lack, and what mends them other than leaving them out
 _SAID: Mapping[Kind, tuple[str, str]] = {
-    "no preference": ("state no preference: both answers are identical", ""),
+    "no preference": ("state no preference between two answers", ""),
     "empty": ("have an empty prompt or answer", ""),
     "too long": (
         "are longer than the model takes in training",

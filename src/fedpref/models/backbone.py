@@ -21,8 +21,10 @@ from fedpref.numerics.trees import Tree
 
 ALL_LINEAR = "all-linear"
 PREFIX = "base_model.model."  # of PEFT's names
-_SSM = frozenset({"out_proj", "conv1d"})  # which PEFT refuses in the models of `_SSM_TYPES`
+# of the models of `_SSM_TYPES`: what PEFT refuses, and what is read without being called
+_SSM = frozenset({"out_proj", "conv1d", "dt_proj"})
 _SSM_TYPES = frozenset({"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"})
+_ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})  # which decide where a token goes
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,12 @@ def _with_adapter(path: str, dtype: Any, options: Mapping[str, Any]) -> Backbone
             "are no part of an adapter. Export that client's model merged, and give that folder."
         )
     config = PeftConfig.from_pretrained(path, revision=options.get("revision"))
+    if getattr(config, "target_parameters", None):
+        raise UserError(
+            f"model.path: the adapter in {path} is on single tensors, as of a mixture's experts, "
+            "beside which no other adapter could lie. Merge it (PEFT's merge_and_unload), and give "
+            "the whole model."
+        )
     base, code = config.base_model_name_or_path, options.get("trust_remote_code", False)
     _refuse_kind(config, base, path)
     inner, said = transformers.AutoModelForCausalLM.from_pretrained(
@@ -350,7 +358,7 @@ def placed(
 def left_out(model: Any) -> list[str]:
     """Return the linear layers that `all-linear` does not mean.
 
-    These are layers that return more than a tensor, such as routers; those of towers that no text
+    These are routers, and other layers that return more than a tensor; those of towers that no text
     passes through, such as a vision model's; and those that PEFT refuses.
 
     Raises:
@@ -388,6 +396,7 @@ def left_out(model: Any) -> list[str]:
         name
         for name in linear
         if not seen.get(name, True)
+        or name.rsplit(".", 1)[-1] in _ROUTERS
         or (name not in seen and _is_in_idle_tower(name, seen))
         or (is_ssm and name.rsplit(".", 1)[-1] in _SSM)
     )

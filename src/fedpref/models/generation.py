@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,11 +13,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from fedpref.errors import UserError
 from fedpref.models.language import LanguageModel
 from fedpref.models.own_parts import NAMES, OWN_ADAPTER, OwnHead
+from fedpref.models.trial import distance
 from fedpref.numerics.trees import Tree
 from fedpref.types import Count, Positive
+
+LOG = logging.getLogger(__name__)
 
 TOP_K = 50  # of transformers, where a model samples and does not say
 ROWS = 256  # answers drawn at a time
@@ -102,7 +105,8 @@ def generate(
     size = max(1, ROWS // samples)
     switch = language.limits.switch
     longest = max(map(len, prompts), default=0) + settings.max_completion_length
-    if language.is_apart or (switch is not None and longest > switch):
+    is_apart = language.is_apart or (switch is not None and longest > switch)
+    if is_apart or not language.has_cache:
         size = 1  # positions are those of the longest row, which others' would follow
     with merged(language, params):
         for first in range(0, len(ranked), size):
@@ -190,8 +194,9 @@ def _draw(
     rng: torch.Generator,
 ) -> Int[Tensor, "A T"]:
     """Return answers' tokens [A, T], -1 after their end."""
-    from transformers import DynamicCache
-
+    if not language.has_cache:
+        (prompt,) = prompts
+        return _drawn_without_cache(language, prompt, samples, settings, rng)
     device, longest = language.device, max(map(len, prompts))
     is_padded = any(len(prompt) < longest for prompt in prompts)
     # padding goes before the prompts, so that all of them end at the same column
@@ -201,17 +206,12 @@ def _draw(
     seen = torch.tensor(
         [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device
     )
-    cache: Any = DynamicCache(config=language.model.config)
+    cache = _cache(language)
     logits = _next(
         language, cache, ids, (seen.cumsum(1) - 1).clamp(min=0), seen if is_padded else None
     )
     # a prompt has been read once; its samples share what was computed
     if samples > 1:
-        if not hasattr(cache, "batch_repeat_interleave"):
-            raise UserError(
-                f"{language.name}: several answers to a prompt cannot be drawn from this model, "
-                "whose layers keep states that transformers cannot repeat."
-            )
         cache.batch_repeat_interleave(samples)
     logits, seen = logits.repeat_interleave(samples, 0), seen.repeat_interleave(samples, 0)
     drawn = torch.full((len(logits), settings.max_completion_length), -1, device=device)
@@ -240,14 +240,75 @@ def _draw(
     return drawn.cpu()
 
 
+def _cache(language: LanguageModel) -> Any:
+    from transformers import DynamicCache
+
+    return DynamicCache(config=language.model.config)
+
+
+@torch.no_grad()
+def keeps_states(language: LanguageModel) -> bool:
+    """Return whether a model goes on from what it keeps of prompts of several lengths, repeated and
+    chosen from, as it would from the whole texts.
+
+    Of models whose layers keep no keys and values it is often otherwise, and nothing says so.
+    """
+    count = len(language.model.get_input_embeddings().weight)
+    tokens = torch.randint(count, (7,), generator=torch.Generator().manual_seed(0)).tolist()
+    prompts, after = [tokens[:2], tokens[2:6]], tokens[6]
+    device = language.device
+    try:
+        expected = [
+            _next(language, None, torch.tensor([[*prompt, after]], device=device), None, None)
+            for prompt in prompts
+        ]
+        cache = _cache(language)
+        ids = torch.tensor([[0, 0, *prompts[0]], prompts[1]], device=device)
+        seen = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]], device=device)
+        _next(language, cache, ids, (seen.cumsum(1) - 1).clamp(min=0), seen)
+        cache.batch_repeat_interleave(2)
+        rows = torch.tensor([0, 2], device=device)
+        cache.batch_select_indices(rows)
+        seen = nn.functional.pad(seen, (0, 1), value=1)
+        last = torch.full((2, 1), after, device=device)
+        found = _next(language, cache, last, seen.sum(1, keepdim=True) - 1, seen)
+    # whatever a model's own code makes of a cache that is not of its kind
+    except Exception as error:
+        LOG.info("%s: answers are drawn without a cache: %s", language.name, error)
+        return False
+    tolerance = 1e-3 if language.dtype == torch.float32 else 0.1
+    return distance(found, torch.cat(expected)) <= tolerance
+
+
+def _drawn_without_cache(
+    language: LanguageModel,
+    prompt: Sequence[int],
+    samples: int,
+    settings: Sampling | OwnSampling,
+    rng: torch.Generator,
+) -> Int[Tensor, "A T"]:
+    """Return answers' tokens [A, T], each of whose steps reads the whole text anew."""
+    ids = torch.tensor([list(prompt)] * samples, device=language.device)
+    drawn = torch.full((samples, settings.max_completion_length), -1)
+    lives = torch.ones(samples, dtype=torch.bool)
+    for step in range(settings.max_completion_length):
+        tokens = _sample(_next(language, None, ids, None, None), settings, rng)
+        drawn[lives, step] = tokens.cpu()[lives]
+        lives &= ~torch.isin(tokens.cpu(), torch.tensor(language.stops))
+        if not lives.any():
+            break
+        ids = torch.cat([ids, tokens[:, None]], 1)
+    return drawn
+
+
 def _next(
     language: LanguageModel,
     cache: Any,
     ids: Int[Tensor, "A t"],
-    positions: Int[Tensor, "A t"],
+    positions: Int[Tensor, "A t"] | None,
     seen: Int[Tensor, "A T"] | None,
 ) -> Float[Tensor, "A V"]:
-    """Return the logits of what follows each row [A, V]."""
+    """Return the logits of what follows each row [A, V]; without a cache, of whole texts."""
     model = language.model.get_base_model()
     hook = model.get_output_embeddings().register_forward_pre_hook(
         # the head sees the last token alone, for logits of whole prompts would be the largest
@@ -260,8 +321,9 @@ def _next(
             "position_ids": positions,
             "attention_mask": seen,
             "past_key_values": cache,
-            "use_cache": True,
+            "use_cache": cache is not None,
         }
+        call = {name: value for name, value in call.items() if value is not None}
         logits: Tensor = model(**call).logits
         return logits[:, 0].float()
     finally:

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from hashlib import blake2b
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -96,7 +96,8 @@ class Model:
     """Divide `lora_alpha` by the root of the rank, in place of the rank."""
     lora_target_modules: tuple[str, ...] | str = ALL_LINEAR
     """Names of the layers that have an adapter, or a regular expression, or `all-linear`, which
-    leaves out the vocabulary head, routers, and towers that no text passes through."""
+    leaves out the vocabulary head, routers, experts that are kept in one tensor, and towers that
+    no text passes through."""
     lora_layers_to_transform: tuple[WholeNumber, ...] | Last | None = None
     """The decoder layers that have an adapter, by number from 0, or the last ones, as `last-8`;
     null takes all."""
@@ -185,16 +186,17 @@ class LanguageModel:
         self.texts = Texts(self.backbone.tokenizer, self.backbone.model, settings.template_date)
         targets = settings.lora_target_modules
         where = placed(self.backbone.model, targets, settings.lora_layers_to_transform)
-        adapter = LoraConfig(
+        lora = partial(
+            LoraConfig,
             task_type="CAUSAL_LM",
             r=settings.lora_r,
             lora_alpha=settings.lora_alpha,
             use_rslora=settings.use_rslora,
             lora_dropout=settings.lora_dropout,
-            **where,
             base_model_name_or_path=self.backbone.base,
             revision=self.backbone.revision,
         )
+        adapter = lora(**where)
         try:
             with warnings.catch_warnings():
                 # of GPT-2's transposed weights, which PEFT handles, and of its own deprecations
@@ -203,6 +205,15 @@ class LanguageModel:
                 # an adapter on the ends of a tied model, which merging unties
                 warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
                 self.model: PeftModel = get_peft_model(self.backbone.model, adapter).eval()
+                # PEFT has all experts' factors in two matrices, whose product is nobody's change
+                if adapter.target_parameters:
+                    if targets != ALL_LINEAR:
+                        raise ValueError(
+                            "it would be on a mixture's experts or router. Name others, such as "
+                            "q_proj and v_proj"
+                        )
+                    others = {**where, "target_modules": sorted(adapter.target_modules)}
+                    self.model = get_peft_model(self.model.unload(), lora(**others)).eval()
         except (ValueError, re.error) as error:
             raise UserError(
                 f"model.lora_target_modules: {targets!r} does not fit the model: {error}"
@@ -251,7 +262,8 @@ class LanguageModel:
                 parameter.data = parameter.data.to(self.dtype)
         if self.settings.bits:
             quantized.settle(self.model, self.dtype)
-        self.__dict__.pop("has_apart", None)
+        for tried_before in ("has_apart", "has_cache"):
+            self.__dict__.pop(tried_before, None)
         trial = tried(self)
         self.has_plain_head, self.is_apart = trial.has_plain_head, trial.is_apart
         self.packs, self.kernel = trial.problem is None, trial.kernel
@@ -437,6 +449,13 @@ class LanguageModel:
     def takes_apart(self, rows: Sequence[Row]) -> bool:
         """Return whether units' gradients come out of one pass over these rows."""
         return self.has_apart and self._groups(rows) is None
+
+    @cached_property
+    def has_cache(self) -> bool:
+        """Whether answers can be drawn from what is kept of a prompt; tried on a few tokens."""
+        from fedpref.models.generation import keeps_states
+
+        return keeps_states(self)
 
     @cached_property
     def has_apart(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from fedpref.errors import UserError
 from fedpref.models.backbone import is_down
 from fedpref.models.language import LanguageModel, scale_of
 from fedpref.models.own_parts import FILE, OWN_ADAPTER, OwnHead
+from fedpref.models.texts import Texts
 from fedpref.numerics import trees
 
 
@@ -121,13 +123,12 @@ def generate(
             f"{folder}: the tokenizer has no chat template. Give the prompt as plain text, with "
             "--plain."
         )
-    if chat:
-        prompt = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
-        encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
-    else:
-        encoded = tokenizer(prompt, return_tensors="pt")
+    # the tokens that a prompt has in training, and the ends of answers there
+    texts = Texts(tokenizer, model, date.today().isoformat())
+    tokens, _ = (
+        texts.chat([{"role": "user", "content": prompt}], []) if chat else texts.plain(prompt, [])
+    )
+    ids = torch.tensor([tokens])
     sampling: dict[str, Any] = {}
     if temperature is not None:
         sampling = {"do_sample": bool(temperature)}
@@ -137,11 +138,11 @@ def generate(
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
         output = model.generate(
-            **encoded,
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,
+            eos_token_id=texts.stops or None,
             pad_token_id=tokenizer.eos_token_id,
             **sampling,
         )
-    return str(
-        tokenizer.decode(output[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
-    ).strip()
+    return str(tokenizer.decode(output[0, len(tokens) :], skip_special_tokens=True)).strip()

@@ -50,8 +50,10 @@ class Limits:
     def of(model: Any) -> Limits:
         """Return what is said by a model's config, and by the sizes of its embeddings."""
         config = model.config.get_text_config()
-        context = getattr(config, "max_position_embeddings", None)
         said = config.to_dict()
+        # MPT's biases by distance are made for so many tokens
+        table = said.get("max_seq_len")
+        context = getattr(config, "max_position_embeddings", None) or table
         windows = [
             value
             for name, value in said.items()
@@ -70,7 +72,9 @@ class Limits:
             for module in model.modules()
             if isinstance(module, nn.Embedding) and module is not model.get_input_embeddings()
         ]
-        has_table = context is not None and any(context <= rows <= context + 8 for rows in tables)
+        has_table = context is not None and (
+            context == table or any(context <= rows <= context + 8 for rows in tables)
+        )
         # dynamic scaling keeps what the longest row before asked for
         return Limits(context, min(windows, default=None), switch, has_table or "dynamic" in kinds)
 
@@ -132,6 +136,7 @@ def tried(language: LanguageModel) -> Trial:
             ) from error
         expected = states.flatten(0, 1)[layout.scored]
         _refuse_positions(language, adapter, rows[0], tolerance)
+        _refuse_looking_ahead(language, adapter, rows[0], tolerance)
         _refuse_changed(language, fresh, layout, tolerance)
         alone = language.run(
             adapter, layout, layout.scored[:1], groups=[[row] for row in range(len(layout.ids))]
@@ -208,6 +213,28 @@ def _refuse_positions(language: LanguageModel, adapter: Tree, row: Row, toleranc
         raise UserError(
             f"model.path: {language.name!r} does not count positions from 0, as decoders do, so "
             "that its rows would be told wrongly. It cannot be trained here."
+        )
+
+
+def _refuse_looking_ahead(
+    language: LanguageModel, adapter: Tree, row: Row, tolerance: float
+) -> None:
+    """Raise UserError where what comes later changes what a model says of what stands before."""
+    prompt, (answer, *_) = row
+    other = [(answer[-1] + 1) % len(language.model.get_input_embeddings().weight)]
+    before = len(prompt) + len(answer) - 1
+    states = [
+        language.run(adapter, layout, layout.scored[:1])[0].flatten(0, 1)[:before]
+        for layout in (
+            Layout.padded([(prompt, (one,))], language.device)
+            for one in (answer, [*answer[:-1], *other])
+        )
+    ]
+    if _mean_distance(*states) > tolerance:
+        raise UserError(
+            f"model.path: {language.name!r} does not read from left to right: what it says of a "
+            "token hangs on what comes after it, so that an answer would be told from itself. "
+            "Take a causal language model."
         )
 
 
