@@ -445,6 +445,39 @@ def test_init_shares_few_rows_out_among_fewer_clients(fedpref: Command) -> None:
     assert fedpref("check", "odd/experiment.yaml")[0] == 0
 
 
+def test_init_cuts_where_all_of_a_clients_rows_are_too_long(fedpref: Command) -> None:
+    rows = [{**row, "prompt": f"{row['prompt']} {'and so on ' * 900}"} for row in make_rows([12])]
+    write_rows(Path("rows.jsonl"), rows)
+    code, output = fedpref("init", "mine", "--data", "rows.jsonl", "--client", "client")
+    assert code == 0, output
+    assert "truncation_mode: keep_end" in Path("mine/experiment.yaml").read_text()
+    write_rows(Path("alike.jsonl"), [{**row, "prompt": "Which?"} for row in make_rows([12])])
+    code, output = fedpref("init", "other", "--data", "alike.jsonl")
+    assert code == 2
+    assert "others to hold out, of another prompt" in " ".join(output.split())
+
+
+@pytest.mark.long
+def test_nothing_else_is_written_into_a_run(fedpref: Command, file: Path) -> None:
+    assert fedpref("run", file, "rounds=1", "--output", "mine")[0] == 0
+    before = sorted(Path("mine").rglob("*"))
+    for command in (
+        ("sweep", file, "--variant", "feddpo"),
+        ("pareto", "firm"),
+        ("bench", "quick"),
+        ("collect", "--candidates", file),
+    ):
+        code, output = fedpref(*command, "--output", "mine")
+        assert (code, "mine is a run. Give another --output." in output) == (2, True), output
+    assert sorted(Path("mine").rglob("*")) == before
+
+
+def test_what_is_printed_is_neither_markup_nor_emoji(fedpref: Command) -> None:
+    code, output = fedpref("check", "x:fire:y/[bold]none.yaml")
+    assert code == 2
+    assert "x:fire:y/[bold]none.yaml" in output
+
+
 def test_init_names_what_is_missing(fedpref: Command) -> None:
     Path("rows.jsonl").write_text('{"prompt": "q", "first": "a", "second": "b"}\n')
     for options, says in (

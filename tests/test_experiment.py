@@ -36,8 +36,10 @@ from fedpref.experiments.run_directory import RunDirectory
 from fedpref.experiments.run_files import METRICS
 from fedpref.federation.local_training import LocalTraining, train_locally
 from fedpref.federation.verbs import work
+from fedpref.losses import DPO
 from fedpref.numerics import seeds, trees
 from fedpref.tasks import BatchSize, PreferenceTask
+from fedpref.tasks.offline import Batch, Example
 from process_engine import other_processes
 
 
@@ -493,6 +495,41 @@ def test_a_line_is_not_its_own_reference(settings: dict[str, Any], tmp_path: Pat
     )
     assert result.evaluations.keys() == {"alone", "pooled"}
     assert (result.path / "done").exists()
+
+
+def test_an_experiments_name_cannot_leave_runs(settings: dict[str, Any]) -> None:
+    spec = config.parse(Experiment, {**settings, "name": "../../evil"}, "x")
+    path = new_directory(spec, None).path
+    assert path.parent == Path("runs")
+    assert path.name.startswith("-..-evil-")
+
+
+def test_settings_of_another_type_are_read_or_refused(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    spec = replace(config.parse(Experiment, settings, "x"), rounds="1")  # type: ignore[arg-type]
+    run(spec, tmp_path / "run")
+    assert FinishedRun.at(tmp_path / "run").experiment.rounds == 1
+    with pytest.raises(UserError, match="an experiment is keys and values"):
+        run(3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("returns", "message"),
+    [("sum", r"returned a tensor of shape \(\)"), ("detach", "without a gradient")],
+)
+def test_a_loss_that_is_not_one_of_each_pair_is_refused(
+    returns: str, message: str, learner: Any
+) -> None:
+    class Other(DPO):
+        def __call__(self, policy: Any, reference: Any) -> Any:
+            return getattr(super().__call__(policy, reference), returns)()
+
+    learner.settings = replace(learner.settings, loss=Other())
+    policy = torch.zeros(1, 2, requires_grad=True)
+    examples = [Example((1, 2), ((3,), (4,)))]
+    with pytest.raises(UserError, match=message):
+        learner.measure(policy, None, Batch(examples, torch.zeros(1, 2)))
 
 
 def test_a_clients_name_cannot_leave_the_run_directory(

@@ -16,6 +16,7 @@ from fedpref import cli, config, run
 from fedpref.errors import UserError
 from fedpref.experiments.experiment import Experiment
 from fedpref.rewards import AdaptiveAlpha, Maximum, Mean, Minimum
+from fedpref.rewards.reward import called
 from fedpref.runs.group_rewards import group_rewards
 from fedpref.tasks.group_reward import CombinedReward
 
@@ -104,6 +105,19 @@ def test_one_completion_has_a_logit_and_conversations_are_scored(
     ran = CliRunner().invoke(cli.app, ["reward", str(finished), file, "--logits"])
     assert ran.exit_code == 0, ran.output
     assert all(math.isfinite(row["reward"][0]) for row in lines(ran.output))
+
+
+def test_a_reward_that_is_no_number_is_a_sentence() -> None:
+    def texts(prompts: Any, completions: Any) -> list[str]:
+        return ["good"] * len(completions)
+
+    def broken(prompts: Any, completions: Any) -> list[float]:
+        return [len(None)]  # type: ignore[arg-type]
+
+    with pytest.raises(UserError, match="has returned \\['good'\\]"):
+        called(texts, "task.rewards.x", ["?"], ["a"], {})
+    with pytest.raises(UserError, match=r"test_rewards\.py, line \d+"):
+        called(broken, "task.rewards.x", ["?"], ["a"], {})
 
 
 def test_means_and_extremes() -> None:

@@ -160,6 +160,16 @@ def test_an_override_of_a_kinds_key_leaves_the_files_short_name(tmp_path: Path) 
     assert Experiment.load(file, ["algorithm.name=fedprox"]).algorithm.name == "fedprox"
 
 
+def test_an_override_that_is_empty_empties(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    rewards = "{a: {name: length}, b: {name: length}}"
+    file.write_text(f"task: {{name: dialogue, estimator: {{name: rloo}}, rewards: {rewards}}}\n")
+    both = Experiment.load(file, ["task.rewards={c: {name: length}}"])
+    assert sorted(both.task.objectives) == ["a", "b", "c"]
+    only = Experiment.load(file, ["task.rewards={}", "task.rewards={c: {name: length}}"])
+    assert list(only.task.objectives) == ["c"]
+
+
 def test_the_schema_takes_our_files_and_no_other_key() -> None:
     schema = config.schema(Experiment)
     jsonschema.Draft202012Validator.check_schema(schema)

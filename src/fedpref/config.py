@@ -78,6 +78,8 @@ def _read(path: Path) -> Any:
         raise UserError(f"{path}: there is no such config file.")
     try:
         text = path.read_text(encoding="utf-8")
+        if not text.strip():
+            raise TypeError("the file is empty")
         root = refuse_large(text)
         if not isinstance(root, yaml.MappingNode | None):
             raise TypeError(f"expected keys and values, found {text.strip()[:40]!r}")
@@ -169,6 +171,7 @@ def load(
         wanted = OmegaConf.from_dotlist([_of_name(kind, override) for override in overrides])
         _refuse_resolvers(OmegaConf.to_container(wanted))
         _forget_other_kinds(kind, content, wanted)
+        _forget_emptied(content, overrides)
         merged = OmegaConf.to_container(OmegaConf.merge(content, wanted), resolve=True)
     except BROKEN as error:
         said = " ".join(override[:80] for override in overrides)
@@ -177,6 +180,14 @@ def load(
         raise UserError(f"{path}: expected keys and values, found {type(merged).__name__}.")
     check(merged, str(path))
     return parse(kind, merged, str(path))
+
+
+def _forget_emptied(content: Any, overrides: Sequence[str]) -> None:
+    """Take out what an override says is empty, as `task.rewards={}`; others are merged."""
+    for override in overrides:
+        path, value = override.split("=", 1)
+        if value.strip() == "{}" and OmegaConf.select(content, path) is not None:
+            OmegaConf.update(content, path, {}, merge=False)
 
 
 def _of_name(kind: Any, override: str) -> str:

@@ -1,5 +1,6 @@
 """The one error that a user can cause, and how foreign text is shown."""
 
+import shlex
 from importlib.util import find_spec
 
 
@@ -20,6 +21,11 @@ def require(what: str, extra: str, *modules: str) -> None:
     """
     if missing := [module for module in modules if find_spec(module) is None]:
         raise UserError(f"{what} needs {', '.join(missing)}: pip install 'fedpref[{extra}]'.")
+
+
+def command(*words: object) -> str:
+    """Return a command of fedpref's as a shell takes it."""
+    return shlex.join(["fedpref", *map(str, words)])
 
 
 def printable(text: str) -> str:

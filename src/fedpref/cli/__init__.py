@@ -68,7 +68,7 @@ def main() -> None:
             if isinstance(error, OSError) and error.filename
             else str(error)
         )
-        Console(stderr=True).print(
+        Console(stderr=True, emoji=False).print(
             f"[bold red]error:[/bold red] {escape(printable(text))}",
             highlight=False,
             soft_wrap=True,

@@ -60,6 +60,9 @@ def bench(
     from fedpref.bench.leaderboard import board, overview, read_submission, write_tables
     from fedpref.bench.suites import suite_of, with_methods
     from fedpref.bench.trials import Study
+    from fedpref.experiments.run_directory import refuse_run
+    from fedpref.numerics import files
+    from fedpref.numerics.files import refuse_unwritable
 
     if leaderboard:
         print(board(leaderboard))
@@ -73,7 +76,11 @@ def bench(
             )
         wanted = replace(wanted, sets=tuple(known[name] for name in only))
     wanted = replace(wanted, seeds=seeds or wanted.seeds)
-    study = Study(wanted, output or Path(f"runs/bench-{suite}"), data, tuple(overrides or ()))
+    folder = output or Path(f"runs/bench-{suite}")
+    refuse_run(folder)
+    if submit is not None:
+        refuse_unwritable(submit)  # before hours are spent
+    study = Study(wanted, folder, data, tuple(overrides or ()))
     study.check()
     trials = len(wanted.rates)
     console.print(
@@ -98,6 +105,5 @@ def bench(
     for path in written:
         console.print(f"written: {path}", highlight=False, soft_wrap=True)
     if submit is not None:
-        submit.parent.mkdir(parents=True, exist_ok=True)
-        submit.write_bytes(written[1].read_bytes())
+        files.write(submit, written[1].read_bytes())
         console.print(f"to send in: {submit}", highlight=False, soft_wrap=True)

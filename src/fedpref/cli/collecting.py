@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedpref.cli.shared import app, console
-from fedpref.errors import UserError, printable, require
+from fedpref.errors import UserError, command, printable, require
 from fedpref.experiments.run_lock import RunLock
 
 if TYPE_CHECKING:
@@ -98,6 +98,7 @@ def collect(
     from fedpref.collect.sitting import Sitting, Texts
     from fedpref.collect.speakers import speaker
     from fedpref.collect.store import Store
+    from fedpref.experiments.run_directory import refuse_run
 
     require("the page", "collect", "starlette", "uvicorn")
     sources = [candidates, model, run]
@@ -129,6 +130,7 @@ def collect(
         temperature=temperature,
         seed=seed,
     )
+    refuse_run(output)
     with _locked(output):
         if candidates is not None:
             list(candidates_of(_given(candidates), plan))  # what is wrong is said before the page
@@ -156,8 +158,11 @@ def collect(
     console.print(f"preferences: {count} in {rows}", highlight=False, soft_wrap=True)
     if count:
         console.print(
-            f"train on them:  fedpref run feddpo data.name=collected data.path={output} "
-            "partition.name=natural partition.column=rater",
+            "train on them:  "
+            + command(
+                *("run", "feddpo", "data.name=collected", f"data.path={output}"),
+                *("partition.name=natural", "partition.column=rater"),
+            ),
             highlight=False,
             soft_wrap=True,
         )

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from fedpref.cli.shared import app, console
 from fedpref.errors import UserError
+from fedpref.numerics import files
 
 
 @app.command(name="list")
@@ -133,7 +134,5 @@ def migrate(
     if renewed == text and goal == config:
         console.print(f"{config}: nothing to change.", highlight=False, soft_wrap=True)
         return
-    beside = goal.with_name(f".{goal.name}.part")
-    beside.write_text(renewed, encoding="utf-8")
-    beside.replace(goal)
+    files.write(goal, renewed)
     console.print(f"written: {goal}", highlight=False, soft_wrap=True)

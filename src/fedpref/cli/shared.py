@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from fedpref.errors import command
+
 if TYPE_CHECKING:
     from fedpref.experiments.rounds import Event
     from fedpref.experiments.run_directory import RunDirectory
@@ -25,7 +27,7 @@ app = typer.Typer(
 # a file has room for whole tables
 # without markup: names and paths may have brackets
 console = Console(
-    width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160, markup=False
+    width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160, markup=False, emoji=False
 )
 Config = Annotated[
     Path,
@@ -71,7 +73,7 @@ def follow(happenings: Iterator[Event], folder: RunDirectory, opens: bool = Fals
 
     with saying(
         lambda: (
-            f"`fedpref resume {folder.path}` takes it up"
+            f"`{command('resume', folder.path)}` takes it up"
             if folder.path.exists()
             else "nothing had been written"
         )
@@ -102,7 +104,7 @@ def follow(happenings: Iterator[Event], folder: RunDirectory, opens: bool = Fals
         soft_wrap=True,
     )
     console.print(f"run directory: {outcome.path}", highlight=False, soft_wrap=True)
-    for command in next_commands(outcome.path):
-        console.print(command, highlight=False, soft_wrap=True)
+    for line in next_commands(outcome.path):
+        console.print(line, highlight=False, soft_wrap=True)
     if opens:
         typer.launch(str(outcome.path / REPORT))

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fedpref.cli.shared import app, console
-from fedpref.errors import UserError
+from fedpref.errors import UserError, command
 
 
 @app.command()
@@ -87,7 +87,7 @@ def watch(
             console.print(f"{run}", style="bold", highlight=False)
         show(watched(run), console)
     console.print(
-        f"the run is finished; `fedpref report {path}` writes its page",
+        f"the run is finished; `{command('report', path)}` writes its page",
         highlight=False,
         soft_wrap=True,
     )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedpref.cli.shared import Config, Open, Overrides, app, console, follow, saying
-from fedpref.errors import UserError
+from fedpref.errors import UserError, command
 
 if TYPE_CHECKING:
     from fedpref.experiments.experiment import Experiment
@@ -225,8 +225,10 @@ def check(config: Config, overrides: Overrides = None) -> None:
     from fedpref.experiments.promises import in_words
     from fedpref.experiments.robustness import gold_of
     from fedpref.reports.tables import ENOUGH_HELD_OUT, size_table
+    from fedpref.runs.trackers import require_trackers
 
     experiment = Experiment.load(config, overrides or ())
+    require_trackers(experiment.report_to)
     task = experiment.build_task()
     reading, shards = encoded(experiment, task)
     gold_of(experiment, task)
@@ -313,6 +315,7 @@ def sweep(
     Example: fedpref sweep demo --variant feddpo --variant fedpdpo --seeds 3
     """
     from fedpref.experiments.experiment import Experiment
+    from fedpref.experiments.run_directory import in_runs, refuse_run
     from fedpref.runs.sweep import Variant, plan, unfinished, with_former, with_grid, write_plan
     from fedpref.runs.sweep import selecting as selecting_by
 
@@ -322,7 +325,8 @@ def sweep(
             f"baselines {', '.join(spec.baselines)} are left out; take them as variants: "
             f"--variant {spec.baselines[0]}"
         )
-    folder = output or Path(f"runs/{spec.name}-sweep")
+    folder = output or in_runs(spec.name, "sweep")
+    refuse_run(folder)
     variants: Sequence[str | Variant] = variant or ([] if grid else ["feddpo", "fedpdpo"])
     if grid:
         variants = with_grid(variants, grid)
@@ -346,7 +350,7 @@ def swept(folder: Path, parallel: int = 1) -> None:
     from fedpref.runs.sweep import sweep as runs_to_do
 
     def goes_on() -> str:
-        return f"`fedpref resume {folder}` goes on where it was"
+        return f"`{command('resume', folder)}` goes on where it was"
 
     def follow_all(runs: Mapping[Path, Experiment]) -> None:
         if parallel > 1:
@@ -358,8 +362,8 @@ def swept(folder: Path, parallel: int = 1) -> None:
                     console.print(f"{path}: {said}", highlight=False, soft_wrap=True)
             if failed:
                 raise UserError(
-                    f"{failed} of {len(runs)} runs failed, as said above. `fedpref resume "
-                    f"{folder}` does what is left."
+                    f"{failed} of {len(runs)} runs failed, as said above. "
+                    f"`{command('resume', folder)}` does what is left."
                 )
             remove_states(folder / "cache")
             return
@@ -435,13 +439,15 @@ def pareto(
     from dataclasses import asdict
 
     from fedpref.experiments.experiment import Experiment
+    from fedpref.experiments.run_directory import in_runs, refuse_run
     from fedpref.models.trunk import remove_states
     from fedpref.reports.front_figure import draw_front, front_table
     from fedpref.reports.progress import show
     from fedpref.runs import pareto as front
     from fedpref.runs.sweep import sweep as runs_to_do
 
-    folder = output or Path("runs") / f"{Experiment.load(config, overrides or ()).name}-front"
+    folder = output or in_runs(Experiment.load(config, overrides or ()).name, "front")
+    refuse_run(folder)
     objectives, runs = front.plan_front(
         config, points, range(seeds), overrides or (), folder, interpolates=bool(interpolate)
     )

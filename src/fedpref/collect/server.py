@@ -47,7 +47,7 @@ def application(sitting: Sitting, token: str, port: int) -> Any:
     """
     from starlette.applications import Starlette
     from starlette.concurrency import run_in_threadpool
-    from starlette.requests import Request
+    from starlette.requests import ClientDisconnect, Request
     from starlette.responses import JSONResponse, Response
     from starlette.routing import Route
 
@@ -109,10 +109,13 @@ def application(sitting: Sitting, token: str, port: int) -> Any:
         if request.headers.get("content-type", "").partition(";")[0] != "application/json":
             return JSONResponse({"refused": "expected application/json"}, 415)
         content = b""
-        async for piece in request.stream():
-            content += piece
-            if len(content) > LARGEST:
-                return JSONResponse({"refused": "the request is too large"}, 413)
+        try:
+            async for piece in request.stream():
+                content += piece
+                if len(content) > LARGEST:
+                    return JSONResponse({"refused": "the request is too large"}, 413)
+        except ClientDisconnect:  # nobody is there to read an answer
+            return Response(status_code=400)
         try:
             asked = json.loads(content)
             if not isinstance(asked, dict):

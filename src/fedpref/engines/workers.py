@@ -174,7 +174,10 @@ def _serve(
             answer = ("refused", str(error))
         except Exception:
             answer = ("failed", traceback.format_exc())
-        connection.send_bytes(pack(answer))
+        try:
+            connection.send_bytes(pack(answer))
+        except BrokenPipeError:
+            return  # whoever asked is gone
 
 
 class _Pickler(pickle.Pickler):

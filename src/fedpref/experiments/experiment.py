@@ -412,6 +412,10 @@ class Experiment:
         Raises:
             UserError: Whatever does not fit, all mistakes together.
         """
+        if not isinstance(content, Mapping):
+            raise UserError(
+                f"an experiment is keys and values, a file or a config's name, not {content!r:.80}."
+            )
         refuse_former_names(dict(content), "the experiment")
         return config.parse(Experiment, dict(content), "the experiment")
 

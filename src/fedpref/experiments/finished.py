@@ -15,7 +15,7 @@ from fedpref.data import ClientData, Opinion, Opinions
 from fedpref.data.unusable import Unusable, summary
 from fedpref.engines import Simulation
 from fedpref.engines.workers import keep_freed_memory, one_thread
-from fedpref.errors import UserError
+from fedpref.errors import UserError, command
 from fedpref.experiments.experiment import Experiment, lines, refuse_empty
 from fedpref.experiments.free_baselines import free_lines
 from fedpref.experiments.migration import migrated
@@ -197,7 +197,8 @@ class FinishedRun:
         """Return the run; raises UserError unless the algorithm's own line is done."""
         if not self.folder.done:
             raise UserError(
-                f"{self.path}: the run is not finished. `fedpref resume {self.path}` finishes it."
+                f"{self.path}: the run is not finished. "
+                f"`{command('resume', self.path)}` finishes it."
             )
         return self
 
@@ -237,7 +238,7 @@ class FinishedRun:
             missing = self.lines[line].path / EVALUATION
             raise UserError(
                 f"{missing}: the run has not been evaluated, or this file has lost its rows. "
-                f"`fedpref resume {self.path}` takes an unfinished run up."
+                f"`{command('resume', self.path)}` takes an unfinished run up."
             )
         if unknown := sorted(rows[-1]["clients"].keys() - self.clients.keys()):
             raise UserError(
@@ -254,7 +255,8 @@ class FinishedRun:
         """
         if not self.is_finished:
             raise UserError(
-                f"{self.path}: the run is not finished. `fedpref resume {self.path}` finishes it."
+                f"{self.path}: the run is not finished. "
+                f"`{command('resume', self.path)}` finishes it."
             )
         rows = {name: self.last_of(name) for name in self.lines}
         newcomers = {
@@ -318,8 +320,8 @@ class FinishedRun:
         if not own and shared.exists():
             return shared  # the shared model is every client's model
         raise UserError(
-            f"{self.path}: the run is not finished, it has exported no model yet. `fedpref "
-            f"resume {self.path}` finishes it."
+            f"{self.path}: the run is not finished, it has exported no model yet. "
+            f"`{command('resume', self.path)}` finishes it."
         )
 
     @contextmanager

@@ -24,7 +24,7 @@ from fedpref.experiments.environment import described
 from fedpref.experiments.evaluations import Purpose, export_models, measured
 from fedpref.experiments.experiment import Experiment, lines, with_whole_paths
 from fedpref.experiments.private import FOLDER, refuse_lost
-from fedpref.experiments.run_directory import CONFIG, RunDirectory
+from fedpref.experiments.run_directory import CONFIG, RunDirectory, in_runs
 from fedpref.experiments.run_files import AGREEMENT, CLIENTS, ENVIRONMENT, EVALUATION, METRICS
 from fedpref.federation.algorithm import Algorithm
 from fedpref.federation.diagnostics import diagnose
@@ -57,7 +57,8 @@ class Event:
 
 def new_directory(experiment: Experiment, output: str | Path | None) -> RunDirectory:
     """Return the directory of a new run; nothing is written before the first event."""
-    return RunDirectory(Path(output or f"runs/{experiment.name}-{datetime.now():%Y%m%d-%H%M%S}"))
+    now = f"{datetime.now():%Y%m%d-%H%M%S}"
+    return RunDirectory(Path(output) if output else in_runs(experiment.name, now))
 
 
 def events(

@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 from fedpref import __version__
 from fedpref.engines import Engine
-from fedpref.errors import UserError
+from fedpref.errors import UserError, command
 from fedpref.experiments.run_files import AGREEMENT, EVALUATION, METRICS, read_rows
 from fedpref.experiments.run_lock import RunLock
 from fedpref.numerics import files, trees
@@ -39,6 +39,17 @@ SAMPLES = "samples"
 # for each client
 OUTCOMES = "outcomes"
 BEST = "best_"  # begins the names of a checkpoint's files of the best state so far
+
+
+def refuse_run(path: Path) -> None:
+    """Raise UserError where something else would be written into a run."""
+    if (path / CONFIG).exists():
+        raise UserError(f"{path} is a run. Give another --output.")
+
+
+def in_runs(name: str, after: str) -> Path:
+    """Return a folder in `runs`, by an experiment's name, which may be anything."""
+    return Path("runs") / (re.sub(r"[/\\\0]+", "-", name).lstrip(".") + f"-{after}")
 
 
 def client_folder(run: Path, kind: str, client: str) -> Path:
@@ -108,8 +119,8 @@ class RunDirectory:
         """Raise UserError if anything stands where this run is to go."""
         if self.path.exists():
             raise UserError(
-                f"{self.path} exists already. Give another --output, continue it with `fedpref "
-                f"resume {self.path}`, or remove it."
+                f"{self.path} exists already. Give another --output, continue it with "
+                f"`{command('resume', self.path)}`, or remove it."
             )
 
     @property
@@ -312,7 +323,8 @@ class RunDirectory:
         checkpoints = self.checkpoints()
         if not checkpoints:
             raise UserError(
-                f"{self.path}: the run has no checkpoint. `fedpref resume {self.path}` takes it up."
+                f"{self.path}: the run has no checkpoint. "
+                f"`{command('resume', self.path)}` takes it up."
             )
         return replace(state, **_shared(state, checkpoints[-1]))
 

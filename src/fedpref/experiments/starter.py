@@ -20,6 +20,7 @@ from fedpref.experiments.experiment import Experiment, encoded
 LOOKED_AT = 200  # rows whose columns are looked at
 CLIENTS = 4  # among whom rows are shared out where no column says whose they are
 FEWEST_CLIENTS = 2
+CUT = "rows longer than the model takes keep the end of their prompt. keep_start, or refuse"
 FEW = 1  # held-out rows that a client needs
 # what the columns of pairs are also called
 ALSO: Mapping[str, tuple[str, ...]] = {
@@ -106,13 +107,22 @@ def starter(wanted: Wanted) -> tuple[str, str]:
     """
     wanted = completed(wanted)
     content, said = _content(wanted), dict[str, str]()
-    unusable, note = _unusable(content, said)
+    try:
+        unusable, note = _unusable(content, said)
+    except UserError as first:
+        # somebody's rows may all be too long
+        content, said = _content(wanted), {"truncation_mode": CUT}
+        content["task"]["truncation_mode"] = "keep_end"
+        try:
+            unusable, note = _unusable(content, said)
+        except UserError:
+            raise UserError(
+                f"{wanted.data}: its rows make no client with rows to train on and others to hold "
+                f"out, of another prompt: {first}"
+            ) from first
     if long := counted(unusable).get("too long"):
         content["task"]["truncation_mode"] = "keep_end"
-        said["truncation_mode"] = (
-            f"{long} rows are longer than the model takes: the end of the prompt is kept. "
-            "keep_start, or refuse"
-        )
+        said["truncation_mode"] = f"{long} {CUT}"
         unusable, note = _unusable(content, said)
     if unusable:
         counts = ", ".join(f"{count} {kind}" for kind, count in counted(unusable).items())

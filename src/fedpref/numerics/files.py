@@ -29,6 +29,19 @@ def write(path: Path, content: str | bytes) -> None:
         raise unwritten(path, error) from error
 
 
+def refuse_unwritable(path: Path) -> None:
+    """Raise UserError where no file could be written; its folder is made."""
+    if path.is_dir():
+        raise UserError(f"{path}: this is a folder. Name a file.")
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.touch()
+        beside.unlink()
+    except OSError as error:
+        raise unwritten(path, error) from error
+
+
 def sync(path: Path) -> None:
     """Have a file, or a folder's list of names, on the disk before what follows."""
     number = os.open(path, os.O_RDONLY)

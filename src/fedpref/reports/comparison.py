@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from fedpref.errors import UserError
+from fedpref.errors import UserError, command
 from fedpref.experiments.finished import FinishedRun
 from fedpref.experiments.free_baselines import FREE_LINES
 from fedpref.experiments.run_directory import RunDirectory
@@ -149,7 +149,7 @@ def not_each(path: Path) -> UserError:
     """Return what is said of a run whose clients' figures are told as sums, or not at all."""
     return UserError(
         f"{path}: its clients' figures are not told one by one, so that they cannot be compared. "
-        f"`fedpref report {path}` shows what is told."
+        f"`{command('report', path)}` shows what is told."
     )
 
 

@@ -71,7 +71,7 @@ def parse(text: str) -> tuple[str, float]:
     """Return a name and a number, from `kl=2`; raises UserError where it is none."""
     name, equals, value = text.partition("=")
     try:
-        if equals and name.strip():
+        if equals and name.strip() and math.isfinite(float(value)):
             return name.strip(), float(value)
     except ValueError:
         pass

@@ -208,7 +208,7 @@ def run(
     """
     spec = _with(_read(experiment), model, settings)
     # what its config could not say again could not be resumed, compared or reported
-    config.parse(Experiment, config.dump(spec), "the experiment")
+    spec = config.parse(Experiment, config.dump(spec), "the experiment")
     folder = new_directory(spec, output)
     folder.refuse_existing()
     if data is None:
@@ -267,7 +267,7 @@ def report(runs: Sequence[Result | str | Path], output: str | Path) -> Path:
 def _followed(
     experiment: Experiment, folder: RunDirectory, on_event: OnEvent | None, progress: bool | None
 ) -> Result:
-    console = Console(markup=False)
+    console = Console(markup=False, emoji=False)
     told = _told(happenings(experiment, folder), on_event)
     if console.is_terminal or console.is_jupyter if progress is None else progress:
         show(told, console)

@@ -175,12 +175,15 @@ def own_kind(name: str) -> Kind | None:
         UserError: It cannot be imported, or fits no choice.
     """
     choices = [c for c in OPEN.values() if ":" in name or name in c.installed]
+    reasons: list[UserError] = []
     for choice in choices:
         try:
             return Kind(config.own_class(choice, name, name), (name,))
-        except UserError:
-            if choice is choices[-1]:
-                raise
+        except UserError as error:
+            reasons.append(error)
+    # of what it is derived from, if it is of any of them
+    if reasons:
+        raise min(reasons, key=lambda error: "not derived from" in str(error))
     return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol, Self
@@ -76,13 +77,19 @@ def called(
         UserError: It does not keep to its signature.
     """
     try:
-        values = [
-            float(value) for value in reward(prompts=prompts, completions=completions, **columns)
-        ]
+        given = reward(prompts=prompts, completions=completions, **columns)
     except TypeError as error:
+        *_, last = traceback.extract_tb(error.__traceback__)
         raise UserError(
-            f"{what}: it was called with prompts, completions and the columns {sorted(columns)}, "
-            f"and should return a number for each completion: {error}."
+            f"{what}: it was called with prompts, completions and the columns {sorted(columns)}: "
+            f"{error} ({last.filename}, line {last.lineno})."
+        ) from error
+    try:
+        values = [float(value) for value in given]
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"{what}: it should return a number for each completion, and has returned "
+            f"{str(given)[:80]}: {error}."
         ) from error
     if len(values) != len(completions) or not all(map(math.isfinite, values)):
         raise UserError(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from safetensors import SafetensorError
 
 from fedpref import __version__
 from fedpref.errors import UserError, printable
@@ -123,7 +124,10 @@ def _adapters(run: FinishedRun, output: Path, client: str | None, measured: Meas
             if file.name != FILE:
                 shutil.copyfile(file, target / file.name)
         left_out = sorted(trees.load(folder / FILE)) if (folder / FILE).exists() else []
-        exported = PeftModel.from_pretrained(base_model, str(target)).eval()
+        try:
+            exported = PeftModel.from_pretrained(base_model, str(target)).eval()
+        except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+            raise UserError(f"{folder}: this adapter is damaged: {error}") from error
         comparison.check(folder, exported, is_whole=False)
         base_model = exported.unload()
         (target / "README.md").write_text(

@@ -25,6 +25,7 @@ from fedpref.experiments.experiment import Experiment, with_whole_paths
 from fedpref.experiments.finished import FinishedRun
 from fedpref.experiments.rounds import Event
 from fedpref.experiments.run_directory import CONFIG, RunDirectory
+from fedpref.numerics import files
 from fedpref.numerics.metrics import COMBINED, HEADLINES, low_is_good
 from fedpref.runs.launch import happenings
 
@@ -83,9 +84,7 @@ def write_plan(runs: Mapping[Path, Experiment], folder: Path, select: str | None
         for path, experiment in runs.items()
     }
     folder.mkdir(parents=True, exist_ok=True)
-    beside = folder / f".{SWEEP}.part"
-    beside.write_text(json.dumps({"select": select, "runs": content}, indent=1) + "\n")
-    beside.replace(folder / SWEEP)
+    files.write(folder / SWEEP, json.dumps({"select": select, "runs": content}, indent=1) + "\n")
 
 
 def with_former(
@@ -210,8 +209,10 @@ def parse_variant(text: str) -> Variant:
     if config.CLASS.fullmatch(text):
         return rest, [f"algorithm={text}"]
     name = name.strip()
-    if not name or "/" in name or ("=" in name and not colon):
+    if not name or ("=" in name and not colon):
         raise UserError(f"--variant {text!r}: expected NAME, or NAME: key=value key=value.")
+    if "/" in name:
+        raise UserError(f"--variant {text!r}: {name!r} is to be a folder's name. Leave out the /.")
     if name.startswith(".") or name.casefold() in OWN:
         raise UserError(
             f"--variant {text!r}: a sweep's folder has something else of that name. Call it "
@@ -255,6 +256,10 @@ def plan(
             raise UserError(
                 f"{seeded[0]}: a sweep's seeds are those from 0 on, and --seeds says how many. "
                 "Leave it out."
+            )
+        if fixed := [text for text in own if text.startswith(("name=", "baselines="))]:
+            raise UserError(
+                f"{fixed[0]}: variants have names of their own, and no baselines. Leave it out."
             )
         for seed in seeds:
             split = [f"data.split_seed={seed}"] if redraws and not is_said else []

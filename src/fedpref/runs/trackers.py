@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -44,8 +44,7 @@ def tracked(
 
     Metrics go under LINE/METRIC, an evaluation's under LINE/held_out/METRIC.
     """
-    for name in names:
-        _module(name)
+    require_trackers(names)
     trackers: list[Tracker] = []
     done = False
     try:
@@ -64,6 +63,12 @@ def tracked(
     finally:
         for tracker in trackers:
             tracker.close(done)
+
+
+def require_trackers(names: Iterable[str]) -> None:
+    """Raise UserError where a tracker is not installed."""
+    for name in names:
+        _module(name)
 
 
 def _module(name: str) -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from fedpref.errors import command
 from fedpref.experiments.finished import FinishedRun
 from fedpref.experiments.free_baselines import FREE_LINES
 from fedpref.experiments.rounds import Event, evaluated
@@ -44,7 +45,7 @@ def watched(path: Path, wait: Callable[[], None] = lambda: time.sleep(1.0)) -> I
                 told = True
                 note = (
                     "no process on this machine is at work on it; if none is elsewhere, "
-                    f"`fedpref resume {path}` takes it up"
+                    f"`{command('resume', path)}` takes it up"
                 )
                 yield Event(name, "begin", 0, experiment.rounds, {}, note)
             wait()

@@ -18,7 +18,7 @@ from nvflare.fuel.flare_api.flare_api import Session, new_secure_session
 from nvflare.recipe import ProdEnv
 
 from fedpref import config
-from fedpref.errors import UserError
+from fedpref.errors import UserError, command
 from fedpref.experiments.experiment import Experiment
 from fedpref.experiments.rounds import Event
 from fedpref.experiments.run_directory import CONFIG, RunDirectory
@@ -74,7 +74,7 @@ def _job(
 
     Who stops listening stops the job.
     """
-    again = f"`fedpref resume {folder.path}` goes on from the last round that was completed."
+    again = f"`{command('resume', folder.path)}` goes on from the last round that was completed."
     environment = ProdEnv(startup_kit_location=str(admin), username=admin.name, login_timeout=LOGIN)
     number = _asked(lambda: job(experiment, run).execute(environment).get_job_id(), again)
     session: Session = _asked(

@@ -205,18 +205,34 @@ class PairLearner(OfflineLearner):
             PairScores(*sums.unbind(1), *tokens.unbind(1)) for sums in (policy, batch.reference)
         )
         chosen, rejected = loss.rewards(scores, reference)
+        losses = loss(scores, reference)
+        self._refuse_unfit(losses, policy)
         if explicit is None:
-            return _metrics(loss(scores, reference), chosen, rejected)
+            return _metrics(losses, chosen, rejected)
         if not isinstance(loss, DPO | Hinge):
             raise TypeError(f"{loss.name} has no margin to which an explicit reward could be added")
         added = self.settings.explicit.alpha * explicit
         margins = chosen - rejected, explicit[:, 0] - explicit[:, 1]
         return {
-            **_metrics(loss(scores, reference), chosen, rejected),
+            **_metrics(losses, chosen, rejected),
             MINIMISED: self.settings.explicit(loss, *margins),
             COMBINED: _accurate(chosen + added[:, 0], rejected + added[:, 1]),
             "rewards/accuracies_explicit": _accurate(explicit[:, 0], explicit[:, 1]),
         }
+
+    def _refuse_unfit(self, losses: Tensor, policy: Float[Tensor, "B 2"]) -> None:
+        """Raise UserError where a loss is not one number of each pair, with a gradient."""
+        what = f"task.loss: {type(self.settings.loss).__name__}"
+        if losses.shape != policy.shape[:1]:
+            raise UserError(
+                f"{what} should return the loss of each of {len(policy)} pairs, and has returned a "
+                f"tensor of shape {tuple(losses.shape)}. Batches are averaged elsewhere."
+            )
+        if policy.requires_grad and not losses.requires_grad:
+            raise UserError(
+                f"{what} returns losses without a gradient, of which nothing would be learned. "
+                "Compute them from the policy's log-probabilities, not detached."
+            )
 
 
 class PreferenceLearner(PairLearner):

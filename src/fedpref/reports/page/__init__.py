@@ -7,14 +7,15 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from importlib.resources import files
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from fedpref.errors import UserError
+from fedpref.errors import UserError, command
+from fedpref.numerics import files
 from fedpref.numerics.intervals import FEWEST
 from fedpref.numerics.metrics import HEADLINES
 from fedpref.reports import charts, group_charts
@@ -59,7 +60,7 @@ def write_report(paths: Sequence[Path], output: Path) -> Path:
     if started := [run for run in runs if not run.line.evaluations]:
         raise UserError(
             f"{started[0].path}: the run has no evaluation yet (evaluate_every says when). "
-            f"`fedpref watch {started[0].path}` shows it as it goes."
+            f"`{command('watch', started[0].path)}` shows it as it goes."
         )
     if len(runs) + len(fronts) > 1 and (summed := [run for run in runs if run.is_summed]):
         raise UserError(
@@ -85,9 +86,7 @@ def _written(text: str, output: Path) -> Path:
     if output.is_dir():
         raise UserError(f"--output {output}: this is a folder. Name a file.")
     output.parent.mkdir(parents=True, exist_ok=True)
-    beside = output.with_name(f".{output.name}.part")
-    beside.write_text(text)
-    beside.replace(output)
+    files.write(output, text)
     return output
 
 
@@ -123,7 +122,7 @@ def page(
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    room = files("fedpref.reports.page")
+    room = resources.files("fedpref.reports.page")
     summed, everything = [run for run in runs if run.is_summed], runs
     runs = [run for run in runs if not run.is_summed]
     drawn = sections(runs, fronts) + group_sections(groups)
