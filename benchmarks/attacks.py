@@ -7,12 +7,14 @@ kills and full disks leave of it.
 Everything runs on this machine, on a small model of random weights, with the engine's own classes
 and real processes; nothing of it is trained for its accuracy. Each attack that should fail is also
 run where it should work (without limits, with the rule switched off), so that it can be seen to be
-one.
+one. For messages, kills and disks there is no such thing: they count what a site answers, and what
+is left.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
 import os
@@ -25,8 +27,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields, is_dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -50,9 +52,7 @@ from fedpref.experiments.rounds import events
 from fedpref.experiments.run_directory import RunDirectory
 from fedpref.federation import leaving
 from fedpref.federation.leaving import Label
-from fedpref.federation.local_training import LocalTraining
 from fedpref.federation.verbs import Work
-from fedpref.models.own_parts import Parts
 from fedpref.numerics import seeds, trees
 from fedpref.numerics.trees import Tree
 from fedpref.sites.consent import consenting
@@ -421,8 +421,10 @@ def numbers(site: Site) -> dict[str, Any]:
     return {"ids": ids, "sites": {"site": list(ids.values())}}
 
 
-def files_outside(folder: Path, place: Path) -> set[str]:
-    return {str(f) for f in folder.rglob("*") if not f.is_relative_to(place)}
+def files_outside(folder: Path, place: Path) -> dict[str, bytes]:
+    """What is outside a place: its files' names and contents."""
+    outside = [f for f in folder.rglob("*") if f.is_file() and not f.is_relative_to(place)]
+    return {str(f): hashlib.sha256(f.read_bytes()).digest() for f in outside}
 
 
 PROMISED: dict[str, Any] = {
@@ -437,18 +439,21 @@ PROMISED: dict[str, Any] = {
 
 
 def fuzz(folder: Path, count: int, seed: int = 0) -> dict[str, float]:
-    """Hostile messages: exceptions out of the site, and files outside its folder.
+    """Hostile messages: errors that the site did not foresee, and files outside its folder.
 
     Half of them meet an experiment with masks and promises of privacy.
     """
     plain = {"algorithm": {"name": "ditto", "local": LOCAL}}
-    leaked = sum(fuzz_one(folder, count // 2, seed, one) for one in (plain, PROMISED))
-    return {"messages_tried": count, "messages_leaked": leaked}
+    found = [fuzz_one(folder, count // 2, seed + k, one) for k, one in enumerate((plain, PROMISED))]
+    leaked, taken = map(sum, zip(*found, strict=True))
+    return {"messages_tried": count, "messages_leaked": leaked, "messages_taken": taken}
 
 
-def fuzz_one(folder: Path, count: int, seed: int, changes: Mapping[str, Any]) -> int:
-    """How many hostile messages do harm in an experiment with these settings."""
-    draw, leaked = random.Random(seed), 0
+def fuzz_one(folder: Path, count: int, seed: int, changes: Mapping[str, Any]) -> tuple[int, int]:
+    """How many hostile messages do harm in an experiment with these settings, and how many are
+    taken for good ones.
+    """
+    draw, leaked, taken = random.Random(seed), 0, 0
     spec = config.dump(config.parse(Experiment, settings(folder, **changes), "x"))
     messages = valid_messages(spec)
     # what goes well: the second work is one of ditto's
@@ -466,15 +471,20 @@ def fuzz_one(folder: Path, count: int, seed: int, changes: Mapping[str, Any]) ->
                     assert "refused" not in answer, answer
                 before = files_outside(folder, runs)
             some = messages if draw.random() < 0.01 else cheap
+            message = hostile(some, draw)
             try:
-                unpack(site.answer(hostile(some, draw)))
+                refused = unpack(site.answer(message))[0].get("refused")
             except BaseException as error:
+                refused = f"it failed ({type(error).__name__})"
+            taken += refused is None
+            # the site answers so where an error reached its end that nobody had thought of
+            if refused is not None and refused.startswith("it failed"):
                 leaked += 1
-                print(f"  leaked: {type(error).__name__}: {str(error)[:100]}")
+                print(f"  leaked: {refused}: {message[:300]!r}")
             if number % 500 == 499 and files_outside(folder, runs) != before:
                 leaked += 1
                 print("  files outside the site's folder changed")
-    return leaked
+    return leaked, taken
 
 
 # ---- private trees
@@ -516,6 +526,7 @@ class Target:
     private: dict[str, str]  # field -> a value's name
     trees: dict[str, Tree]  # field -> what the attacker wants
     start: Tree  # what everybody starts from
+    honest: Mapping[str, tuple[list[dict[str, Any]], str]]  # of each work: arguments and purpose
     calls: int = 1000
 
     def fresh(self) -> int:
@@ -542,11 +553,22 @@ def target(
     with small_site(folder, content) as site:
         sites = Sites(Direct({"site": site}), config.dump(spec), "run", Patience())
         engine = RemoteEngine(sites)
+        honest: dict[str, tuple[list[dict[str, Any]], str]] = {}
+        usual = site.answer
+
+        def noted(message: bytes) -> bytes:
+            header, _ = unpack(message)
+            if header.get("verb") == "each":
+                honest[header["work"]] = (header["args"], header["purpose"])
+            return usual(message)
+
+        site.answer = noted  # type: ignore[method-assign]
         start = spec.build_task().init(seeds.generator(0, "init"))
         state: Any = spec.algorithm.init(engine, start)
         for round in range(2):
             engine.begin(round, engine.clients)
             state, _ = spec.algorithm.step(engine, state)
+        site.answer = usual  # type: ignore[method-assign]
         values = {one.name: getattr(state, one.name) for one in fields(state)}
         names = {
             field: value.names[0].text
@@ -565,54 +587,56 @@ def target(
             )
         ]
         wanted_trees = {field: dict(kept[field].value) for field in private}
-        yield Target(site, spec, names, wanted_trees, start)
+        yield Target(site, spec, names, wanted_trees, start, honest)
         del values, state  # or the site would be told to free them
 
 
-def plain_for(hint: Any, goal: Target) -> Any:
-    """A plain argument of a type, chosen to move as little as possible."""
+def plain_for(hint: Any, goal: Target, draw: random.Random) -> Any:
+    """A plain argument of a type, of what the experiment says: a site takes no other."""
+    given = goal.spec.algorithm.given(goal.spec.federation.join_steps)
     algorithm: Any = goal.spec.algorithm
-    still = replace(algorithm.local, learning_rate=1e-12, weight_decay=0.0, steps=1)
-    table: list[tuple[Any, Any]] = [
-        (LocalTraining, still),
-        (Parts, Parts()),
-        (bool, False),
-        (int, 2),
-        (float, 1e-12),
-    ]
-    if isinstance(hint, type) and isinstance(algorithm, hint):
-        changed: dict[str, Any] = {"local": still} if is_dataclass(algorithm) else {}
-        with suppress(Exception):
-            return config.dump(replace(algorithm, **changed))
-        return config.dump(algorithm)
-    for kind, value in table:
-        if isinstance(hint, type) and issubclass(hint, kind):
+    numbers = [getattr(algorithm, one.name) for one in fields(algorithm)]
+    for some in (given, numbers):
+        if fitting := [one for one in some if isinstance(hint, type) and isinstance(one, hint)]:
+            value = draw.choice(fitting)
             return config.dump(value) if is_dataclass(value) else value
-    with suppress(Exception):  # a union of settings: the algorithm's own
-        if (value := getattr(algorithm, "aggregate", None)) is not None:
-            return config.dump(value)
-    return 0.0
+    aggregate = getattr(algorithm, "aggregate", None)
+    return 0.0 if aggregate is None else config.dump(aggregate)
 
 
 def attempts(
     goal: Target, work: Work[..., Any], values: Sequence[str], draw: random.Random, most: int
 ) -> Iterator[tuple[list[dict[str, Any]], Tree]]:
-    """Yield arguments for work: each private value in each place, with common trees beside it."""
-    hints = [h for k, h in get_type_hints(work.function).items() if k != "return"][1:]
+    """Yield arguments for work: each private value in each place, with common trees beside it.
+
+    Half of them are the honest ones, but for what stands in one place.
+    """
+    hints = {k: h for k, h in get_type_hints(work.function).items() if k != "return"}
+    places = list(hints.items())[1:]
+    honest, _ = goal.honest.get(work.name, ([], ""))
     for _ in range(most):
         args: list[dict[str, Any]] = []
         common: dict[str, torch.Tensor] = {}
-        for place, hint in enumerate(hints):
-            if hint == Tree or "Mapping" in str(hint):
-                if draw.random() < 0.6:
-                    args.append({"own": {"0": draw.choice(list(values))}})
-                    continue
-                like = draw.choice([*goal.trees.values(), {}])
-                for key, tensor in like.items():
-                    common[f"{place}/{key}"] = torch.zeros_like(tensor)
-                args.append({"tree": place})
-            else:
-                args.append({"plain": plain_for(hint, goal)})
+        is_honest = draw.random() < 0.5
+        other = draw.randrange(len(places)) if places else 0
+        for place, (name, hint) in enumerate(places):
+            is_tree = hint == Tree or "Mapping" in str(hint)
+            keeps = is_honest and place != other
+            if not is_tree:
+                plain = honest[place] if keeps and place < len(honest) else None
+                args.append(plain or {"plain": plain_for(hint, goal, draw)})
+                continue
+            if keeps and name in goal.private:
+                args.append({"own": {"0": goal.private[name]}})
+                continue
+            if not keeps and draw.random() < 0.6:
+                args.append({"own": {"0": draw.choice(list(values))}})
+                continue
+            choices = [goal.start, *(() if keeps else (*goal.trees.values(), {}))]
+            like = draw.choice(choices)
+            for key, tensor in like.items():
+                common[f"{place}/{key}"] = tensor if keeps else torch.zeros_like(tensor)
+            args.append({"tree": place})
         yield args, common
 
 
@@ -655,14 +679,17 @@ def steal(
     triples: int,
     seed: int,
     wanted: Sequence[str] | None = None,
-) -> tuple[int, set[str], set[str]]:
+) -> tuple[int, set[str], set[str], set[str]]:
     """Single works, pairs and triples of an algorithm's works, each with private values in any
-    place; returns tries, private trees, and those that came.
+    place; returns tries, private trees, those that came, and works of an honest round that were
+    never done.
+
+    Where fields are named, what is private is not asked for as it is: works alone are tried.
     """
     draw = random.Random(seed)
     with target(folder, name, ALGORITHMS[name], wanted) as goal:
         works = list(goal.spec.algorithm.works)
-        tried, taken = 0, set()
+        tried, taken, done = 0, set[str](), set[str]()
         own = list(goal.private.values())
 
         def call(work: Work[..., Any], args: list[dict[str, Any]], common: Tree) -> str | None:
@@ -674,7 +701,8 @@ def steal(
                     "work": work.name,
                     "args": args,
                     "clients": [0],
-                    "purpose": "train",
+                    "purpose": goal.honest.get(work.name, ([], ""))[1]
+                    or draw.choice(["train", "join", "init", "evaluate"]),
                     "round": draw.randrange(3, 900),
                     "call": number,
                     "name": str(number),
@@ -683,10 +711,11 @@ def steal(
             )
             if "refused" in header or header["failed"]:
                 return None
+            done.add(work.name)
             taken.update(got(goal, str(number), header["parts"]))
             return f"{number}.{draw.randrange(header['parts'] or 1)}"
 
-        for field, value in goal.private.items():
+        for field, value in goal.private.items() if wanted is None else ():
             header, tensors = said(
                 goal.site, {"verb": "contribute", "own": {"0": value}, "shares": {"0": 1.0}}
             )
@@ -715,24 +744,28 @@ def steal(
                     if value := call(work, args, common):
                         made.append(value)
             tried += 1
-        return tried, set(goal.trees), taken
+        trained = {name for name, (_, purpose) in goal.honest.items() if purpose != "init"}
+        return tried, set(goal.trees), taken, trained - done
 
 
 def private_trees(folder: Path, quick: bool) -> dict[str, float]:
     """All algorithms; then some without labels, where private trees must come."""
     tried, wanted, came = 0, dict[str, set[str]](), 0
+    left: dict[str, set[str]] = {}
     singles, triples = (4, 6) if quick else (40, 2000 // len(ALGORITHMS) + 1)
     for number, name in enumerate(ALGORITHMS):
-        made, private, taken = steal(folder, name, singles, triples, number)
+        made, private, taken, left[name] = steal(folder, name, singles, triples, number)
         tried, came, wanted[name] = tried + made, came + len(taken), private
         for field in taken:
             print(f"  {name}: {field} came")
+        if left[name]:
+            print(f"  {name}: never done: {', '.join(sorted(left[name]))}")
     rule, kinds = site_module.labels, site_module.fits
     site_module.fits = lambda work, place, label: True
     site_module.labels = lambda work, arguments, results: [Label()] * len(results)
     try:
         unruled = sum(
-            len(steal(folder, name, 4, 0, 0, sorted(wanted[name]))[2])
+            len(steal(folder, name, singles, 0, 0, sorted(wanted[name]))[2])
             for name in ("fedsa-lora", "ditto", "alone")
         )
     finally:
@@ -741,6 +774,7 @@ def private_trees(folder: Path, quick: bool) -> dict[str, float]:
         "private_trees_tried": tried,
         "private_trees_wanted": sum(map(len, wanted.values())),
         "private_trees_got": came,
+        "private_works_never_done": sum(map(len, left.values())),
         "private_trees_got_without_labels": unruled,
     }
 
@@ -1259,7 +1293,8 @@ def full_disks(folder: Path, quick: bool) -> dict[str, float]:
             )
             status, complaint = Child(spec, disk / "run").go()
             subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
-            is_sentence = status == 0 or "UserError" in complaint.strip().splitlines()[-1]
+            # a run for which there was room says nothing of a full disk
+            is_sentence = status != 0 and "UserError" in complaint.strip().splitlines()[-1]
             status, after = Child(spec, disk / "run").go()
             is_same = status == 0 and state_of(disk / "run") == wanted
             tried, resumed = tried + 1, resumed + (is_sentence and is_same)
@@ -1270,6 +1305,9 @@ def full_disks(folder: Path, quick: bool) -> dict[str, float]:
     return {"full_disks_tried": tried, "full_disks_resumed": resumed}
 
 
+PARTS = ("fuzz", "private", "rows", "sites", "kills", "disks")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -1277,7 +1315,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer of everything")
     parser.add_argument("--json", type=Path, help="where the figures go")
     parser.add_argument(
-        "--only", nargs="*", default=[], help="some of: fuzz private rows sites kills disks"
+        "--only", nargs="*", default=[], choices=PARTS, metavar="PART", help=" ".join(PARTS)
     )
     options = parser.parse_args()
     logging.disable(logging.CRITICAL)

@@ -65,9 +65,8 @@ AUDITED = Guarantee(6.6, 1.0, 1e-5)
 CANARIES, DIMENSIONS, SUMS, COHORT = 400, 6000, 10, 200
 REUSED = "the same noise in every round"
 MUTANTS = (
-    "noise divided by the cohort",
+    "noise divided by the cohort's root",
     "no clip",
-    "clip after the noise",
     "clip of the share",
     REUSED,
     "noise from the seed",
@@ -136,11 +135,9 @@ def audited(mutant: str, seed: int, folder: Path) -> float:
     def release(round: int, present: Sequence[tuple[int, Tree]]) -> Tree:
         messages = [private.encode(tree, i, round, 1) for i, tree in present]
         plain = torch.stack([tree["change"] for _, tree in present]).sum(0)
-        if mutant == "clip after the noise":
-            return {"change": plain + noise(round)}
         if mutant == "clip of the share":  # x / n is short enough, and n times too much comes back
             return {"change": plain + noise(round) / COHORT}
-        if mutant == "noise divided by the cohort":
+        if mutant == "noise divided by the cohort's root":
             return {"change": plain + noise(round) / math.sqrt(COHORT)}
         released = private.release(messages, round, 1)["change"] * COHORT
         if mutant == "noise from the seed":  # which an attacker has
@@ -149,7 +146,7 @@ def audited(mutant: str, seed: int, folder: Path) -> float:
 
     if mutant == REUSED:
         return by_differences(private, noise(0), seed)
-    longer = 5.0 if mutant in ("no clip", "clip after the noise") else 1.0
+    longer = 5.0 if mutant == "no clip" else 1.0
     return audit_sums(
         release,
         canaries=CANARIES,
@@ -439,6 +436,9 @@ def draw(figures: dict[str, float], file: Path) -> None:
     axes.figure.savefig(file, bbox_inches="tight", metadata={"Date": None})
 
 
+PARTS = ("accountants", "audit", "kills", "steps", "accuracy")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -446,11 +446,11 @@ def main() -> None:
     parser.add_argument("--data", help="a folder with metaphor_literal_choices.jsonl.gz")
     parser.add_argument("--quick", action="store_true", help="one seed, rank 1, few kills")
     parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--only", nargs="*", help="some of: accountants audit kills steps accuracy")
+    parser.add_argument("--only", nargs="*", choices=PARTS, metavar="PART", help=" ".join(PARTS))
     parser.add_argument("--sets", nargs="*", help="some of: shipped metaphor clients_shipped")
     parser.add_argument("--draw", type=Path, help="draw accuracies of a run of all into this file")
     arguments = parser.parse_args()
-    parts = arguments.only or ["accountants", "audit", "kills", "steps", "accuracy"]
+    parts = arguments.only or PARTS
     figures: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)

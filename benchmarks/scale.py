@@ -63,7 +63,7 @@ EVALUATED = 10  # clients, of each run
 WAITED = 40  # rounds of clients that wait for one another
 FEW, LOTS, COHORT, ROUNDS = 1000, 100_000, 50, 6
 COMPRESSIONS = {"8bit": Quantize(bits=8), "bfloat16": Bfloat16(), "top_k": TopK(fraction=0.1)}
-SITE_CLIENTS, ADAPTER_MB = 8, 1.25  # the shipped model's adapter
+SITE_CLIENTS, ADAPTER_MB = 8, 0.625  # the shipped model's adapter
 WAITING = "waiting\n"
 ROWS = {"train": 8, "test": 2}
 ALGORITHMS: dict[str, dict[str, Any]] = {
@@ -519,7 +519,7 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="one algorithm")
     parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--only", nargs="*", help=f"some of: {' '.join(PARTS)}")
+    parser.add_argument("--only", nargs="*", choices=PARTS, metavar="PART", help=" ".join(PARTS))
     parser.add_argument("--run", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.run:
