@@ -517,6 +517,15 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
 }
 
 
+@dataclass(frozen=True)
+class Honest:
+    """How work was asked for in an honest round."""
+
+    args: Sequence[dict[str, Any]] = ()
+    tensors: Tree | None = None
+    purpose: str = ""
+
+
 @dataclass
 class Target:
     """An open site after two honest rounds, and what of it is private."""
@@ -526,7 +535,7 @@ class Target:
     private: dict[str, str]  # field -> a value's name
     trees: dict[str, Tree]  # field -> what the attacker wants
     start: Tree  # what everybody starts from
-    honest: Mapping[str, tuple[list[dict[str, Any]], str]]  # of each work: arguments and purpose
+    honest: Mapping[str, Honest]  # by work
     calls: int = 1000
 
     def fresh(self) -> int:
@@ -553,13 +562,13 @@ def target(
     with small_site(folder, content) as site:
         sites = Sites(Direct({"site": site}), config.dump(spec), "run", Patience())
         engine = RemoteEngine(sites)
-        honest: dict[str, tuple[list[dict[str, Any]], str]] = {}
+        honest: dict[str, Honest] = {}
         usual = site.answer
 
         def noted(message: bytes) -> bytes:
-            header, _ = unpack(message)
+            header, tensors = unpack(message)
             if header.get("verb") == "each":
-                honest[header["work"]] = (header["args"], header["purpose"])
+                honest[header["work"]] = Honest(header["args"], tensors, header["purpose"])
             return usual(message)
 
         site.answer = noted  # type: ignore[method-assign]
@@ -613,7 +622,7 @@ def attempts(
     """
     hints = {k: h for k, h in get_type_hints(work.function).items() if k != "return"}
     places = list(hints.items())[1:]
-    honest, _ = goal.honest.get(work.name, ([], ""))
+    honest = goal.honest.get(work.name, Honest())
     for _ in range(most):
         args: list[dict[str, Any]] = []
         common: dict[str, torch.Tensor] = {}
@@ -623,19 +632,22 @@ def attempts(
             is_tree = hint == Tree or "Mapping" in str(hint)
             keeps = is_honest and place != other
             if not is_tree:
-                plain = honest[place] if keeps and place < len(honest) else None
+                plain = honest.args[place] if keeps and honest.args else None
                 args.append(plain or {"plain": plain_for(hint, goal, draw)})
                 continue
-            if keeps and name in goal.private:
-                args.append({"own": {"0": goal.private[name]}})
+            if keeps and honest.args and "own" in honest.args[place]:
+                value = goal.private.get(name) or draw.choice(list(values))
+                args.append({"own": {"0": value}})
                 continue
             if not keeps and draw.random() < 0.6:
                 args.append({"own": {"0": draw.choice(list(values))}})
                 continue
-            choices = [goal.start, *(() if keeps else (*goal.trees.values(), {}))]
-            like = draw.choice(choices)
-            for key, tensor in like.items():
-                common[f"{place}/{key}"] = tensor if keeps else torch.zeros_like(tensor)
+            if keeps:
+                like = trees.part(honest.tensors or {}, place)
+            else:
+                zeros = draw.choice([goal.start, *goal.trees.values(), {}])
+                like = trees.scale(zeros, 0.0)
+            common |= {f"{place}/{key}": tensor for key, tensor in like.items()}
             args.append({"tree": place})
         yield args, common
 
@@ -701,7 +713,7 @@ def steal(
                     "work": work.name,
                     "args": args,
                     "clients": [0],
-                    "purpose": goal.honest.get(work.name, ([], ""))[1]
+                    "purpose": goal.honest.get(work.name, Honest()).purpose
                     or draw.choice(["train", "join", "init", "evaluate"]),
                     "round": draw.randrange(3, 900),
                     "call": number,
@@ -744,7 +756,7 @@ def steal(
                     if value := call(work, args, common):
                         made.append(value)
             tried += 1
-        trained = {name for name, (_, purpose) in goal.honest.items() if purpose != "init"}
+        trained = {name for name, one in goal.honest.items() if one.purpose != "init"}
         return tried, set(goal.trees), taken, trained - done
 
 
@@ -765,7 +777,7 @@ def private_trees(folder: Path, quick: bool) -> dict[str, float]:
     site_module.labels = lambda work, arguments, results: [Label()] * len(results)
     try:
         unruled = sum(
-            len(steal(folder, name, singles, 0, 0, sorted(wanted[name]))[2])
+            len(steal(folder, name, 40, 0, 0, sorted(wanted[name]))[2])
             for name in ("fedsa-lora", "ditto", "alone")
         )
     finally:
