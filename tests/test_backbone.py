@@ -373,7 +373,8 @@ def test_models_that_keep_no_keys_draw_the_likeliest_answers(kind: str, tmp_path
     sizes = {name: value for name, value in SMALL.items() if name != "max_position_embeddings"}
     config = transformers.AutoConfig.for_model(kind, **sizes)
     model = opened(saved(tmp_path / kind, config, scale=2))
-    assert not model.has_cache
+    with pytest.warns(UserWarning, match="reads the whole text again"):
+        assert not model.has_cache
     backbone = model.backbone.model
     prompts = [list(tokens(count)) for count in (3, 9)]
     sampling = Sampling(max_completion_length=6, temperature=1e-4)
