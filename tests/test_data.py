@@ -415,6 +415,11 @@ def test_natural_clients_can_be_chosen_by_size() -> None:
         c.name
         for c in partition(rows + few, Natural(column="label", min_test_rows=1, max_clients=2), 0)
     ] == ["l0", "l1"]
+    held = [("test", replace(few[0][1], prompt=f"y{k}")) for k in range(3)]
+    with pytest.raises(UserError, match="have no training rows"):
+        partition(rows + held, Natural(column="label"), 0)
+    kept = partition(rows + held, Natural(column="label", min_test_rows=1), 0)
+    assert [c.name for c in kept] == ["l0", "l1", "l2"]
     several = partition(rows, Natural(column="label", clients_per_value=2), 0)
     assert {
         c.name.rsplit("-", 1)[0]: {row.columns["label"] for row in c.train + c.test}

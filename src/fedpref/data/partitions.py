@@ -64,7 +64,8 @@ class Natural(Partitioning):
     min_rows: Count = 1
     """Clients with fewer rows, both sides together, are left out."""
     min_test_rows: WholeNumber = 0
-    """Clients with fewer held-out rows are left out."""
+    """Clients with fewer held-out rows are left out, and with one or more those who are left
+    without training rows."""
     max_clients: Count | None = None
     """Keep only the first so many clients, by number of rows, then by name."""
     max_rows: Count | None = None
@@ -101,7 +102,9 @@ class Natural(Partitioning):
         kept = {
             name: group
             for name, group in groups.items()
-            if len(group) >= self.min_rows and len(group.places("test")) >= self.min_test_rows
+            if len(group) >= self.min_rows
+            and len(group.places("test")) >= self.min_test_rows
+            and (not self.min_test_rows or len(group.places("train")))
         }
         if not kept:
             raise UserError(
