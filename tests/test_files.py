@@ -48,6 +48,16 @@ def test_a_folder_that_is_gone_is_said(tmp_path: Path) -> None:
         trees.save({"a": torch.ones(3)}, path)
 
 
+def test_where_nothing_can_be_written_is_known_before(tmp_path: Path) -> None:
+    files.refuse_unwritable(tmp_path / "new" / "mine.json")
+    assert list((tmp_path / "new").iterdir()) == [], "trying leaves nothing"
+    with pytest.raises(UserError, match="this is a folder"):
+        files.refuse_unwritable(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written"):
+        files.refuse_unwritable(tmp_path / "file" / "mine.json")
+
+
 def test_a_file_system_may_be_unable_to_sync_folders_but_not_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
