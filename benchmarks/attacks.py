@@ -604,6 +604,8 @@ def plain_for(hint: Any, goal: Target, draw: random.Random) -> Any:
     """A plain argument of a type, of what the experiment says: a site takes no other."""
     given = goal.spec.algorithm.given(goal.spec.federation.join_steps)
     algorithm: Any = goal.spec.algorithm
+    if isinstance(hint, type) and isinstance(algorithm, hint):
+        return config.dump(algorithm)
     numbers = [getattr(algorithm, one.name) for one in fields(algorithm)]
     for some in (given, numbers):
         if fitting := [one for one in some if isinstance(hint, type) and isinstance(one, hint)]:

@@ -237,7 +237,7 @@ SOME = ("fedsa-lora", "choco", "fedpdpo")
 )
 @pytest.mark.long
 def test_no_private_tree_comes_by_works_in_any_order(name: str, world: Path) -> None:
-    tried, private, taken = attacks.steal(world, name, 2, 3, seed=1)
+    tried, private, taken, _ = attacks.steal(world, name, 2, 3, seed=1)
     assert tried > 10
     assert private
     assert taken == set()
@@ -347,8 +347,11 @@ def test_without_labels_the_same_attack_takes_them(
         "fedpref.engines.site.labels", lambda work, arguments, results: [Label()] * len(results)
     )
     monkeypatch.setattr("fedpref.engines.site.fits", lambda work, place, label: True)
-    _, private, taken = attacks.steal(world, "fedsa-lora", 2, 0, seed=1, wanted=["own", "moments"])
-    assert taken == private == {"own", "moments"}
+    wanted = ["own", "moments"]
+    _, private, taken, never = attacks.steal(world, "fedsa-lora", 40, 0, seed=1, wanted=wanted)
+    assert not never
+    assert taken, "by works alone"
+    assert taken <= private == {"own", "moments"}
 
 
 def test_every_algorithm_with_its_own_works_is_attacked() -> None:
