@@ -19,7 +19,7 @@ from fedpref.engines.robust_means import RobustMeans
 from fedpref.federation.verbs import Federation, PerClient
 from fedpref.numerics import tallies, trees
 from fedpref.numerics.tallies import Figure
-from fedpref.numerics.trees import BESIDE, Tree
+from fedpref.numerics.trees import Tree
 
 # (round, active clients) -> the mixing matrix over all clients
 Mixing = Callable[[int, Sequence[int]], NDArray[np.float64]]
@@ -105,19 +105,17 @@ def compressed(uplink: Chain, message: Tree, sender: Sender) -> Tree:
     """Return a message as it travels into a mean; figures beside a value stay as they are."""
     if not uplink.stages:
         return message
-    beside = {name: tensor for name, tensor in message.items() if name.startswith(BESIDE)}
-    rest = {name: tensor for name, tensor in message.items() if name not in beside}
-    return {**uplink.encode(rest, sender), **beside}
+    value, beside = trees.with_figures(message)
+    return {**uplink.encode(value, sender), **beside}
 
 
 def restored(uplink: Chain, message: Tree) -> Tree:
     """Return what has travelled; raises ValueError where it is not of the form that was agreed."""
     if not uplink.stages:
         return message
-    beside = {name: tensor for name, tensor in message.items() if name.startswith(BESIDE)}
-    rest = {name: tensor for name, tensor in message.items() if name not in beside}
+    value, beside = trees.with_figures(message)
     try:
-        whole = uplink.decode(rest, 1)
+        whole = uplink.decode(value, 1)
     # whatever a stage makes of tensors that are not its own
     except (LookupError, RuntimeError, ValueError, OverflowError, TypeError) as error:
         raise ValueError("it is not compressed as was agreed") from error
@@ -136,11 +134,11 @@ def clipped(message: Tree, share: float, most: float) -> tuple[Tree, float]:
         share: Its weight in the mean.
         most: The largest norm that a value may have.
     """
-    value = {name: tensor for name, tensor in message.items() if not name.startswith(BESIDE)}
+    value, beside = trees.with_figures(message)
     length = trees.norm(value) / share if share else 0.0
     if length <= most:
         return message, length
-    return {**message, **trees.scale(value, most / length)}, length
+    return {**trees.scale(value, most / length), **beside}, length
 
 
 class Engine(Federation, Protocol):

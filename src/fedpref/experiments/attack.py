@@ -139,8 +139,7 @@ class Attack:
                 found[client] = {name: _beside(honest, name, self.size) for name in value}
             elif self.name == "gauge":
                 found[client] = _regauged(value, told, self.size)
-            beside = {name: value[name] for name in value if name.startswith(trees.BESIDE)}
-            found[client] = {**found[client], **beside}
+            found[client] = {**found[client], **trees.with_figures(value)[1]}
         return found
 
 

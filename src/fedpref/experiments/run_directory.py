@@ -43,7 +43,7 @@ BEST = "best_"  # begins the names of a checkpoint's files of the best state so 
 
 def refuse_run(path: Path) -> None:
     """Raise UserError where something else would be written into a run."""
-    if (path / CONFIG).exists():
+    if RunDirectory(path).has_begun:
         raise UserError(f"{path} is a run. Give another --output.")
 
 

@@ -116,6 +116,8 @@ def starter(wanted: Wanted) -> tuple[str, str]:
         try:
             unusable, note = _unusable(content, said)
         except UserError:
+            if not str(first).startswith("partition:"):  # a row, or a name, is wrong
+                raise first from None
             raise UserError(
                 f"{wanted.data}: its rows make no client with rows to train on and others to hold "
                 f"out, of another prompt: {first}"

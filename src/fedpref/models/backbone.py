@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,9 @@ from fedpref.data.hub import look_for_hub
 from fedpref.data.whole_models import refuse_partial
 from fedpref.errors import UserError
 from fedpref.models.own_parts import FILE
-from fedpref.models.trunk import row_of_layers
 from fedpref.numerics.trees import Tree
 
-ALL_LINEAR = "all-linear"
 PREFIX = "base_model.model."  # of PEFT's names
-# of the models of `_SSM_TYPES`: what PEFT refuses, and what is read without being called
-_SSM = frozenset({"out_proj", "conv1d", "dt_proj"})
-_SSM_TYPES = frozenset({"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"})
-_ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})  # which decide where a token goes
 
 
 @dataclass(frozen=True)
@@ -299,118 +293,4 @@ def _refuse_wide_tokenizer(backbone: Backbone, setting: str) -> None:
         f"{setting}: the model has no embedding of the tokenizer's {sorted(beyond)[:4]}; a text "
         "that has one is refused.",
         stacklevel=4,
-    )
-
-
-def placed(
-    model: Any, targets: Sequence[str] | str, layers: Sequence[int] | str | None
-) -> dict[str, Any]:
-    """Return where an adapter sits, in the words of PEFT's LoraConfig.
-
-    Args:
-        model: The backbone.
-        targets: Names of layers, a regular expression, or `all-linear`.
-        layers: In which decoder layers alone, by number or as `last-8`; None for all.
-
-    Raises:
-        UserError: The model does not have them.
-    """
-    from transformers.pytorch_utils import Conv1D
-
-    left = left_out(model) or None if targets == ALL_LINEAR else None
-    names = targets if isinstance(targets, str) else list(targets)
-    if layers is None:
-        return {"target_modules": names, "exclude_modules": left}
-    if isinstance(names, str) and names != ALL_LINEAR:
-        raise UserError(
-            "model.lora_layers_to_transform: a regular expression in lora_target_modules names "
-            "layers by itself. Give names such as q_proj, or all-linear."
-        )
-    row = row_of_layers(model)
-    count = len(row[1]) if row else 0
-    numbers = (
-        list(range(count - int(layers.removeprefix("last-")), count))
-        if isinstance(layers, str)
-        else sorted(set(layers))
-    )
-    if row is None or min(numbers) < 0 or max(numbers) >= count:
-        raise UserError(
-            f"model.lora_layers_to_transform: {layers!r} does not fit the model, which has "
-            f"{count} layers."
-        )
-    if names == ALL_LINEAR:
-        names = sorted(
-            {
-                name.rsplit(".", 1)[-1]
-                for number in numbers
-                for name, module in row[1][number].named_modules()
-                if isinstance(module, nn.Linear | Conv1D)
-            }
-        )
-    return {
-        "target_modules": names,
-        "exclude_modules": left,
-        "layers_to_transform": numbers,
-        "layers_pattern": row[0].rsplit(".", 1)[-1],
-    }
-
-
-def left_out(model: Any) -> list[str]:
-    """Return the linear layers that `all-linear` does not mean.
-
-    These are routers, and other layers that return more than a tensor; those of towers that no text
-    passes through, such as a vision model's; and those that PEFT refuses.
-
-    Raises:
-        UserError: The model does not run on text alone.
-    """
-    from transformers.pytorch_utils import Conv1D
-
-    linear = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
-    }
-    seen: dict[str, bool] = {}
-
-    def hook(name: str) -> Any:
-        def note(module: nn.Module, inputs: Any, output: Any) -> None:
-            seen[name] = isinstance(output, torch.Tensor)
-
-        return note
-
-    handles = [module.register_forward_hook(hook(name)) for name, module in linear.items()]
-    try:
-        with torch.no_grad():
-            model(input_ids=torch.zeros(1, 4, dtype=torch.long), use_cache=False)
-    # whatever a model's own code makes of a plain text
-    except Exception as error:
-        raise UserError(
-            f"model.path: the model does not run on text alone: {type(error).__name__}: {error}"
-        ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
-    is_ssm = model.config.model_type in _SSM_TYPES
-    return sorted(
-        name
-        for name in linear
-        if not seen.get(name, True)
-        or name.rsplit(".", 1)[-1] in _ROUTERS
-        or (name not in seen and _is_in_idle_tower(name, seen))
-        or (is_ssm and name.rsplit(".", 1)[-1] in _SSM)
-    )
-
-
-def _is_in_idle_tower(name: str, seen: Mapping[str, bool]) -> bool:
-    """Return whether no layer is called of a layer's whole part of the model.
-
-    Parts are the model's own and those of its inner model. An expert to which no token happened to
-    be sent is not idle: others of its part are called.
-    """
-    part = name.split(".")
-    return any(
-        not any(other.startswith(".".join(part[:depth]) + ".") for other in seen)
-        for depth in (1, 2)
-        if len(part) > depth
     )

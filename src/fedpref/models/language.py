@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from hashlib import blake2b
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -25,6 +24,7 @@ from fedpref.data.preferences import Message
 from fedpref.errors import UserError
 from fedpref.models import devices, quantized
 from fedpref.models import fused_layers as fusion
+from fedpref.models.adapter_layers import ALL_LINEAR, with_adapter
 from fedpref.models.attention import (
     Kernel,
     PackingError,
@@ -33,11 +33,9 @@ from fedpref.models.attention import (
     register,
 )
 from fedpref.models.backbone import (
-    ALL_LINEAR,
     PREFIX,
     is_down,
     load_backbone,
-    placed,
     side_by_side,
 )
 from fedpref.models.checkpointing import checkpoint_layers
@@ -159,7 +157,6 @@ class LanguageModel:
     def __init__(self, settings: Model) -> None:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         import transformers
-        from peft import LoraConfig, PeftModel, get_peft_model
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         transformers.utils.logging.disable_progress_bar()
@@ -184,40 +181,7 @@ class LanguageModel:
         if settings.path in MODELS:
             self.backbone = replace(self.backbone, base=base_of(settings.path))
         self.texts = Texts(self.backbone.tokenizer, self.backbone.model, settings.template_date)
-        targets = settings.lora_target_modules
-        where = placed(self.backbone.model, targets, settings.lora_layers_to_transform)
-        lora = partial(
-            LoraConfig,
-            task_type="CAUSAL_LM",
-            r=settings.lora_r,
-            lora_alpha=settings.lora_alpha,
-            use_rslora=settings.use_rslora,
-            lora_dropout=settings.lora_dropout,
-            base_model_name_or_path=self.backbone.base,
-            revision=self.backbone.revision,
-        )
-        adapter = lora(**where)
-        try:
-            with warnings.catch_warnings():
-                # of GPT-2's transposed weights, which PEFT handles, and of its own deprecations
-                warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
-                warnings.filterwarnings("ignore", category=FutureWarning)
-                # an adapter on the ends of a tied model, which merging unties
-                warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
-                self.model: PeftModel = get_peft_model(self.backbone.model, adapter).eval()
-                # PEFT has all experts' factors in two matrices, whose product is nobody's change
-                if adapter.target_parameters:
-                    if targets != ALL_LINEAR:
-                        raise ValueError(
-                            "it would be on a mixture's experts or router. Name others, such as "
-                            "q_proj and v_proj"
-                        )
-                    others = {**where, "target_modules": sorted(adapter.target_modules)}
-                    self.model = get_peft_model(self.model.unload(), lora(**others)).eval()
-        except (ValueError, re.error) as error:
-            raise UserError(
-                f"model.lora_target_modules: {targets!r} does not fit the model: {error}"
-            ) from error
+        self.model = with_adapter(self.backbone, settings)
         self.model.requires_grad_(False)
         fusion.fuse(self.model)
         self.head = self.model.get_output_embeddings()

@@ -190,6 +190,12 @@ def size(tree: Tree) -> int:
     return sum(tensor.nbytes for tensor in tree.values())
 
 
+def with_figures(tree: Tree) -> tuple[Tree, Tree]:
+    """Return a value, and the figures that travel beside it."""
+    beside = {name: tensor for name, tensor in tree.items() if name.startswith(BESIDE)}
+    return {name: tensor for name, tensor in tree.items() if name not in beside}, beside
+
+
 def digest(tree: Tree) -> bytes:
     """Return a hash of a tree's names, shapes and bits."""
     found = blake2b(digest_size=16)
