@@ -396,6 +396,15 @@ def test_what_does_not_read_from_left_to_right_is_refused(tmp_path: Path) -> Non
         opened(path)
 
 
+def test_an_encoder_and_decoder_is_refused_as_that(tmp_path: Path) -> None:
+    sizes = {"d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 300}
+    transformers.BartForConditionalGeneration(
+        transformers.BartConfig(**sizes, encoder_attention_heads=1, decoder_attention_heads=1)
+    ).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="with an encoder and writes with a decoder"):
+        opened(tmp_path)
+
+
 def test_a_row_beyond_positions_that_change_with_the_batch_is_refused(tmp_path: Path) -> None:
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     config = {**SMALL, "max_position_embeddings": 40}

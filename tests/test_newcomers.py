@@ -131,6 +131,8 @@ def test_a_client_that_joins_later_learns_its_own_on_what_is_shared(
         personalize(result.path, Files(path=str(later)))
     with pytest.raises(UserError, match="took part in the run"):
         personalize(result.path, Files(path=str(later)), name="client-1")
+    with pytest.raises(UserError, match="the newcomer's name is empty"):
+        personalize(result.path, Files(path=str(later)), name=" ")
     with pytest.raises(UserError, match="Leave one of the two out"):
         personalize(result.path, Files(path=str(later)), name="x", column="client")
 
@@ -203,3 +205,13 @@ def test_from_the_command_line(settings: dict[str, Any], later: Path, tmp_path: 
         ["generate", str(tmp_path / "run"), "A lamp?", "--client", "x y", "--max-new-tokens", "3"],
     )
     assert said.exit_code == 0, said.output
+
+
+def test_a_file_has_no_split_to_evaluate(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("{}")
+    said = CliRunner().invoke(
+        app, ["evaluate", str(tmp_path / "run"), "--data", str(file), "--split", "validation"]
+    )
+    assert isinstance(said.exception, UserError)
+    assert "is one file, which has no splits" in str(said.exception)

@@ -211,6 +211,9 @@ def test_migrating_changes_names_and_keeps_all_else() -> None:
         migrated_text("a: [1")
     with pytest.raises(UserError, match="not valid YAML"):
         migrated_text("a: &a {b: *a}")
+    for text in ("- rounds: 5\n", "5", ""):
+        with pytest.raises(UserError, match="a mapping of settings"):
+            migrated_text(text)
 
 
 def test_migrate_writes_the_file(

@@ -336,6 +336,18 @@ def test_an_answer_is_closed_once(tiny: Path) -> None:
     assert closed[-1] == wordy().eos_token_id
 
 
+def test_where_the_tokenizer_has_no_end_token_the_models_closes_an_answer() -> None:
+    tokenizer = sentencepiece(True)
+    tokenizer.eos_token = None
+    reader = texts(tokenizer)
+    assert reader.stops == [2]
+    _, (closed,) = reader.plain("Where can I go?\n", ["There."])
+    assert closed[-1] == 2
+    reader._generation.eos_token_id = len(tokenizer)  # no token of this tokenizer
+    _, (closed,) = reader.plain("Where can I go?\n", ["There."])
+    assert tokenizer.decode(closed) == "There."
+
+
 def test_the_tasks_error_names_the_row(tiny: Path) -> None:
     learner = PreferenceTask(model=Model(path=str(tiny), dtype="float32")).build()
     assert isinstance(learner, PreferenceLearner)

@@ -83,7 +83,10 @@ def evaluate(
         str | None,
         typer.Option(help="A column that says whose a row is: each is asked about its own."),
     ] = None,
-    split: Annotated[str, typer.Option(help="Of a dataset folder or Hub dataset.")] = "test",
+    split: Annotated[
+        str | None,
+        typer.Option(help="Of a dataset folder or Hub dataset.", show_default="test"),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print all metrics as JSON.")] = False,
 ) -> None:
     """Measure a run's models on any preference file, all rows of it.
@@ -98,7 +101,11 @@ def evaluate(
     from fedpref.reports.tables import metric_table
     from fedpref.runs.evaluate import evaluate as measure
 
-    metrics = measure(path, Files(path=data, train_split=split), client, column)
+    if split is not None and Path(data).is_file():
+        raise UserError(
+            f"--split {split!r}: {data} is one file, which has no splits. Leave it out."
+        )
+    metrics = measure(path, Files(path=data, train_split=split or "test"), client, column)
     if as_json:
         print(json.dumps(metrics, indent=1))
     else:

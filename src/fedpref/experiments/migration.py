@@ -65,13 +65,15 @@ def migrated_text(text: str) -> str:
     """Return a YAML file's text with today's keys and values; all else stays, comments too.
 
     Raises:
-        UserError: The text is not YAML.
+        UserError: The text is not YAML, or no mapping of settings.
     """
     try:
         refuse_large(text)
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(root, yaml.MappingNode):
+        raise UserError("expected a mapping of settings, as `rounds: 5`")
     edits: list[tuple[int, int, str]] = []
 
     def visit(node: Any, path: str) -> None:

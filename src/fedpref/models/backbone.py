@@ -67,6 +67,13 @@ def load_backbone(
     look_for_hub(path)
     try:
         if find_adapter_config_file(path, revision=options.get("revision")) is None:
+            config = transformers.AutoConfig.from_pretrained(path, **options)
+            if getattr(config, "is_encoder_decoder", False):
+                # some have a class of the decoder alone, whose files are not these
+                raise UserError(
+                    f"model.path: {setting!r} ({config.model_type}) reads with an encoder and "
+                    "writes with a decoder. Expected a causal language model, which is one stack."
+                )
             tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
             model, said = transformers.AutoModelForCausalLM.from_pretrained(
                 path, dtype=dtype, output_loading_info=True, **options, **quantization

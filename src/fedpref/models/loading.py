@@ -142,7 +142,7 @@ def generate(
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,
             eos_token_id=texts.stops or None,
-            pad_token_id=tokenizer.eos_token_id,
+            pad_token_id=texts.end,
             **sampling,
         )
     return str(tokenizer.decode(output[0, len(tokens) :], skip_special_tokens=True)).strip()

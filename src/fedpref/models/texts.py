@@ -56,6 +56,15 @@ class Texts:
             {self.tokenizer.eos_token_id, *(said if isinstance(said, list) else [said])} - {None}
         )
 
+    @property
+    def end(self) -> int | None:
+        """What closes an answer: the tokenizer's end token, or the model's where it names none."""
+        own: int | None = self.tokenizer.eos_token_id
+        if own is not None:
+            return own
+        # a config that was left as its class makes it may name a token that is not there
+        return next((token for token in self.stops if token < len(self.tokenizer)), None)
+
     # ---- plain text
 
     def plain(self, prompt: str, answers: Sequence[str]) -> tuple[Tokens, list[Tokens]]:
@@ -89,10 +98,10 @@ class Texts:
     def _appended(self) -> Tokens:
         """The tokens that the tokenizer itself puts after a text."""
         ids = self.tokenizer("a")["input_ids"]
-        return ids[-1:] if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id else []
+        return ids[-1:] if len(ids) > 1 and ids[-1] == self.end else []
 
     def _closed(self, answer: Tokens) -> Tokens:
-        end = self.tokenizer.eos_token_id
+        end = self.end
         # a text may end with the end token and a line break
         return answer if end is None or end in answer[-2:] else [*answer, end]
 
@@ -306,9 +315,9 @@ class Texts:
     def _ended(self, answer: Tokens, closing: str) -> Tokens:
         """Return an answer with an end token, unless the template has closed it."""
         tokens = self._template_ids(closing) if closing else answer[-8:]
-        if self.tokenizer.eos_token_id is None or set(tokens) & set(self.stops):
+        if self.end is None or set(tokens) & set(self.stops):
             return answer
-        return [*answer, self.tokenizer.eos_token_id]
+        return [*answer, self.end]
 
     # ---- both
 

@@ -95,6 +95,8 @@ def personalize(
             f"--name {name!r}: newcomers are named by the column {column!r}. "
             "Leave one of the two out."
         )
+    if name is not None and not name.strip():
+        raise UserError("--name: the newcomer's name is empty. Leave it out to take the file's.")
     finished = FinishedRun.at(run).require_done()
     experiment = finished.experiment
     how = Natural(column=column) if column else IID(clients=1)
