@@ -18,6 +18,7 @@ import torch
 import transformers
 import yaml
 from peft import AutoPeftModelForCausalLM
+from tokenizers.normalizers import Lowercase
 from typer.testing import CliRunner
 
 from fedpref import Experiment, UserError, cli, config, run
@@ -26,7 +27,8 @@ from fedpref.experiments.rounds import Event
 from fedpref.experiments.run_directory import RunDirectory, file_name
 from fedpref.experiments.run_files import EVALUATION, METRICS
 from fedpref.models.generation import merged
-from fedpref.models.gguf_files import write_model
+from fedpref.models.gguf_files import write_adapter, write_model
+from fedpref.models.language import LanguageModel, Model
 from fedpref.models.loading import load_model
 from fedpref.models.named import convert
 from fedpref.models.own_parts import Parts
@@ -175,6 +177,28 @@ def test_gguf_files_are_read_as_the_same_model(
         product = fields["adapter.lora.alpha"].contents() / len(down) * up @ down
         torch.testing.assert_close(product, after[name] - before[name], atol=2e-3, rtol=0)
     assert max(float((after[name] - before[name]).abs().max()) for name in names) > 5e-3
+
+
+def test_what_a_gguf_file_cannot_hold_is_refused(tiny: Path, tmp_path: Path) -> None:
+    for targets, where in ((("q_proj", "embed_tokens"), "embed_tokens"), (("lm_head",), "head")):
+        language = LanguageModel(Model(path=str(tiny), lora_target_modules=targets))
+        config_of = language.model.config
+        config_of.tie_word_embeddings = True
+        folder = tmp_path / targets[0]
+        language.export(language.init(torch.Generator().manual_seed(0)), folder)
+        with pytest.raises(UserError, match=f"the adapter is on .*{where}.*Export it merged"):
+            write_adapter(folder, config_of, tmp_path / "adapter.gguf", "x")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(tiny))
+    tokenizer.backend_tokenizer.normalizer = Lowercase()
+    plain = transformers.AutoModelForCausalLM.from_pretrained(str(tiny))
+    with pytest.raises(UserError, match=r"normalises texts \(Lowercase\)"):
+        write_model(plain, tokenizer, tmp_path / "model.gguf", "f16", "x")
+
+
+def test_the_order_of_an_adapters_layers_is_alike_in_every_process(shared: Path) -> None:
+    content = json.loads((shared / "adapter/adapter_config.json").read_text())
+    assert len(content["target_modules"]) > 2
+    assert content["target_modules"] == sorted(content["target_modules"])
 
 
 def test_other_architectures_are_not_written_as_gguf(

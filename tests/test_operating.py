@@ -282,6 +282,31 @@ def test_a_checkpoint_writes_what_has_changed(tmp_path: Path) -> None:
     assert all(torch.equal(loaded[i].value["x"], values[i].value["x"]) for i in range(20))
 
 
+def test_what_an_older_checkpoint_alone_had_goes_in_the_next_process_too(tmp_path: Path) -> None:
+    def saved(store: Store, number: int) -> set[str]:
+        name = f"round-{number:06d}"
+        store.save(tmp_path / name, name, {"own": values})
+        return {file.name for file in (tmp_path / "values").glob("*/*")}
+
+    store = Store(tmp_path)
+    values = {i: Kept({"x": torch.full((3,), float(i))}) for i in range(2)}
+    saved(store, 1)
+    values[0] = Kept({"x": torch.ones(3)})
+    saved(store, 2)
+    later = Store(tmp_path)
+    values = later.load(tmp_path / "round-000002", ["own"])["own"]
+    values[1] = Kept({"x": torch.ones(3)})
+    assert saved(later, 3) == {
+        f"{one}.safetensors" for one in ("0.round-000002", "1.round-000001", "1.round-000003")
+    }
+    # one that goes back a checkpoint still has all that this one names
+    later = Store(tmp_path)
+    values = later.load(tmp_path / "round-000002", ["own"])["own"]
+    values = dict.fromkeys(values, Kept({"x": torch.zeros(3)}))
+    saved(later, 3)
+    assert set(Store(tmp_path).load(tmp_path / "round-000002", ["own"])["own"]) == {0, 1}
+
+
 def test_a_run_is_held_by_one_process_whatever_its_folder_of_temporary_files(
     tmp_path: Path,
 ) -> None:

@@ -20,8 +20,11 @@ from fedpref import Experiment, UserError, cli, config, resume, run
 from fedpref.algorithms import AnyAlgorithm
 from fedpref.engines.private_examples import LEDGERS, ledger_file
 from fedpref.experiments.experiment import encoded
+from fedpref.experiments.promises import JOINING
+from fedpref.experiments.rounds import events, new_directory
 from fedpref.experiments.run_directory import RunDirectory
 from fedpref.federation import private_steps
+from fedpref.federation.aggregation import FrozenA
 from fedpref.federation.private_steps import PrivateSteps, add_clipped
 from fedpref.numerics import seeds, trees
 from fedpref.numerics.trees import Tree
@@ -488,6 +491,40 @@ def test_what_private_steps_do_not_cover_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=message):
         spec_of(settings, rows, **changes)
+
+
+def said(spec: Experiment, path: Path) -> str:
+    first = next(events(spec, new_directory(spec, path)))
+    return first.note
+
+
+def test_what_joins_without_noise_is_said(settings: Settings, rows: Path, tmp_path: Path) -> None:
+    local = settings["algorithm"]["local"]
+    federation = {"newcomers": 1}
+    notes = {
+        name: said(
+            spec_of(
+                settings, rows, algorithm={"name": name, "local": local}, federation=federation
+            ),
+            tmp_path / name,
+        )
+        for name in ("feddpo", "fedsa-lora")
+    }
+    assert JOINING in notes["fedsa-lora"]
+    assert JOINING not in notes["feddpo"], "nothing is fitted by who joins"
+    assert JOINING not in said(spec_of(settings, rows), tmp_path / "nobody")
+
+
+def test_advice_is_of_what_is_not_so_already(
+    settings: Settings, rows: Path, tmp_path: Path
+) -> None:
+    privacy = {"unit": "example", "noise_multiplier": 500.0, "delta": 0.02}
+    spec = spec_of(settings, rows, privacy=privacy)
+    assert "take aggregate: frozen-a, a smaller rank, fewer rounds" in said(spec, tmp_path / "a")
+    task = {**settings["task"], "model": {**settings["task"]["model"], "lora_r": 1}}
+    frozen = replace(spec.algorithm, aggregate=FrozenA())  # type: ignore[type-var]
+    spec = replace(spec_of(settings, rows, privacy=privacy, task=task), algorithm=frozen)
+    assert "through that: take fewer rounds or more rows" in said(spec, tmp_path / "b")
 
 
 def test_a_delta_that_would_publish_an_example_is_refused(settings: Settings, rows: Path) -> None:

@@ -78,6 +78,12 @@ def test_rewards_do_not_depend_on_what_else_is_in_the_call(finished: Path) -> No
         reward(["A?"], [" mill"])
 
 
+def test_rewards_without_bounds_are_not_weighed_by_how_groups_fare(finished: Path) -> None:
+    assert CombinedReward(group_rewards(finished), AdaptiveAlpha())(["A?"] * 2, [" a", " b"])
+    with pytest.raises(UserError, match="which logits are not"):
+        CombinedReward(group_rewards(finished, kind="logit"), AdaptiveAlpha())
+
+
 def test_it_has_the_signature_of_trls_reward_functions(finished: Path) -> None:
     groups = group_rewards(finished)
     combined = CombinedReward(groups, Minimum())

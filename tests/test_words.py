@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from typing import Any
 
 import torch
@@ -36,6 +39,26 @@ def test_features_are_differences_of_log_counts_and_of_log_lengths() -> None:
     expected = [-math.log1p(2), 0.0, 0.0, math.log1p(2), math.sqrt(2) * math.log1p(2)]
     assert torch.allclose(found[0].sort().values, torch.tensor(expected))
     assert math.isclose(float(held.max()), math.log1p(3) - math.log1p(1), rel_tol=1e-5)
+
+
+def test_features_are_alike_in_every_process() -> None:
+    program = (
+        "from fedpref.data.words import Pair, differences\n"
+        "pairs = [Pair('p', f'stone {i} river lamp', f'mill rope {i}') for i in range(9)]\n"
+        "(found, _), = differences({'a': pairs}, {'a': []}).values()\n"
+        "print(found.tolist())\n"
+    )
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env={**os.environ, "PYTHONHASHSEED": number},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for number in ("0", "1")
+    }
+    assert len(found) == 1
 
 
 def test_short_answers_mean_what_the_prompts_words_make_of_them() -> None:

@@ -67,7 +67,9 @@ def differences(
         for pair in pairs:
             for answer in (pair.chosen, pair.rejected):
                 counts.update(set(_features(pair.prompt, answer)))
-    known = {word: k for k, (word, n) in enumerate(counts.most_common(MOST)) if n > 1}
+    # a set's order is another one in each process
+    frequent = sorted(counts.items(), key=lambda counted: (-counted[1], counted[0]))[:MOST]
+    known = {word: k for k, (word, n) in enumerate(frequent) if n > 1}
 
     def matrix(pairs: Sequence[Pair]) -> Float[Tensor, "n D"]:
         found = torch.zeros(len(pairs), len(known) + 1)

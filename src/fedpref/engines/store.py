@@ -32,7 +32,7 @@ class Store:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._entries: dict[tuple[str, int], tuple[weakref.ref[Kept], Entry]] = {}
-        self._replaced: list[Path] = []  # files that the last checkpoint no longer names
+        self._replaced: set[str] = set()  # files that the last checkpoint no longer names
 
     def save(self, checkpoint: Path, name: str, values: Mapping[str, Mapping[int, Kept]]) -> None:
         """Write what has changed, and which files belong to a checkpoint.
@@ -58,11 +58,12 @@ class Store:
         checkpoint.mkdir(parents=True, exist_ok=True)
         files.write(checkpoint / INDEX, json.dumps(index))
         # the checkpoint before the last one goes, and what it alone had
-        for file in self._replaced:
-            file.unlink(missing_ok=True)
+        current = {entry[0] for _, entry in self._entries.values()}
+        for file in self._replaced - current:
+            (self.folder / VALUES / file).unlink(missing_ok=True)
         before = {self._entries[key][1][0] for key in made if key in self._entries} - {None}
         now = {entry[0] for _, entry in made.values()}
-        self._replaced = [self.folder / VALUES / file for file in before - now]
+        self._replaced = before - now
         self._entries |= made
 
     def _written(self, field: str, client: int, kept: Kept, name: str) -> Entry:
@@ -77,12 +78,7 @@ class Store:
 
     def tidy(self) -> None:
         """Remove files that no checkpoint names, as a process leaves them that is killed."""
-        named = {
-            entry[0]
-            for checkpoint in self.folder.glob("round-*")
-            for some in _index(checkpoint).values()
-            for entry in some.values()
-        }
+        named = set[str]().union(*map(_named, self.folder.glob("round-*")))
         for file in (self.folder / VALUES).glob("*/*"):
             if f"{file.parent.name}/{file.name}" not in named:
                 file.unlink(missing_ok=True)
@@ -113,6 +109,8 @@ class Store:
         if not (checkpoint / INDEX).exists():
             return {field: _of_format_2(checkpoint / field) for field in fields}
         index = _index(checkpoint)
+        older = (one for one in self.folder.glob("round-*") if one.name < checkpoint.name)
+        self._replaced |= set[str]().union(*map(_named, older)) - _named(checkpoint)
         loaded: dict[str, dict[int, Kept]] = {field: {} for field in fields}
         for field in fields:
             for client, entry in index.get(field, {}).items():
@@ -131,6 +129,12 @@ class Store:
 def _of_format_2(folder: Path) -> dict[int, Kept]:
     """Return a field's values as runs of format 2 have them, without labels."""
     return {int(file.stem): Kept(trees.load(file)) for file in folder.glob("*.safetensors")}
+
+
+def _named(checkpoint: Path) -> set[str]:
+    """Return the files that a checkpoint names."""
+    entries = (entry for some in _index(checkpoint).values() for entry in some.values())
+    return {entry[0] for entry in entries if entry[0]}
 
 
 def _index(checkpoint: Path) -> dict[str, dict[str, Entry]]:

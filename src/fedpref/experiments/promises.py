@@ -18,6 +18,8 @@ from fedpref.experiments.private import (
     sizes_of,
     template,
 )
+from fedpref.federation.aggregation import Factors, Product
+from fedpref.federation.algorithm import Algorithm
 from fedpref.privacy import Privacy
 from fedpref.privacy.settings import unit_in_words
 
@@ -25,6 +27,10 @@ if TYPE_CHECKING:
     from fedpref.experiments.experiment import Experiment
     from fedpref.tasks import Task
 
+JOINING = (
+    "privacy: who joins after training fits parts of its own without noise, on which nothing that "
+    "is shared depends: these are outside the promise."
+)
 SPENDS = (PrivateSums.spends, PrivateExamples.spends)  # a round's figures of what has been spent
 
 
@@ -86,6 +92,7 @@ def in_words_of_sites(spec: Experiment, task: Task, clients: int) -> str:
         f"{said}\nprivacy: {how} at delta {promise.delta:g}, of one "
         f"{unit_in_words(promise.unit)}, against everybody but that client; each site finds the "
         "noise of its clients, and keeps count."
+        f"\n{_outside(spec)}"
     ).strip()
 
 
@@ -100,7 +107,14 @@ def in_words(spec: Experiment, task: Task, shards: Sequence[Any]) -> str:
     late = spec.federation.joining([shard.name for shard in shards], spec.seed)
     some = {i: shard for i, shard in enumerate(shards) if i not in late}
     said = (_clients_in_words(spec, task, len(some)), _units_in_words(spec, task, some))
-    return "\n".join(filter(None, said))
+    return "\n".join(filter(None, (*said, _outside(spec))))
+
+
+def _outside(spec: Experiment) -> str:
+    """Return what clients that join learn beside a promise of what a client has."""
+    learns = type(spec.algorithm).join is not Algorithm.join
+    is_told = spec.of_units is not None and spec.federation.num_newcomers > 0 and learns
+    return JOINING if is_told else ""
 
 
 def _clients_in_words(spec: Experiment, task: Task, clients: int) -> str:
@@ -122,7 +136,7 @@ def _clients_in_words(spec: Experiment, task: Task, clients: int) -> str:
         f"rounds{looks}, of one client that is there or not, against {_whom(spec.of_clients)}; "
         f"noise of {guarantee.noise_multiplier:.3g} clips, {chance}. On {dimensions:,} numbers "
         f"the noise of a round's mean is {noise:.3g} times as long as the longest mean can be. "
-        f"{_worth(noise, spec.rounds, 'clients')}"
+        f"{_worth(spec, noise, spec.rounds, 'clients')}"
     ).strip()
 
 
@@ -150,7 +164,7 @@ def _units_in_words(spec: Experiment, task: Task, shards: Mapping[int, Any]) -> 
         f"{min(noises):.3g} to {max(noises):.3g} clips. On {dimensions:,} numbers the noise of a "
         f"step's mean gradient is up to {own:.3g} times as long as the longest mean can be, and "
         f"over all clients together {together:.3g} times. "
-        f"{_worth(together, steps, 'rows')}"
+        f"{_worth(spec, together, steps, 'rows')}"
     ).strip()
 
 
@@ -158,10 +172,16 @@ def _examples(size: Sizes) -> int:
     return size.examples
 
 
-def _worth(noise: float, times: int, more: str) -> str:
+def _worth(spec: Experiment, noise: float, times: int, more: str) -> str:
+    """Return what would help where noise drowns what is learned: what is not so already."""
     if noise <= 10 / times**0.5:
         return ""
-    return (
-        "Little can be learned through that: take aggregate: frozen-a, a small rank, fewer rounds "
-        f"or more {more}."
-    )
+    helps = []
+    if isinstance(spec.algorithm.aggregate, Factors | Product):
+        helps.append("aggregate: frozen-a")
+    if getattr(getattr(spec.task, "model", None), "lora_r", 1) > 1:
+        helps.append("a smaller rank")
+    if times > 1:
+        helps.append("fewer rounds")
+    others = f"{', '.join(helps)} or " if helps else ""
+    return f"Little can be learned through that: take {others}more {more}."

@@ -90,7 +90,8 @@ def write_adapter(folder: Path, config: Any, file: Path, name: str) -> None:
         name: What the file says that the adapter is called.
 
     Raises:
-        UserError: The model is of another architecture.
+        UserError: The model is of another architecture, or the adapter is on more than linear
+            layers that the file has.
     """
     import gguf
     from peft import LoraConfig
@@ -107,7 +108,15 @@ def write_adapter(folder: Path, config: Any, file: Path, name: str) -> None:
     for key in sorted(tensors):
         module, _, factor = key.removeprefix("base_model.model.").rpartition(".lora_")
         if factor not in ("A.weight", "B.weight"):
-            continue
+            raise UserError(
+                f"{folder}: the adapter is on {module} too, which llama.cpp's form of an adapter "
+                "does not hold. Export it merged, or as gguf-ready."
+            )
+        if module == "lm_head" and config.tie_word_embeddings:
+            raise UserError(
+                f"{folder}: the adapter is on the head, which a GGUF file of this model does not "
+                "have apart from its embeddings. Export it merged, or as gguf-ready."
+            )
         weight = tensors[key].float()
         rank = weight.shape[0] if factor[0] == "A" else weight.shape[1]
         if factor[0] == "B":
@@ -240,6 +249,12 @@ def _pre_tokenizer(content: Mapping[str, Any]) -> str:
     Raises:
         UserError: It is none that is known here.
     """
+    if content.get("normalizer"):
+        raise UserError(
+            f"a tokenizer that normalises texts ({content['normalizer'].get('type')}) is not "
+            "written as GGUF here, for the file would read them as they are. Export the model as "
+            "gguf-ready, and convert it by llama.cpp's convert_hf_to_gguf.py."
+        )
     cut = content.get("pre_tokenizer") or {}
     parts = cut.get("pretokenizers", [cut])
     kinds = [part.get("type") for part in parts]

@@ -752,6 +752,11 @@ class LanguageModel:
                 layers_to_transform=None,
                 layers_pattern=None,
             )
+        config = replace(config)
+        # PEFT writes a set as it comes, in another order in each process
+        for name, value in vars(config).items():
+            if isinstance(value, set):
+                setattr(config, name, sorted(value))
         config.save_pretrained(str(folder))
         self.tokenizer.save_pretrained(str(folder))
         trees.save(adapter, folder / "adapter_model.safetensors")

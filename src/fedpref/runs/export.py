@@ -210,7 +210,8 @@ def _gguf(run: FinishedRun, folder: Path, client: str | None, output: Path, name
     import torch
     import transformers
 
-    refuse_other(transformers.AutoConfig.from_pretrained(_base(folder)))
+    base = transformers.AutoConfig.from_pretrained(_base(folder))
+    refuse_other(base)
     output.mkdir(parents=True)
     title = f"{name}-{client}" if client else name
     with tempfile.TemporaryDirectory(dir=output.parent) as scratch:
@@ -220,7 +221,7 @@ def _gguf(run: FinishedRun, folder: Path, client: str | None, output: Path, name
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(plain))
         for kind in (F16, Q8_0):
             write_model(model, tokenizer, output / f"model-{kind}.gguf", kind, title)
-        write_adapter(folder, model.config, output / f"adapter-{F16}.gguf", title)
+        write_adapter(folder, base, output / f"adapter-{F16}.gguf", title)
         (output / "Modelfile").write_text(modelfile(f"model-{Q8_0}.gguf", tokenizer.chat_template))
         # as somebody reads it who has the file alone
         comparison = Comparison(run, client)

@@ -14,7 +14,7 @@ from torch import Tensor
 from fedpref.data.preferences import key
 from fedpref.errors import UserError
 from fedpref.numerics.trees import Tree
-from fedpref.rewards.combine import Combine
+from fedpref.rewards.combine import AdaptiveAlpha, Combine
 from fedpref.tasks.opinion import OpinionLearner, Question, asking
 from fedpref.types import Text
 
@@ -99,10 +99,23 @@ class GroupReward:
 
 @dataclass(frozen=True)
 class CombinedReward:
-    """Several groups' rewards as one, prompt by prompt, with the same signature."""
+    """Several groups' rewards as one, prompt by prompt, with the same signature.
+
+    Raises:
+        UserError: The combination weighs groups by rewards between 0 and 1, and these are logits.
+    """
 
     groups: Mapping[str, GroupReward]
     combine: Combine
+
+    def __post_init__(self) -> None:
+        if isinstance(self.combine, AdaptiveAlpha) and any(
+            reward.kind == "logit" for reward in self.groups.values()
+        ):
+            raise UserError(
+                "combine: alpha weighs groups by rewards between 0 and 1, which logits are not. "
+                "Take shares, or mean, min or max."
+            )
 
     @property
     def __name__(self) -> str:
