@@ -177,6 +177,24 @@ def test_an_adapter_that_no_export_could_hold_is_refused(
     assert "erge it" in str(caught.value)
 
 
+def test_an_adapter_folder_that_is_not_whole_is_refused(llama: Path, tmp_path: Path) -> None:
+    first = opened(llama)
+    first.export(some(first), tmp_path / "sft")
+    file = tmp_path / "sft/adapter_config.json"
+    said = json.loads(file.read_text())
+    for change, what in (
+        ({"target_modules": ["q_proj"]}, r"holds \d+ tensors that find no layer, such as .*"),
+        ({"base_model_name_or_path": None}, "does not say what it stands on"),
+        ({"base_model_name_or_path": str(tmp_path / "gone")}, r"gone', on which the adapter in .*"),
+    ):
+        file.write_text(json.dumps(said | change))
+        with pytest.raises(UserError, match=what):
+            opened(tmp_path / "sft")
+    (tmp_path / "sft/adapter_model.safetensors").unlink()
+    with pytest.raises(UserError, match="an adapter's config and none of its weights"):
+        opened(tmp_path / "sft")
+
+
 def test_an_adapter_of_an_adapter_is_refused(llama: Path, tmp_path: Path) -> None:
     first = opened(llama)
     first.export(some(first), tmp_path / "first")
@@ -448,6 +466,26 @@ def test_a_model_whose_files_lack_a_weight_or_hold_no_number_is_refused(tmp_path
     opened(saved(tmp_path / "tied", config))
 
 
+def test_what_a_models_files_hold_beside_it_is_said(tmp_path: Path) -> None:
+    path = saved(tmp_path / "long", transformers.LlamaConfig(**{**SMALL, "num_hidden_layers": 3}))
+    file = path / "config.json"
+    said = json.loads(file.read_text())
+    file.write_text(json.dumps(said | {"num_hidden_layers": 2, "layer_types": None}))
+    with pytest.warns(UserWarning, match=r"hold \d+ weights for which its config has no place, .*"):
+        opened(path)
+    for wrong in ({"rms_norm_eps": "1e-5"}, {"num_attention_heads": 0}):
+        file.write_text(json.dumps(said | wrong))
+        with pytest.raises(UserError, match="could not be loaded as a causal language model"):
+            opened(path)
+
+
+def test_a_path_is_a_path(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(llama.parent))
+    opened(Path("~") / llama.name)
+    with pytest.raises(UserError, match="there is no folder '~/nothing'"):
+        opened(Path("~/nothing"))
+
+
 def test_an_adapter_folder_that_lacks_a_factor_is_refused(llama: Path, tmp_path: Path) -> None:
     model = opened(llama)
     model.export(some(model), tmp_path / "sft")
@@ -500,21 +538,34 @@ def test_the_fingerprint_is_of_the_backbone_and_not_of_where_the_adapter_sits(
     assert opened(path).fingerprint != first.fingerprint  # the same weights
 
 
-def test_towers_that_no_text_passes_through_have_no_adapter(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tower", [1, 5])
+def test_towers_that_no_text_passes_through_have_no_adapter(tower: int, tmp_path: Path) -> None:
+    layers = SMALL["num_hidden_layers"]
     text = {**SMALL, "head_dim": 8, "sliding_window": 200}
     vision = {
         "hidden_size": 16,
         "intermediate_size": 16,
-        "num_hidden_layers": 1,
+        "num_hidden_layers": tower,
         "num_attention_heads": 2,
         "image_size": 28,
         "patch_size": 14,
     }
     config = transformers.Gemma3Config(text_config=text, vision_config=vision)
-    model = opened(saved(tmp_path / "vlm", config))
-    names = model.init(seeds.generator(0, "init"))
-    assert names
-    assert not any("vision" in name or "projector" in name for name in names)
-    adapter = {name: t.clone().requires_grad_() for name, t in some(model).items()}
-    model.log_probabilities(adapter, ROWS, training=True).sum().backward()
-    assert all(tensor.grad is not None for tensor in adapter.values())
+    path = saved(tmp_path / "vlm", config)
+    projections = ("q_proj", "v_proj")
+    for settings, count in (
+        ({}, 7 * 2 * layers),
+        ({"lora_target_modules": projections}, 2 * 2 * layers),
+        ({"lora_layers_to_transform": "last-1"}, 7 * 2),
+        ({"lora_layers_to_transform": "last-1", "lora_target_modules": projections}, 2 * 2),
+    ):
+        model = opened(path, **settings)
+        adapter = {name: t.clone().requires_grad_() for name, t in some(model).items()}
+        assert len(adapter) == count
+        assert not any("vision" in name or "projector" in name for name in adapter)
+        model.log_probabilities(adapter, ROWS, training=True).sum().backward()
+        assert all(tensor.grad is not None for tensor in adapter.values())
+    with pytest.raises(UserError, match=f"last-{layers + 1}.*which has {layers} layers"):
+        opened(path, lora_layers_to_transform=f"last-{layers + 1}")
+    with pytest.raises(UserError, match="names no layer that a text passes through"):
+        opened(path, lora_target_modules=r".*vision.*q_proj")

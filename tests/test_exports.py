@@ -19,6 +19,7 @@ import transformers
 import yaml
 from peft import AutoPeftModelForCausalLM
 from tokenizers.normalizers import Lowercase
+from transformers import dynamic_module_utils
 from typer.testing import CliRunner
 
 from fedpref import Experiment, UserError, cli, config, run
@@ -199,6 +200,45 @@ def test_the_order_of_an_adapters_layers_is_alike_in_every_process(shared: Path)
     content = json.loads((shared / "adapter/adapter_config.json").read_text())
     assert len(content["target_modules"]) > 2
     assert content["target_modules"] == sorted(content["target_modules"])
+
+
+CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_models_with_code_of_their_own_are_exported_and_asked(
+    settings: dict[str, Any], tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = shutil.copytree(tiny, tmp_path / "own")
+    (folder / "modeling_own.py").write_text(CODE)
+    said = json.loads((folder / "config.json").read_text())
+    named = {
+        "AutoConfig": "modeling_own.OwnConfig",
+        "AutoModelForCausalLM": "modeling_own.OwnForCausalLM",
+    }
+    (folder / "config.json").write_text(
+        json.dumps({**said, "model_type": "own", "auto_map": named})
+    )
+    content = {**settings, "rounds": 1, "workers": 1}
+    model = {**settings["task"]["model"], "path": str(folder), "trust_remote_code": True}
+    content["task"] = {**settings["task"], "model": model}
+    path = run(config.parse(Experiment, content, "test"), tmp_path / "run").path
+    made = export(path, "merged", tmp_path / "merged")
+    assert json.loads((made / "config.json").read_text())["model_type"] == "own"
+    asked = CliRunner().invoke(cli.app, ["generate", str(path), "A lamp?", "--max-new-tokens", "3"])
+    assert asked.exit_code == 0, asked.output
+    with pytest.raises(UserError, match="trust_remote_code"):
+        load_model(path / "adapter")
 
 
 def test_other_architectures_are_not_written_as_gguf(

@@ -228,6 +228,44 @@ def test_the_likeliest_answers_are_those_that_transformers_generates(
             assert len(found[2 * i]) == 12 or found[2 * i][-1] in model.stops
 
 
+def test_penalties_of_the_models_own_settings_look_back_as_in_transformers(
+    model: LanguageModel,
+) -> None:
+    prompts = [
+        model.encode(text, "")[0]
+        for text in ("What?", "Which thing is it, number four, number four?", "River stone")
+    ]
+    said = {"repetition_penalty": 1.7, "no_repeat_ngram_size": 3}
+    own = OwnSampling(20, transformers.GenerationConfig(**said))
+    found = generate(model, None, prompts, 2, own, seeds.generator(0, "work"))
+    plain = OwnSampling(20, transformers.GenerationConfig())
+    assert found != generate(model, None, prompts, 2, plain, seeds.generator(0, "work"))
+    with merged(model, None):
+        for i, prompt in enumerate(prompts):
+            with torch.no_grad():
+                whole = model.model.get_base_model().generate(
+                    torch.tensor([prompt]), max_new_tokens=20, pad_token_id=1, **said
+                )
+            expected = tuple(whole[0, len(prompt) :].tolist())
+            assert found[2 * i] == found[2 * i + 1] == expected[: len(found[2 * i])]
+
+
+def test_answers_end_where_the_model_can_read_no_more(models: Callable[[str], Path]) -> None:
+    model = LanguageModel(Model(path=str(models("gpt2")), lora_r=4, dtype="float32"))
+    most = model.limits.most
+    assert most is not None
+    prompts = [tuple(range(9, 9 + n)) for n in (most - 3, 5, most - 1)]
+    model.model.generation_config.eos_token_id = None
+    model.tokenizer.eos_token = None
+    settings = Sampling(max_completion_length=most)
+    answers = generate(model, None, prompts, 1, settings, torch.Generator().manual_seed(0))
+    assert list(map(len, answers)) == [3, most - 5, 1]
+    rows = [(prompt, (answer,)) for prompt, answer in zip(prompts, answers, strict=True)]
+    assert torch.isfinite(model.log_probabilities(None, rows)).all()
+    with pytest.raises(UserError, match=f"has {most} tokens, and the model can read {most} in all"):
+        generate(model, None, [range(most)], 1, settings, torch.Generator().manual_seed(0))
+
+
 def test_tokens_are_drawn_as_often_as_the_model_says(model: LanguageModel) -> None:
     params, prompt = adapter(model), model.encode("Which thing?", "")[0]
     draws = generate(

@@ -65,6 +65,7 @@ def generate(
             temperature=temperature,
             seed=seed,
             chat=laid_out,
+            trust_remote_code=run.experiment.task.runs_remote_code,
         )
     )
 

@@ -71,7 +71,7 @@ class Speaker:
         sampling: Sampling | OwnSampling = own
         if temperature == 0:
             sampling = OwnSampling(length, None)
-        elif temperature is not None or own.processors is None:
+        elif temperature is not None or own.warpers is None:
             sampling = Sampling(max_completion_length=length, temperature=temperature or 1.0)
         room = max(ROOM, (self.language.context or length + 4096) - length)
         tokens = [self.tokens(prompt)[-room:] for prompt in prompts]

@@ -91,7 +91,7 @@ def placed(
     """
     from transformers.pytorch_utils import Conv1D
 
-    left = left_out(model) or None if targets == ALL_LINEAR else None
+    left = left_out(model, targets) or None
     names = targets if isinstance(targets, str) else list(targets)
     if layers is None:
         return {"target_modules": names, "exclude_modules": left}
@@ -129,15 +129,22 @@ def placed(
     }
 
 
-def left_out(model: Any) -> list[str]:
-    """Return the linear layers that `all-linear` does not mean.
+def left_out(model: Any, targets: Sequence[str] | str) -> list[str]:
+    """Return the linear layers that targets do not mean.
 
-    These are routers, and other layers that return more than a tensor; those of towers that no text
-    passes through, such as a vision model's; and those that PEFT refuses.
+    Names do not mean those of towers that no text passes through, such as a vision model's.
+    `all-linear` also leaves out routers, other layers that return more than a tensor, and those
+    that PEFT refuses. A regular expression means what it says.
+
+    Args:
+        model: The backbone.
+        targets: Names of layers, a regular expression, or `all-linear`.
 
     Raises:
         UserError: The model does not run on text alone.
     """
+    if targets != ALL_LINEAR and isinstance(targets, str):
+        return []
     from transformers.pytorch_utils import Conv1D
 
     linear = {
@@ -165,13 +172,16 @@ def left_out(model: Any) -> list[str]:
     finally:
         for handle in handles:
             handle.remove()
+    idle = {name for name in linear if name not in seen and _is_in_idle_tower(name, seen)}
+    if targets != ALL_LINEAR:
+        return sorted(name for name in idle if f".{name}".endswith(tuple(f".{t}" for t in targets)))
     is_ssm = model.config.model_type in _SSM_TYPES
     return sorted(
         name
         for name in linear
         if not seen.get(name, True)
         or name.rsplit(".", 1)[-1] in _ROUTERS
-        or (name not in seen and _is_in_idle_tower(name, seen))
+        or name in idle
         or (is_ssm and name.rsplit(".", 1)[-1] in _SSM)
     )
 

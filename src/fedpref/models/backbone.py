@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fedpref.data.hub import look_for_hub
@@ -19,6 +18,7 @@ from fedpref.models.own_parts import FILE
 from fedpref.numerics.trees import Tree
 
 PREFIX = "base_model.model."  # of PEFT's names
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,7 @@ def load_backbone(
                 path, dtype=dtype, output_loading_info=True, **options, **quantization
             )
             refuse_partial(model, said, f"model.path: {setting!r}")
+            _warn_of_unread(said, setting)
             backbone = Backbone(model.eval(), tokenizer, path, options.get("revision"))
         elif quantization:
             raise UserError(
@@ -88,9 +89,11 @@ def load_backbone(
             )
         else:
             backbone = _with_adapter(path, dtype, options)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        # the rest of transformers' message is advice on its own arguments
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    except UserError:
+        raise
+    # whatever transformers makes of a folder and of a config's values
+    except Exception as error:
+        reason = " ".join(str(error).split())[:400] or type(error).__name__
         raise UserError(
             f"model.path: {setting!r} could not be loaded as a causal language model of "
             "transformers. Expected a local folder with config.json, weights and a tokenizer, a "
@@ -99,6 +102,16 @@ def load_backbone(
         ) from error
     _refuse_wide_tokenizer(backbone, setting)
     return backbone
+
+
+def _warn_of_unread(said: Mapping[str, Any], setting: str) -> None:
+    """Warn of weights that stand in a model's files and have no place in the model."""
+    if unread := sorted(said.get("unexpected_keys", ())):
+        warnings.warn(
+            f"{setting}: its files hold {len(unread)} weights for which its config has no place, "
+            f"such as {unread[0]!r}; they are left out.",
+            stacklevel=5,
+        )
 
 
 def _with_adapter(path: str, dtype: Any, options: Mapping[str, Any]) -> Backbone:
@@ -111,6 +124,11 @@ def _with_adapter(path: str, dtype: Any, options: Mapping[str, Any]) -> Backbone
             f"model.path: beside the adapter in {path} lie a client's own parts ({FILE}), which "
             "are no part of an adapter. Export that client's model merged, and give that folder."
         )
+    if Path(path).is_dir() and not any((Path(path) / name).is_file() for name in ADAPTER_FILES):
+        raise UserError(
+            f"model.path: {path} has an adapter's config and none of its weights "
+            f"({' or '.join(ADAPTER_FILES)}). Fetch the folder anew."
+        )
     config = PeftConfig.from_pretrained(path, revision=options.get("revision"))
     if getattr(config, "target_parameters", None):
         raise UserError(
@@ -119,14 +137,28 @@ def _with_adapter(path: str, dtype: Any, options: Mapping[str, Any]) -> Backbone
             "the whole model."
         )
     base, code = config.base_model_name_or_path, options.get("trust_remote_code", False)
-    _refuse_kind(config, base, path)
-    inner, said = transformers.AutoModelForCausalLM.from_pretrained(
-        base,
-        dtype=dtype,
-        revision=config.revision,
-        trust_remote_code=code,
-        output_loading_info=True,
-    )
+    if not base:
+        raise UserError(
+            f"model.path: the adapter in {path} does not say what it stands on. Set "
+            "base_model_name_or_path in its adapter_config.json."
+        )
+    try:
+        _refuse_kind(config, base, path)
+        inner, said = transformers.AutoModelForCausalLM.from_pretrained(
+            base,
+            dtype=dtype,
+            revision=config.revision,
+            trust_remote_code=code,
+            output_loading_info=True,
+        )
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"model.path: {base!r}, on which the adapter in {path} stands "
+            "(base_model_name_or_path in its adapter_config.json), could not be loaded: "
+            f"{' '.join(str(error).split()):.400}"
+        ) from error
     refuse_partial(inner, said, f"model.path: {base!r}, the base of the adapter in {path},")
     # what may be asked only before layers are wrapped
     ends = {
@@ -135,7 +167,9 @@ def _with_adapter(path: str, dtype: Any, options: Mapping[str, Any]) -> Backbone
         if module in (inner.get_input_embeddings(), inner.get_output_embeddings())
     }
     before = _sums(inner)
-    model = PeftModel.from_pretrained(inner, path, revision=options.get("revision"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of PEFT's use of transformers
+        model = PeftModel.from_pretrained(inner, path, revision=options.get("revision"))
     after = _sums(model)
     if any(after.get(name, total) != total for name, total in before.items()):
         raise UserError(
@@ -160,6 +194,12 @@ def _with_adapter(path: str, dtype: Any, options: Mapping[str, Any]) -> Backbone
         raise _more_than_lora(path, problem)
     given = load_peft_weights(path, device="cpu", revision=options.get("revision"))
     refuse_partial(model, {"missing_keys": learned.keys() - given.keys()}, f"model.path: {path!r}")
+    if unread := sorted(given.keys() - learned.keys()):
+        raise UserError(
+            f"model.path: the adapter in {path} holds {len(unread)} tensors that find no layer, "
+            f"such as {unread[0]!r}: its adapter_config.json, or the base {base!r}, is not the one "
+            "that it was made with."
+        )
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
     except (OSError, ValueError):  # an adapter folder need not hold one

@@ -15,9 +15,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from fedpref.errors import UserError
 from fedpref.models.language import LanguageModel
 from fedpref.models.own_parts import NAMES, OWN_ADAPTER, OwnHead
-from fedpref.models.trial import distance
+from fedpref.models.trial import Limits, distance
 from fedpref.numerics.trees import Tree
 from fedpref.types import Count, Positive
 
@@ -54,7 +55,23 @@ class OwnSampling:
     settings: Any
 
     @cached_property
-    def processors(self) -> Any:
+    def penalties(self) -> Any:
+        """What looks back at the text so far, of transformers; None where nothing does."""
+        from transformers import (
+            LogitsProcessorList,
+            NoRepeatNGramLogitsProcessor,
+            RepetitionPenaltyLogitsProcessor,
+        )
+
+        said, chain = self.settings, []
+        if said is not None and said.repetition_penalty not in (None, 1.0):
+            chain.append(RepetitionPenaltyLogitsProcessor(float(said.repetition_penalty)))
+        if said is not None and said.no_repeat_ngram_size:
+            chain.append(NoRepeatNGramLogitsProcessor(said.no_repeat_ngram_size))
+        return LogitsProcessorList(chain) if chain else None
+
+    @cached_property
+    def warpers(self) -> Any:
         """What logits go through, of transformers; None where the likeliest token is taken."""
         from transformers import (
             LogitsProcessorList,
@@ -99,8 +116,12 @@ def generate(
 
     Returns:
         Tokens of the answers, prompt after prompt. An answer ends with the end token, or has
-        `max_completion_length` tokens and no end.
+        `max_completion_length` tokens and no end, or as many as the model can read.
+
+    Raises:
+        UserError: A prompt is as long as all that the model can read.
     """
+    refuse_filled(language.limits, prompts)
     completions: list[tuple[int, ...]] = [()] * (len(prompts) * samples)
     # neighbours in length, so that little is padding
     ranked = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
@@ -208,6 +229,9 @@ def _draw(
     seen = torch.tensor(
         [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device
     )
+    # the texts so far, where something looks back at them
+    looks_back = isinstance(settings, OwnSampling) and settings.penalties is not None
+    texts = [list(prompt) for prompt in prompts for _ in range(samples)] if looks_back else None
     cache = _cache(language)
     logits = _next(
         language, cache, ids, (seen.cumsum(1) - 1).clamp(min=0), seen if is_padded else None
@@ -221,9 +245,14 @@ def _draw(
     lives = torch.ones_like(remaining, dtype=torch.bool)
     stops = torch.tensor(language.stops, device=device)
     for step in range(settings.max_completion_length):
-        tokens = _sample(logits, settings, rng)
+        tokens = _sample(logits, settings, rng, texts and [texts[i] for i in remaining.tolist()])
         drawn[remaining[lives], step] = tokens[lives]
         lives &= ~torch.isin(tokens, stops)
+        if language.limits.most is not None:  # a longer text could not be read
+            lives &= seen.sum(1) + 1 < language.limits.most
+        if texts:
+            for i, token in zip(remaining.tolist(), tokens.tolist(), strict=True):
+                texts[i].append(token)
         if not lives.any() or step + 1 == settings.max_completion_length:
             break
         # not at every end: a smaller batch costs a copy of the whole cache
@@ -298,13 +327,15 @@ def _drawn_without_cache(
 ) -> Int[Tensor, "A T"]:
     """Return answers' tokens [A, T], each of whose steps reads the whole text anew."""
     ids = torch.tensor([list(prompt)] * samples, device=language.device)
+    most = language.limits.most
     drawn = torch.full((samples, settings.max_completion_length), -1)
     lives = torch.ones(samples, dtype=torch.bool)
     for step in range(settings.max_completion_length):
-        tokens = _sample(_next(language, None, ids, None, None), settings, rng)
+        logits = _next(language, None, ids, None, None)
+        tokens = _sample(logits, settings, rng, ids.tolist())
         drawn[lives, step] = tokens.cpu()[lives]
         lives &= ~torch.isin(tokens.cpu(), torch.tensor(language.stops))
-        if not lives.any():
+        if not lives.any() or (most is not None and ids.shape[1] + 1 >= most):
             break
         ids = torch.cat([ids, tokens[:, None]], 1)
     return drawn
@@ -339,17 +370,36 @@ def _next(
         hook.remove()
 
 
+def refuse_filled(limits: Limits, prompts: Sequence[Sequence[int]]) -> None:
+    """Raise UserError where a prompt leaves no room for an answer."""
+    longest = max(map(len, prompts), default=0)
+    if limits.most is not None and longest >= limits.most:
+        raise UserError(
+            f"a prompt has {longest} tokens, and the model can read {limits.most} in all, so that "
+            "no answer has room behind it. Take shorter prompts, or another model."
+        )
+
+
 def _sample(
-    logits: Float[Tensor, "A V"], settings: Sampling | OwnSampling, rng: torch.Generator
+    logits: Float[Tensor, "A V"],
+    settings: Sampling | OwnSampling,
+    rng: torch.Generator,
+    texts: Sequence[Sequence[int]] | None,
 ) -> Int[Tensor, " A"]:
     """Return one token of each row: where a random point falls in the cumulated probabilities."""
     if isinstance(settings, Sampling):
         logits = logits / settings.temperature
-    elif settings.processors is None:
-        return logits.argmax(1)
     else:
-        # these look at logits alone, not at the tokens before
-        logits = settings.processors(torch.empty(0, dtype=torch.long), logits)
+        if settings.penalties is not None and texts is not None:
+            # a row's own text, without what pads it
+            rows = [
+                settings.penalties(torch.tensor([text], device=logits.device), row[None])
+                for text, row in zip(texts, logits, strict=True)
+            ]
+            logits = torch.cat(rows)
+        if settings.warpers is None:
+            return logits.argmax(1)
+        logits = settings.warpers(torch.empty(0, dtype=torch.long), logits)  # of logits alone
     # in float64, or the sum over a vocabulary is off by more than rare tokens' probabilities
     reached = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
     points = (

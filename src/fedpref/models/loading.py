@@ -12,13 +12,15 @@ from torch import Tensor
 
 from fedpref.errors import UserError
 from fedpref.models.backbone import is_down
+from fedpref.models.generation import refuse_filled
 from fedpref.models.language import LanguageModel, scale_of
 from fedpref.models.own_parts import FILE, OWN_ADAPTER, OwnHead
 from fedpref.models.texts import Texts
+from fedpref.models.trial import Limits
 from fedpref.numerics import trees
 
 
-def load_model(folder: str | Path) -> Any:
+def load_model(folder: str | Path, *, trust_remote_code: bool = False) -> Any:
     """Load what a run exported.
 
     `generate` and the forward pass are transformers' own. With a reward head,
@@ -26,6 +28,7 @@ def load_model(folder: str | Path) -> Any:
 
     Args:
         folder: A run's `adapter` folder, or a client's.
+        trust_remote_code: Run the code that comes with the base model, as transformers has it.
 
     Returns:
         A PEFT model, with the client's own head and bottleneck where it has them.
@@ -45,13 +48,15 @@ def load_model(folder: str | Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of PEFT's use of transformers
-            model = AutoPeftModelForCausalLM.from_pretrained(str(folder)).eval()
+            model = AutoPeftModelForCausalLM.from_pretrained(
+                str(folder), trust_remote_code=trust_remote_code
+            ).eval()
     # whatever PEFT and transformers make of a folder that is damaged
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = " ".join(str(error).split())[:600]
         raise UserError(
-            f"{folder}: the exported model cannot be loaded; its files, or those of its base "
-            f"model, are damaged or gone: {type(error).__name__}: {reason}"
+            f"{folder}: the exported model cannot be loaded, from its files and those of its base "
+            f"model: {type(error).__name__}: {reason}"
         ) from error
     if (Path(folder) / FILE).exists():
         model.get_base_model().set_output_embeddings(
@@ -93,6 +98,7 @@ def generate(
     max_new_tokens: int = 128,
     temperature: float | None = None,
     seed: int = 0,
+    trust_remote_code: bool = False,
 ) -> str:
     """Return an answer, sampled from an exported model.
 
@@ -104,18 +110,20 @@ def generate(
         temperature: Of plain sampling; 0 always takes the likeliest token. By default the model's
             own generation config decides, with its top-p and the like.
         seed: Of the sampling.
+        trust_remote_code: Run the code that comes with the base model, as transformers has it.
 
     Raises:
-        UserError: There is no model there, or no chat template where one is asked for.
+        UserError: There is no model there, or no chat template where one is asked for, or the
+            prompt leaves no room for an answer.
     """
     import transformers
     from transformers import AutoTokenizer
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    model = load_model(folder)
+    model = load_model(folder, trust_remote_code=trust_remote_code)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     except Exception as error:
         raise UserError(f"{folder}: the tokenizer cannot be loaded: {error!s:.200}") from error
     if chat and not tokenizer.chat_template:
@@ -128,13 +136,17 @@ def generate(
     tokens, _ = (
         texts.chat([{"role": "user", "content": prompt}], []) if chat else texts.plain(prompt, [])
     )
-    ids = torch.tensor([tokens])
+    ids, limits = torch.tensor([tokens]), Limits.of(model)
+    refuse_filled(limits, [tokens])
+    if limits.most is not None:
+        max_new_tokens = min(max_new_tokens, limits.most - len(tokens))
     sampling: dict[str, Any] = {}
     if temperature is not None:
-        sampling = {"do_sample": bool(temperature)}
+        # nothing of the model's own sampling beside it
+        model.generation_config = transformers.GenerationConfig()
+        sampling = {"do_sample": bool(temperature), "top_k": 0, "top_p": 1.0}
         if temperature:
-            # nothing of the model's own sampling beside it
-            sampling |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
+            sampling["temperature"] = temperature
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
         output = model.generate(

@@ -93,12 +93,16 @@ def located(path: str) -> str:
     """Return the folder or Hub id that a model's path means.
 
     Raises:
-        UserError: It is the name of a model that has not been fetched.
+        UserError: It is the name of a model that has not been fetched, or a folder that is not
+            there.
     """
     if path == BUILTIN:
         return str(files("fedpref.models") / "builtin")
     if path not in MODELS:
-        return path
+        place = Path(path).expanduser()
+        if path.startswith(("/", "./", "../", "~")) and not place.exists():  # no id of the Hub
+            raise UserError(f"model.path: there is no folder {path!r}.")
+        return str(place) if path.startswith("~") else path
     folder = cache() / "models" / path
     if not (folder / SAYS).is_file():
         raise UserError(

@@ -46,6 +46,11 @@ class Limits:
     switch: int | None = None
     is_strict: bool = False
 
+    @property
+    def most(self) -> int | None:
+        """The most tokens that a row can have; None where a longer one is read too."""
+        return self.context if self.is_strict else None
+
     @staticmethod
     def of(model: Any) -> Limits:
         """Return what is said by a model's config, and by the sizes of its embeddings."""
@@ -137,7 +142,9 @@ def tried(language: LanguageModel) -> Trial:
         expected = states.flatten(0, 1)[layout.scored]
         _refuse_positions(language, adapter, rows[0], tolerance)
         _refuse_looking_ahead(language, adapter, rows[0], tolerance)
-        _refuse_changed(language, fresh, layout, tolerance)
+        without = language.run({}, layout, layout.scored[:1])[0].flatten(0, 1)[layout.scored]
+        _refuse_changed(language, fresh, layout, without, tolerance)
+        _refuse_idle(language, without, expected)
         alone = language.run(
             adapter, layout, layout.scored[:1], groups=[[row] for row in range(len(layout.ids))]
         )[0]
@@ -238,19 +245,33 @@ def _refuse_looking_ahead(
         )
 
 
-def _refuse_changed(language: LanguageModel, fresh: Tree, layout: Layout, tolerance: float) -> None:
+def _refuse_changed(
+    language: LanguageModel,
+    fresh: Tree,
+    layout: Layout,
+    without: Float[Tensor, "n D"],
+    tolerance: float,
+) -> None:
     """Raise UserError where a fresh adapter, which is zero, changes what the model says."""
     cast = {name: t.to(language.device, language.dtype) for name, t in fresh.items()}
-    with_it, without = (
-        language.run(adapter, layout, layout.scored[:1])[0].flatten(0, 1)[layout.scored]
-        for adapter in (cast, {})
-    )
+    with_it = language.run(cast, layout, layout.scored[:1])[0].flatten(0, 1)[layout.scored]
     # nothing is added, so that no rounding of the arithmetic excuses a difference
     if (apart := distance(with_it, without)) > tolerance / 50:
         raise UserError(
             f"model.path: {language.name!r} is another model as soon as an adapter is on it, "
             f"though the adapter is zero (hidden states differ by {apart:.2g} of their size): its "
             "layers do more than PEFT's adapter layers call. It cannot be trained against itself."
+        )
+
+
+def _refuse_idle(
+    language: LanguageModel, without: Float[Tensor, "n D"], expected: Float[Tensor, "n D"]
+) -> None:
+    """Raise UserError where an adapter sits on no layer that a text passes through."""
+    if "head" not in language.adapted_ends and torch.equal(without, expected):
+        raise UserError(
+            f"model.lora_target_modules: {language.settings.lora_target_modules!r} names no layer "
+            "that a text passes through, so that nothing would be learned."
         )
 
 

@@ -99,9 +99,16 @@ def _below(model: nn.Module, adapted: Collection[str]) -> list[Any]:
 def row_of_layers(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
     """Return the row of a decoder's layers and its name; None where there is none.
 
-    It is the longest of the outermost ones: towers may lie beside it, and experts within it.
+    It is the longest of the outermost ones of the part that reads text: towers may lie beside it,
+    and experts within it.
     """
-    rows = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
+    decoder: Any = getattr(model, "get_decoder", lambda: model)()
+    within = set(decoder.modules())
+    rows = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and module in within
+    }
     outer = {
         name: row
         for name, row in rows.items()

@@ -169,7 +169,10 @@ class _Models(Mapping[str, Any]):
     def __getitem__(self, client: str) -> Any:
         if client not in self._run.clients and client not in self._run.joined:
             raise KeyError(f"{client!r}; the clients are {list(self)[:12]}")
-        return load_model(self._run.model_folder(client))
+        return load_model(
+            self._run.model_folder(client),
+            trust_remote_code=self._run.experiment.task.runs_remote_code,
+        )
 
     def __iter__(self) -> Iterator[str]:
         return iter([*self._run.clients, *self._run.joined])

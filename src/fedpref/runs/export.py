@@ -87,7 +87,7 @@ def export(path: Path, form: Form, output: Path, *, client: str | None = None) -
             if form == "gguf":
                 compared = _gguf(run, folder, client, made, experiment.name)
             else:
-                _merged(folder, made, half=half)
+                _merged(folder, made, half=half, code=_code(run))
                 compared = _compared(run, folder, client, made, half=half)
             base = _base(folder)
             (made / "README.md").write_text(
@@ -186,8 +186,13 @@ def _plain_base(folder: Path, run: FinishedRun) -> Any:
         config["base_model_name_or_path"],
         revision=config.get("revision"),
         dtype=torch.float32,
-        trust_remote_code=run.experiment.task.model.trust_remote_code,
+        **_code(run),
     ).eval()
+
+
+def _code(run: FinishedRun) -> dict[str, bool]:
+    """Return whether a run's models bring code of their own that may be run, for transformers."""
+    return {"trust_remote_code": run.experiment.task.runs_remote_code}
 
 
 # ---- transformers
@@ -199,7 +204,9 @@ def _compared(run: FinishedRun, folder: Path, client: str | None, made: Path, *,
     import transformers
 
     comparison = Comparison(run, client)
-    exported = transformers.AutoModelForCausalLM.from_pretrained(str(made), dtype=torch.float32)
+    exported = transformers.AutoModelForCausalLM.from_pretrained(
+        str(made), dtype=torch.float32, **_code(run)
+    )
     dtype = "float16" if half else "float32"
     comparison.check(folder, exported.eval(), is_whole=True, dtype=dtype)
     return comparison.sentence
@@ -210,15 +217,17 @@ def _gguf(run: FinishedRun, folder: Path, client: str | None, output: Path, name
     import torch
     import transformers
 
-    base = transformers.AutoConfig.from_pretrained(_base(folder))
+    base = transformers.AutoConfig.from_pretrained(_base(folder), **_code(run))
     refuse_other(base)
     output.mkdir(parents=True)
     title = f"{name}-{client}" if client else name
     with tempfile.TemporaryDirectory(dir=output.parent) as scratch:
         plain = Path(scratch) / "merged"
-        _merged(folder, plain, half=False)
-        model = transformers.AutoModelForCausalLM.from_pretrained(str(plain), dtype=torch.float32)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(plain))
+        _merged(folder, plain, half=False, code=_code(run))
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            str(plain), dtype=torch.float32, **_code(run)
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(plain), **_code(run))
         for kind in (F16, Q8_0):
             write_model(model, tokenizer, output / f"model-{kind}.gguf", kind, title)
         write_adapter(folder, base, output / f"adapter-{F16}.gguf", title)
@@ -232,7 +241,7 @@ def _gguf(run: FinishedRun, folder: Path, client: str | None, output: Path, name
     return comparison.sentence
 
 
-def _merged(folder: Path, output: Path, *, half: bool) -> None:
+def _merged(folder: Path, output: Path, *, half: bool, code: Mapping[str, bool]) -> None:
     """Write a folder of transformers with the adapter and the client's own head in its weights."""
     own = trees.load(folder / FILE) if (folder / FILE).exists() else {}
     if DOWN in own:
@@ -245,7 +254,7 @@ def _merged(folder: Path, output: Path, *, half: bool) -> None:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    model = merged_adapter(folder, dtype=torch.float32)
+    model = merged_adapter(folder, dtype=torch.float32, **code)
     if VOCABULARY_HEAD & own.keys():
         layer = model.get_output_embeddings()
         weight = head_weight(layer.weight.detach(), own)
@@ -258,7 +267,7 @@ def _merged(folder: Path, output: Path, *, half: bool) -> None:
             untied.bias.data.copy_(layer.bias)
         model.set_output_embeddings(untied)
     model.to(torch.float16 if half else torch.float32).save_pretrained(str(output))
-    transformers.AutoTokenizer.from_pretrained(str(folder)).save_pretrained(str(output))
+    transformers.AutoTokenizer.from_pretrained(str(folder), **code).save_pretrained(str(output))
     if heads := trees.select(own, REWARDS):
         trees.save(heads, output / "reward_head.safetensors")
 
