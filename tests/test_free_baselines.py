@@ -96,8 +96,9 @@ def test_a_run_that_stopped_before_them_makes_them_when_it_is_resumed(
 def test_states_are_means_over_an_answers_own_tokens(
     settings: dict[str, Any], layers: str | None
 ) -> None:
-    settings["task"]["model"]["lora_layers_to_transform"] = layers
-    spec = config.parse(Experiment, settings, "test")
+    model = {**settings["task"]["model"], "lora_layers_to_transform": layers}
+    task_of = {**settings["task"], "model": model}
+    spec = config.parse(Experiment, {**settings, "task": task_of}, "test")
     task = spec.task.build()
     shard = task.encode(spec.clients()[0][0])
     task.states(shard.test[:3])
