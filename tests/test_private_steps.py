@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import replace
@@ -18,7 +19,8 @@ from typer.testing import CliRunner
 from conftest import leave, make_rows, write_rows
 from fedpref import Experiment, UserError, cli, config, resume, run
 from fedpref.algorithms import AnyAlgorithm
-from fedpref.engines.private_examples import LEDGERS, ledger_file
+from fedpref.engines.private_examples import LEDGERS, PrivateExamples, ledger_file
+from fedpref.engines.site_privacy import SitePrivacy
 from fedpref.experiments.experiment import encoded
 from fedpref.experiments.promises import JOINING
 from fedpref.experiments.rounds import events, new_directory
@@ -28,7 +30,7 @@ from fedpref.federation.aggregation import FrozenA
 from fedpref.federation.private_steps import PrivateSteps, add_clipped
 from fedpref.numerics import seeds, trees
 from fedpref.numerics.trees import Tree
-from fedpref.privacy import Column, Guarantee, Ledger, Secret
+from fedpref.privacy import Column, Guarantee, Ledger, Secret, epsilon_of
 from fedpref.runs import auditing
 from fedpref.tasks.batches import chance_of, numbered_by
 from fedpref.tasks.task import Apart
@@ -724,3 +726,30 @@ def test_what_is_done_again_with_another_outcome_is_refused_beyond_the_budget(
     assert [noise for noise, _ in more.events] == [pytest.approx(2**-0.5)]
     assert list(more.events.values()) == [1]
     assert more.charged == 2
+
+
+def test_jobs_at_the_same_time_keep_a_sites_limit(
+    settings: Settings, rows: Path, tmp_path: Path
+) -> None:
+    task, shards, theta = at_work(spec_of(settings, rows))
+    guarantee = Guarantee(1.0, 0.5, 1e-2)
+    limit = 1.2 * epsilon_of(Counter({guarantee.kind: 1}), guarantee.delta)
+
+    def steps(job: str) -> PrivateSteps:
+        folder = tmp_path / job / "privacy"
+        examples = PrivateExamples(
+            *(Secret(KEY), folder, {0: "a"}, {0: guarantee}, "example", 1.0, 8, None, 1, 1)
+        )
+        promise = SitePrivacy(folder, {0: "a"}, None, 0.0, examples, {"unit": limit}, tmp_path)
+        made = promise.steps(0, 0, 1)
+        assert made is not None
+        return made
+
+    first, second = map(steps, ("one", "two"))
+    for one in (first, second):
+        gradient(task, shards[0], theta, one)
+    first.settle()
+    with pytest.raises(UserError, match="would be charged beyond the budget"):
+        second.settle()  # begun before the first was charged
+    files = (tmp_path / job / "privacy" / LEDGERS for job in ("one", "two"))
+    assert [Ledger.at(folder, ledger_file("a")).charged for folder in files] == [1, 0]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -57,7 +58,8 @@ class PrivateExamples:
         round: int,
         call: int,
         limit: float | None = None,
-        others: Sequence[Ledger] = (),
+        others: Callable[[], Sequence[Ledger]] = tuple,
+        alone: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> PrivateSteps:
         """Return the private steps of a client in one call of its work.
 
@@ -66,14 +68,14 @@ class PrivateExamples:
             round: From 0.
             call: The number of the verb within the round.
             limit: Epsilon over this run and others, at most.
-            others: What has been spent of the client in these.
+            others: Returns what has been spent of the client in these by now.
+            alone: A `with` in which nobody else charges any of these.
         """
 
         def fits(steps: int) -> bool:
-            return all(
-                budget is None or self._is_within(client, steps, budget, some)
-                for budget, some in ((self.budget, ()), (limit, others))
-            )
+            if self.budget is not None and not self._is_within(client, steps, self.budget, ()):
+                return False
+            return limit is None or self._is_within(client, steps, limit, others())
 
         return PrivateSteps(
             client,
@@ -86,6 +88,7 @@ class PrivateExamples:
             unit=self.unit,
             clip=self.clip,
             fits=fits,
+            alone=alone,
         )
 
     @property

@@ -8,7 +8,9 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,10 +19,12 @@ from fedpref.engines.messages import RefusedError
 from fedpref.engines.private_examples import LEDGERS, PrivateExamples, ledger_file
 from fedpref.engines.private_sums import PrivateSums
 from fedpref.federation.private_steps import PrivateSteps
+from fedpref.numerics import files
 from fedpref.numerics.trees import Tree
 from fedpref.privacy import Ledger
 
 SUMS = "sums"  # a folder of ledgers beside that of steps
+CHARGING = ".charging"  # a lock in the folder of all runs
 
 
 @dataclass(frozen=True)
@@ -53,9 +57,8 @@ class SitePrivacy:
         """
         if self.examples is None:
             return None
-        limit = self._limit("unit")
-        others = self._elsewhere(client, LEDGERS) if limit is not None else []
-        return self.examples.of(client, round, call, limit, others)
+        others = partial(self._elsewhere, client, LEDGERS)
+        return self.examples.of(client, round, call, self._limit("unit"), others, self._alone)
 
     def spent(self, client: int) -> float:
         """Return what private steps of a client have spent in the run."""
@@ -81,16 +84,21 @@ class SitePrivacy:
         digest = hashlib.blake2b(key=self.sums.secret.key_of("sent"), digest_size=16)
         for _, tensor in sorted(message.items()):
             digest.update(tensor.contiguous().numpy().tobytes())
-        ledger = self._ledger(self.folder, SUMS, client)
         said, kind = digest.hexdigest(), self.sums.kind
-        if ledger.known(round, call, said) is None:
-            more = ledger.with_one(round, call, kind)
-            self._refuse_beyond(self.rounds_epsilon, [more], "what the run promises")
-            if (limit := self._limit("client")) is not None:
-                others = self._elsewhere(client, SUMS)
-                self._refuse_beyond(limit, [more, *others], "its limit")
-        ledger.charge(round, call, said, kind)
+        with self._alone():
+            ledger = self._ledger(self.folder, SUMS, client)
+            if ledger.known(round, call, said) is None:
+                more = ledger.with_one(round, call, kind)
+                self._refuse_beyond(self.rounds_epsilon, [more], "what the run promises")
+                if (limit := self._limit("client")) is not None:
+                    others = self._elsewhere(client, SUMS)
+                    self._refuse_beyond(limit, [more, *others], "its limit")
+            ledger.charge(round, call, said, kind)
         return message
+
+    def _alone(self) -> AbstractContextManager[None]:
+        """Return a `with` in which no other job at the site charges anything."""
+        return files.alone(self.root / CHARGING)
 
     def _refuse_beyond(self, epsilon: float, ledgers: Sequence[Ledger], whose: str) -> None:
         """Raise RefusedError where ledgers of sums have more than an epsilon."""

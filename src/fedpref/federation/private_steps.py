@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -39,6 +40,7 @@ class PrivateSteps:
         unit: Whose gradients are clipped.
         clip: The largest norm of a unit's gradient.
         fits: Whether so many steps more are within what may be spent.
+        alone: A `with` in which nobody else charges what `fits` looks at.
     """
 
     def __init__(
@@ -54,10 +56,12 @@ class PrivateSteps:
         unit: Unit,
         clip: float,
         fits: Callable[[int], bool] = lambda steps: True,
+        alone: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._client, self._round, self._call = client, round, call
         self._secret, self._ledger, self._guarantee = secret, ledger, guarantee
         self._batch, self._unit, self._clip, self._fits = batch, unit, clip, fits
+        self._alone = alone
         self._steps = 0
         self._digest = hashlib.blake2b(key=secret.key_of("steps"), digest_size=16)
         self._units: list[list[int]] | None = None
@@ -142,13 +146,16 @@ class PrivateSteps:
         if not self._steps:
             return
         said = self._digest.hexdigest()
-        is_known = self._ledger.known(self._round, self._call, said) is not None
-        if not is_known and not self._fits(self._steps):
-            raise UserError(
-                "privacy.epsilon: private steps are done again with another outcome, or oftener "
-                "than was planned, and would be charged beyond the budget."
-            )
-        self._ledger.charge(self._round, self._call, said, self._guarantee.kind, self._steps)
+        with self._alone():
+            # while these steps were done, others may have been charged
+            self._ledger.read_again()
+            is_known = self._ledger.known(self._round, self._call, said) is not None
+            if not is_known and not self._fits(self._steps):
+                raise UserError(
+                    "privacy.epsilon: private steps are done again with another outcome, or "
+                    "oftener than was planned, and would be charged beyond the budget."
+                )
+            self._ledger.charge(self._round, self._call, said, self._guarantee.kind, self._steps)
 
 
 def _members(unit_of: Sequence[int]) -> list[list[int]]:

@@ -74,6 +74,10 @@ class Ledger:
                 os.fsync(file.fileno())
         return ledger
 
+    def read_again(self) -> None:
+        """Take up what other processes have written down since."""
+        self.entries = Ledger.at(self.path.parent, self.path.name).entries
+
     @property
     def events(self) -> Counter[tuple[float, float]]:
         """How many sums have been charged, by noise multiplier and sampling probability.
