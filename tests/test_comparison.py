@@ -35,13 +35,14 @@ def finished(
     accuracies: dict[str, float],
     data: str = "",
     later: float | None = None,
+    metric: str = "rewards/accuracies",
 ) -> Path:
     """A run directory with just what a comparison reads."""
     path.mkdir(parents=True)
     OmegaConf.save(OmegaConf.create({"name": name, "seed": seed}), path / "config.yaml")
 
     def measured(value: float | None) -> dict[str, float | None]:
-        return {"rewards/accuracies": value, "num_examples": 9.0}
+        return {metric: value, "num_examples": 9.0}
 
     rows = {client: measured(value) for client, value in accuracies.items()}
     newcomers = {"newcomers_before": {"n": measured(0.5)}, "newcomers": {"n": measured(later)}}
@@ -102,6 +103,15 @@ def test_a_single_value_has_no_interval_and_newcomers_have_a_column(tmp_path: Pa
     assert text[2].startswith("| a | 1 | 50.0 |  |")
     assert text[3].startswith("| b | 1 | 60.0 | +10.0 |")
     assert text[3].endswith("| 50.0 to 70.0 |")
+
+
+def test_runs_of_different_metrics_are_not_compared(tmp_path: Path) -> None:
+    paths = [
+        finished(tmp_path / "a", "a", 0, {"x": 0.5}),
+        finished(tmp_path / "b", "b", 0, {"x": 0.6}, metric="reward"),
+    ]
+    with pytest.raises(UserError, match="compared by different metrics"):
+        compare(paths)
 
 
 def test_runs_of_one_name_and_seed_go_by_their_directories(tmp_path: Path) -> None:

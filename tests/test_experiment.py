@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from conftest import leave, make_rows, write_rows
 from fedpref import Experiment, UserError, config, resume, run
@@ -778,6 +780,25 @@ def test_ties_count_half(settings: dict[str, Any], learner: Any, tmp_path: Path)
     measured = learner.evaluate(adapter, shard)
     assert (measured["rewards/accuracies"], measured["rewards/margins"]) == (0.5, 0.0)
     assert measured["loss"] == pytest.approx(math.log(2))
+
+
+def test_a_run_goes_on_with_the_model_that_it_began_with(
+    settings: dict[str, Any], tiny: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    model = {**settings["task"]["model"], "path": str(folder)}
+    spec = experiment(settings, task={**settings["task"], "model": model})
+    leave(spec, tmp_path / "run", 3)
+    weights = load_file(folder / "model.safetensors")
+    first = sorted(weights)[0]
+    kept = weights[first].clone()
+    weights[first] += 0.01
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="model: this is not what the run began with"):
+        resume(tmp_path / "run")
+    weights[first] = kept
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    assert resume(tmp_path / "run").path == tmp_path / "run"
 
 
 def test_losses_without_a_reference_need_no_scores(

@@ -390,6 +390,28 @@ def test_a_groups_reward_compares_answers_to_one_prompt(dialogue: dict[str, Any]
             assert parsed(dialogue).task.answers_together == 3  # type: ignore[union-attr]
 
 
+def test_a_comparing_reward_is_measured_beside_the_untrained_models_answers(
+    dialogue: dict[str, Any],
+) -> None:
+    def shares(prompts: Any, completions: Any, **_: Any) -> list[float]:
+        points = torch.tensor([float(sum(map(ord, str(text))) % 97) for text in completions])
+        found = torch.zeros_like(points)
+        for prompt in set(map(str, prompts)):
+            own = torch.tensor([str(other) == prompt for other in prompts])
+            found[own] = (points[own] / 20).softmax(0)
+        return found.tolist()
+
+    dialogue["task"]["rewards"] = {"folk": {"name": "groups", "run": "nowhere"}}
+    spec = parsed(dialogue)
+    task: Any = spec.task.build(lambda *_: shares)
+    shard = task.encode(spec.clients()[0][0])
+    start = task.init(seeds.generator(0, "init"))
+    share = 1 / (2 * spec.task.answers_together)  # type: ignore[union-attr]
+    assert task.evaluate(start, shard)["rewards/folk"] == pytest.approx(share)
+    moved = {name: tensor + 0.2 for name, tensor in start.items()}
+    assert abs(task.evaluate(moved, shard)["rewards/folk"] - share) > 1e-3
+
+
 def test_the_trunk_of_drawn_answers_is_computed_once(
     dialogue: dict[str, Any], tmp_path: Path
 ) -> None:

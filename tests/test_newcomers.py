@@ -207,6 +207,32 @@ def test_from_the_command_line(settings: dict[str, Any], later: Path, tmp_path: 
     assert said.exit_code == 0, said.output
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {
+            "data": {"validation_fraction": 0.3},
+            "evaluate_every": 1,
+            "keep": "best",
+            "stop": {"patience": 2},
+        },
+        {
+            "privacy": {"unit": "client", "noise_multiplier": 1.0, "delta": 0.01},
+            "federation": {"weighting": "equal"},
+            "algorithm": {"name": "feddpo", "local": LOCAL, "aggregate": "frozen-a"},
+        },
+    ],
+    ids=["chosen", "private"],
+)
+def test_who_joins_is_held_to_nothing_of_the_runs_own_training(
+    changes: dict[str, Any], settings: dict[str, Any], later: Path, tmp_path: Path
+) -> None:
+    whole = {**settings, "rounds": 1, **changes}
+    whole["data"] = {**settings["data"], **changes.get("data", {})}
+    result = run(config.parse(Experiment, whole, "test"), tmp_path / "run")
+    assert list(personalize(result.path, Files(path=str(later)), steps=1)) == ["late"]
+
+
 def test_a_file_has_no_split_to_evaluate(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text("{}")

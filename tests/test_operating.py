@@ -334,6 +334,31 @@ def test_a_run_is_held_by_one_process_whatever_its_folder_of_temporary_files(
     assert not list(tmp_path.glob(".*")), "no lock is left"
 
 
+def test_looking_whether_a_run_is_held_needs_no_right_to_write(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    with run.alone():
+        lock = tmp_path / ".run.lock"
+        assert lock.stat().st_mode & 0o044 == 0o044, "colleagues may look"
+        lock.chmod(0o444)
+        assert RunDirectory(tmp_path / "run").is_held
+    (tmp_path / ".run.lock").touch()  # of a process that was killed
+    assert not run.is_held
+    with run.alone():
+        pass
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_what_a_killed_start_left_is_in_nobodys_way(tmp_path: Path) -> None:
+    left = tmp_path / f".run.{os.getpid()}"
+    left.mkdir()
+    (left / "config.yaml").touch()
+    other = tmp_path / ".run.lock"
+    other.touch()
+    RunDirectory(tmp_path / "run").create({"config.yaml": "rounds: 1\n"})
+    assert (tmp_path / "run/config.yaml").read_text() == "rounds: 1\n"
+    assert [one.name for one in tmp_path.glob(".run.*")] == [other.name]
+
+
 def test_a_worker_that_dies_between_rounds_is_a_sentence(settings: dict[str, Any]) -> None:
     from fedpref.engines.workers import Workers
 

@@ -11,9 +11,10 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from fedpref import UserError, cli
+from fedpref import Experiment, UserError, cli, config
 from fedpref.runs.pareto import (
     Point,
+    _engine,
     best,
     follows,
     front_metrics,
@@ -55,6 +56,19 @@ def test_objectives_that_rise_with_their_preference_follow_it() -> None:
         (0.0, 0.0),
     )
     assert found["hypervolume_interpolated"] > found["hypervolume"]
+
+
+def test_points_between_are_of_the_clients_that_trained_points_are_of(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    content = {**settings, "evaluate_clients": 2, "federation": {"newcomers": 1}}
+    spec = config.parse(Experiment, content, "test")
+    names = [client.name for client in spec.clients()[0]]
+    late = spec.federation.joining(names, spec.seed)
+    trained = [i for i in range(len(names)) if i not in late]
+    engine = _engine(spec, tmp_path)
+    assert list(engine.active) == spec.evaluated(names, trained, True)
+    assert len(engine.active) == (3 if spec.evaluate_all_at_end else 2)
 
 
 @pytest.mark.long

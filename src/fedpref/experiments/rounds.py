@@ -23,9 +23,17 @@ from fedpref.experiments.clients import About, AtSites, ClientSource, InProcess
 from fedpref.experiments.environment import described
 from fedpref.experiments.evaluations import Purpose, export_models, measured
 from fedpref.experiments.experiment import Experiment, lines, with_whole_paths
+from fedpref.experiments.frozen import as_text, refuse_other
 from fedpref.experiments.private import FOLDER, refuse_lost
 from fedpref.experiments.run_directory import CONFIG, RunDirectory, in_runs
-from fedpref.experiments.run_files import AGREEMENT, CLIENTS, ENVIRONMENT, EVALUATION, METRICS
+from fedpref.experiments.run_files import (
+    AGREEMENT,
+    CLIENTS,
+    ENVIRONMENT,
+    EVALUATION,
+    FROZEN,
+    METRICS,
+)
 from fedpref.federation.algorithm import Algorithm
 from fedpref.federation.diagnostics import diagnose
 from fedpref.models.named import about as about_model
@@ -99,11 +107,13 @@ def events(
                         CONFIG: config.to_yaml(experiment),
                         CLIENTS: about_text,
                         ENVIRONMENT: described(about_model(experiment.task.model.path)),
+                        FROZEN: as_text(task),
                         **source.files,
                     }
                 )
             else:
                 folder.refuse_other_format()
+                refuse_other(folder, task)
             if (folder.path / CLIENTS).read_text() != about_text:
                 raise UserError(
                     f"{folder.path}: the data is not what the run began with; its clients, sizes "

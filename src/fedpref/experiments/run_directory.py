@@ -137,7 +137,11 @@ class RunDirectory:
         if not rows.exists() or self.has_begun:
             self.refuse_existing()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        begins = f".{self.path.name}."
+        for left in self.path.parent.iterdir():  # by a start that was killed
+            if left.name.startswith(begins) and left.name.removeprefix(begins).isdigit():
+                shutil.rmtree(left)
+        beside = self.path.with_name(f"{begins}{os.getpid()}")
         beside.mkdir()
         version = {"format": FORMAT, "fedpref": __version__}
         for name, text in {**contents, VERSION: json.dumps(version) + "\n"}.items():

@@ -23,6 +23,7 @@ TRAINED = "trained_prompts.json"  # digests of the prompts that were trained on
 HELD_OUT = "held_out.json"
 REVIEWS = "reviews.json"  # what people have judged blind, by whose model and beside what
 ENVIRONMENT = "environment.json"  # versions, machine, commits
+FROZEN = "frozen.json"  # digests of what is computed with and not trained
 
 IMPLICIT = f"{ACCURACY}_implicit"  # the policy's, in runs of fedpref 0.1
 _MORE = ConfigDict(extra="allow")
@@ -160,6 +161,7 @@ FORMS: dict[str, TypeAdapter[Any]] = {
     HELD_OUT: TypeAdapter(list[str]),
     REVIEWS: TypeAdapter(dict[str, Review]),
     ENVIRONMENT: TypeAdapter(Environment),
+    FROZEN: TypeAdapter(dict[str, str]),
 }
 SAMPLES = TypeAdapter(Sample)
 # of a client's held-out examples

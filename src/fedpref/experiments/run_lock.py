@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -28,10 +29,13 @@ class RunLock:
         """Take the lock; raises UserError while another process has it."""
         self._made = [folder for folder in self._file.parents if not folder.exists()]
         self._file.parent.mkdir(parents=True, exist_ok=True)
-        if not self._taken():
-            raise UserError(
-                f"{self._run}: another process is at work on this run. Wait for it, or stop it."
-            )
+        for seconds in (0.0, 0.05, 0.2):  # who looks whether it is held has it for a moment
+            time.sleep(seconds)
+            if self._taken():
+                return
+        raise UserError(
+            f"{self._run}: another process is at work on this run. Wait for it, or stop it."
+        )
 
     def release(self) -> None:
         """Give the lock back."""
@@ -46,18 +50,25 @@ class RunLock:
 
     @property
     def is_held(self) -> bool:
-        """Whether another process has the lock."""
-        if not self._file.exists():
+        """Whether another process has the lock, of this user or another one."""
+        try:
+            descriptor = os.open(self._file, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
             return False
-        if self._taken():
-            self.release()
-            return False
-        return True
+        except PermissionError:  # of somebody who alone can tell
+            return True
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(descriptor)
+        return False
 
     def _taken(self) -> bool:
         """Try to take the lock; return whether that worked."""
         while True:
-            descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -76,6 +76,6 @@ def unwritten(path: Path, error: Exception) -> UserError:
     """Return what is said of a file that cannot be written."""
     reason = str(error).strip() or type(error).__name__
     return UserError(
-        f"{path}: this file cannot be written: {reason}. Make room, or see to the folder, and "
-        "resume the run; its last checkpoint is whole."
+        f"{path}: this file cannot be written: {reason}. Make room, or see to the folder. A run "
+        "that this ends has its last checkpoint, from which `fedpref resume` goes on."
     )

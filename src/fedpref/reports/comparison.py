@@ -133,6 +133,11 @@ def compare_all(paths: Sequence[Path], terms: Terms = AS_ENDED) -> list[Row]:
 def _compared(lines: Sequence[_Line], terms: Terms) -> list[Row]:
     first = lines[0]
     for line in lines:
+        if line.metric != first.metric:
+            raise UserError(
+                f"{line.name} and {first.name}: runs of different tasks are compared by different "
+                f"metrics ({line.metric}, {first.metric})."
+            )
         if line.seeds != first.seeds:
             raise UserError(
                 f"{line.name}: its seeds {line.seeds} are not those of {first.name}, {first.seeds}."

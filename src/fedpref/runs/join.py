@@ -107,7 +107,18 @@ def personalize(
         split_by=experiment.data.split_by,
         validation_fraction=0.0,
     )
-    spec = replace(experiment, data=source, partition=how, evaluate_on="test")
+    # what the run's own training was chosen, promised or attacked by is not theirs
+    spec = replace(
+        experiment,
+        data=source,
+        partition=how,
+        evaluate_on="test",
+        stop=None,
+        keep="last",
+        privacy=None,
+        secrecy=None,
+        attack=None,
+    )
     reading = spec.read(finished.trained_prompts or ()).settled()
     clients = reading.clients
     if reading.skipped:

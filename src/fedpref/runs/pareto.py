@@ -176,8 +176,11 @@ def _engine(experiment: Experiment, cache: Path) -> Simulation:
     task = experiment.build_task()
     shards = [task.prepare(shard, cache) for shard in encoded(experiment, task)[1]]
     engine = Simulation(task, shards, seed=experiment.seed, rounds=1)
-    newcomers = experiment.federation.joining([shard.name for shard in shards], experiment.seed)
-    engine.begin(0, [i for i in engine.clients if i not in newcomers], "evaluate")
+    names = [shard.name for shard in shards]
+    newcomers = experiment.federation.joining(names, experiment.seed)
+    trained = [i for i in engine.clients if i not in newcomers]
+    # those of whom the trained points' last evaluation is
+    engine.begin(0, experiment.evaluated(names, trained, True), "evaluate")
     return engine
 
 

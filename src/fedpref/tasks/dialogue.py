@@ -445,24 +445,31 @@ class DialogueLearner(LanguageLearner):
     def evaluate(self, params: Tree, shard: DialogueShard) -> Mapping[str, float]:
         """Return means over answers to the first held-out prompts, drawn alike every time.
 
-        There is one answer to each prompt, or several where a reward compares them. Metrics are
-        rewards; `kl`, the answer's log-ratio to the reference; its length in tokens, whether it has
-        an end, and the share of its words and pairs of words that it has not said before.
+        There is one answer to each prompt. Where a reward compares answers there are several, and
+        as many of the untrained model's beside them, for shares among a policy's own would come to
+        the same mean whatever it says. Metrics are rewards; `kl`, the answer's log-ratio to the
+        reference; its length in tokens, whether it has an end, and the share of its words and pairs
+        of words that it has not said before.
         """
         policy, prompts = self._policy(params), shard.test[: self.settings.evaluation_prompts]
-        rng = seeds.generator(0, f"evaluate/{shard.name}")
         together = self.settings.answers_together
-        answers = generate(
-            self.language,
-            policy,
-            [prompt.tokens for prompt in prompts],
-            together,
-            self.settings.sampling,
-            rng,
-        )
+
+        def drawn(params: Tree | None) -> list[tuple[int, ...]]:
+            return generate(
+                self.language,
+                params,
+                [prompt.tokens for prompt in prompts],
+                together,
+                self.settings.sampling,
+                seeds.generator(0, f"evaluate/{shard.name}"),
+            )
+
+        answers = drawn(policy)
         asked = [prompt for prompt in prompts for _ in range(together)]
         texts = self.texts(asked, answers)
-        rewards = self.judge(asked, texts).mean(1).tolist()
+        others = self.texts(asked, drawn(None)) if together > 1 else []
+        judged = self.judge([*asked, *asked] if others else asked, [*texts, *others])
+        rewards = judged[:, : len(texts)].mean(1).tolist()
         rows = [(prompt.tokens, (answer,)) for prompt, answer in zip(asked, answers, strict=True)]
         kept = self.language.passing()
         apart = self._tokens(policy, rows, kept)[0] - self._tokens(None, rows, kept)[0]

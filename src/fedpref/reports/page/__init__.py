@@ -71,6 +71,11 @@ def write_report(paths: Sequence[Path], output: Path) -> Path:
         raise UserError(
             "runs of different tasks are compared by different metrics; give reports of their own."
         )
+    if len({run.experiment.evaluate_on for run in runs}) > 1:
+        raise UserError(
+            "some runs are measured on validation rows and some on the test's, which are no "
+            "figures to lay beside one another; give reports of their own."
+        )
     return _written(page(runs, fronts), output)
 
 
