@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 
+from fedpref.engines import site_folder
 from fedpref.engines.messages import RefusedError
 from fedpref.engines.private_examples import LEDGERS, PrivateExamples, ledger_file
 from fedpref.engines.private_sums import PrivateSums
 from fedpref.federation.private_steps import PrivateSteps
-from fedpref.numerics import files
 from fedpref.numerics.trees import Tree
 from fedpref.privacy import Ledger
 
@@ -98,7 +98,7 @@ class SitePrivacy:
 
     def _alone(self) -> AbstractContextManager[None]:
         """Return a `with` in which no other job at the site charges anything."""
-        return files.alone(self.root / CHARGING)
+        return site_folder.alone(self.root / CHARGING)
 
     def _refuse_beyond(self, epsilon: float, ledgers: Sequence[Ledger], whose: str) -> None:
         """Raise RefusedError where ledgers of sums have more than an epsilon."""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 from fedpref.errors import UserError
@@ -29,22 +27,6 @@ def write(path: Path, content: str | bytes) -> None:
         with suppress(OSError):
             beside.unlink(missing_ok=True)
         raise unwritten(path, error) from error
-
-
-@contextmanager
-def alone(path: Path) -> Iterator[None]:
-    """Let no other process, or thread, be within the same file's `with`; who comes later waits.
-
-    Args:
-        path: A file that is made for this, and stays.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(number, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(number)
 
 
 def refuse_unwritable(path: Path) -> None:
