@@ -33,6 +33,7 @@ from fedpref.engines.store import Store
 from fedpref.engines.values import Kept
 from fedpref.experiments.evaluations import evaluate
 from fedpref.experiments.finished import FinishedRun
+from fedpref.experiments.frozen import refuse_other
 from fedpref.experiments.rounds import events, new_directory
 from fedpref.experiments.run_directory import RunDirectory
 from fedpref.experiments.run_files import METRICS
@@ -782,6 +783,20 @@ def test_ties_count_half(settings: dict[str, Any], learner: Any, tmp_path: Path)
     assert measured["loss"] == pytest.approx(math.log(2))
 
 
+def told(path: Path, content: dict[str, str], spec: Experiment) -> bool:
+    """Whether a run that began with this goes on."""
+    file = path / "frozen.json"
+    before = file.read_text()
+    file.write_text(json.dumps(content))
+    try:
+        refuse_other(RunDirectory(path), spec.build_task())
+    except UserError:
+        return False
+    finally:
+        file.write_text(before)
+    return True
+
+
 def test_a_run_goes_on_with_the_model_that_it_began_with(
     settings: dict[str, Any], tiny: Path, tmp_path: Path
 ) -> None:
@@ -796,6 +811,9 @@ def test_a_run_goes_on_with_the_model_that_it_began_with(
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match="model: this is not what the run began with"):
         resume(tmp_path / "run")
+    said = json.loads((tmp_path / "run/frozen.json").read_text())
+    other = {**said, "read_by": "cpu torch.float32, transformers 4.0"}
+    assert told(tmp_path / "run", other, spec), "read otherwise, nothing can be told"
     weights[first] = kept
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     assert resume(tmp_path / "run").path == tmp_path / "run"

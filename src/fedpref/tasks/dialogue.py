@@ -177,6 +177,8 @@ class DialogueLearner(LanguageLearner):
 
     def __init__(self, settings: DialogueTask, open_groups: OpenGroups) -> None:
         super().__init__(settings)
+        # what the untrained model answers, where rewards compare: by client and prompts
+        self._untrained: dict[tuple[str, tuple[Tokens, ...]], list[Text]] = {}
         self.rewards = {
             name: reward.build(open_groups) for name, reward in settings.rewards.items()
         }
@@ -467,7 +469,13 @@ class DialogueLearner(LanguageLearner):
         answers = drawn(policy)
         asked = [prompt for prompt in prompts for _ in range(together)]
         texts = self.texts(asked, answers)
-        others = self.texts(asked, drawn(None)) if together > 1 else []
+        others: list[Text] = []
+        if together > 1:
+            # the same in every evaluation
+            key = shard.name, tuple(prompt.tokens for prompt in prompts)
+            if key not in self._untrained:
+                self._untrained[key] = self.texts(asked, drawn(None))
+            others = self._untrained[key]
         judged = self.judge([*asked, *asked] if others else asked, [*texts, *others])
         rewards = judged[:, : len(texts)].mean(1).tolist()
         rows = [(prompt.tokens, (answer,)) for prompt, answer in zip(asked, answers, strict=True)]
