@@ -33,7 +33,7 @@ from fedpref.engines.store import Store
 from fedpref.engines.values import Kept
 from fedpref.experiments.evaluations import evaluate
 from fedpref.experiments.finished import FinishedRun
-from fedpref.experiments.frozen import refuse_other
+from fedpref.experiments.frozen import frozen, refuse_other
 from fedpref.experiments.rounds import events, new_directory
 from fedpref.experiments.run_directory import RunDirectory
 from fedpref.experiments.run_files import METRICS
@@ -41,6 +41,7 @@ from fedpref.federation.local_training import LocalTraining, train_locally
 from fedpref.federation.verbs import work
 from fedpref.losses import DPO
 from fedpref.numerics import seeds, trees
+from fedpref.runs.export import export
 from fedpref.tasks import BatchSize, PreferenceTask
 from fedpref.tasks.offline import Batch, Example
 from process_engine import other_processes
@@ -789,7 +790,7 @@ def told(path: Path, content: dict[str, str], spec: Experiment) -> bool:
     before = file.read_text()
     file.write_text(json.dumps(content))
     try:
-        refuse_other(RunDirectory(path), spec.build_task())
+        refuse_other(RunDirectory(path), frozen(spec.build_task()))
     except UserError:
         return False
     finally:
@@ -817,6 +818,11 @@ def test_a_run_goes_on_with_the_model_that_it_began_with(
     weights[first] = kept
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     assert resume(tmp_path / "run").path == tmp_path / "run"
+    weights[first] = kept + 0.01
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="model: this is not what the run began with"):
+        export(tmp_path / "run", "peft", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_losses_without_a_reference_need_no_scores(

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,14 @@ from fedpref.data import Files
 from fedpref.experiments.rounds import Event
 from fedpref.experiments.run_directory import RunDirectory, file_name
 from fedpref.experiments.run_files import EVALUATION, METRICS
+from fedpref.models import loading
 from fedpref.models.generation import merged
 from fedpref.models.gguf_files import write_adapter, write_model
 from fedpref.models.language import LanguageModel, Model
 from fedpref.models.loading import load_model
 from fedpref.models.named import convert
 from fedpref.models.own_parts import Parts
+from fedpref.models.texts import Texts
 from fedpref.reports.run import read
 from fedpref.runs.evaluate import SHARED, evaluate
 from fedpref.runs.export import MANIFEST, export
@@ -591,6 +594,22 @@ def test_answers_are_drawn_from_the_whole_of_a_clients_model(
         expected = load_model(tmp_path / "client")(ids).logits
     assert (found - before).abs().max() > 0.1
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_answers_are_asked_for_with_the_runs_day(
+    shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    days: list[str] = []
+
+    def texts(tokenizer: Any, model: Any, today: str) -> Texts:
+        days.append(today)
+        return Texts(tokenizer, model, today)
+
+    monkeypatch.setattr(loading, "Texts", texts)
+    asked = CliRunner().invoke(cli.app, ["generate", str(shared), "A?", "--max-new-tokens", "1"])
+    assert asked.exit_code == 0, asked.output
+    loading.generate(shared / "adapter", "A?", chat=False, max_new_tokens=1)
+    assert days == ["2024-07-26", date.today().isoformat()]
 
 
 @pytest.mark.long

@@ -15,6 +15,7 @@ from conftest import make_rows, write_rows
 from fedpref import cli, config, run
 from fedpref.errors import UserError
 from fedpref.experiments.experiment import Experiment
+from fedpref.experiments.finished import FinishedRun
 from fedpref.rewards import AdaptiveAlpha, Maximum, Mean, Minimum
 from fedpref.rewards.reward import called
 from fedpref.runs.group_rewards import group_rewards
@@ -236,3 +237,35 @@ def test_what_cannot_be_scored_is_refused(
     assert isinstance(ran.exception, UserError)
     with pytest.raises(UserError, match=complaint):
         raise ran.exception
+
+
+def test_a_policy_follows_what_groups_of_a_finished_run_prefer(
+    finished: Path, tiny: Path, tmp_path: Path
+) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", make_rows([8, 8]))
+    content = {
+        "data": {"name": "files", "path": str(rows)},
+        "task": {
+            "name": "dialogue",
+            "model": {"path": str(tiny), "dtype": "float32", "lora_r": 2},
+            "rewards": {"folk": {"name": "groups", "run": str(finished)}},
+            "num_generations": 2,
+            "sampling": {"max_completion_length": 4},
+            "evaluation_prompts": 2,
+        },
+        "algorithm": {"name": "firm", "local": {"steps": 1, "batch_size": 2}},
+        "rounds": 1,
+        "workers": 1,
+    }
+    spec, path = config.parse(Experiment, content, "test"), tmp_path / "run"
+    run(spec, path)
+    clients = FinishedRun.at(path).last_evaluation["clients"]
+    shares = [row["rewards/folk"] for row in clients.values()]
+    assert all(0 < share < 1 for share in shares)
+    file = path / "frozen.json"
+    began = json.loads(file.read_text())
+    assert {"rewards/folk/client-0", "rewards/folk/client-1"} < began.keys()
+    file.write_text(json.dumps({**began, "rewards/folk/client-0": "another"}))
+    opened = FinishedRun.at(path).opened(spec.read().clients, path / "cache")
+    with pytest.raises(UserError, match="rewards/folk/client-0: this is not what the run"), opened:
+        pass

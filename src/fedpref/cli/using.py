@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -48,6 +48,7 @@ def generate(
     from fedpref.models.loading import generate as answer
 
     run = FinishedRun.at(path).refuse_opinions()
+    model: Any = run.experiment.task.model
     folder = run.model_folder(client)
     laid_out = run.learned_from_conversations if chat is None else chat
     try:
@@ -65,6 +66,8 @@ def generate(
             temperature=temperature,
             seed=seed,
             chat=laid_out,
+            # as in training, and the same answer on any day
+            template_date=model.template_date,
             trust_remote_code=run.experiment.task.runs_remote_code,
         )
     )

@@ -18,7 +18,7 @@ from fedpref.engines.workers import keep_freed_memory, one_thread
 from fedpref.errors import UserError, command
 from fedpref.experiments.experiment import Experiment, lines, refuse_empty
 from fedpref.experiments.free_baselines import free_lines
-from fedpref.experiments.frozen import refuse_other
+from fedpref.experiments.frozen import frozen, refuse_other
 from fedpref.experiments.migration import migrated
 from fedpref.experiments.run_directory import (
     CONFIG,
@@ -357,7 +357,7 @@ class FinishedRun:
         keep_freed_memory()
         with one_thread():
             task: Task = spec.build_task() if known is not None else spec.task.build(open_groups)
-            refuse_other(self.folder, task)
+            refuse_other(self.folder, frozen(task))
             unusable: list[Unusable] = []
             encoded = [task.encode(client, unusable) for client in clients]
             if unusable and spec.data.unusable == "refuse":

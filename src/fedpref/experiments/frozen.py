@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -24,30 +25,40 @@ def frozen(task: Task) -> dict[str, str]:
     model = getattr(at_work, "language", None) or getattr(at_work, "encoder", None)
     if model is None:  # a task of somebody's own
         return {}
-    dtype = next(model.model.parameters()).dtype
-    read_by = f"{model.wanted.type} {dtype}, transformers {version('transformers')}"
-    found = {"model": model.fingerprint, "read_by": read_by}
+    found = of_model(model)
     rewards = {**getattr(at_work, "rewards", {}), "judge": getattr(at_work, "judge", None)}
     for name, reward in rewards.items():
         if isinstance(reward, CombinedReward):
             for group, one in reward.groups.items():
-                found[f"rewards/{name}/{group}"] = trees.digest(one.params)
+                found[f"rewards/{name}/{group}"] = trees.digest(one.params).hex()
     return found
 
 
-def refuse_other(folder: RunDirectory, task: Task) -> None:
+def of_model(model: Any) -> dict[str, str]:
+    """Return the digest of a language model or an encoder, and how it is read."""
+    dtype = next(model.model.parameters()).dtype
+    read_by = f"{model.wanted.type} {dtype}, transformers {version('transformers')}"
+    fingerprint: str = model.fingerprint
+    return {"model": fingerprint, "read_by": read_by}
+
+
+def refuse_other(folder: RunDirectory, now: Mapping[str, str]) -> None:
     """Raise UserError where a run was begun with another model or other groups' predictors.
 
     Of a model that is read otherwise, on another machine or by another transformers, nothing can be
     told.
+
+    Args:
+        folder: The run.
+        now: What `frozen` or `of_model` says; names that are not in it are not compared.
     """
     file = folder.path / FROZEN
     if not file.exists():  # of an older run
         return
-    began, now = read_json(file), frozen(task)
+    began = read_json(file)
     untold = {"read_by"} if began.get("read_by") == now.get("read_by") else {"read_by", "model"}
-    names = (began.keys() | now.keys()) - untold
-    if other := sorted(name for name in names if began.get(name) != now.get(name)):
+    names = now.keys() - untold
+    if other := sorted(name for name in names if began.get(name) != now[name]):
         raise UserError(
             f"{folder.path}: {', '.join(other)}: this is not what the run began with "
             f"({file.name} says so). Put back what lay there, or begin a new run."

@@ -23,7 +23,7 @@ from fedpref.experiments.clients import About, AtSites, ClientSource, InProcess
 from fedpref.experiments.environment import described
 from fedpref.experiments.evaluations import Purpose, export_models, measured
 from fedpref.experiments.experiment import Experiment, lines, with_whole_paths
-from fedpref.experiments.frozen import as_text, refuse_other
+from fedpref.experiments.frozen import as_text, frozen, refuse_other
 from fedpref.experiments.private import FOLDER, refuse_lost
 from fedpref.experiments.run_directory import CONFIG, RunDirectory, in_runs
 from fedpref.experiments.run_files import (
@@ -113,7 +113,7 @@ def events(
                 )
             else:
                 folder.refuse_other_format()
-                refuse_other(folder, task)
+                refuse_other(folder, frozen(task))
             if (folder.path / CLIENTS).read_text() != about_text:
                 raise UserError(
                     f"{folder.path}: the data is not what the run began with; its clients, sizes "

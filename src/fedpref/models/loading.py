@@ -98,6 +98,7 @@ def generate(
     max_new_tokens: int = 128,
     temperature: float | None = None,
     seed: int = 0,
+    template_date: str | None = None,
     trust_remote_code: bool = False,
 ) -> str:
     """Return an answer, sampled from an exported model.
@@ -110,6 +111,8 @@ def generate(
         temperature: Of plain sampling; 0 always takes the likeliest token. By default the model's
             own generation config decides, with its top-p and the like.
         seed: Of the sampling.
+        template_date: The day that chat templates write as today's, as 2024-07-26; by default
+            today.
         trust_remote_code: Run the code that comes with the base model, as transformers has it.
 
     Raises:
@@ -132,7 +135,7 @@ def generate(
             "--plain."
         )
     # the tokens that a prompt has in training, and the ends of answers there
-    texts = Texts(tokenizer, model, date.today().isoformat())
+    texts = Texts(tokenizer, model, template_date or date.today().isoformat())
     tokens, _ = (
         texts.chat([{"role": "user", "content": prompt}], []) if chat else texts.plain(prompt, [])
     )

@@ -13,6 +13,7 @@ from fedpref.data.preferences import Feedback, Preference, Text
 from fedpref.engines.workers import one_thread
 from fedpref.errors import UserError
 from fedpref.experiments.finished import FinishedRun
+from fedpref.experiments.frozen import of_model, refuse_other
 from fedpref.models.language import LanguageModel
 from fedpref.models.loading import exported_parameters
 from fedpref.models.own_parts import DOWN, NAMES, REWARDS, UP
@@ -33,16 +34,19 @@ class Comparison:
         client: Whose held-out rows are taken first.
 
     Raises:
-        UserError: The base model cannot be loaded.
+        UserError: The base model cannot be loaded, or is not the one that the run began with.
     """
 
     def __init__(self, run: FinishedRun, client: str | None) -> None:
         # the run's own model, not what the export says that it stands on
-        model: Any = replace(run.experiment.task.model, dtype="float32", device="cpu")
+        own: Any = run.experiment.task.model
+        model: Any = replace(own, dtype="float32", device="cpu")
         if model.bits:  # exports stand on weights that are not rounded
             model = replace(model, load_in_4bit=False, load_in_8bit=False)
         with one_thread():
             self.language = LanguageModel(model)
+        if not own.bits:
+            refuse_other(run.folder, of_model(self.language))
         self.rows = list(_rows(run, client, self.language))
         self.largest = 0.0
 
