@@ -167,7 +167,7 @@ def test_tables_and_the_file_to_send_in_say_what_comparing_says(done: Study) -> 
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[]", "{}", '{"format": 2}', '{"format": "2", "suite": "x"}', "[" * 10**5]
+    "content", ["", "[]", "{}", '{"format": 3}', '{"format": "3", "suite": "x"}', "[" * 10**5]
 )
 def test_what_was_not_written_by_bench_is_refused(content: str, tmp_path: Path) -> None:
     file = tmp_path / "sent.json"
@@ -178,7 +178,7 @@ def test_what_was_not_written_by_bench_is_refused(content: str, tmp_path: Path) 
 
 def test_a_file_of_another_format_says_so(tmp_path: Path) -> None:
     (tmp_path / "sent.json").write_text('{"format": 1, "suite": "x"}')
-    with pytest.raises(UserError, match="its format is 1, and this fedpref reads 2"):
+    with pytest.raises(UserError, match="its format is 1, and this fedpref reads 3"):
         board([tmp_path / "sent.json"])
 
 

@@ -36,10 +36,11 @@ def finished(
     data: str = "",
     later: float | None = None,
     metric: str = "rewards/accuracies",
+    **settings: Any,
 ) -> Path:
     """A run directory with just what a comparison reads."""
     path.mkdir(parents=True)
-    OmegaConf.save(OmegaConf.create({"name": name, "seed": seed}), path / "config.yaml")
+    OmegaConf.save(OmegaConf.create({"name": name, "seed": seed, **settings}), path / "config.yaml")
 
     def measured(value: float | None) -> dict[str, float | None]:
         return {metric: value, "num_examples": 9.0}
@@ -89,6 +90,36 @@ def test_gains_are_paired_over_seeds_and_clients(tmp_path: Path) -> None:
     records = list(csv.DictReader(io.StringIO(csv_text([plain, better]))))
     assert [float(record["mean"]) for record in records] == pytest.approx([70.0, 76.0])
     assert records[0]["gain"] == ""
+
+
+@pytest.mark.parametrize(
+    ("partition", "names", "crossed"),
+    [
+        ({"name": "natural"}, "xyz", True),
+        ({"name": "natural", "clients_per_value": 2}, "xyz", False),
+        ({"name": "iid"}, "xyz", False),
+        ({"name": "natural"}, None, False),
+    ],
+)
+def test_a_client_stays_itself_where_a_seed_holds_other_rows_out(
+    partition: dict[str, Any], names: str | None, crossed: bool, tmp_path: Path
+) -> None:
+    values = np.array([[50.0, 60.0, 85.0], [52.0, 58.0, 88.0], [51.0, 62.0, 84.0]])
+    paths = [
+        finished(
+            tmp_path / str(s),
+            "a",
+            s,
+            dict(zip(names or f"{s}xy", (of_seed / 100).tolist(), strict=True)),
+            data=str(s),
+            partition=partition,
+        )
+        for s, of_seed in enumerate(values)
+    ]
+    (row,) = compare(paths)
+    assert row.interval == pytest.approx(interval(values, crossed=crossed))
+    # clients differ much more than seeds do, of which the narrow one knows nothing
+    assert (row.interval[1] - row.interval[0] > 40) == crossed
 
 
 def test_a_single_value_has_no_interval_and_newcomers_have_a_column(tmp_path: Path) -> None:

@@ -18,19 +18,22 @@ from fedpref.experiments.environment import described
 from fedpref.experiments.finished import FinishedRun
 from fedpref.numerics import files
 from fedpref.numerics.metrics import HEADLINES
-from fedpref.reports.comparison import compare, csv_text, latex, markdown
+from fedpref.reports.comparison import caption, compare, csv_text, latex, markdown
 from fedpref.reports.page import write_report
 from fedpref.reports.tables import bytes_text
 from fedpref.runs.sweep import SWEEP, members
 
-FORMAT = 2
+FORMAT = 3
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class Figures(TypedDict):
-    """What a method came to on a set: means in the table's unit, with 95 % intervals."""
+    """What a method came to on a set, in the table's unit: `values` [seeds, clients], of which
+    `mean` and the ends of 95 % intervals are made.
+    """
 
     seeds: int
+    values: list[list[Number]] | None
     mean: Number
     low: Number | None
     high: Number | None
@@ -50,6 +53,7 @@ class SetFigures(TypedDict):
     """What methods, and baselines that are not trained, came to on a set."""
 
     unit: str
+    intervals_over: str
     model: str
     clients: int
     methods: dict[str, Figures]
@@ -88,11 +92,13 @@ def submission(study: Study) -> Submission:
         rows = compare([folder])
         sets[data.name] = {
             "unit": HEADLINES[rows[0].metric].caption,
+            "intervals_over": rows[0].over,
             "model": first.experiment.task.model.path,
             "clients": len(first.clients),
             "methods": {
                 row.name: {
                     "seeds": row.seeds,
+                    "values": row.values.tolist(),
                     "mean": row.mean,
                     "low": _number(row.interval[0]),
                     "high": _number(row.interval[1]),
@@ -200,8 +206,8 @@ def write_tables(study: Study) -> list[Path]:
         folder = study.output / name
         rows = compare([folder])
         texts.append(
-            f"## {name}\n{figures['clients']} clients, {figures['model']}; held-out "
-            f"{figures['unit']}; gains over {rows[0].name}.\n\n{markdown(rows)}"
+            f"## {name}\n{figures['clients']} clients, {figures['model']}; {caption(rows)}.\n\n"
+            f"{markdown(rows)}"
         )
         free = ", ".join(f"{line} {value:.1f}" for line, value in figures["free"].items())
         texts.append(f"Without training: {free}.\n" if free else "")
@@ -250,6 +256,7 @@ def board(paths: Sequence[Path]) -> str:
                     f"{own['worst']:.1f}",
                     "" if own["pairs"] is None else f"{own['pairs']:,.0f}",
                     str(own["seeds"]),
+                    _said(figures["intervals_over"]),
                     _said(path.stem),
                     _said(found["fedpref"]),
                 )
@@ -259,9 +266,9 @@ def board(paths: Sequence[Path]) -> str:
         ranked = sorted(lines, key=lambda line: -line[0])
         texts += [
             f"**{_said(suite)}, {_said(name)}, {_said(model)}**\n",
-            "| method | mean | gain over the first | worst client | pairs | seeds | sent in as | "
-            "fedpref |",
-            "|---|---|---|---|---|---|---|---|",
+            "| method | mean | gain over the first | worst client | pairs | seeds "
+            "| intervals over | sent in as | fedpref |",
+            "|---|---|---|---|---|---|---|---|---|",
             *(line for _, line in ranked),
             "",
         ]

@@ -33,6 +33,11 @@ class Partitioning(ABC):
 
     name: str
 
+    @property
+    def keeps_clients(self) -> bool:
+        """Whether a name is the same client with every seed, whichever rows are held out."""
+        return False
+
     @abstractmethod
     def assign(
         self, rows: Pairs, rng: np.random.Generator
@@ -70,6 +75,10 @@ class Natural(Partitioning):
     """Keep only the first so many clients, by number of rows, then by name."""
     max_rows: Count | None = None
     """Rows of each client at most, evenly spread, of both sides in their proportion."""
+
+    @property
+    def keeps_clients(self) -> bool:
+        return self.clients_per_value == 1
 
     def assign(self, rows: Pairs, rng: np.random.Generator) -> dict[str, Placed]:
         rows = placed(rows, self.column)

@@ -41,6 +41,10 @@ class Row:
     metric: str
     """By which clients are compared."""
     seeds: int
+    values: Matrix
+    """[seeds, clients], by clients' names."""
+    over: str
+    """What intervals are over: who or what would be drawn anew."""
     mean: float
     interval: tuple[float, float]
     gain: tuple[float, float, float] | None
@@ -92,8 +96,8 @@ def compare(paths: Sequence[Path], terms: Terms = AS_ENDED) -> list[Row]:
 
     Groups come in the order in which names first appear; the others are compared with the first.
     Where two runs have one name and one seed, runs go by the names of their directories. For each
-    seed, all groups must have the same clients with the same data. Seeds may differ in them, as
-    where clients are cut at random: then a client of one seed is nobody in another.
+    seed, all groups must have the same clients with the same data. Between seeds other rows may be
+    held out; where clients are cut at random, a client of one seed is nobody in another.
 
     Args:
         paths: Run directories, and folders of sweeps for all of their runs.
@@ -235,8 +239,18 @@ class _Line:
 
     @property
     def crossed(self) -> bool:
-        """Whether the clients are the same with every seed."""
-        return all(data == self.data[0] for data in self.data)
+        """Whether the clients are the same with every seed, whatever it holds out."""
+        if any(data.keys() != self.data[0].keys() for data in self.data):
+            return False
+        kept = all(member.run.experiment.partition.keeps_clients for member in self.members)
+        return kept or all(data == self.data[0] for data in self.data)
+
+    @property
+    def over(self) -> str:
+        """What its intervals are over."""
+        if len(self.seeds) == 1:
+            return "clients"
+        return "clients and seeds" if self.crossed else "seeds, each with clients of its own"
 
 
 def _line(name: str, runs: Mapping[int, _Member], terms: Terms) -> _Line:
@@ -282,6 +296,8 @@ def _row(line: _Line, against: _Line | None, terms: Terms) -> Row:
         line.name,
         line.metric,
         seeds=len(line.seeds),
+        values=values,
+        over=line.over,
         mean=float(values.mean()),
         interval=interval(values, crossed=crossed),
         gain=None
@@ -452,10 +468,19 @@ def notes(rows: Sequence[Row], terms: Terms = AS_ENDED) -> list[str]:
     return said
 
 
+def caption(rows: Sequence[Row]) -> str:
+    """Return what a table shows: the figure, whose gains, and what intervals are over."""
+    first = rows[0]
+    return (
+        f"held-out {HEADLINES[first.metric].caption}; gains over {first.name}; intervals over "
+        f"{first.over}"
+    )
+
+
 def table(rows: Sequence[Row]) -> Table:
     """Return the comparison for a terminal."""
     shown = Table(
-        title=f"held-out {HEADLINES[rows[0].metric].caption}; gains over {rows[0].name}",
+        title=caption(rows),
         title_style="bold",
         title_justify="left",
     )
@@ -479,13 +504,12 @@ def latex(rows: Sequence[Row]) -> str:
     columns = columns_of(rows)
     titles = [_of_latex(TITLES[i]) for i in columns]
     body = [" & ".join(_of_latex(cells(row)[i]) for i in columns) for row in rows]
-    caption = f"Held-out {HEADLINES[rows[0].metric].caption}; gains over {rows[0].name}."
     return "\n".join(
         [
             r"% \usepackage{booktabs}",
             r"\begin{table}",
             r"\centering",
-            rf"\caption{{{_of_latex(caption)}}}",
+            rf"\caption{{H{_of_latex(caption(rows)[1:])}.}}",
             rf"\begin{{tabular}}{{l{'r' * (len(columns) - 1)}}}",
             r"\toprule",
             rf"{' & '.join(titles)} \\",
