@@ -8,8 +8,8 @@ policies see some. Here each client's regression is given as many of its pairs a
 trained on at most (rounds x steps x pairs of a step), drawn as they are: by prompts where
 `batch_by` says so, and at random; then all. Held-out accuracies in per cent, means over clients and
 runs with intervals over both, of each client's regression alone and of the pooled one with own
-slopes. Without runs it is the shipped set with the benchmark's larger budget and three seeds;
-`--quick`: one.
+slopes; of runs also what their policies gain over these, pair by pair. Without runs it is the
+shipped set with the benchmark's larger budget and three seeds; `--quick`: one.
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ from fedpref import Experiment
 from fedpref.data import words
 from fedpref.data.preferences import Preference
 from fedpref.data.words import Pair
+from fedpref.experiments.finished import FinishedRun
 from fedpref.numerics.bradley_terry import Differences, margins
 from fedpref.numerics.intervals import interval
+from fedpref.numerics.metrics import ACCURACY
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs/feddpo.yaml"
 SHIPPED = (
@@ -79,9 +81,20 @@ def accuracies(spec: Experiment) -> dict[tuple[str, str], dict[str, float]]:
     return found
 
 
-def shown(runs: Sequence[Mapping[str, float]]) -> tuple[float, float, float]:
-    """A mean over clients and runs in per cent, and its interval."""
-    values = 100 * np.array([list(by.values()) for by in runs])
+def policies(path: Path) -> dict[str, float]:
+    """Held-out accuracy of a run's policies by client."""
+    run = FinishedRun.at(path)
+    clients = run.result().evaluations[run.experiment.algorithm.name]
+    return {name: metrics[ACCURACY] for name, metrics in clients.items()}
+
+
+def shown(
+    runs: Sequence[Mapping[str, float]], less: Sequence[Mapping[str, float]] | None = None
+) -> tuple[float, float, float]:
+    """A mean over clients and runs in per cent, less another line's, and its interval."""
+    values = 100 * np.array([[by[name] for name in sorted(by)] for by in runs])
+    if less:
+        values -= 100 * np.array([[by[name] for name in sorted(by)] for by in less])
     return float(values.mean()), *interval(values)
 
 
@@ -105,15 +118,23 @@ def main() -> None:
             Experiment.load(CONFIG, [*settings, f"seed={k}", f"data.split_seed={k}"]) for k in seeds
         ]
     all_runs = [accuracies(spec) for spec in specs]
-    table, figures = Table("pairs of a client, at most", *KINDS.values(), box=MARKDOWN), {}
+    policy = [policies(run) for run in arguments.runs]
+    beside = ["policy's gain"] if policy else []
+    titles = [title for kind in KINDS.values() for title in (kind, *beside)]
+    table, figures = Table("pairs of a client, at most", *titles, box=MARKDOWN), {}
     for count in dict.fromkeys(count for count, _ in all_runs[0]):
         row = []
         for kind in KINDS:
             mean, low, high = shown([run[count, kind] for run in all_runs])
             row.append(f"{mean:.1f} [{low:.1f}, {high:.1f}]")
             figures[f"words_{kind}_{count}_pairs"] = mean
+            if policy:
+                mean, low, high = shown(policy, [run[count, kind] for run in all_runs])
+                row.append(f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]")
+                key = f"policy_gain_words_{kind}_{count}_pairs"
+                figures |= {key: mean, f"{key}_low": low, f"{key}_high": high}
         table.add_row(count, *row)
-    Console(width=100).print(table)
+    Console(width=140).print(table)
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
 

@@ -342,11 +342,14 @@ def compared(
         if name != "fsmgda"
     }
     at_one_kl = equal_kl({name: by_name[name] for name in ("firm", *rivals)}, objectives, floor)
-    found |= {
-        f"hypervolume_ratio_{name}_equal_kl": at_one_kl["firm"] / at_one_kl[name]
-        for name in rivals
-        if at_one_kl[name] > 0
-    }
+    ours = at_one_kl.pop("firm")
+    for name, theirs in at_one_kl.items():
+        if any(theirs):
+            ratio = statistics.fmean(ours) / statistics.fmean(theirs)
+            found[f"hypervolume_ratio_{name}_equal_kl"] = ratio
+        gains = [own - other for own, other in zip(ours, theirs, strict=True)]
+        key = f"hypervolume_gain_{name}_equal_kl"
+        found |= dict(zip((key, f"{key}_low", f"{key}_high"), student(gains), strict=False))
     found["drift_ratio_b0"] = mean["drift/weights"]["firm"] / mean["drift/weights"]["firm_b0"]
     found["upload_ratio_fedcmoo"] = mean["bytes_up"]["fedcmoo"] / mean["bytes_up"]["firm"]
     return found, table
@@ -354,9 +357,9 @@ def compared(
 
 def equal_kl(
     runs: Mapping[str, Sequence[Path]], objectives: Sequence[str], floor: Sequence[float]
-) -> dict[str, float]:
+) -> dict[str, list[float]]:
     """Each line's hypervolume where its KL from the base was first that which all of a seed reach,
-    a mean over seeds.
+    by seed.
     """
     ways = {
         name: [
@@ -375,7 +378,7 @@ def equal_kl(
             values = [at(name, some[seed], "kl", most, key) for key in objectives]
             point = [statistics.fmean(clients.values()) for clients in values]
             volumes[name].append(hypervolume(np.array([point]), floor))
-    return {name: statistics.fmean(some) for name, some in volumes.items()}
+    return volumes
 
 
 def done(runs: Mapping[Path, Experiment], cache: Path, progress: Console) -> None:
@@ -540,13 +543,20 @@ def trl_trainer(
 
 def with_interval(values: Sequence[float], digits: int) -> str:
     """The mean, and Student's 95 % interval over seeds."""
-    mean = statistics.fmean(values)
+    mean, *ends = student(values)
     if np.isnan(mean):
         return ""
+    between = ", ".join(f"{end:.{digits}f}" for end in ends)
+    return f"{mean:.{digits}f} [{between}]" if ends else f"{mean:.{digits}f}"
+
+
+def student(values: Sequence[float]) -> tuple[float, ...]:
+    """A mean and the ends of its 95 % interval, where there is more than one value."""
+    mean = statistics.fmean(values)
     if len(values) < 2:
-        return f"{mean:.{digits}f}"
+        return (mean,)
     spread = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
-    return f"{mean:.{digits}f} [{mean - spread:.{digits}f}, {mean + spread:.{digits}f}]"
+    return mean, mean - spread, mean + spread
 
 
 def main() -> None:

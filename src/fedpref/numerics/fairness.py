@@ -40,9 +40,11 @@ def fairness(
 
     The smallest of several noisy values is too small, and their spread too large. Values are taken
     as normal around each client's own, and these as normal around a common mean; all that is not
-    known is drawn from its posterior under flat priors on the mean and on the standard deviation
-    between clients (Gelman 2006; the model of Rubin 1981). By simulation such intervals hold what
-    they are about as often as they say; see `benchmarks/coverage.py`.
+    known is drawn from its posterior under a flat prior on the mean, and on the standard deviation
+    between clients one that is flat above zero (Gelman 2006; the model of Rubin 1981) with a part
+    of its weight on zero. Clients' errors are taken as independent, though they may share prompts.
+    By simulation such intervals hold what they are about as often as they say; see
+    `benchmarks/coverage.py`.
 
     Args:
         values: Each client's, as measured.
