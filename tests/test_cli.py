@@ -595,9 +595,15 @@ def test_a_variant_is_chosen_on_validation_and_measured_on_the_test(
         losses[rate] = sum(row["loss"] for row in clients) / len(clients)
     best = min(losses, key=losses.__getitem__)
     assert f"by loss on validation prompts: learning_rate={best}" in text
-    chosen = FinishedRun.at("swept/selected/seed-0").experiment
+    chosen = FinishedRun.at(f"swept/selected/learning_rate={best}/seed-0").experiment
     assert chosen.evaluate_on == "test"
     assert chosen.algorithm.local.learning_rate == float(best)
+    # another is the best once there are more, and what was chosen before stays
+    code, text = fedpref(
+        *("sweep", "mine.yaml", "--seeds", 1, "--select", "loss", "--output", "swept"),
+        *("--grid", "algorithm.local.learning_rate=1e-6,3e-2"),
+    )
+    assert code == 0, text
     code, text = fedpref("sweep", "mine.yaml", "--select", "luck")
     assert (code, "expected one of rewards/accuracies" in text) == (2, True)
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from conftest import leave, make_rows, write_rows
@@ -823,6 +824,57 @@ def test_a_run_goes_on_with_the_model_that_it_began_with(
     with pytest.raises(UserError, match="model: this is not what the run began with"):
         export(tmp_path / "run", "peft", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"rounds": 1}, "settings/rounds"),
+        ({"rounds": 5}, "settings/rounds"),
+        ({"seed": 1}, "settings/seed"),
+        ({"algorithm": {"name": "choco"}}, "settings/algorithm"),
+        ({"evaluate_every": 1, "checkpoint_every": 2, "workers": 1}, None),
+    ],
+)
+def test_a_run_goes_on_by_the_settings_that_it_began_with(
+    change: dict[str, Any], told: str | None, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    spec = experiment(settings, rounds=3, workers=1)
+    leave(spec, tmp_path / "run", 4)
+    file = tmp_path / "run/config.yaml"
+    began = yaml.safe_load(file.read_text())
+    file.write_text(yaml.safe_dump({**began, **change}))
+    if told is None:
+        assert resume(tmp_path / "run").path == tmp_path / "run"
+        return
+    with pytest.raises(UserError, match=f"{told}: this is not what the run began with"):
+        resume(tmp_path / "run")
+
+
+def test_a_run_with_any_baseline_goes_on_from_its_main_line(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    baselines = ["feddpo", "alone-parts"]
+    spec = experiment(settings, rounds=2, baselines=baselines, algorithm={"name": "fedpdpo"})
+    leave(spec, tmp_path / "run", 4)
+    assert not (tmp_path / "run/baselines").exists()
+    assert set(FinishedRun.at(tmp_path / "run").lines) == {"fedpdpo", *baselines}
+    resume(tmp_path / "run")
+    assert all((tmp_path / f"run/baselines/{name}/done").exists() for name in baselines)
+
+
+def test_what_clients_keep_is_not_begun_anew_where_its_index_is_gone(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    spec = experiment(settings, rounds=3, algorithm={"name": "fedpdpo"})
+    leave(spec, tmp_path / "run", 4)
+    checkpoint = RunDirectory(tmp_path / "run").checkpoints()[-1]
+    index, kept = checkpoint / "values.json", (checkpoint / "values.json").read_bytes()
+    index.unlink()
+    with pytest.raises(UserError, match=r"values\.json: this file of the run's checkpoint is gone"):
+        resume(tmp_path / "run")
+    index.write_bytes(kept)
+    resume(tmp_path / "run")
 
 
 def test_losses_without_a_reference_need_no_scores(

@@ -87,6 +87,24 @@ def test_figures_are_what_they_say(settings: dict[str, Any]) -> None:
     assert figures["generation/perplexity"] == pytest.approx(math.exp(per_token), rel=1e-4)
 
 
+def test_groups_judge_an_answer_beside_the_one_before(settings: dict[str, Any]) -> None:
+    groups = {"name": "groups", "run": "nowhere"}
+    with pytest.raises(UserError, match="'folk' compares answers to one prompt"):
+        spec_of(settings, {"rewards": {"folk": groups}})
+    with pytest.raises(UserError, match="alpha leans on a history"):
+        spec_of(settings, {"judge": {**groups, "combine": {"name": "alpha"}}})
+
+    def shares(prompts: Any, completions: Any, **_: Any) -> list[float]:
+        assert all(prompts.count(prompt) == 2 for prompt in prompts)
+        return [float(len(str(text))) for text in completions]
+
+    spec = spec_of(settings, {"judge": groups})
+    task: Any = spec.task.build(lambda *_: shares)
+    shard = task.encode(spec.clients()[0][0])
+    found = task.generated(task.init(seeds.generator(0, "init")), shard)
+    assert found["generation/win_rate"] == 0.5
+
+
 def test_the_shipped_judge_knows_styles_that_it_was_not_fitted_to() -> None:
     requests = [json.loads(line) for line in REQUESTS.open()]
     held = [a for r in requests if r["split"] == "test" for a in r["answers"]]

@@ -78,7 +78,10 @@ class Store:
 
     def tidy(self) -> None:
         """Remove files that no checkpoint names, as a process leaves them that is killed."""
-        named = set[str]().union(*map(_named, self.folder.glob("round-*")))
+        checkpoints = list(self.folder.glob("round-*"))
+        if not all((checkpoint / INDEX).exists() for checkpoint in checkpoints):
+            return  # somebody has taken an index away, and may put it back
+        named = set[str]().union(*map(_named, checkpoints))
         for file in (self.folder / VALUES).glob("*/*"):
             if f"{file.parent.name}/{file.name}" not in named:
                 file.unlink(missing_ok=True)
@@ -107,6 +110,8 @@ class Store:
             UserError: A file is damaged, or gone.
         """
         if not (checkpoint / INDEX).exists():
+            if not all((checkpoint / field).is_dir() for field in fields):
+                raise UserError(f"{checkpoint / INDEX}: this file of the run's checkpoint is gone.")
             return {field: _of_format_2(checkpoint / field) for field in fields}
         index = _index(checkpoint)
         older = (one for one in self.folder.glob("round-*") if one.name < checkpoint.name)

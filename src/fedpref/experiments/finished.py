@@ -137,7 +137,8 @@ class FinishedRun:
         folders = {}
         for name, (sub, _) in planned.items():
             path = self.path / sub
-            if sub and not path.exists() and (former := self.path / _FORMER_FOLDERS[sub]).exists():
+            former = self.path / _FORMER_FOLDERS.get(sub, sub)
+            if sub and not path.exists() and former.exists():
                 path = former
             folders[name] = RunDirectory(path)
         free = free_lines(self.experiment.baselines)

@@ -1,18 +1,35 @@
-"""What a run computes with and does not train: told when it begins, and again when it goes on."""
+"""What a run computes with and does not train, and its settings: told when it begins, and when it
+goes on.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
+from hashlib import blake2b
 from importlib.metadata import version
 from typing import Any
 
+from fedpref import config
 from fedpref.errors import UserError
+from fedpref.experiments.experiment import Experiment
 from fedpref.experiments.run_directory import RunDirectory
 from fedpref.experiments.run_files import FROZEN, read_json
 from fedpref.numerics import trees
 from fedpref.tasks import Task
 from fedpref.tasks.group_reward import CombinedReward
+
+# parts of a config that decide what is learned
+DECIDING = (
+    *("data", "partition", "task", "algorithm", "federation", "network", "rounds", "seed"),
+    *("stop", "keep", "privacy", "secrecy", "attack"),
+)
+# ... but for these settings of a task and its model
+FREE = (
+    *("device", "gradient_checkpointing", "trunk_states", "trunk_limit_mb", "cuda_graphs"),
+    *("reference_scores", "samples", "sample_clients", "generation"),
+)
 
 
 def frozen(task: Task) -> dict[str, str]:
@@ -42,29 +59,53 @@ def of_model(model: Any) -> dict[str, str]:
     return {"model": fingerprint, "read_by": read_by}
 
 
+def decided(experiment: Experiment) -> dict[str, str]:
+    """Return digests of the settings by which figures come out, of each part of a config.
+
+    Where files lie is none of them: a run, its data and its models may be moved.
+    """
+    said = config.dump(
+        replace(
+            experiment,
+            data=experiment.data.with_paths(lambda _: ""),
+            task=experiment.task.with_models(lambda _: ""),
+            federation=replace(experiment.federation, gold=None),
+        )
+    )
+    for free in FREE:
+        said["task"].pop(free, None)
+        said["task"].get("model", {}).pop(free, None)
+    texts = {name: json.dumps(said[name], sort_keys=True) for name in DECIDING}
+    return {
+        f"settings/{name}": blake2b(text.encode(), digest_size=16).hexdigest()
+        for name, text in texts.items()
+    }
+
+
 def refuse_other(folder: RunDirectory, now: Mapping[str, str]) -> None:
-    """Raise UserError where a run was begun with another model or other groups' predictors.
+    """Raise UserError where a run was begun with another model, groups' predictors or settings.
 
     Of a model that is read otherwise, on another machine or by another transformers, nothing can be
     told.
 
     Args:
         folder: The run.
-        now: What `frozen` or `of_model` says; names that are not in it are not compared.
+        now: What `frozen`, `of_model` or `decided` says; names that are not in it, and those that
+            an older fedpref has not written, are not compared.
     """
     file = folder.path / FROZEN
     if not file.exists():  # of an older run
         return
     began = read_json(file)
     untold = {"read_by"} if began.get("read_by") == now.get("read_by") else {"read_by", "model"}
-    names = now.keys() - untold
-    if other := sorted(name for name in names if began.get(name) != now[name]):
+    names = (began.keys() & now.keys()) - untold
+    if other := sorted(name for name in names if began[name] != now[name]):
         raise UserError(
             f"{folder.path}: {', '.join(other)}: this is not what the run began with "
             f"({file.name} says so). Put back what lay there, or begin a new run."
         )
 
 
-def as_text(task: Task) -> str:
+def as_text(experiment: Experiment, task: Task) -> str:
     """Return the file's content, where a run begins."""
-    return json.dumps(frozen(task), indent=1) + "\n"
+    return json.dumps({**frozen(task), **decided(experiment)}, indent=1) + "\n"

@@ -23,7 +23,7 @@ from fedpref.experiments.clients import About, AtSites, ClientSource, InProcess
 from fedpref.experiments.environment import described
 from fedpref.experiments.evaluations import Purpose, export_models, measured
 from fedpref.experiments.experiment import Experiment, lines, with_whole_paths
-from fedpref.experiments.frozen import as_text, frozen, refuse_other
+from fedpref.experiments.frozen import as_text, decided, frozen, refuse_other
 from fedpref.experiments.private import FOLDER, refuse_lost
 from fedpref.experiments.run_directory import CONFIG, RunDirectory, in_runs
 from fedpref.experiments.run_files import (
@@ -107,13 +107,13 @@ def events(
                         CONFIG: config.to_yaml(experiment),
                         CLIENTS: about_text,
                         ENVIRONMENT: described(about_model(experiment.task.model.path)),
-                        FROZEN: as_text(task),
+                        FROZEN: as_text(experiment, task),
                         **source.files,
                     }
                 )
             else:
                 folder.refuse_other_format()
-                refuse_other(folder, frozen(task))
+                refuse_other(folder, {**decided(experiment), **frozen(task)})
             if (folder.path / CLIENTS).read_text() != about_text:
                 raise UserError(
                     f"{folder.path}: the data is not what the run began with; its clients, sizes "
@@ -202,7 +202,7 @@ def _line(
     best: Any = None
     if experiment.keep == "best" and standing(rows, metric).best is not None:
         best = folder.restore_best(fresh, engine) if first else state
-    last = first == experiment.rounds or any(row.get("final") for row in rows)
+    last = first >= experiment.rounds or any(row.get("final") for row in rows)
     round = first
     promises = [one for one in (engine.private, engine.examples) if one is not None]
     if promises:
@@ -255,7 +255,7 @@ def _line(
             agreed = {names[i]: value for i, value in engine.robust.agreement.items()}
             folder.append(AGREEMENT, {"round": round + 1, "clients": agreed})
         told = [Event(name, "round", round + 1, experiment.rounds, figures)]
-        last, ended = round + 1 == experiment.rounds, ""
+        last, ended = round + 1 >= experiment.rounds, ""
         if not last and not cohorts.able(round + 1):
             last, ended = True, "nobody"
         elif not last and not all(one.affords(round + 1) for one in promises):

@@ -309,6 +309,8 @@ class RunDirectory:
         """
         checkpoints = self.checkpoints()
         if not checkpoints:
+            # of a first one that was never whole
+            shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
             return state, 0
         rounds = int(checkpoints[-1].name.removeprefix("round-"))
         return _restored(state, engine, checkpoints[-1]), rounds

@@ -132,7 +132,8 @@ def selection(folder: Path) -> str | None:
 def chosen(folder: Path, metric: str) -> tuple[str, Mapping[Path, Experiment]]:
     """Return the best variant of a finished sweep, and its runs on the test's rows.
 
-    The best has the best mean over clients and seeds. Its runs go into `selected`.
+    The best has the best mean over clients and seeds. Its runs go into `selected`, in a
+    folder of its name: another may be the best once there are more.
 
     Raises:
         UserError: The runs do not measure the metric.
@@ -147,7 +148,7 @@ def chosen(folder: Path, metric: str) -> tuple[str, Mapping[Path, Experiment]]:
     averages = {name: sum(values) / len(values) for name, values in means.items()}
     best = (min if low_is_good(metric) else max)(averages, key=averages.__getitem__)
     runs = {
-        folder / SELECTED / path.name: replace(experiment, evaluate_on="test")
+        folder / SELECTED / path.relative_to(folder): replace(experiment, evaluate_on="test")
         for path, experiment in planned(folder).items()
         if experiment.name == best
     }

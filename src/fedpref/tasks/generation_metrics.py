@@ -16,6 +16,8 @@ from fedpref.models.language import LanguageModel
 from fedpref.numerics import seeds
 from fedpref.numerics.trees import Tree
 from fedpref.rewards import Reward
+from fedpref.rewards.combine import AdaptiveAlpha
+from fedpref.rewards.imported import Groups
 from fedpref.rewards.reward import OpenGroups, called
 from fedpref.rewards.text import distinct
 from fedpref.tasks.language import Tokens
@@ -54,6 +56,17 @@ class Generation:
                     f"task.generation.rewards: {name!r} is the name of another figure. Choose "
                     "another one."
                 )
+        if compared := [name for name, reward in self.rewards.items() if reward.compares]:
+            raise UserError(
+                f"task.generation.rewards: {compared[0]!r} compares answers to one prompt, and "
+                "there is one to each here. task.generation.judge takes it, which compares the "
+                "answer after training with that before."
+            )
+        if isinstance(self.judge, Groups) and isinstance(self.judge.combine, AdaptiveAlpha):
+            raise UserError(
+                "task.generation.judge: combine: alpha leans on a history of batches, which "
+                "workers do not share; take mean, min or max."
+            )
 
 
 class Generations:
@@ -104,11 +117,11 @@ class Generations:
             found[f"length{when}"] = _mean([len(answer) for answer in answers])
             found[f"distinct_2{when}"] = _mean([distinct(text, 2) for text in some])
         if self.judge is not None:
-            then, now = (
-                called(self.judge, "task.generation.judge", asked, texts[when], columns)
-                for when in (BEFORE, "")
-            )
-            won = [float(b > a) + 0.5 * (b == a) for a, b in zip(then, now, strict=True)]
+            # both at once, for a judge may compare answers to one prompt
+            both, twice = [*texts[BEFORE], *texts[""]], {"client": 2 * columns["client"]}
+            judged = called(self.judge, "task.generation.judge", 2 * asked, both, twice)
+            pairs = zip(judged[: len(asked)], judged[len(asked) :], strict=True)
+            won = [float(now > then) + 0.5 * (now == then) for then, now in pairs]
             found["win_rate"] = _mean(won)
         rows = [(prompt, (answer,)) for prompt, answer in zip(prompts, after, strict=True)]
         scores = [self.language.score(which, rows)[0].double() for which in (params, None)]
