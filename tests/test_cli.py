@@ -423,6 +423,14 @@ def test_init_writes_a_config_that_check_accepts(
     assert Path("mine/experiment.yaml").read_text() == written
 
 
+def test_init_takes_no_vote_for_an_answer(fedpref: Command) -> None:
+    votes = ("model_a", "model_b", "tie (bothbad)")
+    rows = "".join(f"q{i},good {i},bad {i},{votes[i % 3]}\n" for i in range(40))
+    Path("arena.csv").write_text("prompt,response_a,response_b,winner\n" + rows)
+    code, text = fedpref("init", "mine", "--data", "arena.csv", "--rejected", "response_b")
+    assert (code, "which column holds the chosen answers?" in text) == (2, True), text
+
+
 def test_init_takes_names_of_any_letters(fedpref: Command) -> None:
     rows = "".join(f"q{i},good {i},bad {i}\n" for i in range(40))
     for folder in ("a 🚀", "a${b}"):

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +21,7 @@ from fedpref import Event, Experiment, UserError, config, resume, run
 from fedpref.algorithms import FedDPO, FedPDPO
 from fedpref.data import Files
 from fedpref.federation.local_training import LocalTraining
-from fedpref.models.language import Model
+from fedpref.models.language import LanguageModel, Model
 from fedpref.reports import python
 
 ROWS = make_rows([12, 10])
@@ -58,6 +59,27 @@ def test_rows_in_memory_come_to_what_the_same_file_comes_to(small: dict[str, Any
     counts = fedpref.FinishedRun.at("splits").clients.values()
     assert sum(about["train"] for about in counts) == 11
     assert splits.evaluations.keys() == {"feddpo"}
+
+
+def test_data_keep_what_an_experiment_says_of_how_they_are_read(small: dict[str, Any]) -> None:
+    rows = [{"question": row.pop("prompt"), **row} for row in map(dict, ROWS)]
+    file = write_rows(Path("rows.jsonl"), rows)
+    how = {"name": "files", "path": "elsewhere.jsonl", "prompt_column": "question"}
+    local = {"algorithm": {"name": "feddpo", "local": {"steps": 1, "batch_size": 2}}}
+    read = {**how, "test_fraction": 0.6}
+    run({"data": {**read, "path": str(file)}, **local}, output="config", **small)
+    expected = fedpref.FinishedRun.at("config").clients
+    run({"data": {**how, "path": str(file)}, **local}, output="plain", **small)
+    assert fedpref.FinishedRun.at("plain").clients != expected
+    for name, data in (("file", file), ("list", rows)):
+        run({"data": read, **local}, data=data, output=name, **small)
+        assert fedpref.FinishedRun.at(name).clients == expected, name
+
+
+def test_models_are_loaded_by_one_thread_at_a_time(small: dict[str, Any]) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(lambda _: LanguageModel(Model(path=small["model"])), range(8)))
+    assert len({model.fingerprint for model in made}) == 1
 
 
 def test_a_run_of_rows_in_memory_is_whole_and_can_be_moved(small: dict[str, Any]) -> None:

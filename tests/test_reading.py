@@ -223,6 +223,7 @@ def test_text_that_only_looks_like_a_list_is_text(tmp_path: Path) -> None:
         ({**PAIR, "prompt": [{"role": "user", "content": [{"type": "image"}]}]}, "'image'"),
         ({**WHOLE, "prompt": "Which one?"}, "data.prompt_column=none reads"),
         ({"instruction": "Sort.", "chosen": "a b", "rejected": "a c"}, "prompt_column=instruction"),
+        ({"messages": "Sort.", "chosen": "a b", "rejected": "a c"}, "prompt_column=messages"),
         ({"history": "q", "human_ref_A": "a", "human_ref_B": "b"}, "name: shp"),
         ({**PAIR, "tools": [{"type": "function"}]}, "Give the prompt as messages"),
         ({**PAIR, "prompt": "half \ud83d"}, "lone surrogate"),
@@ -236,6 +237,24 @@ def test_what_cannot_be_meant_is_refused_with_what_to_do(
     with pytest.raises(UserError, match=message) as caught:
         one(tmp_path, record)
     assert "line 1" in str(caught.value)
+
+
+def test_a_prompt_column_that_is_nowhere_is_no_reason_to_guess(tmp_path: Path) -> None:
+    file = str(write_rows(tmp_path / "rows.jsonl", [{**PAIR, "prompt": "Which one?"}]))
+    with pytest.raises(UserError, match=r"no column 'promt'.*Did you mean 'prompt'\?"):
+        list(Files(path=file, prompt_column="promt").read())
+
+
+def test_posts_of_shp_are_text_and_empty_ones_are_counted(tmp_path: Path) -> None:
+    row = {"history": "q", "human_ref_A": "a", "human_ref_B": "b", "score_A": 3, "score_B": 1}
+    bad = [{**row, "score_B": None}, {**row, "human_ref_B": None}, {**row, "history": None}]
+    found = list(SHP(path=str(write_rows(tmp_path / "a.jsonl", [row, *bad]))).read())
+    assert [isinstance(one, Unusable) for one in found] == [False, True, True, True]
+    said = [{"role": "user", "content": "q"}]
+    for column in ("history", "human_ref_A"):
+        rows = write_rows(tmp_path / "b.jsonl", [{**row, column: said}])
+        with pytest.raises(UserError, match=f"column '{column}'.* this is a conversation"):
+            list(SHP(path=str(rows)).read())
 
 
 def test_a_prompt_at_the_head_of_all_answers_stands_once(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 from typing import Any, TypeVar
 
 from fedpref.data.preferences import Conversation, Feedback, Message, Preference, Prompt, Text
@@ -19,7 +20,11 @@ from fedpref.errors import UserError
 R = TypeVar("R", Preference, Feedback)
 TURN = "\n\nAssistant:"
 GIVEN = ("tools", "chat_template_kwargs")  # columns that the chat template is given, as in TRL
-QUESTIONS = ("instruction", "question", "query", "input", "problem")  # what prompts are also called
+# what prompts are also called
+QUESTIONS = (
+    *("instruction", "question", "query", "input", "problem"),
+    *("messages", "conversations", "conversation"),
+)
 # who speaks, in ShareGPT's format of {"from", "value"}
 SHAREGPT = {
     "human": "user",
@@ -341,6 +346,13 @@ def _refuse_missing(
             f"{where}: no column {missing[0]!r}; the row has {_columns(record)}. "
             f"Expected TRL's columns {prompt!r} (optional), {chosen!r} and {rejected!r}, or "
             "set data.chosen_column and the like."
+        )
+    if prompt not in ("prompt", "none") and prompt not in record:
+        near = get_close_matches(prompt, map(str, record), 1)
+        raise UserError(
+            f"{where}: no column {prompt!r}, which data.prompt_column names; the row has "
+            f"{_columns(record)}.{f' Did you mean {near[0]!r}?' if near else ''} "
+            "data.prompt_column=none reads answers that begin with their prompt."
         )
     other = [name for name in QUESTIONS if name in record]
     if prompt == "prompt" and prompt not in record and other:

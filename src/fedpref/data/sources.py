@@ -25,6 +25,7 @@ from fedpref.data.parsing import (
     parse_feedback,
     parse_prompt,
     repeats_prompt,
+    text,
     without_prompt,
 )
 from fedpref.data.preferences import Feedback, Preference, Row, Side, key
@@ -312,8 +313,11 @@ class SHP(PathSource):
         ]
         # the higher score's answer is the better one, as SHP's own labels have it
         better, worse = names if scores[0] >= scores[1] else reversed(names)
-        texts = {"chosen": need(record, better, where), "rejected": need(record, worse, where)}
-        prompt = f"Human: {str(need(record, self.prompt_column, where)).strip()}\n\nAssistant:"
+        post, chosen, rejected = (
+            self._plain(record, column, where) for column in (self.prompt_column, better, worse)
+        )
+        texts = {"chosen": chosen, "rejected": rejected}
+        prompt = f"Human: {post.strip()}\n\nAssistant:"
         row = parse({"prompt": prompt, **texts}, where)
         if scores[0] == scores[1]:
             raise Unusable("no preference", where, f"both answers score {scores[0]:g}")
@@ -326,6 +330,18 @@ class SHP(PathSource):
             rest["domain"] = re.sub(r"_(train|validation|test)$", "", domain)
         chosen, rejected = spaced(row.chosen), spaced(row.rejected)
         return replace(row, chosen=chosen, rejected=rejected, columns=rest)
+
+    def _plain(self, record: Mapping[str, Any], column: str, where: str) -> str:
+        if column not in record:
+            need(record, column, where)
+        found = text(record[column], column, where)
+        if not isinstance(found, str):
+            raise UserError(
+                f"{where}, column {column!r}: posts and answers of data.name=shp are text, and "
+                "this is a conversation. Write what is said as text, or give data.name=files "
+                "columns chosen and rejected."
+            )
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -564,6 +580,8 @@ def number(record: Mapping[Any, Any], column: str, where: str) -> float:
         Unusable: It is not finite, so that nothing is preferred by it.
         UserError: It is missing, or no number.
     """
+    if column in record and record[column] is None:
+        raise Unusable("no preference", where, f"column {column!r} is empty")
     try:
         value = float(need(record, column, where))
     except (TypeError, ValueError) as error:

@@ -1,13 +1,33 @@
-"""Whether a model of transformers came whole from its files."""
+"""Models of transformers: loaded one at a time, and whole."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+import functools
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar, cast
 
 import torch
 
 from fedpref.errors import UserError
+
+Load = TypeVar("Load", bound=Callable[..., Any])
+_LOADING = threading.RLock()
+
+
+def one_at_a_time(load: Load) -> Load:
+    """Return a function that loads a model, for which threads wait for one another.
+
+    While transformers loads, it changes its classes for the whole process; two threads at once
+    leave them changed.
+    """
+
+    @functools.wraps(load)
+    def alone(*args: Any, **kwargs: Any) -> Any:
+        with _LOADING:
+            return load(*args, **kwargs)
+
+    return cast(Load, alone)
 
 
 def refuse_partial(

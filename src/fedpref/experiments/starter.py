@@ -21,6 +21,7 @@ LOOKED_AT = 200  # rows whose columns are looked at
 CLIENTS = 4  # among whom rows are shared out where no column says whose they are
 FEWEST_CLIENTS = 2
 CUT = "rows longer than the model takes keep the end of their prompt. keep_start, or refuse"
+VOTES, LABEL = 4, 14  # different votes, and the letters of one, at most
 FEW = 1  # held-out rows that a client needs
 # what the columns of pairs are also called
 ALSO: Mapping[str, tuple[str, ...]] = {
@@ -71,7 +72,15 @@ def completed(wanted: Wanted) -> Wanted:
     Raises:
         UserError: The table has no such column, or none that could be meant.
     """
+    rows = [row for _, row in islice(tables.read_table(wanted.data), LOOKED_AT)]
     known = columns_of(wanted.data)
+
+    def is_vote(column: str) -> bool:
+        """Whether a column says which of two was better, as model_a and tie do, and has no text."""
+        values = [str(row.get(column)) for row in rows]
+        few = set(values)
+        return len(values) > len(few) <= VOTES and max(map(len, few)) <= LABEL
+
     for column in filter(None, (*wanted.columns.values(), wanted.client)):
         if column not in known:
             raise UserError(
@@ -82,7 +91,7 @@ def completed(wanted: Wanted) -> Wanted:
     for role, others in ALSO.items():
         if judged and role != "prompt":
             continue
-        meant = [name for name in (role, *others) if name in known]
+        meant = [name for name in (role, *others) if name in known and not is_vote(name)]
         # without a prompt, answers begin with it; single prompts are for rewards
         if role not in columns and meant:
             columns[role] = meant[0]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpref.data.hub import look_for_hub
-from fedpref.data.whole_models import refuse_partial
+from fedpref.data.whole_models import one_at_a_time, refuse_partial
 from fedpref.errors import UserError
 from fedpref.models.own_parts import FILE
 from fedpref.numerics.trees import Tree
@@ -41,6 +41,7 @@ class Backbone:
     merged: Tree = field(default_factory=dict)
 
 
+@one_at_a_time
 def load_backbone(
     path: str,
     dtype: Any,
@@ -276,6 +277,7 @@ def is_down(name: str) -> bool:
     return "_A" in name.rsplit("lora", 1)[-1]
 
 
+@one_at_a_time
 def merged_adapter(path: str | Path, **options: Any) -> Any:
     """Return the base model of a PEFT folder with the adapter merged into its weights.
 

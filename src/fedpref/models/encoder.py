@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fedpref.data.hub import look_for_hub
-from fedpref.data.whole_models import refuse_partial
+from fedpref.data.whole_models import one_at_a_time, refuse_partial
 from fedpref.errors import UserError
 from fedpref.models import devices
 from fedpref.models.named import BUILTIN, located
@@ -180,6 +180,7 @@ class TextEncoder:
             yield batch
 
 
+@one_at_a_time
 def _language_model(path: str, options: dict[str, Any]) -> tuple[Any, Any]:
     import transformers
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedpref.data.whole_models import one_at_a_time
 from fedpref.errors import UserError
 from fedpref.models.backbone import is_down
 from fedpref.models.generation import refuse_filled
@@ -20,6 +21,7 @@ from fedpref.models.trial import Limits
 from fedpref.numerics import trees
 
 
+@one_at_a_time
 def load_model(folder: str | Path, *, trust_remote_code: bool = False) -> Any:
     """Load what a run exported.
 

@@ -217,14 +217,14 @@ def run(
     if data is None:
         return _followed(spec, folder, on_event, progress)
     if isinstance(data, str | Path):
-        data = Files(path=str(data))
+        data = _files(spec.data, str(data))
     if hasattr(data, "read") and hasattr(data, "with_paths"):
         return _followed(replace(spec, data=data), folder, on_event, progress)
     text, columns = _lines(data)
     file = folder.path / ROWS
     spec = replace(
         spec,
-        data=Files(path=str(file.resolve()), split_column=SPLIT if SPLIT in columns else None),
+        data=_files(spec.data, str(file.resolve()), SPLIT if SPLIT in columns else None),
     )
     file.parent.mkdir(parents=True)
     try:
@@ -234,6 +234,19 @@ def run(
         # nothing has begun: the rows are the caller's still
         if not folder.has_begun:
             shutil.rmtree(folder.path)
+
+
+def _files(source: Any, path: str, split_column: str | None = None) -> Files:
+    """Return a file or folder as a source, with what an experiment says of how files are read."""
+    if not isinstance(source, Files):
+        return Files(path=path, split_column=split_column)
+    has_splits = not Path(path).expanduser().is_file() and split_column is None
+    return replace(
+        source,
+        path=path,
+        split_column=split_column or source.split_column,
+        test_split=source.test_split if has_splits else None,
+    )
 
 
 def resume(

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedpref.data.hub import look_for_hub
-from fedpref.data.whole_models import refuse_partial
+from fedpref.data.whole_models import one_at_a_time, refuse_partial
 from fedpref.errors import UserError
 from fedpref.rewards.reward import OpenGroups, RewardFunction, RewardSettings, no_groups, plain
 from fedpref.types import Count, Text
@@ -115,6 +115,7 @@ class Classifier(RewardSettings):
     def with_paths(self, renamed: Callable[[str], str]) -> Self:
         return replace(self, path=renamed(self.path))
 
+    @one_at_a_time
     def build(self, open_groups: OpenGroups = no_groups) -> RewardFunction:
         import transformers
 
