@@ -10,6 +10,7 @@ import argparse
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import typer
 from typer.cli import get_docs_for_click
@@ -45,10 +46,18 @@ def commands() -> str:
     group = get_command(app)
     context = typer.Context(group)
     page = get_docs_for_click(obj=group, ctx=context, name="fedpref", title="Commands")
+    return _in_whole_sentences(page, group, "").rstrip() + "\n"
+
+
+def _in_whole_sentences(page: str, group: Any, heading: str) -> str:
+    """The page with the list of a group's commands, the first below its heading, uncut."""
+    head, found, rest = page.partition(heading) if heading else ("", "", page)
     for name, command in getattr(group, "commands", {}).items():
         first = (command.help or "").strip().split("\n\n")[0].replace("\n", " ")
-        page = re.sub(rf"(?m)^\* `{name}`: .*$", lambda _, n=name, f=first: f"* `{n}`: {f}", page)
-    return page.rstrip() + "\n"
+        said = f"* `{name}`: {first}"
+        rest = re.sub(rf"(?m)^\* `{name}`: .*$", lambda _, said=said: said, rest, count=1)
+        rest = _in_whole_sentences(rest, command, f"\n## `fedpref {name}`\n")
+    return head + found + rest
 
 
 def public() -> str:
