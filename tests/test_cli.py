@@ -423,6 +423,12 @@ def test_init_writes_a_config_that_check_accepts(
     assert Path("mine/experiment.yaml").read_text() == written
 
 
+def test_init_takes_short_answers_where_their_column_says_what_it_is(fedpref: Command) -> None:
+    rows = "".join(f"q{i},{('Yes', 'No')[i % 2]},{('No', 'Yes')[i % 2]}\n" for i in range(40))
+    Path("agrees.csv").write_text("prompt,chosen,rejected\n" + rows)
+    assert fedpref("init", "mine", "--data", "agrees.csv")[0] == 0
+
+
 def test_init_takes_no_vote_for_an_answer(fedpref: Command) -> None:
     votes = ("model_a", "model_b", "tie (bothbad)")
     rows = "".join(f"q{i},good {i},bad {i},{votes[i % 3]}\n" for i in range(40))

@@ -332,9 +332,7 @@ class SHP(PathSource):
         return replace(row, chosen=chosen, rejected=rejected, columns=rest)
 
     def _plain(self, record: Mapping[str, Any], column: str, where: str) -> str:
-        if column not in record:
-            need(record, column, where)
-        found = text(record[column], column, where)
+        found = text(_given(record, column, where), column, where)
         if not isinstance(found, str):
             raise UserError(
                 f"{where}, column {column!r}: posts and answers of data.name=shp are text, and "
@@ -573,17 +571,22 @@ def need(record: Mapping[Any, Any], column: Any, where: str) -> Any:
     return record[column]
 
 
+def _given(record: Mapping[Any, Any], column: str, where: str) -> Any:
+    """Return what stands in a column that the set must have; raises Unusable where it is null."""
+    if column in record and record[column] is None:
+        raise Unusable("empty", where, f"column {column!r} is empty")
+    return need(record, column, where)
+
+
 def number(record: Mapping[Any, Any], column: str, where: str) -> float:
     """Return the number in a column that the set must have.
 
     Raises:
-        Unusable: It is not finite, so that nothing is preferred by it.
+        Unusable: There is none in this row, or none that is finite.
         UserError: It is missing, or no number.
     """
-    if column in record and record[column] is None:
-        raise Unusable("no preference", where, f"column {column!r} is empty")
     try:
-        value = float(need(record, column, where))
+        value = float(_given(record, column, where))
     except (TypeError, ValueError) as error:
         raise UserError(
             f"{where}, column {column!r}: expected a number, found {record[column]!r:.60}."

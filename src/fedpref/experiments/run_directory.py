@@ -304,12 +304,11 @@ class RunDirectory:
 
         Args:
             state: A fresh one of the same type, which is returned with 0 where there is no
-                checkpoint.
+                checkpoint; what one that was never whole has left then goes.
             engine: Whose clients have kept the private values.
         """
         checkpoints = self.checkpoints()
         if not checkpoints:
-            # of a first one that was never whole
             shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
             return state, 0
         rounds = int(checkpoints[-1].name.removeprefix("round-"))

@@ -58,12 +58,23 @@ class Wanted:
     judged: bool = False
 
 
-def columns_of(data: str) -> list[str]:
-    """Return the columns of a table, in their order; raises UserError where there is none."""
+def columns_of(data: str) -> dict[str, list[Any]]:
+    """Return the columns of a table, in their order, with what stands in its first rows.
+
+    Raises:
+        UserError: There is no row.
+    """
     rows = [row for _, row in islice(tables.read_table(data), LOOKED_AT)]
     if not rows:
         raise UserError(f"{data}: there is no row.")
-    return list(dict.fromkeys(column for row in rows for column in row))
+    names = dict.fromkeys(column for row in rows for column in row)
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
+def _is_vote(values: Sequence[Any]) -> bool:
+    """Return whether a column says which of two was better, as model_a and tie do."""
+    few = set(map(str, values))
+    return len(values) > len(few) <= VOTES and max(map(len, few)) <= LABEL
 
 
 def completed(wanted: Wanted) -> Wanted:
@@ -72,15 +83,7 @@ def completed(wanted: Wanted) -> Wanted:
     Raises:
         UserError: The table has no such column, or none that could be meant.
     """
-    rows = [row for _, row in islice(tables.read_table(wanted.data), LOOKED_AT)]
     known = columns_of(wanted.data)
-
-    def is_vote(column: str) -> bool:
-        """Whether a column says which of two was better, as model_a and tie do, and has no text."""
-        values = [str(row.get(column)) for row in rows]
-        few = set(values)
-        return len(values) > len(few) <= VOTES and max(map(len, few)) <= LABEL
-
     for column in filter(None, (*wanted.columns.values(), wanted.client)):
         if column not in known:
             raise UserError(
@@ -91,7 +94,9 @@ def completed(wanted: Wanted) -> Wanted:
     for role, others in ALSO.items():
         if judged and role != "prompt":
             continue
-        meant = [name for name in (role, *others) if name in known and not is_vote(name)]
+        meant = [name for name in (role, *others) if name in known]
+        if role != "prompt":  # a winner may be the better answer, or which it was
+            meant = [name for name in meant if name == role or not _is_vote(known[name])]
         # without a prompt, answers begin with it; single prompts are for rewards
         if role not in columns and meant:
             columns[role] = meant[0]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Self
 
 from fedpref.errors import UserError
-from fedpref.rewards.combine import Combine, Mean
+from fedpref.rewards.combine import AdaptiveAlpha, Combine, Mean
 from fedpref.rewards.reward import OpenGroups, RewardFunction, RewardSettings, no_groups
 
 
@@ -59,6 +59,10 @@ class Groups(RewardSettings):
 
     def with_paths(self, renamed: Callable[[str], str]) -> Self:
         return replace(self, run=renamed(self.run))
+
+    @property
+    def leans_on_history(self) -> bool:
+        return isinstance(self.combine, AdaptiveAlpha)
 
     def build(self, open_groups: OpenGroups = no_groups) -> RewardFunction:
         return open_groups(self.run, self.groups, self.combine, self.kind)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol, Self
 
 from fedpref.errors import UserError
@@ -55,6 +55,20 @@ class RewardSettings(ABC):
     def code(self) -> str | None:
         """`module:function` of code that it imports, which others must consent to."""
         return None
+
+    @property
+    def leans_on_history(self) -> bool:
+        """Whether what it says of a batch depends on those before."""
+        return False
+
+
+def refuse_history(setting: str, rewards: Iterable[RewardSettings]) -> None:
+    """Raise ValueError where a reward leans on batches before, which workers do not share."""
+    if any(reward.leans_on_history for reward in rewards):
+        raise ValueError(
+            f"{setting}: combine: alpha leans on a history of batches, which workers do not share; "
+            "take mean, min or max"
+        )
 
 
 def called(

@@ -26,9 +26,7 @@ from fedpref.numerics.metrics import REWARD
 from fedpref.numerics.trees import Tree
 from fedpref.privacy import Column, Unit
 from fedpref.rewards import Reward
-from fedpref.rewards.combine import AdaptiveAlpha
-from fedpref.rewards.imported import Groups
-from fedpref.rewards.reward import OpenGroups, called, no_groups, plain
+from fedpref.rewards.reward import OpenGroups, called, no_groups, plain, refuse_history
 from fedpref.rewards.text import distinct
 from fedpref.tasks.batches import BatchSize, Examples, chance_of, numbered_by
 from fedpref.tasks.language import LanguageLearner, LanguageTask, Tokens
@@ -65,14 +63,7 @@ class DialogueTask(LanguageTask):
                 "sentiment}}"
             )
         self._check_names()
-        if any(
-            isinstance(reward, Groups) and isinstance(reward.combine, AdaptiveAlpha)
-            for reward in self.rewards.values()
-        ):
-            raise ValueError(
-                "task.rewards: combine: alpha leans on a history of batches, which workers do "
-                "not share; take mean, min or max"
-            )
+        refuse_history("task.rewards", self.rewards.values())
         if self.num_generations < 2 and not self.estimator.needs_critic:
             raise ValueError(
                 f"task.num_generations: {self.estimator.name} compares answers to one prompt "

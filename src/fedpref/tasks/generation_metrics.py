@@ -16,9 +16,7 @@ from fedpref.models.language import LanguageModel
 from fedpref.numerics import seeds
 from fedpref.numerics.trees import Tree
 from fedpref.rewards import Reward
-from fedpref.rewards.combine import AdaptiveAlpha
-from fedpref.rewards.imported import Groups
-from fedpref.rewards.reward import OpenGroups, called
+from fedpref.rewards.reward import OpenGroups, called, refuse_history
 from fedpref.rewards.text import distinct
 from fedpref.tasks.language import Tokens
 from fedpref.types import Count
@@ -62,11 +60,7 @@ class Generation:
                 "there is one to each here. task.generation.judge takes it, which compares the "
                 "answer after training with that before."
             )
-        if isinstance(self.judge, Groups) and isinstance(self.judge.combine, AdaptiveAlpha):
-            raise UserError(
-                "task.generation.judge: combine: alpha leans on a history of batches, which "
-                "workers do not share; take mean, min or max."
-            )
+        refuse_history("task.generation.judge", [self.judge] if self.judge else [])
 
 
 class Generations:

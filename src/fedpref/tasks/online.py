@@ -16,9 +16,7 @@ from fedpref.data.unusable import Unusable
 from fedpref.models.generation import Sampling, generate
 from fedpref.numerics.trees import Tree
 from fedpref.rewards import Reward
-from fedpref.rewards.combine import AdaptiveAlpha
-from fedpref.rewards.imported import Groups
-from fedpref.rewards.reward import OpenGroups, RewardSettings, called, no_groups
+from fedpref.rewards.reward import OpenGroups, RewardSettings, called, no_groups, refuse_history
 from fedpref.tasks.batches import BatchSize
 from fedpref.tasks.offline import Batch, Example, OfflineShard
 from fedpref.tasks.preference import PairLearner, PairTask
@@ -60,11 +58,7 @@ class OnlinePreferenceTask(PairTask):
             raise ValueError("task.objective_column: one judge is one objective. Leave it out")
         if self.num_generations < 2:
             raise ValueError("task.num_generations: two answers are the fewest to compare")
-        if isinstance(self.judge, Groups) and isinstance(self.judge.combine, AdaptiveAlpha):
-            raise ValueError(
-                "task.judge: combine: alpha leans on a history of batches, which workers do not "
-                "share; take mean, min or max"
-            )
+        refuse_history("task.judge", [self.judge])
 
     def reward_settings(self) -> Mapping[str, RewardSettings]:
         return {**super().reward_settings(), "task.judge": self.judge}
