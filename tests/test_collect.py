@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import os
 import re
 import shutil
 import signal
@@ -25,6 +27,8 @@ from typing import Any
 import pytest
 
 from fedpref import Experiment, UserError, config, run
+from fedpref.cli import collecting
+from fedpref.cli.shared import console
 from fedpref.collect.drawing import Ahead, Plan, candidates_of, prompts_of
 from fedpref.collect.review import judged, sentence, write
 from fedpref.collect.server import Page
@@ -706,6 +710,30 @@ def test_two_raters_at_once_and_a_reload(browser: Any, page: Page) -> None:
     ann.wait_for_selector("#item:not([hidden])")
     settled(ann, 1)
     assert ann.locator("#rater").inner_text() == "Ann"
+
+
+@pytest.mark.parametrize("line", ["page: ", "Ctrl-C ends it."])
+def test_a_page_that_ends_while_it_prints_leaves_a_console_that_prints(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Ends(io.StringIO):
+        """Where the command is ended by who reads its line."""
+
+        def write(self, text: str) -> int:
+            if line in text:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().write(text)
+
+    file = Ends()
+    monkeypatch.setattr(console, "file", file)
+    before = signal.getsignal(signal.SIGTERM)
+    where = sitting(tmp_path / "choices")
+    with closing(where.store):
+        collecting._serve(where, 0, opens=False)
+    assert signal.getsignal(signal.SIGTERM) is before
+    console.print("what was chosen")
+    written = file.getvalue()
+    assert [written.count(said) for said in ("page: ", "Ctrl-C", "what was chosen")] == [1, 1, 1]
 
 
 def test_markup_in_an_answer_is_text(browser: Any, tmp_path: Path) -> None:

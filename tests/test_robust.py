@@ -39,7 +39,8 @@ from fedpref.engines.engine import compressed, restored
 from fedpref.engines.robust_means import RobustMeans
 from fedpref.experiments.attack import Attack, groups
 from fedpref.experiments.clients import at_sites
-from fedpref.experiments.experiment import lines
+from fedpref.experiments.experiment import lines, with_whole_paths
+from fedpref.experiments.frozen import decided
 from fedpref.experiments.rounds import events
 from fedpref.experiments.run_directory import RunDirectory
 from fedpref.federation.aggregation import Product
@@ -369,6 +370,34 @@ def gold_of(rows: Sequence[dict[str, str]], path: Path) -> str:
 
 
 GOLDEN = ("prompt", "chosen", "rejected")
+
+
+def test_what_decides_a_run_with_gold_is_what_the_pairs_say_and_not_where_they_lie(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
+    rows = make_rows([24], seed=5)
+    (tmp_path / "elsewhere").mkdir()
+    places = [tmp_path / "gold.jsonl", tmp_path / "elsewhere/gold.jsonl", tmp_path / "other.jsonl"]
+    said = []
+    for place, some in zip(places, (rows, rows, rows[:12]), strict=True):
+        federation = {"weighting": "equal", "combine": "trust", "gold": gold_of(some, place)}
+        said.append(decided(with_whole_paths(parsed(content, federation=federation))))
+    assert said[0] == said[1]
+    differs = {name for name in said[0] if said[0][name] != said[2][name]}
+    assert differs == {"settings/federation"}
+
+
+def test_what_decides_a_run_over_a_graph_is_who_are_neighbours_and_not_where_it_is_said(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
+    said = []
+    for name, edges in (("a", "x y\n"), ("b", "x y\n"), ("c", "x z\n")):
+        (tmp_path / name).write_text(edges)
+        topology = {"name": "file", "path": str(tmp_path / name)}
+        spec = parsed(content, algorithm={"name": "decdpo"}, network={"topology": topology})
+        said.append(decided(with_whole_paths(spec)))
+    assert said[0] == said[1]
+    assert {name for name in said[0] if said[0][name] != said[2][name]} == {"settings/network"}
 
 
 @pytest.mark.parametrize("rule", ["trust", "mean", pytest.param("norm-bound", marks=SLOW)])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -284,26 +286,34 @@ def _given(path: Path | None) -> Path:
 
 
 def _serve(sitting: Sitting, port: int, opens: bool) -> None:
-    """Show the page until Ctrl-C."""
-    import threading
-
+    """Show the page until Ctrl-C or SIGTERM."""
     from fedpref.collect.server import Page
 
-    page = Page(sitting, port or None)
-    if sitting.ahead is not None:
-        sitting.ahead.start()
+    # told, and not raised: what a raise breaks off while it is printed leaves the console mute, and
+    # what was chosen is said after this
+    ends: SimpleQueue[int] = SimpleQueue()
+    before = {
+        number: signal.signal(number, lambda number, frame: ends.put(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+        if signal.getsignal(number) is not signal.SIG_IGN  # as of a command in the background
+    }
     try:
-        console.print(f"page: {page.address}", highlight=False, soft_wrap=True)
-        console.print("Ctrl-C ends it.", highlight=False)
-        if opens:
-            typer.launch(str(page.shortcut()))
-        threading.Event().wait()
-    except (KeyboardInterrupt, SystemExit):
-        pass  # the file of preferences is written
-    finally:
-        page.end()
+        page = Page(sitting, port or None)
         if sitting.ahead is not None:
-            sitting.ahead.stop()
+            sitting.ahead.start()
+        try:
+            console.print(f"page: {page.address}", highlight=False, soft_wrap=True)
+            console.print("Ctrl-C ends it.", highlight=False)
+            if opens:
+                typer.launch(str(page.shortcut()))
+            ends.get()
+        finally:
+            page.end()
+            if sitting.ahead is not None:
+                sitting.ahead.stop()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _wait_for(sitting: Sitting) -> None:

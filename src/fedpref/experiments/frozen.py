@@ -69,9 +69,11 @@ def decided(experiment: Experiment) -> dict[str, str]:
             experiment,
             data=experiment.data.with_paths(lambda _: ""),
             task=experiment.task.with_models(lambda _: ""),
-            federation=replace(experiment.federation, gold=None),
         )
     )
+    said["federation"]["gold"] = None
+    if "path" in said["network"]["topology"]:
+        said["network"]["topology"]["path"] = ""
     for free in FREE:
         said["task"].pop(free, None)
         said["task"].get("model", {}).pop(free, None)
