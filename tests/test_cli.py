@@ -120,6 +120,14 @@ def test_check_shows_clients_and_writes_nothing(fedpref: Command, file: Path) ->
     assert not list(Path.cwd().iterdir())
 
 
+def test_a_name_that_nearly_is_one_is_told_which(fedpref: Command) -> None:
+    code, text = fedpref("list", "aglorithms")
+    assert code == 2
+    assert "'aglorithms' is neither a kind nor a name; did you mean 'algorithms'?" in text
+    code, text = fedpref("list", "qqqqqq")
+    assert "is neither a kind nor a name. Kinds are" in text
+
+
 def test_list_names_everything_that_a_config_can_name(fedpref: Command) -> None:
     code, text = fedpref("list")
     assert code == 0

@@ -641,7 +641,7 @@ def test_natural_clients_can_be_some_of_the_values() -> None:
         partition(rows, Natural(column="label", only=("l9",)), 0)
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "tsv"])
 def test_rows_are_chosen_by_values_however_their_file_writes_them(
     suffix: str, tmp_path: Path
 ) -> None:
@@ -651,9 +651,9 @@ def test_rows_are_chosen_by_values_however_their_file_writes_them(
     ]
     rows[0]["year"] = None
     file = tmp_path / f"rows.{suffix}"
-    if suffix == "csv":
-        lines = [",".join(map(str, row.values())).replace("None", "") for row in rows]
-        file.write_text("\n".join([",".join(rows[0]), *lines]) + "\n")
+    if between := {"csv": ",", "tsv": "\t"}.get(suffix):
+        lines = [between.join(map(str, row.values())).replace("None", "") for row in rows]
+        file.write_text("\n".join([between.join(rows[0]), *lines]) + "\n")
     else:
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert len(list(Files(path=str(file), only={"ok": (True,)}).read())) == 3
@@ -661,6 +661,22 @@ def test_rows_are_chosen_by_values_however_their_file_writes_them(
     assert len(list(Files(path=str(file), only={"year": ("2020",), "ok": ("False",)}).read())) == 3
     with pytest.raises(UserError, match="is a file and has no splits"):
         list(Files(path=str(file), test_split="test").read())
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "tsv"])
+def test_a_folders_text_files_are_read_as_they_stand(suffix: str, tmp_path: Path) -> None:
+    clients = ["NA", "007", "2020-01-01"]
+    rows = [
+        {"prompt": f"{name} {number}", "chosen": "a", "rejected": "b", "client": name}
+        for name in clients
+        for number in range(10)
+    ]
+    between = {"csv": ",", "tsv": "\t"}.get(suffix)
+    lines = [json.dumps(row) if between is None else between.join(row.values()) for row in rows]
+    header = [between.join(rows[0])] if between else []
+    (tmp_path / f"train.{suffix}").write_text("\n".join([*header, *lines]) + "\n")
+    found = read(Files(path=str(tmp_path)), Natural(), 0).clients
+    assert sorted(client.name for client in found) == sorted(clients)
 
 
 @pytest.mark.parametrize(

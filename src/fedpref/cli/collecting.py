@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from fedpref.collect.sitting import Sitting
 
 Prompts = typer.Option(
-    help="Prompts: JSON Lines, CSV or Parquet with a column `prompt`, or a .txt file with one in "
-    "each line."
+    help="Prompts: JSON Lines, CSV, TSV or Parquet with a column `prompt`, or a .txt file with one "
+    "in each line."
 )
 Length = Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")]
 Temperature = Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import Annotated
 
@@ -46,8 +47,12 @@ def list_(
     if not chosen and (own := own_kind(what)):
         chosen = {own}
     if not chosen:
+        names = {name for group in groups.values() for kind in group for name in kind.names}
+        near = difflib.get_close_matches(what, sorted({"configs", *groups, *names}), 1)
         raise UserError(
-            f"{what!r} is neither a kind nor a name. Kinds are configs, {', '.join(groups)}; "
+            f"{what!r} is neither a kind nor a name"
+            + (f"; did you mean {near[0]!r}? " if near else ". ")
+            + f"Kinds are configs, {', '.join(groups)}; "
             "`fedpref list` shows all names."
         )
     for kind in sorted(chosen, key=lambda kind: kind.title):

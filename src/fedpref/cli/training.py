@@ -80,7 +80,9 @@ def init(
     folder: Annotated[Path, typer.Argument(help="Where the config goes.")] = Path(),
     data: Annotated[
         str | None,
-        typer.Option(help="Your rows: a JSONL, CSV or Parquet file, a dataset folder or a Hub id."),
+        typer.Option(
+            help="Your rows: a JSONL, CSV, TSV or Parquet file, a dataset folder or a Hub id."
+        ),
     ] = None,
     prompt: Annotated[str | None, typer.Option(help="The column of prompts.")] = None,
     chosen: Annotated[str | None, typer.Option(help="The column of better answers.")] = None,
@@ -109,9 +111,11 @@ def init(
         raise UserError(f"{file} is there already, and is left as it is. Give another folder.")
     asks = sys.stdin.isatty()
     if data is None and asks:
-        data = typer.prompt("Your rows (a JSONL, CSV or Parquet file, a folder or a Hub id)")
+        data = typer.prompt("Your rows (a JSONL, CSV, TSV or Parquet file, a folder or a Hub id)")
     if data is None:
-        raise UserError("--data is missing: a JSONL, CSV or Parquet file, a folder or a Hub id.")
+        raise UserError(
+            "--data is missing: a JSONL, CSV, TSV or Parquet file, a folder or a Hub id."
+        )
     if asks and client is None:
         known = ", ".join(columns_of(data))
         client = typer.prompt(f"Which column says whose a row is ({known})", default="none")
@@ -490,7 +494,8 @@ def personalize(
     data: Annotated[
         str,
         typer.Option(
-            help="The newcomers' pairs: a JSONL, CSV or Parquet file, a dataset folder or a Hub id."
+            help="The newcomers' pairs: a JSONL, CSV, TSV or Parquet file, a dataset folder or a "
+            "Hub id."
         ),
     ],
     column: Annotated[

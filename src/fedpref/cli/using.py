@@ -77,7 +77,10 @@ def generate(
 def evaluate(
     path: Annotated[Path, typer.Argument(help="The directory of a finished run.", metavar="RUN")],
     data: Annotated[
-        str, typer.Option(help="Pairs: a JSONL, CSV or Parquet file, a dataset folder or a Hub id.")
+        str,
+        typer.Option(
+            help="Pairs: a JSONL, CSV, TSV or Parquet file, a dataset folder or a Hub id."
+        ),
     ],
     client: Annotated[
         str | None,

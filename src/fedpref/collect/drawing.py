@@ -74,8 +74,8 @@ def prompts_of(path: Path) -> list[Text]:
     """Return the prompts of a file, each once, in an order that hangs on the prompts alone.
 
     Args:
-        path: JSON Lines, CSV or Parquet with a column `prompt`; or a text file of a prompt in each
-            line.
+        path: JSON Lines, CSV, TSV or Parquet with a column `prompt`; or a text file of a prompt in
+            each line.
 
     Raises:
         UserError: There are none, or one cannot be used.

@@ -44,7 +44,7 @@ WHOLE = re.compile(r"^([+-]?\d+)\.0*$")  # a whole number that is written with a
 class Files(PathSource):
     """Your own rows, in TRL's formats: pairs, judgements of single answers, or prompts alone.
 
-    They are a JSONL, CSV or Parquet file, a dataset folder, or a Hub id.
+    They are a JSONL, CSV, TSV or Parquet file, a dataset folder, or a Hub id.
     """
 
     name: Literal["files"] = "files"

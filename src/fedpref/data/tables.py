@@ -1,4 +1,4 @@
-"""Rows out of files and of the Hub: JSON Lines, JSON, CSV, Parquet, folders, Hub datasets."""
+"""Rows out of files and of the Hub: JSON Lines, JSON, CSV, TSV, Parquet, folders, Hub datasets."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from fedpref.data.hub import look_for_hub
 from fedpref.errors import UserError
 
 Record = tuple[str, Mapping[str, Any]]  # "file, row 3" and the row
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -44,7 +45,7 @@ def read_table(path: str, *, split: str = "train", **hub: Any) -> Iterator[Recor
 
 def _is_file_name(path: str) -> bool:
     """Return whether nobody calls a dataset so, but a file."""
-    return path.lower().endswith((*SUFFIXES, ".gz", ".tsv", ".txt", ".xlsx", ".zip"))
+    return path.lower().endswith((*SUFFIXES, ".gz", ".txt", ".xlsx", ".zip"))
 
 
 def local_table(folder: str, stem: str) -> Path | None:
@@ -81,7 +82,7 @@ def read_file(path: Path) -> Iterator[Record]:
     opened: Any = gzip.open if path.suffix == ".gz" else open
     try:
         with opened(
-            path, "rt", encoding="utf-8-sig", newline="" if kind == ".csv" else "\n"
+            path, "rt", encoding="utf-8-sig", newline="" if kind in SEPARATORS else "\n"
         ) as file:
             yield from _read_text(path, kind, file)
     except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -92,8 +93,8 @@ def read_file(path: Path) -> Iterator[Record]:
 
 
 def _read_text(path: Path, kind: str, file: TextIO) -> Iterator[Record]:
-    if kind == ".csv":
-        yield from _read_csv(path, file)
+    if kind in SEPARATORS:
+        yield from _read_csv(path, kind, file)
     elif kind == ".json":
         text = file.read()
         if (begins := text.lstrip()[:1]) not in ("[", ""):
@@ -120,11 +121,11 @@ def _read_text(path: Path, kind: str, file: TextIO) -> Iterator[Record]:
                 yield f"{path}, line {number}", record
 
 
-def _read_csv(path: Path, file: TextIO) -> Iterator[Record]:
+def _read_csv(path: Path, kind: str, file: TextIO) -> Iterator[Record]:
     csv.field_size_limit(1 << 30)  # the default is less than a long conversation
     try:
         # a quote that nothing closes would make one cell of all rows to come
-        reader = csv.DictReader(file, strict=True)
+        reader = csv.DictReader(file, delimiter=SEPARATORS[kind], strict=True)
         # `prompt, chosen` means the column chosen
         header = [name.strip() for name in reader.fieldnames or ()]
         if twice := sorted({name for name in header if header.count(name) > 1}):
@@ -134,13 +135,13 @@ def _read_csv(path: Path, file: TextIO) -> Iterator[Record]:
             if None in record or None in record.values():
                 raise UserError(
                     f"{path}, row {number}: more or fewer cells than the header has columns. "
-                    "Quote cells that hold commas."
+                    f"Quote cells that hold {'commas' if kind == '.csv' else 'tabs'}."
                 )
             yield f"{path}, row {number}", record
     except csv.Error as error:
         raise UserError(
-            f"{path}: not valid CSV: {error}. A cell that is quoted ends with a quote, and a quote "
-            "within it is written twice."
+            f"{path}: not valid {kind[1:].upper()}: {error}. A cell that is quoted ends with a "
+            "quote, and a quote within it is written twice."
         ) from error
 
 
@@ -181,7 +182,7 @@ def _text_files(path: str, split: str, given: Mapping[str, Any]) -> list[Path]:
     found = datasets.load_dataset_builder(path, **given).config.data_files or {}
     files = [Path(file) for file in found.get(split, ())]
     kinds = {"".join(file.suffixes[-2:]).removesuffix(".gz") for file in files}
-    are_text = all(kind.endswith((".csv", ".jsonl")) for kind in kinds)
+    are_text = all(kind.endswith((*SEPARATORS, ".jsonl")) for kind in kinds)
     return files if are_text and all(file.is_file() for file in files) else []
 
 

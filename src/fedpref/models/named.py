@@ -22,9 +22,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from fedpref.data.hub import look_for_hub
 from fedpref.data.whole_models import refuse_partial
 from fedpref.errors import UserError
+from fedpref.numerics.files import unwritten
 
 BUILTIN = "builtin"
 SAYS = "fedpref.json"  # in a model's folder: where it came from, and digests
@@ -257,7 +260,10 @@ def convert(file: Path, folder: Path, dtype: str = "bfloat16") -> None:
     refuse_partial(model, said, str(file))
     model.config.quantization_config = None
     del model.config.quantization_config
-    model.save_pretrained(str(folder))
+    try:
+        model.save_pretrained(str(folder))
+    except SafetensorError as error:  # as of a full disk
+        raise unwritten(folder / "model.safetensors", error) from error
     tokenizer.save_pretrained(str(folder))
 
 

@@ -35,6 +35,7 @@ from fedpref.models.gguf_files import (
 from fedpref.models.named import BUILTIN, MODELS, convert
 from fedpref.models.own_parts import DOWN, FILE, REWARDS, VOCABULARY_HEAD, head_weight
 from fedpref.numerics import trees
+from fedpref.numerics.files import unwritten
 from fedpref.numerics.metrics import COMBINED, HEADLINES, headline
 from fedpref.runs.comparing import Comparison
 
@@ -266,7 +267,10 @@ def _merged(folder: Path, output: Path, *, half: bool, code: Mapping[str, bool])
         if layer.bias is not None:
             untied.bias.data.copy_(layer.bias)
         model.set_output_embeddings(untied)
-    model.to(torch.float16 if half else torch.float32).save_pretrained(str(output))
+    try:
+        model.to(torch.float16 if half else torch.float32).save_pretrained(str(output))
+    except SafetensorError as error:  # as of a full disk
+        raise unwritten(output / "model.safetensors", error) from error
     transformers.AutoTokenizer.from_pretrained(str(folder), **code).save_pretrained(str(output))
     if heads := trees.select(own, REWARDS):
         trees.save(heads, output / "reward_head.safetensors")
