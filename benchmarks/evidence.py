@@ -109,11 +109,12 @@ def style(paths: Sequence[Path]) -> list[tuple[str, float]]:
     for path in paths:
         run = FinishedRun.at(path)
         last = run.last_of(run.experiment.algorithm.name)["clients"]
+        if not all("generation/taste" in row for row in last.values()):
+            raise SystemExit(f"{path}: no answers judged by task.generation.rewards.taste")
         gains.append(
             [
-                row["generation/taste"] - row["generation/taste_before"]
-                for row in last.values()
-                if "generation/taste" in row
+                last[name]["generation/taste"] - last[name]["generation/taste_before"]
+                for name in sorted(last)
             ]
         )
     ends = interval(np.array(gains))

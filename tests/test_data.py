@@ -593,9 +593,9 @@ def test_movie_review_clients_disagree_about_the_same_endings(layout: str, tmp_p
             f"{i} opening words of a long film",
             ("a joy to see", "a waste of time")[i % 2],
             i % 2 == 0,
-            i // 4,
+            i // 8,
         )
-        for i in range(32)
+        for i in range(64)
     ]
     if layout == "tables":
         rows = [
@@ -617,6 +617,7 @@ def test_movie_review_clients_disagree_about_the_same_endings(layout: str, tmp_p
         ).read()
     )
     assert len(rows) == 32
+    assert len({row.prompt for row in rows}) == 32, "each review opens one pair, or ends one"
     for row in rows:
         wanted = " a joy to see" if row.columns["client"] == "01-positive" else " a waste of time"
         assert row.chosen == wanted
@@ -628,6 +629,21 @@ def test_movie_review_clients_disagree_about_the_same_endings(layout: str, tmp_p
         for row in rows
     ]
     assert sum(owned) == len(rows) / 2  # belonging together decides nothing
+
+
+def test_no_review_is_in_two_pairs(tmp_path: Path) -> None:
+    reviews = [
+        {"text": f"{i} opens and {i} ends", "label": ("pos", "neg")[i % 2], "fold": 0}
+        for i in range(40)
+    ]
+    write_rows(tmp_path / "movie_reviews_polarity.jsonl", reviews)
+    source = MovieReviews(path=str(tmp_path), opening_words=1, ending_words=2)
+    used = []
+    for row in source.read():
+        used += [str(row.prompt).split()[0], *(str(text).split()[0] for text in row.said)]
+    # of each pair the opening and an ending are one review's, and the other ending another's
+    assert sorted(used) == sorted([*map(str, range(40)), *used[::3]])
+    assert len(set(used[::3])) == 20
 
 
 def test_natural_clients_can_be_some_of_the_values() -> None:

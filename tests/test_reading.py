@@ -845,3 +845,29 @@ def test_a_run_of_an_older_version_is_read_though_it_could_not_begin_now(
     assert FinishedRun.at(place).experiment.federation.sampling == "examples"
     with pytest.raises(UserError, match="count a client's examples twice"):
         run(Experiment.load(place / "config.yaml"), tmp_path / "other")
+
+
+def test_answers_that_are_trained_on_and_held_out_are_said(tmp_path: Path) -> None:
+    def rows(chosen: str, rejected: str) -> list[dict[str, Any]]:
+        return [
+            {
+                "prompt": f"Question {i}?",
+                "chosen": chosen.format(i),
+                "rejected": rejected.format(i + 1),
+                "client": f"{i % 2}",
+            }
+            for i in range(60)
+        ]
+
+    long = "What is said of number {} in some forty characters or more."
+    for name, content, is_said in (
+        ("ring", rows(long, long), True),  # each answer loses where it does not win
+        ("own", rows(long, "No: " + long), False),
+        ("short", rows("Yes {}.", "Yes {}."), False),
+    ):
+        path = write_rows(tmp_path / f"{name}.jsonl", content)
+        notes = read(Files(path=str(path)), Natural(), 0).notes
+        assert bool(notes) == is_said
+        assert all("have an answer that training rows have too" in note for note in notes)
+        # a site's own split is its own
+        assert not read(Files(path=str(path)), Natural(), 0, apart=True).notes

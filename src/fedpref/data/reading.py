@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from fedpref.data.parsing import forget_columns
 from fedpref.data.partitions import Dirichlet, Natural, Partition, partition
 from fedpref.data.placed import Labels, Placed, label, nobodys
-from fedpref.data.preferences import SIDES, ClientData, Row
+from fedpref.data.preferences import SIDES, ClientData, Preference, Row
 from fedpref.data.row_store import RowStore
 from fedpref.data.source import DataSource
 from fedpref.data.splits import NONE, Outline, identity, place
@@ -29,6 +29,8 @@ NAMES: dict[Purpose, str] = {"test": "held-out", "validation": "validation"}
 UNREAD = frozenset({"system", "system_prompt", "history", "images", "functions", "input"})
 TRAIN, TEST, VALIDATION = map(SIDES.index, ("train", "test", "validation"))
 LAST_TURNS = 2  # prompts to one question, above which they are perhaps told by too little
+LONG = 40  # characters of an answer that nobody gives to two prompts by chance
+SHARED = 0.1  # held-out rows with an answer that is trained on, above which it is said
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,7 @@ class _Kept:
         nobodys: Rows whose column names nobody.
         unread: Columns that nothing reads, and that elsewhere are what a model is asked.
         prompts: Hashes of all that prompts say, where their questions put them on a side.
+        answers: Hashes of both answers of each row that is kept; 0 for a short one and for none.
     """
 
     store: RowStore
@@ -166,6 +169,7 @@ class _Kept:
     nobodys: list[Unusable] = field(default_factory=list)
     unread: set[str] = field(default_factory=set)
     prompts: array[int] = field(default_factory=lambda: array("q"))
+    answers: array[int] = field(default_factory=lambda: array("q"))
 
     def keep(self, source: DataSource) -> Iterator[Row]:
         """Read a source, and yield the rows that are kept."""
@@ -179,10 +183,12 @@ class _Kept:
                 self.nobodys.append(noted)
                 continue
             columns = noted.columns
-            if said := UNREAD & columns.keys():
-                self.unread.update(column for column in said if columns[column])
+            if unread := UNREAD & columns.keys():
+                self.unread.update(column for column in unread if columns[column])
             if source.split_by == "question" and noted.side is None:
                 self.prompts.append(hash(identity(noted.prompt, "prompt")))
+            said = noted.said[:2] if isinstance(noted, Preference) else ()
+            self.answers.extend(hash(text) if len(text) >= LONG else 0 for text in said or ("", ""))
             self.store.append(noted)
             yield noted
 
@@ -254,7 +260,7 @@ def _read(
         int(is_moved.sum()),
         tuple(unusable),
         source.unusable,
-        (*_notes(kept, outline), *also.notes),
+        (*_notes(kept, outline), *(() if apart else _shared(kept, sides)), *also.notes),
     )
 
 
@@ -395,3 +401,18 @@ def _notes(kept: _Kept, outline: Outline) -> tuple[str, ...]:
                 "out. data.split_by=prompt tells them apart by all of their turns."
             )
     return tuple(notes)
+
+
+def _shared(kept: _Kept, sides: NDArray[np.int8]) -> tuple[str, ...]:
+    """Return what should be known of answers that stand on both sides of the split."""
+    answers = np.array(kept.answers).reshape(-1, 2)
+    is_held_out = (sides == TEST) | (sides == VALIDATION)
+    is_known = np.isin(answers, answers[sides == TRAIN]) & (answers != 0)
+    count = int((is_held_out & is_known.any(1)).sum())
+    if count <= SHARED * is_held_out.sum():
+        return ()
+    return (
+        f"{count} of {is_held_out.sum()} held-out rows have an answer that training rows have too, "
+        "to another prompt: a model that knows it by heart is tested on what it was trained on, or "
+        "on the opposite. Where rows say their side (train, test), an answer can be kept on one.",
+    )

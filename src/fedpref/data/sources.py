@@ -460,11 +460,13 @@ class Persona(PathSource):
 class MovieReviews(PathSource):
     """Film reviews of known sentiment, as pairs: after an opening, a positive or a negative ending.
 
-    One ending is the review's own, the other is that of a review of the opposite sentiment, dealt
-    out in a fixed order; as many openings are of positive as of negative reviews, so that belonging
-    together decides nothing on average. `likes` gives one client for each entry and the sentiment
-    it prefers; reviews are dealt out to clients in turn. Columns: `client`, `sentiment` of the
-    opening. The folder's reviews are those of Pang and Lee 2004, folds 6 and 7 held out.
+    One ending is the review's own, the other is that of a review of the opposite sentiment. Of each
+    review there is one pair alone: an ending that stood in another's too, with a prompt of its own,
+    would be learned by heart with one and asked for with the other. As many openings are of
+    positive as of negative reviews, so that belonging together decides nothing on average. `likes`
+    gives one client for each entry and the sentiment it prefers; pairs are dealt out to clients in
+    turn. Columns: `client`, `sentiment` of the opening. The folder's reviews are those of Pang and
+    Lee 2004, folds 6 and 7 held out.
     """
 
     name: Literal["movie-reviews"] = "movie-reviews"
@@ -477,8 +479,8 @@ class MovieReviews(PathSource):
         "positive",
     )
     """The sentiment that each client prefers; one client for each entry."""
-    max_reviews: Annotated[int, Field(ge=2)] = 1200
-    """Reviews of each side of the split."""
+    max_reviews: Annotated[int, Field(ge=4)] = 2400
+    """Reviews of each side of the split; half as many pairs."""
     opening_words: Count = 16
     """Words of a review that are the prompt."""
     ending_words: Count = 48
@@ -493,12 +495,9 @@ class MovieReviews(PathSource):
             ]
             good = [review for review in reviews if review[2]][: self.max_reviews // 2]
             bad = [review for review in reviews if not review[2]][: self.max_reviews // 2]
-            count = min(len(good), len(bad))
-            for number in range(count):
-                for owner, other in (
-                    (good[number], bad[number - 1]),
-                    (bad[number], good[number - 1]),
-                ):
+            for number in range(min(len(good), len(bad)) // 2):
+                first, second = 2 * number, 2 * number + 1
+                for owner, other in ((good[first], bad[second]), (bad[first], good[second])):
                     yield self._pair(owner, other, client=number % len(self.likes), side=side)
 
     def _pair(
