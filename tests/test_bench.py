@@ -150,6 +150,17 @@ def test_a_seed_counts_when_all_of_its_methods_are_done(done: Study, tmp_path: P
 
 
 @pytest.mark.long
+def test_what_is_sent_in_is_of_the_study_that_is_asked_for(done: Study) -> None:
+    other = replace(done, overrides=("rounds=2",))
+    with pytest.raises(UserError, match="there is a run of other settings here"):
+        submission(other)
+    more = replace(done.suite, methods=("feddpo", "ditto"))
+    with pytest.raises(UserError, match="no seed has all of its methods yet"):
+        submission(replace(done, suite=more))
+    assert submission(done)["sets"]["rows"]["methods"].keys() == {"feddpo", "alone"}
+
+
+@pytest.mark.long
 def test_tables_and_the_file_to_send_in_say_what_comparing_says(done: Study) -> None:
     written = write_tables(done)
     assert all(path.is_file() for path in written)

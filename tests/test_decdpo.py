@@ -125,10 +125,12 @@ def test_messages_come_back_in_their_shapes_and_quantised_ones_are_right_on_aver
     kept = stage.decode(stage.encode(tree, sender), 1)
     torch.testing.assert_close(kept["b"], torch.tensor([0.0, 0.0, 5.0, -1.0, 0.0]))
     assert int((kept["a"] != 0).sum()) == 9
-    zero = {"a": torch.zeros(4)}
-    for compression in (Quantize(), Bfloat16()):
+    zero = {"a": torch.zeros(4), "share": torch.tensor(1.0), "nothing": torch.zeros(0, 3)}
+    for compression in (Quantize(), Bfloat16(), TopK(), LowRank()):
         stage = compression.stage()
-        assert torch.equal(stage.decode(stage.encode(zero, sender), 1)["a"], zero["a"])
+        back = stage.decode(stage.encode(zero, sender), 1)
+        assert back.keys() == zero.keys()
+        assert all(torch.equal(back[name], zero[name]) for name in zero)
 
 
 def test_what_lies_between_two_bfloat16_becomes_either_and_the_mean_is_right() -> None:

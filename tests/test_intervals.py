@@ -21,6 +21,15 @@ def test_the_incomplete_beta_function_is_scipys(a: float, b: float) -> None:
         )
 
 
+@pytest.mark.parametrize("a", [3e3, 4e4, 5e5])
+def test_the_incomplete_beta_function_is_scipys_of_many_clients_too(a: float) -> None:
+    for b in (1.0, 7.5, a / 3, 2 * a):
+        middle, width = a / (a + b), math.sqrt(a * b / (a + b + 1)) / (a + b)
+        for x in (middle - 2 * width, middle, middle + 0.5 * width):
+            expected = float(special.betainc(a, b, x))
+            assert incomplete_beta(a, b, x) == pytest.approx(expected, abs=1e-8)
+
+
 @pytest.mark.parametrize("free", [1.0, 1.7, 2.0, 5.5, 30.0, 400.0])
 @pytest.mark.parametrize("coverage", [0.5, 0.95, 0.999])
 def test_the_quantile_is_students(free: float, coverage: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -455,6 +456,11 @@ def test_any_classification_model_is_a_reward(tmp_path: Path, tiny: Path) -> Non
         expected = float(logits[0]) if labels == 1 else float(logits[1] - logits[0])
         assert found[1] == pytest.approx(expected, abs=1e-3)
         assert len(found) == 3
+    several = tmp_path / "2/config.json"
+    config = json.loads(several.read_text())
+    several.write_text(json.dumps({**config, "problem_type": "multi_label_classification"}))
+    apart = settings.build()(["What is it?"], [" stone and lamp"])
+    assert apart == pytest.approx([float(logits[1])], abs=1e-3), "labels that are for themselves"
     with pytest.raises(UserError, match="is none of the model's"):
         replace(settings, label=5).build()
     with pytest.raises(UserError, match="could not be loaded as a sequence-classification model"):

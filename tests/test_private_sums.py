@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -388,6 +389,53 @@ def test_a_private_run_ends_within_its_budget_and_forgets_its_secret(
 
 
 SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("lost", "message"),
+    [
+        (".secret", r"\.secret: the run's secret is gone"),
+        ("ledger.jsonl", "its ledgers say less than what has been done has cost"),
+        ("../metrics.jsonl", r"metrics\.jsonl: the row of round 2 is gone"),
+    ],
+)
+def test_a_private_run_that_has_lost_what_it_counts_by_does_not_go_on(
+    lost: str, message: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    spec = private_spec(settings, tmp_path, rounds=4, checkpoint_every=2)
+    leave(spec, tmp_path / "run", 4)
+    file = tmp_path / "run/privacy" / lost
+    kept = file.read_bytes()
+    for _ in range(2):  # nor the second time, when it has looked at all that there is
+        file.unlink()
+        with pytest.raises(UserError, match=message):
+            resume(tmp_path / "run")
+        file.write_bytes(kept)
+    file.chmod(0o600)
+    # what the last checkpoint does not know of was spent all the same
+    if lost == "ledger.jsonl":
+        file.write_bytes(kept[: kept.index(b"\n") + 1])
+        with pytest.raises(UserError, match=message):
+            resume(tmp_path / "run")
+
+
+def test_a_secret_is_written_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(UserError, match=r"secret cannot be written.*No space left"):
+            Secret.of(tmp_path / "run")
+    assert not list((tmp_path / "run").iterdir())
+    assert Secret.of(tmp_path / "run").words(1, "noise").size == 1
+    (tmp_path / "over").mkdir()
+    (tmp_path / "over/ledger.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match="the run's secret is gone"):
+        Secret.of(tmp_path / "over")
+    Secret.of(tmp_path / "over", is_over=True)
 
 
 @pytest.mark.parametrize("after", [pytest.param(2, marks=SLOW), 4, pytest.param(6, marks=SLOW)])

@@ -356,6 +356,19 @@ def test_trust_is_in_those_who_agree_with_gold_and_nobody_is_longer() -> None:
     assert not nobody["a"].any(), "where nobody agrees nothing is changed"
 
 
+@pytest.mark.parametrize("rule", [NormBound(), GeometricMedian()])
+def test_figures_beside_what_a_rule_shortens_are_of_whole_clients(rule: Any) -> None:
+    some: dict[int, Tree] = {
+        i: {"a": torch.tensor([length, 0.0]), BESIDE + "x": torch.full((2,), 7.0)}
+        for i, length in enumerate((0.1, 1.0, 100.0))
+    }
+    means = RobustMeans(rule)
+    found = means.mean(some, dict.fromkeys(some, 1 / 3))
+    assert found[BESIDE + "x"].tolist() == pytest.approx([7, 7])
+    kept = means.figures["combine/kept"]
+    assert kept < 0.9 if isinstance(rule, NormBound) else kept == pytest.approx(1)
+
+
 def test_a_mean_that_is_looked_at_is_the_mean() -> None:
     some = values()
     means = RobustMeans(Mean())

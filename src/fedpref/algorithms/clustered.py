@@ -104,6 +104,7 @@ class Clustered(Algorithm[State]):
     """How a client trains within a round."""
 
     works = (train, choose, find, own_copy, no_moments)
+    sums_apart = True
 
     def init(self, fed: Federation, start: Tree) -> State:
         copies = {

@@ -21,7 +21,7 @@ from fedpref.numerics.metrics import HEADLINES
 from fedpref.reports.comparison import caption, compare, csv_text, latex, markdown
 from fedpref.reports.page import write_report
 from fedpref.reports.tables import bytes_text
-from fedpref.runs.sweep import SWEEP, members
+from fedpref.runs.sweep import members
 
 FORMAT = 3
 Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -78,13 +78,13 @@ def submission(study: Study) -> Submission:
     """Return a study's figures, of the seeds of which all methods are done.
 
     Raises:
-        UserError: There are none yet.
+        UserError: There are none yet, or runs of another study are in their place.
     """
     about = json.loads(described())
     sets: dict[str, SetFigures] = {}
     for data in study.suite.sets:
         folder = study.output / data.name
-        if not (folder / SWEEP).is_file():
+        if not study.keep(data):
             continue
         rates, costs = study.chosen_rates(data), study.costs(data)
         seeds = [FinishedRun.at(path).experiment.seed for path in members(folder)]

@@ -135,7 +135,7 @@ class Study:
                     path, experiment = self.run(data, method, seed)
                     new += self._do({path: experiment}, data)
                     made, total = made + new, total - (len(trials) + 1 - new)
-                    self._keep(data)
+                    self.keep(data)
                     if new:
                         left = (time.monotonic() - begun) / made * (total - made)
                         rate = experiment.algorithm.local.learning_rate
@@ -213,8 +213,15 @@ class Study:
             total += expected(Experiment.load(Path(data.config), self._settings(data)), runs)
         return total
 
-    def _keep(self, data: DataSet) -> None:
-        """Write which of a set's runs are there, so that they are looked at as a sweep."""
+    def keep(self, data: DataSet) -> bool:
+        """Write which of a set's runs are there, so that they are looked at as a sweep.
+
+        Returns:
+            Whether there are any: all methods of one seed.
+
+        Raises:
+            UserError: A run of other settings is in the place of one of them.
+        """
         done: dict[Path, Experiment] = {}
         for seed in range(self.suite.seeds):
             runs = {
@@ -222,9 +229,13 @@ class Study:
             }
             # of a seed all methods or none: gains are of pairs
             if all(is_done(path) for path in runs.values()):
+                for method in self.methods:
+                    unfinished(self.trials(data, method, seed))
                 done |= {path: self.run(data, method, seed)[1] for method, path in runs.items()}
+        unfinished(done)
         if done:
             write_plan(done, self.output / data.name)
+        return bool(done)
 
     def chosen_rates(self, data: DataSet) -> dict[str, list[float]]:
         """Return the rates that were chosen for each method, by seed, of what is done."""

@@ -42,7 +42,7 @@ class TopK:
             message |= {
                 VALUES + name: tensor.flatten()[places],
                 PLACES + name: places.int(),
-                SHAPE + name: torch.tensor(tensor.shape),
+                SHAPE + name: _shape(tensor),
             }
         return message
 
@@ -104,7 +104,7 @@ class Quantize:
         message: dict[str, Tensor] = {}
         highest = 2 ** (self.bits - 1) - 1
         for name, tensor in sorted(tree.items()):
-            scale = tensor.abs().max()
+            scale = tensor.abs().max() if tensor.numel() else tensor.new_zeros(())
             unit = tensor / scale.clamp(min=torch.finfo(tensor.dtype).tiny) * highest
             levels = (unit + torch.rand(unit.shape, generator=sender.rng)).floor().clamp(
                 -highest, highest
@@ -113,7 +113,7 @@ class Quantize:
                 LEVELS + name: _packed(levels.flatten().byte(), self.bits),
                 SCALE + name: scale[None],
             }
-            message[SHAPE + name] = torch.tensor(tensor.shape)
+            message[SHAPE + name] = _shape(tensor)
         return message
 
     def _decode(self, message: Tree, count: int) -> Tree:
@@ -187,7 +187,7 @@ class LowRank:
         for name, tensor in tree.items():
             if trees.is_thin(tensor.shape, self.rank) and bool(tensor.isfinite().all()):
                 message[LEFT + name], message[RIGHT + name] = trees.factors(tensor, self.rank)
-                message[SHAPE + name] = torch.tensor(tensor.shape)
+                message[SHAPE + name] = _shape(tensor)
             else:
                 message[WHOLE + name] = tensor
         return message
@@ -228,6 +228,11 @@ def alike(message: Tree, other: Tree) -> bool:
         and (not name.startswith(SHAPE) or torch.equal(tensor, other[name]))
         for name, tensor in message.items()
     )
+
+
+def _shape(tensor: Tensor) -> Tensor:
+    """Return a tensor's shape as it goes into a message; of a single number too."""
+    return torch.tensor(tensor.shape, dtype=torch.int64)
 
 
 def _size(shape: Tensor) -> int:

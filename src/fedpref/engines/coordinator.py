@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import secrets
 import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -139,7 +140,8 @@ class RemoteEngine:
         self._freed: list[tuple[int, str]] = []
         # what clients were sent: names of tensors, with their type and last size
         self._sent: dict[str, tuple[str, tuple[int, ...]]] = {}
-        self._last = 0
+        # sites remember which value was in which sum: names of a run that goes on are new ones
+        self._last = secrets.randbits(40)
         self._largest = 0  # bytes of a client's message so far
         self._beginnings: set[str] = set()  # calls by which clients began
         self._lost = {NOWHERE}  # sites that did not answer

@@ -68,7 +68,17 @@ class RobustMeans:
                 raise ValueError("trust needs gold pairs")
             self._weights = dict(zip(values, found, strict=True))
             self._shares = dict(shares)
-        return trees.total(trees.scale(values[i], weight) for i, weight in self._weights.items())
+        whole = sum(self._weights.values())
+        return trees.total(
+            self._weighed(values[i], weight, weight / whole if whole else shares[i])
+            for i, weight in self._weights.items()
+        )
+
+    @staticmethod
+    def _weighed(value: Tree, weight: float, part: float) -> Tree:
+        """Return a value times its weight; figures beside it are a mean's, of whole clients."""
+        main, beside = trees.with_figures(value)
+        return {**trees.scale(main, weight), **trees.scale(beside, part)}
 
     def _agree(
         self, values: Mapping[int, Tree], shares: Mapping[int, float], learn: Learn

@@ -289,6 +289,7 @@ class Simulation:
             for i in self.active:
                 value = column.leaving(i, Audience.COORDINATOR)
                 try:
+                    fixed(value)  # before it is scaled too, as sites see to it
                     message = fixed(trees.scale(value, self._weights[i] / total))
                 except ValueError as error:
                     raise UserError(f"secrecy: client {i}: {error}.") from error

@@ -17,7 +17,7 @@ from fedpref.engines.private_figures import PrivateFigures
 from fedpref.engines.private_sums import PrivateSums
 from fedpref.engines.site_privacy import SitePrivacy
 from fedpref.errors import UserError
-from fedpref.experiments.run_files import EVALUATION, METRICS
+from fedpref.experiments.run_files import EVALUATION, METRICS, read_rows
 from fedpref.federation.aggregation import Factors, Product
 from fedpref.federation.algorithm import Algorithm
 from fedpref.numerics import seeds
@@ -69,6 +69,22 @@ def refuse_seen(spec: Experiment) -> None:
             spec.federation.clip is not None,
             "federation.clip: the coordinator cannot shorten what it does not see. Set privacy, "
             "whose clip is the client's",
+        ),
+        (
+            spec.algorithm.sums_apart,
+            f"algorithm: what clients of {spec.algorithm.name} send is summed group by group, and "
+            "a group of one client is its own sum. Take feddpo, or ditto and the like for models "
+            "of clients' own",
+        ),
+        (
+            spec.algorithm.waits_for_nobody and spec.federation.concurrency is not None,
+            "federation.concurrency: clients whose start is too old add zeros, and the coordinator "
+            "knows who they are, so that a sum may be one client's. Leave it out",
+        ),
+        (
+            spec.algorithm.weighs_clients,
+            "algorithm.weights: what is multiplied by a client's points is beyond what sums of "
+            "integers hold. Set it to federation",
         ),
         (bool(spec.diagnostics), "diagnostics: they tell the coordinator of each client"),
     )
@@ -201,6 +217,10 @@ def _of_units(spec: Experiment, promise: Privacy) -> Reasons:
             "chooses by raw rows",
         ),
         (
+            algorithm.weighs_clients,
+            "algorithm.weights: by points a mean tells how many a client has. Set it to federation",
+        ),
+        (
             task.needs_critics,
             "task.estimator: critics are trained on raw rewards and feed the policy. Take rloo or "
             "grpo",
@@ -313,7 +333,7 @@ def private_sums(
     if guarantee is None:
         return None
     room, chance = folder / FOLDER, spec.federation.chance(clients)
-    secret, evaluations = Secret.of(room), None
+    secret, evaluations = secret_of(folder), None
     if planned := evaluations_of(spec):
         noise, ledger = spec.of_clients.metrics_noise, Ledger.at(room, EVALUATIONS)
         evaluations = PrivateFigures(secret, ledger, noise, clients, planned.total())
@@ -430,7 +450,7 @@ def private_examples(
         return None
     room = folder / FOLDER
     return PrivateExamples(
-        Secret.of(room),
+        secret_of(folder),
         room,
         {i: shard.name for i, shard in shards.items()},
         guarantees_of(spec, task, sizes_of(spec, task, shards)),
@@ -484,23 +504,41 @@ def told_examples(spec: Experiment) -> ToldExamples | None:
     return ToldExamples(spec.of_units.epsilon) if spec.of_units else None
 
 
+def secret_of(folder: Path) -> Secret:
+    """Return a line's secret; a new one where nothing was drawn yet, or nothing is to be any more.
+
+    Raises:
+        UserError: It is gone, or is none.
+    """
+    looks = folder / EVALUATION
+    is_over = looks.exists() and any(row.get("final") for row in read_rows(looks))
+    return Secret.of(folder / FOLDER, is_over=is_over)
+
+
 def refuse_lost(promises: Iterable[Promise], folder: RunDirectory, rounds: int) -> None:
-    """Raise UserError where ledgers say less than the rounds that have been done have cost.
+    """Raise UserError where ledgers say less than what has been done has cost.
 
     Args:
         promises: Of a line.
-        folder: The line's directory.
-        rounds: How many have been done.
+        folder: The line's directory, with the rows of rounds that will be done again too.
+        rounds: How many rounds the last checkpoint has.
     """
-    if not rounds:
-        return
-    last, looks = folder.read_rows(METRICS)[-1], folder.read_rows(EVALUATION)
+    rows = folder.read_rows(METRICS)
+    told = [*rows, *folder.read_rows(EVALUATION)]
+    last = next((row for row in rows if row["round"] == rounds), None)
+    if rounds and last is None:
+        raise UserError(
+            f"{folder.path / METRICS}: the row of round {rounds} is gone, which says how the run "
+            "goes on and what it has spent. Put the file back; without it the run cannot go on."
+        )
     for promise in promises:
-        # what a round has cost stands beside its figures
-        promise.resume(last)
-        known = [row[promise.spends] for row in (last, *looks) if promise.spends in row]
-        if promise.epsilon < max(known, default=math.inf) * (1 - 1e-6):
+        # what rounds and evaluations have cost stands beside their figures
+        known = [row[promise.spends] for row in told if promise.spends in row]
+        promise.resume({promise.spends: max(known, default=0.0)})
+        if last is not None:
+            promise.resume(last)
+        if promise.epsilon < max(known, default=math.inf if rounds else 0.0) * (1 - 1e-6):
             raise UserError(
-                f"{folder.path / FOLDER}: its ledgers say less than the {rounds} rounds that have "
-                "been done; what has been spent is not known. The run cannot go on."
+                f"{folder.path / FOLDER}: its ledgers say less than what has been done has cost; "
+                "what has been spent is not known. The run cannot go on."
             )

@@ -176,6 +176,9 @@ def _line(
     start = task.init(seeds.generator(experiment.seed, "init"))
     fresh = algorithm.init(engine, start)
     state, first = folder.restore(fresh, engine)
+    promises = [one for one in (engine.private, engine.examples) if one is not None]
+    if promises:  # before rows go that say what later rounds have cost
+        refuse_lost(promises, folder, first)
     folder.cut_rows_after(first)
     names = list(sizes)
     newcomers = experiment.federation.joining(names, experiment.seed)
@@ -203,10 +206,9 @@ def _line(
     if experiment.keep == "best" and standing(rows, metric).best is not None:
         best = folder.restore_best(fresh, engine) if first else state
     last = first >= experiment.rounds or any(row.get("final") for row in rows)
+    if best is not None and any("kept" in row for row in rows if row.get("final")):
+        state = best  # what was measured, where a budget that was spent ended the run
     round = first
-    promises = [one for one in (engine.private, engine.examples) if one is not None]
-    if promises:
-        refuse_lost(promises, folder, first)
     if not last and (short := [one for one in promises if not one.affords(first)]):
         if not first:
             raise UserError(

@@ -52,6 +52,9 @@ class Algorithm(ABC, Generic[S]):
     """How many sums of clients' changes a round has, each of trees like `sent`, where these are all
     that clients send: a guarantee of privacy counts them. Zero is an algorithm of which that is not
     known."""
+    sums_apart: ClassVar[bool] = False
+    """Its sums have a part for each of several groups of clients, and tell how large these are: a
+    group of one client is not hidden in them."""
     sends_local_steps: ClassVar[bool] = False
     """All that clients send or tell comes of the steps of `train_locally` alone, so that private
     steps make it private."""

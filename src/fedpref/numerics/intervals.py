@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 COVERAGE = 0.95
 FEWEST = 3  # clients, or seeds: with two an interval is twelve standard errors to either side
 VISIBLE = 0.3  # chance of as much variance between seeds, or clients, where these do not matter
-TERMS = 40  # of a continued fraction, enough for a and b up to a thousand
+TERMS = 40  # of a continued fraction; more for a and b beyond some hundred
 Matrix = NDArray[np.float64]
 
 
@@ -139,7 +139,7 @@ def incomplete_beta(a: float, b: float, x: float) -> float:
     if x > (a + 1) / (a + b + 2):  # where the fraction converges slowly
         return 1 - incomplete_beta(b, a, 1 - x)
     fraction = 1.0
-    for m in range(TERMS, 0, -1):
+    for m in range(TERMS + int(2 * math.sqrt(max(a, b))), 0, -1):
         odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
         even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
         fraction = 1 + even / (1 + odd / fraction)

@@ -30,9 +30,10 @@ class MinNorm:
     For a preference p over objectives, `distance`: R = (b/2) |w - p|^2, which for b = 0 is MGDA and
     for b to infinity gives p. `share`: R = (b/2) sum_j w_j^2 / p_j, with the same limit; an
     objective of p_j = 0 gets nothing. `gradients`: R = (b/2) |w|^2 over gradients p_j g_j, whose
-    weights p_j w_j are brought to a sum of one. With equal preferences the first two differ from
-    (b/2) |w|^2 by a constant or a factor M of b. FIRM (arXiv 2511.16992) has a regulariser and
-    preferences; these forms of them are ours.
+    weights p_j w_j are brought to a sum of one: without R an objective counts for less the more it
+    is preferred, since the shorter gradient weighs more, and for more only from b of about 0.5.
+    With equal preferences the first two differ from (b/2) |w|^2 by a constant or a factor M of b.
+    FIRM (arXiv 2511.16992) has a regulariser and preferences; these forms of them are ours.
     """
 
     b: NonNegative = 0.1
@@ -51,12 +52,12 @@ class MinNorm:
             preference: Shares of the objectives, of sum one [M].
 
         Returns:
-            Weights of sum one [M]; the preference where all gradients are zero.
+            Weights of sum one [M]; the preference where all gradients are zero, or one is infinite
+            or not a number.
         """
         q, p = gram.double().cpu().numpy(), preference.double().cpu().numpy()
         length = float(np.diag(q).mean())
-        # also for a gradient that is not a number
-        if not length > 0:
+        if not (length > 0 and np.isfinite(q).all()):
             return preference
         unit = length if self.normalize else 1.0
         if self.preference == "gradients":
@@ -104,8 +105,13 @@ def projected_descent(gram: Gram, start: Weights, rate: float, iterations: int) 
         start: The first weights, of sum one [M].
         rate: The length of the steps.
         iterations: Their number.
+
+    Returns:
+        Weights of sum one [M]; the first ones where a gradient is infinite or not a number.
     """
     q, w = gram.double().cpu().numpy(), start.double().cpu().numpy()
+    if not np.isfinite(q).all():
+        return start
     for _ in range(iterations):
         w = onto_simplex(w - rate * (q @ w))
     return torch.from_numpy(w).to(start)

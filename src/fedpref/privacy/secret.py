@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedpref.errors import UserError
+from fedpref.numerics import files
 
 BYTES = 32
 FILE = ".secret"
@@ -33,25 +35,47 @@ class Secret:
         return "Secret(...)"
 
     @staticmethod
-    def of(folder: Path) -> Secret:
+    def of(folder: Path, *, is_over: bool = False) -> Secret:
         """Return a folder's secret, which only its owner may read; a new one where there is none.
 
+        Args:
+            folder: Where it lies, with the ledgers of what was drawn by it.
+            is_over: Nothing more is drawn by it, so that it may have been forgotten.
+
         Raises:
-            UserError: The file is no secret, or others may read it.
+            UserError: The file is no secret, others may read it, or it is gone.
         """
         file = folder / FILE
+        if not file.exists():
+            if not is_over and any(ledger.stat().st_size for ledger in folder.rglob("*.jsonl")):
+                raise UserError(
+                    f"{file}: the run's secret is gone, by which its noise and its cohorts were "
+                    "drawn: what has been spent is not known. Put the file back; without it the "
+                    "run cannot go on."
+                )
+            Secret._make(file)
+        return Secret._read(file)
+
+    @staticmethod
+    def _make(file: Path) -> None:
+        """Write a new secret, whole or not at all; another process's stays."""
+        beside = file.with_name(f"{FILE}.{os.getpid()}")
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        except FileExistsError:
-            return Secret._read(file)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            beside.unlink(missing_ok=True)
+            descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "wb") as opened:
+                opened.write(secrets.token_bytes(BYTES))
+                opened.flush()
+                os.fsync(opened.fileno())
+            with suppress(FileExistsError):
+                os.link(beside, file)
+            files.sync(file.parent)
         except OSError as error:
             raise UserError(f"{file}: the run's secret cannot be written: {error}") from error
-        with os.fdopen(descriptor, "wb") as opened:
-            opened.write(secrets.token_bytes(BYTES))
-            opened.flush()
-            os.fsync(opened.fileno())
-        return Secret._read(file)
+        finally:
+            with suppress(OSError):
+                beside.unlink(missing_ok=True)
 
     @staticmethod
     def forget(folder: Path) -> None:

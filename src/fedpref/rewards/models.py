@@ -93,9 +93,10 @@ class Toxicity(RewardSettings):
 class Classifier(RewardSettings):
     """A sequence-classification model of transformers, such as a reward model.
 
-    The reward is its only logit, or the log-odds of one of its labels. Prompt and answer are one
-    text, or two segments (`pairs`); conversations go through the model's chat template. What is too
-    long for the model loses its beginning.
+    The reward is its only logit, or the log-odds of one of its labels: among all of them, or of a
+    model whose labels do not exclude one another (`problem_type` in its config) by itself. Prompt
+    and answer are one text, or two segments (`pairs`); conversations go through the model's chat
+    template. What is too long for the model loses its beginning.
     """
 
     path: str
@@ -136,6 +137,7 @@ class Classifier(RewardSettings):
             ) from error
         model: Any = loaded.eval().requires_grad_(False).to(self.device)
         label = self._label(model.config)
+        are_apart = model.config.problem_type == "multi_label_classification"
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         model.config.pad_token_id = tokenizer.pad_token_id
@@ -173,11 +175,12 @@ class Classifier(RewardSettings):
             for first in range(0, len(prompts), self.batch_size):
                 part = slice(first, first + self.batch_size)
                 logits = model(**encoded(prompts[part], completions[part])).logits.float()
-                odds = (
-                    logits
-                    if label is None
-                    else torch.logit(logits.softmax(-1)[:, label].clamp(1e-6, 1 - 1e-6))
-                )
+                if label is None:
+                    odds = logits
+                elif are_apart:
+                    odds = logits[:, label]
+                else:
+                    odds = torch.logit(logits.softmax(-1)[:, label].clamp(1e-6, 1 - 1e-6))
                 scores += odds.flatten().tolist()
             return scores
 

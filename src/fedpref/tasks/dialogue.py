@@ -24,11 +24,11 @@ from fedpref.models.trunk import States
 from fedpref.numerics import seeds, trees
 from fedpref.numerics.metrics import REWARD
 from fedpref.numerics.trees import Tree
-from fedpref.privacy import Column, Unit
+from fedpref.privacy import Unit
 from fedpref.rewards import Reward
 from fedpref.rewards.reward import OpenGroups, called, no_groups, plain, refuse_history
 from fedpref.rewards.text import distinct
-from fedpref.tasks.batches import BatchSize, Examples, chance_of, numbered_by
+from fedpref.tasks.batches import BatchSize, Examples, chance_of
 from fedpref.tasks.language import LanguageLearner, LanguageTask, Tokens
 from fedpref.tasks.task import CRITIC, Apart, Outcome
 from fedpref.types import Count, WholeNumber
@@ -38,7 +38,8 @@ from fedpref.types import Count, WholeNumber
 class DialogueTask(LanguageTask):
     """Prompts, and rewards of the answers that the policy gives; each reward is an objective."""
 
-    units: ClassVar[frozenset[str]] = frozenset({"prompt", "column"})
+    # not by a column: a prompt that two have written is there once, under the first one's name
+    units: ClassVar[frozenset[str]] = frozenset({"prompt"})
 
     compares_by_shares: ClassVar[bool] = False
 
@@ -285,8 +286,6 @@ class DialogueLearner(LanguageLearner):
 
     def units(self, shard: DialogueShard, unit: Unit) -> list[int]:
         """Return which unit each training prompt belongs to; see `Task.units`."""
-        if isinstance(unit, Column):
-            return numbered_by(unit, [prompt.columns for prompt in shard.train], shard.name)
         return list(range(len(shard.train)))
 
     def private_batch(self, shard: DialogueShard, batch: int) -> tuple[float, list[float]]:
