@@ -130,6 +130,7 @@ class Study:
                         yield f"{hours:g} hours are over; the same command goes on."
                         return
                     trials = self.trials(data, method, seed)
+                    unfinished(trials)  # another study's are refused before anything is written
                     write_plan(trials, self._trials(data, method, seed), self.suite.metric)
                     new = self._do(trials, data, parallel)
                     path, experiment = self.run(data, method, seed)
