@@ -108,7 +108,7 @@ def test_who_comes_with_sides_has_something_to_choose_by_too(tmp_path: Path) -> 
         reading = read(source, Natural(), 0)
         assert all(one.train and one.validation for one in reading.clients)
         assert all(len(one.test) == 5 for one in reading.clients), "sides that are given stay"
-        assert reading.notes[0].count("have no validation rows by the rule") == 1
+        assert "".join(reading.notes).count("have no validation rows by the rule") == 1
 
 
 def test_nobody_is_left_without_training_rows_for_anothers_sake(tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ class RemoteEngine:
         # what clients were sent: names of tensors, with their type and last size
         self._sent: dict[str, tuple[str, tuple[int, ...]]] = {}
         # sites remember which value was in which sum: names of a run that goes on are new ones
-        self._last = secrets.randbits(40)
+        self._last = secrets.randbelow(900_000_000)
         self._largest = 0  # bytes of a client's message so far
         self._beginnings: set[str] = set()  # calls by which clients began
         self._lost = {NOWHERE}  # sites that did not answer
