@@ -725,7 +725,7 @@ def test_a_page_that_ends_while_it_prints_leaves_a_console_that_prints(
             return super().write(text)
 
     file = Ends()
-    monkeypatch.setattr(console, "file", file)
+    monkeypatch.setattr(console, "_file", file)  # not the property, whose value would stay
     before = signal.getsignal(signal.SIGTERM)
     where = sitting(tmp_path / "choices")
     with closing(where.store):

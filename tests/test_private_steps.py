@@ -362,7 +362,7 @@ def test_a_ledger_that_says_less_than_was_done_ends_the_run(
     leave(spec_of(settings, rows), tmp_path / "run", 3)
     for file in (tmp_path / "run/privacy" / LEDGERS).glob("*"):
         file.unlink()
-    with pytest.raises(UserError, match="its ledgers say less than the"):
+    with pytest.raises(UserError, match="its ledgers say less than what has been done"):
         resume(tmp_path / "run")
 
 
