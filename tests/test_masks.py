@@ -372,7 +372,7 @@ def test_masked_sums_and_those_of_one_process_agree_to_the_bit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if "privacy" in changes:
-        monkeypatch.setattr(Secret, "of", staticmethod(lambda folder: Secret(KEY)))
+        monkeypatch.setattr(Secret, "of", staticmethod(lambda folder, **_: Secret(KEY)))
     local = content["algorithm"]["local"]
     changes = deepcopy(changes)
     if "algorithm" in changes:

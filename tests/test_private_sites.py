@@ -103,7 +103,7 @@ def test_sites_and_one_process_agree_to_the_bit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # one secret for all, which nobody has in earnest
-    monkeypatch.setattr(Secret, "of", staticmethod(lambda folder: Secret(KEY)))
+    monkeypatch.setattr(Secret, "of", staticmethod(lambda folder, **_: Secret(KEY)))
     if "algorithm" in changes:
         changes = {**changes, "algorithm": {**changes["algorithm"]}}
         changes["algorithm"]["local"] = content["algorithm"]["local"]
