@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -152,3 +154,11 @@ def test_a_point_is_stationary_where_gradients_oppose_one_another() -> None:
     g = torch.tensor([[1.0, 0.0], [-3.0, 0.0]])
     assert stationarity(g @ g.T) == pytest.approx(0, abs=1e-9)
     assert stationarity(torch.eye(2)) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_gradients_that_are_no_numbers_leave_weights_as_they_are(bad: float) -> None:
+    even = torch.tensor([0.5, 0.5])
+    for gram in (torch.tensor([[bad, 1.0], [1.0, 1.0]]), torch.tensor([[1.0, bad], [bad, 1.0]])):
+        assert torch.equal(MinNorm()(gram, even), even)
+        assert torch.equal(projected_descent(gram, even, 0.1, 3), even)
