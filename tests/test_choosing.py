@@ -246,6 +246,22 @@ def test_a_run_whose_clients_run_out_ends_with_its_best_model(
     assert rows[-1]["kept"] == 2  # nobody looked after the third
 
 
+def test_the_model_that_was_measured_is_exported_after_a_kill(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    spec = spec_of(settings, keep="best", stop=None, baselines=[], evaluate_every=1, rounds=3)
+    run(spec, tmp_path / "run")
+    # as where a budget that is spent ends a run that goes on: no checkpoint is written of the end
+    (tmp_path / "run/done").unlink()
+    last = sorted((tmp_path / "run/checkpoints").glob("round-*"))[-1]
+    best = trees.load(last / "best_adapter.safetensors")
+    trees.save({name: tensor + 1 for name, tensor in best.items()}, last / "adapter.safetensors")
+    resume(tmp_path / "run")
+    exported = trees.load(tmp_path / "run/adapter/adapter_model.safetensors")
+    totals = [sum(float(t.sum()) for t in tree.values()) for tree in (exported, best)]
+    assert totals[0] == pytest.approx(totals[1], abs=1e-3)
+
+
 def test_a_line_that_has_stopped_does_not_go_on(settings: dict[str, Any], tmp_path: Path) -> None:
     spec = spec_of(settings, stop={"metric": METRIC, "patience": 1}, rounds=12)
     run(spec, tmp_path / "run")

@@ -42,6 +42,11 @@ def draw(client: Client, start: Tree) -> Tree:
     return {name: torch.randn(tensor.shape, generator=client.rng) for name, tensor in start.items()}
 
 
+@work("test_decdpo.far")
+def far(client: Client, start: Tree) -> Tree:
+    return {name: torch.full_like(tensor, 100.0) for name, tensor in start.items()}
+
+
 class Shard:
     def __len__(self) -> int:
         return 1
@@ -71,6 +76,19 @@ def stacked(fed: Any, values: Any) -> np.ndarray[Any, Any]:
     return np.stack(
         [torch.cat([t.flatten() for t in values[i].values()]).double().numpy() for i in fed.active]
     )
+
+
+def test_one_process_refuses_what_a_site_would_not_send_under_masks() -> None:
+    task: Any = Task()
+    shards: list[Any] = [Shard()] * 6
+    fed = Simulation(task, shards, seed=0, rounds=1, as_integers=True)
+    small = fed.each(draw, START)
+    mean, expected = fed.mean(small), stacked(fed, small).mean(0)
+    found = torch.cat([tensor.flatten() for tensor in mean.values()]).double().numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    large = fed.each(far, START)
+    with pytest.raises(UserError, match="holds a number beyond 64"):  # a sixth of it does not
+        fed.mean(large)
 
 
 def test_mixing_takes_the_matrix_and_counts_what_goes_over_each_link() -> None:

@@ -436,6 +436,18 @@ def test_a_secret_is_written_whole_or_not_at_all(
     with pytest.raises(UserError, match="the run's secret is gone"):
         Secret.of(tmp_path / "over")
     Secret.of(tmp_path / "over", is_over=True)
+    (tmp_path / "over/.secret.left").touch()
+    Secret.forget(tmp_path / "over")
+    assert [file.name for file in (tmp_path / "over").iterdir()] == ["ledger.jsonl"]
+
+    def no_links(*paths: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "link", no_links)
+        first = Secret.of(tmp_path / "elsewhere").words(1, "noise")
+    assert Secret.of(tmp_path / "elsewhere").words(1, "noise") == first
+    assert [file.name for file in (tmp_path / "elsewhere").iterdir()] == [".secret"]
 
 
 @pytest.mark.parametrize("after", [pytest.param(2, marks=SLOW), 4, pytest.param(6, marks=SLOW)])

@@ -84,6 +84,7 @@ def submission(study: Study) -> Submission:
     sets: dict[str, SetFigures] = {}
     for data in study.suite.sets:
         folder = study.output / data.name
+        study.refuse_others(data)
         if not study.keep(data):
             continue
         rates, costs = study.chosen_rates(data), study.costs(data)

@@ -219,9 +219,6 @@ class Study:
 
         Returns:
             Whether there are any: all methods of one seed.
-
-        Raises:
-            UserError: A run of other settings is in the place of one of them.
         """
         done: dict[Path, Experiment] = {}
         for seed in range(self.suite.seeds):
@@ -230,13 +227,18 @@ class Study:
             }
             # of a seed all methods or none: gains are of pairs
             if all(is_done(path) for path in runs.values()):
-                for method in self.methods:
-                    unfinished(self.trials(data, method, seed))
                 done |= {path: self.run(data, method, seed)[1] for method, path in runs.items()}
-        unfinished(done)
         if done:
             write_plan(done, self.output / data.name)
         return bool(done)
+
+    def refuse_others(self, data: DataSet) -> None:
+        """Raise UserError where a run or a trial of other settings is in the place of one here."""
+        for seed in range(self.suite.seeds):
+            for method in self.methods:
+                unfinished(self.trials(data, method, seed))
+                if is_done(self.output / data.name / method / f"seed-{seed}"):
+                    unfinished(dict([self.run(data, method, seed)]))
 
     def chosen_rates(self, data: DataSet) -> dict[str, list[float]]:
         """Return the rates that were chosen for each method, by seed, of what is done."""

@@ -187,8 +187,8 @@ class _Kept:
                 self.unread.update(column for column in unread if columns[column])
             if source.split_by == "question" and noted.side is None:
                 self.prompts.append(hash(identity(noted.prompt, "prompt")))
-            said = noted.said[:2] if isinstance(noted, Preference) else ()
-            self.answers.extend(hash(text) if len(text) >= LONG else 0 for text in said or ("", ""))
+            said = noted.said if isinstance(noted, Preference) else ("", "")
+            self.answers.extend(hash(text) if len(text) >= LONG else 0 for text in said)
             self.store.append(noted)
             yield noted
 
@@ -414,5 +414,5 @@ def _shared(kept: _Kept, sides: NDArray[np.int8]) -> tuple[str, ...]:
     return (
         f"{count} of {is_held_out.sum()} held-out rows have an answer that training rows have too, "
         "to another prompt: a model that knows it by heart is tested on what it was trained on, or "
-        "on the opposite. Where rows say their side (train, test), an answer can be kept on one.",
+        "on the opposite. A column of sides (data.split_column) can keep an answer on one.",
     )

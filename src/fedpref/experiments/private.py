@@ -77,7 +77,7 @@ def refuse_seen(spec: Experiment) -> None:
             "of clients' own",
         ),
         (
-            spec.algorithm.waits_for_nobody and spec.federation.concurrency is not None,
+            spec.federation.concurrency is not None,
             "federation.concurrency: clients whose start is too old add zeros, and the coordinator "
             "knows who they are, so that a sum may be one client's. Leave it out",
         ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
-from contextlib import suppress
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -59,28 +59,32 @@ class Secret:
     @staticmethod
     def _make(file: Path) -> None:
         """Write a new secret, whole or not at all; another process's stays."""
-        beside = file.with_name(f"{FILE}.{os.getpid()}")
+        beside = None
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            beside.unlink(missing_ok=True)
-            descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            descriptor, beside = tempfile.mkstemp(prefix=f"{FILE}.", dir=file.parent)
             with os.fdopen(descriptor, "wb") as opened:
                 opened.write(secrets.token_bytes(BYTES))
                 opened.flush()
                 os.fsync(opened.fileno())
-            with suppress(FileExistsError):
+            try:
                 os.link(beside, file)
+            except FileExistsError:
+                pass
+            except OSError:  # a file system without links
+                Path(beside).replace(file)
             files.sync(file.parent)
         except OSError as error:
             raise UserError(f"{file}: the run's secret cannot be written: {error}") from error
         finally:
-            with suppress(OSError):
-                beside.unlink(missing_ok=True)
+            if beside is not None:
+                Path(beside).unlink(missing_ok=True)
 
     @staticmethod
     def forget(folder: Path) -> None:
         """Remove a folder's secret: who keeps it keeps the noise."""
-        (folder / FILE).unlink(missing_ok=True)
+        for file in folder.glob(f"{FILE}*"):  # also one that a kill has left half-way
+            file.unlink(missing_ok=True)
 
     @staticmethod
     def _read(file: Path) -> Secret:

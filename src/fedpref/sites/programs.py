@@ -159,7 +159,7 @@ def _hand_over(folder: RunDirectory) -> None:
     context = collab.fl_ctx
     result = Path(context.get_workspace().get_run_dir(context.get_job_id())) / "fedpref"
     # who keeps the secret keeps the noise, and results stay at the server
-    kept_back = shutil.ignore_patterns("cache", SECRET)
+    kept_back = shutil.ignore_patterns("cache", f"{SECRET}*")
     shutil.copytree(folder.path, result, ignore=kept_back)
 
 
