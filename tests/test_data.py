@@ -675,8 +675,9 @@ def test_rows_are_chosen_by_values_however_their_file_writes_them(
     assert len(list(Files(path=str(file), only={"ok": (True,)}).read())) == 3
     assert len(list(Files(path=str(file), only={"year": (2020,)}).read())) == 5
     assert len(list(Files(path=str(file), only={"year": ("2020",), "ok": ("False",)}).read())) == 3
-    with pytest.raises(UserError, match="is a file and has no splits"):
-        list(Files(path=str(file), test_split="test").read())
+    for setting in ({"test_split": "test"}, {"train_split": "all"}, {"config": "en"}):
+        with pytest.raises(UserError, match="is a file and has no splits"):
+            list(Files(path=str(file), **setting).read())
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "tsv"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 from conftest import make_rows, write_rows
 from fedpref import Experiment, UserError, config, run
 from fedpref.cli import app
-from fedpref.data import Files
+from fedpref.data import SHP, Files
 from fedpref.experiments.finished import FinishedRun
 from fedpref.experiments.run_directory import file_name
 from fedpref.experiments.run_files import EVALUATION, METRICS
@@ -22,7 +23,7 @@ from fedpref.reports.page.sentences import words
 from fedpref.reports.page.tables import newcomer_rows
 from fedpref.reports.run import read
 from fedpref.runs.export import export
-from fedpref.runs.join import personalize
+from fedpref.runs.join import as_read, personalize
 
 LOCAL = {"steps": 4, "batch_size": 4, "learning_rate": 0.02}
 WITH_OWN = ["fedpdpo", "fedper", "fedsa-lora", "feddpa", "ditto", "alone"]
@@ -231,6 +232,16 @@ def test_who_joins_is_held_to_nothing_of_the_runs_own_training(
     whole["data"] = {**settings["data"], **changes.get("data", {})}
     result = run(config.parse(Experiment, whole, "test"), tmp_path / "run")
     assert list(personalize(result.path, Files(path=str(later)), steps=1)) == ["late"]
+
+
+def test_a_form_of_its_own_is_read_again_unless_newcomers_rows_are_in_trls(tmp_path: Path) -> None:
+    ours, theirs = tmp_path / "posts.jsonl", tmp_path / "pairs.jsonl"
+    scores = {"human_ref_A": "a", "human_ref_B": "b", "score_A": 2, "score_B": 1}
+    ours.write_text(json.dumps({"history": "q", **scores}))
+    theirs.write_text(json.dumps({"prompt": "q", "chosen": "a", "rejected": "b"}))
+    of_run = SHP(path="stanfordnlp/SHP", min_score_ratio=1.5)
+    assert as_read(of_run, Files(path=str(ours))) == replace(of_run, path=str(ours))
+    assert isinstance(as_read(of_run, Files(path=str(theirs))), Files)
 
 
 def test_a_file_has_no_split_to_evaluate(tmp_path: Path) -> None:

@@ -71,8 +71,9 @@ def test_data_keep_what_an_experiment_says_of_how_they_are_read(small: dict[str,
     expected = fedpref.FinishedRun.at("config").clients
     run({"data": {**how, "path": str(file)}, **local}, output="plain", **small)
     assert fedpref.FinishedRun.at("plain").clients != expected
+    of_a_dataset = {**read, "config": "en", "train_split": "all", "test_split": "rest"}
     for name, data in (("file", file), ("list", rows)):
-        run({"data": read, **local}, data=data, output=name, **small)
+        run({"data": of_a_dataset, **local}, data=data, output=name, **small)
         assert fedpref.FinishedRun.at(name).clients == expected, name
 
 
@@ -119,6 +120,14 @@ def test_settings_are_plain_values_or_objects(small: dict[str, Any]) -> None:
     assert spec.algorithm == algorithm
     assert spec.task.model == model  # type: ignore[union-attr]
     assert config.dump(Experiment.of(config.dump(spec))) == config.dump(spec)
+
+
+def test_keys_and_values_change_what_an_experiment_says_of_its_model(small: dict[str, Any]) -> None:
+    local = {"algorithm": {"name": "feddpo", "local": {"steps": 1, "batch_size": 2}}, "rounds": 1}
+    said = {"task": {"name": "preference", "model": {"path": small["model"], "lora_r": 2}}}
+    result = run({**said, **local}, data=ROWS, model={"lora_alpha": 4}, output="out")
+    model = fedpref.FinishedRun.at(result.path).experiment.task.model
+    assert (model.path, model.lora_r, model.lora_alpha) == (small["model"], 2, 4)
 
 
 @pytest.mark.long

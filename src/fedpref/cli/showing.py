@@ -58,7 +58,7 @@ def compare(
     for form in wanted:
         print(form(rows), end="")
     if not wanted:
-        console.print(comparison.table(rows))
+        console.print(comparison.ComparisonTable(rows))
         for note in comparison.notes(rows, terms):
             console.print(note, highlight=False, soft_wrap=True)
 

@@ -347,7 +347,14 @@ def swept(folder: Path, parallel: int = 1) -> None:
     """Do what is left of a sweep, so many runs at a time, and show what it came to."""
     from fedpref.experiments.finished import FinishedRun
     from fedpref.models.trunk import remove_states
-    from fedpref.reports.comparison import compare, csv_text, latex, markdown, notes, table
+    from fedpref.reports.comparison import (
+        ComparisonTable,
+        compare,
+        csv_text,
+        latex,
+        markdown,
+        notes,
+    )
     from fedpref.reports.page import REPORT, write_report
     from fedpref.reports.progress import show
     from fedpref.runs.sweep import chosen, planned, selection, side_by_side
@@ -389,7 +396,7 @@ def swept(folder: Path, parallel: int = 1) -> None:
         ("table.tex", latex(rows)),
     ):
         (folder / name).write_text(text)
-    console.print(table(rows), *notes(rows), sep="\n", highlight=False, soft_wrap=True)
+    console.print(ComparisonTable(rows), *notes(rows), sep="\n", highlight=False, soft_wrap=True)
     console.print(
         f"the table as Markdown, CSV and LaTeX: {folder}/comparison.md, comparison.csv, table.tex",
         f"report: {write_report([folder], folder / REPORT)}",
@@ -404,7 +411,7 @@ def swept(folder: Path, parallel: int = 1) -> None:
         luck = "; being the best of them, its figure above is too good" if count > 1 else ""
         console.print(f"{said}{luck}.", highlight=False, soft_wrap=True)
         follow_all(runs)
-        console.print(table(compare(list(runs))))
+        console.print(ComparisonTable(compare(list(runs))))
         console.print("on the test's prompts, which nothing was chosen by.", highlight=False)
 
 

@@ -108,11 +108,13 @@ def evaluate(
     from fedpref.reports.tables import metric_table
     from fedpref.runs.evaluate import evaluate as measure
 
-    if split is not None and Path(data).is_file():
+    is_file = Path(data).expanduser().is_file()
+    if split is not None and is_file:
         raise UserError(
             f"--split {split!r}: {data} is one file, which has no splits. Leave it out."
         )
-    metrics = measure(path, Files(path=data, train_split=split or "test"), client, column)
+    source = Files(path=data) if is_file else Files(path=data, train_split=split or "test")
+    metrics = measure(path, source, client, column)
     if as_json:
         print(json.dumps(metrics, indent=1))
     else:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeGuard, cast
+from typing import Annotated, Any, Literal, Self, TypeGuard, cast
 
 from pydantic import Field
 
@@ -102,12 +102,9 @@ class Files(PathSource):
         splits: list[tuple[str, Side | None]] = [
             (self.train_split, "train" if self.test_split else None)
         ]
+        if Path(self.path).expanduser().is_file():
+            self._refuse_splits()
         if self.test_split:
-            if Path(self.path).expanduser().is_file():
-                raise UserError(
-                    f"data.test_split: {self.path} is a file and has no splits. Leave it out; "
-                    "data.test_fraction, or a column (data.split_column), says what is held out."
-                )
             splits.append((self.test_split, "test"))
         for split, given in splits:
             for where, record in read_table(self.path, split=split, name=self.config):
@@ -125,6 +122,23 @@ class Files(PathSource):
                 if self.split_column and given != "test":
                     side = _side(record, self.split_column, where)
                 yield row if side is None else replace(row, side=side)
+
+    def at(self, path: str) -> Self:
+        """Return the same settings for another place; a file has no splits."""
+        moved = replace(self, path=path)
+        if not Path(path).expanduser().is_file():
+            return moved
+        return replace(moved, config=None, train_split="train", test_split=None)
+
+    def _refuse_splits(self) -> None:
+        """Raise UserError where a part of a single file is asked for."""
+        for name in ("config", "train_split", "test_split"):
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise UserError(
+                    f"data.{name}: {self.path} is a file and has no splits and no configurations. "
+                    "Leave it out; data.test_fraction, or a column (data.split_column), says what "
+                    "is held out."
+                )
 
     def _say_what_is_not_read(self, first: Mapping[str, Any]) -> None:
         """Warn of held-out rows that the data bring along, where nothing says to take them."""

@@ -6,13 +6,15 @@ import csv
 import io
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
 from fedpref.errors import UserError, command
@@ -403,6 +405,7 @@ NEVER = dict.fromkeys(("rounds", "seconds", "mb", "pairs"), math.nan)
 
 
 NONE = (math.nan, math.nan)
+FRAME = 3  # a table's border and space, of each column
 
 
 def _with_interval(digits: int, mean: float, low: float, high: float, sign: str = "") -> str:
@@ -460,12 +463,21 @@ def notes(rows: Sequence[Row], terms: Terms = AS_ENDED) -> list[str]:
                 f"{row.name} and {first.name} were not on equal terms: {', '.join(unequal)}. "
                 "--at pairs=N compares lines after as many."
             )
+    if any(row.even and not _is_within(row.worst, row.even.worst) for row in rows):
+        said.append(
+            "Intervals of the worst clients are of what they truly have: the worst figure is low "
+            "by luck too, and may lie below its interval."
+        )
     if len(rows) > 2:
         said.append(
             f"Of {len(rows)} lines the best is flattered by luck; what was chosen by this table "
             "needs rows that it was not chosen by."
         )
     return said
+
+
+def _is_within(value: float, bounds: tuple[float, float]) -> bool:
+    return bounds[0] <= value <= bounds[1]
 
 
 def caption(rows: Sequence[Row]) -> str:
@@ -477,19 +489,39 @@ def caption(rows: Sequence[Row]) -> str:
     )
 
 
-def table(rows: Sequence[Row]) -> Table:
-    """Return the comparison for a terminal."""
-    shown = Table(
-        title=caption(rows),
-        title_style="bold",
-        title_justify="left",
-    )
-    columns = columns_of(rows)
-    for title in (TITLES[i] for i in columns):
-        shown.add_column(title, justify="right" if title else "left", no_wrap=not title)
-    for row in rows:
-        shown.add_row(*(cells(row)[i] for i in columns))
-    return shown
+class ComparisonTable:
+    """The comparison for a terminal; where that is narrow, several tables below each other."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self._rows = rows
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        name, *others = columns_of(self._rows)
+        title: str | None = caption(self._rows)
+        for columns in self._folded(name, others, options.max_width):
+            shown = Table(title=title, title_style="bold", title_justify="left")
+            for text in (TITLES[i] for i in columns):
+                shown.add_column(text, justify="right" if text else "left", no_wrap=not text)
+            for row in self._rows:
+                shown.add_row(*(cells(row)[i] for i in columns))
+            yield shown
+            title = None
+
+    def _folded(self, name: int, others: Sequence[int], room: int) -> Iterator[list[int]]:
+        """Yield the columns of each table, the lines' names first, of which no figure is cut."""
+
+        def width(i: int) -> int:
+            words = [*TITLES[i].split(), *(cells(row)[i] for row in self._rows)]
+            return max(map(cell_len, words)) + FRAME
+
+        columns, used = [name], width(name) + 1
+        for i in others:
+            if used + width(i) > room and len(columns) > 1:
+                yield columns
+                columns, used = [name], width(name) + 1
+            columns.append(i)
+            used += width(i)
+        yield columns
 
 
 def markdown(rows: Sequence[Row]) -> str:

@@ -200,7 +200,8 @@ def run(
         data: The rows, in place of the experiment's: a list of dicts, a pandas DataFrame, a Dataset
             or DatasetDict of Hugging Face, which are written into the run directory; or the path of
             a file, a folder or a Hub dataset; or a source such as `fedpref.data.Files(...)`.
-        model: The model, in place of the experiment's: a Hub id or folder, or a `Model`.
+        model: The model, in place of the experiment's: a Hub id or folder, or a `Model`; keys and
+            values change what the experiment says of its own.
         on_event: Called with each `Event`, as it happens.
         progress: Show how far it is; by default on terminals and in notebooks.
         **settings: Other keys of an experiment, as plain values or as fedpref's own objects:
@@ -222,14 +223,11 @@ def run(
         return _followed(replace(spec, data=data), folder, on_event, progress)
     text, columns = _lines(data)
     file = folder.path / ROWS
-    spec = replace(
-        spec,
-        data=_files(spec.data, str(file.resolve()), SPLIT if SPLIT in columns else None),
-    )
     file.parent.mkdir(parents=True)
     try:
         file.write_text(text, encoding="utf-8")
-        return _followed(spec, folder, on_event, progress)
+        source = _files(spec.data, str(file.resolve()), SPLIT if SPLIT in columns else None)
+        return _followed(replace(spec, data=source), folder, on_event, progress)
     finally:
         # nothing has begun: the rows are the caller's still
         if not folder.has_begun:
@@ -240,13 +238,7 @@ def _files(source: Any, path: str, split_column: str | None = None) -> Files:
     """Return a file or folder as a source, with what an experiment says of how files are read."""
     if not isinstance(source, Files):
         return Files(path=path, split_column=split_column)
-    has_splits = not Path(path).expanduser().is_file() and split_column is None
-    return replace(
-        source,
-        path=path,
-        split_column=split_column or source.split_column,
-        test_split=source.test_split if has_splits else None,
-    )
+    return replace(source.at(path), split_column=split_column or source.split_column)
 
 
 def resume(
@@ -310,7 +302,12 @@ def _read(experiment: Experiment | str | Path | Mapping[str, Any] | None) -> Exp
 
 def _with(spec: Experiment, model: Any, settings: Mapping[str, Any]) -> Experiment:
     """Return an experiment with other settings, as plain values or as objects."""
-    if model is not None:
+    if isinstance(model, Mapping):
+        known_so_far = config.dump(spec)
+        task = known_so_far["task"]
+        model = {**task["model"], **model}
+        spec = Experiment.of({**known_so_far, "task": {**task, "model": model}})
+    elif model is not None:
         path = str(model) if isinstance(model, str | Path) else None
         kinds: Any = spec.task
         chosen = model if path is None else replace(kinds.model, path=path)

@@ -48,15 +48,21 @@ def evaluate(
         )
     finished.refuse_opinions()
     known = list(finished.clients)
-    if isinstance(finished.experiment.data, Files):
-        every = {"train_split": data.train_split, "test_split": None, "split_column": None}
-        data = replace(as_read(finished.experiment.data, data), only=data.only, **every)
-    read = list(data.read())
+    source = as_read(finished.experiment.data, data)
+    if isinstance(source, Files):
+        source = replace(
+            source,
+            only=data.only,
+            train_split=data.train_split,
+            test_split=None,
+            split_column=None,
+        )
+    read = list(source.read())
     unusable = [row for row in read if isinstance(row, Unusable)]
     rows: tuple[Row, ...] = tuple(
         replace(row, side="test") for row in read if not isinstance(row, Unusable)
     )
-    if unusable and data.unusable == "refuse":
+    if unusable and source.unusable == "refuse":
         raise UserError(summary(unusable, len(read)))
     if unusable:
         warnings.warn(f"{len(unusable)} of {len(read)} rows cannot be used.", stacklevel=2)
@@ -76,8 +82,8 @@ def evaluate(
             "Those that joined later were measured then."
         )
     task = finished.experiment.task.evaluating(len(rows))
-    source = replace(finished.experiment.data, unusable=data.unusable)
-    spec = replace(finished.experiment, task=task, data=source)
+    own = replace(finished.experiment.data, unusable=source.unusable)
+    spec = replace(finished.experiment, task=task, data=own)
     # with several objectives, a task looks for examples of each among the training rows too
     both = len(task.objectives) > 1
     clients = [ClientData(name, some if both else (), some) for name, some in groups.items()]

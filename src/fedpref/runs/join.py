@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from fedpref.data import IID, Files, Natural, Opinions
+from fedpref.data.source import PathSource
+from fedpref.data.tables import read_file
 from fedpref.errors import UserError
 from fedpref.experiments.evaluations import evaluate, export
 from fedpref.experiments.finished import FinishedRun
@@ -40,6 +42,9 @@ class Newcomer:
 def as_read(source: Any, data: Files) -> Any:
     """Return a source of other data: their file, with the run's settings where it read files.
 
+    Where the run's data had a form of their own, as those of `shp`, others are read so unless they
+    are in TRL's.
+
     Args:
         source: The run's.
         data: The others; what is given of them counts, and for the rest the run's does.
@@ -53,14 +58,22 @@ def as_read(source: Any, data: Files) -> Any:
             for field in fields(data)
             if (value := getattr(data, field.name)) != getattr(default, field.name)
         }
-        if Path(data.path).expanduser().is_file():
-            source = replace(source, test_split=None)  # a file has no splits
-        return replace(source, **{"path": data.path, **given})
+        return replace(source.at(data.path), **given)
+    if isinstance(source, PathSource) and data == Files(path=data.path) and not _is_of_trl(data):
+        return replace(source, path=data.path)
     return replace(
         data,
         test_fraction=source.test_fraction,
         split_seed=source.split_seed,
     )
+
+
+def _is_of_trl(data: Files) -> bool:
+    """Return whether a local file's first row has what TRL's formats have."""
+    path = Path(data.path).expanduser()
+    first = next(read_file(path), None) if path.is_file() else None
+    wanted = ({data.chosen_column, data.rejected_column}, {data.completion_column})
+    return first is None or any(columns <= first[1].keys() for columns in wanted)
 
 
 def personalize(
