@@ -469,6 +469,44 @@ def test_a_site_that_falls_out_in_any_phase_is_left_out_or_not_needed(
     assert row["late"] >= 1
 
 
+class LosingOnce(Here):
+    """Sites of which one falls out of the first round's sum."""
+
+    def ask(self, messages: Any, seconds: float) -> dict[str, bytes]:
+        found = super().ask(messages, seconds)
+        headers = [unpack(one)[0] for one in messages.values()]
+        sums = [one["masked"]["address"] for one in headers if one.get("verb") == "contribute"]
+        if any(one["round"] == 0 for one in sums):
+            found.pop("site-1", None)
+        return found
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_a_round_that_lost_a_site_goes_on_after_a_stop_with_the_sum_as_it_was(
+    private: bool, content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes: dict[str, Any] = {"patience": {"min_clients": 1}, "rounds": 1}
+    if private:
+        monkeypatch.setattr(Secret, "of", staticmethod(lambda folder, **_: Secret(KEY)))
+        changes |= {"privacy": CLIENTS, "federation": {"weighting": "equal"}}
+    spec = parsed(content, **changes)
+    whole = run_to(spec, tmp_path / "whole", sites(tmp_path / "a", 4, LosingOnce))
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "checkpoint", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run_to(spec, tmp_path / "stopped", sites(tmp_path / "b", 4, LosingOnce))
+    assert list((tmp_path / "stopped/sums").glob("round-000000-*.json"))
+    again = run_to(spec, tmp_path / "stopped", sites(tmp_path / "b", 4))
+    assert checkpoint(again).keys() == checkpoint(whole).keys()
+    for name, tensor in checkpoint(whole).items():
+        assert torch.equal(tensor, checkpoint(again)[name]), name
+    assert not (tmp_path / "stopped/sums").exists()
+
+
 @pytest.mark.long
 def test_too_few_sites_end_the_round_with_a_sentence(
     content: dict[str, Any], tmp_path: Path

@@ -31,6 +31,7 @@ from fedpref.engines.engine import (
     weighted_report,
 )
 from fedpref.engines.gold import told_first
+from fedpref.engines.kept_sums import KeptSum, KeptSums
 from fedpref.engines.many import MANY
 from fedpref.engines.messages import (
     NO_TENSORS,
@@ -115,6 +116,7 @@ class RemoteEngine:
         figures: Telling = "each",
         robust: RobustMeans | None = None,
         gold: LearnGold | None = None,
+        sums: KeptSums | None = None,
     ) -> None:
         self.robust, self._gold = robust, gold
         self._adapter: Tree = {}  # what everybody was sent last
@@ -123,6 +125,7 @@ class RemoteEngine:
         self.private, self.examples = private, examples
         self._uplink = uplink
         self._secure = SecureSums(masks, sites.run, self._ask) if masks else None
+        self._sums, self._saved = sums, 0  # rounds of the checkpoint before
         if masks:
             # who refuses its figures is not out of the round for it
             self._figure_sums = SecureSums(masks, sites.run, partial(self._ask, leaves_out=False))
@@ -370,34 +373,43 @@ class RemoteEngine:
             # a site of whose clients none was drawn adds nothing, and a part of the noise
             everywhere = self._by_site(i for i in self.clients if i not in self._gone)
             by_site = {site: by_site.get(site, []) for site in everywhere}
-        total, left = secure.sum(
-            {
-                site: _contribute(
-                    {i: names[i].text for i in some},
-                    {} if noisy else {i: shares[i] for i in some},
-                    noisy,
-                )
-                for site, some in by_site.items()
-            },
-            {
+        place = self.round, self._calls
+        known = self._sums.find(*place) if self._sums and self._purpose == "train" else None
+        if known is None:
+            plan = {
                 site: {i: 1.0 if noisy else shares[i] for i in some}
                 for site, some in by_site.items()
-            },
-            self._purpose,
-            self.round,
-            self._calls,
-            self._told,
-            _one_name(names),
-        )
-        lost = {i for site, some in by_site.items() if site not in left for i in some}
-        self._leave_out(dict.fromkeys(lost & set(self.active), "its site fell out of a sum"))
-        self.traffic += Traffic(bytes_up=len(left) * trees.size(total))
+            }
+            total, left = secure.sum(
+                {
+                    site: _contribute(
+                        {i: names[i].text for i in some},
+                        {} if noisy else {i: shares[i] for i in some},
+                        noisy,
+                    )
+                    for site, some in by_site.items()
+                },
+                plan,
+                self._purpose,
+                *place,
+                self._told,
+                _one_name(names),
+            )
+            known = total, KeptSum(plan, left)
+            if self._sums and self._purpose == "train":
+                self._sums.keep(*place, *known)
+        total, whose = known
+        present = {i for site in whose.sites for i in whose.plan[site]}
+        absent = [i for i in self.active if i not in present]
+        self._leave_out(dict.fromkeys(absent, "its site fell out of a sum"))
+        self.traffic += Traffic(bytes_up=len(whose.sites) * trees.size(total))
         if private is not None:
             if not private.holds(total):
                 raise UserError("a sum under masks has other tensors than what was promised")
             return private.release((total,), self.round, self._calls)
-        divisor = sum(share for i, share in shares.items() if i not in lost) if lost else 1.0
-        return unfixed(total, divisor)
+        if whose.sites == sorted(whose.plan):
+            return unfixed(total, 1.0)
+        return unfixed(total, sum(sum(whose.plan[site].values()) for site in whose.sites))
 
     def _private_sum(self, private: PrivateSums, names: Mapping[int, Name]) -> Tree:
         """Return the mean of clients' changes with noise, whoever came.
@@ -573,6 +585,9 @@ class RemoteEngine:
                 if not calls <= self._beginnings:
                     self._lose(site, f"does not keep what its clients have ({field})")
                 here.update(kept)
+        if self._sums is not None:  # the checkpoint before is whole
+            self._sums.forget(self._saved)
+            self._saved = int(folder.name.rpartition("-")[2])
         folder.mkdir(parents=True, exist_ok=True)
         (folder / KEPT).write_text(
             json.dumps({field: sorted(self._kept[field]) for field in values})

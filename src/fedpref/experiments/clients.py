@@ -17,6 +17,7 @@ from fedpref.data.unusable import Unusable, summary
 from fedpref.engines import Engine, RemoteEngine, Simulation, Sites, Transport
 from fedpref.engines.gold import learned_here
 from fedpref.engines.host import HeldOut, Hosted
+from fedpref.engines.kept_sums import KeptSums
 from fedpref.engines.many import MANY, DrawnShards, opened
 from fedpref.engines.private_examples import PrivateExamples
 from fedpref.engines.private_sums import PrivateSums
@@ -329,6 +330,8 @@ class AtSites:
             figures=line.telling,
             robust=robust_means(line),
             gold=self._learn_gold if looks(line) else None,
+            # who waits for all sites gets the same sum again
+            sums=KeptSums(folder) if line.secrecy and line.patience.min_clients else None,
         )
 
     def _learn_gold(self, round: int, told: Tree, names: Sequence[str]) -> Tree:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from fedpref import config
 from fedpref.engines import Engine, Transport
+from fedpref.engines.kept_sums import KeptSums
 from fedpref.engines.timing import Clock
 from fedpref.engines.workers import keep_freed_memory, one_thread
 from fedpref.errors import UserError
@@ -298,6 +299,7 @@ def _line(
     export_models(experiment, engine, algorithm.model(state), task, folder, names)
     if promises:
         Secret.forget(folder.path / FOLDER)
+    KeptSums.forget_all(folder.path)
     folder.finish(has_own=not all(isinstance(part, Mapping) for part in algorithm.model(state)))
 
 
