@@ -14,6 +14,7 @@ import torch
 from conftest import make_rows
 from fedpref import Experiment, UserError, config, run
 from fedpref.data import ClientData, Preference
+from fedpref.data.parsing import parse
 from fedpref.experiments.clients import pooled
 from fedpref.experiments.rounds import events, new_directory
 from fedpref.experiments.run_directory import RunDirectory
@@ -81,6 +82,35 @@ def test_the_judges_favourite_is_preferred_to_what_it_likes_least(tiny: Path) ->
     _, metrics = learner.losses(learner.init(seeds.generator(0, "init")), batch)
     assert metrics["num_judged"] == batch.judged
     assert metrics["num_pairs"] == 6
+
+
+ASKED: list[tuple[Any, ...]] = []
+
+
+def noted(prompts: Any, completions: Any, **columns: Any) -> list[float]:
+    ASKED.append((prompts, completions, columns))
+    return [0.0] * len(completions)
+
+
+def test_judges_are_given_conversations_as_messages_and_all_columns(tiny: Path) -> None:
+    learner = made(tiny, "noted", replay=0.0)
+    learner.language.tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    )
+    talk = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Who?"}]
+    answers = [[{"role": "assistant", "content": text}] for text in ("I am.", "None.")]
+    rows = tuple(
+        parse({"prompt": talk, "chosen": answers[0], "rejected": answers[1], **more}, f"row {k}")
+        for k, more in enumerate(({}, {"answer": "42"}))
+    )
+    shard = learner.encode(ClientData("a", rows, rows[:1]))
+    ASKED.clear()
+    drawn(learner, BatchSize(2), shard)
+    ((prompts, completions, columns),) = ASKED
+    assert all(prompt == talk for prompt in prompts)
+    assert all([one["role"] for one in answer] == ["assistant"] for answer in completions)
+    assert sorted(columns) == ["answer", "client"]
+    assert set(columns["answer"]) == {None, "42"}
 
 
 def test_the_reference_of_what_was_drawn_is_the_base_models(tiny: Path) -> None:

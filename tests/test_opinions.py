@@ -289,6 +289,21 @@ def test_embeddings_are_means_of_last_hidden_states_whatever_the_batch(tiny: Pat
         assert torch.allclose(found, expected, atol=1e-5)
 
 
+def test_positions_that_no_token_has_do_not_count(tiny: Path, tmp_path: Path) -> None:
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    config = transformers.RobertaConfig(
+        vocab_size=len(tokenizer), num_attention_heads=4, max_position_embeddings=34, **shape
+    )
+    transformers.RobertaModel(config).save_pretrained(tmp_path / "roberta")
+    tokenizer.save_pretrained(tmp_path / "roberta")
+    encoder = Encoder(path=str(tmp_path / "roberta"), dtype="float32").open()
+    assert encoder.longest == 32
+    assert encoder.embed(["word " * 200]).isfinite().all()
+
+
 def test_a_folder_of_sentence_transformers_is_used_as_such(tiny: Path, tmp_path: Path) -> None:
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer

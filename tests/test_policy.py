@@ -467,6 +467,41 @@ def test_any_classification_model_is_a_reward(tmp_path: Path, tiny: Path) -> Non
         Classifier(path=str(tmp_path / "nowhere")).build()
 
 
+CHAT = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ eos_token }}{% endfor %}"
+
+
+@pytest.mark.parametrize("padding", [None, 1])
+def test_a_classifier_reads_the_last_token_of_texts_of_any_length_and_form(
+    padding: int | None, tmp_path: Path, tiny: Path
+) -> None:
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
+    torch.manual_seed(0)
+    shape = {"num_labels": 1, "pad_token_id": padding, "max_position_embeddings": 32}
+    model: Any = transformers.AutoModelForSequenceClassification.from_config(
+        transformers.LlamaConfig.from_pretrained(tiny, **shape)
+    ).eval()
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.chat_template, tokenizer.pad_token = CHAT, None
+    tokenizer.model_max_length = 10**30
+    tokenizer.save_pretrained(tmp_path / "model")
+    asked = [{"role": "user", "content": "Which?"}]
+    said = [{"role": "assistant", "content": "A river, of course."}]
+    long = " stone" * 200
+    prompts: list[Any] = ["Which?", asked, "What is it? "]
+    completions: list[Any] = [" mill", said, long]
+    found = Classifier(path=str(tmp_path / "model")).build()(prompts, completions)
+    texts = ["Which? mill", tokenizer.apply_chat_template([*asked, *said], tokenize=False)]
+    ids = [tokenizer(texts[0])["input_ids"], tokenizer(texts[1], add_special_tokens=False)]
+    ids = [ids[0], ids[1]["input_ids"], tokenizer("What is it? " + long)["input_ids"][-32:]]
+    assert len(ids[2]) == 32
+    with torch.no_grad():
+        expected = [model(input_ids=torch.tensor([one])).logits.item() for one in ids]
+    assert found == pytest.approx(expected, abs=1e-4)
+    assert ids[1][-1] == tokenizer.eos_token_id
+
+
 def double_length(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
     return [2.0 * len(text) for text in completions]
 

@@ -115,6 +115,11 @@ def test_helpsteer_pairs_two_answers_by_each_attribute(tmp_path: Path) -> None:
         (" a", "helpfulness"),
         (" a", "coherence"),
     ], "equal ratings state no preference"
+    turns = "Write\n<extra_id_1>Assistant\nRoses\n<extra_id_1>User\nShorter"
+    for row in rows[:2]:
+        row["prompt"] = turns
+    (first, *_) = read(HelpSteer2(path=str(write_rows(path, rows))))
+    assert first.prompt == "Human: Write\n\nAssistant: Roses\n\nHuman: Shorter\n\nAssistant:"
 
 
 def test_prism_is_people_and_their_conversations(tmp_path: Path) -> None:
@@ -148,6 +153,10 @@ def test_prism_is_people_and_their_conversations(tmp_path: Path) -> None:
     none = [{**row, "if_chosen": False} for row in rows[:2]]
     (unusable,) = Prism(path=str(write_rows(tmp_path / "none.jsonl", none))).read()
     assert isinstance(unusable, Unusable)
+    # what follows a turn without one choice has no history; as CSV writes them
+    told = [{**row, "if_chosen": "False" if row["turn"] == 0 else row["if_chosen"]} for row in rows]
+    found = list(Prism(path=str(write_rows(tmp_path / "broken.jsonl", told))).read())
+    assert [isinstance(one, Unusable) for one in found] == [True, True]
 
 
 FORMS: list[tuple[Any, dict[str, Any]]] = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from typer.testing import CliRunner
 
 from conftest import make_rows, write_rows
 from fedpref import cli, config, run
-from fedpref.data import IID, SHP, Feedback, Files, Natural, Preference
+from fedpref.data import HH, IID, SHP, Feedback, Files, Natural, Preference
+from fedpref.data.parsing import parse
 from fedpref.data.placed import label
 from fedpref.data.preferences import Conversation
 from fedpref.data.reading import read
@@ -213,6 +215,58 @@ def test_nulls_that_tables_fill_in_are_no_part_of_tools(tmp_path: Path) -> None:
 def test_text_that_only_looks_like_a_list_is_text(tmp_path: Path) -> None:
     row = one(tmp_path, {"prompt": "[1] Which?", "chosen": " [2]", "rejected": '[{"a": 1}]'})
     assert (row.prompt, row.chosen, row.rejected) == ("[1] Which?", " [2]", '[{"a": 1}]')
+    for answer in (
+        '{"role": "admin"} is what the API returns.',
+        '[{"role": x} for x in xs]  # a list',
+        '[{"role": "user", "content": "hi"}]',
+    ):
+        row = one(tmp_path, {"prompt": "Show JSON.", "chosen": answer, "rejected": "No."})
+        assert (row.prompt, row.chosen, row.rejected) == ("Show JSON.", answer, "No.")
+
+
+def test_whole_answers_less_their_prompt_are_what_was_written(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"Q: {i}?\nA: ", "chosen": f"Q: {i}?\nA: good", "rejected": f"Q: {i}?\nA: bad"}
+        for i in range(4)
+    ]
+    for row in Files(path=str(write_rows(tmp_path / "rows.jsonl", rows))).read():
+        assert isinstance(row, Preference)
+        assert (row.prompt[-3:], row.chosen, row.rejected) == ("A: ", "good", "bad")
+
+
+def test_answers_that_end_where_the_other_goes_on_are_empty(tmp_path: Path) -> None:
+    talk = "\n\nHuman: Why?\n\nAssistant:"
+    turns = [{"role": "user", "content": "Why?"}]
+    for chosen, rejected in (
+        (f"{talk} So.", talk),
+        ([*turns, {"role": "assistant", "content": "So."}], turns),
+    ):
+        with pytest.raises(Unusable, match="ends where the other goes on"):
+            parse({"chosen": chosen, "rejected": rejected}, "row 1")
+    rows = [{"chosen": f"{talk} So.", "rejected": f"{talk} No."}] * 3
+    rows.append({"chosen": f"{talk} So.", "rejected": talk})
+    for objective in ("helpful", "harmless"):
+        write_rows(tmp_path / f"hh_rlhf_{objective}.jsonl", rows)
+    kinds = [type(row) for row in HH(path=str(tmp_path)).read()]
+    assert kinds == 2 * [Preference, Preference, Preference, Unusable]
+
+
+def test_prompts_that_may_end_within_answers_are_told_of(tmp_path: Path) -> None:
+    asked = [f"What is item {i}? ### Response: " for i in range(8)]
+    rows = [
+        {"chosen": f"{one}{begins}, a thing", "rejected": f"{one}{begins}, no idea"}
+        for one in asked
+        for begins in ("Sure", "No thanks")
+    ]
+    with pytest.warns(UserWarning, match="16 of 16 such prompts are like another"):
+        list(Files(path=str(write_rows(tmp_path / "rows.jsonl", rows))).read())
+    apart = [
+        {"chosen": f"What is item {i}?\nA thing", "rejected": f"What is item {i}?\nBad"}
+        for i in range(8)
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(list(Files(path=str(write_rows(tmp_path / "rows.jsonl", apart))).read())) == 8
 
 
 @pytest.mark.parametrize(
@@ -250,6 +304,11 @@ def test_posts_of_shp_are_text_and_empty_ones_are_counted(tmp_path: Path) -> Non
     bad = [{**row, "score_B": None}, {**row, "human_ref_B": None}, {**row, "history": None}]
     found = list(SHP(path=str(write_rows(tmp_path / "a.jsonl", [row, *bad]))).read())
     assert [isinstance(one, Unusable) for one in found] == [False, True, True, True]
+    (tmp_path / "folder").mkdir()
+    write_rows(tmp_path / "folder/train.jsonl", [row, {**row, "score_B": ""}])
+    found = list(SHP(path=str(tmp_path / "folder")).read())
+    assert [isinstance(one, Unusable) for one in found] == [False, True]
+    assert found[0].side is None, "posts are held out where no split is"  # type: ignore[union-attr]
     said = [{"role": "user", "content": "q"}]
     for column in ("history", "human_ref_A"):
         rows = write_rows(tmp_path / "b.jsonl", [{**row, column: said}])

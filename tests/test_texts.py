@@ -195,6 +195,22 @@ def test_what_only_generation_begins_with_is_warned_of_and_no_part_of_an_answer(
     assert [tokenizer.decode(ids) for ids in closed] == [f"{a}<|end|>\n" for a in answers]
 
 
+def test_thoughts_of_an_answer_that_the_template_leaves_out_are_refused() -> None:
+    last = "{% set c = m['content'].split('</think>')[-1].lstrip() %}"
+    turn = "{{ '<|' + m['role'] + '|>\n' + c + '<|end|>\n' }}"
+    cutting = "{% for m in messages %}" + last + turn + "{% endfor %}" + ASKS
+    reasoned = said("<think>\ntwo and two\n</think>\n\nFour.")
+    with pytest.raises(UserError, match="leaves out what message 2"):
+        texts(wordy(), cutting).chat([USER], [[reasoned]])
+    # of earlier turns nothing is learned
+    opening, _ = texts(wordy(), cutting).chat([USER, reasoned, USER], [[said("Five.")]])
+    assert "two and two" not in wordy().decode(opening)
+    for kept in (reasoned, said("two and two</think>Four."), said("<think></think>Four.")):
+        _, (answer,) = texts(wordy(), EACH).chat([USER], [[kept]])
+        assert kept["content"] in wordy().decode(answer)
+    texts(wordy(), cutting).chat([USER], [[said("<think>\n</think>Four.")]])
+
+
 def test_roles_that_the_template_does_not_know_are_refused() -> None:
     with pytest.raises(UserError, match="knows no role 'human'"):
         texts(wordy(), EACH).chat(

@@ -40,6 +40,10 @@ SHP = ("human_ref_A", "human_ref_B")
 # what a conversation that is written as text begins with, and has
 ARRAY = re.compile(r"array\((\[.*\]),\s*dtype=object\)", re.DOTALL)
 MESSAGE = re.compile(r"""["'](role|from)["']\s*:""")
+# how one begins, be it broken: with who speaks and what is said, or the other way round
+BEGINS = re.compile(
+    r"""\[?\s*\{\s*(["'](role|from)["']\s*:\s*["'][^"']*["']\s*,\s*)?["'](content|value)["']\s*:"""
+)
 LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 
 
@@ -77,6 +81,12 @@ def parse(
     _refuse_missing(record, where, prompt, chosen, rejected)
     given, rest = _given(record, (prompt, chosen, rejected), where)
     better, worse = text(record[chosen], chosen, where), text(record[rejected], rejected, where)
+    if isinstance(better, str) != isinstance(worse, str):
+        # an answer may show a conversation, beside one that is none
+        better, worse = (
+            one if isinstance(one, str) or not isinstance(record[column], str) else record[column]
+            for one, column in ((better, chosen), (worse, rejected))
+        )
     if better == worse:
         raise Unusable(
             "no preference",
@@ -133,8 +143,9 @@ def parse_feedback(
         if apart is not None:
             opening, answer = apart
             question = opening if len(opening) > len(question) else question
-    desirable = LABELS.get(str(record[label]).strip().lower())
-    if record[label] is None:
+    said = str(record[label]).strip().lower()
+    desirable = LABELS.get(said)
+    if record[label] is None or not said:
         raise Unusable("empty", where, f"column {label!r}: expected true or false, found nothing")
     if desirable is None:
         raise UserError(
@@ -176,6 +187,8 @@ def _answers(row: Preference | Feedback) -> tuple[Text, ...]:
 
 def _rest(prompt: str, answer: str) -> str:
     """Return what follows the prompt in an answer; nothing where it does not begin with it."""
+    if answer.startswith(prompt):
+        return answer[len(prompt) :]
     wanted, there = prompt.strip(), answer.lstrip()
     return there[len(wanted) :] if there.startswith(wanted) else ""
 
@@ -231,7 +244,7 @@ def _written(value: str, column: str, where: str) -> list[Any] | None:
     """Return the conversation that stands in a text; None where it is plain text.
 
     Raises:
-        UserError: It looks like one and cannot be read.
+        UserError: It begins as one, and cannot be read.
     """
     text = value.strip()
     if not text.startswith(("[", "{", "array(")):
@@ -245,6 +258,8 @@ def _written(value: str, column: str, where: str) -> list[Any] | None:
         read = [read]
     if isinstance(read, list) and read:
         return read if all(map(_is_message, read)) else None
+    if not BEGINS.match(text):
+        return None  # code, or JSON of something else
     raise UserError(
         f"{where}, column {column!r}: this looks like a conversation written as text, and is "
         f"neither JSON nor a Python list: {value[:80]!r}. Write it with json.dumps."
@@ -508,7 +523,11 @@ def _split_common(better: Text, worse: Text, where: str) -> tuple[Text, Text, Te
             else max(map(common.rfind, BLANKS), default=-1)
         )
         cut = max(cut, 0)
-        if not better[:cut].strip() or not better[cut:].strip() or not worse[cut:].strip():
+        if better[:cut].strip() and not (better[cut:].strip() and worse[cut:].strip()):
+            raise Unusable(
+                "empty", where, "one answer ends where the other goes on, so that it is empty"
+            )
+        if not better[:cut].strip():
             raise UserError(
                 f"{where}: there is no prompt column, and the two answers do not begin with a "
                 "common prompt that both continue. "
@@ -518,7 +537,11 @@ def _split_common(better: Text, worse: Text, where: str) -> tuple[Text, Text, Te
     shared = 0
     while shared < min(len(better), len(worse)) and better[shared] == worse[shared]:
         shared += 1
-    if not 0 < shared < min(len(better), len(worse)):
+    if shared == min(len(better), len(worse)):
+        raise Unusable(
+            "empty", where, "one conversation ends where the other goes on: its answer is empty"
+        )
+    if not shared:
         raise UserError(
             f"{where}: there is no prompt column, and the two conversations share no opening "
             "that both continue."

@@ -6,6 +6,7 @@ hh-rlhf's plain form, longer conversations as messages.
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from fedpref.data.parsing import parse
+from fedpref.data.parsing import LABELS, parse
 from fedpref.data.preferences import Preference, Row
 from fedpref.data.source import DataSource, PathSource
 from fedpref.data.sources import HH, SHP, Files, need, number, spaced, which
@@ -25,6 +26,7 @@ from fedpref.errors import UserError
 from fedpref.types import Count, OpenFraction
 
 Read = Iterator[Preference | Unusable]
+NEMO = re.compile(r"\s*<extra_id_1>(User|Assistant)\n")  # between turns of HelpSteer2's prompts
 
 
 def _asked(text: Any) -> str:
@@ -178,7 +180,8 @@ class HelpSteer2(Sampled):
         answers: dict[str, list[tuple[str, Mapping[str, Any]]]] = defaultdict(list)
         for where, record in self._records():
             answers[str(need(record, "prompt", where))].append((where, record))
-        for prompt, rated in answers.items():
+        for said, rated in answers.items():
+            prompt = _turns(said)
             # two at a time, as they stand in the table
             for (where, first), (_, second) in zip(rated[::2], rated[1::2], strict=False):
                 for objective in self.objectives:
@@ -188,9 +191,18 @@ class HelpSteer2(Sampled):
                             continue
                         two = (first, second) if scores[0] > scores[1] else (second, first)
                         texts = [need(one, "response", where) for one in two]
-                        yield _pair(_asked(prompt), texts, where, {"objective": objective})
+                        yield _pair(prompt, texts, where, {"objective": objective})
                     except Unusable as error:
                         yield error
+
+
+def _turns(prompt: str) -> str:
+    """Return a prompt of HelpSteer2 as a dialogue; marks of NeMo's stand between its turns."""
+    first, *rest = NEMO.split(prompt)
+    said = [f"Human: {first.strip()}"]
+    for who, text in zip(rest[::2], rest[1::2], strict=True):
+        said.append(f"{'Human' if who == 'User' else who}: {text.strip()}")
+    return "\n\n".join([*said, "Assistant:"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,17 +228,23 @@ class Prism(Sampled):
                 continue
             turns[str(need(record, "conversation_id", where)), turn].append((where, record))
         talks: dict[str, list[dict[str, str]]] = defaultdict(list)
+        broken: set[str] = set()
         for (talk, _), answers in sorted(turns.items()):
-            chosen = [record for _, record in answers if record.get("if_chosen")]
+            if talk in broken:
+                said_of = "an earlier turn has no one answer chosen, so what follows it is not told"
+                yield Unusable("no preference", answers[0][0], said_of)
+                continue
+            chosen = [record for _, record in answers if _is_chosen(record)]
             asked = {"role": "user", "content": str(need(answers[0][1], "user_prompt", talk))}
             said = talks[talk]
             if len(chosen) != 1:
                 where = answers[0][0]
                 yield Unusable("no preference", where, f"{len(chosen)} answers are chosen")
+                broken.add(talk)
                 continue
             best = {"role": "assistant", "content": need(chosen[0], "model_response", talk)}
             for where, record in answers:
-                if record.get("if_chosen"):
+                if _is_chosen(record):
                     continue
                 worse = {"role": "assistant", "content": need(record, "model_response", where)}
                 messages = {"prompt": [*said, asked], "chosen": [best], "rejected": [worse]}
@@ -240,6 +258,11 @@ class Prism(Sampled):
                 except Unusable as error:
                     yield error
             said += [asked, best]
+
+
+def _is_chosen(record: Mapping[str, Any]) -> bool:
+    # a CSV file says it in words
+    return bool(LABELS.get(str(record.get("if_chosen")).strip().lower()))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from itertools import islice
@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal, Self, TypeGuard, cast
 from pydantic import Field
 
 from fedpref.data.parsing import (
+    TURN,
     parse,
     parse_feedback,
     parse_prompt,
@@ -37,6 +38,8 @@ from fedpref.types import Count, OpenFraction
 
 SIDES: tuple[Side, ...] = ("train", "test")
 
+WORD, LAST_WORDS = re.compile(r"\S+"), 2
+GUESSED = 0.1  # share of prompts that are like another, above which it is said
 WHOLE = re.compile(r"^([+-]?\d+)\.0*$")  # a whole number that is written with a point
 
 
@@ -99,6 +102,7 @@ class Files(PathSource):
 
     def _rows(self) -> Iterator[Row | Unusable]:
         is_said = False
+        found: set[str] = set()
         splits: list[tuple[str, Side | None]] = [
             (self.train_split, "train" if self.test_split else None)
         ]
@@ -118,10 +122,32 @@ class Files(PathSource):
                 except Unusable as error:
                     yield error
                     continue
+                if (
+                    self.prompt_column not in record
+                    and isinstance(row, Preference)
+                    and isinstance(row.prompt, str)
+                ):
+                    # with the blank or the line break before which it ends
+                    found.add(f"{row.prompt}{row.chosen[0]}")
                 side = given
                 if self.split_column and given != "test":
                     side = _side(record, self.split_column, where)
                 yield row if side is None else replace(row, side=side)
+        self._say_what_is_guessed(found)
+
+    def _say_what_is_guessed(self, found: Collection[str]) -> None:
+        """Warn of prompts that end within answers, where the file does not tell the two apart."""
+        openings = [_openings(prompt) for prompt in found]
+        counts = Counter(opening for some in openings for opening in some)
+        more = sum(any(counts[opening] > 1 for opening in some) for some in openings)
+        if more > GUESSED * len(found):
+            warnings.warn(
+                f"{self.path}: without a column of prompts, what both answers begin with is taken "
+                f"for one, and {more} of {len(found)} such prompts are like another but for their "
+                "last words, which may be an answer's first: rows of one question may then be held "
+                "out and trained on. Write a column 'prompt'.",
+                stacklevel=2,
+            )
 
     def at(self, path: str) -> Self:
         """Return the same settings for another place; a file has no splits."""
@@ -241,15 +267,20 @@ class HH(PathSource):
     """Read only the first so many rows of each objective, and of each side where sides are
     given."""
 
-    def read(self) -> Iterator[Preference]:
+    def read(self) -> Iterator[Preference | Unusable]:
         for objective in self.objectives:
             counts: Counter[Side | None] = Counter()
             for side, where, record in self._records(objective):
                 counts[side] += 1
+                # the original has a few rows with identical answers
                 if need(record, "chosen", where) != need(record, "rejected", where) and (
                     self.max_rows is None or counts[side] <= self.max_rows
                 ):
-                    row = parse(record, where)  # the original has a few rows with identical answers
+                    try:
+                        row = parse(record, where)
+                    except Unusable as error:
+                        yield error
+                        continue
                     yield replace(
                         row,
                         prompt=key(row.prompt).strip(),
@@ -308,7 +339,12 @@ class SHP(PathSource):
     """The share of posts that are held out, where there is no split of test rows."""
 
     def read(self) -> Iterator[Preference | Unusable]:
-        for side in (None,) if Path(self.path).expanduser().is_file() else SIDES:
+        place = Path(self.path).expanduser()
+        # a folder of ours may have no held-out rows
+        is_whole = place.is_file() or (
+            place.is_dir() and "test" not in other_splits(str(place), "train", None)
+        )
+        for side in (None,) if is_whole else SIDES:
             records = read_table(self.path, split=side or "train")
             for where, record in islice(records, self.max_rows):
                 try:
@@ -557,6 +593,17 @@ def _is_among(value: Any, values: Sequence[str | int | bool]) -> bool:
     )
 
 
+def _openings(prompt: str) -> set[str]:
+    """Return a prompt without its last words, none, one and two, as far as they are in its last
+    line; nothing of a dialogue, which ends before an answer.
+    """
+    if prompt.rstrip().endswith(TURN):
+        return set()
+    begins = [word.start() for word in WORD.finditer(prompt)][-LAST_WORDS:]
+    ends = [len(prompt), *(begin for begin in begins if "\n" not in prompt[begin:])]
+    return {prompt[:end].rstrip() for end in ends}
+
+
 def _is_plain(row: Row | Unusable) -> TypeGuard[Preference | Feedback]:
     """Return whether a row has answers to a prompt of plain text."""
     return isinstance(row, Preference | Feedback) and isinstance(row.prompt, str)
@@ -586,7 +633,7 @@ def need(record: Mapping[Any, Any], column: Any, where: str) -> Any:
 
 def _given(record: Mapping[Any, Any], column: str, where: str) -> Any:
     """Return what stands in a column that the set must have; raises Unusable where it is null."""
-    if column in record and record[column] is None:
+    if column in record and record[column] in (None, ""):
         raise Unusable("empty", where, f"column {column!r} is empty")
     return need(record, column, where)
 

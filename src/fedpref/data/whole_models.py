@@ -13,6 +13,7 @@ from fedpref.errors import UserError
 
 Load = TypeVar("Load", bound=Callable[..., Any])
 _LOADING = threading.RLock()
+NO_LENGTH = 10**9  # and more is what tokenizers of transformers say that know none
 
 
 def one_at_a_time(load: Load) -> Load:
@@ -64,6 +65,22 @@ def refuse_partial(
             f"{setting}: {_some(broken)} hold numbers that are not finite. The file is damaged, or "
             "the model's training diverged; take another."
         )
+
+
+def longest_input(model: Any, tokenizer: Any) -> int | None:
+    """Return how many tokens a model reads at once; None where neither it nor its tokenizer says.
+
+    RoBERTa and its like count positions from behind the padding's, which no token has.
+    """
+    said = [getattr(model.config.get_text_config(), "max_position_embeddings", None)]
+    said += [
+        len(part.weight) - part.padding_idx - 1
+        for name, part in model.named_modules()
+        if name.endswith("position_embeddings") and getattr(part, "padding_idx", None) is not None
+    ]
+    said.append(tokenizer.model_max_length)
+    known = [int(one) for one in said if one and 0 < one < NO_LENGTH]
+    return min(known, default=None)
 
 
 def _some(names: Iterable[str]) -> str:

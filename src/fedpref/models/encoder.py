@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fedpref.data.hub import look_for_hub
-from fedpref.data.whole_models import one_at_a_time, refuse_partial
+from fedpref.data.whole_models import longest_input, one_at_a_time, refuse_partial
 from fedpref.errors import UserError
 from fedpref.models import devices
 from fedpref.models.named import BUILTIN, located
@@ -102,10 +102,7 @@ class TextEncoder:
         """Tokens of a text beyond which something is cut off."""
         if self.tokenizer is None:
             return int(self.model.max_seq_length or DEFAULT_LENGTH)
-        return (
-            getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-            or DEFAULT_LENGTH
-        )
+        return longest_input(self.model, self.tokenizer) or DEFAULT_LENGTH
 
     def cuts(self, text: str) -> bool:
         """Return whether a text is too long to be embedded whole."""

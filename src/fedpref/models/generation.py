@@ -56,11 +56,14 @@ class OwnSampling:
 
     @cached_property
     def penalties(self) -> Any:
-        """What looks back at the text so far, of transformers; None where nothing does."""
+        """What looks back at the text so far, or forbids tokens, of transformers; None where
+        nothing does.
+        """
         from transformers import (
             LogitsProcessorList,
             NoRepeatNGramLogitsProcessor,
             RepetitionPenaltyLogitsProcessor,
+            SuppressTokensLogitsProcessor,
         )
 
         said, chain = self.settings, []
@@ -68,6 +71,8 @@ class OwnSampling:
             chain.append(RepetitionPenaltyLogitsProcessor(float(said.repetition_penalty)))
         if said is not None and said.no_repeat_ngram_size:
             chain.append(NoRepeatNGramLogitsProcessor(said.no_repeat_ngram_size))
+        if said is not None and said.suppress_tokens:
+            chain.append(SuppressTokensLogitsProcessor(said.suppress_tokens))
         return LogitsProcessorList(chain) if chain else None
 
     @cached_property

@@ -26,7 +26,8 @@ ASSISTANT = "assistant"
 ROLES = frozenset({"system", "developer", "user", ASSISTANT, "tool"})
 CLOCK = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 MARK = "(the answer, 7481)"  # stands for a content where its place is asked for
-THOUGHT = "</think>"  # ends what many templates leave out of earlier turns
+# between them stands what many templates leave out of earlier turns
+THOUGHTS, THOUGHT = "<think>", "</think>"
 ESSENTIAL = frozenset({"tool_calls", "tools"})  # without which a conversation says something else
 
 Tokens = list[int]
@@ -265,9 +266,16 @@ class Texts:
                     f"once the conversation is answered, it writes message {number} ({role}) "
                     f"otherwise, or not at all: {content!r:.60}"
                 )
-            place = end
             if number > since:
+                # what an earlier turn has thought is nothing to learn
+                if since and text.find(_thoughts(content), place) < 0:
+                    raise UserError(
+                        f"it leaves out what message {number} ({role}) thinks before its "
+                        f"{THOUGHT}, of which nothing would be learned; cut it off, or give the "
+                        "tokenizer a template for training, which keeps it"
+                    )
                 self._check_keys(messages, number - 1, render)
+            place = end
 
     def _check_keys(
         self, messages: Sequence[Message], index: int, render: Callable[..., str]
@@ -366,6 +374,14 @@ def _found(content: Any, text: str, place: int) -> tuple[int, int]:
         if begin >= 0:
             return begin, begin + len(form)
     return -1, -1
+
+
+def _thoughts(content: Any) -> str:
+    """Return what stands in a message as its author's thoughts; empty if nothing does."""
+    if not isinstance(content, str) or THOUGHT not in content:
+        return ""
+    # a model that is made to think may leave the opening mark to the template
+    return content.rpartition(THOUGHT)[0].rpartition(THOUGHTS)[2].strip()
 
 
 def _quoted(template: str) -> list[str]:

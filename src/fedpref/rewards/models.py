@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedpref.data.hub import look_for_hub
-from fedpref.data.whole_models import one_at_a_time, refuse_partial
+from fedpref.data.whole_models import longest_input, one_at_a_time, refuse_partial
 from fedpref.errors import UserError
 from fedpref.rewards.reward import OpenGroups, RewardFunction, RewardSettings, no_groups, plain
 from fedpref.types import Count, Text
@@ -138,43 +138,46 @@ class Classifier(RewardSettings):
         model: Any = loaded.eval().requires_grad_(False).to(self.device)
         label = self._label(model.config)
         are_apart = model.config.problem_type == "multi_label_classification"
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        model.config.pad_token_id = tokenizer.pad_token_id
+        config: Any = model.config.get_text_config()
+        longest, padding = longest_input(model, tokenizer), config.pad_token_id
+        options = {"truncation": longest is not None, "max_length": longest}
 
-        def encoded(prompts: Sequence[Text], completions: Sequence[Text]) -> Any:
-            texts: list[Any] = [plain(prompt) for prompt in prompts]
-            answers = [plain(completion) for completion in completions]
-            seconds: Any = None
-            talks = not isinstance(prompts[0], str)
-            if talks and tokenizer.chat_template is None:
-                raise UserError(
-                    f"reward classifier {self.path!r}: its tokenizer has no chat template, and "
-                    "the prompts are conversations."
+        def encoded(prompt: Text, completion: Text) -> Any:
+            if not isinstance(prompt, str):
+                if tokenizer.chat_template is None:
+                    raise UserError(
+                        f"reward classifier {self.path!r}: its tokenizer has no chat template, and "
+                        "the prompts are conversations."
+                    )
+                text = tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
+                # the template has written its own
+                return tokenizer(text, add_special_tokens=False, **options)
+            parts = [prompt, plain(completion)]
+            return tokenizer(*(parts if self.pairs else ["".join(parts)]), **options)
+
+        def batch(prompts: Sequence[Text], completions: Sequence[Text]) -> dict[str, Any]:
+            rows = [encoded(p, c) for p, c in zip(prompts, completions, strict=True)]
+            ids = {token for row in rows for token in row["input_ids"]}
+            # the model reads its score at the last token that is none of padding, which with a
+            # token of the text's in its place would be another
+            filler = padding if padding is not None else min({*range(len(ids) + 1)} - ids)
+            config.pad_token_id = filler
+            fill = {"input_ids": filler}
+            width = max(len(row["input_ids"]) for row in rows)
+            return {
+                name: torch.tensor(
+                    [[*row[name]] + [fill.get(name, 0)] * (width - len(row[name])) for row in rows],
+                    device=self.device,
                 )
-            if talks:
-                texts = [
-                    tokenizer.apply_chat_template([*p, *c], tokenize=False)
-                    for p, c in zip(prompts, completions, strict=True)
-                ]
-            elif self.pairs:
-                seconds = answers
-            else:
-                texts = [text + answer for text, answer in zip(texts, answers, strict=True)]
-            # a template has written its own
-            options = {
-                "padding": True,
-                "truncation": True,
-                "add_special_tokens": not talks,
+                for name in rows[0]
             }
-            return tokenizer(texts, seconds, **options, return_tensors="pt").to(self.device)
 
         @torch.no_grad()
         def reward(prompts: Sequence[Text], completions: Sequence[Text], **_: Any) -> list[float]:
             scores: list[float] = []
             for first in range(0, len(prompts), self.batch_size):
                 part = slice(first, first + self.batch_size)
-                logits = model(**encoded(prompts[part], completions[part])).logits.float()
+                logits = model(**batch(prompts[part], completions[part])).logits.float()
                 if label is None:
                     odds = logits
                 elif are_apart:

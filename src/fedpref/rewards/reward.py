@@ -113,6 +113,24 @@ def called(
     return values
 
 
+def as_given(prompt: Text) -> Any:
+    """Return a prompt as reward functions are given it: text, or a list of messages."""
+    return prompt if isinstance(prompt, str) else list(prompt)
+
+
+def answered(prompt: Text, answer: str) -> Any:
+    """Return an answer to a prompt as reward functions are given it: text, or a message."""
+    return answer if isinstance(prompt, str) else [{"role": "assistant", "content": answer}]
+
+
+def columns_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Return what stands beside rows, by column; None where a row has nothing of it."""
+    names = {name for row in rows for name in row} - {"prompts", "completions"}
+    return {name: [row.get(name) for row in rows] for name in sorted(names)}
+
+
 def plain(text: Text) -> str:
     """Return what a text or conversation says, without roles."""
-    return text if isinstance(text, str) else "\n".join(message["content"] for message in text)
+    if isinstance(text, str):
+        return text
+    return "\n".join(str(message.get("content") or "") for message in text)

@@ -26,7 +26,16 @@ from fedpref.numerics.metrics import REWARD
 from fedpref.numerics.trees import Tree
 from fedpref.privacy import Unit
 from fedpref.rewards import Reward
-from fedpref.rewards.reward import OpenGroups, called, no_groups, plain, refuse_history
+from fedpref.rewards.reward import (
+    OpenGroups,
+    answered,
+    as_given,
+    called,
+    columns_of,
+    no_groups,
+    plain,
+    refuse_history,
+)
 from fedpref.rewards.text import distinct
 from fedpref.tasks.batches import BatchSize, Examples, chance_of
 from fedpref.tasks.language import LanguageLearner, LanguageTask, Tokens
@@ -339,12 +348,8 @@ class DialogueLearner(LanguageLearner):
         Raises:
             UserError: A reward function does not keep to its signature.
         """
-        asked = [
-            list(prompt.text) if not isinstance(prompt.text, str) else prompt.text
-            for prompt in prompts
-        ]
-        known = prompts[0].columns.keys() - {"prompts", "completions"}
-        columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in sorted(known)}
+        asked = [as_given(prompt.text) for prompt in prompts]
+        columns = columns_of([prompt.columns for prompt in prompts])
         rewards = [
             called(reward, f"task.rewards.{name}", asked, texts, columns)
             for name, reward in self.rewards.items()
@@ -356,10 +361,7 @@ class DialogueLearner(LanguageLearner):
         said = self.language.tokenizer.batch_decode(
             [list(answer) for answer in answers], skip_special_tokens=True
         )
-        return [
-            text if isinstance(prompt.text, str) else [{"role": "assistant", "content": text}]
-            for prompt, text in zip(prompts, said, strict=True)
-        ]
+        return [answered(prompt.text, text) for prompt, text in zip(prompts, said, strict=True)]
 
     def losses(
         self, params: Tree, batch: Rollouts

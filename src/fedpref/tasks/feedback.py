@@ -30,7 +30,10 @@ from fedpref.tasks.offline import (
     PerExample,
 )
 
-Judged = list[tuple[Tokens, Tokens, bool]]  # prompts, answers, and whether these are desirable
+# prompts, answers, whether these are desirable, and prompts as they were written
+from fedpref.types import Text
+
+Judged = list[tuple[Tokens, Tokens, bool, Text]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +83,7 @@ class FeedbackLearner(OfflineLearner):
         (train, _), (test, _), (validation, _) = sides = [
             self._judged(rows, unusable) for rows in (data.train, data.test, data.validation)
         ]
-        if train and len({prompt for prompt, _, _ in train}) == 1:
+        if train and len({prompt for prompt, *_ in train}) == 1:
             raise UserError(
                 f"client {data.name!r}: all {len(train)} judgements to train on are of one prompt, "
                 "and KTO tells how far the policy has moved by answers to another one. Give each "
@@ -89,7 +92,7 @@ class FeedbackLearner(OfflineLearner):
 
         def beside(held_out: Judged) -> tuple[Example, ...]:
             # a single held-out prompt has the training rows' answers beside it
-            others = [] if len({prompt for prompt, _, _ in held_out}) > 1 else train
+            others = [] if len({prompt for prompt, *_ in held_out}) > 1 else train
             return tuple(self._paired([*held_out, *others])[: len(held_out)])
 
         return OfflineShard(
@@ -108,7 +111,8 @@ class FeedbackLearner(OfflineLearner):
 
     def _judged(self, rows: Sequence[Row], unusable: list[Unusable] | None) -> tuple[Judged, int]:
         """Return judged answers, and how many rows were cut."""
-        judged, cut = [], 0
+        judged: Judged = []
+        cut = 0
         for row in rows:
             if isinstance(row, Preference):
                 texts, labels = [row.chosen, row.rejected], [True, False]
@@ -123,20 +127,21 @@ class FeedbackLearner(OfflineLearner):
                 prompt, answers = self.tokens(row.prompt, texts, row.where)
                 prompt, answers, shortened = self.fit(prompt, answers, row.where)
                 judged += [
-                    (prompt, answer, label) for answer, label in zip(answers, labels, strict=True)
+                    (prompt, answer, label, row.prompt)
+                    for answer, label in zip(answers, labels, strict=True)
                 ]
                 cut += shortened
         return judged, cut
 
-    def _paired(self, judged: Sequence[tuple[Tokens, Tokens, bool]]) -> list[Example]:
+    def _paired(self, judged: Judged) -> list[Example]:
         """Return judged answers, each with one to another prompt."""
         examples = []
-        others = next_others([prompt for prompt, _, _ in judged])
-        for (prompt, answer, label), index in zip(judged, others, strict=True):
+        others = next_others([prompt for prompt, *_ in judged])
+        for (prompt, answer, label, text), index in zip(judged, others, strict=True):
             other = answer if index is None else judged[index][1][: self.max_length - len(prompt)]
             # of an answer that was cut before the assistant's turn nothing is scored
             second = other if scored_tokens(other) else answer
-            examples.append(Example(prompt, (answer, second), desirable=label))
+            examples.append(Example(prompt, (answer, second), desirable=label, text=text))
         return examples
 
     def measure(

@@ -16,10 +16,16 @@ from fedpref.models.language import LanguageModel
 from fedpref.numerics import seeds
 from fedpref.numerics.trees import Tree
 from fedpref.rewards import Reward
-from fedpref.rewards.reward import OpenGroups, called, refuse_history
+from fedpref.rewards.reward import (
+    OpenGroups,
+    answered,
+    as_given,
+    called,
+    refuse_history,
+)
 from fedpref.rewards.text import distinct
 from fedpref.tasks.language import Tokens
-from fedpref.types import Count
+from fedpref.types import Count, Text
 
 PREFIX, BEFORE = "generation/", "_before"
 OWN = frozenset({"win_rate", "length", "distinct_2", "kl", "perplexity"})  # not rewards
@@ -79,13 +85,16 @@ class Generations:
         self._answers: dict[tuple[Tokens, ...], list[Tokens]] = {}
         self._perplexity: float | None = None
 
-    def measure(self, params: Tree, client: str, prompts: Sequence[Tokens]) -> dict[str, float]:
+    def measure(
+        self, params: Tree, client: str, prompts: Sequence[Tokens], texts: Sequence[Text]
+    ) -> dict[str, float]:
         """Return metrics of a client's model, each also as it was before, where that is another.
 
         Args:
             params: The model's.
             client: Its name, which rewards are given as a column.
             prompts: That are answered.
+            texts: The same as rewards are given them.
 
         Returns:
             Means over answers, under names that begin with `generation/`: rewards by their names,
@@ -99,20 +108,24 @@ class Generations:
         if known not in self._answers:
             self._answers[known] = self._answered(None, prompts)
         before, after = self._answers[known], self._answered(params, prompts)
-        asked = [self.language.texts.question(prompt) for prompt in prompts]
-        texts = {"": self._texts(after), BEFORE: self._texts(before)}
+        asked = [as_given(text) for text in texts]
+        said = {"": self._texts(after), BEFORE: self._texts(before)}
+        given = {
+            when: [answered(text, answer) for text, answer in zip(texts, some, strict=True)]
+            for when, some in said.items()
+        }
         columns = {"client": [client] * len(prompts)}
         found: dict[str, float] = {}
-        for when, some in texts.items():
+        for when, some in given.items():
             for name, reward in self.rewards.items():
                 what = f"task.generation.rewards.{name}"
                 found[name + when] = _mean(called(reward, what, asked, some, columns))
             answers = before if when else after
             found[f"length{when}"] = _mean([len(answer) for answer in answers])
-            found[f"distinct_2{when}"] = _mean([distinct(text, 2) for text in some])
+            found[f"distinct_2{when}"] = _mean([distinct(text, 2) for text in said[when]])
         if self.judge is not None:
             # both at once, for a judge may compare answers to one prompt
-            both, twice = [*texts[BEFORE], *texts[""]], {"client": 2 * columns["client"]}
+            both, twice = [*given[BEFORE], *given[""]], {"client": 2 * columns["client"]}
             judged = called(self.judge, "task.generation.judge", 2 * asked, both, twice)
             pairs = zip(judged[: len(asked)], judged[len(asked) :], strict=True)
             won = [float(now > then) + 0.5 * (now == then) for then, now in pairs]

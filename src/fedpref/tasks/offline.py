@@ -47,7 +47,7 @@ from fedpref.tasks.batches import (
 from fedpref.tasks.generation_metrics import Generation, Generations
 from fedpref.tasks.language import LanguageLearner, LanguageTask, Tokens
 from fedpref.tasks.task import Apart, Outcome
-from fedpref.types import WholeNumber
+from fedpref.types import Text, WholeNumber
 
 SCORES = "-reference.sqlite"  # ends the names of files of reference scores
 SCORING_BATCH = 32  # answers of a batch where each is scored once
@@ -130,6 +130,8 @@ class Example:
     """Of the task's, where there are several."""
     columns: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     """What else stands in its row."""
+    text: Text = field(default="", compare=False, repr=False)
+    """The prompt as its row has it; empty where there is no row."""
 
     @property
     def tokens(self) -> int:
@@ -522,7 +524,7 @@ class OfflineLearner(LanguageLearner):
         """
         if not self.settings.asks(shard.name):
             return []
-        prompts = self._asked(shard)[: self.settings.samples]
+        prompts = list(self._asked(shard))[: self.settings.samples]
         asked = map(self.language.texts.question, prompts)
         rows: list[dict[str, Any]] = [{"prompt": text} for text in asked]
         for name, policy in (("before", None), ("after", params)):
@@ -540,13 +542,21 @@ class OfflineLearner(LanguageLearner):
         """Return metrics of answers to held-out prompts; see `Generations.measure`."""
         if not self._generations:
             return {}
-        prompts = self._asked(shard)[: self._generations.settings.prompts]
-        return self._generations.measure(params, shard.name, prompts)
+        asked = self._asked(shard)
+        prompts = list(asked)[: self._generations.settings.prompts]
+        texts = [asked[prompt] for prompt in prompts]
+        return self._generations.measure(params, shard.name, prompts, texts)
 
-    @staticmethod
-    def _asked(shard: OfflineShard) -> list[Tokens]:
-        """Return held-out prompts, in an order that clients who share them have in common."""
-        return sorted({example.prompt for example in shard.test}, key=_digest)
+    def _asked(self, shard: OfflineShard) -> dict[Tokens, Text]:
+        """Return held-out prompts and their texts, in an order that clients who share them have in
+        common.
+        """
+        texts = {example.prompt: self.prompt_of(example) for example in shard.test}
+        return {prompt: texts[prompt] for prompt in sorted(texts, key=_digest)}
+
+    def prompt_of(self, example: Example) -> Text:
+        """Return an example's prompt as rewards are given it."""
+        return example.text or self.language.texts.question(example.prompt)
 
     def choices(self, params: Tree, shard: OfflineShard) -> Float[Tensor, " n"]:
         """Return whether the preferred answer is chosen, of each held-out example [n]."""

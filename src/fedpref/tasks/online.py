@@ -16,7 +16,16 @@ from fedpref.data.unusable import Unusable
 from fedpref.models.generation import Sampling, generate
 from fedpref.numerics.trees import Tree
 from fedpref.rewards import Reward
-from fedpref.rewards.reward import OpenGroups, RewardSettings, called, no_groups, refuse_history
+from fedpref.rewards.reward import (
+    OpenGroups,
+    RewardSettings,
+    answered,
+    as_given,
+    called,
+    columns_of,
+    no_groups,
+    refuse_history,
+)
 from fedpref.tasks.batches import BatchSize
 from fedpref.tasks.offline import Batch, Example, OfflineShard
 from fedpref.tasks.preference import PairLearner, PairTask
@@ -137,23 +146,20 @@ class OnlinePreferenceLearner(PairLearner):
         self, params: Tree, given: Sequence[Example], rng: torch.Generator
     ) -> list[Example | None]:
         """Return a judged pair for each prompt; None where the judge likes all answers alike."""
-        answered = self.answers(params, given, rng)
+        drawn = self.answers(params, given, rng)
         decode = self.language.tokenizer.batch_decode
-        asked, texts, columns = [], [], dict[str, list[Any]]()
-        for example, answers in zip(given, answered, strict=True):
-            asked += [self.language.texts.question(example.prompt)] * len(answers)
-            texts += decode([list(answer) for answer in answers], skip_special_tokens=True)
-        for name in sorted(given[0].columns.keys() - {"prompts", "completions"}):
-            columns[name] = [
-                one.columns.get(name)
-                for one, answers in zip(given, answered, strict=True)
-                for _ in answers
-            ]
+        asked, texts, beside = [], [], []
+        for example, answers in zip(given, drawn, strict=True):
+            prompt = self.prompt_of(example)
+            said = decode([list(answer) for answer in answers], skip_special_tokens=True)
+            asked += [as_given(prompt)] * len(answers)
+            texts += [answered(prompt, text) for text in said]
+            beside += [example.columns] * len(answers)
         if not texts:
             return [None] * len(given)
-        liked = called(self.judge, "task.judge", asked, texts, columns)
+        liked = called(self.judge, "task.judge", asked, texts, columns_of(beside))
         pairs: list[Example | None] = []
-        for example, answers in zip(given, answered, strict=True):
+        for example, answers in zip(given, drawn, strict=True):
             if not answers:
                 pairs.append(None)
                 continue

@@ -126,7 +126,13 @@ class PairLearner(OfflineLearner):
                     )
                 objective = self._objective(row)
                 encoded.append(
-                    Example(prompt, (chosen, rejected), objective=objective, columns=row.columns)
+                    Example(
+                        prompt,
+                        (chosen, rejected),
+                        objective=objective,
+                        columns=row.columns,
+                        text=row.prompt,
+                    )
                 )
                 cut += shortened
         return encoded, cut
