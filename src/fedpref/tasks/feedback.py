@@ -30,7 +30,7 @@ from fedpref.tasks.offline import (
     PerExample,
 )
 
-# prompts, answers, whether these are desirable, and prompts as they were written
+# prompts, answers, whether these are desirable, and prompts as messages
 from fedpref.types import Text
 
 Judged = list[tuple[Tokens, Tokens, bool, Text]]
@@ -127,7 +127,7 @@ class FeedbackLearner(OfflineLearner):
                 prompt, answers = self.tokens(row.prompt, texts, row.where)
                 prompt, answers, shortened = self.fit(prompt, answers, row.where)
                 judged += [
-                    (prompt, answer, label, row.prompt)
+                    (prompt, answer, label, self.messages(row.prompt))
                     for answer, label in zip(answers, labels, strict=True)
                 ]
                 cut += shortened

@@ -131,7 +131,7 @@ class Example:
     columns: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     """What else stands in its row."""
     text: Text = field(default="", compare=False, repr=False)
-    """The prompt as its row has it; empty where there is no row."""
+    """A prompt's messages, where somebody judges answers to it; otherwise its tokens say it."""
 
     @property
     def tokens(self) -> int:
@@ -553,6 +553,11 @@ class OfflineLearner(LanguageLearner):
         """
         texts = {example.prompt: self.prompt_of(example) for example in shard.test}
         return {prompt: texts[prompt] for prompt in sorted(texts, key=_digest)}
+
+    def messages(self, prompt: Text) -> Text:
+        """Return what an example keeps of a row's prompt, which may be one of very many rows."""
+        is_judged = bool(self.settings.reward_settings())
+        return prompt if is_judged and not isinstance(prompt, str) else ""
 
     def prompt_of(self, example: Example) -> Text:
         """Return an example's prompt as rewards are given it."""

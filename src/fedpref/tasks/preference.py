@@ -131,7 +131,7 @@ class PairLearner(OfflineLearner):
                         (chosen, rejected),
                         objective=objective,
                         columns=row.columns,
-                        text=row.prompt,
+                        text=self.messages(row.prompt),
                     )
                 )
                 cut += shortened
