@@ -109,7 +109,10 @@ def test_judges_are_given_conversations_as_messages_and_all_columns(tiny: Path) 
     ((prompts, completions, columns),) = ASKED
     assert all(prompt == talk for prompt in prompts)
     assert all([one["role"] for one in answer] == ["assistant"] for answer in completions)
-    assert sorted(columns) == ["answer", "client"]
+    assert sorted(columns) == ["answer", "client", "completion_ids"]
+    decode = learner.language.tokenizer.decode
+    said = [decode(ids, skip_special_tokens=True) for ids in columns["completion_ids"]]
+    assert said == [answer[0]["content"] for answer in completions]
     assert set(columns["answer"]) == {None, "42"}
 
 

@@ -122,9 +122,9 @@ def test_a_reward_that_is_no_number_is_a_sentence() -> None:
         return [len(None)]  # type: ignore[arg-type]
 
     with pytest.raises(UserError, match="has returned \\['good'\\]"):
-        called(texts, "task.rewards.x", ["?"], ["a"], {})
+        called(texts, "task.rewards.x", ["?"], ["a"], {}, [[1]])
     with pytest.raises(UserError, match=r"test_rewards\.py, line \d+"):
-        called(broken, "task.rewards.x", ["?"], ["a"], {})
+        called(broken, "task.rewards.x", ["?"], ["a"], {}, [[1]])
 
 
 def test_means_and_extremes() -> None:

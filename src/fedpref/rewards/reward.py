@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import traceback
 from abc import ABC, abstractmethod
@@ -11,6 +12,8 @@ from typing import Any, ClassVar, Protocol, Self
 from fedpref.errors import UserError
 from fedpref.rewards.combine import Combine
 from fedpref.types import Text
+
+IDS = "completion_ids"  # of TRL, tokens of completions
 
 
 class RewardFunction(Protocol):
@@ -77,6 +80,7 @@ def called(
     prompts: Sequence[Any],
     completions: Sequence[Any],
     columns: Mapping[str, Sequence[Any]],
+    tokens: Sequence[Sequence[int]],
 ) -> list[float]:
     """Return the rewards of completions.
 
@@ -86,10 +90,14 @@ def called(
         prompts: Of each completion.
         completions: The completions.
         columns: What else is known of each.
+        tokens: Of each, which the function is given as `completion_ids` if it takes them.
 
     Raises:
         UserError: It does not keep to its signature.
     """
+    takes = inspect.signature(reward).parameters
+    if IDS in takes or any(one.kind is one.VAR_KEYWORD for one in takes.values()):
+        columns = {**columns, IDS: [list(one) for one in tokens]}
     try:
         given = reward(prompts=prompts, completions=completions, **columns)
     except TypeError as error:
@@ -125,7 +133,7 @@ def answered(prompt: Text, answer: str) -> Any:
 
 def columns_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     """Return what stands beside rows, by column; None where a row has nothing of it."""
-    names = {name for row in rows for name in row} - {"prompts", "completions"}
+    names = {name for row in rows for name in row} - {"prompts", "completions", IDS}
     return {name: [row.get(name) for row in rows] for name in sorted(names)}
 
 

@@ -179,7 +179,7 @@ class DialogueLearner(LanguageLearner):
     def __init__(self, settings: DialogueTask, open_groups: OpenGroups) -> None:
         super().__init__(settings)
         # what the untrained model answers, where rewards compare: by client and prompts
-        self._untrained: dict[tuple[str, tuple[Tokens, ...]], list[Text]] = {}
+        self._untrained: dict[tuple[str, tuple[Tokens, ...]], list[Tokens]] = {}
         self.rewards = {
             name: reward.build(open_groups) for name, reward in settings.rewards.items()
         }
@@ -287,7 +287,7 @@ class DialogueLearner(LanguageLearner):
             for k, prompt in enumerate(prompts)
         ]
         asked = [prompt for prompt in prompts for _ in range(samples)]
-        rewards = self.judge(asked, self.texts(asked, answers))
+        rewards = self.judge(asked, answers)
         kept = self.language.passing()
         with torch.no_grad():
             reference = self._tokens(None, rows, kept)[0]
@@ -342,16 +342,16 @@ class DialogueLearner(LanguageLearner):
             count = len(self.objectives)
             yield Apart(total, [0] * count, range(count))
 
-    def judge(self, prompts: Sequence[Prompted], texts: Sequence[Any]) -> Float[Tensor, "M A"]:
-        """Return each objective's rewards [M, A], on the CPU.
+    def judge(self, prompts: Sequence[Prompted], answers: Sequence[Tokens]) -> Float[Tensor, "M A"]:
+        """Return each objective's rewards of answers' tokens [M, A], on the CPU.
 
         Raises:
             UserError: A reward function does not keep to its signature.
         """
-        asked = [as_given(prompt.text) for prompt in prompts]
+        asked, texts = [as_given(prompt.text) for prompt in prompts], self.texts(prompts, answers)
         columns = columns_of([prompt.columns for prompt in prompts])
         rewards = [
-            called(reward, f"task.rewards.{name}", asked, texts, columns)
+            called(reward, f"task.rewards.{name}", asked, texts, columns, answers)
             for name, reward in self.rewards.items()
         ]
         return torch.tensor(rewards)
@@ -461,14 +461,14 @@ class DialogueLearner(LanguageLearner):
         answers = drawn(policy)
         asked = [prompt for prompt in prompts for _ in range(together)]
         texts = self.texts(asked, answers)
-        others: list[Text] = []
+        others: list[Tokens] = []
         if together > 1:
             # the same in every evaluation
             key = shard.name, tuple(prompt.tokens for prompt in prompts)
             if key not in self._untrained:
-                self._untrained[key] = self.texts(asked, drawn(None))
+                self._untrained[key] = drawn(None)
             others = self._untrained[key]
-        judged = self.judge([*asked, *asked] if others else asked, [*texts, *others])
+        judged = self.judge([*asked, *asked] if others else asked, [*answers, *others])
         rewards = judged[:, : len(texts)].mean(1).tolist()
         rows = [(prompt.tokens, (answer,)) for prompt, answer in zip(asked, answers, strict=True)]
         kept = self.language.passing()
@@ -513,7 +513,7 @@ class DialogueLearner(LanguageLearner):
             asked = [prompt for prompt in prompts for _ in range(together)]
             texts = self.texts(asked, answers)
             judged = (
-                list(zip(texts, self.judge(asked, texts).T.tolist(), strict=True))
+                list(zip(texts, self.judge(asked, answers).T.tolist(), strict=True))
                 if prompts
                 else []
             )

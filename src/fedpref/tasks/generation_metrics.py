@@ -117,16 +117,23 @@ class Generations:
         columns = {"client": [client] * len(prompts)}
         found: dict[str, float] = {}
         for when, some in given.items():
+            answers = before if when else after
             for name, reward in self.rewards.items():
                 what = f"task.generation.rewards.{name}"
-                found[name + when] = _mean(called(reward, what, asked, some, columns))
-            answers = before if when else after
+                found[name + when] = _mean(called(reward, what, asked, some, columns, answers))
             found[f"length{when}"] = _mean([len(answer) for answer in answers])
             found[f"distinct_2{when}"] = _mean([distinct(text, 2) for text in said[when]])
         if self.judge is not None:
             # both at once, for a judge may compare answers to one prompt
             both, twice = [*given[BEFORE], *given[""]], {"client": 2 * columns["client"]}
-            judged = called(self.judge, "task.generation.judge", 2 * asked, both, twice)
+            judged = called(
+                self.judge,
+                "task.generation.judge",
+                2 * asked,
+                both,
+                twice,
+                [*before, *after],
+            )
             pairs = zip(judged[: len(asked)], judged[len(asked) :], strict=True)
             won = [float(now > then) + 0.5 * (now == then) for then, now in pairs]
             found["win_rate"] = _mean(won)

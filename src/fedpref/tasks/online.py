@@ -157,7 +157,14 @@ class OnlinePreferenceLearner(PairLearner):
             beside += [example.columns] * len(answers)
         if not texts:
             return [None] * len(given)
-        liked = called(self.judge, "task.judge", asked, texts, columns_of(beside))
+        liked = called(
+            self.judge,
+            "task.judge",
+            asked,
+            texts,
+            columns_of(beside),
+            [answer for answers in drawn for answer in answers],
+        )
         pairs: list[Example | None] = []
         for example, answers in zip(given, drawn, strict=True):
             if not answers:
