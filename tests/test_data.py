@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -694,6 +695,38 @@ def test_a_folders_text_files_are_read_as_they_stand(suffix: str, tmp_path: Path
     (tmp_path / f"train.{suffix}").write_text("\n".join([*header, *lines]) + "\n")
     found = read(Files(path=str(tmp_path)), Natural(), 0).clients
     assert sorted(client.name for client in found) == sorted(clients)
+
+
+def test_a_folders_files_are_read_or_it_is_said_which_are_not(tmp_path: Path) -> None:
+    rows = make_rows([4, 4, 4])
+    apart = [[row for row in rows if row["client"] == f"client-{k}"] for k in range(3)]
+    folder = tmp_path / "kinds"
+    folder.mkdir()
+    write_rows(folder / "a.jsonl", apart[0])
+    names = list(rows[0])
+    lines = [",".join(f'"{row[name]}"' for name in names) for row in apart[1]]
+    (folder / "b.csv").write_text("\n".join([",".join(names), *lines]) + "\n")
+    datasets.Dataset.from_list(apart[2]).to_parquet(folder / "c.parquet")
+    assert len(list(Files(path=str(folder)).read())) == 12
+    named = tmp_path / "named"
+    named.mkdir()
+    write_rows(named / "train.jsonl", apart[0])
+    write_rows(named / "more.jsonl", apart[1])
+    with pytest.warns(UserWarning, match=r"1 of its files are not read \(more\.jsonl\)"):
+        assert len(list(Files(path=str(named)).read())) == 4
+    (named / "train.jsonl").rename(named / "test.jsonl")
+    with (
+        pytest.warns(UserWarning, match=r"more\.jsonl"),
+        pytest.raises(UserError, match="without any are all of the split 'train'") as said,
+    ):
+        list(Files(path=str(named)).read())
+    assert "auth" not in str(said.value)
+    (named / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files: more.jsonl\n---\n"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(list(Files(path=str(named)).read())) == 4
 
 
 @pytest.mark.parametrize(

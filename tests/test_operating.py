@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
@@ -115,6 +116,15 @@ def test_a_site_is_looked_at_before_its_first_job(
     assert found["consent"].is_well is False
     assert "limits.least_batch" in found["consent"].said
     assert not found["model other"].is_well
+    blank = federation / "a b"
+    blank.mkdir()
+    shutil.copytree(kit, blank / "bank")
+    assert "a space in its path" in next(
+        one.said for one in operating.checked(blank / "bank") if one.what == "kit"
+    )
+    with pytest.raises(UserError, match="begins no job in a folder with a space"):
+        kits.start(blank / "bank", {})
+    shutil.rmtree(blank)
     result = CliRunner().invoke(cli.app, ["site", "check", str(kit)])
     assert result.exit_code == 2
     assert "wrong server" in result.output

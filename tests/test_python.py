@@ -186,6 +186,24 @@ def test_rows_that_are_none_leave_nothing_behind(
     assert not list(Path().iterdir())
 
 
+def test_a_mistake_before_anything_is_measured_leaves_no_run(small: dict[str, Any]) -> None:
+    private = {
+        "algorithm": {"name": "feddpo", "aggregate": "frozen-a"},
+        "federation": {"weighting": "equal"},
+        "privacy": {"unit": "client", "against": "coordinator", "epsilon": 8, "delta": 0.01},
+    }
+    masks = {"secrecy": {"name": "masks", "min_sites": 2}}
+    with pytest.raises(UserError, match="in one process there is no coordinator"):
+        run({**private, **masks}, data=ROWS, output="out", **small)
+    assert not list(Path().iterdir())
+    # what lay there is nobody's to remove
+    Path("mine").mkdir()
+    Path("mine/notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="exists already"):
+        run({"algorithm": {"name": "feddpo"}}, data=ROWS, output="mine", **small)
+    assert [file.name for file in Path("mine").iterdir()] == ["notes.txt"]
+
+
 def test_too_many_rows_are_not_copied(
     small: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

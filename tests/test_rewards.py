@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 from pathlib import Path
@@ -125,6 +126,23 @@ def test_a_reward_that_is_no_number_is_a_sentence() -> None:
         called(texts, "task.rewards.x", ["?"], ["a"], {}, [[1]])
     with pytest.raises(UserError, match=r"test_rewards\.py, line \d+"):
         called(broken, "task.rewards.x", ["?"], ["a"], {}, [[1]])
+
+
+def test_a_coroutine_is_a_reward_and_none_is_not() -> None:
+    async def polite(prompts: Any, completions: Any, **_: Any) -> list[float]:
+        return [float("please" in text) for text in completions]
+
+    async def within() -> list[float]:
+        return called(polite, "task.rewards.x", ["?"], ["please"], {}, [[1]])
+
+    assert called(polite, "task.rewards.x", ["?"] * 2, ["please", "no"], {}, [[1]] * 2) == [1, 0]
+    assert asyncio.run(within()) == [1]
+
+    def some(prompts: Any, completions: Any) -> list[Any]:
+        return [None, 1.0]
+
+    with pytest.raises(UserError, match="None is no reward here"):
+        called(some, "task.rewards.x", ["?"] * 2, ["a", "b"], {}, [[1]] * 2)
 
 
 def test_means_and_extremes() -> None:

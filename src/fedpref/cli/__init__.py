@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import sys
 import warnings
@@ -56,6 +57,10 @@ def main() -> None:
         sys.path.append(here)
     # what was begun for a run, workers and simulated sites, ends with it
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    # a terminal or file that cannot show a client's name shows its escape, and ends nothing
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     # of libraries to their own callers, which users of a command are not
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:

@@ -6,6 +6,7 @@ import csv
 import gzip
 import json
 import re
+import warnings
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,6 +18,13 @@ from fedpref.errors import UserError
 Record = tuple[str, Mapping[str, Any]]  # "file, row 3" and the row
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
+SHOWN = 4  # files that a warning names
+# what says in a file's name to `datasets` of which split it is
+SPLIT = re.compile(
+    r"(^|[^a-z])(train|training|test|testing|eval|evaluation|valid|validation|val|dev)([^a-z]|$)",
+    re.IGNORECASE,
+)
+DESCRIPTIONS = ("dataset_infos.json", "dataset_dict.json", "dataset_info.json", "state.json")
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -170,20 +178,50 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _text_files(path: str, split: str, given: Mapping[str, Any]) -> list[Path]:
+def _own_files(path: str, split: str, given: Mapping[str, Any]) -> list[Path]:
     """Return a local folder's files of a split, where all are read as they stand.
 
-    `datasets` guesses types of columns: `007` would be a number, `NA` nothing, a day a time.
+    `datasets` guesses types of columns: `007` would be a number, `NA` nothing, a day a time. Of a
+    folder with several kinds of file it takes one, and of one with files that are named after
+    splits no others; what it leaves out is warned of.
     """
     import datasets
 
     if not Path(path).is_dir():
         return []
     found = datasets.load_dataset_builder(path, **given).config.data_files or {}
-    files = [Path(file) for file in found.get(split, ())]
+    named = {name: [Path(file) for file in some] for name, some in found.items()}
+    files = named.get(split, [])
+    used = {file.resolve() for some in named.values() for file in some}
+    unread = [file for file in _tables(Path(path)) if file.resolve() not in used]
+    card = Path(path) / "README.md"
+    if card.is_file() and "configs:" in card.read_text(encoding="utf-8", errors="replace"):
+        unread = []  # the folder says itself what is read
+    if not given and list(named) == ["train"] and not any(SPLIT.search(f.stem) for f in files):
+        files, unread = [*files, *unread], []
+    if unread:
+        shown = ", ".join(str(file.relative_to(path)) for file in unread[:SHOWN])
+        warnings.warn(
+            f"{path}: {len(unread)} of its files are not read ({shown}"
+            f"{', ...' if len(unread) > SHOWN else ''}): others are named after splits, as in "
+            f"{next(iter(used)).name if used else 'train.jsonl'}. Name all of them so, or none.",
+            stacklevel=2,
+        )
     kinds = {"".join(file.suffixes[-2:]).removesuffix(".gz") for file in files}
     are_text = all(kind.endswith((*SEPARATORS, ".jsonl")) for kind in kinds)
-    return files if are_text and all(file.is_file() for file in files) else []
+    is_ours = are_text or len(kinds) > 1
+    return sorted(files) if is_ours and all(file.is_file() for file in files) else []
+
+
+def _tables(folder: Path) -> list[Path]:
+    """Return the files of rows in a folder, without those that describe a dataset."""
+    return sorted(
+        file
+        for file in folder.rglob("*")
+        if file.name.removesuffix(".gz").endswith(SUFFIXES)
+        and file.name not in DESCRIPTIONS
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    )
 
 
 def other_splits(path: str, split: str, name: str | None) -> list[str]:
@@ -201,6 +239,20 @@ def other_splits(path: str, split: str, name: str | None) -> list[str]:
     return sorted(set(map(str, known)) - {split})
 
 
+def _advice(path: Path) -> str:
+    """Return what to do about a dataset that does not load."""
+    if path.is_dir():
+        return (
+            "Files are told apart by splits in their names (train.jsonl, test.jsonl), and without "
+            "any are all of the split 'train'. data.train_split names another; data.path may be "
+            "one of the files."
+        )
+    return (
+        "Check the name and the network, log in with `hf auth login` if it is gated, or give a "
+        "local file or folder."
+    )
+
+
 def _read_dataset(path: str, split: str, hub: Mapping[str, Any]) -> Iterator[Record]:
     import datasets
 
@@ -212,7 +264,7 @@ def _read_dataset(path: str, split: str, hub: Mapping[str, Any]) -> Iterator[Rec
             table = stored[split] if isinstance(stored, dict) else stored
         else:
             given = {name: value for name, value in hub.items() if value is not None}
-            if files := _text_files(path, split, given):
+            if files := _own_files(path, split, given):
                 for file in files:
                     yield from read_file(file)
                 return
@@ -228,8 +280,7 @@ def _read_dataset(path: str, split: str, hub: Mapping[str, Any]) -> Iterator[Rec
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"data.path: {path!r}, split {split!r}, could not be loaded as a {kind}: {reason}. "
-            "Check the name and the network, log in with `hf auth login` if it is gated, or give "
-            "a local file or folder."
+            f"{_advice(Path(path))}"
         ) from error
     for number, record in enumerate(table, 1):
         yield f"{path} ({split}), row {number}", record

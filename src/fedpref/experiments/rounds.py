@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
@@ -93,7 +94,7 @@ def events(
     experiment = with_whole_paths(experiment, has_data=transport is None)
     with one_thread():
         task = experiment.build_task()
-        with folder.alone():
+        with folder.alone(), _undone(folder, here=transport is None):
             source: ClientSource = (
                 InProcess(experiment, task)
                 if transport is None
@@ -149,6 +150,21 @@ def events(
                 yield evaluated(name, experiment.rounds, row)
             if cache is None:
                 remove_states(folder.path / "cache")
+
+
+@contextmanager
+def _undone(folder: RunDirectory, *, here: bool) -> Iterator[None]:
+    """Within it, a mistake that ends a run before anything is measured leaves no directory.
+
+    It can then be begun under the same name. Of a run over sites the directory stays: they know it.
+    """
+    begins = not folder.has_begun
+    try:
+        yield
+    except UserError:
+        if begins and here and folder.has_begun and not folder.has_results:
+            shutil.rmtree(folder.path, ignore_errors=True)
+        raise
 
 
 def _data(about: About) -> str:

@@ -128,6 +128,11 @@ class RunDirectory:
         """Whether the directory has its first files."""
         return (self.path / CONFIG).exists()
 
+    @property
+    def has_results(self) -> bool:
+        """Whether anything of it, or of its baselines, was measured or kept."""
+        return any(any(self.path.rglob(name)) for name in (METRICS, EVALUATION, "round-*"))
+
     def create(self, contents: Mapping[str, str]) -> None:
         """Make the directory with its first files, all at once.
 

@@ -231,7 +231,7 @@ def run(
     finally:
         # nothing has begun: the rows are the caller's still
         if not folder.has_begun:
-            shutil.rmtree(folder.path)
+            shutil.rmtree(folder.path, ignore_errors=True)
 
 
 def _files(source: Any, path: str, split_column: str | None = None) -> Files:

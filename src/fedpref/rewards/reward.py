@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import math
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Protocol, Self
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, ClassVar, Protocol, Self, TypeVar
 
 from fedpref.errors import UserError
 from fedpref.rewards.combine import Combine
 from fedpref.types import Text
 
+T = TypeVar("T")
 IDS = "completion_ids"  # of TRL, tokens of completions
 
 
 class RewardFunction(Protocol):
     """A function that returns a reward for each completion to the prompt in the same place.
 
-    Prompts and completions are text, or lists of messages.
+    Prompts and completions are text, or lists of messages. It may be a coroutine's.
     """
 
     def __call__(
@@ -99,7 +102,10 @@ def called(
     if IDS in takes or any(one.kind is one.VAR_KEYWORD for one in takes.values()):
         columns = {**columns, IDS: [list(one) for one in tokens]}
     try:
-        given = reward(prompts=prompts, completions=completions, **columns)
+        given: Any = reward(prompts=prompts, completions=completions, **columns)
+        if inspect.isawaitable(given):
+            with ThreadPoolExecutor(1) as apart:  # whoever calls may be in a loop of its own
+                given = apart.submit(asyncio.run, _awaited(given)).result()
     except TypeError as error:
         *_, last = traceback.extract_tb(error.__traceback__)
         raise UserError(
@@ -107,6 +113,11 @@ def called(
             f"{error} ({last.filename}, line {last.lineno})."
         ) from error
     try:
+        if None in (given := list(given)):
+            raise ValueError(
+                "None is no reward here, where every objective has one of every completion; 0.0 "
+                "counts for nothing"
+            )
         values = [float(value) for value in given]
     except (TypeError, ValueError) as error:
         raise UserError(
@@ -119,6 +130,10 @@ def called(
             f"{str(values)[:80]}."
         )
     return values
+
+
+async def _awaited(value: Awaitable[T]) -> T:
+    return await value
 
 
 def as_given(prompt: Text) -> Any:

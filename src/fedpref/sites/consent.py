@@ -150,7 +150,10 @@ class Limits:
                 if 0 < known.get(side, 0) < least:
                     said = {"train": "training", "test": "held-out"}.get(side, side)
                     raise RefusedError(
-                        f"client {client!r} has fewer {said} examples than limits.{key}, {least}"
+                        f"client {client!r} has fewer {said} examples than limits.{key}, {least}, "
+                        "so that the site takes no part. It may have more rows, hold out another "
+                        "share (data.test_fraction), leave such clients out (partition.min_rows, "
+                        "min_test_rows), or lower the limit, all in its site.yaml"
                     )
 
     def refuse_ends(self, ends: Collection[str]) -> None:

@@ -343,6 +343,15 @@ def _restrict(local: Path) -> None:
 # ---- a kit at work
 
 
+def refuse_blanks(kit: Path) -> None:
+    """Raise UserError for a folder in which no job would begin: FLARE parts its path at blanks."""
+    if any(character.isspace() for character in str(kit.resolve())):
+        raise UserError(
+            f"{kit.resolve()}: NVIDIA FLARE begins no job in a folder with a space in its path. "
+            "Move the kit, or name its folders otherwise."
+        )
+
+
 def start(kit: Path, variables: Mapping[str, str], *, foreground: bool = False) -> None:
     """Start a kit's participant, with some environment variables; it starts anew where it dies.
 
@@ -359,6 +368,7 @@ def start(kit: Path, variables: Mapping[str, str], *, foreground: bool = False) 
     program = kit / "startup/sub_start.sh"
     if not program.exists():
         raise UserError(f"{kit}: this is no kit of a server or site (no startup/sub_start.sh).")
+    refuse_blanks(kit)
     if running(kit):
         raise UserError(f"{kit}: it is running already. `fedpref site stop {kit}` stops it.")
     for left in LEFT:

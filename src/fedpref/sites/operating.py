@@ -22,7 +22,7 @@ from fedpref.experiments.experiment import Experiment
 from fedpref.experiments.run_directory import OUTCOMES, SAMPLES, client_path
 from fedpref.numerics import files
 from fedpref.sites.consent import Consenting, SiteFile
-from fedpref.sites.kits import LOG, SITE_FILE, running
+from fedpref.sites.kits import LOG, SITE_FILE, refuse_blanks, running
 
 SOON = timedelta(days=30)  # before a certificate's end, from when it is told
 REACH = 10.0  # seconds for a connection to the server
@@ -104,6 +104,7 @@ def checked(kit: Path, experiment: Experiment | None = None) -> Iterator[Finding
         is_well = started <= now < min(ends.values())
         said = soon or f"valid until {min(ends.values()):%Y-%m-%d}"
         yield Finding("certificates, and the clock", is_well, said)
+        refuse_blanks(kit)
         yield _reached(kit)
     except (UserError, ValueError) as error:
         yield Finding("kit", False, str(error))
