@@ -550,6 +550,27 @@ def test_what_is_nearly_right_is_suggested(setting: str, says: str, fedpref: Com
     assert (code, says in text) == (2, True), text
 
 
+def test_a_few_more_mistakes_say_what_to_do(
+    fedpref: Command, file: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    semicolons = tmp_path / "semi.csv"
+    semicolons.write_text("prompt;chosen;rejected\nq;a;b\n")
+    for wrong, says in (
+        ("baselines=alone", "expected a list, as in baselines=[alone]"),
+        ("task.model.lora_r=100000", "is above the model's width, 32"),
+        (f"data.path={semicolons}", "seem to be parted by semicolons"),
+    ):
+        code, text = fedpref("check", file, wrong)
+        assert (code, says in text) == (2, True), text
+    for command in ("evaluate", "personalize"):
+        code, text = fedpref(command, "run", "--data", semicolons, "rounds=2")
+        assert (code, "settings of the rows alone are taken here" in text) == (2, True), text
+    graph = {"algorithm": {"name": "feddpo"}, "network": {"topology": "complete"}}
+    experiment = config.parse(Experiment, {**settings, **graph}, "x")
+    with pytest.warns(UserWarning, match="feddpo has a coordinator and no neighbours"):
+        experiment.check_clients({"a": 9, "b": 9})
+
+
 @pytest.mark.parametrize("setting", ["nonsense=1", "algorithm.name=trimmed"])
 def test_what_is_far_from_anything_suggests_nothing(setting: str, fedpref: Command) -> None:
     code, text = fedpref("check", "feddpo", setting)

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 from omegaconf import OmegaConf
+from rich.console import Console
 
 from fedpref import Experiment, UserError
 from fedpref.numerics.intervals import interval
-from fedpref.reports.comparison import compare, csv_text, markdown
+from fedpref.reports.comparison import ComparisonTable, cells, compare, csv_text, markdown
 from fedpref.runs import sweep as sweep_module
 from fedpref.runs.sweep import (
     parse_variant,
@@ -134,6 +135,22 @@ def test_a_single_value_has_no_interval_and_newcomers_have_a_column(tmp_path: Pa
     assert text[2].startswith("| a | 1 | 50.0 |  |")
     assert text[3].startswith("| b | 1 | 60.0 | +10.0 |")
     assert text[3].endswith("| 50.0 to 70.0 |")
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 160])
+def test_a_narrow_terminal_folds_columns_and_cuts_no_figure(width: int, tmp_path: Path) -> None:
+    for name, better in (("first", 0.0), ("second", 0.07)):
+        for seed in (0, 1):
+            values = {f"c{k}": 0.5 + better + 0.01 * k * (seed + 1) for k in range(3)}
+            finished(tmp_path / f"{name}-{seed}", name, seed, values)
+    rows = compare(sorted(tmp_path.iterdir()))
+    out = io.StringIO()
+    Console(file=out, width=width).print(ComparisonTable(rows))
+    lines = out.getvalue().splitlines()
+    assert all(len(line) <= width for line in lines)
+    said = [cell.strip() for line in lines for cell in line.split("│")]
+    assert {text for row in rows for text in cells(row)} <= {"", *said}
+    assert "…" not in out.getvalue()
 
 
 def test_runs_of_different_metrics_are_not_compared(tmp_path: Path) -> None:

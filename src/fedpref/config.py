@@ -182,6 +182,19 @@ def load(
     return parse(kind, merged, str(path))
 
 
+def of_overrides(kind: type[T], content: Mapping[str, Any], overrides: Sequence[str]) -> T:
+    """Build a dataclass from plain data and `key=value` settings; raises UserError as `load`."""
+    try:
+        for override in overrides:
+            refuse_large(override.split("=", 1)[1])
+        wanted = OmegaConf.from_dotlist(list(overrides))
+        _refuse_resolvers(OmegaConf.to_container(wanted))
+        merged: Any = OmegaConf.to_container(OmegaConf.merge(dict(content), wanted), resolve=True)
+    except BROKEN as error:
+        raise UserError(f"{' '.join(overrides)[:80]}: {_words(error)}") from error
+    return parse(kind, merged, " ".join(overrides)[:80])
+
+
 def _forget_emptied(content: Any, overrides: Sequence[str]) -> None:
     """Take out what an override says is empty, as `task.rewards={}`; others are merged."""
     for override in overrides:
@@ -586,6 +599,10 @@ def _sentence(kind: Any, problem: Any, where: str) -> str:
         )
     if problem["type"] in ("dataclass_type", "model_attributes_type", "dict_type"):
         return f"{where}: {key}: expected keys and values, or a name; found {problem['input']!r}."
+    if problem["type"] == "tuple_type":
+        said = problem["input"]
+        shown = f", as in {key}=[{said}]" if isinstance(said, str | int | float) else ""
+        return f"{where}: {key}: expected a list{shown}; found {said!r}."
     if problem["type"] == "union_tag_not_found":
         return f"{where}: {key} needs a name; `fedpref list` shows them."
     if problem["type"] in ("missing", "missing_argument"):

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from fedpref.errors import command
+from fedpref.errors import UserError, command
 
 if TYPE_CHECKING:
+    from fedpref.data import Files
     from fedpref.experiments.rounds import Event
     from fedpref.experiments.run_directory import RunDirectory
 
@@ -41,8 +42,29 @@ Overrides = Annotated[
         help="Settings that override the file's: rounds=20 task.loss.beta=0.2", metavar="KEY=VALUE"
     ),
 ]
+DataOverrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="How the rows are read, where otherwise than the run's: data.chosen_column=better",
+        metavar="KEY=VALUE",
+    ),
+]
 SITES = "Sites on other machines"  # a panel of the help
 Open = Annotated[bool, typer.Option("--open", help="Show the report in a browser at the end.")]
+
+
+def files_of(path: str, overrides: list[str] | None) -> Files:
+    """Return rows that a command is given; raises UserError for settings of anything else."""
+    from fedpref import config
+    from fedpref.data import Files
+
+    for one in overrides or ():
+        if not one.startswith("data.") or "=" not in one:
+            raise UserError(
+                f"{one!r}: settings of the rows alone are taken here, as data.chosen_column=better."
+            )
+    wanted = [one.removeprefix("data.") for one in overrides or ()]
+    return config.of_overrides(Files, {"path": path}, wanted)
 
 
 @contextmanager

@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedpref.cli.shared import Config, Open, Overrides, app, console, follow, saying
+from fedpref.cli.shared import (
+    Config,
+    DataOverrides,
+    Open,
+    Overrides,
+    app,
+    console,
+    files_of,
+    follow,
+    saying,
+)
 from fedpref.errors import UserError, command
 
 if TYPE_CHECKING:
@@ -516,6 +526,7 @@ def personalize(
         int | None,
         typer.Option(min=1, help="Local steps; by default the run's federation.join_steps."),
     ] = None,
+    overrides: DataOverrides = None,
 ) -> None:
     """Let clients that took no part join a run and make what is their own on their data.
 
@@ -523,12 +534,11 @@ def personalize(
 
     Example: fedpref personalize runs/fedpdpo --data pairs.jsonl
     """
-    from fedpref.data import Files
     from fedpref.reports.page import REPORT, write_report
     from fedpref.reports.tables import newcomer_table
     from fedpref.runs.join import personalize as join
 
-    joined = join(path, Files(path=data), column=column, name=name, steps=steps)
+    joined = join(path, files_of(data, overrides), column=column, name=name, steps=steps)
     sizes = {client: {"train": one.train, "test": one.test} for client, one in joined.items()}
     before, after = (
         {client: getattr(one, when) for client, one in joined.items()}

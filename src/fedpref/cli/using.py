@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fedpref.cli.shared import app, console
+from fedpref.cli.shared import DataOverrides, app, console, files_of
 from fedpref.errors import UserError
 
 
@@ -95,6 +95,7 @@ def evaluate(
         typer.Option(help="Of a dataset folder or Hub dataset.", show_default="test"),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print all metrics as JSON.")] = False,
+    overrides: DataOverrides = None,
 ) -> None:
     """Measure a run's models on any preference file, all rows of it.
 
@@ -103,8 +104,8 @@ def evaluate(
     Example: fedpref evaluate runs/demo --data pairs.jsonl
     """
     import json
+    from dataclasses import replace
 
-    from fedpref.data import Files
     from fedpref.reports.tables import metric_table
     from fedpref.runs.evaluate import evaluate as measure
 
@@ -113,7 +114,9 @@ def evaluate(
         raise UserError(
             f"--split {split!r}: {data} is one file, which has no splits. Leave it out."
         )
-    source = Files(path=data) if is_file else Files(path=data, train_split=split or "test")
+    source = files_of(data, overrides)
+    if not is_file:
+        source = replace(source, train_split=split or "test")
     metrics = measure(path, source, client, column)
     if as_json:
         print(json.dumps(metrics, indent=1))
@@ -130,7 +133,10 @@ def export(
         str, typer.Option("--format", help="peft, merged, gguf-ready or gguf.")
     ] = "peft",
     output: Annotated[
-        Path | None, typer.Option(help="The new folder; by default RUN-FORMAT beside the run.")
+        Path | None,
+        typer.Option(
+            help="The new folder; by default RUN-FORMAT beside the run, or RUN-FORMAT-CLIENT."
+        ),
     ] = None,
     client: Annotated[
         str | None, typer.Option(help="The client whose model; for peft, all by default.")
@@ -145,6 +151,7 @@ def export(
     import json
     from typing import cast, get_args
 
+    from fedpref.experiments.run_directory import file_name
     from fedpref.runs.export import MANIFEST, Form
     from fedpref.runs.export import export as write
     from fedpref.runs.sweep import is_sweep, members
@@ -153,7 +160,8 @@ def export(
         raise UserError(f"--format {form!r}: there are {', '.join(get_args(Form))}.")
     # checked above
     place = path if path.name not in ("", "..") else path.resolve()
-    goal = output or place.with_name(f"{place.name}-{form}")
+    whose = "" if client is None else f"-{file_name(client)}"
+    goal = output or place.with_name(f"{place.name}-{form}{whose}")
     if is_sweep(path):
         for run in members(path):
             export(run, form, goal / run.relative_to(path), client)

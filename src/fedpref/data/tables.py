@@ -96,7 +96,7 @@ def read_file(path: Path) -> Iterator[Record]:
     except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(
             f"{path}: cannot be read as {'gzipped ' if path.suffix == '.gz' else ''}UTF-8 text: "
-            f"{error}"
+            f"{error}. Save it as UTF-8."
         ) from error
 
 
@@ -139,6 +139,12 @@ def _read_csv(path: Path, kind: str, file: TextIO) -> Iterator[Record]:
         if twice := sorted({name for name in header if header.count(name) > 1}):
             raise UserError(f"{path}: the header has the column {twice[0]!r} twice.")
         reader.fieldnames = header
+        if kind == ".csv" and len(header) == 1 and (";" in header[0] or "\t" in header[0]):
+            between = "semicolons" if ";" in header[0] else "tabs"
+            raise UserError(
+                f"{path}: its cells seem to be parted by {between}. Save it with commas"
+                f"{', or name it .tsv' if between == 'tabs' else ''}."
+            )
         for number, record in enumerate(reader, 1):
             if None in record or None in record.values():
                 raise UserError(

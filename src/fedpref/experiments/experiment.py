@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -380,6 +381,12 @@ class Experiment:
             )
         chances = self.federation.weights(sizes, self.seed)
         algorithm.check_clients(tuple(sizes))
+        if not algorithm.gossips and self.network.topology != Network().topology:
+            warnings.warn(
+                f"network.topology: {algorithm.name} has a coordinator and no neighbours; the "
+                "graph is not used.",
+                stacklevel=3,
+            )
         if algorithm.gossips:
             taking_part = [client for client, chance in enumerate(chances) if chance > 0]
             self.network.check(list(sizes), taking_part, self.federation.takes_everybody)

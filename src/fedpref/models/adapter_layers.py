@@ -39,6 +39,12 @@ def with_adapter(backbone: Backbone, settings: Model) -> PeftModel:
     """
     from peft import LoraConfig, get_peft_model
 
+    width = backbone.model.config.get_text_config().hidden_size
+    if settings.lora_r > width:
+        raise UserError(
+            f"task.model.lora_r: a rank of {settings.lora_r} is above the model's width, {width}, "
+            "which holds any change of its layers. Take a lower one."
+        )
     targets = settings.lora_target_modules
     where = placed(backbone.model, targets, settings.lora_layers_to_transform)
     lora = partial(

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from rich.cells import cell_len
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console, ConsoleOptions, JustifyMethod, RenderResult
 from rich.table import Table
 
 from fedpref.errors import UserError, command
@@ -500,8 +500,10 @@ class ComparisonTable:
         title: str | None = caption(self._rows)
         for columns in self._folded(name, others, options.max_width):
             shown = Table(title=title, title_style="bold", title_justify="left")
-            for text in (TITLES[i] for i in columns):
-                shown.add_column(text, justify="right" if text else "left", no_wrap=not text)
+            for i in columns:
+                # titles wrap, figures do not
+                justify: JustifyMethod = "right" if TITLES[i] else "left"
+                shown.add_column(TITLES[i], justify=justify, width=self._width(i))
             for row in self._rows:
                 shown.add_row(*(cells(row)[i] for i in columns))
             yield shown
@@ -509,19 +511,19 @@ class ComparisonTable:
 
     def _folded(self, name: int, others: Sequence[int], room: int) -> Iterator[list[int]]:
         """Yield the columns of each table, the lines' names first, of which no figure is cut."""
-
-        def width(i: int) -> int:
-            words = [*TITLES[i].split(), *(cells(row)[i] for row in self._rows)]
-            return max(map(cell_len, words)) + FRAME
-
-        columns, used = [name], width(name) + 1
+        columns, used = [name], self._width(name) + FRAME + 1
         for i in others:
-            if used + width(i) > room and len(columns) > 1:
+            width = self._width(i) + FRAME
+            if used + width > room and len(columns) > 1:
                 yield columns
-                columns, used = [name], width(name) + 1
+                columns, used = [name], self._width(name) + FRAME + 1
             columns.append(i)
-            used += width(i)
+            used += width
         yield columns
+
+    def _width(self, i: int) -> int:
+        words = [*TITLES[i].split(), *(cells(row)[i] for row in self._rows)]
+        return max(map(cell_len, words))
 
 
 def markdown(rows: Sequence[Row]) -> str:

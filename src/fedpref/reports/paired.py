@@ -17,6 +17,7 @@ from fedpref.experiments.run_files import OUTCOMES as FORM
 from fedpref.experiments.run_files import read_json
 from fedpref.numerics.fairness import fairness
 
+SHOWN = 4  # clients that a sentence names
 FEWEST = 5  # prompts of a client, below which an error would be far too small
 
 # of each held-out example: a digest of its prompt, and whether the model was right
@@ -96,7 +97,7 @@ def gain(ours: Outcomes, theirs: Outcomes) -> Gain | None:
     ):
         return None
     parts: defaultdict[str, float] = defaultdict(float)  # of each prompt in the mean's error
-    each, errors = {}, {}
+    each, errors, least = {}, {}, {}
     for name in names:
         found: defaultdict[str, list[float]] = defaultdict(list)
         for (prompt, a), (_, b) in zip(ours[name], theirs[name], strict=True):
@@ -106,11 +107,11 @@ def gain(ours: Outcomes, theirs: Outcomes) -> Gain | None:
         mean, own = _by_prompts(found)
         each[name] = 100 * mean
         # as if half a pair more were won and half a pair lost: no gain is certain of few pairs
-        least = 1 / math.sqrt(len(ours[name]) * (len(ours[name]) + 1))
-        errors[name] = 100 * max(least, math.hypot(*own.values()))
+        least[name] = 1 / math.sqrt(len(ours[name]) * (len(ours[name]) + 1))
+        errors[name] = 100 * max(least[name], math.hypot(*own.values()))
         for prompt, part in own.items():
             parts[prompt] += part / len(names)
-    error = math.hypot(*parts.values())
+    error = max(math.hypot(*parts.values()), math.hypot(*least.values()) / len(names))
     return Gain(sum(each.values()) / len(each), 100 * error, len(parts), each, errors)
 
 
@@ -156,8 +157,15 @@ def gains(run: Path) -> dict[str, Gain]:
 def sentences(run: Path) -> list[str]:
     """Return in words what a run's own line has over its baselines, and who has lost by it."""
     finished = FinishedRun.at(run)
-    main = next(iter(finished.lines))
+    main, *others = finished.lines
+    kept = outcomes(run, main)
+    few = [name for name, pairs in kept.items() if len({prompt for prompt, _ in pairs}) < FEWEST]
     said = []
+    if few and others:
+        said.append(
+            f"{main} is not told from its baselines pair by pair: {_some(few)} held out on fewer "
+            f"than {FEWEST} prompts, of which nothing has an error"
+        )
     for other, one in gains(run).items():
         lost = [printable(name) for name, value in one.clients.items() if value < 0]
         up = sum(value > 0 for value in one.clients.values())
@@ -174,6 +182,13 @@ def sentences(run: Path) -> list[str]:
             f"{100 * sum(known.values()) / len(known):.1f} % of them rightly themselves"
         )
     return said
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(map(printable, names[:SHOWN]))
+    if len(names) == 1:
+        return f"{shown} is"
+    return f"{shown} and {len(names) - SHOWN} more are" if len(names) > SHOWN else f"{shown} are"
 
 
 def _share(bounds: tuple[float, float]) -> str:
