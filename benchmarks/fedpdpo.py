@@ -33,7 +33,7 @@ from fedpref.engines.workers import keep_freed_memory, one_thread
 from fedpref.experiments.run_directory import RunDirectory
 from fedpref.experiments.run_files import METRICS
 from fedpref.numerics import seeds
-from fedpref.reports.comparison import ComparisonTable, Row, compare, markdown
+from fedpref.reports.comparison import Row, compare, markdown, table
 from fedpref.reports.progress import show
 from fedpref.runs.sweep import plan, sweep
 
@@ -237,7 +237,7 @@ def main() -> None:
             )
             rows, found = measure(name, groups, seeds, arguments.data, output, extra, progress)
             console.print(f"[bold]{name}[/bold]")
-            console.print(ComparisonTable(rows))
+            console.print(table(rows))
             print(markdown(rows))
             figures |= found
     figures["bytes_ratio"] = statistics.fmean(

@@ -265,6 +265,10 @@ def test_the_board_in_the_documents_is_that_of_the_files_beside_it() -> None:
 def test_methods_of_ones_own_stand_beside_the_first() -> None:
     suite = with_methods(suite_of("quick"), ["alone", "slow: algorithm.name=feddpo rounds=9"])
     assert suite.methods == ("feddpo", "alone", "slow: algorithm.name=feddpo rounds=9")
+    other = with_methods(suite_of("quick"), ["alone", "feddpo: algorithm.local.steps=9"])
+    assert other.methods == ("feddpo: algorithm.local.steps=9", "alone")
+    with pytest.raises(UserError, match="alone: it is there twice"):
+        with_methods(suite_of("quick"), ["alone", "alone: rounds=9"])
     with pytest.raises(UserError, match="no such suite"):
         suite_of("quickly")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from conftest import leave, make_rows, write_rows
 from fedpref import Experiment, UserError, config, resume, run
 from fedpref.data import Files, Natural
 from fedpref.data.reading import by_rule, read
+from fedpref.experiments import rounds
 from fedpref.experiments.choosing import Standing, standing
 from fedpref.experiments.finished import FinishedRun
 from fedpref.experiments.rounds import events, new_directory
@@ -253,6 +255,9 @@ def test_the_model_that_was_measured_is_exported_after_a_kill(
     run(spec, tmp_path / "run")
     # as where a budget that is spent ends a run that goes on: no checkpoint is written of the end
     (tmp_path / "run/done").unlink()
+    rows = rows_of(tmp_path / "run")
+    written = [*rows[:-1], {**rows[-1], "unkept": True}]
+    (tmp_path / "run/evaluation.jsonl").write_text("".join(json.dumps(r) + "\n" for r in written))
     last = sorted((tmp_path / "run/checkpoints").glob("round-*"))[-1]
     best = trees.load(last / "best_adapter.safetensors")
     trees.save({name: tensor + 1 for name, tensor in best.items()}, last / "adapter.safetensors")
@@ -260,6 +265,29 @@ def test_the_model_that_was_measured_is_exported_after_a_kill(
     exported = trees.load(tmp_path / "run/adapter/adapter_model.safetensors")
     totals = [sum(float(t.sum()) for t in tree.values()) for tree in (exported, best)]
     assert totals[0] == pytest.approx(totals[1], abs=1e-3)
+
+
+def test_newcomers_that_have_joined_are_exported_after_a_kill(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = {"algorithm": {"name": "fedper", "local": settings["algorithm"]["local"]}}
+    late = {"federation": {"newcomers": 1, "join_steps": 2}, "rounds": 2, "evaluate_every": 1}
+    spec = spec_of({**settings, **own}, keep="best", stop=None, baselines=[], **late)
+    run(spec, tmp_path / "whole")
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rounds, "export_models", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(spec, tmp_path / "killed")
+    resume(tmp_path / "killed")
+    whole, killed = (tmp_path / name / "clients" for name in ("whole", "killed"))
+    files = sorted(file.relative_to(whole) for file in whole.rglob("*.safetensors"))
+    assert files
+    for file in files:
+        assert (whole / file).read_bytes() == (killed / file).read_bytes(), file
 
 
 def test_a_line_that_has_stopped_does_not_go_on(settings: dict[str, Any], tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from fedpref import Experiment, UserError
 from fedpref.numerics.intervals import interval
-from fedpref.reports.comparison import ComparisonTable, cells, compare, csv_text, markdown
+from fedpref.reports.comparison import cells, compare, csv_text, markdown, notes, table
 from fedpref.runs import sweep as sweep_module
 from fedpref.runs.sweep import (
     parse_variant,
@@ -137,6 +137,33 @@ def test_a_single_value_has_no_interval_and_newcomers_have_a_column(tmp_path: Pa
     assert text[3].endswith("| 50.0 to 70.0 |")
 
 
+def test_runs_that_differ_by_more_than_their_seeds_are_said_to(tmp_path: Path) -> None:
+    values = {"a": 0.5, "b": 0.6}
+    fast = {"algorithm": {"name": "feddpo", "local": {"learning_rate": 0.1}}}
+    paths = [
+        finished(tmp_path / "one", "x", 0, values, algorithm={"name": "feddpo"}),
+        finished(tmp_path / "two", "x", 1, values, rounds=9, **fast),
+    ]
+    (row,) = compare(paths)
+    assert row.differs == ("algorithm.local.learning_rate", "rounds")
+    assert "differ by more than their seeds" in notes([row])[0]
+    paths.append(finished(tmp_path / "three", "x", 2, values, algorithm={"name": "alone"}))
+    with pytest.raises(UserError, match="its seeds"):
+        compare(paths)
+    same = finished(tmp_path / "four", "x", 0, values, algorithm={"name": "alone"})
+    assert [row.name for row in compare([paths[0], same])] == ["one", "four"]
+
+
+def test_a_model_that_has_changed_between_runs_is_no_longer_the_one(tmp_path: Path) -> None:
+    paths = [finished(tmp_path / name, name, 0, {"a": 0.5, "b": 0.6}) for name in ("one", "two")]
+    for path, digest in zip(paths, "xy", strict=True):
+        (path / "frozen.json").write_text(json.dumps({"model": digest, "read_by": "cpu"}))
+    with pytest.raises(UserError, match="has changed between these runs"):
+        compare(paths)
+    (paths[1] / "frozen.json").write_text(json.dumps({"model": "x", "read_by": "cpu"}))
+    assert len(compare(paths)) == 2
+
+
 @pytest.mark.parametrize("width", [40, 60, 80, 160])
 def test_a_narrow_terminal_folds_columns_and_cuts_no_figure(width: int, tmp_path: Path) -> None:
     for name, better in (("first", 0.0), ("second", 0.07)):
@@ -145,7 +172,7 @@ def test_a_narrow_terminal_folds_columns_and_cuts_no_figure(width: int, tmp_path
             finished(tmp_path / f"{name}-{seed}", name, seed, values)
     rows = compare(sorted(tmp_path.iterdir()))
     out = io.StringIO()
-    Console(file=out, width=width).print(ComparisonTable(rows))
+    Console(file=out, width=width).print(table(rows))
     lines = out.getvalue().splitlines()
     assert all(len(line) <= width for line in lines)
     said = [cell.strip() for line in lines for cell in line.split("│")]

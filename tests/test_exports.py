@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 
 from fedpref import Experiment, UserError, cli, config, run
 from fedpref.data import Files
-from fedpref.experiments.rounds import Event
+from fedpref.experiments.rounds import Event, evaluated
 from fedpref.experiments.run_directory import RunDirectory, file_name
 from fedpref.experiments.run_files import EVALUATION, METRICS
 from fedpref.models import loading
@@ -511,6 +511,19 @@ def test_trackers_are_told_what_happens(
     assert {"wandb": "'offline'", "mlflow": "sqlite:///", "trackio": "mine"}[name] in text, (
         "nothing leaves this machine by default"
     )
+
+
+def test_trackers_tell_rows_to_choose_by_from_the_tests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = Fake()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    row = {"round": 3, "summary": {"rewards/accuracies": {"mean": 0.5}}}
+    told = [evaluated("feddpo", 3, {**row, "on": on}) for on in ("validation", "test")]
+    list(tracked(iter(told), ("wandb",), "mine", {}, tmp_path))
+    told_of = [args[0] for call, args, _ in fake.calls if call == "log"]
+    names = [name for figures in told_of for name in figures if name != "round"]
+    assert names == ["feddpo/validation/mean", "feddpo/held_out/mean"]
 
 
 def test_trackers_are_told_that_a_run_has_failed(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from fedpref.reports.comparison import compare_all
 from fedpref.reports.page.sentences import words
 from fedpref.reports.paired import gains
 from fedpref.reports.run import read
+from fedpref.reports.tables import client_table
 from fedpref.tasks.alignment import alignment
 
 FREE = [*(f"{name}-{kind}" for name in ("words", "probe") for kind in KINDS), "length"]
@@ -65,6 +67,19 @@ def test_they_are_lines_of_a_run_beside_the_others(spec: Experiment, tmp_path: P
         ]
         found = finished.last_of("length")["clients"][client.name][ACCURACY]
         assert found == pytest.approx(sum(right) / len(right))
+
+
+def test_they_are_measured_on_the_clients_that_the_others_are(
+    spec: Experiment, tmp_path: Path
+) -> None:
+    few = replace(spec, baselines=("length", "words"), evaluate_clients=2, rounds=1)
+    outcome = run(few, tmp_path / "run")
+    finished = FinishedRun.at(outcome.path)
+    measured = [finished.last_of(line)["clients"].keys() for line in finished.lines]
+    assert len(measured[0]) == 2
+    assert all(names == measured[0] for names in measured)
+    assert len(compare_all([outcome.path])) == len(finished.lines)
+    assert client_table(outcome.path, finished.result().evaluations).rows
 
 
 def test_pairs_are_told_apart_so_that_gains_have_errors(

@@ -135,6 +135,12 @@ def test_a_run_keeps_what_came_of_each_held_out_pair(finished: Path) -> None:
         gains(finished)
 
 
+def test_the_pages_luck_is_of_pairs_that_share_prompts(finished: Path) -> None:
+    one = read(finished)
+    found = gains(finished)["alone"]
+    assert one.noise("alone") == {name: 2 * error for name, error in found.errors.items()}
+
+
 def test_those_who_are_named_are_asked_alike(finished: Path) -> None:
     files = sorted(path.stem for path in (finished / SAMPLES).iterdir())
     assert files == ["client-0", "client-1"]

@@ -130,6 +130,27 @@ def test_keys_and_values_change_what_an_experiment_says_of_its_model(small: dict
     assert (model.path, model.lora_r, model.lora_alpha) == (small["model"], 2, 4)
 
 
+def test_a_model_stands_beside_what_is_said_of_the_task(small: dict[str, Any]) -> None:
+    task = {"task": {"loss": {"name": "ipo"}}}
+    for model, rank in (({"lora_r": 2}, 2), (small["model"], 8)):
+        spec: Any = python._with(Experiment(), model, task)
+        assert (spec.task.loss.name, spec.task.model.lora_r) == ("ipo", rank)
+    assert spec.task.model.path == small["model"]
+    with pytest.raises(UserError, match="task says a model too"):
+        python._with(Experiment(), "x", {"task": {"model": {"path": "y"}}})
+
+
+def test_who_keeps_a_callbacks_error_does_not_keep_the_runs_lock(small: dict[str, Any]) -> None:
+    def fail(event: Event) -> None:
+        if event.kind == "round":
+            raise RuntimeError("mine")
+
+    with pytest.raises(RuntimeError, match="mine") as kept:
+        run(data=ROWS, output="out", on_event=fail, algorithm=FedDPO(local=LOCAL), **small)
+    assert kept.value.__traceback__ is not None
+    assert resume("out").evaluations
+
+
 @pytest.mark.long
 def test_a_result_shows_itself(small: dict[str, Any]) -> None:
     result = run(

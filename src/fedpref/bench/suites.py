@@ -178,5 +178,11 @@ def with_methods(suite: Suite, methods: Sequence[str]) -> Suite:
     if not methods:
         return suite
     known = {text.partition(":")[0]: text for text in suite.methods}
-    wanted = dict.fromkeys([suite.methods[0], *(known.get(text, text) for text in methods)])
-    return replace(suite, methods=tuple(wanted))
+    asked = [known.get(text, text) for text in methods]
+    names = [text.partition(":")[0] for text in asked]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"--method {twice[0]}: it is there twice. Give it once.")
+    # the suite's first, over which the others gain, maybe with other settings
+    base = suite.methods[0].partition(":")[0]
+    first = [text for text in asked if text.partition(":")[0] == base] or [suite.methods[0]]
+    return replace(suite, methods=tuple(dict.fromkeys([*first, *asked])))

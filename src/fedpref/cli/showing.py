@@ -58,7 +58,7 @@ def compare(
     for form in wanted:
         print(form(rows), end="")
     if not wanted:
-        console.print(comparison.ComparisonTable(rows))
+        console.print(comparison.table(rows))
         for note in comparison.notes(rows, terms):
             console.print(note, highlight=False, soft_wrap=True)
 
@@ -80,11 +80,12 @@ def watch(
     """
     from fedpref.reports.progress import show
     from fedpref.runs.sweep import members
-    from fedpref.runs.watch import watched
+    from fedpref.runs.watch import await_begin, watched
 
     for run in members(path):
         if run != path:
             console.print(f"{run}", style="bold", highlight=False)
+            await_begin(run)
         show(watched(run), console)
     console.print(
         f"the run is finished; `{command('report', path)}` writes its page",

@@ -358,12 +358,12 @@ def swept(folder: Path, parallel: int = 1) -> None:
     from fedpref.experiments.finished import FinishedRun
     from fedpref.models.trunk import remove_states
     from fedpref.reports.comparison import (
-        ComparisonTable,
         compare,
         csv_text,
         latex,
         markdown,
         notes,
+        table,
     )
     from fedpref.reports.page import REPORT, write_report
     from fedpref.reports.progress import show
@@ -406,7 +406,7 @@ def swept(folder: Path, parallel: int = 1) -> None:
         ("table.tex", latex(rows)),
     ):
         (folder / name).write_text(text)
-    console.print(ComparisonTable(rows), *notes(rows), sep="\n", highlight=False, soft_wrap=True)
+    console.print(table(rows), *notes(rows), sep="\n", highlight=False, soft_wrap=True)
     console.print(
         f"the table as Markdown, CSV and LaTeX: {folder}/comparison.md, comparison.csv, table.tex",
         f"report: {write_report([folder], folder / REPORT)}",
@@ -421,7 +421,7 @@ def swept(folder: Path, parallel: int = 1) -> None:
         luck = "; being the best of them, its figure above is too good" if count > 1 else ""
         console.print(f"{said}{luck}.", highlight=False, soft_wrap=True)
         follow_all(runs)
-        console.print(ComparisonTable(compare(list(runs))))
+        console.print(table(compare(list(runs))))
         console.print("on the test's prompts, which nothing was chosen by.", highlight=False)
 
 

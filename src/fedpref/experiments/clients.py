@@ -177,8 +177,10 @@ class InProcess:
         names = [shard.name for shard in self._shards]
         newcomers = spec.federation.joining(names, spec.seed)
         if any(name in FREE for name in spec.baselines):
-            trained = [shard for k, shard in enumerate(self._shards) if k not in newcomers]
-            yield from run_free(spec.baselines, task, trained, folder, spec.rounds)
+            training = [k for k in range(len(names)) if k not in newcomers]
+            measured = {names[k] for k in spec.evaluated(names, training, is_last=True)}
+            trained = [self._shards[k] for k in training]
+            yield from run_free(spec.baselines, task, trained, folder, spec.rounds, measured)
 
     def _shards_of(self, line: Experiment) -> Sequence[Any]:
         newcomers = line.federation.joining([shard.name for shard in self._shards], line.seed)

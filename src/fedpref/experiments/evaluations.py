@@ -169,10 +169,16 @@ def validate(client: Client, few: int, *parts: Tree) -> Mapping[str, float]:
 
 
 def _thinned(client: Client, shard: Any, few: int) -> Any:
-    """Return a shard of any task with a few of its held-out examples, its side `test`."""
+    """Return a shard of any task with a few of its held-out examples, its side `test`.
+
+    Of each objective there is one at least, for all clients have the same figures.
+    """
     few = max(few, FEWEST, client.least_evaluated)
     rng = seeds.generator(0, f"glance/{few}/{shard.name}")
-    drawn = sorted(torch.randperm(len(shard.test), generator=rng)[:few].tolist())
+    order = torch.randperm(len(shard.test), generator=rng).tolist()
+    first = {getattr(shard.test[i], "objective", 0): i for i in reversed(order)}.values()
+    rest = [i for i in order if i not in set(first)]
+    drawn = sorted([*first, *rest][: max(few, len(first))])
     return replace(shard, test=tuple(shard.test[i] for i in drawn))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,6 +49,7 @@ def run_free(
     shards: Sequence[Any],
     folder: RunDirectory,
     rounds: int,
+    measured: Collection[str],
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Write the lines of baselines that cost nothing, and yield each with its evaluation.
 
@@ -58,7 +59,9 @@ def run_free(
         shards: Of the clients that train.
         folder: The run's.
         rounds: Of the other lines, beside whose last these stand.
+        measured: Clients whose held-out examples the other lines are measured on.
     """
+    whose = [shard for shard in shards if shard.name in measured]
     for name in baselines:
         lines = [RunDirectory(folder.path / sub) for sub in free_lines([name]).values()]
         if all(under.done for under in lines):
@@ -74,7 +77,7 @@ def run_free(
             if not under.has_begun:
                 under.create({CONFIG: (folder.path / CONFIG).read_text()})
             evaluate = _judged if of_opinions else _evaluated
-            row = {"round": rounds, "final": True, **evaluate(under, task, shards, found)}
+            row = {"round": rounds, "final": True, **evaluate(under, task, whose, found)}
             under.cut_rows_after(0)
             figures = {"round": rounds, "seconds": seconds, "bytes_up": 0, "bytes_down": 0}
             under.append(METRICS, figures)

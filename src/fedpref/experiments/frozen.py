@@ -5,7 +5,7 @@ goes on.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from hashlib import blake2b
 from importlib.metadata import version
@@ -82,6 +82,29 @@ def decided(experiment: Experiment) -> dict[str, str]:
         f"settings/{name}": blake2b(text.encode(), digest_size=16).hexdigest()
         for name, text in texts.items()
     }
+
+
+def refuse_apart(runs: Iterable[tuple[RunDirectory, Experiment]]) -> None:
+    """Raise UserError where runs name one model and were not made with the same one.
+
+    Args:
+        runs: Finished ones, with their experiments.
+    """
+    seen: dict[tuple[str, ...], tuple[str, RunDirectory]] = {}
+    for folder, experiment in runs:
+        if not (folder.path / FROZEN).exists():  # of an older version
+            continue
+        told = read_json(folder.path / FROZEN)
+        if "model" not in told:
+            continue
+        model = config.dump(experiment.task).get("model", {})
+        named = json.dumps([model.get(name) for name in ("path", "revision", "gguf_file")])
+        digest, other = seen.setdefault((named, told.get("read_by", "")), (told["model"], folder))
+        if digest != told["model"]:
+            raise UserError(
+                f"{folder.path} and {other.path}: {experiment.task.model.path} has changed between "
+                "these runs, and what is told of one model is not of the other. Make them anew."
+            )
 
 
 def refuse_other(folder: RunDirectory, now: Mapping[str, str]) -> None:

@@ -20,7 +20,7 @@ from fedpref.engines.kept_sums import KeptSums
 from fedpref.engines.timing import Clock
 from fedpref.engines.workers import keep_freed_memory, one_thread
 from fedpref.errors import UserError
-from fedpref.experiments.choosing import is_for_choosing, standing
+from fedpref.experiments.choosing import VALIDATION, standing
 from fedpref.experiments.clients import About, AtSites, ClientSource, InProcess
 from fedpref.experiments.environment import described
 from fedpref.experiments.evaluations import Purpose, export_models, measured
@@ -63,6 +63,8 @@ class Event:
     total: int
     metrics: Mapping[str, float]
     note: str = ""
+    chooses: bool = False
+    """An evaluation of rows that are set aside to choose by."""
 
 
 def new_directory(experiment: Experiment, output: str | Path | None) -> RunDirectory:
@@ -223,8 +225,10 @@ def _line(
     if experiment.keep == "best" and standing(rows, metric).best is not None:
         best = folder.restore_best(fresh, engine) if first else state
     last = first >= experiment.rounds or any(row.get("final") for row in rows)
-    if best is not None and any("kept" in row for row in rows if row.get("final")):
-        state = best  # what was measured, where a budget that was spent ended the run
+    if any("unkept" in row for row in rows if row.get("final")):
+        state = state if best is None else best
+        if newcomers:
+            state = _join(engine, algorithm, experiment, state, names, newcomers, {})
     round = first
     if not last and (short := [one for one in promises if not one.affords(first)]):
         if not first:
@@ -233,7 +237,8 @@ def _line(
                 f"{short[0].budget:g}; {short[0].epsilon:.3g} is spent."
             )
         state, last = state if best is None else best, True
-        row = looked(first, state, "conclude") | {"ended": "spent"}
+        # the checkpoint's state is the last one, which neither is the best nor has newcomers
+        row = looked(first, state, "conclude") | {"ended": "spent", "unkept": True}
         if best is not None:
             row["kept"] = standing(rows, metric).best
         if newcomers:
@@ -398,7 +403,7 @@ def evaluated(line: str, total: int, row: Mapping[str, Any]) -> Event:
         return Event(line, "evaluate", row["round"], total, {}, "no figures are told")
     metric = headline(row["summary"])
     title = HEADLINES[metric].title
-    note = f"{title} on validation rows" if is_for_choosing(row) else title
+    note = f"{title} on validation rows" if row.get("on") == VALIDATION else title
     if row.get("final") and row["round"] < total:
         why = ENDED.get(row.get("ended", ""), "no better on validation rows")
         note = f"{title} (stopped: {why})"
@@ -411,6 +416,7 @@ def evaluated(line: str, total: int, row: Mapping[str, Any]) -> Event:
         total,
         {**row["summary"][metric], **row.get("diagnostics", {})},
         note,
+        row.get("on") == VALIDATION,
     )
 
 

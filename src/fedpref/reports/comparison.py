@@ -13,19 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.cells import cell_len
-from rich.console import Console, ConsoleOptions, JustifyMethod, RenderResult
-from rich.table import Table
 
+from fedpref import config
 from fedpref.errors import UserError, command
+from fedpref.experiments.experiment import Experiment
 from fedpref.experiments.finished import FinishedRun
 from fedpref.experiments.free_baselines import FREE_LINES
+from fedpref.experiments.frozen import DECIDING, refuse_apart
 from fedpref.experiments.run_directory import RunDirectory
 from fedpref.experiments.run_files import METRICS
 from fedpref.numerics.fairness import Fairness, fairness
 from fedpref.numerics.intervals import Matrix, interval
 from fedpref.numerics.metrics import ACCURACY, COMBINED, HEADLINES, headline, over_clients
 from fedpref.reports.equal_terms import CLOSE, Course, at, cost_of, course, parse, scaled, seen
+from fedpref.reports.folded import FoldedTable
 from fedpref.reports.paired import Outcomes, errors, gain, outcomes
 from fedpref.reports.run import Line
 from fedpref.reports.tables import bytes_text
@@ -72,6 +73,10 @@ class Row:
     """Examples that all clients were trained on, a mean over seeds; nan where none are counted."""
     steps: float = math.nan
     """Local steps of a client that trains in every round."""
+    is_chosen_by: bool = False
+    """Its figures are of rows that are set aside to choose by, and not of the test's."""
+    differs: tuple[str, ...] = ()
+    """Settings, beside seeds, by which its runs differ."""
     cost: Mapping[str, float] | None = None
     """What it took to reach the figure that was asked for: `rounds`, `seconds`, `mb`, `pairs`; nan
     where a run never did."""
@@ -97,7 +102,8 @@ def compare(paths: Sequence[Path], terms: Terms = AS_ENDED) -> list[Row]:
     """Compare runs, grouped by their name.
 
     Groups come in the order in which names first appear; the others are compared with the first.
-    Where two runs have one name and one seed, runs go by the names of their directories. For each
+    Where two runs have one name and one seed, or one name is of several algorithms, runs go by the
+    names of their directories. For each
     seed, all groups must have the same clients with the same data. Between seeds other rows may be
     held out; where clients are cut at random, a client of one seed is nobody in another.
 
@@ -138,6 +144,8 @@ def compare_all(paths: Sequence[Path], terms: Terms = AS_ENDED) -> list[Row]:
 
 def _compared(lines: Sequence[_Line], terms: Terms) -> list[Row]:
     first = lines[0]
+    runs = [member.run for line in lines for member in line.members]
+    refuse_apart((run.folder, run.experiment) for run in runs)
     for line in lines:
         if line.metric != first.metric:
             raise UserError(
@@ -173,8 +181,11 @@ def grouped(paths: Sequence[Path]) -> dict[str, dict[int, FinishedRun]]:
     groups: dict[str, dict[int, FinishedRun]] = defaultdict(dict)
     runs = [FinishedRun.at(path) for path in paths]
     told = {(run.experiment.name, run.experiment.seed) for run in runs}
+    kinds = {(run.experiment.name, run.experiment.algorithm.name) for run in runs}
+    # runs of one name and seed, or of several algorithms under one name
+    by_folder = len(told) < len(runs) or len(kinds) > len({name for name, _ in kinds})
     for run in runs:
-        name = run.experiment.name if len(told) == len(runs) else run.path.resolve().name
+        name = run.path.resolve().name if by_folder else run.experiment.name
         seed = run.experiment.seed
         if seed in groups[name]:
             raise UserError(
@@ -319,7 +330,32 @@ def _row(line: _Line, against: _Line | None, terms: Terms) -> Row:
         seen=float(np.mean([seen(member.rounds) for member in line.members])),
         steps=float(np.mean([member.steps for member in line.members])),
         cost=None if terms.to is None else _cost(line, terms.to),
+        is_chosen_by=any(member.run.experiment.evaluate_on != "test" for member in line.members),
+        differs=_differing([member.run.experiment for member in line.members]),
     )
+
+
+def _differing(experiments: Sequence[Experiment]) -> tuple[str, ...]:
+    """Return the settings that decide something and are not the same, as keys with points."""
+    said = [
+        dict(_keyed({name: config.dump(one)[name] for name in DECIDING})) for one in experiments
+    ]
+    return tuple(
+        sorted(
+            key
+            for key in {key for one in said for key in one}
+            if key not in SEEDS and len({one.get(key) for one in said}) > 1
+        )
+    )
+
+
+def _keyed(content: Any, *above: str) -> Iterator[tuple[str, str]]:
+    """Yield what stands at the end of each way through plain data, as text."""
+    if isinstance(content, Mapping) and content:
+        for name, part in content.items():
+            yield from _keyed(part, *above, str(name))
+    else:
+        yield ".".join(above), str(content)
 
 
 def _cost(line: _Line, figure: str) -> dict[str, float]:
@@ -401,11 +437,11 @@ TITLES = (
     "with reward head",
     "to the figure",
 )
+SEEDS = frozenset({"seed", "data.split_seed", "data.path"})  # data are told by their digests
 NEVER = dict.fromkeys(("rounds", "seconds", "mb", "pairs"), math.nan)
 
 
 NONE = (math.nan, math.nan)
-FRAME = 3  # a table's border and space, of each column
 
 
 def _with_interval(digits: int, mean: float, low: float, high: float, sign: str = "") -> str:
@@ -448,7 +484,12 @@ def notes(rows: Sequence[Row], terms: Terms = AS_ENDED) -> list[str]:
     """Return, in sentences, on what terms lines are compared, and which were not on equal ones."""
     if terms.at:
         return [f"Values are those where {terms.at} first, between evaluations in proportion."]
-    first, said = rows[0], []
+    first = rows[0]
+    said = [
+        f"{row.name}: its runs differ by more than their seeds, by {', '.join(row.differs)}."
+        for row in rows
+        if row.differs
+    ]
     for row in rows[1:]:
         unequal = [
             f"{name} {own:,.0f} to {theirs:,.0f}"
@@ -483,47 +524,18 @@ def _is_within(value: float, bounds: tuple[float, float]) -> bool:
 def caption(rows: Sequence[Row]) -> str:
     """Return what a table shows: the figure, whose gains, and what intervals are over."""
     first = rows[0]
+    of = "validation" if first.is_chosen_by else "held-out"
     return (
-        f"held-out {HEADLINES[first.metric].caption}; gains over {first.name}; intervals over "
+        f"{of} {HEADLINES[first.metric].caption}; gains over {first.name}; intervals over "
         f"{first.over}"
     )
 
 
-class ComparisonTable:
-    """The comparison for a terminal; where that is narrow, several tables below each other."""
-
-    def __init__(self, rows: Sequence[Row]) -> None:
-        self._rows = rows
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        name, *others = columns_of(self._rows)
-        title: str | None = caption(self._rows)
-        for columns in self._folded(name, others, options.max_width):
-            shown = Table(title=title, title_style="bold", title_justify="left")
-            for i in columns:
-                # titles wrap, figures do not
-                justify: JustifyMethod = "right" if TITLES[i] else "left"
-                shown.add_column(TITLES[i], justify=justify, width=self._width(i))
-            for row in self._rows:
-                shown.add_row(*(cells(row)[i] for i in columns))
-            yield shown
-            title = None
-
-    def _folded(self, name: int, others: Sequence[int], room: int) -> Iterator[list[int]]:
-        """Yield the columns of each table, the lines' names first, of which no figure is cut."""
-        columns, used = [name], self._width(name) + FRAME + 1
-        for i in others:
-            width = self._width(i) + FRAME
-            if used + width > room and len(columns) > 1:
-                yield columns
-                columns, used = [name], self._width(name) + FRAME + 1
-            columns.append(i)
-            used += width
-        yield columns
-
-    def _width(self, i: int) -> int:
-        words = [*TITLES[i].split(), *(cells(row)[i] for row in self._rows)]
-        return max(map(cell_len, words))
+def table(rows: Sequence[Row]) -> FoldedTable:
+    """Return the comparison for a terminal."""
+    columns = columns_of(rows)
+    texts = [[cells(row)[i] for i in columns] for row in rows]
+    return FoldedTable(caption(rows), [TITLES[i] for i in columns], texts)
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -535,7 +547,7 @@ def markdown(rows: Sequence[Row]) -> str:
 
 def latex(rows: Sequence[Row]) -> str:
     """Return the comparison as a LaTeX table, which needs the package booktabs."""
-    columns = columns_of(rows)
+    columns, said = columns_of(rows), caption(rows)
     titles = [_of_latex(TITLES[i]) for i in columns]
     body = [" & ".join(_of_latex(cells(row)[i]) for i in columns) for row in rows]
     return "\n".join(
@@ -543,7 +555,7 @@ def latex(rows: Sequence[Row]) -> str:
             r"% \usepackage{booktabs}",
             r"\begin{table}",
             r"\centering",
-            rf"\caption{{H{_of_latex(caption(rows)[1:])}.}}",
+            rf"\caption{{{_of_latex(said[:1].upper() + said[1:])}.}}",
             rf"\begin{{tabular}}{{l{'r' * (len(columns) - 1)}}}",
             r"\toprule",
             rf"{' & '.join(titles)} \\",

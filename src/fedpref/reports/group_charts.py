@@ -44,6 +44,7 @@ def held_out(groups: Sequence[Group]) -> Iterator[Chart]:
     ]
     shown = groups[0].shown
     caption = f"Means over clients. {BAND}"
+    caption += " On rows that are set aside to choose by." * groups[0].lines[0].chooses
     yield Chart(f"Held-out {shown.title} over rounds", caption, data, axes("round", shown.caption))
 
 

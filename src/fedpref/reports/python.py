@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from html import escape
@@ -276,12 +277,14 @@ def _followed(
     experiment: Experiment, folder: RunDirectory, on_event: OnEvent | None, progress: bool | None
 ) -> Result:
     console = Console(markup=False, emoji=False)
-    told = _told(happenings(experiment, folder), on_event)
-    if console.is_terminal or console.is_jupyter if progress is None else progress:
-        show(told, console)
-    else:
-        for _ in told:
-            pass
+    # whoever keeps the error of a callback, as notebooks do, does not keep the run's lock
+    with closing(happenings(experiment, folder)) as events:
+        told = _told(events, on_event)
+        if console.is_terminal or console.is_jupyter if progress is None else progress:
+            show(told, console)
+        else:
+            for _ in told:
+                pass
     return Result.at(folder.path)
 
 
@@ -302,16 +305,27 @@ def _read(experiment: Experiment | str | Path | Mapping[str, Any] | None) -> Exp
 
 def _with(spec: Experiment, model: Any, settings: Mapping[str, Any]) -> Experiment:
     """Return an experiment with other settings, as plain values or as objects."""
+    spec = _with_settings(spec, settings)
     if isinstance(model, Mapping):
         known_so_far = config.dump(spec)
         task = known_so_far["task"]
         model = {**task["model"], **model}
-        spec = Experiment.of({**known_so_far, "task": {**task, "model": model}})
-    elif model is not None:
+        return Experiment.of({**known_so_far, "task": {**task, "model": model}})
+    if model is not None and "task" in settings and _says_model(settings["task"]):
+        raise UserError("model: task says a model too. Give one of the two.")
+    if model is not None:
         path = str(model) if isinstance(model, str | Path) else None
         kinds: Any = spec.task
         chosen = model if path is None else replace(kinds.model, path=path)
         spec = replace(spec, task=replace(kinds, model=chosen))
+    return spec
+
+
+def _says_model(task: Any) -> bool:
+    return isinstance(task, Mapping) and "model" in task
+
+
+def _with_settings(spec: Experiment, settings: Mapping[str, Any]) -> Experiment:
     if not settings:
         return spec
     known = {field.name for field in fields(Experiment)}

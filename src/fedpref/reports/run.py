@@ -61,8 +61,12 @@ class Line:
 
     @property
     def course(self) -> list[dict[str, Any]]:
-        """Evaluations on the same rows, round after round: those to choose by, where there are."""
-        return [row for row in self.evaluations if is_for_choosing(row)] or self.evaluations
+        """Evaluations on the same rows, round after round: those to choose by, where there are.
+
+        The last one, of more rows than those before (`evaluate_pairs`), is then none of them.
+        """
+        rows = [row for row in self.evaluations if is_for_choosing(row)] or self.evaluations
+        return [row for row in rows if _counts(row) == _counts(rows[0])]
 
     def column(self, name: str) -> list[float]:
         """Return a metric of every round that has it."""
@@ -87,6 +91,11 @@ class Line:
         """Metrics at the last evaluation, of each client that takes part in training."""
         clients: ClientMetrics = self.evaluations[-1]["clients"] if self.evaluations else {}
         return clients
+
+
+def _counts(row: Mapping[str, Any]) -> dict[str, float]:
+    """Return how many examples of each client an evaluation is of."""
+    return {name: client["num_examples"] for name, client in row["clients"].items()}
 
 
 @dataclass(frozen=True)
@@ -142,13 +151,16 @@ class Run:
         }
 
     def noise(self, baseline: str) -> Values:
-        """Return two standard errors of each gain, of the held-out pairs that measure it.
+        """Return two standard errors of each gain, of the held-out pairs that measure it: of both
+        lines' answers to the same prompts where they were kept.
 
         There is nothing for metrics that are no accuracy.
         """
         if self.metric != ACCURACY:
             return {}
         mine, theirs = self._beside(baseline)
+        if (one := self.paired.get(baseline)) and one.errors.keys() == mine.keys():
+            return {name: 2 * one.errors[name] for name in mine}
         return {
             name: 2 * self.shown.scale * math.hypot(_error(row), _error(theirs[name]))
             for name, row in mine.items()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from fedpref.numerics.metrics import (
     over_clients,
     standard_error,
 )
+from fedpref.reports.folded import FoldedTable
 from fedpref.tasks.generation_metrics import before_and_after
 
 # held-out examples of a client, for a figure of its own: an accuracy's standard error of 16 points
@@ -62,87 +63,78 @@ def metric_table(metrics: ClientMetrics) -> Table:
     return table
 
 
-def client_table(path: Path, evaluations: Mapping[str, ClientMetrics]) -> Table:
+def client_table(path: Path, evaluations: Mapping[str, ClientMetrics]) -> FoldedTable:
     """Return each client's value under each line, then summaries.
 
     Clients with most training examples come first.
     """
     pairs, metric = sizes(path), _headline(next(iter(evaluations.values())))
     shown = HEADLINES[metric]
+    first = next(iter(evaluations.values()))
+    names = sorted(first, key=lambda name: (-pairs[name]["train"], name))
+    # a task may measure fewer than are held out
+    counts = {name: int(row["num_examples"]) for name, row in first.items()}
     figures = {
-        line: {name: row[metric] for name, row in rows.items()}
+        line: {name: row[metric] for name, row in rows.items() if name in counts}
         for line, rows in evaluations.items()
     }
-    names = sorted(next(iter(figures.values())), key=lambda name: (-pairs[name]["train"], name))
-    counts = {name: pairs[name]["test"] for name in names}
-    table = Table(title=f"held-out {shown.caption}", title_style="bold", title_justify="left")
-    table.add_column("client", no_wrap=True)
-    table.add_column("training\nexamples", justify="right")
-    table.add_column("held-out\nexamples", justify="right")
-    main = next(iter(figures))
-    for line in figures:
-        # words-personal is as wide as the page has room for, in two lines
-        title = line.replace("-", "-\n") if line in FREE_LINES else line
-        table.add_column(title, justify="right", style="bold" if line == main else "")
-    for name in names:
-        table.add_row(
-            Text(printable(name)),
-            str(pairs[name]["train"]),
-            str(counts[name]),
-            *(shown.text(figures[line].get(name, math.nan)) for line in figures),
-        )
-    table.add_section()
-    trained, held = str(sum(pairs[name]["train"] for name in names)), str(sum(counts.values()))
     summaries = {line: over_clients(values, counts) for line, values in figures.items()}
-    table.add_row(
-        "mean",
-        trained,
-        held,
-        *(shown.text(summaries[line]["mean"]) for line in figures),
-        style="bold",
-    )
-    both = {
-        line: [row[COMBINED] for row in rows.values() if COMBINED in row]
-        for line, rows in evaluations.items()
-    }
-    if any(both.values()):
-        table.add_row(
-            "mean with reward heads", "", "", *(shown.text(_mean(both[line])) for line in figures)
+
+    def line_of(title: str, train: str, test: str, values: Iterable[float]) -> list[str]:
+        return [title, train, test, *map(shown.text, values)]
+
+    def of_some(title: str, some: Sequence[str]) -> list[str]:
+        """Return a row with sizes and means of some clients."""
+        train, test = (str(sum(of[name] for name in some)) for of in (trained, counts))
+        means = (
+            _mean([values[name] for name in some if name in values]) for values in figures.values()
         )
+        return line_of(title, train, test, means)
+
+    trained = {name: pairs[name]["train"] for name in names}
+    rows = [
+        line_of(
+            printable(name),
+            str(trained[name]),
+            str(counts[name]),
+            (values.get(name, math.nan) for values in figures.values()),
+        )
+        for name in names
+    ]
+    rows.append(of_some("mean", names))
+    both = [
+        [row[COMBINED] for row in rows_of.values() if COMBINED in row]
+        for rows_of in evaluations.values()
+    ]
+    if any(both):
+        rows.append(line_of("mean with reward heads", "", "", map(_mean, both)))
     if metric == ACCURACY:
-        table.add_row(
-            "standard error (pairs)",
-            "",
-            "",
-            *(shown.text(standard_error(figures[line], counts)) for line in figures),
-        )
+        errors = (standard_error(values, counts) for values in figures.values())
+        rows.append(line_of("standard error (pairs)", "", "", errors))
     half = len(names) // 2
     # who has least is nobody in particular where others have as little
-    if half >= 2 and pairs[names[half - 1]]["train"] > pairs[names[half]]["train"]:
-        small = names[half:]
-        part = [
-            shown.text(_mean([figures[line][name] for name in small if name in figures[line]]))
-            for line in figures
-        ]
-        table.add_row(
-            f"the {len(small)} with least data",
-            str(sum(pairs[name]["train"] for name in small)),
-            str(sum(counts[name] for name in small)),
-            *part,
-        )
+    if half >= 2 and trained[names[half - 1]] > trained[names[half]]:
+        rows.append(of_some(f"the {len(names) - half} with least data", names[half:]))
     for key, title in (
         ("weighted_mean", "by held-out examples"),
         ("worst", "worst client"),
         ("worst_decile", "worst decile"),
+        *([("gap", "best less worst")] if metric == ALIGNMENT else []),
     ):
-        table.add_row(title, "", "", *(shown.text(summaries[line][key]) for line in figures))
-    if metric == ALIGNMENT:
-        table.add_row(
-            "best less worst", "", "", *(shown.text(summaries[line]["gap"]) for line in figures)
-        )
-    if all("jain" in summaries[line] for line in figures):
-        table.add_row("Jain index", "", "", *(f"{summaries[line]['jain']:.4f}" for line in figures))
-    return table
+        rows.append(line_of(title, "", "", (summaries[line][key] for line in figures)))
+    if all("jain" in summary for summary in summaries.values()):
+        indices = (f"{summary['jain']:.4f}" for summary in summaries.values())
+        rows.append(["Jain index", "", "", *indices])
+    # words-personal is as wide as the page has room for, in two lines
+    titles = [line.replace("-", "-\n") if line in FREE_LINES else line for line in figures]
+    return FoldedTable(
+        f"held-out {shown.caption}",
+        ["client", "training\nexamples", "held-out\nexamples", *titles],
+        rows,
+        bold=[len(names)],
+        sections=[len(names)],
+        main=3,
+    )
 
 
 def answer_table(evaluations: Mapping[str, ClientMetrics]) -> Table | None:

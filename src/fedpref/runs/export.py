@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 
 from fedpref import __version__
 from fedpref.errors import UserError, printable
+from fedpref.experiments.choosing import VALIDATION
 from fedpref.experiments.experiment import Experiment
 from fedpref.experiments.finished import FinishedRun
 from fedpref.experiments.promises import promised, spent_of
@@ -310,6 +311,18 @@ class Measured:
             spent_of(last, run.last_evaluation),
         )
 
+    @property
+    def rounds(self) -> str:
+        """How many rounds there were, in words, and after which the model was as it is."""
+        done, kept = self.last["round"], self.last.get("kept", self.last["round"])
+        return f"{done} rounds" + (f", as it was after round {kept}" if kept != done else "")
+
+    @property
+    def trained(self) -> set[str]:
+        """The clients that trained."""
+        late = self.last.get("newcomers", {}).keys() | self.joined.keys()
+        return set(self.known.keys() - late)
+
     def metrics(self, client: str | None, *, whole: bool) -> dict[str, str]:
         """Return the held-out metric of a model.
 
@@ -325,7 +338,8 @@ class Measured:
             | self.last.get("newcomers", {})
             | {name: later["after"] for name, later in self.joined.items()}
         )
-        title = "held-out " + HEADLINES[metric].caption
+        side = "validation " if self.last.get("on") == VALIDATION else "held-out "
+        title = side + HEADLINES[metric].caption
         if client in rows and whole:
             named = {
                 f"{title}, of the policy": metric,
@@ -345,7 +359,7 @@ class Measured:
 
     def counts(self, client: str | None) -> dict[str, str]:
         """Return numbers of examples, of all clients that trained or of one, if they are known."""
-        names = self.known.keys() & (self.last["clients"].keys() if client is None else {client})
+        names = self.trained if client is None else self.known.keys() & {client}
         titles = {"train": "training", "test": "held-out"}
         return {
             f"{title} examples": str(sum(self.known[name][side] for name in names))
@@ -358,9 +372,9 @@ def _drawn(experiment: Experiment, measured: Measured) -> str:
     """Return what else a run is told by: nothing that would help to take its noise away."""
     if experiment.privacy:
         return ""
-    if not (known := measured.last["clients"]):  # figures are told as sums
+    if not measured.last["clients"]:  # figures are told as sums
         return f", seed {experiment.seed}"
-    return f", {len(known)} clients, seed {experiment.seed}"
+    return f", {len(measured.trained)} clients, seed {experiment.seed}"
 
 
 def _promised(experiment: Experiment, spent: Mapping[str, float], client: str | None) -> str:
@@ -432,7 +446,7 @@ def card(
     lines = [
         f"# {_escaped(experiment.name)}" + (f": {_escaped(client)}" if client else ""),
         f"Trained by {experiment.algorithm.name} with fedpref {__version__}: "
-        f"{experiment.rounds} rounds{_drawn(experiment, measured)}."
+        f"{measured.rounds}{_drawn(experiment, measured)}."
         + (
             " All clients' rows were in one place."
             if experiment.algorithm.pools_data

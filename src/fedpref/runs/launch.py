@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 from fedpref import config
@@ -18,7 +18,7 @@ def happenings(
     folder: RunDirectory,
     cache: Path | None = None,
     admin: Path | None = None,
-) -> Iterator[Event]:
+) -> Generator[Event, None, None]:
     """Run an experiment into its directory, or what is left of it, and yield what happens.
 
     Its trackers are told.
@@ -43,7 +43,7 @@ def happenings(
 
 def _happenings(
     experiment: Experiment, folder: RunDirectory, cache: Path | None, admin: Path | None
-) -> Iterator[Event]:
+) -> Generator[Event, None, None]:
     if experiment.engine == "simulation":
         return events(experiment, folder, cache)
     try:

@@ -18,6 +18,7 @@ from fedpref.errors import UserError, require
 from fedpref.experiments.evaluations import evaluate
 from fedpref.experiments.experiment import Experiment, encoded
 from fedpref.experiments.finished import FinishedRun
+from fedpref.experiments.frozen import refuse_apart
 from fedpref.federation.aggregation import Product
 from fedpref.numerics import trees
 from fedpref.numerics.metrics import ACCURACY, REWARD, of_objectives
@@ -110,7 +111,20 @@ def plan_front(
 def measured(
     objectives: Sequence[str], runs: Mapping[tuple[float, ...], Sequence[Path]]
 ) -> list[Point]:
-    """Return the points of finished runs."""
+    """Return the points of finished runs.
+
+    Raises:
+        UserError: Some were made with other data, or another model of the same name.
+    """
+    every = [FinishedRun.at(path) for paths in runs.values() for path in paths]
+    refuse_apart((run.folder, run.experiment) for run in every)
+    for run in every:
+        first = next(one for one in every if one.experiment.seed == run.experiment.seed)
+        if _data(run) != _data(first):
+            raise UserError(
+                f"{run.path} and {first.path}: the data have changed between these runs, which are "
+                "then no points of one front. Give another --output."
+            )
     points = []
     for preference, paths in runs.items():
         rows = [FinishedRun.at(path).last_evaluation["summary"] for path in paths]
@@ -122,6 +136,10 @@ def measured(
             )
         )
     return points
+
+
+def _data(run: FinishedRun) -> dict[str, str]:
+    return {client: str(about["digest"]) for client, about in run.clients.items()}
 
 
 def interpolated(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -39,10 +39,11 @@ def tracked(
     project: str,
     content: Mapping[str, Any],
     folder: Path,
-) -> Iterator[Event]:
+) -> Generator[Event, None, None]:
     """Yield the same events, and tell trackers what they say.
 
-    Metrics go under LINE/METRIC, an evaluation's under LINE/held_out/METRIC.
+    Metrics go under LINE/METRIC, an evaluation's under LINE/held_out/METRIC, or
+    LINE/validation/METRIC where it is of rows that are set aside to choose by.
     """
     require_trackers(names)
     trackers: list[Tracker] = []
@@ -52,7 +53,8 @@ def tracked(
             if not trackers:  # now that the run has a directory
                 trackers = [TRACKERS[name](project, folder, content) for name in names]
             if event.kind in ("round", "evaluate"):
-                prefix = event.line if event.kind == "round" else f"{event.line}/held_out"
+                where = "validation" if event.chooses else "held_out"
+                prefix = event.line if event.kind == "round" else f"{event.line}/{where}"
                 for tracker in trackers:
                     tracker.log(
                         event.done,

@@ -11,7 +11,14 @@ from fedpref.errors import command
 from fedpref.experiments.finished import FinishedRun
 from fedpref.experiments.free_baselines import FREE_LINES
 from fedpref.experiments.rounds import Event, evaluated
+from fedpref.experiments.run_directory import RunDirectory
 from fedpref.experiments.run_files import EVALUATION, METRICS
+
+
+def await_begin(path: Path, wait: Callable[[], None] = lambda: time.sleep(1.0)) -> None:
+    """Wait until a run of a sweep has begun, for each begins when one before has ended."""
+    while not RunDirectory(path).has_begun:
+        wait()
 
 
 def watched(path: Path, wait: Callable[[], None] = lambda: time.sleep(1.0)) -> Iterator[Event]:

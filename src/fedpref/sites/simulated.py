@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from fedpref.sites.programs import SIMULATED, check_name, job
 LOG, TOLD, EXPERIMENT = "log.txt", "told.jsonl", "experiment.json"
 
 
-def simulated(experiment: Experiment, folder: RunDirectory) -> Iterator[Event]:
+def simulated(experiment: Experiment, folder: RunDirectory) -> Generator[Event, None, None]:
     """Run an experiment, or what is left of it, job after job, and yield its events.
 
     What sites have kept of a run that is done goes into its directory.

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,9 @@ LOG = 2**17  # bytes of log for which a poll is waited; a longer one is fetched 
 T = TypeVar("T")
 
 
-def submitted(experiment: Experiment, admin: Path, folder: RunDirectory) -> Iterator[Event]:
+def submitted(
+    experiment: Experiment, admin: Path, folder: RunDirectory
+) -> Generator[Event, None, None]:
     """Run an experiment, or what is left of it, and yield its events.
 
     The run directory is fetched from the coordinator after each job.

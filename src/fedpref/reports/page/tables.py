@@ -197,7 +197,7 @@ def _course(line: Line, metric: str) -> str:
     means = [
         f"{row['summary'][metric]['mean']:.3f}"
         # from one to the next they are compared on the same rows alone
-        for row in (line.evaluations[-1:] if line.chooses else line.evaluations)
+        for row in (line.course if line.evaluations[-1] in line.course else line.evaluations[-1:])
         if metric in row["summary"]
     ]
     return " → ".join([means[0], means[-1]] if len(means) > 1 else means)
