@@ -676,9 +676,11 @@ def test_rows_are_chosen_by_values_however_their_file_writes_them(
     assert len(list(Files(path=str(file), only={"ok": (True,)}).read())) == 3
     assert len(list(Files(path=str(file), only={"year": (2020,)}).read())) == 5
     assert len(list(Files(path=str(file), only={"year": ("2020",), "ok": ("False",)}).read())) == 3
-    for setting in ({"test_split": "test"}, {"train_split": "all"}, {"config": "en"}):
-        with pytest.raises(UserError, match="is a file and has no splits"):
-            list(Files(path=str(file), **setting).read())
+    with pytest.raises(UserError, match="is a file and has no splits"):
+        list(Files(path=str(file), test_split="test").read())
+    for setting in ({"train_split": "all"}, {"config": "en"}):
+        with pytest.warns(UserWarning, match="is a file and has no splits"):
+            assert len(list(Files(path=str(file), **setting).read())) == 6
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "tsv"])
@@ -708,6 +710,16 @@ def test_a_folders_files_are_read_or_it_is_said_which_are_not(tmp_path: Path) ->
     (folder / "b.csv").write_text("\n".join([",".join(names), *lines]) + "\n")
     datasets.Dataset.from_list(apart[2]).to_parquet(folder / "c.parquet")
     assert len(list(Files(path=str(folder)).read())) == 12
+    (folder / "config.json").write_text("{}")  # which describes something
+    assert len(list(Files(path=str(folder)).read())) == 12
+    with pytest.raises(UserError, match='Unknown split "test"'):
+        list(read_table(str(folder), split="test"))
+    parted = tmp_path / "parted"
+    for name in ("train", "raw"):
+        (parted / name).mkdir(parents=True)
+        write_rows(parted / name / "rows.jsonl", apart[0])
+    with pytest.warns(UserWarning, match=r"not read \(raw"):
+        assert len(list(Files(path=str(parted)).read())) == 4
     named = tmp_path / "named"
     named.mkdir()
     write_rows(named / "train.jsonl", apart[0])

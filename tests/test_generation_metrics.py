@@ -74,7 +74,7 @@ def test_figures_are_what_they_say(settings: dict[str, Any]) -> None:
     assert still["generation/perplexity"] == pytest.approx(still["generation/perplexity_before"])
     moved = {name: tensor + 0.3 * torch.randn_like(tensor) for name, tensor in params.items()}
     figures = task.generated(moved, shard)
-    prompts = list(task._asked(shard))[:3]
+    prompts = [one.prompt for one in task._asked(shard, 3)]
     rng = seeds.generator(0, "generation")
     answers = generate(task.language, moved, prompts, 1, Sampling(max_completion_length=12), rng)
     assert figures["generation/length"] == pytest.approx(sum(map(len, answers)) / 3)

@@ -242,6 +242,12 @@ def test_a_form_of_its_own_is_read_again_unless_newcomers_rows_are_in_trls(tmp_p
     of_run = SHP(path="stanfordnlp/SHP", min_score_ratio=1.5)
     assert as_read(of_run, Files(path=str(ours))) == replace(of_run, path=str(ours))
     assert isinstance(as_read(of_run, Files(path=str(theirs))), Files)
+    skips = as_read(of_run, Files(path=str(ours), unusable="skip"))
+    assert skips == replace(of_run, path=str(ours), unusable="skip")
+    renamed = Files(path="x", chosen_column="better")
+    assert as_read(renamed, Files(path=str(theirs))).chosen_column == "better"
+    said = as_read(renamed, Files(path=str(theirs)), {"chosen_column"})
+    assert said.chosen_column == "chosen", "what is said counts, though it is the default"
 
 
 def test_a_file_has_no_split_to_evaluate(tmp_path: Path) -> None:

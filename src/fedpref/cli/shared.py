@@ -53,8 +53,12 @@ SITES = "Sites on other machines"  # a panel of the help
 Open = Annotated[bool, typer.Option("--open", help="Show the report in a browser at the end.")]
 
 
-def files_of(path: str, overrides: list[str] | None) -> Files:
-    """Return rows that a command is given; raises UserError for settings of anything else."""
+def files_of(path: str, overrides: list[str] | None) -> tuple[Files, set[str]]:
+    """Return rows that a command is given, and which of their settings are said.
+
+    Raises:
+        UserError: There are settings of anything else.
+    """
     from fedpref import config
     from fedpref.data import Files
 
@@ -64,7 +68,10 @@ def files_of(path: str, overrides: list[str] | None) -> Files:
                 f"{one!r}: settings of the rows alone are taken here, as data.chosen_column=better."
             )
     wanted = [one.removeprefix("data.") for one in overrides or ()]
-    return config.of_overrides(Files, {"path": path}, wanted)
+    said = {one.split("=")[0].split(".")[0] for one in wanted}
+    if "path" in said:
+        raise UserError("data.path: the rows are those of --data.")
+    return config.of_overrides(Files, {"path": path}, wanted), said
 
 
 @contextmanager

@@ -538,7 +538,8 @@ def personalize(
     from fedpref.reports.tables import newcomer_table
     from fedpref.runs.join import personalize as join
 
-    joined = join(path, files_of(data, overrides), column=column, name=name, steps=steps)
+    rows, said = files_of(data, overrides)
+    joined = join(path, rows, column=column, name=name, steps=steps, given=said)
     sizes = {client: {"train": one.train, "test": one.test} for client, one in joined.items()}
     before, after = (
         {client: getattr(one, when) for client, one in joined.items()}

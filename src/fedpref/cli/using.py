@@ -114,10 +114,10 @@ def evaluate(
         raise UserError(
             f"--split {split!r}: {data} is one file, which has no splits. Leave it out."
         )
-    source = files_of(data, overrides)
-    if not is_file:
+    source, said = files_of(data, overrides)
+    if not is_file and "train_split" not in said:
         source = replace(source, train_split=split or "test")
-    metrics = measure(path, source, client, column)
+    metrics = measure(path, source, client, column, said)
     if as_json:
         print(json.dumps(metrics, indent=1))
     else:

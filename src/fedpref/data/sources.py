@@ -40,6 +40,7 @@ SIDES: tuple[Side, ...] = ("train", "test")
 
 WORD, LAST_WORDS = re.compile(r"\S+"), 2
 GUESSED = 0.1  # share of prompts that are like another, above which it is said
+MOST_GUESSED = 5000  # prompts that are looked at
 WHOLE = re.compile(r"^([+-]?\d+)\.0*$")  # a whole number that is written with a point
 
 
@@ -123,7 +124,8 @@ class Files(PathSource):
                     yield error
                     continue
                 if (
-                    self.prompt_column not in record
+                    len(found) < MOST_GUESSED
+                    and self.prompt_column not in record
                     and isinstance(row, Preference)
                     and isinstance(row.prompt, str)
                 ):
@@ -157,13 +159,18 @@ class Files(PathSource):
         return replace(moved, config=None, train_split="train", test_split=None)
 
     def _refuse_splits(self) -> None:
-        """Raise UserError where a part of a single file is asked for."""
-        for name in ("config", "train_split", "test_split"):
+        """Raise UserError where held-out rows of a single file are asked for as a split."""
+        if self.test_split:
+            raise UserError(
+                f"data.test_split: {self.path} is a file and has no splits. Leave it out; "
+                "data.test_fraction, or a column (data.split_column), says what is held out."
+            )
+        for name in ("config", "train_split"):
             if getattr(self, name) != type(self).__dataclass_fields__[name].default:
-                raise UserError(
-                    f"data.{name}: {self.path} is a file and has no splits and no configurations. "
-                    "Leave it out; data.test_fraction, or a column (data.split_column), says what "
-                    "is held out."
+                warnings.warn(
+                    f"data.{name}: {self.path} is a file and has no splits and no configurations; "
+                    "all of it is read.",
+                    stacklevel=2,
                 )
 
     def _say_what_is_not_read(self, first: Mapping[str, Any]) -> None:

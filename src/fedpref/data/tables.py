@@ -8,7 +8,7 @@ import json
 import re
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -24,7 +24,6 @@ SPLIT = re.compile(
     r"(^|[^a-z])(train|training|test|testing|eval|evaluation|valid|validation|val|dev)([^a-z]|$)",
     re.IGNORECASE,
 )
-DESCRIPTIONS = ("dataset_infos.json", "dataset_dict.json", "dataset_info.json", "state.json")
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -200,10 +199,11 @@ def _own_files(path: str, split: str, given: Mapping[str, Any]) -> list[Path]:
     files = named.get(split, [])
     used = {file.resolve() for some in named.values() for file in some}
     unread = [file for file in _tables(Path(path)) if file.resolve() not in used]
+    is_named = any(SPLIT.search(str(file.relative_to(path))) for file in _within(used, path))
     card = Path(path) / "README.md"
     if card.is_file() and "configs:" in card.read_text(encoding="utf-8", errors="replace"):
         unread = []  # the folder says itself what is read
-    if not given and list(named) == ["train"] and not any(SPLIT.search(f.stem) for f in files):
+    if not given and split == "train" and list(named) == ["train"] and not is_named:
         files, unread = [*files, *unread], []
     if unread:
         shown = ", ".join(str(file.relative_to(path)) for file in unread[:SHOWN])
@@ -219,13 +219,31 @@ def _own_files(path: str, split: str, given: Mapping[str, Any]) -> list[Path]:
     return sorted(files) if is_ours and all(file.is_file() for file in files) else []
 
 
+def _within(files: Iterable[Path], folder: str) -> list[Path]:
+    """Return files as they are called from a folder on, those that lie in it."""
+    whole = Path(folder).resolve()
+    return [Path(folder) / file.relative_to(whole) for file in files if whole in file.parents]
+
+
+def _has_rows(file: Path) -> bool:
+    """Return whether a file may hold rows: of JSON, that it begins as a list."""
+    if not file.name.endswith((".json", ".json.gz")):
+        return True
+    opened: Any = gzip.open if file.suffix == ".gz" else open
+    try:
+        with opened(file, "rt", encoding="utf-8-sig") as begun:
+            return bool(begun.read(64).lstrip().startswith("["))
+    except (OSError, ValueError, EOFError, zlib.error):
+        return False
+
+
 def _tables(folder: Path) -> list[Path]:
     """Return the files of rows in a folder, without those that describe a dataset."""
     return sorted(
         file
         for file in folder.rglob("*")
         if file.name.removesuffix(".gz").endswith(SUFFIXES)
-        and file.name not in DESCRIPTIONS
+        and _has_rows(file)
         and not any(part.startswith(".") for part in file.relative_to(folder).parts)
     )
 

@@ -32,6 +32,10 @@ FREE = (
 )
 
 
+# settings by which the same files are other weights
+LOADED = ("path", "revision", "gguf_file", "dtype", "load_in_4bit", "load_in_8bit")
+
+
 def frozen(task: Task) -> dict[str, str]:
     """Return digests of the model below what is trained and of groups' predictors, by their names.
 
@@ -59,8 +63,8 @@ def of_model(model: Any) -> dict[str, str]:
     return {"model": fingerprint, "read_by": read_by}
 
 
-def decided(experiment: Experiment) -> dict[str, str]:
-    """Return digests of the settings by which figures come out, of each part of a config.
+def deciding(experiment: Experiment) -> dict[str, Any]:
+    """Return the settings by which figures come out, of each part of a config, as plain data.
 
     Where files lie is none of them: a run, its data and its models may be moved.
     """
@@ -77,7 +81,12 @@ def decided(experiment: Experiment) -> dict[str, str]:
     for free in FREE:
         said["task"].pop(free, None)
         said["task"].get("model", {}).pop(free, None)
-    texts = {name: json.dumps(said[name], sort_keys=True) for name in DECIDING}
+    return {name: said[name] for name in DECIDING}
+
+
+def decided(experiment: Experiment) -> dict[str, str]:
+    """Return digests of the settings by which figures come out, of each part of a config."""
+    texts = {name: json.dumps(said, sort_keys=True) for name, said in deciding(experiment).items()}
     return {
         f"settings/{name}": blake2b(text.encode(), digest_size=16).hexdigest()
         for name, text in texts.items()
@@ -98,7 +107,7 @@ def refuse_apart(runs: Iterable[tuple[RunDirectory, Experiment]]) -> None:
         if "model" not in told:
             continue
         model = config.dump(experiment.task).get("model", {})
-        named = json.dumps([model.get(name) for name in ("path", "revision", "gguf_file")])
+        named = json.dumps([model.get(name) for name in LOADED])
         digest, other = seen.setdefault((named, told.get("read_by", "")), (told["model"], folder))
         if digest != told["model"]:
             raise UserError(

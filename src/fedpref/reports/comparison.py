@@ -14,12 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from fedpref import config
 from fedpref.errors import UserError, command
 from fedpref.experiments.experiment import Experiment
 from fedpref.experiments.finished import FinishedRun
 from fedpref.experiments.free_baselines import FREE_LINES
-from fedpref.experiments.frozen import DECIDING, refuse_apart
+from fedpref.experiments.frozen import deciding, refuse_apart
 from fedpref.experiments.run_directory import RunDirectory
 from fedpref.experiments.run_files import METRICS
 from fedpref.numerics.fairness import Fairness, fairness
@@ -337,9 +336,7 @@ def _row(line: _Line, against: _Line | None, terms: Terms) -> Row:
 
 def _differing(experiments: Sequence[Experiment]) -> tuple[str, ...]:
     """Return the settings that decide something and are not the same, as keys with points."""
-    said = [
-        dict(_keyed({name: config.dump(one)[name] for name in DECIDING})) for one in experiments
-    ]
+    said = [dict(_keyed(deciding(one))) for one in experiments]
     return tuple(
         sorted(
             key
@@ -437,7 +434,7 @@ TITLES = (
     "with reward head",
     "to the figure",
 )
-SEEDS = frozenset({"seed", "data.split_seed", "data.path"})  # data are told by their digests
+SEEDS = frozenset({"seed", "data.split_seed"})
 NEVER = dict.fromkeys(("rounds", "seconds", "mb", "pairs"), math.nan)
 
 

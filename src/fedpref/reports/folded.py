@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 FRAME = 3  # a column's border and spaces
-LONGEST = 28  # of a line's name, which goes on below
+LONGEST = 28  # of a line's name, which goes on below; more where there is room
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class FoldedTable:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         places = range(1, len(self.titles))
         widths = [self._width(i, self.titles[i].splitlines()) for i in places]
-        name = min(self._width(0, [self.titles[0]]), LONGEST, options.max_width // 2)
+        longest = min(max(LONGEST, options.max_width // 4), options.max_width // 2)
+        name = min(self._width(0, [self.titles[0]]), longest)
         if name + sum(widths) + FRAME * len(self.titles) + 1 > options.max_width:
             widths = [self._width(i, self.titles[i].split()) for i in places]  # titles wrap
         title: str | None = self.title

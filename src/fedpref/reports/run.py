@@ -66,7 +66,7 @@ class Line:
         The last one, of more rows than those before (`evaluate_pairs`), is then none of them.
         """
         rows = [row for row in self.evaluations if is_for_choosing(row)] or self.evaluations
-        return [row for row in rows if _counts(row) == _counts(rows[0])]
+        return [row for row in rows if _are_alike(rows[0], row)]
 
     def column(self, name: str) -> list[float]:
         """Return a metric of every round that has it."""
@@ -93,9 +93,13 @@ class Line:
         return clients
 
 
-def _counts(row: Mapping[str, Any]) -> dict[str, float]:
-    """Return how many examples of each client an evaluation is of."""
-    return {name: client["num_examples"] for name, client in row["clients"].items()}
+def _are_alike(first: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
+    """Return whether two evaluations are of as many examples of whoever is in both."""
+    here, there = first["clients"], row["clients"]
+    return all(
+        here[name]["num_examples"] == there[name]["num_examples"]
+        for name in here.keys() & there.keys()
+    )
 
 
 @dataclass(frozen=True)

@@ -140,6 +140,10 @@ class Classifier(RewardSettings):
         are_apart = model.config.problem_type == "multi_label_classification"
         config: Any = model.config.get_text_config()
         longest, padding = longest_input(model, tokenizer), config.pad_token_id
+        if padding is not None and not 0 <= padding < config.vocab_size:
+            padding = None
+        # who reads the last place, and not the last token that is none of padding, needs it before
+        is_before = tokenizer.padding_side == "left" and not hasattr(model, "score")
         options = {"truncation": longest is not None, "max_length": longest}
 
         def encoded(prompt: Text, completion: Text) -> Any:
@@ -164,11 +168,13 @@ class Classifier(RewardSettings):
             config.pad_token_id = filler
             fill = {"input_ids": filler}
             width = max(len(row["input_ids"]) for row in rows)
+
+            def padded(name: str, numbers: Sequence[int]) -> list[int]:
+                rest = [fill.get(name, 0)] * (width - len(numbers))
+                return [*rest, *numbers] if is_before else [*numbers, *rest]
+
             return {
-                name: torch.tensor(
-                    [[*row[name]] + [fill.get(name, 0)] * (width - len(row[name])) for row in rows],
-                    device=self.device,
-                )
+                name: torch.tensor([padded(name, row[name]) for row in rows], device=self.device)
                 for name in rows[0]
             }
 

@@ -11,6 +11,8 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar, Protocol, Self, TypeVar
 
+import torch
+
 from fedpref.errors import UserError
 from fedpref.rewards.combine import Combine
 from fedpref.types import Text
@@ -98,14 +100,13 @@ def called(
     Raises:
         UserError: It does not keep to its signature.
     """
-    takes = inspect.signature(reward).parameters
-    if IDS in takes or any(one.kind is one.VAR_KEYWORD for one in takes.values()):
+    if _takes_ids(reward):
         columns = {**columns, IDS: [list(one) for one in tokens]}
     try:
         given: Any = reward(prompts=prompts, completions=completions, **columns)
         if inspect.isawaitable(given):
             with ThreadPoolExecutor(1) as apart:  # whoever calls may be in a loop of its own
-                given = apart.submit(asyncio.run, _awaited(given)).result()
+                given = apart.submit(_awaited, given, torch.is_grad_enabled()).result()
     except TypeError as error:
         *_, last = traceback.extract_tb(error.__traceback__)
         raise UserError(
@@ -132,8 +133,22 @@ def called(
     return values
 
 
-async def _awaited(value: Awaitable[T]) -> T:
-    return await value
+def _takes_ids(reward: RewardFunction) -> bool:
+    try:
+        takes = inspect.signature(reward).parameters
+    except ValueError:  # of functions that are not Python's
+        return False
+    return IDS in takes or any(one.kind is one.VAR_KEYWORD for one in takes.values())
+
+
+def _awaited(value: Awaitable[T], has_gradients: bool) -> T:
+    """Return what is awaited; gradients are the caller's thread's to switch off."""
+
+    async def whole() -> T:
+        return await value
+
+    with torch.set_grad_enabled(has_gradients):
+        return asyncio.run(whole())
 
 
 def as_given(prompt: Text) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +20,11 @@ SHARED = "shared"
 
 
 def evaluate(
-    run: str | Path, data: Files, client: str | None = None, column: str | None = None
+    run: str | Path,
+    data: Files,
+    client: str | None = None,
+    column: str | None = None,
+    given: Collection[str] = (),
 ) -> dict[str, Mapping[str, float]]:
     """Measure a run's models on any preferences.
 
@@ -32,6 +36,7 @@ def evaluate(
             columns' names, is as in the run.
         client: Whose model is asked; by default the one that all share, or each client's own.
         column: Says whose a row is: each client's model is measured on the client's own rows.
+        given: Settings of the rows that count though they are the defaults.
 
     Returns:
         Metrics by client, or under `shared`.
@@ -48,7 +53,7 @@ def evaluate(
         )
     finished.refuse_opinions()
     known = list(finished.clients)
-    source = as_read(finished.experiment.data, data)
+    source = as_read(finished.experiment.data, data, given)
     if isinstance(source, Files):
         source = replace(
             source,

@@ -289,6 +289,7 @@ class Measured:
         last: The last evaluation.
         joined: Clients that joined when the run was over.
         has_own: Whether clients have models of their own.
+        late: Newcomers.
         spent: What has been spent of privacy, by the name of its figure.
     """
 
@@ -297,17 +298,21 @@ class Measured:
     joined: Mapping[str, Mapping[str, Any]]
     has_own: bool
     """Clients have models of their own."""
+    late: frozenset[str] = frozenset()
+    """Newcomers, who joined when training was over."""
     spent: Mapping[str, float] = field(default_factory=dict)
 
     @staticmethod
     def read(run: FinishedRun) -> Measured:
         """Return what is measured of a finished run."""
         last: dict[str, Any] = next(reversed(run.folder.read_rows(METRICS)), {})
+        names, spec = list(run.clients), run.experiment
         return Measured(
             {**run.clients, **run.joined},
             run.last_evaluation,
             run.joined,
             run.folder.has_own,
+            frozenset(names[i] for i in spec.federation.joining(names, spec.seed)),
             spent_of(last, run.last_evaluation),
         )
 
@@ -320,8 +325,7 @@ class Measured:
     @property
     def trained(self) -> set[str]:
         """The clients that trained."""
-        late = self.last.get("newcomers", {}).keys() | self.joined.keys()
-        return set(self.known.keys() - late)
+        return set(self.known.keys() - self.late - self.joined.keys())
 
     def metrics(self, client: str | None, *, whole: bool) -> dict[str, str]:
         """Return the held-out metric of a model.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ class Newcomer:
     path: Path
 
 
-def as_read(source: Any, data: Files) -> Any:
+def as_read(source: Any, data: Files, given: Collection[str] = ()) -> Any:
     """Return a source of other data: their file, with the run's settings where it read files.
 
     Where the run's data had a form of their own, as those of `shp`, others are read so unless they
@@ -48,24 +48,32 @@ def as_read(source: Any, data: Files) -> Any:
     Args:
         source: The run's.
         data: The others; what is given of them counts, and for the rest the run's does.
+        given: What is given, beside what is not its default.
     """
     if isinstance(source, Opinions):
         return replace(source, path=data.path, groups="all")
     if isinstance(source, Files):
-        default = Files(path=data.path)
-        given = {
-            field.name: value
-            for field in fields(data)
-            if (value := getattr(data, field.name)) != getattr(default, field.name)
-        }
-        return replace(source.at(data.path), **given)
-    if isinstance(source, PathSource) and data == Files(path=data.path) and not _is_of_trl(data):
-        return replace(source, path=data.path)
+        return replace(source.at(data.path), **_said(data, given))
+    said = _said(data, given)
+    own = {field.name for field in fields(source)}
+    if isinstance(source, PathSource) and said.keys() <= own and not _is_of_trl(data):
+        return replace(source, **{**said, "path": data.path})
     return replace(
         data,
         test_fraction=source.test_fraction,
         split_seed=source.split_seed,
     )
+
+
+def _said(data: Files, given: Collection[str]) -> dict[str, Any]:
+    """Return what is said of how rows are read: what is given, or is not the default."""
+    default = Files(path=data.path)
+    values = {field.name: getattr(data, field.name) for field in fields(data)}
+    return {
+        name: value
+        for name, value in values.items()
+        if name in given or value != getattr(default, name)
+    }
 
 
 def _is_of_trl(data: Files) -> bool:
@@ -83,6 +91,7 @@ def personalize(
     column: str | None = None,
     name: str | None = None,
     steps: int | None = None,
+    given: Collection[str] = (),
 ) -> dict[str, Newcomer]:
     """Let clients join a run: they take what is shared and make what is private to them.
 
@@ -96,6 +105,7 @@ def personalize(
         column: Its values are the newcomers; without it there is one.
         name: The one newcomer's name; by default the file's.
         steps: Local steps; by default the run's `federation.join_steps`.
+        given: Settings of the rows that count though they are the defaults.
 
     Returns:
         The newcomers by name. Their models go to RUN/newcomers/NAME.
@@ -116,7 +126,7 @@ def personalize(
     # told apart as the run's prompts were, or those that it has trained on are not known again;
     # nothing is chosen by newcomers, for which rows would have to be set aside
     source = replace(
-        as_read(experiment.data, data),
+        as_read(experiment.data, data, given),
         split_by=experiment.data.split_by,
         validation_fraction=0.0,
     )

@@ -7,18 +7,30 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fedpref.errors import command
+from fedpref.errors import UserError, command
 from fedpref.experiments.finished import FinishedRun
 from fedpref.experiments.free_baselines import FREE_LINES
 from fedpref.experiments.rounds import Event, evaluated
 from fedpref.experiments.run_directory import RunDirectory
 from fedpref.experiments.run_files import EVALUATION, METRICS
 
+PATIENCE = 60  # looks
+
 
 def await_begin(path: Path, wait: Callable[[], None] = lambda: time.sleep(1.0)) -> None:
-    """Wait until a run of a sweep has begun, for each begins when one before has ended."""
-    while not RunDirectory(path).has_begun:
+    """Wait until a run of a sweep has begun, for each begins when one before has ended.
+
+    Raises:
+        UserError: It does not begin.
+    """
+    for _ in range(PATIENCE):
+        if RunDirectory(path).has_begun:
+            return
         wait()
+    raise UserError(
+        f"{path}: the run has not begun for a minute after the one before. If no process is at "
+        f"work on the sweep, `{command('resume', path.parents[1])}` takes it up."
+    )
 
 
 def watched(path: Path, wait: Callable[[], None] = lambda: time.sleep(1.0)) -> Iterator[Event]:

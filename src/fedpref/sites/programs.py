@@ -21,6 +21,7 @@ from nvflare.collab import CollabRecipe, collab
 
 from fedpref import config
 from fedpref.engines.host import Host
+from fedpref.engines.kept_sums import FOLDER as SUMS
 from fedpref.engines.requests import run_name
 from fedpref.engines.site import Site
 from fedpref.engines.site_masks import Identity, Unsigned
@@ -158,8 +159,9 @@ def _hand_over(folder: RunDirectory) -> None:
     """Copy the run directory to where FLARE takes a job's results from."""
     context = collab.fl_ctx
     result = Path(context.get_workspace().get_run_dir(context.get_job_id())) / "fedpref"
-    # who keeps the secret keeps the noise, and results stay at the server
-    kept_back = shutil.ignore_patterns("cache", f"{SECRET}*")
+    # who keeps the secret keeps the noise, and who has sums as sites gave them needs it less;
+    # results stay at the server
+    kept_back = shutil.ignore_patterns("cache", SUMS, f"{SECRET}*")
     shutil.copytree(folder.path, result, ignore=kept_back)
 
 

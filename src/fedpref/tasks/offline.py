@@ -524,7 +524,7 @@ class OfflineLearner(LanguageLearner):
         """
         if not self.settings.asks(shard.name):
             return []
-        prompts = list(self._asked(shard))[: self.settings.samples]
+        prompts = [one.prompt for one in self._asked(shard, self.settings.samples)]
         asked = map(self.language.texts.question, prompts)
         rows: list[dict[str, Any]] = [{"prompt": text} for text in asked]
         for name, policy in (("before", None), ("after", params)):
@@ -542,17 +542,17 @@ class OfflineLearner(LanguageLearner):
         """Return metrics of answers to held-out prompts; see `Generations.measure`."""
         if not self._generations:
             return {}
-        asked = self._asked(shard)
-        prompts = list(asked)[: self._generations.settings.prompts]
-        texts = [asked[prompt] for prompt in prompts]
+        asked = self._asked(shard, self._generations.settings.prompts)
+        prompts, texts = [one.prompt for one in asked], [self.prompt_of(one) for one in asked]
         return self._generations.measure(params, shard.name, prompts, texts)
 
-    def _asked(self, shard: OfflineShard) -> dict[Tokens, Text]:
-        """Return held-out prompts and their texts, in an order that clients who share them have in
-        common.
+    @staticmethod
+    def _asked(shard: OfflineShard, count: int) -> list[Example]:
+        """Return an example of each of the first held-out prompts, in an order that clients who
+        share them have in common.
         """
-        texts = {example.prompt: self.prompt_of(example) for example in shard.test}
-        return {prompt: texts[prompt] for prompt in sorted(texts, key=_digest)}
+        known = {example.prompt: example for example in shard.test}
+        return [known[prompt] for prompt in sorted(known, key=_digest)[:count]]
 
     def messages(self, prompt: Text) -> Text:
         """Return what an example keeps of a row's prompt, which may be one of very many rows."""
