@@ -660,7 +660,7 @@ def test_figures_are_of_all_sites_of_one_list_and_of_one_piece_of_work(tmp_path:
 class Asking:
     """A coordinator that asks four sites as it likes."""
 
-    count = 4
+    count, run = 4, "run"
 
     def __init__(self, content: dict[str, Any], folder: Path, **changes: Any) -> None:
         folder.mkdir(exist_ok=True)
@@ -722,10 +722,65 @@ class Asking:
 
         plan = {f"site-{k}": {k: 1 / len(who)} for k in who}
         asked = {f"site-{k}": _contribute({k: value}, {k: 1 / len(who)}) for k in who}
-        sums = SecureSums(self.spec.secrecy or Masks(), "run", ask)
+        sums = SecureSums(self.spec.secrecy or Masks(), self.run, ask)
         told = self.of(0)._told
         digest = told[2] if told[:2] == ("train", round) else "00"
         return unfixed(sums.sum(asked, plan, "train", round, call, digest, value)[0])
+
+
+def test_a_plan_is_of_sites_that_are_in_the_sum_and_of_those_who_are_left(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
+    asking = Asking(content, tmp_path)
+    asking.train(0, "2")
+    told = asking.of(0)._told[2]
+    shares = {0: 0.6, 1: 0.0, 2: 0.0}
+    asked = {f"site-{k}": _contribute({k: "2.0"}, {k: share}) for k, share in shares.items()}
+    whole = {f"site-{k}": {k: share} for k, share in shares.items()}
+    ghosts = {**whole, "x": {7: 0.2}, "y": {8: 0.2}}
+
+    def lying(messages: Any) -> Any:
+        for header, _ in messages.values():
+            if header["verb"] == "boxes":
+                header["plan"] = ghosts
+        return {
+            site: asking.said(int(site[-1]), tree, **header)
+            for site, (header, tree) in messages.items()
+        }
+
+    masks: Any = asking.spec.secrecy
+    with pytest.raises(RefusedError, match="sites that have made no keys"):
+        SecureSums(masks, "run", lying).sum(asked, ghosts, "train", 0, 1, told, "2.0")
+    # whose parts are withheld are not in the sum that is left
+    lopsided = {0: 0.34, 1: 0.33, 2: 0.33, 3: 0.0}
+    plan = {f"site-{k}": {k: share} for k, share in lopsided.items()}
+    asked = {f"site-{k}": _contribute({k: "2.0"}, {k: share}) for k, share in lopsided.items()}
+
+    def withholding(messages: Any) -> Any:
+        if next(iter(messages.values()))[0]["verb"] == "contribute":
+            messages = {site: one for site, one in messages.items() if site != "site-2"}
+        return {
+            site: asking.said(int(site[-1]), tree, **header)
+            for site, (header, tree) in messages.items()
+        }
+
+    with pytest.raises(RefusedError, match=r"fewer sites than secrecy\.min_sites"):
+        SecureSums(masks, "run", withholding).sum(asked, plan, "train", 0, 2, told, "2.0")
+
+
+def test_values_of_one_run_are_not_summed_again_with_others_in_another(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
+    asking = Asking(content, tmp_path)
+    asking.train(0, "2")
+    asking.sum("2.0", 0)
+    Sites(asking.here, config.dump(asking.spec), "again", Patience(seconds=30))
+    asking.run = "again"
+    for k in range(asking.count):
+        asking.each(k, "common.no_moments", [], "init", 0, "1")
+    asking.train(0, "2")
+    with pytest.raises(RefusedError, match="summed with other sites, or other shares"):
+        asking.sum("2.0", 0, who=range(3))
 
 
 def test_sites_sum_what_this_phase_has_made_of_what_all_were_sent(

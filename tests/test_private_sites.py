@@ -333,3 +333,128 @@ def test_the_secret_is_not_handed_over_with_a_jobs_results(
     monkeypatch.setattr(programs, "collab", SimpleNamespace(fl_ctx=context))
     programs._hand_over(RunDirectory(folder))
     assert [file.name for file in result.rglob("*") if file.is_file()] == ["ledger.jsonl"]
+
+
+# ---- coordinators that lie
+
+
+def consented(content: dict[str, Any], folder: Path, limits: str = "{}") -> Site:
+    """A site with sixty pairs of one client."""
+    folder.mkdir(exist_ok=True)
+    mine = [{**row, "client": "c"} for row in make_rows([60])]
+    rows = write_rows(folder / "mine.jsonl", mine)
+    (folder / "site.yaml").write_text(
+        f"data: {{name: files, path: {rows}, test_fraction: 0.3}}\n"
+        "partition: {name: natural, column: client}\n"
+        f"algorithms: [feddpo]\nmodels: {{m: {content['task']['model']['path']}}}\n"
+        f"limits: {limits}\n"
+    )
+    host, where = consenting("s", folder / "site.yaml")
+    return Site("s", host, where, None)  # type: ignore[arg-type]
+
+
+def said(site: Site, tensors: Any = NO_TENSORS, **header: Any) -> Any:
+    answer, tree = unpack(site.answer(pack(header, tensors)))
+    if "refused" in answer:
+        raise RefusedError(answer["refused"])
+    return answer, tree
+
+
+def opened_with(site: Site, content: dict[str, Any], **changes: Any) -> tuple[Experiment, Any]:
+    task = {**content["task"], "model": {**content["task"]["model"], "path": "m"}}
+    task = {**task, **changes.pop("task", {})}
+    data = {"data": {"name": "files", "path": "x"}, "partition": {"name": "natural"}}
+    spec = parsed(content, **{**data, "rounds": 200, **changes, "task": task})
+    head = {"experiment": config.dump(spec), "run": "r", "resumes": False}
+    answer, _ = said(site, **version(), verb="open", is_known=True, held_out=[], **head)
+    return spec, answer["about"]
+
+
+def trained(site: Site, spec: Experiment, round: int, name: str) -> None:
+    theta = site._opened.task.init(torch.Generator().manual_seed(0))
+    args = [{"tree": 0}, {"own": {0: "1.0"}}, {"plain": config.dump(spec)["algorithm"]}]
+    where = {"args": args, "call": 1, "name": name, "clients": [0], "round": round}
+    tree = trees.nest({0: theta})
+    answer, _ = said(site, tree, verb="each", work="feddpo.train", purpose="train", **where)
+    assert not answer["failed"], answer
+
+
+def begun(site: Site, sites: dict[str, list[int]]) -> None:
+    said(site, verb="number", ids={"c": 0}, sites=sites)
+    where = {"args": [], "call": 1, "name": "1", "clients": [0], "round": 0}
+    said(site, verb="each", work="common.no_moments", purpose="init", **where)
+
+
+PLAIN = {
+    "steps": 1,
+    "batch_size": 8,
+    "optim": "sgd",
+    "learning_rate": 1.0,
+    "max_grad_norm": 1e9,
+    "lr_scheduler_type": "constant",
+    "warmup_ratio": 0.0,
+}
+FEDDPO = {"name": "feddpo", "aggregate": {"name": "frozen-a"}, "local": PLAIN}
+
+
+def test_noise_of_another_size_is_another_noise(content: dict[str, Any], tmp_path: Path) -> None:
+    site = consented(content, tmp_path / "s", "{max_epsilon: {unit: 30}, max_delta: 0.02}")
+    sent = []
+    for multiplier in (1.0, 4.0):
+        privacy = {**EXAMPLES, "noise_multiplier": multiplier, "metrics": "none"}
+        privacy["clip"] = {"name": "fixed", "norm": 0.1}
+        spec, _ = opened_with(site, content, algorithm=FEDDPO, privacy=privacy, rounds=1)
+        begun(site, {"s": [0]})
+        trained(site, spec, 0, "2")
+        _, tree = said(site, verb="contribute", own={0: "2.0"}, shares={0: 1.0})
+        sent.append(torch.cat([tree[name].flatten().double() for name in sorted(tree)]))
+    # of one noise at two sizes the smaller could be taken away
+    assert abs(float(torch.corrcoef(torch.stack(sent))[0, 1])) < 0.5
+    (ledger,) = tmp_path.rglob(f"{ledger_file('c')}")
+    assert len(ledger.read_text().splitlines()) == 2
+
+
+def test_of_private_rows_their_number_alone_is_told(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
+    site = consented(content, tmp_path / "s")
+    short = {"task": {"max_length": 24, "truncation_mode": "keep_start"}, "algorithm": FEDDPO}
+    _, about = opened_with(site, content, **short, privacy={**EXAMPLES, "metrics": "none"})
+    assert about["c"].keys() == {"train", "test", "truncated", "digest"}
+    assert about["c"]["truncated"] == 0
+
+
+def test_a_client_is_not_drawn_oftener_than_its_chance_has_it(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
+    site = consented(content, tmp_path / "s", "{max_epsilon: {client: 1.0}}")
+    drawn = {"weighting": "equal", "sampling": "poisson", "clients_per_round": 2}
+    privacy = {**CLIENTS, "delta": 1e-6, "metrics": "none"}
+    local = {"algorithm": {**FEDDPO, "local": {**PLAIN, "batch_size": 32}}}
+    spec, _ = opened_with(site, content, **local, privacy=privacy, federation=drawn)
+    begun(site, {"s": [0], "x": list(range(1, 10**4))})
+
+    def sent(round: int) -> None:
+        trained(site, spec, round, str(2 + round))
+        noisy = {"round": round, "call": 2, "norm": 0.5}
+        said(site, verb="contribute", own={0: f"{2 + round}.0"}, shares={}, noisy=noisy)
+
+    for round in (0, 1):
+        sent(round)
+    with pytest.raises(RefusedError, match=r"drawn in 3 of 3 rounds.*fewer clients than is said"):
+        sent(2)
+
+
+def test_clients_are_numbered_once(content: dict[str, Any], tmp_path: Path) -> None:
+    site = consented(content, tmp_path / "s", "{max_calls: 2}")
+    opened_with(site, content, algorithm={**FEDDPO, "local": {**PLAIN, "batch_size": 16}})
+    begun(site, {"s": [0]})
+    with pytest.raises(RefusedError, match="have their numbers already"):
+        said(site, verb="number", ids={"c": 1}, sites={"s": [1]})
+
+
+def test_layers_are_no_pattern_of_a_coordinators(content: dict[str, Any], tmp_path: Path) -> None:
+    site = consented(content, tmp_path / "s")
+    model = {**content["task"]["model"], "path": "m", "lora_target_modules": r"((\w|\.)+)+!"}
+    with pytest.raises(RefusedError, match="is a pattern"):
+        opened_with(site, content, algorithm=FEDDPO, task={"model": model})

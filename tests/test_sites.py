@@ -1138,3 +1138,47 @@ def test_what_is_set_aside_by_one_site_is_trained_on_by_none(
 def shard_text(site: Site, example: Any) -> str:
     text: str = site._opened.task.language.tokenizer.decode(example.prompt)  # type: ignore[attr-defined]
     return " ".join(text.split())
+
+
+class Offering:
+    """Sites that offer clients, and note who is numbered."""
+
+    def __init__(self, offers: dict[str, dict[str, Any]]) -> None:
+        self.offers, self.numbered = offers, dict[str, Any]()
+
+    @property
+    def sites(self) -> list[str]:
+        return sorted(self.offers)
+
+    def ask(self, messages: Any, seconds: float) -> dict[str, bytes]:
+        found = {}
+        for site, message in messages.items():
+            header, _ = unpack(message)
+            said: dict[str, Any] = {}
+            if header["verb"] == "split":
+                said = {"held_out": [], "is_keyed": False, "has_sides": False}
+            if header["verb"] == "open":
+                said = {"about": self.offers[site]}
+            if header["verb"] == "number":
+                self.numbered[site] = header["ids"]
+            found[site] = pack(version() | said)
+        return found
+
+
+def offered(digest: str, number: int = 0) -> dict[str, Any]:
+    sizes = {"train": 10, "test": 10, "truncated": 0, "conversations": 0}
+    return {**sizes, "digest": digest, "number": number}
+
+
+def test_a_site_does_not_take_anothers_client_by_its_name() -> None:
+    honest = {site: {site: offered(site)} for site in ("clinic", "bank")}
+    evil: dict[str, Any] = {"clinic": offered("x"), "clinic@clinic": offered("y", 9)}
+    asked: Any = Offering({**honest, "evil": evil})
+    made = Sites(asked, {}, "r", Patience(min_clients=1))
+    assert sorted(made.site_of.values()) == ["bank", "clinic"]
+    # in a run that goes on, who had the name has it by its data
+    began = {name: offered(name) for name in ("bank", "clinic", "evil")}
+    evil = {name: offered("evil" if name == "evil" else "z") for name in began}
+    asked = Offering({**honest, "evil": evil})
+    made = Sites(asked, {}, "r", Patience(min_clients=1), began=began)
+    assert made.site_of == {0: "bank", 1: "clinic", 2: "evil"}

@@ -72,7 +72,7 @@ class PrivateFigures:
         key = self._secret.key_of("figures")
         told = repr((sums, self._noise.deviation, self._point)).encode()
         said = hashlib.blake2b(told, key=key, digest_size=16).hexdigest()
-        if self._ledger.known(round, place, said) is None:
+        if self._ledger.known(round, place, said, self.kind) is None:
             more = self._ledger.with_one(round, place, self.kind)
             if not self.allows(more.events):
                 return {}

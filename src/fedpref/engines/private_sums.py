@@ -147,10 +147,11 @@ class PrivateSums:
             for name, tensor in message.items():
                 total[name] += tensor
         digest = hashlib.blake2b(key=self.secret.key_of("digest"), digest_size=16)
+        digest.update(repr(self.lattice).encode())
         for _, tensor in sorted(total.items()):
             digest.update(tensor.contiguous().numpy().tobytes())
         said, kind = digest.hexdigest(), self.kind
-        known = self.ledger.known(round, call, said)
+        known = self.ledger.known(round, call, said, kind)
         if known is None and not self._fits(round, call):
             raise UserError(
                 f"privacy.epsilon: round {round + 1} is done again and its sum is another one, "

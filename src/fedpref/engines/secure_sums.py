@@ -95,6 +95,7 @@ class SecureSums:
         )
         threshold = self._settings.needed(len(keys))
         self._require(len(keys), len(sites), "have made keys for")
+        plan = {site: plan[site] for site in keys if site in plan}
         sealed = self._told(
             {
                 site: {

@@ -92,6 +92,7 @@ class Site:
         self._told: tuple[str, int, str] = ("", 0, "")
         self._calls: set[str] = set()  # whose values were made in the phase
         self._hosted: Hosted | None = None
+        self._resumes = False
         self._names: dict[int, str] = {}  # of clients, by their ids
         self._values = Values()
         self._privacy: SitePrivacy | None = None
@@ -201,7 +202,7 @@ class Site:
             if not resumes:
                 site_folder.set_aside(folder)
         files.write(bound, digest)
-        self._hosted, self._run = hosted, folder
+        self._hosted, self._run, self._resumes = hosted, folder, resumes
         self._store = Store(folder / "checkpoints")
         self._store.tidy()
         self._values, self._names, self._site_of = Values(), {}, {}
@@ -218,12 +219,19 @@ class Site:
         """Learn the numbers of the clients here, and at which sites all others are."""
         if not ids.keys() <= self._opened.shards.keys():
             raise RefusedError("ids of clients that are not those here")
+        # what a client was asked for is counted by its number
+        if self._site_of:
+            raise RefusedError("clients have their numbers already")
+        file = self._run / CLIENTS
+        before = json.loads(file.read_text()) if self._resumes and file.exists() else {}
+        if any(ids[name] != number for name, number in before.items() if name in ids):
+            raise RefusedError("clients had other numbers in this run")
         everybody = [number for numbers in sites.values() for number in numbers]
         here = set(sites.get(self.name, ()))
         if len(set(everybody)) < len(everybody) or set(ids.values()) != here:
             raise RefusedError("ids of clients that do not fit those of the sites")
         self._names = {number: name for name, number in ids.items()}
-        files.write(self._run / CLIENTS, json.dumps(dict(ids)))
+        files.write(file, json.dumps({**before, **ids}))
         self._values = Values(self._names, self._opened.bounds.memory)
         self._site_of = {number: site for site, numbers in sites.items() for number in numbers}
         self._privacy = self._opened.privacy(self._names, len(everybody), len(sites), self._folder)
@@ -238,6 +246,7 @@ class Site:
                 self._opened.means,
                 self._privacy is not None and self._privacy.sums is not None,
                 len(sites),
+                self._folder,
             )
         return {}, NO_TENSORS
 
@@ -304,9 +313,9 @@ class Site:
                 values = result if isinstance(result, tuple) else (result,)
                 # checked before it is kept, so that a client which diverges keeps the state from
                 # before
-                # a change that is not finite counts as none in a sum with noise: who stopped for it
-                # would tell of it
-                if not self._is_promised:
+                # of whom privacy is promised nobody is told: a change that is not finite counts as
+                # none in a sum with noise, and one that is a client's own would tell of its rows
+                if self._privacy is None:
                     _refuse_infinite(values)
                 said = labels(function, {k: kept.label for k, kept in own.items()}, values)
                 for k, (part, label) in enumerate(zip(values, said, strict=True)):

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from fedpref.engines import site_folder
 from fedpref.engines.messages import RefusedError
 from fedpref.errors import UserError
 from fedpref.numerics import files, trees
@@ -24,6 +25,7 @@ from fedpref.privacy.shamir import BYTES
 FILE = (
     "sums.json"  # in a run's folder: of each sum, the value's digest and for whom it was unmasked
 )
+VALUES = "summed.txt"  # in the folder of all runs: of values that were unmasked, in which sum
 AHEAD = 8  # sums whose keys lie here
 LISTED = "listed"  # in FILE, of a round's figures: whose they are
 FIGURES = 10**6  # calls from here on are of sums of figures, each of which has a place
@@ -80,6 +82,8 @@ class _Sum:
     adverts: Mapping[str, Any] | None = None
     plan: Mapping[str, Mapping[int, float]] | None = None
     value: str = ""
+    made: str = ""
+    """What tells the site's clients' values from all others; empty if they say nothing."""
     agreed: list[str] | None = None
 
 
@@ -95,6 +99,7 @@ class SiteMasks:
         means: How many sums a phase has at most.
         is_noisy: Whether sums have noise, and are of cohorts that may be of one site alone.
         everybody: How many sites the run has.
+        root: Where all runs of the site lie; by default the run's folder.
     """
 
     def __init__(
@@ -107,8 +112,9 @@ class SiteMasks:
         means: int = 1,
         is_noisy: bool = False,
         everybody: int = 0,
+        root: Path | None = None,
     ) -> None:
-        self._everybody = everybody
+        self._everybody, self._root = everybody, root or folder
         self._means, self._is_noisy = means, is_noisy
         self._name, self._identity, self._settings = name, identity, settings
         self._run, self._file = run, folder / FILE
@@ -169,10 +175,12 @@ class SiteMasks:
                 told the same, or there is no sum.
         """
         one = self._of(address)
-        self._refuse_lopsided(address, plan)
-        one.plan = plan
         if not set(adverts) <= set(one.sites):
             raise RefusedError("keys of sites that are none of the sum's")
+        if not set(plan) <= set(adverts):
+            raise RefusedError("a plan for sites that have made no keys for the sum")
+        self._refuse_lopsided(address, plan)
+        one.plan = plan
         if threshold < self._settings.needed(len(adverts)):
             raise RefusedError(f"a threshold of {threshold} is below the experiment's")
         known = {}
@@ -253,6 +261,7 @@ class SiteMasks:
         if sum(call != LISTED and int(call) < FIGURES for call in calls) > self._means:
             raise RefusedError(f"a phase has {self._means} sums, and this would be one more")
         # in two sums, of which others fall out, a value would be their difference
+        one.made = made
         where, call = f"value {phase}{made}", str(address["call"])
         if made and known.setdefault(where, {"value": call})["value"] != call:
             raise RefusedError("these values were summed already")
@@ -287,6 +296,9 @@ class SiteMasks:
         one = self._of(address)
         if one.agreed is not None and one.agreed != sorted(survivors):
             raise RefusedError("another list of survivors was signed already")
+        # of those who are left too, a sum is not to be hardly more than one site's value
+        left = {site: shares for site, shares in (one.plan or {}).items() if site in survivors}
+        self._refuse_lopsided(address, left)
         one.agreed = sorted(survivors)
         return {"signature": self._identity.sign(self._signed(one, survivors)).hex()}
 
@@ -322,9 +334,12 @@ class SiteMasks:
         ]
         if len(agreed) < one.threshold:
             raise RefusedError(f"{len(agreed)} sites have signed; {one.threshold} are needed")
+        if one.agreed != sorted(survivors):
+            raise RefusedError("this list of survivors was not signed here")
         key, known = _key(address, attempt=False), self._known()
         if known[key].get("survivors", sorted(survivors)) != sorted(survivors):
             raise RefusedError("this sum was unmasked for others already")
+        self._refuse_summed(one, survivors)
         numbers = frozenset(one.sites.index(site) for site in survivors)
         known_heard = None if one.needed is None else self._all_heard(one, heard)
         shares = _tried(lambda: one.sender.shares(numbers, one.threshold, known_heard))
@@ -336,6 +351,29 @@ class SiteMasks:
                 for number, share in shares.items()
             }
         }
+
+    def _refuse_summed(self, one: _Sum, survivors: Sequence[str]) -> None:
+        """Raise RefusedError where the same values were in another sum, of any run of the site.
+
+        Of the same sum in another run, as of one that is begun anew, nothing more is learned.
+        """
+        if not one.made:
+            return
+        whose = context_of(sorted(survivors), one.plan or {}).hex()
+        self._root.mkdir(parents=True, exist_ok=True)
+        with site_folder.alone(self._root / f".{VALUES}.lock"):
+            file = self._root / VALUES
+            lines = file.read_text().splitlines() if file.exists() else []
+            known = dict(line.split() for line in lines if len(line.split()) == 2)
+            if known.setdefault(one.made, whose) != whose:
+                raise RefusedError(
+                    "these values were summed with other sites, or other shares, in another run; "
+                    "resume that one, or begin with another seed"
+                )
+            if len(known) > len(lines):
+                with file.open("a") as more:
+                    more.write(f"{one.made} {whose}\n")
+                files.sync(file)
 
     def _all_heard(
         self, one: _Sum, said: Mapping[str, Mapping[str, str]]

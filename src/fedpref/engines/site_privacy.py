@@ -20,9 +20,11 @@ from fedpref.engines.messages import RefusedError
 from fedpref.engines.private_examples import LEDGERS, PrivateExamples, ledger_file
 from fedpref.engines.private_sums import PrivateSums
 from fedpref.federation.private_steps import PrivateSteps
+from fedpref.numerics.intervals import incomplete_beta
 from fedpref.numerics.trees import Tree
 from fedpref.privacy import Ledger
 
+UNLIKELY = 1e-9  # that a client is drawn so often
 SUMS = "sums"  # a folder of ledgers beside that of steps
 CHARGING = ".charging"  # a lock in the folder of all runs
 
@@ -87,8 +89,9 @@ class SitePrivacy:
         said, kind = digest.hexdigest(), self.sums.kind
         with self._alone():
             ledger = self._ledger(self.folder, SUMS, client)
-            if ledger.known(round, call, said) is None:
+            if ledger.known(round, call, said, kind) is None:
                 more = ledger.with_one(round, call, kind)
+                _refuse_unlikely(more)
                 self._refuse_beyond(self.rounds_epsilon, [more], "what the run promises")
                 if (limit := self._limit("client")) is not None:
                     others = self._elsewhere(client, SUMS)
@@ -137,3 +140,18 @@ class SitePrivacy:
 
     def _ledger(self, folder: Path, kind: str, client: int) -> Ledger:
         return Ledger.at(folder / kind, ledger_file(self.names[client]))
+
+
+def _refuse_unlikely(ledger: Ledger) -> None:
+    """Raise RefusedError where a client is drawn oftener than by the chance that is counted.
+
+    The chance hangs on how many clients there are, for which the coordinator's word is taken.
+    """
+    rounds = [chance for _, chance in ledger.rounds]
+    chance, drawn = max(rounds), len(rounds)
+    after = 1 + max(one["round"] for one in ledger.entries)
+    if chance < 1 and incomplete_beta(drawn, after - drawn + 1, chance) < UNLIKELY:
+        raise RefusedError(
+            f"the client was drawn in {drawn} of {after} rounds, which by chance {chance:.2g} does "
+            "not happen; there are fewer clients than is said"
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -116,6 +116,11 @@ class Sites:
             "held_out": self.held_out,
         }
         opened = self.ask({site: (dict(header), NO_TENSORS) for site in transport.sites})
+        for site, answer in opened.items():
+            if not isinstance(answer, str) and (
+                strange := next((n for n in answer[0]["about"] if _is_others(n, site, opened)), "")
+            ):
+                opened[site] = f"its client {strange[:80]!r} is called as another site's"
         if (most := patience.max_site_clients) is not None:
             for site, answer in opened.items():
                 if not isinstance(answer, str) and len(answer[0]["about"]) > most:
@@ -146,10 +151,12 @@ class Sites:
             )
         known = began or {}
         # as its site calls it, and as everybody else does
+        owner = {name: _owner(name, offers, known) for name in shared}
         called = {
             (site, name): (
                 f"{name}@{site}"
-                if name in shared or (name not in known and f"{name}@{site}" in known)
+                if (name in shared and owner[name] != site)
+                or (name not in known and f"{name}@{site}" in known)
                 else name
             )
             for _, name, site, _ in offers
@@ -254,6 +261,22 @@ class Sites:
     ) -> dict[str, tuple[Header, Tree] | str]:
         """Return each site's answer, or why there is none."""
         return asked_of(self.transport, messages, self.patience)
+
+
+def _is_others(name: str, site: str, sites: Iterable[str]) -> bool:
+    """Return whether a client's name is what another site's client is called."""
+    return any(name.endswith(f"@{other}") for other in sites if other != site)
+
+
+def _owner(
+    name: str, offers: Sequence[tuple[Any, str, str, Mapping[str, Any]]], known: Mapping[str, Any]
+) -> str:
+    """Return the one site whose client had a name in a run that goes on, by its data; or none."""
+    if name not in known:
+        return ""
+    wanted = known[name].get("digest")
+    found = [site for _, other, site, about in offers if (other, about["digest"]) == (name, wanted)]
+    return found[0] if len(found) == 1 else ""
 
 
 def asked_of(

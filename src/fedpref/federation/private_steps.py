@@ -124,6 +124,8 @@ class PrivateSteps:
         # a gradient that is not finite has been left out already
         rounded = lattice.round(total)
         digest = hashlib.blake2b(key=self._secret.key_of("sums"), digest_size=16)
+        # of other noise it is another sum, which the same words would give away
+        digest.update(repr((lattice, self._guarantee.kind, most)).encode())
         digest.update(rounded.numpy().tobytes())
         said = digest.hexdigest()
         self._digest.update(said.encode())
@@ -149,13 +151,14 @@ class PrivateSteps:
         with self._alone():
             # while these steps were done, others may have been charged
             self._ledger.read_again()
-            is_known = self._ledger.known(self._round, self._call, said) is not None
+            kind = self._guarantee.kind
+            is_known = self._ledger.known(self._round, self._call, said, kind) is not None
             if not is_known and not self._fits(self._steps):
                 raise UserError(
                     "privacy.epsilon: private steps are done again with another outcome, or "
                     "oftener than was planned, and would be charged beyond the budget."
                 )
-            self._ledger.charge(self._round, self._call, said, self._guarantee.kind, self._steps)
+            self._ledger.charge(self._round, self._call, said, kind, self._steps)
 
 
 def _members(unit_of: Sequence[int]) -> list[list[int]]:

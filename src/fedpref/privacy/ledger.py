@@ -128,10 +128,14 @@ class Ledger:
         missing -= len({one["round"] for one in self.entries})
         return [*rounds, *[min(drawn)] * missing]
 
-    def known(self, round: int, call: int, digest: str) -> int | None:
-        """Return the attempt of a sum that is written down already; None for another."""
+    def known(self, round: int, call: int, digest: str, kind: tuple[float, float]) -> int | None:
+        """Return the attempt of a sum that is written down already; None for another.
+
+        With other noise, or of a cohort that was drawn by another chance, it is another.
+        """
         for one in self.entries:
-            if (one["round"], one["call"], one["digest"]) == (round, call, digest):
+            said = one["noise_multiplier"], one["sampling_probability"]
+            if (one["round"], one["call"], one["digest"], said) == (round, call, digest, kind):
                 return one["attempt"]
         return None
 
@@ -154,7 +158,7 @@ class Ledger:
         Raises:
             UserError: It cannot be written.
         """
-        if (attempt := self.known(round, call, digest)) is not None:
+        if (attempt := self.known(round, call, digest, kind)) is not None:
             return attempt
         entry = self._entry(round, call, digest, kind, sums)
         try:

@@ -26,6 +26,7 @@ from fedpref.experiments.migration import refuse_former_names
 from fedpref.federation import diagnostics
 from fedpref.federation.local_training import LocalTraining, halves
 from fedpref.federation.personal import Personal
+from fedpref.models.adapter_layers import ALL_LINEAR
 from fedpref.models.language import Model
 from fedpref.models.own_parts import NAMES, OWN_ADAPTER
 from fedpref.numerics import files
@@ -104,6 +105,13 @@ class Limits:
                 "site's; it takes privacy.metrics: none or kept"
             )
         for model in _parts(experiment.task, Model):
+            if isinstance(model.lora_target_modules, str) and (
+                model.lora_target_modules != ALL_LINEAR
+            ):
+                raise RefusedError(
+                    "task.model.lora_target_modules is a pattern, which may take for ever to "
+                    "match; it takes all-linear, or a list of names"
+                )
             if model.lora_r > self.max_lora_r:
                 raise RefusedError(
                     f"adapters of rank {model.lora_r} are above limits.max_lora_r, "
@@ -408,11 +416,14 @@ class Consenting:
             raise self._unfit() from error
         file.limits.refuse_ends(site.task.adapted_ends)
         file.limits.refuse_small(site.about)
-        unnumbered = {
-            name: {key: value for key, value in about.items() if key != "number"}
+        # of rows whose privacy is promised only their number is told
+        hidden = {"number", *(("conversations", "unusable") if spec.of_units else ())}
+        told = {
+            name: {key: value for key, value in about.items() if key not in hidden}
+            | ({"truncated": 0} if spec.of_units else {})
             for name, about in site.about.items()
         }
-        return replace(site, about=unnumbered)
+        return replace(site, about=told)
 
     def _without(self, client: ClientData, spec: Experiment, held_out: set[str]) -> ClientData:
         """Return a client without training rows whose prompts are held out at any site."""

@@ -121,7 +121,11 @@ def _job(
         with tempfile.TemporaryDirectory() as scratch:
             result = Path(_asked(lambda: session.download_job_result(number, scratch), again))
             for fetched in result.rglob("fedpref/config.yaml"):
-                shutil.copytree(fetched.parent, folder.path, dirs_exist_ok=True)
+                # settings are the submitter's: those that a server sends might name code
+                def own(place: str, names: list[str], top: Path = fetched.parent) -> set[str]:
+                    return {CONFIG, SUBMITTED} & set(names) if Path(place) == top else set()
+
+                shutil.copytree(fetched.parent, folder.path, ignore=own, dirs_exist_ok=True)
     except (GeneratorExit, KeyboardInterrupt):
         _asked(lambda: session.abort_job(number), again)
         raise

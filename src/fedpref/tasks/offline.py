@@ -107,6 +107,10 @@ class OfflineTask(LanguageTask):
     def without_samples(self) -> Self:
         return replace(self, samples=0)
 
+    def evaluating(self, examples: int) -> Self:
+        # answers are not drawn then, and functions that a config names are not called
+        return replace(self, generation=None)
+
 
 @dataclass(frozen=True)
 class Piece:
