@@ -300,7 +300,7 @@ def test_a_site_is_added_and_one_is_expelled(
         assert before == {
             site: (federation.kits[site] / "startup/client.crt").read_bytes() for site in SITES
         }
-        with pytest.raises(UserError, match="already"):
+        with pytest.raises(UserError, match="two participants have the same name"):
             kits.add(federation.folder / "federation", "library")
     finally:
         kits.stop(kit)
