@@ -420,8 +420,8 @@ def test_of_private_rows_their_number_alone_is_told(
     site = consented(content, tmp_path / "s")
     short = {"task": {"max_length": 24, "truncation_mode": "keep_start"}, "algorithm": FEDDPO}
     _, about = opened_with(site, content, **short, privacy={**EXAMPLES, "metrics": "none"})
-    assert about["c"].keys() == {"train", "test", "truncated", "digest"}
-    assert about["c"]["truncated"] == 0
+    assert about["c"].keys() == {"train", "test", "truncated", "conversations", "digest"}
+    assert (about["c"]["truncated"], about["c"]["conversations"]) == (0, 0)
 
 
 def test_a_client_is_not_drawn_oftener_than_its_chance_has_it(

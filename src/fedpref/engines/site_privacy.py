@@ -147,8 +147,8 @@ def _refuse_unlikely(ledger: Ledger) -> None:
 
     The chance hangs on how many clients there are, for which the coordinator's word is taken.
     """
-    rounds = [chance for _, chance in ledger.rounds]
-    chance, drawn = max(rounds), len(rounds)
+    chance = max(chance for _, chance in ledger.rounds)
+    drawn = len({one["round"] for one in ledger.entries})
     after = 1 + max(one["round"] for one in ledger.entries)
     if chance < 1 and incomplete_beta(drawn, after - drawn + 1, chance) < UNLIKELY:
         raise RefusedError(

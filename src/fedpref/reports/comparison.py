@@ -102,9 +102,9 @@ def compare(paths: Sequence[Path], terms: Terms = AS_ENDED) -> list[Row]:
 
     Groups come in the order in which names first appear; the others are compared with the first.
     Where two runs have one name and one seed, or one name is of several algorithms, runs go by the
-    names of their directories. For each
-    seed, all groups must have the same clients with the same data. Between seeds other rows may be
-    held out; where clients are cut at random, a client of one seed is nobody in another.
+    names of their directories. For each seed, all groups must have the same clients with the same
+    data. Between seeds other rows may be held out; where clients are cut at random, a client of one
+    seed is nobody in another.
 
     Args:
         paths: Run directories, and folders of sweeps for all of their runs.

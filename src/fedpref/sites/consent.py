@@ -171,6 +171,15 @@ class Limits:
             raise RefusedError(f"adapters on the {refused[0]} need limits.{refused[0]}: true")
 
 
+def _of_rows(about: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is told of a client whose rows' privacy is promised: how many there are, and
+    whether most are conversations, as which its model is then asked.
+    """
+    told = {key: value for key, value in about.items() if key != "unusable"}
+    most = 2 * about["conversations"] > about["train"] + about["test"]
+    return {**told, "truncated": 0, "conversations": int(most)}
+
+
 def _parts(value: Any, kind: type[T]) -> Iterator[T]:
     """Yield all that is of a kind in settings, whatever holds it."""
     return (part for part in config.parts(value) if isinstance(part, kind))
@@ -416,14 +425,12 @@ class Consenting:
             raise self._unfit() from error
         file.limits.refuse_ends(site.task.adapted_ends)
         file.limits.refuse_small(site.about)
-        # of rows whose privacy is promised only their number is told
-        hidden = {"number", *(("conversations", "unusable") if spec.of_units else ())}
-        told = {
-            name: {key: value for key, value in about.items() if key not in hidden}
-            | ({"truncated": 0} if spec.of_units else {})
+        told = _of_rows if spec.of_units else dict[str, Any]
+        unnumbered = {
+            name: {key: value for key, value in told(about).items() if key != "number"}
             for name, about in site.about.items()
         }
-        return replace(site, about=told)
+        return replace(site, about=unnumbered)
 
     def _without(self, client: ClientData, spec: Experiment, held_out: set[str]) -> ClientData:
         """Return a client without training rows whose prompts are held out at any site."""
