@@ -18,6 +18,7 @@ from fedpref.numerics import seeds, trees
 from fedpref.numerics.metrics import (
     ACCURACY,
     HEADLINES,
+    REWARD,
     low_is_good,
     of_objectives,
     over_clients,
@@ -66,6 +67,14 @@ def test_a_headline_is_written_in_its_unit() -> None:
         "+1.0",
         "",
     )
+
+
+def test_no_interval_of_a_share_leaves_0_to_100() -> None:
+    share, reward = HEADLINES[ACCURACY], HEADLINES[REWARD]
+    assert share.within(-4.0, 104.0) == (0.0, 100.0)
+    assert share.within(40.0, 60.0) == (40.0, 60.0)
+    assert reward.within(-4.0, 104.0) == (-4.0, 104.0)
+    assert all(math.isnan(end) for end in share.within(math.nan, math.nan))
 
 
 def test_a_saved_tree_loads_to_the_bit_and_leaves_nothing_beside_it(tmp_path: Path) -> None:

@@ -30,6 +30,14 @@ class Headline:
         """Return a value in the metric's unit; empty for nan."""
         return "" if math.isnan(value) else f"{self.scale * value:{sign}.{self.digits}f}"
 
+    def within(self, low: float, high: float) -> tuple[float, float]:
+        """Return the ends of an interval, in the metric's unit, moved to what a mean can be.
+
+        A share lies between 0 and 100 %; an interval by normal theory of few clients may not. The
+        part that is cut holds no possible mean, so that the rest covers it as often. nan stays.
+        """
+        return (max(low, 0.0), min(high, 100.0)) if self.scale == 100 else (low, high)
+
 
 HEADLINES = {
     ACCURACY: Headline("pair accuracy"),

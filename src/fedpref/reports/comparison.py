@@ -311,7 +311,7 @@ def _row(line: _Line, against: _Line | None, terms: Terms) -> Row:
         values=values,
         over=line.over,
         mean=float(values.mean()),
-        interval=interval(values, crossed=crossed),
+        interval=HEADLINES[line.metric].within(*interval(values, crossed=crossed)),
         gain=None
         if first is None
         else (float((values - first).mean()), *interval(values - first, crossed=crossed)),

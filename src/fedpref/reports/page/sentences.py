@@ -15,7 +15,7 @@ from fedpref.experiments.run_directory import CONFIG
 from fedpref.experiments.run_files import HELD_OUT
 from fedpref.models.named import BUILTIN
 from fedpref.numerics.intervals import interval, why_none
-from fedpref.numerics.metrics import ACCURACY, COMBINED
+from fedpref.numerics.metrics import ACCURACY, COMBINED, Headline
 from fedpref.reports.page import sums
 from fedpref.reports.paired import Gain
 from fedpref.reports.run import Run
@@ -37,9 +37,20 @@ MEANINGS = {
 }
 
 
-def with_interval(values: Mapping[str, float], digits: int, sign: str = "") -> str:
-    """Return the 95 % interval of a mean over clients, in brackets, or why there is none."""
+def with_interval(
+    values: Mapping[str, float], digits: int, sign: str = "", shown: Headline | None = None
+) -> str:
+    """Return the 95 % interval of a mean over clients, in brackets, or why there is none.
+
+    Args:
+        values: A value of each client.
+        digits: How many follow the point.
+        sign: "+" for differences.
+        shown: The metric whose range a mean cannot leave; None for differences.
+    """
     low, high = _bounds(values)
+    if shown is not None:
+        low, high = shown.within(low, high)
     if math.isnan(low):
         return f" ({reason})" if (reason := why_none(1, len(values))) else ""
     return f" [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
@@ -174,7 +185,7 @@ def cards(run: Run) -> list[tuple[str, str, str]]:
         (
             f"held-out {run.shown.caption}",
             f"{mean:.{digits}f}",
-            f"mean over clients{with_interval(values, digits)}",
+            f"mean over clients{with_interval(values, digits, shown=run.shown)}",
         ),
     ]
     if both_rewards := [row[COMBINED] for row in run.line.last.values() if COMBINED in row]:
