@@ -118,7 +118,8 @@ def test_a_client_stays_itself_where_a_seed_holds_other_rows_out(
         for s, of_seed in enumerate(values)
     ]
     (row,) = compare(paths)
-    assert row.interval == pytest.approx(interval(values, crossed=crossed))
+    low, high = interval(values, crossed=crossed)  # of few seeds beyond what a share can be
+    assert row.interval == pytest.approx((max(low, 0.0), min(high, 100.0)))
     # clients differ much more than seeds do, of which the narrow one knows nothing
     assert (row.interval[1] - row.interval[0] > 40) == crossed
 
