@@ -143,3 +143,21 @@ def test_judgements_are_no_pairs(settings: dict[str, Any], tmp_path: Path) -> No
     }
     with pytest.raises(UserError, match=r"does not compare two answers.*task.name to feedback"):
         run(config.parse(Experiment, {**settings, "data": data}, "test"), tmp_path / "run")
+
+
+def test_columns_that_look_like_two_answers_are_pointed_out(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    rows = [
+        {
+            "prompt": row["prompt"],
+            "response_a": row["chosen"],
+            "response_b": row["rejected"],
+            "score_a": 5,
+            "client": row["client"],
+        }
+        for row in make_rows([8, 8])
+    ]
+    data = {**settings["data"], "path": str(write_rows(tmp_path / "rows.jsonl", rows))}
+    with pytest.raises(UserError, match=r"'response_a' and 'response_b' look like.*shp"):
+        run(config.parse(Experiment, {**settings, "data": data}, "test"), tmp_path / "run")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from itertools import permutations
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -30,6 +31,9 @@ from fedpref.tasks.offline import (
     PerExample,
 )
 from fedpref.tasks.task import Outcome
+
+ENDS = frozenset({("a", "b"), ("A", "B"), ("0", "1"), ("1", "2")})
+"""How the names of columns with two answers end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +96,22 @@ class PreferenceTask(PairTask):
         return PreferenceLearner(self, open_groups)
 
 
+def _two_answers(columns: Mapping[str, Any]) -> str:
+    """Return how a row's columns could be read, where two of them look like answers; else "".
+
+    They are texts whose names differ in their ends alone, as response_a and response_b.
+    """
+    texts = [name for name, value in columns.items() if isinstance(value, str)]
+    for one, other in permutations(texts, 2):
+        if one[:-1] == other[:-1] and (one[-1:], other[-1:]) in ENDS:
+            return (
+                f" Its columns {one!r} and {other!r} look like two answers: where each has a "
+                "score beside it, read them by data.name: shp, whose settings name the columns "
+                "(fedpref list shp); otherwise write the better one to chosen."
+            )
+    return ""
+
+
 class PairLearner(OfflineLearner):
     """A task on pairs with its model loaded; an example's answers are the chosen one, then the
     rejected.
@@ -113,7 +133,7 @@ class PairLearner(OfflineLearner):
                     f"{self.settings.name!r} needs them. "
                     "Set task.name to feedback for judgements of one answer, to opinion for "
                     "groups' opinions, "
-                    "or give columns chosen and rejected."
+                    "or give columns chosen and rejected." + _two_answers(row.columns)
                 )
             with kept(unusable):
                 prompt, answers = self.tokens(row.prompt, (row.chosen, row.rejected), row.where)
