@@ -242,6 +242,12 @@ def test_a_form_of_its_own_is_read_again_unless_newcomers_rows_are_in_trls(tmp_p
     of_run = SHP(path="stanfordnlp/SHP", min_score_ratio=1.5)
     assert as_read(of_run, Files(path=str(ours))) == replace(of_run, path=str(ours))
     assert isinstance(as_read(of_run, Files(path=str(theirs))), Files)
+    folders = [tmp_path / "posts", tmp_path / "pairs"]
+    for folder, file in zip(folders, (ours, theirs), strict=True):
+        folder.mkdir()
+        (folder / "train.jsonl").write_text(file.read_text())
+    assert as_read(of_run, Files(path=str(folders[0]))) == replace(of_run, path=str(folders[0]))
+    assert isinstance(as_read(of_run, Files(path=str(folders[1]))), Files)
     skips = as_read(of_run, Files(path=str(ours), unusable="skip"))
     assert skips == replace(of_run, path=str(ours), unusable="skip")
     renamed = Files(path="x", chosen_column="better")

@@ -11,7 +11,7 @@ from typing import Any
 
 from fedpref.data import IID, Files, Natural, Opinions
 from fedpref.data.source import PathSource
-from fedpref.data.tables import read_file
+from fedpref.data.tables import read_table
 from fedpref.errors import UserError
 from fedpref.experiments.evaluations import evaluate, export
 from fedpref.experiments.finished import FinishedRun
@@ -77,9 +77,12 @@ def _said(data: Files, given: Collection[str]) -> dict[str, Any]:
 
 
 def _is_of_trl(data: Files) -> bool:
-    """Return whether a local file's first row has what TRL's formats have."""
-    path = Path(data.path).expanduser()
-    first = next(read_file(path), None) if path.is_file() else None
+    """Return whether the first row has what TRL's formats have; False where it cannot be read."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # whoever reads all of it is told
+            first = next(read_table(data.path, split=data.train_split, name=data.config), None)
+    except UserError:
+        return False
     wanted = ({data.chosen_column, data.rejected_column}, {data.completion_column})
     return first is None or any(columns <= first[1].keys() for columns in wanted)
 
