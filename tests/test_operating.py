@@ -65,6 +65,9 @@ def test_certificates_are_renewed_under_the_same_root_or_a_new_one(federation: P
     (kit / "startup/client.crt").write_text("no certificate")
     with pytest.raises(UserError, match="this is no certificate"):
         operating.expiry(kit)
+    (kit / "startup/client.crt").unlink()
+    with pytest.raises(UserError, match="its own certificate is missing"):
+        operating.expiry(kit)
     (kit / "client.crt").rename(kit / "startup/client.crt")
     with pytest.raises(UserError, match="no participant called 'nobody'"):
         kits.renew(federation, ["nobody"])

@@ -225,12 +225,29 @@ def test_clipped_gossip_bounds_a_liars_pull(size: float) -> None:
 # ---- attacks
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"name": "sign", "factor": 3.0},
+        {"name": "flip", "phrase": "As I know."},
+        {"name": "scale", "rows": 0.1},
+        {"name": "flip", "topic": "rain"},
+    ],
+)
+def test_a_setting_of_another_attack_is_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=rf"attack\.{list(settings)[1]}: "):
+        Attack(**settings)
+
+
 def test_hostile_clients_are_drawn_and_rows_are_poisoned() -> None:
     names = [f"c{i}" for i in range(10)]
     attack = Attack(name="flip", share=0.3)
     bad = attack.hostile(names, 5)
     assert len(bad) == 3
     assert bad == attack.hostile(names, 5) != attack.hostile(names, 6)
+    assert len(Attack(share=0.99).hostile(names[:4], 5)) == 3, "one at least is honest"
+    with pytest.raises(UserError, match="'c0' alone"):
+        attack.hostile(names[:1], 5)
     row = Preference("What is rain?", "good", "bad", "here")
 
     def turned(attack: Attack, draw: float = 0.9) -> Preference:

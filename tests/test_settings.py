@@ -207,6 +207,8 @@ def test_migrating_changes_names_and_keeps_all_else() -> None:
     # A word is a former name only where it was one
     other = "name: local\ndata: {name: files, path: centralised}\n"
     assert migrated_text(other) == other
+    assert migrated_text("baselines: [&a centralised, *a]") == "baselines: [&a pooled, *a]"
+    assert migrated_text("'references': ['local']") == "'baselines': ['alone']"
     with pytest.raises(UserError, match="not valid YAML"):
         migrated_text("a: [1")
     with pytest.raises(UserError, match="not valid YAML"):

@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from yaml import YAMLError
 
-from fedpref.errors import UserError
+from fedpref.errors import UserError, reason
 from fedpref.types import Open
 
 T = TypeVar("T")
@@ -70,7 +70,7 @@ def read(path: Path) -> Any:
     try:
         return OmegaConf.to_container(content, resolve=True)
     except BROKEN as error:
-        raise UserError(f"{path}: {_words(error)}") from error
+        raise UserError(f"{path}: {reason(error, whole=True)}") from error
 
 
 def _read(path: Path) -> Any:
@@ -86,12 +86,10 @@ def _read(path: Path) -> Any:
         content = OmegaConf.create(text)
         _refuse_resolvers(OmegaConf.to_container(content))
     except BROKEN as error:
-        raise UserError(f"{path}: not valid YAML for a config: {_words(error)}") from error
+        raise UserError(
+            f"{path}: not valid YAML for a config: {reason(error, whole=True)}"
+        ) from error
     return content
-
-
-def _words(error: Exception) -> str:
-    return " ".join(str(error).split())[:400] or type(error).__name__
 
 
 def refuse_large(text: str) -> yaml.Node | None:
@@ -159,6 +157,23 @@ def load(
         UserError: The content does not fit; all mistakes are named together.
     """
     content = _read(path)
+    said = " ".join(override[:80] for override in overrides)
+    merged = _overridden(kind, content, overrides, f"{path}{' with ' * bool(said)}{said}")
+    if not isinstance(merged, dict):
+        raise UserError(f"{path}: expected keys and values, found {type(merged).__name__}.")
+    check(merged, str(path))
+    return parse(kind, merged, str(path))
+
+
+def of_overrides(kind: type[T], content: Mapping[str, Any], overrides: Sequence[str]) -> T:
+    """Build a dataclass from plain data and `key=value` settings; raises UserError as `load`."""
+    where = " ".join(overrides)[:80]
+    merged = _overridden(kind, OmegaConf.create(dict(content)), overrides, where)
+    return parse(kind, merged, where)
+
+
+def _overridden(kind: Any, content: Any, overrides: Sequence[str], where: str) -> Any:
+    """Return plain data with `key=value` settings in place of its own; raises UserError."""
     for override in overrides:
         if "=" not in override:
             raise UserError(
@@ -172,27 +187,9 @@ def load(
         _refuse_resolvers(OmegaConf.to_container(wanted))
         _forget_other_kinds(kind, content, wanted)
         _forget_emptied(content, overrides)
-        merged = OmegaConf.to_container(OmegaConf.merge(content, wanted), resolve=True)
+        return OmegaConf.to_container(OmegaConf.merge(content, wanted), resolve=True)
     except BROKEN as error:
-        said = " ".join(override[:80] for override in overrides)
-        raise UserError(f"{path}{' with ' * bool(said)}{said}: {_words(error)}") from error
-    if not isinstance(merged, dict):
-        raise UserError(f"{path}: expected keys and values, found {type(merged).__name__}.")
-    check(merged, str(path))
-    return parse(kind, merged, str(path))
-
-
-def of_overrides(kind: type[T], content: Mapping[str, Any], overrides: Sequence[str]) -> T:
-    """Build a dataclass from plain data and `key=value` settings; raises UserError as `load`."""
-    try:
-        for override in overrides:
-            refuse_large(override.split("=", 1)[1])
-        wanted = OmegaConf.from_dotlist(list(overrides))
-        _refuse_resolvers(OmegaConf.to_container(wanted))
-        merged: Any = OmegaConf.to_container(OmegaConf.merge(dict(content), wanted), resolve=True)
-    except BROKEN as error:
-        raise UserError(f"{' '.join(overrides)[:80]}: {_words(error)}") from error
-    return parse(kind, merged, " ".join(overrides)[:80])
+        raise UserError(f"{where}: {reason(error, whole=True)}") from error
 
 
 def _forget_emptied(content: Any, overrides: Sequence[str]) -> None:
@@ -217,7 +214,7 @@ def _is_kind(hint: Any, name: Any) -> bool:
     """Return whether something goes by a name where there is a choice of kinds."""
     choice = opened(hint)
     return isinstance(name, str) and (
-        named(kinds(hint), name) is not None or bool(choice and _isown_class(choice, name))
+        named(kinds(hint), name) is not None or bool(choice and _is_own_class(choice, name))
     )
 
 
@@ -239,7 +236,7 @@ def opened(hint: Any) -> Open | None:
     return next((mark for mark in marks if isinstance(mark, Open)), None)
 
 
-def _isown_class(choice: Open, name: Any) -> bool:
+def _is_own_class(choice: Open, name: Any) -> bool:
     return isinstance(name, str) and bool(CLASS.fullmatch(name) or name in choice.installed)
 
 
@@ -304,7 +301,7 @@ def fit(choice: Open, kind: Any, where: str) -> None:
         try:
             _adapter(kind)
         except Exception as error:  # of hints that do not resolve, or that pydantic cannot read
-            said = f"its fields cannot be read from a config ({str(error).splitlines()[0]})"
+            said = f"its fields cannot be read from a config ({reason(error)})"
     if said:
         raise UserError(f"{where} does not fit: {said}.")
 
@@ -447,7 +444,7 @@ def _chosen(hint: Any, name: Any, where: str) -> Any:
     if known := named(options, name):
         return known
     choice = opened(hint)
-    if choice and _isown_class(choice, name):
+    if choice and _is_own_class(choice, name):
         kind = own_class(choice, name, where)
         if named(options, kind.name):
             raise UserError(

@@ -11,6 +11,18 @@ class UserError(Exception):
     """
 
 
+def reason(error: BaseException, *, whole: bool = False) -> str:
+    """Return why something failed, on one line; the error's class where it has no message.
+
+    Args:
+        error: What was raised.
+        whole: All that it says, to 400 characters, in place of its first line.
+    """
+    text = str(error).strip()
+    said = " ".join(text.split())[:400] if whole else text.partition("\n")[0].rstrip()
+    return said or type(error).__name__
+
+
 def require(what: str, extra: str, *modules: str) -> None:
     """Raise UserError where modules that few need are not installed.
 

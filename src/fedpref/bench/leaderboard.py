@@ -13,7 +13,7 @@ from typing_extensions import TypedDict
 
 from fedpref import __version__
 from fedpref.bench.trials import TRIALS, Study
-from fedpref.errors import UserError, printable
+from fedpref.errors import UserError, printable, reason
 from fedpref.experiments.environment import described
 from fedpref.experiments.finished import FinishedRun
 from fedpref.numerics import files
@@ -234,8 +234,7 @@ def read_submission(path: Path) -> Submission:
             raise UserError(f"{path}: its format is {form}, and this fedpref reads {FORMAT}.")
         return _FORM.validate_python(content, strict=False)
     except (OSError, ValidationError, ValueError, RecursionError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: this is no file of `fedpref bench`: {reason}.") from error
+        raise UserError(f"{path}: this is no file of `fedpref bench`: {reason(error)}.") from error
 
 
 def board(paths: Sequence[Path]) -> str:

@@ -498,9 +498,10 @@ class Persona(PathSource):
                         str(need(record, "persona_agrees", where)) == "1",
                     )
             if unknown := sorted(set(self.personas) - personas):
+                more = len(personas) - 8
                 raise UserError(
                     f"data.personas: {table} has no persona {unknown}; it has "
-                    f"{sorted(personas)[:8]} and {len(personas) - 8} more."
+                    f"{sorted(personas)[:8]}{f' and {more} more' if more > 0 else ''}."
                 )
             return
         for persona in self.personas:

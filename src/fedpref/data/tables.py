@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from fedpref.data.hub import look_for_hub
-from fedpref.errors import UserError
+from fedpref.errors import UserError, reason
 
 Record = tuple[str, Mapping[str, Any]]  # "file, row 3" and the row
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
@@ -83,7 +83,7 @@ def read_file(path: Path) -> Iterator[Record]:
                         yield f"{path}, row {number}", record
         # Arrow's own errors are of several kinds, and texts may not be UTF-8
         except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-            raise UserError(f"{path}: not a Parquet file: {_first_line(error)}") from error
+            raise UserError(f"{path}: not a Parquet file: {reason(error)}") from error
         return
     # a file is read as it is needed: it may be larger than memory
     opened: Any = gzip.open if path.suffix == ".gz" else open
@@ -163,7 +163,7 @@ def _parsed(text: str, where: str) -> Any:
         return _DECODER.decode(text)
     # of numbers of thousands of digits, and of lists in lists in lists
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not valid JSON: {_first_line(error)}") from error
+        raise UserError(f"{where}: not valid JSON: {reason(error)}") from error
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -177,10 +177,6 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_once)  # json.loads makes one for each line
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _own_files(path: str, split: str, given: Mapping[str, Any]) -> list[Path]:
@@ -301,10 +297,9 @@ def _read_dataset(path: str, split: str, hub: Mapping[str, Any]) -> Iterator[Rec
             if Path(path).is_dir()
             else "Hub dataset (and no file or folder of that name exists)"
         )
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"data.path: {path!r}, split {split!r}, could not be loaded as a {kind}: {reason}. "
-            f"{_advice(Path(path))}"
+            f"data.path: {path!r}, split {split!r}, could not be loaded as a {kind}: "
+            f"{reason(error)}. {_advice(Path(path))}"
         ) from error
     for number, record in enumerate(table, 1):
         yield f"{path} ({split}), row {number}", record

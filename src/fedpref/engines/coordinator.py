@@ -475,11 +475,10 @@ class RemoteEngine:
         names, name = self._present(values), self._fresh()
         weights = self._mixing(self.round, self.active)
         asked = {}
+        rows = {
+            i: {j: float(weights[i, j]) for j in self.active if weights[i, j]} for i in self.active
+        }
         for site, clients in self._by_site().items():
-            rows = {
-                i: {j: float(weights[i, j]) for j in self.active if weights[i, j]}
-                for i in self.active
-            }
             own = {i: names[i].text for i in clients}
             header = {
                 "verb": "exchange",

@@ -51,6 +51,7 @@ class About(TypedDict):
 
     train: Count
     test: Annotated[int, Field(ge=1, le=MOST)]
+    validation: NotRequired[Count]
     truncated: Count
     conversations: Count
     digest: Annotated[str, Field(max_length=200)]
@@ -59,7 +60,7 @@ class About(TypedDict):
 
 
 class Split(TypedDict):
-    """What tells the prompts that are held out at a site; see `site.HeldOut`."""
+    """What tells the prompts that are held out at a site; see `host.HeldOut`."""
 
     held_out: list[Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]]
     is_keyed: bool

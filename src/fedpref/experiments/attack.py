@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Annotated, Literal
 
 import torch
@@ -18,6 +18,8 @@ from fedpref.types import Fraction, Positive
 
 # what hostile clients train on; all others are about what they send
 OF_ROWS = frozenset({"flip", "flip-topic", "random", "trigger"})
+# of attacks that have one
+FACTORS = {"scale": 10.0, "gauge": 20.0, "alie": 1.0}
 UNCOMMON = 0.35  # a taste whose cosine to the mean of honest ones is below
 
 
@@ -46,7 +48,7 @@ class Attack:
         "sybil",
     ] = "flip"
     share: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """The share of clients that are hostile, one at least."""
+    """The share of clients that are hostile: one at least, and never all."""
     factor: Positive | None = None
     """Of `scale`, how many times (10); of `gauge`, c (20); of `alie`, standard deviations (1)."""
     topic: str = ""
@@ -59,6 +61,16 @@ class Attack:
     def __post_init__(self) -> None:
         if (self.name == "flip-topic") != bool(self.topic):
             raise UserError("attack.topic: flip-topic needs a word, and nothing else has one.")
+        if self.factor is not None and self.name not in FACTORS:
+            raise UserError(
+                f"attack.factor: {self.name} has none; {', '.join(FACTORS)} have. Leave it out."
+            )
+        usual = {field.name: field.default for field in fields(self)}
+        for setting in ("phrase", "rows"):
+            if self.name != "trigger" and getattr(self, setting) != usual[setting]:
+                raise UserError(
+                    f"attack.{setting}: {self.name} has none; trigger has. Leave it out."
+                )
 
     @property
     def is_of_rows(self) -> bool:
@@ -68,11 +80,20 @@ class Attack:
     @property
     def size(self) -> float:
         """The factor, or what the attack has without one."""
-        return self.factor or {"scale": 10.0, "gauge": 20.0}.get(self.name, 1.0)
+        return self.factor or FACTORS.get(self.name, 1.0)
 
     def hostile(self, names: Sequence[str], seed: int) -> list[int]:
-        """Return which clients are hostile, drawn at random."""
-        count = max(1, round(self.share * len(names)))
+        """Return which clients are hostile, drawn at random: one at least, and never all.
+
+        Raises:
+            UserError: There is one client alone.
+        """
+        if len(names) < 2:
+            raise UserError(
+                f"attack: {self.name} needs a client that is hostile and one that is not, and "
+                f"there is {names[0]!r} alone. Take more clients, or leave attack out."
+            )
+        count = min(max(1, round(self.share * len(names))), len(names) - 1)
         order = torch.randperm(len(names), generator=seeds.generator(seed, "attack")).tolist()
         return sorted(order[:count])
 
@@ -175,7 +196,7 @@ def groups(
     honest = [name for name in names if name not in bad]
     known = {name: torch.tensor(tastes[name]).double() for name in honest if name in tastes}
     found = {"honest": honest, "hostile": sorted(bad)}
-    if len(known) == len(honest):
+    if len(known) == len(honest):  # at least one is honest
         mean = torch.stack(list(known.values())).mean(0)
         found["honest, uncommon taste"] = [
             name

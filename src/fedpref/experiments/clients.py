@@ -221,7 +221,15 @@ class InProcess:
         )
 
     def _workers(self) -> int:
-        return self._experiment.workers or self._task.devices if can_fork() else 1
+        wanted = self._experiment.workers
+        if not can_fork():
+            if wanted is not None and wanted > 1:
+                raise UserError(
+                    f"workers: {wanted} processes need a system on which processes fork, as Linux. "
+                    "Leave workers out."
+                )
+            return 1
+        return wanted or self._task.devices
 
 
 def at_sites(line: Experiment) -> Experiment:

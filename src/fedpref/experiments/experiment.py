@@ -138,7 +138,8 @@ class Experiment:
     a head alone on the untrained model; and those that train no language model: Bradley-Terry
     regressions on word counts or on the untrained model's hidden states, each client's own, one for
     all, and one for all with clients' own slopes; and the longer answer. Of opinions, what other
-    groups answered to the same question, and equal shares."""
+    groups answered to the same question, and equal shares. One that is the algorithm is not run
+    twice."""
 
     def __post_init__(self) -> None:
         config.refuse_plain(self, "")
@@ -371,6 +372,7 @@ class Experiment:
         algorithm = self.algorithm
         self.federation.check()
         self.task.check_clients(sizes)
+        chances = self.federation.weights(sizes, self.seed)
         guarantee_of(self, len(sizes) - self.federation.num_newcomers)
         compression = self.network.compression
         if algorithm.needs_contraction and compression and not compression.contracts:
@@ -379,7 +381,6 @@ class Experiment:
                 "does not converge: what is lost in a round grows. Take three bits or more, or "
                 "top-k."
             )
-        chances = self.federation.weights(sizes, self.seed)
         algorithm.check_clients(tuple(sizes))
         if not algorithm.gossips and self.network.topology != Network().topology:
             warnings.warn(

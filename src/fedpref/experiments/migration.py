@@ -81,18 +81,24 @@ def migrated_text(text: str) -> str:
             for key, value in node.value:
                 inner = f"{path}.{key.value}" if path else str(key.value)
                 if inner in KEYS:
-                    edits.append((key.start_mark.index, key.end_mark.index, KEYS[inner]))
+                    edits.append((*_place(text, key), KEYS[inner]))
                 visit(value, inner)
         elif isinstance(node, yaml.SequenceNode):
             for value in node.value:
                 visit(value, path)
         elif isinstance(node, yaml.ScalarNode) and node.value in VALUES.get(path, {}):
-            edits.append((node.start_mark.index, node.end_mark.index, VALUES[path][node.value]))
+            edits.append((*_place(text, node), VALUES[path][node.value]))
 
     visit(root, "")
-    for start, end, new in sorted(edits, reverse=True):
+    for start, end, new in sorted(set(edits), reverse=True):  # an alias is visited again
         text = text[:start] + new + text[end:]
     return text
+
+
+def _place(text: str, node: yaml.ScalarNode) -> tuple[int, int]:
+    """Return where a word stands, without its quotes and the anchor or tag before it."""
+    start = text.rindex(node.value, node.start_mark.index, node.end_mark.index)
+    return start, start + len(node.value)
 
 
 def _entries(content: Any, path: str = "") -> Iterator[tuple[str, dict[Any, Any], Any]]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, NotRequired
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
-from fedpref.errors import UserError
+from fedpref.errors import UserError, reason
 from fedpref.numerics.metrics import ACCURACY, COMBINED, HEADLINES
 from fedpref.types import Count, Share, WholeNumber
 
@@ -73,7 +73,8 @@ class Evaluation(TypedDict):
     on: NotRequired[Literal["test", "validation"]]
     final: NotRequired[bool]
     kept: NotRequired[WholeNumber]
-    spent: NotRequired[bool]
+    ended: NotRequired[Literal["spent", "nobody"]]
+    unkept: NotRequired[bool]
     clients: Clients
     summary: dict[str, dict[str, float]]
     bins: NotRequired[dict[str, list[float]]]
@@ -218,10 +219,10 @@ def _of_the_policy(row: Any) -> Any:
 def _damaged(path: Path, error: Exception) -> UserError:
     if isinstance(error, ValidationError):
         first = error.errors(include_url=False, include_input=False)[0]
-        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        why = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
     else:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        why = reason(error)
     return UserError(
-        f"{path}: this file of the run is damaged: {reason}. Put back a whole copy of it, or "
+        f"{path}: this file of the run is damaged: {why}. Put back a whole copy of it, or "
         "begin the run anew."
     )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fedpref.data.hub import look_for_hub
 from fedpref.data.whole_models import one_at_a_time, refuse_partial
-from fedpref.errors import UserError
+from fedpref.errors import UserError, reason
 from fedpref.models.own_parts import FILE
 from fedpref.numerics.trees import Tree
 
@@ -94,12 +94,11 @@ def load_backbone(
         raise
     # whatever transformers makes of a folder and of a config's values
     except Exception as error:
-        reason = " ".join(str(error).split())[:400] or type(error).__name__
         raise UserError(
             f"model.path: {setting!r} could not be loaded as a causal language model of "
             "transformers. Expected a local folder with config.json, weights and a tokenizer, a "
             "folder of a LoRA adapter, or a Hub id that can be reached (or is in the cache). "
-            f"transformers says: {reason}"
+            f"transformers says: {reason(error, whole=True)}"
         ) from error
     _refuse_wide_tokenizer(backbone, setting)
     return backbone
@@ -158,7 +157,7 @@ def _with_adapter(path: str, dtype: Any, options: Mapping[str, Any]) -> Backbone
         raise UserError(
             f"model.path: {base!r}, on which the adapter in {path} stands "
             "(base_model_name_or_path in its adapter_config.json), could not be loaded: "
-            f"{' '.join(str(error).split()):.400}"
+            f"{reason(error, whole=True)}"
         ) from error
     refuse_partial(inner, said, f"model.path: {base!r}, the base of the adapter in {path},")
     # what may be asked only before layers are wrapped

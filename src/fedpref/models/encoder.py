@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedpref.data.hub import look_for_hub
 from fedpref.data.whole_models import longest_input, one_at_a_time, refuse_partial
-from fedpref.errors import UserError
+from fedpref.errors import UserError, reason
 from fedpref.models import devices
 from fedpref.models.named import BUILTIN, located
 from fedpref.types import Count
@@ -80,7 +80,7 @@ class TextEncoder:
             raise UserError(
                 f"task.model.path: {settings.path!r} could not be loaded as a model of "
                 "transformers or sentence-transformers: "
-                f"{str(error).splitlines()[0]}"
+                f"{reason(error)}"
             ) from error
         self.model.requires_grad_(False).eval()
         if self.wanted.type == "cpu":

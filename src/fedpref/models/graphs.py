@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fedpref.errors import reason
 from fedpref.models.attention import Kernel
 from fedpref.models.packed import Layout
 from fedpref.models.variable_length import Places, Size, by_variable_length
@@ -91,9 +92,8 @@ class Graphs:
         except Exception as error:
             self.works = False
             self.recordings.clear()
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             warnings.warn(
-                f"{self.name}: launches are not recorded ({reason}), which is slower.",
+                f"{self.name}: launches are not recorded ({reason(error)}), which is slower.",
                 stacklevel=2,
             )
         else:

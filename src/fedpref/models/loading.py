@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedpref.data.whole_models import one_at_a_time
-from fedpref.errors import UserError
+from fedpref.errors import UserError, reason
 from fedpref.models.backbone import is_down
 from fedpref.models.generation import refuse_filled
 from fedpref.models.language import LanguageModel, scale_of
@@ -55,10 +55,9 @@ def load_model(folder: str | Path, *, trust_remote_code: bool = False) -> Any:
             ).eval()
     # whatever PEFT and transformers make of a folder that is damaged
     except Exception as error:
-        reason = " ".join(str(error).split())[:600]
         raise UserError(
             f"{folder}: the exported model cannot be loaded, from its files and those of its base "
-            f"model: {type(error).__name__}: {reason}"
+            f"model: {type(error).__name__}: {reason(error, whole=True)}"
         ) from error
     if (Path(folder) / FILE).exists():
         model.get_base_model().set_output_embeddings(

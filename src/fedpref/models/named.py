@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 
 from fedpref.data.hub import look_for_hub
 from fedpref.data.whole_models import refuse_partial
-from fedpref.errors import UserError
+from fedpref.errors import UserError, reason
 from fedpref.numerics.files import unwritten
 
 BUILTIN = "builtin"
@@ -255,8 +255,9 @@ def convert(file: Path, folder: Path, dtype: str = "bfloat16") -> None:
         ) from error
     # whatever the readers make of a file that is none
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{file}: cannot be read as a GGUF file of a model: {reason}") from error
+        raise UserError(
+            f"{file}: cannot be read as a GGUF file of a model: {reason(error)}"
+        ) from error
     refuse_partial(model, said, str(file))
     model.config.quantization_config = None
     del model.config.quantization_config
@@ -290,7 +291,7 @@ def converted(path: str, file: str, revision: str | None, dtype: str) -> Path:
             local = Path(str(cached_file(path, file, revision=revision)))
         except (OSError, ValueError) as error:
             raise UserError(
-                f"model.gguf_file: there is no {file!r} in {path!r}: {str(error).splitlines()[0]}"
+                f"model.gguf_file: there is no {file!r} in {path!r}: {reason(error)}"
             ) from error
     folder = cache() / "gguf" / f"{_digest(local)[:24]}-{dtype}"
     if not folder.is_dir():

@@ -31,6 +31,7 @@ DIAGNOSTICS = {
     "pooled_loss": "pooled loss",
     "pooled_gradient_norm_squared": "squared gradient",
     "disagreement": "disagreement",
+    "pareto_stationarity": "Pareto-stationarity",
 }
 RECENT = 10  # rounds by which the time that is left is judged
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from fedpref.data.hub import look_for_hub
 from fedpref.data.whole_models import longest_input, one_at_a_time, refuse_partial
-from fedpref.errors import UserError
+from fedpref.errors import UserError, reason
 from fedpref.rewards.reward import OpenGroups, RewardFunction, RewardSettings, no_groups, plain
 from fedpref.types import Count, Text
 
@@ -133,7 +133,7 @@ class Classifier(RewardSettings):
             raise UserError(
                 f"reward classifier: {self.path!r} could not be loaded as a "
                 "sequence-classification model of transformers: "
-                f"{str(error).splitlines()[0]}"
+                f"{reason(error)}"
             ) from error
         model: Any = loaded.eval().requires_grad_(False).to(self.device)
         label = self._label(model.config)

@@ -54,13 +54,21 @@ def is_sweep(path: Path) -> bool:
 
 
 def _written(folder: Path) -> Mapping[str, Any]:
+    """Return the settings of a sweep's runs, by folder."""
+    runs: Mapping[str, Any] = _content(folder)["runs"]
+    return runs
+
+
+def _content(folder: Path) -> Mapping[str, Any]:
     try:
-        runs: Mapping[str, Any] = json.loads((folder / SWEEP).read_text())["runs"]
-    except (ValueError, KeyError, TypeError) as error:
+        content = json.loads((folder / SWEEP).read_text())
+    except ValueError:
+        content = None
+    if not isinstance(content, dict) or not isinstance(content.get("runs"), dict):
         raise UserError(
             f"{folder / SWEEP}: this file is damaged; the sweep's own command writes it anew."
-        ) from error
-    return runs
+        )
+    return content
 
 
 def planned(folder: Path) -> Mapping[Path, Experiment]:
@@ -125,7 +133,7 @@ def selecting(spec: Experiment, metric: str) -> list[str]:
 
 def selection(folder: Path) -> str | None:
     """Return the metric by which a sweep's variant is chosen; None where none is."""
-    metric = json.loads((folder / SWEEP).read_text()).get("select")
+    metric = _content(folder).get("select")
     return None if metric is None else str(metric)
 
 

@@ -51,21 +51,36 @@ def certificates(kit: Path) -> dict[str, datetime]:
     """Return until when a kit's own certificate and the root's are valid, by their files.
 
     Raises:
-        UserError: The folder is no kit, or a certificate in it is damaged.
+        UserError: The folder is no kit, or a certificate in it is missing or damaged.
+    """
+    return {name: end for name, (_, end) in _validity(kit).items()}
+
+
+def _validity(kit: Path) -> dict[str, tuple[datetime, datetime]]:
+    """Return from when and until when a kit's certificates are valid, by their files.
+
+    Raises:
+        UserError: The folder is no kit, or a certificate in it is missing or damaged.
     """
     names = ("client.crt", "server.crt", "rootCA.pem")
     found = {name: kit / "startup" / name for name in names if (kit / "startup" / name).exists()}
     if "rootCA.pem" not in found:
         raise UserError(f"{kit}: this is no kit (no startup/rootCA.pem).")
-    ends = {}
+    if len(found) < 2:
+        raise UserError(
+            f"{kit}: its own certificate is missing (startup/client.crt, of the server "
+            "server.crt). Put back a whole copy of the kit."
+        )
+    valid = {}
     for name, file in found.items():
         try:
-            ends[name] = x509.load_pem_x509_certificate(file.read_bytes()).not_valid_after_utc
+            certificate = x509.load_pem_x509_certificate(file.read_bytes())
+            valid[name] = certificate.not_valid_before_utc, certificate.not_valid_after_utc
         except ValueError as error:
             raise UserError(
                 f"{file}: this is no certificate. `fedpref federation renew` makes a new one."
             ) from error
-    return ends
+    return valid
 
 
 def expiry(kit: Path) -> str:
@@ -94,15 +109,10 @@ def checked(kit: Path, experiment: Experiment | None = None) -> Iterator[Finding
         experiment: One that the site is to take part in.
     """
     try:
-        ends = certificates(kit)
-        now = datetime.now(UTC)
-        started = min(
-            x509.load_pem_x509_certificate(file.read_bytes()).not_valid_before_utc
-            for file in (kit / "startup").glob("*.crt")
-        )
+        begins, ends = zip(*_validity(kit).values(), strict=True)
         soon = expiry(kit)
-        is_well = started <= now < min(ends.values())
-        said = soon or f"valid until {min(ends.values()):%Y-%m-%d}"
+        is_well = max(begins) <= datetime.now(UTC) < min(ends)
+        said = soon or f"valid until {min(ends):%Y-%m-%d}"
         yield Finding("certificates, and the clock", is_well, said)
         refuse_blanks(kit)
         yield _reached(kit)
