@@ -461,7 +461,7 @@ def test_messages_hold_the_predictors_parameters_alone(
     engine.begin(0, engine.clients)
     method = PluralLLM(local=LocalTraining(steps=1, batch_size=1))
     sent: list[Any] = []
-    engine._channel = Chain(
+    engine._uplink = Chain(
         (Stage("seen", lambda tree, sender: sent.append(tree) or tree, lambda total, count: total),)
     )  # type: ignore[func-returns-value]
     state, _ = method.step(engine, method.init(engine, start))

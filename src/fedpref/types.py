@@ -67,9 +67,6 @@ Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), BeforeValidator
 Portion = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False), BeforeValidator(_number)]
 """A share above zero, one at most."""
 
-Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), BeforeValidator(_number)]
-"""A share from zero to one, with both."""
-
 
 def _day(text: str) -> str:
     date.fromisoformat(text)

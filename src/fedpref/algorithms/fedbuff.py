@@ -68,6 +68,7 @@ class FedBuff(Algorithm[State]):
 
     works = (train, no_moments)
     sums: ClassVar[int] = 1
+    starts_alike: ClassVar[bool] = False
     sends_local_steps = True
     waits_for_nobody = True
 

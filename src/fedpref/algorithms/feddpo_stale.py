@@ -78,6 +78,7 @@ class StaleFedDPO(Algorithm[State]):
 
     works = (train, no_moments)
     sums: ClassVar[int] = 1
+    starts_alike: ClassVar[bool] = False
     sends_local_steps = True
 
     def init(self, fed: Federation, start: Tree) -> State:

@@ -78,6 +78,10 @@ class FedPDPO(Personal, Algorithm[PersonalState]):
         """Return the parts that are shared beside the adapter."""
         return Parts(head=None, bottleneck=self.parts.bottleneck, reward=False, adapter=False)
 
+    @property
+    def shares_parts_once(self) -> bool:
+        return self.share_bottleneck
+
     def given(self, join_steps: int) -> tuple[Any, ...]:
         own = replace(self.parts, bottleneck=0)
         return (self._shared_parts, own, self.as_personal, *super().given(join_steps))

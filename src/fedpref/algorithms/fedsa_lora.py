@@ -43,6 +43,7 @@ class FedSA(Algorithm[PersonalState]):
 
     works = (train, own_copy, no_moments, personalize)
     sums: ClassVar[int] = 1
+    starts_alike: ClassVar[bool] = False
     sends_local_steps = True
     adapts: ClassVar[bool] = True
 

@@ -18,7 +18,7 @@ from fedpref.data.preferences import Side, Text
 from fedpref.errors import UserError
 from fedpref.numerics import files
 
-Outcome = Literal["first", "second", "tie", "bad", "skip", "first-edited", "second-edited"]
+Verdict = Literal["first", "second", "tie", "bad", "skip", "first-edited", "second-edited"]
 Selected = Literal["random", "uncertain"]
 ROWS = "preferences.jsonl"  # what other tools read, beside the choices
 
@@ -68,7 +68,7 @@ class Event:
     item: int
     rater: str
     question: str
-    outcome: Outcome
+    outcome: Verdict
     is_left_first: bool
     seconds: float
 
@@ -198,7 +198,7 @@ class Store:
         item: int,
         rater: str,
         question: str,
-        outcome: Outcome,
+        outcome: Verdict,
         *,
         is_left_first: bool,
         seconds: float,

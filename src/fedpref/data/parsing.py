@@ -19,7 +19,6 @@ from fedpref.errors import UserError
 
 R = TypeVar("R", Preference, Feedback)
 TURN = "\n\nAssistant:"
-GIVEN = ("tools", "chat_template_kwargs")  # columns that the chat template is given, as in TRL
 # what prompts are also called
 QUESTIONS = (
     *("instruction", "question", "query", "input", "problem"),

@@ -23,8 +23,7 @@ from fedpref.data.unusable import Policy, Unusable, counted, summary
 from fedpref.errors import UserError
 
 EvaluateOn = Literal["test", "validation"]
-Purpose = EvaluateOn  # what rows are held out for
-NAMES: dict[Purpose, str] = {"test": "held-out", "validation": "validation"}
+NAMES: dict[EvaluateOn, str] = {"test": "held-out", "validation": "validation"}
 # columns that elsewhere are part of what a model is asked
 UNREAD = frozenset({"system", "system_prompt", "history", "images", "functions", "input"})
 TRAIN, TEST, VALIDATION = map(SIDES.index, ("train", "test", "validation"))
@@ -291,7 +290,7 @@ def _also(outline: Outline, labels: Labels, source: DataSource, how: Natural) ->
     if how.only:
         only = set(map(label, how.only))
         is_wanted &= np.fromiter((name in only for name in names), bool, len(names))
-    wanted: list[Purpose] = ["test", "validation"] if source.validation_fraction else ["test"]
+    wanted: list[EvaluateOn] = ["test", "validation"] if source.validation_fraction else ["test"]
     for purpose in wanted:
         sides = _sides(outline, source, also)
         has = np.zeros(len(names), dtype=bool)
@@ -318,7 +317,7 @@ def _next(
     labels: Labels,
     trains: NDArray[np.bool_],
     poor: Mapping[int, set[int]],
-    purpose: Purpose,
+    purpose: EvaluateOn,
 ) -> dict[str, int]:
     """Return of clients the prompt that comes next in the rule, by the client's name.
 

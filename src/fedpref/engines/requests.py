@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, NotRequired
+from typing import Annotated, Any, NotRequired
 
 from pydantic import (
     AfterValidator,
@@ -19,6 +19,7 @@ from pydantic import (
 )
 from typing_extensions import TypedDict
 
+from fedpref.engines.engine import Purpose
 from fedpref.engines.messages import Header, RefusedError
 
 LONGEST = 200  # bytes of a part of a run's name, which is a folder's
@@ -58,7 +59,6 @@ WorkName = Annotated[str, Field(pattern=r"^[\w.:-]{1,120}$")]
 SiteName = Annotated[str, Field(min_length=1, max_length=LONGEST)]
 ClientName = Annotated[str, Field(max_length=1000)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
-Purpose = Literal["init", "train", "join", "evaluate"]
 Weight = Annotated[float, Field(allow_inf_nan=False, ge=-1e3, le=1e3)]
 Share = Annotated[float, Field(allow_inf_nan=False, ge=0, le=1)]
 Seconds = Annotated[float, Field(allow_inf_nan=False, ge=0, le=86400)]

@@ -43,8 +43,8 @@ from fedpref.numerics.tallies import Figure
 from fedpref.numerics.trees import Tree
 from fedpref.tasks.task import Shard, Task
 
-Attack = Callable[[Mapping[int, Tree], Tree, int, int], Mapping[int, Tree]]
-"""(values by client, what everybody was sent last, the round, the call) -> what clients send."""
+Turned = Callable[[Mapping[int, Tree], Tree], Mapping[int, Tree]]
+"""(values by client, what everybody was sent last) -> what clients send, hostile ones too."""
 
 
 class Simulation:
@@ -56,7 +56,6 @@ class Simulation:
         seed: The root of all random draws.
         rounds: Of the whole run.
         weighting: What a client's weight in means is by.
-        channel: Stages on the way into a mean.
         links: Stages on the way to a neighbour.
         uplink: Stages on the way into a mean that are undone before it, message by message.
         newcomers: Clients that do not train, but join afterwards.
@@ -84,7 +83,6 @@ class Simulation:
         rounds: int,
         weighting: Literal["examples", "equal"] = "examples",
         newcomers: Collection[int] = (),
-        channel: Chain = Chain(),
         links: Chain = Chain(),
         uplink: Chain = Chain(),
         mixing: Mixing = everybody,
@@ -99,7 +97,7 @@ class Simulation:
         robust: RobustMeans | None = None,
         gold: Gold | None = None,
         distrust: float | None = None,
-        attack: Attack | None = None,
+        attack: Turned | None = None,
     ) -> None:
         self.robust, self._distrust, self._attack, self._gold = robust, distrust, attack, gold
         self._told: Tree = {}  # what everybody was sent last
@@ -107,7 +105,7 @@ class Simulation:
         self.private, self.examples = private, examples
         # gold pairs are learned from as if they were one more client's
         self._task, self._shards = task, (*shards, *([gold.shard] if gold else []))
-        self._seed, self._rounds, self._channel, self._folder = seed, rounds, channel, folder
+        self._seed, self._rounds, self._folder = seed, rounds, folder
         self._uplink = uplink
         self._links, self._mixing, self._room = links, mixing, spill_above_mb * 10**6
         self._weights = {
@@ -245,9 +243,7 @@ class Simulation:
                     self._seed, "channel", round=self.round, call=self._calls, client=i
                 )
                 value = column.leaving(i, Audience.COORDINATOR)
-                message = self._channel.encode(
-                    trees.scale(value, self._weights[i] / total), Sender(i, self.round, rng)
-                )
+                message = trees.scale(value, self._weights[i] / total)
                 message = compressed(uplink, message, Sender(i, self.round, rng))
                 self.traffic += Traffic(bytes_up=trees.size(message))
                 message = restored(uplink, message)
@@ -258,7 +254,7 @@ class Simulation:
                 yield message
 
         # in client order, whichever worker was first, so that the sum has the same bits anywhere
-        return self._channel.decode(trees.total(messages()), len(self.active))
+        return trees.total(messages())
 
     def _learn_gold(self, names: Sequence[str]) -> Tree:
         """Return what gold pairs teach in this round."""
@@ -278,7 +274,7 @@ class Simulation:
         if self._attack is None or self._purpose != "train":
             return column
         values = {i: column.leaving(i, audience) for i in self.active}
-        sent = self._attack(values, self._told, self.round, self._calls)
+        sent = self._attack(values, self._told)
         labelled = {i: column.label(i) for i in self.active}
         return StoredValues(self._room, ((i, Kept(sent[i], labelled[i])) for i in self.active))
 

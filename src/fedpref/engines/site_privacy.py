@@ -18,7 +18,7 @@ import torch
 from fedpref.engines import site_folder
 from fedpref.engines.messages import RefusedError
 from fedpref.engines.private_examples import LEDGERS, PrivateExamples, ledger_file
-from fedpref.engines.private_sums import PrivateSums
+from fedpref.engines.private_sums import CLIP, PrivateSums
 from fedpref.federation.private_steps import PrivateSteps
 from fedpref.numerics.intervals import incomplete_beta
 from fedpref.numerics.trees import Tree
@@ -60,7 +60,7 @@ class SitePrivacy:
         if self.examples is None:
             return None
         others = partial(self._elsewhere, client, LEDGERS)
-        return self.examples.of(client, round, call, self._limit("unit"), others, self._alone)
+        return self.examples.of(client, round, call, self.limits.get("unit"), others, self._alone)
 
     def spent(self, client: int) -> float:
         """Return what private steps of a client have spent in the run."""
@@ -81,7 +81,7 @@ class SitePrivacy:
         """
         if self.sums is None:
             raise RefusedError("the experiment promises nothing of sums")
-        self.sums.resume({"clip_norm": norm})
+        self.sums.resume({CLIP: norm})
         message = self.sums.encode(value, client, round, call)
         digest = hashlib.blake2b(key=self.sums.secret.key_of("sent"), digest_size=16)
         for _, tensor in sorted(message.items()):
@@ -93,7 +93,7 @@ class SitePrivacy:
                 more = ledger.with_one(round, call, kind)
                 _refuse_unlikely(more)
                 self._refuse_beyond(self.rounds_epsilon, [more], "what the run promises")
-                if (limit := self._limit("client")) is not None:
+                if (limit := self.limits.get("client")) is not None:
                     others = self._elsewhere(client, SUMS)
                     self._refuse_beyond(limit, [more, *others], "its limit")
             ledger.charge(round, call, said, kind)
@@ -129,9 +129,6 @@ class SitePrivacy:
         if self.sums.guarantee.is_discrete:
             return self.sums.part_of_noise(total, round, call, noisy)
         return total
-
-    def _limit(self, level: str) -> float | None:
-        return self.limits.get(level)
 
     def _elsewhere(self, client: int, kind: str) -> list[Ledger]:
         """Return a client's ledgers of other runs."""

@@ -24,7 +24,7 @@ from fedpref.engines.private_sums import PrivateSums
 from fedpref.engines.workers import can_fork
 from fedpref.errors import UserError
 from fedpref.experiments.experiment import Experiment, encoded, lines, refuse_empty
-from fedpref.experiments.free_baselines import FREE, run_free
+from fedpref.experiments.free_baselines import FREE_BASELINES, run_free
 from fedpref.experiments.private import (
     FOLDER,
     private_examples,
@@ -176,7 +176,7 @@ class InProcess:
         spec, task = self._experiment, self._task
         names = [shard.name for shard in self._shards]
         newcomers = spec.federation.joining(names, spec.seed)
-        if any(name in FREE for name in spec.baselines):
+        if any(name in FREE_BASELINES for name in spec.baselines):
             training = [k for k in range(len(names)) if k not in newcomers]
             measured = {names[k] for k in spec.evaluated(names, training, is_last=True)}
             trained = [self._shards[k] for k in training]
@@ -278,7 +278,9 @@ class AtSites:
     def __init__(
         self, experiment: Experiment, transport: Transport, folder: Path, task: Task
     ) -> None:
-        if needy := [name for name in experiment.baselines if name == "pooled" or name in FREE]:
+        if needy := [
+            name for name in experiment.baselines if name == "pooled" or name in FREE_BASELINES
+        ]:
             raise UserError(
                 f"baselines: {needy[0]} needs all data in one place, and they stay at "
                 "their sites. Leave it out."

@@ -27,7 +27,7 @@ from fedpref.numerics.tallies import SHARES
 from fedpref.numerics.trees import Tree
 from fedpref.tasks import Task
 
-Purpose = Literal["glance", "validate", "conclude", "evaluate"]
+Look = Literal["glance", "validate", "conclude", "evaluate"]
 """Some held-out rows; those that are set aside to choose by; all of the test's at the end, of which
 each one's outcome is kept; all of them."""
 
@@ -37,7 +37,7 @@ def measured(
     model: Sequence[Any],
     names: Sequence[str],
     clients: Sequence[int],
-    purpose: Purpose = "evaluate",
+    purpose: Look = "evaluate",
     few: int | None = None,
     at_start: bool = False,
 ) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from fedpref.engines.sites import Patience
 from fedpref.errors import UserError
 from fedpref.experiments.attack import Attack
 from fedpref.experiments.choosing import Keep, Standing, Stop
-from fedpref.experiments.free_baselines import FREE
+from fedpref.experiments.free_baselines import FREE_BASELINES
 from fedpref.experiments.migration import refuse_former_names
 from fedpref.experiments.packaged import config_file
 from fedpref.experiments.private import guarantee_of, refuse_seen, refuse_unaccounted
@@ -324,8 +324,8 @@ class Experiment:
                 f"task.estimator: ppo needs critics, which {who} does not keep. Take rloo or grpo; "
                 "or firm, scalarized, fsmgda or fedcmoo as the algorithm, and no baselines."
             )
-        wanted = {"preference": {*FREE} - {"majority"}, "opinion": {"majority"}}
-        for name in {*self.baselines} & FREE.keys() - wanted.get(task.name, set()):
+        wanted = {"preference": {*FREE_BASELINES} - {"majority"}, "opinion": {"majority"}}
+        for name in {*self.baselines} & FREE_BASELINES.keys() - wanted.get(task.name, set()):
             what = "predicts groups' opinions" if name == "majority" else "ranks pairs of answers"
             raise UserError(
                 f"baselines: {name} {what}, which the task {task.name} does not have. Leave it out."
@@ -610,7 +610,7 @@ def _baseline(experiment: Experiment, name: Baseline, clients: int) -> AnyAlgori
         "feddpo": FedDPO(local=local),
         "pooled": Pooled(local=replace(local, gradient_accumulation_steps=batches)),
     }
-    if name in plain or name in FREE:
+    if name in plain or name in FREE_BASELINES:
         return plain.get(name)
     own = algorithm.parts
     if not own:

@@ -27,20 +27,22 @@ if TYPE_CHECKING:
     from fedpref.tasks.opinion import OpinionLearner, OpinionShard
 
 KINDS = ("alone", "pooled", "personal")
-FREE = {
+FREE_BASELINES = {
     "words": tuple(f"words-{kind}" for kind in KINDS),
     "probe": tuple(f"probe-{kind}" for kind in KINDS),
     "length": ("length",),
     "majority": ("majority", "equal-shares"),
 }
 """By what `baselines` calls them, the lines that they are."""
-FREE_LINES = frozenset(line for lines in FREE.values() for line in lines)
+FREE_LINES = frozenset(line for lines in FREE_BASELINES.values() for line in lines)
 Margins = Mapping[str, Float[Tensor, " m"]]  # of held-out pairs, by client
 
 
 def free_lines(baselines: Sequence[str]) -> dict[str, str]:
     """Return the lines of baselines that cost nothing, and their folders in a run's directory."""
-    return {line: f"baselines/{line}" for name in baselines for line in FREE.get(name, ())}
+    return {
+        line: f"baselines/{line}" for name in baselines for line in FREE_BASELINES.get(name, ())
+    }
 
 
 def run_free(
@@ -95,7 +97,7 @@ def _evaluated(
         margin = found[shard.name]
         right = (margin > 0).double() + (margin == 0).double() / 2
         # the longer answer states no probability, a regression does
-        states = under.path.name not in FREE["length"]
+        states = under.path.name not in FREE_BASELINES["length"]
         stated = torch.sigmoid(margin.double()) if states else torch.zeros(0)
         pairs = task.told(shard, right.tolist(), stated.tolist())
         file = under.path / OUTCOMES / f"{file_name(shard.name)}.json"

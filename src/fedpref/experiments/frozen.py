@@ -25,8 +25,8 @@ DECIDING = (
     *("data", "partition", "task", "algorithm", "federation", "network", "rounds", "seed"),
     *("stop", "keep", "privacy", "secrecy", "attack"),
 )
-# ... but for these settings of a task and its model
-FREE = (
+# settings of a task and its model that decide nothing
+NOT_DECIDING = (
     *("device", "gradient_checkpointing", "trunk_states", "trunk_limit_mb", "cuda_graphs"),
     *("reference_scores", "samples", "sample_clients", "generation"),
 )
@@ -78,7 +78,7 @@ def deciding(experiment: Experiment) -> dict[str, Any]:
     said["federation"]["gold"] = None
     if "path" in said["network"]["topology"]:
         said["network"]["topology"]["path"] = ""
-    for free in FREE:
+    for free in NOT_DECIDING:
         said["task"].pop(free, None)
         said["task"].get("model", {}).pop(free, None)
     return {name: said[name] for name in DECIDING}

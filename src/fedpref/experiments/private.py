@@ -50,7 +50,7 @@ def refuse_unaccounted(spec: Experiment) -> None:
             "all."
         )
     for promise in promises:
-        reasons = _of_clients(spec) if promise.is_of_clients else _of_units(spec, promise)
+        reasons = _of_clients(spec, promise) if promise.is_of_clients else _of_units(spec, promise)
         for is_so, reason in (*_of_all(spec), *reasons):
             if is_so:
                 raise UserError(f"privacy, {reason}.")
@@ -120,7 +120,7 @@ def _of_all(spec: Experiment) -> Reasons:
     )
 
 
-def _of_clients(spec: Experiment) -> Reasons:
+def _of_clients(spec: Experiment, promise: Privacy) -> Reasons:
     federation, algorithm, aggregate = spec.federation, spec.algorithm, spec.algorithm.aggregate
     is_part = federation.clients_per_round is not None
     return (
@@ -140,7 +140,7 @@ def _of_clients(spec: Experiment) -> Reasons:
             "algorithm.aggregate.residual: the clip does not bound what it sends. Set it to false",
         ),
         (
-            getattr(algorithm, "share_bottleneck", False),
+            algorithm.shares_parts_once,
             "algorithm.share_bottleneck: its beginning is averaged without noise. Set it to false",
         ),
         (
@@ -157,16 +157,12 @@ def _of_clients(spec: Experiment) -> Reasons:
             "poisson, or everybody (clients_per_round: null)",
         ),
         (
-            algorithm.sums > 1
-            and spec.of_clients is not None
-            and not isinstance(spec.of_clients.clip, FixedClip),
+            algorithm.sums > 1 and not isinstance(promise.clip, FixedClip),
             f"clip: {algorithm.name} has {algorithm.sums} sums in a round, and a quantile is of "
             "one. Take fixed",
         ),
         (
-            spec.of_clients is not None
-            and spec.of_clients.against == "coordinator"
-            and spec.secrecy is None,
+            promise.against == "coordinator" and spec.secrecy is None,
             "against: the coordinator sees what each client sends. Set secrecy: {name: masks}",
         ),
         (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +14,7 @@ from fedpref.data.preferences import Preference
 from fedpref.data.unusable import Unusable
 from fedpref.engines.gold import Gold
 from fedpref.engines.robust_means import RobustMeans
+from fedpref.engines.simulation import Turned
 from fedpref.errors import UserError
 from fedpref.federation.aggregation import Factors, FrozenA, Product
 from fedpref.numerics.trees import Tree
@@ -22,10 +23,6 @@ from fedpref.tasks.preference import PreferenceTask
 
 if TYPE_CHECKING:
     from fedpref.experiments.experiment import Experiment
-
-# clients start from adapters of several ages, or have a factor of their own
-NOT_ON_GOLD = frozenset({"fedbuff", "feddpo-stale", "fedsa-lora"})
-Turned = Callable[[Mapping[int, Tree], Tree, int, int], Mapping[int, Tree]]
 
 
 def robust_means(line: Experiment) -> RobustMeans | None:
@@ -87,7 +84,7 @@ def attacking(line: Experiment, names: Sequence[str]) -> Turned | None:
         return None
     bad = attack.hostile(names, line.seed)
 
-    def turned(values: Mapping[int, Tree], told: Tree, round: int, call: int) -> Mapping[int, Tree]:
+    def turned(values: Mapping[int, Tree], told: Tree) -> Mapping[int, Tree]:
         return attack.sent(values, told, bad)
 
     return turned
@@ -167,7 +164,7 @@ def refuse_robust(spec: Experiment) -> None:
             "factors or frozen-a",
         ),
         (
-            has_gold and algorithm.name in NOT_ON_GOLD,
+            has_gold and not algorithm.starts_alike,
             f"federation.gold: clients of {algorithm.name} do not all start from the same "
             "adapter, so that what gold pairs teach is nobody's. Leave it out",
         ),

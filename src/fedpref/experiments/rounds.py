@@ -23,7 +23,7 @@ from fedpref.errors import UserError
 from fedpref.experiments.choosing import VALIDATION, standing
 from fedpref.experiments.clients import About, AtSites, ClientSource, InProcess
 from fedpref.experiments.environment import described
-from fedpref.experiments.evaluations import Purpose, export_models, measured
+from fedpref.experiments.evaluations import Look, export_models, measured
 from fedpref.experiments.experiment import Experiment, lines, with_whole_paths
 from fedpref.experiments.frozen import as_text, decided, frozen, refuse_other
 from fedpref.experiments.private import FOLDER, refuse_lost
@@ -204,7 +204,7 @@ def _line(
     weights = experiment.federation.weights(sizes, experiment.seed)
     trained = [i for i in engine.clients if i not in newcomers]
 
-    def looked(rounds: int, state: Any, purpose: Purpose) -> Row:
+    def looked(rounds: int, state: Any, purpose: Look) -> Row:
         row: Row = {"round": rounds, "on": experiment.evaluates_on(purpose)}
         if purpose == "conclude":
             row["final"] = True

@@ -35,6 +35,9 @@ class Algorithm(ABC, Generic[S]):
     """A baseline that needs all training data in one place."""
     waits_for_nobody: ClassVar[bool] = False
     """Clients may have started from parameters that are some rounds old."""
+    starts_alike: ClassVar[bool] = True
+    """In a round clients begin from the same parameters: none have been under way for longer than
+    others, or keep a factor of their own of what is shared."""
     gossips: ClassVar[bool] = False
     """Clients tell neighbours what they learn, over the experiment's network."""
     clips_gossip: ClassVar[bool] = False
@@ -115,6 +118,11 @@ class Algorithm(ABC, Generic[S]):
     def parts(self) -> Parts | None:
         """What of the model is each client's own; None where nothing is."""
         return None
+
+    @property
+    def shares_parts_once(self) -> bool:
+        """Whether a mean over clients of something of their own begins a run, beside its sums."""
+        return False
 
     @property
     def preference(self) -> tuple[float, ...] | None:

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from fedpref.types import NonNegative, Probability
+from fedpref.types import NonNegative, Share
 
 PerToken = Float[Tensor, " n"]
 PerAnswer = Float[Tensor, " A"]
@@ -55,9 +55,9 @@ class PPO:
     """How far the ratio of new to old probability may leave one before it is clipped."""
     kl: NonNegative = 0.05
     """What a token pays for its log-ratio to the reference."""
-    gamma: Probability = 1.0
+    gamma: Share = 1.0
     """The discount of later rewards."""
-    gae_lambda: Probability = 0.95
+    gae_lambda: Share = 0.95
     """The lambda of generalised advantage estimation."""
     vf_coef: NonNegative = 0.1
     """The weight of the critic's loss."""

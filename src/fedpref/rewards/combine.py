@@ -10,7 +10,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from fedpref.types import Fraction, Positive, Probability
+from fedpref.types import Fraction, Positive, Share
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class AdaptiveAlpha:
     """
 
     name: Literal["alpha"] = "alpha"
-    threshold: Probability = 0.9
+    threshold: Share = 0.9
     """The mean fairness of a batch from which on the mean is taken."""
     temperature: Positive = 0.1
     """How strongly groups that fare badly are favoured; more strongly the lower it is."""

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedpref.experiments.finished import FinishedRun
-from fedpref.rewards.combine import Combine, Mean
-from fedpref.tasks.group_reward import CombinedReward, GroupReward, Kind
+from fedpref.tasks.group_reward import GroupReward, Kind
 
 
 def group_rewards(
@@ -29,10 +28,3 @@ def group_rewards(
             none of its groups.
     """
     return FinishedRun.at(run).group_rewards(groups, kind)
-
-
-def combined_reward(
-    run: str | Path, groups: Sequence[str] = (), combine: Combine = Mean(), kind: Kind = "share"
-) -> CombinedReward:
-    """Return one reward of groups of a finished run; see `group_rewards`."""
-    return CombinedReward(group_rewards(run, groups, kind), combine)

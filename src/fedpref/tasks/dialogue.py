@@ -39,7 +39,7 @@ from fedpref.rewards.reward import (
 from fedpref.rewards.text import distinct
 from fedpref.tasks.batches import BatchSize, Examples, chance_of
 from fedpref.tasks.language import LanguageLearner, LanguageTask, Tokens
-from fedpref.tasks.task import CRITIC, Apart, Outcome
+from fedpref.tasks.task import CRITIC, Apart, ExampleOutcome
 from fedpref.types import Count, WholeNumber
 
 
@@ -424,7 +424,7 @@ class DialogueLearner(LanguageLearner):
             "could be summed. Leave it out."
         )
 
-    def outcomes(self, params: Tree, shard: DialogueShard) -> list[Outcome]:
+    def outcomes(self, params: Tree, shard: DialogueShard) -> list[ExampleOutcome]:
         """Return nothing: answers are rewarded, not right or wrong."""
         return []
 

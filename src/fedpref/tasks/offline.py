@@ -46,7 +46,7 @@ from fedpref.tasks.batches import (
 )
 from fedpref.tasks.generation_metrics import Generation, Generations
 from fedpref.tasks.language import LanguageLearner, LanguageTask, Tokens
-from fedpref.tasks.task import Apart, Outcome
+from fedpref.tasks.task import Apart, ExampleOutcome
 from fedpref.types import Text, WholeNumber
 
 SCORES = "-reference.sqlite"  # ends the names of files of reference scores
@@ -484,13 +484,13 @@ class OfflineLearner(LanguageLearner):
             means |= {f"{ACCURACY}/{name}": value / counts[name] for name, value in apart}
         return means | {"num_examples": float(len(shard.test))}
 
-    def outcomes(self, params: Tree, shard: OfflineShard) -> list[Outcome]:
+    def outcomes(self, params: Tree, shard: OfflineShard) -> list[ExampleOutcome]:
         return self.told(shard, self.choices(params, shard).tolist())
 
     @staticmethod
     def told(
         shard: OfflineShard, right: Sequence[float], stated: Sequence[float] = ()
-    ) -> list[Outcome]:
+    ) -> list[ExampleOutcome]:
         """Return what came of each held-out example, with a digest of its prompt.
 
         Args:

@@ -31,7 +31,7 @@ from fedpref.privacy import Unit
 from fedpref.rewards.reward import OpenGroups, no_groups
 from fedpref.tasks.alignment import alignment, calibration_error, wasserstein_alignment
 from fedpref.tasks.batches import BatchSize, chance_of
-from fedpref.tasks.task import Apart, Outcome, TaskSettings
+from fedpref.tasks.task import Apart, ExampleOutcome, TaskSettings
 from fedpref.types import Count
 
 Texts = tuple[str, ...]
@@ -430,7 +430,7 @@ class OpinionLearner:
             "num_examples": float(len(shard.asked)),
         }
 
-    def outcomes(self, params: Tree, shard: OpinionShard) -> list[Outcome]:
+    def outcomes(self, params: Tree, shard: OpinionShard) -> list[ExampleOutcome]:
         """Return nothing: shares of options are not right or wrong."""
         return []
 

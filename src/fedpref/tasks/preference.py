@@ -30,7 +30,7 @@ from fedpref.tasks.offline import (
     OfflineTask,
     PerExample,
 )
-from fedpref.tasks.task import Outcome
+from fedpref.tasks.task import ExampleOutcome
 
 ENDS = frozenset({("a", "b"), ("A", "B"), ("0", "1"), ("1", "2")})
 """How the names of columns with two answers end."""
@@ -204,7 +204,7 @@ class PairLearner(OfflineLearner):
         error = calibration_error(torch.maximum(stated, 1 - stated), right)
         return {**means, "calibration_error": error}
 
-    def outcomes(self, params: Tree, shard: OfflineShard) -> list[Outcome]:
+    def outcomes(self, params: Tree, shard: OfflineShard) -> list[ExampleOutcome]:
         right = self.choices(params, shard).tolist()
         return self.told(shard, right, self._stated(params, shard).tolist())
 

@@ -22,7 +22,7 @@ from fedpref.privacy import Unit
 from fedpref.rewards.reward import OpenGroups, RewardSettings, no_groups
 from fedpref.tasks.batches import BatchSize
 
-Outcome = tuple[str, float] | tuple[str, float, float]
+ExampleOutcome = tuple[str, float] | tuple[str, float, float]
 CRITIC = "critic."  # begins the names of parameters that predict an objective's rewards
 
 
@@ -329,7 +329,7 @@ class Task(Protocol):
         """
         ...
 
-    def outcomes(self, params: Tree, shard: Any) -> list[Outcome]:
+    def outcomes(self, params: Tree, shard: Any) -> list[ExampleOutcome]:
         """Return of each held-out example a digest of its prompt and whether the model was right.
 
         Where a model states probabilities, the one that it gave to what is preferred is the third.
