@@ -398,8 +398,8 @@ def parse(kind: type[T], content: dict[Any, Any], where: str) -> T:
 def _with_names(kind: Any, content: Any, where: str) -> Any:
     """Return the content with choices written out, as `{name: dpo}` for `dpo`.
 
-    Where no name is given, the default kind is meant if its keys fit. What is of a kind of one's
-    own is made already.
+    Where no name is given, the default kind is meant if its keys fit. Objects of a user's own
+    class were made before this, and stay as they are.
     """
     if not (is_dataclass(kind) and isinstance(content, dict)):
         return content

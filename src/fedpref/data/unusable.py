@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
+from fedpref.data.preferences import Side
 from fedpref.errors import UserError
 
 Kind = Literal["no preference", "empty", "too long", "alike", "no client"]
@@ -54,6 +55,20 @@ def kept(rows: list[Unusable] | None) -> Iterator[None]:
         if rows is None:
             raise
         rows.append(row)
+
+
+def refuse_empty(shards: Iterable[Any], sides: Sequence[Side] = ("train", "test")) -> None:
+    """Raise UserError where a client has no row left on one of some sides, for none can be used."""
+    called = {"train": "training", "test": "held-out", "validation": "validation"}
+    for shard in shards:
+        for side in sides:
+            if not getattr(shard, side):
+                raise UserError(
+                    f"client {shard.name!r} has no {called[side]} rows left, for those that "
+                    "it had cannot be used. Mend them, let "
+                    "task.truncation_mode cut those that are too long, or leave the client out "
+                    "(partition.only, or a file without it)."
+                )
 
 
 def counted(rows: Iterable[Unusable]) -> dict[str, int]:

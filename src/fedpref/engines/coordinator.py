@@ -331,8 +331,8 @@ class RemoteEngine:
                     self.lengths[i] = max(length, self.lengths.get(i, 0.0))
                 form = shape(message)
                 # a few numbers may stand for many, and each form has a sum of its own
-                held = sum(map(trees.size, (*sums.values(), message)))
-                if form not in sums and held > self._room_for_sums:
+                room = sum(map(trees.size, (*sums.values(), message)))
+                if form not in sums and room > self._room_for_sums:
                     self._leave_out({i: "there is no room for a sum of its form"})
                     continue
                 forms[i] = form

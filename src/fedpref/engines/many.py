@@ -8,8 +8,8 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, overload
 
-from fedpref.data.preferences import ClientData
-from fedpref.data.unusable import Policy, Unusable, summary
+from fedpref.data.preferences import SIDES, ClientData
+from fedpref.data.unusable import Policy, Unusable, refuse_empty, summary
 from fedpref.engines.values import Kept
 from fedpref.errors import UserError
 from fedpref.federation.leaving import labels
@@ -65,12 +65,7 @@ class DrawnShards(Sequence["DrawnShard"]):
         shard = self._task.encode(client, unusable)
         if unusable and self._unusable == "refuse":
             raise UserError(f"client {client.name!r}: {summary(unusable, client.size)}")
-        for side in ("train", "test", "validation"):
-            if getattr(client, side) and not getattr(shard, side):
-                raise UserError(
-                    f"client {client.name!r} has no {side} row left, for those that it had cannot "
-                    "be used."
-                )
+        refuse_empty([shard], [side for side in SIDES if getattr(client, side)])
         if self._cache is not None:
             shard = self._task.prepare(shard, self._cache)
         self._ready[number] = shard

@@ -20,7 +20,7 @@ NO_TENSORS: Tree = {}
 
 
 # of messages; 1 did not say so, 2 had no labels of values and no `consent`, in 3 the header stood
-# before the safetensors, 4 had no sums with noise
+# before the safetensors, 4 had no sums with noise, in 5 a site shared masks with every other one
 FORMAT = 6
 HEADER = "fedpref"  # among the metadata
 DTYPES = {

@@ -311,10 +311,9 @@ class Site:
                     private.settle()
                     spent[i] = self._privacy.spent(i)
                 values = result if isinstance(result, tuple) else (result,)
-                # checked before it is kept, so that a client which diverges keeps the state from
-                # before
-                # of whom privacy is promised nobody is told: a change that is not finite counts as
-                # none in a sum with noise, and one that is a client's own would tell of its rows
+                # Checked before it is kept, so that a client that diverges keeps its earlier state.
+                # Where privacy is promised nothing is refused here: a change that is not finite
+                # counts as zero in the noisy sum, and refusing it would tell of a client's rows.
                 if self._privacy is None:
                     _refuse_infinite(values)
                 said = labels(function, {k: kept.label for k, kept in own.items()}, values)

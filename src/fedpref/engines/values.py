@@ -11,7 +11,7 @@ from fedpref.engines.messages import RefusedError
 from fedpref.federation.leaving import Label
 
 OVERHEAD = 500  # bytes of a tensor beside its numbers, about
-OPEN = Label()  # of what a coordinator sent
+OPEN = Label()  # of what came from the coordinator, which may go anywhere
 
 
 class Kept:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from fedpref import config
 from fedpref.data import ClientData
 from fedpref.data.splits import SplitBy, digest
-from fedpref.data.unusable import Unusable, summary
+from fedpref.data.unusable import Unusable, refuse_empty, summary
 from fedpref.engines import Engine, RemoteEngine, Simulation, Sites, Transport
 from fedpref.engines.gold import learned_here
 from fedpref.engines.host import HeldOut, Hosted
@@ -23,7 +23,7 @@ from fedpref.engines.private_examples import PrivateExamples
 from fedpref.engines.private_sums import PrivateSums
 from fedpref.engines.workers import can_fork
 from fedpref.errors import UserError
-from fedpref.experiments.experiment import Experiment, encoded, lines, refuse_empty
+from fedpref.experiments.experiment import Experiment, encoded, lines
 from fedpref.experiments.free_baselines import FREE_BASELINES, run_free
 from fedpref.experiments.private import (
     FOLDER,

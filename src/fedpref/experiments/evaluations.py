@@ -148,8 +148,9 @@ def conclude(client: Client, *parts: Tree) -> Mapping[str, float]:
 def glance(client: Client, few: int, *parts: Tree) -> Mapping[str, float]:
     """Return metrics of the client's model on a few held-out examples, the same ones each time.
 
-    They are never so few that a figure is one example's own, and those of one number are not among
-    those of the next, or the difference would be.
+    They are never so few that a figure is one example's own. A different `few` draws different
+    examples: were one set within the other, the difference of two figures would tell of the few
+    examples between them.
     """
     return client.task.evaluate(trees.merge(*parts), _thinned(client, client.shard, few))
 

@@ -19,7 +19,7 @@ from fedpref.data import Builtin, ClientData, Natural, Partition, Source
 from fedpref.data.preferences import Side
 from fedpref.data.reading import EvaluateOn, Reading, read
 from fedpref.data.splits import place
-from fedpref.data.unusable import Unusable
+from fedpref.data.unusable import Unusable, refuse_empty
 from fedpref.engines import Telling
 from fedpref.engines.many import MANY, DrawnShards
 from fedpref.engines.sites import Patience
@@ -38,6 +38,7 @@ from fedpref.federation.participation import Participation
 from fedpref.federation.personal import Personal
 from fedpref.models.own_parts import NO_PARTS
 from fedpref.numerics import seeds
+from fedpref.numerics.files import whole_path
 from fedpref.numerics.min_norm import require_solver
 from fedpref.numerics.topology import GraphFile
 from fedpref.privacy import Masks, Privacy
@@ -512,20 +513,6 @@ def encoded(experiment: Experiment, task: Task) -> tuple[Reading, Sequence[Any]]
     return reading, shards
 
 
-def refuse_empty(shards: Sequence[Any], sides: Sequence[Side] = ("train", "test")) -> None:
-    """Raise UserError where a client has no row left on a side, for none can be used."""
-    called = {"train": "training", "test": "held-out", "validation": "validation"}
-    for shard in shards:
-        for side in sides:
-            if not getattr(shard, side):
-                raise UserError(
-                    f"client {shard.name!r} has no {called[side]} rows left, for those that "
-                    "it had cannot be used. Mend them, let "
-                    "task.truncation_mode cut those that are too long, or leave the client out "
-                    "(partition.only, or a file without it)."
-                )
-
-
 def lines(experiment: Experiment, clients: int) -> dict[str, tuple[str, Experiment]]:
     """Return the lines that an experiment consists of: its algorithm's own and its baselines.
 
@@ -638,26 +625,21 @@ def with_whole_paths(experiment: Experiment, *, has_data: bool = True) -> Experi
         has_data: Whether its data are here, and not at sites; data that grow are then taken as they
             are now.
     """
-
-    def whole(path: str) -> str:
-        local = Path(path).expanduser()
-        return str(local.resolve()) if local.exists() else path
-
     changed = replace(
         experiment,
-        task=experiment.task.with_models(whole),
-        data=experiment.data.with_paths(whole),
+        task=experiment.task.with_models(whole_path),
+        data=experiment.data.with_paths(whole_path),
     )
     if has_data:
         changed = replace(changed, data=changed.data.at_its_state())
     federation = changed.federation
     if federation.gold is not None:
-        gold = whole(federation.gold)
+        gold = whole_path(federation.gold)
         is_new = not federation.gold_digest and Path(gold).is_file()
         digest = gold_digest(Path(gold)) if is_new else federation.gold_digest
         changed = replace(changed, federation=replace(federation, gold=gold, gold_digest=digest))
     topology = experiment.network.topology
     if isinstance(topology, GraphFile):
-        topology = replace(topology, path=whole(topology.path)).with_digest()
+        topology = replace(topology, path=whole_path(topology.path)).with_digest()
         changed = replace(changed, network=replace(experiment.network, topology=topology))
     return changed

@@ -12,11 +12,11 @@ from typing import Any
 
 from fedpref import config
 from fedpref.data import ClientData, Opinion, Opinions
-from fedpref.data.unusable import Unusable, summary
+from fedpref.data.unusable import Unusable, refuse_empty, summary
 from fedpref.engines import Simulation
 from fedpref.engines.workers import keep_freed_memory, one_thread
 from fedpref.errors import UserError, command
-from fedpref.experiments.experiment import Experiment, lines, refuse_empty
+from fedpref.experiments.experiment import Experiment, lines
 from fedpref.experiments.free_baselines import free_lines
 from fedpref.experiments.frozen import frozen, refuse_other
 from fedpref.experiments.migration import migrated

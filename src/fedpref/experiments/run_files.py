@@ -49,7 +49,7 @@ def _round(figures: dict[str, float]) -> dict[str, float]:
 
 Round = Annotated[dict[str, float], AfterValidator(_round)]
 Measured = Annotated[dict[str, float], AfterValidator(_measured)]
-PerClient = Annotated[dict[str, Measured], AfterValidator(_alike)]
+MetricsOfClients = Annotated[dict[str, Measured], AfterValidator(_alike)]
 Clients = Annotated[
     dict[str, Measured], AfterValidator(lambda clients: clients and _alike(clients))
 ]
@@ -79,8 +79,8 @@ class Evaluation(TypedDict):
     summary: dict[str, dict[str, float]]
     bins: NotRequired[dict[str, list[float]]]
     diagnostics: NotRequired[dict[str, float]]
-    newcomers: NotRequired[PerClient]
-    newcomers_before: NotRequired[PerClient]
+    newcomers: NotRequired[MetricsOfClients]
+    newcomers_before: NotRequired[MetricsOfClients]
 
 
 class Joined(TypedDict):

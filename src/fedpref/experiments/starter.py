@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -16,6 +15,7 @@ from fedpref.data import tables
 from fedpref.data.unusable import Unusable, counted
 from fedpref.errors import UserError
 from fedpref.experiments.experiment import Experiment, encoded
+from fedpref.numerics.files import whole_path
 
 LOOKED_AT = 200  # rows whose columns are looked at
 CLIENTS = 4  # among whom rows are shared out where no column says whose they are
@@ -149,12 +149,12 @@ def starter(wanted: Wanted) -> tuple[str, str]:
 
 
 def _content(wanted: Wanted) -> dict[str, Any]:
-    data = {"name": "files", "path": _whole(wanted.data)}
+    data = {"name": "files", "path": whole_path(wanted.data)}
     data |= {f"{role}_column": name for role, name in wanted.columns.items() if name != role}
     partition: dict[str, Any] = {"name": "iid", "clients": CLIENTS}
     if wanted.client:
         partition = {"name": "natural", "column": wanted.client}
-    model: dict[str, Any] = {"path": _whole(wanted.model)}
+    model: dict[str, Any] = {"path": whole_path(wanted.model)}
     if wanted.model in LAYERS:
         model["lora_layers_to_transform"] = LAYERS[wanted.model]
     task: dict[str, Any] = {"model": model}
@@ -171,12 +171,6 @@ def _content(wanted: Wanted) -> dict[str, Any]:
         "rounds": 5,
         "baselines": baselines,
     }
-
-
-def _whole(path: str) -> str:
-    """Return a path that is the same from every folder, if it is one here."""
-    local = Path(path).expanduser()
-    return str(local.resolve()) if local.exists() else path
 
 
 def _unusable(content: dict[str, Any], said: dict[str, str]) -> tuple[Sequence[Unusable], str]:

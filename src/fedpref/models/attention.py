@@ -33,8 +33,8 @@ class Kernel(Protocol):
     def __call__(self, layout: Layout) -> Attend: ...
 
 
-# and how far back it may reach
-# a context variable, because a layout belongs to one call of a model that is shared
+# How to attend and how far back, in the call at work: a context variable, because one model serves
+# several calls, each with a layout of its own.
 _ATTEND: ContextVar[tuple[Attend, int] | None] = ContextVar("attend", default=None)
 
 

@@ -29,6 +29,12 @@ def write(path: Path, content: str | bytes) -> None:
         raise unwritten(path, error) from error
 
 
+def whole_path(path: str) -> str:
+    """Return a path that is the same from every folder, where something is there; or as it is."""
+    local = Path(path).expanduser()
+    return str(local.resolve()) if local.exists() else path
+
+
 def refuse_unwritable(path: Path) -> None:
     """Raise UserError where no file could be written; its folder is made."""
     if path.is_dir():

@@ -8,7 +8,7 @@ from typing import Any
 
 from fedpref.errors import UserError
 
-SITE = "site_"  # begins the organisation of sites' certificates
+SITE_ORGANISATION = "site_"  # begins the organisation of sites' certificates
 ROOT, CERTIFICATE, PRIVATE = "rootCA.pem", "client.crt", "client.key"
 
 
@@ -49,7 +49,7 @@ class KitIdentity:
             names = theirs.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
             # the server and who submits have certificates of the same root, and are no sites
             roles = theirs.subject.get_attributes_for_oid(NameOID.ORGANIZATION_NAME)
-            if not all(str(one.value).startswith(SITE) for one in roles) or not roles:
+            if not all(str(one.value).startswith(SITE_ORGANISATION) for one in roles) or not roles:
                 return False
             now = datetime.now(UTC)
             if not theirs.not_valid_before_utc <= now <= theirs.not_valid_after_utc:

@@ -20,6 +20,7 @@ import yaml
 
 from fedpref.errors import UserError
 from fedpref.numerics import files
+from fedpref.sites.identity import SITE_ORGANISATION
 
 SITE_FILE, LOG, README = "site.yaml", "fedpref.log", "readme.txt"
 LONGEST_LOG = 20 * 10**6  # bytes, above which the log of the last start is set aside
@@ -35,9 +36,8 @@ CLASSES = [
 ]
 LEFT = ("shutdown.fl", "pid.fl", "daemon_pid.fl")  # files that FLARE leaves in a kit
 SHELL = ("bash", "sh")
-KILL_SECONDS = (
-    10.0  # in which a killed process is gone, unless the system holds it or it is another user's
-)
+# in which a killed process is gone, unless the system holds it or it is another user's
+KILL_SECONDS = 10.0
 # seconds that a server waits at a job's end for sites that have died
 PROMPT = {"NVFLARE_CLIENT_OUTCOME_WAIT_TIMEOUT": "15"}
 SITE_README = """This folder is a site of a fedpref federation.
@@ -311,7 +311,7 @@ def _client(site: str) -> dict[str, Any]:
 
 
 def _org(site: str) -> str:
-    return "site_" + "".join(letter if letter.isalnum() else "_" for letter in site)
+    return SITE_ORGANISATION + "".join(letter if letter.isalnum() else "_" for letter in site)
 
 
 def _restrict(local: Path) -> None:

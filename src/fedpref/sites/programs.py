@@ -1,4 +1,4 @@
-"""What runs in FLARE's processes: the coordinator on the server, a `Site` in each client's.
+"""What runs in FLARE's processes: the coordinator on the server, `Sited` in each client's.
 
 A job runs so many rounds of an experiment, from its last checkpoint. What travels are our own
 messages, as bytes, so that FLARE's serialisation sees no object of ours.
@@ -43,9 +43,8 @@ class Sited:
     """The program of a site's process."""
 
     def __init__(self, simulated: int = 0) -> None:
-        self.simulated = (
-            simulated  # how many sites are simulated; 0: this is a real one, with a file of its own
-        )
+        # how many sites are simulated; 0: this is a real one, with a file of its own
+        self.simulated = simulated
 
     @collab.init
     def start(self) -> None:
@@ -202,7 +201,7 @@ def recipe(
         min_sites: How many sites must have come for it to begin.
         seconds: How long is waited.
         simulated: How many sites are simulated; 0 for real ones.
-        site: The program of the sites' processes; None is that of `Site`.
+        site: The program of the sites' processes; None is `Sited`.
     """
     made = _Recipe(
         job_name=name,
@@ -211,7 +210,7 @@ def recipe(
         min_clients=min_sites,
         sync_task_timeout=seconds,
     )
-    # which are there already
+    # every participant has these installed, so that FLARE ships none
     made.finalize().set_app_packages(["fedpref", type(coordinator).__module__.split(".")[0]])
     return made
 

@@ -102,7 +102,7 @@ class DialogueTask(LanguageTask):
         return self.estimator.needs_critic
 
     def check(self, parts: Parts) -> None:
-        if parts.head or parts.bottleneck or parts.reward or parts.adapter:
+        if parts:
             raise UserError(
                 "algorithm.parts: answers are drawn from the model with one adapter, without "
                 "parts of a client's own. "

@@ -29,10 +29,9 @@ from fedpref.tasks.offline import (
     OfflineTask,
     PerExample,
 )
-
-# prompts, answers, whether these are desirable, and prompts as messages
 from fedpref.types import Text
 
+# prompts, answers, whether these are desirable, and prompts as messages
 Judged = list[tuple[Tokens, Tokens, bool, Text]]
 
 

@@ -368,49 +368,49 @@ class OfflineLearner(LanguageLearner):
         draws: seeds.Draws,
     ) -> Iterator[Apart]:
         """Yield units' gradients, of about 16 examples at a time; see `Task.gradients_apart`."""
-        held: list[Piece] = []
+        together: list[Piece] = []
         size = 0
         for place, indices in enumerate(units):
             pieces: dict[int, list[Example]] = {}
             for i in indices:
                 pieces.setdefault(shard.train[i].objective, []).append(shard.train[i])
-            if held and size + len(indices) > MEASURED:
-                yield self._pieces(params, start, held, wanted, draws)
-                held, size = [], 0
-            held += [
+            if together and size + len(indices) > MEASURED:
+                yield self._pieces(params, start, together, wanted, draws)
+                together, size = [], 0
+            together += [
                 Piece(place, m, some, f"unit/{indices[0]}/{m}")
                 for m, some in sorted(pieces.items())
             ]
             size += len(indices)
-        if held:
-            yield self._pieces(params, start, held, wanted, draws)
+        if together:
+            yield self._pieces(params, start, together, wanted, draws)
 
     def _pieces(
         self,
         params: Tree,
         start: Tree,
-        held: Sequence[Piece],
+        together: Sequence[Piece],
         wanted: Collection[str],
         draws: seeds.Draws,
     ) -> Apart:
         """Return the gradients of pieces of units: in one pass, or one by one."""
-        is_small = sum(len(piece.examples) for piece in held) <= MEASURED
+        is_small = sum(len(piece.examples) for piece in together) <= MEASURED
         is_adapter = not set(wanted) & NAMES
         rows: list[PackedRow] = [
             (prompt, list(answers.values()))
-            for piece in held
+            for piece in together
             for prompt, answers in _rows(piece.examples).items()
         ]
         if is_small and is_adapter and self.language.takes_apart(rows):
-            pieces = [piece.examples for piece in held]
+            pieces = [piece.examples for piece in together]
             gradients = self._in_one_pass(params, start, pieces, wanted)
         else:
             alone = []
-            for piece in held:
+            for piece in together:
                 self.begin_dropout(draws(piece.address))
                 alone.append(self._alone(params, start, piece.examples, wanted))
             gradients = {name: torch.stack([one[name] for one in alone]) for name in wanted}
-        return Apart(gradients, [one.unit for one in held], [one.objective for one in held])
+        return Apart(gradients, [one.unit for one in together], [one.objective for one in together])
 
     def _in_one_pass(
         self,
@@ -448,11 +448,7 @@ class OfflineLearner(LanguageLearner):
         pieces: Sequence[Sequence[Example]] = (),
     ) -> PerExample:
         """Return what is minimised of each example; copies of parameters are the pieces'."""
-        if self.settings.reference == "base" or not self.needs_reference:
-            batch = self._with_base(examples)
-        else:
-            with torch.no_grad():
-                batch = Batch(examples, self._score(start, examples)[0])
+        batch = self.referenced(start, examples, ())
         scored = self._score(params, examples, training=True, pieces=pieces)
         measured = self.measure(*scored, batch)
         return measured.get(MINIMISED, measured["loss"])
