@@ -44,8 +44,8 @@ class Parts:
     reward: bool = True
     """Whether there is an explicit reward, linear in hidden states of an answer."""
     reward_pooling: Literal["last", "mean"] = "last"
-    """Which state of an answer the reward head reads: its last token's, as published, or the mean
-    of all of its tokens'."""
+    """Which state of an answer the reward head reads: its last token's, or the mean of all of its
+    tokens'. What the paper's head reads is not known."""
     adapter: bool = True
     """Whether there is a second adapter in the layers, shaped as the shared one and added to it."""
 

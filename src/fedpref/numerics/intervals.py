@@ -21,7 +21,8 @@ def interval(values: Matrix, *, crossed: bool = True) -> tuple[float, float]:
     Its variance is that of two crossed random effects (Searle, Casella and McCulloch 1992, section
     4.5), each part at least as large as it is seen alone; its quantile is Student's, with
     Satterthwaite's degrees of freedom (1946), no more than those of whichever varies most. Where
-    neither seeds nor clients are seen to matter (F tests), all squares are pooled. By simulation
+    neither seeds nor clients are seen to matter (F tests), all squares are pooled, and the interval
+    may be narrower than one of clients' means alone. By simulation
     92.7 to 97.9 % of such intervals hold the mean, for 3, 5 and 10 seeds, 6, 12 and 50 clients,
     whichever varies most; of a percentile bootstrap's as few as 70 %.
 
