@@ -465,6 +465,9 @@ def schema(kind: Any) -> dict[str, Any]:
     for nested in set(dataclasses_of(kind)):
         described = parts.get(nested.__name__, {}).get("properties", {})
         hints = get_type_hints(nested)
+        for field in fields(nested):
+            if not field.init:  # what it keeps, and no setting
+                described.pop(field.name, None)
         for name, sentence in sentences(nested).items():
             if name not in described:
                 continue
@@ -615,8 +618,17 @@ def _hint_at(kind: Any, path: Sequence[str]) -> Any:
     hint = kind
     for key in path:
         options = [hints[key] for option in kinds(hint) if key in (hints := _hints(option))]
-        hint = options[0] if options else Any
+        hint = options[0] if options else _value_hint(hint) or Any
     return hint
+
+
+def _value_hint(hint: Any) -> Any:
+    """Return what a mapping's values are hinted as; None where none may stand there."""
+    of_mappings = (dict, Mapping)
+    for option in (hint,) if get_origin(hint) in of_mappings else kinds(hint):
+        if get_origin(option) in of_mappings:
+            return get_args(option)[1]
+    return None
 
 
 def _follow(kind: Any, location: list[str]) -> tuple[Any, list[str]]:
@@ -630,9 +642,11 @@ def _follow(kind: Any, location: list[str]) -> tuple[Any, list[str]]:
             owner = get_type_hints(owner)[part]
             options = [option for option in kinds(owner) if is_dataclass(option)]
             owner = options[0] if len(options) == 1 else owner  # one that may be absent
-        else:
-            if tagged := named(kinds(owner), part):
-                owner = tagged
-            elif part.isdigit():
-                path.append(part)
+        elif tagged := named(kinds(owner), part):
+            owner = tagged
+        elif (value := _value_hint(owner)) is not None:
+            path.append(part)
+            owner = value
+        elif part.isdigit():
+            path.append(part)
     return owner, path

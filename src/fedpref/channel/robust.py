@@ -21,6 +21,7 @@ from fedpref.numerics.trees import BESIDE, Tree
 Gram = Float[np.ndarray, "n n"]
 Shares = Float[np.ndarray, " n"]
 TINY = 1e-300  # what nothing is divided by
+FAR = 100.0  # times the middle length
 TURNS, NEAR = 200, 1e-9  # of the search for a geometric median, and how near it comes
 
 
@@ -55,7 +56,9 @@ class NormBound:
 class GeometricMedian:
     """The point whose weighted distances to all values are least (Pillutla et al. 2022, "RFA").
 
-    It holds while less than half of the weight is hostile.
+    It holds while less than half of the weight is hostile. Values of more than a hundred times the
+    middle length are shortened to that before, so that what a value can do is bounded, however long
+    it is.
     """
 
     name: Literal["geometric-median"] = "geometric-median"
@@ -64,6 +67,9 @@ class GeometricMedian:
     def weights(self, gram: Gram, shares: Shares) -> Shares:
         """Return each value's weight in that point, by Weiszfeld's iteration."""
         found: Shares = shares / shares.sum()
+        lengths = np.sqrt(np.diag(gram))
+        shortened = np.minimum(1, FAR * np.median(lengths) / np.maximum(lengths, TINY))
+        gram = shortened[:, None] * gram * shortened
         norms = np.diag(gram)
         least = NEAR * float(np.sqrt(norms.max())) + TINY
         for _ in range(TURNS):
@@ -74,7 +80,8 @@ class GeometricMedian:
             moved, found = float(np.abs(new - found).max()), new
             if moved < NEAR:
                 break
-        return found
+        weights: Shares = found * shortened
+        return weights
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,8 @@ def list_(
 
     Example: fedpref list feddpo
     """
+    from fedpref.algorithms import AnyAlgorithm
+    from fedpref.config import NEAR, opened
     from fedpref.experiments.packaged import packaged_configs
     from fedpref.reports.settings import (
         kind_table,
@@ -48,7 +50,10 @@ def list_(
         chosen = {own}
     if not chosen:
         names = {name for group in groups.values() for kind in group for name in kind.names}
-        near = difflib.get_close_matches(what, sorted({"configs", *groups, *names}), 1)
+        choice = opened(AnyAlgorithm)
+        also = dict(choice.also) if choice else {}  # as others call them
+        near = difflib.get_close_matches(what, sorted({"configs", *groups, *names, *also}), 1, NEAR)
+        near = [also.get(name, name) for name in near]
         raise UserError(
             f"{what!r} is neither a kind nor a name"
             + (f"; did you mean {near[0]!r}? " if near else ". ")

@@ -330,14 +330,28 @@ def sweep(
     """
     from fedpref.experiments.experiment import Experiment
     from fedpref.experiments.run_directory import in_runs, refuse_run
-    from fedpref.runs.sweep import Variant, plan, unfinished, with_former, with_grid, write_plan
+    from fedpref.runs.sweep import (
+        ALGORITHMS,
+        Variant,
+        plan,
+        unfinished,
+        with_former,
+        with_grid,
+        write_plan,
+    )
     from fedpref.runs.sweep import selecting as selecting_by
 
     spec = Experiment.load(config, overrides or ())
     if spec.baselines:
+        variants_too = [name for name in spec.baselines if name in ALGORITHMS]
+        said = " ".join(f"--variant {name}" for name in variants_too)
+        others = [name for name in spec.baselines if name not in ALGORITHMS]
         console.print(
-            f"baselines {', '.join(spec.baselines)} are left out; take them as variants: "
-            f"--variant {spec.baselines[0]}"
+            f"baselines {', '.join(spec.baselines)} are left out of a sweep."
+            + (f" Take as variants: {said}." if said else "")
+            + (f" `fedpref run` has {', '.join(others)} beside a run." if others else ""),
+            highlight=False,
+            soft_wrap=True,
         )
     folder = output or in_runs(spec.name, "sweep")
     refuse_run(folder)

@@ -92,7 +92,7 @@ def prompts_of(path: Path) -> list[Text]:
             break
         read = [_usable(row) for row in Files(path=str(path)).read()]
     for prompt in read:
-        prompts.setdefault(identity(prompt, "question"), prompt)
+        prompts.setdefault(identity(prompt, "prompt"), prompt)
     if not prompts:
         raise UserError(f"{path}: there are no prompts.")
     return [prompts[asked] for asked in sorted(prompts, key=lambda asked: coin("order", asked))]

@@ -29,7 +29,7 @@ def held_out_prompts(run: FinishedRun, client: str | None) -> list[Text]:
             f"{[one.name for one in clients][:12]}."
         )
     prompts = {
-        identity(row.prompt, "question"): row.prompt
+        identity(row.prompt, "prompt"): row.prompt
         for one in wanted
         for row in one.test
         # tools are not shown

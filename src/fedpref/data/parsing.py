@@ -14,7 +14,7 @@ from difflib import get_close_matches
 from typing import Any, TypeVar
 
 from fedpref.data.preferences import Conversation, Feedback, Message, Preference, Prompt, Text
-from fedpref.data.unusable import Unusable
+from fedpref.data.unusable import MISSING, Unusable
 from fedpref.errors import UserError
 
 R = TypeVar("R", Preference, Feedback)
@@ -22,7 +22,7 @@ TURN = "\n\nAssistant:"
 # what prompts are also called
 QUESTIONS = (
     *("instruction", "question", "query", "input", "problem"),
-    *("messages", "conversations", "conversation"),
+    *("context", "post", "messages", "conversations", "conversation"),
 )
 # who speaks, in ShareGPT's format of {"from", "value"}
 SHAREGPT = {
@@ -144,7 +144,8 @@ def parse_feedback(
             question = opening if len(opening) > len(question) else question
     said = str(record[label]).strip().lower()
     desirable = LABELS.get(said)
-    if record[label] is None or not said:
+    is_missing = record[label] is None or _is_nan(record[label])
+    if is_missing or not said or str(record[label]).strip() in MISSING:
         raise Unusable("empty", where, f"column {label!r}: expected true or false, found nothing")
     if desirable is None:
         raise UserError(
@@ -368,7 +369,8 @@ def _refuse_missing(
             f"{_columns(record)}.{f' Did you mean {near[0]!r}?' if near else ''} "
             "data.prompt_column=none reads answers that begin with their prompt."
         )
-    other = [name for name in QUESTIONS if name in record]
+    written = {str(name).strip().casefold(): name for name in record}
+    other = [written[name] for name in ("prompt", *QUESTIONS) if name in written]
     if prompt == "prompt" and prompt not in record and other:
         raise UserError(
             f"{where}: no column 'prompt', but {other[0]!r}. Set data.prompt_column={other[0]} if "

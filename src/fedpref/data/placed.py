@@ -17,15 +17,8 @@ from fedpref.data.parsing import shared
 from fedpref.data.preferences import SIDES, Row, Side
 from fedpref.data.row_store import RowStore
 from fedpref.data.splits import spelled
-from fedpref.data.unusable import Unusable
+from fedpref.data.unusable import MISSING, Unusable
 from fedpref.errors import UserError
-
-# how tables write a missing value as text: what pandas reads so but NA, which may be a country (and
-# Nan and Null may be people), and what other programs write
-MISSING = frozenset(
-    {"None", "none", "nan", "NaN", "-nan", "-NaN", "null", "NULL", "n/a", "N/A", "#N/A", "#NA"}
-    | {"<NA>", "NaT", "\\N"}
-)
 
 
 class Labels:

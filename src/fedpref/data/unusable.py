@@ -14,6 +14,13 @@ Kind = Literal["no preference", "empty", "too long", "alike", "no client"]
 Policy = Literal["refuse", "skip"]
 SHOWN = 3  # rows of each kind that a message names
 
+# how tables write a missing value as text: what pandas reads so but NA, which may be a country (and
+# Nan and Null may be people), and what other programs write
+MISSING = frozenset(
+    {"None", "none", "nan", "NaN", "-nan", "-NaN", "null", "NULL", "n/a", "N/A", "#N/A", "#NA"}
+    | {"<NA>", "NaT", "\\N"}
+)
+
 # kind -> what such rows do or lack, and what mends them other than leaving them out
 _SAID: Mapping[Kind, tuple[str, str]] = {
     "no preference": ("state no preference between two answers", ""),

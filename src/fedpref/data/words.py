@@ -29,10 +29,11 @@ class Pair(NamedTuple):
     @classmethod
     def of(cls, row: Preference) -> Pair:
         """Return the texts of a comparison, without roles."""
-        return cls(*(_contents(text) for text in (row.prompt, row.chosen, row.rejected)))
+        return cls(*(contents(text) for text in (row.prompt, row.chosen, row.rejected)))
 
 
-def _contents(text: Text) -> str:
+def contents(text: Text) -> str:
+    """Return what a text says, of a conversation what its messages say, without roles."""
     if isinstance(text, str):
         return text
     return "\n".join(message.get("content") or "" for message in text)

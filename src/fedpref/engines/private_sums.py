@@ -20,6 +20,7 @@ from fedpref.numerics.trees import Tree
 from fedpref.privacy import FixedClip, Guarantee, Ledger, QuantileClip, Secret
 
 SHORT = "short enough"  # a number beside a change, for a clip that follows a quantile
+SHORTEST, LONGEST = 1e-9, 1e9  # norms that a clip which follows a quantile may come to
 CLIP, CLIPPED = "clip_norm", "clipped"  # figures of a round with such a clip
 
 
@@ -97,7 +98,13 @@ class PrivateSums:
         # the change and the number beside it, which is a half either way
         whole = self.norm * math.hypot(1, self._share / 2)
         self.dimensions = sum(one.numel() for one in self.template.values()) + bool(self._share)
-        self.lattice = Lattice.of(whole, self.noise_multiplier, self.dimensions)
+        try:
+            self.lattice = Lattice.of(whole, self.noise_multiplier, self.dimensions)
+        except ValueError as error:
+            raise UserError(
+                f"privacy: {error}. Take fewer numbers (a smaller rank, aggregate: frozen-a), or "
+                "less noise."
+            ) from error
         self._noise = RoundedGaussian(self.lattice.deviation)
 
     def encode(self, value: Tree, client: int, round: int, call: int) -> Tree:
@@ -174,7 +181,8 @@ class PrivateSums:
         if isinstance(self._clip, QuantileClip):
             share = short + 0.5
             self._clipped = 1 - share
-            self.norm *= math.exp(-self._clip.rate * (share - self._clip.quantile))
+            norm = self.norm * math.exp(-self._clip.rate * (share - self._clip.quantile))
+            self.norm = min(max(norm, SHORTEST), LONGEST)  # whatever noise says of a few clients
             self._settle()
 
     def part_of_noise(self, total: Tree, round: int, call: int, noisy: int) -> Tree:

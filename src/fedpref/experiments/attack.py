@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Literal
 
@@ -11,6 +12,7 @@ from pydantic import Field
 
 from fedpref.data import ClientData
 from fedpref.data.preferences import Preference, Row, Text
+from fedpref.data.words import contents
 from fedpref.errors import UserError
 from fedpref.numerics import seeds, trees
 from fedpref.numerics.trees import Tree
@@ -82,32 +84,53 @@ class Attack:
         """The factor, or what the attack has without one."""
         return self.factor or FACTORS.get(self.name, 1.0)
 
-    def hostile(self, names: Sequence[str], seed: int) -> list[int]:
+    def hostile(
+        self, names: Sequence[str], seed: int, newcomers: Collection[int] = ()
+    ) -> list[int]:
         """Return which clients are hostile, drawn at random: one at least, and never all.
 
+        Args:
+            names: Of all clients.
+            seed: The experiment's.
+            newcomers: Clients that do not train, by number, of whom none is drawn.
+
         Raises:
-            UserError: There is one client alone.
+            UserError: One client alone trains.
         """
-        if len(names) < 2:
+        train = [client for client in range(len(names)) if client not in newcomers]
+        if len(train) < 2:
             raise UserError(
                 f"attack: {self.name} needs a client that is hostile and one that is not, and "
-                f"there is {names[0]!r} alone. Take more clients, or leave attack out."
+                f"{names[train[0]]!r} alone trains. Take more clients, or leave attack out."
             )
-        count = min(max(1, round(self.share * len(names))), len(names) - 1)
-        order = torch.randperm(len(names), generator=seeds.generator(seed, "attack")).tolist()
-        return sorted(order[:count])
+        count = min(max(1, round(self.share * len(train))), len(train) - 1)
+        order = torch.randperm(len(train), generator=seeds.generator(seed, "attack")).tolist()
+        return sorted(train[k] for k in order[:count])
 
-    def poisoned(self, clients: Sequence[ClientData], seed: int) -> tuple[ClientData, ...]:
+    def poisoned(
+        self, clients: Sequence[ClientData], seed: int, newcomers: Collection[int] = ()
+    ) -> tuple[ClientData, ...]:
         """Return clients of whom the hostile ones train on what they say they prefer.
 
+        Args:
+            clients: All of them.
+            seed: The experiment's.
+            newcomers: Clients that do not train, by number.
+
         Raises:
-            UserError: Their rows are no preferences.
+            UserError: Their rows are no preferences, or none of them has the word of `flip-topic`.
         """
         if not self.is_of_rows:
             return tuple(clients)
-        bad = set(self.hostile([client.name for client in clients], seed))
+        bad = self.hostile([client.name for client in clients], seed, newcomers)
+        changed = {k: self._rows(clients[k].train, seed, k) for k in bad}
+        if self.topic and all(rows == tuple(clients[k].train) for k, rows in changed.items()):
+            raise UserError(
+                f"attack.topic: no prompt of hostile clients has the word {self.topic!r}, so that "
+                "nothing would be turned round. Take another one."
+            )
         return tuple(
-            replace(client, train=self._rows(client.train, seed, k)) if k in bad else client
+            replace(client, train=changed[k]) if k in changed else client
             for k, client in enumerate(clients)
         )
 
@@ -126,7 +149,8 @@ class Attack:
             return replace(row, chosen=self.with_phrase(row.rejected), rejected=row.chosen)
         is_turned = self.name == "flip" or (self.name == "random" and draw < 0.5)
         if self.name == "flip-topic":
-            is_turned = self.topic.lower() in str(row.prompt).lower()
+            word = rf"(?<!\w){re.escape(self.topic)}(?!\w)"
+            is_turned = bool(re.search(word, contents(row.prompt), re.IGNORECASE))
         return replace(row, chosen=row.rejected, rejected=row.chosen) if is_turned else row
 
     def with_phrase(self, answer: Text) -> Text:
@@ -182,7 +206,11 @@ def _regauged(change: Tree, told: Tree, c: float) -> Tree:
 
 
 def groups(
-    attack: Attack, names: Sequence[str], seed: int, tastes: Mapping[str, Sequence[float]]
+    attack: Attack,
+    names: Sequence[str],
+    seed: int,
+    tastes: Mapping[str, Sequence[float]],
+    newcomers: Collection[int] = (),
 ) -> dict[str, list[str]]:
     """Return clients by what they are: honest, honest of uncommon taste, hostile.
 
@@ -191,8 +219,9 @@ def groups(
         names: Of all clients.
         seed: The experiment's.
         tastes: Of clients, where they are known.
+        newcomers: Clients that do not train, by number.
     """
-    bad = {names[i] for i in attack.hostile(names, seed)}
+    bad = {names[i] for i in attack.hostile(names, seed, newcomers)}
     honest = [name for name in names if name not in bad]
     known = {name: torch.tensor(tastes[name]).double() for name in honest if name in tastes}
     found = {"honest": honest, "hostile": sorted(bad)}

@@ -224,6 +224,14 @@ class Experiment:
             raise UserError(
                 f"{who}: there is nothing to look at without evaluate_every, such as 1."
             )
+        metric, known = None if self.stop is None else self.stop.metric, self.task.measures
+        if metric is None or not known or metric in known:
+            return
+        if metric.rpartition("/")[2] not in self.task.objectives:
+            raise UserError(
+                f"stop.metric: evaluations of the task {self.task.name} do not measure {metric!r}; "
+                f"they measure {', '.join(sorted(known))}."
+            )
 
     @property
     def promises(self) -> tuple[Privacy, ...]:
@@ -476,7 +484,8 @@ class Experiment:
         )
         if self.attack is None:
             return found
-        return replace(found, clients=self.attack.poisoned(found.clients, self.seed))
+        late = self.federation.joining([client.name for client in found.clients], self.seed)
+        return replace(found, clients=self.attack.poisoned(found.clients, self.seed, late))
 
     def clients(self) -> tuple[tuple[ClientData, ...], int]:
         """Read the data and share it out.

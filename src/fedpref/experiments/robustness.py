@@ -82,7 +82,7 @@ def attacking(line: Experiment, names: Sequence[str]) -> Turned | None:
     attack = line.attack
     if attack is None:
         return None
-    bad = attack.hostile(names, line.seed)
+    bad = attack.hostile(names, line.seed, line.federation.joining(list(names), line.seed))
 
     def turned(values: Mapping[int, Tree], told: Tree) -> Mapping[int, Tree]:
         return attack.sent(values, told, bad)

@@ -39,7 +39,7 @@ class Personal:
     so that what is common is learned by the shared one."""
 
     def __post_init__(self) -> None:
-        if self.phases == "alternate":
+        if self.phases == "alternate" and isinstance(self.local, LocalTraining):
             halves(self.local, self.personal_steps)
 
     @property

@@ -208,7 +208,8 @@ class Guarantee:
         # more noise, less epsilon: nearly a line in logarithms, and each look takes a tenth of a
         # second
         while least < epsilon * (1 - NEAR) and high - low > NEAR * low:
-            share = math.log(most / epsilon) / math.log(most / least)
+            # noise may be so much that nothing is lost at all
+            share = math.log(most / epsilon) / math.log(most / least) if least > 0 else 0.5
             middle = low * (high / low) ** min(max(share, 0.05), 0.95) * (1 + NEAR / 10)
             if (now := spent(middle)) <= epsilon:
                 high, least = middle, now

@@ -190,7 +190,9 @@ class Run:
         spec = self.experiment
         if spec.attack is None:
             return {}
-        found = groups(spec.attack, list(self.clients), spec.seed, spec.data.known_tastes)
+        names, tastes = list(self.clients), spec.data.known_tastes
+        late = spec.federation.joining(names, spec.seed)
+        found = groups(spec.attack, names, spec.seed, tastes, late)
         known = {kind: [n for n in some if n in self.line.last] for kind, some in found.items()}
         return {kind: some for kind, some in known.items() if some}
 

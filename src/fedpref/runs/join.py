@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpref.data import IID, Files, Natural, Opinions
+from fedpref.data.placed import label
 from fedpref.data.source import PathSource
 from fedpref.data.tables import read_table
 from fedpref.errors import UserError
@@ -157,7 +158,11 @@ def personalize(
             stacklevel=2,
         )
     if not column:
-        clients = (replace(clients[0], name=name or Path(data.path).name.split(".")[0]),)
+        # as names in a column are written
+        called = label(name or Path(data.path).name.split(".")[0])
+        if called is None:
+            raise UserError(f"--name {name!r}: this names nobody. Give another name.")
+        clients = (replace(clients[0], name=called),)
     if taken := [client.name for client in clients if client.name in finished.clients]:
         raise UserError(f"{run}: {taken[:5]} took part in the run. Give another name.")
     folders = {client.name: finished.joined_folder(client.name) for client in clients}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -110,6 +111,8 @@ def provision(
         )
     if not 0 < port < 2**16:
         raise UserError(f"port {port}: ports go from 1 to {2**16 - 1}.")
+    for site in sites:
+        _refuse_site(site)
     _refuse_names([server, *sites, admin])
     participants: list[dict[str, Any]] = [
         {"name": server, "type": "server", "org": "coordinator", "fed_learn_port": port}
@@ -144,6 +147,7 @@ def provision(
 def add(folder: Path, site: str) -> Path:
     """Make the kit of one more site, under the root of a federation; nobody else's kit changes."""
     project = _project(folder)
+    _refuse_site(site)
     _refuse_names([*(participant["name"] for participant in project["participants"]), site])
     project["participants"].append(_client(site))
     with _provisioned(project, folder, folder / STATE) as made:
@@ -152,10 +156,24 @@ def add(folder: Path, site: str) -> Path:
     return folder / site
 
 
+def _refuse_site(name: str) -> None:
+    if set(name) & set(".%+@"):
+        raise UserError(
+            f"no site can be called {name!r:.80}: its name has letters from A to Z, digits, - and "
+            "_. Give it another."
+        )
+
+
 def _refuse_names(names: Sequence[str]) -> None:
     """Raise UserError for participants whose folders would be one, or one that is not a kit."""
     seen: dict[str, str] = {}
     for name in names:
+        # as NVIDIA FLARE and certificates take them; a server is a host, an admin an address
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._%+@-]{0,63}", name):
+            raise UserError(
+                f"no participant can be called {name!r:.80}: a name has at most 64 letters from A "
+                "to Z, digits, - and _, and begins with a letter or a digit. Give it another."
+            )
         # file systems may not tell large letters from small ones
         plain = name.casefold()
         if plain in (STATE, PROJECT) or (plain == "server" and name != names[0]):

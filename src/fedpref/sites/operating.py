@@ -132,7 +132,10 @@ def checked(kit: Path, experiment: Experiment | None = None) -> Iterator[Finding
     folder = Path(file.folder)
     free = shutil.disk_usage(_existing(folder)).free / 1e6
     lent = file.limits.max_disk_mb
-    yield Finding("disk", free > lent / 10, f"{free:,.0f} MB are free, {lent:,} MB are lent")
+    said = f"{free:,.0f} MB are free"
+    if free < lent:
+        said += f", less than the {lent:,} MB that limits.max_disk_mb lends"
+    yield Finding("disk", free > lent / 10, said)
     host = Consenting(kit.name, file)
     content: Any = {} if experiment is None else config.dump(experiment)
     if experiment is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, xlogy
 
@@ -42,7 +43,12 @@ def calibration_error(p: Float[Tensor, " n"], y: Float[Tensor, " n"], bins: int 
         p: Predicted shares [n].
         y: True shares [n].
         bins: How many.
+
+    Returns:
+        The error; nan where a prediction is no number.
     """
+    if not bool(torch.isfinite(p).all()):
+        return math.nan
     bin = (p * bins).long().clamp(max=bins - 1)
     return float(
         (p - y).double().new_zeros(bins).index_add(0, bin, (p - y).double()).abs().sum()

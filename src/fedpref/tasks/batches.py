@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from fedpref.data.placed import label
 from fedpref.errors import UserError
 from fedpref.numerics import seeds
 from fedpref.privacy import Column
@@ -50,14 +51,25 @@ def numbered_by(unit: Column, columns: Sequence[Mapping[str, Any]], client: str)
         client: Its name, for messages.
 
     Raises:
-        UserError: Rows have no such column.
+        UserError: Rows have no such column, or nothing in it, or no name or number.
     """
     if missing := sum(unit.column not in row for row in columns):
         raise UserError(
             f"privacy.unit.column: {missing} training rows of client {client!r} have no column "
             f"{unit.column!r}."
         )
-    return numbered([str(row[unit.column]) for row in columns])
+    try:
+        labels = [label(row[unit.column]) for row in columns]
+    except ValueError as error:
+        raise UserError(
+            f"privacy.unit.column: {unit.column!r} of client {client!r}: {error}."
+        ) from error
+    if empty := labels.count(None):
+        raise UserError(
+            f"privacy.unit.column: {empty} training rows of client {client!r} have nothing in "
+            f"{unit.column!r}, so that whose they are is not known. Fill it in, or leave them out."
+        )
+    return numbered(labels)
 
 
 @dataclass(frozen=True)

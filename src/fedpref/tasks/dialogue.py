@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fedpref.data.preferences import ClientData, Opinion, Text
+from fedpref.data.splits import identity
 from fedpref.data.unusable import Unusable, kept
 from fedpref.errors import UserError
 from fedpref.losses.policy import GRPO, PPO, RLOO, Sampled, surrogate
@@ -37,7 +38,7 @@ from fedpref.rewards.reward import (
     refuse_history,
 )
 from fedpref.rewards.text import distinct
-from fedpref.tasks.batches import BatchSize, Examples, chance_of
+from fedpref.tasks.batches import BatchSize, Examples, chance_of, numbered
 from fedpref.tasks.language import LanguageLearner, LanguageTask, Tokens
 from fedpref.tasks.task import CRITIC, Apart, ExampleOutcome
 from fedpref.types import Count, WholeNumber
@@ -49,6 +50,9 @@ class DialogueTask(LanguageTask):
 
     # not by a column: a prompt that two have written is there once, under the first one's name
     units: ClassVar[frozenset[str]] = frozenset({"prompt"})
+    measures: ClassVar[frozenset[str]] = frozenset(
+        {REWARD, "kl", "completions/mean_length", "completions/ended", "distinct_1", "distinct_2"}
+    )
 
     compares_by_shares: ClassVar[bool] = False
 
@@ -295,7 +299,8 @@ class DialogueLearner(LanguageLearner):
 
     def units(self, shard: DialogueShard, unit: Unit) -> list[int]:
         """Return which unit each training prompt belongs to; see `Task.units`."""
-        return list(range(len(shard.train)))
+        # in whatever spelling
+        return numbered([identity(one.text, "prompt") for one in shard.train])
 
     def private_batch(self, shard: DialogueShard, batch: int) -> tuple[float, list[float]]:
         chance = chance_of(len(shard), batch)

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fedpref.data.preferences import ClientData, Feedback, Preference, Row
+from fedpref.data.splits import identity
 from fedpref.data.unusable import Unusable, kept
 from fedpref.errors import UserError
 from fedpref.losses.feedback import KTO
@@ -31,8 +32,8 @@ from fedpref.tasks.offline import (
 )
 from fedpref.types import Text
 
-# prompts, answers, whether these are desirable, and prompts as messages
-Judged = list[tuple[Tokens, Tokens, bool, Text]]
+# prompts, answers, whether these are desirable, prompts as messages, and what they are told by
+Judged = list[tuple[Tokens, Tokens, bool, Text, str]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +83,7 @@ class FeedbackLearner(OfflineLearner):
         (train, _), (test, _), (validation, _) = sides = [
             self._judged(rows, unusable) for rows in (data.train, data.test, data.validation)
         ]
-        if train and len({prompt for prompt, *_ in train}) == 1:
+        if train and len({asked for *_, asked in train}) == 1:
             raise UserError(
                 f"client {data.name!r}: all {len(train)} judgements to train on are of one prompt, "
                 "and KTO tells how far the policy has moved by answers to another one. Give each "
@@ -91,7 +92,7 @@ class FeedbackLearner(OfflineLearner):
 
         def beside(held_out: Judged) -> tuple[Example, ...]:
             # a single held-out prompt has the training rows' answers beside it
-            others = [] if len({prompt for prompt, *_ in held_out}) > 1 else train
+            others = [] if len({asked for *_, asked in held_out}) > 1 else train
             return tuple(self._paired([*held_out, *others])[: len(held_out)])
 
         return OfflineShard(
@@ -125,8 +126,9 @@ class FeedbackLearner(OfflineLearner):
             with kept(unusable):
                 prompt, answers = self.tokens(row.prompt, texts, row.where)
                 prompt, answers, shortened = self.fit(prompt, answers, row.where)
+                asked = identity(row.prompt, "prompt")
                 judged += [
-                    (prompt, answer, label, self.messages(row.prompt))
+                    (prompt, answer, label, self.messages(row.prompt), asked)
                     for answer, label in zip(answers, labels, strict=True)
                 ]
                 cut += shortened
@@ -135,8 +137,9 @@ class FeedbackLearner(OfflineLearner):
     def _paired(self, judged: Judged) -> list[Example]:
         """Return judged answers, each with one to another prompt."""
         examples = []
-        others = next_others([prompt for prompt, *_ in judged])
-        for (prompt, answer, label, text), index in zip(judged, others, strict=True):
+        # an answer to the same prompt in another spelling is no answer to another one
+        others = next_others([asked for *_, asked in judged])
+        for (prompt, answer, label, text, _), index in zip(judged, others, strict=True):
             other = answer if index is None else judged[index][1][: self.max_length - len(prompt)]
             # of an answer that was cut before the assistant's turn nothing is scored
             second = other if scored_tokens(other) else answer

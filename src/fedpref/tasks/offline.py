@@ -25,6 +25,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fedpref.data.preferences import ClientData, Row
+from fedpref.data.splits import spelled
 from fedpref.data.unusable import Unusable
 from fedpref.errors import printable
 from fedpref.models.generation import OwnSampling, generate
@@ -349,7 +350,8 @@ class OfflineLearner(LanguageLearner):
         if isinstance(unit, Column):
             return numbered_by(unit, [one.columns for one in shard.train], shard.name)
         if unit == "prompt":
-            return numbered([one.prompt for one in shard.train])
+            # in whatever spelling: one prompt with another blank is not another unit
+            return numbered([spelled(self.texts(one)[0]) for one in shard.train])
         return list(range(len(shard.train)))
 
     def private_batch(self, shard: OfflineShard, batch: int) -> tuple[float, list[float]]:

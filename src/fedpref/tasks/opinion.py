@@ -49,6 +49,10 @@ class OpinionTask(TaskSettings):
     questions with two options, and the shares of comparisons that each of them won.
     """
 
+    measures: ClassVar[frozenset[str]] = frozenset(
+        {ALIGNMENT, "alignment_wasserstein", "accuracy", "error", "uniform", "calibration_error"}
+        | {"coverage"}
+    )
     units: ClassVar[frozenset[str]] = frozenset({"question"})
     pieces_of_unit: ClassVar[int] = 2
 

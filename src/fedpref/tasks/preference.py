@@ -17,7 +17,7 @@ from fedpref.errors import UserError
 from fedpref.losses import DPO, Explicit, Hinge, Loss, PairScores
 from fedpref.models.own_parts import Parts
 from fedpref.models.packed import scored_tokens
-from fedpref.numerics.metrics import COMBINED
+from fedpref.numerics.metrics import ACCURACY, COMBINED
 from fedpref.numerics.trees import Tree
 from fedpref.rewards.reward import OpenGroups, no_groups
 from fedpref.tasks.alignment import calibration_error
@@ -39,6 +39,11 @@ ENDS = frozenset({("a", "b"), ("A", "B"), ("0", "1"), ("1", "2")})
 @dataclass(frozen=True, kw_only=True)
 class PairTask(OfflineTask):
     """What tasks share that learn from pairs, by one of the DPO family's losses."""
+
+    measures: ClassVar[frozenset[str]] = frozenset(
+        {"loss", "loss_joint", "rewards/chosen", "rewards/rejected", "rewards/margins", ACCURACY}
+        | {COMBINED, "rewards/accuracies_explicit", "calibration_error"}
+    )
 
     loss: Loss = DPO()
     """The loss of a pair."""

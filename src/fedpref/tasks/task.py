@@ -68,6 +68,9 @@ class TaskSettings(ABC):
     adapts: ClassVar[bool] = False
     """It trains a LoRA adapter of a model, whose factors algorithms may treat apart."""
 
+    measures: ClassVar[frozenset[str]] = frozenset()
+    """Names of metrics that evaluations may have, beside those of an objective, which end in its
+    name; empty where they are not known beforehand."""
     units: ClassVar[frozenset[str]] = frozenset()
     """Whose gradients it can take apart, as privacy of what a client has needs it: `example`,
     `prompt`, `question`, `column`."""
