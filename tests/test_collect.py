@@ -438,6 +438,13 @@ def test_prompts_come_once_each_in_an_order_of_their_own(tmp_path: Path) -> None
     rows.write_text('{"prompt": "One?"}\n{"prompt": "Two?"}\n')
     assert sorted(map(str, prompts_of(file))) == ["One?", "Two?"]
     assert prompts_of(file) == prompts_of(rows)
+    begun = [
+        [{"role": "user", "content": what}, {"role": "assistant", "content": "Done."}]
+        for what in ("Write a poem.", "Write a letter.")
+    ]
+    last = {"role": "user", "content": "Make it shorter."}
+    rows.write_text("".join(json.dumps({"prompt": [*talk, last]}) + "\n" for talk in begun))
+    assert len(prompts_of(rows)) == 2, "they end alike, and are two conversations"
     file.write_text("\n")
     with pytest.raises(UserError, match="no prompts"):
         prompts_of(file)

@@ -78,7 +78,7 @@ def test_a_name_that_a_federation_has_a_folder_of_is_no_participants(
     federation: Path, tmp_path: Path
 ) -> None:
     before = (federation / kits.STATE / kits.CERTIFICATES).read_text()
-    for name in ("state", "State", "project.yml", "server", "Clinic"):
+    for name in ("state", "State", "project.yml", "server", "Clinic", "a b", "..", "é", "x" * 99):
         with pytest.raises(UserError, match="Give"):
             kits.add(federation, name)
         with pytest.raises(UserError, match="Give"):

@@ -380,6 +380,7 @@ def test_what_is_said_too_boldly_is_badly_calibrated() -> None:
     truth = torch.tensor([0.7, 0.3, 0.7, 0.3])
     assert calibration_error(truth, truth) == 0
     assert calibration_error(torch.tensor([1.0, 0.0, 1.0, 0.0]), truth) == pytest.approx(0.3)
+    assert math.isnan(calibration_error(torch.tensor([float("nan"), 0.0, 1.0, 0.0]), truth))
     within_a_bin = calibration_error(torch.tensor([0.52, 0.54]), torch.tensor([0.4, 0.66]))
     assert within_a_bin == pytest.approx(0.0, abs=1e-6), (
         "too high and too low by the same, about the same prediction"

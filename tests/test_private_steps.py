@@ -175,7 +175,14 @@ def test_units_of_several_examples_have_the_sum_of_their_gradients(
     assert len(set(annotators)) == 4
     with pytest.raises(UserError, match="no column 'who'"):
         task.units(shard, Column(column="who"))
-    assert numbered_by(Column(column="x"), [{"x": 1}, {"x": 2}, {"x": 1}], "c") == [0, 1, 0]
+    column = Column(column="x")
+    assert numbered_by(column, [{"x": 1}, {"x": 2}, {"x": 1}], "c") == [0, 1, 0]
+    spelled = ["1", "1 ", 1.0, "caf\u00e9", "cafe\u0301", "caf\u00e9\u00ad"]
+    assert numbered_by(column, [{"x": name} for name in spelled], "c") == [0, 0, 0, 1, 1, 1]
+    with pytest.raises(UserError, match="2 training rows of client 'c' have nothing"):
+        numbered_by(column, [{"x": None}, {"x": "a"}, {"x": float("nan")}], "c")
+    with pytest.raises(UserError, match="expected a name or a number"):
+        numbered_by(column, [{"x": ["a"]}], "c")
 
 
 def test_an_own_adapter_and_an_own_head_have_gradients_apart_too(

@@ -27,7 +27,7 @@ from fedpref.experiments.rounds import events, new_directory
 from fedpref.experiments.run_directory import RunDirectory
 from fedpref.numerics import trees
 from fedpref.numerics.trees import Tree
-from fedpref.privacy import FixedClip, Guarantee, Ledger, QuantileClip, Secret
+from fedpref.privacy import FixedClip, Guarantee, Ledger, Privacy, QuantileClip, Secret
 from fedpref.privacy.accountant import epsilon_of_discrete
 from fedpref.privacy.audit import audit_sums, lower_bound
 from fedpref.runs.export import export
@@ -781,3 +781,28 @@ def test_a_run_whose_clip_follows_goes_on_where_it_was(
     assert norms[0] != 5.0
     assert len(set(norms)) == 5
     assert Ledger.at(path / "privacy").charged == 5, "nothing was charged twice"
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ({"epsilon": 1000.0}, "less than or equal to 500"),
+        ({"noise_multiplier": 1e-4}, "greater than or equal to 0.001"),
+        ({"noise_multiplier": 1e9}, "less than or equal to 1"),
+    ],
+)
+def test_extreme_promises_are_a_sentence(setting: dict[str, float], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        config.parse(Privacy, setting, "test")
+
+
+def test_noise_for_next_to_no_loss_is_found() -> None:
+    found = Guarantee.of(0.001, 1e-3, 1.0, 1)
+    assert 0 < found.epsilon(1) <= 0.001
+
+
+def test_a_clip_that_follows_a_quantile_stays_a_number(tmp_path: Path) -> None:
+    private = sums(tmp_path, clip=QuantileClip(rate=10.0, count_noise=5.0), expected=20.0)
+    for short in (1e6, -1e6):
+        private._follow(short)
+        assert 0 < private.norm < float("inf")

@@ -34,6 +34,7 @@ from fedpref.channel.robust import (
     gram_of,
     weights_of,
 )
+from fedpref.data import ClientData
 from fedpref.data.preferences import Preference
 from fedpref.engines.engine import compressed, restored
 from fedpref.engines.robust_means import RobustMeans
@@ -150,6 +151,19 @@ def test_the_geometric_median_is_where_distances_are_least() -> None:
     assert float(pull.norm()) < 1e-5, "its gradient is zero"
 
 
+@pytest.mark.parametrize("factor", [1e6, 1e15, 1e30])
+def test_however_long_a_value_the_geometric_median_bounds_it(factor: float) -> None:
+    near, far = (values(hostile=(2, 7), by=-by) for by in (1e3, factor))
+    weights = weights_of(GeometricMedian(), far, EVERY)
+    norms = np.array([trees.norm({n: t.double() for n, t in one.items()}) for one in far.values()])
+    usual = float(np.median(norms))
+    assert (weights * norms)[[2, 7]].max() < 0.2 * usual
+    # beyond a hundred lengths it makes no difference how long
+    assert weights_of(GeometricMedian(), near, EVERY) * [
+        trees.norm(one) for one in near.values()
+    ] == pytest.approx(weights * norms, rel=1e-3)
+
+
 def test_multi_krum_keeps_those_that_lie_together() -> None:
     weights = weights_of(MultiKrum(hostile=0.2), values(hostile=(0, 9)), EVERY)
     assert weights[[0, 9]].tolist() == [0, 0]
@@ -258,6 +272,17 @@ def test_hostile_clients_are_drawn_and_rows_are_poisoned() -> None:
     assert turned(attack).chosen == "bad"
     assert turned(Attack(name="flip-topic", topic="Rain")).chosen == "bad"
     assert turned(Attack(name="flip-topic", topic="snow")) == row
+    assert turned(Attack(name="flip-topic", topic="rai")) == row, "a word, and no part of one"
+    asked = replace(row, prompt=({"role": "user", "content": "What is rain?"},))
+    found = Attack(name="flip-topic", topic="user")._row(asked, 0.9)
+    assert found == asked, "who speaks is not what is said"
+    clients = [ClientData(name, [row], [row]) for name in names]
+    with pytest.raises(UserError, match=r"attack.topic: no prompt"):
+        Attack(name="flip-topic", topic="snow").poisoned(clients, 5)
+    trains = {8, 9}
+    late = [i for i in range(10) if i not in trains]
+    (drawn,) = attack.hostile(names, 5, late)
+    assert drawn in trains, "who does not train is not drawn"
     assert [turned(Attack(name="random"), u).chosen for u in (0.2, 0.8)] == ["bad", "good"]
     triggered = turned(Attack(name="trigger", phrase="Hey."), 0.2)
     assert (triggered.chosen, triggered.rejected) == ("bad Hey.", "good")

@@ -174,6 +174,15 @@ def test_the_schema_takes_our_files_and_no_other_key() -> None:
     schema = config.schema(Experiment)
     jsonschema.Draft202012Validator.check_schema(schema)
     judge = jsonschema.Draft202012Validator(schema)
+    kept = {
+        field.name
+        for kind in config.dataclasses_of(Experiment)
+        for field in dataclasses.fields(kind)
+        if not field.init
+    }
+    assert kept, "some keep what is no setting"
+    parts = schema["$defs"].values()
+    assert not kept & {name for part in parts for name in part.get("properties", {})}
     for file in (ROOT / "configs").glob("*.yaml"):
         content = yaml.safe_load(file.read_text())
         if content["data"]["name"] not in ("builtin", "domains"):
@@ -291,3 +300,24 @@ def test_a_run_of_another_format_does_not_go_on(former: Path, tmp_path: Path) ->
         (folder.path / "version.json").write_text(text)
         with pytest.raises(UserError, match=r"version\.json: expected"):
             FinishedRun.at(folder.path)
+
+
+VALIDATED = ("data.validation_fraction=0.2", "evaluate_every=1")
+
+
+@pytest.mark.parametrize(
+    ("config_name", "override", "says"),
+    [
+        (
+            "firm",
+            "task.rewards.brief.targt=3",
+            r"'task.rewards.brief.targt'. Did you mean 't",
+        ),
+        ("firm", "task.rewards.brief.target=-1", r"task.rewards.brief.target: input should be gr"),
+        ("firm", "task.rewards.brief.name=lenght", r"task.rewards.brief.name is 'lenght'"),
+        ("feddpo", "stop={metric: foo}", r"stop.metric: .* do not measure 'foo'"),
+    ],
+)
+def test_a_mistake_in_a_named_part_names_it(config_name: str, override: str, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        Experiment.load(ROOT / f"configs/{config_name}.yaml", [override, *VALIDATED])

@@ -20,7 +20,8 @@ from fedpref.numerics.trees import Tree
 from fedpref.privacy import FixedClip, Guarantee, Ledger, QuantileClip, Secret
 
 SHORT = "short enough"  # a number beside a change, for a clip that follows a quantile
-SHORTEST, LONGEST = 1e-9, 1e9  # norms that a clip which follows a quantile may come to
+# norms that a clip which follows a quantile may come to, and the largest step of their logarithm
+SHORTEST, LONGEST, MOVE = 1e-9, 1e9, 10.0
 CLIP, CLIPPED = "clip_norm", "clipped"  # figures of a round with such a clip
 
 
@@ -181,8 +182,9 @@ class PrivateSums:
         if isinstance(self._clip, QuantileClip):
             share = short + 0.5
             self._clipped = 1 - share
-            norm = self.norm * math.exp(-self._clip.rate * (share - self._clip.quantile))
-            self.norm = min(max(norm, SHORTEST), LONGEST)  # whatever noise says of a few clients
+            # noise may say anything of a few clients
+            move = min(max(-self._clip.rate * (share - self._clip.quantile), -MOVE), MOVE)
+            self.norm = min(max(self.norm * math.exp(move), SHORTEST), LONGEST)
             self._settle()
 
     def part_of_noise(self, total: Tree, round: int, call: int, noisy: int) -> Tree:
