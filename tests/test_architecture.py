@@ -134,3 +134,17 @@ def test_the_command_line_starts_without_torch() -> None:
         "sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: p.stem)
+def test_what_algorithms_and_tasks_are_like_is_declared(path: Path) -> None:
+    """A flag that is read by `getattr` with a default is gone without a word once it is renamed."""
+    asked = [
+        ast.unparse(node)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and (node.func.id == "hasattr" or (node.func.id == "getattr" and len(node.args) == 3))
+        and ast.unparse(node.args[0]).split(".")[-1] in ("algorithm", "task", "source")
+    ]
+    assert not asked

@@ -16,10 +16,10 @@ def reason(error: BaseException, *, whole: bool = False) -> str:
 
     Args:
         error: What was raised.
-        whole: All that it says, to 400 characters, in place of its first line.
+        whole: All that it says, to 600 characters, in place of its first line.
     """
     text = str(error).strip()
-    said = " ".join(text.split())[:400] if whole else text.partition("\n")[0].rstrip()
+    said = " ".join(text.split())[:600] if whole else text.partition("\n")[0].rstrip()
     return said or type(error).__name__
 
 

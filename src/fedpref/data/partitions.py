@@ -229,7 +229,7 @@ def partition(
                 if isinstance(how, Natural)
                 else "take fewer clients"
             )
-            if most := getattr(how, "max_rows", None):
+            if most := how.max_rows if isinstance(how, Natural | IID) else None:
                 remedy += f", raise partition.max_rows ({most} rows, of all sides in proportion)"
             if side == "test" and _ask_one_thing(rows):
                 remedy += ", let data.split_by=prompt tell prompts apart by all of their turns"

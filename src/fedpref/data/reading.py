@@ -18,6 +18,7 @@ from fedpref.data.placed import Labels, Placed, label, nobodys
 from fedpref.data.preferences import SIDES, ClientData, Preference, Row
 from fedpref.data.row_store import RowStore
 from fedpref.data.source import DataSource
+from fedpref.data.sources import Files
 from fedpref.data.splits import NONE, Outline, identity, place
 from fedpref.data.unusable import Policy, Unusable, counted, summary
 from fedpref.errors import UserError
@@ -206,13 +207,13 @@ def _read(
     apart: bool,
     room: int | None,
 ) -> Reading:
-    column = getattr(how, "column", "")
+    column = how.column if isinstance(how, Natural | Dirichlet) else ""
     labels = Labels(column) if isinstance(how, Natural | Dirichlet) else None
     kept = _Kept(RowStore(room), labels, column)
     purposes = ("test", "validation") if source.validation_fraction else ("test",)
     outline = Outline.of(kept.keep(source), source.split_by, source.split_seed, purposes)
     if not kept.total:
-        only = getattr(source, "only", {})
+        only = source.only if isinstance(source, Files) else {}
         which = f" with the values of data.only ({', '.join(only)})" if only else ""
         raise UserError(f"{source.location or source.name}: there are no rows{which}.")
     if kept.nobodys and not kept.store:

@@ -617,7 +617,8 @@ def _baseline(experiment: Experiment, name: Baseline, clients: int) -> AnyAlgori
     # trained as the algorithm trains its own: where it says nothing, as what is shared
     named = {one.name for one in fields(Personal)} - {"name", "parts", "local"}
     how: dict[str, Any] = {"adapter_rate": 1.0}
-    how |= {key: getattr(algorithm, key) for key in named if hasattr(algorithm, key)}
+    named &= {one.name for one in fields(algorithm)}
+    how |= {key: getattr(algorithm, key) for key in named}
     reward = replace(NO_PARTS, reward=True, reward_pooling=own.reward_pooling)
     if name == "alone-parts":
         return Alone(local=local, parts=own, **how)

@@ -18,7 +18,11 @@ from fedpref.experiments.run_directory import RunDirectory
 from fedpref.experiments.run_files import FROZEN, read_json
 from fedpref.numerics import trees
 from fedpref.tasks import Task
+from fedpref.tasks.dialogue import DialogueLearner
 from fedpref.tasks.group_reward import CombinedReward
+from fedpref.tasks.language import LanguageLearner
+from fedpref.tasks.online import OnlinePreferenceLearner
+from fedpref.tasks.opinion import OpinionLearner
 
 # parts of a config that decide what is learned
 DECIDING = (
@@ -42,12 +46,17 @@ def frozen(task: Task) -> dict[str, str]:
     A model's digest is of its weights as they are computed with and of its config as transformers
     reads it, so that both stand beside it.
     """
-    at_work: Any = task
-    model = getattr(at_work, "language", None) or getattr(at_work, "encoder", None)
-    if model is None:  # a task of somebody's own
+    rewards: dict[str, Any] = {}
+    if isinstance(task, OpinionLearner):
+        found = of_model(task.encoder)
+    elif isinstance(task, LanguageLearner):
+        found = of_model(task.language)
+    else:  # a task of somebody's own
         return {}
-    found = of_model(model)
-    rewards = {**getattr(at_work, "rewards", {}), "judge": getattr(at_work, "judge", None)}
+    if isinstance(task, DialogueLearner):
+        rewards = dict(task.rewards)
+    elif isinstance(task, OnlinePreferenceLearner):
+        rewards = {"judge": task.judge}
     for name, reward in rewards.items():
         if isinstance(reward, CombinedReward):
             for group, one in reward.groups.items():

@@ -22,6 +22,7 @@ from fedpref.federation.aggregation import Factors, Product
 from fedpref.federation.algorithm import Algorithm
 from fedpref.privacy import Privacy
 from fedpref.privacy.settings import unit_in_words
+from fedpref.tasks.language import LanguageTask
 
 if TYPE_CHECKING:
     from fedpref.experiments.experiment import Experiment
@@ -179,7 +180,7 @@ def _worth(spec: Experiment, noise: float, times: int, more: str) -> str:
     helps = []
     if isinstance(spec.algorithm.aggregate, Factors | Product):
         helps.append("aggregate: frozen-a")
-    if getattr(getattr(spec.task, "model", None), "lora_r", 1) > 1:
+    if isinstance(spec.task, LanguageTask) and spec.task.model.lora_r > 1:
         helps.append("a smaller rank")
     if times > 1:
         helps.append("fewer rounds")

@@ -33,6 +33,7 @@ from fedpref.models.gguf_files import (
     write_adapter,
     write_model,
 )
+from fedpref.models.language import Model
 from fedpref.models.named import BUILTIN, MODELS, convert
 from fedpref.models.own_parts import DOWN, FILE, REWARDS, VOCABULARY_HEAD, head_weight
 from fedpref.numerics import trees
@@ -413,7 +414,8 @@ def card(
     Metrics stand only where this very model was measured.
     """
     given, data = experiment.task.model.path, experiment.data.location
-    named, file = MODELS.get(given), getattr(experiment.task.model, "gguf_file", None)
+    named, read_as = MODELS.get(given), experiment.task.model
+    file = read_as.gguf_file if isinstance(read_as, Model) else None
     # where an adapter was given as the model, exports stand on its base
     has_base = bool(base) and not named and not file and given != BUILTIN
     model = base if has_base and Path(base) != Path(given) else (named and named.hub) or given
@@ -470,7 +472,7 @@ def card(
             f"Training began with the adapter `{_escaped(adapter)}` merged into the base model; it "
             "is part of this model."
         )
-    if bits := getattr(experiment.task.model, "bits", None):
+    if isinstance(read_as, Model) and (bits := read_as.bits):
         lines.append(
             f"It was trained, and the metrics above were measured, on the base model rounded to "
             f"{bits} bits (bitsandbytes); here it stands on weights that are not rounded."
