@@ -33,7 +33,8 @@ from fedpref.engines.workers import keep_freed_memory, one_thread
 from fedpref.experiments.run_directory import RunDirectory
 from fedpref.experiments.run_files import METRICS
 from fedpref.numerics import seeds
-from fedpref.reports.comparison import Row, compare, markdown, table
+from fedpref.reports.comparison import Row, compare
+from fedpref.reports.comparison_tables import markdown, table
 from fedpref.reports.progress import show
 from fedpref.runs.sweep import plan, sweep
 

@@ -16,7 +16,8 @@ from rich.console import Console
 
 from fedpref import Experiment, UserError
 from fedpref.numerics.intervals import interval
-from fedpref.reports.comparison import cells, compare, csv_text, markdown, notes, table
+from fedpref.reports.comparison import compare
+from fedpref.reports.comparison_tables import cells, csv_text, markdown, notes, table
 from fedpref.runs import sweep as sweep_module
 from fedpref.runs.sweep import (
     parse_variant,

@@ -10,7 +10,8 @@ import pytest
 
 from conftest import make_rows, write_rows
 from fedpref import Experiment, UserError, config, run
-from fedpref.reports.comparison import Terms, compare_all, notes
+from fedpref.reports.comparison import Terms, compare_all
+from fedpref.reports.comparison_tables import notes
 from fedpref.reports.equal_terms import Course, at, cost_of, course, parse, seen
 
 ACCURACY = "rewards/accuracies"

@@ -40,8 +40,9 @@ from fedpref.engines.engine import compressed, restored
 from fedpref.engines.robust_means import RobustMeans
 from fedpref.experiments.attack import Attack, groups
 from fedpref.experiments.clients import at_sites
-from fedpref.experiments.experiment import lines, with_whole_paths
+from fedpref.experiments.experiment import with_whole_paths
 from fedpref.experiments.frozen import decided
+from fedpref.experiments.lines import lines
 from fedpref.experiments.rounds import events
 from fedpref.experiments.run_directory import RunDirectory
 from fedpref.federation.aggregation import Product

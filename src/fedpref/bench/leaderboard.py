@@ -18,7 +18,8 @@ from fedpref.experiments.environment import described
 from fedpref.experiments.finished import FinishedRun
 from fedpref.numerics import files
 from fedpref.numerics.metrics import HEADLINES
-from fedpref.reports.comparison import caption, compare, csv_text, latex, markdown
+from fedpref.reports.comparison import compare
+from fedpref.reports.comparison_tables import caption, csv_text, latex, markdown
 from fedpref.reports.page import write_report
 from fedpref.reports.tables import bytes_text
 from fedpref.runs.sweep import members

@@ -11,7 +11,8 @@ from pathlib import Path
 from fedpref.bench.costs import Cost, duration, expected, processor_seconds
 from fedpref.bench.suites import DataSet, Suite
 from fedpref.errors import UserError
-from fedpref.experiments.experiment import Experiment, batches_of_pooled
+from fedpref.experiments.experiment import Experiment
+from fedpref.experiments.lines import batches_of_pooled
 from fedpref.numerics import files
 from fedpref.runs.sweep import (
     Variant,

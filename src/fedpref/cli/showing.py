@@ -45,21 +45,22 @@ def compare(
 
     Example: fedpref compare runs/feddpo runs/fedpdpo
     """
-    from fedpref.reports import comparison
+    from fedpref.reports import comparison_tables
+    from fedpref.reports.comparison import Terms, compare_all
 
-    terms = comparison.Terms(at, to)
-    rows = comparison.compare_all(runs, terms)
+    terms = Terms(at, to)
+    rows = compare_all(runs, terms)
     forms = (
-        (markdown, comparison.markdown),
-        (csv, comparison.csv_text),
-        (latex, comparison.latex),
+        (markdown, comparison_tables.markdown),
+        (csv, comparison_tables.csv_text),
+        (latex, comparison_tables.latex),
     )
     wanted = [form for is_wanted, form in forms if is_wanted]
     for form in wanted:
         print(form(rows), end="")
     if not wanted:
-        console.print(comparison.table(rows))
-        for note in comparison.notes(rows, terms):
+        console.print(comparison_tables.table(rows))
+        for note in comparison_tables.notes(rows, terms):
             console.print(note, highlight=False, soft_wrap=True)
 
 

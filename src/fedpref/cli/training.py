@@ -371,14 +371,8 @@ def swept(folder: Path, parallel: int = 1) -> None:
     """Do what is left of a sweep, so many runs at a time, and show what it came to."""
     from fedpref.experiments.finished import FinishedRun
     from fedpref.models.trunk import remove_states
-    from fedpref.reports.comparison import (
-        compare,
-        csv_text,
-        latex,
-        markdown,
-        notes,
-        table,
-    )
+    from fedpref.reports.comparison import compare
+    from fedpref.reports.comparison_tables import csv_text, latex, markdown, notes, table
     from fedpref.reports.page import REPORT, write_report
     from fedpref.reports.progress import show
     from fedpref.runs.sweep import chosen, planned, selection, side_by_side

@@ -255,26 +255,16 @@ class RemoteEngine:
         All of them lie here at once.
         """
         values: dict[int, Tree] = {}
-        waiting = list(self.active)
-        while waiting:
-            count = max(1, GROUP // self._largest) if self._largest else FIRST_GROUP
-            group, waiting = waiting[:count], waiting[count:]
-            answers = self._ask(
-                {
-                    site: (
-                        _contribute({i: names[i].text for i in some}, dict.fromkeys(some, 1.0)),
-                        NO_TENSORS,
-                    )
-                    for site, some in self._by_site(group).items()
-                }
-            )
-            for i in (i for i in group if i in self.active):
-                message = trees.part(answers[self._sites.site_of[i]][1], i)
-                if reason := unusable(message):
-                    self._leave_out({i: reason})
-                    continue
-                self._largest = max(self._largest, trees.size(message))
-                values[i] = message
+
+        def header(own: Mapping[int, str]) -> Header:
+            return _contribute(own, dict.fromkeys(own, 1.0))
+
+        for i, message in self._messages(names, header):
+            if reason := unusable(message):
+                self._leave_out({i: reason})
+                continue
+            self._largest = max(self._largest, trees.size(message))
+            values[i] = message
         usual = self._usual(map(shape, values.values()))
         self._leave_out(
             {
@@ -301,45 +291,37 @@ class RemoteEngine:
         weight = sum(self._weights[i] for i in present)
         sums: dict[Shape, Tree] = {}
         forms: dict[int, Shape] = {}
-        waiting = list(present)
         uplink = self._uplink if self._purpose == "train" else Chain()
         place = (self.round, self._calls) if uplink.stages else None
-        while waiting:
-            count = max(1, GROUP // self._largest) if self._largest else FIRST_GROUP
-            group, waiting = waiting[:count], waiting[count:]
-            asked: dict[str, tuple[Header, Tree]] = {}
-            for site, clients in self._by_site(group).items():
-                own = {i: names[i].text for i in clients}
-                shares = {i: self._weights[i] / weight for i in clients}
-                asked[site] = (_contribute(own, shares, place=place), NO_TENSORS)
-            answers = self._ask(asked)
-            for i in (i for i in group if i in self.active):
-                message = trees.part(answers[self._sites.site_of[i]][1], i)
-                size = trees.size(message)
-                try:
-                    message = restored(uplink, message)
-                except ValueError as error:
-                    self._leave_out({i: str(error)})
-                    continue
-                if reason := unusable(message) or self._other_type(message):
-                    self._leave_out({i: reason})
-                    continue
-                sent += size
-                self._largest = max(self._largest, trees.size(message))
-                if self._clip is not None and self._purpose == "train":
-                    message, length = clipped(message, self._weights[i] / weight, self._clip)
-                    self.lengths[i] = max(length, self.lengths.get(i, 0.0))
-                form = shape(message)
-                # a few numbers may stand for many, and each form has a sum of its own
-                room = sum(map(trees.size, (*sums.values(), message)))
-                if form not in sums and room > self._room_for_sums:
-                    self._leave_out({i: "there is no room for a sum of its form"})
-                    continue
-                forms[i] = form
-                sums[form] = trees.add_to(sums[form], message) if form in sums else message
-            del answers
-            if not set(present) <= set(self.active):
-                return None
+
+        def header(own: Mapping[int, str]) -> Header:
+            return _contribute(own, {i: self._weights[i] / weight for i in own}, place=place)
+
+        for i, message in self._messages(names, header, stops_short=True):
+            size = trees.size(message)
+            try:
+                message = restored(uplink, message)
+            except ValueError as error:
+                self._leave_out({i: str(error)})
+                continue
+            if reason := unusable(message) or self._other_type(message):
+                self._leave_out({i: reason})
+                continue
+            sent += size
+            self._largest = max(self._largest, trees.size(message))
+            if self._clip is not None and self._purpose == "train":
+                message, length = clipped(message, self._weights[i] / weight, self._clip)
+                self.lengths[i] = max(length, self.lengths.get(i, 0.0))
+            form = shape(message)
+            # a few numbers may stand for many, and each form has a sum of its own
+            room = sum(map(trees.size, (*sums.values(), message)))
+            if form not in sums and room > self._room_for_sums:
+                self._leave_out({i: "there is no room for a sum of its form"})
+                continue
+            forms[i] = form
+            sums[form] = trees.add_to(sums[form], message) if form in sums else message
+        if not set(present) <= set(self.active):
+            return None
         # whoever sends other names or shapes than most is at fault; no template of them is known
         # here
         usual = self._usual(forms.values())
@@ -421,27 +403,48 @@ class RemoteEngine:
             raise ValueError(f"no sum is private in the phase to {self._purpose}")
         noisy = {"round": self.round, "call": self._calls, "norm": private.norm}
 
-        def messages() -> Iterator[Tree]:
-            waiting = list(self.active)
-            while waiting:
-                count = max(1, GROUP // self._largest) if self._largest else FIRST_GROUP
-                group, waiting = waiting[:count], waiting[count:]
-                answers = self._ask(
-                    {
-                        site: (_contribute({i: names[i].text for i in some}, {}, noisy), NO_TENSORS)
-                        for site, some in self._by_site(group).items()
-                    }
-                )
-                for i in (i for i in group if i in self.active):
-                    message = trees.part(answers[self._sites.site_of[i]][1], i)
-                    if not private.fits(message):
-                        self._leave_out({i: "what it sent is no change as it was promised"})
-                        continue
-                    self._largest = max(self._largest, trees.size(message))
-                    self.traffic += Traffic(bytes_up=trees.size(message))
-                    yield message
+        def fitting() -> Iterator[Tree]:
+            for i, message in self._messages(names, lambda own: _contribute(own, {}, noisy)):
+                if not private.fits(message):
+                    self._leave_out({i: "what it sent is no change as it was promised"})
+                    continue
+                self._largest = max(self._largest, trees.size(message))
+                self.traffic += Traffic(bytes_up=trees.size(message))
+                yield message
 
-        return private.release(messages(), self.round, self._calls)
+        return private.release(fitting(), self.round, self._calls)
+
+    def _messages(
+        self,
+        names: Mapping[int, Name],
+        header: Callable[[Mapping[int, str]], Header],
+        stops_short: bool = False,
+    ) -> Iterator[tuple[int, Tree]]:
+        """Yield each active client's message for a mean, in the clients' order.
+
+        Clients are asked in groups of about as much as fits into memory, by the largest message so
+        far, which whoever takes the messages notes.
+
+        Args:
+            names: Of the clients' values.
+            header: Makes the request to a site from its clients' names of values.
+            stops_short: Whether nobody is asked any more once a client has fallen out.
+        """
+        waiting, present = list(self.active), set(self.active)
+        while waiting:
+            count = max(1, GROUP // self._largest) if self._largest else FIRST_GROUP
+            group, waiting = waiting[:count], waiting[count:]
+            answers = self._ask(
+                {
+                    site: (header({i: names[i].text for i in some}), NO_TENSORS)
+                    for site, some in self._by_site(group).items()
+                }
+            )
+            for i in (i for i in group if i in self.active):
+                yield i, trees.part(answers[self._sites.site_of[i]][1], i)
+            del answers
+            if stops_short and not present <= set(self.active):
+                return
 
     def _usual(self, shapes: Iterable[Shape]) -> Shape:
         """Return the form that most messages have; of several, the one nearest to what was sent."""

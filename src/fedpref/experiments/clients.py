@@ -23,8 +23,9 @@ from fedpref.engines.private_examples import PrivateExamples
 from fedpref.engines.private_sums import PrivateSums
 from fedpref.engines.workers import can_fork
 from fedpref.errors import UserError
-from fedpref.experiments.experiment import Experiment, encoded, lines
+from fedpref.experiments.experiment import Experiment, encoded
 from fedpref.experiments.free_baselines import FREE_BASELINES, run_free
+from fedpref.experiments.lines import lines
 from fedpref.experiments.private import (
     FOLDER,
     private_examples,

@@ -16,9 +16,10 @@ from fedpref.data.unusable import Unusable, refuse_empty, summary
 from fedpref.engines import Simulation
 from fedpref.engines.workers import keep_freed_memory, one_thread
 from fedpref.errors import UserError, command
-from fedpref.experiments.experiment import Experiment, lines
+from fedpref.experiments.experiment import Experiment
 from fedpref.experiments.free_baselines import free_lines
 from fedpref.experiments.frozen import frozen, refuse_other
+from fedpref.experiments.lines import lines
 from fedpref.experiments.migration import migrated
 from fedpref.experiments.run_directory import (
     CONFIG,

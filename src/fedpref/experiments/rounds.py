@@ -24,8 +24,9 @@ from fedpref.experiments.choosing import VALIDATION, standing
 from fedpref.experiments.clients import About, AtSites, ClientSource, InProcess
 from fedpref.experiments.environment import described
 from fedpref.experiments.evaluations import Look, export_models, measured
-from fedpref.experiments.experiment import Experiment, lines, with_whole_paths
+from fedpref.experiments.experiment import Experiment, with_whole_paths
 from fedpref.experiments.frozen import as_text, decided, frozen, refuse_other
+from fedpref.experiments.lines import lines
 from fedpref.experiments.private import FOLDER, refuse_lost
 from fedpref.experiments.run_directory import CONFIG, RunDirectory, in_runs
 from fedpref.experiments.run_files import (

@@ -10,7 +10,8 @@ from typing import Any
 from fedpref.errors import UserError, require
 from fedpref.reports import group_charts
 from fedpref.reports.charts import Chart
-from fedpref.reports.comparison import compare_all, csv_text, latex
+from fedpref.reports.comparison import compare_all
+from fedpref.reports.comparison_tables import csv_text, latex
 from fedpref.reports.groups import groups_of
 
 FORMATS = ("svg", "pdf")

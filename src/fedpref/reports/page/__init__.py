@@ -20,7 +20,8 @@ from fedpref.numerics.intervals import FEWEST
 from fedpref.numerics.metrics import HEADLINES
 from fedpref.reports import charts, group_charts
 from fedpref.reports import method_charts as methods
-from fedpref.reports.comparison import TITLES, Row, cells, columns_of, compare
+from fedpref.reports.comparison import Row, compare
+from fedpref.reports.comparison_tables import TITLES, cells, columns_of
 from fedpref.reports.groups import Group, groups_of
 from fedpref.reports.page import sums
 from fedpref.reports.page.sentences import MEANINGS, facts, told
