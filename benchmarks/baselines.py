@@ -32,7 +32,8 @@ import torch
 from fedpref import Experiment, config, run
 from fedpref.data import words
 from fedpref.data.words import Pair
-from fedpref.models.language import LanguageModel, Model
+from fedpref.models.language import LanguageModel
+from fedpref.models.model_settings import Model
 from fedpref.numerics.bradley_terry import Differences, folds, margins
 from fedpref.numerics.intervals import interval
 from fedpref.numerics.metrics import ACCURACY

@@ -27,7 +27,7 @@ import transformers
 from fedpref.engines.workers import keep_freed_memory, one_thread
 from fedpref.federation.local_training import LocalTraining, train_locally
 from fedpref.federation.verbs import Client
-from fedpref.models.language import Model
+from fedpref.models.model_settings import Model
 from fedpref.numerics import seeds
 from fedpref.tasks import PreferenceTask
 from fedpref.tasks.offline import OfflineShard

@@ -52,7 +52,8 @@ from fedpref.experiments.rounds import events, new_directory
 from fedpref.experiments.run_directory import RunDirectory
 from fedpref.federation.participation import Participation
 from fedpref.federation.verbs import WORK, Work
-from fedpref.models.language import LanguageModel, Model
+from fedpref.models.language import LanguageModel
+from fedpref.models.model_settings import Model
 from fedpref.numerics import trees
 from fedpref.numerics.metrics import ACCURACY
 from fedpref.reports.page import write_report

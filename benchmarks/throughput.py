@@ -57,7 +57,7 @@ from fedpref.experiments.experiment import Experiment
 from fedpref.federation.local_training import LocalTraining, train_locally
 from fedpref.federation.verbs import Client
 from fedpref.models import devices
-from fedpref.models.language import Model
+from fedpref.models.model_settings import Model
 from fedpref.models.named import cache, located
 from fedpref.numerics import seeds, trees
 from fedpref.numerics.metrics import ACCURACY, standard_error

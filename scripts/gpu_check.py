@@ -87,7 +87,8 @@ from fedpref.federation.local_training import LocalTraining, train_locally
 from fedpref.federation.verbs import Client
 from fedpref.models import head
 from fedpref.models.generation import OwnSampling, generate
-from fedpref.models.language import LanguageModel, Model
+from fedpref.models.language import LanguageModel
+from fedpref.models.model_settings import Model
 from fedpref.models.named import BUILTIN, convert, located
 from fedpref.models.packed import Row
 from fedpref.numerics import seeds

@@ -31,8 +31,9 @@ from fedpref.experiments.run_files import EVALUATION, METRICS
 from fedpref.models import loading
 from fedpref.models.generation import merged
 from fedpref.models.gguf_files import write_adapter, write_model
-from fedpref.models.language import LanguageModel, Model
+from fedpref.models.language import LanguageModel
 from fedpref.models.loading import load_model
+from fedpref.models.model_settings import Model
 from fedpref.models.named import convert
 from fedpref.models.own_parts import Parts
 from fedpref.models.texts import Texts

@@ -22,7 +22,8 @@ from fedpref.federation.verbs import Client
 from fedpref.losses import DPO, Explicit, Hinge
 from fedpref.models import head
 from fedpref.models.head import token_log_probabilities
-from fedpref.models.language import LanguageModel, Model
+from fedpref.models.language import LanguageModel
+from fedpref.models.model_settings import Model
 from fedpref.models.own_parts import (
     DOWN,
     HEAD,

@@ -13,7 +13,8 @@ import torch.nn.attention.varlen
 from torch import Tensor
 
 from fedpref.models.graphs import Graphs
-from fedpref.models.language import LanguageModel, Model, _Cast
+from fedpref.models.language import LanguageModel, _Cast
+from fedpref.models.model_settings import Model
 from fedpref.models.packed import Layout, Row, sums_at_once
 from fedpref.models.variable_length import Places, Size, by_variable_length
 from fedpref.numerics.trees import Tree

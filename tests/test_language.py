@@ -21,8 +21,9 @@ from fedpref.errors import UserError
 from fedpref.models import attention, head, trial
 from fedpref.models.generation import merged
 from fedpref.models.head import token_log_probabilities
-from fedpref.models.language import LanguageModel, Model
+from fedpref.models.language import LanguageModel
 from fedpref.models.loading import load_model
+from fedpref.models.model_settings import Model
 from fedpref.models.own_parts import OWN_ADAPTER
 from fedpref.models.packed import Row
 from fedpref.models.variable_length import by_variable_length

@@ -17,7 +17,8 @@ from fedpref import cli, config, run
 from fedpref.errors import UserError
 from fedpref.experiments.experiment import Experiment
 from fedpref.experiments.run_files import ENVIRONMENT, read_json
-from fedpref.models.language import LanguageModel, Model
+from fedpref.models.language import LanguageModel
+from fedpref.models.model_settings import Model
 from fedpref.models.named import MODELS, SAYS, about, base_of, cache, fetch, located
 from fedpref.runs.export import export
 

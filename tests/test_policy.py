@@ -19,7 +19,8 @@ from conftest import REAL_DATA, needs_real_data
 from fedpref import UserError
 from fedpref.losses.policy import GRPO, PPO, RLOO, Sampled, gae, surrogate, whitened
 from fedpref.models.generation import OwnSampling, Sampling, generate, merged
-from fedpref.models.language import LanguageModel, Model
+from fedpref.models.language import LanguageModel
+from fedpref.models.model_settings import Model
 from fedpref.numerics import seeds
 from fedpref.rewards import Classifier, Distinct, Function, Length, Pattern, Sentiment, Toxicity
 

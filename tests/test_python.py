@@ -21,7 +21,8 @@ from fedpref import Event, Experiment, UserError, config, resume, run
 from fedpref.algorithms import FedDPO, FedPDPO
 from fedpref.data import Files
 from fedpref.federation.local_training import LocalTraining
-from fedpref.models.language import LanguageModel, Model
+from fedpref.models.language import LanguageModel
+from fedpref.models.model_settings import Model
 from fedpref.reports import python
 
 ROWS = make_rows([12, 10])

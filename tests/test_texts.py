@@ -24,7 +24,8 @@ from tokenizers import (
 from conftest import ROOT, TOKENIZER
 from fedpref.data.preferences import Conversation, Preference
 from fedpref.errors import UserError
-from fedpref.models.language import LanguageModel, Model
+from fedpref.models.language import LanguageModel
+from fedpref.models.model_settings import Model
 from fedpref.models.packed import Layout, Unscored, scored_tokens
 from fedpref.models.texts import Texts
 from fedpref.tasks.preference import PreferenceLearner, PreferenceTask

@@ -16,7 +16,8 @@ from fedpref import Experiment, config, run
 from fedpref.errors import UserError
 from fedpref.experiments.run_directory import RunDirectory
 from fedpref.models.kept import Kept
-from fedpref.models.language import LanguageModel, Model
+from fedpref.models.language import LanguageModel
+from fedpref.models.model_settings import Model
 from fedpref.models.own_parts import Parts
 from fedpref.models.packed import Row, Unscored
 from fedpref.models.trunk import SUFFIX

@@ -16,7 +16,8 @@ from peft import PeftModel
 
 from correct.shared import BUILTIN, SMALL, VOCABULARY, origin, random_model, sentence
 from fedpref.errors import UserError
-from fedpref.models.language import LanguageModel, Model
+from fedpref.models.language import LanguageModel
+from fedpref.models.model_settings import Model
 from fedpref.numerics import seeds
 
 Row = tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]

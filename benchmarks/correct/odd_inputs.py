@@ -48,7 +48,7 @@ from fedpref.data import IID, Files, Natural, Opinions
 from fedpref.errors import UserError
 from fedpref.experiments.experiment import Experiment
 from fedpref.experiments.finished import FinishedRun
-from fedpref.models.language import Model
+from fedpref.models.model_settings import Model
 from fedpref.tasks import FeedbackTask, PreferenceTask
 
 SECONDS = 5.0  # of one input, or of one command on a damaged run

@@ -19,7 +19,7 @@ from transformers.utils import chat_template_utils
 
 from correct.shared import BUILTIN, QUESTION, SMALL, TURNS, origin, random_model, said, sentence
 from fedpref.errors import UserError
-from fedpref.models.language import Model
+from fedpref.models.model_settings import Model
 from fedpref.tasks import PreferenceTask
 
 # what a template may mean by the tokenizer's end token: the first of these that it writes

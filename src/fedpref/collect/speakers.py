@@ -15,8 +15,9 @@ from fedpref.errors import UserError
 from fedpref.experiments.finished import FinishedRun
 from fedpref.experiments.run_directory import CONFIG
 from fedpref.models.generation import OwnSampling, Sampling, generate
-from fedpref.models.language import LanguageModel, Model
+from fedpref.models.language import LanguageModel
 from fedpref.models.loading import exported_parameters
+from fedpref.models.model_settings import Model
 from fedpref.models.packed import scored_tokens
 
 ROOM = 16  # tokens of a prompt at least, where answers are long

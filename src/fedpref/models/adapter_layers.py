@@ -12,15 +12,14 @@ import torch
 from torch import nn
 
 from fedpref.errors import UserError
+from fedpref.models.model_settings import ALL_LINEAR, Model
 from fedpref.models.trunk import row_of_layers
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
     from fedpref.models.backbone import Backbone
-    from fedpref.models.language import Model
 
-ALL_LINEAR = "all-linear"
 # of the models of `_SSM_TYPES`: what PEFT refuses, and what is read without being called
 _SSM = frozenset({"out_proj", "conv1d", "dt_proj"})
 _SSM_TYPES = frozenset({"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"})

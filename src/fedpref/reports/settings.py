@@ -29,7 +29,7 @@ from fedpref.losses import KTO, Explicit, Loss
 from fedpref.losses.policy import GRPO, PPO, RLOO
 from fedpref.models.encoder import Encoder
 from fedpref.models.generation import Sampling
-from fedpref.models.language import Model
+from fedpref.models.model_settings import Model
 from fedpref.models.own_parts import Parts
 from fedpref.models.predictor import Predictor
 from fedpref.numerics.min_norm import MinNorm

@@ -33,7 +33,7 @@ from fedpref.models.gguf_files import (
     write_adapter,
     write_model,
 )
-from fedpref.models.language import Model
+from fedpref.models.model_settings import Model
 from fedpref.models.named import BUILTIN, MODELS, convert
 from fedpref.models.own_parts import DOWN, FILE, REWARDS, VOCABULARY_HEAD, head_weight
 from fedpref.numerics import trees

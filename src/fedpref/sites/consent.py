@@ -26,8 +26,7 @@ from fedpref.experiments.migration import refuse_former_names
 from fedpref.federation import diagnostics
 from fedpref.federation.local_training import LocalTraining, halves
 from fedpref.federation.personal import Personal
-from fedpref.models.adapter_layers import ALL_LINEAR
-from fedpref.models.language import Model
+from fedpref.models.model_settings import ALL_LINEAR, Model
 from fedpref.models.own_parts import NAMES, OWN_ADAPTER
 from fedpref.numerics import files
 from fedpref.rewards import Reward

@@ -15,7 +15,8 @@ from fedpref.data.preferences import ClientData, Text
 from fedpref.data.unusable import Unusable
 from fedpref.errors import UserError
 from fedpref.models import devices
-from fedpref.models.language import LanguageModel, Model
+from fedpref.models.language import LanguageModel
+from fedpref.models.model_settings import Model
 from fedpref.models.own_parts import Parts
 from fedpref.models.packed import scored_tokens
 from fedpref.numerics import seeds
