@@ -25,8 +25,8 @@ import torch
 
 from fedpref.sites.submitted import POLL, pause
 from fedpref.tasks.batches import POOL, BatchSize, draw_indices
+from fedpref.tasks.examples import Example, OfflineShard
 from fedpref.tasks.feedback import next_others
-from fedpref.tasks.offline import Example, OfflineShard
 
 
 def raced(turns: int, **forms: Callable[[], Any]) -> tuple[dict[str, float], list[Any]]:

@@ -30,7 +30,7 @@ from fedpref.federation.verbs import Client
 from fedpref.models.model_settings import Model
 from fedpref.numerics import seeds
 from fedpref.tasks import PreferenceTask
-from fedpref.tasks.offline import OfflineShard
+from fedpref.tasks.examples import OfflineShard
 from throughput import BUILTIN, matrix_rate, pairs
 
 LARGE = {

@@ -63,7 +63,7 @@ from fedpref.numerics import seeds, trees
 from fedpref.numerics.metrics import ACCURACY, standard_error
 from fedpref.tasks import BatchSize, PreferenceTask
 from fedpref.tasks.batches import planned
-from fedpref.tasks.offline import Example, OfflineShard
+from fedpref.tasks.examples import Example, OfflineShard
 
 SMOLLM2 = "smollm2"
 LAST = 8  # layers of SmolLM2 that have an adapter, where it is not all 30

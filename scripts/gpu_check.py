@@ -95,7 +95,7 @@ from fedpref.numerics import seeds
 from fedpref.numerics.metrics import ACCURACY
 from fedpref.numerics.trees import Tree
 from fedpref.tasks import PreferenceTask
-from fedpref.tasks.offline import OfflineShard
+from fedpref.tasks.examples import OfflineShard
 
 Figure = float | str | bool
 Precision = Literal["float32", "bfloat16"]

@@ -44,7 +44,7 @@ from fedpref.losses import DPO
 from fedpref.numerics import seeds, trees
 from fedpref.runs.export import export
 from fedpref.tasks import BatchSize, PreferenceTask
-from fedpref.tasks.offline import Batch, Example
+from fedpref.tasks.examples import Batch, Example
 from process_engine import other_processes
 
 

@@ -21,7 +21,7 @@ from fedpref.experiments.run_directory import RunDirectory
 from fedpref.numerics import seeds, trees
 from fedpref.sites.consent import Consenting, SiteFile
 from fedpref.tasks import BatchSize, OnlinePreferenceTask
-from fedpref.tasks.offline import Example
+from fedpref.tasks.examples import Example
 from fedpref.tasks.online import OnlinePreferenceLearner, kept, restored
 
 SHORT = {"max_completion_length": 6}

@@ -23,7 +23,8 @@ from fedpref.numerics.metrics import ACCURACY, ALIGNMENT, over_clients
 from fedpref.tasks.alignment import calibration_error
 
 if TYPE_CHECKING:
-    from fedpref.tasks.offline import Example, OfflineLearner, OfflineShard
+    from fedpref.tasks.examples import Example, OfflineShard
+    from fedpref.tasks.offline import OfflineLearner
     from fedpref.tasks.opinion import OpinionLearner, OpinionShard
 
 KINDS = ("alone", "pooled", "personal")

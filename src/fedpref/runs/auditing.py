@@ -25,7 +25,8 @@ from fedpref.numerics import seeds
 from fedpref.numerics.trees import Tree
 from fedpref.privacy import Column, Ledger, Privacy, Secret
 from fedpref.privacy.audit import Bound, audit_sums, evidence, highest, lower_bound
-from fedpref.tasks.offline import Example, OfflineLearner
+from fedpref.tasks.examples import Example
+from fedpref.tasks.offline import OfflineLearner
 
 CLIENTS, UNITS = 400, 100  # canaries by default
 ANSWER = 12  # random tokens of a canary's prompt, and of each of its answers

@@ -21,15 +21,9 @@ from fedpref.losses.feedback import KTO
 from fedpref.models.own_parts import Parts
 from fedpref.models.packed import scored_tokens
 from fedpref.rewards.reward import OpenGroups, no_groups
+from fedpref.tasks.examples import Batch, Example, OfflineShard
 from fedpref.tasks.language import Tokens
-from fedpref.tasks.offline import (
-    Batch,
-    Example,
-    OfflineLearner,
-    OfflineShard,
-    OfflineTask,
-    PerExample,
-)
+from fedpref.tasks.offline import OfflineLearner, OfflineTask, PerExample
 from fedpref.types import Text
 
 # prompts, answers, whether these are desirable, prompts as messages, and what they are told by

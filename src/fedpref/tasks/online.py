@@ -27,7 +27,7 @@ from fedpref.rewards.reward import (
     refuse_history,
 )
 from fedpref.tasks.batches import BatchSize
-from fedpref.tasks.offline import Batch, Example, OfflineShard
+from fedpref.tasks.examples import Batch, Example, OfflineShard
 from fedpref.tasks.preference import PairLearner, PairTask
 from fedpref.types import Count, Share
 

@@ -21,15 +21,8 @@ from fedpref.numerics.metrics import ACCURACY, COMBINED
 from fedpref.numerics.trees import Tree
 from fedpref.rewards.reward import OpenGroups, no_groups
 from fedpref.tasks.alignment import calibration_error
-from fedpref.tasks.offline import (
-    MINIMISED,
-    Batch,
-    Example,
-    OfflineLearner,
-    OfflineShard,
-    OfflineTask,
-    PerExample,
-)
+from fedpref.tasks.examples import Batch, Example, OfflineShard
+from fedpref.tasks.offline import MINIMISED, OfflineLearner, OfflineTask, PerExample
 from fedpref.tasks.task import ExampleOutcome
 
 ENDS = frozenset({("a", "b"), ("A", "B"), ("0", "1"), ("1", "2")})
