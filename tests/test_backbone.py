@@ -16,14 +16,14 @@ from safetensors.torch import load_file, save_file
 
 from conftest import TOKENIZER
 from fedpref.errors import UserError
-from fedpref.models.backbone import is_down, merged_adapter, side_by_side
+from fedpref.models.backbone import merged_adapter, side_by_side
 from fedpref.models.encoder import Encoder
 from fedpref.models.generation import Sampling, generate
 from fedpref.models.language import LanguageModel
 from fedpref.models.model_settings import Model
 from fedpref.models.packed import Row
 from fedpref.numerics import seeds
-from fedpref.numerics.trees import Tree
+from fedpref.numerics.trees import Tree, is_down
 
 SMALL = {
     "num_hidden_layers": 2,

@@ -200,8 +200,7 @@ def _regauged(change: Tree, told: Tree, c: float) -> Tree:
         if name not in told:  # a figure beside it
             continue
         whole = told[name] + tensor
-        is_b = ".lora_B." in name or ".lora_embedding_B" in name
-        found[name] = whole * (c if is_b else 1 / c) - told[name]
+        found[name] = whole * (1 / c if trees.is_down(name) else c) - told[name]
     return found
 
 

@@ -117,8 +117,8 @@ class FrozenA:
     name: Literal["frozen-a"] = "frozen-a"
 
     def split(self, adapter: Tree) -> tuple[Tree, Tree]:
-        # an embedding's drawn factor is B
         """Return the factors that are trained, and those that stay as they were drawn."""
+        # an embedding's drawn factor is B
         fixed = trees.select(adapter, [a if ".lora_A." in a else b for a, b in pairs(adapter)])
         return {name: tensor for name, tensor in adapter.items() if name not in fixed}, fixed
 

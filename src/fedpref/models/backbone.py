@@ -15,7 +15,7 @@ from fedpref.data.hub import look_for_hub
 from fedpref.data.whole_models import one_at_a_time, refuse_partial
 from fedpref.errors import UserError, reason
 from fedpref.models.own_parts import FILE
-from fedpref.numerics.trees import Tree
+from fedpref.numerics.trees import Tree, is_down
 
 PREFIX = "base_model.model."  # of PEFT's names
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -269,11 +269,6 @@ def side_by_side(first: Tree, second: Tree) -> dict[str, Tensor]:
             parts.append(part)
         both[name] = torch.cat(parts, axis)
     return both
-
-
-def is_down(name: str) -> bool:
-    """Return whether a factor is A, [r, in], and not B, [out, r]."""
-    return "_A" in name.rsplit("lora", 1)[-1]
 
 
 @one_at_a_time

@@ -34,7 +34,6 @@ from fedpref.models.attention import (
 )
 from fedpref.models.backbone import (
     PREFIX,
-    is_down,
     load_backbone,
     side_by_side,
 )
@@ -60,7 +59,7 @@ from fedpref.models.trial import Limits, gradients_come_apart, tried
 from fedpref.models.trunk import SUFFIX, States, Trunk, row_of_layers
 from fedpref.models.variable_length import by_variable_length
 from fedpref.numerics import trees
-from fedpref.numerics.trees import Tree
+from fedpref.numerics.trees import Tree, is_down
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a number
 

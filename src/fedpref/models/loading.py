@@ -12,13 +12,13 @@ from torch import Tensor
 
 from fedpref.data.whole_models import one_at_a_time
 from fedpref.errors import UserError, reason
-from fedpref.models.backbone import is_down
 from fedpref.models.generation import refuse_filled
 from fedpref.models.language import LanguageModel, scale_of
 from fedpref.models.own_parts import FILE, OWN_ADAPTER, OwnHead
 from fedpref.models.texts import Texts
 from fedpref.models.trial import Limits
 from fedpref.numerics import trees
+from fedpref.numerics.trees import is_down
 
 
 @one_at_a_time

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fedpref.numerics.trees import Tree
+from fedpref.numerics.trees import Tree, is_down
 from fedpref.types import Count, WholeNumber
 
 HEAD, HEAD_DOWN, HEAD_UP = "head.weight", "head.down", "head.up"
@@ -99,9 +99,7 @@ def combined_adapter(adapter: Tree) -> dict[str, Tensor]:
     dimension.
     """
     return {
-        name: _beside(
-            tensor, adapter[OWN_ADAPTER + name], -2 if "_A" in name.rsplit("lora", 1)[-1] else -1
-        )
+        name: _beside(tensor, adapter[OWN_ADAPTER + name], -2 if is_down(name) else -1)
         if OWN_ADAPTER + name in adapter
         else tensor
         for name, tensor in adapter.items()

@@ -27,6 +27,11 @@ class MismatchError(UserError, ValueError):
     """Two trees are not of the same names and shapes."""
 
 
+def is_down(name: str) -> bool:
+    """Return whether a factor of an adapter is A, [r, in], and not B, [out, r], by its name."""
+    return "_A" in name.rsplit("lora", 1)[-1]
+
+
 def add(a: Tree, b: Tree) -> Tree:
     """Return a + b, name by name; raises MismatchError where names or shapes differ."""
     _refuse_others(a, b)
