@@ -8,7 +8,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from fedpref.experiments.rounds import events, new_directory
 from fedpref.experiments.run_directory import RunDirectory
 from fedpref.numerics import trees
 from fedpref.numerics.trees import Tree
-from fedpref.privacy import FixedClip, Guarantee, Ledger, Privacy, QuantileClip, Secret
+from fedpref.privacy import FixedClip, Guarantee, Ledger, QuantileClip, Secret
 from fedpref.privacy.accountant import epsilon_of_discrete
 from fedpref.privacy.audit import audit_sums, lower_bound
 from fedpref.runs.export import export
@@ -784,16 +784,25 @@ def test_a_run_whose_clip_follows_goes_on_where_it_was(
 
 
 @pytest.mark.parametrize(
-    ("setting", "says"),
+    "made",
     [
-        ({"epsilon": 1000.0}, "less than or equal to 500"),
-        ({"noise_multiplier": 1e-4}, "greater than or equal to 0.001"),
-        ({"noise_multiplier": 1e9}, "less than or equal to 1"),
+        lambda: Guarantee.of(1000.0, 1e-5, 1.0, 1),
+        lambda: Guarantee.of_discrete(1000.0, 1e-5, 1),
+        lambda: Guarantee(1e-4, 1.0, 1e-5, 0.0).epsilon(1),
+        lambda: Guarantee(0.05, 1.0, 1e-5, 0.0).epsilon(100),
     ],
 )
-def test_extreme_promises_are_a_sentence(setting: dict[str, float], says: str) -> None:
-    with pytest.raises(UserError, match=says):
-        config.parse(Privacy, setting, "test")
+def test_promises_of_nothing_are_a_sentence(made: Callable[[], Any]) -> None:
+    with pytest.raises(UserError, match="promises nothing"):
+        made()
+
+
+def test_noise_that_is_too_little_to_be_accounted_for_is_refused() -> None:
+    with pytest.raises(UserError, match=r"less than 0.2 clips"):
+        Guarantee(0.1, 0.1, 1e-5, 0.0).epsilon(10)
+    # where the exact loss is not computed any more the bound is above it, by little
+    exact, bound = (Guarantee(z, 1.0, 1e-5, 0.0).epsilon(1) for z in (1 / 19.9, 1 / 20.1))
+    assert 1.0 < bound / exact < 1.1
 
 
 def test_noise_for_next_to_no_loss_is_found() -> None:

@@ -165,6 +165,15 @@ def test_however_long_a_value_the_geometric_median_bounds_it(factor: float) -> N
     ] == pytest.approx(weights * norms, rel=1e-3)
 
 
+def test_who_has_less_than_half_of_the_weight_moves_no_geometric_median_by_numbers() -> None:
+    honest = [{"a": torch.tensor([1.0, 1.0])}, {"a": torch.tensor([1.0, 1.1])}]
+    for sent in (0.0, 1e-3, 1e30):
+        some: dict[int, Tree] = dict(enumerate([{"a": torch.tensor([sent, 0.0])}] * 3 + honest))
+        shares = dict(zip(range(5), (0.05, 0.05, 0.05, 0.425, 0.425), strict=True))
+        found = RobustMeans(GeometricMedian()).mean(some, shares)["a"]
+        assert float((found - torch.tensor([1.0, 1.05])).norm()) < 0.3, sent
+
+
 def test_multi_krum_keeps_those_that_lie_together() -> None:
     weights = weights_of(MultiKrum(hostile=0.2), values(hostile=(0, 9)), EVERY)
     assert weights[[0, 9]].tolist() == [0, 0]
@@ -251,7 +260,7 @@ def test_clipped_gossip_bounds_a_liars_pull(size: float) -> None:
 )
 def test_a_setting_of_another_attack_is_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=rf"attack\.{list(settings)[1]}: "):
-        Attack(**settings)
+        Attack(**settings).refuse_unused()
 
 
 def test_hostile_clients_are_drawn_and_rows_are_poisoned() -> None:

@@ -218,6 +218,7 @@ def test_migrating_changes_names_and_keeps_all_else() -> None:
     assert migrated_text(other) == other
     assert migrated_text("baselines: [&a centralised, *a]") == "baselines: [&a pooled, *a]"
     assert migrated_text("'references': ['local']") == "'baselines': ['alone']"
+    assert migrated_text(r'baselines: ["loc\u0061l"]') == "baselines: [alone]"
     with pytest.raises(UserError, match="not valid YAML"):
         migrated_text("a: [1")
     with pytest.raises(UserError, match="not valid YAML"):
@@ -316,6 +317,10 @@ VALIDATED = ("data.validation_fraction=0.2", "evaluate_every=1")
         ("firm", "task.rewards.brief.target=-1", r"task.rewards.brief.target: input should be gr"),
         ("firm", "task.rewards.brief.name=lenght", r"task.rewards.brief.name is 'lenght'"),
         ("feddpo", "stop={metric: foo}", r"stop.metric: .* do not measure 'foo'"),
+        ("feddpo", "stop={metric: foo/dpo}", r"stop.metric: .* do not measure 'foo/dpo'"),
+        ("feddpo", "federation.newcomers=[bank,bank]", "a name is there twice"),
+        ("firm", "algorithm.preference=[.inf,1]", r"algorithm.preference.0: .* finite"),
+        ("pluralllm", "algorithm.name=firm", "a predictor of opinions has one loss"),
     ],
 )
 def test_a_mistake_in_a_named_part_names_it(config_name: str, override: str, says: str) -> None:

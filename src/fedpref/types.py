@@ -81,6 +81,8 @@ def _printable(text: str) -> str:
     # it is part of paths, and of what is drawn and printed
     if not text.isprintable() or not text.strip():
         raise ValueError("a name is of letters that can be printed")
+    if len(text.encode()) > 200:
+        raise ValueError("a name has 200 bytes at most, for files are called by it")
     return text
 
 

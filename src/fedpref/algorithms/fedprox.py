@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
 
 from fedpref.federation import aggregation
 from fedpref.federation.aggregation import Aggregate, Factors
@@ -16,7 +18,6 @@ from fedpref.federation.common import AdapterState, no_moments
 from fedpref.federation.local_training import LocalTraining, pull_towards, train_locally
 from fedpref.federation.verbs import Client, Federation, work
 from fedpref.numerics.trees import Tree
-from fedpref.types import NonNegative
 
 
 @work("fedprox.train", keeps={1: "moments"}, reads=("moments",))
@@ -42,7 +43,7 @@ class FedProx(Algorithm[AdapterState]):
     """
 
     name: Literal["fedprox"] = "fedprox"
-    mu: NonNegative = 0.01
+    mu: Annotated[float, Field(ge=0, le=1e30)] = 0.01
     """The strength of the pull towards the received adapter."""
     local: LocalTraining = LocalTraining()
     """How a client trains within a round."""

@@ -21,7 +21,7 @@ from fedpref.numerics.trees import BESIDE, Tree
 Gram = Float[np.ndarray, "n n"]
 Shares = Float[np.ndarray, " n"]
 TINY = 1e-300  # what nothing is divided by
-FAR = 100.0  # times the middle length
+FAR = 100.0  # times the length that half of the weight is below
 TURNS, NEAR = 200, 1e-9  # of the search for a geometric median, and how near it comes
 
 
@@ -68,7 +68,8 @@ class GeometricMedian:
         """Return each value's weight in that point, by Weiszfeld's iteration."""
         found: Shares = shares / shares.sum()
         lengths = np.sqrt(np.diag(gram))
-        shortened = np.minimum(1, FAR * np.median(lengths) / np.maximum(lengths, TINY))
+        middle = _median(lengths, found)
+        shortened = np.minimum(1, FAR * middle / np.maximum(lengths, TINY))
         gram = shortened[:, None] * gram * shortened
         norms = np.diag(gram)
         least = NEAR * float(np.sqrt(norms.max())) + TINY
@@ -82,6 +83,13 @@ class GeometricMedian:
                 break
         weights: Shares = found * shortened
         return weights
+
+
+def _median(values: Shares, shares: Shares) -> float:
+    """Return the least value that, with smaller ones, has half of the weight."""
+    order = np.argsort(values, kind="stable")
+    half = int(np.searchsorted(np.cumsum(shares[order]), 0.5 - 1e-12))
+    return float(values[order][half])
 
 
 @dataclass(frozen=True)

@@ -440,7 +440,9 @@ def pareto(
     points: Annotated[
         int,
         typer.Option(
-            min=2, help="Preferences along each edge: 11 are 0.0, 0.1, ..., 1.0 of two objectives."
+            min=2,
+            max=1001,
+            help="Preferences along each edge: 11 are 0.0, 0.1, ..., 1.0 of two objectives.",
         ),
     ] = 11,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds 0, 1, ... of each point.")] = 1,

@@ -163,7 +163,8 @@ class Dirichlet(Partitioning):
         rows = placed(rows, self.column)
         merged: list[list[NDArray[np.int64]]] = [[] for _ in range(self.clients)]
         for _, places in sorted(rows.groups(self.column).items()):
-            shares = rng.dirichlet(np.full(self.clients, self.alpha))
+            # more is as even as it gets, and beyond what numpy can draw
+            shares = rng.dirichlet(np.full(self.clients, min(self.alpha, 1e12)))
             parts = _cut(rows.take(places), np.stack([shares, shares]), rng)
             for some, part in zip(merged, parts, strict=True):
                 some.append(places[part])

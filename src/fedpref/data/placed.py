@@ -20,6 +20,14 @@ from fedpref.data.splits import spelled
 from fedpref.data.unusable import MISSING, Unusable
 from fedpref.errors import UserError
 
+# of no width, by which two names would look alike: soft hyphens, marks of direction, joiners
+_UNSEEN = dict.fromkeys(
+    [
+        *(0xAD, 0x34F, 0x61C, 0x180E, 0xFEFF, *range(0x200B, 0x2010), *range(0x202A, 0x202F)),
+        *(*range(0x2060, 0x2065), *range(0x2066, 0x2070)),
+    ]
+)
+
 
 class Labels:
     """What rows have in a column: a number for each, and the names that these stand for.
@@ -206,7 +214,7 @@ def _label(value: Any) -> str | None:
         value = int(value)
     if not isinstance(value, str | int | float):
         raise ValueError(f"expected a name or a number, found {value!r:.60}")
-    name = spelled(str(value))
+    name = spelled(str(value).translate(_UNSEEN))
     name.encode()  # half a character (a lone surrogate) could be written nowhere
     if (number := re.fullmatch(r"(-?\d+)\.0+", name)) is not None:
         name = number[1]

@@ -21,12 +21,9 @@ SplitBy = Literal["question", "prompt"]
 NONE = -1  # no side
 REMEMBERED, SHORT = 2**12, 4000  # prompts, and their characters at most
 _SPEAKER = re.compile(r"^[ \t]*(?:Human|Assistant):", re.MULTILINE)  # of hh-rlhf's plain form
-# of no width: marks of byte order and of direction, soft hyphens, spaces and joiners
-_UNSEEN = (
-    *(0xAD, 0x34F, 0x61C, 0x180E, 0xFEFF, *range(0x200B, 0x2010), *range(0x202A, 0x202F)),
-    *(*range(0x2060, 0x2065), *range(0x2066, 0x2070)),
-)
-_INVISIBLE = dict.fromkeys(_UNSEEN)
+# of no width: a mark of byte order, and spaces and joiners between words. Others, as soft hyphens
+# and the joiners within words of Persian, stay: by these texts runs know what they have trained on
+_INVISIBLE = dict.fromkeys(map(ord, "\ufeff\u200b\u2060"))
 
 
 def question(prompt: Text) -> str:
@@ -46,8 +43,6 @@ def question(prompt: Text) -> str:
 def _last_human(text: str) -> str | None:
     """Return the last turn of "Human:" in a dialogue up to an answer, or into it; else None."""
     end = text.rfind("\n\nAssistant:")
-    if end < 0 and text.lstrip().startswith("Human:"):
-        end = len(text)  # nobody has answered yet
     begin = text.rfind("Human:", 0, max(end, 0))
     while begin >= 0 and text[:begin].rpartition("\n")[2].strip():  # not at a line's beginning
         begin = text.rfind("Human:", 0, begin)

@@ -63,6 +63,9 @@ class Attack:
     def __post_init__(self) -> None:
         if (self.name == "flip-topic") != bool(self.topic):
             raise UserError("attack.topic: flip-topic needs a word, and nothing else has one.")
+
+    def refuse_unused(self) -> None:
+        """Raise UserError where a setting of another attack is given, which would do nothing."""
         if self.factor is not None and self.name not in FACTORS:
             raise UserError(
                 f"attack.factor: {self.name} has none; {', '.join(FACTORS)} have. Leave it out."

@@ -37,13 +37,15 @@ from fedpref.federation.network import Network
 from fedpref.federation.participation import Participation
 from fedpref.numerics import seeds
 from fedpref.numerics.files import whole_path
+from fedpref.numerics.metrics import ACCURACY
 from fedpref.numerics.min_norm import require_solver
 from fedpref.numerics.topology import GraphFile
 from fedpref.privacy import Masks, Privacy
-from fedpref.tasks import AnyTask, PreferenceTask, Task
+from fedpref.tasks import AnyTask, OpinionTask, PreferenceTask, Task
 from fedpref.types import Count, Name, WholeNumber
 
 FEWEST = 8  # examples that are evaluated apart from the others
+OF_OBJECTIVES = ("rewards", ACCURACY)  # begin the names of metrics of one objective
 
 
 @dataclass(frozen=True)
@@ -211,7 +213,7 @@ class Experiment:
         metric, known = None if self.stop is None else self.stop.metric, self.task.measures
         if metric is None or not known or metric in known:
             return
-        if metric.rpartition("/")[2] not in self.task.objectives:
+        if metric not in {f"{of}/{name}" for name in self.task.objectives for of in OF_OBJECTIVES}:
             raise UserError(
                 f"stop.metric: evaluations of the task {self.task.name} do not measure {metric!r}; "
                 f"they measure {', '.join(sorted(known))}."
@@ -317,6 +319,16 @@ class Experiment:
                 f"task.estimator: ppo needs critics, which {who} does not keep. Take rloo or grpo; "
                 "or firm, scalarized, fsmgda or fedcmoo as the algorithm, and no baselines."
             )
+        if isinstance(task, OpinionTask) and algorithm.keeps_critics:
+            raise UserError(
+                f"algorithm: {algorithm.name} weighs several rewards of answers, and a predictor "
+                "of opinions has one loss. Take pluralllm or feddpo."
+            )
+        if isinstance(task, OpinionTask) and algorithm.local.max_tokens_per_batch is not None:
+            raise UserError(
+                "algorithm.local.max_tokens_per_batch: a predictor's batches are counted in tasks. "
+                "Set batch_size."
+            )
         wanted = {"preference": {*FREE_BASELINES} - {"majority"}, "opinion": {"majority"}}
         for name in {*self.baselines} & FREE_BASELINES.keys() - wanted.get(task.name, set()):
             what = "predicts groups' opinions" if name == "majority" else "ranks pairs of answers"
@@ -364,6 +376,8 @@ class Experiment:
         # not where a config is read: runs of older versions can still be looked at
         algorithm = self.algorithm
         self.federation.check()
+        if self.attack is not None:
+            self.attack.refuse_unused()
         self.task.check_clients(sizes)
         chances = self.federation.weights(sizes, self.seed)
         guarantee_of(self, len(sizes) - self.federation.num_newcomers)

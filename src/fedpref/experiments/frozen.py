@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from hashlib import blake2b
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from fedpref import config
@@ -38,6 +39,10 @@ NOT_DECIDING = (
 
 # settings by which the same files are other weights
 LOADED = ("path", "revision", "gguf_file", "dtype", "load_in_4bit", "load_in_8bit")
+
+
+# among whom hostile clients of an attack are drawn
+HOSTILE, OF_TRAINING = "hostile", "clients that train"
 
 
 def frozen(task: Task) -> dict[str, str]:
@@ -96,10 +101,18 @@ def deciding(experiment: Experiment) -> dict[str, Any]:
 def decided(experiment: Experiment) -> dict[str, str]:
     """Return digests of the settings by which figures come out, of each part of a config."""
     texts = {name: json.dumps(said, sort_keys=True) for name, said in deciding(experiment).items()}
-    return {
+    digests = {
         f"settings/{name}": blake2b(text.encode(), digest_size=16).hexdigest()
         for name, text in texts.items()
     }
+    is_drawn = experiment.attack is not None and experiment.federation.num_newcomers > 0
+    return {**digests, **({HOSTILE: OF_TRAINING} if is_drawn else {})}
+
+
+def draws_of_all(run: Path) -> bool:
+    """Return whether a run's hostile clients were drawn among all, newcomers too, as once."""
+    file = run / FROZEN
+    return not file.exists() or HOSTILE not in read_json(file)
 
 
 def refuse_apart(runs: Iterable[tuple[RunDirectory, Experiment]]) -> None:
@@ -140,6 +153,11 @@ def refuse_other(folder: RunDirectory, now: Mapping[str, str]) -> None:
     if not file.exists():  # of an older run
         return
     began = read_json(file)
+    if HOSTILE in now and HOSTILE not in began:
+        raise UserError(
+            f"{folder.path}: it is of an older fedpref, which drew hostile clients otherwise. "
+            "Begin a new run."
+        )
     untold = {"read_by"} if began.get("read_by") == now.get("read_by") else {"read_by", "model"}
     names = (began.keys() & now.keys()) - untold
     if other := sorted(name for name in names if began[name] != now[name]):

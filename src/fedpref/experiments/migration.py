@@ -97,8 +97,10 @@ def migrated_text(text: str) -> str:
 
 def _place(text: str, node: yaml.ScalarNode) -> tuple[int, int]:
     """Return where a word stands, without its quotes and the anchor or tag before it."""
-    start = text.rindex(node.value, node.start_mark.index, node.end_mark.index)
-    return start, start + len(node.value)
+    begins, ends = node.start_mark.index, node.end_mark.index
+    start = text.rfind(node.value, begins, ends)
+    # of a word that is written by escapes, all of it
+    return (begins, ends) if start < 0 else (start, start + len(node.value))
 
 
 def _entries(content: Any, path: str = "") -> Iterator[tuple[str, dict[Any, Any], Any]]:

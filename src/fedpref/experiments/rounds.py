@@ -447,5 +447,6 @@ def _refuse_divergence(
             f"{name}, round {round + 1}: training diverged, {', '.join(broken)} is not finite; "
             f"{last}. "
             "Start anew with algorithm.local.learning_rate below "
-            f"{experiment.algorithm.local.learning_rate}."
+            f"{experiment.algorithm.local.learning_rate}, or with less extreme settings of the "
+            "loss, the server, the clip or an attack, where these were changed."
         )

@@ -12,8 +12,9 @@ from fedpref.federation.verbs import Client, PerClient, work
 from fedpref.models.own_parts import NO_PARTS
 from fedpref.numerics import trees
 from fedpref.numerics.trees import Tree
+from fedpref.types import NonNegative
 
-Preference = tuple[float, ...]
+Preference = tuple[NonNegative, ...]
 """Shares of the task's objectives, in their order."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from torch import Tensor
 from fedpref.errors import UserError
 from fedpref.numerics.trees import Tree
 from fedpref.tasks.task import CRITIC
+
+LARGE = 1e100  # of numbers that are added up as they are
 
 
 @dataclass(frozen=True)
@@ -149,11 +152,13 @@ def preferred(
             f"{where}: {len(shares)} numbers for {len(objectives)} objectives "
             f"({', '.join(objectives)})."
         )
-    if min(shares) < 0 or not sum(shares) > 0:
+    if not all(0 <= share < math.inf for share in shares) or not any(shares):
         raise UserError(
             f"{where}: expected numbers that are not negative and not all zero, found "
             f"{list(shares)}."
         )
+    if (top := max(shares)) > LARGE or top < 1 / LARGE:  # whose sum may not be a number
+        shares = tuple(share / top for share in shares)
     return torch.tensor(shares, dtype=torch.float64) / sum(shares)
 
 

@@ -18,6 +18,8 @@ from fedpref.errors import UserError
 from fedpref.numerics import seeds
 from fedpref.types import Count, NonNegative, Positive, WholeNumber
 
+RARE, LARGE = 1e-9, 1e100  # of weights: beside the largest, and that are added up as they are
+
 _ARRIVALS: dict[Any, Arrivals] = {}
 
 
@@ -66,7 +68,7 @@ class Participation:
     concurrency: Count | None = None
     """Clients that train at a time and wait for nobody (`fedbuff`): a round is the next
     `clients_per_round` that are done, by drawn times. Null lets a round wait for its clients."""
-    speed_spread: NonNegative = 0.5
+    speed_spread: Annotated[float, Field(ge=0, le=20)] = 0.5
     """The standard deviation of the logarithm of simulated clients' times."""
     newcomers: WholeNumber | tuple[str, ...] = 0
     """Clients that join after training: their names, or so many at random."""
@@ -74,6 +76,8 @@ class Participation:
     """Local steps in which newcomers train their private parts."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.newcomers, int) and len({*self.newcomers}) < len(self.newcomers):
+            raise UserError("federation.newcomers: a name is there twice. Name each client once.")
         if self.concurrency is None:
             return
         others = {
@@ -131,7 +135,13 @@ class Participation:
             raise UserError(
                 "federation.sampling_weights: no client with training data has a weight above zero."
             )
-        return chances
+        top = max(chances)
+        if few := [name for name, c in zip(sizes, chances, strict=True) if 0 < c < RARE * top]:
+            raise UserError(
+                f"federation.sampling_weights: {few[:5]} would be drawn less than once in "
+                f"{1 / RARE:.0e} rounds. Give them more, or 0."
+            )
+        return [chance / top for chance in chances] if top > LARGE or top < 1 / LARGE else chances
 
     @property
     def uplink(self) -> Chain:

@@ -107,12 +107,12 @@ def placed(
         )
     row = row_of_layers(model)
     count = len(row[1]) if row else 0
-    numbers = (
-        list(range(count - int(layers.removeprefix("last-")), count))
-        if isinstance(layers, str)
-        else sorted(set(layers))
-    )
-    if row is None or min(numbers) < 0 or max(numbers) >= count:
+    if isinstance(layers, str):
+        wanted = int(layers.removeprefix("last-"))
+        numbers = list(range(count - wanted, count)) if wanted <= count else []
+    else:
+        numbers = sorted(set(layers))
+    if row is None or not numbers or min(numbers) < 0 or max(numbers) >= count:
         raise UserError(
             f"model.lora_layers_to_transform: {layers!r} does not fit the model, which has "
             f"{count} layers."

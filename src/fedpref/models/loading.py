@@ -20,6 +20,8 @@ from fedpref.models.trial import Limits
 from fedpref.numerics import trees
 from fedpref.numerics.trees import is_down
 
+COLDEST = 1e-6  # a temperature that is as good as none
+
 
 @one_at_a_time
 def load_model(folder: str | Path, *, trust_remote_code: bool = False) -> Any:
@@ -148,8 +150,9 @@ def generate(
     if temperature is not None:
         # nothing of the model's own sampling beside it
         model.generation_config = transformers.GenerationConfig()
-        sampling = {"do_sample": bool(temperature), "top_k": 0, "top_p": 1.0}
-        if temperature:
+        draws = temperature > COLDEST  # below it the likeliest token is all that is ever drawn
+        sampling = {"do_sample": draws, "top_k": 0, "top_p": 1.0}
+        if draws:
             sampling["temperature"] = temperature
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from fedpref.errors import UserError
 from fedpref.numerics.trees import Tree, is_down
 from fedpref.types import Count, WholeNumber
 
@@ -75,6 +76,11 @@ class Parts:
         if self.head == "full":
             tree[HEAD] = head.detach().float().cpu().clone()
         elif self.head == "low-rank":
+            if self.head_rank > min(vocabulary, width):
+                raise UserError(
+                    f"algorithm.parts.head_rank: a rank of {self.head_rank} is above the model's "
+                    f"width, {min(vocabulary, width)}. Take a smaller one, or head: full."
+                )
             tree[HEAD_DOWN] = nn.init.kaiming_uniform_(
                 torch.empty(self.head_rank, width), a=math.sqrt(5), generator=rng
             )

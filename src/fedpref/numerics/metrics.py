@@ -99,11 +99,14 @@ def over_clients(
         clients, of which the luck of few examples is a part; and where no value is negative `jain`,
         (sum x)^2 / (N sum x^2), which is 1 when all fare alike and 1/N when one has everything
         (Jain et al. 1984), `cov`, the standard deviation as a share of the mean, and `fairness`, 1
-        / (1 + cov) (arXiv 2604.04261).
+        / (1 + cov) (arXiv 2604.04261). All are nan where a value is not finite.
     """
+    if not all(map(math.isfinite, values.values())):
+        names = ("mean", "weighted_mean", "worst", "worst_decile", "gap", "std")
+        return dict.fromkeys(names, math.nan)
     ranked = sorted(values.values(), reverse=low_is_good)
     worst = ranked[: math.ceil(len(ranked) / 10)]
-    squares = sum(value**2 for value in ranked)
+    squares = sum(value * value for value in ranked)
     summary = {
         "mean": sum(ranked) / len(ranked),
         "weighted_mean": sum(values[name] * counts[name] for name in values)
@@ -114,7 +117,7 @@ def over_clients(
         "std": statistics.stdev(ranked) if len(ranked) > 1 else 0.0,
     }
     if min(ranked) >= 0:
-        summary["jain"] = sum(ranked) ** 2 / (len(ranked) * squares) if squares else 1.0
+        summary["jain"] = sum(ranked) * sum(ranked) / (len(ranked) * squares) if squares else 1.0
         summary["cov"] = math.sqrt(max(0.0, 1 / summary["jain"] - 1))
         summary["fairness"] = 1 / (1 + summary["cov"])
     return summary

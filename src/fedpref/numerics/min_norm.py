@@ -18,6 +18,8 @@ from torch import Tensor
 from fedpref.errors import require
 from fedpref.types import NonNegative
 
+LARGE, FAR = 1e150, 1e8  # numbers beyond which squares, or sums beside one, are not computed
+
 Gram = Float[Tensor, "M M"]
 Weights = Float[Tensor, " M"]
 Matrix = NDArray[np.float64]
@@ -52,25 +54,33 @@ class MinNorm:
             preference: Shares of the objectives, of sum one [M].
 
         Returns:
-            Weights of sum one [M]; the preference where all gradients are zero, or one is infinite
-            or not a number.
+            Weights of sum one [M]; the preference where all gradients are zero, one is infinite or
+            not a number, or the regulariser is beyond what can be computed with.
         """
         q, p = gram.double().cpu().numpy(), preference.double().cpu().numpy()
         length = float(np.diag(q).mean())
         if not (length > 0 and np.isfinite(q).all()):
             return preference
-        unit = length if self.normalize else 1.0
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            w = self._weights(q, p, length if self.normalize else 1.0)
+        return preference if w is None else torch.from_numpy(w).to(preference)
+
+    def _weights(self, q: Matrix, p: Matrix, unit: float) -> Matrix | None:
+        """Return the weights; None where the regulariser leaves nothing but the preference."""
         if self.preference == "gradients":
-            w = p * _least(p[:, None] * q * p, self.b * unit * np.eye(len(p)))
-            return torch.from_numpy(w / w.sum()).to(preference) if w.sum() > 0 else preference
+            found = _least(p[:, None] * q * p, self.b * unit * np.eye(len(p)))
+            w = p * found if found is not None else p
+            return w / w.sum() if w.sum() > 0 else None
         if self.preference == "share":
             there = p > 0
+            found = _least(q[np.ix_(there, there)], self.b * unit * np.diag(1 / p[there]))
+            if found is None:
+                return None
             w = np.zeros_like(p)
-            w[there] = _least(q[np.ix_(there, there)], self.b * unit * np.diag(1 / p[there]))
-        else:
-            apart = np.eye(len(p)) - p[:, None]  # of weights that sum to one: w - p
-            w = _least(q, self.b * unit * apart.T @ apart)
-        return torch.from_numpy(w).to(preference)
+            w[there] = found
+            return w
+        apart = np.eye(len(p)) - p[:, None]  # of weights that sum to one: w - p
+        return _least(q, self.b * unit * apart.T @ apart)
 
 
 def require_solver() -> None:
@@ -78,22 +88,25 @@ def require_solver() -> None:
     require("the min-norm solver", "firm", "scipy")
 
 
-def _least(q: Matrix, regulariser: Matrix) -> NDArray[np.float64]:
+def _least(q: Matrix, regulariser: Matrix) -> Matrix | None:
     """Return the weights in the simplex of least w' (q + regulariser) w, by an active-set method.
 
     With A'A that matrix, the non-negative u of least |A u|^2 + (sum u - 1)^2 is the solution but
     for its sum: among the multiples t w of some weights the best t leaves a / (1 + a), which grows
-    with a = |A w|^2.
+    with a = |A w|^2. None where the matrix is not finite.
     """
     from scipy.optimize import nnls  # heavy, and needed by multi-objective methods alone
 
     # not Cholesky: gradients that depend on one another make the matrix singular
-    values, vectors = np.linalg.eigh(q + regulariser)
+    whole = q + regulariser
+    if not np.isfinite(whole).all() or np.abs(whole).max() > LARGE:
+        return None
+    values, vectors = np.linalg.eigh(whole)
     # so that the one in the sum's row weighs the same for gradients of any length
     scale = max(float(values[-1]), np.finfo(float).tiny)
     root = np.sqrt(np.clip(values / scale, 0, None))[:, None] * vectors.T
     u = nnls(np.vstack([root, np.ones(len(q))]), np.append(np.zeros(len(q)), 1.0))[0]
-    weights: NDArray[np.float64] = u / u.sum()
+    weights: Matrix = u / u.sum()
     return weights
 
 
@@ -107,13 +120,18 @@ def projected_descent(gram: Gram, start: Weights, rate: float, iterations: int) 
         iterations: Their number.
 
     Returns:
-        Weights of sum one [M]; the first ones where a gradient is infinite or not a number.
+        Weights of sum one [M]; the first ones where a gradient is infinite or not a number, or a
+        step is beyond what can be computed with.
     """
     q, w = gram.double().cpu().numpy(), start.double().cpu().numpy()
     if not np.isfinite(q).all():
         return start
     for _ in range(iterations):
-        w = onto_simplex(w - rate * (q @ w))
+        with np.errstate(over="ignore", invalid="ignore"):
+            moved = w - rate * (q @ w)
+        if not np.isfinite(moved).all() or np.abs(moved).max() > FAR:
+            return start
+        w = onto_simplex(moved)
     return torch.from_numpy(w).to(start)
 
 

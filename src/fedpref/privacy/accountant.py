@@ -15,6 +15,7 @@ from fedpref.errors import UserError
 
 STEP = 1e-3  # of privacy losses; rounded so that epsilon is never too small
 NEAR = 2e-3  # of a noise multiplier that is looked for, or of its epsilon
+FAR = 20.0  # roots of summed inverse squares of noise multipliers above which a bound will do
 LEAST, MOST = 0.2, 1e4  # noise multipliers that are tried
 MEANINGLESS = 500.0  # epsilon
 TURNS = 20  # until what inexact noise takes of delta and epsilon fit each other
@@ -140,6 +141,7 @@ class Guarantee:
 
         Nobody is drawn: who collects the sums knows who takes part.
         """
+        _refuse_meaningless(epsilon)
         low, high = 1e-3, MOST
         for _ in range(80):
             middle = math.sqrt(low * high)
@@ -173,6 +175,7 @@ class Guarantee:
         Raises:
             UserError: No noise that is tried does.
         """
+        _refuse_meaningless(epsilon)
 
         def with_noise(multiplier: float) -> Guarantee:
             return Guarantee(multiplier, sampling_probability, delta, inexact)
@@ -218,9 +221,27 @@ class Guarantee:
         return with_noise(high)
 
 
+def _refuse_meaningless(epsilon: float) -> None:
+    if epsilon > MEANINGLESS:
+        raise UserError(
+            f"privacy.epsilon: {epsilon:.3g} promises nothing. Take {MEANINGLESS:g} at most, or no "
+            "privacy."
+        )
+
+
 @lru_cache(maxsize=4096)
 def _epsilon(kinds: tuple[tuple[float, float, int], ...], delta: float) -> float:
     accounting, pld = _dp_accounting()
+    if any(multiplier < LEAST and probability < 1 for multiplier, probability, _ in kinds):
+        raise UserError(
+            f"privacy.noise_multiplier: less than {LEAST:g} clips is too little noise to be "
+            "accounted for where units are drawn. Take more."
+        )
+    root = math.sqrt(sum(sums / multiplier**2 for multiplier, _, sums in kinds))
+    if root > FAR and all(probability == 1 for _, probability, _ in kinds):
+        # its exact loss takes time and memory without end; by zero-concentrated privacy it is a
+        # little less than this (Bun and Steinke 2016)
+        return root * root / 2 + root * math.sqrt(-2 * math.log(delta))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         accountant = pld.PLDAccountant(value_discretization_interval=STEP)

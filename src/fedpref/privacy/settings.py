@@ -37,7 +37,7 @@ class QuantileClip:
     """The share of changes that is to be left as it is."""
     start: Positive = 1.0
     """The largest norm in the first round."""
-    rate: Annotated[float, Field(gt=0, le=10)] = 0.2
+    rate: Positive = 0.2
     """How fast it follows: the step of its logarithm for a share that is off by one."""
     count_noise: NonNegative = 0.05
     """The noise's standard deviation on the number of clients that were short enough, as a share
@@ -95,10 +95,10 @@ class Privacy:
     too, which then sees sums under masks alone (`secrecy`), to which sites have added noise. Of
     what a client has `everybody` but the client, for noise is added before anything leaves it. Null
     is `model-users`, or `everybody`."""
-    epsilon: Annotated[float, Field(gt=0, le=500)] | None = None
+    epsilon: Positive | None = None
     """The budget, which the run stops at; the noise is computed from it. Give this or
     `noise_multiplier`."""
-    noise_multiplier: Annotated[float, Field(ge=1e-3, le=1e6)] | None = None
+    noise_multiplier: Positive | None = None
     """The noise's standard deviation in clips; epsilon is computed from it."""
     delta: OpenFraction = 1e-5
     """The chance of more loss than epsilon; at most one over the number of units."""

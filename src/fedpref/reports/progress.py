@@ -33,6 +33,7 @@ DIAGNOSTICS = {
     "disagreement": "disagreement",
     "pareto_stationarity": "Pareto-stationarity",
 }
+LONGEST = 10**10  # seconds that are written; a run of so many is never over
 RECENT = 10  # rounds by which the time that is left is judged
 
 
@@ -89,9 +90,8 @@ def _left(event: Event, seconds: deque[float]) -> str:
     Evaluations come on top.
     """
     rounds = event.total - event.done
-    return (
-        f"  {timedelta(seconds=round(rounds * sum(seconds) / len(seconds)))} left" if rounds else ""
-    )
+    left = min(round(rounds * sum(seconds) / len(seconds)), LONGEST)
+    return f"  {timedelta(seconds=left)} left" if rounds else ""
 
 
 def _figures(event: Event) -> str:

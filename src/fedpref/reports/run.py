@@ -14,6 +14,7 @@ from fedpref.experiments.attack import groups
 from fedpref.experiments.choosing import is_for_choosing
 from fedpref.experiments.experiment import Experiment
 from fedpref.experiments.finished import FinishedRun
+from fedpref.experiments.frozen import draws_of_all
 from fedpref.experiments.run_directory import SAMPLES, RunDirectory, client_path
 from fedpref.experiments.run_files import (
     AGREEMENT,
@@ -192,6 +193,8 @@ class Run:
             return {}
         names, tastes = list(self.clients), spec.data.known_tastes
         late = spec.federation.joining(names, spec.seed)
+        if draws_of_all(self.path):
+            late = ()
         found = groups(spec.attack, names, spec.seed, tastes, late)
         known = {kind: [n for n in some if n in self.line.last] for kind, some in found.items()}
         return {kind: some for kind, some in known.items() if some}

@@ -111,7 +111,7 @@ def _adapters(run: FinishedRun, output: Path, client: str | None, measured: Meas
     own = [*run.client_folders.items(), *run.joined_folders.items()]
     shared = [(None, path / "adapter")] if (path / "adapter" / ADAPTER).exists() else []
     folders: list[tuple[str | None, Path]] = (
-        [(client, run.model_folder(client))] if client else [*shared, *own]
+        [*shared, *own] if client is None else [(client, run.model_folder(client))]
     )
     if not folders:
         raise UserError(

@@ -161,7 +161,10 @@ def personalize(
         # as names in a column are written
         called = label(name or Path(data.path).name.split(".")[0])
         if called is None:
-            raise UserError(f"--name {name!r}: this names nobody. Give another name.")
+            said = (
+                f"the file's name {Path(data.path).name!r}" if name is None else f"--name {name!r}"
+            )
+            raise UserError(f"{said} names nobody. Give another one by --name.")
         clients = (replace(clients[0], name=called),)
     if taken := [client.name for client in clients if client.name in finished.clients]:
         raise UserError(f"{run}: {taken[:5]} took part in the run. Give another name.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -274,7 +275,7 @@ def parse_reference(text: str, objectives: Sequence[str]) -> tuple[float, ...]:
         point = tuple(float(part) for part in text.split(","))
     except ValueError:
         point = ()
-    if len(point) != len(objectives):
+    if len(point) != len(objectives) or not all(map(math.isfinite, point)):
         raise UserError(
             f"--reference {text!r}: expected {len(objectives)} numbers with commas "
             f"between, for {', '.join(objectives)}."

@@ -41,7 +41,7 @@ from fedpref.rewards.text import distinct
 from fedpref.tasks.batches import BatchSize, Examples, chance_of, numbered
 from fedpref.tasks.language import LanguageLearner, LanguageTask, Tokens
 from fedpref.tasks.task import CRITIC, Apart, ExampleOutcome
-from fedpref.types import Count, WholeNumber
+from fedpref.types import Count, Name, WholeNumber
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class DialogueTask(LanguageTask):
     compares_by_shares: ClassVar[bool] = False
 
     name: Literal["dialogue"] = "dialogue"
-    rewards: dict[str, Reward] = field(default_factory=dict)
+    rewards: dict[Name, Reward] = field(default_factory=dict)
     """The reward of each objective, by the objective's name."""
     estimator: Annotated[PPO | RLOO | GRPO, Field(discriminator="name")] = PPO()
     """How rewards become advantages."""

@@ -25,7 +25,7 @@ from fedpref.rewards.reward import (
 )
 from fedpref.rewards.text import distinct
 from fedpref.tasks.language import Tokens
-from fedpref.types import Count, Text
+from fedpref.types import Count, Name, Text
 
 PREFIX, BEFORE = "generation/", "_before"
 OWN = frozenset({"win_rate", "length", "distinct_2", "kl", "perplexity"})  # not rewards
@@ -44,7 +44,7 @@ class Generation:
     """Held-out prompts of each client that are answered."""
     max_completion_length: Count = 96
     """Tokens of an answer at most."""
-    rewards: dict[str, Reward] = field(default_factory=dict)
+    rewards: dict[Name, Reward] = field(default_factory=dict)
     """Rewards or classifiers of an answer, by the names that their figures have."""
     judge: Reward | None = None
     """A reward by which answers before and after are compared: the share of prompts that the later
@@ -73,8 +73,24 @@ class Generations:
     """The metrics with their rewards loaded, and what the backbone answers."""
 
     def __init__(
-        self, settings: Generation, language: LanguageModel, open_groups: OpenGroups
+        self, settings: Generation, language: LanguageModel, most: int, open_groups: OpenGroups
     ) -> None:
+        """Load the rewards.
+
+        Args:
+            settings: What is measured.
+            language: The model.
+            most: Tokens of a prompt and its answer at most.
+            open_groups: Opens rewards that are read off a finished run of opinions.
+
+        Raises:
+            UserError: Answers may be so long that no prompt has room before them.
+        """
+        if settings.max_completion_length > most - 8:
+            raise UserError(
+                f"task.generation.max_completion_length: {settings.max_completion_length} tokens "
+                f"leave no room for a prompt in the {most} of task.max_length."
+            )
         self.settings, self.language = settings, language
         self.rewards = {
             name: reward.build(open_groups) for name, reward in settings.rewards.items()

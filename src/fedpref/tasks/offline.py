@@ -122,7 +122,7 @@ class OfflineLearner(LanguageLearner):
     ) -> None:
         super().__init__(settings)
         self._generations = settings.generation and Generations(
-            settings.generation, self.language, open_groups
+            settings.generation, self.language, self.max_length, open_groups
         )
         self.needs_reference = needs_reference
         self._worker = 0
@@ -264,7 +264,9 @@ class OfflineLearner(LanguageLearner):
             return numbered_by(unit, [one.columns for one in shard.train], shard.name)
         if unit == "prompt":
             # in whatever spelling: one prompt with another blank is not another unit
-            return numbered([spelled(self.texts(one)[0]) for one in shard.train])
+            question = self.language.texts.question
+            said = {one: spelled(question(one)) for one in {e.prompt for e in shard.train}}
+            return numbered([said[one.prompt] for one in shard.train])
         return list(range(len(shard.train)))
 
     def private_batch(self, shard: OfflineShard, batch: int) -> tuple[float, list[float]]:
