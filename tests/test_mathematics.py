@@ -322,3 +322,19 @@ def test_dropout_draws_from_its_devices_own_generator(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     assert seeds.of_device(torch.device("cuda", 0)) is several[0]
     assert seeds.of_device(torch.device("cuda")) is several[1]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e200])
+def test_a_summary_bears_any_number(value: float) -> None:
+    found = over_clients({"a": value, "b": 1.0}, {"a": 1, "b": 1})
+    assert math.isfinite(found["mean"]) == math.isfinite(value)
+    assert found["gap"] == value - 1 if math.isfinite(value) else math.isnan(found["gap"])
+
+
+def test_weights_of_clients_are_of_any_size_but_within_reason_of_one_another() -> None:
+    sizes = dict.fromkeys("abc", 1)
+    huge = Participation(sampling="weighted", sampling_weights=dict.fromkeys("abc", 1e308))
+    assert huge.weights(sizes, 0) == [1.0, 1.0, 1.0]
+    apart = Participation(sampling="weighted", sampling_weights={"a": 1.0, "b": 1e-300, "c": 0.0})
+    with pytest.raises(UserError, match=r"\['b'\] would be drawn less than once"):
+        apart.weights(sizes, 0)

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from fedpref.errors import UserError
+from fedpref.federation.objectives import preferred
 from fedpref.numerics.min_norm import MinNorm, onto_simplex, projected_descent, stationarity
 
 CASES = [(number, count) for number in range(40) for count in (2, 3, 5)]
@@ -162,3 +164,34 @@ def test_gradients_that_are_no_numbers_leave_weights_as_they_are(bad: float) -> 
     for gram in (torch.tensor([[bad, 1.0], [1.0, 1.0]]), torch.tensor([[1.0, bad], [bad, 1.0]])):
         assert torch.equal(MinNorm()(gram, even), even)
         assert torch.equal(projected_descent(gram, even, 0.1, 3), even)
+
+
+@pytest.mark.parametrize(
+    ("solver", "preference"),
+    [
+        (MinNorm(preference="share"), [1e-320, 1.0]),
+        (MinNorm(preference="share", b=1e308), [0.001, 0.999]),
+        (MinNorm(b=1e308), [0.5, 0.5]),
+        (MinNorm(preference="gradients", b=1e308), [0.5, 0.5]),
+    ],
+)
+def test_a_regulariser_beyond_numbers_leaves_the_preference(
+    solver: MinNorm, preference: list[float]
+) -> None:
+    wanted = torch.tensor(preference, dtype=torch.float64)
+    found = solver(torch.tensor([[1.0, -0.5], [-0.5, 2.0]]), wanted)
+    assert torch.allclose(found, wanted, atol=1e-3)
+
+
+def test_steps_beyond_numbers_leave_the_first_weights() -> None:
+    start = torch.tensor([0.3, 0.7], dtype=torch.float64)
+    gram = torch.tensor([[1e10, 0.0], [0.0, 1.0]])
+    assert projected_descent(gram, start, 1e300, 3).tolist() == start.tolist()
+
+
+def test_large_and_small_numbers_are_shares_too() -> None:
+    for number in (1e308, 1e-320):
+        found = preferred([number, number], ("a", "b"), "preference")
+        assert found.tolist() == [0.5, 0.5]
+    with pytest.raises(UserError, match="not negative and not all zero"):
+        preferred([math.inf, 1.0], ("a", "b"), "preference")
