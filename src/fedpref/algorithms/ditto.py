@@ -23,6 +23,7 @@ from fedpref.federation.local_training import (
 )
 from fedpref.federation.verbs import Client, Federation, PerClient, work
 from fedpref.numerics.trees import Tree
+from fedpref.types import NonNegative
 
 
 @work("ditto.train_near", sends=(), keeps={0: "own"}, reads=("own",))
@@ -76,7 +77,7 @@ class Ditto(Algorithm[PersonalState]):
     """
 
     name: Literal["ditto"] = "ditto"
-    strength: Annotated[float, Field(ge=0, le=1e30)] = 0.1
+    strength: Annotated[NonNegative, Field(le=1e30)] = 0.1
     """How strongly the own adapter is pulled towards the shared one."""
     personal: LocalTraining | None = None
     """How the own adapter is trained; by default as `local`."""

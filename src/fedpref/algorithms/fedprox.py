@@ -18,6 +18,7 @@ from fedpref.federation.common import AdapterState, no_moments
 from fedpref.federation.local_training import LocalTraining, pull_towards, train_locally
 from fedpref.federation.verbs import Client, Federation, work
 from fedpref.numerics.trees import Tree
+from fedpref.types import NonNegative
 
 
 @work("fedprox.train", keeps={1: "moments"}, reads=("moments",))
@@ -43,7 +44,7 @@ class FedProx(Algorithm[AdapterState]):
     """
 
     name: Literal["fedprox"] = "fedprox"
-    mu: Annotated[float, Field(ge=0, le=1e30)] = 0.01
+    mu: Annotated[NonNegative, Field(le=1e30)] = 0.01
     """The strength of the pull towards the received adapter."""
     local: LocalTraining = LocalTraining()
     """How a client trains within a round."""

@@ -68,7 +68,7 @@ class Participation:
     concurrency: Count | None = None
     """Clients that train at a time and wait for nobody (`fedbuff`): a round is the next
     `clients_per_round` that are done, by drawn times. Null lets a round wait for its clients."""
-    speed_spread: Annotated[float, Field(ge=0, le=20)] = 0.5
+    speed_spread: Annotated[NonNegative, Field(le=20)] = 0.5
     """The standard deviation of the logarithm of simulated clients' times."""
     newcomers: WholeNumber | tuple[str, ...] = 0
     """Clients that join after training: their names, or so many at random."""
