@@ -144,7 +144,7 @@ def topology(
         str,
         typer.Argument(help='A name, or "{name: erdos-renyi, probability: 0.2}".', metavar="SPEC"),
     ],
-    clients: Annotated[int, typer.Option(min=1, help="How many there are.")] = 8,
+    clients: Annotated[int, typer.Option(min=1, max=10_000, help="How many there are.")] = 8,
     weights: Annotated[str, typer.Option(help="metropolis, max-degree or uniform.")] = "metropolis",
 ) -> None:
     """Show a graph between clients: how fast it lets them agree, and who hears whom.

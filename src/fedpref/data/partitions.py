@@ -136,6 +136,7 @@ class IID(Partitioning):
 
     def assign(self, rows: Pairs, rng: np.random.Generator) -> dict[str, Placed]:
         rows = placed(rows)
+        _refuse_more(self.clients, rows)
         parts = _cut(rows, np.full((2, self.clients), 1 / self.clients), rng)
         return {
             name: _thinned(rows.take(part), self.max_rows)
@@ -161,6 +162,7 @@ class Dirichlet(Partitioning):
 
     def assign(self, rows: Pairs, rng: np.random.Generator) -> dict[str, Placed]:
         rows = placed(rows, self.column)
+        _refuse_more(self.clients, rows)
         merged: list[list[NDArray[np.int64]]] = [[] for _ in range(self.clients)]
         for _, places in sorted(rows.groups(self.column).items()):
             # more is as even as it gets, and beyond what numpy can draw
@@ -189,9 +191,10 @@ class BySize(Partitioning):
     """How fast sizes fall off; 0 makes all alike."""
 
     def assign(self, rows: Pairs, rng: np.random.Generator) -> dict[str, Placed]:
+        rows = placed(rows)
+        _refuse_more(self.clients, rows)
         shares = np.arange(1, self.clients + 1, dtype=float) ** -self.exponent
         equal = np.full(self.clients, 1 / self.clients)
-        rows = placed(rows)
         parts = _cut(rows, np.stack([shares / shares.sum(), equal]), rng)
         return {
             name: rows.take(part) for name, part in zip(_names(self.clients), parts, strict=True)
@@ -265,6 +268,13 @@ def _thinned(rows: Placed, count: int | None) -> Placed:
         for part, size in zip(sides, (count - sum(held_out), *held_out), strict=True)
     ]
     return rows.take(np.concatenate(kept))
+
+
+def _refuse_more(clients: int, rows: Placed) -> None:
+    if clients > len(rows):
+        raise UserError(
+            f"partition.clients: {clients:,} clients cannot share {len(rows):,} rows. Take fewer."
+        )
 
 
 def _cut(

@@ -157,8 +157,8 @@ def scaled(metric: str, text: str) -> float:
     """Return a figure in a metric's own unit, from how it is written: 65 is 0.65 of accuracy."""
     shown: Headline = HEADLINES[metric]
     try:
-        return float(text) / shown.scale
-    except ValueError as error:
-        raise UserError(
-            f"--to {text!r}: expected a number in the unit of the table, {shown.caption}."
-        ) from error
+        if math.isfinite(value := float(text)):
+            return value / shown.scale
+    except ValueError:
+        pass
+    raise UserError(f"--to {text!r}: expected a number in the unit of the table, {shown.caption}.")
