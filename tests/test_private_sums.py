@@ -798,8 +798,8 @@ def test_promises_of_nothing_are_a_sentence(made: Callable[[], Any]) -> None:
 
 
 def test_noise_that_is_too_little_to_be_accounted_for_is_refused() -> None:
-    with pytest.raises(UserError, match=r"less than 0.2 clips"):
-        Guarantee(0.1, 0.1, 1e-5, 0.0).epsilon(10)
+    with pytest.raises(UserError, match=r"less than 0.1 clips"):
+        Guarantee(0.05, 0.1, 1e-5, 0.0).epsilon(10)
     # where the exact loss is not computed any more the bound is above it, by little
     exact, bound = (Guarantee(z, 1.0, 1e-5, 0.0).epsilon(1) for z in (1 / 19.9, 1 / 20.1))
     assert 1.0 < bound / exact < 1.1

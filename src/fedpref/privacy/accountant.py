@@ -17,6 +17,7 @@ STEP = 1e-3  # of privacy losses; rounded so that epsilon is never too small
 NEAR = 2e-3  # of a noise multiplier that is looked for, or of its epsilon
 FAR = 20.0  # roots of summed inverse squares of noise multipliers above which a bound will do
 LEAST, MOST = 0.2, 1e4  # noise multipliers that are tried
+SCANT = 0.1  # a noise multiplier below which the accountant takes memory without end
 MEANINGLESS = 500.0  # epsilon
 TURNS = 20  # until what inexact noise takes of delta and epsilon fit each other
 
@@ -232,9 +233,9 @@ def _refuse_meaningless(epsilon: float) -> None:
 @lru_cache(maxsize=4096)
 def _epsilon(kinds: tuple[tuple[float, float, int], ...], delta: float) -> float:
     accounting, pld = _dp_accounting()
-    if any(multiplier < LEAST and probability < 1 for multiplier, probability, _ in kinds):
+    if any(multiplier < SCANT and probability < 1 for multiplier, probability, _ in kinds):
         raise UserError(
-            f"privacy.noise_multiplier: less than {LEAST:g} clips is too little noise to be "
+            f"privacy.noise_multiplier: less than {SCANT:g} clips is too little noise to be "
             "accounted for where units are drawn. Take more."
         )
     root = math.sqrt(sum(sums / multiplier**2 for multiplier, _, sums in kinds))
