@@ -57,8 +57,8 @@ class GeometricMedian:
     """The point whose weighted distances to all values are least (Pillutla et al. 2022, "RFA").
 
     It holds while less than half of the weight is hostile. Values of more than a hundred times the
-    middle length are shortened to that before, so that what a value can do is bounded, however long
-    it is.
+    length that half of the weight does not pass are shortened to that before, so that what a value
+    can do is bounded, however long it is.
     """
 
     name: Literal["geometric-median"] = "geometric-median"

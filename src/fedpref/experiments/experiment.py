@@ -216,7 +216,7 @@ class Experiment:
         if metric not in {f"{of}/{name}" for name in self.task.objectives for of in OF_OBJECTIVES}:
             raise UserError(
                 f"stop.metric: evaluations of the task {self.task.name} do not measure {metric!r}; "
-                f"they measure {', '.join(sorted(known))}."
+                f"they may have {', '.join(sorted(known))}."
             )
 
     @property
