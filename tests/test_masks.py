@@ -21,6 +21,7 @@ from fedpref.channel.lattice import unfixed
 from fedpref.engines import Patience, Sites
 from fedpref.engines.coordinator import _contribute
 from fedpref.engines.messages import NO_TENSORS, RefusedError, pack, unpack
+from fedpref.engines.phases import Phases
 from fedpref.engines.secure_sums import SecureSums
 from fedpref.engines.site_masks import (
     FIGURES,
@@ -825,7 +826,7 @@ def test_a_value_that_is_made_again_is_the_same_value(
         asking.train(0, "2")
         asking.sum("2.0", 0, call=1)
         for k in range(4):  # as after a restart, under another name
-            asking.of(k)._done.clear()
+            asking.of(k)._phases = Phases()
         asking.train(0, "7")
         with pytest.raises(RefusedError, match=told):
             asking.sum("7.0", 0, call=2, who=range(3))

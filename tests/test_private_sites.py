@@ -305,12 +305,14 @@ def test_who_has_joined_a_run_does_not_train_in_it(content: dict[str, Any], tmp_
         ids = {name: k for k, name in enumerate(names)}
         numbered = {"verb": "number", "ids": ids, "sites": {"site-0": list(ids.values())}}
         assert "refused" not in unpack(site.answer(pack(numbered, NO_TENSORS)))[0]
+        privacy = site._privacy
+        assert privacy is not None
         if not resumes:
-            site._refuse_joined("train", [0, 1])
-            site._refuse_joined("join", [0])
-        site._refuse_joined("train", [1])
+            privacy.refuse_joined("train", [0, 1])
+            privacy.refuse_joined("join", [0])
+        privacy.refuse_joined("train", [1])
         with pytest.raises(RefusedError, match="does not train in it"):
-            site._refuse_joined("train", [0, 1])
+            privacy.refuse_joined("train", [0, 1])
 
 
 @pytest.mark.parametrize(

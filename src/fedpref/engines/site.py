@@ -7,9 +7,8 @@ import logging
 import shutil
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -18,7 +17,6 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from fedpref.channel import Sender
-from fedpref.channel.compression import alike
 from fedpref.channel.lattice import fixed
 from fedpref.engines import site_folder
 from fedpref.engines.engine import compressed, hostile_weight, mixed
@@ -35,6 +33,8 @@ from fedpref.engines.messages import (
     unpack,
     version,
 )
+from fedpref.engines.neighbours import Neighbours
+from fedpref.engines.phases import Phases
 from fedpref.engines.requests import Masked, Noisy, Place, SumAddress, beneath, freed, parsed
 from fedpref.engines.site_masks import (
     FIGURES,
@@ -57,7 +57,6 @@ from fedpref.numerics.tallies import tally
 from fedpref.numerics.trees import Tree
 
 CLIENTS = "numbers.json"  # in a run's folder: which client has which number
-JOINED = "joined.json"  # in a run's folder: who joined a run whose steps have noise
 OWN_FIGURES = "figures.jsonl"  # in a run's folder: clients' figures that left in sums alone
 LOG = logging.getLogger("fedpref")
 Answer = tuple[Header, Tree]
@@ -98,9 +97,7 @@ class Site:
         self._privacy: SitePrivacy | None = None
         self._site_of: dict[int, str] = {}  # every client's site
         self._mailbox = Mailbox()
-        # by purpose and round: calls and clients, and seconds
-        self._done: dict[tuple[str, int], Counter[tuple[int, int]]] = {}
-        self._spent: Counter[tuple[str, int]] = Counter()
+        self._phases = Phases()
         verbs = (
             self.split,
             self.consent,
@@ -209,8 +206,7 @@ class Site:
         self._privacy = self._masks = None
         self._told, self._calls = ("", 0, ""), set()
         self._mailbox.clear()
-        self._done.clear()
-        self._spent.clear()
+        self._phases = Phases()
         return {"about": hosted.about}, NO_TENSORS
 
     def number(
@@ -280,8 +276,9 @@ class Site:
             # what is made when it is asked for is looked at as its client's turn comes
             if all(self._values.is_kept(i, text) for text in own_names.values()):
                 self._own(i, own_names, function, len(args))
-        self._refuse_repeated(purpose, round, call, clients)
-        self._refuse_joined(purpose, clients)
+        self._phases.count(purpose, round, call, clients, hosted.bounds)
+        if self._privacy is not None:
+            self._privacy.refuse_joined(purpose, clients)
         if self._masks is not None:
             before = self._told[2]
             if self._told[:2] != (purpose, round):
@@ -326,7 +323,7 @@ class Site:
                 failed[i] = _failed(error)
                 continue
             parts = len(result) if isinstance(result, tuple) else None
-        self._spent[purpose, round] += time.monotonic() - begun  # type: ignore[assignment]
+        self._phases.spend(purpose, round, time.monotonic() - begun)
         answer = {"parts": parts, "failed": failed}
         return {**answer, "spent": spent} if spent else answer, NO_TENSORS
 
@@ -462,45 +459,6 @@ class Site:
         except ValueError as error:  # pydantic's among them
             raise RefusedError(f"arguments of {work.name!r} that do not fit: {error}") from error
         return common
-
-    def _refuse_repeated(self, purpose: str, round: int, call: int, clients: Sequence[int]) -> None:
-        """Raise RefusedError where draws would be repeated, or a phase takes too much.
-
-        The same draw under other parameters says more of the rows in it than another draw does.
-        Evaluations draw nothing.
-        """
-        bounds, phase = self._opened.bounds, (purpose, round)
-        done = self._done.setdefault(phase, Counter())
-        addresses = [(call, client) for client in clients]
-        is_repeated = len(set(addresses)) < len(addresses) or any(done[a] for a in addresses)
-        if is_repeated and purpose != "evaluate":
-            raise RefusedError(f"call {call} of round {round} was made already")
-        done.update(addresses)
-        most = max(Counter(client for _, client in done.elements()).values(), default=0)
-        if bounds.calls is not None and most > bounds.calls:
-            raise RefusedError(
-                f"{most} calls in a phase of round {round} are more than the {bounds.calls} that "
-                "this site consents to"
-            )
-        if bounds.seconds is not None and self._spent[phase] > bounds.seconds:
-            raise RefusedError(
-                f"a phase of round {round} has taken the {bounds.seconds:g} seconds that this "
-                "site consents to"
-            )
-
-    def _refuse_joined(self, purpose: str, clients: Sequence[int]) -> None:
-        """Raise RefusedError where a client that has joined a run would train in it.
-
-        What joins has no noise, and what is trained with noise must not begin there.
-        """
-        if self._privacy is None or self._privacy.examples is None:
-            return
-        file, names = self._run / JOINED, {self._names[i] for i in clients}
-        joined = set(json.loads(file.read_text())) if file.exists() else set()
-        if purpose == "join":
-            files.write(file, json.dumps(sorted(joined | names)))
-        elif purpose == "train" and names & joined:
-            raise RefusedError("a client that has joined the run does not train in it")
 
     def contribute(
         self,
@@ -684,12 +642,12 @@ class Site:
             rng = seeds.generator(self._opened.seed, "channel", round=round, call=call, client=i)
             value = self._leaving(i, key, Audience.NEIGHBOURS)
             told[i] = links.encode(value, Sender(i, round, rng))
-        self._send(told, weights, round, call)
         arrived = {i: links.decode(message, 1) for i, message in told.items()}
-        awaited = {self._site_of[j] for i in told for j in rows[i] if j not in told} - {self.name}
         longest = wait if bounds.seconds is None else min(wait, bounds.seconds)
-        messages = self._mailbox.wait(awaited, round, call, longest)
-        arrived |= self._arrived(messages, next(iter(told.values())))
+        neighbours = Neighbours(
+            self.name, self._peers, self._mailbox, self._site_of, links, bounds.message
+        )
+        arrived |= neighbours.exchange(told, weights, round, call, longest)
         for i in told:
             # who was not heard is taken to say what the hearer says, so that weights still sum to
             # one
@@ -705,35 +663,6 @@ class Site:
             "sizes": {i: trees.size(message) for i, message in told.items()},
             "unheard": sorted(unheard),
         }, NO_TENSORS
-
-    def _send(
-        self,
-        told: Mapping[int, Tree],
-        rows: Mapping[int, Mapping[int, float]],
-        round: int,
-        call: int,
-    ) -> None:
-        """Send each other site what its clients are to hear of those here."""
-        for site in set(self._site_of.values()) - {self.name}:
-            heard = {i for j, row in rows.items() if self._site_of[j] == site for i in row}
-            if message := {i: tree for i, tree in told.items() if i in heard}:
-                self._peers.tell(site, pack({"round": round, "call": call}, trees.nest(message)))
-
-    def _arrived(self, messages: Mapping[str, bytes], like: Tree) -> dict[int, Tree]:
-        """Return what other sites' clients have told, by client.
-
-        What cannot be read, or is not like what is told here, has not arrived.
-        """
-        heard: dict[int, Tree] = {}
-        for site, message in messages.items():
-            with suppress(RefusedError):
-                _, theirs = unpack(message, self._opened.bounds.message)
-                for j in (j for j, other in self._site_of.items() if other == site):
-                    with suppress(Exception):  # whatever the neighbour has made up
-                        tree = trees.part(theirs, j)
-                        if alike(tree, like):
-                            heard[j] = finite(self._opened.links.decode(tree, 1))
-        return heard
 
     def report(self, tensors: Tree, own: Mapping[int, str]) -> Answer:
         """Send clients' metrics."""

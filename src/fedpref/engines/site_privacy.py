@@ -6,6 +6,7 @@ A site counts for itself what it has sent, whatever a coordinator says, and over
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -20,11 +21,13 @@ from fedpref.engines.messages import RefusedError
 from fedpref.engines.private_examples import LEDGERS, PrivateExamples, ledger_file
 from fedpref.engines.private_sums import CLIP, PrivateSums
 from fedpref.federation.private_steps import PrivateSteps
+from fedpref.numerics import files
 from fedpref.numerics.intervals import incomplete_beta
 from fedpref.numerics.trees import Tree
 from fedpref.privacy import Ledger
 
 UNLIKELY = 1e-9  # that a client is drawn so often
+JOINED = "joined.json"  # in a run's folder: who joined a run whose steps have noise
 SUMS = "sums"  # a folder of ledgers beside that of steps
 CHARGING = ".charging"  # a lock in the folder of all runs
 
@@ -61,6 +64,20 @@ class SitePrivacy:
             return None
         others = partial(self._elsewhere, client, LEDGERS)
         return self.examples.of(client, round, call, self.limits.get("unit"), others, self._alone)
+
+    def refuse_joined(self, purpose: str, clients: Sequence[int]) -> None:
+        """Raise RefusedError where a client that has joined a run would train in it.
+
+        What joins has no noise, and what is trained with noise must not begin there.
+        """
+        if self.examples is None:
+            return
+        file, names = self.folder / JOINED, {self.names[i] for i in clients}
+        joined = set(json.loads(file.read_text())) if file.exists() else set()
+        if purpose == "join":
+            files.write(file, json.dumps(sorted(joined | names)))
+        elif purpose == "train" and names & joined:
+            raise RefusedError("a client that has joined the run does not train in it")
 
     def spent(self, client: int) -> float:
         """Return what private steps of a client have spent in the run."""
