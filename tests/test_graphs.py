@@ -12,8 +12,9 @@ import torch
 import torch.nn.attention.varlen
 from torch import Tensor
 
+from fedpref.models.casting import _Cast
 from fedpref.models.graphs import Graphs
-from fedpref.models.language import LanguageModel, _Cast
+from fedpref.models.language import LanguageModel
 from fedpref.models.model_settings import Model
 from fedpref.models.packed import Layout, Row, sums_at_once
 from fedpref.models.variable_length import Places, Size, by_variable_length

@@ -24,6 +24,7 @@ from fedpref.data.preferences import Message
 from fedpref.errors import UserError
 from fedpref.models import devices, quantized
 from fedpref.models import fused_layers as fusion
+from fedpref.models.adapter_files import write_adapter
 from fedpref.models.adapter_layers import with_adapter
 from fedpref.models.attention import (
     Kernel,
@@ -32,11 +33,8 @@ from fedpref.models.attention import (
     packed_attention,
     register,
 )
-from fedpref.models.backbone import (
-    PREFIX,
-    load_backbone,
-    side_by_side,
-)
+from fedpref.models.backbone import PREFIX, load_backbone
+from fedpref.models.casting import aligned, cast
 from fedpref.models.checkpointing import checkpoint_layers
 from fedpref.models.graphs import Graphs
 from fedpref.models.head import even, token_log_probabilities
@@ -45,7 +43,6 @@ from fedpref.models.named import MODELS, base_of, converted, located
 from fedpref.models.own_parts import (
     FILE,
     NAMES,
-    OWN_ADAPTER,
     REWARD,
     REWARD_MEAN,
     Parts,
@@ -59,7 +56,7 @@ from fedpref.models.trial import Limits, gradients_come_apart, tried
 from fedpref.models.trunk import SUFFIX, States, Trunk, row_of_layers
 from fedpref.models.variable_length import by_variable_length
 from fedpref.numerics import trees
-from fedpref.numerics.trees import Tree, is_down
+from fedpref.numerics.trees import Tree
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a number
 
@@ -327,10 +324,10 @@ class LanguageModel:
             params: Of an adapter.
             count: How many units.
         """
-        cast = {n: _aligned(t.detach().to(self.device, self.dtype)) for n, t in params.items()}
+        each = {n: aligned(t.detach().to(self.device, self.dtype)) for n, t in params.items()}
         return {
             name: tensor.expand(count, *tensor.shape).requires_grad_()
-            for name, tensor in cast.items()
+            for name, tensor in each.items()
         }
 
     def takes_apart(self, rows: Sequence[Row]) -> bool:
@@ -407,11 +404,11 @@ class LanguageModel:
         """
         for dropout in self.dropouts:
             dropout.train(training)
-        cast = _cast(params or {}, self.device, self.dtype)
+        given = cast(params or {}, self.device, self.dtype)
         adapter = combined_adapter(
-            {name: tensor for name, tensor in cast.items() if name not in NAMES}
+            {name: tensor for name, tensor in given.items() if name not in NAMES}
         )
-        own = {name: tensor for name, tensor in cast.items() if name in NAMES}
+        own = {name: tensor for name, tensor in given.items() if name in NAMES}
         groups = self._groups(rows)
         if not self.trunk.works or (groups is not None and len(groups) > 1):
             kept = None
@@ -648,41 +645,8 @@ class LanguageModel:
         tokenizer.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        adapter = combined_adapter(
-            {name: tensor for name, tensor in params.items() if name not in NAMES}
-        )
-        config = self.model.peft_config["default"]
-        # two adapters as one of twice the rank
-        times = 2 if any(name.startswith(OWN_ADAPTER) for name in params) else 1
-        scale = scale_of(config)
-        if times == 2:
-            config = replace(config, r=2 * config.r, lora_alpha=2 * config.lora_alpha)
-            if config.use_rslora:  # whose scale falls with the root of the rank
-                config = replace(config, lora_alpha=scale * config.r, use_rslora=False)
-        if self.backbone.merged:
-            # on the same base, as one adapter whose scale is in its factors
-            scaled = {n: t if is_down(n) else t * scale for n, t in adapter.items()}
-            adapter = side_by_side(self.backbone.merged, scaled)
-            layers = {name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in adapter}
-            rank = next(t.shape[0] for name, t in adapter.items() if is_down(name))
-            config = replace(
-                config,
-                r=rank,
-                lora_alpha=rank,
-                use_rslora=False,
-                target_modules=sorted(layers),
-                exclude_modules=None,
-                layers_to_transform=None,
-                layers_pattern=None,
-            )
-        config = replace(config)
-        # PEFT writes a set as it comes, in another order in each process
-        for name, value in vars(config).items():
-            if isinstance(value, set):
-                setattr(config, name, sorted(value))
-        config.save_pretrained(str(folder))
+        write_adapter(self.model.peft_config["default"], params, self.backbone.merged, folder)
         self.tokenizer.save_pretrained(str(folder))
-        trees.save(adapter, folder / "adapter_model.safetensors")
         if own := trees.select(params, NAMES):
             trees.save(own, folder / FILE)
 
@@ -743,48 +707,3 @@ def _apart(
         for a, b in pairwise(bounds)
     )
     return fusion.taken_apart(layout.ids.numel(), spans)
-
-
-def scale_of(config: Any) -> float:
-    """Return what an adapter's product is multiplied by, by PEFT's config of it."""
-    return float(config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r))
-
-
-def _cast(params: Tree, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return parameters on a device, in its arithmetic."""
-    if device.type == "cuda" and all(tensor.is_cuda for tensor in params.values()) and params:
-        return dict(zip(params, _Cast.apply(dtype, *params.values()), strict=True))  # type: ignore[no-untyped-call]
-    return {name: _aligned(tensor.to(device, dtype)) for name, tensor in params.items()}
-
-
-class _Cast(torch.autograd.Function):
-    """Tensors in another arithmetic, all in few launches."""
-
-    @staticmethod
-    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
-        ctx.kinds = [tensor.dtype for tensor in tensors]
-        return tuple(_copies(tensors, [dtype] * len(tensors)))
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        known = [i for i, slope in enumerate(upstream) if slope is not None]
-        cast = iter(_copies([upstream[i] for i in known], [ctx.kinds[i] for i in known]))  # type: ignore[misc]
-        return (None, *(None if slope is None else next(cast) for slope in upstream))
-
-
-def _copies(tensors: Sequence[Tensor], kinds: Sequence[torch.dtype]) -> list[Tensor]:
-    cast = [
-        torch.empty_like(tensor, dtype=kind, memory_format=torch.contiguous_format)
-        for tensor, kind in zip(tensors, kinds, strict=True)
-    ]
-    torch._foreach_copy_(cast, list(tensors))
-    return cast
-
-
-def _aligned(tensor: Tensor) -> Tensor:
-    """Return the tensor, copied unless its memory is 64-byte aligned.
-
-    CPU kernels round differently on unaligned memory, and received tensors may be unaligned.
-    """
-    return tensor if tensor.data_ptr() % 64 == 0 else tensor.clone()

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from fedpref.data.whole_models import one_at_a_time
 from fedpref.errors import UserError, reason
+from fedpref.models.adapter_files import scale_of
 from fedpref.models.generation import refuse_filled
-from fedpref.models.language import LanguageModel, scale_of
+from fedpref.models.language import LanguageModel
 from fedpref.models.own_parts import FILE, OWN_ADAPTER, OwnHead
 from fedpref.models.texts import Texts
 from fedpref.models.trial import Limits
