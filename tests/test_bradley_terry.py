@@ -84,6 +84,10 @@ def test_the_unit_of_features_does_not_matter() -> None:
             assert torch.allclose(margin, theirs[kind][name], rtol=1e-3, atol=1e-5)
 
 
+def test_pairs_that_differ_in_nothing_say_nothing() -> None:
+    assert fit(torch.zeros(3, 100).double(), [0.1, 1.0]).tolist() == [[0.0, 0.0]] * 100
+
+
 def test_a_client_with_a_single_pair_has_a_regression() -> None:
     clients = _clients(1.0, count=2, pairs=10)
     one = clients["0"]

@@ -19,7 +19,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,10 @@ def sitting(folder: Path, count: int = 6, texts: Texts = ONE, **settings: Any) -
     return Sitting(store, texts, seed=0)
 
 
+def turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
 def read(store: Store) -> list[Any]:
     return list(Collected(path=str(store.folder)).read())
 
@@ -129,6 +133,22 @@ def test_an_edited_answer_is_chosen_over_what_it_was_made_of(tmp_path: Path) -> 
     assert row.columns["edited"]
     with pytest.raises(RefusedError, match="itself"):
         chosen(where, "Ann", "left-edited", edited=where.next("Ann")["item"]["left"])
+
+
+def test_an_answer_of_several_turns_is_not_edited_as_one(tmp_path: Path) -> None:
+    """The user's turn in it would become the assistant's."""
+    says = [turn("assistant", "Yes."), turn("user", "And then?"), turn("assistant", "No.")]
+    talk = {"prompt": (turn("user", "Hi?"),), "first": tuple(says), "second": tuple(says[:1])}
+    store = Store(tmp_path / "choices")
+    store.add([replace(one, **talk) for one in items(1)])
+    where = Sitting(store, ONE, seed=0)
+    sides = {where.next("Ann")["item"][side] == "Yes.": side for side in ("left", "right")}
+    with pytest.raises(RefusedError, match="several turns"):
+        chosen(where, "Ann", f"{sides[False]}-edited", edited="All of it.")
+    assert list(read(store)) == []
+    chosen(where, "Ann", f"{sides[True]}-edited", edited="Surely.")
+    (row,) = read(store)
+    assert (row.chosen[-1]["content"], row.rejected[-1]["content"]) == ("Surely.", "Yes.")
 
 
 def test_each_objective_is_a_question_of_its_own(tmp_path: Path) -> None:
@@ -429,6 +449,26 @@ def test_candidates_are_every_two_answers_of_a_prompt(tmp_path: Path) -> None:
     file.write_text('{"prompt": "One?", "completions": ["a"]}\n')
     with pytest.raises(UserError, match=r"line 1.*two answers"):
         list(candidates_of(file, Plan()))
+
+
+def test_candidates_are_read_as_rows_to_train_on_are(tmp_path: Path) -> None:
+    file, asks = tmp_path / "answers.jsonl", turn("user", "Hi?")
+    whole = [[asks, turn("assistant", text)] for text in "ab"]
+    file.write_text(json.dumps({"prompt": [asks], "chosen": whole[0], "rejected": whole[1]}) + "\n")
+    (item,) = candidates_of(file, Plan())
+    assert (item.prompt, item.first, item.second) == ((asks,), (whole[0][1],), (whole[1][1],))
+    tool = {"type": "function", "function": {"name": "f"}}
+    call = {"role": "assistant", "tool_calls": [tool]}
+    for row, match in (
+        ({"prompt": [asks], "completions": [[call], [whole[0][1]]]}, "calls a tool"),
+        (
+            {"prompt": [asks], "completions": [answer[1:] for answer in whole], "tools": [tool]},
+            "has tools",
+        ),
+    ):
+        file.write_text(json.dumps(row) + "\n")
+        with pytest.raises(UserError, match=match):
+            list(candidates_of(file, Plan()))
 
 
 def test_prompts_come_once_each_in_an_order_of_their_own(tmp_path: Path) -> None:

@@ -340,6 +340,28 @@ def test_files_take_their_split_from_a_column_or_from_a_test_split(tmp_path: Pat
     ).save_to_disk(tmp_path / "both")
     sides = [row.side for row in Files(path=str(tmp_path / "both"), test_split="heldout").read()]
     assert sides == ["train"] * 20 + ["test"] * 10
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "one")
+    assert len(list(Files(path=str(tmp_path / "one")).read())) == len(ROWS)
+    with pytest.raises(UserError, match="there is no split 'test'"):
+        list(Files(path=str(tmp_path / "one"), test_split="test").read())
+
+
+@pytest.mark.parametrize("form", ["numpy", "torch", "pandas", "arrow"])
+def test_a_folder_is_read_alike_whatever_form_it_was_kept_in(form: str, tmp_path: Path) -> None:
+    rows = [{**row, "client": i % 2} for i, row in enumerate(ROWS)]
+    table = datasets.Dataset.from_list(rows)
+    table.with_format(form, columns=["client"]).save_to_disk(tmp_path / form)
+    table.save_to_disk(tmp_path / "plain")
+    read = [list(Files(path=str(tmp_path / name)).read()) for name in (form, "plain")]
+    assert [(row.prompt, row.columns) for row in read[0]] == [
+        (row.prompt, row.columns) for row in read[1]
+    ]
+
+
+def test_pictures_beside_texts_are_not_looked_at(tmp_path: Path) -> None:
+    table = datasets.Dataset.from_list([{**row, "image": b"no picture"} for row in ROWS])
+    table.cast_column("image", datasets.Image()).save_to_disk(tmp_path / "one")
+    assert len(list(Files(path=str(tmp_path / "one")).read())) == len(ROWS)
 
 
 def test_the_side_of_a_prompt_never_changes() -> None:

@@ -23,6 +23,7 @@ from tokenizers.normalizers import Lowercase
 from transformers import dynamic_module_utils
 from typer.testing import CliRunner
 
+from conftest import write_rows
 from fedpref import Experiment, UserError, cli, config, run
 from fedpref.data import Files
 from fedpref.experiments.rounds import Event, evaluated
@@ -134,6 +135,41 @@ def test_merged_folders_load_in_transformers_with_the_same_log_probabilities(
         ("with the reward head beside it", "rewards/accuracies_combined"),
     ):
         assert f"{name} | {100 * last[metric]:.1f} (of client-1)" in text
+
+
+@pytest.mark.long
+def test_a_tokenizer_of_several_templates_and_long_turns_of_users_are_exported(
+    settings: dict[str, Any], tiny: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny, folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
+    one = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    tokenizer.chat_template = {"default": one, "tool_use": one}
+    tokenizer.save_pretrained(str(folder))
+    kept = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**kept, "max_position_embeddings": 1024}))
+    long = {"role": "user", "content": "river stone cloud " * 120}
+    rows = [
+        {
+            "prompt": [
+                {"role": "user", "content": f"Thing {i}?"},
+                {"role": "assistant", "content": "So"},
+            ],
+            **{
+                side: [long, {"role": "assistant", "content": f"{side} {i}"}]
+                for side in ("chosen", "rejected")
+            },
+            "client": i % 2,
+        }
+        for i in range(24)
+    ]
+    data = {"name": "files", "path": str(write_rows(tmp_path / "rows.jsonl", rows))}
+    task = {**settings["task"], "model": {**settings["task"]["model"], "path": str(folder)}}
+    content = {**settings, "data": data, "task": {**task, "max_length": 1024}, "workers": 1}
+    path = run(config.parse(Experiment, content, "test"), tmp_path / "run").path
+    made = export(path, "peft", tmp_path / "made")
+    assert (made / "shared/additional_chat_templates/tool_use.jinja").exists()
 
 
 def dequantised(file: Path) -> dict[str, torch.Tensor]:

@@ -37,6 +37,7 @@ def test_nothing_is_said_of_two_clients_or_without_errors() -> None:
     assert fairness([1.0, 2.0], [1.0, 1.0]) is None
     assert fairness([1.0, 2.0, 3.0], [1.0, 0.0, 1.0]) is None
     assert fairness([1.0, 2.0, 3.0], [1.0, float("nan"), 1.0]) is None
+    assert fairness([1.0, float("nan"), 3.0], [1.0, 1.0, 1.0]) is None
 
 
 @pytest.mark.parametrize(("clients", "between"), [(6, 0.0), (12, 5.0), (12, 12.0)])

@@ -18,7 +18,7 @@ import torch
 from conftest import make_rows, write_rows
 from fedpref import UserError, config
 from fedpref.channel.lattice import unfixed
-from fedpref.engines import Patience, Sites
+from fedpref.engines import Patience, Sites, site_masks
 from fedpref.engines.coordinator import _contribute
 from fedpref.engines.messages import NO_TENSORS, RefusedError, pack, unpack
 from fedpref.engines.phases import Phases
@@ -769,10 +769,15 @@ def test_a_plan_is_of_sites_that_are_in_the_sum_and_of_those_who_are_left(
         SecureSums(masks, "run", withholding).sum(asked, plan, "train", 0, 2, told, "2.0")
 
 
+@pytest.mark.parametrize("torn", ["", "0a1b"])
 def test_values_of_one_run_are_not_summed_again_with_others_in_another(
-    content: dict[str, Any], tmp_path: Path
+    content: dict[str, Any], tmp_path: Path, torn: str
 ) -> None:
     asking = Asking(content, tmp_path)
+    for k in range(asking.count):  # a line that a full disk has cut short
+        masks = asking.of(k)._masks
+        assert masks is not None
+        (masks._root / site_masks.VALUES).write_text(torn)
     asking.train(0, "2")
     asking.sum("2.0", 0)
     Sites(asking.here, config.dump(asking.spec), "again", Patience(seconds=30))

@@ -18,10 +18,12 @@ from typer.testing import CliRunner
 
 from conftest import kept_values
 from fedpref import Experiment, UserError, cli, config, run
+from fedpref.engines import site_folder
 from fedpref.engines.coordinator import bounded_by_site
 from fedpref.engines.engine import clipped
 from fedpref.engines.messages import RefusedError
 from fedpref.engines.replies import answered, usable_metrics
+from fedpref.engines.site_privacy import JOINED
 from fedpref.engines.store import Store
 from fedpref.engines.values import Kept
 from fedpref.experiments.run_directory import RunDirectory
@@ -157,6 +159,23 @@ def test_a_client_is_forgotten_in_all_runs(tmp_path: Path) -> None:
         assert json.loads(line)["clients"] == {"clinic": {"loss": 1.0}}
     with pytest.raises(UserError, match="nothing is kept here of a client 'school'"):
         operating.forget(tmp_path, "school")
+
+
+def test_a_client_is_forgotten_by_the_number_that_it_had_when_values_were_set_aside(
+    tmp_path: Path,
+) -> None:
+    run, values = tmp_path / "run", {"own": {i: Kept({"x": torch.full((2,), 1.0)}) for i in (0, 1)}}
+    Store(run / "checkpoints").save(run / "checkpoints/round-000001", "round-000001", values)
+    (run / operating.CLIENTS).write_text(json.dumps({"ann": 0, "bob": 1}))
+    site_folder.set_aside(run)
+    (run / operating.CLIENTS).write_text(json.dumps({"bob": 0}))  # begun anew, without ann
+    (run / JOINED).write_text(json.dumps(["ann"]))
+    assert operating.forget(tmp_path, "ann") == ["run"]
+    left = [file.name for file in run.glob("checkpoints.1/values/own/*")]
+    assert left == ["1.round-000001.safetensors"]
+    assert json.loads((run / JOINED).read_text()) == []
+    assert operating.forget(tmp_path, "bob") == ["run"]
+    assert not list(run.glob("checkpoints.1/values/own/*"))
 
 
 # ---- what a site lets be asked
@@ -362,11 +381,11 @@ def test_looking_whether_a_run_is_held_needs_no_right_to_write(tmp_path: Path) -
 
 
 def test_what_a_killed_start_left_is_in_nobodys_way(tmp_path: Path) -> None:
-    left = tmp_path / f".run.{os.getpid()}"
+    left = tmp_path / f".run.begins-{os.getpid()}"
     left.mkdir()
     (left / "config.yaml").touch()
-    other = tmp_path / ".run.lock"
-    other.touch()
+    other = tmp_path / ".run.20240101"  # somebody's
+    other.mkdir()
     RunDirectory(tmp_path / "run").create({"config.yaml": "rounds: 1\n"})
     assert (tmp_path / "run/config.yaml").read_text() == "rounds: 1\n"
     assert [one.name for one in tmp_path.glob(".run.*")] == [other.name]

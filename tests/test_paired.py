@@ -16,7 +16,7 @@ from fedpref.experiments.run_directory import OUTCOMES, SAMPLES
 from fedpref.numerics.metrics import ACCURACY
 from fedpref.reports.page import write_report
 from fedpref.reports.page.sentences import cards, words
-from fedpref.reports.paired import gain, gains, outcomes, sentences, stated
+from fedpref.reports.paired import gain, gains, known_accuracies, outcomes, sentences, stated
 from fedpref.reports.run import read
 from fedpref.reports.tables import next_commands, sample_table
 
@@ -214,4 +214,9 @@ def test_names_of_clients_reach_a_terminal_escaped(
 def test_the_shipped_tastes_are_known_by_client() -> None:
     known = Builtin().known_accuracies
     assert len(known) == 12
-    assert sum(known.values()) / 12 == pytest.approx(0.836, abs=5e-4)
+    assert sum(share for share, _ in known.values()) / 12 == pytest.approx(0.836, abs=5e-4)
+    spec = Experiment()
+    both = {"library": {"test": 80}, "bank": {"test": 80}}
+    assert known_accuracies(spec, both) == {name: known[name][0] for name in both}
+    # of some of a client's pairs nothing is known
+    assert known_accuracies(spec, {**both, "bank": {"test": 10}}) == {}

@@ -96,6 +96,8 @@ def test_discrete_noise_costs_a_little_more_than_a_gaussians_by_its_own_accounta
     assert found == pytest.approx(33.7, abs=0.3)
     assert found > Guarantee(1.0, 1.0, 1e-3).epsilon(30)
     assert epsilon_of_discrete([], 1e-3) == 0.0
+    with pytest.raises(UserError, match="no noise keeps 1000 sums within"):
+        Guarantee.of_discrete(1e-3, 1e-5, 1000)
     least = Guarantee.of_discrete(8.0, 1e-3, 10)
     assert least.epsilon(10) <= 8.0
     assert least.epsilon(10) == pytest.approx(8.0, rel=1e-3)

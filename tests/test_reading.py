@@ -7,9 +7,12 @@ import gzip
 import json
 import warnings
 from collections.abc import Callable
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -21,7 +24,7 @@ from fedpref import cli, config, run
 from fedpref.data import HH, IID, SHP, Feedback, Files, Natural, Preference
 from fedpref.data.parsing import parse
 from fedpref.data.placed import label
-from fedpref.data.preferences import Conversation
+from fedpref.data.preferences import Conversation, key
 from fedpref.data.reading import read
 from fedpref.data.splits import digest, keyed, question
 from fedpref.data.tables import read_table
@@ -355,6 +358,11 @@ def test_tools_and_what_messages_say_beside_text_are_kept(tmp_path: Path) -> Non
     assert "tools" not in row.columns
     other = one(tmp_path, {**record, "tools": []})
     assert digest(row.prompt, "prompt") != digest(other.prompt, "prompt")
+    # as logs write a message that calls none
+    answer = one(tmp_path, {**record, "chosen": [{**said("22."), "tool_calls": []}]}).chosen
+    assert answer == (said("22."),)
+    dated = Conversation([user("?")], {"tools": [{"since": date(2024, 1, 2)}]})
+    assert "2024-01-02" in key(dated)
 
 
 def test_headers_with_blanks_and_labels_as_numbers_are_read(tmp_path: Path) -> None:
@@ -477,6 +485,8 @@ def test_a_damaged_file_is_named(damage: Callable[[Path], None], tmp_path: Path)
         ([1, 1.0, "1", "1 ", " 1.0"], "1"),
         (["café", "cafe\u0301", " café "], "café"),
         (["a  b", "a b", "a\tb"], "a b"),
+        ([7, Decimal("7"), Decimal("7.0"), np.int64(7), "7"], "7"),
+        ([date(2024, 1, 2), "2024-01-02"], "2024-01-02"),
         ([None, "", "  ", float("nan"), "None", "nan", "NaN", "null", "<NA>", "NaT"], None),
         (["none", "-nan", "NULL", "N/A", "n/a", "#N/A", r"\N"], None),
         (["NA", " NA "], "NA"),

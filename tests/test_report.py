@@ -24,7 +24,7 @@ from fedpref.numerics.topology import rho
 from fedpref.reports import charts
 from fedpref.reports import method_charts as methods
 from fedpref.reports.figures import draw_lines
-from fedpref.reports.page import page, sections, told_apart, write_report
+from fedpref.reports.page import page, sections, sums, told_apart, write_report
 from fedpref.reports.page.sentences import cards, words
 from fedpref.reports.page.tables import client_rows, newcomer_rows
 from fedpref.reports.run import Run, read
@@ -193,6 +193,43 @@ def test_texts_of_a_run_are_text_in_the_page(runs: dict[str, Run], tmp_path: Pat
     assert "&lt;b&gt;Why?&lt;/b&gt;" in text
     assert "<script>alert" not in text
     assert "length 0.50" in text
+
+
+def test_names_are_text_wherever_a_chart_has_them(runs: dict[str, Run], tmp_path: Path) -> None:
+    place = tmp_path / "run"
+    shutil.copytree(runs["averaged"].path, place)
+    for file in (place / "clients.json", *place.rglob(EVALUATION)):
+        file.write_text(file.read_text().replace("client-0", "<b>0</b>"))
+    drawn = [chart for _, some in sections([read(place)], {}) for chart in some]
+    assert "<b>" not in json.dumps([chart.content for chart in drawn])
+    titled = charts.Chart("a", "b", [], charts.axes("over <i>x</i>", "y"))
+    assert titled.content["layout"]["xaxis"]["title"]["text"] == "over &lt;i&gt;x&lt;/i&gt;"
+
+
+def test_a_run_at_work_has_a_page_whatever_is_written_of_it(
+    runs: dict[str, Run], tmp_path: Path
+) -> None:
+    place = tmp_path / "run"
+    shutil.copytree(runs["averaged"].path, place)
+    (place / "done").unlink()
+    rows = (place / METRICS).read_text().splitlines(keepends=True)
+    (place / METRICS).write_text("".join(rows[:-1]))  # the last round's is not there yet
+    assert write_report([place], tmp_path / "one.html").exists()
+    first = json.loads((place / EVALUATION).read_text().splitlines()[0])
+    (place / EVALUATION).write_text(json.dumps({**first, "round": 0}) + "\n")
+    (place / METRICS).unlink()  # killed in its first round
+    assert write_report([place], tmp_path / "two.html").exists()
+
+
+def test_a_run_whose_figures_are_sums_has_charts_of_training(runs: dict[str, Run]) -> None:
+    one = runs["averaged"]
+    rows = [{**row, "clients": {}, "evaluate_pairs": 4, "bins": {}} for row in one.line.evaluations]
+    del rows[-1]["evaluate_pairs"]
+    summed = replace(one, line=replace(one.line, evaluations=rows), baselines={})
+    titles = [chart.title for _, some in sums.sections(summed) for chart in some]
+    assert "Training loss" in titles
+    # the last evaluation is of more rows than those before
+    assert [row["round"] for row in summed.line.course] == [row["round"] for row in rows[:-1]]
 
 
 def test_what_has_nothing_to_show_says_so(runs: dict[str, Run], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -229,6 +230,18 @@ def test_a_gauge_attack_is_seen_in_the_space_of_averaging() -> None:
     for rule in (NormBound(), GeometricMedian(), MultiKrum(), TrimmedMean()):
         found = RobustMeans(rule).mean(sent, EVERY)
         assert apart(found, honest) < 1
+
+
+def test_a_value_that_is_not_finite_is_left_out_by_every_rule() -> None:
+    sent = {**values(), 4: {name: one * math.inf for name, one in values()[4].items()}}
+    others = {i: one for i, one in sent.items() if i != 4}
+    shares = {i: 1 / len(others) for i in others}
+    for rule in (NormBound(), GeometricMedian(), MultiKrum(), TrimmedMean(), Median()):
+        without = RobustMeans(rule).mean(others, shares)
+        assert apart(RobustMeans(rule).mean(sent, EVERY), without) < 1e-6
+    own, *heard = [(one, 0.25) for one in others.values()]
+    mixed = clipped_gossip(own[0], [own, *heard[:2], (sent[4], 0.25)], 0.25)
+    assert trees.is_finite(mixed)
 
 
 # ---- gossip
@@ -683,6 +696,59 @@ def test_what_rules_and_attacks_cannot_do_is_refused(
     ruled = {"combine": "norm-bound", "weighting": "equal"}
     with pytest.raises(UserError, match=message):
         parsed(content, **{"federation": ruled, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"attack": "sign", "algorithm": {"name": "alone"}},
+            r"send nothing\. Take an attack",
+        ),
+        ({"attack": "scale", "algorithm": {"name": "pooled"}}, "send nothing"),
+        ({"attack": "gauge", "algorithm": {"name": "decdpo"}}, "tell one another models"),
+        (
+            {"federation": {"compress": {"name": "bfloat16"}}, "algorithm": {"name": "alone"}},
+            "nothing is sent for a mean",
+        ),
+    ],
+)
+def test_an_attack_or_a_compression_of_nothing_is_refused(
+    changes: dict[str, Any], message: str, content: dict[str, Any]
+) -> None:
+    with pytest.raises(UserError, match=message):
+        parsed(content, **changes).check_clients(dict.fromkeys("abc", 9))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"network": {"link_failure": 0.5}}, r"network\.link_failure"),
+        ({"network": {"weights": "uniform"}}, r"network\.weights"),
+        ({"federation": {"speed_spread": 2.0}}, "nobody is waited for"),
+        ({"evaluate_pairs": 8}, "evaluate_pairs"),
+        ({"evaluate_all_at_end": True}, "evaluate_all_at_end"),
+        (
+            {"baselines": ["feddpo"], "algorithm": {"name": "feddpo", "aggregate": "frozen-a"}},
+            "has its name, with other settings",
+        ),
+    ],
+)
+def test_settings_that_do_nothing_are_told_of(
+    changes: dict[str, Any], message: str, content: dict[str, Any]
+) -> None:
+    with pytest.warns(UserWarning, match=message):
+        parsed(content, **changes).check_clients(dict.fromkeys("abc", 9))
+
+
+def test_choosing_among_fewer_evaluations_than_it_needs_is_told_of(content: dict[str, Any]) -> None:
+    chosen = {"data": {**content["data"], "validation_fraction": 0.2}, "rounds": 2}
+    for more, message in (
+        ({"keep": "best", "evaluate_every": 2}, "one evaluation to choose from"),
+        ({"stop": {"patience": 2}, "evaluate_every": 1}, "nothing is stopped"),
+    ):
+        with pytest.warns(UserWarning, match=message):
+            parsed(content, **chosen, **more).check_clients(dict.fromkeys("abc", 9))
 
 
 def test_privacy_of_what_a_client_has_goes_with_a_rule(content: dict[str, Any]) -> None:

@@ -594,6 +594,16 @@ class Direct:
         )
 
 
+@work("test_sites.numbered", sends=(0,))
+def numbered(client: Client, tree: Tree) -> Tree:
+    return {"x": torch.full((2,), float(client.id))}
+
+
+@work("test_sites.nothing_but_one", sends=(0,))
+def nothing_but_one(client: Client, tree: Tree) -> Tree:
+    return {"x": torch.full((2,), 3.0)} if client.id == 1 else {}
+
+
 @work("test_sites.advance", keeps={1: "own"}, reads=("own",))
 def advance(client: Client, own: Tree, how: str) -> tuple[Tree, Tree]:
     """A message, and a private value that counts rounds."""
@@ -915,6 +925,42 @@ def test_clients_begin_before_the_first_round(content: dict[str, Any], tmp_path:
     engine.begin(1, engine.clients, "init")
     with pytest.raises(UserError, match="clients begin before the first round"):
         engine.each(fresh)
+
+
+def test_a_mean_is_nobodys_beyond_its_share_and_not_of_those_who_send_nothing(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
+    direct = Direct(tmp_path)
+    sites = Sites(direct, content, "run", replace(QUORUM, max_site_share=0.5))
+    engine = RemoteEngine(sites, weighting="equal")
+    alone = [i for i in engine.clients if sites.site_of[i] == "site-1"][:1]
+    cohort = [*(i for i in engine.clients if sites.site_of[i] == "site-0"), *alone]
+    engine.begin(0, cohort)
+    mean = engine.mean(engine.each(numbered, {"x": torch.zeros(2)}))
+    others = [i for i in cohort if i not in alone]
+    assert mean["x"].tolist() == pytest.approx([(sum(others) / len(others) + alone[0]) / 2] * 2)
+    # most of a cohort's clients send nothing: what one answers to what was sent is the mean
+    engine = opened(Direct(tmp_path / "empty"), content)
+    engine.begin(0, engine.clients)
+    mean = engine.mean(engine.each(nothing_but_one, {"x": torch.zeros(2)}))
+    assert mean["x"].tolist() == [3.0, 3.0]
+    assert len(engine.left_out) == len(engine.clients) - 1
+
+
+def test_a_site_that_is_full_opens_nothing_more(content: dict[str, Any], tmp_path: Path) -> None:
+    direct = Direct(tmp_path, 1)
+    (site,) = direct.all.values()
+    host = site._host.host
+
+    def lends(*asked: Any) -> Any:
+        return replace(host(*asked), bounds=Bounds(disk=1000))
+
+    site._host.host = lends  # type: ignore[method-assign]
+    (tmp_path / "site-0").mkdir()
+    (tmp_path / "site-0/large").write_bytes(bytes(2000))
+    with pytest.raises(UserError, match="runs take"):
+        opened(direct, content)
+    assert not (tmp_path / "site-0/run").exists()
 
 
 def test_sums_of_many_forms_have_a_bound(content: dict[str, Any], tmp_path: Path) -> None:

@@ -117,6 +117,12 @@ def test_uniform_weights_on_the_complete_graph_average_and_are_refused_where_deg
         mixing(Shape("path").graph(SIXTEEN, 0), "uniform", SIXTEEN)
 
 
+def test_a_graph_that_is_drawn_anew_has_no_uniform_weights() -> None:
+    network = Network(topology=ErdosRenyi(probability=0.5, redraw=True), weights="uniform")
+    with pytest.raises(UserError, match=r"network\.weights.*Take metropolis"):
+        network.check(list("abcd"))
+
+
 def test_shapes_of_graphs() -> None:
     # of four by four
     assert nx.is_isomorphic(
@@ -227,6 +233,9 @@ def test_graphs_come_from_files(tmp_path: Path) -> None:
     }
     (tmp_path / "edges.txt").write_text("clinic school\n")
     assert set(GraphFile(path=str(tmp_path / "edges.txt")).graph(people, 0).edges()) == {(0, 2)}
+    (tmp_path / "signs.txt").write_text("user#1, user#2 # who else\n")
+    signs = GraphFile(path=str(tmp_path / "signs.txt"))
+    assert set(signs.graph(["user#1", "user#2"], 0).edges()) == {(0, 1)}
     nx.write_graphml(nx.Graph([("clinic", "school")]), tmp_path / "g.graphml")
     assert set(GraphFile(path=str(tmp_path / "g.graphml")).graph(people, 0).edges()) == {(0, 2)}
     (tmp_path / "broken.graphml").write_text("<graphml")

@@ -35,6 +35,7 @@ def train(
 ) -> tuple[Tree, Tree, Tree, Mapping[str, float]]:
     """Return the client's adapter, its parts, moments, and metrics; nothing of it may leave."""
     if method.only_parts:
+        method = replace(method, phases="joint")  # there is no second one
         _, own, moments, metrics = method.train(client, {}, theta, own, moments)
         return theta, own, moments, metrics
     return method.train(client, theta, {}, own, moments)
@@ -59,6 +60,7 @@ class Alone(Personal, Algorithm[State]):
     only_parts: bool = False
     """Train the parts alone; the adapter stays as it began."""
 
+    sends_nothing = True
     works = (train, begin, own_copy, no_moments)
 
     def given(self, join_steps: int) -> tuple[Any, ...]:

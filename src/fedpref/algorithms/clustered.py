@@ -5,6 +5,7 @@ Sources: Ghosh et al. 2020 (IFCA); Wu et al. 2024 (FedBiscuit).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -12,6 +13,7 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
+from fedpref.errors import UserError
 from fedpref.federation.algorithm import Algorithm
 from fedpref.federation.common import no_moments, own_copy
 from fedpref.federation.local_training import LocalTraining, place, seeded_dropout, train_locally
@@ -37,14 +39,17 @@ def suitable(client: Client, adapters: Tree, clusters: int, local: LocalTraining
 
     The batch is four times a training batch.
     """
-    first, size = trees.part(adapters, 0), BatchSize(4 * local.batch_size)
+    tokens = local.max_tokens_per_batch
+    size = BatchSize(4 * local.batch_size, tokens and 4 * tokens)
+    first = trees.part(adapters, 0)
     batch = client.task.draw(first, first, client.shard, size, client.rng)
     with torch.no_grad(), seeded_dropout(client):
         losses = [
             client.task.losses(trees.part(adapters, k), batch)[0].mean().item()
             for k in range(clusters)
         ]
-    return min(range(clusters), key=losses.__getitem__)
+    # what has diverged suits nobody
+    return min(range(clusters), key=lambda k: (math.isnan(losses[k]), losses[k]))
 
 
 @work("clustered.train", keeps={1: "choice", 2: "moments"}, reads=("moments",))
@@ -105,6 +110,13 @@ class Clustered(Algorithm[State]):
 
     works = (train, choose, find, own_copy, no_moments)
     sums_apart = True
+
+    def check_clients(self, names: tuple[str, ...]) -> None:
+        if self.local.keep_optimizer:
+            raise UserError(
+                "algorithm.local.keep_optimizer: a client of clustered may train another adapter "
+                "in each round, which moments of the last one do not fit. Set it to false."
+            )
 
     def init(self, fed: Federation, start: Tree) -> State:
         copies = {

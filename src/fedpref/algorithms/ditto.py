@@ -11,6 +11,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from fedpref.errors import UserError
 from fedpref.federation.aggregation import Factors, FrozenA
 from fedpref.federation.algorithm import Algorithm
 from fedpref.federation.common import PersonalState, no_moments, own_copy
@@ -89,6 +90,13 @@ class Ditto(Algorithm[PersonalState]):
     works = (train, train_near, own_copy, no_moments)
     sums: ClassVar[int] = 1
     sends_local_steps = True
+
+    def check_clients(self, names: tuple[str, ...]) -> None:
+        if self.personal is not None and self.personal.keep_optimizer:
+            raise UserError(
+                "algorithm.personal.keep_optimizer: moments of personal adapters are not kept. Set "
+                "it to false."
+            )
 
     def init(self, fed: Federation, start: Tree) -> PersonalState:
         return PersonalState(start, fed.each(own_copy, start), fed.each(no_moments))

@@ -289,7 +289,8 @@ def _between(value: float | None, low: float | None, high: float | None, form: s
 
 def _said(text: str) -> str:
     """Return a text that is no markup in a table."""
-    return printable(text).replace("|", "/").replace("<", "&lt;").replace("\n", " ")[:60]
+    plain = printable(text).translate(str.maketrans("|[]\n", "/() "))
+    return plain.replace("<", "&lt;")[:60]
 
 
 def overview(found: Mapping[str, Any]) -> str:

@@ -90,9 +90,10 @@ class Quantize:
 
     @property
     def contracts(self) -> bool:
-        """Whether what arrives is nearer to what was sent than nothing is.
+        """Whether what arrives of normal entries is nearer to what was sent than nothing is.
 
-        With two bits the random rounding of normal entries has twice their own squared norm.
+        With two bits their random rounding has twice their own squared norm. Where one entry is far
+        larger than all others, more bits are needed for it.
         """
         return self.bits > 2
 

@@ -6,6 +6,7 @@ all means of a round; the median and the trimmed mean look at each number by its
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
@@ -244,6 +245,8 @@ def clipped_gossip(value: Tree, heard: Sequence[tuple[Tree, float]], hostile: fl
             break
     mixed = dict(value)
     for tree, length, (_, weight) in zip(apart, lengths, heard, strict=True):
+        if not math.isfinite(length):  # shortened to nothing
+            continue
         factor = weight * min(1.0, radius / length if length else 1.0)
         for name, tensor in tree.items():
             mixed[name] = mixed[name] + factor * tensor

@@ -11,13 +11,14 @@ from pathlib import Path
 from fedpref.collect.speakers import Speaker, said
 from fedpref.collect.store import Item, Selected, Store, coin
 from fedpref.data import Files
-from fedpref.data.parsing import text
-from fedpref.data.preferences import Conversation, Side, Text, key
+from fedpref.data.parsing import parse, text
+from fedpref.data.preferences import Conversation, Preference, Side, Text, key
 from fedpref.data.splits import held_out, identity
 from fedpref.data.tables import read_table
 from fedpref.data.unusable import Unusable
 from fedpref.errors import UserError
 
+ANSWERS = "chosen", "rejected"  # columns of a pair
 ALIKE = "alike"  # a folder's setting: prompts whose answers leave nothing to choose between
 TOGETHER = 2  # prompts that are answered at a time: the first people see soon
 
@@ -125,28 +126,37 @@ def candidates_of(path: Path, plan: Plan, known: Iterable[Item] = ()) -> Iterato
     """
     seen = {_pair(item.prompt, item.first, item.second) for item in known}
     for where, row in read_table(str(path)):
-        answers = row.get("completions") or [
-            row[name] for name in ("chosen", "rejected") if name in row
-        ]
+        answers = row.get("completions") or [row[name] for name in ANSWERS if name in row]
         if not row.get("prompt") or not isinstance(answers, list) or len(answers) < 2:
             raise UserError(
                 f"{where}: expected prompt, and completions, a list of two answers or more, or "
                 "chosen and rejected."
             )
+        rest = {name: row[name] for name in row if name not in ("completions", *ANSWERS)}
         try:
-            prompt = text(row["prompt"], "prompt", where)
-            answers = [text(answer, "completions", where) for answer in answers]
+            said = [text(answer, "completions", where) for answer in answers]
+            places = {key(one): i for i, one in reversed([*enumerate(said)])}  # each once
+            for i, k in combinations(sorted(places.values()), 2):
+                # read as rows to train on are: what people see is what is learned from
+                both = parse({**rest, **dict(zip(ANSWERS, (said[i], said[k]), strict=True))}, where)
+                _refuse_unseen(both)
+                pair = _pair(both.prompt, both.chosen, both.rejected)
+                if pair not in seen:
+                    seen.add(pair)
+                    origins = (f"{path.name} {i + 1}", f"{path.name} {k + 1}")
+                    yield plan.item(both.prompt, both.chosen, both.rejected, origins, None)
         except Unusable as error:
             raise UserError(str(error)) from error
-        if any(isinstance(answer, str) != isinstance(prompt, str) for answer in answers):
-            raise UserError(f"{where}: the prompt and its answers are text, or all conversations.")
-        places = {key(answer): i for i, answer in reversed([*enumerate(answers)])}  # each once
-        for i, k in combinations(sorted(places.values()), 2):
-            pair = _pair(prompt, answers[i], answers[k])
-            if pair not in seen:
-                seen.add(pair)
-                origins = (f"{path.name} {i + 1}", f"{path.name} {k + 1}")
-                yield plan.item(prompt, answers[i], answers[k], origins, None)
+
+
+def _refuse_unseen(row: Preference) -> None:
+    """Raise UserError where a row has what the page does not show, and people would choose by."""
+    if isinstance(row.prompt, Conversation) and row.prompt.given:
+        raise UserError(f"{row.where}: the prompt has tools, which the page does not show.")
+    texts = (row.prompt, row.chosen, row.rejected)
+    turns = [turn for one in texts if not isinstance(one, str) for turn in one]
+    if any("tool_calls" in turn for turn in turns):
+        raise UserError(f"{row.where}: a message calls a tool, which the page does not show.")
 
 
 class Ahead(threading.Thread):

@@ -217,13 +217,14 @@ class Sitting:
             if type(seconds) not in (int, float) or not 0 <= seconds < 1e9:
                 raise RefusedError("the seconds of a choice are a number")
             side, _, is_edited = str(shown).partition("-")
-            edited = self._edited(item, asked.get("edited")) if is_edited else None
             first_left = self._is_first_left(item, rater)
             outcome: Any = side
             if side in ("left", "right"):
                 outcome = "first" if (side == "left") == first_left else "second"
-            if is_edited and edited == (item.first if outcome == "first" else item.second):
-                raise RefusedError("the edited answer is the answer itself")
+            edited = None
+            if is_edited:
+                before = item.first if outcome == "first" else item.second
+                edited = self._edited(item, before, asked.get("edited"))
             outcome += "-edited" * bool(is_edited)
             event = self.store.choose(
                 address,
@@ -241,7 +242,9 @@ class Sitting:
                 self._shown.pop(rater, None)
             return self.next(rater)
 
-    def _edited(self, item: Item, text: Any) -> Text:
+    def _edited(self, item: Item, before: Text, text: Any) -> Text:
+        if not isinstance(before, str) and len(before) > 1:
+            raise RefusedError("an answer of several turns cannot be edited as one")
         if not self.texts.edits or not isinstance(text, str) or not text.strip():
             raise RefusedError("an edited answer is a text")
         try:
@@ -250,7 +253,10 @@ class Sitting:
             raise RefusedError("an edited answer is a text") from error
         if len(text) > LONGEST_EDIT:
             raise RefusedError(f"an edited answer has {LONGEST_EDIT} characters at most")
-        return answer_to(item.prompt, text)
+        edited = answer_to(item.prompt, text)
+        if edited == before:
+            raise RefusedError("the edited answer is the answer itself")
+        return edited
 
     def undo(self, asked: Any) -> dict[str, Any]:
         """Undo a rater's last choice, and return its item to be shown again.

@@ -96,6 +96,8 @@ class Collected(PathSource):
                 yield replace(parse(record, where), side=side)
             except Unusable as error:
                 yield error
+            except UserError as error:  # of one choice, whose form no other has
+                yield Unusable("no preference", where, str(error).removeprefix(f"{where}: "))
 
 
 def opened(folder: Path) -> sqlite3.Connection:

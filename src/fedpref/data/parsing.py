@@ -305,6 +305,8 @@ def _message(message: Any, column: str, where: str) -> Message:
     said = {str(name): value for name, value in message.items() if value is not None}
     if "tool_calls" in said:
         said["tool_calls"] = _without_nulls(said["tool_calls"])
+        if not said["tool_calls"]:  # as logs write a message that calls none
+            del said["tool_calls"]
     content = _parts(said.get("content"), at)
     others = said.keys() - {"role", "content"}
     if (content is None or not content.strip()) and not others and said["role"] != "system":

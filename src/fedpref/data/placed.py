@@ -7,7 +7,10 @@ import re
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from datetime import date, datetime
+from decimal import Decimal
 from functools import lru_cache
+from numbers import Integral
 from typing import Any, overload
 
 import numpy as np
@@ -208,11 +211,13 @@ def _label_of_text(value: str) -> str | None:
 def _label(value: Any) -> str | None:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
-    if isinstance(value, float) and math.isinf(value):
+    if isinstance(value, float | Decimal) and not math.isfinite(value):
         raise ValueError(f"expected a name or a number, found {value!r}")
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if not isinstance(value, str | int | float):
+    if isinstance(value, date | datetime):
+        value = value.isoformat()
+    if isinstance(value, float | Decimal | Integral) and value == int(value):
+        value = value if isinstance(value, bool) else int(value)
+    if not isinstance(value, str | int | float | Decimal):
         raise ValueError(f"expected a name or a number, found {value!r:.60}")
     name = spelled(str(value).translate(_UNSEEN))
     name.encode()  # half a character (a lone surrogate) could be written nowhere

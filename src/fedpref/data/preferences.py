@@ -153,7 +153,9 @@ def key(text: Text) -> str:
     """Return a text or conversation as one string, with all that its messages say."""
     if isinstance(text, str):
         return text
-    given = [json.dumps(text.given, sort_keys=True)] if isinstance(text, Conversation) else []
+    given = []
+    if isinstance(text, Conversation):
+        given = [json.dumps(text.given, sort_keys=True, default=str)]
     return "\n".join([*given, *map(_line, text)])
 
 

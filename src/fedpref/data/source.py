@@ -63,8 +63,9 @@ class DataSource(ABC):
         return {}
 
     @property
-    def known_accuracies(self) -> Mapping[str, float]:
-        """How often the tastes agree with the held-out preferences that were drawn by them.
+    def known_accuracies(self) -> Mapping[str, tuple[float, int]]:
+        """How often the tastes agree with the held-out preferences that were drawn by them, and of
+        how many preferences that is.
 
         By client, where rows were drawn by tastes that are known; empty elsewhere.
         """

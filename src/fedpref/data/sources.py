@@ -244,8 +244,11 @@ class Builtin(DataSource):
         return {name: [*one["taste"].values()] for name, one in self._population.items()}
 
     @property
-    def known_accuracies(self) -> Mapping[str, float]:
-        return {n: one["accuracy_of_the_true_taste"] for n, one in self._population.items()}
+    def known_accuracies(self) -> Mapping[str, tuple[float, int]]:
+        return {
+            name: (one["accuracy_of_the_true_taste"], one["test_pairs"])
+            for name, one in self._population.items()
+        }
 
     def read(self) -> Iterator[Preference]:
         path = str(files("fedpref.data") / "builtin" / "preferences.jsonl.gz")

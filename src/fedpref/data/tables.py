@@ -251,11 +251,17 @@ def other_splits(path: str, split: str, name: str | None) -> list[str]:
     if not Path(path).is_dir():
         return []
     if (Path(path) / "dataset_dict.json").exists():
-        known = json.loads((Path(path) / "dataset_dict.json").read_text())["splits"]
+        try:
+            known = json.loads((Path(path) / "dataset_dict.json").read_text())["splits"]
+        except (ValueError, KeyError, TypeError):  # said where it is read
+            known = []
     elif (Path(path) / "state.json").exists():
         known = []
     else:
-        known = datasets.load_dataset_builder(path, name).config.data_files or {}
+        try:
+            known = datasets.load_dataset_builder(path, name).config.data_files or {}
+        except (OSError, ValueError, datasets.exceptions.DatasetsError):  # likewise
+            known = []
     return sorted(set(map(str, known)) - {split})
 
 
@@ -281,7 +287,9 @@ def _read_dataset(path: str, split: str, hub: Mapping[str, Any]) -> Iterator[Rec
     try:
         if (Path(path) / "state.json").exists() or (Path(path) / "dataset_dict.json").exists():
             stored = datasets.load_from_disk(path)
-            table = stored[split] if isinstance(stored, dict) else stored
+            if not isinstance(stored, dict):
+                stored = {"train": stored, str(stored.split or "train"): stored}
+            table = stored[split]
         else:
             given = {name: value for name, value in hub.items() if value is not None}
             if files := _own_files(path, split, given):
@@ -301,5 +309,9 @@ def _read_dataset(path: str, split: str, hub: Mapping[str, Any]) -> Iterator[Rec
             f"data.path: {path!r}, split {split!r}, could not be loaded as a {kind}: "
             f"{reason(error)}. {_advice(Path(path))}"
         ) from error
+    # a folder may keep a form of arrays that somebody read it in; pictures and sounds are no text
+    table = table.with_format(None)
+    unread = [name for name, kind in table.features.items() if hasattr(kind, "decode")]
+    table = table.remove_columns(unread)
     for number, record in enumerate(table, 1):
         yield f"{path} ({split}), row {number}", record

@@ -138,8 +138,6 @@ class RemoteEngine:
         self._weights = (
             self._examples if weighting == "examples" else dict.fromkeys(self.clients, 1.0)
         )
-        if (most := sites.patience.max_site_share) is not None:
-            self._weights = bounded_by_site(self._weights, sites.site_of, most)
         self._freed: list[tuple[int, str]] = []
         # what clients were sent: names of tensors, with their type and last size
         self._sent: dict[str, tuple[str, tuple[int, ...]]] = {}
@@ -275,9 +273,16 @@ class RemoteEngine:
         )
         values = {i: value for i, value in values.items() if i in self.active}
         self.traffic += Traffic(bytes_up=sum(map(trees.size, values.values())))
-        weight = sum(self._weights[i] for i in values)
         learn = self._gold and partial(self._gold, self.round, self._adapter)
-        return robust.mean(values, {i: self._weights[i] / weight for i in values}, learn)
+        return robust.mean(values, self._shares(values), learn)
+
+    def _shares(self, clients: Iterable[int]) -> dict[int, float]:
+        """Return clients' weights in a mean of theirs, which add up to one."""
+        weights = {i: self._weights[i] for i in clients}
+        if (most := self._sites.patience.max_site_share) is not None:
+            weights = bounded_by_site(weights, self._sites.site_of, most)
+        total = sum(weights.values())
+        return {i: weight / total for i, weight in weights.items()}
 
     def _sum(self, names: Mapping[int, Name]) -> Tree | None:
         """Return the weighted mean of clients' values; None if one of them fell out.
@@ -287,15 +292,15 @@ class RemoteEngine:
         not grow with clients.
         """
         present, sent = self.active, 0
-        # shares of who is left, so that a client which fell out does not shrink the mean
-        weight = sum(self._weights[i] for i in present)
+        # of who is left, so that a client which fell out does not shrink the mean
+        shares = self._shares(present)
         sums: dict[Shape, Tree] = {}
         forms: dict[int, Shape] = {}
         uplink = self._uplink if self._purpose == "train" else Chain()
         place = (self.round, self._calls) if uplink.stages else None
 
         def header(own: Mapping[int, str]) -> Header:
-            return _contribute(own, {i: self._weights[i] / weight for i in own}, place=place)
+            return _contribute(own, {i: shares[i] for i in own}, place=place)
 
         for i, message in self._messages(names, header, stops_short=True):
             size = trees.size(message)
@@ -310,7 +315,7 @@ class RemoteEngine:
             sent += size
             self._largest = max(self._largest, trees.size(message))
             if self._clip is not None and self._purpose == "train":
-                message, length = clipped(message, self._weights[i] / weight, self._clip)
+                message, length = clipped(message, shares[i], self._clip)
                 self.lengths[i] = max(length, self.lengths.get(i, 0.0))
             form = shape(message)
             # a few numbers may stand for many, and each form has a sum of its own
@@ -345,8 +350,7 @@ class RemoteEngine:
         private = self.private
         if private is not None and self._purpose != "train":
             raise ValueError(f"no sum is private in the phase to {self._purpose}")
-        weight = sum(self._weights[i] for i in self.active)
-        shares = {i: self._weights[i] / weight for i in self.active}
+        shares = self._shares(self.active)
         noisy: Header | None = None
         if private is not None:
             noisy = {"round": self.round, "call": self._calls, "norm": private.norm}
@@ -450,9 +454,11 @@ class RemoteEngine:
         """Return the form that most messages have; of several, the one nearest to what was sent."""
         counts = Counter(shapes)
 
-        def rank(one: Shape) -> tuple[int, int, int]:
+        def rank(one: Shape) -> tuple[bool, int, int, int]:
             alike = sum(self._sent.get(name) == (kind, size) for name, kind, size in one)
-            return counts[one], alike, sum(name in self._sent for name, *_ in one)
+            known = sum(name in self._sent for name, *_ in one)
+            # many who say nothing do not outvote one who answers what was sent
+            return known > 0, counts[one], alike, known
 
         return max(counts, key=rank)
 

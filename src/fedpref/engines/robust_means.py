@@ -47,13 +47,17 @@ class RobustMeans:
     def mean(
         self, values: Mapping[int, Tree], shares: Mapping[int, float], learn: Learn | None = None
     ) -> Tree:
-        """Return what the rule makes of values.
+        """Return what the rule makes of values; those that are not finite are left out.
 
         Args:
             values: By client, in the clients' order.
             shares: Of the clients in a plain mean; they sum to one.
             learn: What gold pairs teach, where there are such; asked once a round.
         """
+        known = {i: value for i, value in values.items() if trees.is_finite(value)}
+        if 0 < len(known) < len(values):
+            whole = sum(shares[i] for i in known)
+            values, shares = known, {i: shares[i] / whole for i in known}
         found = None
         if learn is not None and self.agreement.keys() != values.keys():
             found = self._agree(values, shares, learn)

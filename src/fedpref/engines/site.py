@@ -56,7 +56,6 @@ from fedpref.numerics import files, seeds, trees
 from fedpref.numerics.tallies import tally
 from fedpref.numerics.trees import Tree
 
-CLIENTS = "numbers.json"  # in a run's folder: which client has which number
 OWN_FIGURES = "figures.jsonl"  # in a run's folder: clients' figures that left in sums alone
 LOG = logging.getLogger("fedpref")
 Answer = tuple[Header, Tree]
@@ -188,8 +187,15 @@ class Site:
                 f"it has kept the clients of a run {run!r} that the coordinator does not know; "
                 "its folder of runs is another"
             )
+        is_new = not folder.exists()
         with nullcontext() if resumes else site_folder.without(folder / SETTLED):
             hosted = self._host.host(experiment, folder, held_out)
+            try:
+                site_folder.refuse_full(self._folder, 0, hosted.bounds.disk)
+            except RefusedError:
+                if is_new:  # what was read for it
+                    shutil.rmtree(folder, ignore_errors=True)
+                raise
             folder.mkdir(parents=True, exist_ok=True)
             digest = site_folder.digest(experiment)
             bound = folder / site_folder.EXPERIMENT
@@ -200,7 +206,7 @@ class Site:
                 site_folder.set_aside(folder)
         files.write(bound, digest)
         self._hosted, self._run, self._resumes = hosted, folder, resumes
-        self._store = Store(folder / "checkpoints")
+        self._store = Store(folder / site_folder.STORE)
         self._store.tidy()
         self._values, self._names, self._site_of = Values(), {}, {}
         self._privacy = self._masks = None
@@ -218,7 +224,7 @@ class Site:
         # what a client was asked for is counted by its number
         if self._site_of:
             raise RefusedError("clients have their numbers already")
-        file = self._run / CLIENTS
+        file = self._run / site_folder.CLIENTS
         before = json.loads(file.read_text()) if self._resumes and file.exists() else {}
         if any(ids[name] != number for name, number in before.items() if name in ids):
             raise RefusedError("clients had other numbers in this run")
@@ -689,7 +695,7 @@ class Site:
         }
         more = sum(size(one.value) for some in kept.values() for one in some.values())
         site_folder.refuse_full(self._folder, more, self._opened.bounds.disk)
-        folder = beneath(self._run, "checkpoints")
+        folder = beneath(self._run, site_folder.STORE)
         unfinished, place = folder / ".unfinished", beneath(folder, checkpoint)
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
@@ -706,7 +712,7 @@ class Site:
         self._values.refuse_taken(self._names, name)
         present: dict[str, list[int]] = {field: [] for field in fields}
         missing = set(self._names)
-        kept = beneath(self._run, "checkpoints").glob("round-*")
+        kept = beneath(self._run, site_folder.STORE).glob("round-*")
         for folder in sorted((one for one in kept if one.name <= checkpoint), reverse=True):
             there = missing & self._store.clients(folder)
             missing -= there

@@ -16,6 +16,8 @@ from fedpref.engines.messages import RefusedError
 from fedpref.numerics import files
 
 EXPERIMENT = "experiment.sha256"  # of the run's settings
+STORE = "checkpoints"  # a folder of what clients keep; NAME.1 and so on are set aside
+CLIENTS = "numbers.json"  # which client has which number
 OPENINGS = "openings"  # how often it was opened
 ASIDE = 3  # former states of a run that are kept when it is begun anew
 CHECKPOINTS = 2  # that are kept
@@ -79,11 +81,13 @@ def set_aside(folder: Path) -> None:
     Raises:
         RefusedError: There are so many that somebody at the site should look.
     """
-    if not (folder / "checkpoints").exists():
+    if not (folder / STORE).exists():
         return
     for number in range(1, ASIDE + 1):
-        if not (beside := folder / f"checkpoints.{number}").exists():
-            (folder / "checkpoints").replace(beside)
+        if not (beside := folder / f"{STORE}.{number}").exists():
+            if (record := folder / CLIENTS).exists():  # whose values these are
+                files.write(folder / STORE / CLIENTS, record.read_text())
+            (folder / STORE).replace(beside)
             return
     raise RefusedError(
         f"the run was begun anew {ASIDE} times, and what its clients had is kept beside it; "

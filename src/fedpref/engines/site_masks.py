@@ -363,16 +363,17 @@ class SiteMasks:
         self._root.mkdir(parents=True, exist_ok=True)
         with site_folder.alone(self._root / f".{VALUES}.lock"):
             file = self._root / VALUES
-            lines = file.read_text().splitlines() if file.exists() else []
-            known = dict(line.split() for line in lines if len(line.split()) == 2)
-            if known.setdefault(one.made, whose) != whose:
+            text = file.read_text() if file.exists() else ""
+            known = dict(line.split() for line in text.split("\n") if len(line.split()) == 2)
+            if known.get(one.made, whose) != whose:
                 raise RefusedError(
                     "these values were summed with other sites, or other shares, in another run; "
                     "resume that one, or begin with another seed"
                 )
-            if len(known) > len(lines):
+            if one.made not in known:
+                begins = "\n" if text and not text.endswith("\n") else ""  # behind a torn line
                 with file.open("a") as more:
-                    more.write(f"{one.made} {whose}\n")
+                    more.write(f"{begins}{one.made} {whose}\n")
                 files.sync(file)
 
     def _all_heard(

@@ -76,6 +76,8 @@ def measured(
             "clients": {},
             "summary": {name: one.summary() for name, one in figures.items()},
             "bins": {name: list(one.bins) for name, one in figures.items() if name in SHARES},
+            # rows of clients would say of how many examples they are
+            **({"evaluate_pairs": few} if purpose == "glance" and few is not None else {}),
         }
     rows = {
         names[i]: dict(metrics) for i, metrics in engine.disclose(values, NEEDED, HEADLINES).items()

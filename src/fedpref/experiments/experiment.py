@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from fedpref.errors import UserError
 from fedpref.experiments.attack import Attack
 from fedpref.experiments.choosing import Keep, Standing, Stop
 from fedpref.experiments.free_baselines import FREE_BASELINES
+from fedpref.experiments.idle import refuse_idle, warn_of_idle
 from fedpref.experiments.lines import Baseline, baseline
 from fedpref.experiments.migration import refuse_former_names
 from fedpref.experiments.packaged import config_file
@@ -376,8 +376,7 @@ class Experiment:
         # not where a config is read: runs of older versions can still be looked at
         algorithm = self.algorithm
         self.federation.check()
-        if self.attack is not None:
-            self.attack.refuse_unused()
+        refuse_idle(self)
         self.task.check_clients(sizes)
         chances = self.federation.weights(sizes, self.seed)
         guarantee_of(self, len(sizes) - self.federation.num_newcomers)
@@ -389,12 +388,7 @@ class Experiment:
                 "top-k."
             )
         algorithm.check_clients(tuple(sizes))
-        if not algorithm.gossips and self.network.topology != Network().topology:
-            warnings.warn(
-                f"network.topology: {algorithm.name} has a coordinator and no neighbours; the "
-                "graph is not used.",
-                stacklevel=3,
-            )
+        warn_of_idle(self, len(sizes))
         if algorithm.gossips:
             taking_part = [client for client, chance in enumerate(chances) if chance > 0]
             self.network.check(list(sizes), taking_part, self.federation.takes_everybody)

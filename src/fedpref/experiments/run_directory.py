@@ -142,7 +142,7 @@ class RunDirectory:
         if not rows.exists() or self.has_begun:
             self.refuse_existing()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        begins = f".{self.path.name}."
+        begins = f".{self.path.name}.begins-"
         for left in self.path.parent.iterdir():  # by a start that was killed
             if left.name.startswith(begins) and left.name.removeprefix(begins).isdigit():
                 shutil.rmtree(left)

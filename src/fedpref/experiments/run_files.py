@@ -78,6 +78,7 @@ class Evaluation(TypedDict):
     clients: Clients
     summary: dict[str, dict[str, float]]
     bins: NotRequired[dict[str, list[float]]]
+    evaluate_pairs: NotRequired[Count]
     diagnostics: NotRequired[dict[str, float]]
     newcomers: NotRequired[MetricsOfClients]
     newcomers_before: NotRequired[MetricsOfClients]

@@ -31,6 +31,8 @@ class Algorithm(ABC, Generic[S]):
 
     works: ClassVar[tuple[Work[..., Any], ...]] = ()
     """What it runs on clients; a site that consents to the algorithm consents to exactly these."""
+    sends_nothing: ClassVar[bool] = False
+    """Clients send nothing, not even to neighbours."""
     pools_data: ClassVar[bool] = False
     """A baseline that needs all training data in one place."""
     waits_for_nobody: ClassVar[bool] = False

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from fedpref.channel import Chain, Compression
+from fedpref.errors import UserError
 from fedpref.numerics import seeds
 from fedpref.numerics.topology import (
     AnyTopology,
@@ -59,6 +60,11 @@ class Network:
         )
         turn = range(len(names)) if isinstance(self.topology, OnePeerExponential) else range(1)
         graphs = [self.topology.graph(names, round) for round in turn]
+        if self._redraws and self.weights == "uniform":
+            raise UserError(
+                "network.weights: uniform needs as many neighbours for everybody, which a graph "
+                "that is drawn anew has by chance. Take metropolis."
+            )
         mixed = mixing(graphs[0], self.weights, names)
         if self.link_failure or apart or not everybody:
             without(mixed, [])

@@ -101,8 +101,8 @@ class Personal:
         # counts of both phases; all other metrics are those of the second, the first's are beside
         # them, if it was of enough examples for any
         sums = {
-            name: value + before.get(name, 0.0)
-            for name, value in metrics.items()
+            name: metrics.get(name, 0.0) + before.get(name, 0.0)
+            for name in {**before, **metrics}
             if name.startswith("num_")
         }
         metrics = {

@@ -48,6 +48,8 @@ def fit(
         return torch.zeros(x.shape[1], len(penalties), dtype=x.dtype)
     # principal axes where rows are few: of many they take longer than they save
     basis = _axes(x) if 4 * len(x) < x.shape[1] or x.shape[1] <= FEW else None
+    if basis is not None and not basis.shape[1]:  # no pair differs in anything
+        return torch.zeros(x.shape[1], len(penalties), dtype=x.dtype)
     z = x if basis is None else x @ basis
     weight = torch.tensor(penalties, dtype=x.dtype)
     # in these units the loss is about as curved along each feature, whatever the penalty

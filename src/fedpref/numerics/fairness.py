@@ -52,10 +52,11 @@ def fairness(
         low_is_good: Whether the worst client is the one with the largest value.
 
     Returns:
-        The intervals; None for fewer than three clients, or where an error is not known.
+        The intervals; None for fewer than three clients, or where a value or an error is not known.
     """
     y, squares = np.array(values, float), np.array(errors, float) ** 2
-    if len(y) < FEWEST or not np.all(squares > 0) or not np.all(np.isfinite(squares)):
+    is_known = np.all(squares > 0) and np.all(np.isfinite(squares)) and np.all(np.isfinite(y))
+    if len(y) < FEWEST or not is_known:
         return None
     rng = np.random.default_rng(0)
     widest = 4 * max(float(y.std(ddof=1)), math.sqrt(float(squares.mean())))

@@ -98,8 +98,9 @@ def over_clients(
         tenth, one client at least; `gap`, best less worst; `std`, the standard deviation over
         clients, of which the luck of few examples is a part; and where no value is negative `jain`,
         (sum x)^2 / (N sum x^2), which is 1 when all fare alike and 1/N when one has everything
-        (Jain et al. 1984), `cov`, the standard deviation as a share of the mean, and `fairness`, 1
-        / (1 + cov) (arXiv 2604.04261). All are nan where a value is not finite.
+        (Jain et al. 1984), `cov`, the standard deviation as a share of the mean, here of these very
+        clients, by N where `std` has N - 1, and `fairness`, 1 / (1 + cov) (arXiv 2604.04261). All
+        are nan where a value is not finite.
     """
     if not all(map(math.isfinite, values.values())):
         names = ("mean", "weighted_mean", "worst", "worst_decile", "gap", "std")

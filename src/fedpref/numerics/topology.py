@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +26,8 @@ from fedpref.types import Portion, WholeNumber
 
 Matrix = NDArray[np.float64]
 Graph = Any  # networkx's Graph or DiGraph over 0, 1, ..., N - 1; it has no types of its own
+
+COMMENT = re.compile(r"(^|\s)#.*")  # in a graph's file
 
 
 def networkx() -> Any:
@@ -218,7 +221,8 @@ class GraphFile:
                 raise UserError(f"{self.path}: this is no GraphML: {error}.") from error
             return [(str(one), str(other)) for one, other in graph.edges()]
         try:
-            lines = [line.split("#", 1)[0].strip() for line in content.decode().splitlines()]
+            # a comment begins a line, or stands behind a space: names may have the sign in them
+            lines = [COMMENT.sub("", line).strip() for line in content.decode().splitlines()]
         except UnicodeDecodeError as error:
             raise UserError(f"{self.path}: this is no text in UTF-8: {error}.") from error
         edges = []

@@ -116,6 +116,11 @@ def total(trees: Iterable[Tree]) -> Tree:
     return reduce(add, trees)
 
 
+def is_finite(tree: Tree) -> bool:
+    """Return whether all numbers of a tree are finite."""
+    return all(bool(tensor.isfinite().all()) for tensor in tree.values())
+
+
 def norm(tree: Tree) -> float:
     """Return the Euclidean norm over all entries, whatever the order of the names."""
     return (

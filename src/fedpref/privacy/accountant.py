@@ -143,7 +143,7 @@ class Guarantee:
         Nobody is drawn: who collects the sums knows who takes part.
         """
         _refuse_meaningless(epsilon)
-        low, high = 1e-3, MOST
+        low, high, least = 1e-3, MOST, math.inf
         for _ in range(80):
             middle = math.sqrt(low * high)
             # what is left of delta if the whole of epsilon is spent
@@ -151,7 +151,9 @@ class Guarantee:
             if left <= 0:
                 return Guarantee(middle, 1.0, delta, inexact, True)  # which says so when asked
             fits = epsilon_of_discrete([middle] * sums, left) <= epsilon
-            low, high = (low, middle) if fits else (middle, high)
+            low, high, least = (low, middle, middle) if fits else (middle, high, least)
+        if least > MOST:
+            raise _no_noise(sums, "", epsilon, delta)
         return Guarantee(high, 1.0, delta, inexact, True)
 
     @staticmethod
@@ -199,10 +201,7 @@ class Guarantee:
             high *= 2
             if high > MOST:
                 also = f" beside {sum(beside.values())} evaluations" if beside else ""
-                raise UserError(
-                    f"privacy.epsilon: no noise keeps {sums} sums{also} within {epsilon:g} at "
-                    f"delta {delta:g}. Take fewer rounds or a larger epsilon."
-                )
+                raise _no_noise(sums, also, epsilon, delta)
         low = max(high / 2, LEAST)
         while (most := spent(low)) <= epsilon:
             high, least = low, most
@@ -220,6 +219,13 @@ class Guarantee:
             else:
                 low, most = middle, now
         return with_noise(high)
+
+
+def _no_noise(sums: int, also: str, epsilon: float, delta: float) -> UserError:
+    return UserError(
+        f"privacy.epsilon: no noise keeps {sums} sums{also} within {epsilon:g} at delta {delta:g}. "
+        "Take fewer rounds or a larger epsilon."
+    )
 
 
 def _refuse_meaningless(epsilon: float) -> None:

@@ -53,7 +53,7 @@ def lower_bound(scores: NDArray[np.float64], was_in: NDArray[np.bool_], delta: f
     """
     count = len(scores)
     order = np.argsort(-scores)
-    numbers = [number for number in (*GUESSES, count) if number <= count]
+    numbers = sorted({number for number in (*GUESSES, count) if number <= count})
     found = Bound(0.0, 0, 0)
     for number in numbers:
         half = number // 2

@@ -61,14 +61,23 @@ class Chart:
 
         Plotly would take tags in them for mark-up, and dollars for mathematics.
         """
-        texts = ("name", "x", "y", "text", "legendgroup")
+        texts = ("name", "x", "y", "text", "legendgroup", "hovertext")
         return {
             "data": [
                 {key: _text(value) if key in texts else value for key, value in trace.items()}
                 for trace in self.data
             ],
-            "layout": dict(self.layout),
+            "layout": _titled(self.layout),
         }
+
+
+def _titled(layout: Any) -> Any:
+    """Return a layout with its titles escaped; names on axes are already."""
+    if isinstance(layout, Mapping):
+        return {
+            key: _text(value) if key == "text" else _titled(value) for key, value in layout.items()
+        }
+    return [_titled(part) for part in layout] if isinstance(layout, list) else layout
 
 
 def _text(value: Any) -> Any:
@@ -130,10 +139,16 @@ def band(
     return [{**edge, "y": list(high)}, {**edge, "y": list(low), **fill}]
 
 
-def every_line(runs: Sequence[Run]) -> Iterator[tuple[str, Run, Line, int]]:
+def every_line(
+    runs: Sequence[Run], *, untold: bool = False
+) -> Iterator[tuple[str, Run, Line, int]]:
     """Yield (title, run, line, colour index) for all lines of all runs that were evaluated.
 
     A line has the same colour in all charts.
+
+    Args:
+        runs: Whose.
+        untold: Also those of runs whose evaluations have no rows of single clients.
     """
     number = 0
     for run in runs:
@@ -148,14 +163,14 @@ def every_line(runs: Sequence[Run]) -> Iterator[tuple[str, Run, Line, int]]:
             )
             if line.rounds < run.line.rounds:
                 title += f", after round {line.rounds}"
-            if line.last:
+            if line.last or (untold and run.is_summed):
                 yield title, run, line, number
             number += 1
 
 
-def main_lines(runs: Sequence[Run]) -> Iterator[tuple[str, Run, int]]:
-    """Yield (legend prefix, run, colour index) for each run's own algorithm."""
-    for title, run, line, number in every_line(runs):
+def main_lines(runs: Sequence[Run], *, untold: bool = False) -> Iterator[tuple[str, Run, int]]:
+    """Yield (legend prefix, run, colour index) for each run's own algorithm; see `every_line`."""
+    for title, run, line, number in every_line(runs, untold=untold):
         if line is run.line:
             yield title if len(runs) > 1 else "", run, number
 
@@ -179,7 +194,7 @@ def learning(runs: Sequence[Run]) -> Iterator[Chart]:
                 [scale * v for v in line.column(metric)],
                 number,
             )
-            for name, _, line, number in every_line(runs)
+            for name, _, line, number in every_line(runs, untold=True)
             if line.column(metric)
         ]
         if data:
@@ -199,7 +214,7 @@ def held_out(runs: Sequence[Run]) -> Iterator[Chart]:
 
     They show each client, the mean, and the quartiles.
     """
-    if max(len(line.course) for _, _, line, _ in every_line(runs)) < 2:
+    if max((len(line.course) for _, _, line, _ in every_line(runs)), default=0) < 2:
         return
     shown, data = runs[0].shown, []
     alone = len(runs) == 1
@@ -278,8 +293,8 @@ def gain_colours(gained: Mapping[str, float], luck: Mapping[str, float]) -> list
     ]
 
 
-def error_bars(lengths: Sequence[float]) -> dict[str, Any]:
-    """Return thin lines of lengths to either side."""
+def error_bars(lengths: Sequence[float | None]) -> dict[str, Any]:
+    """Return thin lines of lengths to either side; none where that is not known."""
     return {
         "type": "data",
         "array": list(lengths),
@@ -401,7 +416,7 @@ def by_client(runs: Sequence[Run]) -> Iterator[Chart]:
 def traffic(runs: Sequence[Run]) -> Iterator[Chart]:
     """Yield charts of the bytes of each round, and of what they bought."""
     data = []
-    for prefix, run, number in main_lines(runs):
+    for prefix, run, number in main_lines(runs, untold=True):
         rounds = [row["round"] for row in run.line.metrics]
         for dash, way in enumerate(("up", "down")):
             megabytes = [value / 1e6 for value in run.line.column(f"bytes_{way}")]
@@ -416,22 +431,17 @@ def traffic(runs: Sequence[Run]) -> Iterator[Chart]:
         layout["yaxis"]["rangemode"] = "tozero"
         yield Chart("Data sent", caption, data, layout)
     data = []
-    for prefix, run, number in main_lines(runs):
-        if len(run.line.course) < 2:
+    for prefix, run, number in main_lines(runs, untold=True):
+        if len(run.line.course) < 2 or not run.metric:
             continue
         sent = np.cumsum([row["bytes_up"] + row["bytes_down"] for row in run.line.metrics]) / 1e6
         at = {0: 0.0} | {
             row["round"]: float(total) for row, total in zip(run.line.metrics, sent, strict=True)
         }
-        means = [run.shown.scale * row["summary"][run.metric]["mean"] for row in run.line.course]
-        data.append(
-            lined(
-                prefix or run.title,
-                [at[row["round"]] for row in run.line.course],
-                means,
-                number,
-            )
-        )
+        # of a run at work the round of the last evaluation may not be written yet
+        course = [row for row in run.line.course if row["round"] in at]
+        means = [run.shown.scale * row["summary"][run.metric]["mean"] for row in course]
+        data.append(lined(prefix or run.title, [at[row["round"]] for row in course], means, number))
     if data:
         caption = "The mean over clients against all that was sent until then, up and down."
         caption += " On rows that are set aside to choose by." * runs[0].line.chooses

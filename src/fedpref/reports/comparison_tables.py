@@ -112,11 +112,13 @@ def _is_within(value: float, bounds: tuple[float, float]) -> bool:
 def caption(rows: Sequence[Row]) -> str:
     """Return what a table shows: the figure, whose gains, and what intervals are over."""
     first = rows[0]
-    of = "validation" if first.is_chosen_by else "held-out"
-    return (
-        f"{of} {HEADLINES[first.metric].caption}; gains over {first.name}; intervals over "
-        f"{first.over}"
-    )
+    return f"{measured(rows)}; gains over {first.name}; intervals over {first.over}"
+
+
+def measured(rows: Sequence[Row]) -> str:
+    """Return what is measured, and on which rows."""
+    of = "validation" if rows[0].is_chosen_by else "held-out"
+    return f"{of} {HEADLINES[rows[0].metric].caption}"
 
 
 def table(rows: Sequence[Row]) -> FoldedTable:
@@ -130,7 +132,12 @@ def markdown(rows: Sequence[Row]) -> str:
     """Return the comparison for a document."""
     lines = [TITLES, ("---",) * len(TITLES), *map(cells, rows)]
     columns = columns_of(rows)
-    return "".join(f"| {' | '.join(line[i] for i in columns)} |\n" for line in lines)
+    return "".join(f"| {' | '.join(_marked(line[i]) for i in columns)} |\n" for line in lines)
+
+
+def _marked(text: str) -> str:
+    """Return a text that is one cell of Markdown, and no mark-up."""
+    return text.replace("|", r"\|").replace("<", "&lt;")
 
 
 def latex(rows: Sequence[Row]) -> str:

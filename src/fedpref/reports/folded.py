@@ -25,6 +25,7 @@ class FoldedTable:
         bold: Which rows stand out.
         sections: Rows above which there is a rule.
         main: The column that stands out, if one does.
+        caption: Below it.
     """
 
     title: str
@@ -33,6 +34,7 @@ class FoldedTable:
     bold: Collection[int] = ()
     sections: Collection[int] = ()
     main: int | None = None
+    caption: str = ""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         places = range(1, len(self.titles))
@@ -41,7 +43,7 @@ class FoldedTable:
         name = min(self._width(0, [self.titles[0]]), longest)
         if name + sum(widths) + FRAME * len(self.titles) + 1 > options.max_width:
             widths = [self._width(i, self.titles[i].split()) for i in places]  # titles wrap
-        title: str | None = self.title
+        title: str | None = self.title or None
         for part in self._parts(widths, options.max_width - name - FRAME - 1):
             shown = Table(title=title, title_style="bold", title_justify="left")
             shown.add_column(self.titles[0], width=name, overflow="fold")
@@ -55,6 +57,8 @@ class FoldedTable:
                 shown.add_row(*(Text(row[i]) for i in (0, *part)), style=style)
             yield shown
             title = None
+        if self.caption:
+            yield Text(self.caption, style="italic")
 
     def _width(self, i: int, of_title: Sequence[str]) -> int:
         return max(map(cell_len, [*of_title, *(row[i] for row in self.rows)]), default=0)

@@ -6,25 +6,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from rich.table import Table
 
+from fedpref.reports.folded import FoldedTable
 from fedpref.runs.pareto import Point, best
 
 
 def front_table(
     objectives: Sequence[str], points: Sequence[Point], measures: Mapping[str, float]
-) -> Table:
+) -> FoldedTable:
     """Return every point, marked where no other dominates it, and the front's metrics."""
     caption = ", ".join(f"{name} {value:.4g}" for name, value in measures.items())
-    table = Table(
-        title="preferences and what came of them",
-        title_style="bold",
-        title_justify="left",
-        caption=caption,
-        caption_justify="left",
-    )
-    for title in ("preference", *objectives, *points[0].beside, ""):
-        table.add_column(title, justify="right" if title else "left")
+    rows = []
     marks = best(np.array([point.values for point in points]))
     for point, mark in zip(points, marks, strict=True):
         shares = ", ".join(f"{share:.2f}" for share in point.preference)
@@ -35,12 +27,10 @@ def front_table(
                 *(point.beside.get(name, float("nan")) for name in points[0].beside),
             )
         ]
-        table.add_row(
-            shares,
-            *numbers,
-            ("best" if mark else "") + ("" if point.is_trained else " interpolated"),
-        )
-    return table
+        said = ("best" if mark else "") + ("" if point.is_trained else " interpolated")
+        rows.append([shares, *numbers, said.strip()])
+    titles = ["preference", *objectives, *points[0].beside, ""]
+    return FoldedTable("preferences and what came of them", titles, rows, caption=caption)
 
 
 def draw_front(objectives: Sequence[str], points: Sequence[Point], path: Path) -> None:

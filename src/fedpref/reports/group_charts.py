@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from statistics import stdev
 from typing import Any
@@ -84,9 +85,11 @@ def gains(groups: Sequence[Group]) -> Iterator[Chart]:
             "y": list(gained),
         }
         if len(others) == 1:
-            bars["marker"] = {"color": gain_colours(gained, luck)}
+            # of whom not all seeds have, nothing is sure
+            unsure = dict.fromkeys(gained.keys() - luck.keys(), math.inf) if luck else {}
+            bars["marker"] = {"color": gain_colours(gained, luck | unsure)}
         if luck:
-            bars["error_x"] = error_bars([luck.get(name, 0.0) for name in gained])
+            bars["error_x"] = error_bars([luck.get(name) for name in gained])
         data.append(bars)
     if names:
         layout = axes(f"gain in {first.shown.title} over {first.name}", "", barmode="group")
@@ -95,7 +98,8 @@ def gains(groups: Sequence[Group]) -> Iterator[Chart]:
         caption = "Held-out, each client's mean over seeds; to the left it is worse off."
         if "error_x" in data[0]:
             caption += " Thin lines: two standard errors, over seeds"
-            caption += "; pale where that is more than the gain." if len(others) == 1 else "."
+            pale = "; pale where that is more than the gain, or a seed has no figure."
+            caption += pale if len(others) == 1 else "."
         yield Chart(f"Who gains over {first.name}, and who loses", caption, data, layout)
 
 

@@ -165,9 +165,8 @@ def objectives(runs: Sequence[Run]) -> Iterator[Chart]:
             means = [row["summary"][metric]["mean"] for row in line.course]
             reached.append(drawn(name, rounds, means, number, k))
     for prefix, run, number in main_lines(runs):
-        for k, name in enumerate(
-            name for name in run.line.metrics[-1] if name.startswith("weights/")
-        ):
+        last = run.line.metrics[-1] if run.line.metrics else {}
+        for k, name in enumerate(name for name in last if name.startswith("weights/")):
             rounds = [row["round"] for row in run.line.metrics if name in row]
             title = with_prefix(prefix, name.removeprefix("weights/"))
             weighed.append(drawn(title, rounds, run.line.column(name), number, k))

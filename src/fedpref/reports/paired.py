@@ -175,7 +175,7 @@ def sentences(run: Path) -> list[str]:
             + (f": {', '.join(lost)}" if lost else "")
             + (f"; luck taken out, {_share(one.harmed)} of clients lose" if one.harmed else "")
         )
-    known = known_accuracies(finished.experiment, list(finished.clients))
+    known = known_accuracies(finished.experiment, finished.clients)
     if known:
         said.append(
             "the tastes by which these preferences were drawn rank "
@@ -196,9 +196,18 @@ def _share(bounds: tuple[float, float]) -> str:
     return f"{low} %" if low == high else f"{low} to {high} %"
 
 
-def known_accuracies(experiment: Experiment, clients: Sequence[str]) -> dict[str, float]:
-    """Return what the tastes reach by which clients' held-out pairs were drawn, if it is known."""
+def known_accuracies(
+    experiment: Experiment, clients: Mapping[str, Mapping[str, Any]]
+) -> dict[str, float]:
+    """Return what the tastes reach by which clients' held-out pairs were drawn.
+
+    It is known of all of a client's pairs, not of some; empty unless it is of all these clients.
+    """
     if experiment.task.name != "preference" or experiment.evaluate_on != "test":
         return {}
     known = experiment.data.known_accuracies
-    return {name: known[name] for name in clients if name in known}
+    if not all(
+        name in known and about["test"] == known[name][1] for name, about in clients.items()
+    ):
+        return {}
+    return {name: known[name][0] for name in clients}

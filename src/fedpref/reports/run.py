@@ -96,6 +96,8 @@ class Line:
 
 def _are_alike(first: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
     """Return whether two evaluations are of as many examples of whoever is in both."""
+    if first.get("evaluate_pairs") != row.get("evaluate_pairs"):
+        return False
     here, there = first["clients"], row["clients"]
     return all(
         here[name]["num_examples"] == there[name]["num_examples"]
@@ -183,7 +185,8 @@ class Run:
     @cached_property
     def known_accuracies(self) -> Mapping[str, float]:
         """What the tastes reach by which clients' held-out pairs were drawn, where it is known."""
-        return known_accuracies(self.experiment, list(self.line.last))
+        evaluated = {name: self.clients[name] for name in self.line.last}
+        return known_accuracies(self.experiment, evaluated)
 
     @cached_property
     def of_attack(self) -> Mapping[str, list[str]]:
@@ -290,10 +293,13 @@ def _error(row: Mapping[str, float]) -> float:
 def read(path: Path) -> Run:
     """Read a run; raises UserError where there is none, or none that has begun."""
     run = FinishedRun.at(path)
+    # evaluations first: of a run at work a round's metrics are there before its evaluation
+    evaluations = {
+        name: line.read_rows(EVALUATION) for name, line in run.lines.items() if line.path.exists()
+    }
     drawn = {
-        name: Line(name, line.read_rows(METRICS), line.read_rows(EVALUATION))
-        for name, line in run.lines.items()
-        if line.path.exists()
+        name: Line(name, run.lines[name].read_rows(METRICS), rows)
+        for name, rows in evaluations.items()
     }
     environment = read_json(path / ENVIRONMENT) if (path / ENVIRONMENT).exists() else {}
     experiment = run.experiment

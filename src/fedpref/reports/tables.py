@@ -40,27 +40,22 @@ def sizes(path: Path) -> dict[str, dict[str, int]]:
     return clients
 
 
-def metric_table(metrics: ClientMetrics) -> Table:
+def metric_table(metrics: ClientMetrics) -> FoldedTable:
     """Return all metrics, a column for each client; for many clients the most important ones."""
-    table, first = Table(), next(iter(metrics.values()))
+    first = next(iter(metrics.values()))
     if len(metrics) <= 4:
-        for name in ("", *metrics):
-            table.add_column(
-                Text(printable(name)), justify="right" if name else "left", no_wrap=True
-            )
-        for metric in first:
-            table.add_row(metric, *(f"{row[metric]:.4g}" for row in metrics.values()))
-        return table
+        rows = [[name, *(f"{row[name]:.4g}" for row in metrics.values())] for name in first]
+        return FoldedTable("", ["", *map(printable, metrics)], rows)
     shown = [
         metric
         for metric in (*HEADLINES, "rewards/margins", "kl", "loss", "num_examples")
         if metric in first
     ]
-    for name in ("client", *shown):
-        table.add_column(name, justify="left" if name == "client" else "right")
-    for client, row in metrics.items():
-        table.add_row(Text(printable(client)), *(f"{row[metric]:.4g}" for metric in shown))
-    return table
+    rows = [
+        [printable(client), *(f"{row[metric]:.4g}" for metric in shown)]
+        for client, row in metrics.items()
+    ]
+    return FoldedTable("", ["client", *shown], rows)
 
 
 def client_table(path: Path, evaluations: Mapping[str, ClientMetrics]) -> FoldedTable:
@@ -137,7 +132,7 @@ def client_table(path: Path, evaluations: Mapping[str, ClientMetrics]) -> Folded
     )
 
 
-def answer_table(evaluations: Mapping[str, ClientMetrics]) -> Table | None:
+def answer_table(evaluations: Mapping[str, ClientMetrics]) -> FoldedTable | None:
     """Return figures of models' own answers, before training and after, under each line; None where
     none were measured.
     """
@@ -148,11 +143,7 @@ def answer_table(evaluations: Mapping[str, ClientMetrics]) -> Table | None:
     names = list(dict.fromkeys(name for rows in found.values() for row in rows for name in row))
     if not names:
         return None
-    title = "answers to held-out prompts: means over clients, before training and after"
-    table = Table(title=title, title_style="bold", title_justify="left")
-    table.add_column("")
-    for line in found:
-        table.add_column(line, justify="right")
+    lines = []
     for name in names:
         cells = []
         for rows in found.values():
@@ -160,29 +151,31 @@ def answer_table(evaluations: Mapping[str, ClientMetrics]) -> Table | None:
             before = [value for value, _ in pairs if value is not None]
             then = f"{_mean(before):.3g} → " if before else ""
             cells.append(f"{then}{_mean([value for _, value in pairs]):.3g}" if pairs else "")
-        table.add_row(name, *cells)
-    return table
+        lines.append([name, *cells])
+    title = "answers to held-out prompts: means over clients, before training and after"
+    return FoldedTable(title, ["", *found], lines)
 
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
-def objective_table(evaluations: Mapping[str, ClientMetrics]) -> Table | None:
+def objective_table(evaluations: Mapping[str, ClientMetrics]) -> FoldedTable | None:
     """Return means over clients of several objectives' metrics, under each line; None for one."""
     wanted = of_objectives(next(iter(next(iter(evaluations.values())).values())))
     if len(wanted) < 2:
         return None
-    table = Table(title="objectives: means over clients", title_style="bold", title_justify="left")
-    table.add_column("")
-    for line in evaluations:
-        table.add_column(line, justify="right")
-    for metric in wanted:
-        means = [
-            sum(row[metric] for row in rows.values()) / len(rows) for rows in evaluations.values()
+    lines = [
+        [
+            metric,
+            *(
+                f"{_mean([row[metric] for row in rows.values()]):.3f}"
+                for rows in evaluations.values()
+            ),
         ]
-        table.add_row(metric, *(f"{mean:.3f}" for mean in means))
-    return table
+        for metric in wanted
+    ]
+    return FoldedTable("objectives: means over clients", ["", *evaluations], lines)
 
 
 def sample_table(path: Path, shown: int = 3) -> Table | None:
@@ -263,67 +256,58 @@ def _rewards(rewards: Mapping[str, float]) -> list[str]:
 
 def newcomer_table(
     pairs: Mapping[str, Mapping[str, int]], lines: Mapping[str, tuple[ClientMetrics, ClientMetrics]]
-) -> Table:
+) -> FoldedTable:
     """Return held-out metrics of clients that joined after training, under each line.
 
     They are with the shared model, and after their own steps.
     """
     metric = _headline(next(iter(lines.values()))[0])
     shown = HEADLINES[metric]
-    table = Table(
-        title=f"newcomers: held-out {shown.caption}", title_style="bold", title_justify="left"
-    )
-    for title in ("client", "training\nexamples", "held-out\nexamples"):
-        table.add_column(title, justify="left" if title == "client" else "right", no_wrap=True)
+    titles = ["client", "training\nexamples", "held-out\nexamples"]
     columns = []
     for line, (before, after) in lines.items():
         for title, metrics in ((f"{line}\nas received", before), ("after own\nsteps", after)):
-            table.add_column(title, justify="right")
+            titles.append(title)
             columns.append({name: row[metric] for name, row in metrics.items()})
-    for name in columns[0]:
-        table.add_row(
-            Text(printable(name)),
+    rows = [
+        [
+            printable(name),
             str(pairs[name]["train"]),
             str(pairs[name]["test"]),
             *(shown.text(column[name]) for column in columns),
-        )
-    if len(columns[0]) > 1:
-        table.add_section()
-        table.add_row(
-            "mean",
-            "",
-            "",
-            *(shown.text(sum(column.values()) / len(column)) for column in columns),
-            style="bold",
-        )
-    return table
+        ]
+        for name in columns[0]
+    ]
+    count = len(rows)
+    if count > 1:
+        means = (shown.text(_mean(list(column.values()))) for column in columns)
+        rows.append(["mean", "", "", *means])
+    return FoldedTable(
+        f"newcomers: held-out {shown.caption}", titles, rows, bold=[count], sections=[count]
+    )
 
 
 def _headline(rows: ClientMetrics) -> str:
     return headline(next(iter(rows.values())))
 
 
-def size_table(clients: Mapping[str, tuple[int, int, int]], shown: int = 30) -> Table:
+def size_table(clients: Mapping[str, tuple[int, int, int]], shown: int = 30) -> FoldedTable:
     """Return clients' sizes: training examples, held-out examples, truncated rows.
 
     Where there are very many clients, only the largest are shown.
     """
-    table = Table(title=f"{len(clients)} clients", title_style="bold", title_justify="left")
-    for title in ("client", "training examples", "held-out examples", "truncated"):
-        table.add_column(title, justify="left" if title == "client" else "right")
     ranked = sorted(clients.items(), key=lambda item: (-item[1][0], item[0]))
-    for name, (train, test, cut) in ranked[:shown]:
-        table.add_row(Text(printable(name)), str(train), str(test), str(cut))
+
+    def total(title: str, some: Sequence[tuple[str, tuple[int, int, int]]]) -> list[str]:
+        return [title, *(str(sum(size[i] for _, size in some)) for i in range(3))]
+
+    rows = [[printable(name), *map(str, size)] for name, size in ranked[:shown]]
     if len(ranked) > shown:
-        table.add_row(
-            f"... and {len(ranked) - shown} smaller ones",
-            *(str(sum(s[i] for _, s in ranked[shown:])) for i in range(3)),
-        )
-    table.add_section()
-    table.add_row(
-        "all", *(str(sum(size[i] for size in clients.values())) for i in range(3)), style="bold"
-    )
-    return table
+        rows.append(total(f"... and {len(ranked) - shown} smaller ones", ranked[shown:]))
+    count = len(rows)
+    rows.append(total("all", ranked))
+    titles = ["client", "training examples", "held-out examples", "truncated"]
+    return FoldedTable(f"{len(clients)} clients", titles, rows, bold=[count], sections=[count])
 
 
 def bytes_text(count: float) -> str:

@@ -17,9 +17,10 @@ from fedpref.experiments.frozen import of_model, refuse_other
 from fedpref.models.language import LanguageModel
 from fedpref.models.loading import exported_parameters
 from fedpref.models.own_parts import DOWN, NAMES, REWARDS, UP
-from fedpref.models.packed import Row, Unscored
+from fedpref.models.packed import Row, Unscored, scored_tokens
 
 ROWS = 4
+ASKED, ANSWERED = "Which of the two is it?", (" The first.", " It may be either.")
 LONGEST = 256  # tokens of a row that are compared
 # shares of a log-probability, beside a hundredth of a nat: other kernels round otherwise, and
 # float16 has eleven bits
@@ -104,13 +105,19 @@ def _rows(run: FinishedRun, client: str | None, language: LanguageModel) -> Iter
                 pairs.append((row.prompt, (row.chosen, row.rejected)))
             elif isinstance(row, Feedback):
                 pairs.append((row.prompt, (row.completion,)))
-    pairs = pairs[:ROWS] or [("Which of the two is it?", (" The first.", " It may be either."))]
-    for prompt, answers in pairs:
+    has_any = False
+    for prompt, answers in [*pairs[:ROWS], (ASKED, ANSWERED)]:
+        if has_any and prompt is ASKED:
+            return
         if isinstance(prompt, str):
             opening, said = language.texts.plain(prompt, [str(answer) for answer in answers])
         else:
             opening, said = language.texts.chat(prompt, answers)  # type: ignore[arg-type]
-        yield opening[-LONGEST // 2 :], tuple(tuple(ids[: LONGEST // 2]) for ids in said)
+        cut = tuple(tuple(ids[: LONGEST // 2]) for ids in said)
+        # an answer may begin with a long turn of the user's, of which nothing is scored
+        if all(map(scored_tokens, cut)):
+            has_any = True
+            yield opening[-LONGEST // 2 :], cut
 
 
 def _plain(model: Any, prompt: Sequence[int], answer: Sequence[int]) -> float:

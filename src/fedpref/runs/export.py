@@ -123,9 +123,14 @@ def _adapters(run: FinishedRun, output: Path, client: str | None, measured: Meas
     for name, folder in folders:
         target = output / (f"clients/{file_name(name)}" if name else SHARED)
         target.mkdir(parents=True)
-        for file in folder.iterdir():
-            if file.name != FILE:
-                shutil.copyfile(file, target / file.name)
+        # tokenizers of several templates have a folder of them
+        shutil.copytree(
+            folder,
+            target,
+            ignore=shutil.ignore_patterns(FILE),
+            copy_function=shutil.copyfile,
+            dirs_exist_ok=True,
+        )
         left_out = sorted(trees.load(folder / FILE)) if (folder / FILE).exists() else []
         try:
             exported = PeftModel.from_pretrained(base_model, str(target)).eval()

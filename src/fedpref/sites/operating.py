@@ -15,7 +15,9 @@ from cryptography import x509
 
 from fedpref import config
 from fedpref.engines.messages import RefusedError
-from fedpref.engines.site import CLIENTS, OWN_FIGURES
+from fedpref.engines.site import OWN_FIGURES
+from fedpref.engines.site_folder import CLIENTS, STORE
+from fedpref.engines.site_privacy import JOINED
 from fedpref.engines.store import INDEX, VALUES
 from fedpref.errors import UserError
 from fedpref.experiments.experiment import Experiment
@@ -166,14 +168,19 @@ def _reached(kit: Path) -> Finding:
     settings = kit / "startup/fed_client.json"
     if not settings.exists():
         return Finding("server", True, "this is the server's kit")
-    content = json.loads(settings.read_text())
-    place = (
-        content["servers"][0]["service"].get("target")
-        or content["overseer_agent"]["args"]["sp_end_point"]
-    )
-    host, port = str(place).split(":")[:2]
     try:
-        with socket.create_connection((host, int(port)), REACH):
+        content = json.loads(settings.read_text())
+        (server,) = content["servers"]
+        place = server["service"].get("target")
+        if not place:  # HOST:PORT:PORT
+            place = content["overseer_agent"]["args"]["sp_end_point"].rpartition(":")[0]
+        host, _, number = str(place).rpartition(":")
+        port = int(number)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        said = f"{settings}: it names no server as HOST:PORT. Put back a whole copy of the kit."
+        return Finding("server", False, said)
+    try:
+        with socket.create_connection((host.strip("[]"), port), REACH):
             return Finding("server", True, f"{host}:{port} can be reached")
     except OSError as error:
         said = f"{host}:{port} cannot be reached: {error}. Is it started, and is the port open?"
@@ -216,38 +223,57 @@ def forget(folder: Path, client: str) -> list[str]:
     Raises:
         UserError: The site has kept nothing of such a client.
     """
-    forgotten = []
-    for record in sorted(folder.rglob(CLIENTS)):
-        run = record.parent
-        names: dict[str, int] = json.loads(record.read_text())
-        if client not in names:
-            continue
-        for store in run.glob("checkpoints*"):
-            for index in store.glob(f"round-*/{INDEX}"):
-                content = json.loads(index.read_text())
-                for some in content.values():
-                    some.pop(str(names[client]), None)
-                files.write(index, json.dumps(content))
-            for file in store.glob(f"{VALUES}/*/{names[client]}.*"):
-                file.unlink()
-        for kind, suffix in (
-            ("clients", ""),
-            ("newcomers", ""),
-            (SAMPLES, ".jsonl"),
-            (OUTCOMES, ".json"),
-        ):
-            if path := client_path(run, kind, client, suffix):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        if (figures := run / OWN_FIGURES).exists():
-            told = [json.loads(line) for line in figures.read_text().split("\n")[:-1]]
-            for one in told:
-                one["clients"].pop(client, None)
-            files.write(figures, "".join(json.dumps(one) + "\n" for one in told))
-        # by digests of rows, which do not say whose; what is still needed is computed again
-        shutil.rmtree(run / "cache", ignore_errors=True)
-        del names[client]
-        files.write(record, json.dumps(names))
-        forgotten.append(run.relative_to(folder).as_posix())
+    records = [one for one in folder.rglob(CLIENTS) if not one.parent.name.startswith(STORE)]
+    runs = sorted(one.parent for one in records)
+    forgotten = [run for run in runs if _forgotten(run, client)]
     if not forgotten:
         raise UserError(f"{folder}: nothing is kept here of a client {client!r}.")
-    return forgotten
+    return [run.relative_to(folder).as_posix() for run in forgotten]
+
+
+def _forgotten(run: Path, client: str) -> bool:
+    """Remove what is kept of a client in a run; return whether there was anything."""
+    was_there = False
+    for store in run.glob(f"{STORE}*"):
+        # one that was set aside has the numbers of its own time
+        has_own = store.name != STORE and (store / CLIENTS).exists()
+        record = store / CLIENTS if has_own else run / CLIENTS
+        number = json.loads(record.read_text()).get(client)
+        if number is not None:
+            was_there = True
+            _take_out(store, number)
+    for record in (run / CLIENTS, *run.glob(f"{STORE}*/{CLIENTS}"), run / JOINED):
+        names = json.loads(record.read_text()) if record.exists() else []
+        if client in names:
+            was_there = True
+            names.pop(client) if isinstance(names, dict) else names.remove(client)
+            files.write(record, json.dumps(names))
+    for kind, suffix in (
+        ("clients", ""),
+        ("newcomers", ""),
+        (SAMPLES, ".jsonl"),
+        (OUTCOMES, ".json"),
+    ):
+        if path := client_path(run, kind, client, suffix):
+            was_there = True
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if (figures := run / OWN_FIGURES).exists():
+        told = [json.loads(line) for line in figures.read_text().split("\n")[:-1]]
+        for one in told:
+            was_there |= one["clients"].pop(client, None) is not None
+        files.write(figures, "".join(json.dumps(one) + "\n" for one in told))
+    if was_there:
+        # by digests of rows, which do not say whose; what is still needed is computed again
+        shutil.rmtree(run / "cache", ignore_errors=True)
+    return was_there
+
+
+def _take_out(store: Path, number: int) -> None:
+    """Remove a client's values from a folder of checkpoints."""
+    for index in store.glob(f"round-*/{INDEX}"):
+        content = json.loads(index.read_text())
+        for some in content.values():
+            some.pop(str(number), None)
+        files.write(index, json.dumps(content))
+    for file in store.glob(f"{VALUES}/*/{number}.*"):
+        file.unlink()

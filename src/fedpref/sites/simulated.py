@@ -19,25 +19,44 @@ from typing import Any
 from nvflare.recipe import SimEnv
 
 from fedpref import config
+from fedpref.engines.site_folder import CLIENTS, OPENINGS, STORE
+from fedpref.engines.site_folder import EXPERIMENT as DIGEST
+from fedpref.engines.site_masks import FILE as SUMS
 from fedpref.errors import UserError
 from fedpref.experiments.experiment import Experiment
 from fedpref.experiments.rounds import Event
 from fedpref.experiments.run_directory import RunDirectory
+from fedpref.experiments.run_lock import RunLock
+from fedpref.privacy.secret import FILE as SECRET
 from fedpref.sites import RUNS, SITE, TELLS
 from fedpref.sites.kits import CLASSES
 from fedpref.sites.programs import SIMULATED, check_name, job
 
 LOG, TOLD, EXPERIMENT = "log.txt", "told.jsonl", "experiment.json"
+# of a site's folder; who keeps the secret keeps the noise
+NOT_HANDED_OVER = shutil.ignore_patterns(
+    f"{SECRET}*", f"{STORE}*", CLIENTS, OPENINGS, DIGEST, SUMS, "cache"
+)
 
 
 def simulated(experiment: Experiment, folder: RunDirectory) -> Generator[Event, None, None]:
     """Run an experiment, or what is left of it, job after job, and yield its events.
 
-    What sites have kept of a run that is done goes into its directory.
+    What sites have kept of a run that is done goes into its directory, but for secrets and what
+    clients had under way.
     """
     path = folder.path.resolve()
     check_name(path.name)
     path.parent.mkdir(parents=True, exist_ok=True)
+    lock = RunLock(path.parent / SIMULATED / path.name)  # the run's own is its coordinator's
+    lock.acquire()
+    try:
+        yield from _jobs(experiment, path)
+    finally:
+        lock.release()
+
+
+def _jobs(experiment: Experiment, path: Path) -> Generator[Event, None, None]:
     if not path.exists():
         for left in (path.parent / SIMULATED).glob(f"*/{path.name}"):
             shutil.rmtree(left)
@@ -74,9 +93,7 @@ def simulated(experiment: Experiment, folder: RunDirectory) -> Generator[Event, 
             if end == "done":
                 break
     for kept in sorted((path.parent / SIMULATED).glob(f"*/{path.name}")):
-        shutil.copytree(
-            kept, path, ignore=shutil.ignore_patterns("checkpoints", "cache"), dirs_exist_ok=True
-        )
+        shutil.copytree(kept, path, ignore=NOT_HANDED_OVER, dirs_exist_ok=True)
         shutil.rmtree(kept)
 
 

@@ -21,7 +21,7 @@ from fedpref.numerics.metrics import HEADLINES
 from fedpref.reports import charts, group_charts
 from fedpref.reports import method_charts as methods
 from fedpref.reports.comparison import Row, compare
-from fedpref.reports.comparison_tables import TITLES, cells, columns_of
+from fedpref.reports.comparison_tables import TITLES, cells, columns_of, measured
 from fedpref.reports.groups import Group, groups_of
 from fedpref.reports.page import sums
 from fedpref.reports.page.sentences import MEANINGS, facts, told
@@ -158,7 +158,7 @@ def page(
         compared=[[cells(row)[i] for i in columns] for row in rows],
         lead=_led(rows),
         compared_titles=[TITLES[i] for i in columns],
-        compared_caption=f"Held-out {groups[0].shown.caption}" if groups else "",
+        compared_caption=measured(rows).capitalize() if rows else "",
         charts=Markup(_json([chart.content for _, some in drawn for chart in some])),
         fairness=spreads,
         fairness_titles=measures,
