@@ -16,7 +16,8 @@ class RunLock:
 
     It is gone with its process, however that ends. It holds between machines that share the disk
     where the file system carries locks over (NFS 4, CephFS, GPFS, Lustre mounted with flock), and
-    elsewhere between the processes of one machine.
+    elsewhere between the processes of one machine. Containers hold it against one another where
+    they share the folder that the run directory is in, and not where they mount that alone.
     """
 
     def __init__(self, run: Path) -> None:
