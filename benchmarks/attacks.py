@@ -9,6 +9,12 @@ and real processes; nothing of it is trained for its accuracy. Each attack that 
 run where it should work (without limits, with the rule switched off), so that it can be seen to be
 one. For messages, kills and disks there is no such thing: they count what a site answers, and what
 is left.
+
+Figures: `messages_tried`, `messages_taken` and `messages_leaked`, `private_trees_tried`,
+`private_trees_wanted`, `private_trees_got` and `private_trees_got_without_labels`,
+`private_works_never_done`, `rows_reconstructed_ENDING`, `bad_sites_tried` and
+`runs_ended_by_bad_site`, `kills_tried` and `kills_equal`, `full_disks_tried` and
+`full_disks_resumed`.
 """
 
 from __future__ import annotations
@@ -40,6 +46,7 @@ import torch
 import transformers
 import yaml
 
+from ending import end_with_children
 from fedpref import Experiment, config
 from fedpref.engines import Patience, RemoteEngine, Sites
 from fedpref.engines import site as site_module
@@ -1332,6 +1339,7 @@ def main() -> None:
         "--only", nargs="*", default=[], choices=PARTS, metavar="PART", help=" ".join(PARTS)
     )
     options = parser.parse_args()
+    end_with_children()
     logging.disable(logging.CRITICAL)
     torch.set_num_threads(1)
     parts: dict[str, Callable[[Path], dict[str, float]]] = {

@@ -11,6 +11,9 @@ untrained shipped model's mean hidden states, one for each client alone, one for
 pooled with personal slopes; and the longer answer. With each an interval over clients. `--models`
 adds language models that train the shipped model's adapter, each client alone and pooled, on one
 fold.
+
+Figures: `words_pooled_SET`, `words_alone_SET`, `words_personal_SET`, `probe_pooled_SET`,
+`probe_alone_SET`, `probe_personal_SET`, `length_SET`.
 """
 
 from __future__ import annotations
@@ -174,9 +177,13 @@ def main() -> None:
     torch.set_num_threads(1)
     states = None if arguments.no_probe else States()
     figures: dict[str, Any] = {}
-    for name, clients in sets(arguments.data, arguments.quick).items():
-        if arguments.only and name not in arguments.only:
-            continue
+    known = sets(arguments.data, arguments.quick)
+    if not known:
+        parser.error(f"--data: there are no sets in {arguments.data}")
+    if unknown := [name for name in arguments.only or () if name not in known]:
+        parser.error(f"--only: {unknown[0]} is none of {' '.join(known)}")
+    for name in arguments.only or known:
+        clients = known[name]
         begun = time.perf_counter()
         found = accuracies(clients, states, 1 if arguments.quick else FOLDS)
         if arguments.models:

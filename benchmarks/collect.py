@@ -40,6 +40,7 @@ from typing import Any
 
 import numpy as np
 
+from ending import end_with_children
 from fedpref import Experiment, UserError, config
 from fedpref.collect.store import FILE
 from fedpref.data import Builtin
@@ -254,6 +255,8 @@ def online(folder: Path, model: Mapping[str, Any], seeds: int) -> dict[str, floa
             )
         points.sort(key=lambda point: point[1])
         kls = [point[1] for point in points]
+        if not kls[0] <= kl <= kls[-1]:
+            print(f"seed {seed}: no run on given pairs has a KL of {kl:.2f}; the nearest is taken")
         given.append(
             [np.interp(kl, kls, wins) for wins in zip(*(p[0] for p in points), strict=True)]
         )
@@ -266,15 +269,19 @@ def online(folder: Path, model: Mapping[str, Any], seeds: int) -> dict[str, floa
     }
 
 
+PARTS = ("killed", "waiting", "online")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="fewer kills, the small model")
     parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--only", nargs="*", help="some of: killed waiting online")
+    parser.add_argument("--only", nargs="*", choices=PARTS, metavar="PART", help=" ".join(PARTS))
     arguments = parser.parse_args()
-    quick, parts = arguments.quick, arguments.only or ["killed", "waiting", "online"]
+    end_with_children()
+    quick, parts = arguments.quick, arguments.only or PARTS
     keep_freed_memory()
     model: dict[str, Any] = {"path": "builtin"}
     if not quick:

@@ -26,6 +26,10 @@ a YAML that is not taken back. `--keep` stores what leaked, to be tried on the c
     fedpref check base-3.yaml KEY=VALUE    # the lines of overrides-0056.txt
     fedpref check base-0.yaml data.path=rows-0022.jsonl
     fedpref report runs-0062               # or compare, resume, evaluate, generate
+
+Figures: `architectures_tried` and `architectures_right`, `largest_logprob_error` and
+`largest_logprob_error_bf16`, `templates_tried` and `templates_right_or_refused`, `fuzz_tried` and
+`fuzz_leaks`.
 """
 
 from __future__ import annotations
@@ -55,6 +59,7 @@ import transformers
 from correct.architectures import measure_architectures
 from correct.odd_inputs import measure_fuzz
 from correct.templates import measure_templates
+from ending import end_with_children
 
 PARTS = ("architectures", "templates", "fuzz")
 
@@ -103,6 +108,7 @@ def main() -> None:
     )
     parser.add_argument("--keep", type=Path, help="a folder for the inputs that leak")
     arguments = parser.parse_args()
+    end_with_children()
     goal = arguments.json.resolve() if arguments.json else None  # fuzz works in another folder
     if arguments.only:
         with tempfile.TemporaryDirectory() as folder:

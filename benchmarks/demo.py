@@ -7,6 +7,10 @@
 averaged. Gains are of the policy's held-out accuracy, in points over all twelve clients; standard
 errors are of a bootstrap over prompts, which pairs and clients share. It needs SmolLM2 (`fedpref
 model smollm2-q4`); without it, or with `--offline`, the shipped model is taken.
+
+Figures: `demo_seconds`, `accuracy_LINE`, `policy_gain_over_LINE_points` and
+`policy_gain_over_LINE_in_standard_errors` (alone, feddpo, pooled),
+`accuracy_fedpdpo_with_reward_heads`.
 """
 
 from __future__ import annotations

@@ -10,6 +10,10 @@ same loss as full fine-tuning with whole models exchanged (paper_program.py), an
 processor time. `scale` runs 64 clients on a ring. Without --data there are no models, and the
 program learns from the shipped pairs. Runs of language models are kept under --output and not done
 again; --figures writes pictures.
+
+Figures: `drift_exponent`, `consensus_formula_error`, `participation_r2`, `speedup_exponent`,
+`bytes_ratio_vs_paper` and `bytes_ratio_vs_tuned`, `cpu_ratio_vs_paper` and `cpu_ratio_vs_tuned`,
+`mixing_share`, `seconds_a_round`, `peak_memory_mb`.
 """
 
 from __future__ import annotations

@@ -12,6 +12,11 @@ with ten of 2,000 clients, each followed by a checkpoint, against their work alo
 of so many runs a site's processes are killed at a random moment, in each of others the server's. A
 run has survived if it ends, by itself or by `fedpref resume`, with all its rounds, each once, and
 every site has kept what is private to its clients.
+
+Figures: `ratio_MBmb_over_bare_flare`, `ratio_flower_over_flare_4mb` (with --flower),
+`seconds_ENGINE_10_steps`, `overhead_share`, `checkpoint_share`,
+`seconds_per_round_10_of_CLIENTS_ENGINE`, `seconds_of_work_10_of_CLIENTS_ENGINE`, `kills_tried` and
+`kills_survived`.
 """
 
 from __future__ import annotations
@@ -35,6 +40,7 @@ from typing import Any
 import yaml
 
 from attacks import make_model, make_rows
+from ending import end_with_children
 from engine_rounds import CLASSES_HERE
 from fedpref import config
 from fedpref.engines.store import Store
@@ -62,7 +68,7 @@ def fedpref(*arguments: str) -> subprocess.CompletedProcess[str]:
     # a server finds engine_rounds.py there
     with_programs = {
         **os.environ,
-        "PYTHONPATH": str(Path(__file__).resolve().parent),
+        "PYTHONPATH": os.pathsep.join([str(HERE), *map(os.path.abspath, sys.path)]),
     }
     command = [sys.executable, "-m", "fedpref", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=600, env=with_programs)
@@ -175,7 +181,7 @@ def timed(engine: str, content: Mapping[str, Any], place: Path) -> list[Any]:
         text=True,
         env={
             **os.environ,
-            "PYTHONPATH": str(HERE),
+            "PYTHONPATH": os.pathsep.join([str(HERE), *map(os.path.abspath, sys.path)]),
             "FEDPREF_RUNS": str(place),
             "OMP_NUM_THREADS": "1",
         },
@@ -420,8 +426,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one kill of each, small adapters")
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
-    # servers and sites that were started end with this
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    end_with_children()
     chance = random.Random(0)
     counts = (1, 1) if arguments.quick else (arguments.sites, arguments.server)
     found: dict[str, float] = {}

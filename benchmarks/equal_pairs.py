@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -135,6 +136,7 @@ def main() -> None:
                 figures |= {key: mean, f"{key}_low": low, f"{key}_high": high}
         table.add_row(count, *row)
     Console(width=140).print(table)
+    figures = {name: value for name, value in figures.items() if math.isfinite(value)}
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
 

@@ -29,6 +29,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ending import end_with_children
 from fedpref.experiments.finished import FinishedRun
 from fedpref.numerics.intervals import interval
 from fedpref.numerics.metrics import ACCURACY
@@ -130,6 +131,8 @@ def collected(
         for index in sorted(folder.glob(f"*/{SWEEP}")):
             figures |= dict(policies(index.parent))
     for file in files:
+        if not file.is_file():
+            raise SystemExit(f"--figures: there is no file {file}")
         for name, value in json.loads(file.read_text()).items():
             if name in RENAMED:
                 figures[RENAMED[name]] = value
@@ -195,6 +198,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="make it all, in a small form")
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
+    end_with_children()
     if arguments.quick:
         with tempfile.TemporaryDirectory() as folder:
             figures = collected(*small(Path(folder), arguments.data))

@@ -10,6 +10,9 @@ install "fedpref[all]"` bring, as they are installed here, without torch's CUDA 
 none. Where `--data FOLDER` has them, 1,200 rows of UltraFeedback are given to `fedpref check` as
 they are, each refusal's own advice is followed, and the checks are counted until one passes.
 `--quick` is the same, for there is nothing to leave out.
+
+Figures: `seconds_to_first_result_wheel`, `help_seconds`, `install_mb_minimal`, `install_mb_all`,
+`attempts_ultrafeedback` (with --data), `page_px_demo` (where there is a browser).
 """
 
 from __future__ import annotations
@@ -28,6 +31,8 @@ import time
 from pathlib import Path
 
 from packaging.requirements import Requirement
+
+from ending import end_with_children
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = "ultrafeedback_sample.jsonl.gz"
@@ -148,6 +153,7 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
+    end_with_children()
     figures: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as place:
         site, empty = installed(Path(place)), Path(place) / "empty"

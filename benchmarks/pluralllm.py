@@ -13,6 +13,9 @@ rate of each is chosen for each split by two of its eight countries, while it tr
 `others`: opinion groups on Polis, workers of ukpconvarg. `speed`: rounds a second against the
 released program's way of working (plural_program.py), and a thousand groups. Runs are kept under
 --output and not done again.
+
+Figures: `rounds_saved_percent`, `alignment_gain_percent`, `fairness_gap` and `min_gap_points`, also
+with `_equal_steps`, `splits_...` of random splits, `speed_ratio`, `seconds_a_round`, `peak_mb`.
 """
 
 from __future__ import annotations
@@ -550,6 +553,8 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
+    if not Path(arguments.data).is_dir():
+        parser.error(f"--data: there is no folder {arguments.data}")
     quick, whole = ["countries", "speed"], ["countries", "splits", "others", "speed"]
     parts = arguments.parts or (quick if arguments.quick else whole)
     rounds, numbers = (

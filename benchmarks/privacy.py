@@ -11,6 +11,11 @@ for several epsilons and ranks, with 95 % intervals over seeds and clients: priv
 and, of the shipped clients, which are twelve, of whole clients. With --data also of the workers of
 the set `metaphor` who have most. Learning rates were chosen on validation rows of the shipped
 clients, at epsilon 8 and without.
+
+Figures: `epsilon_largest_difference_percent`, `audit_bound_over_epsilon`, `mutants_tried` and
+`mutants_convicted`, `kills_tried`, `kills_undercharged` and `kills_unequal`,
+`private_step_cost_ratio`, `per_example_error`, `accuracy_eps8_shipped_r1` and others by epsilon,
+set and rank.
 """
 
 from __future__ import annotations
@@ -34,6 +39,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ending import end_with_children
 from fedpref import Experiment, config, resume, run
 from fedpref.channel.noise import RoundedGaussian
 from fedpref.engines.private_sums import PrivateSums
@@ -383,6 +389,10 @@ def accuracy(
     if not quick:
         sets["clients_shipped"] = private, {}
     for name in wanted or sets:
+        if name not in sets:
+            why = "clients are measured without --quick" if data else "it needs --data"
+            print(f"{name}: left out; {why}")
+            continue
         made, changes = sets[name]
         for rank in RANKS[:1] if quick else RANKS:
             for epsilon in (8.0, None) if quick else EPSILONS:
@@ -436,6 +446,7 @@ def draw(figures: dict[str, float], file: Path) -> None:
     axes.figure.savefig(file, bbox_inches="tight", metadata={"Date": None})
 
 
+SETS = ("shipped", "metaphor", "clients_shipped")
 PARTS = ("accountants", "audit", "kills", "steps", "accuracy")
 
 
@@ -447,9 +458,10 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one seed, rank 1, few kills")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--only", nargs="*", choices=PARTS, metavar="PART", help=" ".join(PARTS))
-    parser.add_argument("--sets", nargs="*", help="some of: shipped metaphor clients_shipped")
+    parser.add_argument("--sets", nargs="*", choices=SETS, metavar="SET", help=" ".join(SETS))
     parser.add_argument("--draw", type=Path, help="draw accuracies of a run of all into this file")
     arguments = parser.parse_args()
+    end_with_children()
     parts = arguments.only or PARTS
     figures: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:

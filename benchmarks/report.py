@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ending import end_with_children
 from fedpref import Experiment, run
 from fedpref.experiments.run_directory import RunDirectory
 from fedpref.experiments.run_files import EVALUATION, METRICS
@@ -110,6 +111,7 @@ def main() -> None:
         "--run", type=Path, help="a run, such as the demo's, whose page is opened too"
     )
     arguments = parser.parse_args()
+    end_with_children()
     turns = 1 if arguments.quick else 5
     with tempfile.TemporaryDirectory() as scratch:
         path = long_run(Path(scratch))

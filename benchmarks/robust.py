@@ -391,8 +391,11 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer seeds, the small model")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--only", nargs="*", choices=PARTS, metavar="PART", help=" ".join(PARTS))
-    parser.add_argument("--rules", nargs="*", help="of runs on models, these rules alone")
-    parser.add_argument("--attacks", nargs="*", help="of runs on models, these attacks alone")
+    every = cases_of(PARTS, False)
+    for number, name in ((1, "rules"), (2, "attacks")):
+        known = list(dict.fromkeys(str(case[number]) for case in every))
+        said = f"of runs on models, some of {' '.join(known)}"
+        parser.add_argument(f"--{name}", nargs="*", choices=known, metavar="NAME", help=said)
     parser.add_argument("--seeds", type=int, help="how many; by default 8, and 3 on models")
     arguments = parser.parse_args()
     parts = arguments.only or PARTS

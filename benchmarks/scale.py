@@ -19,6 +19,11 @@ and `_top_k` with the largest tenth of their entries and what is left out later;
 eight clients at N simulated sites and back as a mean (`_0_sites`: in one process). Figures are the
 worst over algorithms, and each as `<name>_<algorithm>`; `--quick` is SCAFFOLD alone, `loop_share_`
 with a twentieth of the clients, and four sites.
+
+Figures: `begin_seconds_100k`, `begin_mb_100k`, `memory_ratio_100k_over_1k`,
+`round_seconds_50_of_100k`, `round_ratio_100k_over_1k`, `resume_equal_100k`, `page_seconds_100k`,
+`page_mb_100k`, `loop_share_1000_clients`, `bytes_to_accuracy_ratio_8bit`, `fedbuff_time_ratio`,
+`sweep_parallel_ratio`, `cost_model_largest_error_percent`.
 """
 
 from __future__ import annotations
@@ -41,6 +46,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ending import end_with_children
 from engines import CONFIG, small_clients, timed
 from fedpref import Experiment, config
 from fedpref.algorithms import FedBuff
@@ -523,6 +529,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=PARTS, metavar="PART", help=" ".join(PARTS))
     parser.add_argument("--run", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    end_with_children()
     if arguments.run:
         run_here(arguments.run)
         return

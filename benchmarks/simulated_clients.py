@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ending import end_with_children
 from fedpref.algorithms import FedDPO
 from log_linear import LogLinear, Pairs, clients, engine, plain
 
@@ -130,6 +131,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="200 clients, four rounds")
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
+    end_with_children()
     torch.set_num_threads(1)
     count, rounds = (200, 4) if arguments.quick else (1000, 8)
     figures = measure(arguments.flower, count, rounds)

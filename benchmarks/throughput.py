@@ -16,6 +16,13 @@ everywhere.
 `smollm2` is SmolLM2-135M-Instruct, four-bit weights dequantised (`fedpref model smollm2-q4`), on 64
 of the shipped pairs. There fedpref also trains an adapter in the last 8 layers alone, with the
 states below them kept; TRL is timed with the same layers, and with all of them.
+
+Figures: `ratio_trl_installed`, `ratio_trl_tuned` and `ratio_peft_tuned`, also with `_29m`,
+`_qwen2`, `_gpt2` (not with --quick) and `_smollm2` (where it has been fetched),
+`ratio_trl_tuned_smollm2_trunk` and `_same_layers`, `pairs_per_cpu_second`, `matmul_share`,
+`matmul_share_smollm2`, `trunk_speedup`, `trunk_accuracy_points`, `scores_saved_SET`,
+`workers_speedup`, `loop_share`, `memory_64_over_4`, `gradient_error`, `gradient_error_bfloat16`,
+`first_step_seconds`.
 """
 
 from __future__ import annotations
@@ -49,6 +56,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from ending import end_with_children
 from fedpref import run
 from fedpref.data.preferences import key
 from fedpref.engines import Simulation
@@ -752,6 +760,7 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
+    end_with_children()
     console = Console(width=140)
     figures: dict[str, float] = {}
     size = 2 if arguments.quick else BATCH

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -201,6 +202,8 @@ def main() -> None:
         figures = measure(arguments.model, 1, 8, RATES[1:2], few)
     else:
         figures = measure(arguments.model, arguments.seeds, arguments.steps, RATES, ())
+    # of two seeds there is no interval
+    figures = {name: value for name, value in figures.items() if math.isfinite(value)}
     print(json.dumps(figures, indent=1))
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1) + "\n")

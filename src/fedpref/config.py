@@ -7,6 +7,7 @@ import difflib
 import inspect
 import re
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -546,13 +547,15 @@ def dataclasses_of(kind: Any) -> Iterator[Any]:
             yield from dataclasses_of(part)
 
 
-def _places(kind: Any, key: str, path: tuple[str, ...] = ()) -> set[str]:
-    """Return the paths, from a dataclass, at which a key of this name stands, below the top."""
-    found = {".".join([*path, key])} if path and key in _hints(kind) else set[str]()
+def _places(kind: Any, key: str, path: tuple[str, ...] = ()) -> Counter[str]:
+    """Return the paths, from a dataclass, at which a key of this name stands, below the top, and
+    how many of the forms that may stand there have it.
+    """
+    found = Counter([".".join([*path, key])] if path and key in _hints(kind) else ())
     for name, hint in _hints(kind).items():
         for option in kinds(hint) if len(path) < DEEPEST_HINT else ():
             if is_dataclass(option):
-                found |= _places(option, key, (*path, name))
+                found += _places(option, key, (*path, name))
     return found
 
 
@@ -575,7 +578,11 @@ def _sentence(kind: Any, problem: Any, where: str) -> str:
         known = [field.name for field in fields(owner)] if is_dataclass(owner) else []
         near = difflib.get_close_matches(location[-1], known, 1, NEAR)
         key = ".".join([*path, location[-1]])
-        meant = sorted(_places(kind, location[-1]) - {key})[:3] or near
+        places = _places(kind, location[-1])
+        del places[key]
+        # what few algorithms have, another one would refuse
+        most = max(places.values(), default=0)
+        meant = sorted(place for place, count in places.items() if 2 * count >= most)[:3] or near
         hint = f"Known keys: {', '.join(known)}."
         if others := _having(_hint_at(kind, path), location[-1]):
             chosen = ".".join([*path, "name"])

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from statistics import stdev
 from typing import Any
+
+import numpy as np
 
 from fedpref.numerics.metrics import ACCURACY
 from fedpref.reports.charts import (
@@ -116,7 +117,9 @@ def _luck(first: Group, group: Group) -> dict[str, float]:
         name: [scale * (of_seed[name][0][metric] - of_seed[name][1][metric]) for of_seed in seeds]
         for name in set.intersection(*(set(of_seed) for of_seed in seeds))
     }
-    return {name: 2 * stdev(some) / len(some) ** 0.5 for name, some in apart.items()}
+    return {
+        name: 2 * float(np.std(some, ddof=1)) / len(some) ** 0.5 for name, some in apart.items()
+    }
 
 
 def by_client(groups: Sequence[Group]) -> Iterator[Chart]:
