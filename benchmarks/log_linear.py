@@ -146,7 +146,7 @@ def optimum(shards: Sequence[Pairs], beta: float) -> Tensor:
     return theta
 
 
-@work("log_linear.moments")
+@work("log_linear.moments", sends=(0,), reads=("theta",))
 def moments(client: Client, theta: Tree) -> Tree:
     return {"value": theta["theta"], "square": theta["theta"].square()}
 

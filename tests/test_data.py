@@ -342,7 +342,7 @@ def test_files_take_their_split_from_a_column_or_from_a_test_split(tmp_path: Pat
     assert sides == ["train"] * 20 + ["test"] * 10
     datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "one")
     assert len(list(Files(path=str(tmp_path / "one")).read())) == len(ROWS)
-    with pytest.raises(UserError, match="there is no split 'test'"):
+    with pytest.raises(UserError, match=r"data\.test_split: .* is one table and has no splits"):
         list(Files(path=str(tmp_path / "one"), test_split="test").read())
 
 
@@ -359,8 +359,11 @@ def test_a_folder_is_read_alike_whatever_form_it_was_kept_in(form: str, tmp_path
 
 
 def test_pictures_beside_texts_are_not_looked_at(tmp_path: Path) -> None:
-    table = datasets.Dataset.from_list([{**row, "image": b"no picture"} for row in ROWS])
-    table.cast_column("image", datasets.Image()).save_to_disk(tmp_path / "one")
+    none = {"image": b"no picture", "images": [b"none"], "more": {"image": b"none"}}
+    table = datasets.Dataset.from_list([{**row, **none} for row in ROWS])
+    kinds = {"image": datasets.Image(), "images": datasets.List(datasets.Image())}
+    shown = {**table.features, **kinds, "more": {"image": datasets.Image()}}
+    table.cast(datasets.Features(shown)).save_to_disk(tmp_path / "one")
     assert len(list(Files(path=str(tmp_path / "one")).read())) == len(ROWS)
 
 
@@ -698,10 +701,10 @@ def test_rows_are_chosen_by_values_however_their_file_writes_them(
     assert len(list(Files(path=str(file), only={"ok": (True,)}).read())) == 3
     assert len(list(Files(path=str(file), only={"year": (2020,)}).read())) == 5
     assert len(list(Files(path=str(file), only={"year": ("2020",), "ok": ("False",)}).read())) == 3
-    with pytest.raises(UserError, match="is a file and has no splits"):
+    with pytest.raises(UserError, match="is one table and has no splits"):
         list(Files(path=str(file), test_split="test").read())
     for setting in ({"train_split": "all"}, {"config": "en"}):
-        with pytest.warns(UserWarning, match="is a file and has no splits"):
+        with pytest.warns(UserWarning, match="is one table and has no splits"):
             assert len(list(Files(path=str(file), **setting).read())) == 6
 
 

@@ -35,6 +35,7 @@ from fedpref.sites.consent import Consenting, Limits, SiteFile
 pytest.importorskip("nvflare")
 
 from fedpref.sites import kits, operating
+from fedpref.sites.simulated import hand_over
 
 # ---- a federation
 
@@ -159,6 +160,23 @@ def test_a_client_is_forgotten_in_all_runs(tmp_path: Path) -> None:
         assert json.loads(line)["clients"] == {"clinic": {"loss": 1.0}}
     with pytest.raises(UserError, match="nothing is kept here of a client 'school'"):
         operating.forget(tmp_path, "school")
+    called = tmp_path / "checkpoints-of-mine"  # a run
+    called.mkdir()
+    (called / operating.CLIENTS).write_text(json.dumps({"school": 1}))
+    assert operating.forget(tmp_path, "school") == [called.name]
+
+
+def test_what_a_simulated_site_keeps_is_handed_over_without_secrets(tmp_path: Path) -> None:
+    kept = tmp_path / "site/run"
+    held = ("privacy/.secret", "checkpoints.1/x", "numbers.json", "sums.json", "cache/x")
+    given = ("privacy/ledger.jsonl", "clients/cache/x", "clients/checkpoints-town/x", "samples/a")
+    for name in (*held, *given):
+        (kept / name).parent.mkdir(parents=True, exist_ok=True)
+        (kept / name).touch()
+    hand_over(kept, tmp_path / "run")
+    there = {str(file.relative_to(tmp_path / "run")) for file in (tmp_path / "run").rglob("*")}
+    assert there >= set(given)
+    assert not there & set(held)
 
 
 def test_a_client_is_forgotten_by_the_number_that_it_had_when_values_were_set_aside(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from rich.console import Console
 from typer.testing import CliRunner
 
 from conftest import ROOT
@@ -28,7 +30,7 @@ from fedpref.reports.page import page, sections, sums, told_apart, write_report
 from fedpref.reports.page.sentences import cards, words
 from fedpref.reports.page.tables import client_rows, newcomer_rows
 from fedpref.reports.run import Run, read
-from fedpref.reports.tables import client_table
+from fedpref.reports.tables import client_table, metric_table
 from fedpref.runs.sweep import SWEEP
 
 CHROMIUM = (
@@ -204,6 +206,13 @@ def test_names_are_text_wherever_a_chart_has_them(runs: dict[str, Run], tmp_path
     assert "<b>" not in json.dumps([chart.content for chart in drawn])
     titled = charts.Chart("a", "b", [], charts.axes("over <i>x</i>", "y"))
     assert titled.content["layout"]["xaxis"]["title"]["text"] == "over &lt;i&gt;x&lt;/i&gt;"
+
+
+def test_names_are_text_in_tables_of_a_terminal() -> None:
+    table = metric_table({"a[/b]": {"loss": 1.0}, "[red]x": {"loss": 2.0}})
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(table)
+    assert {"a[/b]", "[red]x"} <= set(console.export_text().split())
 
 
 def test_a_run_at_work_has_a_page_whatever_is_written_of_it(

@@ -242,6 +242,12 @@ def test_a_value_that_is_not_finite_is_left_out_by_every_rule() -> None:
     own, *heard = [(one, 0.25) for one in others.values()]
     mixed = clipped_gossip(own[0], [own, *heard[:2], (sent[4], 0.25)], 0.25)
     assert trees.is_finite(mixed)
+    # beside one that is no number the farthest is shortened all the same, in any order
+    one = {"x": torch.zeros(1)}
+    told = [{"x": torch.full((1,), far)} for far in (1.0, math.nan, 1000.0, 1.1)]
+    for turned in (told, told[::-1], told[1:] + told[:1]):
+        mixed = clipped_gossip(one, [(tree, 0.2) for tree in turned], 0.4)
+        assert float(mixed["x"]) < 1
 
 
 # ---- gossip
@@ -708,6 +714,14 @@ def test_what_rules_and_attacks_cannot_do_is_refused(
         ({"attack": "scale", "algorithm": {"name": "pooled"}}, "send nothing"),
         ({"attack": "gauge", "algorithm": {"name": "decdpo"}}, "tell one another models"),
         (
+            {"algorithm": {"name": "clustered", "local": {"keep_optimizer": True}}},
+            r"algorithm\.local\.keep_optimizer",
+        ),
+        (
+            {"algorithm": {"name": "ditto", "personal": {"keep_optimizer": True}}},
+            r"algorithm\.personal\.keep_optimizer",
+        ),
+        (
             {"federation": {"compress": {"name": "bfloat16"}}, "algorithm": {"name": "alone"}},
             "nothing is sent for a mean",
         ),
@@ -718,6 +732,8 @@ def test_an_attack_or_a_compression_of_nothing_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=message):
         parsed(content, **changes).check_clients(dict.fromkeys("abc", 9))
+    # a run of an older version goes on
+    parsed(content, **changes).check_clients(dict.fromkeys("abc", 9), begins=False)
 
 
 @pytest.mark.parametrize(

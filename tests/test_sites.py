@@ -604,6 +604,11 @@ def nothing_but_one(client: Client, tree: Tree) -> Tree:
     return {"x": torch.full((2,), 3.0)} if client.id == 1 else {}
 
 
+@work("test_sites.renamed_but_one", sends=(0,))
+def renamed_but_one(client: Client, tree: Tree) -> Tree:
+    return {"x" if client.id == 1 else "y": torch.full((2,), 3.0)}
+
+
 @work("test_sites.advance", keeps={1: "own"}, reads=("own",))
 def advance(client: Client, own: Tree, how: str) -> tuple[Tree, Tree]:
     """A message, and a private value that counts rounds."""
@@ -945,6 +950,20 @@ def test_a_mean_is_nobodys_beyond_its_share_and_not_of_those_who_send_nothing(
     mean = engine.mean(engine.each(nothing_but_one, {"x": torch.zeros(2)}))
     assert mean["x"].tolist() == [3.0, 3.0]
     assert len(engine.left_out) == len(engine.clients) - 1
+    # one who answers under a name that was sent does not outvote those who answer under another
+    engine = opened(Direct(tmp_path / "named"), content)
+    engine.begin(0, engine.clients)
+    assert engine.mean(engine.each(renamed_but_one, {"x": torch.zeros(2)})).keys() == {"y"}
+    assert list(engine.left_out) == [1]
+
+
+def test_a_cohort_of_nobody_has_no_shares(content: dict[str, Any], tmp_path: Path) -> None:
+    sites = Sites(Direct(tmp_path), content, "run", replace(QUORUM, max_site_share=0.5))
+    engine = RemoteEngine(sites)
+    engine.begin(0, ())
+    assert engine._shares(()) == {}
+    engine.begin(0, engine.clients)
+    assert engine.share == pytest.approx(1.0)
 
 
 def test_a_site_that_is_full_opens_nothing_more(content: dict[str, Any], tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ class Clustered(Algorithm[State]):
     works = (train, choose, find, own_copy, no_moments)
     sums_apart = True
 
-    def check_clients(self, names: tuple[str, ...]) -> None:
+    def refuse_unused(self) -> None:
         if self.local.keep_optimizer:
             raise UserError(
                 "algorithm.local.keep_optimizer: a client of clustered may train another adapter "

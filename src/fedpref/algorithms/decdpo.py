@@ -55,6 +55,7 @@ class DecDPO(Algorithm[State]):
     works = (train_own, begin, no_moments, projected, *aggregation.WORKS)
     sends_local_steps = True
     gossips: ClassVar[bool] = True
+    tells_models: ClassVar[bool] = True
     clips_gossip: ClassVar[bool] = True
 
     def init(self, fed: Federation, start: Tree) -> State:

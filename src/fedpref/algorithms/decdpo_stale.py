@@ -91,6 +91,7 @@ class StaleDecDPO(Algorithm[State]):
     works = (adapt, combine, nothing_past, own_copy, no_moments, projected)
     sends_local_steps = True
     gossips: ClassVar[bool] = True
+    tells_models: ClassVar[bool] = True
     clips_gossip: ClassVar[bool] = True
 
     def init(self, fed: Federation, start: Tree) -> State:

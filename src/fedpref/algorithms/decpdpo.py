@@ -58,6 +58,7 @@ class DecPDPO(Personal, Algorithm[State]):
     works = (train, begin_adapter, begin, no_moments, projected, *aggregation.WORKS)
     sends_local_steps = True
     gossips: ClassVar[bool] = True
+    tells_models: ClassVar[bool] = True
     clips_gossip: ClassVar[bool] = True
 
     def init(self, fed: Federation, start: Tree) -> State:

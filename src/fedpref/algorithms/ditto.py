@@ -91,7 +91,7 @@ class Ditto(Algorithm[PersonalState]):
     sums: ClassVar[int] = 1
     sends_local_steps = True
 
-    def check_clients(self, names: tuple[str, ...]) -> None:
+    def refuse_unused(self) -> None:
         if self.personal is not None and self.personal.keep_optimizer:
             raise UserError(
                 "algorithm.personal.keep_optimizer: moments of personal adapters are not kept. Set "

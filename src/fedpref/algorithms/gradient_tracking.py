@@ -82,6 +82,7 @@ class GradientTracking(Algorithm[State]):
     works = (train, track, own_copy, no_moments, projected)
     sends_local_steps = True
     gossips: ClassVar[bool] = True
+    tells_models: ClassVar[bool] = True
 
     def init(self, fed: Federation, start: Tree) -> State:
         theta = fed.each(own_copy, start)

@@ -235,6 +235,7 @@ def clipped_gossip(value: Tree, heard: Sequence[tuple[Tree, float]], hostile: fl
         float(torch.stack([one.double().square().sum() for one in tree.values()]).sum().sqrt())
         for tree in apart
     ]
+    lengths = [length if math.isfinite(length) else math.inf for length in lengths]
     outside, radius, most = 0.0, 0.0, hostile + 1e-12
     for length, weight in sorted(
         ((length, weight) for length, (_, weight) in zip(lengths, heard, strict=True)),

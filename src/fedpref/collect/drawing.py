@@ -137,7 +137,7 @@ def candidates_of(path: Path, plan: Plan, known: Iterable[Item] = ()) -> Iterato
             said = [text(answer, "completions", where) for answer in answers]
             places = {key(one): i for i, one in reversed([*enumerate(said)])}  # each once
             for i, k in combinations(sorted(places.values()), 2):
-                # read as rows to train on are: what people see is what is learned from
+                # read as rows to train on are, with the prompt apart
                 both = parse({**rest, **dict(zip(ANSWERS, (said[i], said[k]), strict=True))}, where)
                 _refuse_unseen(both)
                 pair = _pair(both.prompt, both.chosen, both.rejected)
@@ -151,7 +151,7 @@ def candidates_of(path: Path, plan: Plan, known: Iterable[Item] = ()) -> Iterato
 
 def _refuse_unseen(row: Preference) -> None:
     """Raise UserError where a row has what the page does not show, and people would choose by."""
-    if isinstance(row.prompt, Conversation) and row.prompt.given:
+    if isinstance(row.prompt, Conversation) and "tools" in row.prompt.given:
         raise UserError(f"{row.where}: the prompt has tools, which the page does not show.")
     texts = (row.prompt, row.chosen, row.rejected)
     turns = [turn for one in texts if not isinstance(one, str) for turn in one]

@@ -7,10 +7,9 @@ import re
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from datetime import date, datetime
+from datetime import date
 from decimal import Decimal
 from functools import lru_cache
-from numbers import Integral
 from typing import Any, overload
 
 import numpy as np
@@ -195,7 +194,8 @@ def placed(rows: Iterable[tuple[Side, Row]], column: str | None = None) -> Place
 def label(value: Any) -> str | None:
     """Return a client's name as it is said; None where it names nobody.
 
-    1, 1.0 and "1 " are one client, and so is a name in two forms of Unicode.
+    1, 1.0 and "1 " are one client, and so is a name in two forms of Unicode. Dates and times are
+    called as ISO 8601 writes them.
 
     Raises:
         ValueError: It is no name.
@@ -209,15 +209,22 @@ def _label_of_text(value: str) -> str | None:
 
 
 def _label(value: Any) -> str | None:
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, Decimal):
+        if value.is_nan():
+            return None
+        if value.is_finite():  # all of its digits; 7.50 is 7.5
+            value = f"{value.normalize():f}"
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
-    if isinstance(value, float | Decimal) and not math.isfinite(value):
+    if isinstance(value, float) and math.isinf(value):
         raise ValueError(f"expected a name or a number, found {value!r}")
-    if isinstance(value, date | datetime):
+    if isinstance(value, date):  # also a time
         value = value.isoformat()
-    if isinstance(value, float | Decimal | Integral) and value == int(value):
-        value = value if isinstance(value, bool) else int(value)
-    if not isinstance(value, str | int | float | Decimal):
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, str | int | float):
         raise ValueError(f"expected a name or a number, found {value!r:.60}")
     name = spelled(str(value).translate(_UNSEEN))
     name.encode()  # half a character (a lone surrogate) could be written nowhere

@@ -31,7 +31,7 @@ from fedpref.data.parsing import (
 )
 from fedpref.data.preferences import Feedback, Preference, Row, Side, key
 from fedpref.data.source import DataSource, PathSource
-from fedpref.data.tables import Record, local_table, other_splits, read_table
+from fedpref.data.tables import Record, is_one_dataset, local_table, other_splits, read_table
 from fedpref.data.unusable import Unusable
 from fedpref.errors import UserError
 from fedpref.types import Count, OpenFraction
@@ -107,7 +107,8 @@ class Files(PathSource):
         splits: list[tuple[str, Side | None]] = [
             (self.train_split, "train" if self.test_split else None)
         ]
-        if Path(self.path).expanduser().is_file():
+        place = Path(self.path).expanduser()
+        if place.is_file() or is_one_dataset(place):
             self._refuse_splits()
         if self.test_split:
             splits.append((self.test_split, "test"))
@@ -162,13 +163,13 @@ class Files(PathSource):
         """Raise UserError where held-out rows of a single file are asked for as a split."""
         if self.test_split:
             raise UserError(
-                f"data.test_split: {self.path} is a file and has no splits. Leave it out; "
+                f"data.test_split: {self.path} is one table and has no splits. Leave it out; "
                 "data.test_fraction, or a column (data.split_column), says what is held out."
             )
         for name in ("config", "train_split"):
             if getattr(self, name) != type(self).__dataclass_fields__[name].default:
                 warnings.warn(
-                    f"data.{name}: {self.path} is a file and has no splits and no configurations; "
+                    f"data.{name}: {self.path} is one table, without splits and configurations; "
                     "all of it is read.",
                     stacklevel=2,
                 )

@@ -9,6 +9,7 @@ import re
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -255,7 +256,7 @@ def other_splits(path: str, split: str, name: str | None) -> list[str]:
             known = json.loads((Path(path) / "dataset_dict.json").read_text())["splits"]
         except (ValueError, KeyError, TypeError):  # said where it is read
             known = []
-    elif (Path(path) / "state.json").exists():
+    elif is_one_dataset(Path(path)):
         known = []
     else:
         try:
@@ -279,17 +280,32 @@ def _advice(path: Path) -> str:
     )
 
 
+def is_one_dataset(path: Path) -> bool:
+    """Return whether a folder is one data set of `datasets`, without splits."""
+    return (path / "state.json").exists()
+
+
+def _undecoded(feature: Any) -> Any:
+    """Return a feature of `datasets`, or several, whose pictures and sounds are not decoded."""
+    if isinstance(feature, dict):
+        return {name: _undecoded(part) for name, part in feature.items()}
+    if isinstance(feature, list):
+        return [_undecoded(part) for part in feature]
+    if hasattr(feature, "decode"):
+        return replace(feature, decode=False)
+    inner = getattr(feature, "feature", None)
+    return feature if inner is None else replace(feature, feature=_undecoded(inner))
+
+
 def _read_dataset(path: str, split: str, hub: Mapping[str, Any]) -> Iterator[Record]:
     import datasets
 
     look_for_hub(path)
     datasets.disable_progress_bars()
     try:
-        if (Path(path) / "state.json").exists() or (Path(path) / "dataset_dict.json").exists():
+        if is_one_dataset(Path(path)) or (Path(path) / "dataset_dict.json").exists():
             stored = datasets.load_from_disk(path)
-            if not isinstance(stored, dict):
-                stored = {"train": stored, str(stored.split or "train"): stored}
-            table = stored[split]
+            table = stored[split] if isinstance(stored, dict) else stored
         else:
             given = {name: value for name, value in hub.items() if value is not None}
             if files := _own_files(path, split, given):
@@ -309,9 +325,7 @@ def _read_dataset(path: str, split: str, hub: Mapping[str, Any]) -> Iterator[Rec
             f"data.path: {path!r}, split {split!r}, could not be loaded as a {kind}: "
             f"{reason(error)}. {_advice(Path(path))}"
         ) from error
-    # a folder may keep a form of arrays that somebody read it in; pictures and sounds are no text
-    table = table.with_format(None)
-    unread = [name for name, kind in table.features.items() if hasattr(kind, "decode")]
-    table = table.remove_columns(unread)
+    # a folder may keep a form of arrays that somebody read it in; pictures and sounds stay as bytes
+    table = table.with_format(None).cast(datasets.Features(_undecoded(table.features)))
     for number, record in enumerate(table, 1):
         yield f"{path} ({split}), row {number}", record

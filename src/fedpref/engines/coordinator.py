@@ -171,7 +171,8 @@ class RemoteEngine:
     def share(self) -> float:
         if self.private is not None:  # whoever came
             return self.private.chance
-        return share_of(self._weights, self._examples, self.active, self._newcomers)
+        weights = self._bounded(self._weights)
+        return share_of(weights, self._examples, self.active, self._newcomers)
 
     @property
     def left_out(self) -> Mapping[int, str]:
@@ -278,11 +279,16 @@ class RemoteEngine:
 
     def _shares(self, clients: Iterable[int]) -> dict[int, float]:
         """Return clients' weights in a mean of theirs, which add up to one."""
-        weights = {i: self._weights[i] for i in clients}
-        if (most := self._sites.patience.max_site_share) is not None:
-            weights = bounded_by_site(weights, self._sites.site_of, most)
+        weights = self._bounded({i: self._weights[i] for i in clients})
         total = sum(weights.values())
         return {i: weight / total for i, weight in weights.items()}
+
+    def _bounded(self, weights: Mapping[int, float]) -> Mapping[int, float]:
+        """Return weights of which no site's clients have more together than they may."""
+        most = self._sites.patience.max_site_share
+        if most is None or not weights:
+            return weights
+        return bounded_by_site(weights, self._sites.site_of, most)
 
     def _sum(self, names: Mapping[int, Name]) -> Tree | None:
         """Return the weighted mean of clients' values; None if one of them fell out.
@@ -456,9 +462,8 @@ class RemoteEngine:
 
         def rank(one: Shape) -> tuple[bool, int, int, int]:
             alike = sum(self._sent.get(name) == (kind, size) for name, kind, size in one)
-            known = sum(name in self._sent for name, *_ in one)
-            # many who say nothing do not outvote one who answers what was sent
-            return known > 0, counts[one], alike, known
+            # many who say nothing do not outvote those who say something
+            return one != (), counts[one], alike, sum(name in self._sent for name, *_ in one)
 
         return max(counts, key=rank)
 

@@ -190,12 +190,12 @@ class Site:
         is_new = not folder.exists()
         with nullcontext() if resumes else site_folder.without(folder / SETTLED):
             hosted = self._host.host(experiment, folder, held_out)
-            try:
-                site_folder.refuse_full(self._folder, 0, hosted.bounds.disk)
-            except RefusedError:
-                if is_new:  # what was read for it
-                    shutil.rmtree(folder, ignore_errors=True)
-                raise
+            if is_new:  # one that goes on may be what makes room
+                try:
+                    site_folder.refuse_full(self._folder, 0, hosted.bounds.disk)
+                except RefusedError:
+                    shutil.rmtree(folder, ignore_errors=True)  # what was read for it
+                    raise
             folder.mkdir(parents=True, exist_ok=True)
             digest = site_folder.digest(experiment)
             bound = folder / site_folder.EXPERIMENT

@@ -364,11 +364,12 @@ class Experiment:
             adapter: Any = self.task.model  # tasks that adapt have a language model
             aggregate.check(algorithm.local, adapter.lora_r)
 
-    def check_clients(self, sizes: Mapping[str, int]) -> None:
+    def check_clients(self, sizes: Mapping[str, int], *, begins: bool = True) -> None:
         """Check what the experiment says of clients.
 
         Args:
             sizes: Each client's number of training examples.
+            begins: Whether it is not under way yet; what does nothing is refused then.
 
         Raises:
             UserError: It does not fit these clients.
@@ -376,7 +377,9 @@ class Experiment:
         # not where a config is read: runs of older versions can still be looked at
         algorithm = self.algorithm
         self.federation.check()
-        refuse_idle(self)
+        if begins:
+            refuse_idle(self)
+            warn_of_idle(self, len(sizes))
         self.task.check_clients(sizes)
         chances = self.federation.weights(sizes, self.seed)
         guarantee_of(self, len(sizes) - self.federation.num_newcomers)
@@ -388,7 +391,6 @@ class Experiment:
                 "top-k."
             )
         algorithm.check_clients(tuple(sizes))
-        warn_of_idle(self, len(sizes))
         if algorithm.gossips:
             taking_part = [client for client, chance in enumerate(chances) if chance > 0]
             self.network.check(list(sizes), taking_part, self.federation.takes_everybody)

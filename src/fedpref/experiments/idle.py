@@ -16,11 +16,12 @@ if TYPE_CHECKING:
 
 
 def refuse_idle(spec: Experiment) -> None:
-    """Raise UserError where an attack or a compression would touch nothing, or something else.
+    """Raise UserError where a setting would touch nothing, or something else.
 
-    Not where a config is read: runs of older versions can still be looked at.
+    Not where a config is read, nor where a run goes on: those of older versions still can.
     """
     algorithm, attack = spec.algorithm, spec.attack
+    algorithm.refuse_unused()
     is_alone = algorithm.sends_nothing or algorithm.pools_data
     if attack is not None:
         attack.refuse_unused()
@@ -29,10 +30,10 @@ def refuse_idle(spec: Experiment) -> None:
                 f"attack: {attack.name} is about what clients send, and those of {algorithm.name} "
                 "send nothing. Take an attack of rows, such as flip."
             )
-        if algorithm.gossips and not attack.is_of_rows and attack.name != "alie":
+        if algorithm.tells_models and not attack.is_of_rows and attack.name != "alie":
             raise UserError(
-                f"attack: {attack.name} is about a change, and neighbours tell one another models. "
-                "Take alie, or an attack of rows, such as flip."
+                f"attack: {attack.name} is about a change, and neighbours of {algorithm.name} tell "
+                "one another models. Take alie, or an attack of rows, such as flip."
             )
     if is_alone and spec.federation.compress is not None:
         raise UserError(
@@ -65,7 +66,7 @@ def _idle(spec: Experiment, clients: int) -> Iterator[str]:
     if spec.evaluate_all_at_end and spec.evaluate_clients is None:
         yield "evaluate_all_at_end: all clients are evaluated without evaluate_clients."
     looks = sum(map(spec.looks_after, range(1, spec.rounds + 1)))
-    if spec.keep == "best" and looks < 2:
+    if spec.keep == "best" and looks + spec.evaluate_on_start < 2:
         yield (
             f"keep: best has one evaluation to choose from in {spec.rounds} rounds. Set "
             "evaluate_every to less."

@@ -104,7 +104,8 @@ def events(
                 else AtSites(experiment, transport, folder.path, task)
             )
             about_text = json.dumps(source.about, indent=1) + "\n"
-            experiment.check_clients({name: about["train"] for name, about in source.about.items()})
+            train = {name: about["train"] for name, about in source.about.items()}
+            experiment.check_clients(train, begins=not folder.has_begun)
             planned = lines(experiment, len(source.about))
             if not folder.has_begun:
                 folder.create(

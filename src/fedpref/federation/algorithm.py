@@ -42,6 +42,8 @@ class Algorithm(ABC, Generic[S]):
     others, or keep a factor of their own of what is shared."""
     gossips: ClassVar[bool] = False
     """Clients tell neighbours what they learn, over the experiment's network."""
+    tells_models: ClassVar[bool] = False
+    """Neighbours tell one another models, not changes."""
     clips_gossip: ClassVar[bool] = False
     """What neighbours tell may be shortened: nothing is kept of it over rounds."""
     needs_fixed_network: ClassVar[bool] = False
@@ -149,6 +151,9 @@ class Algorithm(ABC, Generic[S]):
 
     def check_task(self, task: TaskSettings) -> None:
         """Raise UserError where the algorithm does not fit the task or its objectives."""
+
+    def refuse_unused(self) -> None:
+        """Raise UserError where a setting would do nothing."""
 
     def check_clients(self, names: tuple[str, ...]) -> None:
         """Raise UserError where the algorithm's settings name clients that are not these."""

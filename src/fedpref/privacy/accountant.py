@@ -143,7 +143,7 @@ class Guarantee:
         Nobody is drawn: who collects the sums knows who takes part.
         """
         _refuse_meaningless(epsilon)
-        low, high, least = 1e-3, MOST, math.inf
+        low, high, fits_once = 1e-3, MOST, False
         for _ in range(80):
             middle = math.sqrt(low * high)
             # what is left of delta if the whole of epsilon is spent
@@ -151,8 +151,8 @@ class Guarantee:
             if left <= 0:
                 return Guarantee(middle, 1.0, delta, inexact, True)  # which says so when asked
             fits = epsilon_of_discrete([middle] * sums, left) <= epsilon
-            low, high, least = (low, middle, middle) if fits else (middle, high, least)
-        if least > MOST:
+            low, high, fits_once = (low, middle, True) if fits else (middle, high, fits_once)
+        if not fits_once:
             raise _no_noise(sums, "", epsilon, delta)
         return Guarantee(high, 1.0, delta, inexact, True)
 

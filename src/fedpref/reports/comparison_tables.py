@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 from collections.abc import Mapping, Sequence
 
 from fedpref.numerics.metrics import HEADLINES
@@ -132,12 +133,16 @@ def markdown(rows: Sequence[Row]) -> str:
     """Return the comparison for a document."""
     lines = [TITLES, ("---",) * len(TITLES), *map(cells, rows)]
     columns = columns_of(rows)
-    return "".join(f"| {' | '.join(_marked(line[i]) for i in columns)} |\n" for line in lines)
+    cells_of = (
+        [_marked(line[i]) if i == 0 else line[i] for i in columns]  # names are anybody's
+        for line in lines
+    )
+    return "".join(f"| {' | '.join(some)} |\n" for some in cells_of)
 
 
 def _marked(text: str) -> str:
     """Return a text that is one cell of Markdown, and no mark-up."""
-    return text.replace("|", r"\|").replace("<", "&lt;")
+    return re.sub(r"([\\|`*_\[\]])", r"\\\1", text).replace("<", "&lt;").replace("\n", " ")
 
 
 def latex(rows: Sequence[Row]) -> str:

@@ -45,11 +45,13 @@ class FoldedTable:
             widths = [self._width(i, self.titles[i].split()) for i in places]  # titles wrap
         title: str | None = self.title or None
         for part in self._parts(widths, options.max_width - name - FRAME - 1):
-            shown = Table(title=title, title_style="bold", title_justify="left")
-            shown.add_column(self.titles[0], width=name, overflow="fold")
+            above = None if title is None else Text(title)
+            shown = Table(title=above, title_style="bold", title_justify="left")
+            shown.add_column(Text(self.titles[0]), width=name, overflow="fold")
             for i in part:
                 style = "bold" if i == self.main else ""
-                shown.add_column(self.titles[i], justify="right", width=widths[i - 1], style=style)
+                head = Text(self.titles[i])
+                shown.add_column(head, justify="right", width=widths[i - 1], style=style)
             for number, row in enumerate(self.rows):
                 if number in self.sections:
                     shown.add_section()

@@ -170,13 +170,13 @@ def _reached(kit: Path) -> Finding:
         return Finding("server", True, "this is the server's kit")
     try:
         content = json.loads(settings.read_text())
-        (server,) = content["servers"]
+        server = content["servers"][0]
         place = server["service"].get("target")
         if not place:  # HOST:PORT:PORT
             place = content["overseer_agent"]["args"]["sp_end_point"].rpartition(":")[0]
         host, _, number = str(place).rpartition(":")
         port = int(number)
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError):
         said = f"{settings}: it names no server as HOST:PORT. Put back a whole copy of the kit."
         return Finding("server", False, said)
     try:
@@ -223,8 +223,9 @@ def forget(folder: Path, client: str) -> list[str]:
     Raises:
         UserError: The site has kept nothing of such a client.
     """
-    records = [one for one in folder.rglob(CLIENTS) if not one.parent.name.startswith(STORE)]
-    runs = sorted(one.parent for one in records)
+    records = {one.parent for one in folder.rglob(CLIENTS)}
+    # stores that were set aside have records of their own
+    runs = sorted(run for run in records if run.parent not in records)
     forgotten = [run for run in runs if _forgotten(run, client)]
     if not forgotten:
         raise UserError(f"{folder}: nothing is kept here of a client {client!r}.")

@@ -24,6 +24,7 @@ from fedpref.engines.site_folder import EXPERIMENT as DIGEST
 from fedpref.engines.site_masks import FILE as SUMS
 from fedpref.errors import UserError
 from fedpref.experiments.experiment import Experiment
+from fedpref.experiments.private import FOLDER
 from fedpref.experiments.rounds import Event
 from fedpref.experiments.run_directory import RunDirectory
 from fedpref.experiments.run_lock import RunLock
@@ -35,7 +36,7 @@ from fedpref.sites.programs import SIMULATED, check_name, job
 LOG, TOLD, EXPERIMENT = "log.txt", "told.jsonl", "experiment.json"
 # of a site's folder; who keeps the secret keeps the noise
 NOT_HANDED_OVER = shutil.ignore_patterns(
-    f"{SECRET}*", f"{STORE}*", CLIENTS, OPENINGS, DIGEST, SUMS, "cache"
+    f"{STORE}*", CLIENTS, OPENINGS, DIGEST, SUMS, f"{SECRET}*", "cache"
 )
 
 
@@ -93,8 +94,18 @@ def _jobs(experiment: Experiment, path: Path) -> Generator[Event, None, None]:
             if end == "done":
                 break
     for kept in sorted((path.parent / SIMULATED).glob(f"*/{path.name}")):
-        shutil.copytree(kept, path, ignore=NOT_HANDED_OVER, dirs_exist_ok=True)
+        hand_over(kept, path)
         shutil.rmtree(kept)
+
+
+def hand_over(kept: Path, path: Path) -> None:
+    """Copy what a site has kept of a run that is done into the run's directory."""
+    places = {str(kept), str(kept / FOLDER)}  # clients may be called as a file of the site's is
+
+    def held_back(place: str, names: list[str]) -> set[str]:
+        return NOT_HANDED_OVER(place, names) if place in places else set()
+
+    shutil.copytree(kept, path, ignore=held_back, dirs_exist_ok=True)
 
 
 def _told(scratch: Path, process: Any) -> Generator[Event, None, str]:

@@ -158,7 +158,7 @@ def page(
         compared=[[cells(row)[i] for i in columns] for row in rows],
         lead=_led(rows),
         compared_titles=[TITLES[i] for i in columns],
-        compared_caption=measured(rows).capitalize() if rows else "",
+        compared_caption=measured(rows)[0].upper() + measured(rows)[1:] if rows else "",
         charts=Markup(_json([chart.content for _, some in drawn for chart in some])),
         fairness=spreads,
         fairness_titles=measures,
