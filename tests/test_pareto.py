@@ -66,7 +66,7 @@ def test_points_between_are_of_the_clients_that_trained_points_are_of(
     names = [client.name for client in spec.clients()[0]]
     late = spec.federation.joining(names, spec.seed)
     trained = [i for i in range(len(names)) if i not in late]
-    engine = _engine(spec, tmp_path)
+    engine, _ = _engine(spec, tmp_path)
     assert list(engine.active) == spec.evaluated(names, trained, True)
     assert len(engine.active) == (3 if spec.evaluate_all_at_end else 2)
 

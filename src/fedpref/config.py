@@ -193,6 +193,26 @@ def _overridden(kind: Any, content: Any, overrides: Sequence[str], where: str) -
         raise UserError(f"{where}: {reason(error, whole=True)}") from error
 
 
+def merged(kind: Any, content: Mapping[str, Any], wanted: Mapping[str, Any]) -> Any:
+    """Return plain data of a dataclass with keys and values in place of its own, as overrides are:
+    what stands beside them stays, and another kind has its own defaults.
+    """
+    said = {
+        key: {"name": value} if _is_kind(_hints(kind).get(key), value) else value
+        for key, value in wanted.items()
+    }
+    try:
+        before, after = OmegaConf.create(dict(content)), OmegaConf.create(said)
+        _refuse_resolvers(OmegaConf.to_container(after))
+        _forget_other_kinds(kind, before, after)
+        for key, value in said.items():
+            if value == {}:
+                before[key] = {}
+        return OmegaConf.to_container(OmegaConf.merge(before, after), resolve=True)
+    except BROKEN as error:
+        raise UserError(reason(error, whole=True)) from error
+
+
 def _forget_emptied(content: Any, overrides: Sequence[str]) -> None:
     """Take out what an override says is empty, as `task.rewards={}`; others are merged."""
     for override in overrides:

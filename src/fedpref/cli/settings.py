@@ -133,10 +133,11 @@ def migrate(
     if not config.is_file():
         raise UserError(f"{config}: there is no such config file.")
     try:
-        text = config.read_text(encoding="utf-8")
+        written = config.read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{config}: cannot be read as UTF-8 text: {error}") from error
     try:
+        text = written.replace("\r\n", "\n")
         renewed = migrated_text(text)
     except UserError as error:
         raise UserError(f"{config}: {error}") from error
@@ -144,5 +145,5 @@ def migrate(
     if renewed == text and goal == config:
         console.print(f"{config}: nothing to change.", highlight=False, soft_wrap=True)
         return
-    files.write(goal, renewed)
+    files.write(goal, renewed if text == written else renewed.replace("\n", "\r\n"))
     console.print(f"written: {goal}", highlight=False, soft_wrap=True)

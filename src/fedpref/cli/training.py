@@ -23,6 +23,7 @@ from fedpref.cli.shared import (
     saying,
 )
 from fedpref.errors import UserError, command
+from fedpref.numerics import files
 
 if TYPE_CHECKING:
     from fedpref.experiments.experiment import Experiment
@@ -413,7 +414,7 @@ def swept(folder: Path, parallel: int = 1) -> None:
         ("comparison.csv", csv_text(rows)),
         ("table.tex", latex(rows)),
     ):
-        (folder / name).write_text(text)
+        files.write(folder / name, text)
     console.print(table(rows), *notes(rows), sep="\n", highlight=False, soft_wrap=True)
     console.print(
         f"the table as Markdown, CSV and LaTeX: {folder}/comparison.md, comparison.csv, table.tex",
@@ -508,7 +509,7 @@ def pareto(
         "figures": measures,
         "points": [asdict(point) for point in measured],
     }
-    (folder / "front.json").write_text(json.dumps(content, indent=1) + "\n")
+    files.write(folder / "front.json", json.dumps(content, indent=1) + "\n")
     draw_front(objectives, measured, folder / "front.svg")
     console.print(
         f"the front and its figure: {folder}/front.json, front.svg", highlight=False, soft_wrap=True

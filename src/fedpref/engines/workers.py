@@ -12,6 +12,7 @@ import multiprocessing
 import pickle
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,15 +35,43 @@ def can_fork() -> bool:
     return sys.platform == "linux" and not torch.cuda.is_initialized()
 
 
+class _Within:
+    """How many are within `one_thread`, and how many threads there were before."""
+
+    count = threads = 0
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+
+
+_WITHIN = _Within()
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Compute on one thread, within a `with`; then sums do not depend on the machine's size."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """Compute on one thread, within a `with`; then sums do not depend on the machine's size.
+
+    The setting is the process's: threads that are within at once share it, and the last one that
+    leaves restores it.
+    """
+    with _WITHIN:
+        _WITHIN.count += 1
+        if _WITHIN.count == 1:
+            _WITHIN.threads = torch.get_num_threads()
+            torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        with _WITHIN:
+            _WITHIN.count -= 1
+            if not _WITHIN.count:
+                torch.set_num_threads(_WITHIN.threads)
 
 
 def keep_freed_memory() -> None:

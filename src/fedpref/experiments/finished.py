@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpref import config
-from fedpref.data import ClientData, Opinion, Opinions
+from fedpref.data import ClientData, Opinion
 from fedpref.data.unusable import Unusable, refuse_empty, summary
 from fedpref.engines import Simulation
 from fedpref.engines.workers import keep_freed_memory, one_thread
@@ -207,7 +207,7 @@ class FinishedRun:
 
     def refuse_opinions(self) -> FinishedRun:
         """Return the run; raises UserError if it has trained no language model."""
-        if isinstance(self.experiment.data, Opinions):
+        if isinstance(self.experiment.task, OpinionTask):
             raise UserError(
                 f"{self.path}: the run has trained a predictor of opinions; `fedpref reward` "
                 "scores answers with it."

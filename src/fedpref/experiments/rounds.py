@@ -17,6 +17,7 @@ from typing import Any, Literal
 from fedpref import config
 from fedpref.engines import Engine, Transport
 from fedpref.engines.kept_sums import KeptSums
+from fedpref.engines.private_sums import PrivateSums
 from fedpref.engines.timing import Clock
 from fedpref.engines.workers import keep_freed_memory, one_thread
 from fedpref.errors import UserError
@@ -247,7 +248,7 @@ def _line(
             state = _join(engine, algorithm, experiment, state, names, newcomers, row)
         folder.append(EVALUATION, row)
         yield evaluated(name, experiment.rounds, row)
-    cohorts = Cohorts(experiment, weights, engine)
+    cohorts = Cohorts(experiment, weights, engine.private)
     while not last:
         cohort, late = cohorts.of(round)
         engine.begin(round, cohort)
@@ -329,8 +330,10 @@ def _line(
 class Cohorts:
     """Who takes part in each round, nobody oftener than may be."""
 
-    def __init__(self, experiment: Experiment, weights: Sequence[float], engine: Engine) -> None:
-        self._experiment, self._weights, self._engine = experiment, weights, engine
+    def __init__(
+        self, experiment: Experiment, weights: Sequence[float], private: PrivateSums | None = None
+    ) -> None:
+        self._experiment, self._weights, self._private = experiment, weights, private
         self._taken: Counter[int] = Counter()
         self._known = 0  # rounds that are counted
 
@@ -359,8 +362,8 @@ class Cohorts:
     def of(self, round: int) -> tuple[tuple[int, ...], int]:
         """Return the clients of a round, and how many more were drawn but are late."""
         able = self.able(round)
-        if self._engine.private:  # its cohorts are nobody's to draw again
-            return self._engine.private.cohort(able, round), 0
+        if self._private:  # its cohorts are nobody's to draw again
+            return self._private.cohort(able, round), 0
         pool = set(able)
         weights = [weight if i in pool else 0.0 for i, weight in enumerate(self._weights)]
         return self._experiment.federation.cohort(weights, self._experiment.seed, round)

@@ -22,6 +22,7 @@ from fedpref.models import devices
 from fedpref.models.named import BUILTIN, located
 from fedpref.types import Count
 
+ENDS = 2  # tokens that a tokenizer may put around a text
 DEFAULT_LENGTH = 1024  # of a model that does not say how much it can take
 
 
@@ -108,7 +109,7 @@ class TextEncoder:
         """Return whether a text is too long to be embedded whole."""
         tokenizer = self.model.tokenizer if self.tokenizer is None else self.tokenizer
         return (
-            len(text) > self.longest
+            len(text.encode(errors="replace")) + ENDS > self.longest  # a token has a byte at least
             and len(tokenizer(text, truncation=False)["input_ids"]) > self.longest
         )
 

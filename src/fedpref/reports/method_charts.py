@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from fedpref.experiments.rounds import Cohorts
 from fedpref.numerics.metrics import of_objectives
 from fedpref.numerics.topology import networkx, rho
 from fedpref.reports.charts import (
@@ -73,8 +74,9 @@ def left_by_mixing(run: Run, rows: Sequence[Mapping[str, Any]]) -> list[float]:
     sizes = {name: int(about["train"]) for name, about in run.clients.items()}
     chances = spec.federation.weights(sizes, spec.seed)
     errors, known = [], dict[tuple[int, ...], float]()
+    cohorts = Cohorts(spec, chances)
     for row in rows:
-        active, _ = spec.federation.cohort(chances, spec.seed, row["round"] - 1)
+        active, _ = cohorts.of(row["round"] - 1)
         if not (spec.network.is_fixed and active in known):
             weights = [
                 1.0 if spec.federation.weighting == "equal" else sizes[names[i]] for i in active

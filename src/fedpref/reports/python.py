@@ -7,11 +7,13 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, fields, replace
+from datetime import date
 from functools import cached_property
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from rich.console import Console
 
 from fedpref import config
@@ -175,6 +177,9 @@ class _Models(Mapping[str, Any]):
             trust_remote_code=self._run.experiment.task.runs_remote_code,
         )
 
+    def __contains__(self, client: object) -> bool:  # without loading it
+        return client in self._run.clients or client in self._run.joined
+
     def __iter__(self) -> Iterator[str]:
         return iter([*self._run.clients, *self._run.joined])
 
@@ -206,11 +211,15 @@ def run(
         on_event: Called with each `Event`, as it happens.
         progress: Show how far it is; by default on terminals and in notebooks.
         **settings: Other keys of an experiment, as plain values or as fedpref's own objects:
-            `algorithm=FedPDPO(...)`, `rounds=5`, `partition={"name": "iid", "clients": 4}`.
+            `algorithm=FedPDPO(...)`, `rounds=5`, `partition={"name": "iid", "clients": 4}`. Keys
+            and values change what the experiment says, as those of the command line do; an object
+            stands in its place.
 
     Raises:
         UserError: The directory is there already, or the experiment does not fit its data or model.
     """
+    if output is not None and not isinstance(output, str | Path):
+        raise UserError(f"output: expected a path, found {output!r:.60}.")
     spec = _with(_read(experiment), model, settings)
     # what its config could not say again could not be resumed, compared or reported
     spec = config.parse(Experiment, config.dump(spec), "the experiment")
@@ -224,7 +233,10 @@ def run(
         return _followed(replace(spec, data=data), folder, on_event, progress)
     text, columns = _lines(data)
     file = folder.path / ROWS
-    file.parent.mkdir(parents=True)
+    try:
+        file.parent.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{folder.path}: the folder cannot be made: {error}") from error
     try:
         file.write_text(text, encoding="utf-8")
         source = _files(spec.data, str(file.resolve()), SPLIT if SPLIT in columns else None)
@@ -335,7 +347,7 @@ def _with_settings(spec: Experiment, settings: Mapping[str, Any]) -> Experiment:
         if name in known and not isinstance(value, str | Mapping) and hasattr(value, "name")
     }
     plain = {name: value for name, value in settings.items() if name not in objects}
-    return replace(Experiment.of({**config.dump(spec), **plain}), **objects)
+    return replace(Experiment.of(config.merged(Experiment, config.dump(spec), plain)), **objects)
 
 
 def _lines(data: Any) -> tuple[str, set[str]]:
@@ -361,7 +373,7 @@ def _lines(data: Any) -> tuple[str, set[str]]:
         if not isinstance(row, Mapping):
             raise UserError(f"data, row {number}: expected a dict by column, found {row!r:.60}.")
         try:
-            written.append(json.dumps(dict(row), ensure_ascii=False))
+            written.append(json.dumps(dict(row), ensure_ascii=False, default=_plain))
             written[-1].encode()  # half a character could be written nowhere
         except (TypeError, ValueError) as error:
             raise UserError(f"data, row {number}: cannot be written as JSON: {error}.") from error
@@ -377,12 +389,24 @@ def _lines(data: Any) -> tuple[str, set[str]]:
     return "\n".join(written) + "\n", columns
 
 
+def _plain(value: Any) -> Any:
+    """Return a number of numpy, or a date, as JSON has them; raises TypeError for anything else."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    if isinstance(value, date):  # also a time
+        return value.isoformat()
+    raise TypeError(f"a value of type {type(value).__name__}")
+
+
 def _records(data: Any) -> list[Any]:
     if hasattr(data, "to_json") and hasattr(data, "columns"):  # a DataFrame
         try:
-            return list(json.loads(data.to_json(orient="records")))
+            text = data.to_json(orient="records", date_format="iso", double_precision=15)
+            return list(json.loads(text))
         except (ValueError, OverflowError) as error:
             raise UserError(f"data: the DataFrame cannot be written: {error}") from error
+    if hasattr(data, "with_format"):  # a Dataset, which may give arrays
+        data = data.with_format(None)
     try:
         return list(data)
     except TypeError:

@@ -31,12 +31,18 @@ class Function(RewardSettings):
         module, _, name = self.path.partition(":")
         try:
             function: Any = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError, ValueError) as error:
+        except Exception as error:  # whatever a module of one's own does as it is imported
             raise UserError(
                 f"reward function {self.path!r} could not be imported: {error}. Expected "
                 "module:function on the Python path."
             ) from error
-        made: RewardFunction = function(**self.arguments) if self.arguments else function
+        try:
+            made: RewardFunction = function(**self.arguments) if self.arguments else function
+        except TypeError as error:
+            raise UserError(
+                f"reward function {self.path!r}: it does not take the arguments "
+                f"{', '.join(self.arguments)}: {error}."
+            ) from error
         return made
 
 

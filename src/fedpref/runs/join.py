@@ -52,7 +52,12 @@ def as_read(source: Any, data: Files, given: Collection[str] = ()) -> Any:
         given: What is given, beside what is not its default.
     """
     if isinstance(source, Opinions):
-        return replace(source, path=data.path, groups="all")
+        said = _said(data, given)
+        if unknown := said.keys() - {field.name for field in fields(source)}:
+            raise UserError(
+                f"data.{min(unknown)}: rows of opinions have no such setting. Leave it out."
+            )
+        return replace(source, **{**said, "path": data.path, "groups": "all"})
     if isinstance(source, Files):
         return replace(source.at(data.path), **_said(data, given))
     said = _said(data, given)

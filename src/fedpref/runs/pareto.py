@@ -9,6 +9,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from itertools import combinations_with_replacement, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,7 @@ from fedpref.experiments.experiment import Experiment, encoded
 from fedpref.experiments.finished import FinishedRun
 from fedpref.experiments.frozen import refuse_apart
 from fedpref.federation.aggregation import Product
+from fedpref.models.loading import exported_parameters
 from fedpref.numerics import trees
 from fedpref.numerics.metrics import ACCURACY, REWARD, of_objectives
 from fedpref.runs.sweep import plan
@@ -155,12 +157,11 @@ def interpolated(
     """
     seeds = range(len(next(iter(runs.values()))))
     with one_thread(), ExitStack() as stack:
-        engines = [
-            stack.enter_context(closing(_engine(experiment, cache)))
-            for experiment in next(iter(runs.values())).values()
-        ]
+        made = [_engine(experiment, cache) for experiment in next(iter(runs.values())).values()]
+        engines = [stack.enter_context(closing(engine)) for engine, _ in made]
+        language = made[0][1].language
         adapters = {
-            path: trees.load(FinishedRun.at(path).model_folder() / "adapter_model.safetensors")
+            path: exported_parameters(language, FinishedRun.at(path).model_folder())
             for paths in runs.values()
             for path in paths
         }
@@ -190,8 +191,10 @@ def interpolated(
                 yield _point(preference, objectives, rows, is_trained=False)
 
 
-def _engine(experiment: Experiment, cache: Path) -> Simulation:
-    """Return an engine over the clients that an experiment trains with, to evaluate on."""
+def _engine(experiment: Experiment, cache: Path) -> tuple[Simulation, Any]:
+    """Return an engine over the clients that an experiment trains with, to evaluate on, and its
+    task.
+    """
     task = experiment.build_task()
     shards = [task.prepare(shard, cache) for shard in encoded(experiment, task)[1]]
     engine = Simulation(task, shards, seed=experiment.seed, rounds=1)
@@ -200,7 +203,7 @@ def _engine(experiment: Experiment, cache: Path) -> Simulation:
     trained = [i for i in engine.clients if i not in newcomers]
     # those of whom the trained points' last evaluation is
     engine.begin(0, experiment.evaluated(names, trained, True), "evaluate")
-    return engine
+    return engine, task
 
 
 def _point(

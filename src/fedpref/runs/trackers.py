@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fedpref.errors import UserError
-from fedpref.experiments.rounds import Event
+from fedpref.experiments.finished import FinishedRun
+from fedpref.experiments.rounds import Event, evaluated
+from fedpref.experiments.run_directory import RunDirectory
+from fedpref.experiments.run_files import EVALUATION, METRICS
 
 # what trackers would tell their makers
 SILENT = {
@@ -52,19 +55,44 @@ def tracked(
         for event in happenings:
             if not trackers:  # now that the run has a directory
                 trackers = [TRACKERS[name](project, folder, content) for name in names]
-            if event.kind in ("round", "evaluate"):
-                where = "validation" if event.chooses else "held_out"
-                prefix = event.line if event.kind == "round" else f"{event.line}/{where}"
-                for tracker in trackers:
-                    tracker.log(
-                        event.done,
-                        {f"{prefix}/{name}": value for name, value in event.metrics.items()},
-                    )
+                for earlier in _last_told(folder, event) if names else ():
+                    _log(trackers, earlier)
+            _log(trackers, event)
             yield event
         done = True
     finally:
         for tracker in trackers:
             tracker.close(done)
+
+
+def _log(trackers: Iterable[Tracker], event: Event) -> None:
+    if event.kind not in ("round", "evaluate"):
+        return
+    where = "validation" if event.chooses else "held_out"
+    prefix = event.line if event.kind == "round" else f"{event.line}/{where}"
+    figures = {f"{prefix}/{name}": value for name, value in event.metrics.items()}
+    for tracker in trackers:
+        tracker.log(event.done, figures)
+
+
+def _last_told(folder: Path, first: Event) -> Iterator[Event]:
+    """Yield the last round of each line that a run which goes on has behind it.
+
+    It is in a checkpoint, and whoever was killed then may not have told it.
+    """
+    if not RunDirectory(folder).has_begun:
+        return
+    for name, line in FinishedRun.at(folder).lines.items():
+        rows = line.read_rows(METRICS) if line.path.exists() else []
+        is_told = first.kind in ("round", "evaluate") and name == first.line
+        if not rows or (is_told and rows[-1]["round"] >= first.done):
+            continue
+        last, total = rows[-1], first.total
+        figures = {k: v for k, v in last.items() if k not in ("round", "clients", "late")}
+        yield Event(name, "round", last["round"], total, figures)
+        for row in line.read_rows(EVALUATION):
+            if row["round"] == last["round"]:
+                yield evaluated(name, total, row)
 
 
 def require_trackers(names: Iterable[str]) -> None:

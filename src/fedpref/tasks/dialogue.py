@@ -84,6 +84,12 @@ class DialogueTask(LanguageTask):
                 "with one another; take 2 or more"
             )
 
+        if self.num_generations < 2 and any(one.compares for one in self.rewards.values()):
+            raise ValueError(
+                "task.num_generations: a reward is a share among several answers to one prompt; "
+                "take 2 or more"
+            )
+
     @property
     def answers_together(self) -> int:
         """Answers to a held-out prompt: one, unless a reward compares several."""

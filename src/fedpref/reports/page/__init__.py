@@ -14,7 +14,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from fedpref.errors import UserError, command
+from fedpref.errors import UserError, command, reason
 from fedpref.numerics import files
 from fedpref.numerics.intervals import FEWEST
 from fedpref.numerics.metrics import HEADLINES
@@ -56,7 +56,7 @@ def write_report(paths: Sequence[Path], output: Path) -> Path:
         name = ", ".join(path.resolve().name for path in paths)
         return _written(page((), groups=groups_of(paths), rows=_rows(paths), name=name), output)
     paths = [run for path in paths for run in members(path)]
-    fronts = [json.loads((path / FRONT).read_text()) for path in paths if (path / FRONT).exists()]
+    fronts = [_front(path / FRONT) for path in paths if (path / FRONT).exists()]
     runs = told_apart([read(path) for path in paths if not (path / FRONT).exists()])
     if started := [run for run in runs if not run.line.evaluations]:
         raise UserError(
@@ -107,6 +107,20 @@ def told_apart(runs: Sequence[Run]) -> list[Run]:
             replace(run, title=title(run)) if names.count(run.title) > 1 else run for run in runs
         ]
     return list(runs)
+
+
+def _front(file: Path) -> Any:
+    """Return what `fedpref pareto` has left; raises UserError where the file is damaged."""
+    try:
+        content = json.loads(file.read_text())
+        if not content["objectives"] or not content["points"]:
+            raise ValueError("there are no points")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{file}: the file is damaged ({reason(error)}). The same `fedpref pareto` command "
+            "writes it anew."
+        ) from error
+    return content
 
 
 def page(
