@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -426,7 +426,13 @@ def evaluated(line: str, total: int, row: Mapping[str, Any]) -> Event:
 
 
 def _norms(state: Any) -> dict[str, float]:
-    """Return the norms of the trees that a state shares."""
+    """Return the norms of the trees that a state shares.
+
+    Raises:
+        TypeError: It is no state of an algorithm.
+    """
+    if not is_dataclass(state):
+        raise TypeError(f"an algorithm's state must be a dataclass, not {type(state).__name__}")
     shared = {field.name: getattr(state, field.name) for field in fields(state)}
     return {
         f"norm of {name}": trees.norm(value)

@@ -118,9 +118,9 @@ class RunDirectory:
     def refuse_existing(self) -> None:
         """Raise UserError if anything stands where this run is to go."""
         if self.path.exists():
+            goes_on = f", continue it with `{command('resume', self.path)}`" * self.has_begun
             raise UserError(
-                f"{self.path} exists already. Give another --output, continue it with "
-                f"`{command('resume', self.path)}`, or remove it."
+                f"{self.path} exists already. Give another --output{goes_on}, or remove it."
             )
 
     @property

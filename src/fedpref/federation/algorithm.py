@@ -22,9 +22,9 @@ S = TypeVar("S")
 class Algorithm(ABC, Generic[S]):
     """A short program over a federation: a frozen dataclass whose fields are its hyper-parameters.
 
-    The class variables say what an experiment must know before it runs; all are off by
-    default. A class variable that is not declared here is a TypeError when the class is made, so
-    that a misspelt one is noticed.
+    The class variables say what an experiment must know before it runs; all but `starts_alike` are
+    off by default. A class variable that is not declared here is a TypeError when the class is
+    made, so that a misspelt one is noticed.
     """
 
     name: str
@@ -71,7 +71,9 @@ class Algorithm(ABC, Generic[S]):
         known = vars(Algorithm).keys() | inspect.get_annotations(Algorithm).keys()
         hints = inspect.get_annotations(cls)
         declared = [name for name, hint in hints.items() if "ClassVar" in str(hint)]
-        declared += [k for k, v in vars(cls).items() if isinstance(v, bool) and k not in hints]
+        declared += [
+            k for k, v in vars(cls).items() if isinstance(v, int) and k not in hints and k[0] != "_"
+        ]
         bare = [
             k for k in hints if k not in vars(cls) and isinstance(vars(Algorithm).get(k), property)
         ]

@@ -28,6 +28,8 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
 
+from torch import Tensor
+
 from fedpref.federation.verbs import ANYTHING, COPY, MOMENTS, WithheldError, Work
 
 
@@ -94,6 +96,18 @@ def labels(
     narrowest = unread[by].audience if by else Audience.COORDINATOR
     made = []
     for k, result in enumerate(results):
+        if not isinstance(result, Mapping):
+            raise TypeError(
+                f"{work.name!r} returned {type(result).__name__} as result {k}; expected tensors "
+                "by name, or metrics: numbers by name"
+            )
+        if odd := [
+            name for name, one in result.items() if not isinstance(one, int | float | Tensor)
+        ]:
+            raise TypeError(
+                f"{work.name!r}, result {k}: {odd[0]!r} is of type "
+                f"{type(result[odd[0]]).__name__}; give a metric as float(...)"
+            )
         declared = (
             Audience.COORDINATOR
             if k in work.sends or (result and is_metrics(result))

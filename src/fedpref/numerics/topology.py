@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import io
 import math
-import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,8 +25,6 @@ from fedpref.types import Portion, WholeNumber
 
 Matrix = NDArray[np.float64]
 Graph = Any  # networkx's Graph or DiGraph over 0, 1, ..., N - 1; it has no types of its own
-
-COMMENT = re.compile(r"(^|\s)#.*")  # in a graph's file
 
 
 def networkx() -> Any:
@@ -187,6 +184,11 @@ class SmallWorld:
         )
 
 
+def _without_comment(line: str) -> str:
+    said = line.replace("\t", " ").strip()
+    return "" if said.startswith("#") else said.split(" #", 1)[0].strip()
+
+
 @dataclass(frozen=True)
 class GraphFile:
     """A GraphML file, or a list of edges: two clients' names a line, with a comma or space."""
@@ -222,7 +224,7 @@ class GraphFile:
             return [(str(one), str(other)) for one, other in graph.edges()]
         try:
             # a comment begins a line, or stands behind a space: names may have the sign in them
-            lines = [COMMENT.sub("", line).strip() for line in content.decode().splitlines()]
+            lines = list(map(_without_comment, content.decode().splitlines()))
         except UnicodeDecodeError as error:
             raise UserError(f"{self.path}: this is no text in UTF-8: {error}.") from error
         edges = []
