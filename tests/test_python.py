@@ -5,21 +5,26 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
 import datasets
+import numpy as np
 import pandas
 import pytest
+import torch
 
 import fedpref
 from conftest import make_rows, write_rows
 from fedpref import Event, Experiment, UserError, config, resume, run
 from fedpref.algorithms import FedDPO, FedPDPO
 from fedpref.data import Files
+from fedpref.engines.workers import one_thread
 from fedpref.federation.local_training import LocalTraining
 from fedpref.models.language import LanguageModel
 from fedpref.models.model_settings import Model
@@ -129,6 +134,58 @@ def test_keys_and_values_change_what_an_experiment_says_of_its_model(small: dict
     result = run({**said, **local}, data=ROWS, model={"lora_alpha": 4}, output="out")
     model = fedpref.FinishedRun.at(result.path).experiment.task.model
     assert (model.path, model.lora_r, model.lora_alpha) == (small["model"], 2, 4)
+
+
+def test_keys_and_values_change_what_a_config_says_and_nothing_beside() -> None:
+    spec = Experiment.load("fedpdpo")
+    told = python._with(spec, None, {"algorithm": {"local": {"steps": 2}}})
+    assert told == Experiment.load("fedpdpo", ["algorithm.local.steps=2"])
+    told = python._with(spec, None, {"algorithm": "ditto", "federation": {"join_steps": 4}})
+    assert told == Experiment.load("fedpdpo", ["algorithm=ditto", "federation.join_steps=4"])
+    # an object stands in the place of what was there
+    assert python._with(spec, None, {"algorithm": FedDPO()}).algorithm == FedDPO()
+
+
+def test_rows_may_hold_numbers_of_numpy_and_dates() -> None:
+    row = {"prompt": "a", "chosen": "b", "rejected": "c", "client": np.int64(3)}
+    text, _ = python._lines([{**row, "day": date(2024, 1, 2)}])
+    assert json.loads(text) == {**row, "client": 3, "day": "2024-01-02"}
+    frame = pandas.DataFrame([{**row, "day": pandas.Timestamp("2024-01-02")}])
+    assert json.loads(python._lines(frame)[0])["day"].startswith("2024-01-02")
+    table = datasets.Dataset.from_list([{**row, "client": 3}]).with_format("numpy")
+    assert json.loads(python._lines(table)[0])["client"] == 3
+    with pytest.raises(UserError, match="row 1: cannot be written as JSON"):
+        python._lines([{**row, "client": object()}])
+
+
+def test_the_packages_names_are_listed() -> None:
+    assert {"run", "Experiment", "Result"} <= set(dir(fedpref))
+
+
+def test_threads_that_compute_at_once_leave_torch_as_it_was() -> None:
+    before = torch.get_num_threads()
+    inside, out = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with one_thread():
+            inside.set()
+            out.wait()
+
+    torch.set_num_threads(2)
+    thread = threading.Thread(target=other)
+    with one_thread():
+        thread.start()
+        inside.wait()
+        with one_thread():
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == 2
+    out.set()
+    thread.join()
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(torch.get_num_threads).result() == 2, "also where threads come later"
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(before)
 
 
 def test_a_model_stands_beside_what_is_said_of_the_task(small: dict[str, Any]) -> None:

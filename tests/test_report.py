@@ -177,6 +177,13 @@ def test_weights_of_objectives_and_a_front_are_shown(runs: dict[str, Run], tmp_p
     assert methods.front(third).data[0]["marker"]["color"] == [0.4]
 
 
+@pytest.mark.parametrize("text", ['{"objectives": ["a"', '{"objectives": ["a", "b"]}', "[]"])
+def test_a_damaged_front_is_a_sentence(text: str, tmp_path: Path) -> None:
+    (tmp_path / "front.json").write_text(text)
+    with pytest.raises(UserError, match="the file is damaged"):
+        write_report([tmp_path], tmp_path / "page.html")
+
+
 def test_runs_side_by_side_are_told_apart(runs: dict[str, Run], tmp_path: Path) -> None:
     both = told_apart([runs["averaged"], replace(runs["averaged"], path=tmp_path / "again")])
     assert [one.title for one in both] == ["averaged", "again"]

@@ -35,43 +35,37 @@ def can_fork() -> bool:
     return sys.platform == "linux" and not torch.cuda.is_initialized()
 
 
-class _Within:
-    """How many are within `one_thread`, and how many threads there were before."""
+class _Within(threading.local):
+    """How deep a thread is within `one_thread`."""
 
-    count = threads = 0
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *error: object) -> None:
-        self._lock.release()
+    depth = 0
 
 
-_WITHIN = _Within()
+_WITHIN, _COUNTED = _Within(), threading.Lock()
+_OUTSIDE = {"within": 0, "threads": 1}  # threads that are within, and what torch had before
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Compute on one thread, within a `with`; then sums do not depend on the machine's size.
 
-    The setting is the process's: threads that are within at once share it, and the last one that
-    leaves restores it.
+    The setting is the calling thread's, and what threads begin with that come later: of several
+    that are within at once each is left with what the first one has found.
     """
-    with _WITHIN:
-        _WITHIN.count += 1
-        if _WITHIN.count == 1:
-            _WITHIN.threads = torch.get_num_threads()
-            torch.set_num_threads(1)
+    _WITHIN.depth += 1
+    with _COUNTED:
+        if not _OUTSIDE["within"]:
+            _OUTSIDE["threads"] = torch.get_num_threads()
+        _OUTSIDE["within"] += 1
+    torch.set_num_threads(1)
     try:
         yield
     finally:
-        with _WITHIN:
-            _WITHIN.count -= 1
-            if not _WITHIN.count:
-                torch.set_num_threads(_WITHIN.threads)
+        _WITHIN.depth -= 1
+        with _COUNTED:
+            _OUTSIDE["within"] -= 1
+        if not _WITHIN.depth:
+            torch.set_num_threads(_OUTSIDE["threads"])
 
 
 def keep_freed_memory() -> None:
