@@ -169,8 +169,8 @@ class Files(PathSource):
         for name in ("config", "train_split"):
             if getattr(self, name) != type(self).__dataclass_fields__[name].default:
                 warnings.warn(
-                    f"data.{name}: {self.path} is one table and has no splits and no configurations; "
-                    "all of it is read.",
+                    f"data.{name}: {self.path} is one table and has no splits and no "
+                    "configurations; all of it is read.",
                     stacklevel=2,
                 )
 
