@@ -326,6 +326,9 @@ def _read_dataset(path: str, split: str, hub: Mapping[str, Any]) -> Iterator[Rec
             f"{reason(error)}. {_advice(Path(path))}"
         ) from error
     # a folder may keep a form of arrays that somebody read it in; pictures and sounds stay as bytes
-    table = table.with_format(None).cast(datasets.Features(_undecoded(table.features)))
+    table = table.with_format(None)
+    for name, feature in table.features.items():
+        if (kept := _undecoded(feature)) != feature:
+            table = table.cast_column(name, kept)
     for number, record in enumerate(table, 1):
         yield f"{path} ({split}), row {number}", record
