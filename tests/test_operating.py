@@ -163,7 +163,10 @@ def test_a_client_is_forgotten_in_all_runs(tmp_path: Path) -> None:
     called = tmp_path / "checkpoints-of-mine"  # a run
     called.mkdir()
     (called / operating.CLIENTS).write_text(json.dumps({"school": 1}))
-    assert operating.forget(tmp_path, "school") == [called.name]
+    within = tmp_path / "a/more"  # a run beneath another one's folder
+    within.mkdir()
+    (within / operating.CLIENTS).write_text(json.dumps({"school": 1}))
+    assert operating.forget(tmp_path, "school") == ["a/more", called.name]
 
 
 def test_what_a_simulated_site_keeps_is_handed_over_without_secrets(tmp_path: Path) -> None:

@@ -142,6 +142,14 @@ def test_keys_and_values_change_what_a_config_says_and_nothing_beside() -> None:
     assert told == Experiment.load("fedpdpo", ["algorithm.local.steps=2"])
     told = python._with(spec, None, {"algorithm": "ditto", "federation": {"join_steps": 4}})
     assert told == Experiment.load("fedpdpo", ["algorithm=ditto", "federation.join_steps=4"])
+    local = LocalTraining(steps=2)
+    told = python._with(spec, None, {"algorithm": {"local": local}, "seed": 3})
+    assert (told.algorithm.name, told.algorithm.local, told.seed) == ("fedpdpo", local, 3)
+    task = {"task": {"model": Model(path="builtin", lora_r=2)}}
+    assert python._with(spec, None, task).task.model == task["task"]["model"]  # type: ignore[union-attr]
+    # what looks like a reference is text
+    named = python._with(replace(spec, name="${seed}"), None, {"seed": 3})
+    assert (named.name, named.seed) == ("${seed}", 3)
     # an object stands in the place of what was there
     assert python._with(spec, None, {"algorithm": FedDPO()}).algorithm == FedDPO()
 

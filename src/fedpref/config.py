@@ -195,15 +195,15 @@ def _overridden(kind: Any, content: Any, overrides: Sequence[str], where: str) -
 
 def merged(kind: Any, content: Mapping[str, Any], wanted: Mapping[str, Any]) -> Any:
     """Return plain data of a dataclass with keys and values in place of its own, as overrides are:
-    what stands beside them stays, and another kind has its own defaults.
+    what stands beside them stays, and another kind has its own defaults. Objects among the values
+    are taken with all of their settings.
     """
     said = {
-        key: {"name": value} if _is_kind(_hints(kind).get(key), value) else value
+        key: {"name": value} if _is_kind(_hints(kind).get(key), value) else _undressed(value)
         for key, value in wanted.items()
     }
     try:
-        before, after = OmegaConf.create(dict(content)), OmegaConf.create(said)
-        _refuse_resolvers(OmegaConf.to_container(after))
+        before, after = (OmegaConf.create(_escaped(one)) for one in (dict(content), said))
         _forget_other_kinds(kind, before, after)
         for key, value in said.items():
             if value == {}:
@@ -211,6 +211,15 @@ def merged(kind: Any, content: Mapping[str, Any], wanted: Mapping[str, Any]) -> 
         return OmegaConf.to_container(OmegaConf.merge(before, after), resolve=True)
     except BROKEN as error:
         raise UserError(reason(error, whole=True)) from error
+
+
+def _undressed(value: Any) -> Any:
+    """Return keys and values in which objects of ours are plain data too."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return dump(value)
+    if isinstance(value, Mapping):
+        return {key: _undressed(part) for key, part in value.items()}
+    return [_undressed(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def _forget_emptied(content: Any, overrides: Sequence[str]) -> None:

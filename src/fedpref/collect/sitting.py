@@ -243,6 +243,7 @@ class Sitting:
             return self.next(rater)
 
     def _edited(self, item: Item, before: Text, text: Any) -> Text:
+        """Return what an answer was edited to; raises RefusedError for what cannot be."""
         if not isinstance(before, str) and len(before) > 1:
             raise RefusedError("an answer of several turns cannot be edited as one")
         if not self.texts.edits or not isinstance(text, str) or not text.strip():

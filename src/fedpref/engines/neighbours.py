@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 
 from fedpref.channel import Chain
@@ -83,12 +83,9 @@ class Neighbours:
         for site, message in messages.items():
             with suppress(RefusedError):
                 _, theirs = unpack(message, self._most)
-                for j in self._clients_of(site):
+                for j in (j for j, other in self._site_of.items() if other == site):
                     with suppress(Exception):  # whatever the neighbour has made up
                         tree = trees.part(theirs, j)
                         if alike(tree, like):
                             heard[j] = finite(self._links.decode(tree, 1))
         return heard
-
-    def _clients_of(self, site: str) -> Collection[int]:
-        return [client for client, other in self._site_of.items() if other == site]

@@ -14,7 +14,8 @@ from fedpref.numerics.trees import Tree
 def cast(params: Tree, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
     """Return parameters on a device, in its arithmetic."""
     if device.type == "cuda" and all(tensor.is_cuda for tensor in params.values()) and params:
-        return dict(zip(params, _Cast.apply(dtype, *params.values()), strict=True))  # type: ignore[no-untyped-call]
+        made = _Cast.apply(dtype, *params.values())  # type: ignore[no-untyped-call]
+        return dict(zip(params, made, strict=True))
     return {name: aligned(tensor.to(device, dtype)) for name, tensor in params.items()}
 
 
@@ -37,8 +38,8 @@ class _Cast(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        known = [i for i, slope in enumerate(upstream) if slope is not None]
-        each = iter(_copies([upstream[i] for i in known], [ctx.kinds[i] for i in known]))  # type: ignore[misc]
+        known = [(s, kind) for s, kind in zip(upstream, ctx.kinds, strict=True) if s is not None]
+        each = iter(_copies([slope for slope, _ in known], [kind for _, kind in known]))
         return (None, *(None if slope is None else next(each) for slope in upstream))
 
 

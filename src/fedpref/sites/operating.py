@@ -224,8 +224,10 @@ def forget(folder: Path, client: str) -> list[str]:
         UserError: The site has kept nothing of such a client.
     """
     records = {one.parent for one in folder.rglob(CLIENTS)}
-    # stores that were set aside have records of their own
-    runs = sorted(run for run in records if run.parent not in records)
+    # stores that were set aside have records of their own; a run may be called as one is
+    runs = sorted(
+        one for one in records if not (one.name.startswith(STORE) and one.parent in records)
+    )
     forgotten = [run for run in runs if _forgotten(run, client)]
     if not forgotten:
         raise UserError(f"{folder}: nothing is kept here of a client {client!r}.")
