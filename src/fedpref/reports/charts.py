@@ -438,8 +438,10 @@ def traffic(runs: Sequence[Run]) -> Iterator[Chart]:
         at = {0: 0.0} | {
             row["round"]: float(total) for row, total in zip(run.line.metrics, sent, strict=True)
         }
-        # of a run at work the round of the last evaluation may not be written yet
-        course = [row for row in run.line.course if row["round"] in at]
+        # of a run at work the last round may not be written yet, and a sum of figures may be lost
+        course = [
+            row for row in run.line.course if row["round"] in at and run.metric in row["summary"]
+        ]
         means = [run.shown.scale * row["summary"][run.metric]["mean"] for row in course]
         data.append(lined(prefix or run.title, [at[row["round"]] for row in course], means, number))
     if data:
